@@ -1,0 +1,84 @@
+/* Mappings whose addresses matter, and the signal that takes a vCPU out of KVM_RUN. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/mman.h>
+
+#ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
+#endif
+
+/* Map `size` bytes at an address that equals `congruent` modulo `align` (a power of two): large pages, in the
+ * CPU's tables and in the IOMMU's, need virtual and physical addresses that agree in their low bits. */
+static intptr_t kvmpass_mmap(size_t size, size_t align, size_t congruent, int prot, int flags, int fd,
+                             uint64_t offset)
+{
+	if (!size || !align || (align & (align - 1)) || size > SIZE_MAX - align)
+		return -EINVAL;
+	size_t span = size + align;
+	char *space = mmap(NULL, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (space == MAP_FAILED)
+		return -errno;
+	size_t skip = (congruent - (uintptr_t)space) & (align - 1);
+	char *start = space + skip;
+	char *made = mmap(start, size, prot, flags | MAP_FIXED, fd, (off_t)offset);
+	if (made == MAP_FAILED) {
+		int error = errno;
+		munmap(space, span);
+		return -error;
+	}
+	size_t page = 4096, used = (size + page - 1) & ~(page - 1);
+	if (skip)
+		munmap(space, skip);
+	if (span - skip > used)
+		munmap(start + used, span - skip - used);
+	return (intptr_t)start;
+}
+
+static int kvmpass_munmap(uintptr_t address, size_t size)
+{
+	return munmap((void *)address, size) < 0 ? -errno : 0;
+}
+
+static int kvmpass_madvise(uintptr_t address, size_t size, int advice)
+{
+	return madvise((void *)address, size, advice) < 0 ? -errno : 0;
+}
+
+static void kvmpass_kicked(int signal_number)
+{
+	(void)signal_number;
+}
+
+/* A handler that does nothing, and no SA_RESTART: KVM_RUN returns EINTR. */
+static int kvmpass_install_kick(int signal_number)
+{
+	struct sigaction action = { .sa_handler = kvmpass_kicked };
+
+	sigemptyset(&action.sa_mask);
+	return sigaction(signal_number, &action, NULL) < 0 ? -errno : 0;
+}
+
+/* One access of exactly `size` bytes: device registers care. The caller has checked address and alignment. */
+static void kvmpass_store(uintptr_t address, uint64_t value, int size)
+{
+	switch (size) {
+	case 1: *(volatile uint8_t *)address = (uint8_t)value; break;
+	case 2: *(volatile uint16_t *)address = (uint16_t)value; break;
+	case 4: *(volatile uint32_t *)address = (uint32_t)value; break;
+	case 8: *(volatile uint64_t *)address = value; break;
+	}
+}
+
+static uint64_t kvmpass_load(uintptr_t address, int size)
+{
+	switch (size) {
+	case 1: return *(volatile uint8_t *)address;
+	case 2: return *(volatile uint16_t *)address;
+	case 4: return *(volatile uint32_t *)address;
+	case 8: return *(volatile uint64_t *)address;
+	}
+	return 0;
+}

@@ -1,0 +1,1 @@
+"""kvmpass: PCI device assignment on AMD hosts."""

@@ -1,0 +1,5 @@
+"""``python -m kvmpass``."""
+
+from kvmpass.cli.main import main
+
+main()

@@ -1,0 +1,73 @@
+"""What a guest can reach by port or by address: devices on a bus."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from typing import Protocol
+
+from kvmpass.errors import LayoutError
+
+log = logging.getLogger(__name__)
+
+
+class BusDevice(Protocol):
+    """A device at a range of a bus. ``offset`` is relative to that range and inside it.
+
+    ``read`` returns exactly ``size`` bytes; ``data`` is 1, 2, 4 or 8 bytes long. Neither may raise for anything a
+    guest can write. Both are called from vCPU threads: one call at a time for each bus.
+    """
+
+    def read(self, offset: int, size: int) -> bytes: ...
+
+    def write(self, offset: int, data: bytes) -> None: ...
+
+
+class Bus:
+    """Non-overlapping ranges of ports or of guest-physical addresses, each with its device.
+
+    Reads of addresses that nobody claims give all ones, writes there are dropped, as on a PC.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._starts: list[int] = []
+        self._ranges: list[tuple[int, int, BusDevice]] = []
+
+    def add(self, start: int, size: int, device: BusDevice) -> None:
+        """Raises ``LayoutError`` if the range overlaps one that is there."""
+        at = bisect.bisect_left(self._starts, start)
+        before = self._ranges[at - 1] if at else None
+        after = self._ranges[at] if at < len(self._ranges) else None
+        if (before and before[0] + before[1] > start) or (after and start + size > after[0]):
+            raise LayoutError(f"{self.name} {start:#x}+{size:#x} overlaps another device")
+        self._starts.insert(at, start)
+        self._ranges.insert(at, (start, size, device))
+
+    def remove(self, device: BusDevice) -> None:
+        """Remove every range of ``device``."""
+        self._ranges = [entry for entry in self._ranges if entry[2] is not device]
+        self._starts = [entry[0] for entry in self._ranges]
+
+    def _find(self, address: int, size: int) -> tuple[int, BusDevice] | None:
+        at = bisect.bisect_right(self._starts, address) - 1
+        if at < 0:
+            return None
+        start, length, device = self._ranges[at]
+        if address + size > start + length:
+            return None
+        return address - start, device
+
+    def read(self, address: int, size: int) -> bytes:
+        found = self._find(address, size)
+        if found is None:
+            log.debug("%s read of unclaimed %#x (%d bytes)", self.name, address, size)
+            return b"\xff" * size
+        return found[1].read(found[0], size)
+
+    def write(self, address: int, data: bytes) -> None:
+        found = self._find(address, len(data))
+        if found is None:
+            log.debug("%s write to unclaimed %#x (%d bytes)", self.name, address, len(data))
+            return
+        found[1].write(found[0], data)

@@ -1,0 +1,257 @@
+"""The VM's one DMA domain: what virt/kvm/iommu.c was in the kernel, over VFIO's type 1 container.
+
+Guest memory is mirrored into the AMD IOMMU at the guest's own physical addresses, once for all devices of the VM.
+With type 1 an IOMMU exists only while a group is in the container: the domain is inactive before the first
+``attach`` and after the last ``detach``, and maps everything again when a device comes back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvmpass.errors import AuditFailed, DeviceInUse, ReservedRange
+from kvmpass.layout import Range, Reserved, find_reserved
+from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
+from kvmpass.vfio import Container, Device, Group
+
+log = logging.getLogger(__name__)
+
+
+class KvmVfio(Protocol):
+    """KVM's register of VFIO files (``kvmpass.kvm.VfioDevice``)."""
+
+    def file_add(self, fd: int) -> None: ...
+
+    def file_del(self, fd: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DmaMapping:
+    """What the IOMMU acknowledged: I/O virtual address, size and host address in bytes."""
+
+    iova: int
+    size: int
+    hva: int
+    writable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DmaCall:
+    """One acknowledged call: ``operation`` is ``map`` or ``unmap``."""
+
+    operation: str
+    range: Range
+
+
+@dataclass(slots=True)
+class _Joined:
+    """A group in the container, and its devices that are open."""
+
+    group: Group
+    devices: list[Device] = field(default_factory=list)
+
+
+class Domain:
+    """One translation for all of the VM's devices. A listener of ``GuestMemory``.
+
+    Not thread-safe beyond what ``GuestMemory`` serialises: attach and detach from one thread at a time.
+    """
+
+    def __init__(
+        self, memory: GuestMemory, kvm_vfio: KvmVfio | None = None, reserved: Iterable[Reserved] = ()
+    ) -> None:
+        self._memory = memory
+        self._kvm_vfio = kvm_vfio
+        self._reserved = tuple(reserved)
+        self._container: Container | None = None
+        self._groups: dict[int, _Joined] = {}
+        self._ledger: dict[MemoryRegion, DmaMapping] = {}
+        self.calls: deque[DmaCall] = deque(maxlen=65536)
+        memory.listen(self)
+
+    @property
+    def active(self) -> bool:
+        """Whether a group is in the container, so that mappings can exist."""
+        return bool(self._groups)
+
+    @property
+    def ledger(self) -> list[DmaMapping]:
+        """The mappings that the kernel acknowledged and that were not undone, by address."""
+        return sorted(self._ledger.values(), key=lambda mapping: mapping.iova)
+
+    @property
+    def groups(self) -> list[int]:
+        return sorted(self._groups)
+
+    # --- devices
+
+    def attach(self, name: str, group_number: int) -> Device:
+        """Put the device called ``name`` (its PCI address; bound to vfio-pci) into the domain and open it.
+
+        The first device maps all memory. Raises ``OSError``, ``GroupNotViable``, ``ReservedRange``; then nothing
+        has changed.
+        """
+        with ExitStack() as undo:
+            if group_number not in self._groups:
+                self._join(group_number)
+                undo.callback(self._leave, group_number)
+            joined = self._groups[group_number]
+            if any(device.name == name for device in joined.devices):
+                raise DeviceInUse(f"{name} is in this domain already")
+            device = joined.group.get_device_fd(name)
+            joined.devices.append(device)
+            undo.pop_all()
+        return device
+
+    def detach(self, device: Device) -> None:
+        """Close ``device``; its group leaves with its last device, all mappings with the last group.
+
+        Every step is tried even if one raises.
+        """
+        number = next((n for n, joined in self._groups.items() if device in joined.devices), None)
+        if number is None:
+            return
+        joined = self._groups[number]
+        with ExitStack() as steps:
+            if len(joined.devices) == 1:
+                steps.callback(self._leave, number)
+            steps.callback(joined.devices.remove, device)
+            steps.callback(device.close)
+
+    def _join(self, number: int) -> None:
+        with ExitStack() as undo:
+            group = Group(number)
+            undo.callback(group.close)
+            if self._container is None:
+                self._container = Container()
+                undo.callback(self._close_container)
+            group.set_container(self._container)
+            undo.callback(group.unset_container)
+            first = not self._groups
+            if first:
+                self._container.set_iommu()
+            self._check_ranges(self._dma_regions())
+            if first:
+                undo.callback(self._unmap_all)
+                self.map_memslots()
+            if self._kvm_vfio:
+                self._kvm_vfio.file_add(group.fd)
+                undo.callback(self._kvm_vfio.file_del, group.fd)
+            self._groups[number] = _Joined(group)
+            undo.pop_all()
+
+    def _leave(self, number: int) -> None:
+        joined = self._groups.pop(number)
+        with ExitStack() as steps:  # last in, first out
+            if not self._groups:
+                steps.callback(self._close_container)
+                steps.callback(self._ledger.clear)  # gone with the container, whatever happened before
+            steps.callback(joined.group.close)
+            steps.callback(joined.group.unset_container)
+            if not self._groups:
+                steps.callback(self._unmap_all)
+            if self._kvm_vfio:
+                steps.callback(self._kvm_vfio.file_del, joined.group.fd)
+
+    def _close_container(self) -> None:
+        container, self._container = self._container, None
+        if container is not None:
+            container.close()
+
+    def close(self) -> None:
+        """Detach every device. Twice is harmless."""
+        with ExitStack() as steps:
+            for joined in self._groups.values():
+                for device in joined.devices:
+                    steps.callback(self.detach, device)
+
+    # --- memory
+
+    def _dma_regions(self) -> list[MemoryRegion]:
+        return [region for region in self._memory if region.dma]
+
+    def _check_ranges(self, regions: list[MemoryRegion]) -> None:
+        """Hold regions against what the container can translate now (it can shrink with each group)."""
+        assert self._container is not None
+        usable = self._container.get_info().ranges
+        for region in regions:
+            if usable and not any(range_.contains(region.range) for range_ in usable):
+                line = find_reserved(region.range, self._reserved)
+                why = f"this host's reserved range {line}" if line else "addresses that its IOMMU cannot translate"
+                raise ReservedRange(f"{region.name} {region.range} falls into {why}")
+
+    def map_memslots(self) -> None:
+        """Walk all regions and map each (kvm_iommu_map_memslots). All or nothing."""
+        with ExitStack() as undo:
+            for region in self._dma_regions():
+                self.map_pages(region)
+                undo.callback(self.unmap_pages, region)
+            undo.pop_all()
+
+    def map_pages(self, region: MemoryRegion) -> None:
+        """One map call for one region at its guest-physical address; ROM is read-only for devices too."""
+        assert self._container is not None
+        mapping = DmaMapping(region.gpa, region.size, region.hva, region.kind is RegionKind.RAM)
+        self._container.map_dma(mapping.iova, mapping.hva, mapping.size, writable=mapping.writable)
+        self._ledger[region] = mapping
+        self.calls.append(DmaCall("map", Range(mapping.iova, mapping.size)))
+        log.info("map %s -> iova %#x, %s", region, mapping.iova, "rw" if mapping.writable else "ro")
+
+    def unmap_pages(self, region: MemoryRegion) -> None:
+        """Undo ``map_pages``. Raises ``AuditFailed`` if the kernel had not mapped what the ledger says."""
+        assert self._container is not None
+        mapping = self._ledger[region]
+        unmapped = self._container.unmap_dma(mapping.iova, mapping.size)
+        del self._ledger[region]
+        self.calls.append(DmaCall("unmap", Range(mapping.iova, mapping.size)))
+        if unmapped != mapping.size:
+            raise AuditFailed(
+                f"{region.name}: {unmapped:#x} bytes were mapped at {mapping.iova:#x}, "
+                f"the ledger has {mapping.size:#x}"
+            )
+
+    def _unmap_all(self) -> None:
+        with ExitStack() as steps:
+            for region in list(self._ledger):
+                steps.callback(self.unmap_pages, region)
+
+    def region_added(self, region: MemoryRegion) -> None:
+        """Listener: a region of an active domain is mapped before anyone can use it."""
+        if self.active and region.dma:
+            self._check_ranges([region])
+            self.map_pages(region)
+
+    def region_removed(self, region: MemoryRegion) -> None:
+        if region in self._ledger:
+            self.unmap_pages(region)
+
+    # --- the invariant
+
+    def audit(self) -> None:
+        """RAM regions are exactly the writable mappings, ROM exactly the read-only ones, at their own address.
+
+        Raises ``AuditFailed`` naming every difference. Nothing is mapped while the domain is inactive.
+        """
+        wanted = {
+            DmaMapping(region.gpa, region.size, region.hva, region.kind is RegionKind.RAM)
+            for region in (self._dma_regions() if self.active else ())
+        }
+        compare("DMA mappings", wanted, set(self._ledger.values()))
+
+
+def compare(what: str, wanted: set[DmaMapping], found: set[DmaMapping]) -> None:
+    """Raise ``AuditFailed`` with every mapping that is missing or should not be there."""
+    if wanted == found:
+        return
+    lines = [f"missing {_text(mapping)}" for mapping in sorted(wanted - found, key=lambda m: m.iova)]
+    lines += [f"unexpected {_text(mapping)}" for mapping in sorted(found - wanted, key=lambda m: m.iova)]
+    raise AuditFailed(f"{what} differ from guest memory: " + "; ".join(lines))
+
+
+def _text(mapping: DmaMapping) -> str:
+    return f"{Range(mapping.iova, mapping.size)} {'rw' if mapping.writable else 'ro'}"

@@ -1,0 +1,21 @@
+"""Objects over KVM's file descriptors (Documentation/virt/kvm/api.rst)."""
+
+from kvmpass.kvm.memslots import Memslot, Memslots
+from kvmpass.kvm.routing import IrqRoutes
+from kvmpass.kvm.system import System
+from kvmpass.kvm.types import CpuidEntry
+from kvmpass.kvm.vcpu import Vcpu
+from kvmpass.kvm.vm import ChipRoute, MsiRoute, VfioDevice, Vm
+
+__all__ = [
+    "ChipRoute",
+    "CpuidEntry",
+    "IrqRoutes",
+    "Memslot",
+    "Memslots",
+    "MsiRoute",
+    "System",
+    "Vcpu",
+    "VfioDevice",
+    "Vm",
+]

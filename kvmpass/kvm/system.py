@@ -1,0 +1,46 @@
+"""/dev/kvm."""
+
+from __future__ import annotations
+
+from kvmpass._fd import OwnedFd, check, open_node
+from kvmpass._native import ffi, lib
+from kvmpass.kvm.types import CpuidEntry
+from kvmpass.kvm.vm import Vm
+
+_MAX_CPUID = 256
+
+
+class System(OwnedFd):
+    """The KVM subsystem: capabilities, and virtual machines to make.
+
+    Raises ``OSError`` where the node is absent or may not be opened, and for an API version other than 12.
+    """
+
+    def __init__(self, path: str = "/dev/kvm") -> None:
+        super().__init__(open_node(path))
+        version = check(lib.kvm_get_api_version(self.fd), "KVM_GET_API_VERSION")
+        if version != lib.KVM_API_VERSION:
+            self.close()
+            raise OSError(f"{path}: KVM API version {version}, not {lib.KVM_API_VERSION}")
+
+    def check_extension(self, capability: int) -> int:
+        """Zero where the capability is absent; its meaning otherwise is the capability's."""
+        return check(lib.kvm_check_extension(self.fd, capability), "KVM_CHECK_EXTENSION")
+
+    @property
+    def max_vcpus(self) -> int:
+        """How many vCPUs one VM may have."""
+        return self.check_extension(lib.KVM_CAP_MAX_VCPUS) or 4
+
+    def get_supported_cpuid(self) -> list[CpuidEntry]:
+        """What KVM can give a guest on this host."""
+        entries = ffi.new("struct kvm_cpuid_entry2[]", _MAX_CPUID)
+        count = check(lib.kvm_get_supported_cpuid(self.fd, entries, _MAX_CPUID), "KVM_GET_SUPPORTED_CPUID")
+        return [
+            CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)
+            for e in (entries[i] for i in range(count))
+        ]
+
+    def create_vm(self) -> Vm:
+        run_size = check(lib.kvm_get_vcpu_mmap_size(self.fd), "KVM_GET_VCPU_MMAP_SIZE")
+        return Vm(check(lib.kvm_create_vm(self.fd), "KVM_CREATE_VM"), run_size)

@@ -1,0 +1,142 @@
+"""One virtual processor."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Any
+
+from kvmpass._fd import OwnedFd, check
+from kvmpass._native import ffi, lib
+from kvmpass.kvm.exits import (
+    Exit,
+    FailedExit,
+    HaltExit,
+    InterruptedExit,
+    MemoryFaultExit,
+    MmioExit,
+    PortExit,
+    ShutdownExit,
+    SystemEventExit,
+)
+from kvmpass.kvm.types import CpuidEntry
+from kvmpass.memory import HostMapping
+
+_INTERRUPTED = InterruptedExit()
+
+
+class Vcpu(OwnedFd):
+    """Registers, and ``run()``. Only the thread that runs it may call anything but ``request_exit``."""
+
+    def __init__(self, fd: int, index: int, run_size: int) -> None:
+        super().__init__(fd)
+        self.index = index
+        try:
+            self._run = HostMapping(run_size, fd=fd)
+        except BaseException:
+            self.close()
+            raise
+        self._exit = ffi.new("struct kvmpass_exit *")
+
+    def close(self) -> None:
+        """Only when no thread is inside ``run()``: KVM reads ``kvm_run`` there."""
+        if not self.closed:
+            self._run.close()
+        super().close()
+
+    def run(self) -> Exit:
+        """Enter the guest once. Raises ``OSError`` for anything but an exit or an interruption."""
+        out = self._exit
+        result = lib.kvm_run(self.fd, self._run.address, out)
+        if result < 0:
+            if -result in (errno.EINTR, errno.EAGAIN):
+                return _INTERRUPTED
+            check(result, "KVM_RUN", f"vCPU {self.index}")
+        reason = out.reason
+        if reason == lib.KVM_EXIT_IO:
+            size, count, offset = out.size, out.count, out.data_offset
+            data = bytes(self._run.view(offset, size * count)) if out.is_write else b""
+            return PortExit(out.address, size, count, bool(out.is_write), data, offset)
+        if reason == lib.KVM_EXIT_MMIO:
+            size, offset = min(out.size, 8), out.data_offset
+            data = bytes(self._run.view(offset, size)) if out.is_write else b""
+            return MmioExit(out.address, size, bool(out.is_write), data, offset)
+        return self._rare(reason, out)
+
+    def _rare(self, reason: int, out: Any) -> Exit:
+        if reason == lib.KVM_EXIT_INTR:
+            return _INTERRUPTED
+        if reason == lib.KVM_EXIT_HLT:
+            return HaltExit()
+        if reason == lib.KVM_EXIT_SHUTDOWN:
+            return ShutdownExit()
+        if reason == lib.KVM_EXIT_SYSTEM_EVENT:
+            return SystemEventExit(out.detail[0])
+        if reason == lib.KVM_EXIT_MEMORY_FAULT:
+            return MemoryFaultExit(out.address, out.detail[1], out.detail[0])
+        if reason == lib.KVM_EXIT_FAIL_ENTRY:
+            return FailedExit("the processor refused to enter the guest", out.detail[0], out.detail[1])
+        if reason == lib.KVM_EXIT_INTERNAL_ERROR:
+            return FailedExit("KVM could not go on (KVM_EXIT_INTERNAL_ERROR)", out.detail[0], out.detail[1])
+        return FailedExit("an exit that is not handled", reason, 0)
+
+    def complete(self, exit_: PortExit | MmioExit, data: bytes) -> None:
+        """The value of a read: exactly the bytes asked for. Takes effect at the next ``run()``."""
+        wanted = exit_.size * (exit_.count if isinstance(exit_, PortExit) else 1)
+        self._run.view(exit_.offset, wanted)[:] = data
+
+    def request_exit(self, wanted: bool = True) -> None:
+        """From any thread: the next or current ``run()`` comes back (with a signal to its thread)."""
+        lib.kvm_run_set_immediate_exit(self._run.address, int(wanted))
+
+    # --- state, before the first run
+
+    def set_cpuid2(self, entries: Sequence[CpuidEntry]) -> None:
+        table = ffi.new("struct kvm_cpuid_entry2[]", max(1, len(entries)))
+        for out, entry in zip(table, entries, strict=False):
+            out.function, out.index, out.flags = entry.function, entry.index, entry.flags
+            out.eax, out.ebx, out.ecx, out.edx = entry.eax, entry.ebx, entry.ecx, entry.edx
+        check(lib.kvm_set_cpuid2(self.fd, table, len(entries)), "KVM_SET_CPUID2")
+
+    def get_regs(self) -> dict[str, int]:
+        """General registers by name (``rax`` … ``rip``, ``rflags``)."""
+        regs = ffi.new("struct kvm_regs *")
+        check(lib.kvm_get_regs(self.fd, regs), "KVM_GET_REGS")
+        return {name: getattr(regs, name) for name in dir(regs)}
+
+    def set_regs(self, **values: int) -> None:
+        """Set the named general registers; the others keep their values. ``AttributeError`` for a wrong name."""
+        regs = ffi.new("struct kvm_regs *")
+        check(lib.kvm_get_regs(self.fd, regs), "KVM_GET_REGS")
+        for name, value in values.items():
+            setattr(regs, name, value)
+        check(lib.kvm_set_regs(self.fd, regs), "KVM_SET_REGS")
+
+    def enter_long_mode(self, *, cr3: int, gdt: int, gdt_limit: int, code: int, data: int) -> None:
+        """64-bit mode with paging by ``cr3``, flat segments, interrupts off (AMD64 manual volume 2, chapter 14).
+
+        ``gdt`` is the guest-physical address of a descriptor table that has ``code`` and ``data`` as selectors.
+        """
+        sregs = ffi.new("struct kvm_sregs *")
+        check(lib.kvm_get_sregs(self.fd, sregs), "KVM_GET_SREGS")
+        for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+            _flat(getattr(sregs, name), code if name == "cs" else data, is_code=name == "cs")
+        sregs.gdt.base, sregs.gdt.limit = gdt, gdt_limit
+        sregs.cr3 = cr3
+        sregs.cr4 |= _CR4_PAE
+        sregs.cr0 |= _CR0_PE | _CR0_PG
+        sregs.efer |= _EFER_LME | _EFER_LMA
+        check(lib.kvm_set_sregs(self.fd, sregs), "KVM_SET_SREGS")
+
+
+_CR0_PE, _CR0_PG = 1 << 0, 1 << 31
+_CR4_PAE = 1 << 5
+_EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
+
+
+def _flat(segment: Any, selector: int, *, is_code: bool) -> None:
+    segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, selector
+    segment.type = 0b1011 if is_code else 0b0011  # accessed; execute/read, read/write
+    segment.present, segment.dpl, segment.s, segment.g = 1, 0, 1, 1
+    segment.l, segment.db = (1, 0) if is_code else (0, 1)
+    segment.unusable = 0

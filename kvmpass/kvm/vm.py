@@ -1,0 +1,97 @@
+"""One virtual machine's descriptor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvmpass._fd import OwnedFd, check
+from kvmpass._native import ffi, lib
+from kvmpass.kvm.vcpu import Vcpu
+
+
+@dataclass(frozen=True, slots=True)
+class ChipRoute:
+    """A GSI that reaches a pin of an in-kernel interrupt controller."""
+
+    gsi: int
+    chip: int
+    pin: int
+
+
+@dataclass(frozen=True, slots=True)
+class MsiRoute:
+    """A GSI that delivers a message-signalled interrupt."""
+
+    gsi: int
+    address: int
+    data: int
+
+
+class VfioDevice(OwnedFd):
+    """KVM's view of VFIO (KVM_DEV_TYPE_VFIO): which VFIO files this VM uses (devices/vfio.rst)."""
+
+    def file_add(self, fd: int) -> None:
+        """Register a group or a device. Call before the group's devices are opened."""
+        self._set(lib.KVM_DEV_VFIO_FILE_ADD, fd, "KVM_DEV_VFIO_FILE_ADD")
+
+    def file_del(self, fd: int) -> None:
+        self._set(lib.KVM_DEV_VFIO_FILE_DEL, fd, "KVM_DEV_VFIO_FILE_DEL")
+
+    def _set(self, attribute: int, fd: int, name: str) -> None:
+        check(lib.kvm_set_device_attr_file(self.fd, lib.KVM_DEV_VFIO_FILE, attribute, fd), name)
+
+
+class Vm(OwnedFd):
+    """Memory slots, interrupt controllers and vCPUs of one VM."""
+
+    def __init__(self, fd: int, run_size: int) -> None:
+        super().__init__(fd)
+        self._run_size = run_size
+
+    def check_extension(self, capability: int) -> int:
+        return check(lib.kvm_check_extension(self.fd, capability), "KVM_CHECK_EXTENSION")
+
+    def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:
+        """Show ``size`` bytes of this process at ``hva`` to the guest at ``gpa``. Size 0 deletes the slot."""
+        flags = lib.KVM_MEM_READONLY if readonly else 0
+        check(
+            lib.kvm_set_user_memory_region(self.fd, slot, flags, gpa, size, hva),
+            "KVM_SET_USER_MEMORY_REGION",
+            f"slot {slot}, guest-physical {gpa:#x}, size {size:#x}",
+        )
+
+    def create_irqchip(self) -> None:
+        """PIC, IOAPIC and a local APIC for each vCPU, in the kernel. Before the first vCPU."""
+        check(lib.kvm_create_irqchip(self.fd), "KVM_CREATE_IRQCHIP")
+
+    def set_gsi_routing(self, routes: Sequence[ChipRoute | MsiRoute]) -> None:
+        """Replace the whole table. ``OSError`` ``EINVAL`` if an entry's address or pin is not acceptable."""
+        table = ffi.new("struct kvmpass_route[]", max(1, len(routes)))
+        for entry, route in zip(table, routes, strict=False):
+            entry.gsi = route.gsi
+            if isinstance(route, MsiRoute):
+                entry.type = lib.KVM_IRQ_ROUTING_MSI
+                entry.address = route.address
+                entry.data = route.data
+            else:
+                entry.type = lib.KVM_IRQ_ROUTING_IRQCHIP
+                entry.irqchip = route.chip
+                entry.pin = route.pin
+        check(lib.kvm_set_gsi_routing(self.fd, table, len(routes)), "KVM_SET_GSI_ROUTING")
+
+    def irqfd(self, eventfd: int, gsi: int) -> None:
+        """Let ``eventfd`` raise ``gsi`` without leaving the kernel."""
+        check(lib.kvm_irqfd(self.fd, eventfd, gsi, 0), "KVM_IRQFD", f"gsi {gsi}")
+
+    def irqfd_deassign(self, eventfd: int, gsi: int) -> None:
+        check(lib.kvm_irqfd(self.fd, eventfd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN), "KVM_IRQFD", f"gsi {gsi}")
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        check(lib.kvm_irq_line(self.fd, gsi, int(level)), "KVM_IRQ_LINE", f"gsi {gsi}")
+
+    def create_vcpu(self, index: int) -> Vcpu:
+        return Vcpu(check(lib.kvm_create_vcpu(self.fd, index), "KVM_CREATE_VCPU"), index, self._run_size)
+
+    def create_vfio_device(self) -> VfioDevice:
+        return VfioDevice(check(lib.kvm_create_device(self.fd, lib.KVM_DEV_TYPE_VFIO), "KVM_CREATE_DEVICE"))

@@ -1,0 +1,135 @@
+"""Where things lie in guest-physical memory. Fixed when the machine is made.
+
+RAM below 3 GiB and from 4 GiB up; in between ECAM, the 32-bit window for BARs, IOAPIC and local APIC; a 64-bit
+window for BARs above RAM. RAM and both windows avoid every range that this host's IOMMU does not translate
+(``/sys/kernel/iommu_groups/*/reserved_regions``): guest-physical addresses are I/O virtual addresses here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from kvmpass.errors import LayoutError, ReservedRange
+
+PAGE = 0x1000
+MIB = 1 << 20
+GIB = 1 << 30
+
+LOW_RAM_LIMIT = 0xC000_0000
+MMIO32_BASE, MMIO32_SIZE = 0xC000_0000, 0x2000_0000
+ECAM_BASE, ECAM_SIZE = 0xE000_0000, 1 * MIB  # one bus
+IOAPIC_BASE = 0xFEC0_0000
+LOCAL_APIC_BASE = 0xFEE0_0000
+HIGH_RAM_BASE = 4 * GIB
+MMIO64_SIZE = 64 * GIB
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Range:
+    """``size`` bytes from ``start`` on."""
+
+    start: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """First address after the range."""
+        return self.start + self.size
+
+    @property
+    def last(self) -> int:
+        return self.start + self.size - 1
+
+    def overlaps(self, other: Range) -> bool:
+        return self.start < other.end and other.start < self.end
+
+    def contains(self, other: Range) -> bool:
+        return self.start <= other.start and other.end <= self.end
+
+    def __str__(self) -> str:
+        return f"{self.start:#x}-{self.last:#x}"
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """One line of ``reserved_regions``: ``kind`` is the kernel's word (``msi``, ``reserved``, ``direct`` …)."""
+
+    range: Range
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.range} {self.kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The plan of one machine's guest-physical addresses."""
+
+    ram: tuple[Range, ...]
+    mmio32: Range
+    mmio64: Range
+    ecam: Range
+    reserved: tuple[Reserved, ...]
+
+    @property
+    def ram_size(self) -> int:
+        return sum(part.size for part in self.ram)
+
+
+# Firmware's one-to-one regions: the kernel maps them itself, or refuses the device; not a hole to lay out around.
+_TRANSLATED_KINDS = ("direct", "direct-relaxable")
+
+
+def plan_layout(ram_size: int, reserved: Iterable[Reserved] = (), phys_bits: int = 40) -> Layout:
+    """Lay out ``ram_size`` bytes of RAM (whole pages) and the windows for BARs.
+
+    ``reserved``: the union of all groups' reserved regions; ``phys_bits``: the CPU's physical address width.
+    Raises ``LayoutError`` for a size that cannot be laid out and ``ReservedRange`` if a fixed window is reserved.
+    """
+    if ram_size < MIB or ram_size % PAGE:
+        raise LayoutError(f"{ram_size:#x} bytes of RAM: at least 1 MiB, in whole pages of {PAGE} bytes")
+    reserved = tuple(sorted(set(reserved), key=lambda line: line.range))
+    avoid = [line.range for line in reserved if line.kind not in _TRANSLATED_KINDS]
+    windows = [Range(0, LOW_RAM_LIMIT), Range(HIGH_RAM_BASE, (1 << phys_bits) - HIGH_RAM_BASE)]
+    ram: list[Range] = []
+    left = ram_size
+    for gap in (gap for window in windows for gap in _gaps(window, avoid)):
+        if not left:
+            break
+        taken = min(gap.size // PAGE * PAGE, left)
+        if taken:
+            ram.append(Range(gap.start, taken))
+            left -= taken
+    if left:
+        raise LayoutError(f"{ram_size:#x} bytes of RAM do not fit into {phys_bits} bits of physical address")
+    top = max(HIGH_RAM_BASE, -(-ram[-1].end // GIB) * GIB)
+    space = Range(top, max(0, (1 << phys_bits) - top))
+    mmio64 = next(
+        (Range(gap.start, MMIO64_SIZE) for gap in _gaps(space, avoid, GIB) if gap.size >= MMIO64_SIZE), None
+    )
+    if mmio64 is None:
+        raise LayoutError(f"no room above {top:#x} for a BAR window of {MMIO64_SIZE >> 30} GiB in {phys_bits} bits")
+    layout = Layout(tuple(ram), Range(MMIO32_BASE, MMIO32_SIZE), mmio64, Range(ECAM_BASE, ECAM_SIZE), reserved)
+    for name, window in (("32-bit BAR window", layout.mmio32), ("ECAM", layout.ecam)):
+        if line := find_reserved(window, reserved):
+            raise ReservedRange(f"the {name} {window} falls into this host's reserved range {line}")
+    return layout
+
+
+def find_reserved(range_: Range, reserved: Iterable[Reserved]) -> Reserved | None:
+    """The first untranslated range that ``range_`` touches."""
+    return next(
+        (line for line in reserved if line.kind not in _TRANSLATED_KINDS and line.range.overlaps(range_)), None
+    )
+
+
+def _gaps(window: Range, avoid: Iterable[Range], align: int = PAGE) -> Iterator[Range]:
+    """What is left of ``window`` without ``avoid`` (sorted), each gap starting at a multiple of ``align``."""
+    at = window.start
+    for hole in [*avoid, Range(window.end, 0)]:
+        start = -(-at // align) * align
+        end = min(hole.start, window.end)
+        if end > start:
+            yield Range(start, end - start)
+        at = max(at, hole.end)
