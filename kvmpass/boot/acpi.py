@@ -1,0 +1,210 @@
+"""The guest's ACPI tables, made for one layout and one number of CPUs.
+
+The machine is *hardware-reduced* (ACPI 6.5, section 3.11.1): no PM timer, no SCI, no 8259, no PIT. What is left is
+what Linux needs to find its CPUs (MADT), its PCI bus (MCFG, DSDT), its serial ports (DSDT), and to power off and
+reset (FADT: sleep registers and reset register, all in port space).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from kvmpass.boot import aml, ports
+from kvmpass.errors import LayoutError
+from kvmpass.layout import IOAPIC_BASE, LOCAL_APIC_BASE, MIB, Layout
+
+RSDP_BASE = 0xF0000  # the area that is searched for it, for kernels that ignore boot_params.acpi_rsdp_addr
+TABLES_BASE, TABLES_END = 0xE0000, 0xF0000
+
+OEM_ID = b"KVMPAS"
+OEM_TABLE = b"KVMPASS "
+CREATOR = b"KVMP"
+
+# FADT, table 5.10 (fixed feature flags) and 5.11 (IA-PC boot flags).
+WBINVD, PROC_C1, POWER_BUTTON, SLEEP_BUTTON = 1 << 0, 1 << 2, 1 << 4, 1 << 5
+RESET_REG_SUP, HW_REDUCED_ACPI = 1 << 10, 1 << 20
+VGA_NOT_PRESENT, NO_ASPM, NO_CMOS_RTC = 1 << 2, 1 << 4, 1 << 5
+
+PCI_HOST_UUID = "33db4d5b-1ff7-401c-9657-7441c03dd766"
+# PCI Firmware Specification, table 4-6: PME, AER, the PCIe capability structure, LTR. No hotplug: slots are fixed.
+OSC_GRANTED = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5
+
+
+@dataclass(frozen=True, slots=True)
+class AcpiTables:
+    """Bytes to write into guest memory: ``tables`` as (guest-physical address, bytes), the RSDP among them."""
+
+    tables: tuple[tuple[int, bytes], ...]
+    rsdp: int
+
+
+def _checksum(data: bytes | bytearray) -> int:
+    return -sum(data) & 0xFF
+
+
+def table(signature: bytes, revision: int, body: bytes) -> bytes:
+    """A system description table: the 36-byte header with its checksum, then ``body``."""
+    header = struct.pack("<4sIBB6s8sI4sI", signature, 36 + len(body), revision, 0, OEM_ID, OEM_TABLE, 1, CREATOR, 1)
+    whole = bytearray(header + body)
+    whole[9] = _checksum(whole)
+    return bytes(whole)
+
+
+def _generic_address(port: int) -> bytes:
+    """A Generic Address Structure for one byte of port space."""
+    return struct.pack("<BBBBQ", 1, 8, 0, 1, port)
+
+
+def fadt(dsdt: int) -> bytes:
+    """Fixed ACPI Description Table, revision 6.3; registers of full ACPI hardware stay zero."""
+    body = bytearray(276 - 36)
+
+    def put(offset: int, data: bytes) -> None:
+        body[offset - 36 : offset - 36 + len(data)] = data
+
+    flags = WBINVD | PROC_C1 | POWER_BUTTON | SLEEP_BUTTON | RESET_REG_SUP | HW_REDUCED_ACPI
+    put(40, struct.pack("<I", dsdt))
+    put(109, struct.pack("<H", VGA_NOT_PRESENT | NO_ASPM | NO_CMOS_RTC))
+    put(112, struct.pack("<I", flags))
+    put(116, _generic_address(ports.RESET))
+    put(128, bytes([ports.RESET_VALUE]))
+    put(131, b"\x03")  # minor version
+    put(140, struct.pack("<Q", dsdt))
+    put(244, _generic_address(ports.SLEEP_CONTROL))
+    put(256, _generic_address(ports.SLEEP_STATUS))
+    put(268, OEM_TABLE)  # hypervisor vendor identity
+    return table(b"FACP", 6, bytes(body))
+
+
+def madt(cpus: int) -> bytes:
+    """Multiple APIC Description Table: APIC id == CPU number, one IOAPIC with its inputs from GSI 0 on.
+
+    PCAT_COMPAT is clear: there is no 8259 to disable. Identifiers from 255 on need an x2APIC entry.
+    """
+    body = struct.pack("<II", LOCAL_APIC_BASE, 0)
+    for cpu in range(cpus):
+        if cpu < 255:
+            body += struct.pack("<BBBBI", 0, 8, cpu, cpu, 1)
+        else:
+            body += struct.pack("<BBHIII", 9, 16, 0, cpu, 1, cpu)
+    body += struct.pack("<BBBBII", 1, 12, 0, 0, IOAPIC_BASE, 0)
+    return table(b"APIC", 5, body)
+
+
+def mcfg(layout: Layout) -> bytes:
+    """The ECAM window of segment 0, for as many buses as it holds."""
+    last_bus = layout.ecam.size // MIB - 1
+    return table(b"MCFG", 1, bytes(8) + struct.pack("<QHBBI", layout.ecam.start, 0, 0, last_bus, 0))
+
+
+def _pci_root(layout: Layout) -> bytes:
+    buses = layout.ecam.size // MIB
+    config_end = ports.PCI_CONFIG_BASE + ports.PCI_CONFIG_SIZE
+    windows = [
+        aml.bus_numbers(0, buses),
+        aml.io(ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE),
+        aml.io_window(0, ports.PCI_CONFIG_BASE),
+        aml.io_window(config_end, 0x10000 - config_end),
+        aml.memory_window(layout.mmio32.start, layout.mmio32.size),
+    ]
+    if layout.mmio64.size:
+        windows.append(aml.memory_window(layout.mmio64.start, layout.mmio64.size))
+    routes = [
+        aml.package(
+            aml.integer(number << 16 | 0xFFFF),
+            aml.integer(pin),
+            aml.ZERO,
+            aml.integer(ports.intx_gsi(number, pin)),
+        )
+        for number in range(32)
+        for pin in range(4)
+    ]
+    return aml.device(
+        "PC00",
+        aml.name("_HID", aml.eisa_id("PNP0A08")),
+        aml.name("_CID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", aml.ZERO),
+        aml.name("_SEG", aml.ZERO),
+        aml.name("_BBN", aml.ZERO),
+        aml.name("_CRS", aml.resources(*windows)),
+        aml.name("_PRT", aml.package(*routes)),
+        _osc(),
+    )
+
+
+def _osc() -> bytes:
+    """Operating System Capabilities of the PCI host bridge: hand over ``OSC_GRANTED``, keep the rest."""
+    status, control = aml.name_string("CDW1"), aml.name_string("CDW3")
+    wanted = aml.local(0)
+    granted = aml.if_(
+        aml.equal(aml.arg(0), aml.uuid_buffer(PCI_HOST_UUID)),
+        aml.dword_field(aml.arg(3), 8, "CDW3"),
+        aml.store(control, wanted),
+        aml.and_(control, aml.integer(OSC_GRANTED), control),
+        aml.if_(aml.not_equal(control, wanted), aml.or_(status, aml.integer(0x10), status)),
+        aml.if_(aml.not_equal(aml.arg(1), aml.ONE), aml.or_(status, aml.integer(0x08), status)),
+    )
+    unknown = aml.else_(aml.or_(status, aml.integer(0x04), status))
+    body = (aml.dword_field(aml.arg(3), 0, "CDW1"), granted, unknown, aml.return_(aml.arg(3)))
+    return aml.method("_OSC", 4, *body, serialized=True)
+
+
+def _serial(number: int, line: ports.SerialLine) -> bytes:
+    return aml.device(
+        f"COM{number}",
+        aml.name("_HID", aml.eisa_id("PNP0501")),
+        aml.name("_UID", aml.integer(number)),
+        aml.name("_CRS", aml.resources(aml.io(line.port, ports.SERIAL_PORTS), aml.irq_edge(line.irq))),
+    )
+
+
+def dsdt(layout: Layout) -> bytes:
+    r"""Differentiated System Description Table: the PCI root, the motherboard's ranges, COM1 to COM4, ``\_S5``."""
+    board = aml.device(
+        "MBRD",
+        aml.name("_HID", aml.eisa_id("PNP0C02")),
+        aml.name("_UID", aml.ZERO),
+        aml.name(
+            "_CRS",
+            aml.resources(
+                aml.memory32_fixed(layout.ecam.start, layout.ecam.size),
+                aml.io(ports.POWER_BASE, ports.POWER_SIZE),
+            ),
+        ),
+    )
+    serial = [_serial(number, line) for number, line in enumerate(ports.SERIAL_LINES, 1)]
+    sleep = aml.name("\\_S5", aml.package(aml.integer(ports.S5_TYPE), aml.ZERO))
+    return table(b"DSDT", 2, aml.scope("\\_SB", _pci_root(layout), board, *serial) + sleep)
+
+
+def rsdp(xsdt: int) -> bytes:
+    """Root System Description Pointer, revision 2: XSDT only."""
+    head = bytearray(struct.pack("<8sB6sBI", b"RSD PTR ", 0, OEM_ID, 2, 0))
+    head[8] = _checksum(head)
+    whole = bytearray(bytes(head) + struct.pack("<IQB3x", 36, xsdt, 0))
+    whole[32] = _checksum(whole)
+    return bytes(whole)
+
+
+def build_tables(layout: Layout, cpus: int) -> AcpiTables:
+    """All tables of a machine with ``cpus`` CPUs, placed in ``TABLES_BASE``-``TABLES_END`` and at ``RSDP_BASE``.
+
+    Raises ``LayoutError`` if they do not fit there.
+    """
+    placed: list[tuple[int, bytes]] = []
+    at = TABLES_BASE
+
+    def place(data: bytes) -> int:
+        nonlocal at
+        start, at = at, (at + len(data) + 15) & ~15
+        if at > TABLES_END:
+            raise LayoutError(f"the ACPI tables for {cpus} CPUs need more than {TABLES_END - TABLES_BASE} bytes")
+        placed.append((start, data))
+        return start
+
+    dsdt_at = place(dsdt(layout))
+    others = [place(fadt(dsdt_at)), place(madt(cpus)), place(mcfg(layout))]
+    xsdt_at = place(table(b"XSDT", 1, struct.pack(f"<{len(others)}Q", *others)))
+    placed.append((RSDP_BASE, rsdp(xsdt_at)))
+    return AcpiTables(tuple(placed), RSDP_BASE)

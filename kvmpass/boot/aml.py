@@ -1,0 +1,185 @@
+"""A small encoder of AML, the byte code of ACPI tables (ACPI 6.5, chapter 20; resources: section 6.4).
+
+Only the terms that our DSDT needs. Every function returns the encoded bytes of its term, so that nesting calls
+builds a tree. Names are paths as ASL writes them, at most two segments long.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Final
+
+ZERO: Final = b"\x00"
+ONE: Final = b"\x01"
+ONES: Final = b"\xff"
+
+
+def name_string(path: str) -> bytes:
+    r"""A NameString: optional ``\`` or ``^``, then one or two segments of up to four characters."""
+    prefix = ""
+    while path and path[0] in "\\^":
+        prefix, path = prefix + path[0], path[1:]
+    segments = [segment.ljust(4, "_") for segment in path.split(".")] if path else []
+    if len(segments) > 2 or any(len(segment) != 4 for segment in segments):
+        raise ValueError(f"not a name this encoder knows: {path!r}")
+    body = "".join(segments).encode("ascii")
+    if not segments:
+        body = b"\x00"
+    elif len(segments) == 2:
+        body = b"\x2e" + body
+    return prefix.encode("ascii") + body
+
+
+def pkg_length(size: int) -> bytes:
+    """The PkgLength of a package whose content is ``size`` bytes; the length counts its own bytes."""
+    if size + 1 < 0x40:
+        return bytes([size + 1])
+    for extra in (1, 2, 3):
+        total = size + 1 + extra
+        if total < 1 << (4 + 8 * extra):
+            return bytes([extra << 6 | total & 0xF]) + (total >> 4).to_bytes(extra, "little")
+    raise ValueError(f"AML package of {size} bytes is too long")
+
+
+def _package(opcode: bytes, content: bytes) -> bytes:
+    return opcode + pkg_length(len(content)) + content
+
+
+def integer(value: int) -> bytes:
+    """The shortest encoding of an unsigned integer of up to 64 bits."""
+    if value in (0, 1):
+        return bytes([value])
+    for prefix, size in ((0x0A, 1), (0x0B, 2), (0x0C, 4), (0x0E, 8)):
+        if value < 1 << 8 * size:
+            return bytes([prefix]) + value.to_bytes(size, "little")
+    raise ValueError(f"{value:#x} needs more than 64 bits")
+
+
+def string(text: str) -> bytes:
+    return b"\x0d" + text.encode("ascii") + b"\x00"
+
+
+def eisa_id(text: str) -> bytes:
+    """A compressed EISA identifier such as ``PNP0A08`` (ACPI 6.5, section 19.3.4)."""
+    letters = [ord(letter) - 0x40 for letter in text[:3]]
+    packed = letters[0] << 26 | letters[1] << 21 | letters[2] << 16 | int(text[3:], 16)
+    return b"\x0c" + packed.to_bytes(4, "big")
+
+
+def buffer(data: bytes) -> bytes:
+    return _package(b"\x11", integer(len(data)) + data)
+
+
+def uuid_buffer(text: str) -> bytes:
+    """What ASL's ``ToUUID`` makes: 16 bytes, the first three fields little-endian."""
+    return buffer(uuid.UUID(text).bytes_le)
+
+
+def package(*elements: bytes) -> bytes:
+    return _package(b"\x12", bytes([len(elements)]) + b"".join(elements))
+
+
+def name(path: str, value: bytes) -> bytes:
+    return b"\x08" + name_string(path) + value
+
+
+def scope(path: str, *terms: bytes) -> bytes:
+    return _package(b"\x10", name_string(path) + b"".join(terms))
+
+
+def device(path: str, *terms: bytes) -> bytes:
+    return _package(b"\x5b\x82", name_string(path) + b"".join(terms))
+
+
+def method(path: str, arguments: int, *terms: bytes, serialized: bool = False) -> bytes:
+    flags = arguments | (0x08 if serialized else 0)
+    return _package(b"\x14", name_string(path) + bytes([flags]) + b"".join(terms))
+
+
+def arg(number: int) -> bytes:
+    return bytes([0x68 + number])
+
+
+def local(number: int) -> bytes:
+    return bytes([0x60 + number])
+
+
+def store(value: bytes, target: bytes) -> bytes:
+    return b"\x70" + value + target
+
+
+def and_(left: bytes, right: bytes, target: bytes = ZERO) -> bytes:
+    return b"\x7b" + left + right + target
+
+
+def or_(left: bytes, right: bytes, target: bytes = ZERO) -> bytes:
+    return b"\x7d" + left + right + target
+
+
+def equal(left: bytes, right: bytes) -> bytes:
+    return b"\x93" + left + right
+
+
+def not_equal(left: bytes, right: bytes) -> bytes:
+    return b"\x92" + equal(left, right)
+
+
+def if_(condition: bytes, *terms: bytes) -> bytes:
+    return _package(b"\xa0", condition + b"".join(terms))
+
+
+def else_(*terms: bytes) -> bytes:
+    return _package(b"\xa1", b"".join(terms))
+
+
+def return_(value: bytes) -> bytes:
+    return b"\xa4" + value
+
+
+def dword_field(source: bytes, offset: int, path: str) -> bytes:
+    """``CreateDWordField (source, offset, path)``; ``offset`` in bytes."""
+    return b"\x8a" + source + integer(offset) + name_string(path)
+
+
+# --- resource descriptors
+
+
+def resources(*descriptors: bytes) -> bytes:
+    """A ``ResourceTemplate``: the descriptors in a buffer, closed by an end tag without a checksum."""
+    return buffer(b"".join(descriptors) + b"\x79\x00")
+
+
+def io(base: int, size: int) -> bytes:
+    """Fixed ports, 16-bit decoding."""
+    return b"\x47\x01" + base.to_bytes(2, "little") * 2 + bytes([1, size])
+
+
+def irq_edge(line: int) -> bytes:
+    """One edge-triggered, active-high, exclusive interrupt line below 16."""
+    return b"\x22" + (1 << line).to_bytes(2, "little")
+
+
+def memory32_fixed(base: int, size: int, writable: bool = True) -> bytes:
+    return b"\x86\x09\x00" + bytes([writable]) + base.to_bytes(4, "little") + size.to_bytes(4, "little")
+
+
+def _address_space(kind: int, specific: int, base: int, size: int, width: int) -> bytes:
+    tag = {2: 0x88, 4: 0x87, 8: 0x8A}[width]
+    # Producer, positive decoding, both ends fixed.
+    body = bytes([kind, 0x0C, specific])
+    for value in (0, base, base + size - 1, 0, size):
+        body += value.to_bytes(width, "little")
+    return bytes([tag]) + len(body).to_bytes(2, "little") + body
+
+
+def bus_numbers(first: int, count: int) -> bytes:
+    return _address_space(2, 0, first, count, 2)
+
+
+def io_window(base: int, size: int) -> bytes:
+    return _address_space(1, 3, base, size, 2)
+
+
+def memory_window(base: int, size: int) -> bytes:
+    """A window for BARs, not cacheable and writable: 32 bits wide if it ends below 4 GiB, else 64."""
+    return _address_space(0, 1, base, size, 4 if base + size <= 1 << 32 else 8)

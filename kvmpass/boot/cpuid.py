@@ -1,0 +1,106 @@
+"""The guest's CPUID: what KVM supports, with this machine's topology (AMD APM volume 3, appendix E).
+
+One socket, ``cpus`` cores, one thread each; APIC id == CPU number. Everything KVM reports and that says nothing about
+topology stays as it is, KVM's own leaves (Documentation/virt/kvm/x86/cpuid.rst) among it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kvmpass.errors import HostNotReady
+from kvmpass.kvm.types import CpuidEntry
+
+SIGNIFICANT_INDEX = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+
+KVM_SIGNATURE_LEAF = 0x4000_0000
+KVM_SIGNATURE = b"KVMKVMKVM\0\0\0"
+
+X2APIC, TSC_DEADLINE, HYPERVISOR = 1 << 21, 1 << 24, 1 << 31  # 1.ECX
+HTT = 1 << 28  # 1.EDX: more than one logical processor
+ARAT = 1 << 2  # 6.EAX: the APIC timer never stops
+CMP_LEGACY, SVM, NODEID_MSR = 1 << 1, 1 << 2, 1 << 19  # 8000_0001.ECX
+
+# Leaves that describe the host's topology, or things a guest of ours does not have: nested SVM, encrypted memory.
+# The topology leaves are made anew or fall back to ones that are: 8000_0026 and 1F extend B, which we write.
+DROPPED = frozenset({0x0B, 0x1F, 0x8000_001E, 0x8000_001F, 0x8000_0026})
+SVM_LEAF = 0x8000_000A
+
+
+def guest_cpuid(
+    supported: Sequence[CpuidEntry],
+    *,
+    cpu: int,
+    cpus: int,
+    phys_bits: int | None = None,
+    nested: bool = False,
+) -> list[CpuidEntry]:
+    """The entries for KVM_SET_CPUID2 of CPU ``cpu`` of ``cpus``, from what KVM_GET_SUPPORTED_CPUID returned.
+
+    ``phys_bits`` narrows the guest's physical address width (never widens it). ``nested`` leaves SVM in.
+
+    The TSC-deadline timer is announced although KVM_GET_SUPPORTED_CPUID never lists it: KVM_CAP_TSC_DEADLINE_TIMER
+    and an in-kernel APIC are the caller's part. Raises ``HostNotReady`` if the list lacks KVM's signature.
+    """
+    width = (cpus - 1).bit_length()
+    leaves = {(entry.function, entry.index): entry for entry in supported if entry.function not in DROPPED}
+    if (KVM_SIGNATURE_LEAF, 0) not in leaves or (1, 0) not in leaves:
+        raise HostNotReady("KVM reports no CPUID leaves of its own: this is no KVM that Linux would recognise")
+    if not nested:
+        leaves.pop((SVM_LEAF, 0), None)
+
+    def update(function: int, **registers: int) -> None:
+        entry = leaves.get((function, 0))
+        if entry is not None:
+            leaves[function, 0] = replace(entry, **registers)
+
+    first = leaves[1, 0]
+    update(
+        1,
+        ebx=first.ebx & 0xFFFF | min(cpus, 255) << 16 | (cpu & 0xFF) << 24,
+        ecx=first.ecx | X2APIC | TSC_DEADLINE | HYPERVISOR,
+        edx=first.edx | HTT if cpus > 1 else first.edx & ~HTT,
+    )
+    if (6, 0) in leaves:
+        update(6, eax=leaves[6, 0].eax | ARAT)
+    else:
+        leaves[6, 0] = CpuidEntry(6, 0, 0, ARAT, 0, 0, 0)
+    for index, registers in enumerate(((0, 1, 0x100), (width, cpus, 0x201), (0, 0, 2))):
+        eax, ebx, ecx = registers
+        leaves[0xB, index] = CpuidEntry(0xB, index, SIGNIFICANT_INDEX, eax, ebx, ecx, cpu)
+    for key in [key for key in leaves if key[0] in (4, 0x8000_001D)]:
+        leaves[key] = _cache(leaves[key], cpus, width)
+
+    extended = leaves.get((0x8000_0001, 0))
+    if extended is not None:
+        hidden = NODEID_MSR | CMP_LEGACY | (0 if nested else SVM)
+        update(0x8000_0001, ecx=extended.ecx & ~hidden | (CMP_LEGACY if cpus > 1 else 0))
+    sizes = leaves.get((0x8000_0008, 0))
+    if sizes is not None:
+        bits = sizes.eax & 0xFF
+        update(
+            0x8000_0008,
+            eax=sizes.eax & ~0xFF | min(bits, phys_bits or bits),
+            ecx=sizes.ecx & ~0xF0FF | min(cpus - 1, 255) | width << 12,
+        )
+    highest = leaves.get((0x8000_0000, 0))
+    if highest is not None and highest.eax >= 0x8000_001E:
+        # Core id, one thread in it; node 0 of one.
+        leaves[0x8000_001E, 0] = CpuidEntry(0x8000_001E, 0, 0, cpu, cpu & 0xFF, 0, 0)
+    top = leaves.get((0, 0))
+    if top is not None:
+        update(0, eax=max(top.eax, 0xB))
+    return [leaves[key] for key in sorted(leaves)]
+
+
+def _cache(entry: CpuidEntry, cpus: int, width: int) -> CpuidEntry:
+    """One cache of leaf 4 or 8000_001D: the third level is everyone's, the others belong to a core."""
+    level = entry.eax >> 5 & 7
+    if not entry.eax & 0x1F:
+        return entry
+    sharing = min(cpus, 4096) - 1 if level >= 3 else 0
+    eax = entry.eax & 0x3FFF | sharing << 14
+    if entry.function == 4:
+        eax |= min((1 << width) - 1, 63) << 26
+    return replace(entry, eax=eax)

@@ -1,0 +1,263 @@
+"""Linux by the 64-bit boot protocol, from a bzImage (Documentation/arch/x86/boot.rst).
+
+Guest-physical memory before the first instruction, below 1 MiB::
+
+    0x06000  GDT                    0x20000  command line
+    0x07000  boot_params            0xe0000  ACPI tables (kvmpass.boot.acpi)
+    0x09000  page tables            0xf0000  RSDP
+
+The kernel goes where it prefers to run (16 MiB as a rule), the initrd as high as it may in the RAM below 4 GiB.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self
+
+from kvmpass.boot.e820 import TABLE_LIMIT, E820Entry, E820Type
+from kvmpass.errors import BadKernel, NotEnoughMemory
+from kvmpass.layout import GIB, MIB, PAGE, Range
+
+GDT_BASE = 0x6000
+BOOT_PARAMS = 0x7000
+PAGE_TABLES = 0x9000  # PML4, PDPT, four page directories: 6 pages
+CMDLINE_BASE, CMDLINE_END = 0x20000, 0x30000
+
+CODE_SELECTOR, DATA_SELECTOR = 0x10, 0x18  # __BOOT_CS, __BOOT_DS
+# null, unused, 64-bit code (execute/read), data (read/write); both flat, 4 KiB granular, present, accessed.
+GDT = (0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
+
+ENTRY_64 = 0x200  # startup_64, from the start of the protected-mode code
+MINIMUM_PROTOCOL = 0x20C
+XLF_KERNEL_64 = 1 << 0
+XLF_CAN_BE_LOADED_ABOVE_4G = 1 << 1
+LOADED_HIGH, QUIET = 1 << 0, 1 << 5
+LOADER_UNDEFINED = 0xFF
+
+HEADER_START, HEADER_JUMP = 0x1F1, 0x200
+_WANTED = "Give a bzImage of a 64-bit x86 kernel, such as /boot/vmlinuz-$(uname -r)."
+
+
+class GuestWrites(Protocol):
+    """Guest memory as far as loading needs it. Raises for addresses outside RAM."""
+
+    def write(self, gpa: int, data: bytes | memoryview, /) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinuxEntry:
+    """The first CPU's state at startup_64: 64-bit mode, paging on with memory identity-mapped below 4 GiB.
+
+    ``rsi`` is the address of boot_params. Interrupts must be off. ``gdt_limit`` is the last byte's offset.
+    """
+
+    rip: int
+    rsi: int
+    cr3: int
+    gdt_base: int
+    gdt_limit: int
+    code_selector: int = CODE_SELECTOR
+    data_selector: int = DATA_SELECTOR
+
+
+@dataclass(frozen=True, slots=True)
+class KernelImage:
+    """A bzImage and the fields of its setup header that loading needs. ``path`` is for messages."""
+
+    path: str
+    header: bytes  # the setup header, from file offset HEADER_START to its end
+    payload: bytes  # the protected-mode code
+    protocol: int
+    preferred: int  # pref_address
+    init_size: int  # bytes from the load address on that the kernel uses before it reads the memory map
+    alignment: int
+    relocatable: bool
+    initrd_max: int  # highest address an initrd may have
+    cmdline_max: int  # bytes, without the terminating zero
+    version: str  # e.g. "6.1.0-28-amd64 (…) #1 SMP …"; empty if the file has none
+
+    @property
+    def release(self) -> str:
+        """What ``uname -r`` will say in the guest; empty if the file does not tell."""
+        return self.version.split(" ", 1)[0]
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read and check a kernel. Raises ``BadKernel``, or the ``OSError`` of reading the file."""
+        return cls.parse(Path(path).read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, data: bytes, path: str = "kernel") -> Self:
+        """Check the bytes of a bzImage. Raises ``BadKernel`` with the reason."""
+
+        def bad(reason: str) -> BadKernel:
+            return BadKernel(f"{path}: {reason}", _WANTED)
+
+        if data[:4] == b"\x7fELF":
+            raise bad("an ELF file (vmlinux?), not a bzImage")
+        if len(data) < 0x268:
+            raise bad(f"too short for a kernel: {len(data)} bytes")
+        if data[0x202:0x206] != b"HdrS" or data[0x1FE:0x200] != b"\x55\xaa":
+            raise bad("no Linux boot header")
+        (protocol,) = struct.unpack_from("<H", data, 0x206)
+        if protocol < MINIMUM_PROTOCOL:
+            raise bad(f"boot protocol {protocol >> 8}.{protocol & 0xFF:02}, 2.12 or later is needed")
+        (xloadflags,) = struct.unpack_from("<H", data, 0x236)
+        if not data[0x211] & LOADED_HIGH:
+            raise bad("a zImage, loaded low")
+        if not xloadflags & XLF_KERNEL_64:
+            raise bad("a 32-bit kernel: it has no 64-bit entry point")
+        header_end = 0x202 + data[0x201]
+        if not 0x268 <= header_end <= 0x290:
+            raise bad(f"a setup header that ends at {header_end:#x}")
+        start = ((data[HEADER_START] or 4) + 1) * 512
+        (paragraphs,) = struct.unpack_from("<I", data, 0x1F4)
+        payload = data[start:]
+        # The field counts 16-byte units, rounded up.
+        if len(payload) <= ENTRY_64 or len(payload) + 16 <= paragraphs * 16:
+            raise bad(f"truncated: {len(payload)} of {paragraphs * 16} bytes of code")
+        (initrd_max, alignment) = struct.unpack_from("<II", data, 0x22C)
+        (cmdline_max,) = struct.unpack_from("<I", data, 0x238)
+        (preferred, init_size) = struct.unpack_from("<QI", data, 0x258)
+        if alignment & (alignment - 1) or not alignment:
+            raise bad(f"kernel_alignment is {alignment:#x}, not a power of two")
+        if init_size < len(payload):
+            raise bad(f"init_size is {init_size:#x}, less than the code's {len(payload):#x}")
+        return cls(
+            path,
+            data[HEADER_START:header_end],
+            payload,
+            protocol,
+            preferred,
+            init_size,
+            alignment,
+            bool(data[0x234]),
+            initrd_max,
+            cmdline_max,
+            _version(data, start),
+        )
+
+
+def _version(data: bytes, setup_size: int) -> str:
+    """The text that ``kernel_version`` points to, at most 1 KiB."""
+    (pointer,) = struct.unpack_from("<H", data, 0x20E)
+    if not pointer or pointer + 0x200 >= setup_size:
+        return ""
+    return data[pointer + 0x200 : pointer + 0x600].split(b"\0", 1)[0].decode("latin-1")
+
+
+def _align_up(value: int, alignment: int) -> int:
+    return (value + alignment - 1) & -alignment
+
+
+def place_kernel(kernel: KernelImage, ram: Sequence[Range]) -> Range:
+    """Where the kernel runs: its preferred address, else the lowest aligned one from 1 MiB on, below 4 GiB.
+
+    Raises ``NotEnoughMemory`` if no range of ``ram`` holds ``init_size`` bytes there.
+    """
+    candidates = [kernel.preferred]
+    if kernel.relocatable:
+        candidates += [_align_up(max(part.start, MIB), kernel.alignment) for part in ram]
+    for start in candidates:
+        wanted = Range(start, kernel.init_size)
+        if wanted.end <= 4 * GIB and any(part.contains(wanted) for part in ram):
+            return wanted
+    low = max((part.size for part in ram), default=0) // MIB
+    need = (kernel.preferred + kernel.init_size + MIB - 1) // MIB
+    raise NotEnoughMemory(
+        f"{kernel.path} needs {kernel.init_size // MIB} MiB of guest memory from {kernel.preferred:#x} on; "
+        f"the largest range has {low} MiB",
+        f"Give the guest {need} MiB or more.",
+    )
+
+
+def place_initrd(kernel: KernelImage, code: Range, size: int, ram: Sequence[Range]) -> Range:
+    """Page-aligned, as high as RAM below 4 GiB and the kernel's own limit allow, clear of ``code``.
+
+    Raises ``NotEnoughMemory``.
+    """
+    limit = min(kernel.initrd_max + 1, 4 * GIB)
+    for part in sorted(ram, reverse=True):
+        # Below the kernel only the first MiB is spoken for, and E820 leaves that out of `part`.
+        for floor, top in ((max(part.start, code.end), part.end), (part.start, min(part.end, code.start))):
+            start = (min(top, limit) - size) & -PAGE
+            if start >= max(floor, MIB):
+                return Range(start, size)
+    available = sum(part.size for part in ram if part.start < limit) // MIB
+    raise NotEnoughMemory(
+        f"an initrd of {(size + MIB - 1) // MIB} MiB does not fit beside the kernel ({kernel.init_size // MIB} MiB) "
+        f"in {available} MiB of guest memory below {limit:#x}",
+        "Give the guest more memory, or copy less into it.",
+    )
+
+
+def page_tables(base: int = PAGE_TABLES) -> bytes:
+    """PML4, PDPT and four page directories that map the first 4 GiB to themselves in 2 MiB pages."""
+    present_writable = 0x3
+    pml4 = [base + PAGE | present_writable] + [0] * 511
+    pdpt = [base + (2 + index) * PAGE | present_writable for index in range(4)] + [0] * 508
+    directories = [index * 2 * MIB | present_writable | 0x80 for index in range(4 * 512)]
+    return struct.pack(f"<{6 * 512}Q", *pml4, *pdpt, *directories)
+
+
+def boot_params(kernel: KernelImage, code: Range, initrd: Range, e820: Sequence[E820Entry], rsdp: int) -> bytes:
+    """The 4 KiB ``struct boot_params``: zero but for the setup header and what the loader must fill in."""
+    page = bytearray(PAGE)
+    page[HEADER_START : HEADER_START + len(kernel.header)] = kernel.header
+    page[0x210] = LOADER_UNDEFINED
+    page[0x211] &= ~QUIET & 0xFF
+    struct.pack_into("<I", page, 0x214, code.start)
+    struct.pack_into("<II", page, 0x218, initrd.start if initrd.size else 0, initrd.size)
+    struct.pack_into("<I", page, 0x228, CMDLINE_BASE)
+    struct.pack_into("<Q", page, 0x070, rsdp)
+    page[0x1E8] = len(e820)
+    page[0x2D0 : 0x2D0 + 20 * len(e820)] = b"".join(entry.pack() for entry in e820)
+    return bytes(page)
+
+
+def load_linux(
+    memory: GuestWrites,
+    kernel: KernelImage,
+    *,
+    initrd: bytes | memoryview | None,
+    cmdline: str,
+    e820: Sequence[E820Entry],
+    rsdp: int,
+) -> LinuxEntry:
+    """Write the kernel and all that it expects into guest memory; return the first CPU's state.
+
+    ``rsdp`` is the RSDP's guest-physical address; the ACPI tables are written by the caller. The memory written to
+    must be zero before: a fresh machine's is.
+
+    Raises ``BadKernel`` if the kernel takes no such command line, ``NotEnoughMemory`` if something does not fit.
+    """
+    text = cmdline.encode("utf-8", "surrogateescape")
+    limit = min(kernel.cmdline_max, CMDLINE_END - CMDLINE_BASE - 1)
+    if len(text) > limit:
+        raise BadKernel(f"a command line of {len(text)} bytes; {kernel.path} takes {limit}")
+    if b"\0" in text:
+        raise BadKernel("a kernel command line cannot contain a zero byte")
+    if len(e820) > TABLE_LIMIT:
+        raise BadKernel(f"a memory map of {len(e820)} ranges; the boot protocol takes {TABLE_LIMIT}")
+    ram = [entry.range for entry in e820 if entry.type is E820Type.USABLE]
+    code = place_kernel(kernel, ram)
+    image = initrd or b""
+    place = place_initrd(kernel, code, len(image), ram) if image else Range(0, 0)
+
+    memory.write(GDT_BASE, struct.pack(f"<{len(GDT)}Q", *GDT))
+    memory.write(PAGE_TABLES, page_tables())
+    memory.write(CMDLINE_BASE, text + b"\0")
+    memory.write(BOOT_PARAMS, boot_params(kernel, code, place, e820, rsdp))
+    memory.write(code.start, kernel.payload)
+    if image:
+        memory.write(place.start, image)
+    return LinuxEntry(
+        rip=code.start + ENTRY_64,
+        rsi=BOOT_PARAMS,
+        cr3=PAGE_TABLES,
+        gdt_base=GDT_BASE,
+        gdt_limit=len(GDT) * 8 - 1,
+    )

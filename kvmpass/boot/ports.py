@@ -1,0 +1,45 @@
+"""The fixed resources of the guest's board: port numbers and interrupt lines, each in one place.
+
+What the ACPI tables announce and what the machine puts on its port bus must agree; both read it here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SERIAL_PORTS = 8  # registers, one port each
+
+
+class SerialLine(NamedTuple):
+    """One 16550: its first port and its interrupt line (GSI, edge-triggered)."""
+
+    port: int
+    irq: int
+
+
+# The PC's bases for COM1 to COM4, which Linux names ttyS0 to ttyS3. An edge-triggered line cannot be shared, so
+# COM3 and COM4 have lines of their own instead of the PC's 4 and 3.
+SERIAL_LINES = (SerialLine(0x3F8, 4), SerialLine(0x2F8, 3), SerialLine(0x3E8, 10), SerialLine(0x2E8, 11))
+
+# One block of ports for power and reset, clear of PCI's 0xcf8-0xcff (so of 0xcf9, too).
+POWER_BASE, POWER_SIZE = 0x600, 8
+SLEEP_CONTROL = 0x600
+SLEEP_STATUS = 0x601
+RESET = 0x604
+RESET_VALUE = 0x06
+S5_TYPE = 5  # the SLP_TYP that the DSDT's \\_S5 names
+
+PCI_CONFIG_BASE, PCI_CONFIG_SIZE = 0xCF8, 8
+
+# INTx lines: the interrupt inputs of KVM's IOAPIC that no ISA interrupt uses.
+INTX_FIRST, INTX_COUNT = 16, 8
+IOAPIC_PINS = 24
+
+# Where the PC's firmware looks for the reason of a reset; Linux writes it in native_machine_emergency_restart().
+WARM_RESET_WORD = 0x472
+WARM_RESET_MAGIC = 0x1234
+
+
+def intx_gsi(device: int, pin: int) -> int:
+    """The GSI of an INTx pin (``pin`` 0 is INTA) of device number ``device`` on bus 0; the DSDT's ``_PRT``."""
+    return INTX_FIRST + (device + pin) % INTX_COUNT

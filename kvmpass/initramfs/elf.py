@@ -1,0 +1,178 @@
+"""What an ELF file asks of the dynamic linker, and where that finds it (ELF gABI; ld.so(8)).
+
+Libraries that a program opens by itself while it runs (dlopen: NSS, gconv, plug-ins) are not found this way.
+"""
+
+from __future__ import annotations
+
+import os.path
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from kvmpass.errors import KvmpassError
+
+MAGIC = b"\x7fELF"
+PT_LOAD, PT_DYNAMIC, PT_INTERP = 1, 2, 3
+DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
+
+DEFAULT_DIRECTORIES = ("/lib64", "/usr/lib64", "/lib", "/usr/lib")
+
+
+@dataclass(frozen=True, slots=True)
+class Dynamic:
+    """``interpreter`` is the program's dynamic linker (``None`` for a library or a static program)."""
+
+    interpreter: str | None
+    needed: tuple[str, ...]
+    search: tuple[str, ...]  # RUNPATH, or RPATH, with $ORIGIN not yet replaced
+
+
+def is_elf(data: bytes) -> bool:
+    """64-bit, little-endian, for x86-64: what the guest can run."""
+    return data[:6] == MAGIC + b"\x02\x01" and data[18:20] == b"\x3e\x00"
+
+
+def _text(data: bytes, offset: int) -> str:
+    return data[offset : data.index(b"\0", offset)].decode("utf-8", "surrogateescape")
+
+
+def dynamic(data: bytes) -> Dynamic:
+    """Read the dynamic section. Raises ``ValueError`` for a broken file."""
+    try:
+        return _dynamic(data)
+    except (IndexError, struct.error, StopIteration) as error:
+        raise ValueError("a broken ELF file") from error
+
+
+def _dynamic(data: bytes) -> Dynamic:
+    (offset,) = struct.unpack_from("<Q", data, 0x20)
+    size, count = struct.unpack_from("<HH", data, 0x36)
+    interpreter = None
+    loads: list[tuple[int, int, int]] = []
+    section = (0, 0)
+    for index in range(count):
+        kind, _, at, address, _, length = struct.unpack_from("<IIQQQQ", data, offset + index * size)
+        if kind == PT_LOAD:
+            loads.append((address, at, length))
+        elif kind == PT_DYNAMIC:
+            section = (at, length)
+        elif kind == PT_INTERP:
+            interpreter = _text(data, at)
+    tags: list[tuple[int, int]] = []
+    for at in range(section[0], section[0] + section[1], 16):
+        tag, value = struct.unpack_from("<QQ", data, at)
+        if not tag:
+            break
+        tags.append((tag, value))
+    strings = next((value for tag, value in tags if tag == DT_STRTAB), None)
+    if strings is None:
+        return Dynamic(interpreter, (), ())
+    base = next(strings - start + at for start, at, length in loads if start <= strings < start + length)
+    by_tag = {
+        wanted: [_text(data, base + value) for tag, value in tags if tag == wanted]
+        for wanted in (DT_NEEDED, DT_RPATH, DT_RUNPATH)
+    }
+    paths = by_tag[DT_RUNPATH] or by_tag[DT_RPATH]
+    search = tuple(part for path in paths for part in path.split(":") if part)
+    return Dynamic(interpreter, tuple(by_tag[DT_NEEDED]), search)
+
+
+def _configured(path: Path) -> Iterator[str]:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        words = line.split("#", 1)[0].split()
+        if len(words) > 1 and words[0] == "include":
+            for pattern in words[1:]:
+                for included in sorted(Path("/").glob(pattern.lstrip("/"))):
+                    yield from _configured(included)
+        elif words:
+            yield words[0]
+
+
+@lru_cache(maxsize=1)
+def library_directories() -> tuple[str, ...]:
+    """Where this host's dynamic linker looks: /etc/ld.so.conf, then the built-in directories."""
+    return tuple(dict.fromkeys([*_configured(Path("/etc/ld.so.conf")), *DEFAULT_DIRECTORIES]))
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A file on the host, and the path under which the guest's dynamic linker will look for it."""
+
+    host: Path
+    guest: str
+
+
+def _origin(part: str, directory: str) -> str:
+    return os.path.normpath(part.replace("${ORIGIN}", directory).replace("$ORIGIN", directory))
+
+
+def find_library(name: str, search: tuple[tuple[str, Located], ...]) -> Located | None:
+    """The file that the dynamic linker would load for ``name``.
+
+    ``search`` is the run paths to look in, each with the file that brought it: ``$ORIGIN`` is that file's directory.
+    """
+    if "/" in name:
+        return Located(Path(name), name) if Path(name).is_file() else None
+    places: list[tuple[str, str]] = []
+    for part, owner in search:
+        guest_directory = str(Path(owner.guest).parent)
+        places.append((_origin(part, str(owner.host.resolve().parent)), _origin(part, guest_directory)))
+    places += [(directory, directory) for directory in library_directories()]
+    for host, guest in places:
+        candidate = Path(host, name)
+        try:
+            with candidate.open("rb") as file:
+                if is_elf(file.read(20)):
+                    return Located(candidate, f"{guest}/{name}")
+        except OSError:
+            continue
+    return None
+
+
+def closure(path: Path, data: bytes, guest: str) -> dict[str, bytes]:
+    """Everything that has to be in the guest for the ELF file ``path``, there at ``guest``, to start.
+
+    Guest paths and contents; the file itself is not among them. Raises ``ValueError`` for a broken ELF file, and
+    ``KvmpassError`` that names a library which this host does not have.
+    """
+    found: dict[str, bytes] = {}
+    todo: list[tuple[Located, bytes, tuple[tuple[str, Located], ...]]] = [(Located(path, guest), data, ())]
+    while todo:
+        current, content, inherited = todo.pop()
+        wants = dynamic(content)
+        search = (*((part, current) for part in wants.search), *inherited)
+        targets: list[Located] = []
+        for name in wants.needed:
+            located = find_library(name, search)
+            if located is None:
+                raise KvmpassError(f"{current.host} needs {name}, which is not on this host")
+            targets.append(located)
+        if wants.interpreter is not None:
+            targets.append(Located(Path(wants.interpreter), wants.interpreter))
+        for target in targets:
+            if target.guest not in found:
+                found[target.guest] = target.host.read_bytes()
+                todo.append((target, found[target.guest], search))
+    return found
+
+
+def section(data: bytes, wanted: str) -> bytes:
+    """The content of a section by name; empty if there is none. Raises ``ValueError`` for a broken file."""
+    try:
+        (offset,) = struct.unpack_from("<Q", data, 0x28)
+        size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
+        headers = [struct.unpack_from("<IIQQQQ", data, offset + index * size) for index in range(count)]
+        names = headers[names_index][4] if headers else 0
+        for header in headers:
+            if _text(data, names + header[0]) == wanted:
+                return data[header[4] : header[4] + header[5]]
+    except (IndexError, struct.error) as error:
+        raise ValueError("a broken ELF file") from error
+    return b""

@@ -1,0 +1,108 @@
+"""``--copy SRC:DST``: files of the host in the guest, with what they need to run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from kvmpass.errors import KvmpassError
+from kvmpass.initramfs import elf
+from kvmpass.initramfs.cpio import Node, Tree
+
+# What busybox brings under the names that scripts use.
+BUSYBOX_INTERPRETERS = frozenset(
+    f"{directory}/{name}" for directory in ("/bin", "/usr/bin") for name in ("sh", "ash", "env", "awk", "sed")
+)
+
+
+def split_spec(spec: str) -> tuple[Path, str]:
+    """``SRC:DST``, split at the last colon. ``DST`` is absolute; with a slash at its end it is a directory.
+
+    Raises ``KvmpassError`` for anything else.
+    """
+    source, colon, target = spec.rpartition(":")
+    if not colon or not source or not target.startswith("/"):
+        raise KvmpassError(f"--copy {spec!r} is not SRC:DST with an absolute DST")
+    path = Path(source)
+    if target.endswith("/"):
+        target += path.absolute().name
+    return path, target
+
+
+def copy_into(tree: Tree, source: Path, target: str) -> None:
+    """Put ``source`` (a file, or a directory with all below it) at ``target``.
+
+    Modes and symlinks are preserved; a symlink named as ``source`` is followed. ELF files bring their dynamic
+    linker and libraries, each at its own path; scripts bring the interpreter that their first line names, not what
+    that interpreter loads while it runs. Raises ``KvmpassError`` for what is missing or cannot be copied, and the
+    ``OSError`` of reading.
+    """
+    if not source.exists():
+        raise KvmpassError(f"--copy: {source} does not exist")
+    if source.is_dir():
+        _copy_directory(tree, source, target)
+    else:
+        _copy_file(tree, source, target)
+
+
+def _copy_directory(tree: Tree, source: Path, target: str) -> None:
+    tree.directory(target, stat.S_IMODE(source.stat().st_mode))
+    with os.scandir(source) as entries:
+        for entry in sorted(entries, key=lambda item: item.name):
+            place = f"{target.rstrip('/')}/{entry.name}"
+            if entry.is_symlink():
+                tree.symlink(place, str(Path(entry.path).readlink()))
+            elif entry.is_dir():
+                _copy_directory(tree, Path(entry.path), place)
+            else:
+                _copy_file(tree, Path(entry.path), place)
+
+
+def _copy_file(tree: Tree, source: Path, target: str) -> None:
+    status = source.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise KvmpassError(f"--copy: {source} is neither a file, a directory nor a symlink")
+    data = source.read_bytes()
+    tree.add(target, Node(stat.S_IFREG | stat.S_IMODE(status.st_mode), data))
+    if elf.is_elf(data):
+        try:
+            add_libraries(tree, source, data, target)
+        except ValueError as error:
+            # Without the right to run it is data, of whatever shape.
+            if status.st_mode & 0o111:
+                raise KvmpassError(f"{source} is a broken ELF file") from error
+    elif data[:2] == b"#!" and status.st_mode & 0o111:
+        _add_interpreter(tree, source, data)
+
+
+def add_libraries(tree: Tree, source: Path, data: bytes, target: str) -> None:
+    """What the ELF file ``source`` needs to start at ``target``, unless the tree has a file there already.
+
+    Raises ``ValueError`` for a broken ELF file, ``KvmpassError`` for a library that the host lacks.
+    """
+    for path, content in elf.closure(source, data, target).items():
+        if path not in tree:
+            tree.file(path, content, 0o755)
+
+
+def _add_interpreter(tree: Tree, script: Path, data: bytes) -> None:
+    words = data[2:256].split(b"\n", 1)[0].decode("utf-8", "surrogateescape").split()
+    if not words:
+        return
+    wanted = words[0]
+    if wanted.rsplit("/", 1)[-1] == "env":
+        names = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
+        if not names or f"/usr/bin/{names[0]}" in tree:
+            return
+        # /usr/bin/env searches the guest's PATH.
+        located = shutil.which(names[0])
+        place = f"/usr/bin/{names[0]}"
+    else:
+        if wanted in BUSYBOX_INTERPRETERS or wanted in tree:
+            return
+        located, place = wanted, wanted
+    if located is None or not Path(located).is_file():
+        raise KvmpassError(f"{script} is run by {words[-1] if located is None else wanted}, not on this host")
+    _copy_file(tree, Path(located), place)

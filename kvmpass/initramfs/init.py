@@ -1,0 +1,149 @@
+"""The guest's init: a busybox shell script, put together for one guest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+DIRECTORY = "/kvmpass"
+SETTLE_SECONDS = 20  # the guest's own, for a driver to take its device
+NAMESPACE_SECONDS = 5  # from a live NVMe controller on; one without namespaces costs this wait
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# All that one `mount -a` can do: each process less is a tenth of a second less where the guest is emulated.
+FSTAB = b"""\
+proc /proc proc defaults 0 0
+sysfs /sys sysfs defaults 0 0
+devpts /dev/pts devpts defaults 0 0
+tmpfs /dev/shm tmpfs defaults 0 0
+tmpfs /tmp tmpfs defaults 0 0
+tmpfs /run tmpfs mode=0755 0 0
+"""
+
+# The wait comes after the modules: drivers may probe asynchronously (NVMe does), and an NVMe controller that is live
+# finds its namespaces later still.
+_COMMON = """\
+#!/usr/bin/busybox sh
+export PATH={path} HOME=/root TERM={term}
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm
+mount -a
+echo kvmpass >/proc/sys/kernel/hostname
+
+now() {{ read -r uptime rest </proc/uptime; up=${{uptime%.*}}; }}
+say() {{ echo "kvmpass: $*" >/dev/console; }}
+fail() {{ say "$*"; [ -z "$control" ] || echo "kvmpass 1 error $*" >&6; }}
+die() {{ fail "$*"; [ -z "$control" ] || stty -F /dev/ttyS3 115200; poweroff -f; }}
+"""
+
+_CHANNEL = """
+control=
+for tty in ttyS1 ttyS2 ttyS3; do
+    [ -c /dev/$tty ] || die "no /dev/$tty in the guest: its kernel found no serial port there"
+    stty -F /dev/$tty 115200 raw -echo || die "/dev/$tty cannot be set up"
+done
+exec 4>/dev/ttyS1 5>/dev/ttyS2 6>/dev/ttyS3
+control=yes
+"""
+
+_LOAD = """
+load() {{
+    message=$(insmod "/kvmpass/modules/$1.ko" 2>&1) || {{
+        fail "module $1 did not load: ${{message##*: }}"
+        [ -z "$2" ] || {{ dmesg | tail -n 20 >/dev/console; {on_failure}; }}
+    }}
+}}
+"""
+
+# A namespace is a block device below the controller, or (multipath) below its subsystem: /dev is the common place.
+_SETTLE = """
+unsettled() {
+    for device in /sys/bus/pci/devices/*; do
+        [ -e "$device/vendor" ] || continue
+        read -r vendor <"$device/vendor"; read -r model <"$device/device"; read -r class <"$device/class"
+        case " $expected " in
+        *" ${vendor#0x}:${model#0x} "*) [ -e "$device/driver" ] || return 0 ;;
+        esac
+        [ "$class" = 0x010802 ] && [ -e "$device/driver" ] || continue
+        for state in "$device"/nvme/nvme*/state; do
+            [ -e "$state" ] || return 0
+            read -r word <"$state"
+            case $word in
+            live)
+                live=${live:-$up}
+                set -- /dev/nvme*n*
+                [ -e "$1" ] || [ $up -ge $((live + NAMESPACE)) ] || return 0 ;;
+            new | connecting | resetting) return 0 ;;
+            esac
+        done
+    done
+    return 1
+}
+now
+end=$((up + SECONDS)); live=
+while unsettled; do
+    now
+    [ $up -lt $end ] || { fail "${device##*/} is not ready after SECONDS seconds"; break; }
+    usleep 50000
+done
+"""
+
+_COMMAND = """
+now
+echo "kvmpass 1 ready $uptime" >&6
+cd /root
+sh /kvmpass/command </dev/null >&4 2>&5 4>&- 5>&- 6>&-
+status=$?
+# Setting a terminal's modes waits until what was written to it has been sent.
+stty -F /dev/ttyS1 115200
+stty -F /dev/ttyS2 115200
+echo "kvmpass 1 exit $status" >&6
+stty -F /dev/ttyS3 115200
+poweroff -f
+"""
+
+_SHELL = """
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
+stty sane{size}
+cd /root
+setsid cttyhack sh -l
+poweroff -f
+"""
+
+
+def quote(word: str) -> str:
+    """``word`` as one word of a POSIX shell."""
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+def command_script(command: Sequence[str]) -> bytes:
+    """A script that becomes the command; each argument arrives as it was given, whatever it contains."""
+    text = "exec " + " ".join(quote(word) for word in command) + "\n"
+    return text.encode("utf-8", "surrogateescape")
+
+
+def init_script(
+    *,
+    modules: Iterable[tuple[str, bool]],
+    expected: Iterable[str],
+    command: bool,
+    term: str = "linux",
+    size: tuple[int, int] = (24, 80),
+) -> bytes:
+    """``/init`` of the guest.
+
+    ``modules``: names below ``/kvmpass/modules`` in order, and whether each is under test (its failure then ends a
+    run that has a command). ``expected``: ``vendor:device`` identifiers, four hexadecimal digits each, whose driver
+    to wait for. ``size``: rows and columns of the terminal that an interactive shell gets.
+    """
+    dimensions = f" rows {size[0]} cols {size[1]}"
+    load = _LOAD.format(on_failure='die "the module under test is not usable"' if command else ":")
+    loads = "".join(f"load {quote(name)} {'yes' if tested else ''}".rstrip() + "\n" for name, tested in modules)
+    parts = [
+        _COMMON.format(path=PATH, term=quote(term)),
+        _CHANNEL if command else "\ncontrol=\n",
+        load + loads if loads else "",
+        f"\nexpected={quote(' '.join(expected))}\n",
+        _SETTLE.replace("SECONDS", str(SETTLE_SECONDS)).replace("NAMESPACE", str(NAMESPACE_SECONDS)),
+        _COMMAND if command else _SHELL.format(size=dimensions),
+    ]
+    return "".join(parts).encode("utf-8", "surrogateescape")

@@ -1,0 +1,139 @@
+"""The ACPI tables: their own arithmetic, and Intel's compiler as the second opinion."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvmpass.boot import acpi, aml, ports
+from kvmpass.errors import LayoutError
+from kvmpass.layout import (
+    ECAM_BASE,
+    ECAM_SIZE,
+    GIB,
+    MIB,
+    MMIO32_BASE,
+    MMIO32_SIZE,
+    MMIO64_SIZE,
+    Layout,
+    Range,
+)
+
+LAYOUT = Layout(
+    (Range(0, 512 * MIB),),
+    Range(MMIO32_BASE, MMIO32_SIZE),
+    Range(512 * GIB, MMIO64_SIZE),
+    Range(ECAM_BASE, ECAM_SIZE),
+    (),
+)
+
+
+def by_signature(tables: acpi.AcpiTables) -> dict[bytes, tuple[int, bytes]]:
+    return {data[:4]: (gpa, data) for gpa, data in tables.tables}
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 64, 300])
+def test_pointers_lengths_and_checksums(cpus: int) -> None:
+    tables = acpi.build_tables(LAYOUT, cpus)
+    memory = dict(tables.tables)
+    for data in memory.values():
+        assert sum(data) & 0xFF == 0
+    rsdp = memory[tables.rsdp]
+    assert sum(rsdp[:20]) & 0xFF == 0
+    (xsdt_at,) = struct.unpack_from("<Q", rsdp, 24)
+    xsdt = memory[xsdt_at]
+    pointers = struct.unpack_from(f"<{(len(xsdt) - 36) // 8}Q", xsdt, 36)
+    assert [memory[pointer][:4] for pointer in pointers] == [b"FACP", b"APIC", b"MCFG"]
+    (dsdt_at,) = struct.unpack_from("<Q", memory[pointers[0]], 140)
+    assert memory[dsdt_at][:4] == b"DSDT"
+    for gpa, data in memory.items():
+        if gpa != tables.rsdp:
+            assert struct.unpack_from("<I", data, 4)[0] == len(data)
+    placed = sorted((gpa, gpa + len(data)) for gpa, data in tables.tables)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(placed))
+    assert placed[0][0] >= 0xE0000
+    assert placed[-1][1] <= 0x100000
+
+
+def test_madt_names_every_cpu_and_switches_to_x2apic() -> None:
+    _, data = by_signature(acpi.build_tables(LAYOUT, 300))[b"APIC"]
+    found: dict[int, list[int]] = {0: [], 1: [], 9: []}
+    at = 44
+    while at < len(data):
+        kind, length = data[at], data[at + 1]
+        found[kind].append(struct.unpack_from("<I", data, at + 4)[0] if kind == 9 else data[at + 3])
+        at += length
+    assert found[0] == list(range(255))
+    assert found[9] == list(range(255, 300))
+    assert len(found[1]) == 1
+
+
+def test_fadt_is_hardware_reduced_with_reset_and_sleep_registers() -> None:
+    _, data = by_signature(acpi.build_tables(LAYOUT, 1))[b"FACP"]
+    (flags,) = struct.unpack_from("<I", data, 112)
+    assert flags & 1 << 20
+    assert flags & 1 << 10
+    registers = {offset: struct.unpack_from("<BBBBQ", data, offset) for offset in (116, 244, 256)}
+    assert {offset: (space, port) for offset, (space, _, _, _, port) in registers.items()} == {
+        116: (1, ports.RESET),
+        244: (1, ports.SLEEP_CONTROL),
+        256: (1, ports.SLEEP_STATUS),
+    }
+    assert data[128] == ports.RESET_VALUE
+
+
+def test_too_many_cpus_are_refused() -> None:
+    with pytest.raises(LayoutError, match="10000 CPUs"):
+        acpi.build_tables(LAYOUT, 10000)
+
+
+@pytest.mark.parametrize("size", [0, 62, 63, 64, 0xFFD, 0xFFE, 0xFFF, 0x10000, 0xFFFFF])
+def test_pkg_length_counts_itself(size: int) -> None:
+    encoded = aml.pkg_length(size)
+    more = encoded[0] >> 6
+    value = encoded[0] & 0x3F if not more else encoded[0] & 0xF | int.from_bytes(encoded[1:], "little") << 4
+    assert len(encoded) == 1 + more
+    assert value == size + len(encoded)
+
+
+def test_names_and_integers() -> None:
+    assert aml.name_string("\\_SB.PC00") == b"\\\x2e_SB_PC00"
+    assert aml.name_string("\\") == b"\\\x00"
+    assert aml.integer(0xFFFF) == b"\x0b\xff\xff"
+    assert aml.integer(1 << 32) == b"\x0e" + (1 << 32).to_bytes(8, "little")
+    assert aml.eisa_id("PNP0A08") == b"\x0c\x41\xd0\x0a\x08"
+    with pytest.raises(ValueError, match="64 bits"):
+        aml.integer(1 << 64)
+    with pytest.raises(ValueError, match="not a name"):
+        aml.name_string("A.B.C")
+
+
+@pytest.mark.parametrize("mmio64", [Range(512 * GIB, MMIO64_SIZE), Range(0, 0)])
+def test_iasl_disassembles_and_compiles_them_again(tmp_path: Path, mmio64: Range) -> None:
+    iasl = shutil.which("iasl")
+    if iasl is None:
+        pytest.skip("no iasl (Debian: acpica-tools)")
+    layout = Layout(LAYOUT.ram, LAYOUT.mmio32, mmio64, LAYOUT.ecam, ())
+    for signature, (_, data) in by_signature(acpi.build_tables(layout, 300)).items():
+        if signature.startswith(b"RSD"):
+            continue
+        source = tmp_path / signature.decode()
+        source.with_suffix(".dat").write_bytes(data)
+        subprocess.run([iasl, "-d", source.with_suffix(".dat")], check=True, capture_output=True, cwd=tmp_path)
+        again = subprocess.run(
+            [iasl, "-oa", source.with_suffix(".dsl")], check=True, capture_output=True, text=True, cwd=tmp_path
+        )
+        assert "0 Errors, 0 Warnings, 0 Remarks" in again.stdout
+        if signature == b"DSDT":
+            text = source.with_suffix(".dsl").read_text()
+            for line in ports.SERIAL_LINES:
+                assert f"0x{line.port:04X}," in text
+            assert "Name (\\_S5," in text
+            assert "Unknown" not in text
+            # What iasl makes of its own disassembly is our byte stream, but for the header's compiler fields.
+            assert source.with_suffix(".aml").read_bytes()[36:] == data[36:]

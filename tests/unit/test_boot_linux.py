@@ -1,0 +1,213 @@
+"""Loading a kernel: a header made here, field by field from the boot protocol's table, and what must come of it."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvmpass.boot import linux, ports
+from kvmpass.boot.cmdline import kernel_command_line
+from kvmpass.boot.e820 import E820Entry, E820Type
+from kvmpass.boot.linux import KernelImage, load_linux
+from kvmpass.errors import BadKernel, NotEnoughMemory
+from kvmpass.layout import GIB, MIB, Range
+
+CODE = bytes(range(256)) * 64  # 16 KiB
+SETUP_SECTORS = 27
+
+
+def bzimage(**fields: tuple[int, str, int]) -> bytes:
+    """A bzImage of protocol 2.15; ``fields`` replace (offset, struct format, value) of the header."""
+    values: dict[str, tuple[int, str, int]] = {
+        "setup_sects": (0x1F1, "<B", SETUP_SECTORS),
+        "syssize": (0x1F4, "<I", len(CODE) // 16),
+        "boot_flag": (0x1FE, "<H", 0xAA55),
+        "jump": (0x200, "<H", 0x6AEB),
+        "magic": (0x202, "<I", 0x53726448),
+        "version": (0x206, "<H", 0x020F),
+        "kernel_version": (0x20E, "<H", 0x3000 - 0x200),
+        "loadflags": (0x211, "<B", 0x01),
+        "initrd_addr_max": (0x22C, "<I", 0x7FFF_FFFF),
+        "kernel_alignment": (0x230, "<I", 0x20_0000),
+        "relocatable": (0x234, "<B", 1),
+        "xloadflags": (0x236, "<H", 0x3),
+        "cmdline_size": (0x238, "<I", 2047),
+        "pref_address": (0x258, "<Q", 16 * MIB),
+        "init_size": (0x260, "<I", 8 * MIB),
+    }
+    values.update(fields)
+    data = bytearray((SETUP_SECTORS + 1) * 512)
+    for offset, form, value in values.values():
+        struct.pack_into(form, data, offset, value)
+    data[0x3000:0x3020] = b"6.12.1-test (someone) #1 SMP\0\0\0\0"
+    return bytes(data) + CODE
+
+
+class Memory:
+    """Guest memory that remembers what was written, and complains of overlaps and of addresses outside RAM."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.writes: list[tuple[int, bytes]] = []
+
+    def write(self, gpa: int, data: bytes | memoryview, /) -> None:
+        assert gpa >= 0
+        assert gpa + len(data) <= self.size
+        for other, there in self.writes:
+            assert gpa + len(data) <= other or other + len(there) <= gpa, f"{gpa:#x} overlaps {other:#x}"
+        self.writes.append((gpa, bytes(data)))
+
+    def read(self, gpa: int, size: int) -> bytes:
+        for start, data in self.writes:
+            if start <= gpa and gpa + size <= start + len(data):
+                return data[gpa - start : gpa - start + size]
+        return bytes(size)
+
+
+def memory_map(size: int) -> list[E820Entry]:
+    return [
+        E820Entry(Range(0, 0x9FC00), E820Type.USABLE),
+        E820Entry(Range(0x9FC00, MIB - 0x9FC00), E820Type.RESERVED),
+        E820Entry(Range(MIB, size - MIB), E820Type.USABLE),
+    ]
+
+
+def load(
+    size: int = 64 * MIB, initrd: bytes | None = b"initrd", data: bytes | None = None
+) -> tuple[Memory, linux.LinuxEntry]:
+    memory = Memory(size)
+    kernel = KernelImage.parse(data or bzimage())
+    entry = load_linux(memory, kernel, initrd=initrd, cmdline="console=ttyS0", e820=memory_map(size), rsdp=0xF0000)
+    return memory, entry
+
+
+def translate(memory: Memory, cr3: int, address: int) -> int:
+    """Walk the page tables as a CPU does."""
+    table = cr3
+    for shift in (39, 30, 21):
+        (entry,) = struct.unpack("<Q", memory.read(table + 8 * (address >> shift & 511), 8))
+        assert entry & 3 == 3, "not present or not writable"
+        table = entry & 0x000F_FFFF_FFFF_F000
+        if entry & 0x80:
+            assert shift == 21
+            return table | address & 0x1F_FFFF
+    raise AssertionError("no 2 MiB page")
+
+
+def test_entry_state_and_what_it_points_to() -> None:
+    memory, entry = load()
+    assert entry.rip == 16 * MIB + 0x200
+    assert memory.read(16 * MIB, len(CODE)) == CODE
+    for address in (0, entry.rip, entry.rsi, 3 * GIB + 5, 4 * GIB - 1):
+        assert translate(memory, entry.cr3, address) == address
+    descriptors = struct.unpack("<4Q", memory.read(entry.gdt_base, entry.gdt_limit + 1))
+    code, data = descriptors[entry.code_selector // 8], descriptors[entry.data_selector // 8]
+    assert code >> 53 & 1, "not a 64-bit code segment"
+    assert code >> 43 & 1
+    assert not data >> 43 & 1
+    assert code >> 47 & data >> 47 & 1
+
+
+def test_boot_params() -> None:
+    memory, entry = load()
+    page = memory.read(entry.rsi, 4096)
+    initrd, size = struct.unpack_from("<II", page, 0x218)
+    assert memory.read(initrd, size) == b"initrd"
+    assert initrd == 64 * MIB - 4096
+    (cmdline,) = struct.unpack_from("<I", page, 0x228)
+    assert memory.read(cmdline, 14) == b"console=ttyS0\0"
+    assert struct.unpack_from("<Q", page, 0x70) == (0xF0000,)
+    assert page[0x210] == 0xFF
+    assert page[0x1EF] == 0, "the sentinel: not zero means that the rest is garbage"
+    assert page[0x1E8] == 3
+    assert struct.unpack_from("<QQI", page, 0x2D0 + 40) == (MIB, 63 * MIB, 1)
+    assert page[0x202:0x206] == b"HdrS"
+
+
+def test_without_initrd() -> None:
+    memory, entry = load(initrd=None)
+    assert struct.unpack_from("<II", memory.read(entry.rsi, 4096), 0x218) == (0, 0)
+
+
+def test_the_initrd_stays_below_the_kernels_limit_and_out_of_its_way() -> None:
+    low_limit = bzimage(initrd_addr_max=(0x22C, "<I", 20 * MIB - 1))
+    memory, entry = load(initrd=bytes(8 * MIB), data=low_limit)
+    (initrd,) = struct.unpack_from("<I", memory.read(entry.rsi, 4096), 0x218)
+    assert initrd + 8 * MIB <= 16 * MIB
+
+
+def test_a_kernel_moves_when_its_place_does_not_fit() -> None:
+    _, entry = load(size=20 * MIB)
+    assert entry.rip == 2 * MIB + 0x200
+    with pytest.raises(NotEnoughMemory, match="8 MiB of guest memory") as caught:
+        load(size=20 * MIB, data=bzimage(relocatable=(0x234, "<B", 0)))
+    assert caught.value.__notes__ == ["Give the guest 24 MiB or more."]
+
+
+def test_an_initrd_that_does_not_fit() -> None:
+    with pytest.raises(NotEnoughMemory, match="initrd of 60 MiB"):
+        load(initrd=bytes(60 * MIB))
+
+
+def _set(offset: int, form: str, value: int) -> Callable[[], bytes]:
+    return lambda: bzimage(broken=(offset, form, value))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (lambda: b"", "too short"),
+        (lambda: b"\x7fELF" + bytes(4096), "ELF"),
+        (lambda: bytes(4096), "no Linux boot header"),
+        (_set(0x206, "<H", 0x020B), "protocol 2.11"),
+        (_set(0x236, "<H", 0), "32-bit"),
+        (_set(0x211, "<B", 0), "zImage"),
+        (_set(0x230, "<I", 3), "power of two"),
+        (_set(0x260, "<I", 100), "init_size"),
+        (_set(0x201, "<B", 0xFF), "setup header"),
+        (lambda: bzimage()[:-1024], "truncated"),
+    ],
+)
+def test_what_is_no_kernel_is_refused(data: Callable[[], bytes], reason: str) -> None:
+    with pytest.raises(BadKernel, match=reason) as caught:
+        KernelImage.parse(data(), "/boot/x")
+    assert str(caught.value).startswith("/boot/x: ")
+    assert "vmlinuz" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("size", range(0, 16 * 1024, 509))
+def test_no_cut_raises_anything_else(size: int) -> None:
+    with pytest.raises(BadKernel):
+        KernelImage.parse(bzimage()[:size])
+
+
+def test_command_lines() -> None:
+    kernel = KernelImage.parse(bzimage())
+    for text in ("x" * 2048, "a\0b"):
+        with pytest.raises(BadKernel, match="command line"):
+            load_linux(Memory(64 * MIB), kernel, initrd=None, cmdline=text, e820=memory_map(64 * MIB), rsdp=0)
+    words = kernel_command_line(extra=["quiet", "x=1"]).split()
+    assert "console=ttyS0,115200" in words
+    assert "reboot=panic_warm" in words
+    assert words[-1] == "x=1"
+    assert "quiet" not in kernel_command_line(verbose=True)
+
+
+def test_from_file_and_release(tmp_path: Path) -> None:
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(bzimage())
+    kernel = KernelImage.from_file(path)
+    assert kernel.release == "6.12.1-test"
+    assert kernel.path == str(path)
+    assert KernelImage.parse(bzimage(kernel_version=(0x20E, "<H", 0))).release == ""
+    with pytest.raises(FileNotFoundError):
+        KernelImage.from_file(tmp_path / "none")
+
+
+def test_intx_lines_are_free_of_serial_lines() -> None:
+    lines = {ports.intx_gsi(device, pin) for device in range(32) for pin in range(4)}
+    assert lines == set(range(16, 24))
+    assert lines.isdisjoint(line.irq for line in ports.SERIAL_LINES)

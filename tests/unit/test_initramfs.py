@@ -1,0 +1,233 @@
+"""The root file system: the archive, what is copied into it, and the scripts."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvmpass.errors import KvmpassError
+from kvmpass.initramfs import GuestRoot, elf, files, init
+from kvmpass.initramfs.cpio import Tree
+
+Files = dict[str, tuple[int, bytes]]
+
+
+def unpack(archive: bytes) -> Files:
+    """Read a newc archive by the format's description: mode and content for each name, in order."""
+    found: Files = {}
+    at = 0
+    while True:
+        assert archive[at : at + 6] == b"070701"
+        fields = [int(archive[at + 6 + 8 * index : at + 14 + 8 * index], 16) for index in range(13)]
+        mode, size, length = fields[1], fields[6], fields[11]
+        assert (fields[2], fields[3], fields[5]) == (0, 0, 0), "owner and time"
+        name = archive[at + 110 : at + 110 + length - 1].decode()
+        at = (at + 110 + length + 3) & ~3
+        content = archive[at : at + size]
+        at = (at + size + 3) & ~3
+        if name == "TRAILER!!!":
+            assert at == len(archive)
+            return found
+        assert name not in found
+        parent = name.rpartition("/")[0]
+        assert not parent or stat.S_ISDIR(found[parent][0]), f"{name} before its parent"
+        found[name] = (mode, content)
+
+
+@pytest.fixture
+def busybox(tmp_path: Path) -> Path:
+    """A stand-in that lists its applets."""
+    path = tmp_path / "fake-busybox"
+    path.write_text("#!/bin/sh\nprintf 'sh\\nbusybox\\nls\\ninit\\n'\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_equal_content_gives_equal_bytes(busybox: Path) -> None:
+    def made() -> bytes:
+        root = GuestRoot(busybox)
+        root.run_command(["ls", "-l"])
+        return root.build(compress=True)
+
+    assert made() == made()
+    content = unpack(gzip.decompress(made()))
+    assert content["bin"] == (stat.S_IFLNK | 0o777, b"usr/bin")
+    assert content["usr/bin/sh"] == (stat.S_IFLNK | 0o777, b"busybox")
+    assert "usr/bin/init" not in content
+    assert content["init"][0] == stat.S_IFREG | 0o755
+    assert stat.S_ISCHR(content["dev/console"][0])
+    assert content["tmp"][0] == stat.S_IFDIR | 0o1777
+    assert content["kvmpass/command"][1] == b"exec 'ls' '-l'\n"
+
+
+@pytest.mark.parametrize("command", [["true"], None])
+def test_the_init_script_is_a_shell_script(busybox: Path, tmp_path: Path, command: list[str] | None) -> None:
+    root = GuestRoot(busybox)
+    if command:
+        root.run_command(command)
+    root.terminal("xterm-256color'; x", (50, 132))
+    script = unpack(root.build())["init"][1]
+    path = tmp_path / "init"
+    path.write_bytes(script)
+    shells = [["sh", "-n"]] + ([["busybox", "sh", "-n"]] if shutil.which("busybox") else [])
+    for shell in shells:
+        subprocess.run([*shell, path], check=True)
+    assert (b"ttyS1" in script) == (command is not None)
+    assert (b"rows 50 cols 132" in script) == (command is None)
+
+
+@pytest.mark.parametrize(
+    "words", [["a b", "c'd", '"$HOME"', "`x`", "", "line\nbreak", "-n", "é\udcff", "*"], ["'", "\\", "!"]]
+)
+def test_arguments_arrive_as_they_were(words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "command"
+    path.write_bytes(init.command_script(["printf", "%s\\0", *words]))
+    done = subprocess.run(["sh", path], check=True, capture_output=True)
+    assert done.stdout == b"".join(os.fsencode(word) + b"\0" for word in words)
+
+
+def test_commands_that_cannot_be(busybox: Path) -> None:
+    root = GuestRoot(busybox)
+    for command in ([], ["a", "b\0"]):
+        with pytest.raises(KvmpassError):
+            root.run_command(command)
+
+
+def test_merged_directories() -> None:
+    tree = Tree()
+    tree.file("/lib/x86_64-linux-gnu/libz.so", b"1")
+    assert "/usr/lib/x86_64-linux-gnu/libz.so" in tree
+    tree.file("/usr/lib/x86_64-linux-gnu/libz.so", b"2")
+    assert unpack(tree.archive())["usr/lib/x86_64-linux-gnu/libz.so"][1] == b"2"
+
+
+@pytest.mark.parametrize("path", ["relative", "/a/../b", ""])
+def test_paths_stay_in_the_guest(path: str) -> None:
+    with pytest.raises(KvmpassError, match="absolute path"):
+        Tree().file(path, b"")
+
+
+def test_files_and_directories_do_not_replace_each_other() -> None:
+    tree = Tree()
+    tree.file("/a", b"")
+    with pytest.raises(KvmpassError, match="not a directory"):
+        tree.file("/a/b", b"")
+    tree.directory("/d/e")
+    for path in ("/d", "/lib"):
+        with pytest.raises(KvmpassError, match="is a directory"):
+            tree.file(path, b"")
+
+
+def test_a_directory_keeps_modes_and_symlinks(tmp_path: Path) -> None:
+    source = tmp_path / "tree"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub/tool").write_bytes(b"data")
+    (source / "sub/tool").chmod(0o750)
+    (source / "link").symlink_to("sub/nowhere")
+    tree = Tree()
+    files.copy_into(tree, source, "/opt/tree")
+    content = unpack(tree.archive())
+    assert content["opt/tree/sub/tool"] == (stat.S_IFREG | 0o750, b"data")
+    assert content["opt/tree/link"] == (stat.S_IFLNK | 0o777, b"sub/nowhere")
+
+
+@pytest.mark.parametrize("program", ["/bin/ls", "/usr/bin/env"])
+def test_a_program_brings_its_libraries_and_runs_there(program: str, tmp_path: Path) -> None:
+    """The dynamic linker itself says whether anything is missing, with the copy as its only source."""
+    tree = Tree()
+    files.copy_into(tree, Path(program), "/tool")
+    content = unpack(tree.archive())
+    interpreter = elf.dynamic(Path(program).read_bytes()).interpreter
+    if interpreter is None:
+        pytest.skip(f"{program} is a static program here")
+    for name, (mode, data) in content.items():
+        place = tmp_path / name
+        if stat.S_ISDIR(mode):
+            place.mkdir()
+        elif stat.S_ISLNK(mode):
+            place.symlink_to(data.decode())
+        else:
+            place.write_bytes(data)
+            place.chmod(stat.S_IMODE(mode))
+    linker = tmp_path / Tree.canonical(interpreter)
+    libraries = ":".join(sorted({str(tmp_path / Path(name).parent) for name in content if ".so" in name}))
+    done = subprocess.run(
+        [linker, "--inhibit-cache", "--library-path", libraries, "--list", tmp_path / "tool"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    loaded = [line.split("=>")[1].split()[0] for line in done.stdout.splitlines() if "=>" in line]
+    assert loaded
+    assert all(path.startswith(str(tmp_path)) for path in loaded if path != interpreter)
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elf, "library_directories", lambda: (str(tmp_path),))
+    with pytest.raises(KvmpassError, match=r"needs lib.*\.so.*not on this host"):
+        files.copy_into(Tree(), Path("/bin/ls"), "/ls")
+
+
+def test_a_library_beside_its_program_stays_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``$ORIGIN`` is where the program is: another directory in the guest than on the host."""
+    library = tmp_path / "app/lib/libown.so.1"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(Path("/bin/ls").read_bytes())
+    own = elf.Dynamic(None, ("libown.so.1",), ("$ORIGIN/../lib",))
+    monkeypatch.setattr(elf, "dynamic", lambda data: own if data == b"program" else elf.Dynamic(None, (), ()))
+    found = elf.closure(tmp_path / "app/bin/tool", b"program", "/opt/bin/tool")
+    assert found == {"/opt/lib/libown.so.1": library.read_bytes()}
+
+
+def test_scripts_bring_their_interpreter(tmp_path: Path) -> None:
+    script = tmp_path / "tool"
+
+    def content(first: str) -> Files:
+        script.write_text(first + "\n")
+        script.chmod(0o755)
+        tree = Tree()
+        files.copy_into(tree, script, "/tool")
+        return unpack(tree.archive())
+
+    assert not any("bash" in name for name in content("#!/bin/sh -e"))
+    assert "usr/bin/bash" in content("#!/bin/bash")
+    assert "usr/bin/bash" in content("#! /usr/bin/env bash")
+    with pytest.raises(KvmpassError, match="/no/such"):
+        content("#!/no/such -x")
+    with pytest.raises(KvmpassError, match="no-such"):
+        content("#!/usr/bin/env no-such")
+
+
+@pytest.mark.parametrize(
+    ("spec", "result"),
+    [("a:/b", ("a", "/b")), ("dir/a:/b/", ("dir/a", "/b/a")), ("a:b:/c", ("a:b", "/c"))],
+)
+def test_specs(spec: str, result: tuple[str, str]) -> None:
+    source, target = files.split_spec(spec)
+    assert (str(source), target) == result
+
+
+@pytest.mark.parametrize("spec", ["", "a", ":/b", "a:", "a:b"])
+def test_what_is_no_spec(spec: str) -> None:
+    with pytest.raises(KvmpassError, match="SRC:DST"):
+        files.split_spec(spec)
+
+
+def test_what_cannot_be_copied(tmp_path: Path) -> None:
+    with pytest.raises(KvmpassError, match="does not exist"):
+        files.copy_into(Tree(), tmp_path / "none", "/x")
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(KvmpassError, match="neither"):
+        files.copy_into(Tree(), tmp_path / "fifo", "/x")
+    broken = tmp_path / "broken"
+    broken.write_bytes(Path("/bin/ls").read_bytes()[:100])
+    files.copy_into(Tree(), broken, "/data")
+    broken.chmod(0o755)
+    with pytest.raises(KvmpassError, match="broken ELF"):
+        files.copy_into(Tree(), broken, "/x")

@@ -1,0 +1,170 @@
+"""From a modalias to modules in the order of loading, on a made-up /lib/modules."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import struct
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from kvmpass.errors import KvmpassError
+from kvmpass.initramfs.modules import ModuleTree, decompress, modinfo, module_name, plan
+
+RELEASE = "6.12.1-test"
+NVME = "pci:v0000144Dd0000A808sv0000144Dsd0000A801bc01sc08i02"
+NIC = "pci:v00008086d000010D3sv00008086sd00000000bc02sc00i00"
+AHCI = "pci:v00008086d00002922sv00001AF4sd00001100bc01sc06i01"
+
+
+def module(**info: str | list[str]) -> bytes:
+    """An ELF relocatable with nothing but section names and .modinfo."""
+    pairs = [(key, item) for key, value in info.items() for item in ([value] if isinstance(value, str) else value)]
+    content = b"".join(f"{key}={value}".encode() + b"\0" for key, value in pairs)
+    names = b"\0.shstrtab\0.modinfo\0"
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, 64 + len(names) + len(content), 0, 64, 0, 0, 64, 3, 1)
+    sections = bytes(64)
+    sections += struct.pack("<IIQQQQIIQQ", 1, 3, 0, 0, 64, len(names), 0, 0, 1, 0)
+    sections += struct.pack("<IIQQQQIIQQ", 11, 1, 0, 0, 64 + len(names), len(content), 0, 0, 1, 0)
+    return header + names + content + sections
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    directory = tmp_path / RELEASE
+    packers = {
+        "kernel/drivers/nvme/host/nvme.ko.xz": lzma.compress,
+        "kernel/drivers/nvme/host/nvme-core.ko.zst": zstandard.ZstdCompressor().compress,
+        "kernel/drivers/nvme/common/nvme-auth.ko.gz": gzip.compress,
+        "kernel/drivers/net/e1000e.ko": bytes,
+        "kernel/drivers/ptp/ptp.ko": bytes,
+        "kernel/crypto/crc-early.ko": bytes,
+        "kernel/drivers/net/phy-late.ko": bytes,
+    }
+    for path, pack in packers.items():
+        (directory / path).parent.mkdir(parents=True, exist_ok=True)
+        (directory / path).write_bytes(pack(module(name=module_name(path))))
+    (directory / "modules.dep").write_text(
+        "kernel/drivers/nvme/host/nvme.ko.xz: kernel/drivers/nvme/host/nvme-core.ko.zst "
+        "kernel/drivers/nvme/common/nvme-auth.ko.gz\n"
+        "kernel/drivers/nvme/host/nvme-core.ko.zst: kernel/drivers/nvme/common/nvme-auth.ko.gz\n"
+        "kernel/drivers/nvme/common/nvme-auth.ko.gz:\n"
+        "kernel/drivers/net/e1000e.ko: kernel/drivers/ptp/ptp.ko\n"
+        "kernel/drivers/ptp/ptp.ko:\n"
+        "kernel/crypto/crc-early.ko:\n"
+        "kernel/drivers/net/phy-late.ko:\n"
+    )
+    (directory / "modules.alias").write_text(
+        "# Aliases extracted from modules themselves.\n"
+        "alias pci:v*d*sv*sd*bc01sc08i02* nvme\n"
+        "alias pci:v00008086d000010D3sv*sd*bc*sc*i* e1000e\n"
+        "alias pci:v00008086d00001[!0]D3sv*sd*bc*sc*i* wrong\n"
+        "alias usb:v*p* usbthing\n"
+        "alias of:N*T*Cx oddone\n"
+    )
+    (directory / "modules.softdep").write_text(
+        "# Soft dependencies extracted from modules themselves.\n"
+        "softdep nvme pre: crc-early absent-module\n"
+        "softdep e1000e post: phy_late\n"
+    )
+    (directory / "modules.builtin").write_text("kernel/drivers/ata/ahci.ko\nkernel/drivers/ata/libahci.ko\n")
+    (directory / "modules.builtin.modinfo").write_bytes(
+        b"ahci.author=someone\0ahci.alias=pci:v*d*sv*sd*bc01sc06i01*\0libahci.license=GPL\0"
+    )
+    return tmp_path
+
+
+def names(root: Path, *modaliases: str, files: tuple[Path, ...] = (), extra: tuple[str, ...] = ()) -> list[str]:
+    return [item.name for item in plan(ModuleTree(RELEASE, root), modaliases, files, extra).modules]
+
+
+def test_dependencies_come_first_and_soft_ones_around(root: Path) -> None:
+    assert names(root, NVME) == ["crc_early", "nvme_auth", "nvme_core", "nvme"]
+    assert names(root, NIC) == ["ptp", "e1000e", "phy_late"]
+    assert names(root, NIC, NVME, NIC).count("nvme") == 1
+
+
+def test_every_compression_is_undone(root: Path) -> None:
+    for item in plan(ModuleTree(RELEASE, root), [NVME, NIC]).modules:
+        assert item.data == module(name=item.name)
+
+
+def test_a_builtin_driver_needs_no_file_but_counts(root: Path) -> None:
+    made = plan(ModuleTree(RELEASE, root), [AHCI])
+    assert made.modules == ()
+    assert made.matched == {AHCI}
+    assert ModuleTree(RELEASE, root).find([AHCI]).builtin == ("ahci",)
+
+
+def test_no_driver_and_no_tree(root: Path) -> None:
+    unknown = "pci:v0000FFFFd00000001sv00000000sd00000000bcFFsc00i00"
+    for tree in (ModuleTree(RELEASE, root), ModuleTree("other", root)):
+        assert plan(tree, [unknown]).modules == ()
+        assert plan(tree, [unknown]).matched == frozenset()
+    assert not ModuleTree("other", root).exists
+
+
+def test_extra_modules_by_name(root: Path) -> None:
+    assert names(root, extra=("nvme-core",)) == ["nvme_auth", "nvme_core"]
+
+
+def test_a_module_under_test_replaces_the_stock_driver(root: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "my-nvme.ko"
+    alias = "pci:v*d*sv*sd*bc01sc08i02*"
+    mine.write_bytes(module(alias=alias, depends="nvme-core,helper", vermagic=f"{RELEASE} SMP"))
+    helper = tmp_path / "helper.ko"
+    helper.write_bytes(module(depends="", vermagic=f"{RELEASE} SMP"))
+    made = plan(ModuleTree(RELEASE, root), [NVME], [mine, helper])
+    assert [item.name for item in made.modules] == ["nvme_auth", "nvme_core", "helper", "my_nvme"]
+    assert [item.name for item in made.modules if item.under_test] == ["helper", "my_nvme"]
+    assert made.matched == {NVME}
+
+
+def test_one_of_the_stock_names_takes_its_place_in_the_order(root: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "nvme-core.ko"
+    mine.write_bytes(module(depends="nvme-auth"))
+    made = plan(ModuleTree(RELEASE, root), [NVME], [mine])
+    assert [item.name for item in made.modules] == ["crc_early", "nvme_auth", "nvme_core", "nvme"]
+    assert made.modules[2].under_test
+
+
+def test_an_unrelated_module_leaves_the_stock_driver(root: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "other.ko"
+    mine.write_bytes(module(alias=["pci:v00001234d*sv*sd*bc*sc*i*"]))
+    assert names(root, NIC, files=(mine,)) == ["ptp", "e1000e", "phy_late", "other"]
+
+
+def test_modules_that_cannot_load_are_refused_here(root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.ko"
+    for content, reason in (
+        (b"text", "not a kernel module"),
+        (b"\x28\xb5\x2f\xfdxxxx", "cannot be decompressed"),
+        (module(), "no .modinfo"),
+        (module(vermagic="5.10.0 SMP"), "built for kernel 5.10.0"),
+        (module(depends="nowhere"), "depends on nowhere"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(KvmpassError, match=reason):
+            plan(ModuleTree(RELEASE, root), [], [file])
+    file.write_bytes(module(vermagic="5.10.0 SMP modversions", depends="libahci"))
+    assert names(root, files=(file,)) == ["x"]
+
+
+def test_dependencies_in_a_circle_end(root: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.ko", tmp_path / "b.ko"
+    first.write_bytes(module(depends="b"))
+    second.write_bytes(module(depends="a"))
+    assert sorted(names(root, files=(first, second))) == ["a", "b"]
+
+
+def test_modinfo_and_zstd_without_a_content_size(tmp_path: Path) -> None:
+    data = module(alias=["pci:x", "pci:y"], depends="a-b,c", vermagic="1 SMP")
+    info = modinfo(data)
+    assert (info.aliases, info.depends, info.vermagic) == (("pci:x", "pci:y"), ("a_b", "c"), "1 SMP")
+    path = tmp_path / "m.ko.zst"
+    stream = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    path.write_bytes(stream.compress(data) + stream.flush())
+    assert decompress(path) == data
