@@ -4,7 +4,7 @@ from kvmpass.kvm.memslots import Memslot, Memslots
 from kvmpass.kvm.routing import IrqRoutes
 from kvmpass.kvm.system import System
 from kvmpass.kvm.types import CpuidEntry
-from kvmpass.kvm.vcpu import Vcpu
+from kvmpass.kvm.vcpu import Vcpu, install_kick
 from kvmpass.kvm.vm import ChipRoute, MsiRoute, VfioDevice, Vm
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "Vcpu",
     "VfioDevice",
     "Vm",
+    "install_kick",
 ]

@@ -25,6 +25,11 @@ from kvmpass.memory import HostMapping
 _INTERRUPTED = InterruptedExit()
 
 
+def install_kick(signal_number: int) -> None:
+    """Give a signal a handler that does nothing, so that it takes a thread out of ``Vcpu.run``."""
+    check(lib.kvmpass_install_kick(signal_number), "sigaction")
+
+
 class Vcpu(OwnedFd):
     """Registers, and ``run()``. Only the thread that runs it may call anything but ``request_exit``."""
 

@@ -63,7 +63,7 @@ class Region:
         return self.info.offset + offset
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes. Raises ``IndexError`` outside the region, ``OSError`` (``EIO``) where VFIO refuses."""
+        """Exactly ``size`` bytes. Raises ``IndexError`` outside the region, ``OSError`` where VFIO refuses."""
         data = os.pread(self._device.fd, size, self._check(offset, size))
         if len(data) != size:
             raise OSError(errno.EIO, f"{self._device.name} region {self.info.index}: short read at {offset:#x}")

@@ -108,7 +108,7 @@ class Group(OwnedFd):
         """Join. The group's devices leave the host's own domain and can reach nothing until something is mapped."""
         result = lib.vfio_group_set_container(self.fd, container.fd)
         remedies = {
-            errno.EPERM: "the group's DMA is owned elsewhere: a host driver or another process uses one of its devices",
+            errno.EPERM: "the group's DMA is owned elsewhere: a host driver or a process uses one of its devices",
             errno.EINVAL: _IOMMU_REMEDY[errno.EINVAL],
         }
         check(result, "VFIO_GROUP_SET_CONTAINER", f"group {self.number}", remedies.get(-result))

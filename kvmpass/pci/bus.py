@@ -1,0 +1,120 @@
+"""The guest's PCI bus 0: its host bridge, and configuration space by ports and by ECAM."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from kvmpass.errors import LayoutError
+from kvmpass.pci.config import CONVENTIONAL_SIZE, EXTENDED_SIZE
+
+CONFIG_ADDRESS = 0xCF8
+CONFIG_PORTS = 8  # address and data, PCI Local Bus 3.0 section 3.2.2.3
+SLOTS = 32
+
+
+class PciFunction(Protocol):
+    """One function's configuration space, 4096 bytes. Accesses stay inside one aligned dword; never raises."""
+
+    def config_read(self, offset: int, size: int) -> bytes: ...
+
+    def config_write(self, offset: int, data: bytes) -> None: ...
+
+
+class HostBridge:
+    """A host bridge that has nothing but a name: vendor 1b36, device 0008 (a generic PCI Express host bridge)."""
+
+    _HEADER = bytes.fromhex("361b0800 00000000 00000006 00000000".replace(" ", ""))
+
+    def config_read(self, offset: int, size: int) -> bytes:
+        return self._HEADER.ljust(EXTENDED_SIZE, b"\0")[offset : offset + size]
+
+    def config_write(self, offset: int, data: bytes) -> None:
+        pass
+
+
+class PciBus:
+    """Bus 0 with the host bridge in slot 0. Absent functions read as all ones."""
+
+    def __init__(self) -> None:
+        self._functions: dict[int, PciFunction] = {0: HostBridge()}
+
+    def plug(self, function: PciFunction) -> int:
+        """Put ``function`` into the first free slot; returns the slot."""
+        slot = next((n for n in range(SLOTS) if n not in self._functions), None)
+        if slot is None:
+            raise LayoutError(f"all {SLOTS} slots of the guest's PCI bus are taken")
+        self._functions[slot] = function
+        return slot
+
+    def unplug(self, slot: int) -> None:
+        self._functions.pop(slot, None)
+
+    def _find(self, bus: int, devfn: int) -> PciFunction | None:
+        return self._functions.get(devfn >> 3) if bus == 0 and not devfn & 7 else None
+
+    def read(self, bus: int, devfn: int, offset: int, size: int) -> bytes:
+        """Any access that stays inside the function's 4096 bytes; split at dwords, as hardware does."""
+        function = self._find(bus, devfn)
+        if function is None or offset + size > EXTENDED_SIZE:
+            return b"\xff" * size
+        return b"".join(function.config_read(at, length) for at, length in _dwords(offset, size))
+
+    def write(self, bus: int, devfn: int, offset: int, data: bytes) -> None:
+        function = self._find(bus, devfn)
+        if function is None or offset + len(data) > EXTENDED_SIZE:
+            return
+        for at, length in _dwords(offset, len(data)):
+            function.config_write(at, data[at - offset : at - offset + length])
+
+
+def _dwords(offset: int, size: int) -> list[tuple[int, int]]:
+    parts = []
+    while size:
+        length = min(size, 4 - offset % 4)
+        parts.append((offset, length))
+        offset, size = offset + length, size - length
+    return parts
+
+
+class ConfigPorts:
+    """Ports 0xcf8 (address) and 0xcfc (data): 256 bytes of each function."""
+
+    def __init__(self, bus: PciBus) -> None:
+        self._bus = bus
+        self._address = 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        if offset < 4:
+            return self._address.to_bytes(4, "little")[offset : offset + size].ljust(size, b"\xff")
+        if not self._enabled:
+            return b"\xff" * size
+        register = (self._address & 0xFC) + offset - 4
+        if register + size > CONVENTIONAL_SIZE:
+            return b"\xff" * size
+        return self._bus.read(self._address >> 16 & 0xFF, self._address >> 8 & 0xFF, register, size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        if offset < 4:
+            if offset == 0 and len(data) == 4:  # narrower accesses do not reach the register
+                self._address = int.from_bytes(data, "little") & 0x80FF_FFFC
+            return
+        register = (self._address & 0xFC) + offset - 4
+        if self._enabled and register + len(data) <= CONVENTIONAL_SIZE:
+            self._bus.write(self._address >> 16 & 0xFF, self._address >> 8 & 0xFF, register, data)
+
+    @property
+    def _enabled(self) -> bool:
+        return bool(self._address & 1 << 31)
+
+
+class Ecam:
+    """The enhanced mechanism: 4096 bytes of each function, memory mapped (PCI Express base, section 7.2.2)."""
+
+    def __init__(self, bus: PciBus) -> None:
+        self._bus = bus
+
+    def read(self, offset: int, size: int) -> bytes:
+        return self._bus.read(offset >> 20, offset >> 12 & 0xFF, offset & 0xFFF, size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._bus.write(offset >> 20, offset >> 12 & 0xFF, offset & 0xFFF, data)
