@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -77,3 +79,13 @@ class OwnedFd:
         # Only a warning: releasing in a finalizer would hide the order in which things must go.
         if getattr(self, "_fd", -1) >= 0:
             warnings.warn(f"unclosed {type(self).__name__} (fd {self._fd})", ResourceWarning, stacklevel=2)
+
+
+@contextmanager
+def closing_on_error(owner: OwnedFd) -> Iterator[None]:
+    """For the rest of a constructor: an exception closes what was opened already."""
+    try:
+        yield
+    except BaseException:
+        owner.close()
+        raise

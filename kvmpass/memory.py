@@ -143,6 +143,12 @@ class RegionListener(Protocol):
     def region_removed(self, region: MemoryRegion) -> None: ...
 
 
+def _whole_pages(range_: Range, name: str) -> Range:
+    if range_.start % PAGE or range_.size % PAGE or range_.size <= 0 or range_.start < 0:
+        raise LayoutError(f"{name}: {range_} is not made of whole pages")
+    return range_
+
+
 class GuestMemory:
     """The list. ``read`` and ``write`` reach RAM and ROM by guest-physical address.
 
@@ -172,8 +178,8 @@ class GuestMemory:
 
     def add_ram(self, gpa: int, size: int, name: str = "ram") -> MemoryRegion:
         """``size`` bytes of zeroed anonymous memory, congruent to ``gpa`` modulo 2 MiB."""
-        mapping = HostMapping(size, align=HUGE, congruent=gpa)
-        return self._add_owned(RegionKind.RAM, Range(gpa, size), mapping, name)
+        range_ = _whole_pages(Range(gpa, size), name)
+        return self._add_owned(RegionKind.RAM, range_, HostMapping(size, align=HUGE, congruent=gpa), name)
 
     def add_rom(self, gpa: int, data: bytes, name: str = "rom") -> MemoryRegion:
         """Pages that start with ``data``: neither the guest nor a device can change them.
@@ -181,13 +187,15 @@ class GuestMemory:
         The size is that of ``data``, rounded up to pages.
         """
         size = -(-len(data) // PAGE) * PAGE
+        range_ = _whole_pages(Range(gpa, size), name)
         mapping = HostMapping(size, align=HUGE, congruent=gpa)
         mapping.view(0, len(data))[:] = data
-        return self._add_owned(RegionKind.ROM, Range(gpa, size), mapping, name)
+        return self._add_owned(RegionKind.ROM, range_, mapping, name)
 
     def add_bar(self, gpa: int, size: int, mapping: HostMapping, offset: int, name: str) -> MemoryRegion:
         """Part of a device's BAR. The mapping stays the caller's: remove the region first, then close it."""
-        region = MemoryRegion(RegionKind.BAR, Range(gpa, size), mapping, offset=offset, name=name)
+        range_ = _whole_pages(Range(gpa, size), name)
+        region = MemoryRegion(RegionKind.BAR, range_, mapping, offset=offset, name=name)
         self._add(region)
         return region
 
@@ -203,8 +211,6 @@ class GuestMemory:
         return region
 
     def _add(self, region: MemoryRegion) -> None:
-        if region.gpa % PAGE or region.size % PAGE or region.size <= 0 or region.gpa < 0:
-            raise LayoutError(f"{region.name}: {region.range} is not made of whole pages")
         with self._lock:
             for other in self._regions:
                 if other.range.overlaps(region.range):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvmpass._fd import OwnedFd, check, open_node
+from kvmpass._fd import OwnedFd, check, closing_on_error, open_node
 from kvmpass._native import ffi, lib
 from kvmpass.kvm.types import CpuidEntry
 from kvmpass.kvm.vm import Vm
@@ -18,10 +18,10 @@ class System(OwnedFd):
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         super().__init__(open_node(path))
-        version = check(lib.kvm_get_api_version(self.fd), "KVM_GET_API_VERSION")
-        if version != lib.KVM_API_VERSION:
-            self.close()
-            raise OSError(f"{path}: KVM API version {version}, not {lib.KVM_API_VERSION}")
+        with closing_on_error(self):
+            version = check(lib.kvm_get_api_version(self.fd), "KVM_GET_API_VERSION")
+            if version != lib.KVM_API_VERSION:
+                raise OSError(f"{path}: KVM API version {version}, not {lib.KVM_API_VERSION}")
 
     def check_extension(self, capability: int) -> int:
         """Zero where the capability is absent; its meaning otherwise is the capability's."""

@@ -6,7 +6,7 @@ import errno
 from collections.abc import Sequence
 from typing import Any
 
-from kvmpass._fd import OwnedFd, check
+from kvmpass._fd import OwnedFd, check, closing_on_error
 from kvmpass._native import ffi, lib
 from kvmpass.kvm.exits import (
     Exit,
@@ -36,16 +36,13 @@ class Vcpu(OwnedFd):
     def __init__(self, fd: int, index: int, run_size: int) -> None:
         super().__init__(fd)
         self.index = index
-        try:
+        with closing_on_error(self):
             self._run = HostMapping(run_size, fd=fd)
-        except BaseException:
-            self.close()
-            raise
         self._exit = ffi.new("struct kvmpass_exit *")
 
     def close(self) -> None:
         """Only when no thread is inside ``run()``: KVM reads ``kvm_run`` there."""
-        if not self.closed:
+        if hasattr(self, "_run"):
             self._run.close()
         super().close()
 

@@ -71,13 +71,16 @@ class Bar:
             self.kind = BarKind.IO
         else:
             self.kind = BarKind.MEMORY64 if flags & 0b110 == _FLAGS_MEMORY64 else BarKind.MEMORY32
-        self._home = space.allocate(self.kind, self.size)
-        self.address = self._home.start
         self._connected: ExitStack | None = None
         self._mappings: list[tuple[Range, HostMapping]] = []
-        if self.kind is not BarKind.IO:
-            for area in mappable(region.info.mmap_areas, trap[0] if trap else None):
-                self._mappings.append((area, region.mmap(area)))
+        self._home = space.allocate(self.kind, self.size)
+        self.address = self._home.start
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            if self.kind is not BarKind.IO:
+                for area in mappable(region.info.mmap_areas, trap[0] if trap else None):
+                    self._mappings.append((area, region.mmap(area)))
+            undo.pop_all()
 
     def close(self) -> None:
         """Out of the guest's reach, then unmapped here: a mapping keeps the device busy."""

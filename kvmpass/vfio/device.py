@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvmpass._fd import OwnedFd, check
+from kvmpass._fd import OwnedFd, check, closing_on_error
 from kvmpass._native import ffi, lib
 from kvmpass.layout import Range
 from kvmpass.memory import HostMapping
@@ -97,7 +97,7 @@ class Device(OwnedFd):
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd)
         self.name = name
-        try:
+        with closing_on_error(self):
             info = ffi.new("struct kvmpass_device_info *")
             check(lib.vfio_device_get_info(self.fd, info), "VFIO_DEVICE_GET_INFO", name)
             if not info.flags & lib.VFIO_DEVICE_FLAGS_PCI:
@@ -106,9 +106,6 @@ class Device(OwnedFd):
             found = (self._region_info(index) for index in range(min(info.num_regions, CONFIG + 1)))
             self.regions = {region.index: Region(self, region) for region in found if region is not None}
             self.irqs = {index: self._irq_info(index) for index in range(min(info.num_irqs, MSIX + 1))}
-        except BaseException:
-            self.close()
-            raise
 
     @property
     def config(self) -> Region:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from kvmpass._fd import OwnedFd, check, open_node
+from kvmpass._fd import OwnedFd, check, closing_on_error, open_node
 from kvmpass._native import ffi, lib
 from kvmpass.errors import GroupNotViable
 from kvmpass.layout import Range
@@ -32,7 +32,7 @@ class Container(OwnedFd):
 
     def __init__(self, path: str = "/dev/vfio/vfio") -> None:
         super().__init__(open_node(path))
-        try:
+        with closing_on_error(self):
             version = check(lib.vfio_get_api_version(self.fd), "VFIO_GET_API_VERSION")
             if version != lib.VFIO_API_VERSION:
                 raise OSError(f"{path}: VFIO API version {version}, not {lib.VFIO_API_VERSION}")
@@ -40,9 +40,6 @@ class Container(OwnedFd):
                 raise OSError(
                     errno.ENODEV, f"{path}: the kernel has no type 1 IOMMU driver (module vfio_iommu_type1)"
                 )
-        except BaseException:
-            self.close()
-            raise
 
     def set_iommu(self) -> None:
         """Make the domain. Needs a group; once for each time that the first group joins."""
@@ -93,12 +90,12 @@ class Group(OwnedFd):
         path = f"{directory}/{number}"
         self.number = number
         super().__init__(open_node(path))
-        if not self.get_status() & lib.VFIO_GROUP_FLAGS_VIABLE:
-            self.close()
-            raise GroupNotViable(
-                f"IOMMU group {number} is not viable: a device of it is bound to a host driver",
-                "every device of the group must be on vfio-pci, or without a driver",
-            )
+        with closing_on_error(self):
+            if not self.get_status() & lib.VFIO_GROUP_FLAGS_VIABLE:
+                raise GroupNotViable(
+                    f"IOMMU group {number} is not viable: a device of it is bound to a host driver",
+                    "every device of the group must be on vfio-pci, or without a driver",
+                )
 
     def get_status(self) -> int:
         """VFIO_GROUP_FLAGS_…"""

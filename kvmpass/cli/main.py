@@ -1,0 +1,108 @@
+"""The ``kvmpass`` command: its subcommands, and the one place where exceptions become exit statuses."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from importlib.metadata import version
+from types import FrameType
+
+import click
+
+from kvmpass.errors import KvmpassError
+
+# Subcommands are imported when they are called: a start costs what the command needs.
+COMMANDS = {
+    "assign": "kvmpass.cli.assign",
+    "lab": "kvmpass.cli.lab",
+    "restore": "kvmpass.cli.restore",
+}
+
+FAILED = 1
+USAGE = 2
+ASSIGN_FAILED = 125  # as with `docker run`: ours, not the command's
+GUEST_SILENT = 126  # the guest ended without reporting a status
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands live in ``COMMANDS``; the module's attribute has the subcommand's name."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(COMMANDS[cmd_name]), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("kvmpass"), prog_name="kvmpass")
+def kvmpass() -> None:
+    """Assign PCI devices to virtual machines on AMD hosts (KVM, VFIO, AMD-Vi)."""
+
+
+def split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
+    """Split at the first bare ``--``, which click would drop; ``None`` where there is none."""
+    if "--" not in arguments:
+        return arguments, None
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def report(error: BaseException) -> None:
+    """One line for the cause, one hint for each note."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    click.echo(f"kvmpass: {text}", err=True)
+    for note in getattr(error, "__notes__", ()):
+        click.echo(f"  hint: {note}", err=True)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """As an exception, so that everything is released and given back on the way out."""
+    raise SystemExit(128 + number)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    options, command = split_command(sys.argv[1:] if arguments is None else arguments)
+    name = next((word for word in options if not word.startswith("-")), "")
+    own = ASSIGN_FAILED if name == "assign" or (name == "lab" and "run" in options) else None
+    if os.environ.get("KVMPASS_DEBUG"):
+        logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)8d %(name)s: %(message)s")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
+    status: int
+    try:
+        result = kvmpass.main(options, prog_name="kvmpass", standalone_mode=False, obj=command)
+        status = result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        status = 130
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else FAILED
+    except click.ClickException as error:
+        error.show()
+        status = own or error.exit_code
+    except (KvmpassError, OSError) as error:
+        if os.environ.get("KVMPASS_DEBUG"):
+            logging.exception("kvmpass failed")
+        report(error)
+        status = own or FAILED
+    except Exception:
+        traceback.print_exc()
+        status = own or FAILED
+    try:
+        sys.stdout.flush()
+    except OSError:  # the reader has gone: nobody is left to tell
+        sys.stdout = None
+    sys.exit(status)

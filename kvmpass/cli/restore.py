@@ -1,0 +1,33 @@
+"""``kvmpass restore``."""
+
+from __future__ import annotations
+
+import click
+
+from kvmpass import host
+
+
+@click.command()
+def restore() -> int:
+    """Give devices back that a killed kvmpass has left.
+
+    While a device is borrowed, a journal (in /var/lib/kvmpass, or $KVMPASS_STATE_DIR) says which driver it had. A
+    process that ends in any normal way gives the device back itself. After a SIGKILL this command does: original
+    driver bound, driver_override as it was. One line is printed for each entry:
+
+    \b
+      restored     the device is as it was before
+      stale        from before the last reboot: dropped, nothing changed
+      gone         the device is not on this host any more: dropped
+      owner-alive  its process still runs: left alone
+      corrupt      the entry cannot be read: put aside
+      failed       the device could not be given back: run the command again
+
+    It can be run at any time, and again. The exit status is 1 if an entry is corrupt or failed, else 0.
+    """
+    results = host.restore()
+    if not results:
+        click.echo("nothing to restore")
+    for result in results:
+        click.echo(f"{result.bdf}: {result.outcome}: {result.detail}")
+    return 1 if any(result.outcome in ("corrupt", "failed") for result in results) else 0

@@ -1,0 +1,31 @@
+"""The host's own view: its PCI devices and IOMMU groups, what keeps a device from being assigned, how to borrow one.
+
+The only part of the project that changes drivers.
+"""
+
+from kvmpass.host.address import Bdf
+from kvmpass.host.borrowing import Borrow, Restored, borrow, restore
+from kvmpass.host.checks import check_assignable, check_host, check_memory, interrupt_remapping
+from kvmpass.host.journal import Step
+from kvmpass.host.names import name_of
+from kvmpass.host.processes import Process
+from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
+
+__all__ = [
+    "Bdf",
+    "Borrow",
+    "IommuGroup",
+    "PciDevice",
+    "Process",
+    "Resource",
+    "Restored",
+    "Step",
+    "Sysfs",
+    "borrow",
+    "check_assignable",
+    "check_host",
+    "check_memory",
+    "interrupt_remapping",
+    "name_of",
+    "restore",
+]

@@ -1,0 +1,36 @@
+"""PCI addresses."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Self
+
+from kvmpass.errors import BadAddress
+
+_FORM = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([0-9a-fA-F]{2})\.([0-7])")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Bdf:
+    """Domain (16 bit; 32 on hosts with VMD), bus (8 bit), device (5 bit), function (3 bit) of a PCI function."""
+
+    domain: int
+    bus: int
+    device: int
+    function: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``dddd:bb:dd.f`` or ``bb:dd.f`` (domain 0), hexadecimal. Raises ``BadAddress``."""
+        match = _FORM.fullmatch(text.strip())
+        device = int(match[3], 16) if match else 0
+        if match is None or device > 0x1F:
+            raise BadAddress(
+                f"{text!r} is not a PCI address: expected [dddd:]bb:dd.f in hexadecimal, such as 0000:01:00.0",
+                "lspci -D lists the addresses of this host's devices",
+            )
+        return cls(int(match[1] or "0", 16), int(match[2], 16), device, int(match[4]))
+
+    def __str__(self) -> str:
+        return f"{self.domain:04x}:{self.bus:02x}:{self.device:02x}.{self.function}"

@@ -1,0 +1,288 @@
+"""The host's PCI devices and IOMMU groups, as the kernel shows them in a real or a recorded tree.
+
+Sources: drivers/pci/pci-sysfs.c, drivers/iommu/iommu.c, Documentation/ABI/testing/sysfs-bus-pci and
+sysfs-kernel-iommu_groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
+from kvmpass.host.address import Bdf
+from kvmpass.layout import Range, Reserved
+
+PCI_DEVICES = "sys/bus/pci/devices"
+PCI_DRIVERS = "sys/bus/pci/drivers"
+IOMMU_GROUPS = "sys/kernel/iommu_groups"
+NOIOMMU_NAME = "vfio-noiommu"  # drivers/vfio/group.c: vfio_noiommu_group_alloc
+
+_WRITE = 'printf "%s" "$2" >"$1"'
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """One line of ``resource``: ``start`` and ``end`` (inclusive) are host-physical, ``flags`` IORESOURCE_*."""
+
+    start: int
+    end: int
+    flags: int
+
+    @property
+    def size(self) -> int:
+        """Bytes; 0 for an unused resource."""
+        return self.end - self.start + 1 if self.flags else 0
+
+
+@dataclass(frozen=True, slots=True)
+class PciDevice:
+    """What the kernel says of one PCI function at one moment.
+
+    ``class_code`` has 24 bits (base, sub-class, interface). ``driver_override`` is None where there is none,
+    ``numa_node`` None where unknown, ``power_state`` the kernel's word (``D0``, ``D3hot``, ``unknown`` …).
+    """
+
+    bdf: Bdf
+    vendor: int
+    device: int
+    subsystem_vendor: int
+    subsystem_device: int
+    class_code: int
+    revision: int
+    driver: str | None
+    driver_override: str | None
+    group: int | None
+    numa_node: int | None
+    modalias: str
+    resources: tuple[Resource, ...]
+    power_state: str
+    reset_methods: tuple[str, ...]
+
+    @property
+    def is_bridge(self) -> bool:
+        """Base class 06: host, ISA and PCI bridges."""
+        return self.class_code >> 16 == 0x06
+
+    @property
+    def is_pci_bridge(self) -> bool:
+        """PCI-to-PCI bridges and root ports, whose own driver does no DMA."""
+        return self.class_code >> 8 == 0x0604
+
+    def __str__(self) -> str:
+        return f"{self.bdf} [{self.vendor:04x}:{self.device:04x}]"
+
+
+@dataclass(frozen=True, slots=True)
+class IommuGroup:
+    """The smallest set of devices the IOMMU can tell apart.
+
+    ``type`` is the default domain's (``DMA``, ``DMA-FQ``, ``identity``). ``no_iommu`` marks the groups that
+    VFIO makes up where no IOMMU protects anything.
+    """
+
+    id: int
+    devices: tuple[Bdf, ...]
+    type: str
+    reserved: tuple[Reserved, ...]
+    no_iommu: bool = False
+
+
+class Sysfs:
+    """Reads ``/sys``, ``/proc`` and ``/dev`` under ``root``; :meth:`write` is the only place that writes there.
+
+    Stateless: every call reads anew. Safe to share between threads.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.root = Path(root)
+
+    # --- files
+
+    def path(self, *parts: str) -> Path:
+        """A path of this tree from parts without a leading slash."""
+        return self.root.joinpath(*parts)
+
+    def text(self, *parts: str) -> str | None:
+        """A file's text without surrounding blanks, or None where it is missing or cannot be read."""
+        try:
+            return self.path(*parts).read_text(errors="replace").strip()
+        except OSError:
+            return None
+
+    def number(self, *parts: str) -> int | None:
+        """A file's number, decimal or ``0x``; None where there is none."""
+        with contextlib.suppress(ValueError, TypeError):
+            return int(self.text(*parts) or "", 0)
+        return None
+
+    def link(self, *parts: str) -> str | None:
+        """The last component of a link's target, or None where there is no link."""
+        try:
+            return self.path(*parts).readlink().name
+        except OSError:
+            return None
+
+    def names(self, *parts: str) -> list[str]:
+        """The sorted names in a directory; empty where it is missing or closed to us."""
+        try:
+            with os.scandir(self.path(*parts)) as entries:
+                return sorted(entry.name for entry in entries)
+        except OSError:
+            return []
+
+    def write(self, path: Path, text: str, timeout: float | None = None, held: int | None = None) -> None:
+        """Write ``text`` in one call. Raises ``OSError``, ``TimeoutError`` after ``timeout`` seconds.
+
+        With a timeout another process writes: unbinding sleeps in the kernel for as long as anybody holds the
+        device, and were it a thread of ours, this process could never exit and let go of it
+        (drivers/vfio/vfio_main.c: vfio_unregister_group_dev). That process keeps ``held``, a
+        descriptor, open to its end.
+        """
+        if timeout is None:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, text.encode())
+            finally:
+                os.close(fd)
+            return
+        helper = subprocess.Popen(
+            ["/bin/sh", "-c", _WRITE, "sh", str(path), text],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=() if held is None else (held,),
+            start_new_session=True,  # out of reach of the terminal's Ctrl-C
+        )
+        assert helper.stderr is not None
+        with helper.stderr as complaints:
+            try:
+                status = helper.wait(timeout)
+            except subprocess.TimeoutExpired:
+                helper.returncode = 0  # left to finish on its own: it cannot be killed there
+                raise TimeoutError(
+                    errno.ETIMEDOUT, f"no answer from the kernel in {timeout:g} s", str(path)
+                ) from None
+            if status:
+                said = complaints.read().decode(errors="replace").strip()
+                raise OSError(errno.EIO, said.rpartition(": ")[2] or f"helper ended with {status}", str(path))
+
+    def load_module(self, name: str) -> None:
+        """``modprobe name``; it stays loaded. Raises ``HostNotReady``."""
+        tool = shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        reason = "modprobe is not installed"
+        if tool is not None:
+            done = subprocess.run([tool, name], capture_output=True, text=True, errors="replace", check=False)
+            if done.returncode == 0:
+                return
+            reason = (done.stderr.strip().splitlines() or [f"modprobe ended with {done.returncode}"])[-1]
+        raise HostNotReady(
+            f"the kernel module {name} cannot be loaded: {reason}",
+            "a kernel with VFIO (CONFIG_VFIO_PCI) and its modules is needed",
+        )
+
+    def module_available(self, name: str) -> bool:
+        """Whether :meth:`load_module` would find the module; changes nothing."""
+        tool = shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        if tool is None:
+            return False
+        return subprocess.run([tool, "-n", "-q", name], capture_output=True, check=False).returncode == 0
+
+    # --- PCI devices
+
+    def device_path(self, bdf: Bdf) -> Path:
+        return self.path(PCI_DEVICES, str(bdf))
+
+    def devices(self) -> list[PciDevice]:
+        """All PCI functions, by address."""
+        found = []
+        for name in self.names(PCI_DEVICES):
+            with contextlib.suppress(NoSuchDevice):  # unplugged while we read
+                found.append(self.device(Bdf.parse(name)))
+        return sorted(found, key=lambda device: device.bdf)
+
+    def device(self, bdf: Bdf) -> PciDevice:
+        """One function. Raises ``NoSuchDevice``."""
+        base = f"{PCI_DEVICES}/{bdf}"
+        vendor, device = self.number(base, "vendor"), self.number(base, "device")
+        if vendor is None or device is None:
+            raise NoSuchDevice(f"there is no PCI device {bdf}", "lspci -D lists the devices of this host")
+        group = self.link(base, "iommu_group")
+        node = self.number(base, "numa_node")
+        return PciDevice(
+            bdf=bdf,
+            vendor=vendor,
+            device=device,
+            subsystem_vendor=self.number(base, "subsystem_vendor") or 0,
+            subsystem_device=self.number(base, "subsystem_device") or 0,
+            class_code=self.number(base, "class") or 0,
+            revision=self.number(base, "revision") or 0,
+            driver=self.link(base, "driver"),
+            driver_override=self.driver_override(bdf),
+            group=int(group) if group is not None and group.isdecimal() else None,
+            numa_node=node if node is not None and node >= 0 else None,
+            modalias=self.text(base, "modalias") or "",
+            resources=tuple(self._resources(base)),
+            power_state=self.text(base, "power_state") or "unknown",
+            reset_methods=tuple((self.text(base, "reset_method") or "").split()),
+        )
+
+    def driver(self, bdf: Bdf) -> str | None:
+        """The name of the driver bound at this moment."""
+        return self.link(PCI_DEVICES, str(bdf), "driver")
+
+    def driver_override(self, bdf: Bdf) -> str | None:
+        text = self.text(PCI_DEVICES, str(bdf), "driver_override")
+        return None if text in (None, "", "(null)") else text
+
+    def header_type(self, bdf: Bdf) -> int | None:
+        """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1)."""
+        try:
+            with self.path(PCI_DEVICES, str(bdf), "config").open("rb") as file:
+                header = file.read(0x40)
+        except OSError:
+            return None
+        return header[0x0E] & 0x7F if len(header) > 0x0E else None
+
+    def _resources(self, base: str) -> Iterator[Resource]:
+        for line in (self.text(base, "resource") or "").splitlines():
+            with contextlib.suppress(ValueError):
+                start, end, flags = (int(word, 16) for word in line.split())
+                yield Resource(start, end, flags)
+
+    # --- IOMMU groups
+
+    def groups(self) -> list[IommuGroup]:
+        """All IOMMU groups, by number."""
+        numbers = sorted(int(name) for name in self.names(IOMMU_GROUPS) if name.isdecimal())
+        return [self.group(number) for number in numbers]
+
+    def group(self, number: int) -> IommuGroup:
+        """One group. Raises ``NotAssignable`` where the kernel has no such group."""
+        base = f"{IOMMU_GROUPS}/{number}"
+        if not self.path(base).is_dir():
+            raise NotAssignable(f"there is no IOMMU group {number}")
+        reserved = []
+        for line in (self.text(base, "reserved_regions") or "").splitlines():
+            start, last, kind = line.split()
+            low = int(start, 16)
+            reserved.append(Reserved(Range(low, int(last, 16) - low + 1), kind))
+        members = [Bdf.parse(name) for name in self.names(base, "devices") if name.count(":") == 2]
+        return IommuGroup(
+            id=number,
+            devices=tuple(sorted(members)),
+            type=self.text(base, "type") or "",
+            reserved=tuple(reserved),
+            no_iommu=self.text(base, "name") == NOIOMMU_NAME,
+        )
+
+    def reserved_regions(self) -> list[Reserved]:
+        """The union over all groups, without doubles, by address."""
+        found = {reserved for group in self.groups() for reserved in group.reserved}
+        return sorted(found, key=lambda reserved: (reserved.range, reserved.kind))
