@@ -1,1 +1,54 @@
-"""kvmpass: PCI device assignment on AMD hosts."""
+"""kvmpass: PCI device assignment on AMD hosts, over KVM, VFIO and AMD-Vi.
+
+The public names, each imported when it is first used: ``import kvmpass`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvmpass.domain import Domain
+    from kvmpass.errors import KvmpassError
+    from kvmpass.guest import Guest, GuestSpec, prepare
+    from kvmpass.host import Bdf, borrow, restore
+    from kvmpass.machine import AssignedDevice, Machine
+    from kvmpass.memory import GuestMemory
+    from kvmpass.vcpus import Ending
+
+_HOMES = {
+    "AssignedDevice": "kvmpass.machine",
+    "Bdf": "kvmpass.host",
+    "Domain": "kvmpass.domain",
+    "Ending": "kvmpass.vcpus",
+    "Guest": "kvmpass.guest",
+    "GuestMemory": "kvmpass.memory",
+    "GuestSpec": "kvmpass.guest",
+    "KvmpassError": "kvmpass.errors",
+    "Machine": "kvmpass.machine",
+    "borrow": "kvmpass.host",
+    "prepare": "kvmpass.guest",
+    "restore": "kvmpass.host",
+}
+
+__all__ = [
+    "AssignedDevice",
+    "Bdf",
+    "Domain",
+    "Ending",
+    "Guest",
+    "GuestMemory",
+    "GuestSpec",
+    "KvmpassError",
+    "Machine",
+    "borrow",
+    "prepare",
+    "restore",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

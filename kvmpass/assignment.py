@@ -1,0 +1,68 @@
+"""The whole job of ``kvmpass assign``: borrow, build, assign, boot, give back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from kvmpass import host
+from kvmpass.errors import DeviceInUse
+from kvmpass.guest import GuestImage, GuestSpec, prepare
+from kvmpass.layout import Range
+from kvmpass.machine import Machine, parse_size
+
+Say = Callable[[str], None]
+
+
+def check(bdfs: Sequence[host.Bdf], memory: int, sysfs: host.Sysfs) -> list[host.PciDevice]:
+    """Everything that can be refused before anything changes, the host's side; returns the devices as they are."""
+    if len(set(bdfs)) != len(bdfs):
+        raise DeviceInUse("the same device is named twice")
+    devices = [sysfs.device(bdf) for bdf in bdfs]
+    host.check_host(sysfs)
+    for bdf in bdfs:
+        host.check_assignable(sysfs, bdf, together=bdfs)
+    host.check_memory(sysfs, memory)
+    return devices
+
+
+@contextmanager
+def assigned(
+    addresses: Sequence[str], spec: GuestSpec, *, memory: str = "1G", cpus: int = 1, say: Say = lambda line: None
+) -> Iterator[tuple[Machine, GuestImage]]:
+    """A machine with the devices in its domain, and a guest to boot in it; afterwards the host is as it was.
+
+    ``say`` gets a line for each thing worth knowing. Raises before any change: ``BadAddress``, ``NoSuchDevice``,
+    ``HostNotReady``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``,
+    ``LayoutError``. Everything raised later comes after the devices were given back.
+    """
+    sysfs = host.Sysfs()
+    bdfs = [host.Bdf.parse(address) for address in addresses]
+    size = parse_size(memory)
+    devices = check(bdfs, size, sysfs)
+    image = prepare(spec, [device.modalias for device in devices])
+    with host.borrow(*bdfs, sysfs=sysfs), Machine(memory=size, cpus=cpus, sysfs=sysfs) as machine:
+        for device in devices:
+            machine.assign(device.bdf)
+            name = host.name_of(device.bdf) or f"{device.vendor:04x}:{device.device:04x}"
+            say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was under {device.driver or 'no driver'}")
+        describe(machine, say)
+        machine.audit()
+        say("audit: ok")
+        yield machine, image
+        machine.audit()
+    for device in devices:
+        say(f"device {device.bdf}: back under {sysfs.device(device.bdf).driver or 'no driver'}")
+
+
+def describe(machine: Machine, say: Say) -> None:
+    """The reserved ranges of this host, and each mapping of the domain."""
+    for line in machine.layout.reserved:
+        say(f"reserved {line}")
+    for region in machine.memory:
+        if region.dma:
+            access = "read-write" if region.guest_writable else "read-only"
+            say(
+                f"map {region.name} gpa {region.range} -> iova {Range(region.gpa, region.size)}, "
+                f"{region.size >> 20} MiB, {region.backing}, {access}"
+            )

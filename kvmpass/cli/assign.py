@@ -1,0 +1,168 @@
+"""``kvmpass assign``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvmpass.assignment import assigned
+from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT
+from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
+from kvmpass.guest import Guest, GuestResult, GuestSpec
+from kvmpass.vcpus import Ending
+
+_TAIL_LINES = 12
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@click.argument("bdf", nargs=-1, required=True)
+@click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T.")
+@click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
+@click.option("--kernel", type=click.Path(path_type=Path), help="A bzImage.  [default: the running kernel's]")
+@click.option("--initrd", type=click.Path(path_type=Path), help="An initramfs of yours, instead of one made here.")
+@click.option("--append", default="", help="More words for the guest kernel's command line.")
+@click.option(
+    "--copy",
+    multiple=True,
+    metavar="SRC:DST",
+    help="Put a file, a directory, or a program with its libraries into the guest.  [repeatable]",
+)
+@click.option(
+    "--module",
+    "modules",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.ko",
+    help="A driver under test: loaded instead of the kernel's own for the device.  [repeatable]",
+)
+@click.option("--status-file", type=click.Path(path_type=Path), help="Write how it ended there, as JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="Say what is mapped; with a command, show the console too.")
+@click.pass_obj
+def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path | None, **options: Any) -> int:
+    """Boot a Linux guest that has the PCI devices BDF to itself.
+
+    \b
+    kvmpass assign [OPTIONS] BDF...                 a shell in the guest, on this terminal
+    kvmpass assign [OPTIONS] BDF... -- COMMAND...   run COMMAND in the guest
+
+    Each device is bound to vfio-pci for as long as the guest runs and given back afterwards, whatever happens (after
+    a SIGKILL: kvmpass restore). Its DMA reaches the guest's memory and nothing else. Needs root.
+
+    With COMMAND its standard output and standard error are those of kvmpass, its input is empty, and its status is
+    that of kvmpass. Without, the console is on this terminal in raw mode: every key goes to the guest, and Ctrl-]
+    ends it.
+
+    \b
+    Exit status, with COMMAND its own, or:
+      125  kvmpass failed, or was called wrongly
+      126  the guest ended without reporting a status
+      130, 143  interrupted by Ctrl-C, by SIGTERM
+    """
+    if status_file is not None and not os.access(status_file.absolute().parent, os.W_OK):
+        raise click.UsageError(f"--status-file: {status_file.absolute().parent} is not a directory to write to")
+    outcome: dict[str, Any] = {"schema": 1, "devices": list(bdf), "outcome": "failed", "status": None}
+    started = time.monotonic()
+    exit_status = ASSIGN_FAILED
+    try:
+        result = _run(bdf, command, options)
+        exit_status = _exit_status(result, command is not None)
+        outcome.update(outcome=_outcome(result), status=result.status, guest_errors=list(result.failures))
+        return exit_status
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            exit_status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
+            outcome.update(outcome="interrupted")
+        outcome.update(error=str(error) or type(error).__name__, hints=list(getattr(error, "__notes__", ())))
+        raise
+    finally:
+        if status_file is not None:
+            outcome.update(exit_status=exit_status, seconds=round(time.monotonic() - started, 3))
+            _write_status(status_file, outcome)
+
+
+def _run(bdf: tuple[str, ...], command: list[str] | None, options: dict[str, Any]) -> GuestResult:
+    verbose = options["verbose"]
+    if command is not None and not command:
+        raise click.UsageError("there is no COMMAND after --")
+    if options["initrd"] and (command or options["copy"] or options["modules"]):
+        raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
+    spec = GuestSpec(
+        kernel=options["kernel"],
+        initrd=options["initrd"],
+        append=options["append"],
+        copy=options["copy"],
+        modules=options["modules"],
+        command=tuple(command) if command else None,
+        verbose=verbose or command is None,
+        terminal=os.environ.get("TERM", "linux"),
+        terminal_size=terminal_size(),
+    )
+
+    def say(line: str) -> None:
+        if verbose:
+            click.echo(f"kvmpass: {line}", err=True)
+
+    stdout, stderr = sys.stdout.buffer, sys.stderr.buffer
+
+    def to_stdout(data: bytes) -> None:
+        stdout.write(data)
+        stdout.flush()
+
+    def to_stderr(data: bytes) -> None:
+        stderr.write(data)
+        stderr.flush()
+
+    console = to_stdout if command is None else to_stderr if verbose else None
+    with (
+        assigned(bdf, spec, memory=options["memory"], cpus=options["cpus"], say=say) as (machine, image),
+        Guest(machine, image, console=console, output=to_stdout, errors=to_stderr) as guest,
+    ):
+        if command is None:
+            click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
+        keyboard = raw_terminal(guest.type, machine.stop) if command is None else nullcontext()
+        with keyboard:
+            result = guest.run()
+    if command is not None and result.status is None:
+        _explain(result)
+    return result
+
+
+def _explain(result: GuestResult) -> None:
+    click.echo(f"kvmpass: the guest {_ENDED[result.ending]} before its command reported a status", err=True)
+    for failure in result.failures:
+        click.echo(f"  the guest says: {failure}", err=True)
+    for line in result.console.splitlines()[-_TAIL_LINES:]:
+        click.echo(f"  console: {''.join(c if c.isprintable() else ' ' for c in line)}", err=True)
+
+
+_ENDED = {
+    Ending.POWEROFF: "powered off",
+    Ending.REBOOT: "rebooted",
+    Ending.PANIC: "panicked",
+    Ending.TRIPLE_FAULT: "died of a triple fault",
+    Ending.STOPPED: "was stopped",
+}
+
+
+def _exit_status(result: GuestResult, command: bool) -> int:
+    if command:
+        return GUEST_SILENT if result.status is None else result.status
+    return GUEST_SILENT if result.ending in (Ending.PANIC, Ending.TRIPLE_FAULT) else 0
+
+
+def _outcome(result: GuestResult) -> str:
+    return "exited" if result.status is not None else result.ending.name.lower().replace("_", "-")
+
+
+def _write_status(path: Path, outcome: dict[str, Any]) -> None:
+    """All or nothing: whoever waits for the file never reads half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(outcome, indent=2) + "\n")
+    temporary.replace(path)

@@ -1,0 +1,218 @@
+"""A Linux guest in a machine: which kernel and root file system it gets, its channels, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from kvmpass.boot.cmdline import kernel_command_line
+from kvmpass.boot.linux import KernelImage
+from kvmpass.devices.channel import ControlChannel, Exited, GuestFailure, Ready
+from kvmpass.errors import BadKernel
+from kvmpass.initramfs import GuestRoot
+from kvmpass.machine import Machine
+from kvmpass.vcpus import Ending
+
+CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
+_TAIL_BYTES = 8192
+_POWEROFF_SECONDS = 60.0  # from the command's status to power off; the init script does nothing in between
+
+Sink = Callable[[bytes], None]
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSpec:
+    """What to boot. Without ``kernel`` the host's own, without ``initrd`` one made for the devices' modaliases.
+
+    ``command``: argument list to run instead of a shell on the console; it needs the made initramfs.
+    """
+
+    kernel: Path | None = None
+    initrd: Path | None = None
+    append: str = ""
+    copy: tuple[str, ...] = ()
+    modules: tuple[Path, ...] = ()
+    command: tuple[str, ...] | None = None
+    verbose: bool = False
+    terminal: str = "linux"
+    terminal_size: tuple[int, int] = (24, 80)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestImage:
+    """A checked kernel, its initramfs and its command line: nothing of the host has been touched for it."""
+
+    kernel: KernelImage
+    initrd: bytes
+    cmdline: str
+
+
+@dataclass(frozen=True, slots=True)
+class GuestResult:
+    """How a guest ended. ``status`` is the command's, None if it did not report one.
+
+    ``failures``: what the guest's init could not do. ``console``: the last lines of the console.
+    """
+
+    ending: Ending
+    status: int | None
+    failures: tuple[str, ...]
+    console: str
+
+
+def host_kernel() -> Path:
+    """The kernel this host runs, where Debian puts it. Raises ``BadKernel`` if it is not there."""
+    path = Path("/boot") / f"vmlinuz-{os.uname().release}"
+    if not path.exists():
+        raise BadKernel(f"the running kernel's image {path} is not there", "name a bzImage with --kernel")
+    return path
+
+
+def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
+    """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``."""
+    kernel = KernelImage.from_file(spec.kernel or host_kernel())
+    if spec.initrd is not None:
+        initrd = spec.initrd.read_bytes()
+    else:
+        root = GuestRoot()
+        root.add_modules(kernel.release or os.uname().release, modaliases, files=spec.modules)
+        for copy in spec.copy:
+            root.copy(copy)
+        if spec.command is not None:
+            root.run_command(spec.command)
+        root.terminal(spec.terminal, spec.terminal_size)
+        initrd = root.build()
+    return GuestImage(kernel, initrd, kernel_command_line(verbose=spec.verbose, extra=spec.append.split()))
+
+
+class Pump:
+    """Writes what the guest's serial ports send in larger pieces, from a thread of its own.
+
+    vCPU threads only append. ``failure`` is what a sink raised: the guest is stopped then.
+    """
+
+    def __init__(self, on_failure: Callable[[], None]) -> None:
+        self._pending: dict[Sink, bytearray] = {}
+        self._changed = threading.Condition()
+        self._closing = False
+        self._on_failure = on_failure
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="output", daemon=True)
+        self._thread.start()
+
+    def to(self, sink: Sink) -> Sink:
+        """A sink that hands over to ``sink`` later."""
+
+        def put(data: bytes) -> None:
+            with self._changed:
+                self._pending.setdefault(sink, bytearray()).extend(data)
+                self._changed.notify()
+
+        return put
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._pending or self._closing)
+                    pending, self._pending = self._pending, {}
+                    if not pending:
+                        return
+                for sink, data in pending.items():
+                    sink(bytes(data))
+        except BaseException as error:
+            self.failure = error
+            self._on_failure()
+
+    def close(self) -> None:
+        """Write out what is left and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+
+@dataclass(slots=True)
+class _Report:
+    status: int | None = None
+    ready: bool = False
+    failures: list[str] = field(default_factory=list)
+
+
+class Guest:
+    """One run of a guest: connects the serial ports, starts the vCPUs, waits for the end.
+
+    ``console``, ``output`` and ``errors`` get bytes from a thread of this object. ``with`` stops the output thread.
+    """
+
+    def __init__(
+        self, machine: Machine, image: GuestImage, *, console: Sink | None, output: Sink, errors: Sink
+    ) -> None:
+        self._machine = machine
+        self._report = _Report()
+        self._control = ControlChannel()
+        self._tail: deque[int] = deque(maxlen=_TAIL_BYTES)
+        self._reported = threading.Event()
+        self._pump = Pump(machine.stop)
+        to_console = self._pump.to(console) if console else None
+
+        def on_console(data: bytes) -> None:
+            self._tail.extend(data)
+            if to_console:
+                to_console(data)
+
+        try:
+            self._serial = machine.connect_serial(CONSOLE, on_console)
+            machine.connect_serial(OUTPUT, self._pump.to(output))
+            machine.connect_serial(ERRORS, self._pump.to(errors))
+            machine.connect_serial(CONTROL, self._on_control)
+            machine.load_linux(image.kernel, image.initrd, image.cmdline)
+        except BaseException:
+            self._pump.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pump.close()
+
+    def type(self, data: bytes) -> None:
+        """Keystrokes for the console. From any thread."""
+        self._serial.push(data)
+
+    def _on_control(self, data: bytes) -> None:
+        for event in self._control.feed(data):
+            match event:
+                case Ready():
+                    self._report.ready = True
+                case GuestFailure(text):
+                    self._report.failures.append(text)
+                case Exited(status) if self._report.ready and self._report.status is None:
+                    self._report.status = status
+                    self._reported.set()
+
+    def run(self) -> GuestResult:
+        """Start and wait for the end, however long it takes. Raises what a sink or a vCPU raised.
+
+        A guest that has reported its command's status is given a minute to power off.
+        """
+        self._machine.start()
+        ending = None
+        while ending is None:
+            ending = self._machine.wait(1.0 if not self._reported.is_set() else _POWEROFF_SECONDS)
+            if ending is None and self._reported.is_set():
+                self._machine.stop()
+        self._pump.close()
+        if self._pump.failure is not None:
+            raise self._pump.failure
+        console = bytes(self._tail).decode(errors="replace").replace("\r", "")
+        return GuestResult(ending, self._report.status, tuple(self._report.failures), console)

@@ -1,0 +1,137 @@
+"""The run loop: one thread for each vCPU, exits dispatched over two buses."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import signal
+import threading
+import time
+from collections.abc import Sequence
+
+from kvmpass.bus import Bus
+from kvmpass.errors import GuestError
+from kvmpass.kvm import Vcpu, install_kick
+from kvmpass.kvm.exits import (
+    Exit,
+    FailedExit,
+    HaltExit,
+    InterruptedExit,
+    MemoryFaultExit,
+    MmioExit,
+    PortExit,
+    ShutdownExit,
+    SystemEventExit,
+)
+
+log = logging.getLogger(__name__)
+
+KICK = signal.SIGRTMIN + 4  # its handler does nothing; installed by C, since Python's work in the main thread only
+
+
+class Ending(enum.Enum):
+    """How a guest came to its end."""
+
+    POWEROFF = "powered off"
+    REBOOT = "rebooted"
+    PANIC = "panicked"
+    TRIPLE_FAULT = "triple fault"
+    STOPPED = "stopped"
+
+
+class VcpuThreads:
+    """Runs vCPUs until one of them, or ``end()``, says that it is over.
+
+    ``lock`` is held for each dispatched exit: devices on the buses see one access at a time.
+    """
+
+    def __init__(self, vcpus: Sequence[Vcpu], ports: Bus, mmio: Bus, lock: threading.RLock) -> None:
+        self._vcpus = list(vcpus)
+        self._ports = ports
+        self._mmio = mmio
+        self._lock = lock
+        self._over = threading.Event()
+        self._ending: Ending | None = None
+        self._failure: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        self.exits = 0
+
+    def start(self) -> None:
+        install_kick(KICK)
+        for vcpu in self._vcpus:
+            thread = threading.Thread(target=self._loop, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def end(self, ending: Ending) -> None:
+        """Say how it ended; the first word counts. From any thread."""
+        if self._ending is None:
+            self._ending = ending
+        self._over.set()
+
+    def wait(self, timeout: float | None = None) -> Ending | None:
+        """Wait for the end; None after ``timeout`` seconds. Raises what made a vCPU fail."""
+        if not self._over.wait(timeout):
+            return None
+        if self._failure is not None:
+            raise self._failure
+        return self._ending
+
+    def stop(self) -> None:
+        """Take every vCPU out of the guest and wait for its thread. Twice is harmless."""
+        self.end(Ending.STOPPED)
+        for vcpu, thread in zip(self._vcpus, self._threads, strict=False):
+            while thread.is_alive() and thread is not threading.current_thread():
+                vcpu.request_exit()
+                if thread.ident is not None:
+                    try:
+                        signal.pthread_kill(thread.ident, KICK)
+                    except ProcessLookupError:
+                        break
+                thread.join(0.1)
+        self._threads.clear()
+
+    # --- in the vCPU's thread
+
+    def _loop(self, vcpu: Vcpu) -> None:
+        try:
+            while not self._over.is_set():
+                self._dispatch(vcpu, vcpu.run())
+        except BaseException as error:
+            self._failure = self._failure or error
+            self.end(Ending.STOPPED)
+
+    def _dispatch(self, vcpu: Vcpu, exit_: Exit) -> None:
+        match exit_:
+            case PortExit():
+                with self._lock:
+                    self.exits += 1
+                    self._port(vcpu, exit_)
+            case MmioExit(address, size, is_write, data):
+                with self._lock:
+                    self.exits += 1
+                    if is_write:
+                        self._mmio.write(address, data)
+                    else:
+                        vcpu.complete(exit_, self._mmio.read(address, size))
+            case InterruptedExit():
+                pass
+            case ShutdownExit():
+                self.end(Ending.TRIPLE_FAULT)
+            case HaltExit():
+                time.sleep(0.01)
+            case SystemEventExit(kind):
+                raise GuestError(f"KVM reports system event {kind}")
+            case MemoryFaultExit(gpa, size, flags):
+                raise GuestError(f"the guest's access to {gpa:#x}+{size:#x} cannot be resolved (flags {flags:#x})")
+            case FailedExit(what, code, detail):
+                raise GuestError(f"vCPU {vcpu.index}: {what}: code {code:#x}, detail {detail:#x}")
+
+    def _port(self, vcpu: Vcpu, exit_: PortExit) -> None:
+        """String instructions come as ``count`` items of one port."""
+        port, size = exit_.port, exit_.size
+        if exit_.is_write:
+            for at in range(0, size * exit_.count, size):
+                self._ports.write(port, exit_.data[at : at + size])
+        else:
+            vcpu.complete(exit_, b"".join(self._ports.read(port, size) for _ in range(exit_.count)))
