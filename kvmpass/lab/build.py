@@ -1,0 +1,137 @@
+"""The full kernel: Debian's kernel source, and the configuration that ships with this package."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from kvmpass.errors import LabError
+from kvmpass.lab import debian
+from kvmpass.lab.cache import Say, cache_root, find_tool, locked, need_tool, new_directory, run_tool
+from kvmpass.lab.kernels import Kernel, cached, full_root, kernel_release
+from kvmpass.lab.modules import BUILTIN_LISTS, index_builtin
+
+SOURCE_PACKAGE = "linux-source-6.12"
+TOOLS = {"gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "bc": "bc", "xz": "xz-utils"}
+HEADERS = {"libelf.h": "libelf-dev", "openssl/ssl.h": "libssl-dev"}
+LOG_LINES = 15
+
+Count = Callable[[int], None]
+"""Called with the number of object files made so far."""
+
+
+def missing_packages() -> list[str]:
+    """Debian packages that the build needs and this machine lacks."""
+    lacking = [package for tool, package in TOOLS.items() if find_tool(tool) is None]
+    if find_tool("gcc") is not None:
+        lacking += [package for header, package in HEADERS.items() if not _compiles(header)]
+    return lacking
+
+
+def _compiles(header: str) -> bool:
+    done = subprocess.run(
+        ["gcc", "-E", "-x", "c", "-"],
+        input=f"#include <{header}>\n".encode(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    return done.returncode == 0
+
+
+def build(say: Say, count: Count = lambda done: None, *, jobs: int = 0, again: bool = False) -> Kernel:
+    """Build the full kernel into the cache, unless it is there; ``jobs`` compilers at once (0: one for each CPU).
+
+    Raises ``LabError`` with what to install if something is missing, or with the compiler's words.
+    """
+    with locked("full-kernel", say):
+        kernel = cached(full_root(), "full")
+        if kernel is not None and not again:
+            return kernel
+        lacking = missing_packages()
+        if lacking:
+            raise LabError("building a kernel needs more programs", f"apt-get install {' '.join(lacking)}")
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=cache_root()) as name:
+            tree = _source(Path(name), say)
+            _configure(tree)
+            _make(tree, jobs or os.cpu_count() or 1, say, count)
+            _keep(tree)
+    kernel = cached(full_root(), "full")
+    assert kernel is not None
+    return kernel
+
+
+def _source(folder: Path, say: Say) -> Path:
+    debian.download_and_unpack(SOURCE_PACKAGE, folder / "package", say)
+    archives = list((folder / "package" / "usr" / "src").glob("linux-source-*.tar.*"))
+    if len(archives) != 1:
+        raise LabError(f"{SOURCE_PACKAGE} has no kernel source in it")
+    say("unpacking the kernel's source")
+    run_tool([need_tool("tar", "tar"), "-xf", archives[0], "-C", folder], "the kernel's source is damaged")
+    shutil.rmtree(folder / "package")
+    return next(folder.glob("linux-source-*"))
+
+
+def _configure(tree: Path) -> None:
+    make = need_tool("make", "make")
+    failed = "the kernel could not be configured"
+    run_tool([make, "tinyconfig"], failed, cwd=tree)
+    with as_file(files("kvmpass.lab").joinpath("kernel.config")) as fragment:
+        run_tool(["scripts/kconfig/merge_config.sh", "-m", ".config", fragment], failed, cwd=tree)
+        run_tool([make, "olddefconfig"], failed, cwd=tree)
+        lost = sorted(_options(fragment) - _options(tree / ".config"))
+    if lost:
+        raise LabError(f"the kernel's source does not take {', '.join(lost[:5])}")
+
+
+def _options(config: Path) -> set[str]:
+    """What a configuration switches on."""
+    return set(re.findall(r"^CONFIG_\w+=[^n\n].*$", config.read_text(), re.MULTILINE))
+
+
+def _make(tree: Path, jobs: int, say: Say, count: Count) -> None:
+    say(f"building the kernel, {jobs} jobs at once")
+    last: list[str] = []
+    with subprocess.Popen(
+        [need_tool("make", "make"), f"-j{jobs}", "bzImage"],
+        cwd=tree,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "KBUILD_BUILD_USER": "kvmpass", "KBUILD_BUILD_HOST": "lab"},
+    ) as process:
+        assert process.stdout is not None
+        made = 0
+        try:
+            for line in process.stdout:
+                last = [*last[-LOG_LINES:], line.rstrip()]
+                if re.match(r"\s+(CC|AS|AR|LD) ", line):
+                    made += 1
+                    count(made)
+        except BaseException:
+            process.terminate()
+            raise
+    if process.returncode:
+        errors = [line for line in last if "rror" in line] or last[-1:]
+        raise LabError(f"the kernel could not be built: {errors[0] if errors else 'no word why'}")
+
+
+def _keep(tree: Path) -> None:
+    image = tree / "arch" / "x86" / "boot" / "bzImage"
+    release = kernel_release(image)
+    lists = [tree / name for name in BUILTIN_LISTS if (tree / name).is_file()]
+    with new_directory(full_root()) as draft:
+        boot = draft / "boot"
+        boot.mkdir()
+        shutil.copy(image, boot / f"vmlinuz-{release}")
+        shutil.copy(tree / ".config", boot / f"config-{release}")
+        for path in lists:
+            shutil.copy(path, boot / path.name)
+        index_builtin(boot, draft, release)

@@ -1,0 +1,159 @@
+"""What the lab keeps between runs: unpacked kernels, initial file systems, an unpacked QEMU."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kvmpass.errors import LabError
+
+Say = Callable[[str], None]
+"""Where progress goes: one line for each step that takes longer than a second."""
+
+log = logging.getLogger("kvmpass.lab")
+
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def cache_root() -> Path:
+    """The cache's directory; it need not exist."""
+    own = os.environ.get("KVMPASS_CACHE")
+    if own:
+        return Path(own).absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache").absolute() / "kvmpass"
+
+
+def find_tool(name: str) -> Path | None:
+    """A program, looked for where administrators' programs lie as well."""
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}")
+    return Path(found) if found else None
+
+
+def need_tool(name: str, package: str) -> Path:
+    """As ``find_tool``; raises ``LabError`` with the package that has it."""
+    found = find_tool(name)
+    if found is None:
+        raise LabError(f"{name} is missing", f"apt-get install {package}")
+    return found
+
+
+def run_tool(arguments: Sequence[str | Path], failure: str, remedy: str | None = None, **more: object) -> str:
+    """Run a program and return its output; ``LabError(failure)`` with the last line it printed if it fails."""
+    done = subprocess.run(  # type: ignore[call-overload]
+        [str(word) for word in arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        **more,
+    )
+    log.debug("%s: status %d", arguments[0], done.returncode)
+    if done.returncode:
+        last = next((line for line in reversed((done.stdout + done.stderr).splitlines()) if line.strip()), "")
+        raise LabError(f"{failure}: {last.strip()}" if last else failure, remedy)
+    output: str = done.stdout
+    return output
+
+
+@contextmanager
+def locked(name: str, say: Say) -> Iterator[Path]:
+    """Hold the cache's lock ``name``; yields the cache's directory. Says so when another run holds it."""
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / f".{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another run that prepares {name}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield root
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory that becomes ``target`` at the end, whole, or never."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_atomic(target: Path, content: bytes) -> None:
+    """Write a file that is there whole, or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        Path(name).rename(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def run_directory() -> Iterator[Path]:
+    """A directory for one run, removed at its end; those that killed runs left behind go as well."""
+    runs = cache_root() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    for old in runs.iterdir():
+        _remove_if_abandoned(old)
+    directory = Path(tempfile.mkdtemp(prefix="run-", dir=runs))
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _remove_if_abandoned(directory: Path) -> None:
+    with suppress(OSError), (directory / "lock").open("r") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def used_bytes(path: Path) -> int:
+    """Bytes on disk below ``path`` (links count once)."""
+    seen: dict[tuple[int, int], int] = {}
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):
+                at = os.lstat(os.path.join(folder, name))  # noqa: PTH118 - tens of thousands of files
+                seen[at.st_dev, at.st_ino] = at.st_blocks * 512
+    return sum(seen.values())
+
+
+def clean() -> int:
+    """Remove the cache; returns the bytes that became free. Raises ``LabError`` while something uses it."""
+    root = cache_root()
+    for lock in root.glob(".*.lock"):
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                name = lock.name.removeprefix(".").removesuffix(".lock")
+                raise LabError(f"another run prepares {name} in this cache", "let it end first") from None
+    runs = root / "runs"
+    if runs.is_dir():
+        for run in runs.iterdir():
+            _remove_if_abandoned(run)
+        if any(runs.iterdir()):
+            raise LabError("a lab is running out of this cache", "let it end first")
+    size = used_bytes(root)
+    shutil.rmtree(root, ignore_errors=True)
+    return size

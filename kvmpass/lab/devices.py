@@ -1,0 +1,160 @@
+"""The emulated host's PCI devices: defaults for the known ones, and a place for each.
+
+``NAME[,PROPERTY=VALUE…]`` is what QEMU's ``-device`` takes, with three properties of our own: ``file=PATH``,
+``size=BYTES`` (of a drive that is made for the run, or of shared memory) and, through QEMU, ``serial=TEXT``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvmpass.errors import LabError
+
+FIRST_SLOT, LAST_SLOT = 0x04, 0x1E
+"""Slots of bus 0 that are given to devices. 01 is the IOMMU, 02 and 03 are the lab's own, 1f is the chipset."""
+
+NETWORK = frozenset({"e1000", "e1000e", "igb", "rtl8139", "virtio-net-pci", "vmxnet3"})
+BRIDGES = frozenset({"pci-bridge", "pcie-root-port", "ioh3420", "pxb-pcie", "pcie-pci-bridge"})
+EXPRESS_PORTS = frozenset({"pcie-root-port", "ioh3420", "pcie-pci-bridge", "x3130-upstream", "xio3130-downstream"})
+
+_SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+@dataclass
+class Plan:
+    """Arguments for QEMU, and the sparse files (path, bytes) that must exist before it starts."""
+
+    arguments: list[str] = field(default_factory=list)
+    files: list[tuple[Path, int]] = field(default_factory=list)
+
+
+@dataclass
+class _Device:
+    name: str
+    properties: dict[str, str]
+
+    def argument(self) -> str:
+        return ",".join([self.name, *(f"{key}={value}" for key, value in self.properties.items())])
+
+
+def plan(specs: Sequence[str], directory: Path, *, root_ports: bool, is_pci: Callable[[str], bool]) -> Plan:
+    """Give every device its defaults and its place, in the order in which they were named.
+
+    With ``root_ports`` each device that says nothing about its place sits behind a PCIe root port of its own,
+    otherwise on bus 0, in consecutive slots from 04 on. Raises ``LabError`` for a place whose DMA the emulated
+    IOMMU would not translate.
+    """
+    devices = [_parse(spec) for spec in specs]
+    result = Plan()
+    ports = {device.properties.get("id") for device in devices if device.name in EXPRESS_PORTS}
+    free = _free_slots(devices)
+    for number, device in enumerate(devices):
+        if not root_ports and device.properties.get("bus") in ports - {None}:
+            raise LabError(
+                f"{device.name} would sit behind a PCIe port, where this QEMU's IOMMU does not translate it",
+                "--qemu modern can do it; or use a pci-bridge",
+            )
+        children = _back(device, number, directory, result)
+        if not {"bus", "addr"} & device.properties.keys() and is_pci(device.name):
+            slot = next(free, None)
+            if slot is None:
+                raise LabError("too many devices for bus 0", "place some behind a pci-bridge (bus=ID,addr=SLOT)")
+            if root_ports and device.name not in BRIDGES:
+                result.arguments += [
+                    "-device",
+                    f"pcie-root-port,id=lab-port{slot:02x},chassis={slot},slot={slot},addr={slot:02x}.0",
+                ]
+                device.properties["bus"] = f"lab-port{slot:02x}"
+            else:
+                device.properties |= {"bus": "pcie.0", "addr": f"{slot:02x}.0"}
+        elif "addr" in device.properties and "bus" not in device.properties:
+            device.properties["bus"] = "pcie.0"
+        for each in (device, *children):
+            result.arguments += ["-device", each.argument()]
+    return result
+
+
+def _parse(spec: str) -> _Device:
+    name, *words = re.split(r"(?<!,),(?!,)", spec)
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        raise LabError(f"not a device: {spec!r}", "NAME[,PROPERTY=VALUE…], as in edu or nvme,size=1G")
+    properties: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or key in properties:
+            raise LabError(f"device {spec!r}: property {word!r} is empty or there twice")
+        properties[key] = value if equals else "on"
+    return _Device(name, properties)
+
+
+def _free_slots(devices: Sequence[_Device]) -> Iterator[int]:
+    taken = {
+        int(device.properties["addr"].split(".")[0], 16)
+        for device in devices
+        if device.properties.get("bus", "pcie.0") == "pcie.0"
+        and re.fullmatch(r"(0x)?[0-9a-fA-F]+(\.[0-7])?", device.properties.get("addr", ""))
+    }
+    return iter([slot for slot in range(FIRST_SLOT, LAST_SLOT + 1) if slot not in taken])
+
+
+def _back(device: _Device, number: int, directory: Path, result: Plan) -> list[_Device]:
+    """What stands behind a device: a drive, a network, shared memory; and defaults that make it useful.
+
+    Returns devices that must come after it.
+    """
+    children = []
+    properties = device.properties
+    if device.name == "nvme":
+        if "drive" not in properties:
+            result.arguments += ["-drive", _drive(properties, number, directory, result)]
+            if "subsys" in properties:  # a controller of a subsystem takes its namespaces as devices only
+                owner = properties.setdefault("id", f"lab-nvme{number}")
+                children.append(_Device("nvme-ns", {"drive": f"lab-drive{number}", "bus": owner}))
+            else:
+                properties["drive"] = f"lab-drive{number}"
+        properties.setdefault("serial", f"LAB{number:05d}")
+    elif device.name in NETWORK:
+        if "netdev" not in properties:
+            # One hub for all: the network devices of a lab see one another.
+            result.arguments += ["-netdev", f"hubport,id=lab-net{number},hubid=0"]
+            properties["netdev"] = f"lab-net{number}"
+        properties.setdefault("romfile", "")
+    elif device.name == "edu":
+        properties.setdefault("dma_mask", "0xffffffffffffffff")
+    elif device.name == "ivshmem-plain" and "memdev" not in properties:
+        size = parse_size(properties.pop("size", "16M"))
+        result.arguments += ["-object", f"memory-backend-ram,id=lab-memory{number},size={size},share=on"]
+        properties["memdev"] = f"lab-memory{number}"
+    if device.name.startswith("virtio-") and "-pci" in device.name:
+        # Without it a virtio device reaches memory past the IOMMU.
+        properties.setdefault("iommu_platform", "on")
+    return children
+
+
+def _drive(properties: dict[str, str], number: int, directory: Path, result: Plan) -> str:
+    size = parse_size(properties.pop("size", "64M"))
+    named = properties.pop("file", None)
+    if named is None:
+        path = directory / f"drive{number}.raw"
+        result.files.append((path, size))
+    else:
+        path = Path(named.replace(",,", ",")).absolute()
+        if not path.exists():
+            raise LabError(f"{path}: no such drive file")
+    return f"if=none,id=lab-drive{number},format=raw,file={quote(path)}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``64M``, ``1G`` and the like."""
+    found = re.fullmatch(r"([1-9]\d*)([KMGT]?)", text.upper())
+    if found is None:
+        raise LabError(f"not a size: {text!r}", "a number with K, M or G behind it, such as 64M")
+    return int(found[1]) * _SUFFIXES[found[2]]
+
+
+def quote(path: Path) -> str:
+    """A path inside one of QEMU's comma-separated arguments."""
+    return str(path).replace(",", ",,")

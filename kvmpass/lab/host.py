@@ -1,0 +1,222 @@
+"""One emulated host: started, asked whether its DMA is translated, given a command, ended."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from types import TracebackType
+from typing import Self
+
+from kvmpass.errors import LabError
+from kvmpass.lab import devices, initrd, kernels, proof, qemu
+from kvmpass.lab.cache import Say, need_tool, run_directory
+from kvmpass.lab.channels import Channels, Lines, Pump, Writer
+from kvmpass.lab.command import CONTROL, command_line
+from kvmpass.lab.config import LabConfig, LabResult, Outcome
+from kvmpass.lab.script import Job, overlay
+
+BOOT_SECONDS = 240.0
+END_SECONDS = 5.0
+CONSOLE_LINES = 20
+NOISE = ("TCG doesn't support", "warning: ")
+
+IN, OUT, ERR, STATUS = "kvmpass.in", "kvmpass.out", "kvmpass.err", "kvmpass.status"
+
+
+class Host:
+    """A QEMU process and its channels. Use it in a ``with``: leaving it ends QEMU and removes the run's files."""
+
+    def __init__(self, config: LabConfig, say: Say) -> None:
+        self._config, self._say = config, say
+        self._began = time.monotonic()
+        self._deadline = math.inf
+        self._started = False
+        self._cleanup = ExitStack()
+        self._pumps: dict[str, Pump] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._directory = self._cleanup.enter_context(run_directory())
+        except BaseException:
+            self._cleanup.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._cleanup.close()
+
+    def start(self, job: Job) -> None:
+        """Start QEMU with the job's ports. Raises ``LabError`` if something for it is missing."""
+        config = self._config
+        self._emulator = qemu.find(config.qemu)
+        self._kernel = kernels.find(config.kernel, self._say)
+        plan = devices.plan(
+            config.devices,
+            self._directory,
+            root_ports=self._emulator.root_ports,
+            is_pci=self._emulator.is_pci,
+        )
+        for path, size in plan.files:
+            with path.open("wb") as file:
+                file.truncate(size)
+        writable = tuple(path.absolute() for path in config.writable)
+        for path in writable:
+            if not path.is_dir():
+                raise LabError(f"{path} is not a directory")
+        image = self._directory / "initrd"
+        first = initrd.base(self._kernel, self._say).read_bytes()
+        image.write_bytes(initrd.padded(first) + overlay(job, self._kernel, writable))
+        self._trace = None
+        if "iommu" not in config.without:
+            self._trace = (config.iommu_trace or self._directory / "trace").absolute()
+            self._trace.unlink(missing_ok=True)
+        self._channels = Channels((*job.ports, CONTROL))
+        self._cleanup.callback(self._channels.close)
+        self._console = self._directory / "console"
+        self._launch(
+            command_line(
+                config,
+                self._emulator,
+                self._kernel,
+                image,
+                plan,
+                self._channels.inner,
+                self._console,
+                self._trace,
+            )
+        )
+        self._lines = Lines(self.port(STATUS))
+
+    def _launch(self, words: list[str]) -> None:
+        # A QEMU whose starter was killed would run on for ever.
+        guard = [str(need_tool("setpriv", "util-linux")), "--pdeathsig", "KILL", "--"]
+        self._errors = self._directory / "stderr"
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [*guard, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                env={**os.environ, **self._emulator.environment},
+                pass_fds=tuple(self._channels.inner.values()),
+                start_new_session=True,
+            )
+        self._cleanup.callback(self.stop)
+        self._channels.close_inner()
+        self._deadline = time.monotonic() + (self._config.timeout or math.inf)
+
+    def port(self, name: str) -> socket.socket:
+        """Our end of a port."""
+        return self._channels.outer[name]
+
+    def pump(self, outputs: Mapping[str, Writer]) -> None:
+        """Copy these ports from now on. A writer that fails ends the run."""
+        for name, target in outputs.items():
+            pump = Pump(self.port(name), target, self._give_up)
+            self._pumps[name] = pump
+            pump.start()
+
+    def _give_up(self) -> None:
+        with suppress(OSError):
+            self.port(STATUS).shutdown(socket.SHUT_RDWR)
+
+    def boot(self) -> LabResult | None:
+        """Wait until the host is up and let it go on; a result means that it never came up.
+
+        Raises ``LabError`` if QEMU refuses its arguments, or if it does not translate DMA.
+        """
+        try:
+            line = self._lines.read(min(self._deadline, time.monotonic() + BOOT_SECONDS))
+        except TimeoutError:
+            return self._result("timeout")
+        if line is None:
+            self._process.wait(END_SECONDS)
+            complaints = self._complaints()
+            if self._process.returncode and complaints:
+                raise LabError(f"QEMU: {complaints[0]}")
+            return self._gone()
+        if self._trace is not None:
+            if not proof.bypassed(self._config.append):
+                proof.require(self._trace, self._emulator, self._kernel)
+            if self._config.iommu_trace is None:
+                proof.stop_trace(self.port(CONTROL))
+        self._lines.send("go\n")
+        self._started = True
+        return None
+
+    def wait(self) -> LabResult:
+        """Wait for the command's end, and for all its output. Raises what a writer of output raised."""
+        try:
+            line = self._lines.read(self._deadline)
+            if line is not None:
+                return self._finish(line)
+        except TimeoutError:
+            return self._result("timeout")
+        self._raise_failures()
+        return self._gone()
+
+    def _finish(self, line: str) -> LabResult:
+        _, status, *counts = line.split()
+        for name, count in zip((OUT, ERR), counts, strict=True):
+            pump = self._pumps.get(name)
+            if pump is None:
+                continue
+            if count.isdigit():
+                done = pump.wait_for(int(count), self._deadline)
+            else:  # a kernel without debugfs cannot tell
+                pump.wait_for(1 << 62, time.monotonic() + 1)
+                done = True
+            if not done:
+                return self._result("timeout")
+        self._raise_failures()
+        # A terminal's last words come out before QEMU's end of its port closes.
+        self.stop()
+        for pump in self._pumps.values():
+            pump.join(END_SECONDS)
+        return self._result("exited", int(status))
+
+    def _raise_failures(self) -> None:
+        for pump in self._pumps.values():
+            if pump.failure is not None:
+                raise pump.failure
+
+    def _gone(self) -> LabResult:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        for pump in self._pumps.values():
+            pump.join(END_SECONDS)
+        return self._result("panic" if "Kernel panic" in self._console_text() else "silent")
+
+    def _result(self, outcome: Outcome, status: int | None = None) -> LabResult:
+        lines = self._console_text().splitlines()[-CONSOLE_LINES:]
+        if outcome == "silent":
+            lines += [f"QEMU: {line}" for line in self._complaints()]
+        seconds = time.monotonic() - self._began
+        return LabResult(status, outcome, "\n".join(lines), seconds, self._started)
+
+    def _console_text(self) -> str:
+        with suppress(FileNotFoundError):
+            return self._console.read_bytes().decode("utf-8", "replace").replace("\r", "")
+        return ""
+
+    def _complaints(self) -> list[str]:
+        """What QEMU itself said, without what it always says."""
+        text = self._errors.read_bytes().decode("utf-8", "replace")
+        lines = [line.split(": ", 1)[-1] for line in text.splitlines()]
+        return [line for line in lines if line.strip() and not any(noise in line for noise in NOISE)]
+
+    def stop(self) -> None:
+        """End QEMU, gently if it listens."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is None:
+                self._process.send_signal(number)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(END_SECONDS)

@@ -1,0 +1,88 @@
+"""The emulated host's first file system: busybox, and the modules that reach the real one."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from kvmpass.errors import LabError
+from kvmpass.lab.cache import Say, cache_root, locked, need_tool, write_atomic
+from kvmpass.lab.kernels import Kernel
+from kvmpass.lab.modules import loaded_by, unpacked
+
+ROOT_MODULES = ("9p", "9pnet_virtio", "overlay")
+FOLDERS = ("bin", "dev", "mods", "newroot", "proc", "ro", "rw", "sys")
+_FORMAT = 1  # part of the cached files' names: one more when their content changes for the same inputs
+
+
+def archive(files: Mapping[str, tuple[int, bytes]]) -> bytes:
+    """A cpio archive ("newc": Linux Documentation/driver-api/early-userspace/buffer-format.rst).
+
+    ``files`` maps names to mode, type bits included, and content.
+    """
+    return b"".join(_members(files))
+
+
+def _members(files: Mapping[str, tuple[int, bytes]]) -> Iterator[bytes]:
+    entries = [*files.items(), ("TRAILER!!!", (0, b""))]
+    for inode, (name, (mode, content)) in enumerate(entries, 1):
+        path = name.encode() + b"\0"
+        links = 2 if mode & 0o040000 else 1
+        fields = (inode, mode, 0, 0, links, 0, len(content), 0, 0, 0, 0, len(path), 0)
+        head = b"070701" + b"".join(b"%08x" % field for field in fields)
+        yield padded(head + path)
+        yield padded(content)
+
+
+def padded(data: bytes) -> bytes:
+    """``data`` up to the next multiple of four: where the next member, or archive, may begin."""
+    return data + bytes(-len(data) % 4)
+
+
+def folder() -> tuple[int, bytes]:
+    return 0o040755, b""
+
+
+def executable(content: bytes) -> tuple[int, bytes]:
+    return 0o100755, content
+
+
+def base(kernel: Kernel, say: Say) -> Path:
+    """The part that is the same for every run under ``kernel``: made once, kept in the cache."""
+    busybox = static_busybox()
+    at = busybox.stat()
+    inputs = f"{_FORMAT}:{kernel.identity}:{busybox}:{at.st_size}:{at.st_mtime_ns}"
+    key = hashlib.sha256(inputs.encode()).hexdigest()[:16]
+    target = cache_root() / "initrd" / f"{kernel.release}-{key}.cpio.gz"
+    if target.is_file():
+        return target
+    with locked("initrd", say):
+        if not target.is_file():
+            files = {name: folder() for name in FOLDERS}
+            files["bin/busybox"] = executable(busybox.read_bytes())
+            for number, module in enumerate(root_modules(kernel)):
+                name = module.name.split(".ko")[0]
+                files[f"mods/{number:02d}-{name}.ko"] = (0o100644, unpacked(module))
+            write_atomic(target, gzip.compress(archive(files), 1))
+    return target
+
+
+def static_busybox() -> Path:
+    """A busybox that runs where there is no library yet."""
+    busybox = need_tool("busybox", "busybox-static")
+    # A dynamic program names its loader, and the name is in its first pages.
+    if b"/ld-linux-x86-64" in busybox.read_bytes()[:4096]:
+        raise LabError(f"{busybox} is not statically linked", "apt-get install busybox-static")
+    return busybox
+
+
+def root_modules(kernel: Kernel) -> list[Path]:
+    """Files of the modules that the root file system needs, in the order in which they load."""
+    if kernel.modules is None:
+        return []
+    index = kernel.modules / "modules.dep"
+    if not index.is_file() or not index.stat().st_size:
+        return []
+    return loaded_by(kernel.modules.parents[2], kernel.release, ROOT_MODULES)

@@ -1,0 +1,140 @@
+"""The lab: commands and shells inside an emulated AMD host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import termios
+import tty
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from kvmpass.errors import LabError
+from kvmpass.lab.cache import Say, log
+from kvmpass.lab.channels import Feeder, Writer, writer
+from kvmpass.lab.command import TERMINAL
+from kvmpass.lab.config import LabConfig, LabResult
+from kvmpass.lab.host import ERR, IN, OUT, STATUS, Host
+from kvmpass.lab.script import Job, environment
+
+SHELL = ("/bin/bash", "-i")
+
+
+class Lab:
+    """An emulated AMD host, made anew for each command. ``say`` takes progress, a line at a time.
+
+    Runs may go on side by side; each blocks the thread it is called from, and ends with that thread.
+    """
+
+    def __init__(self, config: LabConfig | None = None, say: Say = log.info) -> None:
+        self.config = config or LabConfig()
+        self._say = say
+        self._host: Host | None = None
+
+    def stop(self) -> None:
+        """End the run that another thread is in, at once; that ``run`` returns ``silent``. Else it does nothing."""
+        host = self._host
+        if host is not None:
+            host.stop()
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: int | None = None,
+        stdout: Writer | int | None = None,
+        stderr: Writer | int | None = None,
+    ) -> LabResult:
+        """Run ``command`` inside, as root, and return how it ended.
+
+        Its output is copied as it comes, byte for byte, to binary files or descriptors (``None``: this process's
+        own). Its input is empty unless ``stdin`` is a descriptor. ``env`` is added to a small environment of the
+        lab's own. Raises ``LabError`` if the host cannot be started, and what ``stdout`` or ``stderr`` raise.
+        """
+        if not command:
+            raise LabError("no command to run in the lab")
+        outputs = {OUT: writer(stdout, sys.stdout), ERR: writer(stderr, sys.stderr)}
+        ports = (OUT, ERR, STATUS) if stdin is None else (OUT, ERR, STATUS, IN)
+        job = Job(command, cwd or Path.cwd(), environment(env), ports, "null" if stdin is None else "pipe")
+        with Host(self.config, self._say) as host:
+            host.start(job)
+            self._host = host
+            try:
+                host.pump(outputs)
+                early = host.boot()
+                if early is not None:
+                    return early
+                if stdin is None:
+                    return host.wait()
+                with _fed(Feeder(stdin, host.port(IN))):
+                    return host.wait()
+            finally:
+                self._host = None
+
+    def shell(self, *, cwd: Path | None = None) -> LabResult:
+        """A shell inside, on this process's terminal; without a terminal it reads commands from the input."""
+        if not sys.stdin.isatty():
+            return self.run(SHELL[:1], cwd=cwd, stdin=sys.stdin.fileno())
+        source = sys.stdin.fileno()
+        size = os.get_terminal_size(source)
+        more = {name: os.environ[name] for name in ("TERM", "COLORTERM") if name in os.environ}
+        ports, rows_and_columns = (TERMINAL, IN, STATUS), (size.lines, size.columns)
+        job = Job(SHELL, cwd or Path.cwd(), environment(more), ports, "tty", rows_and_columns)
+        with Host(self.config, self._say) as host:
+            host.start(job)
+            host.pump({TERMINAL: writer(None, sys.stdout)})
+
+            def resized(signum: int, frame: FrameType | None) -> None:
+                size = os.get_terminal_size(source)
+                with suppress(OSError):
+                    host.port(IN).send(f"rows {size.lines} cols {size.columns}\n".encode())
+
+            early = host.boot()
+            if early is not None:
+                return early
+            with _raw(source), _handled(signal.SIGWINCH, resized), _fed(Feeder(source, host.port(TERMINAL))):
+                return host.wait()
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind the program, as Ctrl-C does, so that no lab is left behind. Main thread only."""
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        sys.exit(128 + signum)
+
+    with _handled(signal.SIGTERM, leave), _handled(signal.SIGHUP, leave):
+        yield
+
+
+@contextmanager
+def _handled(number: signal.Signals, handler: object) -> Iterator[None]:
+    before = signal.signal(number, handler)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextmanager
+def _raw(terminal: int) -> Iterator[None]:
+    before = termios.tcgetattr(terminal)
+    tty.setraw(terminal)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+@contextmanager
+def _fed(feeder: Feeder) -> Iterator[None]:
+    feeder.start()
+    try:
+        yield
+    finally:
+        feeder.stop()

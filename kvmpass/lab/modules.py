@@ -1,0 +1,82 @@
+"""Kernel modules in files: which ones a module needs, what is packed in them, their index."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import zstandard
+
+from kvmpass.lab.cache import need_tool, run_tool
+
+BUILTIN_LISTS = ("modules.builtin", "modules.builtin.modinfo", "modules.order")
+
+# Loaded at every start, or with a device that is likely in a lab.
+USUAL = (
+    *("9p", "9pnet_virtio", "overlay", "vfio-pci", "kvm_amd"),
+    *("nvme", "ahci", "e1000", "e1000e", "igb", "virtio_net", "xhci_pci", "uio_pci_generic"),
+    *("i2c_i801", "lpc_ich"),
+)
+
+
+def index(root: Path, release: str) -> None:
+    """Write the index that modprobe reads in ``root/lib/modules/RELEASE``."""
+    run_tool([need_tool("depmod", "kmod"), "-b", root, release], f"no module index for {release}")
+
+
+def index_builtin(lists: Path, root: Path, release: str) -> None:
+    """Make ``root/lib/modules/RELEASE`` of a kernel without modules: it tells which drivers are built in."""
+    modules = root / "lib" / "modules" / release
+    modules.mkdir(parents=True)
+    for name in BUILTIN_LISTS:
+        if (lists / name).is_file():
+            shutil.copy(lists / name, modules / name)
+    (modules / "modules.order").touch()
+    (modules / "modules.builtin").touch()
+    index(root, release)
+
+
+def loaded_by(root: Path, release: str, names: Iterable[str]) -> list[Path]:
+    """Files of modules and all they need, in the order in which they load; nothing for built-in ones.
+
+    Raises ``LabError`` if the kernel has no such module.
+    """
+    tool = need_tool("modprobe", "kmod")
+    lines: list[str] = []
+    for name in names:
+        lines += run_tool(
+            [tool, "-d", root, "-S", release, "--show-depends", name], f"kernel {release} has no module {name}"
+        ).splitlines()
+    return list(dict.fromkeys(_files(lines)))
+
+
+def _files(lines: Iterable[str]) -> Iterator[Path]:
+    for line in lines:
+        words = line.split()
+        if words[:1] == ["insmod"]:
+            yield Path(words[1])
+
+
+def unpack_usual(root: Path, release: str) -> None:
+    """Unpack the usual modules in place: under emulation that takes longer than all the rest of a start."""
+    for path in loaded_by(root, release, USUAL):
+        if path.suffix != ".ko":
+            path.with_suffix("").write_bytes(unpacked(path))
+            path.unlink()
+    index(root, release)
+
+
+def unpacked(module: Path) -> bytes:
+    """A module's ELF file, whatever it is packed with."""
+    data = module.read_bytes()
+    match module.suffix:
+        case ".xz":
+            return lzma.decompress(data)
+        case ".gz":
+            return gzip.decompress(data)
+        case ".zst":
+            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    return data

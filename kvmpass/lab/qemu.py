@@ -1,0 +1,171 @@
+"""The emulators: which QEMU, what its IOMMU can do, and which ones are known to be broken."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvmpass.errors import LabError
+from kvmpass.lab.cache import cache_root, find_tool
+
+PROGRAM = "qemu-system-x86_64"
+SUPPORTED = "supported: Debian 12's QEMU 7.2 (apt-get install qemu-system-x86) and `--qemu modern`"
+
+Version = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """A QEMU: how it is started, and what its version is."""
+
+    name: str
+    path: Path
+    version: Version
+    prefix: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def version_text(self) -> str:
+        return ".".join(str(part) for part in self.version)
+
+    @property
+    def root_ports(self) -> bool:
+        """Whether DMA from behind a PCIe root port is translated as the device's own (10.0 and before: no)."""
+        return self.version >= (11, 0, 0)
+
+    def help(self, device: str) -> str | None:
+        """The properties of a device, ``None`` if this QEMU does not have it."""
+        return _device_help(self.prefix, tuple(sorted(self.environment.items())), device)
+
+    def is_pci(self, device: str) -> bool:
+        """Whether a device has a place on a PCI bus. Raises ``LabError`` for one unknown to this QEMU."""
+        text = self.help(device)
+        if text is None:
+            raise LabError(f"QEMU {self.version_text} has no device {device!r}", f"{PROGRAM} -device help lists them")
+        return re.search(r"^\s*addr=", text, re.MULTILINE) is not None
+
+    def iommu(self, *, intremap: bool) -> str:
+        """The ``-device`` argument of the AMD IOMMU."""
+        words = ["amd-iommu", f"intremap={'on' if intremap else 'off'}"]
+        known = self.help("amd-iommu")
+        if known is None:
+            raise LabError(f"QEMU {self.version_text} has no AMD IOMMU", SUPPORTED)
+        # From the release on that has the switch nothing is translated unless it is on.
+        if "dma-remap=" in known:
+            words.append("dma-remap=on")
+        if "xtsup=" in known and intremap:
+            words.append("xtsup=on")
+        return ",".join(words)
+
+
+@functools.cache
+def _device_help(prefix: tuple[str, ...], environment: tuple[tuple[str, str], ...], device: str) -> str | None:
+    done = subprocess.run(
+        [*prefix, "-machine", "none", "-device", f"{device},help"],
+        env={**os.environ, **dict(environment)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    return done.stdout if done.returncode == 0 else None
+
+
+def judge(version: Version) -> tuple[bool, str]:
+    """Whether a version may be used, and what is known about it."""
+    if version[:2] == (10, 0):
+        return False, (
+            "broken: with an AMD IOMMU its IOAPIC delivers nothing under TCG, so timers and legacy interrupts hang"
+        )
+    if version[:2] == (7, 2):
+        return True, "tested (devices on bus 0 or behind a pci-bridge)"
+    if version[:2] == (11, 1):
+        return True, "tested (root ports, virtual functions, fault events)"
+    if version < (7, 2, 0):
+        return False, "too old: 7.2 is the first that was found to work"
+    return True, "untested: every start checks that DMA is translated"
+
+
+def modern_root() -> Path:
+    """Where ``kvmpass lab qemu`` unpacks the modern line."""
+    return cache_root() / "qemu" / "modern"
+
+
+def modern() -> Emulator:
+    """The modern line, out of the cache. Raises ``LabError`` if it is not there."""
+    root = modern_root()
+    program = root / "usr" / "bin" / PROGRAM
+    if not program.is_file():
+        raise LabError("the modern QEMU is not in the cache", "kvmpass lab qemu fetches it (about 2 minutes)")
+    library = root / "usr" / "lib" / "x86_64-linux-gnu"
+    share = root / "usr" / "share"
+    prefix = (
+        str(library / "ld-linux-x86-64.so.2"),
+        *("--library-path", str(library)),
+        str(program),
+        *("-L", str(share / "qemu"), "-L", str(share / "seabios")),
+    )
+    environment = {"QEMU_MODULE_DIR": str(library / "qemu")}
+    return Emulator("modern", program, version_of(prefix, environment), prefix, environment)
+
+
+def system() -> Emulator:
+    """The QEMU that is installed. Raises ``LabError`` if there is none."""
+    found = find_tool(PROGRAM)
+    if found is None:
+        raise LabError("no QEMU is installed", "apt-get install qemu-system-x86")
+    return Emulator("system", found, version_of((str(found),)), (str(found),))
+
+
+def version_of(prefix: tuple[str, ...], environment: Mapping[str, str] | None = None) -> Version:
+    """Ask a QEMU for its version. Raises ``LabError`` if it does not tell."""
+    try:
+        done = subprocess.run(
+            [*prefix, "--version"],
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LabError(f"{prefix[0]} cannot be run: {error}") from error
+    found = re.search(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", done.stdout)
+    if found is None:
+        raise LabError(f"{prefix[0]} is no QEMU system emulator", SUPPORTED)
+    return int(found[1]), int(found[2]), int(found[3])
+
+
+def find(name: str) -> Emulator:
+    """``system``, ``modern`` or a program's path. Raises ``LabError`` for a QEMU known to be broken."""
+    if name == "system":
+        emulator = system()
+    elif name == "modern":
+        emulator = modern()
+    else:
+        path = Path(name).absolute()
+        emulator = Emulator(str(path), path, version_of((str(path),)), (str(path),))
+    usable, verdict = judge(emulator.version)
+    if not usable:
+        raise LabError(f"QEMU {emulator.version_text} ({emulator.path}) is {verdict}", SUPPORTED)
+    return emulator
+
+
+def accelerator(asked: str) -> str:
+    """``tcg`` or ``kvm``: with ``auto``, KVM only where the real CPU's AMD-V can be nested."""
+    if asked != "auto":
+        return asked
+    nested = Path("/sys/module/kvm_amd/parameters/nested")
+    try:
+        able = nested.read_text().strip() in {"1", "Y"} and os.access("/dev/kvm", os.R_OK | os.W_OK)
+        svm = re.search(r"^flags\b.*\bsvm\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return "tcg"
+    return "kvm" if able and svm else "tcg"

@@ -1,0 +1,101 @@
+"""What the lab is made of on this machine: installed, cached, missing."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmpass.errors import KvmpassError
+from kvmpass.lab import build, kernels, proof, qemu
+from kvmpass.lab.cache import cache_root, find_tool, used_bytes
+
+TOOLS = {
+    "busybox": "busybox-static",
+    "modprobe": "kmod",
+    "depmod": "kmod",
+    "setpriv": "util-linux",
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+}
+SUPPORTED_HOSTS = "x86-64 Linux with Debian 12's packages (tested); others with apt and QEMU 7.2 may work"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; ``ok`` is false for what a plain ``kvmpass lab run`` lacks."""
+
+    part: str
+    text: str
+    ok: bool = True
+
+
+def rows() -> list[Row]:
+    """The table. Nothing is downloaded and no lab is started for it."""
+    root = cache_root()
+    return [
+        Row("host", f"{platform.machine()} {platform.system()} {platform.release()}", _host_is_supported()),
+        Row("acceleration", _acceleration()),
+        _emulator("QEMU system", qemu.system, required=True),
+        _emulator("QEMU modern", qemu.modern, required=False),
+        Row("kernel stock", _stock()),
+        Row("kernel full", _full()),
+        *_tools(),
+        *(Row("DMA", f"{key}: {text}") for key, text in proof.verdicts().items()),
+        Row("cache", f"{root}, {used_bytes(root) / 1e6:.0f} MB"),
+    ]
+
+
+def _host_is_supported() -> bool:
+    return platform.system() == "Linux" and platform.machine() == "x86_64"
+
+
+def _acceleration() -> str:
+    if qemu.accelerator("auto") == "kvm":
+        return "kvm (AMD-V can be nested here)"
+    return "tcg, emulation: slow, but needs no hardware" + (
+        "; /dev/kvm has no AMD-V to nest" if Path("/dev/kvm").exists() else ""
+    )
+
+
+def _emulator(part: str, find: Callable[[], qemu.Emulator], *, required: bool) -> Row:
+    try:
+        emulator = find()
+    except KvmpassError as error:
+        return Row(part, _with_remedy(error), not required)
+    usable, verdict = qemu.judge(emulator.version)
+    return Row(part, f"{emulator.version_text}, {emulator.path}: {verdict}", usable or not required)
+
+
+def _stock() -> str:
+    kernel = kernels.cached(kernels.stock_root(), "stock")
+    if kernel is not None:
+        return f"{kernel.release}, cached"
+    return f"not cached: the first run downloads {kernels.STOCK_PACKAGE}"
+
+
+def _full() -> str:
+    named = os.environ.get(kernels.FULL_VARIABLE)
+    try:
+        if named:
+            return f"{kernels.kernel_release(Path(named))}, {kernels.FULL_VARIABLE}={named}"
+        kernel = kernels.cached(kernels.full_root(), "full")
+    except KvmpassError as error:
+        return _with_remedy(error)
+    if kernel is not None:
+        return f"{kernel.release}, built"
+    lacking = build.missing_packages()
+    return "not built: " + (f"apt-get install {' '.join(lacking)}, then " if lacking else "") + "kvmpass lab kernel"
+
+
+def _tools() -> list[Row]:
+    missing = {tool: package for tool, package in TOOLS.items() if find_tool(tool) is None}
+    if not missing:
+        return [Row("tools", ", ".join(TOOLS))]
+    return [Row("tool missing", f"{tool}: apt-get install {package}", False) for tool, package in missing.items()]
+
+
+def _with_remedy(error: KvmpassError) -> str:
+    return "; ".join([str(error), *getattr(error, "__notes__", ())])

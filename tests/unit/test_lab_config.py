@@ -1,0 +1,42 @@
+"""The lab's values: what a host can be made of, and how an end becomes an exit status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvmpass.errors import LabError
+from kvmpass.lab import LabConfig, LabResult
+from kvmpass.lab.config import split_features
+
+
+def test_features_split_at_commas_and_repeat() -> None:
+    assert split_features(["svm,iommu", "intremap"]) == {"svm", "iommu", "intremap"}
+    assert split_features([]) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"without": frozenset({"gravity"})}, "gravity"),
+        ({"accel": "hvf"}, "hvf"),
+        ({"memory": "much"}, "much"),
+        ({"memory": "0G"}, "0G"),
+        ({"cpus": 0}, "CPU"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"writable": tuple(Path(f"/{n}") for n in range(9))}, "at most 8"),
+        ({"without": frozenset({"iommu"}), "iommu_trace": Path("t")}, "trace"),
+    ],
+)
+def test_impossible_hosts_are_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(LabError, match=words):
+        LabConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "expected"),
+    [(0, "exited", 0), (137, "exited", 137), (None, "timeout", 124), (None, "panic", 126), (None, "silent", 126)],
+)
+def test_an_end_becomes_an_exit_status(status: int | None, outcome: str, expected: int) -> None:
+    assert LabResult(status, outcome, "", 1.0).exit_status == expected  # type: ignore[arg-type]
