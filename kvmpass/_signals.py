@@ -1,4 +1,4 @@
-"""Hold back Ctrl-C and termination while a device is between two drivers."""
+"""Hold back Ctrl-C and termination while something is half done."""
 
 from __future__ import annotations
 

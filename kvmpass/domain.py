@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -140,10 +140,16 @@ class Domain:
                 undo.callback(self._unmap_all)
                 self.map_memslots()
             if self._kvm_vfio:
+                undo.callback(self._forget, self._kvm_vfio, group)
                 self._kvm_vfio.file_add(group.fd)
-                undo.callback(self._kvm_vfio.file_del, group.fd)
             self._groups[number] = _Joined(group)
             undo.pop_all()
+
+    @staticmethod
+    def _forget(kvm_vfio: KvmVfio, group: Group) -> None:
+        """Let KVM drop the group, whether it has got it or not."""
+        with suppress(FileNotFoundError):
+            kvm_vfio.file_del(group.fd)
 
     def _leave(self, number: int) -> None:
         joined = self._groups.pop(number)
@@ -197,8 +203,15 @@ class Domain:
         """One map call for one region at its guest-physical address; ROM is read-only for devices too."""
         assert self._container is not None
         mapping = DmaMapping(region.gpa, region.size, region.hva, region.kind is RegionKind.RAM)
-        self._container.map_dma(mapping.iova, mapping.hva, mapping.size, writable=mapping.writable)
         self._ledger[region] = mapping
+        try:
+            self._container.map_dma(mapping.iova, mapping.hva, mapping.size, writable=mapping.writable)
+        except BaseException:
+            # However far it got (an interrupt may come after the call), nothing stays mapped.
+            del self._ledger[region]
+            with suppress(OSError):
+                self._container.unmap_dma(mapping.iova, mapping.size)
+            raise
         self.calls.append(DmaCall("map", Range(mapping.iova, mapping.size)))
         log.info("map %s -> iova %#x, %s", region, mapping.iova, "rw" if mapping.writable else "ro")
 

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
+from kvmpass._signals import deferred
 from kvmpass.boot import acpi, ports
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
@@ -94,7 +95,8 @@ class Machine:
     guest pages, assigned devices do DMA to them. Raises ``OSError`` (no ``/dev/kvm``), ``LayoutError``,
     ``ReservedRange``; then nothing is left behind.
 
-    Call from one thread; the guest's vCPUs have their own.
+    Call from one thread; the guest's vCPUs have their own. In the main thread Ctrl-C, SIGTERM and SIGHUP wait while
+    a device goes in or out.
     """
 
     def __init__(self, memory: str | int = "1G", cpus: int = 1, *, sysfs: Sysfs | None = None) -> None:
@@ -147,8 +149,9 @@ class Machine:
     def close(self) -> None:
         """Stop the guest and release everything, in order; every step is tried. Twice is harmless."""
         if not self._closed:
-            self._closed = True
-            self._undo.close()
+            with deferred():
+                self._closed = True
+                self._undo.close()
 
     def __enter__(self) -> Self:
         return self
@@ -175,33 +178,33 @@ class Machine:
                 f"{found.bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
                 "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
             )
-        with ExitStack() as undo:
-            if not self.domain.active:
-                check_memory(self._sysfs, self.memory.ram_size)
-                self.memory.populate()
+        if not self.domain.active:
+            check_memory(self._sysfs, self.memory.ram_size)
+            self.memory.populate()
+        with deferred(), ExitStack() as undo:
             device = self.domain.attach(str(found.bdf), found.group)
             undo.callback(self.domain.detach, device)
             assigned = AssignedDevice(found.bdf, found.group, device, undo)
             function = AssignedFunction(device, self.vm, self.routes, self.memory, self.ports, self.mmio, self._bars)
             undo.callback(function.close)
+            undo.callback(self._unplug, function)
             with self._lock:
                 assigned.slot = self.pci.plug(function)
-            undo.callback(self._unplug, assigned.slot)
             self.devices.append(assigned)
             undo.callback(self.devices.remove, assigned)
             assigned._undo = undo.pop_all()
         return assigned
 
-    def _unplug(self, slot: int) -> None:
+    def _unplug(self, function: AssignedFunction) -> None:
         with self._lock:
-            self.pci.unplug(slot)
+            self.pci.unplug(function)
 
     def deassign(self, device: AssignedDevice) -> None:
         """Take the device out again, backwards; every step is tried. A running guest is not told."""
         if device.state is DeviceState.RELEASED:
             return
-        device.state = DeviceState.RELEASED
-        with self._lock:
+        with deferred(), self._lock:
+            device.state = DeviceState.RELEASED
             device._undo.close()
 
     def _deassign_all(self) -> None:

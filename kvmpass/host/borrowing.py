@@ -17,7 +17,7 @@ from kvmpass.host.binding import DRIVER_TIMEOUT, Binder
 from kvmpass.host.checks import check_assignable
 from kvmpass.host.journal import Entry, Journal
 from kvmpass.host.processes import Process
-from kvmpass.host.signals import deferred
+from kvmpass._signals import deferred
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI
 

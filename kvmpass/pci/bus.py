@@ -46,8 +46,9 @@ class PciBus:
         self._functions[slot] = function
         return slot
 
-    def unplug(self, slot: int) -> None:
-        self._functions.pop(slot, None)
+    def unplug(self, function: PciFunction) -> None:
+        """Take ``function`` out, if it is in."""
+        self._functions = {slot: other for slot, other in self._functions.items() if other is not function}
 
     def _find(self, bus: int, devfn: int) -> PciFunction | None:
         return self._functions.get(devfn >> 3) if bus == 0 and not devfn & 7 else None

@@ -164,7 +164,7 @@ class Board:
         return [region.range for region in self.memory if region.kind is RegionKind.BAR]
 
     def close(self) -> None:
-        self.pci.unplug(self.slot)
+        self.pci.unplug(self.function)
         self.function.close()
         assert self.bars() == []
         assert self.kvm.routes == {} == self.kvm.irqfds

@@ -1,0 +1,75 @@
+# `make` alone lists the targets.
+
+PYTHON ?= /usr/bin/python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+PACKAGES := python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev qemu-system-x86 busybox-static \
+	kmod cpio xz-utils pciutils libudev1 acpica-tools
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+SOURCES := kvmpass cffi_build tests scripts setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help deps venv demo test test-full lint format build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+deps: ## install the Debian packages that everything else needs
+	@missing=$$(for package in $(PACKAGES); do \
+		dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null | grep -qx installed || echo $$package; \
+	done); \
+	if [ -n "$$missing" ]; then \
+		echo "installing:" $$missing; \
+		$(SUDO) apt-get update -q=2 && \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q=2 -y --no-install-recommends $$missing \
+			> /dev/null; \
+	fi
+
+venv: $(STAMP) ## make .venv, with kvmpass in it as it lies here
+
+$(STAMP): pyproject.toml setup.py $(wildcard cffi_build/*.py cffi_build/*.c cffi_build/*.cdef cffi_build/*.h)
+	@echo "building $(VENV)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+# `deps` always comes before the environment, without making it stale.
+$(STAMP): | deps
+
+demo: venv ## assign an NVMe drive to a virtual machine, inside an emulated AMD-Vi host
+	@$(BIN)/python scripts/demo.py
+
+test: venv ## every test, in one report
+	@$(BIN)/pytest $(ARGS)
+
+test-full: venv ## every test on both kernels and under both QEMU lines
+	@$(BIN)/kvmpass lab kernel
+	@$(BIN)/kvmpass lab qemu
+	@failed=; for kernel in stock full; do for qemu in system modern; do \
+		echo "=== kernel $$kernel, QEMU $$qemu"; \
+		$(BIN)/pytest --lab-kernel=$$kernel --lab-qemu=$$qemu $(ARGS) || failed="$$failed $$kernel/$$qemu"; \
+	done; done; \
+	if [ -n "$$failed" ]; then echo "failed on:$$failed"; exit 1; fi
+
+lint: venv ## ruff and mypy
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy
+
+format: venv ## let ruff format the code
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+build: venv ## the source archive and an abi3 wheel, in dist/
+	@rm -rf build dist
+	@$(BIN)/python -m build > build.log 2>&1 || { cat build.log; exit 1; }
+	@rm -rf build build.log
+	@ls dist
+	@ls dist/*-cp311-abi3-*.whl > /dev/null
+
+clean: ## remove everything that was made here
+	rm -rf $(VENV) build dist build.log .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -f kvmpass/_native.c kvmpass/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

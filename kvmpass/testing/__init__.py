@@ -1,0 +1,29 @@
+"""A pytest plugin for tests that need AMD-V, AMD-Vi and VFIO.
+
+A test marked ``@pytest.mark.amdvi`` asks for its devices by role, as fixtures that are PCI addresses::
+
+    @pytest.mark.amdvi(timeout=60)
+    def test_identify(nvme: str) -> None:
+        assert nvme.startswith("0000:")
+
+Without further settings such tests run inside the lab (:mod:`kvmpass.lab`), an emulated AMD-Vi host that is
+booted once for each profile, and their reports become part of the one report outside. With
+``KVMPASS_TEST_<ROLE>=BDF`` in the environment (``KVMPASS_TEST_NVME``, ``KVMPASS_TEST_NIC`` …) they run in place, on
+real hardware; tests for roles that have no device are skipped, and so are tests marked ``destructive`` unless
+``KVMPASS_TEST_DESTRUCTIVE=1``.
+
+Arguments of the marker, each of them optional: ``profile`` (which lab), ``timeout`` (seconds for each phase),
+``kernel`` (``"full"``: needs iommufd; ``"stock"``: needs the distribution's kernel), ``qemu`` (``"system"``,
+``"modern"``). Markers of module and class are merged, the closest wins.
+
+The modules: :mod:`.profiles` says what labs there are, :mod:`.roles` finds devices, :mod:`.fixtures` are the
+fixtures, :mod:`.inplace` runs marked tests here, :mod:`.inner` reports from inside the lab, :mod:`.events` is the
+wire between, :mod:`.outer` and :mod:`.session` boot the lab and replay, :mod:`.plugin` puts them together.
+"""
+
+from __future__ import annotations
+
+from kvmpass.testing.profiles import DEFAULT_PROFILES, Profile, Requirement
+from kvmpass.testing.roles import ROLES, discover
+
+__all__ = ["DEFAULT_PROFILES", "ROLES", "Profile", "Requirement", "discover"]

@@ -1,0 +1,93 @@
+"""The wire between the pytest inside the lab and the one outside: JSON lines in a file.
+
+Each line is an object with ``event``:
+
+=============  ======================================================================================
+``collected``  ``ids``: the tests that will run, in order; ``errors``: list of [node id, text]
+``start``      ``id``: this test begins
+``report``     ``data``: one report, as pytest serialises it
+``finish``     ``id``: this test is over
+``warning``    ``category``, ``message``, ``file``, ``line``, ``when``, ``id``, ``location``
+``end``        ``status``: pytest's exit status
+=============  ======================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Event = dict[str, Any]
+
+
+class Writer:
+    """Appends events to a file, each visible to a reader at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def put(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, **fields}, default=str, separators=(",", ":"))
+        self._file.write(line.encode() + b"\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Reader:
+    """Follows a growing file of events."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self._rest = b""
+
+    def poll(self) -> list[Event]:
+        """The events that are new since the last call; an unfinished line waits for its end."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        self._offset += len(data)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [json.loads(line) for line in lines if line]
+
+
+def pack_report(config: pytest.Config, report: pytest.TestReport) -> dict[str, Any]:
+    packed = config.hook.pytest_report_to_serializable(config=config, report=report)
+    assert isinstance(packed, dict)
+    return packed
+
+
+def unpack_report(config: pytest.Config, data: dict[str, Any]) -> pytest.TestReport:
+    """The report of :func:`pack_report`, with the tuples that JSON made lists of."""
+    data = dict(data)
+    for name in ("location", "sections", "user_properties"):
+        if isinstance(data.get(name), list):
+            data[name] = [tuple(entry) if isinstance(entry, list) else entry for entry in data[name]]
+    data["location"] = tuple(data["location"])
+    if data["outcome"] == "skipped" and isinstance(data["longrepr"], list):
+        data["longrepr"] = tuple(data["longrepr"])
+    report = config.hook.pytest_report_from_serializable(config=config, data=data)
+    assert isinstance(report, pytest.TestReport)
+    return report
+
+
+def replay_warning(config: pytest.Config, event: Event) -> None:
+    """Show a warning from inside in the summary outside; unknown categories become ``UserWarning``."""
+    category: type[Warning] = UserWarning
+    for known in (ResourceWarning, DeprecationWarning, RuntimeWarning, pytest.PytestWarning):
+        if event["category"] == known.__name__:
+            category = known
+    message = warnings.WarningMessage(
+        message=category(event["message"]), category=category, filename=event["file"], lineno=event["line"]
+    )
+    location = tuple(event["location"]) if event["location"] else None
+    config.hook.pytest_warning_recorded.call_historic(
+        kwargs={"warning_message": message, "nodeid": event["id"], "when": event["when"], "location": location}
+    )

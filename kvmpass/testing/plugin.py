@@ -1,0 +1,85 @@
+"""The plugin's entry: options, markers, and the choice between lab and hardware."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import pytest
+
+from kvmpass.testing import fixtures as _fixtures
+from kvmpass.testing.inner import Inner
+from kvmpass.testing.inplace import InPlace, TimeLimit
+from kvmpass.testing.profiles import MARKER, Hooks, LabLike, Profile
+from kvmpass.testing.state import Mode, State, detect
+
+if TYPE_CHECKING:
+    from kvmpass.lab.config import LabConfig
+
+KERNEL_VARIABLE = "KVMPASS_LAB_KERNEL"
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    pluginmanager.add_hookspecs(Hooks)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kvmpass", "kvmpass: tests that need AMD-V, AMD-Vi and VFIO")
+    group.addoption(
+        "--lab-kernel",
+        metavar="stock|full|PATH",
+        help="kernel of the emulated host (default: full if KVMPASS_LAB_KERNEL is set, else stock)",
+    )
+    group.addoption(
+        "--lab-qemu",
+        metavar="system|modern|PATH",
+        default="system",
+        help="QEMU that emulates the host (default: system)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        f"{MARKER}(profile, timeout, kernel, qemu): needs AMD-V, AMD-Vi and VFIO; runs in the lab or on hardware",
+    )
+    config.addinivalue_line(
+        "markers", "destructive: destroys what is on a device; on hardware only if KVMPASS_TEST_DESTRUCTIVE=1"
+    )
+    state = detect()
+    state.keep(config)
+    config.pluginmanager.register(_fixtures, "kvmpass-fixtures")
+    if state.mode is Mode.OUTER:
+        from kvmpass.testing.outer import Outer
+
+        kernel = config.option.lab_kernel or ("full" if os.environ.get(KERNEL_VARIABLE) else "stock")
+        config.pluginmanager.register(Outer(config, kernel, config.option.lab_qemu), "kvmpass-outer")
+        return
+    config.pluginmanager.register(InPlace(config), "kvmpass-inplace")
+    config.pluginmanager.register(TimeLimit(), "kvmpass-time-limit")
+    if state.plan is not None:
+        config.pluginmanager.register(Inner(config, state.plan), "kvmpass-inner")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    state = State.of(config)
+    if state.mode is Mode.OUTER:
+        outer = config.pluginmanager.get_plugin("kvmpass-outer")
+        assert outer is not None
+        return f"kvmpass: emulated AMD-Vi host, {outer.kernel} kernel, {outer.qemu} QEMU"
+    devices = ", ".join(f"{role}={bdf}" for role, bdf in state.roles.items())
+    if state.mode is Mode.LAB:
+        return f"kvmpass: inside an emulated AMD-Vi host, kernel {os.uname().release}, {devices or 'no devices'}"
+    return f"kvmpass: real AMD-Vi, kernel {os.uname().release}, {devices}"
+
+
+def pytest_kvmpass_profiles() -> Mapping[str, Profile]:
+    return {}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_kvmpass_lab(lab: LabConfig) -> LabLike | None:
+    from kvmpass.lab import Lab
+
+    return Lab(lab)

@@ -1,0 +1,119 @@
+"""Devices by role: which PCI device a test means by ``nvme``, ``edu``, ``nic2`` …
+
+On real hardware the environment says it (``KVMPASS_TEST_<ROLE>=BDF``). In the lab the devices are found in sysfs,
+in the order of their addresses, so that no test depends on a slot number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PREFIX = "KVMPASS_TEST_"
+NOT_ROLES = frozenset({"DESTRUCTIVE", "PLAN"})
+BDF = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+
+NVME, XHCI = 0x010802, 0x0C0330
+EDU, E1000E, IVSHMEM = (0x1234, 0x11E8), (0x8086, 0x10D3), (0x1AF4, 0x1110)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A PCI function as roles see it. ``members`` counts the functions of its IOMMU group, 0 without a group."""
+
+    bdf: str
+    id: tuple[int, int]
+    class_code: int
+    members: int
+    vfs: int
+
+    @property
+    def alone(self) -> bool:
+        return self.members == 1
+
+
+def scan(sysfs: Path = Path("/sys")) -> list[Found]:
+    """Every PCI function, in the order of the addresses."""
+    return [_read(path) for path in sorted((sysfs / "bus/pci/devices").glob("*"))]
+
+
+def _read(path: Path) -> Found:
+    def number(name: str) -> int:
+        file = path / name
+        return int(file.read_text(), 0) if file.exists() else 0
+
+    group = path / "iommu_group" / "devices"
+    return Found(
+        bdf=path.name,
+        id=(number("vendor"), number("device")),
+        class_code=number("class"),
+        members=sum(1 for _ in group.iterdir()) if group.is_dir() else 0,
+        vfs=number("sriov_totalvfs"),
+    )
+
+
+# What a role stands for. With a second device of the same kind the role gets a number: nvme, nvme2, …
+ROLES: Mapping[str, tuple[str, Callable[[Found], bool]]] = {
+    "nvme": (
+        "an NVMe drive that is alone in its group",
+        lambda d: d.class_code == NVME and d.alone and not d.vfs,
+    ),
+    "nic": ("an e1000e network card that is alone in its group", lambda d: d.id == E1000E and d.alone),
+    "edu": ("QEMU's edu device, alone in its group", lambda d: d.id == EDU and d.alone),
+    "xhci": ("a USB controller that is alone in its group", lambda d: d.class_code == XHCI and d.alone),
+    "ivshmem": ("QEMU's shared memory device, alone in its group", lambda d: d.id == IVSHMEM and d.alone),
+    "multifunction": (
+        "a function that shares its group with another function",
+        lambda d: d.class_code == NVME and d.members > 1,
+    ),
+    "bridged": ("a device that shares its group with a bridge", lambda d: d.id == EDU and d.members > 1),
+    "sriov": ("a device with virtual functions", lambda d: d.vfs > 0),
+}
+
+
+def role_name(base: str, number: int) -> str:
+    """``nvme``, ``nvme2``, ``nvme3`` …"""
+    return base if number == 1 else f"{base}{number}"
+
+
+def base_role(role: str) -> str:
+    """The kind of device behind a numbered role."""
+    return role.rstrip("0123456789")
+
+
+def variable(role: str) -> str:
+    """The environment variable that gives the device for a role."""
+    return PREFIX + role.upper()
+
+
+def discover(sysfs: Path = Path("/sys"), devices: list[Found] | None = None) -> dict[str, str]:
+    """Role to PCI address for everything this (emulated) host has.
+
+    Without an IOMMU there are no groups; then a device counts as alone, because there is nothing to share.
+    """
+    found = scan(sysfs) if devices is None else devices
+    if not any(device.members for device in found):
+        found = [Found(d.bdf, d.id, d.class_code, 1, d.vfs) for d in found]
+    roles: dict[str, str] = {}
+    for base, (_, matches) in ROLES.items():
+        for number, device in enumerate((d for d in found if matches(d)), start=1):
+            roles[role_name(base, number)] = device.bdf
+    return roles
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Role to PCI address as ``KVMPASS_TEST_<ROLE>`` says. Raises ``ValueError`` for a bad role or address."""
+    roles: dict[str, str] = {}
+    for name, value in sorted(environment.items()):
+        role = name.removeprefix(PREFIX).lower()
+        if not name.startswith(PREFIX) or role.upper() in NOT_ROLES or not value:
+            continue
+        if base_role(role) not in ROLES:
+            raise ValueError(f"{name}: no such role; there are {', '.join(ROLES)}, also with a number from 2 on")
+        bdf = value.lower() if value.count(":") == 2 else f"0000:{value.lower()}"
+        if not BDF.fullmatch(bdf):
+            raise ValueError(f"{name}={value}: not a PCI address")
+        roles[role] = bdf
+    return roles

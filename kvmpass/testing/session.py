@@ -1,0 +1,257 @@
+"""One lab that runs one plan: a thread that boots it, the events that come out, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import pytest
+
+from kvmpass.testing.events import Event, Reader
+from kvmpass.testing.profiles import LabLike, Profile
+from kvmpass.testing.state import PLAN
+
+if TYPE_CHECKING:
+    from kvmpass.lab.config import LabResult
+
+POLL = 0.05
+TAIL_LINES = 60
+# pytest's own plugins that are of use outside only.
+NOT_INSIDE = ("cacheprovider", "doctest", "junitxml", "pastebin", "stepwise")
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """The failure of the test during which a lab died."""
+
+    text: str
+    sections: tuple[tuple[str, str], ...]
+
+
+class LabSession:
+    """Made by :meth:`boot`, read by :meth:`next`, ended by :meth:`close`. For the main thread only."""
+
+    def __init__(self, lab: LabLike, directory: Path) -> None:
+        self.lab = lab
+        self.directory = directory
+        self.collected: set[str] | None = None
+        self.death: Death | None = None
+        self._victim: str | None = None
+        self._collect_errors: list[tuple[str, str]] = []
+        self._reader = Reader(directory / "events.jsonl")
+        self._queue: deque[Event] = deque()
+        self._result: LabResult | None = None
+        self._error: BaseException | None = None
+        self._finished = False
+        self._started = time.monotonic()
+        self._boot_seconds = 0.0
+        self._tests = 0
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def boot(
+        cls,
+        config: pytest.Config,
+        name: str,
+        profile: Profile,
+        kernel: str,
+        qemu: str,
+        items: list[pytest.Item],
+    ) -> LabSession:
+        """Write the plan and start the lab; returns at once."""
+        from kvmpass.lab.config import LabConfig
+
+        directory = Path(tempfile.mkdtemp(prefix="kvmpass-test-"))
+        directory.chmod(0o777)
+        trace = directory / "iommu.trace" if "iommu" not in profile.without else None
+        plan = {
+            "ids": [item.nodeid for item in items],
+            "events": str(directory / "events.jsonl"),
+            "profile": name,
+            "roles": dict(profile.roles),
+            "trace": str(trace) if trace else None,
+        }
+        (directory / "plan.json").write_text(json.dumps(plan))
+        lab = config.hook.pytest_kvmpass_lab(
+            config=config,
+            lab=LabConfig(
+                devices=profile.devices,
+                memory=profile.memory,
+                cpus=profile.cpus,
+                kernel=kernel,
+                qemu=qemu,
+                append=profile.append,
+                without=profile.without,
+                writable=(directory,),
+                iommu_trace=trace,
+                timeout=profile.timeout,
+            ),
+        )
+        session = cls(lab, directory)
+        files = list(dict.fromkeys(str(item.path) for item in items))
+        session._start(inner_command(config, files, directory), config.invocation_params.dir)
+        return session
+
+    def _start(self, command: list[str], cwd: Path) -> None:
+        # Every import costs inside, where the CPU is emulated: plugins come by name only.
+        environment = {
+            PLAN: str(self.directory / "plan.json"),
+            "PYTEST_ADDOPTS": "",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        }
+        for name in ("PYTHONPATH", "PYTHONWARNINGS"):
+            if name in os.environ:
+                environment[name] = os.environ[name]
+
+        def run() -> None:
+            try:
+                with (
+                    (self.directory / "stdout").open("wb") as stdout,
+                    (self.directory / "stderr").open("wb") as stderr,
+                ):
+                    self._result = self._run(command, cwd, environment, stdout, stderr)
+            except BaseException as error:  # told by the main thread
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="kvmpass-lab", daemon=True)
+        self._thread.start()
+
+    def _run(
+        self, command: list[str], cwd: Path, env: dict[str, str], stdout: BinaryIO, stderr: BinaryIO
+    ) -> LabResult:
+        return self.lab.run(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    # --- events
+
+    def next(self, deadline: float) -> Event | None:
+        """The next event; ``None`` once the lab is gone or ``deadline`` (monotonic) has passed."""
+        while True:
+            if self._queue:
+                return self._take()
+            alive = self.running  # before the poll: what was written before the end is still read
+            self._queue.extend(self._reader.poll())
+            if self._queue:
+                continue
+            if not alive or self._finished or time.monotonic() > deadline:
+                return None
+            time.sleep(POLL)
+
+    def _take(self) -> Event:
+        event = self._queue.popleft()
+        if event["event"] == "collected":
+            self.collected = set(event["ids"])
+            self._collect_errors = [(node, text) for node, text in event["errors"]]
+            self._boot_seconds = time.monotonic() - self._started
+        elif event["event"] == "finish":
+            self._tests += 1
+        elif event["event"] == "end":
+            self._finished = True
+        return event
+
+    def why_missing(self, nodeid: str) -> str:
+        """Why a test of the plan is not among the collected ones."""
+        for node, text in self._collect_errors:
+            if nodeid == node or nodeid.startswith((f"{node}::", f"{node}/")):
+                return f"could not be collected inside the emulated host:\n{text}"
+        return "is not there inside the emulated host: do its parameters depend on the host?"
+
+    # --- the end
+
+    def died(self, victim: str | None, waited: float) -> Death:
+        """The lab is gone, or silent for ``waited`` seconds: end it and describe what is known."""
+        hung = self.running and not self._finished
+        self._stop()
+        self._victim = victim
+        during = f"during {victim}" if victim else "before the first test"
+        if self._error is not None:
+            text = f"the emulated host failed {during}: {type(self._error).__name__}: {self._error}"
+            text += "".join(f"\n  hint: {note}" for note in getattr(self._error, "__notes__", ()))
+        elif hung:
+            text = f"the emulated host was silent for {waited:.0f} s {during} and was ended"
+        elif self._result is not None:
+            text = f"the emulated host died {during}: {self._result.describe()}"
+        else:
+            text = f"the emulated host died {during}"
+        sections = []
+        if self._result is not None and self._result.console_tail:
+            sections.append(("console of the emulated host", tail(self._result.console_tail)))
+        for name in ("stdout", "stderr"):
+            file = self.directory / name
+            content = file.read_text(errors="replace") if file.exists() else ""
+            if content.strip():
+                sections.append((f"{name} of the pytest inside", tail(content)))
+        self.death = Death(f"{text}\nIts files are kept in {self.directory}", tuple(sections))
+        if victim is None:  # nobody was running: the first to be told carries the evidence
+            evidence = "\n\n".join(f"--- {title}\n{content}" for title, content in sections)
+            self.death = Death(f"{self.death.text}\n{evidence}", ())
+        return self.death
+
+    def not_run(self) -> str:
+        """The text for a test that the death of the lab kept from running."""
+        assert self.death is not None
+        if self._victim is None:
+            text, self._victim = self.death.text, "the boot"
+            return text
+        return f"not run: the emulated host died in {self._victim}"
+
+    def _stop(self) -> None:
+        if self.running:
+            self.lab.stop()
+            assert self._thread is not None
+            self._thread.join(30)
+
+    def close(self, patience: float) -> str:
+        """End the lab, after at most ``patience`` seconds by force; returns a line about it."""
+        if self._thread is not None and patience:
+            self._thread.join(patience)
+        forced = self.running
+        self._stop()
+        seconds = time.monotonic() - self._started
+        if self.death is None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        line = f"{self._tests} tests, {self._boot_seconds:.0f} s to the first, {seconds:.0f} s in all"
+        if self.death is not None:
+            return f"{line}, DIED, files in {self.directory}"
+        return f"{line}, ended early" if forced else line
+
+
+def tail(text: str) -> str:
+    return "\n".join(text.splitlines()[-TAIL_LINES:])
+
+
+def inner_command(config: pytest.Config, files: list[str], directory: Path) -> list[str]:
+    """The command for inside: the same rootdir and settings; selection and reporting stay outside."""
+    option = config.option
+    command = [sys.executable, "-m", "pytest", "-p", "kvmpass.testing.plugin"]
+    for plugin in NOT_INSIDE:
+        command += ["-p", f"no:{plugin}"]
+    command.append(f"--rootdir={config.rootpath}")
+    if config.inipath is not None:
+        command += ["-c", str(config.inipath)]
+    for plugin in option.plugins:
+        if not plugin.startswith("no:"):
+            command += ["-p", plugin]
+    for override in option.override_ini or ():
+        command += ["-o", override]
+    for warning in option.pythonwarnings or ():
+        command += ["-W", warning]
+    command += ["-o", "addopts=", f"--import-mode={option.importmode}", f"--tb={option.tbstyle}"]
+    if option.showlocals:
+        command.append("--showlocals")
+    command += ["-v"] * max(0, option.verbose)
+    command += ["--continue-on-collection-errors", "--color=no"]
+    command.append(f"--basetemp={Path(tempfile.gettempdir()) / (directory.name + '-tmp')}")
+    return [*command, *files]

@@ -1,0 +1,232 @@
+"""Real guests: what they see, how they end, what comes out of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kvmpass import host
+from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
+from kvmpass.machine import Machine
+from kvmpass.vcpus import Ending
+
+GUEST_SECONDS = 200
+
+
+def kvmpass(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "kvmpass", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(kvmpass(*arguments), capture_output=True, timeout=GUEST_SECONDS, check=False)
+
+
+def driver(bdf: str) -> str | None:
+    return host.Sysfs().device(host.Bdf.parse(bdf)).driver
+
+
+def node(bdf: str) -> Path:
+    """The block device of an NVMe drive that the host has; it takes a moment after the driver is bound."""
+    deadline = time.monotonic() + 30
+    while not (found := list(Path(f"/sys/bus/pci/devices/{bdf}").glob("nvme/nvme*/nvme*n1"))):
+        assert time.monotonic() < deadline, "the drive has not come back"
+        time.sleep(0.05)
+    while not (path := Path("/dev") / found[0].name).exists():
+        time.sleep(0.05)
+    return path
+
+
+# --- with an assigned drive
+
+
+def test_output_and_status_are_the_commands(nvme: str) -> None:
+    result = run("assign", nvme, "--memory", "256M", "--", "sh", "-c", "echo out; echo err >&2; exit 7")
+    assert (result.returncode, result.stdout, result.stderr) == (7, b"out\n", b"err\n")
+    assert driver(nvme) == "nvme"
+
+
+def test_the_guest_reads_and_writes_the_drive(nvme: str, tmp_path: Path, destructive: None) -> None:
+    """Every byte through the IOMMU, both ways, compared from outside; a program and a file copied in."""
+    size = 8 << 20
+    data = os.urandom(size)
+    path = node(nvme)
+    path.write_bytes(data)
+    marker = os.urandom(4096)
+    (tmp_path / "marker").write_bytes(marker)
+    tool = shutil.which("sha256sum")
+    script = "set -e; /opt/sha256sum -b /dev/nvme0n1; dd if=/opt/marker of=/dev/nvme0n1 bs=4096 seek=3 conv=fsync"
+    result = run(
+        *("assign", nvme, "--memory", "256M", "--status-file", str(tmp_path / "status.json")),
+        *("--copy", f"{tool}:/opt/sha256sum", "--copy", f"{tmp_path}/marker:/opt/marker"),
+        *("--", "sh", "-c", script),
+    )
+    assert result.returncode == 0, result.stderr
+    total = node(nvme).stat
+    assert total
+    with node(nvme).open("rb") as drive:
+        now = drive.read()
+    assert now[: 3 * 4096] == data[: 3 * 4096]
+    assert now[3 * 4096 : 4 * 4096] == marker
+    assert now[4 * 4096 : size] == data[4 * 4096 :]
+    before = data + now[size:]
+    assert result.stdout.split()[0].decode() == hashlib.sha256(before).hexdigest()
+    report = json.loads((tmp_path / "status.json").read_text())
+    assert (report["schema"], report["outcome"], report["status"], report["exit_status"]) == (1, "exited", 0, 0)
+    assert report["devices"] == [nvme]
+
+
+def test_interrupts_are_msi_x(nvme: str) -> None:
+    script = "dd if=/dev/nvme0n1 of=/dev/null bs=1M count=2; grep nvme0q /proc/interrupts"
+    result = run("assign", nvme, "--memory", "256M", "--cpus", "2", "--", "sh", "-c", script)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.decode().splitlines()
+    assert len(lines) >= 2
+    for line in lines:
+        assert "PCI-MSIX" in line or "PCI-MSI" in line
+    assert sum(int(number) for line in lines for number in re.findall(r" (\d+)(?= )", line.partition(":")[2])) > 0
+
+
+def test_two_guests_at_once_and_a_third_is_refused(nvme: str, nvme2: str) -> None:
+    script = "sha256sum /dev/nvme0n1; echo ready; sleep 4"
+    guests = [
+        subprocess.Popen(
+            kvmpass("assign", bdf, "--memory", "192M", "--", "sh", "-c", script),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for bdf in (nvme, nvme2)
+    ]
+    first = guests[0]
+    assert first.stdout
+    output = first.stdout.readline()
+    refused = run("assign", nvme, "--", "true")
+    assert refused.returncode == 125
+    line = refused.stderr.decode().splitlines()[0]
+    assert re.fullmatch(rf"kvmpass: {nvme} is assigned by process {first.pid} \(.+\)", line), line
+    for guest, bdf, read in zip(guests, (nvme, nvme2), (output, ""), strict=True):
+        out, errors = guest.communicate(timeout=GUEST_SECONDS)
+        assert guest.returncode == 0, errors
+        assert (read + out).split()[0] == hashlib.sha256(node(bdf).read_bytes()).hexdigest()
+
+
+def test_a_guest_that_panics_is_no_answer(nvme: str, tmp_path: Path) -> None:
+    status = tmp_path / "status.json"
+    crash = "echo before; echo c > /proc/sysrq-trigger"
+    result = run("assign", nvme, "--memory", "192M", "--status-file", str(status), "--", "sh", "-c", crash)
+    assert (result.returncode, result.stdout) == (126, b"before\n")
+    assert b"the guest panicked before its command reported a status" in result.stderr
+    assert b"sysrq triggered crash" in result.stderr
+    report = json.loads(status.read_text())
+    assert (report["outcome"], report["status"], report["exit_status"]) == ("panic", None, 126)
+    assert driver(nvme) == "nvme"
+
+
+@pytest.mark.amdvi(profile="large")
+def test_two_cpus_and_memory_above_4_gib(nvme: str) -> None:
+    script = "nproc; grep MemTotal /proc/meminfo; grep 'System RAM' /proc/iomem; sha256sum /dev/nvme0n1"
+    result = run("assign", nvme, "--cpus", "2", "--memory", "6G", "--", "sh", "-c", script)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.decode().splitlines()
+    assert lines[0] == "2"
+    assert int(lines[1].split()[1]) > 5_700_000
+    assert any(line.startswith("100000000-1bfffffff") for line in lines), lines
+    assert lines[-1].split()[0] == hashlib.sha256(node(nvme).read_bytes()).hexdigest()
+
+
+def test_the_console_is_a_terminal(nvme: str) -> None:
+    """A shell on a pseudo-terminal: Ctrl-C reaches the guest, Ctrl-] ends it, the terminal is restored."""
+    master, slave = pty.openpty()
+    import termios
+
+    before = termios.tcgetattr(slave)
+    process = subprocess.Popen(
+        kvmpass("assign", nvme, "--memory", "192M", "--append", "quiet"), stdin=slave, stdout=slave, stderr=slave
+    )
+    seen = b""
+
+    def expect(text: bytes, seconds: float = 120) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + seconds
+        while text not in seen:
+            assert time.monotonic() < deadline, seen.decode(errors="replace")
+            if select.select([master], [], [], 1)[0]:
+                seen += os.read(master, 4096)
+        seen = seen.partition(text)[2]
+
+    try:
+        expect(b"Ctrl-] ends the guest")
+        expect(b"# ")
+        os.write(master, b"sleep 1000\n")
+        expect(b"sleep 1000")
+        time.sleep(0.5)
+        os.write(master, b"\x03")
+        os.write(master, b"echo status-$?; ls /dev/nvme0n1\n")
+        expect(b"status-130")
+        expect(b"/dev/nvme0n1")
+        os.write(master, b"\x1d")
+        assert process.wait(60) == 0
+        assert termios.tcgetattr(slave) == before
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        os.close(slave)
+    assert driver(nvme) == "nvme"
+
+
+# --- without any device
+
+
+def boot(*command: str, append: str = "", cpus: int = 1) -> tuple[GuestResult, bytes]:
+    """A guest from the library, in this process."""
+    output = bytearray()
+    image = prepare(GuestSpec(command=command, append=append), [])
+    with (
+        Machine(memory="192M", cpus=cpus) as machine,
+        Guest(machine, image, console=None, output=output.extend, errors=output.extend) as guest,
+    ):
+        result = guest.run()
+    return result, bytes(output)
+
+
+@pytest.mark.parametrize(
+    ("command", "append", "ending"),
+    [
+        ("poweroff -f", "", Ending.POWEROFF),
+        ("reboot -f", "", Ending.REBOOT),
+        ("echo c > /proc/sysrq-trigger", "", Ending.PANIC),
+        ("reboot -f", "reboot=t", Ending.TRIPLE_FAULT),
+    ],
+    ids=["poweroff", "reboot", "panic", "triple-fault"],
+)
+def test_each_ending_is_told_from_the_others(command: str, append: str, ending: Ending) -> None:
+    result, output = boot("sh", "-c", f"cat /proc/sys/kernel/osrelease; {command}; sleep 30", append=append)
+    assert (result.ending, result.status) == (ending, None)
+    assert output.decode().strip() == os.uname().release
+
+
+def test_what_the_guest_finds() -> None:
+    """Two CPUs, kvm-clock, no PIT and no 8259, four serial ports, a PCI root and nothing it complains about."""
+    script = """nproc; cat /sys/devices/system/clocksource/clocksource0/current_clocksource
+        cat /proc/interrupts; ls /sys/bus/pci/devices; dmesg -r"""
+    result, output = boot("sh", "-c", script, cpus=2)
+    text = output.decode()
+    assert result.status == 0
+    assert text.splitlines()[:2] == ["2", "kvm-clock"]
+    assert "timer" not in re.findall(r"IO-APIC.*", text)
+    assert "XT-PIC" not in text
+    assert "0000:00:00.0" in text
+    errors = [line for line in text.splitlines() if re.match(r"<[0-3]>", line)]
+    assert [line for line in errors if not re.search(r"SVM not supported", line)] == []

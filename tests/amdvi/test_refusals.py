@@ -1,0 +1,156 @@
+"""Bad input: one clear line, the documented status, and a host that is exactly as it was."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmpass import host
+from kvmpass.cli.main import main
+
+NOBODY = 65534
+
+
+def facts() -> list[tuple[object, ...]]:
+    sysfs = host.Sysfs()
+    return [(d.bdf, d.driver, d.driver_override, d.power_state) for d in sysfs.devices()]
+
+
+@pytest.fixture(autouse=True)
+def unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("KVMPASS_STATE_DIR", str(tmp_path / "state"))
+    before = facts()
+    yield
+    assert facts() == before
+    assert list((tmp_path / "state").rglob("*.json")) == []
+
+
+def refuse(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run ``kvmpass assign``; returns its one line of complaint."""
+    with pytest.raises(SystemExit) as ended:
+        main(["assign", *arguments, "--", "true"])
+    return complaint(ended.value.code, *capfd.readouterr())
+
+
+def complaint(status: object, output: str, errors: str) -> str:
+    lines = [line for line in errors.splitlines() if not line.startswith("  hint: ")]
+    assert (status, output, len(lines)) == (125, "", 1), errors
+    assert lines[0].startswith("kvmpass: ")
+    return lines[0].removeprefix("kvmpass: ")
+
+
+def refuse_elsewhere(*arguments: str, wrapper: tuple[str, ...] = (), user: int | None = None) -> str:
+    """The same in a process of its own, with other rights."""
+    command = [*wrapper, sys.executable, "-m", "kvmpass", "assign", *arguments, "--", "true"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, user=user, group=user, extra_groups=[], check=False
+    )
+    return complaint(result.returncode, result.stdout, result.stderr)
+
+
+def test_an_address_that_is_none(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "'zz:zz' is not a PCI address" in refuse(capfd, "zz:zz")
+
+
+def test_a_device_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
+    assert refuse(capfd, "0000:7f:1f.7") == "there is no PCI device 0000:7f:1f.7"
+
+
+def test_a_bridge(capfd: pytest.CaptureFixture[str]) -> None:
+    bridge = next(str(d.bdf) for d in host.Sysfs().devices() if d.is_bridge and d.group is not None)
+    assert f"{bridge} is a bridge" in refuse(capfd, bridge)
+
+
+def test_a_device_without_a_group(capfd: pytest.CaptureFixture[str], virtual_function: str) -> None:
+    if host.Sysfs().device(host.Bdf.parse(virtual_function)).group is not None:
+        pytest.skip("this host's virtual functions have groups: run on the lab's QEMU 7.2")
+    assert f"{virtual_function} has no IOMMU group" in refuse(capfd, virtual_function)
+
+
+def test_a_sibling_in_use(capfd: pytest.CaptureFixture[str], multifunction: str) -> None:
+    line = refuse(capfd, multifunction)
+    assert re.search(rf"{multifunction} shares IOMMU group \d+ with .* \(driver \w+\), which the host uses", line)
+
+
+def test_a_mounted_drive(capfd: pytest.CaptureFixture[str], nvme2: str, tmp_path: Path, destructive: None) -> None:
+    node = next(Path(f"/sys/bus/pci/devices/{nvme2}").glob("nvme/nvme*/nvme*n1")).name
+    subprocess.run(["/bin/busybox", "mke2fs", f"/dev/{node}"], check=True, capture_output=True)
+    subprocess.run(["mount", "-t", "ext4", f"/dev/{node}", str(tmp_path)], check=True)
+    try:
+        assert f"{nvme2} is in use" in (line := refuse(capfd, nvme2))
+        assert str(tmp_path) in line
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_the_same_device_twice(capfd: pytest.CaptureFixture[str], edu: str) -> None:
+    assert "named twice" in refuse(capfd, edu, edu)
+
+
+def test_no_kvm(capfd: pytest.CaptureFixture[str], edu: str, emulated_host: bool) -> None:
+    if not emulated_host:
+        pytest.skip("takes /dev/kvm away for a moment: only in the lab")
+    Path("/dev/kvm").rename("/dev/kvm.away")
+    try:
+        assert "/dev/kvm" in refuse(capfd, edu)
+    finally:
+        Path("/dev/kvm.away").rename("/dev/kvm")
+
+
+def test_no_permission(edu: str) -> None:
+    line = refuse_elsewhere(edu, user=NOBODY)
+    assert re.search(r"(?i)permission|privilege|root", line), line
+
+
+def test_a_kernel_that_is_none(capfd: pytest.CaptureFixture[str], edu: str) -> None:
+    assert refuse(capfd, edu, "--kernel", "/bin/busybox").startswith("/bin/busybox: an ELF file")
+    assert "No such file" in refuse(capfd, edu, "--kernel", "/nonexistent")
+
+
+def test_more_memory_than_there_is(capfd: pytest.CaptureFixture[str], edu: str) -> None:
+    assert re.search(
+        r"the guest needs 2048000 MiB of memory, \d+ MiB are available", refuse(capfd, edu, "--memory", "2000G")
+    )
+    assert "is not a size" in refuse(capfd, edu, "--memory", "plenty")
+    assert "at least 1 MiB" in refuse(capfd, edu, "--memory", "0")
+
+
+def test_more_cpus_than_kvm_has(capfd: pytest.CaptureFixture[str], edu: str) -> None:
+    assert "this host's KVM takes 1 to" in refuse(capfd, edu, "--memory", "64M", "--cpus", "100000")
+    assert "this host's KVM takes 1 to" in refuse(capfd, edu, "--memory", "64M", "--cpus", "0")
+
+
+def test_memlock_too_low(edu: str) -> None:
+    """CAP_IPC_LOCK overrides the limit, so it must go first."""
+    assert shutil.which("setpriv")
+    wrapper = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", "--memlock=8388608")
+    line = refuse_elsewhere(edu, "--memory", "64M", wrapper=wrapper)
+    assert line == "the guest's 64 MiB must be locked in memory, this process may lock 8 MiB"
+
+
+def test_no_command_after_the_dashes(capfd: pytest.CaptureFixture[str], edu: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["assign", edu, "--"])
+    assert ended.value.code == 125
+    assert "no COMMAND after --" in capfd.readouterr().err
+
+
+@pytest.mark.amdvi(profile="no-svm")
+def test_without_amd_v(capfd: pytest.CaptureFixture[str], edu: str) -> None:
+    assert "AMD-V" in refuse(capfd, edu)
+
+
+@pytest.mark.amdvi(profile="no-iommu")
+def test_without_amd_vi(capfd: pytest.CaptureFixture[str], edu: str) -> None:
+    assert "AMD-Vi is off" in refuse(capfd, edu)
+
+
+@pytest.mark.amdvi(profile="no-intremap")
+def test_without_interrupt_remapping(capfd: pytest.CaptureFixture[str], edu: str) -> None:
+    assert "interrupt remapping is off" in refuse(capfd, edu)

@@ -1,0 +1,469 @@
+"""The plugin against a fake lab, which runs the command of the inside on this very machine."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+FAKE_LAB = """
+import os, signal, subprocess, threading, time
+from pathlib import Path
+import pytest
+from kvmpass.lab.config import LabResult
+
+class FakeLab:
+    def __init__(self, config):
+        self.config = config
+        self.process = None
+
+    def run(self, command, cwd, env, stdout, stderr):
+        with Path("boots").open("a") as file:
+            file.write(f"{self.config.memory} {self.config.kernel} {self.config.qemu}\\n")
+        started = time.monotonic()
+        env = {**os.environ, **env, "KVMPASS_LAB": "1"}
+        self.process = subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
+        status = self.process.wait()
+        seconds = time.monotonic() - started
+        if status == -signal.SIGKILL:
+            return LabResult(None, "panic", "Kernel panic - not syncing: fake", seconds)
+        return LabResult(status, "exited", "the console", seconds)
+
+    def stop(self):
+        Path("stopped").touch()
+        self.process.terminate()
+
+def pytest_kvmpass_lab(lab):
+    return FakeLab(lab)
+"""
+
+
+@pytest.fixture
+def lab(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    for name in ("KVMPASS_LAB", "KVMPASS_TEST_PLAN", "KVMPASS_LAB_KERNEL", "PYTEST_ADDOPTS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("NVME", "NIC", "EDU"):
+        monkeypatch.delenv(f"KVMPASS_TEST_{name}", raising=False)
+    temporary = pytester.mkdir("temporary")
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    pytester.makeconftest(FAKE_LAB)
+    # Other people's plugins cost seconds here, in each of many runs.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    pytester.makeini("[pytest]\naddopts = --strict-markers -p kvmpass.testing.plugin\n")
+    return pytester
+
+
+def boots(lab: pytest.Pytester) -> list[str]:
+    file = lab.path / "boots"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def write(lab: pytest.Pytester, body: str) -> None:
+    lab.makepyfile(f"import os, pathlib, signal, sys, time, warnings\nimport pytest\n{body}")
+
+
+def test_one_report_for_inside_and_outside(lab: pytest.Pytester) -> None:
+    write(
+        lab,
+        """
+def test_outside():
+    assert "KVMPASS_LAB" not in os.environ
+
+@pytest.mark.amdvi
+def test_inside():
+    assert os.environ["KVMPASS_LAB"]
+
+@pytest.mark.amdvi
+def test_fails():
+    left, right = 1, 2
+    assert left == right
+
+@pytest.mark.amdvi
+@pytest.mark.xfail
+def test_xfails():
+    assert False
+
+@pytest.fixture
+def broken():
+    raise OSError("no such thing")
+
+@pytest.mark.amdvi
+def test_error(broken):
+    pass
+
+@pytest.mark.amdvi
+def test_talks():
+    print("hello from inside")
+    assert False
+
+def test_outside_too():
+    pass
+""",
+    )
+    result = lab.runpytest_inprocess("-v", "--junitxml=report.xml", "--durations=3", "-ra")
+    result.assert_outcomes(passed=3, failed=2, errors=1, xfailed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "kvmpass: emulated AMD-Vi host, stock kernel, system QEMU",
+            "*::test_outside PASSED*",
+            "*::test_outside_too PASSED*",
+            "*::test_inside PASSED*",
+            "*::test_fails FAILED*",
+            "*assert left == right*",
+            "*hello from inside*",
+            "*base (stock kernel, system QEMU): 5 tests*",
+        ]
+    )
+    assert len(boots(lab)) == 1
+    suite = ET.parse(lab.path / "report.xml").getroot().find("testsuite")
+    assert suite is not None
+    counts = {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": "7", "failures": "2", "errors": "1", "skipped": "1"}
+    assert not list((lab.path / "temporary").glob("kvmpass-test-*/events.jsonl"))
+
+
+def test_one_boot_for_each_profile(lab: pytest.Pytester) -> None:
+    write(
+        lab,
+        """
+@pytest.mark.amdvi
+def test_a(): pass
+
+@pytest.mark.amdvi(profile="large")
+def test_b(): pass
+
+@pytest.mark.amdvi
+def test_c(): pass
+
+@pytest.mark.amdvi(kernel="stock")
+def test_d(): pass
+""",
+    )
+    lab.runpytest_inprocess("--lab-kernel=full").assert_outcomes(passed=4)
+    assert boots(lab) == ["6G full system", "12G full system", "6G stock system"]
+
+
+def test_profiles_of_a_conftest(lab: pytest.Pytester) -> None:
+    lab.makeconftest(
+        FAKE_LAB
+        + """
+from kvmpass.testing import Profile
+def pytest_kvmpass_profiles():
+    return {"tiny": Profile(memory="1G", roles={"nvme": "0000:aa:00.0"})}
+"""
+    )
+    write(lab, "@pytest.mark.amdvi(profile='tiny')\ndef test_role(nvme): assert nvme == '0000:aa:00.0'")
+    lab.runpytest_inprocess().assert_outcomes(passed=1)
+    assert boots(lab) == ["1G stock system"]
+
+
+@pytest.mark.parametrize("marker", ["profile='nonesuch'", "tiemout=3"])
+def test_bad_marker_is_a_usage_error(lab: pytest.Pytester, marker: str) -> None:
+    write(lab, f"@pytest.mark.amdvi({marker})\ndef test(): pass")
+    result = lab.runpytest_inprocess()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*nonesuch*" if "nonesuch" in marker else "*tiemout*"])
+
+
+def test_collect_only_boots_nothing(lab: pytest.Pytester) -> None:
+    write(lab, "@pytest.mark.amdvi\ndef test(): pass")
+    lab.runpytest_inprocess("--collect-only").stdout.fnmatch_lines(["*1 test collected*"])
+    assert not boots(lab)
+
+
+def test_unmarked_tests_boot_nothing(lab: pytest.Pytester) -> None:
+    write(lab, "def test(): pass")
+    lab.runpytest_inprocess().assert_outcomes(passed=1)
+    assert not boots(lab)
+
+
+def test_selection_and_last_failed(lab: pytest.Pytester) -> None:
+    write(
+        lab,
+        """
+@pytest.mark.amdvi
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_n(n):
+    assert n != 2
+""",
+    )
+    lab.runpytest_inprocess("-k", "n and (1 or 2)").assert_outcomes(passed=1, failed=1, deselected=1)
+    lab.runpytest_inprocess("--lf").assert_outcomes(failed=1)
+
+
+def test_stops_at_the_first_failure(lab: pytest.Pytester) -> None:
+    write(
+        lab,
+        """
+@pytest.mark.amdvi
+def test_fails(): assert False
+
+@pytest.mark.amdvi
+def test_sleeps(): time.sleep(120)
+""",
+    )
+    lab.runpytest_inprocess("-x").assert_outcomes(failed=1)
+    assert (lab.path / "stopped").exists()
+
+
+def test_ctrl_c_ends_the_lab(lab: pytest.Pytester) -> None:
+    write(
+        lab,
+        """
+@pytest.mark.amdvi
+def test_interrupts():
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+""",
+    )
+    result = lab.runpytest_subprocess(timeout=50)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    assert (lab.path / "stopped").exists()
+    assert not list((lab.path / "temporary").glob("kvmpass-test-*/events.jsonl"))
+
+
+def test_a_skip_inside_is_a_failure(lab: pytest.Pytester) -> None:
+    write(
+        lab,
+        """
+@pytest.mark.amdvi
+def test_skips(): pytest.skip("not today")
+
+@pytest.mark.amdvi
+@pytest.mark.skipif("KVMPASS_LAB" in os.environ, reason="inside")
+def test_skipped_by_mark(): pass
+
+@pytest.mark.amdvi
+def test_role_that_is_not_there(nvme9): pass
+""",
+    )
+    with (lab.path / "conftest.py").open("a") as file:
+        file.write(
+            "\n@pytest.fixture\ndef nvme9(pytestconfig):\n"
+            "    from kvmpass.testing.fixtures import device\n    return device(pytestconfig, 'nvme9')\n"
+        )
+    result = lab.runpytest_inprocess()
+    result.assert_outcomes(failed=1, errors=2)
+    result.stdout.fnmatch_lines(["*not today*", "*A skip inside the emulated host is a failure.*"])
+    result.stdout.fnmatch_lines(["*the profile 'base' has no nvme9*"])
+
+
+def test_a_lab_that_dies(lab: pytest.Pytester) -> None:
+    write(
+        lab,
+        """
+@pytest.mark.amdvi
+def test_good(): pass
+
+@pytest.mark.amdvi
+def test_kills():
+    os.write(2, b"last words")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+@pytest.mark.amdvi
+def test_after(): pass
+
+@pytest.mark.amdvi
+def test_long_after(): pass
+""",
+    )
+    result = lab.runpytest_inprocess("-v", "--junitxml=report.xml")
+    result.assert_outcomes(passed=1, failed=1, errors=2)
+    result.stdout.fnmatch_lines(
+        [
+            "*::test_kills FAILED*",
+            "*::test_after ERROR*",
+            "*the emulated host died during *::test_kills: the host's kernel panicked*",
+            "*console of the emulated host*",
+            "Kernel panic - not syncing: fake",
+        ]
+    )
+    result.stdout.fnmatch_lines(["*not run: the emulated host died in *::test_kills"])
+    suite = ET.parse(lab.path / "report.xml").getroot().find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("4", "1", "2")
+
+
+def test_an_inside_that_cannot_start(lab: pytest.Pytester) -> None:
+    with (lab.path / "conftest.py").open("a") as file:
+        file.write("\nif 'KVMPASS_LAB' in os.environ:\n    raise SystemExit('no way')\n")
+    write(lab, "@pytest.mark.amdvi\ndef test_one(): pass\n\n@pytest.mark.amdvi\ndef test_two(): pass")
+    result = lab.runpytest_inprocess()
+    result.assert_outcomes(errors=2)
+    result.stdout.fnmatch_lines(["*the emulated host died before the first test*", "*no way*"])
+    result.stdout.fnmatch_lines(["*not run: the emulated host died in the boot*"])
+
+
+def test_a_lab_that_cannot_be_made(lab: pytest.Pytester) -> None:
+    lab.makeconftest(
+        """
+from kvmpass.errors import LabError
+class Lab:
+    def run(self, *args, **kwargs): raise LabError("there is no QEMU", "install it")
+    def stop(self): pass
+def pytest_kvmpass_lab(lab): return Lab()
+"""
+    )
+    write(lab, "@pytest.mark.amdvi\ndef test_one(): pass")
+    result = lab.runpytest_inprocess()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*LabError: there is no QEMU", "*hint: install it"])
+
+
+def test_collection_error_inside(lab: pytest.Pytester) -> None:
+    write(lab, "@pytest.mark.amdvi\ndef test_one(): pass")
+    lab.makepyfile(
+        test_bad="""
+import os, pytest
+if "KVMPASS_LAB" in os.environ:
+    raise RuntimeError("not in here")
+
+@pytest.mark.amdvi
+def test_two(): pass
+""",
+        test_vanishes="""
+import os, pytest
+
+@pytest.mark.amdvi
+@pytest.mark.parametrize("n", ["inside"] if "KVMPASS_LAB" in os.environ else ["outside"])
+def test_three(n): pass
+""",
+    )
+    result = lab.runpytest_inprocess()
+    result.assert_outcomes(passed=1, errors=2)
+    result.stdout.fnmatch_lines_random(["*RuntimeError: not in here*", "*is not there inside the emulated host*"])
+
+
+def test_time_limit_of_a_test(lab: pytest.Pytester) -> None:
+    write(
+        lab,
+        """
+@pytest.mark.amdvi(timeout=0.5)
+def test_hangs(): time.sleep(60)
+
+@pytest.mark.amdvi
+def test_after(): pass
+""",
+    )
+    result = lab.runpytest_inprocess()
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*Failed: call of test_hangs took longer than 0.5 s*"])
+
+
+def test_an_inside_that_hangs_is_ended(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmpass.testing.outer.GRACE", 1.0)
+    write(
+        lab,
+        """
+@pytest.mark.amdvi(timeout=1)
+def test_hangs():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    time.sleep(60)
+""",
+    )
+    result = lab.runpytest_inprocess()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*was silent for 2 s during *::test_hangs and was ended*"])
+    assert (lab.path / "stopped").exists()
+
+
+def test_warnings_come_out(lab: pytest.Pytester) -> None:
+    write(lab, "@pytest.mark.amdvi\ndef test_one(): warnings.warn('mind the gap', ResourceWarning)")
+    result = lab.runpytest_inprocess("-W", "default")
+    result.assert_outcomes(passed=1, warnings=1)
+    result.stdout.fnmatch_lines(["*ResourceWarning: mind the gap*"])
+
+
+def test_what_needs_the_full_kernel_is_skipped_outside(lab: pytest.Pytester) -> None:
+    write(
+        lab,
+        """
+@pytest.mark.amdvi(kernel="full")
+def test_iommufd(): pass
+
+@pytest.mark.amdvi(qemu="modern")
+def test_modern(): pass
+""",
+    )
+    result = lab.runpytest_inprocess("-ra")
+    result.assert_outcomes(skipped=2)
+    assert not boots(lab)
+    lab.runpytest_inprocess("--lab-kernel=full", "--lab-qemu=modern").assert_outcomes(passed=2)
+    assert boots(lab) == ["6G full modern"]
+
+
+def test_class_and_module_markers_are_merged(lab: pytest.Pytester) -> None:
+    write(
+        lab,
+        """
+pytestmark = pytest.mark.amdvi(profile="large")
+
+class TestIt:
+    @pytest.mark.amdvi(timeout=0.5)
+    def test_hangs(self): time.sleep(60)
+""",
+    )
+    lab.runpytest_inprocess().assert_outcomes(failed=1)
+    assert boots(lab) == ["12G stock system"]
+
+
+def test_role_without_the_marker_fails(lab: pytest.Pytester) -> None:
+    write(lab, "def test(nvme): pass")
+    result = lab.runpytest_inprocess()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*the fixture nvme is for tests marked amdvi*"])
+
+
+def test_hardware_that_is_none(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPASS_TEST_NVME", "ffff:00:00.0")
+    write(lab, "@pytest.mark.amdvi\ndef test(nvme): pass")
+    result = lab.runpytest_inprocess()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*asks for real hardware, but *"])
+    assert not boots(lab)
+
+
+def test_hardware_runs_in_place(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPASS_TEST_NVME", "0000:01:00.0")
+    monkeypatch.setattr("kvmpass.testing.inplace.hardware_lacks", lambda roles: None)
+    write(
+        lab,
+        """
+pytestmark = pytest.mark.amdvi
+
+def test_has(nvme): assert nvme == "0000:01:00.0"
+
+def test_lacks(nic): pass
+
+@pytest.mark.destructive
+def test_destroys(nvme): pass
+
+@pytest.mark.amdvi(profile="no-svm")
+def test_lab_only(): pass
+
+def test_trace(iommu_trace): assert iommu_trace is None
+""",
+    )
+    result = lab.runpytest_inprocess("-ra")
+    result.assert_outcomes(passed=2, skipped=3)
+    result.stdout.fnmatch_lines_random(
+        [
+            "kvmpass: real AMD-Vi, kernel *, nvme=0000:01:00.0",
+            "*KVMPASS_TEST_NIC is not set*",
+            "*KVMPASS_TEST_DESTRUCTIVE=1 is not set*",
+            "*exists in the emulated host only*",
+        ]
+    )
+    monkeypatch.setenv("KVMPASS_TEST_DESTRUCTIVE", "1")
+    lab.runpytest_inprocess().assert_outcomes(passed=3, skipped=2)
+    assert not boots(lab)
+
+
+@pytest.mark.parametrize("name, value", [("KVMPASS_TEST_NVEM", "0000:01:00.0"), ("KVMPASS_TEST_NVME", "nvme0")])
+def test_bad_role_variable(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    result = lab.runpytest_inprocess()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*{name}*"])
