@@ -18,7 +18,7 @@ from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.guest import Guest, GuestResult, GuestSpec
 from kvmpass.vcpus import Ending
 
-_TAIL_LINES = 12
+_TAIL_LINES = 24
 
 
 @click.command(context_settings={"ignore_unknown_options": False})

@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from kvmpass._signals import deferred
 from kvmpass.errors import BadAddress, DeviceInUse, JournalError, KvmpassError, NoSuchDevice, RestoreFailed
 from kvmpass.host.address import Bdf
 from kvmpass.host.binding import DRIVER_TIMEOUT, Binder
 from kvmpass.host.checks import check_assignable
 from kvmpass.host.journal import Entry, Journal
 from kvmpass.host.processes import Process
-from kvmpass._signals import deferred
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI
 

@@ -38,6 +38,7 @@ class Vcpu(OwnedFd):
         self.index = index
         with closing_on_error(self):
             self._run = HostMapping(run_size, fd=fd)
+            self._page = self._run.view(0, run_size)
         self._exit = ffi.new("struct kvmpass_exit *")
 
     def close(self) -> None:
@@ -57,11 +58,11 @@ class Vcpu(OwnedFd):
         reason = out.reason
         if reason == lib.KVM_EXIT_IO:
             size, count, offset = out.size, out.count, out.data_offset
-            data = bytes(self._run.view(offset, size * count)) if out.is_write else b""
+            data = bytes(self._page[offset : offset + size * count]) if out.is_write else b""
             return PortExit(out.address, size, count, bool(out.is_write), data, offset)
         if reason == lib.KVM_EXIT_MMIO:
             size, offset = min(out.size, 8), out.data_offset
-            data = bytes(self._run.view(offset, size)) if out.is_write else b""
+            data = bytes(self._page[offset : offset + size]) if out.is_write else b""
             return MmioExit(out.address, size, bool(out.is_write), data, offset)
         return self._rare(reason, out)
 
@@ -85,7 +86,7 @@ class Vcpu(OwnedFd):
     def complete(self, exit_: PortExit | MmioExit, data: bytes) -> None:
         """The value of a read: exactly the bytes asked for. Takes effect at the next ``run()``."""
         wanted = exit_.size * (exit_.count if isinstance(exit_, PortExit) else 1)
-        self._run.view(exit_.offset, wanted)[:] = data
+        self._page[exit_.offset : exit_.offset + wanted] = data
 
     def request_exit(self, wanted: bool = True) -> None:
         """From any thread: the next or current ``run()`` comes back (with a signal to its thread)."""
