@@ -128,10 +128,10 @@ class VcpuThreads:
                 raise GuestError(f"vCPU {vcpu.index}: {what}: code {code:#x}, detail {detail:#x}")
 
     def _port(self, vcpu: Vcpu, exit_: PortExit) -> None:
-        """String instructions come as ``count`` items of one port."""
+        """String instructions come as ``repeat`` items of one port."""
         port, size = exit_.port, exit_.size
         if exit_.is_write:
-            for at in range(0, size * exit_.count, size):
+            for at in range(0, size * exit_.repeat, size):
                 self._ports.write(port, exit_.data[at : at + size])
         else:
-            vcpu.complete(exit_, b"".join(self._ports.read(port, size) for _ in range(exit_.count)))
+            vcpu.complete(exit_, b"".join(self._ports.read(port, size) for _ in range(exit_.repeat)))

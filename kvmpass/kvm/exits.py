@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 
 class PortExit(NamedTuple):
-    """The guest accessed ``count`` times ``size`` bytes at one port. ``data`` holds what it writes, all of it."""
+    """The guest accessed ``repeat`` times ``size`` bytes at one port. ``data`` holds what it writes, all of it."""
 
     port: int
     size: int
-    count: int
+    repeat: int
     is_write: bool
     data: bytes
     offset: int

@@ -85,7 +85,7 @@ class Vcpu(OwnedFd):
 
     def complete(self, exit_: PortExit | MmioExit, data: bytes) -> None:
         """The value of a read: exactly the bytes asked for. Takes effect at the next ``run()``."""
-        wanted = exit_.size * (exit_.count if isinstance(exit_, PortExit) else 1)
+        wanted = exit_.size * (exit_.repeat if isinstance(exit_, PortExit) else 1)
         self._page[exit_.offset : exit_.offset + wanted] = data
 
     def request_exit(self, wanted: bool = True) -> None:
