@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import pty
 import re
@@ -186,6 +187,28 @@ def test_the_console_is_a_terminal(nvme: str) -> None:
         os.close(master)
         os.close(slave)
     assert driver(nvme) == "nvme"
+
+
+@pytest.mark.amdvi(profile="single", kernel="stock")
+def test_a_driver_under_test_replaces_the_kernels_own(nvme: str, tmp_path: Path) -> None:
+    """Debian's own module, made ours by a byte after its signature: the kernel then marks it as unsigned."""
+    module = next(Path(f"/lib/modules/{os.uname().release}").rglob("nvme.ko*"), None)
+    if module is None:
+        pytest.skip("this host's nvme driver is no module: run with --lab-kernel=stock")
+    data = module.read_bytes()
+    data = lzma.decompress(data) if module.suffix == ".xz" else data
+    (tmp_path / "nvme.ko").write_bytes(data + b"\0")
+    arguments = ("assign", nvme, "--memory", "384M", "--module", str(tmp_path / "nvme.ko"))
+    result = run(*arguments, "--", "sh", "-c", "grep ^nvme /proc/modules; ls /dev/nvme0n1")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.decode().splitlines()
+    assert lines[-1] == "/dev/nvme0n1"
+    assert re.search(r"^nvme .*\(.*E.*\)$", result.stdout.decode(), re.MULTILINE), lines
+    broken = tmp_path / "broken.ko"
+    broken.write_bytes(b"no module")
+    result = run("assign", nvme, "--module", str(broken), "--", "true")
+    assert (result.returncode, result.stdout) == (125, b"")
+    assert b"broken.ko" in result.stderr
 
 
 # --- without any device
