@@ -6,6 +6,7 @@ The archive's format is "newc" (Documentation/driver-api/early-userspace/buffer-
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -94,11 +95,19 @@ class Tree:
 
     def archive(self) -> bytes:
         """The whole tree as a newc archive; parents come before their children."""
-        pieces: list[bytes] = []
-        for inode, name in enumerate(sorted(self._nodes), 1):
-            _append(pieces, inode, name.encode("utf-8", "surrogateescape"), self._nodes[name])
-        _append(pieces, 0, b"TRAILER!!!", Node(0))
-        return b"".join(pieces)
+        return newc(sorted(self._nodes.items()))
+
+
+def newc(nodes: Iterable[tuple[str, Node]]) -> bytes:
+    """An archive of ``nodes`` in their order, by names without a leading slash; parents must come first.
+
+    Its size is a multiple of four: another archive may follow. Raises ``KvmpassError`` for a file of 4 GiB.
+    """
+    pieces: list[bytes] = []
+    for inode, (name, node) in enumerate(nodes, 1):
+        _append(pieces, inode, name.encode("utf-8", "surrogateescape"), node)
+    _append(pieces, 0, b"TRAILER!!!", Node(0))
+    return b"".join(pieces)
 
 
 def _append(pieces: list[bytes], inode: int, name: bytes, node: Node) -> None:

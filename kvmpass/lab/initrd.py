@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from kvmpass.errors import LabError
+from kvmpass.initramfs.cpio import Node, newc
 from kvmpass.lab.cache import Say, cache_root, locked, need_tool, write_atomic
 from kvmpass.lab.kernels import Kernel
 from kvmpass.lab.modules import loaded_by, unpacked
 
 ROOT_MODULES = ("9p", "9pnet_virtio", "overlay")
 FOLDERS = ("bin", "dev", "mods", "newroot", "proc", "ro", "rw", "sys")
-_FORMAT = 1  # part of the cached files' names: one more when their content changes for the same inputs
+_FORMAT = 2  # part of the cached files' names: one more when their content changes for the same inputs
 
 
 def archive(files: Mapping[str, tuple[int, bytes]]) -> bytes:
-    """A cpio archive ("newc": Linux Documentation/driver-api/early-userspace/buffer-format.rst).
-
-    ``files`` maps names to mode, type bits included, and content.
-    """
-    return b"".join(_members(files))
-
-
-def _members(files: Mapping[str, tuple[int, bytes]]) -> Iterator[bytes]:
-    entries = [*files.items(), ("TRAILER!!!", (0, b""))]
-    for inode, (name, (mode, content)) in enumerate(entries, 1):
-        path = name.encode() + b"\0"
-        links = 2 if mode & 0o040000 else 1
-        fields = (inode, mode, 0, 0, links, 0, len(content), 0, 0, 0, 0, len(path), 0)
-        head = b"070701" + b"".join(b"%08x" % field for field in fields)
-        yield padded(head + path)
-        yield padded(content)
+    """A cpio archive; ``files`` maps names to mode, type bits included, and content."""
+    return newc((name, Node(mode, content)) for name, (mode, content) in files.items())
 
 
 def padded(data: bytes) -> bytes:
