@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse
-from kvmpass.guest import GuestImage, GuestSpec, prepare
+from kvmpass.guest import GuestSpec, prepare
 from kvmpass.layout import Range
 from kvmpass.machine import Machine, parse_size
 
@@ -29,8 +29,8 @@ def check(bdfs: Sequence[host.Bdf], memory: int, sysfs: host.Sysfs) -> list[host
 @contextmanager
 def assigned(
     addresses: Sequence[str], spec: GuestSpec, *, memory: str = "1G", cpus: int = 1, say: Say = lambda line: None
-) -> Iterator[tuple[Machine, GuestImage]]:
-    """A machine with the devices in its domain, and a guest to boot in it; afterwards the host is as it was.
+) -> Iterator[Machine]:
+    """A machine with the devices in its domain and a guest loaded; afterwards the host is as it was.
 
     ``say`` gets a line for each thing worth knowing. Raises before any change: ``BadAddress``, ``NoSuchDevice``,
     ``HostNotReady``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``,
@@ -41,18 +41,22 @@ def assigned(
     size = parse_size(memory)
     devices = check(bdfs, size, sysfs)
     image = prepare(spec, [device.modalias for device in devices])
-    with host.borrow(*bdfs, sysfs=sysfs), Machine(memory=size, cpus=cpus, sysfs=sysfs) as machine:
-        for device in devices:
-            machine.assign(device.bdf)
-            name = host.name_of(device.bdf) or f"{device.vendor:04x}:{device.device:04x}"
-            say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was under {device.driver or 'no driver'}")
-        describe(machine, say)
-        machine.audit()
-        say("audit: ok")
-        yield machine, image
-        machine.audit()
+    with Machine(memory=size, cpus=cpus, sysfs=sysfs) as machine:
+        image.load(machine)
+        # Nothing has changed on the host so far. The machine lets go of the devices before they are given back.
+        with host.borrow(*bdfs, sysfs=sysfs), closing(machine):
+            for device in devices:
+                machine.assign(device.bdf)
+                name = host.name_of(device.bdf) or f"{device.vendor:04x}:{device.device:04x}"
+                driver = device.driver or "no driver"
+                say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was under {driver}")
+            describe(machine, say)
+            machine.audit()
+            say("audit: ok")
+            yield machine
+            machine.audit()
     for device in devices:
-        say(f"device {device.bdf}: back under {sysfs.device(device.bdf).driver or 'no driver'}")
+        say(f"device {device.bdf}: back under {sysfs.driver(device.bdf) or 'no driver'}")
 
 
 def describe(machine: Machine, say: Say) -> None:

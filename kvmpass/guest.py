@@ -21,6 +21,8 @@ from kvmpass.vcpus import Ending
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 8192
+_MAX_FAILURES = 64
+_ABANDON_SECONDS = 2.0  # for a reader of the output that does not read, when all is over anyway
 _POWEROFF_SECONDS = 60.0  # from the command's status to power off; the init script does nothing in between
 
 Sink = Callable[[bytes], None]
@@ -52,12 +54,16 @@ class GuestImage:
     initrd: bytes
     cmdline: str
 
+    def load(self, machine: Machine) -> None:
+        """Into the memory of a machine that has not started. Raises ``NotEnoughMemory`` if it does not fit."""
+        machine.load_linux(self.kernel, self.initrd, self.cmdline)
+
 
 @dataclass(frozen=True, slots=True)
 class GuestResult:
     """How a guest ended. ``status`` is the command's, None if it did not report one.
 
-    ``failures``: what the guest's init could not do. ``console``: the last lines of the console.
+    ``failures``: what the guest's init could not do, and what KVM could not. ``console``: its last lines.
     """
 
     ending: Ending
@@ -94,14 +100,18 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
 class Pump:
     """Writes what the guest's serial ports send in larger pieces, from a thread of its own.
 
-    vCPU threads only append. ``failure`` is what a sink raised: the guest is stopped then.
+    A vCPU that sends waits while ``PENDING_LIMIT`` bytes are on their way to a slow reader, as at a slow line, until
+    ``stopped`` says that nobody waits for its guest any more. ``failure`` is what a sink raised.
     """
 
-    def __init__(self, on_failure: Callable[[], None]) -> None:
+    PENDING_LIMIT = 1 << 20
+
+    def __init__(self, on_failure: Callable[[], None], stopped: Callable[[], bool]) -> None:
         self._pending: dict[Sink, bytearray] = {}
         self._changed = threading.Condition()
         self._closing = False
         self._on_failure = on_failure
+        self._stopped = stopped
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
         self._thread.start()
@@ -111,10 +121,18 @@ class Pump:
 
         def put(data: bytes) -> None:
             with self._changed:
-                self._pending.setdefault(sink, bytearray()).extend(data)
-                self._changed.notify()
+                pending = self._pending.setdefault(sink, bytearray())
+                while len(pending) > self.PENDING_LIMIT and not self._given_up():
+                    self._changed.wait(0.1)
+                    pending = self._pending.setdefault(sink, bytearray())
+                if not self._given_up():
+                    pending.extend(data)
+                    self._changed.notify_all()
 
         return put
+
+    def _given_up(self) -> bool:
+        return self._closing or self.failure is not None or self._stopped()
 
     def _run(self) -> None:
         try:
@@ -122,6 +140,7 @@ class Pump:
                 with self._changed:
                     self._changed.wait_for(lambda: self._pending or self._closing)
                     pending, self._pending = self._pending, {}
+                    self._changed.notify_all()
                     if not pending:
                         return
                 for sink, data in pending.items():
@@ -130,12 +149,12 @@ class Pump:
             self.failure = error
             self._on_failure()
 
-    def close(self) -> None:
-        """Write out what is left and end the thread."""
+    def close(self, timeout: float | None = None) -> None:
+        """Write out what is left and end the thread; after ``timeout`` seconds leave it to its slow reader."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        self._thread.join(timeout)
 
 
 @dataclass(slots=True)
@@ -146,20 +165,18 @@ class _Report:
 
 
 class Guest:
-    """One run of a guest: connects the serial ports, starts the vCPUs, waits for the end.
+    """One run of what was loaded (``GuestImage.load``): connects the serial ports, starts the vCPUs, waits.
 
     ``console``, ``output`` and ``errors`` get bytes from a thread of this object. ``with`` stops the output thread.
     """
 
-    def __init__(
-        self, machine: Machine, image: GuestImage, *, console: Sink | None, output: Sink, errors: Sink
-    ) -> None:
+    def __init__(self, machine: Machine, *, console: Sink | None, output: Sink, errors: Sink) -> None:
         self._machine = machine
         self._report = _Report()
         self._control = ControlChannel()
         self._tail: deque[int] = deque(maxlen=_TAIL_BYTES)
         self._reported = threading.Event()
-        self._pump = Pump(machine.stop)
+        self._pump = Pump(machine.stop, lambda: machine.over)
         to_console = self._pump.to(console) if console else None
 
         def on_console(data: bytes) -> None:
@@ -172,7 +189,6 @@ class Guest:
             machine.connect_serial(OUTPUT, self._pump.to(output))
             machine.connect_serial(ERRORS, self._pump.to(errors))
             machine.connect_serial(CONTROL, self._on_control)
-            machine.load_linux(image.kernel, image.initrd, image.cmdline)
         except BaseException:
             self._pump.close()
             raise
@@ -183,18 +199,19 @@ class Guest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pump.close()
+        self._machine.stop()
+        self._pump.close(None if error is None else _ABANDON_SECONDS)
 
-    def type(self, data: bytes) -> None:
-        """Keystrokes for the console. From any thread."""
-        self._serial.push(data)
+    def type(self, data: bytes) -> int:
+        """Keystrokes for the console. From any thread. Returns how many bytes the guest has yet to take."""
+        return self._serial.push(data)
 
     def _on_control(self, data: bytes) -> None:
         for event in self._control.feed(data):
             match event:
                 case Ready():
                     self._report.ready = True
-                case GuestFailure(text):
+                case GuestFailure(text) if len(self._report.failures) < _MAX_FAILURES:
                     self._report.failures.append(text)
                 case Exited(status) if self._report.ready and self._report.status is None:
                     self._report.status = status
@@ -215,4 +232,5 @@ class Guest:
         if self._pump.failure is not None:
             raise self._pump.failure
         console = bytes(self._tail).decode(errors="replace").replace("\r", "")
-        return GuestResult(ending, self._report.status, tuple(self._report.failures), console)
+        failures = [*self._report.failures, *([self._machine.fault] if self._machine.fault else [])]
+        return GuestResult(ending, self._report.status, tuple(failures), console)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import enum
 import logging
 import re
+import resource
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
+from weakref import WeakSet
 
 from kvmpass._signals import deferred
 from kvmpass.boot import acpi, ports
@@ -43,6 +46,12 @@ def parse_size(text: str | int) -> int:
     if match is None:
         raise LayoutError(f"{text!r} is not a size: write a number and K, M, G or T, such as 512M")
     return int(float(match[1]) * _UNITS[match[2].upper()]) // PAGE * PAGE
+
+
+def allow_descriptors() -> None:
+    """Raise this process's soft limit of descriptors to its hard one: each MSI-X vector takes one, up to 2048."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class DeviceState(enum.Enum):
@@ -88,6 +97,17 @@ class AssignedDevice:
         return f"<AssignedDevice {self.bdf} {self.state.value}>"
 
 
+# An interrupt may come between the end of a ``with`` body and ``__exit__``: what is open then is closed at exit,
+# before host.borrow gives its devices back at exit (last registered, first called).
+_open: WeakSet[Machine] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for machine in list(_open):
+        machine.close()
+
+
 class Machine:
     """One VM: memory, vCPUs, a DMA domain, a PCI bus. ``with Machine(memory="1G", cpus=2) as m:`` is its lifetime.
 
@@ -102,6 +122,7 @@ class Machine:
     def __init__(self, memory: str | int = "1G", cpus: int = 1, *, sysfs: Sysfs | None = None) -> None:
         self._sysfs = sysfs or Sysfs()
         self._closed = False
+        self._populated = False
         self._lock = threading.RLock()
         self._threads: VcpuThreads | None = None
         self._vcpus: list[Vcpu] = []
@@ -109,6 +130,7 @@ class Machine:
         self.cpus = cpus
         self.devices: list[AssignedDevice] = []
         with ExitStack() as undo:
+            allow_descriptors()
             self._system = undo.enter_context(System())
             limit = self._system.max_vcpus
             if not 1 <= cpus <= limit:
@@ -139,6 +161,7 @@ class Machine:
             self.ports.add(ports.POWER_BASE, ports.POWER_SIZE, PowerControl(self._power_event))
             undo.callback(self._deassign_all)
             undo.callback(self._close_vcpus)
+            _open.add(self)
             self._undo = undo.pop_all()
 
     def _phys_bits(self) -> int:
@@ -151,6 +174,7 @@ class Machine:
         if not self._closed:
             with deferred():
                 self._closed = True
+                _open.discard(self)
                 self._undo.close()
 
     def __enter__(self) -> Self:
@@ -178,9 +202,10 @@ class Machine:
                 f"{found.bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
                 "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
             )
-        if not self.domain.active:
+        if not self._populated:
             check_memory(self._sysfs, self.memory.ram_size)
             self.memory.populate()
+            self._populated = True
         with deferred(), ExitStack() as undo:
             device = self.domain.attach(str(found.bdf), found.group)
             undo.callback(self.domain.detach, device)
@@ -283,6 +308,16 @@ class Machine:
         """End the guest. From any thread, a bus device's too; ``wait()`` then returns ``ending``."""
         if self._threads is not None:
             self._threads.end(ending)
+
+    @property
+    def over(self) -> bool:
+        """Whether a guest that was started has ended."""
+        return self._threads is not None and self._threads.over
+
+    @property
+    def fault(self) -> str:
+        """What KVM could not do for the guest, if that was its end."""
+        return self._threads.fault if self._threads else ""
 
     @property
     def exits(self) -> int:

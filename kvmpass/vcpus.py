@@ -36,6 +36,7 @@ class Ending(enum.Enum):
     REBOOT = "rebooted"
     PANIC = "panicked"
     TRIPLE_FAULT = "triple fault"
+    FAULT = "KVM could not go on"
     STOPPED = "stopped"
 
 
@@ -53,6 +54,7 @@ class VcpuThreads:
         self._over = threading.Event()
         self._ending: Ending | None = None
         self._failure: BaseException | None = None
+        self.fault = ""
         self._threads: list[threading.Thread] = []
         self.exits = 0
 
@@ -69,8 +71,15 @@ class VcpuThreads:
             self._ending = ending
         self._over.set()
 
+    @property
+    def over(self) -> bool:
+        return self._over.is_set()
+
     def wait(self, timeout: float | None = None) -> Ending | None:
-        """Wait for the end; None after ``timeout`` seconds. Raises what made a vCPU fail."""
+        """Wait for the end; None after ``timeout`` seconds. Raises what made a vCPU's thread fail.
+
+        What the guest itself made KVM refuse is an ending (``FAULT``, with ``fault`` saying what), not an error.
+        """
         if not self._over.wait(timeout):
             return None
         if self._failure is not None:
@@ -97,8 +106,12 @@ class VcpuThreads:
         try:
             while not self._over.is_set():
                 self._dispatch(vcpu, vcpu.run())
+        except GuestError as error:
+            self.fault = self.fault or str(error)
+            self.end(Ending.FAULT)
         except BaseException as error:
-            self._failure = self._failure or error
+            if self._ending is None:  # later ones are of a guest that is gone
+                self._failure = self._failure or error
             self.end(Ending.STOPPED)
 
     def _dispatch(self, vcpu: Vcpu, exit_: Exit) -> None:

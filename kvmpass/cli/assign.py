@@ -15,7 +15,8 @@ import click
 from kvmpass.assignment import assigned
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
-from kvmpass.guest import Guest, GuestResult, GuestSpec
+from kvmpass.errors import KvmpassError
+from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
 from kvmpass.vcpus import Ending
 
 _TAIL_LINES = 24
@@ -63,15 +64,17 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
     Exit status, with COMMAND its own, or:
       125  kvmpass failed, or was called wrongly
       126  the guest ended without reporting a status
-      130, 143  interrupted by Ctrl-C, by SIGTERM
+      130, 143  interrupted by Ctrl-C, by SIGTERM (129, 131: SIGHUP, SIGQUIT)
     """
     if status_file is not None and not os.access(status_file.absolute().parent, os.W_OK):
         raise click.UsageError(f"--status-file: {status_file.absolute().parent} is not a directory to write to")
+    if status_file is not None:
+        status_file.unlink(missing_ok=True)  # a killed run must not leave an earlier one's
     outcome: dict[str, Any] = {"schema": 1, "devices": list(bdf), "outcome": "failed", "status": None}
     started = time.monotonic()
     exit_status = ASSIGN_FAILED
     try:
-        result = _run(bdf, command, options)
+        result = _run(bdf, command, options, outcome)
         exit_status = _exit_status(result, command is not None)
         outcome.update(outcome=_outcome(result), status=result.status, guest_errors=list(result.failures))
         return exit_status
@@ -84,10 +87,15 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
     finally:
         if status_file is not None:
             outcome.update(exit_status=exit_status, seconds=round(time.monotonic() - started, 3))
-            _write_status(status_file, outcome)
+            try:
+                _write_status(status_file, outcome)
+            except OSError as failure:
+                click.echo(f"kvmpass: --status-file: {failure}", err=True)
 
 
-def _run(bdf: tuple[str, ...], command: list[str] | None, options: dict[str, Any]) -> GuestResult:
+def _run(
+    bdf: tuple[str, ...], command: list[str] | None, options: dict[str, Any], outcome: dict[str, Any]
+) -> GuestResult:
     verbose = options["verbose"]
     if command is not None and not command:
         raise click.UsageError("there is no COMMAND after --")
@@ -109,29 +117,35 @@ def _run(bdf: tuple[str, ...], command: list[str] | None, options: dict[str, Any
         if verbose:
             click.echo(f"kvmpass: {line}", err=True)
 
-    stdout, stderr = sys.stdout.buffer, sys.stderr.buffer
-
-    def to_stdout(data: bytes) -> None:
-        stdout.write(data)
-        stdout.flush()
-
-    def to_stderr(data: bytes) -> None:
-        stderr.write(data)
-        stderr.flush()
-
+    to_stdout, to_stderr = descriptor_sink(sys.stdout.fileno()), descriptor_sink(sys.stderr.fileno())
     console = to_stdout if command is None else to_stderr if verbose else None
     with (
-        assigned(bdf, spec, memory=options["memory"], cpus=options["cpus"], say=say) as (machine, image),
-        Guest(machine, image, console=console, output=to_stdout, errors=to_stderr) as guest,
+        assigned(bdf, spec, memory=options["memory"], cpus=options["cpus"], say=say) as machine,
+        Guest(machine, console=console, output=to_stdout, errors=to_stderr) as guest,
     ):
         if command is None:
             click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
         keyboard = raw_terminal(guest.type, machine.stop) if command is None else nullcontext()
         with keyboard:
             result = guest.run()
+        outcome["status"] = result.status  # true even if giving back the device should fail
     if command is not None and result.status is None:
         _explain(result)
     return result
+
+
+def descriptor_sink(fd: int) -> Sink:
+    """Writes straight to ``fd``: no buffer whose lock a stalled reader could hold."""
+
+    def write(data: bytes) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(fd, view) :]
+        except BrokenPipeError as error:
+            raise KvmpassError("whoever read the output has closed it: the guest was stopped") from error
+
+    return write
 
 
 def _explain(result: GuestResult) -> None:
@@ -147,6 +161,7 @@ _ENDED = {
     Ending.REBOOT: "rebooted",
     Ending.PANIC: "panicked",
     Ending.TRIPLE_FAULT: "died of a triple fault",
+    Ending.FAULT: "did what KVM cannot emulate",
     Ending.STOPPED: "was stopped",
 }
 
@@ -154,7 +169,7 @@ _ENDED = {
 def _exit_status(result: GuestResult, command: bool) -> int:
     if command:
         return GUEST_SILENT if result.status is None else result.status
-    return GUEST_SILENT if result.ending in (Ending.PANIC, Ending.TRIPLE_FAULT) else 0
+    return GUEST_SILENT if result.ending in (Ending.PANIC, Ending.TRIPLE_FAULT, Ending.FAULT) else 0
 
 
 def _outcome(result: GuestResult) -> str:

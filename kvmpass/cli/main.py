@@ -78,8 +78,11 @@ def main(arguments: list[str] | None = None) -> None:
     own = ASSIGN_FAILED if name == "assign" or (name == "lab" and "run" in options) else None
     if os.environ.get("KVMPASS_DEBUG"):
         logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)8d %(name)s: %(message)s")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    else:
+        logging.getLogger("kvmpass").addHandler(logging.NullHandler())  # standard error belongs to the command
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _terminate)
     status: int
     try:
         result = kvmpass.main(options, prog_name="kvmpass", standalone_mode=False, obj=command)

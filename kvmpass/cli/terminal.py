@@ -9,17 +9,19 @@ import termios
 import threading
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 ESCAPE = b"\x1d"  # Ctrl-], as telnet and virsh have it
 ESCAPE_NAME = "Ctrl-]"
+_BACKLOG = 1 << 16
 
 
 @contextmanager
-def raw_terminal(on_input: Callable[[bytes], object], on_escape: Callable[[], object]) -> Iterator[None]:
+def raw_terminal(on_input: Callable[[bytes], int], on_escape: Callable[[], object]) -> Iterator[None]:
     """Every key goes to ``on_input``, Ctrl-C too, until the escape; the terminal is restored afterwards.
 
-    Where standard input is no terminal it is passed on as it comes, until its end.
+    Where standard input is no terminal it is passed on as fast as the guest takes it, until its end. ``on_input``
+    returns how many bytes wait.
     """
     fd = sys.stdin.fileno()
     saved = termios.tcgetattr(fd) if os.isatty(fd) else None
@@ -30,12 +32,16 @@ def raw_terminal(on_input: Callable[[bytes], object], on_escape: Callable[[], ob
             ready, _, _ = select.select([fd, done], [], [])
             if done in ready:
                 return
-            data = os.read(fd, 4096)
+            try:
+                data = os.read(fd, 4096)
+            except OSError:  # the terminal has gone
+                return
             if not data:
                 return
             before, escape, _ = data.partition(ESCAPE) if saved else (data, b"", b"")
-            if before:
-                on_input(before)
+            waiting = on_input(before) if before else 0
+            while waiting > _BACKLOG and not select.select([done], [], [], 0.1)[0]:
+                waiting = on_input(b"")
             if escape:
                 on_escape()
                 return
@@ -52,7 +58,8 @@ def raw_terminal(on_input: Callable[[bytes], object], on_escape: Callable[[], ob
         os.close(done)
         os.close(wake)
         if saved is not None:
-            termios.tcsetattr(fd, termios.TCSADRAIN, saved)
+            with suppress(termios.error):  # the terminal has gone
+                termios.tcsetattr(fd, termios.TCSADRAIN, saved)
 
 
 def terminal_size() -> tuple[int, int]:

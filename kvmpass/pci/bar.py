@@ -121,7 +121,7 @@ class Bar:
                     made.callback(self._memory.remove, region)
                 self._connected = made.pop_all()
         except (LayoutError, OSError) as error:
-            log.warning("%s at %s: not decoded: %s", self._name, here, error)
+            log.debug("%s at %s: not decoded: %s", self._name, here, error)
 
     def disconnect(self) -> None:
         connected, self._connected = self._connected, None
@@ -148,9 +148,9 @@ class Bar:
 
 
 def guarded(access: Callable[[], T], otherwise: T) -> T:
-    """An access of the device on the guest's behalf: what VFIO refuses is logged and answered like an empty bus."""
+    """An access of the device on the guest's behalf: what VFIO refuses is answered like an empty bus."""
     try:
         return access()
     except OSError as error:
-        log.warning("device access refused: %s", error)
+        log.debug("device access refused: %s", error)
         return otherwise

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from kvmpass.kvm import IrqRoutes, Vm
@@ -84,12 +84,14 @@ class Msix:
         """The guest wrote the capability's message control."""
         self._mask_all = bool(value & CONTROL_MASK_ALL)
         enable = bool(value & CONTROL_ENABLE)
-        if enable != self._enabled:
-            self._enabled = enable
-            if enable:
-                self._signal(0)  # turns MSI-X on in the device
-            else:
+        if enable and not self._enabled:
+            self._enabled = True
+            self._signal(0)  # turns MSI-X on in the device
+        elif self._enabled and not enable:
+            try:
                 self.disable()
+            except OSError as error:
+                log.debug("%s MSI-X: %s", self._device.name, error)
         for number in range(len(self._vectors)):
             self._update(number)
 
@@ -129,13 +131,13 @@ class Msix:
             if wanted and vector.gsi < 0:
                 self._connect(number)
         except OSError as error:
-            log.error("%s MSI-X vector %d: %s", self._device.name, number, error)
+            log.debug("%s MSI-X vector %d: %s", self._device.name, number, error)
 
     def _connect(self, number: int) -> None:
         vector = self._vectors[number]
         address, data = vector.wanted_message()
         if address >> 20 != _MSI_WINDOW:
-            log.warning("%s MSI-X vector %d: no message address: %#x", self._device.name, number, address)
+            log.debug("%s MSI-X vector %d: no message address: %#x", self._device.name, number, address)
             return
         self._signal(number)
         if vector.eventfd < 0:
@@ -158,19 +160,25 @@ class Msix:
         vector = self._vectors[number]
         if vector.signalled:
             return
-        if vector.eventfd < 0:
-            vector.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         on = any(other.signalled for other in self._vectors)
         try:
+            if vector.eventfd < 0:
+                vector.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             if self._resizable or not on:
                 first = number if on else 0
                 self._device.set_irqs(MSIX, first, [v.eventfd for v in self._vectors[first : number + 1]])
             else:
-                last = max(n for n, v in enumerate(self._vectors) if v.eventfd >= 0)
-                self._device.disable_irqs(MSIX)
-                self._device.set_irqs(MSIX, 0, [v.eventfd for v in self._vectors[: last + 1]])
+                self._signal_all()
             vector.signalled = True
         except OSError as error:
-            log.error("%s MSI-X vector %d: %s", self._device.name, number, error)
-            if not any(other.signalled for other in self._vectors):
+            log.debug("%s MSI-X vector %d: %s", self._device.name, number, error)
+            if vector.eventfd >= 0:
                 self._forget(vector)
+            if on and not self._resizable:
+                with suppress(OSError):
+                    self._signal_all()  # the others, as before
+
+    def _signal_all(self) -> None:
+        last = max(n for n, v in enumerate(self._vectors) if v.eventfd >= 0)
+        self._device.disable_irqs(MSIX)
+        self._device.set_irqs(MSIX, 0, [v.eventfd for v in self._vectors[: last + 1]])

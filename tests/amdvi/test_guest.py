@@ -220,8 +220,9 @@ def boot(*command: str, append: str = "", cpus: int = 1) -> tuple[GuestResult, b
     image = prepare(GuestSpec(command=command, append=append), [])
     with (
         Machine(memory="192M", cpus=cpus) as machine,
-        Guest(machine, image, console=None, output=output.extend, errors=output.extend) as guest,
+        Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
     ):
+        image.load(machine)
         result = guest.run()
     return result, bytes(output)
 

@@ -1,0 +1,82 @@
+"""How a guest's output reaches slow, stalled and absent readers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from kvmpass.cli.assign import descriptor_sink
+from kvmpass.errors import KvmpassError
+from kvmpass.guest import Pump
+
+
+class Vm:
+    """What a pump knows of a machine."""
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def stop(self) -> None:
+        self.over = True
+
+    def pump(self) -> Pump:
+        return Pump(self.stop, lambda: self.over)
+
+
+def test_everything_arrives_in_order() -> None:
+    vm, out, err = Vm(), bytearray(), bytearray()
+    pump = vm.pump()
+    to_out, to_err = pump.to(out.extend), pump.to(err.extend)
+    for number in range(5000):
+        to_out(b"%d," % number)
+        to_err(b"e")
+    pump.close()
+    pump.close()
+    assert out == b"".join(b"%d," % number for number in range(5000))
+    assert err == b"e" * 5000
+
+
+def test_a_stalled_reader_holds_the_guest_and_not_the_end() -> None:
+    vm, go = Vm(), threading.Event()
+    pump = vm.pump()
+    put = pump.to(lambda data: go.wait(60) and None)
+    sent = 0
+
+    def guest() -> None:
+        nonlocal sent
+        while not vm.over:
+            put(bytes(4096))
+            sent += 4096
+
+    thread = threading.Thread(target=guest)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while sent < Pump.PENDING_LIMIT:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert sent <= 2 * Pump.PENDING_LIMIT + 8192, "bounded, however fast the guest is"
+    vm.stop()
+    thread.join(10)
+    assert not thread.is_alive()
+    started = time.monotonic()
+    pump.close(0.2)
+    assert time.monotonic() - started < 5
+    go.set()
+
+
+def test_a_reader_that_has_gone_stops_the_guest() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    vm = Vm()
+    pump = vm.pump()
+    pump.to(descriptor_sink(writer))(b"x")
+    pump.close()
+    os.close(writer)
+    assert vm.over
+    assert isinstance(pump.failure, KvmpassError)
+    with pytest.raises(KvmpassError, match="has closed it"):
+        raise pump.failure
