@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 PACKAGES := python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev qemu-system-x86 busybox-static \
-	kmod cpio xz-utils pciutils libudev1 acpica-tools
+	kmod cpio xz-utils pciutils libudev1 \
+	acpica-tools dmsetup iproute2 mount
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 SOURCES := kvmpass cffi_build tests scripts setup.py
 

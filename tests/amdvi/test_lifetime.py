@@ -217,6 +217,35 @@ def test_interrupted_while_the_guest_runs(nvme: str, tmp_path: Path, number: int
     assert json.loads(report.read_text())["exit_status"] == status
 
 
+def test_a_reader_that_stalls_does_not_hold_the_device(nvme: str) -> None:
+    """A guest that writes without end, and nobody who reads: SIGTERM still gives the device back."""
+    before = state_of(nvme)
+    process = subprocess.Popen(
+        kvmpass("assign", nvme, "--memory", "128M", "--", "yes"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    assert process.stdout.readline() == b"y\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    process.communicate()
+    assert state_of(nvme) == before
+
+
+def test_a_reader_that_goes_away_ends_the_guest(nvme: str) -> None:
+    before = state_of(nvme)
+    process = subprocess.Popen(
+        kvmpass("assign", nvme, "--memory", "128M", "--", "yes"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout and process.stderr
+    assert process.stdout.readline() == b"y\n"
+    process.stdout.close()
+    assert process.wait(60) == 125
+    assert b"whoever read the output has closed it" in process.stderr.read()
+    process.stderr.close()
+    assert state_of(nvme) == before
+
+
 def test_killed_while_the_guest_runs(nvme: str) -> None:
     before = state_of(nvme)
     process = start_and_wait_for(
