@@ -20,7 +20,7 @@ from kvmpass.machine import Machine
 from kvmpass.vcpus import Ending
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
-_TAIL_BYTES = 8192
+_TAIL_BYTES = 16384
 _MAX_FAILURES = 64
 _ABANDON_SECONDS = 2.0  # for a reader of the output that does not read, when all is over anyway
 _POWEROFF_SECONDS = 60.0  # from the command's status to power off; the init script does nothing in between

@@ -152,7 +152,9 @@ def _explain(result: GuestResult) -> None:
     click.echo(f"kvmpass: the guest {_ENDED[result.ending]} before its command reported a status", err=True)
     for failure in result.failures:
         click.echo(f"  the guest says: {failure}", err=True)
-    for line in result.console.splitlines()[-_TAIL_LINES:]:
+    lines = result.console.splitlines()
+    panic = next((n for n, line in enumerate(lines) if "Kernel panic" in line), None)
+    for line in lines[-_TAIL_LINES:] if panic is None else lines[panic : panic + _TAIL_LINES]:
         click.echo(f"  console: {''.join(c if c.isprintable() else ' ' for c in line)}", err=True)
 
 

@@ -101,27 +101,27 @@ class FailOnce:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_failure_at_each_step_of_assign(
-    machine: Machine, borrowed: str, monkeypatch: pytest.MonkeyPatch, after: bool
-) -> None:
+def test_a_failure_at_each_step_of_assign(borrowed: str, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
+    """Nothing is left, and the same machine takes the device at the next try."""
     for owner, name in ASSIGN_STEPS:
         if after and name in ("__init__", "get_device_fd", "mmap"):
             continue  # what is made and then lost has no owner yet: it cannot fail there
-        with monkeypatch.context() as patch:
-            step = FailOnce(patch, owner, name, after=after)
-            step.armed = True
-            with pytest.raises(Injected, match=f"{owner.__name__}.{name}"):
-                machine.assign(borrowed)
-            assert step.called
-        clean()
-        assert machine.devices == []
-        assert machine.domain.ledger == []
-        assert all(region.dma for region in machine.memory)
-        machine.audit()
-    edu = Edu(machine.assign(borrowed))
-    assert edu.bar.read_int(0) == 0x010000ED
-    machine.deassign(machine.devices[0])
-    clean()
+        with Machine(memory="2M") as machine:
+            with monkeypatch.context() as patch:
+                step = FailOnce(patch, owner, name, after=after)
+                step.armed = True
+                with pytest.raises(Injected, match=f"{owner.__name__}.{name}"):
+                    machine.assign(borrowed)
+                assert step.called
+            clean()
+            assert machine.devices == []
+            assert machine.domain.ledger == []
+            assert all(region.dma for region in machine.memory)
+            machine.audit()
+            edu = Edu(machine.assign(borrowed))
+            assert edu.bar.read_int(0) == 0x010000ED
+            machine.deassign(machine.devices[0])
+            clean()
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -45,13 +47,33 @@ def complaint(status: object, output: str, errors: str) -> str:
     return lines[0].removeprefix("kvmpass: ")
 
 
-def refuse_elsewhere(*arguments: str, wrapper: tuple[str, ...] = (), user: int | None = None) -> str:
-    """The same in a process of its own, with other rights."""
+def refuse_without(wrapper: tuple[str, ...], *arguments: str) -> str:
+    """The same in a process of its own, started by ``wrapper``."""
     command = [*wrapper, sys.executable, "-m", "kvmpass", "assign", *arguments, "--", "true"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, user=user, group=user, extra_groups=[], check=False
-    )
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     return complaint(result.returncode, result.stdout, result.stderr)
+
+
+def refuse_as(user: int, tmp_path: Path, *arguments: str) -> str:
+    """The same in a fork with another user's rights, who need not be able to read the interpreter."""
+    importlib.import_module("kvmpass.cli.assign")
+    output, errors = tmp_path / "out", tmp_path / "err"
+    output.touch()
+    errors.touch()
+    child = os.fork()
+    if child == 0:
+        status = 99
+        with output.open("w") as sys.stdout, errors.open("w") as sys.stderr:
+            try:
+                os.setgroups([])
+                os.setgid(user)
+                os.setuid(user)
+                main(["assign", *arguments, "--", "true"])
+            except SystemExit as ended:
+                status = ended.code if isinstance(ended.code, int) else 98
+        os._exit(status)
+    _, result = os.waitpid(child, 0)
+    return complaint(os.waitstatus_to_exitcode(result), output.read_text(), errors.read_text())
 
 
 def test_an_address_that_is_none(capfd: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +126,8 @@ def test_no_kvm(capfd: pytest.CaptureFixture[str], edu: str, emulated_host: bool
         Path("/dev/kvm.away").rename("/dev/kvm")
 
 
-def test_no_permission(edu: str) -> None:
-    line = refuse_elsewhere(edu, user=NOBODY)
+def test_no_permission(edu: str, tmp_path: Path) -> None:
+    line = refuse_as(NOBODY, tmp_path, edu)
     assert re.search(r"(?i)permission|privilege|root", line), line
 
 
@@ -131,7 +153,7 @@ def test_memlock_too_low(edu: str) -> None:
     """CAP_IPC_LOCK overrides the limit, so it must go first."""
     assert shutil.which("setpriv")
     wrapper = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", "--memlock=8388608")
-    line = refuse_elsewhere(edu, "--memory", "64M", wrapper=wrapper)
+    line = refuse_without(wrapper, edu, "--memory", "64M")
     assert line == "the guest's 64 MiB must be locked in memory, this process may lock 8 MiB"
 
 
