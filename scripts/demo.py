@@ -91,7 +91,9 @@ def in_lab() -> bool:
             stdout=seen,
             stderr=seen,
         )
-        say(f"the host ended after {time.monotonic() - started:.0f} s")
+        say(f"the host ended after {time.monotonic() - started:.0f} s: {result.describe()}")
+        if result.outcome != "exited":
+            print(result.console_tail)
         contents = drive.read_bytes()
         return all(
             [

@@ -33,9 +33,11 @@ class Lab:
         self.config = config or LabConfig()
         self._say = say
         self._host: Host | None = None
+        self._stopped = False
 
     def stop(self) -> None:
         """End the run that another thread is in, at once; that ``run`` returns ``silent``. Else it does nothing."""
+        self._stopped = True
         host = self._host
         if host is not None:
             host.stop()
@@ -53,7 +55,8 @@ class Lab:
         """Run ``command`` inside, as root, and return how it ended.
 
         Its output is copied as it comes, byte for byte, to binary files or descriptors (``None``: this process's
-        own). Its input is empty unless ``stdin`` is a descriptor. ``env`` is added to a small environment of the
+        own). A host that dies before the command has started is started once more; ``say`` tells. Its
+        input is empty unless ``stdin`` is a descriptor. ``env`` is added to a small environment of the
         lab's own. Raises ``LabError`` if the host cannot be started, and what ``stdout`` or ``stderr`` raise.
         """
         if not command:
@@ -61,6 +64,18 @@ class Lab:
         outputs = {OUT: writer(stdout, sys.stdout), ERR: writer(stderr, sys.stderr)}
         ports = (OUT, ERR, STATUS) if stdin is None else (OUT, ERR, STATUS, IN)
         job = Job(command, cwd or Path.cwd(), environment(env), ports, "null" if stdin is None else "pipe")
+        self._stopped = False
+        result = self._once(job, outputs, stdin)
+        if result.started or result.outcome not in ("panic", "silent") or self._stopped:
+            return result
+        # An emulated host dies now and then while it starts; nothing of the command has run, so nothing is repeated.
+        self._say(f"{result.describe()}; its console ended with:")
+        for line in result.console_tail.splitlines():
+            self._say(f"  | {line}")
+        self._say("starting the host once more")
+        return self._once(job, outputs, stdin)
+
+    def _once(self, job: Job, outputs: Mapping[str, Writer], stdin: int | None) -> LabResult:
         with Host(self.config, self._say) as host:
             host.start(job)
             self._host = host

@@ -1,0 +1,47 @@
+"""A host that dies before the command has started is started once more, and only then."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpass.lab import Lab, LabConfig, LabResult
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *results: LabResult, stop: bool = False) -> tuple[LabResult, int, list[str]]:
+    said: list[str] = []
+    left = list(results)
+    lab = Lab(LabConfig(), said.append)
+
+    def once(*arguments: object) -> LabResult:
+        if stop:
+            lab.stop()
+        return left.pop(0)
+
+    monkeypatch.setattr(lab, "_once", once)
+    return lab.run(["true"]), len(results) - len(left), said
+
+
+DEAD = LabResult(None, "panic", "a\nlast words", 1.0, started=False)
+GOOD = LabResult(0, "exited", "", 2.0, started=True)
+LATER = LabResult(None, "panic", "x", 1.0, started=True)
+LATE = LabResult(None, "timeout", "x", 1.0, started=False)
+
+
+def test_once_more_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    result, starts, said = run(monkeypatch, DEAD, GOOD)
+    assert (result, starts) == (GOOD, 2)
+    assert "  | last words" in said
+    assert said[-1] == "starting the host once more"
+
+
+def test_twice_dead_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, DEAD, DEAD, GOOD)[:2] == (DEAD, 2)
+
+
+@pytest.mark.parametrize("result", [GOOD, LATER, LATE])
+def test_nothing_else_is_repeated(monkeypatch: pytest.MonkeyPatch, result: LabResult) -> None:
+    assert run(monkeypatch, result, GOOD) == (result, 1, [])
+
+
+def test_what_was_stopped_stays_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, DEAD, GOOD, stop=True)[:2] == (DEAD, 1)
