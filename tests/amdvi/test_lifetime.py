@@ -16,7 +16,7 @@ from witness import Edu, locked_bytes, traces
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse
-from kvmpass.kvm import IrqRoutes, VfioDevice
+from kvmpass.kvm import VfioDevice
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 from kvmpass.memory import HostMapping
@@ -158,13 +158,6 @@ def test_an_exception_in_the_with_block(borrowed: str) -> None:
         assert locked_bytes() == 2 * MIB
         raise Injected
     clean()
-
-
-def test_no_route_is_left(machine: Machine, borrowed: str) -> None:
-    device = machine.assign(borrowed)
-    assert isinstance(machine.routes, IrqRoutes)
-    machine.deassign(device)
-    assert machine.routes.msi == []
 
 
 def test_a_device_is_assigned_once(machine: Machine, borrowed: str) -> None:
