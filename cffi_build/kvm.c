@@ -124,9 +124,14 @@ static int kvm_set_gsi_routing(int vm, const struct kvmpass_route *routes, unsig
 	return RESULT(ioctl(vm, KVM_SET_GSI_ROUTING, &table));
 }
 
-static int kvm_irqfd(int vm, int eventfd, uint32_t gsi, uint32_t flags)
+static int kvm_irqfd(int vm, int eventfd, uint32_t gsi, uint32_t flags, int resamplefd)
 {
-	struct kvm_irqfd irqfd = { .fd = (uint32_t)eventfd, .gsi = gsi, .flags = flags };
+	struct kvm_irqfd irqfd = {
+		.fd = (uint32_t)eventfd,
+		.gsi = gsi,
+		.flags = flags,
+		.resamplefd = (uint32_t)resamplefd,
+	};
 
 	return RESULT(ioctl(vm, KVM_IRQFD, &irqfd));
 }

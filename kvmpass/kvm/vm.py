@@ -82,10 +82,19 @@ class Vm(OwnedFd):
 
     def irqfd(self, eventfd: int, gsi: int) -> None:
         """Let ``eventfd`` raise ``gsi`` without leaving the kernel."""
-        check(lib.kvm_irqfd(self.fd, eventfd, gsi, 0), "KVM_IRQFD", f"gsi {gsi}")
+        check(lib.kvm_irqfd(self.fd, eventfd, gsi, 0, -1), "KVM_IRQFD", f"gsi {gsi}")
+
+    def irqfd_resample(self, eventfd: int, gsi: int, resamplefd: int) -> None:
+        """Let ``eventfd`` raise the level-triggered ``gsi``; ``resamplefd`` is signalled when the guest ends it.
+
+        ``KVM_IRQFD_FLAG_RESAMPLE``: the line goes down with the guest's EOI, and whoever reads ``resamplefd`` says
+        whether it comes up again. End it with ``irqfd_deassign``.
+        """
+        flags = lib.KVM_IRQFD_FLAG_RESAMPLE
+        check(lib.kvm_irqfd(self.fd, eventfd, gsi, flags, resamplefd), "KVM_IRQFD", f"gsi {gsi}, resample")
 
     def irqfd_deassign(self, eventfd: int, gsi: int) -> None:
-        check(lib.kvm_irqfd(self.fd, eventfd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN), "KVM_IRQFD", f"gsi {gsi}")
+        check(lib.kvm_irqfd(self.fd, eventfd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN, -1), "KVM_IRQFD", f"gsi {gsi}")
 
     def irq_line(self, gsi: int, level: bool) -> None:
         check(lib.kvm_irq_line(self.fd, gsi, int(level)), "KVM_IRQ_LINE", f"gsi {gsi}")

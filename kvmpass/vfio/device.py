@@ -161,6 +161,12 @@ class Device(OwnedFd):
             detail += ": the host has no free interrupt vectors"
         check(result, "VFIO_DEVICE_SET_IRQS", detail)
 
+    def set_unmask_eventfd(self, index: int, eventfd: int) -> None:
+        """Let a signal on ``eventfd`` unmask an automasked interrupt (INTx) in the kernel; -1 ends that."""
+        flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_UNMASK
+        result = lib.vfio_device_set_irqs(self.fd, flags, index, 0, 1, ffi.new("int32_t[]", [eventfd]))
+        check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}, unmask")
+
     def disable_irqs(self, index: int) -> None:
         """Turn the whole index off; harmless where it is off."""
         flags = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
