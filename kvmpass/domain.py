@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvmpass.errors import AuditFailed, DeviceInUse, ReservedRange
+from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
 from kvmpass.layout import Range, Reserved, find_reserved
 from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
 from kvmpass.vfio import Container, Device, Group
@@ -182,6 +182,23 @@ class Domain:
         container, self._container = self._container, None
         if container is not None:
             container.close()
+
+    def hot_reset(self, device: Device) -> None:
+        """Reset the slot or bus of ``device``, if all that it resets is in this domain.
+
+        Raises ``NotAssignable`` if not, ``OSError`` (``ENODEV``) where there is no such reset.
+        """
+        ours = {one.name for joined in self._groups.values() for one in joined.devices}
+        others = [one.name for one in device.get_pci_hot_reset_info() if one.name not in ours]
+        if others:
+            raise NotAssignable(f"a reset of {device.name}'s bus would reset {', '.join(others)} too")
+        device.pci_hot_reset([joined.group for joined in self._groups.values() if joined.devices])
+
+    def use_kvm(self, kvm_vfio: KvmVfio) -> None:
+        """From now on another VM runs over these devices: its KVM gets all groups. The old one goes, and forgets."""
+        for joined in self._groups.values():
+            kvm_vfio.file_add(joined.group.fd)
+        self._kvm_vfio = kvm_vfio
 
     def close(self) -> None:
         """Detach every device. Twice is harmless."""

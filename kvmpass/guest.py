@@ -185,7 +185,7 @@ class Guest:
                 to_console(data)
 
         try:
-            self._serial = machine.connect_serial(CONSOLE, on_console)
+            machine.connect_serial(CONSOLE, on_console)
             machine.connect_serial(OUTPUT, self._pump.to(output))
             machine.connect_serial(ERRORS, self._pump.to(errors))
             machine.connect_serial(CONTROL, self._on_control)
@@ -204,7 +204,7 @@ class Guest:
 
     def type(self, data: bytes) -> int:
         """Keystrokes for the console. From any thread. Returns how many bytes the guest has yet to take."""
-        return self._serial.push(data)
+        return self._machine.serial(CONSOLE).push(data)
 
     def _on_control(self, data: bytes) -> None:
         for event in self._control.feed(data):

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import atexit
-import enum
 import logging
 import re
 import resource
 import threading
+import time
+import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 from weakref import WeakSet
 
 from kvmpass._signals import deferred
+from kvmpass.board import Board, BoardEvents
 from kvmpass.boot import acpi, ports
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
-from kvmpass.bus import Bus
-from kvmpass.devices.power import PowerControl, PowerEvent
+from kvmpass.device import AssignedDevice, DeviceState, watch_irq
+from kvmpass.devices.power import PowerEvent
 from kvmpass.devices.serial import Serial16550
 from kvmpass.domain import DmaMapping, Domain, compare
 from kvmpass.errors import Closed, GuestError, LayoutError, NotAssignable
+from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
 from kvmpass.host import Bdf, Sysfs, check_memory
-from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu
+from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
 from kvmpass.layout import PAGE, Layout, plan_layout
 from kvmpass.memory import GuestMemory, RegionKind
-from kvmpass.pci import CONFIG_ADDRESS, CONFIG_PORTS, AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus
-from kvmpass.pci.config import COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
 from kvmpass.vcpus import Ending, VcpuThreads
-from kvmpass.vfio import Device, Region
+from kvmpass.vfio.device import ERR, REQ
+from kvmpass.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -54,49 +57,6 @@ def allow_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class DeviceState(enum.Enum):
-    ASSIGNED = "assigned"
-    RELEASED = "released"
-
-
-class AssignedDevice:
-    """A device in this machine's domain. Made by ``Machine.assign``; gone after ``Machine.deassign``.
-
-    Its registers are usable from Python: ``regions[0].read_int(0)``. Turn decoding and DMA on first: ``enable()``.
-    """
-
-    def __init__(self, bdf: Bdf, group: int, device: Device, undo: ExitStack) -> None:
-        self.bdf = bdf
-        self.group = group
-        self.vfio = device
-        self.slot: int | None = None
-        self.state = DeviceState.ASSIGNED
-        self._undo = undo
-
-    @property
-    def regions(self) -> dict[int, Region]:
-        """By VFIO index: 0 to 5 the BARs, 6 the ROM, 7 configuration space; absent ones are absent."""
-        return self.vfio.regions
-
-    @property
-    def config(self) -> Region:
-        return self.vfio.config
-
-    def enable(self, *, memory: bool = True, bus_master: bool = True) -> None:
-        """Let the device decode its BARs, and do DMA. In a guest its driver does this."""
-        command = self.config.read_int(COMMAND, 2)
-        for bits, wanted in ((COMMAND_IO | COMMAND_MEMORY, memory), (COMMAND_MASTER, bus_master)):
-            command = command | bits if wanted else command & ~bits
-        self.config.write_int(COMMAND, command, 2)
-
-    def reset(self) -> None:
-        """Function or power-management reset, as VFIO chooses."""
-        self.vfio.reset()
-
-    def __repr__(self) -> str:
-        return f"<AssignedDevice {self.bdf} {self.state.value}>"
-
-
 # An interrupt may come between the end of a ``with`` body and ``__exit__``: what is open then is closed at exit,
 # before host.borrow gives its devices back at exit (last registered, first called).
 _open: WeakSet[Machine] = WeakSet()
@@ -115,17 +75,31 @@ class Machine:
     guest pages, assigned devices do DMA to them. Raises ``OSError`` (no ``/dev/kvm``), ``LayoutError``,
     ``ReservedRange``; then nothing is left behind.
 
-    Call from one thread; the guest's vCPUs have their own. In the main thread Ctrl-C, SIGTERM and SIGHUP wait while
-    a device goes in or out.
+    ``on_event`` gets a ``kvmpass.events.DeviceEvent`` for what happens to devices: errors, faults, resets, leaving.
+    It is called from a thread of the machine's own, or from the one whose call made it happen. Without it an
+    uncorrected error of a device ends the guest; events are logged in any case.
+
+    Call from one thread; the guest's vCPUs and the watch over its devices have their own. In the main thread Ctrl-C,
+    SIGTERM and SIGHUP wait while a device goes in or out.
     """
 
-    def __init__(self, memory: str | int = "1G", cpus: int = 1, *, sysfs: Sysfs | None = None) -> None:
+    def __init__(
+        self,
+        memory: str | int = "1G",
+        cpus: int = 1,
+        *,
+        sysfs: Sysfs | None = None,
+        on_event: Callable[[DeviceEvent], None] | None = None,
+    ) -> None:
         self._sysfs = sysfs or Sysfs()
+        self._on_event = on_event
         self._closed = False
         self._populated = False
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # the buses: taken for each exit
+        self._moves = threading.RLock()  # devices coming and going; taken before the other
         self._threads: VcpuThreads | None = None
         self._vcpus: list[Vcpu] = []
+        self._linux: tuple[KernelImage, bytes | None, str] | None = None
         self._entry: LinuxEntry | None = None
         self.cpus = cpus
         self.devices: list[AssignedDevice] = []
@@ -137,32 +111,32 @@ class Machine:
                 raise LayoutError(f"{cpus} CPUs: this host's KVM takes 1 to {limit}")
             size = parse_size(memory)
             self.layout: Layout = plan_layout(size, self._sysfs.reserved_regions(), self._phys_bits())
-            self.vm = undo.enter_context(self._system.create_vm())
-            self.vm.create_irqchip()
-            self.routes = IrqRoutes(self.vm)
+            self._sinks: list[Callable[[bytes], None]] = [lambda data: None] * len(ports.SERIAL_LINES)
             self.memory = GuestMemory()
             undo.callback(self.memory.close)
-            self.memslots = Memslots(self.vm)
+            self._board = self._make_board()
+            undo.callback(lambda: self._board.close())
+            self.memslots = Memslots(self._board.vm)
             undo.callback(self.memslots.close)
             self.memory.listen(self.memslots)
+            self.domain = Domain(self.memory, self._board.kvm_vfio, self.layout.reserved)
+            undo.callback(self.domain.close)
             for index, part in enumerate(self.layout.ram):
                 self.memory.add_ram(part.start, part.size, f"ram{index}")
-            self._kvm_vfio = undo.enter_context(self.vm.create_vfio_device())
-            self.domain = Domain(self.memory, self._kvm_vfio, self.layout.reserved)
-            undo.callback(self.domain.close)
-            self.ports = Bus("port")
-            self.mmio = Bus("memory")
-            self.pci = PciBus()
-            self.ports.add(CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts(self.pci))
-            self.mmio.add(self.layout.ecam.start, self.layout.ecam.size, Ecam(self.pci))
-            self._bars = BarSpace(self.layout)
-            self._sinks: list[Callable[[bytes], None]] = [lambda data: None] * len(ports.SERIAL_LINES)
-            self.serials = [self._add_serial(number) for number in range(len(ports.SERIAL_LINES))]
-            self.ports.add(ports.POWER_BASE, ports.POWER_SIZE, PowerControl(self._power_event))
+            self._watch = Watch("devices")
             undo.callback(self._deassign_all)
+            undo.callback(self._watch.close)
             undo.callback(self._close_vcpus)
             _open.add(self)
             self._undo = undo.pop_all()
+
+    def _make_board(self) -> Board:
+        outputs = [self._output(number) for number in range(len(ports.SERIAL_LINES))]
+        events = BoardEvents(self._power_event, self._ejected, outputs)
+        return Board(self._system, self.layout, self.memory, events)
+
+    def _output(self, number: int) -> Callable[[bytes], None]:
+        return lambda data: self._sinks[number](data)
 
     def _phys_bits(self) -> int:
         """Width of the CPU's physical addresses (CPUID 8000_0008 EAX[7:0])."""
@@ -185,14 +159,26 @@ class Machine:
     ) -> None:
         self.close()
 
+    @property
+    def vm(self) -> Vm:
+        """KVM's virtual machine: another one after each ``reset()``."""
+        return self._board.vm
+
+    @property
+    def routes(self) -> IrqRoutes:
+        """Its table of interrupt routes."""
+        return self._board.routes
+
     # --- devices
 
-    def assign(self, bdf: str | Bdf) -> AssignedDevice:
+    def assign(self, bdf: str | Bdf, *, vf_token: uuid.UUID | None = None) -> AssignedDevice:
         """Put a device that is bound to vfio-pci into this machine (``kvmpass.host.borrow`` binds it).
 
-        The first device pins and maps all memory. Raises ``BadAddress``, ``NoSuchDevice``, ``NotAssignable``,
-        ``GroupNotViable``, ``DeviceInUse``, ``ReservedRange``, ``NotEnoughMemory`` or ``OSError``; then nothing has
-        changed.
+        The first device pins and maps all memory; more cost no mapping. A running guest is told and finds it
+        (ACPI hot plug). A function joins its device's function 0 where that is in this machine, else it gets a slot
+        of its own. ``vf_token``: the secret that a virtual function and its physical function, if that is on vfio-pci
+        too, must share. Raises ``BadAddress``, ``NoSuchDevice``, ``NotAssignable``, ``GroupNotViable``,
+        ``DeviceInUse``, ``ReservedRange``, ``NotEnoughMemory`` or ``OSError``; then nothing has changed.
         """
         if self._closed:
             raise Closed("the machine is closed")
@@ -206,36 +192,146 @@ class Machine:
             check_memory(self._sysfs, self.memory.ram_size)
             self.memory.populate()
             self._populated = True
-        with deferred(), ExitStack() as undo:
-            device = self.domain.attach(str(found.bdf), found.group)
-            undo.callback(self.domain.detach, device)
-            assigned = AssignedDevice(found.bdf, found.group, device, undo)
-            function = AssignedFunction(device, self.vm, self.routes, self.memory, self.ports, self.mmio, self._bars)
-            undo.callback(function.close)
-            undo.callback(self._unplug, function)
-            with self._lock:
-                assigned.slot = self.pci.plug(function)
-            self.devices.append(assigned)
-            undo.callback(self.devices.remove, assigned)
-            assigned._undo = undo.pop_all()
-        return assigned
+        with deferred(), self._moves, ExitStack() as undo:
+            vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
+            undo.callback(self.domain.detach, vfio)
+            device = AssignedDevice(found.bdf, found.group, vfio)
+            if vfio.resettable:  # the kernel does it when a device is opened, and again when it is closed
+                self._emit(self._reset_event(device, vfio.open_seconds, "assign"))
+                undo.callback(self._close_device, device)
+            watched = undo.enter_context(ExitStack())
+            watch_irq(self._watch, device.vfio, ERR, lambda: self._on_error(device), watched)
+            watch_irq(self._watch, device.vfio, REQ, lambda: self._on_request(device), watched)
+            undo.callback(self._unplug, device)
+            self._place(device)
+            self._plug(device)
+            self.devices.append(device)
+            undo.callback(self.devices.remove, device)
+            if self._running:
+                with self._lock:
+                    self._board.hotplug.announce(device.slot)
+            device.undo = undo.pop_all()
+        return device
 
-    def _unplug(self, function: AssignedFunction) -> None:
+    def _close_device(self, device: AssignedDevice) -> None:
+        started = time.monotonic()
+        device.vfio.close()
+        self._emit(self._reset_event(device, time.monotonic() - started, "deassign"))
+
+    def _place(self, device: AssignedDevice) -> None:
+        """The slot of function 0 of the same device, or one of its own."""
+        first = next((one for one in self.devices if one.bdf == device.bdf.function_0 and one.number == 0), None)
+        if first is not None and device.bdf.function:
+            device.slot, device.number = first.slot, device.bdf.function
+        else:
+            device.slot, device.number = self._board.pci.free_slot(), 0
+
+    def _plug(self, device: AssignedDevice) -> None:
         with self._lock:
-            self.pci.unplug(function)
+            device.function = self._board.plug(device.vfio, device.slot, device.number)
+
+    def _unplug(self, device: AssignedDevice) -> None:
+        with self._lock:
+            function, device.function = device.function, None
+            if function is not None:
+                if all(one is device or one.slot != device.slot for one in self.devices):
+                    self._board.hotplug.forget(device.slot)
+                self._board.unplug(function)
+
+    def unplug(self, device: AssignedDevice, timeout: float = 10.0) -> None:
+        """Ask the running guest to let go of ``device``, wait until it has, and take it out.
+
+        What shares its slot goes with it. Raises ``GuestError`` if the guest does not answer within ``timeout``
+        seconds: the device is still assigned then, and ``deassign`` takes it without asking.
+        """
+        deadline = time.monotonic() + timeout
+        if self._running:
+            with self._lock:
+                self._board.hotplug.request_eject(device.slot)
+            while self._running and not device.ejected.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
+                if time.monotonic() >= deadline:
+                    with self._lock:
+                        self._board.hotplug.forget(device.slot)
+                    raise GuestError(
+                        f"the guest has not let go of {device.bdf} within {timeout:g} seconds",
+                        "Machine.deassign takes it out without asking",
+                    )
+                with self._lock:
+                    self._board.hotplug.remind()
+        self.deassign(device)
 
     def deassign(self, device: AssignedDevice) -> None:
-        """Take the device out again, backwards; every step is tried. A running guest is not told."""
-        if device.state is DeviceState.RELEASED:
-            return
-        with deferred(), self._lock:
+        """Take the device out again, backwards; every step is tried. A running guest is not asked."""
+        with deferred(), self._moves:
+            if device.state is DeviceState.RELEASED:
+                return
             device.state = DeviceState.RELEASED
-            device._undo.close()
+            by = "guest" if device.ejected.is_set() else "host"
+            device.undo.close()
+            if self._running:
+                self._emit(DeviceReleased(str(device.bdf), by))
 
     def _deassign_all(self) -> None:
         with ExitStack() as steps:
             for device in list(self.devices):
                 steps.callback(self.deassign, device)
+
+    def reset_device(self, device: AssignedDevice, reason: str = "request") -> DeviceReset:
+        """Reset the device by what it has: a reset of the function, else of its bus if all on it is ours.
+
+        Raises ``OSError`` where neither is possible.
+        """
+        started = time.monotonic()
+        method = None
+        if device.vfio.resettable:
+            device.vfio.reset()
+        else:
+            self.domain.hot_reset(device.vfio)
+            method = "bus"
+        event = self._reset_event(device, time.monotonic() - started, reason, method)
+        self._emit(event)
+        return event
+
+    def _reset_event(
+        self, device: AssignedDevice, seconds: float, reason: str, method: str | None = None
+    ) -> DeviceReset:
+        """VFIO does not say which method it took: the kernel takes the first of the device's list that works."""
+        if method is None:
+            method = next(iter(self._sysfs.reset_methods(device.bdf)), "unknown")
+        return DeviceReset(str(device.bdf), method, seconds, reason)
+
+    # --- what the host and the guest say about devices
+
+    def _emit(self, event: DeviceEvent) -> None:
+        level = logging.WARNING if isinstance(event, (DeviceError, DeviceRequest)) else logging.INFO
+        log.log(level, "%s", event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _on_error(self, device: AssignedDevice) -> None:
+        self._emit(DeviceError(str(device.bdf)))
+        if self._on_event is None:
+            self.stop(Ending.DEVICE_ERROR)
+
+    def _on_request(self, device: AssignedDevice) -> None:
+        """VFIO repeats this until the device is closed."""
+        if device.state is DeviceState.RELEASED:
+            return
+        self._emit(DeviceRequest(str(device.bdf)))
+        try:
+            self.unplug(device)
+        except GuestError as error:
+            log.warning("%s", error)
+            self.deassign(device)
+
+    def _ejected(self, slot: int) -> None:
+        """In a vCPU's thread: the guest sees nothing there any more; the rest is for the watch's thread."""
+        for device in [one for one in self.devices if one.slot == slot]:
+            self._unplug(device)
+            device.ejected.set()
+            self._watch.call(partial(self.deassign, device))
+
+    # --- the invariant
 
     def audit(self) -> None:
         """Guest memory, KVM memslots and DMA mappings agree. Raises ``AuditFailed`` with every difference."""
@@ -249,19 +345,16 @@ class Machine:
 
     # --- the guest
 
-    def _add_serial(self, number: int) -> Serial16550:
-        line = ports.SERIAL_LINES[number]
-        serial = Serial16550(lambda data: self._sinks[number](data), lambda level: self.vm.irq_line(line.irq, level))
-        self.ports.add(line.port, ports.SERIAL_PORTS, serial)
-        return serial
-
-    def connect_serial(self, number: int, on_output: Callable[[bytes], None]) -> Serial16550:
-        """Where COM ``number`` + 1 sends what the guest writes; returns it, to push input into."""
+    def connect_serial(self, number: int, on_output: Callable[[bytes], None]) -> None:
+        """Where COM ``number`` + 1 sends what the guest writes. It stays connected over ``reset()``."""
         self._sinks[number] = on_output
-        return self.serials[number]
+
+    def serial(self, number: int) -> Serial16550:
+        """COM ``number`` + 1, to push input into: another one after each ``reset()``."""
+        return self._board.serials[number]
 
     def load_linux(self, kernel: KernelImage, initrd: bytes | None, cmdline: str) -> None:
-        """Put a kernel and what it needs to know into memory (64-bit boot protocol). Once for each machine.
+        """Put a kernel and what it needs to know into memory (64-bit boot protocol). ``reset()`` does it again.
 
         Raises ``BadKernel``, ``LayoutError``, ``NotEnoughMemory``.
         """
@@ -276,6 +369,7 @@ class Machine:
         )
         for gpa, data in tables.tables:
             self.memory.write(gpa, data)
+        self._linux = (kernel, initrd, cmdline)
 
     def start(self) -> None:
         """Make the vCPUs and let the guest run. Raises ``GuestError`` if nothing was loaded or it runs already."""
@@ -295,8 +389,38 @@ class Machine:
             data=entry.data_selector,
         )
         first.set_regs(rip=entry.rip, rsi=entry.rsi, rflags=2)
-        self._threads = VcpuThreads(self._vcpus, self.ports, self.mmio, self._lock)
+        self._threads = VcpuThreads(self._vcpus, self._board.ports, self._board.mmio, self._lock)
         self._threads.start()
+
+    def reset(self) -> None:
+        """As the reset button: stop the guest, reset its devices, load the kernel again; ``start()`` boots it.
+
+        A new VM over the same memory: mappings, open devices and their places stay. Interrupts go before a device is
+        reset. Raises ``OSError``; what could not be made anew leaves a machine that can only be closed.
+        """
+        with deferred(), self._moves:
+            self._close_vcpus()
+            self._threads = None
+            for device in self.devices:
+                self._unplug(device)
+            for device in self.devices:
+                try:
+                    device.quiesce()
+                    self.reset_device(device, "guest reset")
+                except (OSError, NotAssignable) as error:
+                    log.warning("%s cannot be reset: %s", device.bdf, error)
+            board = self._make_board()
+            with ExitStack() as undo:
+                undo.callback(board.close)
+                self.memslots.move(board.vm)
+                self.domain.use_kvm(board.kvm_vfio)
+                self._board, old = board, self._board
+                undo.pop_all()
+            old.close()
+            for device in self.devices:
+                self._plug(device)
+            if self._linux is not None:
+                self.load_linux(*self._linux)
 
     def wait(self, timeout: float | None = None) -> Ending | None:
         """How the guest ended; None if it runs on after ``timeout`` seconds. Raises what made a vCPU fail."""
@@ -315,13 +439,17 @@ class Machine:
         return self._threads is not None and self._threads.over
 
     @property
+    def _running(self) -> bool:
+        return self._threads is not None and not self._threads.over
+
+    @property
     def fault(self) -> str:
         """What KVM could not do for the guest, if that was its end."""
         return self._threads.fault if self._threads else ""
 
     @property
     def exits(self) -> int:
-        """How often the guest left KVM for a device of ours."""
+        """How often the guest left KVM for a device of ours, since it was last started."""
         return self._threads.exits if self._threads else 0
 
     def _power_event(self, event: PowerEvent) -> None:

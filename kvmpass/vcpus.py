@@ -37,6 +37,7 @@ class Ending(enum.Enum):
     PANIC = "panicked"
     TRIPLE_FAULT = "triple fault"
     FAULT = "KVM could not go on"
+    DEVICE_ERROR = "a device failed"
     STOPPED = "stopped"
 
 

@@ -27,7 +27,7 @@ RESET_REG_SUP, HW_REDUCED_ACPI = 1 << 10, 1 << 20
 VGA_NOT_PRESENT, NO_ASPM, NO_CMOS_RTC = 1 << 2, 1 << 4, 1 << 5
 
 PCI_HOST_UUID = "33db4d5b-1ff7-401c-9657-7441c03dd766"
-# PCI Firmware Specification, table 4-6: PME, AER, the PCIe capability structure, LTR. No hotplug: slots are fixed.
+# PCI Firmware Specification, table 4-6: PME, AER, the PCIe capability structure, LTR. Hot plug is ACPI's, not native.
 OSC_GRANTED = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5
 
 
@@ -98,6 +98,49 @@ def mcfg(layout: Layout) -> bytes:
     return table(b"MCFG", 1, bytes(8) + struct.pack("<QHBBI", layout.ecam.start, 0, 0, last_bus, 0))
 
 
+SLOTS = range(1, 32)  # the host bridge's own cannot be unplugged
+
+
+def _hotplug() -> list[bytes]:
+    """Inside the PCI root: the controller's registers, a device for each slot, and the scan that notifies them.
+
+    Notifications (ACPI 6.5, table 5.186): 1 device check, 3 eject request.
+    """
+    slots = [
+        aml.device(
+            f"S{slot:02X}",
+            aml.name("_ADR", aml.integer(slot << 16)),
+            aml.name("_SUN", aml.integer(slot)),
+            aml.method("_EJ0", 1, aml.store(aml.integer(1 << slot), aml.name_string("PEJ0"))),
+        )
+        for slot in SLOTS
+    ]
+    scan = []
+    for local, register, notification in ((0, "PUP0", 1), (1, "PDN0", 3)):
+        scan.append(aml.store(aml.name_string(register), aml.local(local)))
+        scan += [
+            aml.if_(aml.and_(aml.local(local), aml.integer(1 << slot)), aml.notify(f"S{slot:02X}", notification))
+            for slot in SLOTS
+        ]
+    return [
+        aml.port_region("PHPR", ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE),
+        aml.dword_fields("PHPR", "PUP0", "PDN0", "PEJ0"),
+        *slots,
+        aml.method("PSCN", 0, *scan, serialized=True),
+    ]
+
+
+def _event_device() -> bytes:
+    """The generic event device (ACPI 6.5, section 5.6.9): its one interrupt means that slots have changed."""
+    return aml.device(
+        "GED0",
+        aml.name("_HID", aml.string("ACPI0013")),
+        aml.name("_UID", aml.ZERO),
+        aml.name("_CRS", aml.resources(aml.interrupt_edge(ports.EVENT_GSI))),
+        aml.method("_EVT", 1, aml.name_string("\\_SB.PC00.PSCN"), serialized=True),
+    )
+
+
 def _pci_root(layout: Layout) -> bytes:
     buses = layout.ecam.size // MIB
     config_end = ports.PCI_CONFIG_BASE + ports.PCI_CONFIG_SIZE
@@ -130,6 +173,7 @@ def _pci_root(layout: Layout) -> bytes:
         aml.name("_CRS", aml.resources(*windows)),
         aml.name("_PRT", aml.package(*routes)),
         _osc(),
+        *_hotplug(),
     )
 
 
@@ -160,7 +204,7 @@ def _serial(number: int, line: ports.SerialLine) -> bytes:
 
 
 def dsdt(layout: Layout) -> bytes:
-    r"""Differentiated System Description Table: the PCI root, the motherboard's ranges, COM1 to COM4, ``\_S5``."""
+    r"""Differentiated System Description Table: PCI root, motherboard's ranges, events, COM1 to COM4, ``\_S5``."""
     board = aml.device(
         "MBRD",
         aml.name("_HID", aml.eisa_id("PNP0C02")),
@@ -170,12 +214,13 @@ def dsdt(layout: Layout) -> bytes:
             aml.resources(
                 aml.memory32_fixed(layout.ecam.start, layout.ecam.size),
                 aml.io(ports.POWER_BASE, ports.POWER_SIZE),
+                aml.io(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE),
             ),
         ),
     )
     serial = [_serial(number, line) for number, line in enumerate(ports.SERIAL_LINES, 1)]
     sleep = aml.name("\\_S5", aml.package(aml.integer(ports.S5_TYPE), aml.ZERO))
-    return table(b"DSDT", 2, aml.scope("\\_SB", _pci_root(layout), board, *serial) + sleep)
+    return table(b"DSDT", 2, aml.scope("\\_SB", _pci_root(layout), _event_device(), board, *serial) + sleep)
 
 
 def rsdp(xsdt: int) -> bytes:

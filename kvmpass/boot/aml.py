@@ -1,7 +1,7 @@
 """A small encoder of AML, the byte code of ACPI tables (ACPI 6.5, chapter 20; resources: section 6.4).
 
 Only the terms that our DSDT needs. Every function returns the encoded bytes of its term, so that nesting calls
-builds a tree. Names are paths as ASL writes them, at most two segments long.
+builds a tree. Names are paths as ASL writes them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ ONES: Final = b"\xff"
 
 
 def name_string(path: str) -> bytes:
-    r"""A NameString: optional ``\`` or ``^``, then one or two segments of up to four characters."""
+    r"""A NameString: optional ``\`` or ``^``, then segments of up to four characters."""
     prefix = ""
     while path and path[0] in "\\^":
         prefix, path = prefix + path[0], path[1:]
     segments = [segment.ljust(4, "_") for segment in path.split(".")] if path else []
-    if len(segments) > 2 or any(len(segment) != 4 for segment in segments):
+    if len(segments) > 255 or any(len(segment) != 4 for segment in segments):
         raise ValueError(f"not a name this encoder knows: {path!r}")
     body = "".join(segments).encode("ascii")
     if not segments:
         body = b"\x00"
     elif len(segments) == 2:
         body = b"\x2e" + body
+    elif len(segments) > 2:
+        body = b"\x2f" + bytes([len(segments)]) + body
     return prefix.encode("ascii") + body
 
 
@@ -136,6 +138,21 @@ def return_(value: bytes) -> bytes:
     return b"\xa4" + value
 
 
+def notify(path: str, value: int) -> bytes:
+    return b"\x86" + name_string(path) + integer(value)
+
+
+def port_region(path: str, base: int, size: int) -> bytes:
+    """``OperationRegion (path, SystemIO, base, size)``."""
+    return b"\x5b\x80" + name_string(path) + b"\x01" + integer(base) + integer(size)
+
+
+def dword_fields(region: str, *names: str) -> bytes:
+    """``Field (region, DWordAcc, NoLock, WriteAsZeros)`` of 32-bit registers, one after the other."""
+    fields = b"".join(name_string(name) + b"\x20" for name in names)  # a PkgLength that counts 32 bits
+    return _package(b"\x5b\x81", name_string(region) + b"\x43" + fields)
+
+
 def dword_field(source: bytes, offset: int, path: str) -> bytes:
     """``CreateDWordField (source, offset, path)``; ``offset`` in bytes."""
     return b"\x8a" + source + integer(offset) + name_string(path)
@@ -157,6 +174,11 @@ def io(base: int, size: int) -> bytes:
 def irq_edge(line: int) -> bytes:
     """One edge-triggered, active-high, exclusive interrupt line below 16."""
     return b"\x22" + (1 << line).to_bytes(2, "little")
+
+
+def interrupt_edge(gsi: int) -> bytes:
+    """One edge-triggered, active-high, exclusive interrupt of any number (extended interrupt descriptor)."""
+    return b"\x89\x06\x00\x03\x01" + gsi.to_bytes(4, "little")
 
 
 def memory32_fixed(base: int, size: int, writable: bool = True) -> bytes:

@@ -32,5 +32,10 @@ class Bdf:
             )
         return cls(int(match[1] or "0", 16), int(match[2], 16), device, int(match[4]))
 
+    @property
+    def function_0(self) -> Self:
+        """The first function of the same device."""
+        return type(self)(self.domain, self.bus, self.device, 0)
+
     def __str__(self) -> str:
         return f"{self.domain:04x}:{self.bus:02x}:{self.device:02x}.{self.function}"

@@ -241,6 +241,13 @@ class Sysfs:
         text = self.text(PCI_DEVICES, str(bdf), "driver_override")
         return None if text in (None, "", "(null)") else text
 
+    def reset_methods(self, bdf: Bdf) -> list[str]:
+        """How the kernel can reset the device, in the order in which it tries (``flr``, ``pm``, ``bus`` …).
+
+        Empty where it has no way, or does not say (before Linux 5.15).
+        """
+        return (self.text(PCI_DEVICES, str(bdf), "reset_method") or "").split()
+
     def header_type(self, bdf: Bdf) -> int | None:
         """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1)."""
         try:

@@ -42,6 +42,12 @@ class Memslots:
         self._vm.set_user_memory_region(slot.slot, slot.gpa, 0, slot.hva)
         del self._slots[region]
 
+    def move(self, vm: Vm) -> None:
+        """Show the same regions to another VM, which takes the old one's place. Raises ``OSError``: nothing moved."""
+        for slot in self._slots.values():
+            vm.set_user_memory_region(slot.slot, slot.gpa, slot.size, slot.hva, readonly=slot.readonly)
+        self._vm = vm
+
     def close(self) -> None:
         """Delete every slot: before the memory behind them goes."""
         for region in list(self._slots):

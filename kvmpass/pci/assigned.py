@@ -1,216 +1,289 @@
 """An assigned function as the guest sees it: the device's own registers where they are harmless, ours elsewhere.
 
-Passed through (VFIO virtualises and protects them, drivers/vfio/pci/vfio_pci_config.c): identity, status, the PCI
-Express capability's device registers. Ours: BARs, MSI-X, the list of capabilities. Capabilities that are not known to
-work, extended ones among them, are hidden.
+Passed through (VFIO virtualises and protects them, drivers/vfio/pci/vfio_pci_config.c): identity, command and status,
+power management, the PCI Express capability's device registers, vendors' own. Ours: BARs, the expansion ROM's, INTx,
+MSI and MSI-X, the lists of capabilities.
 """
 
 from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from kvmpass.bus import Bus
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory
-from kvmpass.pci import config
-from kvmpass.pci.bar import Bar, guarded
-from kvmpass.pci.msix import CONTROL_ENABLE, CONTROL_MASK_ALL, ENTRY_SIZE, Msix
+from kvmpass.pci import capabilities, config, msix
+from kvmpass.pci.bar import FLAG_IO, Bar, RomBar, Trap
+from kvmpass.pci.configspace import ConfigSpace
+from kvmpass.pci.intx import Intx
+from kvmpass.pci.msi import Msi
+from kvmpass.pci.msix import Msix
 from kvmpass.pci.space import BarKind, BarSpace
 from kvmpass.vfio import Device
-from kvmpass.vfio.device import BAR0, MSIX
+from kvmpass.vfio.device import BAR0, INTX, MSI, MSIX, ROM
 
 log = logging.getLogger(__name__)
 
-_BARS = 6
-_EXPRESS_TYPE_MASK, _EXPRESS_ROOT_COMPLEX_ENDPOINT = 0xF0, 0x90
-_EXPRESS_ENDPOINTS = (0x00, 0x10)
-_EXPRESS_LINK_REGISTERS = (Range(0x0C, 8), Range(0x2C, 8))  # capabilities, control, status; 1 and 2
+_PMCSR = 4  # in the power management capability: control and status
+_POWER_STATE = 0b11
+_PINS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What a function is connected to: the VM's interrupts, its memory, its buses. ``gsis``: of INTA to INTD."""
+
+    vm: Vm
+    routes: IrqRoutes
+    memory: GuestMemory
+    ports: Bus
+    mmio: Bus
+    bars: BarSpace
+    gsis: tuple[int, ...]
 
 
 class AssignedFunction:
-    """Configuration space, BARs and MSI-X. ``close()`` takes it out of the guest; the device stays open.
+    """Configuration space, BARs and interrupts. ``close()`` takes it out of the guest; the device stays open.
 
-    Everything but ``close`` and ``reset`` is called with the bus lock held.
+    Everything is called with the bus lock held. Nothing raises for what a guest writes.
     """
 
-    def __init__(
-        self, device: Device, vm: Vm, routes: IrqRoutes, memory: GuestMemory, ports: Bus, mmio: Bus, space: BarSpace
-    ) -> None:
+    def __init__(self, device: Device, wiring: Wiring) -> None:
         self._device = device
-        self._shadow = bytearray(config.CONVENTIONAL_SIZE)
-        self._ours = bytearray(config.CONVENTIONAL_SIZE)  # 0xff for each byte that the device is not asked for
+        self._space = ConfigSpace(device.config)
         self._bars: dict[int, Bar] = {}
+        self._rom: RomBar | None = None
+        self._intx: Intx | None = None
+        self._msi: Msi | None = None
         self._msix: Msix | None = None
         self._msix_at = 0
-        capabilities = config.capabilities(device.config.read_int)
-        self._claim(config.HEADER_TYPE, bytes([device.config.read_int(config.HEADER_TYPE, 1) & 0x7F]))
-        self._claim(config.BAR0, bytes(4 * _BARS))
-        self._claim(config.ROM, bytes(4))
-        self._claim(config.INTERRUPT_LINE, b"\xff")
-        self._claim(config.INTERRUPT_PIN, b"\0")
-        self._link([cap for cap in capabilities if cap.id in (config.CAP_MSIX, config.CAP_EXPRESS)])
-        trap = self._make_msix(vm, routes)
         with ExitStack() as undo:
-            undo.callback(self._close_bars)
-            self._make_bars(memory, ports, mmio, space, trap)
+            undo.callback(self.close)
+            self._make_header(wiring)
+            shown = self._make_capabilities()
+            traps = self._make_messages(wiring, shown)
+            self._make_bars(wiring, traps)
+            self._update_intx()
             undo.pop_all()
 
     # --- construction
 
-    def _claim(self, offset: int, data: bytes) -> None:
-        self._shadow[offset : offset + len(data)] = data
-        self._ours[offset : offset + len(data)] = b"\xff" * len(data)
+    def _make_header(self, wiring: Wiring) -> None:
+        space = self._space
+        space.emulate(config.HEADER_TYPE, bytes([space.device_int(config.HEADER_TYPE, 1) & ~config.MULTIFUNCTION]))
+        space.emulate(config.BAR0, bytes(4 * config.BARS))
+        space.emulate(config.ROM, bytes(4))
+        space.emulate(config.INTERRUPT_LINE, b"\xff", b"\xff")
+        pin = space.device_int(config.INTERRUPT_PIN, 1)
+        irq = self._device.irqs.get(INTX)
+        if irq is None or not irq.count or not 1 <= pin <= _PINS:
+            pin = 0
+        space.emulate(config.INTERRUPT_PIN, bytes([pin]))
+        if pin:
+            self._intx = Intx(wiring.vm, self._device, wiring.gsis[pin - 1])
 
-    def _link(self, visible: list[config.Capability]) -> None:
-        """Everything above the header is ours and empty, except the visible capabilities, relinked."""
-        self._claim(config.HEADER_SIZE, bytes(config.CONVENTIONAL_SIZE - config.HEADER_SIZE))
-        pointer = config.CAPABILITIES
-        self._claim(pointer, b"\0")
-        for capability in visible:
-            at = capability.offset
-            if capability.id == config.CAP_MSIX:
-                if not self._device.irqs[MSIX].count:
-                    continue
-                self._msix_at = at
-                self._claim(at, self._device.config.read(at, 12))
-                self._set16(at + 2, self._get16(at + 2) & ~(CONTROL_ENABLE | CONTROL_MASK_ALL))
-            else:
-                self._pass_express(at)
-            self._claim(at, bytes([capability.id]))
-            self._claim(pointer, bytes([at]))
-            pointer = at + 1
-            self._claim(pointer, b"\0")
+    def _make_capabilities(self) -> dict[int, int]:
+        """Offsets of the conventional ones that are shown, by identifier."""
+        space, read = self._space, self._device.config.read_int
+        absent = {
+            number
+            for number, index in ((config.CAP_MSI, MSI), (config.CAP_MSIX, MSIX))
+            if index not in self._device.irqs or not self._device.irqs[index].count
+        }
+        shown = capabilities.link(space, config.capabilities(read), frozenset(absent))
+        if self._device.config.size >= config.EXTENDED_SIZE:
+            capabilities.link_extended(space, config.extended_capabilities(read))
+        if express := shown.get(config.CAP_EXPRESS):
+            capabilities.unlink_express(space, express)
+        self._power_at = shown.get(config.CAP_POWER, 0)
+        return shown
 
-    def _pass_express(self, at: int) -> None:
-        """The device's own, but without a link: on the guest's root bus it is an integrated endpoint."""
-        flags = self._device.config.read_int(at + 2, 2)
-        size = min(0x3C if flags & 0xF >= 2 else 0x14, config.CONVENTIONAL_SIZE - at)
-        self._ours[at : at + size] = bytes(size)
-        if flags & _EXPRESS_TYPE_MASK in _EXPRESS_ENDPOINTS:
-            flags = flags & ~_EXPRESS_TYPE_MASK | _EXPRESS_ROOT_COMPLEX_ENDPOINT
-            for registers in _EXPRESS_LINK_REGISTERS:
-                if registers.end <= size:
-                    self._claim(at + registers.start, bytes(registers.size))
-        self._claim(at + 2, flags.to_bytes(2, "little"))
+    def _make_messages(self, wiring: Wiring, shown: dict[int, int]) -> dict[int, list[Trap]]:
+        """MSI and MSI-X; the latter's table and pending bits as traps, by the number of their BAR."""
+        traps: dict[int, list[Trap]] = {}
+        if at := shown.get(config.CAP_MSI):
+            self._msi = Msi(wiring.vm, wiring.routes, self._device, self._space, at)
+        if at := shown.get(config.CAP_MSIX):
+            space = self._space
+            control, table, pending = (space.device_int(at + n, size) for n, size in ((2, 2), (4, 4), (8, 4)))
+            vectors = (control & 0x7FF) + 1
+            self._msix_at = at
+            self._msix = Msix(wiring.vm, wiring.routes, self._device, vectors)
+            writable = msix.CONTROL_ENABLE | msix.CONTROL_MASK_ALL
+            space.emulate(at + 2, (control & ~writable).to_bytes(2, "little"), writable.to_bytes(2, "little"))
+            space.emulate(at + 4, table.to_bytes(4, "little") + pending.to_bytes(4, "little"))
+            bits = self._msix.pending
+            traps.setdefault(table & 7, []).append(Trap(Range(table & ~7, self._msix.table_size), self._msix))
+            traps.setdefault(pending & 7, []).append(Trap(Range(pending & ~7, bits.size), bits))
+        return traps
 
-    def _make_msix(self, vm: Vm, routes: IrqRoutes) -> dict[int, tuple[Range, Msix]]:
-        """Its table as a trap for the BAR that holds it."""
-        at = self._msix_at
-        if not at:
-            return {}
-        vectors = (self._get16(at + 2) & 0x7FF) + 1
-        table = int.from_bytes(self._shadow[at + 4 : at + 8], "little")
-        self._msix = Msix(vm, routes, self._device, vectors)
-        return {table & 7: (Range(table & ~7, vectors * ENTRY_SIZE), self._msix)}
-
-    def _make_bars(
-        self, memory: GuestMemory, ports: Bus, mmio: Bus, space: BarSpace, trap: dict[int, tuple[Range, Msix]]
-    ) -> None:
-        for index in range(_BARS):
+    def _make_bars(self, wiring: Wiring, traps: dict[int, list[Trap]]) -> None:
+        for index in range(config.BARS):
             region = self._device.regions.get(BAR0 + index)
-            if region is None:
-                continue
-            flags = self._device.config.read_int(config.BAR0 + 4 * index)
-            bus = ports if flags & 1 else mmio
-            self._bars[index] = Bar(region, flags, memory, bus, space, trap.get(index))
+            if region is not None:
+                flags = self._space.device_int(config.BAR0 + 4 * index, 4)
+                bus = wiring.ports if flags & FLAG_IO else wiring.mmio
+                self._bars[index] = Bar(region, flags, wiring.memory, bus, wiring.bars, traps.get(index, ()))
+        if rom := self._device.regions.get(ROM):
+            self._rom = RomBar(rom, wiring.memory, wiring.mmio, wiring.bars)
+        for index in self._bars:
+            self._show_bar(index)
+        self._show_rom()
+        self._decode(self._command(), self._powered())  # a device may come with decoding on
 
-    def _get16(self, offset: int) -> int:
-        return int.from_bytes(self._shadow[offset : offset + 2], "little")
-
-    def _set16(self, offset: int, value: int) -> None:
-        self._shadow[offset : offset + 2] = value.to_bytes(2, "little")
+    def set_multifunction(self, several: bool) -> None:
+        """Function 0 says whether its slot holds others."""
+        kept = self._space.get(config.HEADER_TYPE, 1) & ~config.MULTIFUNCTION
+        self._space.set(config.HEADER_TYPE, kept | (config.MULTIFUNCTION if several else 0), 1)
 
     # --- the end
 
     def close(self) -> None:
         """Interrupts off, then BARs out of the guest, then unmapped. Every step is tried."""
+        bars: list[Bar] = [*self._bars.values(), *([self._rom] if self._rom else [])]
+        self._bars, self._rom = {}, None
         with ExitStack() as steps:
-            steps.callback(self._close_bars)
-            if self._msix:
-                steps.callback(self._msix.disable)
-
-    def _close_bars(self) -> None:
-        bars, self._bars = self._bars, {}
-        with ExitStack() as steps:
-            for bar in bars.values():
+            for bar in bars:
                 steps.callback(bar.close)
+            for interrupt in (self._intx, self._msi, self._msix):
+                if interrupt is not None:
+                    steps.callback(interrupt.disable)
+
+    # --- interrupts
+
+    @property
+    def interrupt(self) -> str:
+        """What the guest uses now: ``MSI-X``, ``MSI``, ``INTx`` or ``none``."""
+        if self._msix and self._space.get(self._msix_at + 2, 2) & msix.CONTROL_ENABLE:
+            return "MSI-X"
+        if self._msi and self._msi.enabled:
+            return "MSI"
+        return "INTx" if self._intx and self._intx.active else "none"
+
+    def _update_intx(self) -> None:
+        """VFIO drives one of the three kinds at a time: the pin works while no message is enabled."""
+        if self._intx is not None:
+            try:
+                if self.interrupt in ("MSI-X", "MSI"):
+                    self._intx.disable()
+                else:
+                    self._intx.enable()
+            except OSError as error:
+                log.warning("%s INTx: %s", self._device.name, error)
+
+    def _update_msi(self) -> None:
+        assert self._msi is not None
+        if self._msi.enabled and self.interrupt == "MSI":
+            self._update_intx()
+            self._msi.update()
+        else:
+            self._stop_msi()
+            self._update_intx()
+
+    def _stop_msi(self) -> None:
+        if self._msi is not None:
+            try:
+                self._msi.disable()
+            except OSError as error:
+                log.warning("%s MSI: %s", self._device.name, error)
+
+    def _update_msix(self) -> None:
+        assert self._msix is not None
+        value = self._space.get(self._msix_at + 2, 2)
+        if value & msix.CONTROL_ENABLE:
+            self._stop_msi()
+            self._update_intx()
+            self._msix.set_control(value)
+        else:
+            self._msix.set_control(value)
+            if self._msi and self._msi.enabled:
+                self._update_msi()
+            self._update_intx()
 
     # --- configuration space
 
     def config_read(self, offset: int, size: int) -> bytes:
-        if offset >= config.CONVENTIONAL_SIZE:
-            return bytes(size)
-        ours = self._ours[offset : offset + size]
-        if config.BAR0 <= offset < config.BAR0 + 4 * _BARS:
-            return self._bar_register(offset & ~3).to_bytes(4, "little")[offset & 3 : (offset & 3) + size]
-        own = bytes(self._shadow[offset : offset + size])
-        if all(ours):
-            return own
-        theirs = guarded(lambda: self._device.config.read(offset, size), b"\xff" * size)
-        return bytes(a if mine else b for a, b, mine in zip(own, theirs, ours, strict=True))
+        if self._msi is not None:
+            self._msi.refresh_pending()
+        return self._space.read(offset, size)
 
     def config_write(self, offset: int, data: bytes) -> None:
-        if offset >= config.CONVENTIONAL_SIZE:
-            return
         end = offset + len(data)
-        if config.BAR0 <= offset < config.BAR0 + 4 * _BARS:
+        if config.BAR0 <= offset < config.BAR0 + 4 * config.BARS:
             self._write_bar(offset, data)
-        elif offset <= config.INTERRUPT_LINE < end:
-            self._shadow[config.INTERRUPT_LINE] = data[config.INTERRUPT_LINE - offset]
-        elif config.COMMAND <= offset < config.COMMAND + 4:
+        elif config.ROM <= offset < config.ROM + 4:
+            self._write_rom(offset, data)
+        elif offset < config.COMMAND + 2 and end > config.COMMAND:
             self._write_command(offset, data)
-        elif self._msix and offset <= self._msix_at + 3 < end:
-            self._write_msix_control(data[self._msix_at + 3 - offset])
-        elif not any(self._ours[offset:end]):
-            guarded(lambda: self._device.config.write(offset, data), None)
+        elif self._power_at and offset < self._power_at + _PMCSR + 1 <= end:
+            self._write_power(offset, data)
+        else:
+            self._space.write(offset, data)
+            if self._msi and offset < self._msi.end and end > self._msi.start:
+                self._update_msi()
+            if self._msix and offset <= self._msix_at + 3 < end:
+                self._update_msix()
 
     def _write_command(self, offset: int, data: bytes) -> None:
         """Decoding goes off before the device hears of it and on after: its mapping faults while it is off."""
-        before = guarded(lambda: self._device.config.read_int(config.COMMAND, 2), 0)
-        after = before
-        if offset == config.COMMAND:
-            after = before & ~0xFF | data[0]
-        if offset <= config.COMMAND + 1 < offset + len(data):
-            after = after & 0xFF | data[config.COMMAND + 1 - offset] << 8
+        before = bytearray(self._command().to_bytes(2, "little"))
+        for at, byte in enumerate(data, offset - config.COMMAND):
+            if 0 <= at < 2:
+                before[at] &= byte
+        self._decode(int.from_bytes(before, "little"), self._powered())
+        self._space.write(offset, data)
+        self._decode(self._command(), self._powered())
+
+    def _write_power(self, offset: int, data: bytes) -> None:
+        """In any state but D0 the device decodes nothing; its mapping would fault (PCI Power Management, 5.4)."""
+        if data[self._power_at + _PMCSR - offset] & _POWER_STATE:
+            self._decode(self._command(), False)
+        self._space.write(offset, data)
+        self._decode(self._command(), self._powered())
+
+    def _command(self) -> int:
+        return self._space.device_int(config.COMMAND, 2)
+
+    def _powered(self) -> bool:
+        return not self._power_at or not self._space.device_int(self._power_at + _PMCSR, 1) & _POWER_STATE
+
+    def _decode(self, command: int, powered: bool) -> None:
         for bar in self._bars.values():
             bit = config.COMMAND_IO if bar.kind is BarKind.IO else config.COMMAND_MEMORY
-            if before & bit and not after & bit:
-                bar.disconnect()
-        guarded(lambda: self._device.config.write(offset, data), None)
-        now = guarded(lambda: self._device.config.read_int(config.COMMAND, 2), 0)
-        for bar in self._bars.values():
-            bit = config.COMMAND_IO if bar.kind is BarKind.IO else config.COMMAND_MEMORY
-            if now & bit and not before & bit:
-                bar.connect()
-
-    def _bar_at(self, offset: int) -> tuple[Bar | None, bool]:
-        """The BAR that has the register at ``offset``, and whether it is its upper half."""
-        index = (offset - config.BAR0) // 4
-        if index in self._bars:
-            return self._bars[index], False
-        below = self._bars.get(index - 1)
-        return (below, True) if below and below.kind is BarKind.MEMORY64 else (None, False)
-
-    def _bar_register(self, offset: int) -> int:
-        bar, high = self._bar_at(offset)
-        return bar.register(high) if bar else 0
+            bar.decode(powered and bool(command & bit))
+        if self._rom is not None:
+            self._rom.decode(powered and bool(command & config.COMMAND_MEMORY))
 
     def _write_bar(self, offset: int, data: bytes) -> None:
-        bar, high = self._bar_at(offset & ~3)
-        if bar is None:
-            return
-        value = bytearray(bar.register(high).to_bytes(4, "little"))
-        value[offset & 3 : (offset & 3) + len(data)] = data
-        bar.set_register(int.from_bytes(value, "little"), high)
-        command = guarded(lambda: self._device.config.read_int(config.COMMAND, 2), 0)
-        if command & (config.COMMAND_IO if bar.kind is BarKind.IO else config.COMMAND_MEMORY):
-            bar.connect()
+        index = (offset - config.BAR0) // 4
+        bar, high = self._bars.get(index), False
+        if bar is None and (below := self._bars.get(index - 1)) and below.kind is BarKind.MEMORY64:
+            bar, high, index = below, True, index - 1
+        if bar is not None:
+            bar.set_register(_merged(bar.register(high), offset & 3, data), high)
+            self._show_bar(index)
 
-    def _write_msix_control(self, upper: int) -> None:
-        assert self._msix is not None
-        at = self._msix_at + 2
-        value = self._get16(at) & 0x7FF | upper << 8 & (CONTROL_ENABLE | CONTROL_MASK_ALL)
-        self._set16(at, value)
-        self._msix.set_control(value)
+    def _write_rom(self, offset: int, data: bytes) -> None:
+        if self._rom is not None:
+            self._rom.set_register(_merged(self._rom.register(False), offset & 3, data), False)
+            self._rom.decode(self._powered() and bool(self._command() & config.COMMAND_MEMORY))
+            self._show_rom()
+
+    def _show_bar(self, index: int) -> None:
+        bar = self._bars[index]
+        self._space.set(config.BAR0 + 4 * index, bar.register(False), 4)
+        if bar.kind is BarKind.MEMORY64 and index + 1 < config.BARS:
+            self._space.set(config.BAR0 + 4 * index + 4, bar.register(True), 4)
+
+    def _show_rom(self) -> None:
+        self._space.set(config.ROM, self._rom.register(False) if self._rom else 0, 4)
+
+
+def _merged(value: int, at: int, data: bytes) -> int:
+    """A dword with ``data`` written over its bytes from ``at`` on."""
+    whole = bytearray(value.to_bytes(4, "little"))
+    whole[at : at + len(data)] = data
+    return int.from_bytes(whole, "little")

@@ -3,52 +3,56 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 from kvmpass.bus import Bus
 from kvmpass.errors import LayoutError
 from kvmpass.layout import PAGE, Range
 from kvmpass.memory import GuestMemory, HostMapping
+from kvmpass.pci.configspace import guarded
 from kvmpass.pci.space import BarKind, BarSpace
 from kvmpass.vfio import Region
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-_FLAG_IO = 1
+FLAG_IO = 1
 _FLAGS_MEMORY64 = 0b100
+_ROM_ENABLE = 1
+_ROM_GRANULE = 0x800  # the lowest address bit of the expansion ROM's register is bit 11
 
 
-class Trap(Protocol):
-    """A part of a BAR that never reaches the device: the MSI-X table."""
+class Trapped(Protocol):
+    """A part of a BAR that never reaches the device: the MSI-X table, its pending bits."""
 
     def read(self, offset: int, size: int) -> bytes: ...
 
     def write(self, offset: int, data: bytes) -> None: ...
 
 
-def mappable(areas: tuple[Range, ...], trapped: Range | None) -> list[Range]:
-    """Whole pages of ``areas`` without the pages that ``trapped`` touches."""
-    cuts: list[Range] = []
-    for area in areas:
-        start, end = -(-area.start // PAGE) * PAGE, area.end // PAGE * PAGE
-        if trapped is None:
-            parts = [(start, end)]
-        else:
-            low, high = trapped.start // PAGE * PAGE, -(-trapped.end // PAGE) * PAGE
-            parts = [(start, min(end, low)), (max(start, high), end)]
-        cuts += [Range(a, b - a) for a, b in parts if b > a]
-    return cuts
+class Trap(NamedTuple):
+    """``range`` is relative to the BAR."""
+
+    range: Range
+    device: Trapped
+
+
+def mappable(areas: Sequence[Range], trapped: Sequence[Range] = ()) -> list[Range]:
+    """Whole pages of ``areas`` without the pages that ``trapped`` ranges touch."""
+    cuts = [Range(-(-a.start // PAGE) * PAGE, a.end // PAGE * PAGE - -(-a.start // PAGE) * PAGE) for a in areas]
+    for trap in trapped:
+        low, high = trap.start // PAGE * PAGE, -(-trap.end // PAGE) * PAGE
+        parts = [(cut.start, min(cut.end, low)) for cut in cuts] + [(max(cut.start, high), cut.end) for cut in cuts]
+        cuts = [Range(start, end - start) for start, end in parts if end > start]
+    return sorted(cut for cut in cuts if cut.size > 0)
 
 
 class Bar:
     """One BAR: the registers' value, and what is connected to the guest's address space while it decodes.
 
     ``size`` is a power of two; ``flags`` are the register's low bits. A bus device: accesses that no memslot takes
-    come here and go to the device by system call, or to ``trap``.
+    come here and go to the device by system call, or to a trap. Called with the bus lock held.
     """
 
     def __init__(
@@ -58,19 +62,20 @@ class Bar:
         memory: GuestMemory,
         bus: Bus,
         space: BarSpace,
-        trap: tuple[Range, Trap] | None = None,
+        traps: Sequence[Trap] = (),
     ) -> None:
         self._region = region
         self._memory = memory
         self._bus = bus
         self._space = space
-        self._trap = trap
-        self.size = region.size
-        self.flags = flags & (0b11 if flags & _FLAG_IO else 0b1111)
-        if flags & _FLAG_IO:
+        self._traps = tuple(traps)
+        self.size = 1 << (region.size - 1).bit_length()
+        self.flags = flags & (0b11 if flags & FLAG_IO else 0b1111)
+        if flags & FLAG_IO:
             self.kind = BarKind.IO
         else:
             self.kind = BarKind.MEMORY64 if flags & 0b110 == _FLAGS_MEMORY64 else BarKind.MEMORY32
+        self._wanted = False
         self._connected: ExitStack | None = None
         self._mappings: list[tuple[Range, HostMapping]] = []
         self._home = space.allocate(self.kind, self.size)
@@ -78,7 +83,7 @@ class Bar:
         with ExitStack() as undo:
             undo.callback(self.close)
             if self.kind is not BarKind.IO:
-                for area in mappable(region.info.mmap_areas, trap[0] if trap else None):
+                for area in mappable(region.info.mmap_areas, [trap.range for trap in traps]):
                     self._mappings.append((area, region.mmap(area)))
             undo.pop_all()
 
@@ -89,28 +94,63 @@ class Bar:
             mappings, self._mappings = self._mappings, []
             for _, mapping in mappings:
                 steps.callback(mapping.close)
-            steps.callback(self.disconnect)
+            steps.callback(self.decode, False)
 
     # --- registers
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the BAR's own register lets it decode: an expansion ROM has a bit for that."""
+        return True
 
     def register(self, high: bool) -> int:
         """What the guest reads: the address with the flags, or its upper half."""
         return self.address >> 32 if high else self.address & 0xFFFF_FFFF | self.flags
 
     def set_register(self, value: int, high: bool) -> None:
-        """The guest wrote a dword. Address bits below the size do not exist: that is how it is sized."""
-        kept = self.address & (0xFFFF_FFFF if high else ~0xFFFF_FFFF)
-        address = kept | (value << 32 if high else value)
-        self.address = address & ~(max(self.size, 4) - 1)
+        """The guest wrote a dword. Address bits below the size do not exist: that is how it is sized.
+
+        While one half is all ones the guest is asking for the size: nothing is decoded there.
+        """
+        shift = 32 if high else 0
+        kept = self.address & ~(0xFFFF_FFFF << shift)
+        self._move((kept | value << shift) & ~(max(self.size, 4) - 1))
+
+    def _move(self, address: int) -> None:
+        if address != self.address:
+            self.address = address
+            if self._wanted:
+                self._disconnect()
+                self._connect()
 
     # --- decoding
 
-    def connect(self) -> None:
+    def decode(self, wanted: bool) -> None:
+        """Whether the command register (and the power state) let the BAR decode."""
+        wanted = wanted and self.enabled
+        if wanted != self._wanted:
+            self._wanted = wanted
+            if wanted:
+                self._connect()
+            else:
+                self._space.forget(self)
+                self._disconnect()
+
+    def retry(self) -> None:
+        """Addresses have become free."""
+        if self._wanted and self._connected is None:
+            self._connect()
+
+    @property
+    def _sizing(self) -> bool:
+        ones = 0xFFFF_FFFF & ~(max(self.size, 4) - 1)
+        return bool(ones) and self.address & 0xFFFF_FFFF == ones
+
+    def _connect(self) -> None:
         """Decode at ``address``, if a guest may use it; otherwise the BAR reaches nobody."""
-        self.disconnect()
         here = Range(self.address, self.size)
-        if not self._space.allows(self.kind, here):
-            log.debug("%s at %s: outside the windows, not decoded", self._name, here)
+        if self._sizing or not self._space.allows(self.kind, here):
+            log.debug("%s at %s: not decoded there", self._name, here)
             return
         try:
             with ExitStack() as made:
@@ -120,13 +160,17 @@ class Bar:
                     region = self._memory.add_bar(here.start + area.start, area.size, mapping, 0, self._name)
                     made.callback(self._memory.remove, region)
                 self._connected = made.pop_all()
-        except (LayoutError, OSError) as error:
-            log.debug("%s at %s: not decoded: %s", self._name, here, error)
+        except LayoutError as error:
+            log.debug("%s at %s: waits: %s", self._name, here, error)
+            self._space.wait(self)
+        except OSError as error:
+            log.warning("%s at %s: not decoded: %s", self._name, here, error)
 
-    def disconnect(self) -> None:
+    def _disconnect(self) -> None:
         connected, self._connected = self._connected, None
         if connected is not None:
             connected.close()
+            self._space.released()
 
     @property
     def _name(self) -> str:
@@ -135,22 +179,49 @@ class Bar:
     # --- what traps
 
     def read(self, offset: int, size: int) -> bytes:
-        if self._trap and self._trap[0].contains(Range(offset, size)):
-            return self._trap[1].read(offset - self._trap[0].start, size)
+        for trap in self._traps:
+            if trap.range.contains(Range(offset, size)):
+                return trap.device.read(offset - trap.range.start, size)
+        if offset + size > self._region.size:
+            return b"\xff" * size
         return guarded(lambda: self._region.read(offset, size), b"\xff" * size)
 
     def write(self, offset: int, data: bytes) -> None:
-        if self._trap and self._trap[0].overlaps(Range(offset, len(data))):
-            if self._trap[0].contains(Range(offset, len(data))):
-                self._trap[1].write(offset - self._trap[0].start, data)
-            return
-        guarded(lambda: self._region.write(offset, data), None)
+        here = Range(offset, len(data))
+        for trap in self._traps:
+            if trap.range.overlaps(here):
+                if trap.range.contains(here):
+                    trap.device.write(offset - trap.range.start, data)
+                return
+        if here.end <= self._region.size:
+            guarded(lambda: self._region.write(offset, data), None)
 
 
-def guarded(access: Callable[[], T], otherwise: T) -> T:
-    """An access of the device on the guest's behalf: what VFIO refuses is answered like an empty bus."""
-    try:
-        return access()
-    except OSError as error:
-        log.debug("device access refused: %s", error)
-        return otherwise
+class RomBar(Bar):
+    """The expansion ROM: a BAR that decodes only while bit 0 of its own register is set, and that is never written.
+
+    (PCI Local Bus 3.0, section 6.2.5.2.)
+    """
+
+    def __init__(self, region: Region, memory: GuestMemory, bus: Bus, space: BarSpace) -> None:
+        self._enable = False
+        super().__init__(region, 0, memory, bus, space)
+        self.size = max(self.size, _ROM_GRANULE)
+
+    @property
+    def enabled(self) -> bool:
+        return self._enable
+
+    def register(self, high: bool) -> int:
+        return self.address | (_ROM_ENABLE if self._enable else 0)
+
+    def set_register(self, value: int, high: bool) -> None:
+        self._enable = bool(value & _ROM_ENABLE)
+        self._move(value & ~(self.size - 1) & 0xFFFF_FFFF)
+
+    def write(self, offset: int, data: bytes) -> None:
+        pass
+
+    @property
+    def _name(self) -> str:
+        return "rom"

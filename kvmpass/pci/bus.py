@@ -1,4 +1,4 @@
-"""The guest's PCI bus 0: its host bridge, and configuration space by ports and by ECAM."""
+"""The guest's PCI bus 0: its host bridge, its slots, and configuration space by ports and by ECAM."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from kvmpass.pci.config import CONVENTIONAL_SIZE, EXTENDED_SIZE
 CONFIG_ADDRESS = 0xCF8
 CONFIG_PORTS = 8  # address and data, PCI Local Bus 3.0 section 3.2.2.3
 SLOTS = 32
+FUNCTIONS = 8
 
 
 class PciFunction(Protocol):
@@ -18,6 +19,9 @@ class PciFunction(Protocol):
     def config_read(self, offset: int, size: int) -> bytes: ...
 
     def config_write(self, offset: int, data: bytes) -> None: ...
+
+    def set_multifunction(self, several: bool) -> None:
+        """Of function 0: whether its slot holds other functions (header type, bit 7)."""
 
 
 class HostBridge:
@@ -31,6 +35,9 @@ class HostBridge:
     def config_write(self, offset: int, data: bytes) -> None:
         pass
 
+    def set_multifunction(self, several: bool) -> None:
+        pass
+
 
 class PciBus:
     """Bus 0 with the host bridge in slot 0. Absent functions read as all ones."""
@@ -38,20 +45,36 @@ class PciBus:
     def __init__(self) -> None:
         self._functions: dict[int, PciFunction] = {0: HostBridge()}
 
-    def plug(self, function: PciFunction) -> int:
-        """Put ``function`` into the first free slot; returns the slot."""
-        slot = next((n for n in range(SLOTS) if n not in self._functions), None)
+    def free_slot(self) -> int:
+        """The first empty slot. Raises ``LayoutError`` if there is none."""
+        taken = {devfn >> 3 for devfn in self._functions}
+        slot = next((n for n in range(SLOTS) if n not in taken), None)
         if slot is None:
-            raise LayoutError(f"all {SLOTS} slots of the guest's PCI bus are taken")
-        self._functions[slot] = function
+            raise LayoutError(f"all {SLOTS} slots of the guest's PCI bus are taken", "unplug a device first")
         return slot
+
+    def plug(self, function: PciFunction, slot: int, number: int = 0) -> None:
+        """Put ``function`` into a place. Raises ``LayoutError`` if it is taken."""
+        devfn = slot << 3 | number
+        if not (0 <= slot < SLOTS and 0 <= number < FUNCTIONS) or devfn in self._functions:
+            raise LayoutError(f"slot {slot}, function {number} of the guest's PCI bus cannot be had")
+        self._functions = {**self._functions, devfn: function}
+        self._count(slot)
 
     def unplug(self, function: PciFunction) -> None:
         """Take ``function`` out, if it is in."""
-        self._functions = {slot: other for slot, other in self._functions.items() if other is not function}
+        slots = {devfn >> 3 for devfn, other in self._functions.items() if other is function}
+        self._functions = {devfn: other for devfn, other in self._functions.items() if other is not function}
+        for slot in slots:
+            self._count(slot)
+
+    def _count(self, slot: int) -> None:
+        first = self._functions.get(slot << 3)
+        if first is not None:
+            first.set_multifunction(sum(devfn >> 3 == slot for devfn in self._functions) > 1)
 
     def _find(self, bus: int, devfn: int) -> PciFunction | None:
-        return self._functions.get(devfn >> 3) if bus == 0 and not devfn & 7 else None
+        return self._functions.get(devfn) if bus == 0 else None
 
     def read(self, bus: int, devfn: int, offset: int, size: int) -> bytes:
         """Any access that stays inside the function's 4096 bytes; split at dwords, as hardware does."""

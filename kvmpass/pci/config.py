@@ -1,4 +1,4 @@
-"""Configuration space: register offsets (PCI Local Bus 3.0, section 6.1) and the list of capabilities."""
+"""Configuration space: register offsets (PCI Local Bus 3.0, section 6.1) and the two lists of capabilities."""
 
 from __future__ import annotations
 
@@ -16,33 +16,72 @@ INTERRUPT_PIN = 0x3D
 HEADER_SIZE = 0x40
 CONVENTIONAL_SIZE = 0x100
 EXTENDED_SIZE = 0x1000
+BARS = 6
 
 COMMAND_IO = 1 << 0
 COMMAND_MEMORY = 1 << 1
 COMMAND_MASTER = 1 << 2
 STATUS_CAPABILITIES = 1 << 4
+MULTIFUNCTION = 1 << 7
 
-CAP_MSIX = 0x11
+# Capability identifiers (PCI Code and ID Assignment Specification, section 2).
+CAP_POWER = 0x01
+CAP_VPD = 0x03
+CAP_MSI = 0x05
+CAP_VENDOR = 0x09
 CAP_EXPRESS = 0x10
+CAP_MSIX = 0x11
+CAP_SATA = 0x12
+CAP_ADVANCED_FEATURES = 0x13
+
+# Extended capability identifiers (the same, section 3).
+EXT_AER = 0x0001
+EXT_SERIAL_NUMBER = 0x0003
+EXT_POWER_BUDGETING = 0x0004
+EXT_VENDOR = 0x000B
+EXT_DESIGNATED_VENDOR = 0x0023
 
 _MAX_CAPABILITIES = 48  # what fits: 192 bytes, 4 at least for each
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
+    """``end`` is where the next capability, or the space, begins; ``version`` only of an extended one."""
+
     id: int
     offset: int
+    end: int
+    version: int = 0
 
 
 def capabilities(read: Callable[[int, int], int]) -> list[Capability]:
     """Walk the list with ``read(offset, size)``. A loop or a pointer into the header ends it."""
-    found: list[Capability] = []
+    found: list[tuple[int, int]] = []
     if not read(STATUS, 2) & STATUS_CAPABILITIES:
-        return found
+        return []
     offset = read(CAPABILITIES, 1) & ~3
     while HEADER_SIZE <= offset < CONVENTIONAL_SIZE and len(found) < _MAX_CAPABILITIES:
-        if any(capability.offset == offset for capability in found):
+        if any(at == offset for at, _ in found):
             break
-        found.append(Capability(read(offset, 1), offset))
+        found.append((offset, read(offset, 1)))
         offset = read(offset + 1, 1) & ~3
-    return found
+    return [Capability(number, at, _end(at, found, CONVENTIONAL_SIZE)) for at, number in found]
+
+
+def extended_capabilities(read: Callable[[int, int], int]) -> list[Capability]:
+    """The list from 0x100 on (PCI Express base, section 7.6.3); empty where nothing is there."""
+    found: list[tuple[int, int]] = []
+    offset = CONVENTIONAL_SIZE
+    while CONVENTIONAL_SIZE <= offset < EXTENDED_SIZE and not any(at == offset for at, _ in found):
+        header = read(offset, 4)
+        if header in (0, 0xFFFF_FFFF):
+            break
+        found.append((offset, header))
+        offset = header >> 20 & ~3
+    return [
+        Capability(header & 0xFFFF, at, _end(at, found, EXTENDED_SIZE), header >> 16 & 0xF) for at, header in found
+    ]
+
+
+def _end(offset: int, found: list[tuple[int, int]], limit: int) -> int:
+    return min((at for at, _ in found if at > offset), default=limit)

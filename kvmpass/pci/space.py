@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Protocol
 
 from kvmpass.errors import LayoutError
 from kvmpass.layout import PAGE, Layout, Range
@@ -16,8 +17,18 @@ class BarKind(enum.Enum):
     MEMORY64 = "64-bit memory"
 
 
+class Decoder(Protocol):
+    """A BAR that wants to decode addresses another one holds."""
+
+    def retry(self) -> None: ...
+
+
 class BarSpace:
-    """The three windows. First fit, naturally aligned; memory BARs never share a page."""
+    """The three windows. First fit, naturally aligned; memory BARs never share a page.
+
+    A guest may put one BAR on top of another while it moves them: the first keeps the addresses, the other waits
+    until some BAR lets go.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._windows = {
@@ -26,6 +37,7 @@ class BarSpace:
             BarKind.MEMORY64: layout.mmio64,
         }
         self._used: list[tuple[BarKind, Range]] = []
+        self._waiting: list[Decoder] = []
 
     def allocate(self, kind: BarKind, size: int) -> Range:
         """A free range for a BAR of ``size`` bytes (a power of two). Raises ``LayoutError`` when full."""
@@ -51,3 +63,19 @@ class BarSpace:
         if kind is BarKind.IO:
             return IO_WINDOW.contains(range_)
         return any(self._windows[k].contains(range_) for k in (BarKind.MEMORY32, BarKind.MEMORY64))
+
+    def wait(self, decoder: Decoder) -> None:
+        """``decoder`` is asked to try again when addresses become free."""
+        if decoder not in self._waiting:
+            self._waiting.append(decoder)
+
+    def forget(self, decoder: Decoder) -> None:
+        """It no longer wants to decode."""
+        if decoder in self._waiting:
+            self._waiting.remove(decoder)
+
+    def released(self) -> None:
+        """Some BAR has let go of its addresses: the first that fits takes them."""
+        waiting, self._waiting = self._waiting, []
+        for decoder in waiting:
+            decoder.retry()

@@ -114,12 +114,14 @@ class Device(OwnedFd):
     """One function. ``regions`` and ``irqs`` are keyed by VFIO's index.
 
     Regions that the device lacks are absent. INTx, MSI and MSI-X have a count of 0 where the device lacks them; ERR
-    and REQ are absent where the kernel cannot signal them (ERR: the device is not PCI Express).
+    and REQ are absent where the kernel cannot signal them (ERR: the device is not PCI Express). ``open_seconds``: how
+    long opening took, most of it the reset that the kernel does then if it can.
     """
 
-    def __init__(self, fd: int, name: str) -> None:
+    def __init__(self, fd: int, name: str, open_seconds: float = 0.0) -> None:
         super().__init__(fd)
         self.name = name
+        self.open_seconds = open_seconds
         with closing_on_error(self):
             info = ffi.new("struct kvmpass_device_info *")
             check(lib.vfio_device_get_info(self.fd, info), "VFIO_DEVICE_GET_INFO", name)

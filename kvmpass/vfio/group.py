@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 import uuid
 from dataclasses import dataclass
 
@@ -143,9 +144,11 @@ class Group(OwnedFd):
         ``ENODEV`` no device of this group has that name.
         """
         text = f"{name} vf_token={vf_token}" if vf_token else name
+        started = time.monotonic()
         result = lib.vfio_group_get_device_fd(self.fd, text.encode())
+        taken = time.monotonic() - started
         fd = check(result, "VFIO_GROUP_GET_DEVICE_FD", name, _device_remedy(-result, vf_token))
-        return Device(fd, name)
+        return Device(fd, name, taken)
 
 
 def _device_remedy(code: int, vf_token: uuid.UUID | None) -> str | None:

@@ -109,8 +109,9 @@ def test_names_and_integers() -> None:
     assert aml.eisa_id("PNP0A08") == b"\x0c\x41\xd0\x0a\x08"
     with pytest.raises(ValueError, match="64 bits"):
         aml.integer(1 << 64)
+    assert aml.name_string("\\_SB.PC00.S01") == b"\\\x2f\x03_SB_PC00S01_"
     with pytest.raises(ValueError, match="not a name"):
-        aml.name_string("A.B.C")
+        aml.name_string("A.LONGNAME")
 
 
 @pytest.mark.parametrize("mmio64", [Range(512 * GIB, MMIO64_SIZE), Range(0, 0)])

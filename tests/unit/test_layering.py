@@ -14,11 +14,12 @@ PACKAGE = Path(kvmpass.__file__).parent
 # Each room's floor. A room imports from lower floors; within a floor only what SAME_FLOOR names.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "_native"}),
-    frozenset({"_fd", "_signals", "layout", "bus"}),
+    frozenset({"_fd", "_signals", "layout", "bus", "events", "watch"}),
     frozenset({"memory", "initramfs"}),
     frozenset({"kvm", "vfio", "iommufd"}),
     frozenset({"boot", "devices", "pci", "domain", "vcpus"}),
-    frozenset({"machine", "lab", "testing", "host"}),
+    frozenset({"board"}),
+    frozenset({"machine", "device", "lab", "testing", "host"}),
     frozenset({"guest"}),
     frozenset({"assignment"}),
     frozenset({"cli"}),
@@ -26,6 +27,8 @@ FLOORS: tuple[frozenset[str], ...] = (
 )
 SAME_FLOOR = {
     ("pci", "domain"),  # BARs are regions of the domain
+    ("machine", "device"),
+    ("device", "host"),
     ("machine", "host"),  # facts about the host; see test_machine_does_not_touch_drivers
     ("testing", "lab"),
     ("testing", "host"),

@@ -1,174 +1,23 @@
-"""The guest's view of an assigned function, over a device that is made up here; nothing in it trusts the guest."""
+"""The guest's view of an assigned function, over a device that is made up; nothing in it trusts the guest."""
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_function import EXPRESS_AT, GSIS, HIDDEN_AT, MSI_AT, MSIX_AT, PENDING_AT, PM_AT, TABLE_AT, Board, FakeDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmpass.bus import Bus
-from kvmpass.kvm.routing import IOAPIC_PINS
+from kvmpass.errors import LayoutError
 from kvmpass.layout import GIB, MIB, PAGE, Range, plan_layout
-from kvmpass.memory import GuestMemory, HostMapping, RegionKind
-from kvmpass.pci import CONFIG_ADDRESS, CONFIG_PORTS, AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus
+from kvmpass.pci import CONFIG_ADDRESS, BarSpace
 from kvmpass.pci.bar import mappable
-from kvmpass.pci.config import capabilities
+from kvmpass.pci.config import capabilities, extended_capabilities
 from kvmpass.pci.space import BarKind
-from kvmpass.vfio.device import CONFIG, MSIX, IrqInfo, RegionInfo
-
-TABLE_AT, VECTORS = 0x2000, 5
-MSIX_AT, EXPRESS_AT, MSI_AT, PM_AT = 0x40, 0x60, 0xA0, 0xB0
-
-
-class FakeRegion:
-    """A region as bytes; configuration space keeps a command register that works."""
-
-    def __init__(self, info: RegionInfo, data: bytearray) -> None:
-        self.info = info
-        self.data = data
-        self.accesses: list[tuple[str, int, int]] = []
-
-    @property
-    def size(self) -> int:
-        return self.info.size
-
-    def read(self, offset: int, size: int) -> bytes:
-        assert offset >= 0 and offset + size <= self.size
-        self.accesses.append(("read", offset, size))
-        return bytes(self.data[offset : offset + size])
-
-    def write(self, offset: int, data: bytes) -> None:
-        assert offset >= 0 and offset + len(data) <= self.size
-        self.accesses.append(("write", offset, len(data)))
-        self.data[offset : offset + len(data)] = data
-
-    def read_int(self, offset: int, size: int = 4) -> int:
-        return int.from_bytes(self.data[offset : offset + size], "little")
-
-    def mmap(self, area: Range) -> HostMapping:
-        return HostMapping(area.size)
-
-
-class FakeDevice:
-    """BAR0: 64-bit, 16 KiB, with the MSI-X table in its third page; BAR2: I/O; BAR4: 32-bit, 256 bytes."""
-
-    def __init__(self) -> None:
-        self.name = "0000:00:00.0"
-        config = bytearray(4096)
-        config[0:4] = bytes.fromhex("34128765")
-        config[0x06] = 0x10
-        config[0x0E] = 0x80
-        config[0x10:0x14] = (0x4).to_bytes(4, "little")
-        config[0x18:0x1C] = (0x1).to_bytes(4, "little")
-        config[0x34] = MSI_AT
-        for at, id_, following in (
-            (MSI_AT, 0x05, MSIX_AT),
-            (MSIX_AT, 0x11, PM_AT),
-            (PM_AT, 0x01, EXPRESS_AT),
-            (EXPRESS_AT, 0x10, 0),
-        ):
-            config[at : at + 2] = bytes([id_, following])
-        config[MSIX_AT + 2 : MSIX_AT + 4] = (VECTORS - 1).to_bytes(2, "little")
-        config[MSIX_AT + 4 : MSIX_AT + 8] = TABLE_AT.to_bytes(4, "little")
-        config[EXPRESS_AT + 2 : EXPRESS_AT + 4] = (0x0002).to_bytes(2, "little")
-        config[EXPRESS_AT + 0x0C : EXPRESS_AT + 0x14] = b"\xff" * 8
-        config[0x100:0x104] = b"\x01\x00\x01\x00"
-        self.regions = {
-            0: self._region(0, 4 * PAGE, mmap=True),
-            2: self._region(2, 32),
-            4: self._region(4, 256),
-            CONFIG: FakeRegion(RegionInfo(CONFIG, 4096, 0, True, True, (), False), config),
-        }
-        self.irqs = {MSIX: IrqInfo(MSIX, VECTORS, True, False, False, True)}
-        self.irq_calls: list[tuple[Any, ...]] = []
-
-    def _region(self, index: int, size: int, mmap: bool = False) -> FakeRegion:
-        areas = (Range(0, size),) if mmap else ()
-        return FakeRegion(RegionInfo(index, size, 0, True, True, areas, True), bytearray(size))
-
-    @property
-    def config(self) -> FakeRegion:
-        return self.regions[CONFIG]
-
-    def set_irqs(self, index: int, start: int, eventfds: list[int]) -> None:
-        assert index == MSIX
-        assert start >= 0 and start + len(eventfds) <= VECTORS
-        for fd in eventfds:
-            assert fd == -1 or os.fstat(fd)
-        self.irq_calls.append(("set", start, len(eventfds)))
-
-    def disable_irqs(self, index: int) -> None:
-        self.irq_calls.append(("disable",))
-
-
-class FakeKvm:
-    """irqfds and routes, with KVM's rules."""
-
-    def __init__(self) -> None:
-        self.routes: dict[int, tuple[int, int]] = {}
-        self.irqfds: dict[int, int] = {}
-
-    def add(self, address: int, data: int) -> int:
-        assert address >> 32 == 0
-        gsi = next(n for n in range(IOAPIC_PINS, 4096) if n not in self.routes)
-        self.routes[gsi] = (address, data)
-        return gsi
-
-    def remove(self, gsi: int) -> None:
-        assert gsi not in self.irqfds, "the route goes after the irqfd"
-        del self.routes[gsi]
-
-    def irqfd(self, eventfd: int, gsi: int) -> None:
-        assert gsi in self.routes, "the route comes before the irqfd"
-        assert gsi not in self.irqfds
-        self.irqfds[gsi] = eventfd
-
-    def irqfd_deassign(self, eventfd: int, gsi: int) -> None:
-        assert self.irqfds.pop(gsi) == eventfd
-
-
-class Board:
-    def __init__(self) -> None:
-        self.layout = plan_layout(MIB)
-        self.memory = GuestMemory()
-        self.ports, self.mmio, self.pci = Bus("port"), Bus("memory"), PciBus()
-        self.ports.add(CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts(self.pci))
-        self.mmio.add(self.layout.ecam.start, self.layout.ecam.size, Ecam(self.pci))
-        self.space = BarSpace(self.layout)
-        self.device, self.kvm = FakeDevice(), FakeKvm()
-        self.function = AssignedFunction(
-            self.device,
-            self.kvm,
-            self.kvm,
-            self.memory,
-            self.ports,
-            self.mmio,
-            self.space,  # type: ignore[arg-type]
-        )
-        self.slot = self.pci.plug(self.function)
-        self.lock = threading.Lock()
-
-    def config_read(self, offset: int, size: int = 4) -> int:
-        return int.from_bytes(self.pci.read(0, self.slot << 3, offset, size), "little")
-
-    def config_write(self, offset: int, value: int, size: int = 4) -> None:
-        self.pci.write(0, self.slot << 3, offset, value.to_bytes(size, "little"))
-
-    def bars(self) -> list[Range]:
-        return [region.range for region in self.memory if region.kind is RegionKind.BAR]
-
-    def close(self) -> None:
-        self.pci.unplug(self.function)
-        self.function.close()
-        assert self.bars() == []
-        assert self.kvm.routes == {} == self.kvm.irqfds
-        self.memory.close()
+from kvmpass.vfio.device import INTX, MSI, MSIX
 
 
 @pytest.fixture
@@ -178,20 +27,45 @@ def board() -> Iterator[Board]:
     board.close()
 
 
-def test_capabilities_that_are_not_known_to_work_are_hidden(board: Board) -> None:
-    found = capabilities(lambda offset, size: board.config_read(offset, size))
-    assert [(cap.id, cap.offset) for cap in found] == [(0x11, MSIX_AT), (0x10, EXPRESS_AT)]
-    assert board.config_read(0x100) == 0
-    assert board.config_read(MSI_AT) == 0 == board.config_read(PM_AT)
+def test_known_capabilities_are_shown_and_the_others_hidden(board: Board) -> None:
+    found = capabilities(board.config_read)
+    assert [(cap.id, cap.offset) for cap in found] == [
+        (0x05, MSI_AT),
+        (0x11, MSIX_AT),
+        (0x01, PM_AT),
+        (0x10, EXPRESS_AT),
+    ]
+    assert board.config_read(HIDDEN_AT) == 0 == board.config_read(HIDDEN_AT + 4)
     assert board.config_read(EXPRESS_AT + 2, 2) == 0x0092, "an integrated endpoint"
     assert board.config_read(EXPRESS_AT + 0x0C) == 0, "without a link"
     assert board.config_read(0x0E, 1) == 0, "one function"
-    assert board.config_read(0x3C, 2) == 0x00FF, "no pin"
+    assert board.config_read(0x3C, 2) == 0x01FF, "INTA"
+
+
+def test_the_extended_list_starts_with_a_null_capability_where_the_first_is_hidden(board: Board) -> None:
+    found = extended_capabilities(board.config_read)
+    assert [(cap.id, cap.offset) for cap in found] == [(0, 0x100), (0x03, 0x140), (0x0B, 0x160)]
+    assert board.config_read(0x104) == 0 == board.config_read(0x154), "nothing of SR-IOV and ATS"
+    assert board.config_read(0x100) >> 16 & 0xF == 1
+
+
+def test_a_device_without_extended_space_has_zeroes_there() -> None:
+    device = FakeDevice()
+    info = device.config.info
+    device.config.info = type(info)(info.index, 256, 0, True, True, (), False)
+    board = Board(device)
+    assert board.config_read(0x100) == 0
+    board.config_write(0x100, 0xFFFF_FFFF)
+    assert board.config_read(0x100) == 0
+    board.close()
 
 
 def test_a_list_of_capabilities_that_loops_ends() -> None:
     config = {0x06: 0x10, 0x34: 0x40, 0x40: 0x11, 0x41: 0x50, 0x50: 0x10, 0x51: 0x40}
-    assert len(capabilities(lambda offset, size: config.get(offset, 0))) == 2
+    assert [cap.offset for cap in capabilities(lambda offset, size: config.get(offset, 0))] == [0x40, 0x50]
+    looping = {0x100: 0x140_1_0003, 0x140: 0x100_1_000B}
+    found = extended_capabilities(lambda offset, size: looping.get(offset, 0))
+    assert [(cap.id, cap.offset, cap.end) for cap in found] == [(3, 0x100, 0x140), (0xB, 0x140, 0x1000)]
 
 
 def test_bars_are_sized_and_placed(board: Board) -> None:
@@ -214,12 +88,13 @@ def test_decoding_connects_what_may_be_mapped_and_traps_the_rest(board: Board) -
     base = board.layout.mmio64.start
     board.config_write(0x04, 0x3, 2)
     assert board.bars() == [Range(base, 2 * PAGE), Range(base + 3 * PAGE, PAGE)]
-    board.device.regions[0].data[TABLE_AT + 0x800] = 0x5A
-    assert board.mmio.read(base + TABLE_AT + 0x800, 1) == b"\x5a"
+    board.device.regions[0].data[TABLE_AT + 0x900] = 0x5A
+    assert board.mmio.read(base + TABLE_AT + 0x900, 1) == b"\x5a"
     assert board.mmio.read(base + TABLE_AT, 16) == bytes(12) + b"\1\0\0\0"
     io = board.config_read(0x18) & ~3
     board.ports.write(io + 4, b"\x77")
     assert board.device.regions[2].data[4] == 0x77
+    assert board.mmio.read(base + PENDING_AT, 8) == bytes(8)
     board.config_write(0x04, 0, 2)
     assert board.bars() == []
     assert board.mmio.read(base, 4) == b"\xff" * 4
@@ -338,11 +213,160 @@ def test_two_functions_have_their_own_ranges() -> None:
 
 def test_the_tables_pages_are_cut_out() -> None:
     whole = (Range(0, 16 * PAGE),)
-    assert mappable(whole, None) == [Range(0, 16 * PAGE)]
-    assert mappable(whole, Range(PAGE + 8, 16)) == [Range(0, PAGE), Range(2 * PAGE, 14 * PAGE)]
-    assert mappable(whole, Range(0, 17 * PAGE)) == []
-    assert mappable((Range(100, PAGE),), None) == []
-    assert mappable((Range(0, PAGE), Range(8 * PAGE, PAGE)), Range(8 * PAGE, 16)) == [Range(0, PAGE)]
+    assert mappable(whole) == [Range(0, 16 * PAGE)]
+    assert mappable(whole, [Range(PAGE + 8, 16)]) == [Range(0, PAGE), Range(2 * PAGE, 14 * PAGE)]
+    assert mappable(whole, [Range(0, 17 * PAGE)]) == []
+    assert mappable((Range(100, PAGE),)) == []
+    assert mappable((Range(0, PAGE), Range(8 * PAGE, PAGE)), [Range(8 * PAGE, 16)]) == [Range(0, PAGE)]
+    two = [Range(PAGE, 80), Range(3 * PAGE + 8, 8)]
+    assert mappable(whole, two) == [Range(0, PAGE), Range(2 * PAGE, PAGE), Range(4 * PAGE, 12 * PAGE)]
+
+
+def test_a_bar_on_top_of_another_waits_until_that_one_moves() -> None:
+    board = Board()
+    other_device = FakeDevice()
+    other = board.make_at(2, other_device)
+    board.config_write(0x04, 0x2, 2)
+    home = board.layout.mmio64.start
+    board.pci.write(0, 2 << 3, 0x10, (home & 0xFFFF_FFFF).to_bytes(4, "little"))
+    board.pci.write(0, 2 << 3, 0x14, (home >> 32).to_bytes(4, "little"))
+    board.pci.write(0, 2 << 3, 0x04, b"\2\0")
+    other_device.regions[0].data[TABLE_AT + 0x900] = 0x22
+    assert board.mmio.read(home + TABLE_AT + 0x900, 1) == b"\0", "the first keeps its place"
+    board.config_write(0x14, (home >> 32) + 1)
+    assert board.mmio.read(home + TABLE_AT + 0x900, 1) == b"\x22", "the other has got it"
+    assert {range_.start for range_ in board.bars()} >= {home, home + (1 << 32)}
+    board.config_write(0x14, home >> 32)
+    assert board.mmio.read(home + TABLE_AT + 0x900, 1) == b"\x22"
+    board.pci.write(0, 2 << 3, 0x04, b"\0\0")
+    assert board.mmio.read(home + TABLE_AT + 0x900, 1) == b"\0", "and back"
+    board.pci.unplug(other)
+    other.close()
+    board.close()
+
+
+def test_nothing_is_decoded_while_the_guest_sizes_a_bar(board: Board) -> None:
+    board.config_write(0x04, 0x2, 2)
+    home = board.bars()[0]
+    board.config_write(0x10, 0xFFFF_FFFF)
+    assert board.bars() == []
+    board.config_write(0x14, 0xFFFF_FFFF)
+    assert board.bars() == []
+    board.config_write(0x10, home.start & 0xFFFF_FFFF)
+    assert board.bars() == []
+    board.config_write(0x14, home.start >> 32)
+    assert board.bars()[0] == home
+
+
+def test_the_expansion_rom_decodes_only_when_enabled(board: Board) -> None:
+    board.config_write(0x30, 0xFFFF_FFFF)
+    assert board.config_read(0x30) == 0xFFFF_E001, "8 KiB"
+    board.config_write(0x30, board.layout.mmio32.start + MIB)
+    board.config_write(0x04, 0x2, 2)
+    assert board.mmio.read(board.layout.mmio32.start + MIB, 4) == b"\xff" * 4
+    board.config_write(0x30, board.layout.mmio32.start + MIB | 1)
+    assert board.mmio.read(board.layout.mmio32.start + MIB, 4) == b"\x55\xaa\x04\x00"
+    board.mmio.write(board.layout.mmio32.start + MIB, b"\0")
+    assert board.mmio.read(board.layout.mmio32.start + MIB, 1) == b"\x55"
+    board.config_write(0x04, 0, 2)
+    assert board.mmio.read(board.layout.mmio32.start + MIB, 4) == b"\xff" * 4
+
+
+def test_a_device_that_sleeps_decodes_nothing(board: Board) -> None:
+    board.config_write(0x04, 0x2, 2)
+    assert board.bars()
+    board.config_write(PM_AT + 4, 3, 2)
+    assert board.bars() == []
+    board.config_write(0x04, 0x6, 2)
+    assert board.bars() == []
+    board.config_write(PM_AT + 4, 0, 2)
+    assert board.bars()
+
+
+def test_reserved_and_read_only_bits_keep_their_values(board: Board) -> None:
+    before = [board.config_read(at) for at in range(0x40, 0xC0, 4) if not MSIX_AT <= at < MSIX_AT + 4]
+    for at in (MSIX_AT + 4, MSIX_AT + 8, EXPRESS_AT + 0x0C, HIDDEN_AT):
+        board.config_write(at, 0xFFFF_FFFF)
+    assert before == [board.config_read(at) for at in range(0x40, 0xC0, 4) if not MSIX_AT <= at < MSIX_AT + 4]
+    board.config_write(MSI_AT, 0xFFFE_FFFF)
+    assert board.config_read(MSI_AT, 2) == 0x05 | MSIX_AT << 8
+    assert board.config_read(MSI_AT + 2, 2) == 1 << 8 | 1 << 7 | 7 << 4 | 2 << 1
+    board.config_write(MSI_AT + 4, 0xFFFF_FFFF)
+    assert board.config_read(MSI_AT + 4) == 0xFFFF_FFFC
+    board.config_write(MSI_AT + 16, 0xFFFF_FFFF)
+    assert board.config_read(MSI_AT + 16) == 0xF, "four vectors can be masked"
+    board.config_write(0x3C, 0x0A, 1)
+    assert board.config_read(0x3C, 2) == 0x010A
+
+
+def program_msi(board: Board, *, multiple: int = 2, address: int = 0xFEE0_2000, data: int = 0x50) -> None:
+    board.config_write(MSI_AT + 4, address & 0xFFFF_FFFF)
+    board.config_write(MSI_AT + 8, address >> 32)
+    board.config_write(MSI_AT + 12, data, 2)
+    board.config_write(MSI_AT + 2, multiple << 4 | 1, 2)
+
+
+def test_msi_vectors_share_an_address_and_number_their_data(board: Board) -> None:
+    assert board.function.interrupt == "INTx"
+    program_msi(board)
+    assert board.function.interrupt == "MSI"
+    assert sorted(board.kvm.routes.values()) == [(0xFEE0_2000, 0x50 + n) for n in range(4)]
+    board.config_write(MSI_AT + 16, 0b0010)
+    assert sorted(board.kvm.routes.values()) == [(0xFEE0_2000, 0x50 + n) for n in (0, 2, 3)]
+    assert board.config_read(MSI_AT + 20) == 0
+    board.device.interrupt(1)
+    assert board.config_read(MSI_AT + 20) == 0b0010, "pending"
+    board.config_write(MSI_AT + 16, 0)
+    assert board.config_read(MSI_AT + 20) == 0
+    board.config_write(MSI_AT + 12, 0x60, 2)
+    assert sorted(board.kvm.routes.values()) == [(0xFEE0_2000, 0x60 + n) for n in range(4)]
+    program_msi(board, multiple=0)
+    assert list(board.kvm.routes.values()) == [(0xFEE0_2000, 0x50)]
+    program_msi(board, multiple=7)
+    assert len(board.kvm.routes) == 4, "no more than it is capable of"
+    board.config_write(MSI_AT + 4, 0x1000)
+    assert board.kvm.routes == {}, "memory is no message"
+    board.config_write(MSI_AT + 2, 0, 2)
+    assert (board.function.interrupt, board.device.active) == ("INTx", INTX)
+
+
+def test_one_kind_of_interrupt_is_on_at_a_time(board: Board) -> None:
+    assert (board.device.active, list(board.kvm.pins.values())) == (INTX, [GSIS[0]])
+    program_msi(board)
+    assert (board.device.active, board.kvm.pins) == (MSI, {})
+    board.config_write(MSIX_AT + 2, 0x8000, 2)
+    assert (board.device.active, board.kvm.routes) == (MSIX, {})
+    board.config_write(MSIX_AT + 2, 0, 2)
+    assert (board.device.active, len(board.kvm.routes)) == (MSI, 4), "it was still enabled"
+    board.config_write(MSI_AT + 2, 0, 2)
+    assert (board.device.active, board.kvm.routes) == (INTX, {})
+
+
+def test_what_the_device_raises_while_masked_is_pending(board: Board) -> None:
+    table = enable(board)
+    program(board, table, 3)
+    board.mmio.write(table + 3 * 16 + 12, b"\1\0\0\0")
+    pending = board.layout.mmio64.start + PENDING_AT
+    assert board.mmio.read(pending, 8) == bytes(8)
+    board.device.interrupt(3)
+    assert board.mmio.read(pending, 8) == b"\x08" + bytes(7)
+    assert board.mmio.read(pending, 4) == b"\x08" + bytes(3)
+    board.mmio.write(pending, b"\xff" * 8)
+    assert board.mmio.read(pending, 1) == b"\x08"
+    program(board, table, 3)
+    assert board.mmio.read(pending, 8) == bytes(8), "KVM delivers it"
+
+
+def test_functions_share_a_slot(board: Board) -> None:
+    other = board.make_at(board.slot, FakeDevice(), number=3)
+    assert board.config_read(0x0E, 1) == 0x80
+    assert board.pci.read(0, board.slot << 3 | 3, 0, 4) == bytes.fromhex("34128765")
+    assert board.pci.free_slot() == 2
+    with pytest.raises(LayoutError, match="slot 1, function 3"):
+        board.pci.plug(other, board.slot, 3)
+    board.pci.unplug(other)
+    other.close()
+    assert board.config_read(0x0E, 1) == 0
 
 
 access = st.tuples(
@@ -374,6 +398,7 @@ def test_random_accesses_do_no_harm(accesses: list[tuple[str, int, int, bytes | 
         for bar in board.bars():
             assert board.space.allows(BarKind.MEMORY64, bar)
         assert set(board.kvm.irqfds) == set(board.kvm.routes)
+        assert bool(board.kvm.pins) == (board.device.active == INTX)
     board.close()
 
 

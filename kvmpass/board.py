@@ -1,0 +1,87 @@
+"""What a machine's reset makes anew: the VM, its interrupt controllers, its buses and its emulated devices.
+
+Memory, the DMA domain and the open devices live longer (``kvmpass.machine``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from kvmpass.boot import ports
+from kvmpass.bus import Bus
+from kvmpass.devices.hotplug import HotplugController
+from kvmpass.devices.power import PowerControl, PowerEvent
+from kvmpass.devices.serial import Serial16550
+from kvmpass.kvm import IrqRoutes, System
+from kvmpass.layout import Layout
+from kvmpass.memory import GuestMemory
+from kvmpass.pci import (
+    CONFIG_ADDRESS,
+    CONFIG_PORTS,
+    AssignedFunction,
+    BarSpace,
+    ConfigPorts,
+    Ecam,
+    PciBus,
+    Wiring,
+)
+from kvmpass.vfio import Device
+
+
+@dataclass(frozen=True, slots=True)
+class BoardEvents:
+    """What a board calls from vCPU threads, with the bus lock held: ``outputs`` by serial port."""
+
+    power: Callable[[PowerEvent], None]
+    eject: Callable[[int], None]
+    outputs: Sequence[Callable[[bytes], None]]
+
+
+class Board:
+    """One VM and what is soldered to it. ``close()`` releases it; functions must be unplugged before."""
+
+    def __init__(self, system: System, layout: Layout, memory: GuestMemory, events: BoardEvents) -> None:
+        self._memory = memory
+        with ExitStack() as undo:
+            self.vm = undo.enter_context(system.create_vm())
+            self.vm.create_irqchip()
+            self.routes = IrqRoutes(self.vm)
+            self.kvm_vfio = undo.enter_context(self.vm.create_vfio_device())
+            self.ports = Bus("port")
+            self.mmio = Bus("memory")
+            self.pci = PciBus()
+            self.ports.add(CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts(self.pci))
+            self.mmio.add(layout.ecam.start, layout.ecam.size, Ecam(self.pci))
+            self._bars = BarSpace(layout)
+            self.serials = [self._add_serial(line, events, n) for n, line in enumerate(ports.SERIAL_LINES)]
+            self.ports.add(ports.POWER_BASE, ports.POWER_SIZE, PowerControl(events.power))
+            self.hotplug = HotplugController(lambda level: self.vm.irq_line(ports.EVENT_GSI, level), events.eject)
+            self.ports.add(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE, self.hotplug)
+            self._undo = undo.pop_all()
+
+    def _add_serial(self, line: ports.SerialLine, events: BoardEvents, number: int) -> Serial16550:
+        serial = Serial16550(events.outputs[number], lambda level: self.vm.irq_line(line.irq, level))
+        self.ports.add(line.port, ports.SERIAL_PORTS, serial)
+        return serial
+
+    def plug(self, device: Device, slot: int, number: int) -> AssignedFunction:
+        """Show ``device`` to the guest as a function of ``slot``. Raises ``LayoutError``, ``OSError``."""
+        gsis = tuple(ports.intx_gsi(slot, pin) for pin in range(4))
+        wiring = Wiring(self.vm, self.routes, self._memory, self.ports, self.mmio, self._bars, gsis)
+        with ExitStack() as undo:
+            function = AssignedFunction(device, wiring)
+            undo.callback(function.close)
+            self.pci.plug(function, slot, number)
+            undo.pop_all()
+        return function
+
+    def unplug(self, function: AssignedFunction) -> None:
+        """Out of the guest's view; every step is tried."""
+        with ExitStack() as steps:
+            steps.callback(function.close)
+            steps.callback(self.pci.unplug, function)
+
+    def close(self) -> None:
+        self._undo.close()

@@ -1,0 +1,87 @@
+"""An assigned device, seen from Python, and what the host says about it while it is assigned."""
+
+from __future__ import annotations
+
+import enum
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from kvmpass.host import Bdf
+from kvmpass.pci import AssignedFunction
+from kvmpass.pci.config import COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
+from kvmpass.vfio import Device, Region
+from kvmpass.watch import Watch
+
+
+class DeviceState(enum.Enum):
+    ASSIGNED = "assigned"
+    RELEASED = "released"
+
+
+class AssignedDevice:
+    """A device in a machine's domain. Made by ``Machine.assign``; gone after ``Machine.deassign``.
+
+    Its registers are usable from Python: ``regions[0].read_int(0)``. Turn decoding and DMA on first: ``enable()``.
+    ``slot`` and ``number`` are its place on the guest's PCI bus 0.
+    """
+
+    def __init__(self, bdf: Bdf, group: int, device: Device) -> None:
+        self.bdf = bdf
+        self.group = group
+        self.vfio = device
+        self.slot = 0
+        self.number = 0
+        self.state = DeviceState.ASSIGNED
+        self.function: AssignedFunction | None = None  # what the guest sees of it now
+        self.ejected = threading.Event()  # set when the guest has let go of it
+        self.undo = ExitStack()
+
+    @property
+    def regions(self) -> dict[int, Region]:
+        """By VFIO index: 0 to 5 the BARs, 6 the ROM, 7 configuration space; absent ones are absent."""
+        return self.vfio.regions
+
+    @property
+    def config(self) -> Region:
+        return self.vfio.config
+
+    @property
+    def interrupt(self) -> str:
+        """What the guest uses now: ``MSI-X``, ``MSI``, ``INTx`` or ``none``."""
+        return self.function.interrupt if self.function else "none"
+
+    def enable(self, *, memory: bool = True, bus_master: bool = True) -> None:
+        """Let the device decode its BARs, and do DMA. In a guest its driver does this."""
+        command = self.config.read_int(COMMAND, 2)
+        for bits, wanted in ((COMMAND_IO | COMMAND_MEMORY, memory), (COMMAND_MASTER, bus_master)):
+            command = command | bits if wanted else command & ~bits
+        self.config.write_int(COMMAND, command, 2)
+
+    def quiesce(self) -> None:
+        """Before a reset: no DMA, no decoding; what the reset leaves of the command register is as after power on."""
+        self.enable(memory=False, bus_master=False)
+
+    def __repr__(self) -> str:
+        return f"<AssignedDevice {self.bdf} {self.state.value}>"
+
+
+def watch_irq(watch: Watch, device: Device, index: int, callback: Callable[[], None], undo: ExitStack) -> None:
+    """Call back from the watch's thread whenever VFIO raises the interrupt ``index`` (ERR, REQ).
+
+    Nothing happens where the device or the kernel has no such interrupt. ``undo`` gets what ends it.
+    """
+    if index not in device.irqs or not device.irqs[index].count:
+        return
+    eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    undo.callback(os.close, eventfd)
+
+    def signalled() -> None:
+        os.eventfd_read(eventfd)
+        callback()
+
+    undo.callback(watch.remove, eventfd)
+    watch.add(eventfd, signalled)
+    undo.callback(device.disable_irqs, index)
+    device.set_irqs(index, 0, [eventfd])

@@ -1,0 +1,51 @@
+"""What happens to a machine's devices while it lives, as values: for ``Machine(on_event=…)`` and the log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEvent:
+    """Something happened to the device at PCI address ``bdf``. ``str()`` says it in a line."""
+
+    bdf: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceError(DeviceEvent):
+    """The host saw an uncorrected error of the device (PCI Express AER; VFIO's ERR interrupt)."""
+
+    def __str__(self) -> str:
+        return f"{self.bdf}: the host reports an uncorrected error"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRequest(DeviceEvent):
+    """The host wants the device back: somebody unbinds it (VFIO's REQ interrupt)."""
+
+    def __str__(self) -> str:
+        return f"{self.bdf}: the host wants it back"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReset(DeviceEvent):
+    """The device was reset. ``method``: the kernel's word (``flr``, ``pm``, ``bus`` …), ``reason``: when."""
+
+    method: str
+    seconds: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.bdf}: reset ({self.method}) at {self.reason}, {self.seconds * 1000:.0f} ms"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReleased(DeviceEvent):
+    """The device left a running machine. ``by``: ``guest`` (ejected) or ``host`` (taken without the guest's word)."""
+
+    by: str
+
+    def __str__(self) -> str:
+        how = "the guest has let go of it" if self.by == "guest" else "taken out of the running guest"
+        return f"{self.bdf}: {how}"

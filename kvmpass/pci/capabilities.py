@@ -1,0 +1,96 @@
+"""Which capabilities of an assigned function its guest sees, and the lists linked anew around the others.
+
+Shown as the device's own: what VFIO virtualises or protects by itself. Emulated: MSI and MSI-X, whose messages are
+the guest's. Hidden: what belongs to the host (SR-IOV, ATS, PRI, PASID: translation is the host's), what describes a
+place in a fabric that the guest does not see (ACS, ARI, VC, L1 substates, LTR, DPC, PTM), what moves BARs behind our
+back (EA, resizable BARs), and whatever is not known.
+"""
+
+from __future__ import annotations
+
+from kvmpass.layout import Range
+from kvmpass.pci import config
+from kvmpass.pci.config import Capability
+from kvmpass.pci.configspace import ConfigSpace
+
+_SHOWN = frozenset(
+    {
+        config.CAP_POWER,
+        config.CAP_VPD,
+        config.CAP_MSI,
+        config.CAP_VENDOR,
+        config.CAP_EXPRESS,
+        config.CAP_MSIX,
+        config.CAP_SATA,
+        config.CAP_ADVANCED_FEATURES,
+    }
+)
+_SHOWN_EXTENDED = frozenset(
+    {
+        config.EXT_AER,
+        config.EXT_SERIAL_NUMBER,
+        config.EXT_POWER_BUDGETING,
+        config.EXT_VENDOR,
+        config.EXT_DESIGNATED_VENDOR,
+    }
+)
+
+_EXPRESS_TYPE_MASK, _EXPRESS_ROOT_COMPLEX_ENDPOINT = 0xF0, 0x90
+_EXPRESS_ENDPOINTS = (0x00, 0x10)
+_EXPRESS_LINK_REGISTERS = (Range(0x0C, 8), Range(0x2C, 8))  # capabilities, control, status; 1 and 2
+
+
+def link(space: ConfigSpace, found: list[Capability], absent: frozenset[int] = frozenset()) -> dict[int, int]:
+    """Link the shown ones of ``found`` in their order, hide the others; returns offsets by identifier.
+
+    ``absent``: identifiers that this function cannot have. A list without entries leaves the pointer zero.
+    """
+    shown: dict[int, int] = {}
+    pointer = config.CAPABILITIES
+    space.emulate(pointer, b"\0")
+    for capability in found:
+        at = capability.offset
+        again = capability.id in shown and capability.id != config.CAP_VENDOR
+        if capability.id not in _SHOWN or capability.id in absent or again:
+            space.emulate(at, bytes(capability.end - at))
+            continue
+        space.emulate(at, bytes([capability.id, 0]))
+        space.set(pointer, at, 1)
+        pointer = at + 1
+        shown.setdefault(capability.id, at)
+    return shown
+
+
+def link_extended(space: ConfigSpace, found: list[Capability]) -> None:
+    """The same from 0x100 on. The first one has a fixed place: where it is hidden a null capability stands there."""
+    shown = [cap for cap in found if cap.id in _SHOWN_EXTENDED]
+    for capability in found:
+        if capability not in shown:
+            space.emulate(capability.offset, bytes(capability.end - capability.offset))
+    if not found or not shown:
+        if space.device_size > config.CONVENTIONAL_SIZE:
+            space.emulate(config.CONVENTIONAL_SIZE, bytes(4))
+        return
+    chain = shown if shown[0].offset == config.CONVENTIONAL_SIZE else [_NULL, *shown]
+    for capability, following in zip(chain, [*chain[1:], None], strict=True):
+        after = following.offset if following else 0
+        header = capability.id | capability.version << 16 | after << 20
+        space.emulate(capability.offset, header.to_bytes(4, "little"))
+
+
+_NULL = Capability(0, config.CONVENTIONAL_SIZE, config.CONVENTIONAL_SIZE + 4, 1)
+
+
+def unlink_express(space: ConfigSpace, at: int) -> None:
+    """The device's own, but without a link: on the guest's root bus an endpoint is an integrated one.
+
+    PCI Express base, section 7.5.3: registers of version 2 capabilities reach to 0x3c.
+    """
+    flags = space.device_int(at + 2, 2)
+    size = min(0x3C if flags & 0xF >= 2 else 0x14, config.CONVENTIONAL_SIZE - at)
+    if flags & _EXPRESS_TYPE_MASK in _EXPRESS_ENDPOINTS:
+        flags = flags & ~_EXPRESS_TYPE_MASK | _EXPRESS_ROOT_COMPLEX_ENDPOINT
+        for registers in _EXPRESS_LINK_REGISTERS:
+            if registers.end <= size:
+                space.emulate(at + registers.start, bytes(registers.size))
+    space.emulate(at + 2, flags.to_bytes(2, "little"))

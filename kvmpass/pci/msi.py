@@ -1,0 +1,102 @@
+"""MSI of an assigned function: the capability that the guest sees, and its vectors (PCI Local Bus 3.0, 6.8.1).
+
+The device's own address and data belong to the host (VFIO programs them); the guest's are here.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+
+from kvmpass.kvm import IrqRoutes, Vm
+from kvmpass.pci.configspace import ConfigSpace
+from kvmpass.pci.vector import MessageVector, is_message
+from kvmpass.vfio import Device
+from kvmpass.vfio.device import MSI
+
+log = logging.getLogger(__name__)
+
+CONTROL_ENABLE = 1 << 0
+_MULTIPLE_CAPABLE_SHIFT, _MULTIPLE_ENABLE_SHIFT = 1, 4
+_CONTROL_64BIT, _CONTROL_MASKABLE = 1 << 7, 1 << 8
+
+
+class Msi:
+    """The capability at ``at`` of ``space``. Calls come one at a time and never raise for what a guest writes."""
+
+    def __init__(self, vm: Vm, routes: IrqRoutes, device: Device, space: ConfigSpace, at: int) -> None:
+        self._device = device
+        self._space = space
+        self.start = at
+        control = space.device_int(at + 2, 2)
+        wide, self._maskable = bool(control & _CONTROL_64BIT), bool(control & _CONTROL_MASKABLE)
+        capable = min(control >> _MULTIPLE_CAPABLE_SHIFT & 7, max(device.irqs[MSI].count, 1).bit_length() - 1, 5)
+        self._vectors = [MessageVector(vm, routes) for _ in range(1 << capable)]
+        self._wide = wide
+        self._data_at = at + (12 if wide else 8)
+        self._mask_at = at + (16 if wide else 12)
+        self._signalled = 0  # how many VFIO signals
+
+        kept = control & (_CONTROL_64BIT | _CONTROL_MASKABLE) | capable << _MULTIPLE_CAPABLE_SHIFT
+        writable = CONTROL_ENABLE | 7 << _MULTIPLE_ENABLE_SHIFT
+        space.emulate(at + 2, kept.to_bytes(2, "little"), writable.to_bytes(2, "little"))
+        space.emulate(at + 4, bytes(4), b"\xfc\xff\xff\xff")
+        if wide:
+            space.emulate(at + 8, bytes(4), b"\xff" * 4)
+        space.emulate(self._data_at, bytes(4), b"\xff\xff\0\0")
+        self.end = self._data_at + 4
+        if self._maskable:
+            masks = (1 << len(self._vectors)) - 1
+            space.emulate(self._mask_at, bytes(8), masks.to_bytes(4, "little"))
+            self.end = self._mask_at + 8
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the guest has turned it on."""
+        return bool(self._space.get(self.start + 2, 2) & CONTROL_ENABLE)
+
+    @property
+    def active(self) -> int:
+        """How many vectors reach the guest now."""
+        return sum(vector.connected for vector in self._vectors)
+
+    def refresh_pending(self) -> None:
+        """Before the guest reads the pending bits: which masked vectors the device has raised."""
+        if self._maskable:
+            bits = sum(vector.pending << number for number, vector in enumerate(self._vectors))
+            self._space.set(self._mask_at + 4, bits, 4)
+
+    def update(self) -> None:
+        """The guest has written the enabled capability: as many vectors as it asks for, at its message."""
+        wanted = min(1 << (self._space.get(self.start + 2, 2) >> _MULTIPLE_ENABLE_SHIFT & 7), len(self._vectors))
+        try:
+            if wanted != self._signalled:
+                self.disable()
+                self._device.set_irqs(MSI, 0, [vector.eventfd for vector in self._vectors[:wanted]])
+                self._signalled = wanted
+            self._connect()
+        except OSError as error:
+            log.warning("%s MSI: %s", self._device.name, error)
+
+    def _connect(self) -> None:
+        address = self._space.get(self.start + 4, 4)
+        if self._wide:
+            address |= self._space.get(self.start + 8, 4) << 32
+        data = self._space.get(self._data_at, 2)
+        masked = self._space.get(self._mask_at, 4) if self._maskable else 0
+        for number, vector in enumerate(self._vectors[: self._signalled]):
+            if masked >> number & 1 or not is_message(address):
+                vector.disconnect()
+            else:
+                vector.connect(address, data & ~(self._signalled - 1) | number)
+
+    def disable(self) -> None:
+        """Routes and irqfds down, then the device's MSI off. Every step is tried; raises ``OSError``."""
+        signalled, self._signalled = self._signalled, 0
+        with ExitStack() as steps:
+            for vector in self._vectors:
+                steps.callback(vector.close)
+            if signalled:
+                steps.callback(self._device.disable_irqs, MSI)
+            for vector in self._vectors:
+                steps.callback(vector.disconnect)

@@ -1,0 +1,78 @@
+"""A thread that waits for descriptors, and does what must not be done in a vCPU's thread."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import selectors
+import threading
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Calls back when a descriptor becomes readable, and runs ``call``ed functions, one at a time.
+
+    The thread starts with the first use. A callback that raises is logged; the watch goes on.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._selector = selectors.DefaultSelector()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    def add(self, fd: int, callback: Callable[[], None]) -> None:
+        """``callback`` reads the descriptor, or removes it."""
+        self._selector.register(fd, selectors.EVENT_READ, callback)
+        self.call(lambda: None)
+
+    def remove(self, fd: int) -> None:
+        """No callback for ``fd`` begins after this. Harmless if it is not watched."""
+        try:
+            self._selector.unregister(fd)
+        except KeyError:
+            return
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run ``function`` in the watch's thread, soon. From any thread."""
+        self._calls.put(function)
+        with self._lock:
+            if self._thread is None and not self._closing:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+        os.eventfd_write(self._wake, 1)
+
+    def close(self) -> None:
+        """Wait for what runs, drop what waits. From a callback it does not wait for itself."""
+        with self._lock:
+            self._closing = True
+        os.eventfd_write(self._wake, 1)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._selector.close()
+        os.close(self._wake)
+
+    def _run(self) -> None:
+        while not self._closing:
+            ready = [key for key, _ in self._selector.select()]
+            for key in ready:
+                if key.fd == self._wake:
+                    os.eventfd_read(self._wake)
+                elif not self._closing and key.fd in self._selector.get_map():
+                    self._guarded(key.data)
+            while not self._closing and not self._calls.empty():
+                self._guarded(self._calls.get())
+
+    @staticmethod
+    def _guarded(function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception:
+            log.exception("a device event could not be handled")
