@@ -60,7 +60,7 @@ class AssignedDevice:
         self.config.write_int(COMMAND, command, 2)
 
     def quiesce(self) -> None:
-        """Before a reset: no DMA, no decoding; what the reset leaves of the command register is as after power on."""
+        """No DMA, no decoding: the command register as after power on, whatever anyone left in it."""
         self.enable(memory=False, bus_master=False)
 
     def __repr__(self) -> str:

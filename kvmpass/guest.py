@@ -217,10 +217,11 @@ class Guest:
                     self._report.status = status
                     self._reported.set()
 
-    def run(self) -> GuestResult:
+    def run(self, *, restart: bool = False) -> GuestResult:
         """Start and wait for the end, however long it takes. Raises what a sink or a vCPU raised.
 
-        A guest that has reported its command's status is given a minute to power off.
+        ``restart``: a guest that reboots without having reported its command's status starts again, with its devices
+        reset. A guest that has reported it is given a minute to power off.
         """
         self._machine.start()
         ending = None
@@ -228,6 +229,11 @@ class Guest:
             ending = self._machine.wait(1.0 if not self._reported.is_set() else _POWEROFF_SECONDS)
             if ending is None and self._reported.is_set():
                 self._machine.stop()
+            if ending is Ending.REBOOT and restart and not self._reported.is_set():
+                self._report.ready = False
+                self._machine.reset()
+                self._machine.start()
+                ending = None
         self._pump.close()
         if self._pump.failure is not None:
             raise self._pump.failure

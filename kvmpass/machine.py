@@ -199,6 +199,7 @@ class Machine:
             if vfio.resettable:  # the kernel does it when a device is opened, and again when it is closed
                 self._emit(self._reset_event(device, vfio.open_seconds, "assign"))
                 undo.callback(self._close_device, device)
+            device.quiesce()
             watched = undo.enter_context(ExitStack())
             watch_irq(self._watch, device.vfio, ERR, lambda: self._on_error(device), watched)
             watch_irq(self._watch, device.vfio, REQ, lambda: self._on_request(device), watched)

@@ -43,6 +43,13 @@ _TAIL_LINES = 24
     metavar="FILE.ko",
     help="A driver under test: loaded instead of the kernel's own for the device.  [repeatable]",
 )
+@click.option(
+    "--on-reboot",
+    type=click.Choice(["end", "restart"]),
+    default="end",
+    show_default=True,
+    help="What a guest that reboots does; with restart its devices stay, and COMMAND runs again.",
+)
 @click.option("--status-file", type=click.Path(path_type=Path), help="Write how it ended there, as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what is mapped; with a command, show the console too.")
 @click.pass_obj
@@ -127,7 +134,7 @@ def _run(
             click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
         keyboard = raw_terminal(guest.type, machine.stop) if command is None else nullcontext()
         with keyboard:
-            result = guest.run()
+            result = guest.run(restart=options["on_reboot"] == "restart")
         outcome["status"] = result.status  # true even if giving back the device should fail
     if command is not None and result.status is None:
         _explain(result)
@@ -164,6 +171,7 @@ _ENDED = {
     Ending.PANIC: "panicked",
     Ending.TRIPLE_FAULT: "died of a triple fault",
     Ending.FAULT: "did what KVM cannot emulate",
+    Ending.DEVICE_ERROR: "was ended because a device failed",
     Ending.STOPPED: "was stopped",
 }
 
@@ -171,7 +179,8 @@ _ENDED = {
 def _exit_status(result: GuestResult, command: bool) -> int:
     if command:
         return GUEST_SILENT if result.status is None else result.status
-    return GUEST_SILENT if result.ending in (Ending.PANIC, Ending.TRIPLE_FAULT, Ending.FAULT) else 0
+    failed = (Ending.PANIC, Ending.TRIPLE_FAULT, Ending.FAULT, Ending.DEVICE_ERROR)
+    return GUEST_SILENT if result.ending in failed else 0
 
 
 def _outcome(result: GuestResult) -> str:

@@ -1,0 +1,224 @@
+"""Devices that come to a running guest and leave it: by our wish, by the guest's, by the host's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from witness import locked_bytes, traces
+
+from kvmpass import host
+from kvmpass.errors import GuestError
+from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
+from kvmpass.guest import OUTPUT, Guest, GuestResult, GuestSpec, prepare
+from kvmpass.layout import MIB
+from kvmpass.machine import Machine
+from kvmpass.vcpus import Ending
+from kvmpass.vfio.device import ERR
+
+SOAK = os.environ.get("KVMPASS_SOAK") == "1"
+PLUGS = 100 if SOAK else 5
+WAIT = """
+wait_for() {
+    tries=0
+    until eval "$1"; do
+        tries=$((tries + 1)); [ $tries -lt 600 ] || { echo "never: $1"; exit 1; }; usleep 50000
+    done
+}
+present() { [ -e /sys/bus/pci/devices/0000:00:01.0 ]; }
+drive() { set -- /dev/nvme*n1; drive=$1; [ -b "$drive" ]; }
+"""
+
+
+class Running:
+    """A guest that runs a script in a thread of its own, and what it has said."""
+
+    def __init__(self, machine: Machine, guest: Guest, said: bytearray) -> None:
+        self.machine = machine
+        self._said = said
+        self._guest = guest
+        self._result: GuestResult | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._result = self._guest.run()
+
+    def expect(self, text: str, count: int = 1, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while bytes(self._said).decode().count(text) < count:
+            assert time.monotonic() < deadline, f"no {text!r} (x{count}) in {bytes(self._said).decode()!r}"
+            assert self._thread.is_alive(), f"the guest is over: {bytes(self._said).decode()!r}"
+            time.sleep(0.02)
+
+    def end(self, seconds: float = 60) -> GuestResult:
+        self._thread.join(seconds)
+        assert self._result is not None, "the guest does not end"
+        return self._result
+
+
+@contextmanager
+def running(script: str, *, events: list[DeviceEvent] | None = None, cpus: int = 1) -> Iterator[Running]:
+    said = bytearray()
+    on_event = None if events is None else events.append
+    image = prepare(GuestSpec(command=("sh", "-c", WAIT + script)), [])
+    with (
+        Machine(memory="192M", cpus=cpus, on_event=on_event) as machine,
+        Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,
+    ):
+        image.load(machine)
+        run = Running(machine, guest, said)
+        try:
+            yield run
+        finally:
+            machine.stop()
+            run._thread.join(60)
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
+
+
+def test_a_drive_comes_and_goes(nvme: str) -> None:
+    """Each time the guest reads it, and nothing is left: mappings, memslots, routes, descriptors, locked memory."""
+    script = f"""n=0; while [ $n -lt {PLUGS} ]; do
+        wait_for drive; dd if=$drive of=/dev/null bs=64k count=4 2>/dev/null && echo "read it"
+        wait_for '! present'; echo gone; n=$((n + 1)); done"""
+    with host.borrow(nvme), running(script) as guest:
+        machine = guest.machine
+        before = None
+        for number in range(1, PLUGS + 1):
+            device = machine.assign(nvme)
+            machine.audit()
+            assert locked_bytes() == 192 * MIB
+            guest.expect("read it", number)
+            assert device.interrupt == "MSI-X"
+            assert machine.routes.msi
+            machine.unplug(device, 30)
+            machine.audit()
+            assert (machine.devices, machine.routes.msi, machine.domain.ledger, locked_bytes()) == ([], [], [], 0)
+            assert len(machine.memslots.ledger) == len(machine.memory)
+            assert traces("vfio/[0-9]|vfio-device") == []
+            guest.expect("gone", number)
+            before = before or descriptors()
+            assert descriptors() == before
+        assert guest.end().status == 0
+
+
+def test_a_guest_that_does_not_let_go_keeps_the_device(edu: str) -> None:
+    """A guest that has not come up yet cannot answer; taking the device without asking always works."""
+    with host.borrow(edu), running("sleep 1000", events=(events := [])) as guest:
+        device = guest.machine.assign(edu)
+        with pytest.raises(GuestError, match="has not let go of"):
+            guest.machine.unplug(device, 0.05)
+        assert guest.machine.devices == [device]
+        guest.machine.audit()
+        guest.machine.deassign(device)
+        assert DeviceReleased(edu, "host") in events
+        guest.machine.audit()
+
+
+def test_the_guest_ejects_a_device(edu: str) -> None:
+    script = "echo 0 > /sys/bus/pci/slots/1/power; wait_for '! present'; echo ejected; sleep 1000"
+    with host.borrow(edu), running("wait_for present; " + script, events=(events := [])) as guest:
+        guest.machine.assign(edu)
+        guest.expect("ejected")
+        wait_until(lambda: DeviceReleased(edu, "guest") in events)
+        assert guest.machine.devices == []
+        guest.machine.audit()
+
+
+def test_the_host_takes_a_device_back(edu: str, nvme: str) -> None:
+    """Somebody unbinds it: the guest is asked, lets go, and goes on with what it has left."""
+    script = "wait_for drive; echo up; wait_for '[ ! -e /sys/bus/pci/devices/0000:00:02.0 ]'; "
+    script += "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=4 2>/dev/null && echo 'read it'; sleep 1000"
+    with host.borrow(nvme, edu), running(script, events=(events := [])) as guest:
+        kept = guest.machine.assign(nvme)
+        guest.machine.assign(edu)
+        guest.expect("up")
+        Path("/sys/bus/pci/drivers/vfio-pci/unbind").write_text(edu)
+        assert host.Sysfs().driver(host.Bdf.parse(edu)) is None
+        guest.expect("read it")
+        assert DeviceRequest(edu) in events
+        assert DeviceReleased(edu, "guest") in events
+        assert guest.machine.devices == [kept]
+        guest.machine.audit()
+    assert host.Sysfs().driver(host.Bdf.parse(edu)) is None
+    assert host.Sysfs().driver(host.Bdf.parse(nvme)) == "nvme"
+
+
+def test_an_error_of_the_device_ends_the_guest_or_calls_python(nvme: str) -> None:
+    """The kernel's own loopback raises the interrupt that an uncorrected error would."""
+    with host.borrow(nvme):
+        with running("echo up; sleep 1000") as guest:
+            device = guest.machine.assign(nvme)
+            guest.expect("up")
+            device.vfio.trigger_irq(ERR)
+            assert guest.end().ending is Ending.DEVICE_ERROR
+        with running("echo up; sleep 1000", events=(events := [])) as guest:
+            device = guest.machine.assign(nvme)
+            guest.expect("up")
+            device.vfio.trigger_irq(ERR)
+            wait_until(lambda: DeviceError(nvme) in events)
+            assert not guest.machine.over
+
+
+def test_a_guest_that_reboots_keeps_its_drive(nvme: str, destructive: None) -> None:
+    """It counts its boots on the drive; the machine is the same, the VM another one each time."""
+    boots = 20 if SOAK else 3
+    script = f"""n=$(dd if=/dev/nvme0n1 bs=512 count=1 2>/dev/null | tr -d '\\0'); n=$((${{n:-0}} + 1))
+        printf %s $n | dd of=/dev/nvme0n1 bs=512 conv=sync,fsync 2>/dev/null
+        grep -c nvme0q /proc/interrupts; [ $n -lt {boots} ] || {{ echo "boot $n"; exit 0; }}; reboot -f; sleep 30"""
+    node = next(Path(f"/sys/bus/pci/devices/{nvme}").glob("nvme/nvme*/nvme*n1")).name
+    Path(f"/dev/{node}").write_bytes(bytes(512))
+    options = ("--memory", "192M", "--on-reboot", "restart")
+    result = subprocess.run(
+        [sys.executable, "-m", "kvmpass", "assign", nvme, *options, "--", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60 * boots,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == ["2"] * boots + [f"boot {boots}"]
+
+
+def test_a_reset_leaves_nothing_of_the_former_life(nvme: str) -> None:
+    said, events = bytearray(), list[DeviceEvent]()
+    image = prepare(GuestSpec(command=("sh", "-c", WAIT + "wait_for drive; echo up; sleep 1000")), [])
+    with host.borrow(nvme), Machine(memory="192M", on_event=events.append) as machine:
+        device = machine.assign(nvme)
+        image.load(machine)
+        machine.connect_serial(OUTPUT, said.extend)
+        machine.start()
+        wait_until(lambda: said.count(b"up") == 1, 60)
+        assert device.interrupt == "MSI-X"
+        calls, former, open_before = machine.domain.calls.copy(), machine.vm, descriptors()
+        machine.reset()
+        assert machine.domain.calls == calls, "nothing is mapped anew"
+        assert machine.vm is not former and former.closed
+        assert machine.routes.msi == []
+        assert (device.interrupt, machine.devices) == ("INTx", [device])
+        resets = [event for event in events if isinstance(event, DeviceReset)]
+        assert [event.reason for event in resets] == ["assign", "guest reset"]
+        assert "unknown" not in [event.method for event in resets]
+        machine.audit()
+        machine.start()
+        wait_until(lambda: said.count(b"up") == 2, 60)
+        assert descriptors() == open_before
+    assert [event.reason for event in events if isinstance(event, DeviceReset)][2:] == ["deassign"]
+    assert traces() == []
