@@ -5,7 +5,14 @@
 #include <sys/ioctl.h>
 #include <linux/vfio.h>
 
+/* Linux 6.5: devices that were opened by their own character device are told apart by an iommufd's numbers. */
+#ifndef VFIO_PCI_HOT_RESET_FLAG_DEV_ID
+#define VFIO_PCI_HOT_RESET_FLAG_DEV_ID (1 << 0)
+#define VFIO_PCI_HOT_RESET_FLAG_DEV_ID_OWNED (1 << 1)
+#endif
+
 #define KVMPASS_MAX_RANGES 64
+#define KVMPASS_MAX_DEPENDENT 1024 /* functions that share one reset: a few buses' worth */
 #define KVMPASS_MAX_IRQS 2048 /* MSI-X table size, PCI Local Bus 3.0 section 6.8.2 */
 
 struct kvmpass_range {
@@ -40,6 +47,19 @@ struct kvmpass_region_info {
 struct kvmpass_irq_info {
 	uint32_t flags;
 	uint32_t count;
+};
+
+struct kvmpass_dependent_device {
+	uint32_t id; /* of the IOMMU group, or the iommufd's: see flags */
+	uint16_t segment;
+	uint8_t bus;
+	uint8_t devfn;
+};
+
+struct kvmpass_hot_reset_info {
+	uint32_t flags;
+	uint32_t count;
+	struct kvmpass_dependent_device devices[KVMPASS_MAX_DEPENDENT];
 };
 
 #define RESULT(call) ({ int _result = (call); _result < 0 ? -errno : _result; })
@@ -241,4 +261,45 @@ static int vfio_device_set_irqs(int device, uint32_t flags, uint32_t index, uint
 static int vfio_device_reset(int device)
 {
 	return RESULT(ioctl(device, VFIO_DEVICE_RESET));
+}
+
+static int vfio_device_get_pci_hot_reset_info(int device, struct kvmpass_hot_reset_info *out)
+{
+	union {
+		struct vfio_pci_hot_reset_info info;
+		char space[sizeof(struct vfio_pci_hot_reset_info) +
+		           KVMPASS_MAX_DEPENDENT * sizeof(struct vfio_pci_dependent_device)];
+	} answer = { .info = { .argsz = sizeof(answer) } };
+
+	if (ioctl(device, VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, &answer) < 0)
+		return -errno;
+	if (answer.info.count > KVMPASS_MAX_DEPENDENT)
+		return -E2BIG;
+	out->flags = answer.info.flags;
+	out->count = answer.info.count;
+	for (uint32_t i = 0; i < answer.info.count; i++) {
+		const struct vfio_pci_dependent_device *one = &answer.info.devices[i];
+
+		out->devices[i] =
+			(struct kvmpass_dependent_device){ one->group_id, one->segment, one->bus, one->devfn };
+	}
+	return 0;
+}
+
+static int vfio_device_pci_hot_reset(int device, uint32_t count, const int32_t *groups)
+{
+	union {
+		struct vfio_pci_hot_reset reset;
+		char space[sizeof(struct vfio_pci_hot_reset) + KVMPASS_MAX_DEPENDENT * sizeof(int32_t)];
+	} request;
+
+	if (count > KVMPASS_MAX_DEPENDENT)
+		return -E2BIG;
+	request.reset = (struct vfio_pci_hot_reset){
+		.argsz = (uint32_t)(sizeof(request.reset) + count * sizeof(int32_t)),
+		.count = count,
+	};
+	if (count)
+		memcpy(request.reset.group_fds, groups, count * sizeof(int32_t));
+	return RESULT(ioctl(device, VFIO_DEVICE_PCI_HOT_RESET, &request));
 }

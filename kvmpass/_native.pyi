@@ -80,7 +80,10 @@ class _Lib:
     VFIO_DMA_MAP_FLAG_READ: int
     VFIO_DMA_MAP_FLAG_WRITE: int
     VFIO_DMA_UNMAP_FLAG_ALL: int
+    VFIO_PCI_HOT_RESET_FLAG_DEV_ID: int
+    VFIO_PCI_HOT_RESET_FLAG_DEV_ID_OWNED: int
     KVMPASS_MAX_RANGES: int
+    KVMPASS_MAX_DEPENDENT: int
     def kvmpass_mmap(
         self, size: int, align: int, congruent: int, prot: int, flags: int, fd: int, offset: int, /
     ) -> int: ...
@@ -126,6 +129,8 @@ class _Lib:
         self, device: int, flags: int, index: int, start: int, count: int, eventfds: CData, /
     ) -> int: ...
     def vfio_device_reset(self, device: int, /) -> int: ...
+    def vfio_device_get_pci_hot_reset_info(self, device: int, out: CData, /) -> int: ...
+    def vfio_device_pci_hot_reset(self, device: int, count: int, groups: CData, /) -> int: ...
 
 class _Ffi:
     NULL: CData

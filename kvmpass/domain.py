@@ -8,8 +8,9 @@ With type 1 an IOMMU exists only while a group is in the container: the domain i
 from __future__ import annotations
 
 import logging
+import uuid
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -90,9 +91,10 @@ class Domain:
 
     # --- devices
 
-    def attach(self, name: str, group_number: int) -> Device:
+    def attach(self, name: str, group_number: int, vf_token: uuid.UUID | None = None) -> Device:
         """Put the device called ``name`` (its PCI address; bound to vfio-pci) into the domain and open it.
 
+        ``vf_token``: see ``Group.get_device_fd``.
         The first device maps all memory. Raises ``OSError``, ``GroupNotViable``, ``ReservedRange``; then nothing
         has changed.
         """
@@ -103,7 +105,7 @@ class Domain:
             joined = self._groups[group_number]
             if any(device.name == name for device in joined.devices):
                 raise DeviceInUse(f"{name} is in this domain already")
-            device = joined.group.get_device_fd(name)
+            device = joined.group.get_device_fd(name, vf_token)
             joined.devices.append(device)
             undo.pop_all()
         return device
@@ -158,11 +160,23 @@ class Domain:
                 steps.callback(self._close_container)
                 steps.callback(self._ledger.clear)  # gone with the container, whatever happened before
             steps.callback(joined.group.close)
-            steps.callback(joined.group.unset_container)
+            steps.callback(self._unless_taken, joined.group, joined.group.unset_container)
             if not self._groups:
-                steps.callback(self._unmap_all)
+                steps.callback(self._unless_taken, joined.group, self._unmap_all)
             if self._kvm_vfio:
                 steps.callback(self._kvm_vfio.file_del, joined.group.fd)
+
+    @staticmethod
+    def _unless_taken(group: Group, step: Callable[[], None]) -> None:
+        """Do ``step``; it may fail where the host has taken the group, and all mappings with it.
+
+        It does when somebody unbinds the device and waited for us to close it (vfio_device_remove_group).
+        """
+        try:
+            step()
+        except (OSError, AuditFailed):
+            if not group.taken:
+                raise
 
     def _close_container(self) -> None:
         container, self._container = self._container, None
@@ -229,9 +243,13 @@ class Domain:
             )
 
     def _unmap_all(self) -> None:
+        """Undo every mapping, then let the kernel say whether there were more. Raises ``AuditFailed``."""
+        assert self._container is not None
         with ExitStack() as steps:
             for region in list(self._ledger):
                 steps.callback(self.unmap_pages, region)
+        if left := self._container.unmap_all():
+            raise AuditFailed(f"{left:#x} bytes were mapped that the ledger does not have")
 
     def region_added(self, region: MemoryRegion) -> None:
         """Listener: a region of an active domain is mapped before anyone can use it."""

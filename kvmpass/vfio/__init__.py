@@ -1,6 +1,6 @@
 """Objects over VFIO's file descriptors (include/uapi/linux/vfio.h)."""
 
-from kvmpass.vfio.device import Device, IrqInfo, Region, RegionInfo
+from kvmpass.vfio.device import DependentDevice, Device, IrqInfo, Region, RegionInfo
 from kvmpass.vfio.group import Container, Group, IommuInfo
 
-__all__ = ["Container", "Device", "Group", "IommuInfo", "IrqInfo", "Region", "RegionInfo"]
+__all__ = ["Container", "DependentDevice", "Device", "Group", "IommuInfo", "IrqInfo", "Region", "RegionInfo"]

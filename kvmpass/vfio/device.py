@@ -6,11 +6,15 @@ import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvmpass._fd import OwnedFd, check, closing_on_error
 from kvmpass._native import ffi, lib
 from kvmpass.layout import Range
 from kvmpass.memory import HostMapping
+
+if TYPE_CHECKING:
+    from kvmpass.vfio.group import Group
 
 BAR0 = lib.VFIO_PCI_BAR0_REGION_INDEX
 ROM = lib.VFIO_PCI_ROM_REGION_INDEX
@@ -18,6 +22,8 @@ CONFIG = lib.VFIO_PCI_CONFIG_REGION_INDEX
 INTX = lib.VFIO_PCI_INTX_IRQ_INDEX
 MSI = lib.VFIO_PCI_MSI_IRQ_INDEX
 MSIX = lib.VFIO_PCI_MSIX_IRQ_INDEX
+ERR = lib.VFIO_PCI_ERR_IRQ_INDEX  # an uncorrectable error, on PCI Express
+REQ = lib.VFIO_PCI_REQ_IRQ_INDEX  # the host wants the device back
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,19 @@ class IrqInfo:
     maskable: bool
     automasked: bool
     resizable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DependentDevice:
+    """A function that a bus or slot reset of another one resets too.
+
+    ``name`` is its PCI address. ``group`` is its IOMMU group, where the device that was asked was opened through its
+    group; else ``devid`` is its number in the iommufd: 0 if it is ours by its group, -1 if it is not ours.
+    """
+
+    name: str
+    group: int | None
+    devid: int | None
 
 
 class Region:
@@ -92,7 +111,11 @@ class Region:
 
 
 class Device(OwnedFd):
-    """One function. Regions that the device lacks are absent from ``regions``, which is keyed by index."""
+    """One function. ``regions`` and ``irqs`` are keyed by VFIO's index.
+
+    Regions that the device lacks are absent. INTx, MSI and MSI-X have a count of 0 where the device lacks them; ERR
+    and REQ are absent where the kernel cannot signal them (ERR: the device is not PCI Express).
+    """
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd)
@@ -105,7 +128,8 @@ class Device(OwnedFd):
             self.resettable = bool(info.flags & lib.VFIO_DEVICE_FLAGS_RESET)
             found = (self._region_info(index) for index in range(min(info.num_regions, CONFIG + 1)))
             self.regions = {region.index: Region(self, region) for region in found if region is not None}
-            self.irqs = {index: self._irq_info(index) for index in range(min(info.num_irqs, MSIX + 1))}
+            interrupts = (self._irq_info(index) for index in range(min(info.num_irqs, REQ + 1)))
+            self.irqs = {irq.index: irq for irq in interrupts if irq is not None}
 
     @property
     def config(self) -> Region:
@@ -135,9 +159,12 @@ class Device(OwnedFd):
             bool(info.msix_mappable),
         )
 
-    def _irq_info(self, index: int) -> IrqInfo:
+    def _irq_info(self, index: int) -> IrqInfo | None:
         info = ffi.new("struct kvmpass_irq_info *")
-        check(lib.vfio_device_get_irq_info(self.fd, index, info), "VFIO_DEVICE_GET_IRQ_INFO", self.name)
+        result = lib.vfio_device_get_irq_info(self.fd, index, info)
+        if result == -errno.EINVAL:
+            return None
+        check(result, "VFIO_DEVICE_GET_IRQ_INFO", f"{self.name} interrupt {index}")
         return IrqInfo(
             index,
             info.count,
@@ -150,7 +177,8 @@ class Device(OwnedFd):
     def set_irqs(self, index: int, start: int, eventfds: Sequence[int]) -> None:
         """Let the device's interrupts ``start``… signal ``eventfds``; -1 detaches one.
 
-        The first call for MSI-X enables it in the device. Raises ``OSError`` (``ENOSPC`` too few host vectors).
+        The first call for MSI-X enables it in the device. ERR and REQ have one vector, 0. Raises ``OSError``
+        (``ENOSPC`` too few host vectors, ``EINVAL`` an index or vector that the device has not).
         """
         array = ffi.new("int32_t[]", list(eventfds) or 1)
         flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_TRIGGER
@@ -167,8 +195,21 @@ class Device(OwnedFd):
         result = lib.vfio_device_set_irqs(self.fd, flags, index, 0, 1, ffi.new("int32_t[]", [eventfd]))
         check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}, unmask")
 
+    def trigger_irq(self, index: int, vector: int = 0) -> None:
+        """Signal the eventfd of ``vector`` as if the device had raised it: the kernel's own loopback.
+
+        For tests and diagnosis. Nothing happens where the vector has no eventfd; ``OSError`` (``EINVAL``) where the
+        index is off.
+        """
+        flags = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
+        result = lib.vfio_device_set_irqs(self.fd, flags, index, vector, 1, ffi.NULL)
+        check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}, trigger vector {vector}")
+
     def disable_irqs(self, index: int) -> None:
         """Turn the whole index off; harmless where it is off."""
+        if index in (ERR, REQ):  # the kernel's other way refuses to turn off what is off (vfio_pci_intrs.c)
+            self.set_irqs(index, 0, [-1])
+            return
         flags = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
         result = lib.vfio_device_set_irqs(self.fd, flags, index, 0, 0, ffi.NULL)
         check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}")
@@ -176,3 +217,38 @@ class Device(OwnedFd):
     def reset(self) -> None:
         """Function or power-management reset, as VFIO chooses. ``OSError`` (``EINVAL``) where it has none."""
         check(lib.vfio_device_reset(self.fd), "VFIO_DEVICE_RESET", self.name)
+
+    def get_pci_hot_reset_info(self) -> list[DependentDevice]:
+        """The functions that a reset of this device's slot or bus resets, itself included.
+
+        Not the IOMMU group: it can be more or fewer. Raises ``OSError``: ``ENODEV`` where neither slot nor bus can be
+        reset (a device on a root bus, for one), ``EPERM`` where a function of the bus is in no group.
+        """
+        info = ffi.new("struct kvmpass_hot_reset_info *")
+        check(lib.vfio_device_get_pci_hot_reset_info(self.fd, info), "VFIO_DEVICE_GET_PCI_HOT_RESET_INFO", self.name)
+        by_devid = bool(info.flags & lib.VFIO_PCI_HOT_RESET_FLAG_DEV_ID)
+        found = []
+        for one in info.devices[0 : info.count]:
+            name = f"{one.segment:04x}:{one.bus:02x}:{one.devfn >> 3:02x}.{one.devfn & 7}"
+            signed = int(ffi.cast("int32_t", one.id))
+            found.append(DependentDevice(name, None if by_devid else signed, signed if by_devid else None))
+        return found
+
+    def pci_hot_reset(self, groups: Sequence[Group]) -> None:
+        """Reset the slot or bus of this device, and with it every dependent device.
+
+        ``groups``: those of all dependent devices that are open; none where they were opened for an iommufd.
+        Raises ``OSError``: ``ENODEV`` without such a reset; ``EINVAL`` where a device that it resets is in none of
+        the groups, or on no VFIO driver.
+        """
+        array = ffi.new("int32_t[]", [group.fd for group in groups] or 1)
+        result = lib.vfio_device_pci_hot_reset(self.fd, len(groups), array)
+        detail = f"{self.name} with groups {', '.join(str(group.number) for group in groups) or '(none)'}"
+        check(result, "VFIO_DEVICE_PCI_HOT_RESET", detail, _HOT_RESET_REMEDY.get(-result))
+
+
+_HOT_RESET_REMEDY = {
+    errno.EINVAL: "every device of get_pci_hot_reset_info() must be on vfio-pci, and the group of each that is open "
+    "must be among the groups",
+    errno.ENODEV: "neither slot nor bus can be reset: the device sits on a root bus, or its bridge forbids it",
+}

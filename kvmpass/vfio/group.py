@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import uuid
 from dataclasses import dataclass
 
 from kvmpass._fd import OwnedFd, check, closing_on_error, open_node
@@ -65,6 +66,16 @@ class Container(OwnedFd):
         result = lib.vfio_iommu_map_dma(self.fd, flags, hva, iova, size)
         check(result, "VFIO_IOMMU_MAP_DMA", f"iova {Range(iova, size)}", _MAP_REMEDY.get(-result))
 
+    def unmap_all(self) -> int:
+        """Undo every mapping of the container (``VFIO_DMA_UNMAP_FLAG_ALL``); returns how many bytes there were.
+
+        Kernels older than 5.12 lack the flag: ``OSError`` (``EINVAL``).
+        """
+        unmapped = ffi.new("uint64_t *")
+        result = lib.vfio_iommu_unmap_dma(self.fd, lib.VFIO_DMA_UNMAP_FLAG_ALL, 0, 0, unmapped)
+        check(result, "VFIO_IOMMU_UNMAP_DMA", "everything")
+        return int(unmapped[0])
+
     def unmap_dma(self, iova: int, size: int) -> int:
         """Undo a mapping; returns how many bytes were mapped there."""
         unmapped = ffi.new("uint64_t *")
@@ -101,6 +112,15 @@ class Group(OwnedFd):
         """VFIO_GROUP_FLAGS_…"""
         return check(lib.vfio_group_get_status(self.fd), "VFIO_GROUP_GET_STATUS")
 
+    @property
+    def taken(self) -> bool:
+        """Whether the host has unbound the group's last device from vfio-pci: what is left is an empty shell."""
+        try:
+            self.get_status()
+        except OSError as error:
+            return error.errno == errno.ENODEV
+        return False
+
     def set_container(self, container: Container) -> None:
         """Join. The group's devices leave the host's own domain and can reach nothing until something is mapped."""
         result = lib.vfio_group_set_container(self.fd, container.fd)
@@ -114,7 +134,28 @@ class Group(OwnedFd):
         """Leave. All of the group's devices must be closed; the last group takes all mappings with it."""
         check(lib.vfio_group_unset_container(self.fd), "VFIO_GROUP_UNSET_CONTAINER", f"group {self.number}")
 
-    def get_device_fd(self, name: str) -> Device:
-        """Open the device called ``name`` (its PCI address). The kernel resets it if it can."""
-        result = lib.vfio_group_get_device_fd(self.fd, name.encode())
-        return Device(check(result, "VFIO_GROUP_GET_DEVICE_FD", name), name)
+    def get_device_fd(self, name: str, vf_token: uuid.UUID | None = None) -> Device:
+        """Open the device called ``name`` (its PCI address). The kernel resets it if it can.
+
+        ``vf_token``: the secret that a virtual function and its physical function share while the latter is on
+        vfio-pci too; whoever opens the physical function first sets it (vfio_pci_core.c, vfio_pci_validate_vf_token).
+        Raises ``OSError``: ``EACCES`` a token is needed or wrong, ``EINVAL`` one was given where none is used,
+        ``ENODEV`` no device of this group has that name.
+        """
+        text = f"{name} vf_token={vf_token}" if vf_token else name
+        result = lib.vfio_group_get_device_fd(self.fd, text.encode())
+        fd = check(result, "VFIO_GROUP_GET_DEVICE_FD", name, _device_remedy(-result, vf_token))
+        return Device(fd, name)
+
+
+def _device_remedy(code: int, vf_token: uuid.UUID | None) -> str | None:
+    if code == errno.EACCES:
+        return (
+            "the VF token is not the one that the physical function was opened with"
+            if vf_token
+            else "a virtual function whose physical function is on vfio-pci, or the reverse, needs the VF token that "
+            "both are opened with"
+        )
+    if code == errno.EINVAL and vf_token:
+        return "a VF token is for SR-IOV functions whose physical function is on vfio-pci: leave it out"
+    return None

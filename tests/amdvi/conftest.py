@@ -18,5 +18,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_kvmpass_profiles() -> dict[str, Profile]:
-    """One drive and nothing else, for a boot that one test needs."""
-    return {"single": Profile(devices=("nvme,addr=04.0",))}
+    """Hosts of single files: one drive and nothing else; a physical function that vfio-pci may make functions of."""
+    return {
+        "single": Profile(devices=("nvme,addr=04.0",)),
+        "vf-token": Profile(
+            devices=(
+                "nvme-subsys,id=subsys0",
+                "nvme,subsys=subsys0,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
+            ),
+            append="vfio_pci.enable_sriov=1",
+        ),
+    }
