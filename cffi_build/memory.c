@@ -5,8 +5,11 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <sys/vfs.h>
+#include <linux/magic.h>
 
 #ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
+#define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
 
@@ -45,6 +48,16 @@ static int kvmpass_munmap(uintptr_t address, size_t size)
 static int kvmpass_madvise(uintptr_t address, size_t size, int advice)
 {
 	return madvise((void *)address, size, advice) < 0 ? -errno : 0;
+}
+
+/* The page size in bytes of a file on hugetlbfs, or of a memfd made of huge pages; 0 for any other file. */
+static int64_t kvmpass_fhugepage(int fd)
+{
+	struct statfs status;
+
+	if (fstatfs(fd, &status) < 0)
+		return -errno;
+	return status.f_type == HUGETLBFS_MAGIC ? (int64_t)status.f_bsize : 0;
 }
 
 static void kvmpass_kicked(int signal_number)

@@ -137,7 +137,8 @@ class Domain:
             first = not self._groups
             if first:
                 self._container.set_iommu()
-            self._check_ranges(self._dma_regions())
+            for region in self._dma_regions():
+                self._check_range(region.range, region.name)
             if first:
                 undo.callback(self._unmap_all)
                 self.map_memslots()
@@ -212,15 +213,20 @@ class Domain:
     def _dma_regions(self) -> list[MemoryRegion]:
         return [region for region in self._memory if region.dma]
 
-    def _check_ranges(self, regions: list[MemoryRegion]) -> None:
-        """Hold regions against what the container can translate now (it can shrink with each group)."""
-        assert self._container is not None
-        usable = self._container.get_info().ranges
-        for region in regions:
-            if usable and not any(range_.contains(region.range) for range_ in usable):
-                line = find_reserved(region.range, self._reserved)
-                why = f"this host's reserved range {line}" if line else "addresses that its IOMMU cannot translate"
-                raise ReservedRange(f"{region.name} {region.range} falls into {why}")
+    def _check_range(self, range_: Range, name: str) -> None:
+        """Refuse what this host cannot translate: by its list, and by what the container says while there is one.
+
+        The container knows more (it can shrink with each group that joins), the list knows names.
+        """
+        line = find_reserved(range_, self._reserved)
+        if line:
+            raise ReservedRange(
+                f"{name} {range_} falls into this host's reserved range {line}",
+                "put it elsewhere: cat /sys/kernel/iommu_groups/*/reserved_regions lists what devices cannot reach",
+            )
+        usable = self._container.get_info().ranges if self._container else ()
+        if usable and not any(one.contains(range_) for one in usable):
+            raise ReservedRange(f"{name} {range_} falls into addresses that the IOMMU of this host cannot translate")
 
     def map_memslots(self) -> None:
         """Walk all regions and map each (kvm_iommu_map_memslots). All or nothing."""
@@ -268,10 +274,14 @@ class Domain:
         if left := self._container.unmap_all():
             raise AuditFailed(f"{left:#x} bytes were mapped that the ledger does not have")
 
+    def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None:
+        """Listener: refused before anything is mapped, even while the domain is inactive."""
+        if kind is not RegionKind.BAR:
+            self._check_range(range_, name)
+
     def region_added(self, region: MemoryRegion) -> None:
         """Listener: a region of an active domain is mapped before anyone can use it."""
         if self.active and region.dma:
-            self._check_ranges([region])
             self.map_pages(region)
 
     def region_removed(self, region: MemoryRegion) -> None:

@@ -1,8 +1,8 @@
 """Where things lie in guest-physical memory. Fixed when the machine is made.
 
-RAM below 3 GiB and from 4 GiB up; in between ECAM, the 32-bit window for BARs, IOAPIC and local APIC; a 64-bit
-window for BARs above RAM. RAM and both windows avoid every range that this host's IOMMU does not translate
-(``/sys/kernel/iommu_groups/*/reserved_regions``): guest-physical addresses are I/O virtual addresses here.
+RAM below 3 GiB and from 4 GiB up; in between ECAM, the 32-bit window for BARs, IOAPIC and local APIC; the 64-bit
+window for BARs is the largest gap above RAM. RAM and both windows avoid every range that this host's IOMMU does not
+translate (``/sys/kernel/iommu_groups/*/reserved_regions``): guest-physical addresses are I/O virtual addresses here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ ECAM_BASE, ECAM_SIZE = 0xE000_0000, 1 * MIB  # one bus
 IOAPIC_BASE = 0xFEC0_0000
 LOCAL_APIC_BASE = 0xFEE0_0000
 HIGH_RAM_BASE = 4 * GIB
-MMIO64_SIZE = 64 * GIB
+MMIO64_SIZE = 64 * GIB  # what a machine has at least, unless its RAM leaves less
+MMIO64_LEAST = GIB
+GUEST_BITS = 48  # four levels of nested page tables (AMD64 manual, volume 2, 15.25.3); wider hosts need a fifth
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -81,35 +83,40 @@ class Layout:
 _TRANSLATED_KINDS = ("direct", "direct-relaxable")
 
 
-def plan_layout(ram_size: int, reserved: Iterable[Reserved] = (), phys_bits: int = 40) -> Layout:
-    """Lay out ``ram_size`` bytes of RAM (whole pages) and the windows for BARs.
+def plan_layout(ram_size: int, reserved: Iterable[Reserved] = (), phys_bits: int = 40, page: int = PAGE) -> Layout:
+    """Lay out ``ram_size`` bytes of RAM and the windows for BARs.
 
-    ``reserved``: the union of all groups' reserved regions; ``phys_bits``: the CPU's physical address width.
+    ``reserved``: the union of all groups' reserved regions; ``phys_bits``: the CPU's physical address width;
+    ``page``: the bytes of a page behind the RAM, every range of which starts and ends at a multiple of it.
     Raises ``LayoutError`` for a size that cannot be laid out and ``ReservedRange`` if a fixed window is reserved.
     """
-    if ram_size < MIB or ram_size % PAGE:
-        raise LayoutError(f"{ram_size:#x} bytes of RAM: at least 1 MiB, in whole pages of {PAGE} bytes")
+    if ram_size < MIB or ram_size % page:
+        size = f"{page} bytes" if page < MIB else f"{page >> 20} MiB"
+        raise LayoutError(f"{ram_size:#x} bytes of RAM: at least 1 MiB, in whole pages of {size}")
+    bits = min(phys_bits, GUEST_BITS)
     reserved = tuple(sorted(set(reserved), key=lambda line: line.range))
     avoid = [line.range for line in reserved if line.kind not in _TRANSLATED_KINDS]
-    windows = [Range(0, LOW_RAM_LIMIT), Range(HIGH_RAM_BASE, (1 << phys_bits) - HIGH_RAM_BASE)]
+    high = Range(HIGH_RAM_BASE, max(0, (1 << bits) - HIGH_RAM_BASE))
+    gaps = [gap for window in (Range(0, LOW_RAM_LIMIT), high) for gap in _gaps(window, avoid, page)]
     ram: list[Range] = []
     left = ram_size
-    for gap in (gap for window in windows for gap in _gaps(window, avoid)):
-        if not left:
-            break
-        taken = min(gap.size // PAGE * PAGE, left)
+    for gap in gaps:
+        taken = min(gap.size // page * page, left)
         if taken:
             ram.append(Range(gap.start, taken))
             left -= taken
     if left:
-        raise LayoutError(f"{ram_size:#x} bytes of RAM do not fit into {phys_bits} bits of physical address")
-    top = max(HIGH_RAM_BASE, -(-ram[-1].end // GIB) * GIB)
-    space = Range(top, max(0, (1 << phys_bits) - top))
-    mmio64 = next(
-        (Range(gap.start, MMIO64_SIZE) for gap in _gaps(space, avoid, GIB) if gap.size >= MMIO64_SIZE), None
-    )
-    if mmio64 is None:
-        raise LayoutError(f"no room above {top:#x} for a BAR window of {MMIO64_SIZE >> 30} GiB in {phys_bits} bits")
+        raise LayoutError(f"{ram_size:#x} bytes of RAM do not fit into {bits} bits of physical address")
+    top = max(HIGH_RAM_BASE, ram[-1].end)
+    space = Range(top, max(0, high.end - top))
+    largest = max(_gaps(space, avoid, GIB), key=lambda gap: gap.size, default=Range(top, 0))
+    mmio64 = Range(largest.start, largest.size // GIB * GIB)
+    if mmio64.size < MMIO64_LEAST:
+        raise LayoutError(
+            f"{ram_size:#x} bytes of RAM leave no room for a window for BARs above {top:#x}, in {bits} bits of "
+            f"physical address: the largest gap has {largest.size:#x} bytes, {MMIO64_LEAST:#x} are needed",
+            "give the guest 1 GiB less memory, or more where addresses are reserved",
+        )
     layout = Layout(tuple(ram), Range(MMIO32_BASE, MMIO32_SIZE), mmio64, Range(ECAM_BASE, ECAM_SIZE), reserved)
     for name, window in (("32-bit BAR window", layout.mmio32), ("ECAM", layout.ecam)):
         if line := find_reserved(window, reserved):

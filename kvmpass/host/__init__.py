@@ -6,6 +6,7 @@ The only part of the project that changes drivers.
 from kvmpass.host.address import Bdf
 from kvmpass.host.borrowing import Borrow, Restored, borrow, restore
 from kvmpass.host.checks import check_assignable, check_host, check_memory, interrupt_remapping
+from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
 from kvmpass.host.journal import Step
 from kvmpass.host.names import name_of
 from kvmpass.host.processes import Process
@@ -14,6 +15,8 @@ from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
 __all__ = [
     "Bdf",
     "Borrow",
+    "DmaFault",
+    "FaultLog",
     "IommuGroup",
     "PciDevice",
     "Process",
@@ -27,5 +30,6 @@ __all__ = [
     "check_memory",
     "interrupt_remapping",
     "name_of",
+    "open_fault_log",
     "restore",
 ]

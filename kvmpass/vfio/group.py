@@ -61,7 +61,7 @@ class Container(OwnedFd):
         """Pin ``size`` bytes of this process at ``hva`` and let the domain's devices reach them at ``iova``.
 
         Raises ``OSError``: ``ENOMEM`` over the memlock limit, ``ENOSPC`` no entries left (dma_entry_limit),
-        ``EEXIST`` overlap, ``EINVAL`` alignment or a reserved range.
+        ``EEXIST`` overlap, ``EINVAL`` alignment or a reserved range, ``EFAULT`` pages that cannot be pinned.
         """
         flags = lib.VFIO_DMA_MAP_FLAG_READ | (lib.VFIO_DMA_MAP_FLAG_WRITE if writable else 0)
         result = lib.vfio_iommu_map_dma(self.fd, flags, hva, iova, size)
@@ -86,6 +86,8 @@ class Container(OwnedFd):
 
 
 _MAP_REMEDY = {
+    errno.EFAULT: "these pages cannot be pinned: nothing is mapped there, or a file that is written back to a disk "
+    "(memfd, tmpfs and hugetlbfs can be pinned; others read-only)",
     errno.ENOMEM: "the memlock limit is too low or memory is short: raise it (ulimit -l) or run with CAP_IPC_LOCK",
     errno.ENOSPC: "raise the module parameter vfio_iommu_type1.dma_entry_limit",
 }

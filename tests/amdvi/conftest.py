@@ -18,9 +18,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_kvmpass_profiles() -> dict[str, Profile]:
-    """Hosts of single files: one drive and nothing else; a physical function that vfio-pci may make functions of."""
+    """Hosts of single tests.
+
+    One drive and nothing else; a device on bus 0, where the emulated IOMMU's events name it; a physical function that
+    vfio-pci may make virtual ones of.
+    """
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
+        "faults": Profile(devices=("edu,addr=06.0",)),
         "vf-token": Profile(
             devices=(
                 "nvme-subsys,id=subsys0",

@@ -1,13 +1,15 @@
 """Guest-physical layouts: RAM and windows avoid what the IOMMU does not translate."""
 
 import itertools
+import re
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpass.errors import LayoutError, ReservedRange
-from kvmpass.layout import GIB, LOW_RAM_LIMIT, MIB, PAGE, Range, Reserved, plan_layout
+from kvmpass.layout import GIB, LOW_RAM_LIMIT, MIB, PAGE, Layout, Range, Reserved, plan_layout
 
 MSI = Reserved(Range(0xFEE0_0000, MIB), "msi")
 HYPERTRANSPORT = Reserved(Range(0xFD_0000_0000, 0x3_0000_0000), "reserved")
@@ -59,18 +61,161 @@ def test_more_than_the_processor_can_address() -> None:
         plan_layout(2048 * GIB, HOST, phys_bits=40)
 
 
+# --- hosts of every width, and memory up to 4 TiB: no memory is behind these
+
+
+TIB = 1024 * GIB
+HOLE_AT, HOLE_END = HYPERTRANSPORT.range.start, HYPERTRANSPORT.range.end
+SIZES = [MIB, 2 * MIB, GIB - PAGE, GIB, 3 * GIB, 3 * GIB + PAGE, 4 * GIB, 64 * GIB, 900 * GIB]
+LARGE = [1008 * GIB, 1011 * GIB, 1011 * GIB + PAGE, TIB, 2 * TIB, 4 * TIB - PAGE, 4 * TIB]
+HOSTS = {
+    "plain": (),
+    "msi": (MSI,),
+    "hypertransport": HOST,
+    "firmware": (
+        *HOST,
+        Reserved(Range(0x1000_0000, MIB), "direct"),
+        Reserved(Range(0, 16 * MIB), "direct-relaxable"),
+    ),
+    "crowded": (
+        *HOST,
+        Reserved(Range(0x8000_0000, 0x1000), "reserved"),
+        Reserved(Range(0x8000_0800, 0x1000), "reserved"),  # neither whole pages nor apart
+        Reserved(Range(5 * GIB + 0x200, 0x10), "reserved"),
+        Reserved(Range(20 * GIB, 3 * GIB), "msi"),
+        Reserved(Range((1 << 47) - MIB, 2 * MIB), "reserved"),
+        Reserved(Range(1 << 47, (1 << 64) - (1 << 47)), "reserved"),
+    ),
+}
+
+
+def check(layout: Layout, size: int, reserved: Iterable[Reserved], bits: int, page: int = PAGE) -> None:
+    """What holds for every layout."""
+    assert layout.ram_size == size
+    assert all(part.size and part.start % page == 0 and part.size % page == 0 for part in layout.ram)
+    parts = sorted([*layout.ram, layout.mmio32, layout.mmio64, layout.ecam])
+    assert all(a.end <= b.start for a, b in itertools.pairwise(parts))
+    assert parts[0].start >= 0
+    assert parts[-1].end <= 1 << min(bits, 48)
+    holes = [line.range for line in reserved if not line.kind.startswith("direct")]
+    assert not [(part, hole) for part in parts for hole in holes if part.overlaps(hole)]
+    assert not [part for part in layout.ram if part.overlaps(Range(LOW_RAM_LIMIT, GIB))], (
+        "RAM in the hole for devices"
+    )
+    window = layout.mmio64
+    assert window.start >= layout.ram[-1].end
+    assert (window.size >= GIB, window.start % GIB, window.size % GIB) == (True, 0, 0)
+
+
+@pytest.mark.parametrize("bits", [40, 43, 48, 52])
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_size_on_every_host(host: str, bits: int) -> None:
+    reserved = HOSTS[host]
+    for size in SIZES + (LARGE if bits > 40 else []):
+        check(plan_layout(size, reserved, bits), size, reserved, bits)
+    for page in (2 * MIB, GIB):
+        for size in (size for size in SIZES + (LARGE if bits > 40 else []) if size % page == 0):
+            check(plan_layout(size, reserved, bits, page), size, reserved, bits, page)
+
+
+@pytest.mark.parametrize("bits", [43, 48, 52])
+def test_four_terabytes_are_three_ranges(bits: int) -> None:
+    layout = plan_layout(4 * TIB, HOST, bits)
+    high = 4 * TIB - LOW_RAM_LIMIT - (HOLE_AT - 4 * GIB)
+    assert layout.ram == (
+        Range(0, LOW_RAM_LIMIT),
+        Range(4 * GIB, HOLE_AT - 4 * GIB),
+        Range(HOLE_END, high),
+    )
+    assert layout.mmio64 == Range(HOLE_END + high, (1 << min(bits, 48)) - HOLE_END - high)
+
+
+def test_the_bar_window_is_the_largest_gap_above_ram() -> None:
+    """40 bits: all that is left below the HyperTransport hole. More bits: what lies above it."""
+    assert plan_layout(GIB, HOST, 40).mmio64 == Range(4 * GIB, HOLE_AT - 4 * GIB)
+    assert plan_layout(8 * GIB, HOST, 40).mmio64 == Range(9 * GIB, HOLE_AT - 9 * GIB)
+    assert plan_layout(GIB, HOST, 43).mmio64 == Range(HOLE_END, (1 << 43) - HOLE_END)
+    assert plan_layout(GIB, HOST, 52).mmio64 == Range(HOLE_END, (1 << 48) - HOLE_END)
+    assert plan_layout(GIB, (MSI,), 40).mmio64 == Range(4 * GIB, TIB - 4 * GIB)
+
+
+@pytest.mark.parametrize("bits, largest", [(40, 512 * GIB), (43, 4 * TIB), (48, 128 * TIB)])
+def test_large_bars_fit_at_their_own_alignment(bits: int, largest: int) -> None:
+    """A BAR of half the address space's size: its only place may be the middle."""
+    window = plan_layout(64 * GIB, HOST, bits).mmio64
+    size = 128 * GIB
+    while size <= largest // 2:
+        assert -(-window.start // size) * size + size <= window.end, f"a BAR of {size >> 30} GiB"
+        size *= 2
+
+
+def test_memory_may_take_all_but_a_small_window() -> None:
+    most = LOW_RAM_LIMIT + HOLE_AT - 4 * GIB
+    assert plan_layout(most - GIB, HOST, 40).mmio64 == Range(HOLE_AT - GIB, GIB)
+    assert plan_layout(most - 10 * GIB + PAGE, HOST, 40).mmio64.size == 9 * GIB
+    with pytest.raises(LayoutError, match="leave no room for a window for BARs above 0xfcc0001000, in 40") as refused:
+        plan_layout(most - GIB + PAGE, HOST, 40)
+    assert "1 GiB less memory" in refused.value.__notes__[0]
+    with pytest.raises(LayoutError, match="the largest gap has 0x0 bytes"):
+        plan_layout(most, HOST, 40)
+    with pytest.raises(LayoutError, match="do not fit into 40 bits"):
+        plan_layout(most + PAGE, HOST, 40)
+
+
+def test_a_processor_with_too_few_bits() -> None:
+    with pytest.raises(LayoutError, match="no room for a window for BARs above 0x100000000, in 32 bits"):
+        plan_layout(GIB, HOST, 32)
+
+
+def test_huge_pages_make_whole_ranges() -> None:
+    with pytest.raises(LayoutError, match="whole pages of 2 MiB"):
+        plan_layout(3 * MIB, HOST, 40, 2 * MIB)
+    with pytest.raises(LayoutError, match="whole pages of 1024 MiB"):
+        plan_layout(1536 * MIB, HOST, 40, GIB)
+    hole = Reserved(Range(GIB + MIB, MIB), "reserved")
+    assert plan_layout(4 * GIB, (hole,), 40, GIB).ram == (
+        Range(0, GIB),
+        Range(2 * GIB, GIB),
+        Range(4 * GIB, 2 * GIB),
+    )
+
+
 holes = st.builds(
-    lambda at, size: Reserved(Range(at * MIB, size * MIB), "reserved"),
-    st.integers(8192, 1 << 20),
-    st.integers(1, 65536),
+    lambda at, size, kind: Reserved(Range(at * PAGE, size * PAGE), kind),
+    st.integers(8192, 1 << 31),
+    st.integers(1, 1 << 24),
+    st.sampled_from(["reserved", "msi", "direct"]),
 )
 
 
-@given(st.integers(256, 4 << 20), st.lists(holes, max_size=5))
-def test_nothing_overlaps(pages: int, extra: list[Reserved]) -> None:
-    layout = plan_layout(pages * PAGE * 16, [*HOST, *extra], phys_bits=48)
-    assert layout.ram_size == pages * PAGE * 16
-    parts = sorted([*layout.ram, layout.mmio32, layout.mmio64, layout.ecam])
-    assert all(a.end <= b.start for a, b in itertools.pairwise(parts))
-    for part in parts:
-        assert not any(part.overlaps(hole.range) for hole in (*HOST, *extra))
+@given(
+    st.integers(1, 1 << 21),
+    st.lists(holes, max_size=8),
+    st.sampled_from([40, 43, 48, 52]),
+    st.sampled_from([PAGE, 2 * MIB, GIB]),
+)
+def test_nothing_overlaps(amount: int, extra: list[Reserved], bits: int, page: int) -> None:
+    """Any host: either a layout that keeps every promise, or a refusal that says why."""
+    size = -(-amount * 2 * MIB // page) * page
+    reserved = [*HOST, *extra]
+    try:
+        layout = plan_layout(size, reserved, bits, page)
+    except LayoutError as error:
+        assert re.search("do not fit into|leave no room", str(error))
+        return
+    except ReservedRange as error:
+        assert re.search(r"the (32-bit BAR window|ECAM) .* reserved range", str(error))
+        return
+    check(layout, size, reserved, bits, page)
+    top = max(layout.ram[-1].end, 4 * GIB)
+    largest = max(free(Range(top, (1 << min(bits, 48)) - top), reserved))
+    assert layout.mmio64.size > largest - 2 * GIB, "a larger gap was left"
+
+
+def free(space: Range, reserved: list[Reserved]) -> list[int]:
+    """Sizes of what is free in ``space``."""
+    at, sizes = space.start, [0]
+    for start, end in sorted((line.range.start, line.range.end) for line in reserved if line.kind != "direct"):
+        sizes.append(min(start, space.end) - at)
+        at = max(at, end)
+    return [*sizes, space.end - at]

@@ -1,0 +1,169 @@
+"""Mappings in this process whose addresses matter, and what can lie behind them."""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from kvmpass._fd import check
+from kvmpass._native import ffi, lib
+from kvmpass.errors import Closed, LayoutError, NotEnoughMemory
+from kvmpass.layout import GIB, MIB, PAGE
+
+HUGE = 2 * MIB  # a large page: CPU and IOMMU tables both have 2 MiB entries (AMD IOMMU specification, 2.2.3)
+HUGE_PAGE_POOLS = Path("/sys/kernel/mm/hugepages")
+_POPULATE_CHUNK = 256 * MIB
+
+
+class Backing(enum.StrEnum):
+    """What holds a region's bytes."""
+
+    ANONYMOUS = "anonymous"
+    """Private pages; transparent huge pages where the kernel has them."""
+    HUGETLB_2M = "hugetlb-2M"
+    HUGETLB_1G = "hugetlb-1G"
+    """Private pages from the host's pools of huge pages (Documentation/admin-guide/mm/hugetlbpage.rst)."""
+    SHARED = "shared"
+    """A file or memfd that other processes may have too."""
+    DEVICE = "device"
+    """An assigned device's BAR."""
+
+    @property
+    def page_size(self) -> int:
+        """Bytes; addresses and sizes must be multiples of it."""
+        return {Backing.HUGETLB_2M: HUGE, Backing.HUGETLB_1G: GIB}.get(self, PAGE)
+
+
+class HostMapping:
+    """A mapping in this process whose address is chosen: equal to ``congruent`` modulo ``align``.
+
+    Of ``fd`` from ``offset`` on, shared, or anonymous; with a ``page`` above 4096 bytes anonymous memory comes from
+    the pool of such pages. Not inherited over ``fork``. ``close()`` unmaps; nothing may use the address afterwards.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        align: int = PAGE,
+        congruent: int = 0,
+        fd: int = -1,
+        offset: int = 0,
+        writable: bool = True,
+        page: int = PAGE,
+    ) -> None:
+        self.size = size
+        self.writable = writable
+        self.page = page
+        protection = lib.PROT_READ | (lib.PROT_WRITE if writable else 0)
+        flags = lib.MAP_SHARED if fd >= 0 else lib.MAP_PRIVATE | lib.MAP_ANONYMOUS
+        if fd < 0:
+            # Huge pages are reserved by mmap, or it fails: without that the first access would be a SIGBUS.
+            flags |= _hugetlb(page) if page > PAGE else lib.MAP_NORESERVE
+        result = lib.kvmpass_mmap(size, align, congruent % align, protection, flags, fd, offset)
+        self._address = check(result, "mmap", f"{size:#x} bytes", _MMAP_REMEDY.get(-result))
+        check(lib.kvmpass_madvise(self._address, self._span, lib.MADV_DONTFORK), "madvise(MADV_DONTFORK)")
+
+    @property
+    def _span(self) -> int:
+        return -(-self.size // self.page) * self.page
+
+    @property
+    def address(self) -> int:
+        """The host virtual address. Raises ``Closed`` after ``close()``."""
+        if not self._address:
+            raise Closed("the mapping is closed")
+        return self._address
+
+    def advise_huge(self) -> None:
+        """Ask for transparent huge pages; a kernel without them ignores it."""
+        lib.kvmpass_madvise(self.address, self._span, lib.MADV_HUGEPAGE)
+
+    def populate(self) -> None:
+        """Allocate and zero every page now, in parallel (``MADV_POPULATE_WRITE``, without the GIL).
+
+        Raises ``OSError``: ``ENOMEM`` without memory, ``EFAULT`` where a file has no page for it; kernels older than
+        5.14 (``EINVAL``) fill it on first use.
+        """
+        address, size = self.address, self._span
+        advice = lib.MADV_POPULATE_WRITE if self.writable else lib.MADV_POPULATE_READ
+        step = max(_POPULATE_CHUNK, self.page)
+
+        def fill(at: int) -> int:
+            return lib.kvmpass_madvise(address + at, min(step, size - at), advice)
+
+        starts = range(0, size, step)
+        with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:
+            for result in pool.map(fill, starts):
+                if result != -errno.EINVAL:
+                    check(result, "madvise(MADV_POPULATE_WRITE)" if self.writable else "madvise(MADV_POPULATE_READ)")
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """``size`` bytes at ``offset`` as a buffer, writable if the mapping is. Raises ``IndexError`` outside it."""
+        if offset < 0 or size < 0 or offset + size > self.size:
+            raise IndexError(f"{offset:#x}+{size:#x} is outside a mapping of {self.size:#x} bytes")
+        view = memoryview(ffi.buffer(ffi.cast("char *", self.address + offset), size)).cast("B")
+        return view if self.writable else view.toreadonly()
+
+    def close(self) -> None:
+        address, self._address = self._address, 0
+        if address:
+            check(lib.kvmpass_munmap(address, self._span), "munmap")
+
+
+_MMAP_REMEDY = {
+    errno.ENOMEM: "too little memory, or too few huge pages, or the process's limits (ulimit -v, max_map_count)",
+    errno.EACCES: "the descriptor must be open for reading, and for writing too if the region is to be writable",
+    errno.EPERM: "the memfd is sealed against writing (F_SEAL_WRITE): make the region read-only",
+}
+
+
+def _hugetlb(page: int) -> int:
+    return lib.MAP_HUGETLB | ((page.bit_length() - 1) << lib.MAP_HUGE_SHIFT)
+
+
+def check_huge_pages(page: int, size: int) -> None:
+    """Refuse (``NotEnoughMemory``) what this host's pool of pages of ``page`` bytes cannot give now."""
+    pool = HUGE_PAGE_POOLS / f"hugepages-{page >> 10}kB"
+    text = f"{page >> 30} GiB" if page >= GIB else f"{page >> 20} MiB"
+    names = ("free_hugepages", "resv_hugepages", "nr_overcommit_hugepages", "surplus_hugepages", "nr_hugepages")
+    try:
+        free, reserved, overcommit, surplus, total = (int((pool / name).read_text()) for name in names)
+    except OSError as error:
+        raise NotEnoughMemory(
+            f"this host has no huge pages of {text} ({error.filename}: {error.strerror})",
+            "use another backing; 1 GiB pages need the CPU flag pdpe1gb and a kernel with CONFIG_HUGETLBFS",
+        ) from None
+    wanted, available = size // page, free - reserved + max(0, overcommit - surplus)
+    if wanted > available:
+        boot = (
+            f", or boot with hugepagesz={page >> 30}G hugepages={total + wanted - available}" if page >= GIB else ""
+        )
+        raise NotEnoughMemory(
+            f"{wanted} huge pages of {text} are needed, {max(0, available)} are free",
+            f"reserve them: echo {total + wanted - available} > {pool}/nr_hugepages{boot}",
+        )
+
+
+def check_file(fd: int, offset: int, size: int, name: str) -> int:
+    """Refuse what is not ``size`` bytes of a file that can be mapped; returns the file's page size in bytes.
+
+    Only for this moment: a peer that shrinks the file later takes the pages away. ``F_SEAL_SHRINK`` prevents that.
+    Raises ``LayoutError``, ``OSError`` (``EBADF``).
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise LayoutError(f"{name}: descriptor {fd} is neither a file nor a memfd")
+    page = check(lib.kvmpass_fhugepage(fd), "fstatfs", name) or PAGE
+    if offset < 0 or offset % page or size % page:
+        raise LayoutError(f"{name}: offset {offset:#x} and size {size:#x} must be multiples of this file's {page:#x}")
+    if offset + size > status.st_size:
+        raise LayoutError(
+            f"{name}: the file has {status.st_size:#x} bytes, the region would end at {offset + size:#x} of it",
+            "make the file larger first: an access behind its end is a SIGBUS",
+        )
+    return page

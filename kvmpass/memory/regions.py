@@ -1,0 +1,291 @@
+"""The list of regions.
+
+A region is RAM, ROM (the device and the guest may read it) or BAR (an assigned device's own memory, which the
+guest reaches by a memslot and no device reaches by DMA). Whoever mirrors the list registers a listener.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+from kvmpass.errors import LayoutError
+from kvmpass.layout import PAGE, Range
+from kvmpass.memory.mapping import HUGE, Backing, HostMapping, check_file, check_huge_pages
+
+
+class RegionKind(enum.Enum):
+    RAM = "ram"
+    ROM = "rom"
+    BAR = "bar"
+
+
+class MemoryRegion:
+    """Contiguous guest-physical pages with one backing. Identity matters; compare with ``is``."""
+
+    def __init__(
+        self,
+        kind: RegionKind,
+        range_: Range,
+        mapping: HostMapping,
+        *,
+        offset: int = 0,
+        name: str,
+        backing: Backing = Backing.ANONYMOUS,
+    ) -> None:
+        self.kind = kind
+        self.range = range_
+        self.mapping = mapping
+        self.offset = offset
+        self.name = name
+        self.backing = backing
+
+    @property
+    def gpa(self) -> int:
+        return self.range.start
+
+    @property
+    def size(self) -> int:
+        return self.range.size
+
+    @property
+    def hva(self) -> int:
+        return self.mapping.address + self.offset
+
+    @property
+    def guest_writable(self) -> bool:
+        return self.kind is not RegionKind.ROM
+
+    @property
+    def dma(self) -> bool:
+        """Whether devices reach it: RAM and ROM, never another device's BAR."""
+        return self.kind is not RegionKind.BAR
+
+    def release(self) -> None:
+        """Give up the region's own memory; a BAR's mapping is its device's."""
+        if self.kind is not RegionKind.BAR:
+            self.mapping.close()
+
+    def __repr__(self) -> str:
+        return f"<{self.name} {self.kind.value} {self.range}>"
+
+
+class RegionListener(Protocol):
+    """Mirrors the list somewhere. The first two may refuse by raising, and then have changed nothing."""
+
+    def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None:
+        """Before anything is mapped for a new region."""
+
+    def region_added(self, region: MemoryRegion) -> None: ...
+
+    def region_removed(self, region: MemoryRegion) -> None:
+        """Before the region's memory goes. If this raises, the region stays."""
+
+
+def _whole_pages(range_: Range, name: str, page: int = PAGE) -> Range:
+    if range_.start % page or range_.size % page or range_.size <= 0 or range_.start < 0:
+        size = f"{page} bytes" if page == PAGE else f"{page >> 20} MiB"
+        raise LayoutError(f"{name}: {range_} is not made of whole pages of {size}")
+    return range_
+
+
+class GuestMemory:
+    """The list. ``read`` and ``write`` reach RAM and ROM by guest-physical address.
+
+    Adding and removing is serialised by a lock; reading and writing are as unsynchronised as any CPU's.
+    """
+
+    def __init__(self) -> None:
+        self._regions: list[MemoryRegion] = []
+        self._listeners: list[RegionListener] = []
+        self._lock = threading.RLock()
+
+    def __iter__(self) -> Iterator[MemoryRegion]:
+        with self._lock:
+            return iter(sorted(self._regions, key=lambda region: region.gpa))
+
+    def __len__(self) -> int:
+        return len(self._regions)
+
+    def listen(self, listener: RegionListener) -> None:
+        """Register ``listener``; it is told of the regions that are there already. All or nothing."""
+        with self._lock, ExitStack() as undo:
+            for region in self:
+                listener.region_wanted(region.kind, region.range, region.name)
+                listener.region_added(region)
+                undo.callback(listener.region_removed, region)
+            self._listeners.append(listener)
+            undo.pop_all()
+
+    # --- changing the list
+
+    def add_ram(
+        self, gpa: int, size: int, name: str = "ram", *, backing: Backing = Backing.ANONYMOUS
+    ) -> MemoryRegion:
+        """``size`` bytes of zeroed private memory, congruent to ``gpa`` modulo 2 MiB (1 GiB for pages of that size).
+
+        ``backing``: anonymous or one of the pools of huge pages. Raises ``LayoutError`` (not whole pages, overlap),
+        ``NotEnoughMemory`` (huge pages), what a listener refuses with (``ReservedRange``), ``OSError``.
+        """
+        if backing not in (Backing.ANONYMOUS, Backing.HUGETLB_2M, Backing.HUGETLB_1G):
+            raise LayoutError(f"{name}: {backing} memory is not made here: see add_shared and add_bar")
+        page = backing.page_size
+        with self._claim(RegionKind.RAM, _whole_pages(Range(gpa, size), name, page), name):
+            if page > PAGE:
+                check_huge_pages(page, size)
+            mapping = HostMapping(size, align=max(HUGE, page), congruent=gpa, page=page)
+            if page == PAGE and size >= HUGE:
+                mapping.advise_huge()
+            return self._add(RegionKind.RAM, Range(gpa, size), mapping, name, backing)
+
+    def add_shared(
+        self, gpa: int, fd: int, size: int, offset: int = 0, name: str = "shared", *, writable: bool = True
+    ) -> MemoryRegion:
+        """``size`` bytes of a file or memfd from ``offset`` on, which other processes may map too.
+
+        RAM, or ROM if not ``writable``: then ``fd`` may be open for reading only, and others can change what guest
+        and devices read. The descriptor stays the caller's, who may close it. Seal a memfd against shrinking
+        (``F_SEAL_SHRINK``): a process that truncates it takes the pages away from this one.
+
+        Raises ``LayoutError`` (not whole pages of this file, behind its end, overlap), what a listener refuses with,
+        ``OSError``: ``EBADF``, ``EACCES`` (not open for that), ``EPERM`` (sealed). Files whose pages the kernel
+        writes back to a disk cannot be pinned for writing: assigning a device fails with ``EFAULT`` then.
+        """
+        kind = RegionKind.RAM if writable else RegionKind.ROM
+        with self._claim(kind, _whole_pages(Range(gpa, size), name), name):
+            page = check_file(fd, offset, size, name)
+            _whole_pages(Range(gpa, size), name, page)
+            mapping = HostMapping(
+                size, align=max(HUGE, page), congruent=gpa, fd=fd, offset=offset, writable=writable, page=page
+            )
+            return self._add(kind, Range(gpa, size), mapping, name, Backing.SHARED)
+
+    def add_rom(self, gpa: int, data: bytes, name: str = "rom") -> MemoryRegion:
+        """Pages that start with ``data``: neither the guest nor a device can change them.
+
+        The size is that of ``data``, rounded up to pages. Raises as ``add_ram`` does.
+        """
+        size = -(-len(data) // PAGE) * PAGE
+        with self._claim(RegionKind.ROM, _whole_pages(Range(gpa, size), name), name):
+            mapping = HostMapping(size, align=HUGE, congruent=gpa)
+            mapping.view(0, len(data))[:] = data
+            return self._add(RegionKind.ROM, Range(gpa, size), mapping, name, Backing.ANONYMOUS)
+
+    def add_bar(self, gpa: int, size: int, mapping: HostMapping, offset: int, name: str) -> MemoryRegion:
+        """Part of a device's BAR. The mapping stays the caller's: remove the region first, then close it."""
+        with self._claim(RegionKind.BAR, _whole_pages(Range(gpa, size), name), name):
+            return self._add(RegionKind.BAR, Range(gpa, size), mapping, name, Backing.DEVICE, offset)
+
+    @contextmanager
+    def _claim(self, kind: RegionKind, range_: Range, name: str) -> Iterator[None]:
+        """Keep others from changing the list; whoever can refuse ``range_`` does so before anything is mapped."""
+        with self._lock:
+            for other in self._regions:
+                if other.range.overlaps(range_):
+                    raise LayoutError(f"{name} {range_} overlaps {other.name} {other.range}")
+            for listener in self._listeners:
+                listener.region_wanted(kind, range_, name)
+            yield
+
+    def _add(
+        self, kind: RegionKind, range_: Range, mapping: HostMapping, name: str, backing: Backing, offset: int = 0
+    ) -> MemoryRegion:
+        """Tell every listener, or none; memory that none of them holds any more is released."""
+        region = MemoryRegion(kind, range_, mapping, offset=offset, name=name, backing=backing)
+        told: list[RegionListener] = []
+        try:
+            for listener in self._listeners:
+                listener.region_added(region)
+                told.append(listener)
+        except BaseException:
+            with ExitStack() as undo:
+                for listener in told:
+                    undo.callback(listener.region_removed, region)
+            # Not reached if one of them failed to let go: what may still be in use must not be unmapped.
+            region.release()
+            raise
+        self._regions.append(region)
+        return region
+
+    def remove(self, region: MemoryRegion) -> None:
+        """Take the region out of every mirror, then out of the list; its own memory is released.
+
+        If a mirror does not let go, the others get it back and the region stays.
+        """
+        with self._lock:
+            if region not in self._regions:
+                raise LayoutError(f"{region.name} {region.range} is not in this memory")
+            told: list[RegionListener] = []
+            try:
+                for listener in reversed(self._listeners):
+                    listener.region_removed(region)
+                    told.append(listener)
+            except BaseException:
+                with ExitStack() as undo:
+                    for listener in told:
+                        undo.callback(listener.region_added, region)
+                raise
+            self._regions.remove(region)
+        region.release()
+
+    def close(self) -> None:
+        """Release all memory. Mirrors must be closed before; they are not told."""
+        with self._lock:
+            self._listeners.clear()
+            regions, self._regions = self._regions, []
+        for region in regions:
+            region.release()
+
+    # --- reaching the bytes
+
+    @property
+    def ram_size(self) -> int:
+        """Bytes of RAM in all regions."""
+        return sum(region.size for region in self._regions if region.kind is RegionKind.RAM)
+
+    @property
+    def anonymous_size(self) -> int:
+        """Bytes that the host's free memory must have for them: not those of huge page pools and shared files."""
+        return sum(region.size for region in self._regions if region.backing is Backing.ANONYMOUS)
+
+    def populate(self) -> None:
+        """Allocate every page of RAM and ROM now. Raises ``OSError`` (``ENOMEM``)."""
+        for region in self:
+            if region.dma:
+                region.mapping.populate()
+
+    def find(self, gpa: int) -> MemoryRegion | None:
+        """The RAM or ROM region that holds ``gpa``."""
+        for region in self._regions:
+            if region.dma and region.gpa <= gpa < region.range.end:
+                return region
+        return None
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        """A buffer of guest memory inside one region. Raises ``IndexError`` where there is none.
+
+        Writable, unless the region is a file that is mapped for reading only.
+        """
+        region = self.find(gpa)
+        if region is None or gpa + size > region.range.end:
+            raise IndexError(f"guest-physical {gpa:#x}+{size:#x} is not in one region of guest memory")
+        return region.mapping.view(region.offset + gpa - region.gpa, size)
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """``size`` bytes from ``gpa`` on. Raises ``IndexError`` outside guest memory."""
+        return bytes(self.view(gpa, size))
+
+    def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
+        """Put ``data`` at ``gpa``, in ROM too.
+
+        Raises ``IndexError`` outside guest memory, ``OSError`` (``EACCES``) in a file mapped for reading only.
+        """
+        view = self.view(gpa, len(data))
+        if view.readonly:
+            raise OSError(errno.EACCES, f"{os.strerror(errno.EACCES)}: guest-physical {gpa:#x} is a read-only file")
+        view[:] = data

@@ -1,0 +1,49 @@
+"""DMA that is blocked is told: the IOMMU's event, the kernel's log, and our reader of it."""
+
+from __future__ import annotations
+
+import select
+import time
+
+import pytest
+from witness import Edu, pattern
+
+from kvmpass import host
+from kvmpass.host.faults import DmaFault, FaultLog
+from kvmpass.layout import MIB
+from kvmpass.machine import Machine
+
+NOWHERE = 0xD000_0000
+
+
+def wait_for_fault(log: FaultLog, seconds: float = 20) -> list[DmaFault]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([log], [], [], 1)
+        if ready and (faults := log.read()):
+            return faults
+    return []
+
+
+@pytest.mark.amdvi(profile="faults", qemu="modern")
+def test_a_blocked_access_is_seen(edu: str, emulated_host: bool) -> None:
+    """QEMU's events name the device (on bus 0) and nothing else; real ones name address and domain too."""
+    with FaultLog() as log, host.borrow(edu), Machine(memory=4 * MIB) as machine:
+        device = Edu(machine.assign(edu))
+        data = pattern()
+        machine.memory.write(0x1000, data)
+        device.load(0x1000)
+        device.store(0x2000)
+        assert machine.memory.read(0x2000, 16) == data
+        assert log.read() == [], "what is mapped makes no fault"
+        device.load(NOWHERE)
+        faults = wait_for_fault(log)
+        assert faults, "the kernel's log says nothing of a read that was blocked"
+        assert {str(fault.bdf) for fault in faults} == {edu}
+        if not emulated_host:
+            assert {(fault.address & ~0xFFF, fault.write, bool(fault.domain)) for fault in faults} == {
+                (NOWHERE, False, True)
+            }
+        device.store(NOWHERE)
+        assert wait_for_fault(log), "the kernel's log says nothing of a write that was blocked"
+        assert log.lost == 0

@@ -1,0 +1,368 @@
+"""KVM's memslots and the IOMMU's mappings follow the list of regions, whichever call fails on the way.
+
+The kernel's two tables are stood in for by fakes that keep them as the kernel does; every call of either can fail,
+before or after it did its work.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvmpass.domain
+from kvmpass.domain import Domain
+from kvmpass.errors import AuditFailed, ReservedRange
+from kvmpass.kvm import Memslots
+from kvmpass.layout import GIB, MIB, PAGE, Range, Reserved
+from kvmpass.memory import GuestMemory, HostMapping, MemoryRegion
+from kvmpass.vfio import IommuInfo
+
+MSI = Reserved(Range(0xFEE0_0000, MIB), "msi")
+
+
+class Refused(OSError):
+    """What an injected failure raises."""
+
+
+class Kernel:
+    """Both tables; ``fail`` makes one call of those that follow fail."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, Range] = {}
+        self.mappings: dict[Range, bool] = {}
+        self.log: list[str] = []
+        self.countdown = 0
+        self.after = False
+
+    def fail(self, number: int, *, after: bool = False) -> None:
+        """Let the ``number``-th call from now on fail, once, without doing its work or ``after`` it."""
+        self.countdown, self.after = number, after
+
+    def step(self, what: str, work: Callable[[], Any]) -> Any:
+        self.countdown -= 1
+        if self.countdown != 0:
+            self.log.append(what)
+            return work()
+        if self.after:
+            work()
+        raise Refused(errno.ENOMEM, what)
+
+    # --- KVM
+
+    def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:
+        def work() -> None:
+            if not size:
+                if slot not in self.slots:
+                    raise OSError(errno.EINVAL, "no such slot")
+                del self.slots[slot]
+                return
+            wanted = Range(gpa, size)
+            if slot in self.slots or any(other.overlaps(wanted) for other in self.slots.values()):
+                raise OSError(errno.EEXIST, "overlap")
+            self.slots[slot] = wanted
+
+        self.step("slot+" if size else "slot-", work)
+
+
+class FakeContainer:
+    """VFIO's type 1 container over the same kernel."""
+
+    kernel: Kernel
+
+    def set_iommu(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def get_info(self) -> IommuInfo:
+        return IommuInfo(PAGE, None, (Range(0, 0xFEE0_0000), Range(0xFEF0_0000, 1 << 39)))
+
+    def map_dma(self, iova: int, hva: int, size: int, *, writable: bool) -> None:
+        self.kernel.step("map", lambda: self.kernel.mappings.__setitem__(Range(iova, size), writable))
+
+    def unmap_dma(self, iova: int, size: int) -> int:
+        return self.kernel.step(
+            "unmap", lambda: size if self.kernel.mappings.pop(Range(iova, size), None) in (True, False) else 0
+        )
+
+    def unmap_all(self) -> int:
+        left = sum(range_.size for range_ in self.kernel.mappings)
+        self.kernel.mappings.clear()
+        return left
+
+
+class FakeGroup:
+    """A group with one device."""
+
+    taken = False
+
+    def __init__(self, number: int) -> None:
+        self.fd = self.number = number
+
+    def set_container(self, container: FakeContainer) -> None: ...
+
+    def unset_container(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def get_device_fd(self, name: str, vf_token: object) -> FakeDevice:
+        return FakeDevice(name)
+
+
+class FakeDevice:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def close(self) -> None: ...
+
+
+class House:
+    """Guest memory with both mirrors, and RAM and ROM in it."""
+
+    def __init__(self) -> None:
+        self.kernel = FakeContainer.kernel = Kernel()
+        self.memory = GuestMemory()
+        self.memslots = Memslots(self.kernel)  # type: ignore[arg-type]
+        self.memory.listen(self.memslots)
+        self.domain = Domain(self.memory, None, [MSI])
+        self.memory.add_ram(0, MIB, "ram0")
+        self.memory.add_rom(GIB, b"rom")
+
+    def state(self) -> tuple[Any, ...]:
+        """Everything that must be as before after a refusal."""
+        return (
+            [str(region) for region in self.memory],
+            self.memslots.ledger,
+            self.domain.ledger,
+            dict(self.kernel.slots),
+            dict(self.kernel.mappings),
+        )
+
+    def check(self) -> None:
+        """The ledgers are the kernel's tables, and both are the list."""
+        self.domain.audit()
+        assert sorted(Range(m.iova, m.size) for m in self.domain.ledger) == sorted(self.kernel.mappings)
+        assert {slot.slot: Range(slot.gpa, slot.size) for slot in self.memslots.ledger} == self.kernel.slots
+        assert sorted(region.range for region in self.memory) == sorted(self.kernel.slots.values())
+
+
+@pytest.fixture
+def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+    monkeypatch.setattr(kvmpass.domain, "Container", FakeContainer)
+    monkeypatch.setattr(kvmpass.domain, "Group", FakeGroup)
+    house = House()
+    yield house
+    house.kernel.fail(0)
+    house.domain.close()
+    house.memslots.close()
+    assert (house.kernel.slots, house.kernel.mappings) == ({}, {})
+    house.memory.close()
+
+
+@pytest.fixture
+def open_mappings(monkeypatch: pytest.MonkeyPatch) -> list[HostMapping]:
+    """The mappings that were made and not closed."""
+    alive: list[HostMapping] = []
+    made, closed = HostMapping.__init__, HostMapping.close
+
+    def init(self: HostMapping, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        alive.append(self)
+
+    def close(self: HostMapping) -> None:
+        closed(self)
+        if self in alive:
+            alive.remove(self)
+
+    monkeypatch.setattr(HostMapping, "__init__", init)
+    monkeypatch.setattr(HostMapping, "close", close)
+    return alive
+
+
+def add_ram(memory: GuestMemory) -> MemoryRegion:
+    return memory.add_ram(2 * GIB, 4 * PAGE, "extra")
+
+
+def add_rom(memory: GuestMemory) -> MemoryRegion:
+    return memory.add_rom(2 * GIB, b"extra")
+
+
+def add_shared(memory: GuestMemory) -> MemoryRegion:
+    fd = os.memfd_create("kvmpass-test")
+    try:
+        os.truncate(fd, PAGE)
+        return memory.add_shared(2 * GIB, fd, PAGE)
+    finally:
+        os.close(fd)
+
+
+ADDS = pytest.mark.parametrize("add", [add_ram, add_rom, add_shared])
+AFTER = pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+ACTIVE = pytest.mark.parametrize("active", [False, True], ids=["inactive", "active"])
+
+
+@ADDS
+@AFTER
+@ACTIVE
+def test_a_region_that_is_refused_leaves_nothing(
+    house: House,
+    open_mappings: list[HostMapping],
+    add: Callable[[GuestMemory], MemoryRegion],
+    after: bool,
+    active: bool,
+) -> None:
+    if active:
+        house.domain.attach("device", 1)
+    before = house.state()
+    for number, call in enumerate(["slot+", "map"] if active else ["slot+"], start=1):
+        house.kernel.fail(number, after=after)
+        with pytest.raises(Refused, match=re.escape(call)):
+            add(house.memory)
+        assert house.state() == before
+        assert open_mappings == []
+        house.check()
+    region = add(house.memory)
+    house.check()
+    house.memory.remove(region)
+    assert house.state() == before
+    assert open_mappings == []
+
+
+@ACTIVE
+def test_a_region_that_cannot_be_removed_stays_whole(
+    house: House, open_mappings: list[HostMapping], active: bool
+) -> None:
+    if active:
+        house.domain.attach("device", 1)
+    region = add_ram(house.memory)
+    before = house.state()
+    for number, call in enumerate(["unmap", "slot-"] if active else ["slot-"], start=1):
+        house.kernel.fail(number)
+        with pytest.raises(Refused, match=call):
+            house.memory.remove(region)
+        assert house.state() == before
+        assert [mapping.address for mapping in open_mappings] == [region.hva]
+        house.check()
+    house.memory.remove(region)
+    house.check()
+    assert open_mappings == []
+
+
+@AFTER
+def test_a_device_that_cannot_join_leaves_nothing_mapped(house: House, after: bool) -> None:
+    for number in (1, 2):
+        house.kernel.fail(number, after=after)
+        with pytest.raises(Refused, match="map"):
+            house.domain.attach("device", 1)
+        assert not house.domain.active
+        assert (house.domain.ledger, house.kernel.mappings) == ([], {})
+        house.check()
+    house.domain.attach("device", 1)
+    assert len(house.domain.ledger) == 2
+    house.check()
+
+
+def test_memslots_come_first_and_go_last(house: House) -> None:
+    house.domain.attach("device", 1)
+    house.kernel.log.clear()
+    house.memory.remove(add_ram(house.memory))
+    assert house.kernel.log == ["slot+", "map", "unmap", "slot-"]
+
+
+def test_memory_that_a_mirror_does_not_give_up_stays_mapped(
+    house: House, open_mappings: list[HostMapping], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The map fails, and then deleting the slot fails too: the guest may still reach these pages."""
+    house.domain.attach("device", 1)
+    real = Kernel.set_user_memory_region
+
+    def stuck(self: Kernel, slot: int, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:
+        if not size:
+            raise Refused(errno.ENOMEM, "slot-")
+        real(self, slot, gpa, size, hva, readonly=readonly)
+
+    house.kernel.fail(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "set_user_memory_region", stuck)
+        with pytest.raises(Refused, match="slot-"):
+            add_ram(house.memory)
+    assert len(open_mappings) == 1
+    assert len(house.memslots.ledger) == 3
+    house.domain.audit()
+    open_mappings[0].close()
+
+
+@ACTIVE
+@ADDS
+def test_reserved_ranges_are_refused_before_anything_is_touched(
+    house: House,
+    monkeypatch: pytest.MonkeyPatch,
+    add: Callable[[GuestMemory], MemoryRegion],
+    active: bool,
+) -> None:
+    if active:
+        house.domain.attach("device", 1)
+    before = house.state()
+    log = list(house.kernel.log)
+    monkeypatch.setattr(HostMapping, "__init__", lambda *_, **__: pytest.fail("something was mapped"))
+    monkeypatch.setitem(add.__globals__, "GIB", 0xFEE0_0000 // 2)
+    with pytest.raises(ReservedRange, match="0xfee00000-0xfeefffff msi") as refused:
+        add(house.memory)
+    assert "reserved_regions" in refused.value.__notes__[0]
+    assert (house.kernel.log, house.state()) == (log, before)
+
+
+def test_what_only_the_container_knows(house: House) -> None:
+    beyond = 1 << 41
+    house.memory.remove(house.memory.add_ram(beyond, PAGE))
+    house.domain.attach("device", 1)
+    with pytest.raises(ReservedRange, match="cannot translate"):
+        house.memory.add_ram(beyond, PAGE)
+    house.check()
+
+
+def test_a_bar_may_lie_in_a_range_that_devices_do_not_reach(house: House) -> None:
+    mapping = HostMapping(PAGE)
+    region = house.memory.add_bar(0xFEE0_0000, PAGE, mapping, 0, "bar")
+    house.memory.remove(region)
+    mapping.close()
+
+
+def test_regions_that_were_there_before_are_checked_and_taken_back(house: House) -> None:
+    house.memory.add_bar(0xFEE0_0000, PAGE, (mapping := HostMapping(PAGE)), 0, "bar")
+    late = Kernel()
+    late.fail(3)
+    with pytest.raises(Refused):
+        house.memory.listen(Memslots(late))  # type: ignore[arg-type]
+    assert late.slots == {}
+    other = GuestMemory()
+    other.add_ram(0xFEE0_0000, PAGE, "early")
+    with pytest.raises(ReservedRange, match="early"):
+        Domain(other, None, [MSI])
+    other.close()
+    house.memory.remove(next(region for region in house.memory if region.name == "bar"))
+    mapping.close()
+
+
+def test_what_the_ledger_does_not_know_is_found_at_the_end(house: House) -> None:
+    device = house.domain.attach("device", 1)
+    house.kernel.mappings[Range(5 * GIB, PAGE)] = True
+    with pytest.raises(AuditFailed, match="0x1000 bytes were mapped that the ledger does not have"):
+        house.domain.detach(device)
+    assert not house.domain.active
+
+
+def test_the_process_has_its_mappings_back(house: House) -> None:
+    def count() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    house.memory.remove(add_shared(house.memory))
+    before = count()
+    for _ in range(50):
+        house.memory.remove(add_shared(house.memory))
+    assert count() <= before + 1
