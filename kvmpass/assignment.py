@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse
+from kvmpass.events import DeviceEvent
 from kvmpass.guest import GuestSpec, prepare
 from kvmpass.layout import Range
 from kvmpass.machine import Machine, parse_size
+from kvmpass.memory import Backing
 
 Say = Callable[[str], None]
 
 
 def check(bdfs: Sequence[host.Bdf], memory: int, sysfs: host.Sysfs) -> list[host.PciDevice]:
-    """Everything that can be refused before anything changes, the host's side; returns the devices as they are."""
+    """Everything that can be refused before anything changes, the host's side; returns the devices as they are.
+
+    ``memory``: bytes that do not come from a pool of huge pages.
+    """
     if len(set(bdfs)) != len(bdfs):
         raise DeviceInUse("the same device is named twice")
     devices = [sysfs.device(bdf) for bdf in bdfs]
@@ -28,25 +34,34 @@ def check(bdfs: Sequence[host.Bdf], memory: int, sysfs: host.Sysfs) -> list[host
 
 @contextmanager
 def assigned(
-    addresses: Sequence[str], spec: GuestSpec, *, memory: str = "1G", cpus: int = 1, say: Say = lambda line: None
+    addresses: Sequence[str],
+    spec: GuestSpec,
+    *,
+    memory: str = "1G",
+    cpus: int = 1,
+    backing: Backing = Backing.ANONYMOUS,
+    vf_token: uuid.UUID | None = None,
+    say: Say = lambda line: None,
+    on_event: Callable[[DeviceEvent], None] | None = None,
 ) -> Iterator[Machine]:
     """A machine with the devices in its domain and a guest loaded; afterwards the host is as it was.
 
-    ``say`` gets a line for each thing worth knowing. Raises before any change: ``BadAddress``, ``NoSuchDevice``,
-    ``HostNotReady``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``,
-    ``LayoutError``. Everything raised later comes after the devices were given back.
+    ``say`` gets a line for each thing worth knowing; the other arguments are those of ``Machine``. Raises before any
+    change: ``BadAddress``, ``NoSuchDevice``, ``HostNotReady``, ``NotAssignable``, ``GroupNotViable``,
+    ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``, ``LayoutError``. Everything raised later comes after the
+    devices were given back.
     """
     sysfs = host.Sysfs()
     bdfs = [host.Bdf.parse(address) for address in addresses]
     size = parse_size(memory)
-    devices = check(bdfs, size, sysfs)
+    devices = check(bdfs, size if backing is Backing.ANONYMOUS else 0, sysfs)
     image = prepare(spec, [device.modalias for device in devices])
-    with Machine(memory=size, cpus=cpus, sysfs=sysfs) as machine:
+    with Machine(memory=size, cpus=cpus, backing=backing, sysfs=sysfs, on_event=on_event) as machine:
         image.load(machine)
         # Nothing has changed on the host so far. The machine lets go of the devices before they are given back.
         with host.borrow(*bdfs, sysfs=sysfs), closing(machine):
-            for device in devices:
-                machine.assign(device.bdf)
+            for device in sorted(devices, key=lambda device: device.bdf):  # a slot begins with its function 0
+                machine.assign(device.bdf, vf_token=vf_token)
                 name = host.name_of(device.bdf) or f"{device.vendor:04x}:{device.device:04x}"
                 driver = device.driver or "no driver"
                 say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was under {driver}")

@@ -29,6 +29,17 @@ class DeviceRequest(DeviceEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceFault(DeviceEvent):
+    """The IOMMU blocked a DMA access of the device to the I/O virtual address ``address``."""
+
+    address: int
+    write: bool
+
+    def __str__(self) -> str:
+        return f"{self.bdf}: the IOMMU blocked a {'write to' if self.write else 'read of'} {self.address:#x}"
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceReset(DeviceEvent):
     """The device was reset. ``method``: the kernel's word (``flr``, ``pm``, ``bus`` …), ``reason``: when."""
 

@@ -27,11 +27,11 @@ from kvmpass.devices.power import PowerEvent
 from kvmpass.devices.serial import Serial16550
 from kvmpass.domain import DmaMapping, Domain, compare
 from kvmpass.errors import Closed, GuestError, LayoutError, NotAssignable
-from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
-from kvmpass.host import Bdf, Sysfs, check_memory
+from kvmpass.events import DeviceError, DeviceEvent, DeviceFault, DeviceReleased, DeviceRequest, DeviceReset
+from kvmpass.host import Bdf, FaultLog, Sysfs, check_memory, open_fault_log
 from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
 from kvmpass.layout import PAGE, Layout, plan_layout
-from kvmpass.memory import GuestMemory, RegionKind
+from kvmpass.memory import Backing, GuestMemory, RegionKind
 from kvmpass.vcpus import Ending, VcpuThreads
 from kvmpass.vfio.device import ERR, REQ
 from kvmpass.watch import Watch
@@ -75,9 +75,10 @@ class Machine:
     guest pages, assigned devices do DMA to them. Raises ``OSError`` (no ``/dev/kvm``), ``LayoutError``,
     ``ReservedRange``; then nothing is left behind.
 
+    ``backing``: huge pages of the host's pools instead of anonymous memory (``NotEnoughMemory`` if they are too few).
     ``on_event`` gets a ``kvmpass.events.DeviceEvent`` for what happens to devices: errors, faults, resets, leaving.
-    It is called from a thread of the machine's own, or from the one whose call made it happen. Without it an
-    uncorrected error of a device ends the guest; events are logged in any case.
+    It is called from a thread of the machine's own, or from the one whose call made it happen; events are logged in
+    any case. An uncorrected error of a device ends the guest, unless ``stop_on_error`` is false.
 
     Call from one thread; the guest's vCPUs and the watch over its devices have their own. In the main thread Ctrl-C,
     SIGTERM and SIGHUP wait while a device goes in or out.
@@ -88,11 +89,14 @@ class Machine:
         memory: str | int = "1G",
         cpus: int = 1,
         *,
+        backing: Backing = Backing.ANONYMOUS,
         sysfs: Sysfs | None = None,
         on_event: Callable[[DeviceEvent], None] | None = None,
+        stop_on_error: bool = True,
     ) -> None:
         self._sysfs = sysfs or Sysfs()
         self._on_event = on_event
+        self._stop_on_error = stop_on_error
         self._closed = False
         self._populated = False
         self._lock = threading.RLock()  # the buses: taken for each exit
@@ -122,8 +126,10 @@ class Machine:
             self.domain = Domain(self.memory, self._board.kvm_vfio, self.layout.reserved)
             undo.callback(self.domain.close)
             for index, part in enumerate(self.layout.ram):
-                self.memory.add_ram(part.start, part.size, f"ram{index}")
+                self.memory.add_ram(part.start, part.size, f"ram{index}", backing=backing)
             self._watch = Watch("devices")
+            self._faults: FaultLog | None = None
+            undo.callback(self._close_faults)
             undo.callback(self._deassign_all)
             undo.callback(self._watch.close)
             undo.callback(self._close_vcpus)
@@ -189,10 +195,11 @@ class Machine:
                 "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
             )
         if not self._populated:
-            check_memory(self._sysfs, self.memory.ram_size)
+            check_memory(self._sysfs, self.memory.anonymous_size)
             self.memory.populate()
             self._populated = True
         with deferred(), self._moves, ExitStack() as undo:
+            self._watch_faults()
             vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
             undo.callback(self.domain.detach, vfio)
             device = AssignedDevice(found.bdf, found.group, vfio)
@@ -304,15 +311,36 @@ class Machine:
     # --- what the host and the guest say about devices
 
     def _emit(self, event: DeviceEvent) -> None:
-        level = logging.WARNING if isinstance(event, (DeviceError, DeviceRequest)) else logging.INFO
+        level = logging.WARNING if isinstance(event, (DeviceError, DeviceFault, DeviceRequest)) else logging.INFO
         log.log(level, "%s", event)
         if self._on_event is not None:
             self._on_event(event)
 
     def _on_error(self, device: AssignedDevice) -> None:
         self._emit(DeviceError(str(device.bdf)))
-        if self._on_event is None:
+        if self._stop_on_error:
             self.stop(Ending.DEVICE_ERROR)
+
+    def _watch_faults(self) -> None:
+        """From the first device on: what the host's IOMMU reports about devices of this machine."""
+        if self._faults is None:
+            opened = open_fault_log()
+            if isinstance(opened, str):
+                log.info("%s", opened)
+                return
+            self._faults = opened
+            self._watch.add(opened.fd, self._on_faults)
+
+    def _on_faults(self) -> None:
+        assert self._faults is not None
+        ours = {device.bdf for device in list(self.devices)}
+        for fault in self._faults.read():
+            if fault.bdf in ours:
+                self._emit(DeviceFault(str(fault.bdf), fault.address, fault.write))
+
+    def _close_faults(self) -> None:
+        if self._faults is not None:
+            self._faults.close()
 
     def _on_request(self, device: AssignedDevice) -> None:
         """VFIO repeats this until the device is closed."""

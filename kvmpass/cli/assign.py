@@ -16,7 +16,9 @@ from kvmpass.assignment import assigned
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
+from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
+from kvmpass.memory import Backing
 from kvmpass.vcpus import Ending
 
 _TAIL_LINES = 24
@@ -43,6 +45,8 @@ _TAIL_LINES = 24
     metavar="FILE.ko",
     help="A driver under test: loaded instead of the kernel's own for the device.  [repeatable]",
 )
+@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Guest memory from the host's pool of such pages.")
+@click.option("--vf-token", type=click.UUID, help="The secret that a virtual and its physical function share.")
 @click.option(
     "--on-reboot",
     type=click.Choice(["end", "restart"]),
@@ -124,10 +128,26 @@ def _run(
         if verbose:
             click.echo(f"kvmpass: {line}", err=True)
 
+    events: list[str] = []
+    outcome["events"] = events
+
+    def note(event: DeviceEvent) -> None:
+        events.append(str(event))
+        say(f"device {event}")
+
     to_stdout, to_stderr = descriptor_sink(sys.stdout.fileno()), descriptor_sink(sys.stderr.fileno())
     console = to_stdout if command is None else to_stderr if verbose else None
     with (
-        assigned(bdf, spec, memory=options["memory"], cpus=options["cpus"], say=say) as machine,
+        assigned(
+            bdf,
+            spec,
+            memory=options["memory"],
+            cpus=options["cpus"],
+            backing=Backing(f"hugetlb-{options['hugepages']}") if options["hugepages"] else Backing.ANONYMOUS,
+            vf_token=options["vf_token"],
+            say=say,
+            on_event=note,
+        ) as machine,
         Guest(machine, console=console, output=to_stdout, errors=to_stderr) as guest,
     ):
         if command is None:

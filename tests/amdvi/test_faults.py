@@ -9,6 +9,7 @@ import pytest
 from witness import Edu, pattern
 
 from kvmpass import host
+from kvmpass.events import DeviceEvent, DeviceFault
 from kvmpass.host.faults import DmaFault, FaultLog
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
@@ -28,7 +29,8 @@ def wait_for_fault(log: FaultLog, seconds: float = 20) -> list[DmaFault]:
 @pytest.mark.amdvi(profile="faults", qemu="modern")
 def test_a_blocked_access_is_seen(edu: str, emulated_host: bool) -> None:
     """QEMU's events name the device (on bus 0) and nothing else; real ones name address and domain too."""
-    with FaultLog() as log, host.borrow(edu), Machine(memory=4 * MIB) as machine:
+    events: list[DeviceEvent] = []
+    with FaultLog() as log, host.borrow(edu), Machine(memory=4 * MIB, on_event=events.append) as machine:
         device = Edu(machine.assign(edu))
         data = pattern()
         machine.memory.write(0x1000, data)
@@ -44,6 +46,11 @@ def test_a_blocked_access_is_seen(edu: str, emulated_host: bool) -> None:
             assert {(fault.address & ~0xFFF, fault.write, bool(fault.domain)) for fault in faults} == {
                 (NOWHERE, False, True)
             }
+        deadline = time.monotonic() + 20
+        while not any(isinstance(event, DeviceFault) for event in events):
+            assert time.monotonic() < deadline, "the machine says nothing of it"
+            time.sleep(0.02)
+        assert {event.bdf for event in events if isinstance(event, DeviceFault)} == {edu}
         device.store(NOWHERE)
         assert wait_for_fault(log), "the kernel's log says nothing of a write that was blocked"
         assert log.lost == 0

@@ -67,10 +67,10 @@ class Running:
 @contextmanager
 def running(script: str, *, events: list[DeviceEvent] | None = None, cpus: int = 1) -> Iterator[Running]:
     said = bytearray()
-    on_event = None if events is None else events.append
+    options = {} if events is None else {"on_event": events.append, "stop_on_error": False}
     image = prepare(GuestSpec(command=("sh", "-c", WAIT + script)), [])
     with (
-        Machine(memory="192M", cpus=cpus, on_event=on_event) as machine,
+        Machine(memory="192M", cpus=cpus, **options) as machine,
         Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,
     ):
         image.load(machine)
