@@ -55,11 +55,6 @@ class Msi:
         """Whether the guest has turned it on."""
         return bool(self._space.get(self.start + 2, 2) & CONTROL_ENABLE)
 
-    @property
-    def active(self) -> int:
-        """How many vectors reach the guest now."""
-        return sum(vector.connected for vector in self._vectors)
-
     def refresh_pending(self) -> None:
         """Before the guest reads the pending bits: which masked vectors the device has raised."""
         if self._maskable:

@@ -42,11 +42,6 @@ class Msix:
         """Bytes."""
         return len(self._table)
 
-    @property
-    def active(self) -> int:
-        """How many vectors reach the guest now."""
-        return sum(vector.connected for vector in self._vectors)
-
     def read(self, offset: int, size: int) -> bytes:
         """Of the table. ``offset + size`` is inside it."""
         return bytes(self._table[offset : offset + size])

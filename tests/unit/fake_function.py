@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from typing import Any
 
 from kvmpass.bus import Bus
@@ -101,6 +102,7 @@ class FakeDevice:
             MSI: IrqInfo(MSI, MSI_VECTORS, True, False, False, True),
             MSIX: IrqInfo(MSIX, VECTORS, True, False, False, True),
         }
+        self.refusing: Callable[[], bool] = lambda: False
         self.active: int | None = None
         self.irq_calls: list[tuple[Any, ...]] = []
         self.signals: dict[int, int] = {}
@@ -114,6 +116,7 @@ class FakeDevice:
         return self.regions[CONFIG]
 
     def set_irqs(self, index: int, start: int, eventfds: list[int]) -> None:
+        self.refuse()
         if self.active not in (None, index):
             raise OSError(errno.EINVAL, "VFIO_DEVICE_SET_IRQS: another kind is on")
         assert start >= 0 and start + len(eventfds) <= self.irqs[index].count
@@ -125,6 +128,7 @@ class FakeDevice:
             self.irq_calls.append(("set", start, len(eventfds)))
 
     def set_unmask_eventfd(self, index: int, eventfd: int) -> None:
+        self.refuse()
         assert index == INTX == self.active
         assert os.fstat(eventfd)
 
@@ -135,6 +139,11 @@ class FakeDevice:
         self.signals.clear()
         if index != INTX:
             self.irq_calls.append(("disable",))
+
+    def refuse(self) -> None:
+        """Fails while ``refusing`` says so: a test's own choice."""
+        if self.refusing():
+            raise OSError(errno.EIO, "VFIO refuses")
 
     def interrupt(self, vector: int) -> None:
         """As the device raises it."""
