@@ -83,6 +83,12 @@ def bridged(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
+def bridged2(pytestconfig: pytest.Config) -> str:
+    """PCI address of a second device that shares its IOMMU group with a bridge."""
+    return device(pytestconfig, "bridged2")
+
+
+@pytest.fixture(scope="session")
 def sriov(pytestconfig: pytest.Config) -> str:
     """PCI address of a physical function with SR-IOV."""
     return device(pytestconfig, "sriov")

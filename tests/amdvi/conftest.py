@@ -21,10 +21,17 @@ def pytest_kvmpass_profiles() -> dict[str, Profile]:
     """Hosts of single tests.
 
     One drive and nothing else; a device on bus 0, where the emulated IOMMU's events name it; a physical function that
-    vfio-pci may make virtual ones of.
+    vfio-pci may make virtual ones of; two devices on one bus.
     """
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
+        "bus": Profile(
+            devices=(
+                "pci-bridge,id=bridge0,chassis_nr=1,addr=11.0",
+                "edu,bus=bridge0,addr=01.0",
+                "edu,bus=bridge0,addr=02.0",
+            )
+        ),
         "faults": Profile(devices=("edu,addr=06.0",)),
         "vf-token": Profile(
             devices=(
