@@ -21,15 +21,19 @@ def check(result: int, ioctl: str, detail: str = "", remedy: str | None = None) 
     """
     if result >= 0:
         return result
-    code = -result
-    message = f"{ioctl}: {os.strerror(code)}"
+    raise failure(-result, ioctl, detail, remedy)
+
+
+def failure(code: int, call: str, detail: str = "", remedy: str | None = None) -> OSError:
+    """What ``check`` raises, for the errno ``code``."""
+    message = f"{call}: {os.strerror(code)}"
     if detail:
         message += f" ({detail})"
     error = OSError(code, message)
-    error.ioctl = ioctl  # type: ignore[attr-defined]
+    error.ioctl = call  # type: ignore[attr-defined]
     if remedy:
         error.add_note(remedy)
-    raise error
+    return error
 
 
 def open_node(path: str, flags: int = os.O_RDWR) -> int:

@@ -101,13 +101,13 @@ class GuestMemory:
     """
 
     def __init__(self) -> None:
-        self._regions: list[MemoryRegion] = []
+        # Replaced, never changed: whoever walks it without the lock sees one state of the list.
+        self._regions: tuple[MemoryRegion, ...] = ()
         self._listeners: list[RegionListener] = []
         self._lock = threading.RLock()
 
     def __iter__(self) -> Iterator[MemoryRegion]:
-        with self._lock:
-            return iter(sorted(self._regions, key=lambda region: region.gpa))
+        return iter(sorted(self._regions, key=lambda region: region.gpa))
 
     def __len__(self) -> int:
         return len(self._regions)
@@ -209,7 +209,7 @@ class GuestMemory:
             # Not reached if one of them failed to let go: what may still be in use must not be unmapped.
             region.release()
             raise
-        self._regions.append(region)
+        self._regions = (*self._regions, region)
         return region
 
     def remove(self, region: MemoryRegion) -> None:
@@ -230,14 +230,14 @@ class GuestMemory:
                     for listener in told:
                         undo.callback(listener.region_added, region)
                 raise
-            self._regions.remove(region)
+            self._regions = tuple(other for other in self._regions if other is not region)
         region.release()
 
     def close(self) -> None:
         """Release all memory. Mirrors must be closed before; they are not told."""
         with self._lock:
             self._listeners.clear()
-            regions, self._regions = self._regions, []
+            regions, self._regions = self._regions, ()
         for region in regions:
             region.release()
 

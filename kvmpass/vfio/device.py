@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvmpass._fd import OwnedFd, check, closing_on_error
+from kvmpass._fd import OwnedFd, check, closing_on_error, failure
 from kvmpass._native import ffi, lib
 from kvmpass.layout import Range
 from kvmpass.memory import HostMapping
@@ -82,16 +82,36 @@ class Region:
         return self.info.offset + offset
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes. Raises ``IndexError`` outside the region, ``OSError`` where VFIO refuses."""
-        data = os.pread(self._device.fd, size, self._check(offset, size))
+        """Exactly ``size`` bytes. Raises ``IndexError`` outside the region, ``OSError`` where VFIO refuses.
+
+        ``EIO``: the device does not decode its memory (or I/O) now.
+        """
+        at = self._check(offset, size)
+        try:
+            data = os.pread(self._device.fd, size, at)
+        except OSError as error:
+            raise self._refused("pread", error.errno, offset, size) from None
         if len(data) != size:
-            raise OSError(errno.EIO, f"{self._device.name} region {self.info.index}: short read at {offset:#x}")
+            raise self._refused("pread", None, offset, size)
         return data
 
     def write(self, offset: int, data: bytes) -> None:
+        """All of ``data``; raises as ``read`` does."""
         at = self._check(offset, len(data))
-        if os.pwrite(self._device.fd, data, at) != len(data):
-            raise OSError(errno.EIO, f"{self._device.name} region {self.info.index}: short write at {offset:#x}")
+        try:
+            written = os.pwrite(self._device.fd, data, at)
+        except OSError as error:
+            raise self._refused("pwrite", error.errno, offset, len(data)) from None
+        if written != len(data):
+            raise self._refused("pwrite", None, offset, len(data))
+
+    def _refused(self, call: str, code: int | None, offset: int, size: int) -> OSError:
+        """The error for an access; without a code for one that was done in part."""
+        where = f"{self._device.name} region {self.info.index}, {offset:#x}+{size:#x}"
+        if code is None:
+            return failure(errno.EIO, call, f"{where}: only a part was done")
+        remedy = "turn on the device's decoding (AssignedDevice.enable, or its driver)" if code == errno.EIO else None
+        return failure(code, call, where, remedy)
 
     def read_int(self, offset: int, size: int = 4) -> int:
         """A little-endian register."""
@@ -209,11 +229,10 @@ class Device(OwnedFd):
 
     def disable_irqs(self, index: int) -> None:
         """Turn the whole index off; harmless where it is off."""
-        if index in (ERR, REQ):  # the kernel's other way refuses to turn off what is off (vfio_pci_intrs.c)
-            self.set_irqs(index, 0, [-1])
-            return
         flags = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
         result = lib.vfio_device_set_irqs(self.fd, flags, index, 0, 0, ffi.NULL)
+        if result == -errno.EINVAL and index in self.irqs and self.irqs[index].count:
+            return  # it is off: nothing else is refused of an index that the device has (vfio_pci_intrs.c)
         check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}")
 
     def reset(self) -> None:

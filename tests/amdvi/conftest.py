@@ -20,8 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_kvmpass_profiles() -> dict[str, Profile]:
     """Hosts of single tests.
 
-    One drive and nothing else; a device on bus 0, where the emulated IOMMU's events name it; a physical function that
-    vfio-pci may make virtual ones of; two devices on one bus.
+    One drive and nothing else; two devices on one bus; a device on bus 0, where the emulated IOMMU's events name it; a
+    page of 1 GiB; a physical function that vfio-pci may make virtual ones of.
     """
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
@@ -33,6 +33,7 @@ def pytest_kvmpass_profiles() -> dict[str, Profile]:
             )
         ),
         "faults": Profile(devices=("edu,addr=06.0",)),
+        "gigantic": Profile(devices=("edu,addr=06.0",), memory="4G", append="hugepagesz=1G hugepages=1"),
         "vf-token": Profile(
             devices=(
                 "nvme-subsys,id=subsys0",

@@ -222,7 +222,7 @@ def test_an_iova_that_is_off_by_a_page_is_caught(bench: Bench, monkeypatch: pyte
         with monkeypatch.context() as patch, pytest.raises(AuditFailed, match="0x0 bytes were mapped"):
             patch.setattr(Domain, "region_added", lambda self, region: None)
             bench.memory.remove(region)
-        bench.machine.memory._regions = [r for r in bench.memory if r is not region]
+        bench.machine.memory._regions = tuple(r for r in bench.memory if r is not region)
         region.mapping.close()
         bench.machine.memslots.region_removed(region)
 

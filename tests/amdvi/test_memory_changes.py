@@ -1,0 +1,316 @@
+"""Regions come and go while a device does DMA: the books are right at every moment, and closed at the end."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from witness import Edu, locked_bytes, pattern
+
+from kvmpass import host
+from kvmpass.errors import NotEnoughMemory
+from kvmpass.layout import GIB, MIB, PAGE
+from kvmpass.machine import Machine
+from kvmpass.memory import Backing, GuestMemory, MemoryRegion, RegionKind
+from kvmpass.vfio import Container
+
+# KVMPASS_SOAK=1 is for a night, any other number is the number itself.
+ROUNDS = {"": 20, "1": 1000}.get(os.environ.get("KVMPASS_SOAK", ""), 0) or int(os.environ["KVMPASS_SOAK"])
+PLACE = 5 * GIB
+HUGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+SCRATCH, ECHO = 0x10_0000, 0x20_0000
+
+
+class Bench:
+    """A machine with the edu device, which one thread at a time lets do DMA."""
+
+    def __init__(self, machine: Machine, edu: Edu) -> None:
+        self.machine, self.edu = machine, edu
+        self.lock = threading.Lock()
+
+    @property
+    def memory(self) -> GuestMemory:
+        return self.machine.memory
+
+    def device_copies(self, source: int, target: int) -> None:
+        """16 bytes of guest memory, by DMA in and DMA out."""
+        with self.lock:
+            self.edu.load(source)
+            self.edu.store(target)
+
+    def check_reaches(self, region: MemoryRegion) -> None:
+        """The device reads the last bytes of ``region``, and writes them if it is RAM."""
+        at = region.range.end - 16
+        data = self.memory.read(at, 16)
+        if region.kind is RegionKind.RAM:
+            data = pattern()
+            self.memory.write(at, data)
+        self.device_copies(at, SCRATCH)
+        assert self.memory.read(SCRATCH, 16) == data, f"the device does not read {region}"
+        other = pattern()
+        self.memory.write(SCRATCH, other)
+        self.device_copies(SCRATCH, at)
+        expected = other if region.kind is RegionKind.RAM else data
+        assert self.memory.read(at, 16) == expected, f"wrong bytes in {region}"
+
+
+class Worker(threading.Thread):
+    """Lets the device work without pause: a copy that is checked, and a write to where regions come and go."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(name="dma", daemon=True)
+        self.bench = bench
+        self.copies = 0
+        self.error: BaseException | None = None
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self._over.is_set():
+                data = pattern()
+                self.bench.memory.write(ECHO, data)
+                self.bench.device_copies(ECHO, ECHO + PAGE)
+                assert self.bench.memory.read(ECHO + PAGE, 16) == data
+                self.bench.device_copies(ECHO, PLACE)
+                self.copies += 1
+        except BaseException as error:
+            self.error = error
+
+    def __enter__(self) -> Worker:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join(60)
+        assert not self.is_alive()
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture(scope="module")
+def bench(edu: str) -> Iterator[Bench]:
+    with host.borrow(edu), Machine(memory="16M") as machine:
+        yield Bench(machine, Edu(machine.assign(edu)))
+        machine.audit()
+
+
+@pytest.fixture(scope="module")
+def huge_pages() -> Iterator[int]:
+    """Eight huge pages of 2 MiB that nobody uses, for as long as the tests of this file run."""
+    pool, before = HUGE_POOL / "nr_hugepages", int((HUGE_POOL / "nr_hugepages").read_text())
+    pool.write_text(str(before + 8))
+    try:
+        free = int((HUGE_POOL / "free_hugepages").read_text())
+        assert free >= 8, f"the kernel found {free} huge pages: memory is too fragmented, boot this host anew"
+        yield free
+    finally:
+        pool.write_text(str(before))
+
+
+def memfd(size: int) -> int:
+    fd = os.memfd_create("kvmpass-test")
+    os.truncate(fd, size)
+    return fd
+
+
+def add_shared(memory: GuestMemory, writable: bool) -> MemoryRegion:
+    fd = memfd(6 * MIB)
+    try:
+        return memory.add_shared(PLACE, fd, 3 * MIB, 2 * MIB, writable=writable)
+    finally:
+        os.close(fd)
+
+
+KINDS: dict[str, Callable[[GuestMemory], MemoryRegion]] = {
+    "ram": lambda memory: memory.add_ram(PLACE, 4 * MIB),
+    "page": lambda memory: memory.add_ram(PLACE, PAGE),
+    "rom": lambda memory: memory.add_rom(PLACE, b"rom" * 5000),
+    "shared": lambda memory: add_shared(memory, True),
+    "shared rom": lambda memory: add_shared(memory, False),
+    "huge": lambda memory: memory.add_ram(PLACE, 4 * MIB, backing=Backing.HUGETLB_2M),
+}
+
+
+def books(machine: Machine) -> dict[str, Any]:
+    """What this process and the kernel hold; the ledgers agree with the list, and the kernel with the ledger."""
+    machine.audit()
+    assert locked_bytes() == sum(mapping.size for mapping in machine.domain.ledger)
+    return {
+        "descriptors": sorted(str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()),
+        "memslots": machine.memslots.ledger,
+        "mappings": machine.domain.ledger,
+        "shared": len(re.findall(r"memfd:|hugepage", Path("/proc/self/maps").read_text())),
+        "huge pages": (HUGE_POOL / "free_hugepages").read_text(),
+    }
+
+
+@pytest.mark.amdvi(timeout=3600)
+@pytest.mark.usefixtures("huge_pages")
+def test_regions_come_and_go_while_the_device_works(bench: Bench) -> None:
+    memory = bench.memory
+    before = books(bench.machine)
+    with Worker(bench) as worker:
+        for number, (name, add) in zip(range(ROUNDS), itertools.cycle(KINDS.items()), strict=False):
+            region = add(memory)
+            books(bench.machine)
+            assert region in list(memory)
+            assert (region.hva - region.gpa) % (2 * MIB) == 0
+            if number < len(KINDS):
+                bench.check_reaches(region)
+            memory.remove(region)
+            assert books(bench.machine) == before, f"{name}, round {number}"
+            if worker.error:
+                break
+    assert worker.copies, "the device did nothing meanwhile"
+    assert books(bench.machine) == before
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_many_at_once_and_in_any_order(bench: Bench) -> None:
+    before = books(bench.machine)
+    regions = []
+    for number in range(ROUNDS):
+        gpa = PLACE + number * 16 * MIB
+        regions.append(
+            bench.memory.add_ram(gpa, MIB) if number % 2 else bench.memory.add_rom(gpa, number.to_bytes(2, "big"))
+        )
+    books(bench.machine)
+    assert len(bench.machine.domain.ledger) == len(regions) + 1
+    bench.check_reaches(regions[-1])
+    for region in regions[::2] + regions[1::2][::-1]:
+        bench.memory.remove(region)
+    assert books(bench.machine) == before
+
+
+def test_an_unmap_that_is_not_made_is_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug: the library believes what it is told, the kernel's count of locked memory does not."""
+    region = bench.memory.add_ram(PLACE, MIB)
+    real = Container.unmap_dma
+    with monkeypatch.context() as patch:
+        patch.setattr(Container, "unmap_dma", lambda self, iova, size: size)
+        bench.memory.remove(region)
+    with pytest.raises(AssertionError):
+        books(bench.machine)
+    container = bench.machine.domain._container
+    assert container is not None
+    assert real(container, PLACE, MIB) == MIB
+    books(bench.machine)
+
+
+# --- huge pages
+
+
+def kernel_page_size(address: int) -> int:
+    """Bytes, as smaps has it for the mapping that starts at ``address``."""
+    text = Path("/proc/self/smaps").read_text()
+    match = re.search(rf"^{address:x}-.*?^KernelPageSize: +(\d+) kB", text, re.MULTILINE | re.DOTALL)
+    assert match, f"no mapping starts at {address:#x}"
+    return int(match[1]) * 1024
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_huge_pages_are_huge(bench: Bench) -> None:
+    free = int((HUGE_POOL / "free_hugepages").read_text())
+    region = bench.memory.add_ram(PLACE, 6 * MIB, backing=Backing.HUGETLB_2M)
+    try:
+        assert kernel_page_size(region.hva) == 2 * MIB
+        assert int((HUGE_POOL / "free_hugepages").read_text()) == free - 3
+        bench.check_reaches(region)
+    finally:
+        bench.memory.remove(region)
+    assert int((HUGE_POOL / "free_hugepages").read_text()) == free
+
+
+@pytest.mark.amdvi(profile="gigantic")
+def test_a_huge_page_of_1_gib(bench: Bench) -> None:
+    free = HUGE_POOL.parent / "hugepages-1048576kB" / "free_hugepages"
+    if not free.exists() or int(free.read_text()) < 1:
+        pytest.skip("no free page of 1 GiB: boot with hugepagesz=1G hugepages=1, on a CPU with pdpe1gb")
+    before = free.read_text()
+    region = bench.memory.add_ram(8 * GIB, GIB, backing=Backing.HUGETLB_1G)
+    assert (region.hva % GIB, kernel_page_size(region.hva)) == (0, GIB)
+    bench.check_reaches(region)
+    bench.machine.audit()
+    assert locked_bytes() == GIB + 16 * MIB
+    bench.memory.remove(region)
+    assert free.read_text() == before
+
+
+@pytest.mark.usefixtures("huge_pages")
+def test_shared_huge_pages(bench: Bench) -> None:
+    fd = os.memfd_create("kvmpass-test", os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    try:
+        os.truncate(fd, 4 * MIB)
+        region = bench.memory.add_shared(PLACE, fd, 2 * MIB, 2 * MIB)
+    finally:
+        os.close(fd)
+    assert kernel_page_size(region.hva) == 2 * MIB
+    bench.check_reaches(region)
+    bench.memory.remove(region)
+
+
+def test_more_huge_pages_than_there_are(bench: Bench, huge_pages: int) -> None:
+    before = books(bench.machine)
+    free = huge_pages - int((HUGE_POOL / "resv_hugepages").read_text())
+    with pytest.raises(NotEnoughMemory, match=rf"{free + 1} huge pages of 2 MiB are needed, {free} are free"):
+        bench.memory.add_ram(PLACE, (free + 1) * 2 * MIB, backing=Backing.HUGETLB_2M)
+    assert books(bench.machine) == before
+
+
+# --- memory that another process has too
+
+PEER = """
+import mmap, sys
+pages = mmap.mmap(int(sys.argv[1]), 4096, offset=int(sys.argv[2]))
+print(pages[:16].hex(), flush=True)
+sys.stdin.readline()
+pages[:16] = bytes.fromhex(sys.argv[3])
+print("done", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_another_process_sees_the_devices_dma(bench: Bench) -> None:
+    fd = memfd(4 * MIB)
+    region = bench.memory.add_shared(PLACE, fd, 2 * MIB, MIB)
+    data, answer = pattern(), pattern()
+    bench.memory.write(SCRATCH, data)
+    bench.device_copies(SCRATCH, region.range.end - PAGE)
+    peer = subprocess.Popen(
+        [sys.executable, "-c", PEER, str(fd), str(3 * MIB - PAGE), answer.hex()],
+        pass_fds=[fd],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    os.close(fd)
+    try:
+        assert peer.stdin and peer.stdout
+        assert peer.stdout.readline().strip() == data.hex(), "what the device wrote is not what the peer sees"
+        print(file=peer.stdin, flush=True)
+        assert peer.stdout.readline().strip() == "done"
+        bench.device_copies(region.range.end - PAGE, SCRATCH)
+        assert bench.memory.read(SCRATCH, 16) == answer, "what the peer wrote is not what the device sees"
+    finally:
+        peer.kill()
+        peer.communicate()
+        bench.memory.remove(region)
+
+
+def test_a_device_cannot_write_a_read_only_file(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "rom").write_bytes(bytes(range(256)) * 32)
+    fd = os.open(tmp_path / "rom", os.O_RDONLY)
+    region = bench.memory.add_shared(PLACE, fd, 2 * PAGE, writable=False)
+    os.close(fd)
+    bench.check_reaches(region)
+    bench.memory.remove(region)
+    assert (tmp_path / "rom").read_bytes() == bytes(range(256)) * 32
