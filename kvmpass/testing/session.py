@@ -108,7 +108,7 @@ class LabSession:
             "PYTEST_ADDOPTS": "",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         }
-        for name in ("PYTHONPATH", "PYTHONWARNINGS"):
+        for name in ("PYTHONPATH", "PYTHONWARNINGS", "KVMPASS_SOAK"):
             if name in os.environ:
                 environment[name] = os.environ[name]
 
