@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import elf, files, init
+from kvmpass.initramfs.companions import companions
 from kvmpass.initramfs.cpio import Tree
 from kvmpass.initramfs.modules import ModulePlan, ModuleTree, plan
 
@@ -89,13 +90,14 @@ class GuestRoot:
         extra: Iterable[str] = (),
         root: Path = Path("/lib/modules"),
     ) -> ModulePlan:
-        """Load the drivers of kernel ``release`` for ``modaliases``, and module ``files`` of the user.
+        """Load kernel ``release``'s drivers for ``modaliases`` and what is behind them, and ``files`` of the user.
 
         ``extra`` names further modules of that kernel. A kernel whose ``root/release`` does not exist has nothing to
         load but ``files``. Call it once. Returns what will be loaded.
         """
         aliases = list(modaliases)
-        self._plan = plan(ModuleTree(release, root), aliases, files, extra)
+        behind = companions(aliases)
+        self._plan = plan(ModuleTree(release, root), [*aliases, *behind.modaliases], files, [*behind.modules, *extra])
         for module in self._plan.modules:
             self.tree.file(f"{init.DIRECTORY}/modules/{module.name}.ko", module.data)
         identifiers = [_pci_id(alias) for alias in aliases if alias in self._plan.matched]

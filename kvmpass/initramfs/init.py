@@ -45,9 +45,17 @@ exec 4>/dev/ttyS1 5>/dev/ttyS2 6>/dev/ttyS3
 control=yes
 """
 
+# As modprobe does, a module gets its parameters from the kernel's command line.
 _LOAD = """
+read -r cmdline </proc/cmdline
 load() {{
-    message=$(insmod "/kvmpass/modules/$1.ko" 2>&1) || {{
+    options=
+    for word in $cmdline; do
+        case $word in
+        "$1".*=* | "${{1//_/-}}".*=*) options="$options ${{word#*.}}" ;;
+        esac
+    done
+    message=$(insmod "/kvmpass/modules/$1.ko" $options 2>&1) || {{
         fail "module $1 did not load: ${{message##*: }}"
         [ -z "$2" ] || {{ dmesg | tail -n 20 >/dev/console; {on_failure}; }}
     }}

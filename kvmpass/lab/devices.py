@@ -19,6 +19,8 @@ FIRST_SLOT, LAST_SLOT = 0x04, 0x1E
 NETWORK = frozenset({"e1000", "e1000e", "igb", "rtl8139", "virtio-net-pci", "vmxnet3"})
 BRIDGES = frozenset({"pci-bridge", "pcie-root-port", "ioh3420", "pxb-pcie", "pcie-pci-bridge"})
 EXPRESS_PORTS = frozenset({"pcie-root-port", "ioh3420", "pcie-pci-bridge", "x3130-upstream", "xio3130-downstream"})
+DRIVES = frozenset({"ide-hd", "nvme", "nvme-ns", "scsi-hd", "usb-storage", "virtio-blk-pci"})
+"""What is a drive, and gets one of its own to show."""
 
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -107,15 +109,19 @@ def _back(device: _Device, number: int, directory: Path, result: Plan) -> list[_
     """
     children = []
     properties = device.properties
-    if device.name == "nvme":
-        if "drive" not in properties:
-            result.arguments += ["-drive", _drive(properties, number, directory, result)]
-            if "subsys" in properties:  # a controller of a subsystem takes its namespaces as devices only
-                owner = properties.setdefault("id", f"lab-nvme{number}")
-                children.append(_Device("nvme-ns", {"drive": f"lab-drive{number}", "bus": owner}))
-            else:
-                properties["drive"] = f"lab-drive{number}"
-        properties.setdefault("serial", f"LAB{number:05d}")
+    if device.name == "ahci":
+        disk = _move(properties, "size", "file", "drive")
+        disk["bus"] = properties.setdefault("id", f"lab-ahci{number}") + ".0"
+        _give_drive(disk, number, directory, result)
+        children.append(_Device("ide-hd", disk))
+    elif device.name == "nvme" and "subsys" in properties and "drive" not in properties:
+        # A controller of a subsystem takes its namespaces as devices only.
+        disk = _move(properties, "size", "file")
+        disk["bus"] = properties.setdefault("id", f"lab-nvme{number}")
+        _give_drive(disk, number, directory, result)
+        children.append(_Device("nvme-ns", disk))
+    elif device.name in DRIVES:
+        _give_drive(properties, number, directory, result)
     elif device.name in NETWORK:
         if "netdev" not in properties:
             # One hub for all: the network devices of a lab see one another.
@@ -126,12 +132,29 @@ def _back(device: _Device, number: int, directory: Path, result: Plan) -> list[_
         properties.setdefault("dma_mask", "0xffffffffffffffff")
     elif device.name == "ivshmem-plain" and "memdev" not in properties:
         size = parse_size(properties.pop("size", "16M"))
-        result.arguments += ["-object", f"memory-backend-ram,id=lab-memory{number},size={size},share=on"]
+        # Nothing is set aside for what nobody writes to.
+        memory = f"memory-backend-ram,id=lab-memory{number},size={size},share=on,reserve=off"
+        result.arguments += ["-object", memory]
         properties["memdev"] = f"lab-memory{number}"
+    if device.name == "nvme":
+        properties.setdefault("serial", f"LAB{number:05d}")
     if device.name.startswith("virtio-") and "-pci" in device.name:
-        # Without it a virtio device reaches memory past the IOMMU.
+        # Without it a virtio device reaches memory past the IOMMU; a legacy interface excludes it.
         properties.setdefault("iommu_platform", "on")
+        if device.name.endswith("-pci") and properties["iommu_platform"] == "on":
+            properties.setdefault("disable-legacy", "on")
     return children
+
+
+def _move(properties: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: properties.pop(name) for name in names if name in properties}
+
+
+def _give_drive(properties: dict[str, str], number: int, directory: Path, result: Plan) -> None:
+    """Make ``drive`` out of ``file`` or ``size``, unless it is there: QEMU's own."""
+    if "drive" not in properties:
+        result.arguments += ["-drive", _drive(properties, number, directory, result)]
+        properties["drive"] = f"lab-drive{number}"
 
 
 def _drive(properties: dict[str, str], number: int, directory: Path, result: Plan) -> str:

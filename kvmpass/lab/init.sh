@@ -71,6 +71,12 @@ load_drivers() {
     [ -x $modprobe ] || modprobe=/usr/sbin/modprobe
     # One process for all: the module index is read once. By its path: busybox would take its own.
     $modprobe -qab vfio-pci kvm_amd $(cat /sys/bus/pci/devices/*/modalias | sort -u)
+    # Disks and virtio devices are there by now. A USB stick is not: its drivers wait for it.
+    behind=$(for device in /sys/bus/scsi/devices/* /sys/bus/virtio/devices/*; do
+        [ -e "$device/driver" ] || cat "$device/modalias"
+    done)
+    ! grep -q ^0x0c03 /sys/bus/pci/devices/*/class || behind="$behind usb_storage sd_mod"
+    [ -z "$behind" ] || $modprobe -qab $behind
 }
 
 drives_are_there() {

@@ -17,7 +17,8 @@ BUILTIN_LISTS = ("modules.builtin", "modules.builtin.modinfo", "modules.order")
 # Loaded at every start, or with a device that is likely in a lab.
 USUAL = (
     *("9p", "9pnet_virtio", "overlay", "vfio-pci", "kvm_amd"),
-    *("nvme", "ahci", "e1000", "e1000e", "igb", "virtio_net", "xhci_pci", "uio_pci_generic"),
+    *("nvme", "ahci", "sd_mod", "virtio_blk", "xhci_pci", "usb_storage", "uio_pci_generic"),
+    *("e1000", "e1000e", "igb", "virtio_net"),
     *("i2c_i801", "lpc_ich"),
 )
 

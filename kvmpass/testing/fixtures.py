@@ -65,9 +65,51 @@ def nic2(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
+def legacy_nic(pytestconfig: pytest.Config) -> str:
+    """PCI address of a network card that knows INTx only (e1000 in the lab)."""
+    return device(pytestconfig, "legacy_nic")
+
+
+@pytest.fixture(scope="session")
+def ahci(pytestconfig: pytest.Config) -> str:
+    """PCI address of a SATA controller with a disk."""
+    return device(pytestconfig, "ahci")
+
+
+@pytest.fixture(scope="session")
+def virtio_blk(pytestconfig: pytest.Config) -> str:
+    """PCI address of a virtio drive."""
+    return device(pytestconfig, "virtio_blk")
+
+
+@pytest.fixture(scope="session")
 def xhci(pytestconfig: pytest.Config) -> str:
     """PCI address of a USB controller."""
     return device(pytestconfig, "xhci")
+
+
+@pytest.fixture(scope="session")
+def ivshmem(pytestconfig: pytest.Config) -> str:
+    """PCI address of a device whose BAR 2 is nothing but memory."""
+    return device(pytestconfig, "ivshmem")
+
+
+@pytest.fixture(scope="session")
+def ivshmem2(pytestconfig: pytest.Config) -> str:
+    """PCI address of a second device whose BAR 2 is nothing but memory, larger than the first."""
+    return device(pytestconfig, "ivshmem2")
+
+
+@pytest.fixture(scope="session")
+def nvme_pf(pytestconfig: pytest.Config) -> str:
+    """PCI address of an NVMe controller with virtual functions."""
+    return device(pytestconfig, "nvme_pf")
+
+
+@pytest.fixture(scope="session")
+def igb(pytestconfig: pytest.Config) -> str:
+    """PCI address of an igb network card, which has virtual functions."""
+    return device(pytestconfig, "igb")
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,27 @@ _SRIOV = (
     "nvme-subsys,id=subsys0",
     "nvme,subsys=subsys0,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2,addr=04.0",
 )
+# Every kind of device that a guest is seen to drive; docs/devices.md.
+_DEVICES = (
+    "nvme,addr=04.0",
+    "edu,addr=05.0",
+    "e1000e,addr=06.0",
+    "e1000e,addr=07.0",
+    "e1000,addr=08.0",
+    "ahci,addr=09.0",
+    "qemu-xhci,id=usb,addr=0a.0",
+    "usb-storage,bus=usb.0",
+    "virtio-blk-pci,addr=0b.0",
+    "ivshmem-plain,size=1G,addr=0c.0",
+    "ivshmem-plain,size=8G,addr=0d.0",
+)
+# What QEMU 7.2 lacks or does not translate: no addresses, so that each sits behind a root port.
+_MODERN = (
+    "nvme-subsys,id=subsys0",
+    "nvme,subsys=subsys0,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
+    "igb",
+    "e1000e",
+)
 _SMALL = ("nvme,addr=04.0", "edu,addr=05.0")
 
 DEFAULT_PROFILES: Mapping[str, Profile] = MappingProxyType(
@@ -65,6 +86,8 @@ DEFAULT_PROFILES: Mapping[str, Profile] = MappingProxyType(
         "base": Profile(devices=_BASE, memory="6G"),
         "large": Profile(devices=("nvme,addr=04.0",), memory="12G"),
         "sriov": Profile(devices=_SRIOV),
+        "devices": Profile(devices=_DEVICES, memory="4G"),
+        "modern": Profile(devices=_MODERN, memory="4G"),
         "no-svm": Profile(devices=_SMALL, without=frozenset({"svm"}), lab_only=True),
         "no-iommu": Profile(devices=_SMALL, without=frozenset({"iommu"}), lab_only=True),
         "no-intremap": Profile(devices=_SMALL, without=frozenset({"intremap"}), lab_only=True),

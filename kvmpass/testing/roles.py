@@ -15,8 +15,9 @@ PREFIX = "KVMPASS_TEST_"
 NOT_ROLES = frozenset({"DESTRUCTIVE", "PLAN"})
 BDF = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
-NVME, XHCI = 0x010802, 0x0C0330
-EDU, E1000E, IVSHMEM = (0x1234, 0x11E8), (0x8086, 0x10D3), (0x1AF4, 0x1110)
+NVME, XHCI, AHCI = 0x010802, 0x0C0330, 0x010601
+EDU, IVSHMEM, VIRTIO_BLK = (0x1234, 0x11E8), (0x1AF4, 0x1110), (0x1AF4, 0x1042)
+E1000, E1000E, IGB = (0x8086, 0x100E), (0x8086, 0x10D3), (0x8086, 0x10C9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,13 @@ ROLES: Mapping[str, tuple[str, Callable[[Found], bool]]] = {
         lambda d: d.class_code == NVME and d.alone and not d.vfs,
     ),
     "nic": ("an e1000e network card that is alone in its group", lambda d: d.id == E1000E and d.alone),
+    "legacy_nic": (
+        "an e1000 network card: INTx only, registers by I/O ports too",
+        lambda d: d.id == E1000 and d.alone,
+    ),
     "edu": ("QEMU's edu device, alone in its group", lambda d: d.id == EDU and d.alone),
+    "ahci": ("a SATA controller with a disk, alone in its group", lambda d: d.class_code == AHCI and d.alone),
+    "virtio_blk": ("a virtio drive that is alone in its group", lambda d: d.id == VIRTIO_BLK and d.alone),
     "xhci": ("a USB controller that is alone in its group", lambda d: d.class_code == XHCI and d.alone),
     "ivshmem": ("QEMU's shared memory device, alone in its group", lambda d: d.id == IVSHMEM and d.alone),
     "multifunction": (
@@ -70,6 +77,8 @@ ROLES: Mapping[str, tuple[str, Callable[[Found], bool]]] = {
     ),
     "bridged": ("a device that shares its group with a bridge", lambda d: d.id == EDU and d.members > 1),
     "sriov": ("a device with virtual functions", lambda d: d.vfs > 0),
+    "nvme_pf": ("an NVMe controller with virtual functions", lambda d: d.class_code == NVME and d.vfs > 0),
+    "igb": ("an igb network card with virtual functions, alone in its group", lambda d: d.id == IGB and d.alone),
 }
 
 

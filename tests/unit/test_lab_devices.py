@@ -83,8 +83,26 @@ def test_a_drive_is_made_for_nvme() -> None:
 def test_a_controller_of_a_subsystem_has_its_drive_as_a_namespace() -> None:
     assert devices(place("nvme-subsys,id=s0", "nvme,subsys=s0"))[1:] == [
         "nvme,subsys=s0,id=lab-nvme1,serial=LAB00001,bus=pcie.0,addr=04.0",
-        "nvme-ns,drive=lab-drive1,bus=lab-nvme1",
+        "nvme-ns,bus=lab-nvme1,drive=lab-drive1",
     ]
+
+
+def test_a_sata_controller_has_a_disk() -> None:
+    result = place("ahci,size=1M", "ahci,id=mine,drive=own")
+    assert result.files == [(HERE / "drive0.raw", 1 << 20)]
+    assert devices(result) == [
+        "ahci,id=lab-ahci0,bus=pcie.0,addr=04.0",
+        "ide-hd,bus=lab-ahci0.0,drive=lab-drive0",
+        "ahci,id=mine,bus=pcie.0,addr=05.0",
+        "ide-hd,drive=own,bus=mine.0",
+    ]
+
+
+@pytest.mark.parametrize("name", ["usb-storage", "virtio-blk-pci"])
+def test_other_drives_get_one_of_their_own(name: str) -> None:
+    result = place(f"{name},size=2M")
+    assert result.files == [(HERE / "drive0.raw", 2 << 20)]
+    assert devices(result)[0].startswith(f"{name},drive=lab-drive0,")
 
 
 def test_a_drive_can_be_a_file(tmp_path: Path) -> None:
@@ -104,13 +122,14 @@ def test_network_devices_share_a_hub() -> None:
 
 
 def test_virtio_goes_through_the_iommu() -> None:
-    assert "iommu_platform=on" in devices(place("virtio-rng-pci"))[0]
-    assert "iommu_platform=off" in devices(place("virtio-rng-pci,iommu_platform=off"))[0]
+    assert "iommu_platform=on,disable-legacy=on" in devices(place("virtio-rng-pci"))[0]
+    assert "iommu_platform=off,bus" in devices(place("virtio-rng-pci,iommu_platform=off"))[0]
+    assert "iommu_platform=on,bus" in devices(place("virtio-rng-pci-non-transitional"))[0]
 
 
 def test_shared_memory_has_a_size() -> None:
     result = place("ivshmem-plain,size=256M")
-    assert result.arguments[1] == f"memory-backend-ram,id=lab-memory0,size={256 << 20},share=on"
+    assert result.arguments[1] == f"memory-backend-ram,id=lab-memory0,size={256 << 20},share=on,reserve=off"
 
 
 def test_what_is_not_on_pci_gets_no_place() -> None:

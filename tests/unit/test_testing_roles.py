@@ -45,6 +45,7 @@ def test_discovery(tmp_path: Path) -> None:
         "multifunction2": "0000:00:10.1",
         "bridged": "0000:01:01.0",
         "sriov": "0000:00:12.0",
+        "nvme_pf": "0000:00:12.0",
     }
 
 

@@ -1,0 +1,57 @@
+"""What a guest needs besides a PCI device's own driver: the drivers of what sits behind it.
+
+A controller's modalias names the controller's driver. The disks of a SATA controller, the sticks on a USB controller
+and the function of a virtio device have drivers of their own, which the guest's kernel would ask udev for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MASS_STORAGE, NVM, SERIAL_BUS, USB = 0x01, 0x08, 0x0C, 0x03  # PCI Code and ID Assignment, classes and subclasses
+
+_MODALIAS = re.compile(
+    r"pci:v(?P<vendor>[0-9A-F]{8})d(?P<device>[0-9A-F]{8})sv[0-9A-F]{8}sd(?P<subsystem>[0-9A-F]{8})"
+    r"bc(?P<class>[0-9A-F]{2})sc(?P<subclass>[0-9A-F]{2})"
+)
+_VIRTIO_VENDOR, _VIRTIO_MODERN, _VIRTIO_TRANSITIONAL = 0x1AF4, 0x1040, 0x1000
+_VIRTIO_SCSI = 8
+_DISK = ("sd_mod",)
+
+
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """Modaliases of devices that will appear behind the PCI devices, and names of modules to load after theirs."""
+
+    modaliases: tuple[str, ...]
+    modules: tuple[str, ...]
+
+
+def companions(modaliases: Iterable[str]) -> Companions:
+    """What belongs to the PCI devices with these modaliases; others have no companions."""
+    aliases: dict[str, None] = {}
+    modules: dict[str, None] = {}
+    for modalias in modaliases:
+        match = _MODALIAS.match(modalias)
+        if match is None:
+            continue
+        kind, subkind = int(match["class"], 16), int(match["subclass"], 16)
+        virtio = _virtio_type(int(match["vendor"], 16), int(match["device"], 16), int(match["subsystem"], 16))
+        if virtio is not None:
+            aliases[f"virtio:d{virtio:08X}v{_VIRTIO_VENDOR:08X}"] = None
+        if virtio == _VIRTIO_SCSI or (virtio is None and kind == MASS_STORAGE and subkind != NVM):
+            modules |= dict.fromkeys(_DISK)
+        elif (kind, subkind) == (SERIAL_BUS, USB):
+            modules |= dict.fromkeys(("usb_storage", "uas", *_DISK))
+    return Companions(tuple(aliases), tuple(modules))
+
+
+def _virtio_type(vendor: int, device: int, subsystem: int) -> int | None:
+    """The virtio device type of a PCI device (Virtual I/O Device 1.2, 4.1.2), ``None`` for any other device."""
+    if vendor != _VIRTIO_VENDOR:
+        return None
+    if _VIRTIO_MODERN < device <= _VIRTIO_MODERN + 0x3F:
+        return device - _VIRTIO_MODERN
+    return subsystem if _VIRTIO_TRANSITIONAL <= device < _VIRTIO_MODERN else None
