@@ -20,8 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_kvmpass_profiles() -> dict[str, Profile]:
     """Hosts of single tests.
 
-    One drive and nothing else; two devices on one bus; a device on bus 0, where the emulated IOMMU's events name it; a
-    page of 1 GiB; a physical function that vfio-pci may make virtual ones of.
+    One drive and nothing else; two devices on one bus; a device on bus 0, where the emulated IOMMU's events name it;
+    a page of 1 GiB; a physical function that vfio-pci may make virtual ones of.
     """
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
