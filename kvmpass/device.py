@@ -74,14 +74,31 @@ def watch_irq(watch: Watch, device: Device, index: int, callback: Callable[[], N
     """
     if index not in device.irqs or not device.irqs[index].count:
         return
-    eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    undo.callback(os.close, eventfd)
-
-    def signalled() -> None:
-        os.eventfd_read(eventfd)
-        callback()
-
-    undo.callback(watch.remove, eventfd)
-    watch.add(eventfd, signalled)
+    notice = _Notice(callback)
+    undo.callback(notice.close)
+    undo.callback(watch.remove, notice.eventfd)
+    watch.add(notice.eventfd, notice.signalled)
     undo.callback(device.disable_irqs, index)
-    device.set_irqs(index, 0, [eventfd])
+    device.set_irqs(index, 0, [notice.eventfd])
+
+
+class _Notice:
+    """An eventfd that one thread reads while another may close it."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+        self._lock = threading.Lock()
+        self._open = True
+        self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def signalled(self) -> None:
+        with self._lock:
+            if not self._open:
+                return
+            os.eventfd_read(self.eventfd)
+        self._callback()
+
+    def close(self) -> None:
+        with self._lock:
+            self._open = False
+            os.close(self.eventfd)

@@ -5,10 +5,9 @@ from kvmpass.kvm.routing import IrqRoutes
 from kvmpass.kvm.system import System
 from kvmpass.kvm.types import CpuidEntry
 from kvmpass.kvm.vcpu import Vcpu, install_kick
-from kvmpass.kvm.vm import ChipRoute, MsiRoute, VfioDevice, Vm
+from kvmpass.kvm.vm import MsiRoute, VfioDevice, Vm
 
 __all__ = [
-    "ChipRoute",
     "CpuidEntry",
     "IrqRoutes",
     "Memslot",

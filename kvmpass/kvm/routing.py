@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import threading
 
-from kvmpass._native import lib
-from kvmpass.kvm.vm import ChipRoute, MsiRoute, Vm
+from kvmpass._native import ffi, lib
+from kvmpass.kvm.vm import MsiRoute, Vm
 
 IOAPIC_PINS = 24
 _PIC_PINS = 16
@@ -15,40 +15,64 @@ _PIC_PINS = 16
 class IrqRoutes:
     """IOAPIC and PIC pins as on a PC, and GSIs above them for message-signalled interrupts.
 
-    A change takes effect at once; one that KVM refuses leaves the table as it was.
+    A change takes effect at once; one that KVM refuses leaves the table as it was. The table is kept as KVM reads it:
+    a change costs one entry and one call, however many routes there are.
     """
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
         self._limit = vm.check_extension(lib.KVM_CAP_IRQ_ROUTING)
-        self._msi: dict[int, MsiRoute] = {}
+        self._table = ffi.new("struct kvmpass_route[]", self._limit)
+        self._count = 0
+        self._index: dict[int, int] = {}  # of a message's GSI in the table
+        self._free = list(range(self._limit - 1, IOAPIC_PINS - 1, -1))  # the lowest comes last
         self._lock = threading.Lock()
-        self._chips = [ChipRoute(pin, lib.KVM_IRQCHIP_IOAPIC, pin) for pin in range(IOAPIC_PINS)]
-        self._chips += [
-            ChipRoute(pin, lib.KVM_IRQCHIP_PIC_MASTER if pin < 8 else lib.KVM_IRQCHIP_PIC_SLAVE, pin % 8)
-            for pin in range(_PIC_PINS)
-        ]
-        self._set(self._msi)
+        for pin in range(IOAPIC_PINS):
+            self._append_pin(pin, lib.KVM_IRQCHIP_IOAPIC, pin)
+        for pin in range(_PIC_PINS):
+            self._append_pin(pin, lib.KVM_IRQCHIP_PIC_MASTER if pin < 8 else lib.KVM_IRQCHIP_PIC_SLAVE, pin % 8)
+        self._vm.set_gsi_routing(self._table, self._count)
+
+    def _append_pin(self, gsi: int, chip: int, pin: int) -> None:
+        entry = self._table[self._count]
+        entry.gsi, entry.type, entry.irqchip, entry.pin = gsi, lib.KVM_IRQ_ROUTING_IRQCHIP, chip, pin
+        self._count += 1
 
     @property
     def msi(self) -> list[MsiRoute]:
         """The routes above the chips' pins, by GSI."""
         with self._lock:
-            return sorted(self._msi.values(), key=lambda route: route.gsi)
-
-    def _set(self, msi: dict[int, MsiRoute]) -> None:
-        self._vm.set_gsi_routing([*self._chips, *msi.values()])
-        self._msi = msi
+            entries = [self._table[at] for at in self._index.values()]
+            return sorted(
+                (MsiRoute(entry.gsi, entry.address, entry.data) for entry in entries), key=lambda route: route.gsi
+            )
 
     def add(self, address: int, data: int) -> int:
         """Route a new GSI to a message; returns the GSI. Raises ``OSError`` if KVM refuses or none is left."""
         with self._lock:
-            gsi = next((n for n in range(IOAPIC_PINS, self._limit) if n not in self._msi), None)
-            if gsi is None:
+            if not self._free or self._count == self._limit:
                 raise OSError(errno.ENOSPC, f"KVM_SET_GSI_ROUTING: all {self._limit} GSIs of this VM are in use")
-            self._set({**self._msi, gsi: MsiRoute(gsi, address, data)})
+            gsi = self._free[-1]
+            entry = self._table[self._count]
+            entry.gsi, entry.type, entry.address, entry.data = gsi, lib.KVM_IRQ_ROUTING_MSI, address, data
+            self._vm.set_gsi_routing(self._table, self._count + 1)
+            self._free.pop()
+            self._index[gsi] = self._count
+            self._count += 1
             return gsi
 
     def remove(self, gsi: int) -> None:
+        """The last entry takes the removed one's place. Raises ``OSError`` if KVM refuses."""
         with self._lock:
-            self._set({n: route for n, route in self._msi.items() if n != gsi})
+            at, last = self._index[gsi], self._count - 1
+            removed = ffi.new("struct kvmpass_route *", self._table[at])
+            self._table[at] = self._table[last]
+            try:
+                self._vm.set_gsi_routing(self._table, last)
+            except OSError:
+                self._table[at] = removed[0]
+                raise
+            self._index[self._table[at].gsi] = at
+            del self._index[gsi]
+            self._count = last
+            self._free.append(gsi)

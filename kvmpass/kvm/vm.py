@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvmpass._fd import OwnedFd, check
-from kvmpass._native import ffi, lib
+from kvmpass._native import lib
 from kvmpass.kvm.vcpu import Vcpu
-
-
-@dataclass(frozen=True, slots=True)
-class ChipRoute:
-    """A GSI that reaches a pin of an in-kernel interrupt controller."""
-
-    gsi: int
-    chip: int
-    pin: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +56,12 @@ class Vm(OwnedFd):
         """PIC, IOAPIC and a local APIC for each vCPU, in the kernel. Before the first vCPU."""
         check(lib.kvm_create_irqchip(self.fd), "KVM_CREATE_IRQCHIP")
 
-    def set_gsi_routing(self, routes: Sequence[ChipRoute | MsiRoute]) -> None:
-        """Replace the whole table. ``OSError`` ``EINVAL`` if an entry's address or pin is not acceptable."""
-        table = ffi.new("struct kvmpass_route[]", max(1, len(routes)))
-        for entry, route in zip(table, routes, strict=False):
-            entry.gsi = route.gsi
-            if isinstance(route, MsiRoute):
-                entry.type = lib.KVM_IRQ_ROUTING_MSI
-                entry.address = route.address
-                entry.data = route.data
-            else:
-                entry.type = lib.KVM_IRQ_ROUTING_IRQCHIP
-                entry.irqchip = route.chip
-                entry.pin = route.pin
-        check(lib.kvm_set_gsi_routing(self.fd, table, len(routes)), "KVM_SET_GSI_ROUTING")
+    def set_gsi_routing(self, table: Any, count: int) -> None:
+        """Replace the whole table: ``count`` of ``struct kvmpass_route``.
+
+        ``OSError`` ``EINVAL`` if an entry's address or pin is not acceptable.
+        """
+        check(lib.kvm_set_gsi_routing(self.fd, table, count), "KVM_SET_GSI_ROUTING")
 
     def irqfd(self, eventfd: int, gsi: int) -> None:
         """Let ``eventfd`` raise ``gsi`` without leaving the kernel."""

@@ -206,7 +206,7 @@ class AssignedFunction:
     # --- configuration space
 
     def config_read(self, offset: int, size: int) -> bytes:
-        if self._msi is not None:
+        if self._msi is not None and self._msi.start <= offset < self._msi.end:
             self._msi.refresh_pending()
         return self._space.read(offset, size)
 

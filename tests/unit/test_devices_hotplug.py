@@ -1,0 +1,57 @@
+"""The hot plug controller: what the guest reads, and that nothing it writes does harm."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmpass.devices.hotplug import DOWN, EJECT, UP, HotplugController
+
+
+class Wires:
+    def __init__(self) -> None:
+        self.levels: list[bool] = []
+        self.ejected: list[int] = []
+        self.controller = HotplugController(self.levels.append, self.ejected.append)
+
+
+@pytest.fixture
+def wires() -> Wires:
+    return Wires()
+
+
+def test_reading_clears_and_each_change_is_an_edge(wires: Wires) -> None:
+    wires.controller.announce(3)
+    wires.controller.announce(31)
+    wires.controller.request_eject(5)
+    assert wires.levels == [True, False] * 3
+    assert wires.controller.read(UP, 4) == (1 << 3 | 1 << 31).to_bytes(4, "little")
+    assert wires.controller.read(UP, 4) == bytes(4)
+    assert wires.controller.read(DOWN, 4) == (1 << 5).to_bytes(4, "little")
+    assert wires.controller.read(DOWN, 4) == bytes(4)
+
+
+def test_what_was_not_read_is_repeated_and_what_is_gone_is_not(wires: Wires) -> None:
+    wires.controller.announce(3)
+    wires.controller.remind()
+    assert wires.levels == [True, False] * 2
+    wires.controller.forget(3)
+    wires.controller.remind()
+    assert wires.levels == [True, False] * 2
+    assert wires.controller.read(UP, 4) == bytes(4)
+
+
+def test_the_guest_ejects_slots_by_their_bits(wires: Wires) -> None:
+    wires.controller.write(EJECT, (1 << 1 | 1 << 30).to_bytes(4, "little"))
+    assert wires.ejected == [1, 30]
+
+
+@pytest.mark.parametrize("offset", range(12))
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_other_accesses_do_nothing(wires: Wires, offset: int, size: int) -> None:
+    wires.controller.announce(1)
+    if (offset, size) not in ((UP, 4), (DOWN, 4)):
+        assert wires.controller.read(offset, size) == bytes(size)
+    if (offset, size) != (EJECT, 4):
+        wires.controller.write(offset, b"\xff" * size)
+    assert wires.ejected == []
+    assert wires.controller.read(UP, 4) in (b"\2\0\0\0", bytes(4))

@@ -1,0 +1,90 @@
+"""The table of interrupt routes: what KVM is given is what the table says, whatever comes and goes."""
+
+from __future__ import annotations
+
+import errno
+import random
+from typing import Any
+
+import pytest
+
+from kvmpass._native import lib
+from kvmpass.kvm import IrqRoutes
+from kvmpass.kvm.routing import IOAPIC_PINS
+
+PINS = IOAPIC_PINS + 16
+
+
+class FakeVm:
+    """Keeps what it was given; refuses when told to."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self.limit = limit
+        self.refuse = False
+        self.seen: list[tuple[int, ...]] = []
+
+    def check_extension(self, capability: int) -> int:
+        assert capability == lib.KVM_CAP_IRQ_ROUTING
+        return self.limit
+
+    def set_gsi_routing(self, table: Any, count: int) -> None:
+        if self.refuse:
+            raise OSError(errno.EINVAL, "KVM_SET_GSI_ROUTING: Invalid argument")
+        entries = [table[at] for at in range(count)]
+        self.seen = [
+            (e.gsi, e.address, e.data) if e.type == lib.KVM_IRQ_ROUTING_MSI else (e.gsi, e.irqchip, e.pin, e.type)
+            for e in entries
+        ]
+
+    @property
+    def messages(self) -> set[tuple[int, ...]]:
+        return {entry for entry in self.seen if len(entry) == 3}
+
+
+def routes_on(vm: FakeVm) -> IrqRoutes:
+    return IrqRoutes(vm)  # type: ignore[arg-type]
+
+
+def test_the_pins_of_a_pc_are_there_from_the_start() -> None:
+    routes_on(vm := FakeVm())
+    assert len(vm.seen) == PINS
+    assert {entry[0] for entry in vm.seen if entry[1] == lib.KVM_IRQCHIP_IOAPIC} == set(range(IOAPIC_PINS))
+
+
+def test_random_changes_leave_what_was_asked_for() -> None:
+    routes, choose, wanted = routes_on(vm := FakeVm()), random.Random(1), {}
+    for step in range(500):
+        if wanted and (choose.random() < 0.5 or len(wanted) == vm.limit - PINS):
+            gsi = choose.choice(list(wanted))
+            routes.remove(gsi)
+            del wanted[gsi]
+        else:
+            gsi = routes.add(0xFEE0_0000, step)
+            assert gsi not in wanted and gsi >= IOAPIC_PINS
+            wanted[gsi] = step
+        assert vm.messages == {(gsi, 0xFEE0_0000, data) for gsi, data in wanted.items()}
+        assert [(route.gsi, route.data) for route in routes.msi] == sorted(wanted.items())
+        assert len(vm.seen) == PINS + len(wanted)
+
+
+def test_a_refused_change_changes_nothing() -> None:
+    routes = routes_on(vm := FakeVm())
+    kept = [routes.add(0xFEE0_0000, data) for data in range(3)]
+    before, vm.refuse = routes.msi, True
+    with pytest.raises(OSError, match="KVM_SET_GSI_ROUTING"):
+        routes.add(0xFEE0_0000, 9)
+    with pytest.raises(OSError, match="KVM_SET_GSI_ROUTING"):
+        routes.remove(kept[0])
+    vm.refuse = False
+    assert routes.msi == before
+    routes.remove(kept[0])
+    assert [route.data for route in routes.msi] == [1, 2]
+
+
+def test_a_full_table_says_so() -> None:
+    routes = routes_on(vm := FakeVm())
+    for data in range(vm.limit - PINS):
+        routes.add(0xFEE0_0000, data)
+    with pytest.raises(OSError, match="all 64 GSIs") as caught:
+        routes.add(0xFEE0_0000, 99)
+    assert caught.value.errno == errno.ENOSPC
