@@ -17,11 +17,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.amdvi)
 
 
-def pytest_kvmpass_profiles() -> dict[str, Profile]:
+def rom_directory(config: pytest.Config) -> Path:
+    """Outside of temporary directories: the emulated host must see it, and every run the same one."""
+    return config.cache.mkdir("kvmpass") if config.cache else HERE
+
+
+def option_rom(directory: Path) -> Path:
+    """An expansion ROM of 32 KiB for the emulated host: a valid header, and bytes that are all different."""
+    blocks = 64  # of 512 bytes (PCI Firmware Specification, 5.2)
+    image = bytearray((at * 7 + at // 256) & 0xFF for at in range(blocks * 512))
+    image[:3] = bytes([0x55, 0xAA, blocks])
+    image[0x18:0x1A] = (0x40).to_bytes(2, "little")
+    image[0x40:0x58] = b"PCIR" + bytes.fromhex("8680d310 0000 1800 00 000002".replace(" ", "")) + bytes(8)
+    image[0x50:0x52] = blocks.to_bytes(2, "little")
+    image[0x54:0x56] = bytes([0, 0x80])  # x86 code, the last image
+    path = directory / "option.rom"
+    path.write_bytes(image)
+    return path
+
+
+def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
     """Hosts of single tests.
 
     One drive and nothing else; two devices on one bus; a device on bus 0, where the emulated IOMMU's events name it;
-    a page of 1 GiB; a physical function that vfio-pci may make virtual ones of.
+    a card with an expansion ROM; a page of 1 GiB; a physical function that vfio-pci may make virtual ones of.
     """
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
@@ -32,6 +51,7 @@ def pytest_kvmpass_profiles() -> dict[str, Profile]:
                 "edu,bus=bridge0,addr=02.0",
             )
         ),
+        "rom": Profile(devices=(f"e1000e,addr=04.0,romfile={option_rom(rom_directory(config))}",)),
         "faults": Profile(devices=("edu,addr=06.0",)),
         "gigantic": Profile(devices=("edu,addr=06.0",), memory="4G", append="hugepagesz=1G hugepages=1"),
         "vf-token": Profile(

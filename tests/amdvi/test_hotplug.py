@@ -2,95 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from living import FUNCTIONS, SOAK, descriptors, running, wait_until
 from witness import locked_bytes, traces
 
 from kvmpass import host
 from kvmpass.errors import GuestError
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
-from kvmpass.guest import OUTPUT, Guest, GuestResult, GuestSpec, prepare
+from kvmpass.guest import OUTPUT, GuestSpec, prepare
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 from kvmpass.vcpus import Ending
 from kvmpass.vfio.device import ERR
 
-SOAK = os.environ.get("KVMPASS_SOAK") == "1"
 PLUGS = 100 if SOAK else 5
-WAIT = """
-wait_for() {
-    tries=0
-    until eval "$1"; do
-        tries=$((tries + 1)); [ $tries -lt 600 ] || { echo "never: $1"; exit 1; }; usleep 50000
-    done
-}
-present() { [ -e /sys/bus/pci/devices/0000:00:01.0 ]; }
-drive() { set -- /dev/nvme*n1; drive=$1; [ -b "$drive" ]; }
-"""
-
-
-class Running:
-    """A guest that runs a script in a thread of its own, and what it has said."""
-
-    def __init__(self, machine: Machine, guest: Guest, said: bytearray) -> None:
-        self.machine = machine
-        self._said = said
-        self._guest = guest
-        self._result: GuestResult | None = None
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        self._result = self._guest.run()
-
-    def expect(self, text: str, count: int = 1, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while bytes(self._said).decode().count(text) < count:
-            assert time.monotonic() < deadline, f"no {text!r} (x{count}) in {bytes(self._said).decode()!r}"
-            assert self._thread.is_alive(), f"the guest is over: {bytes(self._said).decode()!r}"
-            time.sleep(0.02)
-
-    def end(self, seconds: float = 60) -> GuestResult:
-        self._thread.join(seconds)
-        assert self._result is not None, "the guest does not end"
-        return self._result
-
-
-@contextmanager
-def running(script: str, *, events: list[DeviceEvent] | None = None, cpus: int = 1) -> Iterator[Running]:
-    said = bytearray()
-    options = {} if events is None else {"on_event": events.append, "stop_on_error": False}
-    image = prepare(GuestSpec(command=("sh", "-c", WAIT + script)), [])
-    with (
-        Machine(memory="192M", cpus=cpus, **options) as machine,
-        Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,
-    ):
-        image.load(machine)
-        run = Running(machine, guest, said)
-        try:
-            yield run
-        finally:
-            machine.stop()
-            run._thread.join(60)
-
-
-def descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)
 
 
 def test_a_drive_comes_and_goes(nvme: str) -> None:
@@ -199,7 +128,7 @@ def test_a_guest_that_reboots_keeps_its_drive(nvme: str, destructive: None) -> N
 
 def test_a_reset_leaves_nothing_of_the_former_life(nvme: str) -> None:
     said, events = bytearray(), list[DeviceEvent]()
-    image = prepare(GuestSpec(command=("sh", "-c", WAIT + "wait_for drive; echo up; sleep 1000")), [])
+    image = prepare(GuestSpec(command=("sh", "-c", FUNCTIONS + "wait_for drive; echo up; sleep 1000")), [])
     with host.borrow(nvme), Machine(memory="192M", on_event=events.append) as machine:
         device = machine.assign(nvme)
         image.load(machine)

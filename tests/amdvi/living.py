@@ -1,0 +1,95 @@
+"""Guests that live in a thread of the test: what they say is waited for, and they can be told to go on."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kvmpass.events import DeviceEvent
+from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
+from kvmpass.machine import Machine
+
+SOAK = os.environ.get("KVMPASS_SOAK") == "1"
+FUNCTIONS = """
+wait_for() {
+    tries=0
+    until eval "$1"; do
+        tries=$((tries + 1)); [ $tries -lt 600 ] || { echo "never: $1"; exit 1; }; usleep 50000
+    done
+}
+go_on() { read -r word </dev/ttyS0; }
+present() { [ -e /sys/bus/pci/devices/0000:00:01.0 ]; }
+drive() { set -- /dev/nvme*n1; drive=$1; [ -b "$drive" ]; }
+"""
+
+
+class Running:
+    """A guest that runs a script in a thread of its own, and what it has said."""
+
+    def __init__(self, machine: Machine, guest: Guest, said: bytearray) -> None:
+        self.machine = machine
+        self._said = said
+        self._guest = guest
+        self._result: GuestResult | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._result = self._guest.run()
+
+    @property
+    def said(self) -> str:
+        return bytes(self._said).decode()
+
+    def expect(self, text: str, count: int = 1, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while self.said.count(text) < count:
+            assert time.monotonic() < deadline, f"no {text!r} (x{count}) in {self.said!r}"
+            assert self._thread.is_alive() or self.said.count(text) >= count, f"the guest is over: {self.said!r}"
+            time.sleep(0.02)
+
+    def go_on(self) -> None:
+        """The guest's ``go_on`` comes back."""
+        self._guest.type(b"on\n")
+
+    def end(self, seconds: float = 60) -> GuestResult:
+        self._thread.join(seconds)
+        assert self._result is not None, "the guest does not end"
+        return self._result
+
+
+@contextmanager
+def running(script: str, *devices: str, events: list[DeviceEvent] | None = None, cpus: int = 1) -> Iterator[Running]:
+    """A guest with ``devices`` (on vfio-pci) from the start; ``events`` gets those of the machine."""
+    said = bytearray()
+    options: dict[str, Any] = {} if events is None else {"on_event": events.append, "stop_on_error": False}
+    image = prepare(GuestSpec(command=("sh", "-c", FUNCTIONS + script)), [])
+    with (
+        Machine(memory="192M", cpus=cpus, **options) as machine,
+        Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,
+    ):
+        image.load(machine)
+        for bdf in devices:
+            machine.assign(bdf)
+        run = Running(machine, guest, said)
+        try:
+            yield run
+        finally:
+            machine.stop()
+            run._thread.join(60)
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)

@@ -1,0 +1,161 @@
+"""What a guest may do to the functions it has: interrupts on and off, sleep, move BARs, read ROMs."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from living import SOAK, running
+
+from kvmpass import host
+from kvmpass.memory import RegionKind
+
+CONFIGURE = """
+# put DEVICE OFFSET VALUE: a dword of configuration space, least significant byte first.
+put() {
+    bytes=; for shift in 0 8 16 24; do bytes=$bytes$(printf '\\\\x%02x' $(($3 >> shift & 255))); done
+    printf "$bytes" | dd of=/sys/bus/pci/devices/$1/config bs=4 seek=$(($2 / 4)) count=1 conv=notrunc 2>/dev/null
+}
+get() { hexdump -s $2 -n 4 -e '1/4 "0x%08x\\n"' /sys/bus/pci/devices/$1/config; }
+first=0000:00:01.0; second=0000:00:02.0
+"""
+
+
+def test_a_driver_that_lets_go_leaves_no_interrupt(nvme: str) -> None:
+    """Unloaded and loaded again: MSI-X, then the pin with nothing behind it, then MSI-X again."""
+    rounds = 20 if SOAK else 3
+    script = f"""for round in $(seq {rounds}); do
+        echo 0000:00:01.0 >/sys/bus/pci/drivers/nvme/unbind; echo unbound; go_on
+        echo 0000:00:01.0 >/sys/bus/pci/drivers/nvme/bind; wait_for drive
+        dd if=$drive of=/dev/null bs=64k count=4 2>/dev/null && echo bound; go_on; done"""
+    with host.borrow(nvme), running("wait_for drive; " + script, nvme) as guest:
+        machine = guest.machine
+        device = machine.devices[0]
+        for number in range(1, rounds + 1):
+            guest.expect("unbound", number)
+            assert (device.interrupt, machine.routes.msi) == ("INTx", [])
+            guest.go_on()
+            guest.expect("\nbound", number)
+            assert device.interrupt == "MSI-X"
+            assert len(machine.routes.msi) >= 2
+            machine.audit()
+            guest.go_on()
+        assert guest.end().status == 0
+
+
+def test_a_device_that_sleeps_reads_as_ones_and_wakes(nic: str) -> None:
+    """D3 and back; on hardware a register of a sleeping device is no register either."""
+    script = """
+        echo $first >/sys/bus/pci/drivers/e1000e/unbind 2>/dev/null
+        echo 1 >/sys/bus/pci/devices/$first/enable
+        capability=$(($(get $first 52) & 255))
+        while [ $(($(get $first $capability) & 255)) -ne 1 ]; do
+            capability=$(($(get $first $capability) >> 8 & 255)); [ $capability -ne 0 ] || exit 1; done
+        register=$((capability + 4)); at=$(($(get $first 16) & ~15))
+        echo awake $(devmem $((at + 8)) 32)
+        put $first $register $(($(get $first $register) | 3)); usleep 20000
+        echo asleep $(devmem $((at + 8)) 32)
+        put $first $register $(($(get $first $register) & ~3)); usleep 20000
+        echo 0 >/sys/bus/pci/devices/$first/enable; echo 1 >/sys/bus/pci/devices/$first/enable
+        echo back $(devmem $((at + 8)) 32); go_on"""
+    with host.borrow(nic), running(CONFIGURE + script, nic) as guest:
+        guest.expect("\n", 3)
+        words = dict(line.split() for line in guest.said.splitlines())
+        assert words["asleep"] == "0xFFFFFFFF"
+        assert words["awake"] == words["back"] != "0xFFFFFFFF"
+        guest.machine.audit()
+        guest.go_on()
+        assert guest.end().status == 0
+
+
+def test_bars_move_where_the_guest_puts_them(edu: str, edu2: str) -> None:
+    """Twice in a row, on top of each other, switched off in between; the identification register follows."""
+    script = """
+        for device in $first $second; do echo 1 >/sys/bus/pci/devices/$device/enable; done
+        one=$(($(get $first 16) & ~15)); two=$(($(get $second 16) & ~15))
+        devmem $((one + 4)) 32 0x11; devmem $((two + 4)) 32 0x22
+        look() { echo $1 $(devmem $((one + 4)) 32) $(devmem $((two + 4)) 32) $(devmem $((0xd0000000 + 4)) 32); }
+        look home
+        put $first 16 $((0xd0000000)); look moved
+        put $first 16 $((0xd4000000)); put $first 16 $((0xd0000000)); look again
+        put $second 16 $((0xd0000000)); look on-top
+        put $first 16 $((one)); look uncovered
+        put $first 4 0; look off
+        put $second 16 $((two)); put $first 4 2; look back
+        put $first 16 $((0xffffffff)); echo size $(get $first 16); look sizing
+        put $first 16 $((one)); look end; go_on"""
+    off = "0xFFFFFFFF"
+    one, two = "0xFFFFFFEE", "0xFFFFFFDD"  # edu answers with what was written, inverted
+    expected = {
+        "home": [one, two, off],
+        "moved": [off, two, one],
+        "again": [off, two, one],
+        "on-top": [off, off, one],
+        "uncovered": [one, off, two],
+        "off": [off, off, two],
+        "back": [one, two, off],
+        "size": ["0xfff00000"],
+        "sizing": [off, two, off],
+        "end": [one, two, off],
+    }
+    with host.borrow(edu, edu2), running(CONFIGURE + script, edu, edu2) as guest:
+        guest.expect("end ")
+        guest.expect("\n", len(expected))
+        assert {line.split()[0]: line.split()[1:] for line in guest.said.splitlines()} == expected
+        bars = [region for region in guest.machine.memory if region.kind is RegionKind.BAR]
+        assert len(bars) == 2
+        guest.machine.audit()
+        guest.go_on()
+        assert guest.end().status == 0
+
+
+@pytest.mark.amdvi(profile="rom")
+def test_the_guest_reads_the_expansion_rom(nic: str) -> None:
+    """Every byte is the device's, as the host reads it."""
+    rom = Path("/sys/bus/pci/devices") / nic / "rom"
+    if not rom.exists():
+        pytest.skip("this card has no expansion ROM: name one that has, as KVMPASS_TEST_NIC")
+    rom.write_text("1")
+    wanted = hashlib.sha256(rom.read_bytes()).hexdigest()
+    rom.write_text("0")
+    script = """cd /sys/bus/pci/devices/$first; echo 1 >rom; wc -c <rom; sha256sum rom; go_on"""
+    with host.borrow(nic), running(CONFIGURE + script, nic) as guest:
+        guest.expect("\n", 2)
+        size, digest, _ = guest.said.split()
+        assert int(size) >= 32 << 10
+        assert digest == wanted
+        guest.go_on()
+        assert guest.end().status == 0
+
+
+def test_memory_and_devices_change_while_the_drive_works(nvme: str, edu: str) -> None:
+    """Regions and another device come and go under the DMA of a guest that reads and compares without a pause."""
+    rounds, plugs = (1000, 100) if SOAK else (40, 4)
+    script = """wait_for drive
+        hash() { dd if=$drive bs=1M count=4 iflag=direct 2>/dev/null | sha256sum; }
+        wanted=$(hash); count=0; echo reading
+        until [ -e /kvmpass/stop ] || read -t 0 word </dev/ttyS0; do
+            [ "$(hash)" = "$wanted" ] || { echo "other bytes in round $count"; exit 1; }
+            count=$((count + 1)); done
+        echo read $count times"""
+    with host.borrow(nvme, edu), running(script, nvme, cpus=2) as guest:
+        machine = guest.machine
+        guest.expect("reading")
+        before = (machine.domain.ledger, [(slot.gpa, slot.size) for slot in machine.memslots.ledger])
+        for number in range(rounds):
+            region = machine.memory.add_ram(5 << 30, 4 << 20, "extra")
+            machine.audit()
+            machine.memory.remove(region)
+            machine.audit()
+            if number % (rounds // plugs) == 0:
+                device = machine.assign(edu)
+                machine.audit()
+                machine.unplug(device, 60)
+                machine.audit()
+        assert (machine.domain.ledger, [(slot.gpa, slot.size) for slot in machine.memslots.ledger]) == before
+        guest.go_on()
+        guest.expect("read ", 1)
+        guest.expect("times")
+        assert guest.end().status == 0
+        assert int(guest.said.split("read ")[1].split()[0]) > 2
