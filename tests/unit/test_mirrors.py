@@ -357,6 +357,31 @@ def test_what_the_ledger_does_not_know_is_found_at_the_end(house: House) -> None
     assert not house.domain.active
 
 
+@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("step", ["unmap_dma", "unset_container"])
+def test_a_group_that_the_host_took_back(
+    house: House, monkeypatch: pytest.MonkeyPatch, taken: bool, step: str
+) -> None:
+    """With the group went all mappings: that is no failure. The same refusal is one while the group is ours."""
+    device = house.domain.attach("device", 1)
+
+    def refuse(*_: object) -> int:
+        raise Refused(errno.EINVAL, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeGroup, "taken", taken)
+        patch.setattr(FakeContainer if step == "unmap_dma" else FakeGroup, step, refuse)
+        if taken:
+            house.domain.detach(device)
+        else:
+            with pytest.raises(Refused, match=step):
+                house.domain.detach(device)
+    assert not house.domain.active
+    assert house.domain.ledger == []
+    house.domain.audit()
+    house.kernel.mappings.clear()
+
+
 def test_the_process_has_its_mappings_back(house: House) -> None:
     def count() -> int:
         return len(Path("/proc/self/maps").read_text().splitlines())

@@ -1,0 +1,119 @@
+"""What VFIO's answers become, where no device here gives them: the C functions are stood in for."""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import kvmpass.vfio.device
+import kvmpass.vfio.group
+from kvmpass._native import lib
+from kvmpass.vfio import Container, DependentDevice, Device, Group
+from kvmpass.vfio.device import ERR, MSI, REQ, IrqInfo
+
+
+class FakeLib:
+    """The compiled module with some functions replaced."""
+
+    def __init__(self, **functions: Callable[..., int]) -> None:
+        self.__dict__.update(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(lib, name)
+
+
+def bare(kind: type, **attributes: Any) -> Any:
+    """An object of the VFIO layer that its constructor did not make; it owns no descriptor, and is not missed."""
+    quiet = type(kind.__name__, (kind,), {"__del__": lambda self: None})
+    one = quiet.__new__(quiet)
+    one._fd = 1000
+    one.__dict__.update(attributes)
+    return one
+
+
+@pytest.fixture
+def device() -> Device:
+    one: Device = bare(Device, name="0000:01:00.0", irqs={MSI: IrqInfo(MSI, 1, True, False, False, False)})
+    return one
+
+
+def use(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., int]) -> None:
+    for module in (kvmpass.vfio.device, kvmpass.vfio.group):
+        monkeypatch.setattr(module, "lib", FakeLib(**functions))
+
+
+def test_devices_that_a_reset_takes_along(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(flags: int) -> Callable[..., int]:
+        def fill(fd: int, out: Any) -> int:
+            out.flags, out.count = flags, 3
+            for one, (id_, segment, bus, devfn) in zip(
+                out.devices, ((7, 0, 1, 0), (0, 0x10000 - 1, 0xFF, 0xFF), (0xFFFF_FFFF, 0, 2, 9)), strict=False
+            ):
+                one.id, one.segment, one.bus, one.devfn = id_, segment, bus, devfn
+            return 0
+
+        return fill
+
+    names = ["0000:01:00.0", "ffff:ff:1f.7", "0000:02:01.1"]
+    use(monkeypatch, vfio_device_get_pci_hot_reset_info=answer(0))
+    assert device.get_pci_hot_reset_info() == [
+        DependentDevice(name, group, None) for name, group in zip(names, (7, 0, -1), strict=True)
+    ]
+    use(monkeypatch, vfio_device_get_pci_hot_reset_info=answer(lib.VFIO_PCI_HOT_RESET_FLAG_DEV_ID | 2))
+    assert device.get_pci_hot_reset_info() == [
+        DependentDevice(name, None, devid) for name, devid in zip(names, (7, 0, -1), strict=True)
+    ]
+
+
+def test_turning_off_what_is_off(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, vfio_device_set_irqs=lambda *_: -errno.EINVAL)
+    device.disable_irqs(MSI)
+    for index in (ERR, REQ):  # not among this device's
+        with pytest.raises(OSError, match="VFIO_DEVICE_SET_IRQS: Invalid argument"):
+            device.disable_irqs(index)
+    use(monkeypatch, vfio_device_set_irqs=lambda *_: -errno.EIO)
+    with pytest.raises(OSError, match="VFIO_DEVICE_SET_IRQS: Input/output error"):
+        device.disable_irqs(MSI)
+
+
+@pytest.mark.parametrize(
+    "code, with_token, hint",
+    [
+        (errno.EACCES, False, "needs the VF token that both are opened with"),
+        (errno.EACCES, True, "not the one that the physical function was opened with"),
+        (errno.EINVAL, True, "leave it out"),
+        (errno.EINVAL, False, None),
+        (errno.ENODEV, True, None),
+    ],
+)
+def test_the_name_that_carries_a_token(
+    monkeypatch: pytest.MonkeyPatch, code: int, with_token: bool, hint: str | None
+) -> None:
+    token = uuid.UUID("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3")
+    names: list[bytes] = []
+
+    def open_device(fd: int, name: bytes) -> int:
+        names.append(name)
+        return -code
+
+    use(monkeypatch, vfio_group_get_device_fd=open_device)
+    group: Group = bare(Group, number=1)
+    with pytest.raises(OSError, match="VFIO_GROUP_GET_DEVICE_FD") as refused:
+        group.get_device_fd("0000:04:10.0", token if with_token else None)
+    assert refused.value.errno == code
+    notes = getattr(refused.value, "__notes__", [])
+    assert [note for note in notes if hint and hint in note] == notes
+    assert bool(notes) is bool(hint)
+    assert names == [b"0000:04:10.0 vf_token=bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3" if with_token else b"0000:04:10.0"]
+
+
+def test_the_last_page_never_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, vfio_iommu_map_dma=lambda *_: pytest.fail("the kernel was asked"))
+    container: Container = bare(Container)
+    with pytest.raises(OSError, match="VFIO_IOMMU_MAP_DMA: Invalid argument") as refused:
+        container.map_dma((1 << 64) - 0x2000, 0, 0x2000, writable=True)
+    assert refused.value.errno == errno.EINVAL
