@@ -17,18 +17,17 @@ from kvmpass.memory import Backing
 Say = Callable[[str], None]
 
 
-def check(bdfs: Sequence[host.Bdf], memory: int, sysfs: host.Sysfs) -> list[host.PciDevice]:
-    """Everything that can be refused before anything changes, the host's side; returns the devices as they are.
-
-    ``memory``: bytes that do not come from a pool of huge pages.
-    """
+def check(
+    bdfs: Sequence[host.Bdf], memory: int, sysfs: host.Sysfs, backing: Backing = Backing.ANONYMOUS
+) -> list[host.PciDevice]:
+    """Everything that can be refused before anything changes, the host's side; returns the devices as they are."""
     if len(set(bdfs)) != len(bdfs):
         raise DeviceInUse("the same device is named twice")
     devices = [sysfs.device(bdf) for bdf in bdfs]
     host.check_host(sysfs)
     for bdf in bdfs:
         host.check_assignable(sysfs, bdf, together=bdfs)
-    host.check_memory(sysfs, memory)
+    host.check_memory(sysfs, memory, huge_page=backing.page_size if backing is not Backing.ANONYMOUS else 0)
     return devices
 
 
@@ -54,7 +53,7 @@ def assigned(
     sysfs = host.Sysfs()
     bdfs = [host.Bdf.parse(address) for address in addresses]
     size = parse_size(memory)
-    devices = check(bdfs, size if backing is Backing.ANONYMOUS else 0, sysfs)
+    devices = check(bdfs, size, sysfs, backing)
     image = prepare(spec, [device.modalias for device in devices])
     with Machine(memory=size, cpus=cpus, backing=backing, sysfs=sysfs, on_event=on_event) as machine:
         image.load(machine)

@@ -22,7 +22,6 @@ ECAM_BASE, ECAM_SIZE = 0xE000_0000, 1 * MIB  # one bus
 IOAPIC_BASE = 0xFEC0_0000
 LOCAL_APIC_BASE = 0xFEE0_0000
 HIGH_RAM_BASE = 4 * GIB
-MMIO64_SIZE = 64 * GIB  # what a machine has at least, unless its RAM leaves less
 MMIO64_LEAST = GIB
 GUEST_BITS = 48  # four levels of nested page tables (AMD64 manual, volume 2, 15.25.3); wider hosts need a fifth
 

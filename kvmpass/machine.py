@@ -114,7 +114,9 @@ class Machine:
             if not 1 <= cpus <= limit:
                 raise LayoutError(f"{cpus} CPUs: this host's KVM takes 1 to {limit}")
             size = parse_size(memory)
-            self.layout: Layout = plan_layout(size, self._sysfs.reserved_regions(), self._phys_bits())
+            self.layout: Layout = plan_layout(
+                size, self._sysfs.reserved_regions(), self._phys_bits(), backing.page_size
+            )
             self._sinks: list[Callable[[bytes], None]] = [lambda data: None] * len(ports.SERIAL_LINES)
             self.memory = GuestMemory()
             undo.callback(self.memory.close)
@@ -195,7 +197,7 @@ class Machine:
                 "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
             )
         if not self._populated:
-            check_memory(self._sysfs, self.memory.anonymous_size)
+            check_memory(self._sysfs, self.memory.anonymous_size, locked=self.memory.ram_size)
             self.memory.populate()
             self._populated = True
         with deferred(), self._moves, ExitStack() as undo:

@@ -191,8 +191,10 @@ def _check_access(sysfs: Sysfs, node: str, remedy: str) -> None:
         raise error
 
 
-def check_memory(sysfs: Sysfs, size_bytes: int, *, huge_page: int = 0, memlock: int | None = None) -> None:
-    """Check that ``size_bytes`` of guest memory exist and may be locked.
+def check_memory(
+    sysfs: Sysfs, size_bytes: int, *, huge_page: int = 0, locked: int | None = None, memlock: int | None = None
+) -> None:
+    """Check that ``size_bytes`` of guest memory exist and may be locked; ``locked`` is more if there is more to lock.
 
     ``huge_page`` is the page size in bytes when the memory comes from hugetlbfs, else 0. ``memlock`` replaces
     RLIMIT_MEMLOCK (bytes, -1 without limit), which does not count under CAP_IPC_LOCK. Raises ``NotEnoughMemory``:
@@ -216,10 +218,11 @@ def check_memory(sysfs: Sysfs, size_bytes: int, *, huge_page: int = 0, memlock: 
     if _capable(sysfs, CAP_IPC_LOCK):
         return
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] if memlock is None else memlock
-    if limit != resource.RLIM_INFINITY and limit < size_bytes:
+    locked = size_bytes if locked is None else locked
+    if limit != resource.RLIM_INFINITY and limit < locked:
         raise NotEnoughMemory(
-            f"the guest's {_mib(size_bytes)} must be locked in memory, this process may lock {_mib(limit)}",
-            f"raise the limit (ulimit -l {-(-size_bytes // 1024)}, or memlock in limits.conf), or run as root",
+            f"the guest's {_mib(locked)} must be locked in memory, this process may lock {_mib(limit)}",
+            f"raise the limit (ulimit -l {-(-locked // 1024)}, or memlock in limits.conf), or run as root",
         )
 
 

@@ -22,6 +22,7 @@ from kvmpass.lab.config import LabConfig, LabResult, Outcome
 from kvmpass.lab.script import Job, overlay
 
 BOOT_SECONDS = 240.0
+FIRST_BOOT_SECONDS = 120.0  # a start that hangs does so early, and another one is quicker than waiting
 END_SECONDS = 5.0
 CONSOLE_LINES = 20
 NOISE = ("TCG doesn't support", "warning: ")
@@ -128,13 +129,13 @@ class Host:
         with suppress(OSError):
             self.port(STATUS).shutdown(socket.SHUT_RDWR)
 
-    def boot(self) -> LabResult | None:
-        """Wait until the host is up and let it go on; a result means that it never came up.
+    def boot(self, patience: float = BOOT_SECONDS) -> LabResult | None:
+        """Wait ``patience`` seconds until the host is up and let it go on; a result means that it never came up.
 
         Raises ``LabError`` if QEMU refuses its arguments, or if it does not translate DMA.
         """
         try:
-            line = self._lines.read(min(self._deadline, time.monotonic() + BOOT_SECONDS))
+            line = self._lines.read(min(self._deadline, time.monotonic() + patience))
         except TimeoutError:
             return self._result("timeout")
         if line is None:

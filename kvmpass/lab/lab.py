@@ -17,7 +17,7 @@ from kvmpass.lab.cache import Say, log
 from kvmpass.lab.channels import Feeder, Writer, writer
 from kvmpass.lab.command import TERMINAL
 from kvmpass.lab.config import LabConfig, LabResult
-from kvmpass.lab.host import ERR, IN, OUT, STATUS, Host
+from kvmpass.lab.host import BOOT_SECONDS, ERR, FIRST_BOOT_SECONDS, IN, OUT, STATUS, Host
 from kvmpass.lab.script import Job, environment
 
 SHELL = ("/bin/bash", "-i")
@@ -55,7 +55,7 @@ class Lab:
         """Run ``command`` inside, as root, and return how it ended.
 
         Its output is copied as it comes, byte for byte, to binary files or descriptors (``None``: this process's
-        own). A host that dies before the command has started is started once more; ``say`` tells. Its
+        own). A host that dies or hangs before the command has started is started once more; ``say`` tells. Its
         input is empty unless ``stdin`` is a descriptor. ``env`` is added to a small environment of the
         lab's own. Raises ``LabError`` if the host cannot be started, and what ``stdout`` or ``stderr`` raise.
         """
@@ -65,23 +65,24 @@ class Lab:
         ports = (OUT, ERR, STATUS) if stdin is None else (OUT, ERR, STATUS, IN)
         job = Job(command, cwd or Path.cwd(), environment(env), ports, "null" if stdin is None else "pipe")
         self._stopped = False
-        result = self._once(job, outputs, stdin)
-        if result.started or result.outcome not in ("panic", "silent") or self._stopped:
+        result = self._once(job, outputs, stdin, FIRST_BOOT_SECONDS)
+        out_of_time = self.config.timeout is not None and result.seconds >= self.config.timeout
+        if result.started or out_of_time or self._stopped:
             return result
-        # An emulated host dies now and then while it starts; nothing of the command has run, so nothing is repeated.
+        # An emulated host dies or hangs now and then while it starts; nothing of the command has run yet.
         self._say(f"{result.describe()}; its console ended with:")
         for line in result.console_tail.splitlines():
             self._say(f"  | {line}")
         self._say("starting the host once more")
-        return self._once(job, outputs, stdin)
+        return self._once(job, outputs, stdin, BOOT_SECONDS)
 
-    def _once(self, job: Job, outputs: Mapping[str, Writer], stdin: int | None) -> LabResult:
+    def _once(self, job: Job, outputs: Mapping[str, Writer], stdin: int | None, patience: float) -> LabResult:
         with Host(self.config, self._say) as host:
             host.start(job)
             self._host = host
             try:
                 host.pump(outputs)
-                early = host.boot()
+                early = host.boot(patience)
                 if early is not None:
                     return early
                 if stdin is None:

@@ -39,8 +39,9 @@ def option_rom(directory: Path) -> Path:
 def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
     """Hosts of single tests.
 
-    One drive and nothing else; two devices on one bus; a device on bus 0, where the emulated IOMMU's events name it;
-    a card with an expansion ROM; a page of 1 GiB; a physical function that vfio-pci may make virtual ones of.
+    One drive and nothing else; two devices on one bus; a card with an expansion ROM and a drive with 2048 vectors; a
+    device on bus 0, where the emulated IOMMU's events name it; a page of 1 GiB; a physical function that vfio-pci may
+    make virtual ones of.
     """
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
@@ -51,7 +52,12 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
                 "edu,bus=bridge0,addr=02.0",
             )
         ),
-        "rom": Profile(devices=(f"e1000e,addr=04.0,romfile={option_rom(rom_directory(config))}",)),
+        "functions": Profile(
+            devices=(
+                f"e1000e,addr=04.0,romfile={option_rom(rom_directory(config))}",
+                "nvme,addr=05.0,max_ioqpairs=256,msix_qsize=2048",
+            )
+        ),
         "faults": Profile(devices=("edu,addr=06.0",)),
         "gigantic": Profile(devices=("edu,addr=06.0",), memory="4G", append="hugepagesz=1G hugepages=1"),
         "vf-token": Profile(

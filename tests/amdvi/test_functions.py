@@ -6,10 +6,13 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from living import SOAK, running
+from living import SOAK, descriptors, running
 
 from kvmpass import host
+from kvmpass.machine import Machine
 from kvmpass.memory import RegionKind
+from kvmpass.pci.config import BAR0, CAP_MSIX, COMMAND, capabilities
+from kvmpass.vfio.device import MSIX
 
 CONFIGURE = """
 # put DEVICE OFFSET VALUE: a dword of configuration space, least significant byte first.
@@ -110,7 +113,7 @@ def test_bars_move_where_the_guest_puts_them(edu: str, edu2: str) -> None:
         assert guest.end().status == 0
 
 
-@pytest.mark.amdvi(profile="rom")
+@pytest.mark.amdvi(profile="functions")
 def test_the_guest_reads_the_expansion_rom(nic: str) -> None:
     """Every byte is the device's, as the host reads it."""
     rom = Path("/sys/bus/pci/devices") / nic / "rom"
@@ -127,6 +130,51 @@ def test_the_guest_reads_the_expansion_rom(nic: str) -> None:
         assert digest == wanted
         guest.go_on()
         assert guest.end().status == 0
+
+
+@pytest.mark.amdvi(profile="functions")
+def test_vectors_far_beyond_those_that_were_on_first(nvme: str) -> None:
+    """What a guest with many CPUs would do, done by its buses: each vector that is unmasked gets its own way.
+
+    As many as the host has: where it refuses one, the others go on.
+    """
+    with host.borrow(nvme), Machine(memory="8M") as machine:
+        device = machine.assign(nvme)
+        board, devfn = machine._board, device.slot << 3
+        count = device.vfio.irqs[MSIX].count
+
+        def config(offset: int, size: int, value: int | None = None) -> int:
+            if value is not None:
+                board.pci.write(0, devfn, offset, value.to_bytes(size, "little"))
+            return int.from_bytes(board.pci.read(0, devfn, offset, size), "little")
+
+        at = next(cap.offset for cap in capabilities(config) if cap.id == CAP_MSIX)
+        table = config(at + 4, 4)
+        bar = config(BAR0 + 4 * (table & 7), 4) & ~0xF | config(BAR0 + 4 * (table & 7) + 4, 4) << 32
+        config(COMMAND, 2, 0x6)
+        config(at + 2, 2, 0x8000)
+        before = descriptors()
+        numbers = [*range(0, count, max(1, count // 100)), count - 1]
+        for number in numbers:
+            entry = bar + (table & ~7) + 16 * number
+            board.mmio.write(entry, (0xFEE0_0000).to_bytes(8, "little"))
+            board.mmio.write(entry + 8, (0x4000 + number & 0xFF).to_bytes(8, "little"))
+        got = len(machine.routes.msi)
+        assert descriptors() - before <= len(numbers)
+        assert got > 30 if count > 100 else got == count, f"{got} of {len(numbers)} vectors"
+        assert (device.interrupt, board.mmio.read(bar + (table & ~7) + 16 * (count - 1) + 12, 4)) == (
+            "MSI-X",
+            bytes(4),
+        )
+        board.mmio.write(bar + (table & ~7) + 12, b"\1\0\0\0")
+        assert len(machine.routes.msi) == got - 1
+        config(at + 2, 2, 0xC000)
+        assert machine.routes.msi == [], "all masked"
+        config(at + 2, 2, 0x8000)
+        assert len(machine.routes.msi) == got - 1
+        config(at + 2, 2, 0)
+        assert (device.interrupt, machine.routes.msi) == ("INTx", [])
+        machine.audit()
 
 
 def test_memory_and_devices_change_while_the_drive_works(nvme: str, edu: str) -> None:

@@ -97,6 +97,25 @@ def test_interrupts_are_msi_x(nvme: str) -> None:
     assert sum(int(number) for line in lines for number in re.findall(r" (\d+)(?= )", line.partition(":")[2])) > 0
 
 
+def test_memory_from_huge_pages_or_a_word_why_not(nvme: str) -> None:
+    """The pool is the host's to fill: what is too little is refused before anything changes."""
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+    before = pool.read_text()
+    arguments = ("assign", "-v", nvme, "--memory", "256M", "--hugepages", "2M", "--", "sh", "-c", HASH_HEAD)
+    try:
+        pool.write_text("100")
+        result = run(*arguments)
+        assert (result.returncode, driver(nvme)) == (125, "nvme")
+        assert b"the guest needs 256 MiB of 2048 KiB pages, 200 MiB of them are free" in result.stderr
+        pool.write_text("128")
+        result = run(*arguments)
+        assert result.returncode == 0, result.stderr
+        assert b"256 MiB, hugetlb-2M, read-write" in result.stderr
+        assert result.stdout.split()[0].decode() == hashlib.sha256(head(nvme)).hexdigest()
+    finally:
+        pool.write_text(before)
+
+
 def test_two_guests_at_once_and_a_third_is_refused(nvme: str, nvme2: str, capfd: pytest.CaptureFixture[str]) -> None:
     script = f"{HASH_HEAD}; echo ready; sleep 10"
     guests = [

@@ -1,4 +1,4 @@
-"""A host that dies before the command has started is started once more, and only then."""
+"""A host that dies or hangs before the command has started is started once more, and only then."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import pytest
 from kvmpass.lab import Lab, LabConfig, LabResult
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *results: LabResult, stop: bool = False) -> tuple[LabResult, int, list[str]]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, *results: LabResult, stop: bool = False, timeout: float | None = None
+) -> tuple[LabResult, int, list[str]]:
     said: list[str] = []
     left = list(results)
-    lab = Lab(LabConfig(), said.append)
+    lab = Lab(LabConfig(timeout=timeout), said.append)
 
     def once(*arguments: object) -> LabResult:
         if stop:
@@ -24,7 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *results: LabResult, stop: bool = False
 DEAD = LabResult(None, "panic", "a\nlast words", 1.0, started=False)
 GOOD = LabResult(0, "exited", "", 2.0, started=True)
 LATER = LabResult(None, "panic", "x", 1.0, started=True)
-LATE = LabResult(None, "timeout", "x", 1.0, started=False)
+HUNG = LabResult(None, "timeout", "x", 120.0, started=False)
 
 
 def test_once_more_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +40,12 @@ def test_twice_dead_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, DEAD, DEAD, GOOD)[:2] == (DEAD, 2)
 
 
-@pytest.mark.parametrize("result", [GOOD, LATER, LATE])
+def test_a_start_that_hangs_is_given_up_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, HUNG, GOOD)[:2] == (GOOD, 2)
+    assert run(monkeypatch, HUNG, GOOD, timeout=120.0) == (HUNG, 1, []), "the time that it was given is over"
+
+
+@pytest.mark.parametrize("result", [GOOD, LATER])
 def test_nothing_else_is_repeated(monkeypatch: pytest.MonkeyPatch, result: LabResult) -> None:
     assert run(monkeypatch, result, GOOD) == (result, 1, [])
 
