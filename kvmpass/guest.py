@@ -226,8 +226,9 @@ class Guest:
         self._machine.start()
         ending = None
         while ending is None:
-            ending = self._machine.wait(1.0 if not self._reported.is_set() else _POWEROFF_SECONDS)
-            if ending is None and self._reported.is_set():
+            reported = self._reported.is_set()  # before the wait: a report that comes during it starts the minute
+            ending = self._machine.wait(_POWEROFF_SECONDS if reported else 1.0)
+            if ending is None and reported:
                 self._machine.stop()
             if ending is Ending.REBOOT and restart and not self._reported.is_set():
                 self._report.ready = False

@@ -14,7 +14,9 @@ real hardware; tests for roles that have no device are skipped, and so are tests
 
 Arguments of the marker, each of them optional: ``profile`` (which lab), ``timeout`` (seconds for each phase),
 ``kernel`` (``"full"``: needs iommufd; ``"stock"``: needs the distribution's kernel), ``qemu`` (``"system"``,
-``"modern"``). Markers of module and class are merged, the closest wins.
+``"modern"``). Markers of module and class are merged, the closest wins. A test whose kernel or QEMU is another than
+the run's own (``--lab-kernel``, ``--lab-qemu``) gets a host of its own, in the same run; it is skipped where that
+kernel or QEMU has not been made ready (``kvmpass lab kernel``, ``kvmpass lab qemu``).
 
 The modules: :mod:`.profiles` says what labs there are, :mod:`.roles` finds devices, :mod:`.fixtures` are the
 fixtures, :mod:`.inplace` runs marked tests here, :mod:`.inner` reports from inside the lab, :mod:`.events` is the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -31,6 +32,27 @@ class Boot:
         return f"{self.profile} ({self.kernel} kernel, {self.qemu} QEMU)"
 
 
+def lacks_kernel(name: str) -> str | None:
+    """Why no emulated host with that kernel can be had here, and what makes one; ``None`` if it can."""
+    from kvmpass.lab import kernels  # late: a run without marked tests has no use for it
+
+    if name != "full" or os.environ.get(kernels.FULL_VARIABLE) or kernels.cached(kernels.full_root(), "full"):
+        return None
+    return (
+        "needs the full kernel (iommufd), which has not been built: `kvmpass lab kernel` builds it, "
+        f"{kernels.FULL_VARIABLE}=FILE names a built one"
+    )
+
+
+def lacks_qemu(name: str) -> str | None:
+    """As ``lacks_kernel``, for a QEMU."""
+    from kvmpass.lab import qemu
+
+    if name != "modern" or qemu.modern_root().is_dir():
+        return None
+    return "needs the modern QEMU, which is not in the cache: `kvmpass lab qemu` fetches it"
+
+
 class Outer:
     """Takes over the protocol of marked tests."""
 
@@ -49,15 +71,14 @@ class Outer:
         if profile is None:
             raise pytest.UsageError(f"no profile {requirement.profile!r}; there are {', '.join(sorted(known))}")
         kernel = requirement.kernel or profile.kernel or self.kernel
-        qemu = requirement.qemu or profile.qemu or self.qemu
-        if kernel == "full" and self.kernel != "full":
-            if self.kernel != "stock":
-                kernel = self.kernel  # a kernel of one's own stands in for the full one
-            else:
-                return "needs the full kernel (iommufd): --lab-kernel=full, see `kvmpass lab kernel`"
-        if qemu == "modern" and self.qemu != "modern":
-            return "needs the modern QEMU: --lab-qemu=modern, see `kvmpass lab qemu`"
-        return Boot(requirement.profile, kernel, qemu)
+        emulator = requirement.qemu or profile.qemu or self.qemu
+        if kernel == "full" and self.kernel not in ("stock", "full"):
+            kernel = self.kernel  # a kernel of one's own stands in for the full one
+        # What the run itself chose is not asked for: if it is missing the boot fails, and tells.
+        lacks = (kernel != self.kernel and lacks_kernel(kernel)) or (emulator != self.qemu and lacks_qemu(emulator))
+        if lacks:
+            return lacks
+        return Boot(requirement.profile, kernel, emulator)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:

@@ -48,6 +48,7 @@ def lab(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Py
         monkeypatch.delenv(f"KVMPASS_TEST_{name}", raising=False)
     temporary = pytester.mkdir("temporary")
     monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("KVMPASS_CACHE", str(pytester.path / "cache"))
     pytester.makeconftest(FAKE_LAB)
     # Other people's plugins cost seconds here, in each of many runs.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
@@ -376,22 +377,77 @@ def test_warnings_come_out(lab: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*ResourceWarning: mind the gap*"])
 
 
-def test_what_needs_the_full_kernel_is_skipped_outside(lab: pytest.Pytester) -> None:
-    write(
-        lab,
-        """
+ASKING = """
+@pytest.mark.amdvi
+def test_any(): pass
+
 @pytest.mark.amdvi(kernel="full")
 def test_iommufd(): pass
 
 @pytest.mark.amdvi(qemu="modern")
 def test_modern(): pass
-""",
-    )
+
+@pytest.mark.amdvi(kernel="full", qemu="modern")
+def test_both(): pass
+
+@pytest.mark.amdvi(kernel="stock", qemu="system")
+def test_usual(): pass
+
+@pytest.mark.amdvi(qemu="modern")
+def test_modern_too(): pass
+"""
+
+
+def test_what_is_not_there_is_skipped_with_the_remedy(lab: pytest.Pytester) -> None:
+    write(lab, ASKING)
     result = lab.runpytest_inprocess("-ra")
-    result.assert_outcomes(skipped=2)
-    assert not boots(lab)
-    lab.runpytest_inprocess("--lab-kernel=full", "--lab-qemu=modern").assert_outcomes(passed=2)
-    assert boots(lab) == ["6G full modern"]
+    result.assert_outcomes(passed=2, skipped=4)
+    result.stdout.fnmatch_lines_random(
+        [
+            "SKIPPED*needs the full kernel (iommufd)*`kvmpass lab kernel` builds it, KVMPASS_LAB_KERNEL=FILE*",
+            "SKIPPED*needs the modern QEMU*`kvmpass lab qemu` fetches it",
+        ]
+    )
+    assert boots(lab) == ["6G stock system"]
+
+
+def test_each_kernel_and_qemu_that_is_asked_for_boots_once(lab: pytest.Pytester) -> None:
+    for name in ("cache/qemu/modern", "cache/kernels/full/boot"):
+        (lab.path / name).mkdir(parents=True)
+    (lab.path / "cache/kernels/full/boot/vmlinuz-6.12").touch()
+    write(lab, ASKING)
+    result = lab.runpytest_inprocess("-v")
+    result.assert_outcomes(passed=6)
+    assert boots(lab) == ["6G stock system", "6G full system", "6G stock modern", "6G full modern"]
+    result.stdout.fnmatch_lines_random(
+        [
+            "*base (stock kernel, system QEMU): 2 tests*",
+            "*base (full kernel, system QEMU): 1 tests*",
+            "*base (stock kernel, modern QEMU): 2 tests*",
+            "*base (full kernel, modern QEMU): 1 tests*",
+        ]
+    )
+
+
+@pytest.mark.parametrize("variable", [False, True], ids=["by option", "by variable"])
+def test_a_full_kernel_beside_the_runs_own(
+    lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, variable: bool
+) -> None:
+    """A named kernel makes ``full`` the run's choice, unless that is stock; a kernel of one's own stands for full."""
+    write(lab, ASKING)
+    if variable:
+        monkeypatch.setenv("KVMPASS_LAB_KERNEL", "/some/bzImage")
+        lab.runpytest_inprocess("--lab-kernel=stock").assert_outcomes(passed=3, skipped=3)
+        assert boots(lab) == ["6G stock system", "6G full system"]
+    else:
+        lab.runpytest_inprocess("--lab-kernel=/some/bzImage").assert_outcomes(passed=3, skipped=3)
+        assert boots(lab) == ["6G /some/bzImage system", "6G stock system"]
+
+
+def test_what_the_run_chose_is_never_a_reason_to_skip(lab: pytest.Pytester) -> None:
+    write(lab, ASKING)
+    lab.runpytest_inprocess("--lab-kernel=full", "--lab-qemu=modern").assert_outcomes(passed=6)
+    assert boots(lab) == ["6G full modern", "6G stock system"]
 
 
 def test_class_and_module_markers_are_merged(lab: pytest.Pytester) -> None:

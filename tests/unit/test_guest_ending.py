@@ -1,0 +1,66 @@
+"""From a guest's report of its command's status to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+from kvmpass.guest import CONTROL, Guest, GuestResult
+from kvmpass.machine import Machine
+from kvmpass.vcpus import Ending
+
+REPORT = b"kvmpass 1 ready 1.0\nkvmpass 1 exit 3\n"
+
+
+class Vm:
+    """A machine whose guest reports during the second of its waits, and ends as ``ending`` in the third."""
+
+    def __init__(self, ending: Ending | None) -> None:
+        self.sinks: dict[int, Callable[[bytes], None]] = {}
+        self.waits: list[float | None] = []
+        self.stopped_after: list[int] = []
+        self.stopped_in_run: list[int] = []
+        self.over, self.fault = False, ""
+        self._ending = ending
+
+    def connect_serial(self, index: int, sink: Callable[[bytes], None]) -> None:
+        self.sinks[index] = sink
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.stopped_after.append(len(self.waits))
+
+    def wait(self, timeout: float | None = None) -> Ending | None:
+        if self.stopped_after:
+            return Ending.STOPPED
+        self.waits.append(timeout)
+        if len(self.waits) == 2:
+            self.sinks[CONTROL](REPORT)
+        return self._ending if len(self.waits) == 3 else None
+
+
+def run(vm: Vm) -> GuestResult:
+    """As ``Guest.run``; leaving the guest would stop the machine once more."""
+    with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
+        result = guest.run()
+        vm.stopped_in_run = list(vm.stopped_after)
+    return result
+
+
+def test_a_guest_has_its_minute_whenever_it_reports() -> None:
+    """What it wrote to a disk may not have reached it yet: its init's power-off is what writes it."""
+    vm = Vm(Ending.POWEROFF)
+    result = run(vm)
+    assert (result.ending, result.status) == (Ending.POWEROFF, 3)
+    assert vm.waits == [1.0, 1.0, 60.0]
+    assert vm.stopped_in_run == []
+
+
+def test_a_guest_that_does_not_power_off_is_stopped() -> None:
+    vm = Vm(None)
+    result = run(vm)
+    assert (result.ending, result.status) == (Ending.STOPPED, 3)
+    assert vm.waits == [1.0, 1.0, 60.0]
+    assert vm.stopped_in_run == [3]
