@@ -40,8 +40,8 @@ class Intx:
             unmask = _eventfd(undo)
             self._vm.irqfd_resample(trigger, self._gsi, unmask)
             undo.callback(self._vm.irqfd_deassign, trigger, self._gsi)
+            undo.callback(self._device.disable_irqs, INTX)  # harmless if the next step fails
             self._device.set_irqs(INTX, 0, [trigger])
-            undo.callback(self._device.disable_irqs, INTX)
             # An interrupt that came in between has signalled the descriptor: VFIO looks when it gets it.
             self._device.set_unmask_eventfd(INTX, unmask)
             self._undo = undo.pop_all()

@@ -72,6 +72,23 @@ def test_a_device_that_sleeps_reads_as_ones_and_wakes(nic: str) -> None:
         assert guest.end().status == 0
 
 
+def test_the_guest_resets_its_function(nvme: str) -> None:
+    """By the function's own reset, under a driver that works: its interrupts and its drive are there again."""
+    script = """wait_for drive
+        cd /sys/bus/pci/devices/$first; echo methods $(cat reset_method)
+        for round in 1 2 3; do
+            echo 1 >reset || exit 1
+            dd if=$drive of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null && echo "read it"; done; go_on"""
+    with host.borrow(nvme), running(CONFIGURE + script, nvme) as guest:
+        guest.expect("read it", 3)
+        methods = guest.said.split("methods ")[1].splitlines()[0].split()
+        assert "flr" in methods or "pm" in methods
+        assert guest.machine.devices[0].interrupt == "MSI-X"
+        guest.machine.audit()
+        guest.go_on()
+        assert guest.end().status == 0
+
+
 def test_bars_move_where_the_guest_puts_them(edu: str, edu2: str) -> None:
     """Twice in a row, on top of each other, switched off in between; the identification register follows."""
     script = """

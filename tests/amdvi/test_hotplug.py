@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,24 @@ def test_an_error_of_the_device_ends_the_guest_or_calls_python(nvme: str) -> Non
             device.vfio.trigger_irq(ERR)
             wait_until(lambda: DeviceError(nvme) in events)
             assert not guest.machine.over
+
+
+@pytest.mark.amdvi(profile="modern", qemu="modern", kernel="full")
+def test_an_error_that_the_root_port_reports(nic: str) -> None:
+    """PCI Express AER from the port's service driver on: injected there (drivers/pci/pcie/aer_inject.c)."""
+    injector = Path("/dev/aer_inject")
+    if not injector.exists():
+        pytest.skip("this kernel has no /dev/aer_inject: CONFIG_PCIEAER_INJECT would make it run")
+    bdf = host.Bdf.parse(nic)
+    poisoned = 0x1000  # a poisoned TLP in the uncorrectable error status (PCI Express base, 7.8.4.2)
+    error = struct.pack("<BBBxIIIIIII", bdf.bus, bdf.device, bdf.function, poisoned, 0, 0, 1, 2, 3, bdf.domain)
+    events: list[DeviceEvent] = []
+    with host.borrow(nic), Machine(memory="8M", on_event=events.append, stop_on_error=False) as machine:
+        device = machine.assign(nic)
+        assert ERR in device.vfio.irqs
+        injector.write_bytes(error)
+        wait_until(lambda: DeviceError(nic) in events)
+        machine.audit()
 
 
 def test_a_guest_that_reboots_keeps_its_drive(nvme: str, destructive: None) -> None:

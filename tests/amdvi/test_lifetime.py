@@ -16,14 +16,16 @@ from witness import Edu, locked_bytes, traces
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse
-from kvmpass.kvm import VfioDevice
+from kvmpass.kvm import VfioDevice, Vm
 from kvmpass.layout import MIB
-from kvmpass.machine import Machine
+from kvmpass.machine import AssignedDevice, Machine
 from kvmpass.memory import HostMapping
 from kvmpass.pci import AssignedFunction, PciBus
 from kvmpass.pci.bar import Bar
+from kvmpass.pci.intx import Intx
 from kvmpass.pci.space import BarSpace
 from kvmpass.vfio import Container, Device, Group, Region
+from kvmpass.watch import Watch
 
 ASSIGN_STEPS: list[tuple[type, str]] = [
     (HostMapping, "populate"),
@@ -38,14 +40,22 @@ ASSIGN_STEPS: list[tuple[type, str]] = [
     (Group, "get_device_fd"),
     (Device, "_region_info"),
     (Device, "_irq_info"),
+    (AssignedDevice, "quiesce"),
+    (Watch, "add"),
+    (Device, "set_irqs"),
     (AssignedFunction, "__init__"),
     (BarSpace, "allocate"),
     (Region, "mmap"),
+    (Vm, "irqfd_resample"),
+    (Device, "set_unmask_eventfd"),
     (PciBus, "plug"),
 ]
 DEASSIGN_STEPS: list[tuple[type, str]] = [
     (PciBus, "unplug"),
     (AssignedFunction, "close"),
+    (Intx, "disable"),
+    (Device, "disable_irqs"),
+    (Vm, "irqfd_deassign"),
     (Bar, "close"),
     (HostMapping, "close"),
     (Device, "close"),
