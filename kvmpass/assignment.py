@@ -60,7 +60,8 @@ def assigned(
         # Nothing has changed on the host so far. The machine lets go of the devices before they are given back.
         with host.borrow(*bdfs, sysfs=sysfs), closing(machine):
             for device in sorted(devices, key=lambda device: device.bdf):  # a slot begins with its function 0
-                machine.assign(device.bdf, vf_token=vf_token)
+                # VFIO refuses a token where it has no use.
+                machine.assign(device.bdf, vf_token=vf_token if sysfs.has_sriov(device.bdf) else None)
                 name = host.name_of(device.bdf) or f"{device.vendor:04x}:{device.device:04x}"
                 driver = device.driver or "no driver"
                 say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was under {driver}")

@@ -24,13 +24,15 @@ class AssignedDevice:
     """A device in a machine's domain. Made by ``Machine.assign``; gone after ``Machine.deassign``.
 
     Its registers are usable from Python: ``regions[0].read_int(0)``. Turn decoding and DMA on first: ``enable()``.
-    ``slot`` and ``number`` are its place on the guest's PCI bus 0.
+    ``slot`` and ``number`` are its place on the guest's PCI bus 0; ``reset_methods`` how the kernel resets it, in the
+    order in which it tries.
     """
 
-    def __init__(self, bdf: Bdf, group: int, device: Device) -> None:
+    def __init__(self, bdf: Bdf, group: int, device: Device, reset_methods: tuple[str, ...]) -> None:
         self.bdf = bdf
         self.group = group
         self.vfio = device
+        self.reset_methods = reset_methods
         self.slot = 0
         self.number = 0
         self.state = DeviceState.ASSIGNED

@@ -204,7 +204,7 @@ class Machine:
             self._watch_faults()
             vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
             undo.callback(self.domain.detach, vfio)
-            device = AssignedDevice(found.bdf, found.group, vfio)
+            device = AssignedDevice(found.bdf, found.group, vfio, found.reset_methods)
             if vfio.resettable:  # the kernel does it when a device is opened, and again when it is closed
                 self._emit(self._reset_event(device, vfio.open_seconds, "assign"))
                 undo.callback(self._close_device, device)
@@ -307,7 +307,7 @@ class Machine:
     ) -> DeviceReset:
         """VFIO does not say which method it took: the kernel takes the first of the device's list that works."""
         if method is None:
-            method = next(iter(self._sysfs.reset_methods(device.bdf)), "unknown")
+            method = next(iter(device.reset_methods), "unknown")
         return DeviceReset(str(device.bdf), method, seconds, reason)
 
     # --- what the host and the guest say about devices

@@ -47,6 +47,8 @@ class PciDevice:
 
     ``class_code`` has 24 bits (base, sub-class, interface). ``driver_override`` is None where there is none,
     ``numa_node`` None where unknown, ``power_state`` the kernel's word (``D0``, ``D3hot``, ``unknown`` …).
+    ``reset_methods`` are the kernel's words too (``flr``, ``pm``, ``bus`` …), in the order in which it tries; empty
+    where it has no way, or does not say (before Linux 5.15).
     """
 
     bdf: Bdf
@@ -241,12 +243,10 @@ class Sysfs:
         text = self.text(PCI_DEVICES, str(bdf), "driver_override")
         return None if text in (None, "", "(null)") else text
 
-    def reset_methods(self, bdf: Bdf) -> list[str]:
-        """How the kernel can reset the device, in the order in which it tries (``flr``, ``pm``, ``bus`` …).
-
-        Empty where it has no way, or does not say (before Linux 5.15).
-        """
-        return (self.text(PCI_DEVICES, str(bdf), "reset_method") or "").split()
+    def has_sriov(self, bdf: Bdf) -> bool:
+        """Whether it is a physical function that can have virtual ones, or a virtual one."""
+        base = f"{PCI_DEVICES}/{bdf}"
+        return bool(self.number(base, "sriov_totalvfs")) or self.link(base, "physfn") is not None
 
     def header_type(self, bdf: Bdf) -> int | None:
         """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1)."""

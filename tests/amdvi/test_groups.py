@@ -105,7 +105,7 @@ def test_a_device_behind_a_bridge_of_its_group(bridged: str) -> None:
         event = machine.reset_device(device)
         assert (event.bdf, event.reason) == (bridged, "request")
         assert event in events and isinstance(event, DeviceReset)
-        assert event.method in host.Sysfs().reset_methods(device.bdf)
+        assert event.method in device.reset_methods
         device.enable()
         edu.load(0x1000)
         edu.store(0x3000)
