@@ -164,4 +164,8 @@ def test_virtual_functions_need_their_token(sriov: str) -> None:
             owner.domain.attach(sriov, physical.group)
         owner.domain.detach(owner.domain.attach(sriov, physical.group, token))
         machine.domain.detach(function)
+        with Machine(memory="2M") as both:  # one guest may have the two
+            devices = [both.assign(bdf, vf_token=token) for bdf in (sriov, virtual.bdf)]
+            assert (len(both.domain.ledger), [device.number for device in devices]) == (1, [0, 1])
+            both.audit()
         sysfs.write(numvfs, "0")
