@@ -63,7 +63,7 @@ ROLES: Mapping[str, tuple[str, Callable[[Found], bool]]] = {
     ),
     "nic": ("an e1000e network card that is alone in its group", lambda d: d.id == E1000E and d.alone),
     "legacy_nic": (
-        "an e1000 network card: INTx only, registers by I/O ports too",
+        "an e1000 network card, which knows INTx only, alone in its group",
         lambda d: d.id == E1000 and d.alone,
     ),
     "edu": ("QEMU's edu device, alone in its group", lambda d: d.id == EDU and d.alone),
