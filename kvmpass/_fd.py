@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,12 @@ def failure(code: int, call: str, detail: str = "", remedy: str | None = None) -
 def open_node(path: str, flags: int = os.O_RDWR) -> int:
     """Open a device node close-on-exec; errors are plain ``OSError`` with the path."""
     return os.open(path, flags | os.O_CLOEXEC)
+
+
+def allow_descriptors() -> None:
+    """Raise this process's soft limit of descriptors to its hard one: each MSI-X vector takes one, up to 2048."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class OwnedFd:

@@ -10,8 +10,8 @@ from kvmpass import host
 from kvmpass.errors import DeviceInUse
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import GuestSpec, prepare
-from kvmpass.layout import Range
-from kvmpass.machine import Machine, parse_size
+from kvmpass.layout import Range, parse_size
+from kvmpass.machine import Machine
 from kvmpass.memory import Backing
 
 Say = Callable[[str], None]

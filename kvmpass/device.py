@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import enum
-import os
 import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 
 from kvmpass.host import Bdf
 from kvmpass.pci import AssignedFunction
 from kvmpass.pci.config import COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
 from kvmpass.vfio import Device, Region
-from kvmpass.watch import Watch
 
 
 class DeviceState(enum.Enum):
@@ -67,40 +64,3 @@ class AssignedDevice:
 
     def __repr__(self) -> str:
         return f"<AssignedDevice {self.bdf} {self.state.value}>"
-
-
-def watch_irq(watch: Watch, device: Device, index: int, callback: Callable[[], None], undo: ExitStack) -> None:
-    """Call back from the watch's thread whenever VFIO raises the interrupt ``index`` (ERR, REQ).
-
-    Nothing happens where the device or the kernel has no such interrupt. ``undo`` gets what ends it.
-    """
-    if index not in device.irqs or not device.irqs[index].count:
-        return
-    notice = _Notice(callback)
-    undo.callback(notice.close)
-    undo.callback(watch.remove, notice.eventfd)
-    watch.add(notice.eventfd, notice.signalled)
-    undo.callback(device.disable_irqs, index)
-    device.set_irqs(index, 0, [notice.eventfd])
-
-
-class _Notice:
-    """An eventfd that one thread reads while another may close it."""
-
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self._callback = callback
-        self._lock = threading.Lock()
-        self._open = True
-        self.eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-
-    def signalled(self) -> None:
-        with self._lock:
-            if not self._open:
-                return
-            os.eventfd_read(self.eventfd)
-        self._callback()
-
-    def close(self) -> None:
-        with self._lock:
-            self._open = False
-            os.close(self.eventfd)

@@ -7,6 +7,7 @@ translate (``/sys/kernel/iommu_groups/*/reserved_regions``): guest-physical addr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,19 @@ LOCAL_APIC_BASE = 0xFEE0_0000
 HIGH_RAM_BASE = 4 * GIB
 MMIO64_LEAST = GIB
 GUEST_BITS = 48  # four levels of nested page tables (AMD64 manual, volume 2, 15.25.3); wider hosts need a fifth
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from ``4096``, ``512M``, ``1G`` or ``1.5G``. Raises ``LayoutError`` for anything else."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise LayoutError(f"{text!r} is not a size: write a number and K, M, G or T, such as 512M")
+    return int(float(match[1]) * _UNITS[match[2].upper()]) // PAGE * PAGE
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import re
-import resource
 import threading
 import time
 import uuid
@@ -16,46 +14,28 @@ from types import TracebackType
 from typing import Self
 from weakref import WeakSet
 
+from kvmpass._fd import allow_descriptors
 from kvmpass._signals import deferred
 from kvmpass.board import Board, BoardEvents
 from kvmpass.boot import acpi, ports
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
-from kvmpass.device import AssignedDevice, DeviceState, watch_irq
+from kvmpass.device import AssignedDevice, DeviceState
 from kvmpass.devices.power import PowerEvent
 from kvmpass.devices.serial import Serial16550
 from kvmpass.domain import DmaMapping, Domain, compare
 from kvmpass.errors import Closed, GuestError, LayoutError, NotAssignable
-from kvmpass.events import DeviceError, DeviceEvent, DeviceFault, DeviceReleased, DeviceRequest, DeviceReset
-from kvmpass.host import Bdf, FaultLog, Sysfs, check_memory, open_fault_log
+from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
+from kvmpass.host import Bdf, Sysfs, check_memory
 from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
-from kvmpass.layout import PAGE, Layout, plan_layout
+from kvmpass.layout import Layout, parse_size, plan_layout
 from kvmpass.memory import Backing, GuestMemory, RegionKind
+from kvmpass.notices import Notices
 from kvmpass.vcpus import Ending, VcpuThreads
 from kvmpass.vfio.device import ERR, REQ
-from kvmpass.watch import Watch
 
 log = logging.getLogger(__name__)
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes from ``4096``, ``512M``, ``1G`` or ``1.5G``. Raises ``LayoutError`` for anything else."""
-    if isinstance(text, int):
-        return text
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise LayoutError(f"{text!r} is not a size: write a number and K, M, G or T, such as 512M")
-    return int(float(match[1]) * _UNITS[match[2].upper()]) // PAGE * PAGE
-
-
-def allow_descriptors() -> None:
-    """Raise this process's soft limit of descriptors to its hard one: each MSI-X vector takes one, up to 2048."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
 
 # An interrupt may come between the end of a ``with`` body and ``__exit__``: what is open then is closed at exit,
 # before host.borrow gives its devices back at exit (last registered, first called).
@@ -95,7 +75,6 @@ class Machine:
         stop_on_error: bool = True,
     ) -> None:
         self._sysfs = sysfs or Sysfs()
-        self._on_event = on_event
         self._stop_on_error = stop_on_error
         self._closed = False
         self._populated = False
@@ -115,7 +94,7 @@ class Machine:
                 raise LayoutError(f"{cpus} CPUs: this host's KVM takes 1 to {limit}")
             size = parse_size(memory)
             self.layout: Layout = plan_layout(
-                size, self._sysfs.reserved_regions(), self._phys_bits(), backing.page_size
+                size, self._sysfs.reserved_regions(), self._system.physical_bits, backing.page_size
             )
             self._sinks: list[Callable[[bytes], None]] = [lambda data: None] * len(ports.SERIAL_LINES)
             self.memory = GuestMemory()
@@ -129,11 +108,9 @@ class Machine:
             undo.callback(self.domain.close)
             for index, part in enumerate(self.layout.ram):
                 self.memory.add_ram(part.start, part.size, f"ram{index}", backing=backing)
-            self._watch = Watch("devices")
-            self._faults: FaultLog | None = None
-            undo.callback(self._close_faults)
+            self._notices = Notices(on_event, lambda: {device.bdf for device in list(self.devices)})
             undo.callback(self._deassign_all)
-            undo.callback(self._watch.close)
+            undo.callback(self._notices.stop)
             undo.callback(self._close_vcpus)
             _open.add(self)
             self._undo = undo.pop_all()
@@ -145,11 +122,6 @@ class Machine:
 
     def _output(self, number: int) -> Callable[[bytes], None]:
         return lambda data: self._sinks[number](data)
-
-    def _phys_bits(self) -> int:
-        """Width of the CPU's physical addresses (CPUID 8000_0008 EAX[7:0])."""
-        leaves = {entry.function: entry for entry in self._system.get_supported_cpuid()}
-        return leaves[0x8000_0008].eax & 0xFF if 0x8000_0008 in leaves else 40
 
     def close(self) -> None:
         """Stop the guest and release everything, in order; every step is tried. Twice is harmless."""
@@ -201,17 +173,17 @@ class Machine:
             self.memory.populate()
             self._populated = True
         with deferred(), self._moves, ExitStack() as undo:
-            self._watch_faults()
+            self._notices.follow_faults()
             vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
             undo.callback(self.domain.detach, vfio)
             device = AssignedDevice(found.bdf, found.group, vfio, found.reset_methods)
             if vfio.resettable:  # the kernel does it when a device is opened, and again when it is closed
-                self._emit(self._reset_event(device, vfio.open_seconds, "assign"))
+                self._notices.tell(self._reset_event(device, vfio.open_seconds, "assign"))
                 undo.callback(self._close_device, device)
             device.quiesce()
             watched = undo.enter_context(ExitStack())
-            watch_irq(self._watch, device.vfio, ERR, lambda: self._on_error(device), watched)
-            watch_irq(self._watch, device.vfio, REQ, lambda: self._on_request(device), watched)
+            self._notices.on_irq(vfio, ERR, lambda: self._on_error(device), watched)
+            self._notices.on_irq(vfio, REQ, lambda: self._on_request(device), watched)
             undo.callback(self._unplug, device)
             self._place(device)
             self._plug(device)
@@ -226,7 +198,7 @@ class Machine:
     def _close_device(self, device: AssignedDevice) -> None:
         started = time.monotonic()
         device.vfio.close()
-        self._emit(self._reset_event(device, time.monotonic() - started, "deassign"))
+        self._notices.tell(self._reset_event(device, time.monotonic() - started, "deassign"))
 
     def _place(self, device: AssignedDevice) -> None:
         """The slot of function 0 of the same device, or one of its own."""
@@ -266,8 +238,6 @@ class Machine:
                         f"the guest has not let go of {device.bdf} within {timeout:g} seconds",
                         "Machine.deassign takes it out without asking",
                     )
-                with self._lock:
-                    self._board.hotplug.remind()
         self.deassign(device)
 
     def deassign(self, device: AssignedDevice) -> None:
@@ -279,7 +249,7 @@ class Machine:
             by = "guest" if device.ejected.is_set() else "host"
             device.undo.close()
             if self._running:
-                self._emit(DeviceReleased(str(device.bdf), by))
+                self._notices.tell(DeviceReleased(str(device.bdf), by))
 
     def _deassign_all(self) -> None:
         with ExitStack() as steps:
@@ -299,7 +269,7 @@ class Machine:
             self.domain.hot_reset(device.vfio)
             method = "bus"
         event = self._reset_event(device, time.monotonic() - started, reason, method)
-        self._emit(event)
+        self._notices.tell(event)
         return event
 
     def _reset_event(
@@ -312,43 +282,16 @@ class Machine:
 
     # --- what the host and the guest say about devices
 
-    def _emit(self, event: DeviceEvent) -> None:
-        level = logging.WARNING if isinstance(event, (DeviceError, DeviceFault, DeviceRequest)) else logging.INFO
-        log.log(level, "%s", event)
-        if self._on_event is not None:
-            self._on_event(event)
-
     def _on_error(self, device: AssignedDevice) -> None:
-        self._emit(DeviceError(str(device.bdf)))
+        self._notices.tell(DeviceError(str(device.bdf)))
         if self._stop_on_error:
             self.stop(Ending.DEVICE_ERROR)
-
-    def _watch_faults(self) -> None:
-        """From the first device on: what the host's IOMMU reports about devices of this machine."""
-        if self._faults is None:
-            opened = open_fault_log()
-            if isinstance(opened, str):
-                log.info("%s", opened)
-                return
-            self._faults = opened
-            self._watch.add(opened.fd, self._on_faults)
-
-    def _on_faults(self) -> None:
-        assert self._faults is not None
-        ours = {device.bdf for device in list(self.devices)}
-        for fault in self._faults.read():
-            if fault.bdf in ours:
-                self._emit(DeviceFault(str(fault.bdf), fault.address, fault.write))
-
-    def _close_faults(self) -> None:
-        if self._faults is not None:
-            self._faults.close()
 
     def _on_request(self, device: AssignedDevice) -> None:
         """VFIO repeats this until the device is closed."""
         if device.state is DeviceState.RELEASED:
             return
-        self._emit(DeviceRequest(str(device.bdf)))
+        self._notices.tell(DeviceRequest(str(device.bdf)))
         try:
             self.unplug(device)
         except GuestError as error:
@@ -360,7 +303,7 @@ class Machine:
         for device in [one for one in self.devices if one.slot == slot]:
             self._unplug(device)
             device.ejected.set()
-            self._watch.call(partial(self.deassign, device))
+            self._notices.later(partial(self.deassign, device))
 
     # --- the invariant
 
@@ -498,4 +441,4 @@ class Machine:
             vcpu.close()
 
 
-__all__ = ["AssignedDevice", "DeviceState", "Ending", "Machine", "parse_size"]
+__all__ = ["AssignedDevice", "DeviceState", "Ending", "Machine"]

@@ -136,7 +136,7 @@ def _event_device() -> bytes:
         "GED0",
         aml.name("_HID", aml.string("ACPI0013")),
         aml.name("_UID", aml.ZERO),
-        aml.name("_CRS", aml.resources(aml.interrupt_edge(ports.EVENT_GSI))),
+        aml.name("_CRS", aml.resources(aml.interrupt_level(ports.EVENT_GSI))),
         aml.method("_EVT", 1, aml.name_string("\\_SB.PC00.PSCN"), serialized=True),
     )
 

@@ -176,9 +176,9 @@ def irq_edge(line: int) -> bytes:
     return b"\x22" + (1 << line).to_bytes(2, "little")
 
 
-def interrupt_edge(gsi: int) -> bytes:
-    """One edge-triggered, active-high, exclusive interrupt of any number (extended interrupt descriptor)."""
-    return b"\x89\x06\x00\x03\x01" + gsi.to_bytes(4, "little")
+def interrupt_level(gsi: int) -> bytes:
+    """One level-triggered, active-high, exclusive interrupt of any number (extended interrupt descriptor)."""
+    return b"\x89\x06\x00\x01\x01" + gsi.to_bytes(4, "little")
 
 
 def memory32_fixed(base: int, size: int, writable: bool = True) -> bytes:

@@ -41,6 +41,12 @@ class System(OwnedFd):
             for e in (entries[i] for i in range(count))
         ]
 
+    @property
+    def physical_bits(self) -> int:
+        """Width of the CPU's physical addresses (CPUID 8000_0008 EAX[7:0])."""
+        leaves = {entry.function: entry for entry in self.get_supported_cpuid()}
+        return leaves[0x8000_0008].eax & 0xFF if 0x8000_0008 in leaves else 40
+
     def create_vm(self) -> Vm:
         run_size = check(lib.kvm_get_vcpu_mmap_size(self.fd), "KVM_GET_VCPU_MMAP_SIZE")
         return Vm(check(lib.kvm_create_vm(self.fd), "KVM_CREATE_VM"), run_size)

@@ -19,7 +19,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def rom_directory(config: pytest.Config) -> Path:
     """Outside of temporary directories: the emulated host must see it, and every run the same one."""
-    return config.cache.mkdir("kvmpass") if config.cache else HERE
+    cache = getattr(config, "cache", None)  # absent with -p no:cacheprovider
+    return cache.mkdir("kvmpass") if cache else HERE
 
 
 def option_rom(directory: Path) -> Path:

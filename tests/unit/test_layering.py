@@ -19,7 +19,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"kvm", "vfio", "iommufd"}),
     frozenset({"boot", "devices", "pci", "domain", "vcpus"}),
     frozenset({"board"}),
-    frozenset({"machine", "device", "lab", "testing", "host"}),
+    frozenset({"machine", "device", "notices", "lab", "testing", "host"}),
     frozenset({"guest"}),
     frozenset({"assignment"}),
     frozenset({"cli"}),
@@ -29,6 +29,8 @@ SAME_FLOOR = {
     ("pci", "domain"),  # BARs are regions of the domain
     ("machine", "device"),
     ("device", "host"),
+    ("machine", "notices"),
+    ("notices", "host"),
     ("machine", "host"),  # facts about the host; see test_machine_does_not_touch_drivers
     ("testing", "lab"),
     ("testing", "host"),
