@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 _PMCSR = 4  # in the power management capability: control and status
 _POWER_STATE = 0b11
 _PINS = 4
+_DECODING = config.COMMAND_IO | config.COMMAND_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class AssignedFunction:
         self._msi: Msi | None = None
         self._msix: Msix | None = None
         self._msix_at = 0
+        self._decoding = 0  # the bits of the command register that are in effect
         with ExitStack() as undo:
             undo.callback(self.close)
             self._make_header(wiring)
@@ -228,12 +230,15 @@ class AssignedFunction:
                 self._update_msix()
 
     def _write_command(self, offset: int, data: bytes) -> None:
-        """Decoding goes off before the device hears of it and on after: its mapping faults while it is off."""
-        before = bytearray(self._command().to_bytes(2, "little"))
-        for at, byte in enumerate(data, offset - config.COMMAND):
-            if 0 <= at < 2:
-                before[at] &= byte
-        self._decode(int.from_bytes(before, "little"), self._powered())
+        """Decoding goes off before the device hears of it and on after: its mapping faults while it is off.
+
+        What leaves decoding as it is, such as a driver that masks INTx, costs one access of the device.
+        """
+        decoding = data[0] & _DECODING if offset == config.COMMAND else self._decoding
+        if decoding == self._decoding:
+            self._space.write(offset, data)
+            return
+        self._decode(self._decoding & decoding, True)
         self._space.write(offset, data)
         self._decode(self._command(), self._powered())
 
@@ -251,11 +256,12 @@ class AssignedFunction:
         return not self._power_at or not self._space.device_int(self._power_at + _PMCSR, 1) & _POWER_STATE
 
     def _decode(self, command: int, powered: bool) -> None:
+        self._decoding = command & _DECODING if powered else 0
         for bar in self._bars.values():
             bit = config.COMMAND_IO if bar.kind is BarKind.IO else config.COMMAND_MEMORY
-            bar.decode(powered and bool(command & bit))
+            bar.decode(bool(self._decoding & bit))
         if self._rom is not None:
-            self._rom.decode(powered and bool(command & config.COMMAND_MEMORY))
+            self._rom.decode(bool(self._decoding & config.COMMAND_MEMORY))
 
     def _write_bar(self, offset: int, data: bytes) -> None:
         index = (offset - config.BAR0) // 4
@@ -269,7 +275,7 @@ class AssignedFunction:
     def _write_rom(self, offset: int, data: bytes) -> None:
         if self._rom is not None:
             self._rom.set_register(_merged(self._rom.register(False), offset & 3, data), False)
-            self._rom.decode(self._powered() and bool(self._command() & config.COMMAND_MEMORY))
+            self._rom.decode(bool(self._decoding & config.COMMAND_MEMORY))
             self._show_rom()
 
     def _show_bar(self, index: int) -> None:
