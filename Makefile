@@ -9,10 +9,12 @@ PACKAGES := python3 python3-venv python3-dev gcc libc6-dev linux-libc-dev qemu-s
 	kmod cpio xz-utils pciutils libudev1 \
 	acpica-tools dmsetup iproute2 mount
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# Tests have a long form if they read KVMPASS_SOAK, or what the modules beside them made of it.
+SOAKING = $(shell grep -rlwE --include='test_*.py' 'KVMPASS_SOAK|SOAK' tests)
 SOURCES := kvmpass cffi_build tests scripts setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help deps venv demo qemu test test-full lint format build clean
+.PHONY: help deps venv demo qemu test test-full soak lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +60,10 @@ test-full: venv ## every test on both kernels and under both QEMU lines
 		$(BIN)/pytest --lab-kernel=$$kernel --lab-qemu=$$qemu $(ARGS) || failed="$$failed $$kernel/$$qemu"; \
 	done; done; \
 	if [ -n "$$failed" ]; then echo "failed on:$$failed"; exit 1; fi
+
+soak: venv ## the long forms of the tests that have one: hours
+	@$(BIN)/kvmpass lab qemu || echo "going on without the modern QEMU: the tests that ask for it are skipped"
+	@KVMPASS_SOAK=1 $(BIN)/pytest -v --durations=20 $(SOAKING) $(ARGS)
 
 lint: venv ## ruff and mypy
 	@$(BIN)/ruff check $(SOURCES)

@@ -18,6 +18,9 @@ Arguments of the marker, each of them optional: ``profile`` (which lab), ``timeo
 the run's own (``--lab-kernel``, ``--lab-qemu``) gets a host of its own, in the same run; it is skipped where that
 kernel or QEMU has not been made ready (``kvmpass lab kernel``, ``kvmpass lab qemu``).
 
+The environment inside is a small one; the setting ``kvmpass_environment`` of a project's pytest configuration names
+variables that go in as well.
+
 The modules: :mod:`.profiles` says what labs there are, :mod:`.roles` finds devices, :mod:`.fixtures` are the
 fixtures, :mod:`.inplace` runs marked tests here, :mod:`.inner` reports from inside the lab, :mod:`.events` is the
 wire between, :mod:`.outer` and :mod:`.session` boot the lab and replay, :mod:`.plugin` puts them together.

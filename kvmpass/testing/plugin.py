@@ -12,6 +12,7 @@ from kvmpass.testing import fixtures as _fixtures
 from kvmpass.testing.inner import Inner
 from kvmpass.testing.inplace import InPlace, TimeLimit
 from kvmpass.testing.profiles import MARKER, Hooks, LabLike, Profile
+from kvmpass.testing.session import ENVIRONMENT
 from kvmpass.testing.state import Mode, State, detect
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="system|modern|PATH",
         default="system",
         help="QEMU that emulates the host (default: system)",
+    )
+    parser.addini(
+        ENVIRONMENT, "environment variables that marked tests shall see inside the emulated host, too", type="args"
     )
 
 

@@ -23,6 +23,7 @@ from kvmpass.testing.state import PLAN
 if TYPE_CHECKING:
     from kvmpass.lab.config import LabResult
 
+ENVIRONMENT = "kvmpass_environment"  # the setting in a project's pytest configuration
 POLL = 0.05
 TAIL_LINES = 60
 # pytest's own plugins that are of use outside only.
@@ -98,17 +99,18 @@ class LabSession:
         )
         session = cls(lab, directory)
         files = list(dict.fromkeys(str(item.path) for item in items))
-        session._start(inner_command(config, files, directory), config.invocation_params.dir)
+        command = inner_command(config, files, directory)
+        session._start(command, config.invocation_params.dir, config.getini(ENVIRONMENT))
         return session
 
-    def _start(self, command: list[str], cwd: Path) -> None:
+    def _start(self, command: list[str], cwd: Path, variables: list[str]) -> None:
         # Every import costs inside, where the CPU is emulated: plugins come by name only.
         environment = {
             PLAN: str(self.directory / "plan.json"),
             "PYTEST_ADDOPTS": "",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         }
-        for name in ("PYTHONPATH", "PYTHONWARNINGS", "KVMPASS_SOAK"):
+        for name in ("PYTHONPATH", "PYTHONWARNINGS", *variables):
             if name in os.environ:
                 environment[name] = os.environ[name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,16 @@ import pytest
 from kvmpass.testing import Profile
 
 HERE = Path(__file__).parent
+SOAK = bool(os.environ.get("KVMPASS_SOAK"))
+SOAK_SECONDS = 2 * 3600.0  # for each phase of a long form, of which nobody knows how fast its machine is
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents and item.get_closest_marker("amdvi") is None:
             item.add_marker(pytest.mark.amdvi)
+        if SOAK and HERE in item.path.parents:
+            item.add_marker(pytest.mark.amdvi(timeout=SOAK_SECONDS), append=False)  # the closest marker wins
 
 
 def rom_directory(config: pytest.Config) -> Path:

@@ -22,6 +22,7 @@ class FakeLab:
     def run(self, command, cwd, env, stdout, stderr):
         with Path("boots").open("a") as file:
             file.write(f"{self.config.memory} {self.config.kernel} {self.config.qemu}\\n")
+        Path("environment").write_text("\\n".join(env))
         started = time.monotonic()
         env = {**os.environ, **env, "KVMPASS_LAB": "1"}
         self.process = subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
@@ -448,6 +449,17 @@ def test_what_the_run_chose_is_never_a_reason_to_skip(lab: pytest.Pytester) -> N
     write(lab, ASKING)
     lab.runpytest_inprocess("--lab-kernel=full", "--lab-qemu=modern").assert_outcomes(passed=6)
     assert boots(lab) == ["6G full modern", "6G stock system"]
+
+
+def test_named_variables_reach_the_inside(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MY_NIGHT", "MY_DAY"):
+        monkeypatch.setenv(name, "1")
+    with (lab.path / "tox.ini").open("a") as file:
+        file.write("\nkvmpass_environment = MY_NIGHT MY_ABSENT\n")
+    write(lab, "@pytest.mark.amdvi\ndef test(): pass")
+    lab.runpytest_inprocess().assert_outcomes(passed=1)
+    names = (lab.path / "environment").read_text().splitlines()
+    assert [name for name in names if name.startswith("MY_")] == ["MY_NIGHT"]
 
 
 def test_class_and_module_markers_are_merged(lab: pytest.Pytester) -> None:

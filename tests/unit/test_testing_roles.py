@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpass.testing.roles import discover, from_environment
+from kvmpass.testing.roles import ROLES, discover, from_environment, variable
 
 
 def add(sysfs: Path, bdf: str, ids: str, class_code: str, group: str | None, vfs: int = 0) -> None:
@@ -63,3 +63,11 @@ def test_environment() -> None:
 def test_bad_environment(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=name):
         from_environment({name: value})
+
+
+def test_the_hardware_workflow_names_each_role() -> None:
+    """A role that it does not pass on is one that no runner ever tests. Emulated devices are no hardware."""
+    workflow = (Path(__file__).parents[2] / ".github/workflows/amd-vi.yml").read_text()
+    emulated = {"edu", "bridged", "ivshmem", "virtio_blk"}  # what `bridged` asks for is an edu device, too
+    for role in ROLES.keys() - emulated:
+        assert f"{variable(role)}: ${{{{ vars.{variable(role)} }}}}" in workflow, role

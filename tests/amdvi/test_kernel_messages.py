@@ -1,0 +1,193 @@
+"""What a guest's kernel complains of under kvmpass, it complains of under QEMU as well: same kernel, same devices.
+
+A kernel tells in its log what it finds wrong with a machine. QEMU's q35 machine is the measure, because kernels have
+been taught to live with it; what only our machine makes them say is our fault until it is explained below.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvmpass import host
+from kvmpass.assignment import assigned
+from kvmpass.boot.ports import SERIAL_LINES
+from kvmpass.guest import Guest, GuestImage, GuestSpec, prepare
+from kvmpass.testing.state import Mode, State
+from kvmpass.vcpus import Ending
+
+pytestmark = pytest.mark.amdvi(profile="devices", timeout=900)
+
+QEMU = "/usr/bin/qemu-system-x86_64"
+QEMU_SECONDS = 600
+ROLES = ("nvme", "edu", "nic", "legacy_nic", "ahci", "xhci", "virtio_blk", "ivshmem")
+MEMORY = "512M"
+
+# Said at any level, these tell of a machine that is put together wrongly.
+CLASSIC = (
+    "no compatible bridge window",
+    "can't claim",
+    "failed to assign",
+    "can't assign",
+    "nobody cared",
+    "spurious",
+    "ACPI BIOS Error",
+    "ACPI Error",
+    "ACPI Warning",
+    "Firmware Bug",
+    "conflict",
+    "_OSC failed",
+    "no IRQ",
+    "can't derive routing",
+    "can't find IRQ",
+    "DMAR",
+    "IO_PAGE_FAULT",
+)
+
+# What our guests alone may say: a pattern, and why it is no fault.
+ALLOWED = {
+    r"kvm_amd: SVM not supported by CPU": "guests of ours get no AMD-V, on purpose: CPUID leaves it out. QEMU's do",
+    r"clocksource: Long readout interval": "an emulated CPU was elsewhere for a while; QEMU's guests say it, too",
+    r"hrtimer: interrupt took \d+ ns": "the same, seen on a busy machine and not in the next boot",
+}
+
+PLANTED = (
+    (3, "pci 0000:00:01.0: BAR 0 [mem size 0x00004000 64bit]: failed to assign"),
+    (6, "ACPI Warning: \\_SB.PC00: planted"),
+    (4, "planted: a warning that nothing else says"),
+)
+MARK = "--- planted from here on ---"
+
+# Each driver has its device, and does something with it. The log is filtered here: a serial line is slow.
+SCRIPT = f"""
+complaints() {{ dmesg -r | grep -aEi {shlex.quote("^<([0-4]|[89]|1[0-2])>|" + "|".join(CLASSIC))}; }}
+for device in /sys/bus/pci/devices/*; do
+    [ -e $device/driver ] || continue
+    echo "driver $(cat $device/vendor):$(cat $device/device) $(basename $(readlink $device/driver))"
+done
+for drive in /dev/nvme?n1 /dev/[sv]d?; do dd if=$drive of=/dev/null bs=1M count=4 2>/dev/null; done
+for interface in /sys/class/net/e*; do ip link set ${{interface##*/}} up; done
+sleep 4
+complaints
+echo {shlex.quote(MARK)}
+{"".join(f"echo {shlex.quote(f'<{level}>{text}')} >/dev/kmsg; " for level, text in PLANTED)}
+complaints
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """What one guest said: its PCI drivers by vendor and device, its complaints, and those after planting more."""
+
+    drivers: dict[str, str]
+    complaints: list[str]
+    with_planted: list[str]
+
+    @classmethod
+    def of(cls, output: bytes) -> Talk:
+        lines = output.decode(errors="replace").splitlines()
+        assert MARK in lines, f"the guest did not come to its end: {lines[-20:]}"
+        at = lines.index(MARK)
+        drivers = dict(line.split()[1:] for line in lines[:at] if line.startswith("driver "))
+        return cls(drivers, *([line for line in part if line[0] == "<"] for part in (lines[:at], lines[at:])))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The same kernel, root file system and devices, under both."""
+
+    qemu: Talk
+    kvmpass: Talk
+
+
+def normal(line: str) -> str:
+    """A message without its level, time, addresses and numbers."""
+    text = re.sub(r"^<\d+>(\[ *[\d.]+\] )?", "", line)
+    text = re.sub(r"\b[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b", "BDF", text)
+    text = re.sub(r"^Code: .*", "Code", text)  # the bytes of a warning's instructions hold addresses
+    text = re.sub(r"\b0x[0-9a-f]+|\b[0-9a-f]{8,}\b", "N", text, flags=re.IGNORECASE)
+    return re.sub(r"\d+", "N", text).strip()
+
+
+def unexplained(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
+    """The complaints of ours that QEMU's guest has not, and that ``ALLOWED`` does not explain; each once."""
+    known = {normal(line) for line in theirs}
+    new = {normal(line): line for line in ours if normal(line) not in known}
+    return [line for line in new.values() if not any(re.search(pattern, line) for pattern in ALLOWED)]
+
+
+def under_qemu(bdfs: Sequence[str], image: GuestImage, folder: Path) -> Talk:
+    """A guest of the host's own QEMU, with devices that are on vfio-pci."""
+    initrd, output = folder / "initrd", folder / "serial1"
+    initrd.write_bytes(image.initrd)
+    command = [QEMU, "-machine", "q35", "-accel", "kvm", "-cpu", "host", "-smp", "2", "-m", MEMORY]
+    command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    command += ["-kernel", str(image.kernel.path), "-initrd", str(initrd), "-append", image.cmdline]
+    for index, line in enumerate(SERIAL_LINES):
+        # Lines of their own for all four: the PC's shared ones are of no use to Linux.
+        place = f"iobase={line.port:#x},irq={line.irq},index={index}"
+        command += ["-chardev", f"file,id=serial{index},path={folder / f'serial{index}'}"]
+        command += ["-device", f"isa-serial,chardev=serial{index},{place}"]
+    for bdf in bdfs:
+        command += ["-device", f"vfio-pci,host={bdf}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=QEMU_SECONDS, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"exit 0" in (folder / "serial3").read_bytes()
+    return Talk.of(output.read_bytes())
+
+
+def under_kvmpass(bdfs: Sequence[str], spec: GuestSpec) -> Talk:
+    output = bytearray()
+    with (
+        assigned(bdfs, spec, memory=MEMORY, cpus=2) as machine,
+        Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
+    ):
+        result = guest.run()
+    assert (result.ending, result.status, result.failures) == (Ending.POWEROFF, 0, ()), result.console
+    return Talk.of(bytes(output))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("full", marks=pytest.mark.amdvi(kernel="full")),
+        pytest.param("stock", marks=pytest.mark.amdvi(kernel="stock")),
+    ],
+)
+def comparison(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """The guest's kernel is the host's, and every driver is the one that this kernel has."""
+    state = State.of(pytestconfig)
+    roles = [role for role in ROLES if role in state.roles]
+    assert state.mode is Mode.HARDWARE or roles == list(ROLES)
+    bdfs = [state.roles[role] for role in roles]
+    sysfs = host.Sysfs()
+    spec = GuestSpec(command=("sh", "-c", SCRIPT))
+    image = prepare(spec, [sysfs.device(host.Bdf.parse(bdf)).modalias for bdf in bdfs])
+    with host.borrow(*bdfs):
+        theirs = under_qemu(bdfs, image, tmp_path_factory.mktemp("qemu"))
+    ours = under_kvmpass(bdfs, spec)
+    for name, talk in (("QEMU", theirs), ("kvmpass", ours)):  # shown with a failure
+        print(f"--- under {name}", *talk.complaints, sep="\n")
+    return Comparison(theirs, ours)
+
+
+def test_every_device_has_the_driver_that_it_has_under_qemu(comparison: Comparison) -> None:
+    ours = comparison.kvmpass.drivers
+    assert ours
+    assert {key: comparison.qemu.drivers.get(key) for key in ours} == ours
+
+
+def test_nothing_that_qemu_has_not(comparison: Comparison) -> None:
+    assert unexplained(comparison.kvmpass.complaints, comparison.qemu.complaints) == []
+
+
+def test_a_planted_message_is_found(comparison: Comparison) -> None:
+    """In each way in which a kernel may say it: as an error, in the words that tell, as a warning."""
+    found = unexplained(comparison.kvmpass.with_planted, comparison.qemu.complaints)
+    assert {normal(text) for _, text in PLANTED} <= {normal(line) for line in found}
