@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from living import SOAK, descriptors, running
 
 from kvmpass import host
-from kvmpass.machine import Machine
+from kvmpass.machine import AssignedDevice, Machine
 from kvmpass.memory import RegionKind
 from kvmpass.pci.config import BAR0, CAP_MSIX, COMMAND, capabilities
 from kvmpass.vfio.device import MSIX
@@ -149,6 +150,39 @@ def test_the_guest_reads_the_expansion_rom(nic: str) -> None:
         assert guest.end().status == 0
 
 
+def config_of(machine: Machine, device: AssignedDevice) -> Callable[..., int]:
+    """Configuration space as a guest reaches it: ``config(offset, size)`` reads, with a value it writes first."""
+    pci, devfn = machine._board.pci, device.slot << 3 | device.number
+
+    def config(offset: int, size: int, value: int | None = None) -> int:
+        if value is not None:
+            pci.write(0, devfn, offset, value.to_bytes(size, "little"))
+        return int.from_bytes(pci.read(0, devfn, offset, size), "little")
+
+    return config
+
+
+@pytest.mark.amdvi(profile="devices")
+def test_a_large_bar_is_mapped_for_large_pages_and_a_small_one_traps(ivshmem: str) -> None:
+    """1 GiB at a host address that is congruent to the guest's; 256 bytes of registers by system call."""
+    with host.borrow(ivshmem), Machine(memory="8M") as machine:
+        device = machine.assign(ivshmem)
+        config = config_of(machine, device)
+        config(COMMAND, 2, 0x2)
+        size = device.regions[2].size
+        assert size >= 2 << 20
+        bars = [region for region in machine.memory if region.kind is RegionKind.BAR]
+        assert [region.size for region in bars] == [size]
+        assert bars[0].gpa == config(BAR0 + 8, 4) & ~0xF | config(BAR0 + 12, 4) << 32
+        assert (bars[0].hva - bars[0].gpa) % min(size, 1 << 30) == 0
+        small = config(BAR0, 4) & ~0xF
+        assert device.regions[0].size < 4096
+        machine._board.mmio.write(small, (0x5A5A).to_bytes(4, "little"))  # the interrupt mask: kept, and unused
+        assert machine._board.mmio.read(small, 4) == device.regions[0].read(0, 4) == (0x5A5A).to_bytes(4, "little")
+        assert machine._board.mmio.read(small + 4096, 4) == b"\xff" * 4
+        machine.audit()
+
+
 @pytest.mark.amdvi(profile="functions")
 def test_vectors_far_beyond_those_that_were_on_first(nvme: str) -> None:
     """What a guest with many CPUs would do, done by its buses: each vector that is unmasked gets its own way.
@@ -157,14 +191,8 @@ def test_vectors_far_beyond_those_that_were_on_first(nvme: str) -> None:
     """
     with host.borrow(nvme), Machine(memory="8M") as machine:
         device = machine.assign(nvme)
-        board, devfn = machine._board, device.slot << 3
+        board, config = machine._board, config_of(machine, device)
         count = device.vfio.irqs[MSIX].count
-
-        def config(offset: int, size: int, value: int | None = None) -> int:
-            if value is not None:
-                board.pci.write(0, devfn, offset, value.to_bytes(size, "little"))
-            return int.from_bytes(board.pci.read(0, devfn, offset, size), "little")
-
         at = next(cap.offset for cap in capabilities(config) if cap.id == CAP_MSIX)
         table = config(at + 4, 4)
         bar = config(BAR0 + 4 * (table & 7), 4) & ~0xF | config(BAR0 + 4 * (table & 7) + 4, 4) << 32
