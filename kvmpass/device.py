@@ -25,15 +25,19 @@ class AssignedDevice:
     order in which it tries.
     """
 
-    def __init__(self, bdf: Bdf, group: int, device: Device, reset_methods: tuple[str, ...]) -> None:
+    def __init__(
+        self, bdf: Bdf, group: int, device: Device, reset_methods: tuple[str, ...], lock: threading.RLock
+    ) -> None:
         self.bdf = bdf
         self.group = group
         self.vfio = device
         self.reset_methods = reset_methods
+        self._lock = lock  # the buses'
         self.slot = 0
         self.number = 0
         self.state = DeviceState.ASSIGNED
         self.function: AssignedFunction | None = None  # what the guest sees of it now
+        self.failed = False  # an uncorrected error since the last reset
         self.ejected = threading.Event()  # set when the guest has let go of it
         self.undo = ExitStack()
 
@@ -52,15 +56,23 @@ class AssignedDevice:
         return self.function.interrupt if self.function else "none"
 
     def enable(self, *, memory: bool = True, bus_master: bool = True) -> None:
-        """Let the device decode its BARs, and do DMA. In a guest its driver does this."""
+        """Let the device decode its BARs, and do DMA. In a guest its driver does this; a guest sees it, too."""
         command = self.config.read_int(COMMAND, 2)
         for bits, wanted in ((COMMAND_IO | COMMAND_MEMORY, memory), (COMMAND_MASTER, bus_master)):
             command = command | bits if wanted else command & ~bits
-        self.config.write_int(COMMAND, command, 2)
+        self._set_command(command)
 
     def quiesce(self) -> None:
         """No DMA, no decoding: the command register as after power on, whatever anyone left in it."""
-        self.enable(memory=False, bus_master=False)
+        self._set_command(0)
+
+    def _set_command(self, command: int) -> None:
+        data = command.to_bytes(2, "little")
+        with self._lock:
+            if self.function is not None:
+                self.function.config_write(COMMAND, data)
+            else:
+                self.config.write(COMMAND, data)
 
     def __repr__(self) -> str:
         return f"<AssignedDevice {self.bdf} {self.state.value}>"

@@ -100,7 +100,8 @@ class Domain:
         """
         with ExitStack() as undo:
             if group_number not in self._groups:
-                self._join(group_number)
+                with self._memory.lock:  # a region that comes meanwhile must not be forgotten
+                    self._join(group_number)
                 undo.callback(self._leave, group_number)
             joined = self._groups[group_number]
             if any(device.name == name for device in joined.devices):
@@ -155,8 +156,8 @@ class Domain:
             kvm_vfio.file_del(group.fd)
 
     def _leave(self, number: int) -> None:
-        joined = self._groups.pop(number)
-        with ExitStack() as steps:  # last in, first out
+        with self._memory.lock, ExitStack() as steps:  # last in, first out
+            joined = self._groups.pop(number)
             if not self._groups:
                 steps.callback(self._close_container)
                 steps.callback(self._ledger.clear)  # gone with the container, whatever happened before
@@ -190,16 +191,23 @@ class Domain:
         Raises ``NotAssignable`` if not, ``OSError`` (``ENODEV``) where there is no such reset.
         """
         ours = {one.name for joined in self._groups.values() for one in joined.devices}
-        others = [one.name for one in device.get_pci_hot_reset_info() if one.name not in ours]
+        dependent = device.get_pci_hot_reset_info()
+        others = [one.name for one in dependent if one.name not in ours]
         if others:
             raise NotAssignable(f"a reset of {device.name}'s bus would reset {', '.join(others)} too")
-        device.pci_hot_reset([joined.group for joined in self._groups.values() if joined.devices])
+        numbers = {one.group for one in dependent}  # more groups than it has devices are refused
+        device.pci_hot_reset([joined.group for number, joined in self._groups.items() if number in numbers])
 
     def use_kvm(self, kvm_vfio: KvmVfio) -> None:
-        """From now on another VM runs over these devices: its KVM gets all groups. The old one goes, and forgets."""
+        """From now on another VM runs over these devices. The old one lets go of the groups before it gets them.
+
+        The other way round VFIO would take the group from whoever has it (kvm_vfio_file_del, virt/kvm/vfio.c).
+        """
+        former, self._kvm_vfio = self._kvm_vfio, kvm_vfio
         for joined in self._groups.values():
+            if former:
+                self._forget(former, joined.group)
             kvm_vfio.file_add(joined.group.fd)
-        self._kvm_vfio = kvm_vfio
 
     def close(self) -> None:
         """Detach every device. Twice is harmless."""

@@ -100,8 +100,9 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
 class Pump:
     """Writes what the guest's serial ports send in larger pieces, from a thread of its own.
 
-    A vCPU that sends waits while ``PENDING_LIMIT`` bytes are on their way to a slow reader, as at a slow line, until
-    ``stopped`` says that nobody waits for its guest any more. ``failure`` is what a sink raised.
+    The sinks take everything at once; a guest that sends more than ``PENDING_LIMIT`` bytes ahead of a slow reader is
+    held up by ``pace``, as at a slow line, until ``stopped`` says that nobody waits for it any more. ``failure`` is
+    what a sink raised.
     """
 
     PENDING_LIMIT = 1 << 20
@@ -110,6 +111,7 @@ class Pump:
         self._pending: dict[Sink, bytearray] = {}
         self._changed = threading.Condition()
         self._closing = False
+        self._full = False
         self._on_failure = on_failure
         self._stopped = stopped
         self.failure: BaseException | None = None
@@ -121,15 +123,20 @@ class Pump:
 
         def put(data: bytes) -> None:
             with self._changed:
-                pending = self._pending.setdefault(sink, bytearray())
-                while len(pending) > self.PENDING_LIMIT and not self._given_up():
-                    self._changed.wait(0.1)
-                    pending = self._pending.setdefault(sink, bytearray())
                 if not self._given_up():
+                    pending = self._pending.setdefault(sink, bytearray())
                     pending.extend(data)
+                    self._full = self._full or len(pending) > self.PENDING_LIMIT
                     self._changed.notify_all()
 
         return put
+
+    def pace(self) -> None:
+        """Comes back when there is room again. Cheap while there is."""
+        if self._full:
+            with self._changed:
+                while self._full and not self._given_up():
+                    self._changed.wait(0.1)
 
     def _given_up(self) -> bool:
         return self._closing or self.failure is not None or self._stopped()
@@ -139,7 +146,7 @@ class Pump:
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._pending or self._closing)
-                    pending, self._pending = self._pending, {}
+                    pending, self._pending, self._full = self._pending, {}, False
                     self._changed.notify_all()
                     if not pending:
                         return
@@ -189,6 +196,7 @@ class Guest:
             machine.connect_serial(OUTPUT, self._pump.to(output))
             machine.connect_serial(ERRORS, self._pump.to(errors))
             machine.connect_serial(CONTROL, self._on_control)
+            machine.set_pace(self._pump.pace)
         except BaseException:
             self._pump.close()
             raise

@@ -58,7 +58,8 @@ class Machine:
     ``backing``: huge pages of the host's pools instead of anonymous memory (``NotEnoughMemory`` if they are too few).
     ``on_event`` gets a ``kvmpass.events.DeviceEvent`` for what happens to devices: errors, faults, resets, leaving.
     It is called from a thread of the machine's own, or from the one whose call made it happen; events are logged in
-    any case. An uncorrected error of a device ends the guest, unless ``stop_on_error`` is false.
+    any case. It must not wait for the machine. An uncorrected error of a device ends the guest, unless
+    ``stop_on_error`` is false.
 
     Call from one thread; the guest's vCPUs and the watch over its devices have their own. In the main thread Ctrl-C,
     SIGTERM and SIGHUP wait while a device goes in or out.
@@ -82,6 +83,7 @@ class Machine:
         self._moves = threading.RLock()  # devices coming and going; taken before the other
         self._threads: VcpuThreads | None = None
         self._vcpus: list[Vcpu] = []
+        self._pace: Callable[[], None] = lambda: None
         self._linux: tuple[KernelImage, bytes | None, str] | None = None
         self._entry: LinuxEntry | None = None
         self.cpus = cpus
@@ -155,10 +157,11 @@ class Machine:
         """Put a device that is bound to vfio-pci into this machine (``kvmpass.host.borrow`` binds it).
 
         The first device pins and maps all memory; more cost no mapping. A running guest is told and finds it
-        (ACPI hot plug). A function joins its device's function 0 where that is in this machine, else it gets a slot
-        of its own. ``vf_token``: the secret that a virtual function and its physical function, if that is on vfio-pci
-        too, must share. Raises ``BadAddress``, ``NoSuchDevice``, ``NotAssignable``, ``GroupNotViable``,
-        ``DeviceInUse``, ``ReservedRange``, ``NotEnoughMemory`` or ``OSError``; then nothing has changed.
+        (ACPI hot plug). A function joins its device's function 0 where that is in this machine and no guest has seen
+        it yet, else it gets a slot of its own. ``vf_token``: the secret that a virtual function and its physical
+        function, if that is on vfio-pci too, must share. Raises ``BadAddress``, ``NoSuchDevice``,
+        ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``ReservedRange``, ``NotEnoughMemory`` or ``OSError``;
+        then nothing has changed.
         """
         if self._closed:
             raise Closed("the machine is closed")
@@ -176,7 +179,7 @@ class Machine:
             self._notices.follow_faults()
             vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
             undo.callback(self.domain.detach, vfio)
-            device = AssignedDevice(found.bdf, found.group, vfio, found.reset_methods)
+            device = AssignedDevice(found.bdf, found.group, vfio, found.reset_methods, self._lock)
             if vfio.resettable:  # the kernel does it when a device is opened, and again when it is closed
                 self._notices.tell(self._reset_event(device, vfio.open_seconds, "assign"))
                 undo.callback(self._close_device, device)
@@ -201,9 +204,13 @@ class Machine:
         self._notices.tell(self._reset_event(device, time.monotonic() - started, "deassign"))
 
     def _place(self, device: AssignedDevice) -> None:
-        """The slot of function 0 of the same device, or one of its own."""
-        first = next((one for one in self.devices if one.bdf == device.bdf.function_0 and one.number == 0), None)
-        if first is not None and device.bdf.function:
+        """The slot of function 0 of the same device, or one of its own.
+
+        A guest that has seen function 0 alone looks for no others there (pci_scan_slot, drivers/pci/probe.c).
+        """
+        mates = (one for one in self.devices if one.bdf == device.bdf.function_0 and one.function is not None)
+        first = next(mates, None)
+        if first is not None and device.bdf.function and not self._running:
             device.slot, device.number = first.slot, device.bdf.function
         else:
             device.slot, device.number = self._board.pci.free_slot(), 0
@@ -223,22 +230,26 @@ class Machine:
     def unplug(self, device: AssignedDevice, timeout: float = 10.0) -> None:
         """Ask the running guest to let go of ``device``, wait until it has, and take it out.
 
-        What shares its slot goes with it. Raises ``GuestError`` if the guest does not answer within ``timeout``
-        seconds: the device is still assigned then, and ``deassign`` takes it without asking.
+        A guest lets go of a slot, so that what shares it goes, too. Raises ``GuestError`` if it does not answer
+        within ``timeout`` seconds: the device is still assigned then, and ``deassign`` takes it without asking.
         """
         deadline = time.monotonic() + timeout
+        leaving = [device]
         if self._running:
+            leaving = [one for one in self.devices if one.slot == device.slot]
             with self._lock:
                 self._board.hotplug.request_eject(device.slot)
             while self._running and not device.ejected.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
                 if time.monotonic() >= deadline:
                     with self._lock:
-                        self._board.hotplug.forget(device.slot)
+                        self._board.hotplug.withdraw(device.slot)
                     raise GuestError(
                         f"the guest has not let go of {device.bdf} within {timeout:g} seconds",
                         "Machine.deassign takes it out without asking",
                     )
-        self.deassign(device)
+        with ExitStack() as steps:
+            for one in leaving:
+                steps.callback(self.deassign, one)
 
     def deassign(self, device: AssignedDevice) -> None:
         """Take the device out again, backwards; every step is tried. A running guest is not asked."""
@@ -268,6 +279,7 @@ class Machine:
         else:
             self.domain.hot_reset(device.vfio)
             method = "bus"
+        device.failed = False
         event = self._reset_event(device, time.monotonic() - started, reason, method)
         self._notices.tell(event)
         return event
@@ -283,9 +295,10 @@ class Machine:
     # --- what the host and the guest say about devices
 
     def _on_error(self, device: AssignedDevice) -> None:
-        self._notices.tell(DeviceError(str(device.bdf)))
+        device.failed = True
         if self._stop_on_error:
             self.stop(Ending.DEVICE_ERROR)
+        self._notices.tell(DeviceError(str(device.bdf)))
 
     def _on_request(self, device: AssignedDevice) -> None:
         """VFIO repeats this until the device is closed."""
@@ -300,8 +313,11 @@ class Machine:
 
     def _ejected(self, slot: int) -> None:
         """In a vCPU's thread: the guest sees nothing there any more; the rest is for the watch's thread."""
-        for device in [one for one in self.devices if one.slot == slot]:
-            self._unplug(device)
+        for device in [one for one in list(self.devices) if one.slot == slot]:
+            try:
+                self._unplug(device)
+            except OSError as error:
+                log.warning("%s: %s", device.bdf, error)
             device.ejected.set()
             self._notices.later(partial(self.deassign, device))
 
@@ -309,19 +325,27 @@ class Machine:
 
     def audit(self) -> None:
         """Guest memory, KVM memslots and DMA mappings agree. Raises ``AuditFailed`` with every difference."""
-        self.domain.audit()
-        wanted = {
-            DmaMapping(region.gpa, region.size, region.hva, region.kind is not RegionKind.ROM)
-            for region in self.memory
-        }
-        found = {DmaMapping(slot.gpa, slot.size, slot.hva, not slot.readonly) for slot in self.memslots.ledger}
-        compare("KVM memslots", wanted, found)
+        with self._lock, self.memory.lock:  # or a guest moves a BAR in between
+            self.domain.audit()
+            wanted = {
+                DmaMapping(region.gpa, region.size, region.hva, region.kind is not RegionKind.ROM)
+                for region in self.memory
+            }
+            found = {DmaMapping(slot.gpa, slot.size, slot.hva, not slot.readonly) for slot in self.memslots.ledger}
+            compare("KVM memslots", wanted, found)
 
     # --- the guest
 
     def connect_serial(self, number: int, on_output: Callable[[bytes], None]) -> None:
-        """Where COM ``number`` + 1 sends what the guest writes. It stays connected over ``reset()``."""
+        """Where COM ``number`` + 1 sends what the guest writes, from a vCPU's thread that must not be kept waiting.
+
+        It stays connected over ``reset()``.
+        """
         self._sinks[number] = on_output
+
+    def set_pace(self, pace: Callable[[], None]) -> None:
+        """Before ``start()``: vCPUs call ``pace`` between accesses to ports, where they may be kept waiting."""
+        self._pace = pace
 
     def serial(self, number: int) -> Serial16550:
         """COM ``number`` + 1, to push input into: another one after each ``reset()``."""
@@ -349,6 +373,15 @@ class Machine:
         """Make the vCPUs and let the guest run. Raises ``GuestError`` if nothing was loaded or it runs already."""
         if self._entry is None or self._threads is not None:
             raise GuestError("load a kernel first, and start it once")
+        for device in self.devices:
+            if device.failed and self._stop_on_error:
+                raise GuestError(
+                    f"{device.bdf} has had an uncorrected error", "Machine.reset_device may bring it back"
+                )
+            if device.number and all(one.number or one.slot != device.slot for one in self.devices):
+                self._unplug(device)  # its function 0 has left: a guest would not look for it there
+                self._place(device)
+                self._plug(device)
         entry, supported = self._entry, self._system.get_supported_cpuid()
         for index in range(self.cpus):
             vcpu = self.vm.create_vcpu(index)
@@ -363,35 +396,43 @@ class Machine:
             data=entry.data_selector,
         )
         first.set_regs(rip=entry.rip, rsi=entry.rsi, rflags=2)
-        self._threads = VcpuThreads(self._vcpus, self._board.ports, self._board.mmio, self._lock)
+        self._threads = VcpuThreads(self._vcpus, self._board.ports, self._board.mmio, self._lock, self._pace)
         self._threads.start()
 
     def reset(self) -> None:
         """As the reset button: stop the guest, reset its devices, load the kernel again; ``start()`` boots it.
 
         A new VM over the same memory: mappings, open devices and their places stay. Interrupts go before a device is
-        reset. Raises ``OSError``; what could not be made anew leaves a machine that can only be closed.
+        reset. Raises ``OSError``: the machine can then only be closed.
         """
         with deferred(), self._moves:
             self._close_vcpus()
             self._threads = None
-            for device in self.devices:
+            for device in list(self.devices):
+                if device.ejected.is_set():  # it was on its way out
+                    self.deassign(device)
+            devices = sorted(self.devices, key=lambda device: device.bdf)
+            for device in devices:
                 self._unplug(device)
-            for device in self.devices:
-                try:
-                    device.quiesce()
-                    self.reset_device(device, "guest reset")
-                except (OSError, NotAssignable) as error:
-                    log.warning("%s cannot be reset: %s", device.bdf, error)
-            board = self._make_board()
+            for step in (AssignedDevice.quiesce, partial(self.reset_device, reason="guest reset")):
+                for device in devices:  # all of them are quiet before the first reset: it may be that of a bus
+                    try:
+                        step(device)
+                    except (OSError, NotAssignable) as error:
+                        log.warning("%s cannot be reset: %s", device.bdf, error)
+            old = self._board
             with ExitStack() as undo:
+                board = self._make_board()
                 undo.callback(board.close)
+                undo.callback(self.memslots.move, old.vm)
                 self.memslots.move(board.vm)
+                undo.callback(self.domain.use_kvm, old.kvm_vfio)
                 self.domain.use_kvm(board.kvm_vfio)
-                self._board, old = board, self._board
+                self._board = board
                 undo.pop_all()
             old.close()
-            for device in self.devices:
+            for device in devices:
+                self._place(device)
                 self._plug(device)
             if self._linux is not None:
                 self.load_linux(*self._linux)

@@ -30,11 +30,14 @@ class Notices:
         self._faults: FaultLog | None = None
 
     def tell(self, event: DeviceEvent) -> None:
-        """Log it and pass it on. Raises what ``on_event`` raises."""
+        """Log it and pass it on; what ``on_event`` raises is logged, too: it must not keep a device from its due."""
         level = logging.WARNING if isinstance(event, (DeviceError, DeviceFault, DeviceRequest)) else logging.INFO
         log.log(level, "%s", event)
         if self._on_event is not None:
-            self._on_event(event)
+            try:
+                self._on_event(event)
+            except Exception:
+                log.exception("on_event failed for: %s", event)
 
     def later(self, function: Callable[[], None]) -> None:
         """Do it in the watching thread: what a vCPU's must not wait for."""

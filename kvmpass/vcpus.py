@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvmpass.bus import Bus
 from kvmpass.errors import GuestError
@@ -44,14 +44,18 @@ class Ending(enum.Enum):
 class VcpuThreads:
     """Runs vCPUs until one of them, or ``end()``, says that it is over.
 
-    ``lock`` is held for each dispatched exit: devices on the buses see one access at a time.
+    ``lock`` is held for each dispatched exit: devices on the buses see one access at a time. ``pace`` is called after
+    each access to a port, without the lock: there a guest may be kept waiting, and nobody else with it.
     """
 
-    def __init__(self, vcpus: Sequence[Vcpu], ports: Bus, mmio: Bus, lock: threading.RLock) -> None:
+    def __init__(
+        self, vcpus: Sequence[Vcpu], ports: Bus, mmio: Bus, lock: threading.RLock, pace: Callable[[], None]
+    ) -> None:
         self._vcpus = list(vcpus)
         self._ports = ports
         self._mmio = mmio
         self._lock = lock
+        self._pace = pace
         self._over = threading.Event()
         self._ending: Ending | None = None
         self._failure: BaseException | None = None
@@ -121,6 +125,7 @@ class VcpuThreads:
                 with self._lock:
                     self.exits += 1
                     self._port(vcpu, exit_)
+                self._pace()
             case MmioExit(address, size, is_write, data):
                 with self._lock:
                     self.exits += 1

@@ -63,9 +63,11 @@ class Watch:
         while not self._closing:
             ready = [key for key, _ in self._selector.select()]
             for key in ready:
+                if self._closing:  # by a callback: the descriptors may be somebody else's by now
+                    return
                 if key.fd == self._wake:
                     os.eventfd_read(self._wake)
-                elif not self._closing and key.fd in self._selector.get_map():
+                elif key.fd in self._selector.get_map():
                     self._guarded(key.data)
             while not self._closing and not self._calls.empty():
                 self._guarded(self._calls.get())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvmpass.boot import aml, ports
 from kvmpass.errors import LayoutError
-from kvmpass.layout import IOAPIC_BASE, LOCAL_APIC_BASE, MIB, Layout
+from kvmpass.layout import IO_WINDOW_BASE, IO_WINDOW_SIZE, IOAPIC_BASE, LOCAL_APIC_BASE, MIB, Layout
 
 RSDP_BASE = 0xF0000  # the area that is searched for it, for kernels that ignore boot_params.acpi_rsdp_addr
 TABLES_BASE, TABLES_END = 0xE0000, 0xF0000
@@ -143,12 +143,10 @@ def _event_device() -> bytes:
 
 def _pci_root(layout: Layout) -> bytes:
     buses = layout.ecam.size // MIB
-    config_end = ports.PCI_CONFIG_BASE + ports.PCI_CONFIG_SIZE
     windows = [
         aml.bus_numbers(0, buses),
         aml.io(ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE),
-        aml.io_window(0, ports.PCI_CONFIG_BASE),
-        aml.io_window(config_end, 0x10000 - config_end),
+        aml.io_window(IO_WINDOW_BASE, IO_WINDOW_SIZE),
         aml.memory_window(layout.mmio32.start, layout.mmio32.size),
     ]
     if layout.mmio64.size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 import time
 from contextlib import nullcontext
@@ -133,7 +134,9 @@ def _run(
 
     def note(event: DeviceEvent) -> None:
         events.append(str(event))
-        say(f"device {event}")
+        # A reader that stalls must not keep a device from its due: it misses this line.
+        if verbose and select.select([], [sys.stderr], [], 0)[1]:
+            say(f"device {event}")
 
     to_stdout, to_stderr = descriptor_sink(sys.stdout.fileno()), descriptor_sink(sys.stderr.fileno())
     console = to_stdout if command is None else to_stderr if verbose else None

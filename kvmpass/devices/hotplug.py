@@ -36,6 +36,11 @@ class HotplugController:
         self._down |= 1 << slot
         self._update()
 
+    def withdraw(self, slot: int) -> None:
+        """The guest need not let go any more."""
+        self._down &= ~(1 << slot)
+        self._update()
+
     def forget(self, slot: int) -> None:
         """The slot is empty: nothing is wanted of the guest any more."""
         self._up &= ~(1 << slot)

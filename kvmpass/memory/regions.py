@@ -104,7 +104,7 @@ class GuestMemory:
         # Replaced, never changed: whoever walks it without the lock sees one state of the list.
         self._regions: tuple[MemoryRegion, ...] = ()
         self._listeners: list[RegionListener] = []
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()  # for whoever must not see the list change in between
 
     def __iter__(self) -> Iterator[MemoryRegion]:
         return iter(sorted(self._regions, key=lambda region: region.gpa))
@@ -114,7 +114,7 @@ class GuestMemory:
 
     def listen(self, listener: RegionListener) -> None:
         """Register ``listener``; it is told of the regions that are there already. All or nothing."""
-        with self._lock, ExitStack() as undo:
+        with self.lock, ExitStack() as undo:
             for region in self:
                 listener.region_wanted(region.kind, region.range, region.name)
                 listener.region_added(region)
@@ -184,7 +184,7 @@ class GuestMemory:
     @contextmanager
     def _claim(self, kind: RegionKind, range_: Range, name: str) -> Iterator[None]:
         """Keep others from changing the list; whoever can refuse ``range_`` does so before anything is mapped."""
-        with self._lock:
+        with self.lock:
             for other in self._regions:
                 if other.range.overlaps(range_):
                     raise LayoutError(f"{name} {range_} overlaps {other.name} {other.range}")
@@ -217,7 +217,7 @@ class GuestMemory:
 
         If a mirror does not let go, the others get it back and the region stays.
         """
-        with self._lock:
+        with self.lock:
             if region not in self._regions:
                 raise LayoutError(f"{region.name} {region.range} is not in this memory")
             told: list[RegionListener] = []
@@ -235,7 +235,7 @@ class GuestMemory:
 
     def close(self) -> None:
         """Release all memory. Mirrors must be closed before; they are not told."""
-        with self._lock:
+        with self.lock:
             self._listeners.clear()
             regions, self._regions = self._regions, ()
         for region in regions:

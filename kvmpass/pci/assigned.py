@@ -213,6 +213,12 @@ class AssignedFunction:
         return self._space.read(offset, size)
 
     def config_write(self, offset: int, data: bytes) -> None:
+        try:
+            self._write(offset, data)
+        except OSError as error:  # of KVM: a memslot that it does not delete, for one
+            log.warning("%s: write of configuration space at %#x: %s", self._device.name, offset, error)
+
+    def _write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)
         if config.BAR0 <= offset < config.BAR0 + 4 * config.BARS:
             self._write_bar(offset, data)

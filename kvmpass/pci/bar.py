@@ -76,6 +76,7 @@ class Bar:
         else:
             self.kind = BarKind.MEMORY64 if flags & 0b110 == _FLAGS_MEMORY64 else BarKind.MEMORY32
         self._wanted = False
+        self._sizing = False
         self._connected: ExitStack | None = None
         self._mappings: list[tuple[Range, HostMapping]] = []
         self._home = space.allocate(self.kind, self.size)
@@ -110,18 +111,20 @@ class Bar:
     def set_register(self, value: int, high: bool) -> None:
         """The guest wrote a dword. Address bits below the size do not exist: that is how it is sized.
 
-        While one half is all ones the guest is asking for the size: nothing is decoded there.
+        While its lower half was last written as all ones the guest is asking for the size: nothing is decoded. An
+        upper half of all ones is outside of every window.
         """
+        if not high:
+            self._sizing = value == 0xFFFF_FFFF
         shift = 32 if high else 0
         kept = self.address & ~(0xFFFF_FFFF << shift)
         self._move((kept | value << shift) & ~(max(self.size, 4) - 1))
 
     def _move(self, address: int) -> None:
-        if address != self.address:
-            self.address = address
-            if self._wanted:
-                self._disconnect()
-                self._connect()
+        moved, self.address = address != self.address, address
+        if self._wanted and (moved or self._sizing or self._connected is None):
+            self._disconnect()
+            self._connect()
 
     # --- decoding
 
@@ -140,11 +143,6 @@ class Bar:
         """Addresses have become free."""
         if self._wanted and self._connected is None:
             self._connect()
-
-    @property
-    def _sizing(self) -> bool:
-        ones = 0xFFFF_FFFF & ~(max(self.size, 4) - 1)
-        return bool(ones) and self.address & 0xFFFF_FFFF == ones
 
     def _connect(self) -> None:
         """Decode at ``address``, if a guest may use it; otherwise the BAR reaches nobody."""

@@ -5,6 +5,7 @@ The device's own address and data belong to the host (VFIO programs them); the g
 
 from __future__ import annotations
 
+import errno
 import logging
 from contextlib import ExitStack
 
@@ -35,7 +36,7 @@ class Msi:
         self._wide = wide
         self._data_at = at + (12 if wide else 8)
         self._mask_at = at + (16 if wide else 12)
-        self._signalled = 0  # how many VFIO signals
+        self._asked = self._signalled = 0  # how many the guest wants, and how many VFIO signals
 
         kept = control & (_CONTROL_64BIT | _CONTROL_MASKABLE) | capable << _MULTIPLE_CAPABLE_SHIFT
         writable = CONTROL_ENABLE | 7 << _MULTIPLE_ENABLE_SHIFT
@@ -63,15 +64,29 @@ class Msi:
 
     def update(self) -> None:
         """The guest has written the enabled capability: as many vectors as it asks for, at its message."""
-        wanted = min(1 << (self._space.get(self.start + 2, 2) >> _MULTIPLE_ENABLE_SHIFT & 7), len(self._vectors))
+        asked = min(1 << (self._space.get(self.start + 2, 2) >> _MULTIPLE_ENABLE_SHIFT & 7), len(self._vectors))
         try:
-            if wanted != self._signalled:
+            if asked != self._asked:
                 self.disable()
-                self._device.set_irqs(MSI, 0, [vector.eventfd for vector in self._vectors[:wanted]])
-                self._signalled = wanted
+                self._asked = asked
+                self._signal(asked)
             self._connect()
         except OSError as error:
             log.warning("%s MSI: %s", self._device.name, error)
+
+    def _signal(self, asked: int) -> None:
+        """As many as the host has, down to one: the device then raises those that it has been given."""
+        wanted = asked
+        while not self._signalled:
+            try:
+                self._device.set_irqs(MSI, 0, [vector.eventfd for vector in self._vectors[:wanted]])
+                self._signalled = wanted
+            except OSError as error:
+                if error.errno != errno.ENOSPC or wanted == 1:
+                    raise
+                wanted //= 2
+        if wanted < asked:
+            log.warning("%s MSI: the host has %d vectors, the guest wants %d", self._device.name, wanted, asked)
 
     def _connect(self) -> None:
         address = self._space.get(self.start + 4, 4)
@@ -83,11 +98,11 @@ class Msi:
             if masked >> number & 1 or not is_message(address):
                 vector.disconnect()
             else:
-                vector.connect(address, data & ~(self._signalled - 1) | number)
+                vector.connect(address, data & ~(self._asked - 1) | number)
 
     def disable(self) -> None:
         """Routes and irqfds down, then the device's MSI off. Every step is tried; raises ``OSError``."""
-        signalled, self._signalled = self._signalled, 0
+        signalled, self._signalled, self._asked = self._signalled, 0, 0
         with ExitStack() as steps:
             for vector in self._vectors:
                 steps.callback(vector.close)

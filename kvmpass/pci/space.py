@@ -6,9 +6,9 @@ import enum
 from typing import Protocol
 
 from kvmpass.errors import LayoutError
-from kvmpass.layout import PAGE, Layout, Range
+from kvmpass.layout import IO_WINDOW_BASE, IO_WINDOW_SIZE, PAGE, Layout, Range
 
-IO_WINDOW = Range(0xC000, 0x4000)
+IO_WINDOW = Range(IO_WINDOW_BASE, IO_WINDOW_SIZE)
 
 
 class BarKind(enum.Enum):

@@ -45,9 +45,9 @@ def option_rom(directory: Path) -> Path:
 def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
     """Hosts of single tests.
 
-    One drive and nothing else; two devices on one bus; a card with an expansion ROM and a drive with 2048 vectors; a
-    device on bus 0, where the emulated IOMMU's events name it; a page of 1 GiB; a physical function that vfio-pci may
-    make virtual ones of.
+    One drive and nothing else; two devices on one bus and one elsewhere; a card with an expansion ROM and a drive
+    with 2048 vectors; a device on bus 0, where the emulated IOMMU's events name it; a page of 1 GiB; a physical
+    function that vfio-pci may make virtual ones of.
     """
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
@@ -56,6 +56,7 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
                 "pci-bridge,id=bridge0,chassis_nr=1,addr=11.0",
                 "edu,bus=bridge0,addr=01.0",
                 "edu,bus=bridge0,addr=02.0",
+                "edu,addr=05.0",
             )
         ),
         "functions": Profile(

@@ -86,6 +86,10 @@ def test_adding_a_function_costs_no_mapping(multifunction: str, edu: str) -> Non
         machine.deassign(machine.devices[0])
         machine.audit()
         assert len(machine.domain.groups) == 2, "the other function holds the group"
+        machine.reset()
+        assert [(device.slot, device.number) for device in machine.devices] == [(2, 0), (1, 0)], (
+            "in a slot of its own"
+        )
         assert Edu(machine.devices[-1]).bar.read_int(0) == 0x010000ED
 
 
@@ -124,9 +128,13 @@ def test_a_bus_that_is_not_ours_is_not_reset(edu: str) -> None:
 
 
 @pytest.mark.amdvi(profile="bus")
-def test_two_devices_of_a_bus_are_reset_together_or_not_at_all(bridged: str, bridged2: str) -> None:
-    """Neither has a reset of its own; VFIO resets the bus when every device on it is ours."""
-    with host.borrow(bridged, bridged2), Machine(memory="8M") as machine:
+def test_two_devices_of_a_bus_are_reset_together_or_not_at_all(bridged: str, bridged2: str, edu: str) -> None:
+    """Neither has a reset of its own; VFIO resets the bus when every device on it is ours.
+
+    It takes the groups of that bus, and refuses those of others: there is one in the domain.
+    """
+    with host.borrow(bridged, bridged2, edu), Machine(memory="8M") as machine:
+        machine.assign(edu)
         first = machine.assign(bridged)
         assert not first.vfio.resettable
         assert {one.name for one in first.vfio.get_pci_hot_reset_info()} >= {bridged, bridged2}

@@ -15,8 +15,9 @@ from kvmpass import host
 from kvmpass.errors import GuestError
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
 from kvmpass.guest import OUTPUT, GuestSpec, prepare
-from kvmpass.layout import MIB
+from kvmpass.layout import MIB, Range
 from kvmpass.machine import Machine
+from kvmpass.pci.space import IO_WINDOW
 from kvmpass.vcpus import Ending
 from kvmpass.vfio.device import ERR
 
@@ -69,6 +70,42 @@ def test_the_guest_ejects_a_device(edu: str) -> None:
         guest.expect("ejected")
         wait_until(lambda: DeviceReleased(edu, "guest") in events)
         assert guest.machine.devices == []
+        guest.machine.audit()
+
+
+def test_a_card_with_an_io_bar_comes(nic: str) -> None:
+    """The guest finds ports for it, and reads a register through them: the receive address that every card has."""
+    script = """wait_for present; cd /sys/bus/pci/devices/0000:00:01.0; echo 1 >enable
+        number=0; while read -r start end flags; do
+            [ $((flags & 0x100)) -eq 0 ] || { port=$number; echo ports $start $end; }; number=$((number + 1))
+        done <resource
+        printf '\\000\\124\\000\\000' | dd of=resource$port bs=4 count=1 conv=notrunc 2>/dev/null
+        echo address $(dd if=resource$port bs=4 skip=1 count=1 2>/dev/null | hexdump -e '1/4 "%08x"'); go_on"""
+    with host.borrow(nic), running(script) as guest:
+        device = guest.machine.assign(nic)
+        guest.expect("\n", 2)
+        words = [line.split() for line in guest.said.splitlines()]
+        assert words[0][0] == "ports", guest.said
+        assert IO_WINDOW.contains(Range(int(words[0][1], 16), int(words[0][2], 16) - int(words[0][1], 16) + 1))
+        wanted = device.regions[0].read_int(0x5400)
+        assert words[1] == ["address", f"{wanted:08x}"]
+        guest.go_on()
+        assert guest.end().status == 0
+
+
+def test_a_second_function_comes_to_a_guest_that_knows_the_first(multifunction: str) -> None:
+    """The guest would not look beside a function that said it was alone: the other gets a slot of its own."""
+    group = (Path("/sys/bus/pci/devices") / multifunction / "iommu_group/devices").iterdir()
+    functions = sorted(path.name for path in group)
+    script = "wait_for present; echo one; wait_for '[ -e /sys/bus/pci/devices/0000:00:02.0 ]'; echo two; sleep 1000"
+    with host.borrow(*functions), running(script) as guest:
+        first = guest.machine.assign(functions[0])
+        guest.expect("one")
+        second = guest.machine.assign(functions[1])
+        guest.expect("two")
+        assert [(device.slot, device.number) for device in (first, second)] == [(1, 0), (2, 0)]
+        guest.machine.unplug(first, 30)
+        assert guest.machine.devices == [second]
         guest.machine.audit()
 
 

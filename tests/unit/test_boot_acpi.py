@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import struct
 import subprocess
@@ -22,6 +23,7 @@ from kvmpass.layout import (
     Layout,
     Range,
 )
+from kvmpass.pci.space import IO_WINDOW
 
 LAYOUT = Layout(
     (Range(0, 512 * MIB),),
@@ -134,6 +136,12 @@ def test_iasl_disassembles_and_compiles_them_again(tmp_path: Path, mmio64: Range
             for line in ports.SERIAL_LINES:
                 assert f"0x{line.port:04X}," in text
             assert "Name (\\_S5," in text
+            ports_for_bars = re.search(
+                r"WordIO.*?0x(\w+),\s+// Range Minimum.*?0x(\w+),\s+// Range Maximum", text, re.S
+            )
+            assert ports_for_bars, "the guest must put I/O BARs where they are decoded"
+            assert [int(number, 16) for number in ports_for_bars.groups()] == [IO_WINDOW.start, IO_WINDOW.last]
+            assert text.count("WordIO") == 1
             assert "Unknown" not in text
             # What iasl makes of its own disassembly is our byte stream, but for the header's compiler fields.
             assert source.with_suffix(".aml").read_bytes()[36:] == data[36:]

@@ -39,6 +39,14 @@ def test_a_slot_that_is_empty_again_is_forgotten(wires: Wires) -> None:
     assert wires.controller.read(UP, 4) == bytes(4)
 
 
+def test_a_request_that_is_withdrawn_takes_no_announcement_with_it(wires: Wires) -> None:
+    wires.controller.announce(3)
+    wires.controller.request_eject(3)
+    wires.controller.withdraw(3)
+    assert wires.controller.read(DOWN, 4) == bytes(4)
+    assert wires.controller.read(UP, 4) == (1 << 3).to_bytes(4, "little")
+
+
 def test_the_guest_ejects_slots_by_their_bits(wires: Wires) -> None:
     wires.controller.write(EJECT, (1 << 1 | 1 << 30).to_bytes(4, "little"))
     assert wires.ejected == [1, 30]

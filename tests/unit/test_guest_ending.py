@@ -26,6 +26,9 @@ class Vm:
     def connect_serial(self, index: int, sink: Callable[[bytes], None]) -> None:
         self.sinks[index] = sink
 
+    def set_pace(self, pace: Callable[[], None]) -> None:
+        pass
+
     def start(self) -> None:
         pass
 

@@ -49,6 +49,7 @@ def test_a_stalled_reader_holds_the_guest_and_not_the_end() -> None:
         nonlocal sent
         while not vm.over:
             put(bytes(4096))
+            pump.pace()
             sent += 4096
 
     thread = threading.Thread(target=guest)

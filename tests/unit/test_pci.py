@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from kvmpass.errors import LayoutError
 from kvmpass.layout import GIB, MIB, PAGE, Range, plan_layout
+from kvmpass.memory import HostMapping
 from kvmpass.pci import CONFIG_ADDRESS, BarSpace
 from kvmpass.pci.bar import mappable
 from kvmpass.pci.config import capabilities, extended_capabilities
@@ -258,6 +260,30 @@ def test_nothing_is_decoded_while_the_guest_sizes_a_bar(board: Board) -> None:
     assert board.bars()[0] == home
 
 
+@pytest.mark.parametrize("size", [256 * MIB, 512 * MIB, GIB, 2 * GIB])
+def test_a_large_bar_decodes_at_every_place_it_may_have(size: int) -> None:
+    """Where all address bits of the lower half are ones, too: that is a place like any other."""
+    device = FakeDevice()
+    device.config.data[0x10:0x14] = (0xC).to_bytes(4, "little")
+    info = device.regions[0].info
+    device.regions[0].info = type(info)(0, size, 0, True, True, (Range(0, size),), True)
+    device.regions[0].mmap = lambda area: HostMapping(PAGE)  # type: ignore[method-assign]
+    board = Board(device)
+    window = board.layout.mmio64
+    for address in range(-(-window.start // size) * size, window.start + 5 * GIB, size):
+        board.config_write(0x04, 0, 2)
+        board.config_write(0x10, address & 0xFFFF_FFFF)
+        board.config_write(0x14, address >> 32)
+        board.config_write(0x04, 2, 2)
+        assert board.bars()[0].start == address, hex(address)
+        board.config_write(0x10, 0xFFFF_FFFF)
+        assert board.bars() == []
+        assert board.config_read(0x10) == -size & 0xFFFF_FFFF | 0xC
+        board.config_write(0x10, address & 0xFFFF_FFFF)
+        assert board.bars()[0].start == address, hex(address)
+    board.close()
+
+
 def test_the_expansion_rom_decodes_only_when_enabled(board: Board) -> None:
     board.config_write(0x30, 0xFFFF_FFFF)
     assert board.config_read(0x30) == 0xFFFF_E001, "8 KiB"
@@ -328,6 +354,23 @@ def test_msi_vectors_share_an_address_and_number_their_data(board: Board) -> Non
     assert board.kvm.routes == {}, "memory is no message"
     board.config_write(MSI_AT + 2, 0, 2)
     assert (board.function.interrupt, board.device.active) == ("INTx", INTX)
+
+
+def test_a_host_with_fewer_vectors_gives_what_it_has(board: Board) -> None:
+    real = board.device.set_irqs
+
+    def few(index: int, start: int, eventfds: list[int]) -> None:
+        if index == MSI and len(eventfds) > 1:
+            raise OSError(errno.ENOSPC, "VFIO_DEVICE_SET_IRQS: the host has no free interrupt vectors")
+        real(index, start, eventfds)
+
+    board.device.set_irqs = few  # type: ignore[method-assign]
+    program_msi(board)
+    assert list(board.kvm.routes.values()) == [(0xFEE0_2000, 0x50)]
+    calls = list(board.device.irq_calls)
+    board.config_write(MSI_AT + 12, 0x60, 2)
+    assert list(board.kvm.routes.values()) == [(0xFEE0_2000, 0x60)]
+    assert board.device.irq_calls == calls, "and is not asked again for the same"
 
 
 def test_one_kind_of_interrupt_is_on_at_a_time(board: Board) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -68,6 +69,23 @@ def test_what_is_removed_is_not_called(watch: Watch, eventfd: int) -> None:
     watch.call(done.set)
     assert done.wait(10)
     assert not called.is_set()
+
+
+def test_closing_from_a_descriptors_callback(eventfd: int) -> None:
+    """Of what is ready beside it nothing is touched any more."""
+    watch, done = Watch("own"), threading.Event()
+    other = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def close() -> None:
+        watch.close()
+        done.set()
+
+    watch.add(eventfd, close)
+    os.eventfd_write(eventfd, 1)
+    assert done.wait(10)
+    time.sleep(0.05)
+    assert os.eventfd_read(other) == 1
+    os.close(other)
 
 
 def test_closing_from_a_callback() -> None:

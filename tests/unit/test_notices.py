@@ -1,0 +1,96 @@
+"""What is told of devices, and that nobody who listens can keep a device from its due."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvmpass import notices
+from kvmpass.events import DeviceError, DeviceEvent, DeviceFault
+from kvmpass.host import Bdf
+from kvmpass.host.faults import FaultLog
+from kvmpass.notices import Notices
+from kvmpass.vfio.device import ERR, REQ
+
+BDF = Bdf.parse("0000:01:00.0")
+
+
+class Device:
+    """Signals what it was given."""
+
+    def __init__(self, *irqs: int) -> None:
+        self.irqs = {index: SimpleNamespace(count=1) for index in irqs}
+        self.eventfds: dict[int, int] = {}
+
+    def set_irqs(self, index: int, start: int, eventfds: list[int]) -> None:
+        self.eventfds[index] = eventfds[start]
+
+    def disable_irqs(self, index: int) -> None:
+        del self.eventfds[index]
+
+
+def test_a_listener_that_raises_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def listener(event: DeviceEvent) -> None:
+        raise RuntimeError("of the listener")
+
+    told = Notices(listener, list)
+    told.tell(DeviceError("0000:01:00.0"))
+    told.stop()
+    assert "uncorrected error" in caplog.text
+    assert "of the listener" in caplog.text
+
+
+def test_an_interrupt_calls_back_until_it_is_undone() -> None:
+    told, device, called = Notices(None, list), Device(ERR), threading.Semaphore(0)
+    with ExitStack() as undo:
+        told.on_irq(device, ERR, called.release, undo)  # type: ignore[arg-type]
+        told.on_irq(device, REQ, called.release, undo)  # type: ignore[arg-type]
+        assert list(device.eventfds) == [ERR], "it has no REQ"
+        for _ in range(3):
+            os.eventfd_write(device.eventfds[ERR], 1)
+            assert called.acquire(timeout=10)
+    assert device.eventfds == {}
+    told.stop()
+
+
+def test_faults_of_other_devices_are_not_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    fault = "AMD-Vi: Event logged [IO_PAGE_FAULT domain=0x000e address=0xd0000000 flags=0x0020]"
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    seen: list[DeviceEvent] = []
+    told_one = threading.Event()
+
+    class Log(FaultLog):
+        def __init__(self) -> None:
+            self._fd, self.lost = reader, 0
+
+    def listener(event: DeviceEvent) -> None:
+        seen.append(event)
+        told_one.set()
+
+    monkeypatch.setattr(notices, "open_fault_log", Log)
+    told = Notices(listener, lambda: {BDF})
+    told.follow_faults()
+    for name in ("0000:02:00.0", str(BDF)):
+        os.write(writer, f"4,1,1,-;vfio-pci {name}: {fault}\n".encode())
+        threading.Event().wait(0.1)  # each message of the kernel's log is one read
+    assert told_one.wait(10)
+    told.stop()
+    os.close(writer)
+    assert seen == [DeviceFault(str(BDF), 0xD000_0000, True)]
+
+
+def test_without_the_kernels_log_it_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(notices, "open_fault_log", lambda: "DMA faults cannot be seen: no /dev/kmsg")
+    with caplog.at_level(logging.INFO):
+        told = Notices(None, list)
+        told.follow_faults()
+        told.stop()
+    assert "cannot be seen" in caplog.text
