@@ -75,7 +75,8 @@ def test_the_guest_ejects_a_device(edu: str) -> None:
 
 def test_a_card_with_an_io_bar_comes(nic: str) -> None:
     """The guest finds ports for it, and reads a register through them: the receive address that every card has."""
-    script = """wait_for present; cd /sys/bus/pci/devices/0000:00:01.0; echo 1 >enable
+    script = """wait_for '[ -e /sys/bus/pci/devices/0000:00:01.0/net ]'; cd /sys/bus/pci/devices/0000:00:01.0
+        echo 0000:00:01.0 >driver/unbind; echo 1 >enable
         number=0; while read -r start end flags; do
             [ $((flags & 0x100)) -eq 0 ] || { port=$number; echo ports $start $end; }; number=$((number + 1))
         done <resource

@@ -46,6 +46,7 @@ def test_interrupts_that_the_device_has(assigned: AssignedDevice) -> None:
 
 def test_the_request_interrupt_and_its_loopback(assigned: AssignedDevice) -> None:
     device = assigned.vfio
+    device.disable_irqs(REQ)  # the machine's own
     with pytest.raises(OSError, match=r"VFIO_DEVICE_SET_IRQS.*trigger vector 0"):
         device.trigger_irq(REQ)
     eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

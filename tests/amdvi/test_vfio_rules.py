@@ -66,6 +66,8 @@ def bench(edu: str, machine: Machine) -> Iterator[Bench]:
     own = HostMapping(4 * MIB, align=2 * MIB)
     with host.borrow(edu):
         device = machine.assign(edu)
+        for index in (INTX, REQ):  # what the machine has switched on
+            device.vfio.disable_irqs(index)
         yield Bench(machine, device, own)
         machine.deassign(device)
     own.close()
