@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
 from kvmpass.machine import Machine
 
-SOAK = os.environ.get("KVMPASS_SOAK") == "1"
 FUNCTIONS = """
 wait_for() {
     tries=0

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from living import SOAK, descriptors, running
+from inside import SOAK
+from living import descriptors, running
 
 from kvmpass import host
 from kvmpass.machine import AssignedDevice, Machine

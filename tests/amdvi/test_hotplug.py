@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from living import FUNCTIONS, SOAK, descriptors, running, wait_until
+from inside import SOAK
+from living import FUNCTIONS, descriptors, running, wait_until
 from witness import locked_bytes, traces
 
 from kvmpass import host
