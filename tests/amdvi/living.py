@@ -48,7 +48,9 @@ class Running:
         deadline = time.monotonic() + seconds
         while self.said.count(text) < count:
             assert time.monotonic() < deadline, f"no {text!r} (x{count}) in {self.said!r}"
-            assert self._thread.is_alive() or self.said.count(text) >= count, f"the guest is over: {self.said!r}"
+            assert self._thread.is_alive() or self.said.count(text) >= count, (
+                f"the guest is over: {self.said!r} {self._result}"
+            )
             time.sleep(0.02)
 
     def go_on(self) -> None:
