@@ -33,7 +33,11 @@ def kvmpass(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(kvmpass(*arguments), capture_output=True, timeout=GUEST_SECONDS, check=False)
+    try:
+        return subprocess.run(kvmpass(*arguments), capture_output=True, timeout=GUEST_SECONDS, check=False)
+    except subprocess.TimeoutExpired as hung:
+        said = (hung.stderr or b"").decode(errors="replace")
+        pytest.fail(f"no end after {GUEST_SECONDS} s; standard error so far:\n{said[-8000:]}", pytrace=False)
 
 
 def driver(bdf: str) -> str | None:

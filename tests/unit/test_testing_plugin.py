@@ -49,6 +49,7 @@ def lab(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Py
         monkeypatch.delenv(f"KVMPASS_TEST_{name}", raising=False)
     temporary = pytester.mkdir("temporary")
     monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr("tempfile.tempdir", None)  # this process has looked before
     monkeypatch.setenv("KVMPASS_CACHE", str(pytester.path / "cache"))
     pytester.makeconftest(FAKE_LAB)
     # Other people's plugins cost seconds here, in each of many runs.
