@@ -83,7 +83,8 @@ _SMALL = ("nvme,addr=04.0", "edu,addr=05.0")
 
 DEFAULT_PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
-        "base": Profile(devices=_BASE, memory="6G"),
+        # Huge pages from the start: a host that has run for a while may take minutes to find some.
+        "base": Profile(devices=_BASE, memory="6G", append="hugepages=48"),
         "large": Profile(devices=("nvme,addr=04.0",), memory="12G"),
         "sriov": Profile(devices=_SRIOV),
         "devices": Profile(devices=_DEVICES, memory="4G"),

@@ -233,7 +233,7 @@ def test_memory_and_devices_change_while_the_drive_works(nvme: str, edu: str) ->
             [ "$(hash)" = "$wanted" ] || { echo "other bytes in round $count"; exit 1; }
             count=$((count + 1)); done
         echo read $count times"""
-    with host.borrow(nvme, edu), running(script, nvme, cpus=2) as guest:
+    with host.borrow(nvme, edu), running(script, nvme) as guest:
         machine = guest.machine
         guest.expect("reading")
         before = (machine.domain.ledger, [(slot.gpa, slot.size) for slot in machine.memslots.ledger])
