@@ -12,7 +12,7 @@ import pytest
 
 from kvmpass.testing.events import Event, replay_warning, unpack_report
 from kvmpass.testing.profiles import Profile, Requirement, profiles
-from kvmpass.testing.session import LabSession
+from kvmpass.testing.session import SPARES, LabSession
 
 # Seconds without any event: until the tests are collected inside; beyond a phase's own limit; after the last test.
 BOOT_LIMIT = 900.0  # a first boot downloads its kernel
@@ -64,6 +64,7 @@ class Outer:
         self.skips: dict[str, str] = {}
         self.current: tuple[Boot, LabSession] | None = None
         self.log: list[str] = []
+        self.spares: dict[Boot, int] = {}
 
     def boot_for(self, requirement: Requirement, known: dict[str, Profile]) -> Boot | str:
         """The boot a test needs, or why this run cannot have it."""
@@ -135,6 +136,9 @@ class Outer:
         assert requirement is not None
         if session.collected is None and session.death is None:
             self.await_collection(session)
+            if session.death is not None and (spare := self.replace(item, session)):
+                self.replay(spare, item)
+                return
         phase = "setup"
         if session.collected is not None and item.nodeid not in session.collected:
             self.fail(item, phase, session.why_missing(item.nodeid))
@@ -148,6 +152,9 @@ class Outer:
             event = session.next(deadline)
             if event is None:
                 died = session.died(item.nodeid, limit)
+                if spare := self.replace(item, session):
+                    self.replay(spare, item)
+                    return
                 self.fail(item, phase, died.text, died.sections)
                 return
             deadline = time.monotonic() + limit
@@ -159,6 +166,24 @@ class Outer:
                 return
             else:
                 self.other(event)
+
+    def replace(self, item: pytest.Item, session: LabSession) -> LabSession | None:
+        """Another emulated host for ``item`` and what comes after it, where the setting allows one more.
+
+        An emulator has faults of its own: what they end is run anew, and never silently.
+        """
+        assert self.current is not None and session.death is not None
+        boot = self.current[0]
+        left = self.spares.setdefault(boot, int(self.config.getini(SPARES)))
+        if left == 0:
+            return None
+        self.spares[boot] = left - 1
+        evidence = "\n".join(f"--- {title}\n{content}" for title, content in session.death.sections)
+        item.warn(pytest.PytestWarning(f"{session.death.text}\nIt was replaced.\n{evidence}"))
+        self.log.append(f"{boot}: {session.close(0)}, REPLACED")
+        plan = self.plans[boot]
+        self.current = boot, self.start(boot, plan[plan.index(item) :])
+        return self.current[1]
 
     def await_collection(self, session: LabSession) -> None:
         deadline = time.monotonic() + BOOT_LIMIT

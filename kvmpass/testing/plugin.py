@@ -12,7 +12,7 @@ from kvmpass.testing import fixtures as _fixtures
 from kvmpass.testing.inner import Inner
 from kvmpass.testing.inplace import InPlace, TimeLimit
 from kvmpass.testing.profiles import MARKER, Hooks, LabLike, Profile
-from kvmpass.testing.session import ENVIRONMENT
+from kvmpass.testing.session import ENVIRONMENT, SPARES
 from kvmpass.testing.state import Mode, State, detect
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addini(
         ENVIRONMENT, "environment variables that marked tests shall see inside the emulated host, too", type="args"
+    )
+    parser.addini(
+        SPARES, "how often an emulated host that dies is replaced, for each boot; with a warning", default="0"
     )
 
 

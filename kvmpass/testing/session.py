@@ -23,7 +23,9 @@ from kvmpass.testing.state import PLAN
 if TYPE_CHECKING:
     from kvmpass.lab.config import LabResult
 
-ENVIRONMENT = "kvmpass_environment"  # the setting in a project's pytest configuration
+# Settings in a project's pytest configuration.
+ENVIRONMENT = "kvmpass_environment"
+SPARES = "kvmpass_spare_hosts"
 POLL = 0.05
 TAIL_LINES = 60
 # pytest's own plugins that are of use outside only.

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kvmpass import host
 from kvmpass.events import DeviceEvent
-from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
+from kvmpass.guest import Guest, GuestImage, GuestResult, GuestSpec, prepare
 from kvmpass.machine import Machine
 
 FUNCTIONS = """
@@ -63,12 +64,18 @@ class Running:
         return self._result
 
 
+def image_for(script: str) -> GuestImage:
+    """A guest that runs ``script`` and has the drivers of everything that is on vfio-pci, plugged yet or not."""
+    ready = [device.modalias for device in host.Sysfs().devices() if device.driver == "vfio-pci"]
+    return prepare(GuestSpec(command=("sh", "-c", FUNCTIONS + script)), ready)
+
+
 @contextmanager
 def running(script: str, *devices: str, events: list[DeviceEvent] | None = None, cpus: int = 1) -> Iterator[Running]:
     """A guest with ``devices`` (on vfio-pci) from the start; ``events`` gets those of the machine."""
     said = bytearray()
     options: dict[str, Any] = {} if events is None else {"on_event": events.append, "stop_on_error": False}
-    image = prepare(GuestSpec(command=("sh", "-c", FUNCTIONS + script)), [])
+    image = image_for(script)
     with (
         Machine(memory="192M", cpus=cpus, **options) as machine,
         Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from inside import SOAK
-from living import FUNCTIONS, descriptors, running, wait_until
+from living import descriptors, image_for, running, wait_until
 from witness import locked_bytes, traces
 
 from kvmpass import host
 from kvmpass.errors import GuestError
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
-from kvmpass.guest import OUTPUT, GuestSpec, prepare
+from kvmpass.guest import OUTPUT
 from kvmpass.layout import MIB, Range
 from kvmpass.machine import Machine
 from kvmpass.pci.space import IO_WINDOW
@@ -186,8 +186,8 @@ def test_a_guest_that_reboots_keeps_its_drive(nvme: str, destructive: None) -> N
 
 def test_a_reset_leaves_nothing_of_the_former_life(nvme: str) -> None:
     said, events = bytearray(), list[DeviceEvent]()
-    image = prepare(GuestSpec(command=("sh", "-c", FUNCTIONS + "wait_for drive; echo up; sleep 1000")), [])
     with host.borrow(nvme), Machine(memory="192M", on_event=events.append) as machine:
+        image = image_for("wait_for drive; echo up; sleep 1000")
         device = machine.assign(nvme)
         image.load(machine)
         machine.connect_serial(OUTPUT, said.extend)
