@@ -13,6 +13,7 @@ from types import FrameType
 
 import click
 
+from kvmpass.cli.output import colour, error_document, error_text
 from kvmpass.errors import KvmpassError
 
 # Subcommands are imported when they are called: a start costs what the command needs.
@@ -58,10 +59,7 @@ def split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 def report(error: BaseException) -> None:
     """One line for the cause, one hint for each note."""
-    text = str(error)
-    if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    click.echo(f"kvmpass: {text}", err=True)
+    click.echo(f"kvmpass: {error_text(error)}", err=True)
     for note in getattr(error, "__notes__", ()):
         click.echo(f"  hint: {note}", err=True)
 
@@ -75,6 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
     options, command = split_command(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in options if not word.startswith("-")), "")
+    as_json = "--json" in options
     own = ASSIGN_FAILED if name == "assign" or (name == "lab" and "run" in options) else None
     if os.environ.get("KVMPASS_DEBUG"):
         logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)8d %(name)s: %(message)s")
@@ -85,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
             signal.signal(number, _terminate)
     status: int
     try:
-        result = kvmpass.main(options, prog_name="kvmpass", standalone_mode=False, obj=command)
+        result = kvmpass.main(options, prog_name="kvmpass", standalone_mode=False, obj=command, color=colour())
         status = result if isinstance(result, int) else 0
     except click.exceptions.Abort:
         status = 130
@@ -94,12 +93,18 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else FAILED
     except click.ClickException as error:
-        error.show()
+        if as_json:
+            click.echo(error_document(name, error))
+        else:
+            error.show()
         status = own or error.exit_code
     except (KvmpassError, OSError) as error:
         if os.environ.get("KVMPASS_DEBUG"):
             logging.exception("kvmpass failed")
-        report(error)
+        if as_json:
+            click.echo(error_document(name, error))
+        else:
+            report(error)
         status = own or FAILED
     except Exception:
         traceback.print_exc()

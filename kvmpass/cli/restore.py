@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
 from kvmpass import host
+from kvmpass.cli.output import Output, host_command
 
 
 @click.command()
-def restore() -> int:
+@host_command
+def restore(output: Output) -> int:
     """Give devices back that a killed kvmpass has left.
 
     While a device is borrowed, a journal (in /var/lib/kvmpass, or $KVMPASS_STATE_DIR) says which driver it had. A
@@ -26,8 +30,9 @@ def restore() -> int:
     It can be run at any time, and again. The exit status is 1 if an entry is corrupt or failed, else 0.
     """
     results = host.restore()
+    output.document(results=[asdict(result) for result in results])
     if not results:
-        click.echo("nothing to restore")
+        output.text("nothing to restore")
     for result in results:
-        click.echo(f"{result.bdf}: {result.outcome}: {result.detail}")
+        output.text(f"{result.bdf}: {result.outcome}: {result.detail}")
     return 1 if any(result.outcome in ("corrupt", "failed") for result in results) else 0

@@ -5,25 +5,35 @@ The only part of the project that changes drivers.
 
 from kvmpass.host.address import Bdf
 from kvmpass.host.borrowing import Borrow, Restored, borrow, restore
-from kvmpass.host.checks import check_assignable, check_host, check_memory, interrupt_remapping
+from kvmpass.host.checks import (
+    Blocker,
+    blockers,
+    check_assignable,
+    check_host,
+    check_memory,
+    interrupt_remapping,
+)
 from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
 from kvmpass.host.journal import Step
 from kvmpass.host.names import name_of
-from kvmpass.host.processes import Process
+from kvmpass.host.processes import OpenNodes, Process
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
 
 __all__ = [
     "Bdf",
+    "Blocker",
     "Borrow",
     "DmaFault",
     "FaultLog",
     "IommuGroup",
+    "OpenNodes",
     "PciDevice",
     "Process",
     "Resource",
     "Restored",
     "Step",
     "Sysfs",
+    "blockers",
     "borrow",
     "check_assignable",
     "check_host",

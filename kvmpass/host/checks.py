@@ -8,11 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
-from kvmpass.errors import DeviceInUse, GroupNotViable, HostNotReady, NotAssignable, NotEnoughMemory
+from kvmpass.errors import DeviceInUse, GroupNotViable, HostNotReady, KvmpassError, NotAssignable, NotEnoughMemory
+from kvmpass.host import processes
 from kvmpass.host.address import Bdf
-from kvmpass.host.processes import holders
+from kvmpass.host.processes import Holders
 from kvmpass.host.sysfs import PCI_DRIVERS, IommuGroup, PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI, usage, vfio_nodes
 
@@ -25,71 +28,128 @@ AMD_VENDORS = frozenset({"AuthenticAMD", "HygonGenuine"})
 HARMLESS_DRIVERS = frozenset({VFIO_PCI, "pci-stub", "pcieport"})
 
 
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """One reason why a device cannot be taken now: ``brief`` for a list, ``cause`` and ``remedy`` in full.
+
+    ``kind`` is ``bridge``, ``no-group``, ``no-iommu``, ``group-not-viable``, ``assigned`` or ``in-use``; ``error`` is
+    the exception that :func:`check_assignable` raises for it.
+    """
+
+    kind: str
+    brief: str
+    cause: str
+    remedy: str
+    error: type[KvmpassError]
+
+
 def check_assignable(sysfs: Sysfs, bdf: Bdf, together: Iterable[Bdf] = ()) -> PciDevice:
     """Return the device if it can be taken now; ``together`` names devices that are taken with it.
 
-    Raises, the first that applies: ``NoSuchDevice``; ``NotAssignable`` (bridge, no IOMMU group, no-IOMMU group);
-    ``GroupNotViable`` with the siblings and their drivers; ``DeviceInUse`` with every use that is visible.
+    Raises ``NoSuchDevice``, or the first of :func:`blockers`: ``NotAssignable`` (bridge, no IOMMU group, no-IOMMU
+    group); ``GroupNotViable`` with the siblings and their drivers; ``DeviceInUse`` with every use that is visible.
     A device that this very process holds is in use too.
     """
     device = sysfs.device(bdf)
-    group = _check_kind(sysfs, device)
-    _check_viable(sysfs, device, group, {bdf, *together})
-    _check_free(sysfs, device, group)
-    reasons = usage(sysfs, device)
-    if reasons:
-        raise DeviceInUse(
-            f"{bdf} is in use: {'; '.join(reasons)}", "unmount, switch off or close what uses it, then try again"
-        )
+    for blocker in blockers(sysfs, device, together):
+        raise blocker.error(blocker.cause, blocker.remedy)
     return device
 
 
-def _check_kind(sysfs: Sysfs, device: PciDevice) -> IommuGroup:
+def blockers(
+    sysfs: Sysfs, device: PciDevice, together: Iterable[Bdf] = (), holders: Holders | None = None
+) -> Iterator[Blocker]:
+    """Every reason why the device cannot be taken now, the most basic first; none: it can.
+
+    ``holders`` tells who has nodes open: :class:`~kvmpass.host.processes.OpenNodes`, one look at all processes, for
+    whoever asks about many devices. Without it each call looks anew.
+    """
+    holders = holders or partial(processes.holders, sysfs)
+    unfit = _unfit(sysfs, device)
+    if unfit is not None:
+        yield unfit
+    elif device.group is not None:
+        group = sysfs.group(device.group)
+        yield from _unviable(sysfs, device, group, {device.bdf, *together})
+        yield from _assigned(sysfs, device, group, holders)
+        reasons = usage(sysfs, device, holders)
+        if reasons:
+            yield Blocker(
+                kind="in-use",
+                brief="in use here",
+                cause=f"{device.bdf} is in use: {'; '.join(reasons)}",
+                remedy="unmount, switch off or close what uses it, then try again",
+                error=DeviceInUse,
+            )
+
+
+def _unfit(sysfs: Sysfs, device: PciDevice) -> Blocker | None:
+    """What no driver change would cure."""
     bdf = device.bdf
     if device.is_bridge or sysfs.header_type(bdf) in (1, 2):
-        raise NotAssignable(
-            f"{bdf} is a bridge (class {device.class_code:06x}): bridges cannot be assigned",
-            "assign a device behind it",
+        return Blocker(
+            kind="bridge",
+            brief="is a bridge",
+            cause=f"{bdf} is a bridge (class {device.class_code:06x}): bridges cannot be assigned",
+            remedy="assign a device behind it",
+            error=NotAssignable,
         )
     if device.group is None:
         what = "it is the IOMMU" if device.class_code >> 8 == 0x0806 else "the IOMMU does not cover it"
-        raise NotAssignable(
-            f"{bdf} has no IOMMU group: {what}, so nothing would confine its DMA",
-            "turn on the IOMMU (AMD-Vi) in the firmware's setup if no device of this host has a group",
+        return Blocker(
+            kind="no-group",
+            brief="no IOMMU group",
+            cause=f"{bdf} has no IOMMU group: {what}, so nothing would confine its DMA",
+            remedy="turn on the IOMMU (AMD-Vi) in the firmware's setup if no device of this host has a group",
+            error=NotAssignable,
         )
     group = sysfs.group(device.group)
     if group.no_iommu:
-        raise NotAssignable(
-            f"{bdf} is in a no-IOMMU group ({group.id}): nothing would confine its DMA",
-            "switch off vfio's enable_unsafe_noiommu_mode and turn on the IOMMU (AMD-Vi)",
+        return Blocker(
+            kind="no-iommu",
+            brief="no-IOMMU group",
+            cause=f"{bdf} is in a no-IOMMU group ({group.id}): nothing would confine its DMA",
+            remedy="switch off vfio's enable_unsafe_noiommu_mode and turn on the IOMMU (AMD-Vi)",
+            error=NotAssignable,
         )
-    return group
+    return None
 
 
-def _check_viable(sysfs: Sysfs, device: PciDevice, group: IommuGroup, ours: set[Bdf]) -> None:
-    busy = []
-    for other in group.devices:
-        if other in ours:
-            continue
-        sibling = sysfs.device(other)
-        if sibling.driver and sibling.driver not in HARMLESS_DRIVERS and not sibling.is_pci_bridge:
-            busy.append(f"{other} (driver {sibling.driver})")
+def _unviable(sysfs: Sysfs, device: PciDevice, group: IommuGroup, ours: set[Bdf]) -> Iterator[Blocker]:
+    busy = [
+        f"{sibling.bdf} (driver {sibling.driver})"
+        for sibling in (sysfs.device(other) for other in group.devices if other not in ours)
+        if not is_harmless(sibling)
+    ]
     if busy:
-        raise GroupNotViable(
-            f"{device.bdf} shares IOMMU group {group.id} with {', '.join(busy)}, which the host uses",
-            "a group is assigned as a whole: unbind the others from their drivers, or use another slot",
+        yield Blocker(
+            kind="group-not-viable",
+            brief="group not viable",
+            cause=f"{device.bdf} shares IOMMU group {group.id} with {', '.join(busy)}, which the host uses",
+            remedy="a group is assigned as a whole: unbind the others from their drivers, or use another slot",
+            error=GroupNotViable,
         )
 
 
-def _check_free(sysfs: Sysfs, device: PciDevice, group: IommuGroup) -> None:
+def is_harmless(device: PciDevice) -> bool:
+    """Whether its group can be handed to user space as long as this device's driver stays as it is."""
+    return device.driver is None or device.driver in HARMLESS_DRIVERS or device.is_pci_bridge
+
+
+def _assigned(sysfs: Sysfs, device: PciDevice, group: IommuGroup, holders: Holders) -> Iterator[Blocker]:
     own = vfio_nodes(sysfs, device.bdf, group.id)
     siblings = [node for other in group.devices if other != device.bdf for node in vfio_nodes(sysfs, other, None)]
-    held = holders(sysfs, [*own, *siblings])
-    if not held:
-        return
-    who = " and ".join(str(process) for process in sorted({one for found in held.values() for one in found}))
-    what = "is assigned by" if len(group.devices) == 1 else f"is in IOMMU group {group.id}, assigned by"
-    raise DeviceInUse(f"{device.bdf} {what} {who}", "stop that process first, or choose another device")
+    held = holders([*own, *siblings])
+    if held:
+        who = " and ".join(str(process) for process in sorted({one for found in held.values() for one in found}))
+        what = "is assigned by" if len(group.devices) == 1 else f"is in IOMMU group {group.id}, assigned by"
+        yield Blocker(
+            kind="assigned",
+            brief="already assigned",
+            cause=f"{device.bdf} {what} {who}",
+            remedy="stop that process first, or choose another device",
+            error=DeviceInUse,
+        )
 
 
 def check_host(sysfs: Sysfs) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvmpass.host.sysfs import Sysfs
@@ -42,12 +42,28 @@ def start_time(sysfs: Sysfs, pid: int) -> int | None:
     return int(fields[19])
 
 
+Holders = Callable[[Iterable[str]], dict[str, list[Process]]]
+"""Tells who has which of some nodes (paths such as ``/dev/vfio/7``) open; nodes that nobody has are left out."""
+
+
 def holders(sysfs: Sysfs, nodes: Iterable[str]) -> dict[str, list[Process]]:
     """Who has which of ``nodes`` (paths such as ``/dev/vfio/7``) open, as far as this user may look."""
     wanted = frozenset(nodes)
+    return _open_files(sysfs, wanted.__contains__) if wanted else {}
+
+
+class OpenNodes:
+    """One look at what all processes have open, for many questions; a :data:`Holders`."""
+
+    def __init__(self, sysfs: Sysfs) -> None:
+        self._found = _open_files(sysfs, lambda target: target.startswith("/dev/"))
+
+    def __call__(self, nodes: Iterable[str]) -> dict[str, list[Process]]:
+        return {node: self._found[node] for node in sorted(set(nodes)) if node in self._found}
+
+
+def _open_files(sysfs: Sysfs, wanted: Callable[[str], bool]) -> dict[str, list[Process]]:
     found: dict[str, set[Process]] = {}
-    if not wanted:
-        return {}
     for name in sysfs.names("proc"):
         if not name.isdecimal():
             continue
@@ -57,7 +73,7 @@ def holders(sysfs: Sysfs, nodes: Iterable[str]) -> dict[str, list[Process]]:
                 target = os.readlink(f"{directory}/{number}")  # noqa: PTH115 - 100000 of them on a large host
             except OSError:
                 continue
-            if target in wanted:
+            if wanted(target):
                 holder = process(sysfs, int(name))
                 if holder.name not in _PASSERS_BY:
                     found.setdefault(target, set()).add(holder)

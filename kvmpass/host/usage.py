@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvmpass.host.address import Bdf
-from kvmpass.host.processes import holders
+from kvmpass.host.processes import Holders
 from kvmpass.host.sysfs import PCI_DEVICES, PciDevice, Sysfs
 
 VFIO_PCI = "vfio-pci"
 
 
-def usage(sysfs: Sysfs, device: PciDevice) -> list[str]:
+def usage(sysfs: Sysfs, device: PciDevice, holders: Holders) -> list[str]:
     """One clause for each use the host or another process makes of the device; empty when it is idle.
 
     Covers the storage, network and other functions below the device, whatever the depth (a disk at a SATA port,
@@ -28,7 +28,7 @@ def usage(sysfs: Sysfs, device: PciDevice) -> list[str]:
         *_virtual_functions(sysfs, device.bdf),
         *_storage(sysfs, device.bdf),
         *_network(sysfs, device.bdf),
-        *_open_nodes(sysfs, device.bdf),
+        *_open_nodes(sysfs, device.bdf, holders),
     ]
     return list(dict.fromkeys(reasons))
 
@@ -151,7 +151,7 @@ def _default_route_interfaces(sysfs: Sysfs) -> set[str]:
     return found - {"lo"}
 
 
-def _open_nodes(sysfs: Sysfs, bdf: Bdf) -> Iterator[str]:
+def _open_nodes(sysfs: Sysfs, bdf: Bdf, holders: Holders) -> Iterator[str]:
     nodes = {f"/dev/{name}" for name in block_devices(sysfs, bdf)}
     for number in _below(sysfs, bdf, "sys/dev/char"):
         uevent = sysfs.text("sys/dev/char", number, "uevent") or ""
@@ -159,5 +159,5 @@ def _open_nodes(sysfs: Sysfs, bdf: Bdf) -> Iterator[str]:
             key, _, value = line.partition("=")
             if key == "DEVNAME" and not value.startswith("vfio/"):
                 nodes.add(f"/dev/{value}")
-    for node, who in sorted(holders(sysfs, nodes).items()):
+    for node, who in sorted(holders(nodes).items()):
         yield f"{node} is open in {' and '.join(map(str, who))}"

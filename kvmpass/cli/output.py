@@ -1,0 +1,95 @@
+"""What the commands of the host's side share: ``--json``, ``-v`` and ``-q``, and where their words go.
+
+Standard output has the answer: text, or with ``--json`` one document and nothing else. Standard error has everything
+else. Colour only on a terminal, and not where ``NO_COLOR`` is set (no-color.org).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+SCHEMA = 1
+
+
+class Output:
+    """One command's words. Made by :func:`host_command`."""
+
+    def __init__(self, command: str, *, as_json: bool, verbose: bool, quiet: bool) -> None:
+        self.command = command
+        self.as_json = as_json
+        self.verbose = verbose
+        self.quiet = quiet
+
+    def document(self, **body: Any) -> None:
+        """With ``--json``, the answer. Addresses and bit masks are hex strings, absent values null."""
+        if self.as_json:
+            click.echo(json.dumps({"schema": SCHEMA, "command": self.command, **body}, indent=2))
+
+    def record(self, **body: Any) -> None:
+        """With ``--json``, one line of an answer without end (JSON Lines)."""
+        if self.as_json:
+            click.echo(json.dumps({"schema": SCHEMA, "command": self.command, **body}))
+
+    def text(self, line: str = "") -> None:
+        """One line of the answer for people; nothing with ``--json``. May hold ``click.style``."""
+        if not self.as_json:
+            click.echo(line)
+
+    def note(self, line: str) -> None:
+        """Progress, and what is no answer: on standard error, unless ``--quiet``."""
+        if not self.quiet:
+            click.echo(f"kvmpass: {line}", err=True)
+
+
+def host_command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the shared options; its function gets an :class:`Output` first."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say more, on standard error.")
+    @click.option("-q", "--quiet", is_flag=True, help="Nothing on standard error but errors.")
+    @functools.wraps(function)
+    def command(*arguments: Any, as_json: bool, verbose: bool, quiet: bool, **options: Any) -> Any:
+        name = click.get_current_context().command.name or ""
+        if verbose and not quiet:
+            logging.basicConfig(level=logging.INFO, format="kvmpass: %(message)s")
+        output = Output(name, as_json=as_json, verbose=verbose, quiet=quiet)
+        return function(output, *arguments, **options)
+
+    return command
+
+
+def colour() -> bool | None:
+    """For click: never with ``NO_COLOR``, else what it finds out about the terminal."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def error_document(command: str, error: BaseException) -> str:
+    """What ``--json`` prints instead of an answer when a command fails."""
+    return json.dumps(
+        {
+            "schema": SCHEMA,
+            "command": command,
+            "error": {
+                "type": type(error).__name__,
+                "message": error_text(error),
+                "hints": list(getattr(error, "__notes__", ())),
+            },
+        },
+        indent=2,
+    )
+
+
+def error_text(error: BaseException) -> str:
+    """One line for the cause."""
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__

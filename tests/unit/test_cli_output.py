@@ -1,0 +1,51 @@
+"""One answer on standard output, everything else on standard error; with --json errors are documents too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Valid = Callable[[str, str | bytes], Any]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "kvmpass", *arguments],
+            env={"KVMPASS_STATE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    return run
+
+
+def test_a_document_and_nothing_else(run: Callable[..., subprocess.CompletedProcess[str]], valid: Valid) -> None:
+    done = run("restore", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert valid("restore", done.stdout)["results"] == []
+    assert run("restore").stdout == "nothing to restore\n"
+
+
+def test_wrong_usage_is_a_document_too(run: Callable[..., subprocess.CompletedProcess[str]], valid: Valid) -> None:
+    done = run("restore", "--json", "surplus")
+    assert (done.returncode, done.stderr) == (2, "")
+    error = valid("error", done.stdout)["error"]
+    assert error["type"] == "UsageError"
+    assert "surplus" in error["message"]
+
+
+def test_a_failure_is_a_document_too(
+    run: Callable[..., subprocess.CompletedProcess[str]], valid: Valid, tmp_path: Path
+) -> None:
+    (tmp_path / "journal").write_text("in the way")
+    done = run("restore", "--json")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert valid("error", done.stdout)["error"]["type"] == "NotADirectoryError"
