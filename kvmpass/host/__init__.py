@@ -13,9 +13,11 @@ from kvmpass.host.checks import (
     check_memory,
     interrupt_remapping,
 )
+from kvmpass.host.classes import class_words
 from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
+from kvmpass.host.filters import Filter, parse_filter, select
 from kvmpass.host.journal import Step
-from kvmpass.host.names import name_of
+from kvmpass.host.names import Names, name_of
 from kvmpass.host.processes import OpenNodes, Process
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
 
@@ -25,7 +27,9 @@ __all__ = [
     "Borrow",
     "DmaFault",
     "FaultLog",
+    "Filter",
     "IommuGroup",
+    "Names",
     "OpenNodes",
     "PciDevice",
     "Process",
@@ -38,8 +42,11 @@ __all__ = [
     "check_assignable",
     "check_host",
     "check_memory",
+    "class_words",
     "interrupt_remapping",
     "name_of",
     "open_fault_log",
+    "parse_filter",
     "restore",
+    "select",
 ]
