@@ -53,8 +53,8 @@ class BdfType(_OfBdf):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         given = ctx.params.get(param.name or "")
-        taken = given if isinstance(given, tuple) else ()
-        return addresses(incomplete, lambda device: device.bdf not in taken)
+        taken = {str(one) for one in given} if isinstance(given, tuple) else set[str]()
+        return addresses(incomplete, lambda device: str(device.bdf) not in taken)
 
 
 class FilterType(_OfText):

@@ -53,15 +53,19 @@ class Names:
 
     def of(self, device: PciDevice) -> str:
         """Vendor and model in full; for what no database knows the number, in the end ``vendor:device``."""
-        vendor, model = self._parts(device)
-        if vendor is None:
-            return f"{device.vendor:04x}:{device.device:04x}"
-        return f"{vendor} {model or f'device {device.device:04x}'}"
+        return self.of_ids(device.bdf, device.vendor, device.device)
+
+    def of_ids(self, bdf: Bdf, vendor: int, device: int) -> str:
+        """The same for a device that may have gone."""
+        vendor_name, model = self._parts(bdf, vendor, device)
+        if vendor_name is None:
+            return f"{vendor:04x}:{device:04x}"
+        return f"{vendor_name} {model or f'device {device:04x}'}"
 
     def short(self, device: PciDevice) -> str:
         """The same with the vendor's brand instead of its full name."""
         full = self.of(device)
-        vendor, _ = self._parts(device)
+        vendor, _ = self._parts(device.bdf, device.vendor, device.device)
         return f"{_brand(vendor)}{full.removeprefix(vendor)}" if vendor else full
 
     def subsystem(self, device: PciDevice) -> str | None:
@@ -69,13 +73,11 @@ class Names:
         ids = (device.vendor, device.device, device.subsystem_vendor, device.subsystem_device)
         return _subsystem(self._pci_ids(), *ids)
 
-    def _parts(self, device: PciDevice) -> tuple[str | None, str | None]:
-        key = (device.bdf, device.vendor, device.device)
+    def _parts(self, bdf: Bdf, vendor: int, device: int) -> tuple[str | None, str | None]:
+        key = (bdf, vendor, device)
         if key not in self._known:
-            vendor, model = _from_udev(device.bdf) if self._udev else (None, None)
-            if vendor is None:
-                vendor, model = _vendor_and_model(self._pci_ids(), device.vendor, device.device)
-            self._known[key] = vendor, model
+            names = _from_udev(bdf) if self._udev else (None, None)
+            self._known[key] = names if names[0] else _vendor_and_model(self._pci_ids(), vendor, device)
         return self._known[key]
 
     def _pci_ids(self) -> bytes:
