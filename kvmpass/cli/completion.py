@@ -87,6 +87,11 @@ class Zsh(shell_completion.ZshComplete):
 
 
 class Fish(shell_completion.FishComplete):
+    # click's own script ends the help at its first comma.
+    source_template: ClassVar[str] = shell_completion.FishComplete.source_template.replace(
+        'string split ","', 'string split -m 1 ","'
+    )
+
     def get_completions(self, args: list[str], incomplete: str) -> _Items:
         return _without_command(super().get_completions, args, incomplete)
 

@@ -39,7 +39,8 @@ def sriov_document(sriov: host.Sriov | None) -> dict[str, Any] | None:
     }
 
 
-def device_document(status: host.DeviceStatus) -> dict[str, Any]:
+def device_document(status: host.DeviceStatus, whole: host.HostStatus) -> dict[str, Any]:
+    """``assignable`` needs a host that can."""
     device = status.device
     return {
         "bdf": str(device.bdf),
@@ -54,7 +55,7 @@ def device_document(status: host.DeviceStatus) -> dict[str, Any]:
         "driver": device.driver,
         "driver_override": device.driver_override,
         "group": device.group,
-        "assignable": not status.blockers,
+        "assignable": whole.ready and not status.blockers,
         "blockers": [blocker_document(blocker) for blocker in status.blockers],
         "numa_node": device.numa_node,
         "link": link_document(status.link),

@@ -55,7 +55,7 @@ def list(output: Output, filters: tuple[str, ...], wide: bool) -> int:
             {"id": group.id, "type": group.type, "no_iommu": group.no_iommu, "devices": [*map(str, group.devices)]}
             for group in found.groups
         ],
-        devices=[device_document(status) for status in found.devices],
+        devices=[device_document(status, found.host) for status in found.devices],
     )
     for line in _lines(found, wide):
         output.text(line)

@@ -29,8 +29,10 @@ _COLOURS = {"driver-bound": "green", "driver-unbound": "yellow", "device-removed
 
 @click.command()
 @click.argument("filters", metavar="[FILTER]...", nargs=-1, type=FILTER)
-@click.option("--count", type=click.IntRange(min=1), help="End after so many events.")
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="End after so many seconds.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after so many events.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="End after so many seconds."
+)
 @host_command
 def monitor(output: Output, filters: tuple[str, ...], count: int | None, timeout: float | None) -> int:
     """Show what happens to PCI devices, their drivers and VFIO groups, while it happens.

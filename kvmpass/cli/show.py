@@ -155,7 +155,7 @@ def _document(found: host.Description) -> dict[str, Any]:
     return {
         "host": host_document(found.host),
         "complete": found.complete,
-        "device": device_document(found.status),
+        "device": device_document(found.status, found.host),
         "subsystem_name": found.subsystem_name,
         "driverctl": found.driverctl,
         "uses": [*found.uses],

@@ -191,6 +191,7 @@ def test_a_device_on_vfio_pci_and_a_host_that_cannot(host: Host, capsys: pytest.
     host.add("0000:05:00.0", "vfio-pci", 12)
     assert "yes, on vfio-pci" in run(capsys, "list", "05:00")[0]
     host.put("proc/cpuinfo", "vendor_id : GenuineIntel\nflags : fpu")
+    assert not json.loads(run(capsys, "list", "05:00", "--json")[0])["devices"][0]["assignable"]
     output, errors = run(capsys, "list", "05:00")
     assert "no: host not ready" in output
     assert "this host cannot assign devices: this CPU is GenuineIntel" in errors
