@@ -115,8 +115,8 @@ def _fits(pattern: str, name: Callable[[PciDevice], str] | None, one: Candidate)
 
 
 def _behind_node(sysfs: Sysfs, node: str) -> set[Bdf]:
-    path = sysfs.path(node.lstrip("/"))
-    place = os.path.relpath(path.resolve(), sysfs.path("dev").resolve())  # /dev/disk/by-id has links
+    path = os.path.realpath(sysfs.path(node.lstrip("/")))  # /dev/disk/by-id has links
+    place = os.path.relpath(path, os.path.realpath(sysfs.path("dev")))
     if re.fullmatch(r"vfio/\d+", place):
         members = sysfs.names("sys/kernel/iommu_groups", place.removeprefix("vfio/"), "devices")
         return {Bdf.parse(member) for member in members if _ADDRESS.fullmatch(member)}

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,13 +109,13 @@ def test_what_can_be_assigned(
 
 def test_the_tree_of_groups(capfd: pytest.CaptureFixture[str], multifunction: str, bridged: str) -> None:
     lines = run(capfd, "list").splitlines()
-    first, second = (next(line for line in lines if f"{multifunction[:-1]}{number}" in line) for number in (0, 1))
-    assert "┬ " in first and "└ " in second and "group not viable" in first and "group not viable" in second
+    members = next(members for members in kernel_groups().values() if multifunction in members)
+    first, last = (next(line for line in lines if members[number] in line) for number in (0, -1))
+    assert "┬ " in first and "└ " in last and "group not viable" in first
     behind = next(line for line in lines if bridged in line)
-    assert "└ " in behind and "yes" in behind
-    assert "Red Hat QEMU NVM Express Controller" in first, "from pci.ids"
-    below = lines.index("Devices without an IOMMU group: nothing would confine their DMA")
-    assert any("IOMMU" in line for line in lines[below + 1 :])
+    assert ("└ " in behind or "├ " in behind) and "yes" in behind
+    if any(not (path / "iommu_group").exists() for path in DEVICES.iterdir()):  # the IOMMU itself, for one
+        assert "Devices without an IOMMU group: nothing would confine their DMA" in lines
 
 
 def test_a_drive_with_a_mounted_file_system(
@@ -149,9 +148,11 @@ def test_what_people_type(
 ) -> None:
     interface = next(DEVICES.glob(f"{nic}/net/*")).name
     assert list(listed(capfd, valid, interface)) == [nic]
-    assert list(listed(capfd, valid, multifunction[5:-2])) == [f"{multifunction[:-1]}{number}" for number in (0, 1)]
-    drives = list(listed(capfd, valid, "nvme"))
-    assert nvme in drives and drives == list(listed(capfd, valid, "*nvm express*"))
+    functions = sorted(path.name for path in DEVICES.glob(f"{multifunction[:-1]}?"))
+    assert list(listed(capfd, valid, multifunction[5:-2])) == functions and len(functions) > 1
+    drives = sorted(path.name for path in Path("/sys/bus/pci/drivers/nvme").iterdir() if path.name.count(":") == 2)
+    assert list(listed(capfd, valid, "nvme")) == list(listed(capfd, valid, "nvm[e]")) == drives
+    assert nvme in listed(capfd, valid, "*nvm*express*", nvme)
 
 
 # --- show, held against lspci
@@ -210,16 +211,19 @@ def test_every_device_as_lspci_sees_it(capfd: pytest.CaptureFixture[str], valid:
                 assert (path / f"resource{bar['name'][3:]}").stat().st_size == bar["size"]
 
 
-def test_the_surroundings(capfd: pytest.CaptureFixture[str], valid: Valid, bridged: str, multifunction: str) -> None:
+def test_the_surroundings(
+    capfd: pytest.CaptureFixture[str], valid: Valid, bridged: str, multifunction: str, emulated_host: bool
+) -> None:
     behind = valid("show", run(capfd, "show", "--json", bridged))
-    (bridge,) = behind["bridges"]
-    assert (bridge["kind"], bridge["isolates"]) == ("conventional bridge", False)
-    assert [(one["bdf"], one["part"]) for one in behind["group"]["siblings"]] == [(bridge["bdf"], "bridge")]
+    bridge = behind["bridges"][0]
+    if emulated_host:
+        assert (bridge["kind"], bridge["isolates"]) == ("conventional bridge", False)
+    assert (bridge["bdf"], "bridge") in [(one["bdf"], one["part"]) for one in behind["group"]["siblings"]]
     kinds = {region["kind"]: region for region in behind["group"]["reserved_regions"]}
     assert (kinds["msi"]["start"], kinds["msi"]["last"]) == ("0xfee00000", "0xfeefffff")
     one = valid("show", run(capfd, "show", "--json", multifunction))
-    assert [sibling["part"] for sibling in one["group"]["siblings"]] == ["in-the-way"]
-    assert one["functions"] == [one["group"]["siblings"][0]["bdf"]]
+    assert "in-the-way" in [sibling["part"] for sibling in one["group"]["siblings"]]
+    assert set(one["functions"]) & {sibling["bdf"] for sibling in one["group"]["siblings"]}
 
 
 @pytest.mark.amdvi(qemu="modern", profile="modern")
@@ -272,15 +276,19 @@ def test_a_device_without_a_group(capfd: pytest.CaptureFixture[str], valid: Vali
 # --- without rights
 
 
-def test_a_user_without_rights(tmp_path: Path, nvme: str, valid: Valid) -> None:
+def test_a_user_without_rights(tmp_path: Path, nvme: str, valid: Valid, emulated_host: bool) -> None:
     output, errors = as_nobody(tmp_path, "list")
-    assert nvme in output and "this user cannot assign devices: /dev/kvm" in errors
-    assert "other users' processes" in errors
+    assert nvme in output and "other users' processes" in errors
+    if emulated_host:  # elsewhere /dev/kvm may be open to all
+        assert "this user cannot assign devices: /dev/kvm" in errors
     output, _ = as_nobody(tmp_path, "show", nvme)
     assert "without root the kernel shows only 64 bytes" in output
     document = valid("show", as_nobody(tmp_path, "show", "--json", nvme)[0])
     assert (document["complete"], document["capabilities"]["readable"]) == (False, False)
-    assert document["capabilities"]["answers"] and document["bars"][0]["size"] == 0x4000
+    assert (
+        document["capabilities"]["answers"]
+        and document["bars"][0]["size"] == (DEVICES / nvme / "resource0").stat().st_size
+    )
 
 
 # --- monitor
@@ -374,8 +382,7 @@ def test_events_in_this_process(edu: str) -> None:
     assert ("driver-bound", "vfio-pci") in seen and seen[-1] == ("driver-unbound", "vfio-pci")
 
 
-def test_completion(monkeypatch: pytest.MonkeyPatch, nvme: str) -> None:
-    started = time.monotonic()
+def test_completion(nvme: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "kvmpass"],
         env={**os.environ, "_KVMPASS_COMPLETE": "bash_complete", "COMP_WORDS": f"kvmpass show {nvme[:-1]}"},
@@ -383,5 +390,5 @@ def test_completion(monkeypatch: pytest.MonkeyPatch, nvme: str) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout == f"plain\t{nvme}\tNVMe: Red Hat QEMU NVM Express Controller\n"
-    assert time.monotonic() - started < 30
+    assert f"plain\t{nvme}\tNVMe: " in done.stdout
+    assert len(done.stdout.splitlines()) == len([*DEVICES.glob(f"{nvme[:-1]}?")])
