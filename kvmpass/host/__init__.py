@@ -4,7 +4,7 @@ The only part of the project that changes drivers.
 """
 
 from kvmpass.host.address import Bdf
-from kvmpass.host.borrowing import Borrow, Restored, borrow, restore
+from kvmpass.host.borrowing import Borrow, borrow
 from kvmpass.host.checks import (
     Blocker,
     blockers,
@@ -14,9 +14,10 @@ from kvmpass.host.checks import (
     interrupt_remapping,
 )
 from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
-from kvmpass.host.journal import Step
 from kvmpass.host.names import name_of
 from kvmpass.host.processes import OpenNodes, Process
+from kvmpass.host.restoring import Restored, restore
+from kvmpass.host.steps import Step
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
 
 __all__ = [

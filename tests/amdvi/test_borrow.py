@@ -29,7 +29,14 @@ from kvmpass.host import Bdf, PciDevice, Step, Sysfs, binding, check_assignable
 
 SYSFS = Sysfs()
 TAKING = [Step.RECORDED, Step.OVERRIDE, Step.UNBIND, Step.PROBE, Step.BOUND]
-RETURNING = [Step.RETURN_UNBIND, Step.RETURN_PROBE, Step.RETURN_OVERRIDE, Step.RETURN_POWER, Step.RETURNED]
+RETURNING = [
+    Step.RETURN_PREPARE,
+    Step.RETURN_UNBIND,
+    Step.RETURN_PROBE,
+    Step.RETURN_OVERRIDE,
+    Step.RETURN_POWER,
+    Step.RETURNED,
+]
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,14 @@ BEFORE: dict[str, tuple[str | None, str | None]] = {
     NIC: ("e1000e", "e1000e"),
 }
 TAKING = [Step.RECORDED, Step.OVERRIDE, Step.UNBIND, Step.PROBE, Step.BOUND]
-RETURNING = [Step.RETURN_UNBIND, Step.RETURN_PROBE, Step.RETURN_OVERRIDE, Step.RETURN_POWER, Step.RETURNED]
+RETURNING = [
+    Step.RETURN_PREPARE,
+    Step.RETURN_UNBIND,
+    Step.RETURN_PROBE,
+    Step.RETURN_OVERRIDE,
+    Step.RETURN_POWER,
+    Step.RETURNED,
+]
 
 
 @pytest.fixture
