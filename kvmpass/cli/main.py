@@ -19,8 +19,10 @@ from kvmpass.errors import KvmpassError
 # Subcommands are imported when they are called: a start costs what the command needs.
 COMMANDS = {
     "assign": "kvmpass.cli.assign",
+    "bind": "kvmpass.cli.handover",
     "lab": "kvmpass.cli.lab",
     "restore": "kvmpass.cli.restore",
+    "unbind": "kvmpass.cli.handover",
 }
 
 FAILED = 1

@@ -1,4 +1,5 @@
-"""The host's own view: its PCI devices and IOMMU groups, what keeps a device from being assigned, how to borrow one.
+"""The host's own view: its PCI devices and IOMMU groups, what keeps a device from being assigned, how to borrow one
+or to bind it for good.
 
 The only part of the project that changes drivers.
 """
@@ -12,8 +13,10 @@ from kvmpass.host.checks import (
     check_host,
     check_memory,
     interrupt_remapping,
+    users,
 )
 from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
+from kvmpass.host.handover import Handover, bind, unbind
 from kvmpass.host.names import name_of
 from kvmpass.host.processes import OpenNodes, Process
 from kvmpass.host.restoring import Restored, restore
@@ -26,6 +29,7 @@ __all__ = [
     "Borrow",
     "DmaFault",
     "FaultLog",
+    "Handover",
     "IommuGroup",
     "OpenNodes",
     "PciDevice",
@@ -34,6 +38,7 @@ __all__ = [
     "Restored",
     "Step",
     "Sysfs",
+    "bind",
     "blockers",
     "borrow",
     "check_assignable",
@@ -43,4 +48,6 @@ __all__ = [
     "name_of",
     "open_fault_log",
     "restore",
+    "unbind",
+    "users",
 ]

@@ -149,7 +149,7 @@ class Binder:
         held = holders(self.sysfs, vfio_nodes(self.sysfs, device.bdf, None))
         group = self.sysfs.group(device.group) if device.group is not None else None
         if group is not None and len(group.devices) == 1:  # a shared group may be open for a sibling
-            held |= holders(self.sysfs, [f"/dev/vfio/{group.id}"])
+            held |= holders(self.sysfs, vfio_nodes(self.sysfs, device.bdf, group.id))
         for who in held.values():
             raise RestoreFailed(f"{device.bdf} is still open in {' and '.join(map(str, who))}")
 
