@@ -62,6 +62,7 @@ class Binder:
             self._change_driver(entry, ON_VFIO_PCI)
             self._wait_for_node(bdf)
             self._announce(entry, Step.BOUND)
+            self._confirm(bdf, ON_VFIO_PCI)
             log.debug("%s is on vfio-pci, before: %s", bdf, entry.driver or "no driver")
             return self.sysfs.device(bdf)
 
@@ -71,6 +72,7 @@ class Binder:
             self._announce(entry, Step.RECORDED)
             self._make(entry, wanted)
             self._announce(entry, Step.RETURNED)
+            self._confirm(entry.bdf, wanted)
 
     # --- and back
 
@@ -235,6 +237,13 @@ class Binder:
             f"{driver} does not take {bdf}: it has no driver now" + (f" ({reason})" if reason else ""),
             f"the kernel's log says why: dmesg | grep {bdf}",
         )
+
+    def _confirm(self, bdf: Bdf, wanted: Setting) -> None:
+        """The last look: nobody else has changed the driver since."""
+        now = self.sysfs.driver(bdf)
+        if now != wanted.driver and (wanted.driver != MATCHING or now == VFIO_PCI):
+            kind = NotAssignable if wanted.driver == VFIO_PCI else RestoreFailed
+            raise kind(f"{bdf} is on {now or 'no driver'} by now: somebody else changes its driver too")
 
     def _attempt(self, bdf: Bdf, *parts: str) -> str:
         """Write, where only the driver link tells whether it worked; returns what the kernel said against it."""

@@ -20,7 +20,7 @@ from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 from kvmpass.host.undoing import Undo, check_owner, check_privilege
 from kvmpass.host.usage import VFIO_PCI
 
-FORCE_HINT = "--force takes it away from them all the same: what they do with it fails"
+FORCE_HINT = "--force takes it all the same: what uses it will fail"
 DRIVERCTL = "etc/driverctl.d"
 
 
@@ -64,7 +64,8 @@ def bind(
     ``OSError`` after everything has been put back, with a note if it could not be. A sibling on a host driver, which
     keeps the group from being assigned, is only a warning.
     """
-    return _Work(Operation.BIND, force, sysfs or Sysfs(), Journal(state_dir)).run(bdfs, group, dry_run, timeout, say)
+    work = _Work(Operation.BIND, group, force, sysfs or Sysfs(), Journal(state_dir))
+    return work.run(distinct(bdfs), dry_run, timeout, say)
 
 
 def unbind(
@@ -84,9 +85,8 @@ def unbind(
     Parameters and errors as for :func:`bind`; ``RestoreFailed`` where a driver does not take its device. ``force`` is
     for a device that driverctl keeps on vfio-pci.
     """
-    return _Work(Operation.UNBIND, force, sysfs or Sysfs(), Journal(state_dir)).run(
-        bdfs, group, dry_run, timeout, say
-    )
+    work = _Work(Operation.UNBIND, group, force, sysfs or Sysfs(), Journal(state_dir))
+    return work.run(distinct(bdfs), dry_run, timeout, say)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +113,13 @@ class _Work:
     """One call of :func:`bind` or :func:`unbind`."""
 
     operation: Operation
+    group: bool
     force: bool
     sysfs: Sysfs
     journal: Journal
 
-    def run(
-        self, bdfs: Sequence[Bdf | str], group: bool, dry_run: bool, timeout: float, say: Say | None
-    ) -> list[Handover]:
-        chosen, excluded = self._choose(distinct(bdfs), group)
+    def run(self, bdfs: tuple[Bdf, ...], dry_run: bool, timeout: float, say: Say | None) -> list[Handover]:
+        chosen, excluded = self._choose(bdfs)
         if dry_run:
             for bdf in chosen:
                 left = self.journal.read(bdf)
@@ -129,14 +128,14 @@ class _Work:
             results = [job.planned(self.sysfs) for job in self._look(chosen)]
         else:
             results = self._do(chosen, Undo(self.sysfs, self.journal, timeout, say), say)
-        return sorted([*results, *excluded], key=lambda result: result.bdf) if group else results
+        return sorted([*results, *excluded], key=lambda result: result.bdf) if self.group else results
 
-    def _choose(self, given: tuple[Bdf, ...], group: bool) -> tuple[list[Bdf], list[Handover]]:
+    def _choose(self, given: tuple[Bdf, ...]) -> tuple[list[Bdf], list[Handover]]:
         """The devices to change, and the bridges in their groups."""
         devices = {bdf: self.sysfs.device(bdf) for bdf in given}
         excluded = {}
         for number in sorted({device.group for device in devices.values() if device.group is not None}):
-            for member in self.sysfs.group(number).devices if group else ():
+            for member in self.sysfs.group(number).devices if self.group else ():
                 device = self.sysfs.device(member)
                 if member not in given and (device.is_bridge or self.sysfs.header_type(member) in (1, 2)):
                     excluded[member] = Handover(member, "excluded", device.driver, device.driver)
@@ -228,8 +227,10 @@ class _Work:
         """Raise the first that forbids it; the causes of the others are warnings."""
         warnings = []
         for blocker in found:
-            # A sibling that the host uses keeps the group from being assigned, not the device from being bound.
-            if blocker.kind == "group-not-viable" or (blocker.kind == "in-use" and self.force):
+            if blocker.kind == "group-not-viable":  # it can be bound, and not yet assigned
+                warnings.append(blocker.cause + ("" if self.group else "; --group takes them too"))
+                continue
+            if blocker.kind == "in-use" and self.force:
                 warnings.append(blocker.cause)
                 continue
             error = blocker.error(blocker.cause, blocker.remedy)

@@ -42,8 +42,9 @@ class HostLock:
             raise
         try:
             self._wait(fd, LOCK_TIMEOUT if timeout is None else timeout, say)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()} {_own_command()}\n".encode(), 0)
+            text = f"{os.getpid()} {_own_command()}\n".encode()
+            os.pwrite(fd, text, 0)
+            os.ftruncate(fd, len(text))  # afterwards: whoever reads it meanwhile finds a whole first line
             self._depth += 1
             try:
                 yield
@@ -74,7 +75,7 @@ class HostLock:
 
 def _holder(fd: int) -> str:
     """Who has the lock, as the file says; its last holder where the new one has not said so yet."""
-    pid, _, command = os.pread(fd, 200, 0).decode(errors="replace").strip().partition(" ")
+    pid, _, command = os.pread(fd, 200, 0).decode(errors="replace").partition("\n")[0].partition(" ")
     return f"process {pid} ({command})" if pid.isdecimal() else "another kvmpass"
 
 

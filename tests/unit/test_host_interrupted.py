@@ -231,6 +231,32 @@ def test_somebody_else_changes_its_driver(made: Made, operation: str, driver: st
         assert one.host.writes == []
 
 
+@pytest.mark.parametrize("driver", ["nvme", "vfio-pci", "other", None])
+@pytest.mark.parametrize(("operation", "step"), EVERY_STEP)
+def test_success_is_never_said_of_a_device_that_went_elsewhere(
+    made: Made, operation: str, step: Step, driver: str | None, at_step: AtStep
+) -> None:
+    one = made(operation)
+    one.host.add_driver("other")
+
+    def grab() -> None:
+        one.host.path("sys/bus/pci/devices", NVME, "driver").unlink(missing_ok=True)
+        if driver is not None:
+            one.host._bind(NVME, driver)
+
+    reached = at_step(step, grab)
+    wanted = "vfio-pci" if operation == "bind" else "nvme"
+    try:
+        [result] = one.run()
+    except (KvmpassError, OSError) as error:
+        assert NVME in str(error)
+        assert list((one.state / "journal").iterdir()) == []
+    else:
+        assert (result.after, one.host.state(NVME)[0]) == (wanted, wanted)
+    assert reached == [step]
+    assert one.restore() == []
+
+
 def test_unbound_by_somebody_else_at_that_moment(one: Stage) -> None:
     """Between our look and our write: the kernel answers ENODEV, and the device is free all the same."""
     one.before_write(2, lambda: one.host.path("sys/bus/pci/devices", NVME, "driver").unlink())
