@@ -83,7 +83,7 @@ def _print(output: Output, dry_run: bool, results: list[host.Handover]) -> None:
     ]
     output.document(dry_run=dry_run, devices=devices)
     for result in results:
-        output.text(f"{result.bdf}  {_describe(output.command, result)}")
+        output.text(f"{result.bdf}  {_describe(result)}")
         for step in result.steps:
             if dry_run:
                 output.text(f"  {step}")
@@ -95,11 +95,11 @@ def _print(output: Output, dry_run: bool, results: list[host.Handover]) -> None:
         output.note("dry run: nothing was changed")
 
 
-def _describe(command: str, result: host.Handover) -> str:
+def _describe(result: host.Handover) -> str:
     before = result.before or "no driver"
     if result.outcome == "excluded":
         return f"a bridge, left alone ({before})"
     if result.outcome == "already":
-        return "already on vfio-pci" if command == "bind" else f"not on vfio-pci already ({before})"
+        return f"already on {before}" if result.before else "already without a driver"
     after = "the driver that matches" if result.after == MATCHING else result.after or "no driver"
     return f"{before} -> {after}"

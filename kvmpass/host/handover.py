@@ -178,12 +178,14 @@ class _Work:
             raise
 
     def _complete(self, undo: Undo, jobs: list[_Job]) -> None:
-        """All devices are where they belong: from now on nothing is undone."""
-        for entry in undo.entries[:]:
+        """All devices are where they belong: once that is on disk nothing is undone."""
+        entries = undo.entries[:]
+        for entry in entries:
             if self.operation is Operation.BIND:
                 self.journal.keep(entry.bdf)
             else:
                 self.journal.remove(entry.bdf)
+        for entry in entries:
             undo.forget(entry)
         if self.operation is Operation.UNBIND:
             # Last: a record of a device that is not on vfio-pci any more misleads nobody, the reverse would.
@@ -253,10 +255,20 @@ class _Work:
 
 
 def _put_back(undo: Undo, error: BaseException) -> None:
-    changed = [str(entry.bdf) for entry in undo.entries]
+    changed = undo.entries[:]
     undo.unwind(error)
-    if changed and not undo.entries and isinstance(error, Exception):
-        error.add_note(f"as before again: {', '.join(changed)}")
+    if undo.entries:
+        return
+    for entry in changed:
+        if entry.operation is Operation.BIND:  # it may have been one record of several when the next one failed
+            undo.journal.bound.remove(entry.bdf)
+    as_before = [
+        str(entry.bdf)
+        for entry in changed
+        if undo.sysfs.device_path(entry.bdf).exists() and undo.sysfs.driver(entry.bdf) == entry.driver
+    ]
+    if as_before and isinstance(error, Exception):
+        error.add_note(f"as before again: {', '.join(as_before)}")
 
 
 def pinned_driver(sysfs: Sysfs, bdf: Bdf) -> str | None:

@@ -6,12 +6,14 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from kvmpass.host import Bdf, PciDevice, Sysfs
 from kvmpass.host.sysfs import PCI_DEVICES
 
 SYSFS = Sysfs()
+PCI = Path("/sys/bus/pci")
 # Some kernels lack some of them; then they are None before and after.
 ATTRIBUTES = ("power/control", "d3cold_allowed", "msi_bus", "reset_method", "numa_node", "sriov_numvfs")
 
@@ -50,6 +52,27 @@ def namespace(nvme: str) -> str:
 
     until(lambda: bool(names()))
     return names()[0]
+
+
+def set_driver(bdf: str, name: str) -> None:
+    """What somebody with a shell does, if need be from another driver."""
+    with suppress(FileNotFoundError):
+        (PCI / "devices" / bdf / "driver/unbind").write_text(bdf)
+    (PCI / "devices" / bdf / "driver_override").write_text(f"{name}\n")
+    (PCI / "drivers_probe").write_text(bdf)
+    assert look(bdf).driver == name
+
+
+def replug(bdf: str) -> None:
+    """The device goes, and comes back as new."""
+    unplug(bdf)
+    (PCI / "rescan").write_text("1")
+    until((PCI / "devices" / bdf).exists)
+
+
+def unplug(bdf: str) -> None:
+    (PCI / "devices" / bdf / "remove").write_text("1")
+    assert not (PCI / "devices" / bdf).exists()
 
 
 class Child:

@@ -78,6 +78,16 @@ def test_the_order_of_the_writes_and_that_a_dry_run_tells_it(one: Stage) -> None
     assert told(one.unbind(NVME)) == plan == written()
 
 
+def test_the_module_is_loaded_when_it_is_missing(one: Stage) -> None:
+    driver = one.host.path("sys/bus/pci/drivers/vfio-pci")
+    for file in driver.iterdir():
+        file.unlink()
+    driver.rmdir()
+    assert one.bind(NVME, dry_run=True)[0].steps[0] == "modprobe vfio-pci"
+    assert not driver.exists()
+    assert one.bind(NVME)[0].after == "vfio-pci"
+
+
 def test_already_done(one: Stage) -> None:
     [there] = one.unbind(NVME)
     assert (there.outcome, there.before, there.after, there.steps) == ("already", "nvme", "nvme", ())
@@ -257,7 +267,7 @@ def test_commands(cli: Callable[..., int], capfd: pytest.CaptureFixture[str]) ->
     assert cli("unbind", NVME, EDU) == 0
     assert capfd.readouterr() == (f"{NVME}  vfio-pci -> nvme\n{EDU}  vfio-pci -> no driver\n", "")
     assert cli("unbind", NVME) == 0
-    assert capfd.readouterr() == (f"{NVME}  not on vfio-pci already (nvme)\n", "")
+    assert capfd.readouterr() == (f"{NVME}  already on nvme\n", "")
     assert cli("unbind", "--dry-run", SECOND) == 0
     out, err = capfd.readouterr()
     assert out.startswith(

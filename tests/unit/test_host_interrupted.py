@@ -28,7 +28,8 @@ from kvmpass.errors import (
     NotAssignable,
     RestoreFailed,
 )
-from kvmpass.host import Step
+from kvmpass.host import Bdf, Step
+from kvmpass.host.journal import Journal
 
 # --- at each step
 
@@ -174,8 +175,9 @@ def test_from_one_write_on_all_fail(made: Made, operation: str) -> None:
 def test_it_vanishes(made: Made, operation: str) -> None:
     for one in writes(made, operation):
         one.before_write(one.number, lambda one=one: one.host.remove(NVME))
-        with pytest.raises(NoSuchDevice, match=f"no PCI device {NVME} any more"):
+        with pytest.raises(NoSuchDevice, match=f"no PCI device {NVME} any more") as caught:
             one.run()
+        assert not any("as before" in note for note in getattr(caught.value, "__notes__", []))
         assert list((one.state / "journal").iterdir()) == []
         assert one.restore() == ([(NVME, "gone")] if operation == "unbind" else [])
         assert one.restore() == []
@@ -286,6 +288,31 @@ def test_all_or_none(one: Stage) -> None:
     with pytest.raises(DriverPinned):
         one.unbind(NVME, EDU)
     assert one.snapshot() == bound
+
+
+@pytest.mark.parametrize("operation", ["bind", "unbind"])
+def test_all_or_none_when_the_last_one_cannot_be_completed(
+    one: Stage, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a full or broken disk leave half of them: the first has its record by then, or has lost its entry."""
+    if operation == "unbind":
+        one.bind(NVME, NIC)
+    before = one.snapshot()
+    method = "keep" if operation == "bind" else "remove"
+    original = getattr(Journal, method)
+    failures = iter([False, True])
+
+    def fail(journal: Journal, bdf: Bdf) -> None:
+        if next(failures, False):
+            raise OSError(errno.EIO, "I/O error")
+        original(journal, bdf)
+
+    monkeypatch.setattr(Journal, method, fail)
+    with pytest.raises(OSError, match="I/O error") as caught:
+        one.bind(NVME, NIC) if operation == "bind" else one.unbind(NVME, NIC)
+    assert f"as before again: {NVME}, {NIC}" in caught.value.__notes__
+    assert one.snapshot() == before
+    assert one.restore() == []
 
 
 def test_a_driver_that_does_not_take_it_back(made: Callable[[str], Stage]) -> None:
