@@ -19,6 +19,7 @@ from kvmpass.errors import KvmpassError
 # Subcommands are imported when they are called: a start costs what the command needs.
 COMMANDS = {
     "assign": "kvmpass.cli.assign",
+    "doctor": "kvmpass.cli.doctor",
     "lab": "kvmpass.cli.lab",
     "restore": "kvmpass.cli.restore",
 }

@@ -5,30 +5,41 @@ The only part of the project that changes drivers.
 
 from kvmpass.host.address import Bdf
 from kvmpass.host.borrowing import Borrow, Restored, borrow, restore
-from kvmpass.host.checks import (
-    Blocker,
-    blockers,
-    check_assignable,
+from kvmpass.host.checks import blockers, check_assignable
+from kvmpass.host.doctor import (
+    CATALOGUE,
+    Check,
+    Finding,
+    Outcome,
+    Reading,
     check_host,
     check_memory,
+    diagnose,
     interrupt_remapping,
 )
 from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
 from kvmpass.host.journal import Step
 from kvmpass.host.names import name_of
+from kvmpass.host.problems import Blocker, Problem
 from kvmpass.host.processes import OpenNodes, Process
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
 
 __all__ = [
+    "CATALOGUE",
     "Bdf",
     "Blocker",
     "Borrow",
+    "Check",
     "DmaFault",
     "FaultLog",
+    "Finding",
     "IommuGroup",
     "OpenNodes",
+    "Outcome",
     "PciDevice",
+    "Problem",
     "Process",
+    "Reading",
     "Resource",
     "Restored",
     "Step",
@@ -38,6 +49,7 @@ __all__ = [
     "check_assignable",
     "check_host",
     "check_memory",
+    "diagnose",
     "interrupt_remapping",
     "name_of",
     "open_fault_log",

@@ -189,13 +189,6 @@ class Sysfs:
             "a kernel with VFIO (CONFIG_VFIO_PCI) and its modules is needed",
         )
 
-    def module_available(self, name: str) -> bool:
-        """Whether :meth:`load_module` would find the module; changes nothing."""
-        tool = shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-        if tool is None:
-            return False
-        return subprocess.run([tool, "-n", "-q", name], capture_output=True, check=False).returncode == 0
-
     # --- PCI devices
 
     def device_path(self, bdf: Bdf) -> Path:
