@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvmpass.host import Bdf, borrow, restore
     from kvmpass.machine import AssignedDevice, Machine
     from kvmpass.memory import GuestMemory
+    from kvmpass.planning import Plan, plan
     from kvmpass.vcpus import Ending
 
 _HOMES = {
@@ -27,7 +28,9 @@ _HOMES = {
     "GuestSpec": "kvmpass.guest",
     "KvmpassError": "kvmpass.errors",
     "Machine": "kvmpass.machine",
+    "Plan": "kvmpass.planning",
     "borrow": "kvmpass.host",
+    "plan": "kvmpass.planning",
     "prepare": "kvmpass.guest",
     "restore": "kvmpass.host",
 }
@@ -42,7 +45,9 @@ __all__ = [
     "GuestSpec",
     "KvmpassError",
     "Machine",
+    "Plan",
     "borrow",
+    "plan",
     "prepare",
     "restore",
 ]

@@ -21,6 +21,7 @@ COMMANDS = {
     "assign": "kvmpass.cli.assign",
     "doctor": "kvmpass.cli.doctor",
     "lab": "kvmpass.cli.lab",
+    "plan": "kvmpass.cli.plan",
     "restore": "kvmpass.cli.restore",
 }
 

@@ -5,7 +5,7 @@ The only part of the project that changes drivers.
 
 from kvmpass.host.address import Bdf
 from kvmpass.host.borrowing import Borrow, Restored, borrow, restore
-from kvmpass.host.checks import blockers, check_assignable
+from kvmpass.host.checks import blockers, check_assignable, is_harmless
 from kvmpass.host.doctor import (
     CATALOGUE,
     Check,
@@ -19,7 +19,7 @@ from kvmpass.host.doctor import (
 )
 from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
 from kvmpass.host.journal import Step
-from kvmpass.host.names import name_of
+from kvmpass.host.names import device_name, name_of
 from kvmpass.host.problems import Blocker, Problem
 from kvmpass.host.processes import OpenNodes, Process
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
@@ -49,8 +49,10 @@ __all__ = [
     "check_assignable",
     "check_host",
     "check_memory",
+    "device_name",
     "diagnose",
     "interrupt_remapping",
+    "is_harmless",
     "name_of",
     "open_fault_log",
     "restore",

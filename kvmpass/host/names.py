@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.sysfs import PciDevice, Sysfs
 
 
 def name_of(bdf: Bdf) -> str | None:
@@ -19,3 +20,9 @@ def name_of(bdf: Bdf) -> str | None:
     except Exception:  # a name is a courtesy: pyudev, libudev and ctypes fail in many ways
         return None
     return " ".join(part for part in (vendor, model) if part) or None
+
+
+def device_name(sysfs: Sysfs, device: PciDevice) -> str:
+    """The same, or vendor and device number; udev knows this machine only, no recorded tree."""
+    known = name_of(device.bdf) if str(sysfs.root) == "/" else None
+    return known or f"{device.vendor:04x}:{device.device:04x}"

@@ -7,9 +7,9 @@ from kvmpass.host import checks
 from kvmpass.host.doctor.iommu import IVRS, one_to_one
 from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.modules import modprobe_lines
-from kvmpass.host.names import name_of
+from kvmpass.host.names import device_name
 from kvmpass.host.problems import Problem
-from kvmpass.host.sysfs import PCI_DEVICES, PciDevice, Sysfs
+from kvmpass.host.sysfs import PCI_DEVICES
 from kvmpass.host.usage import VFIO_PCI
 from kvmpass.layout import Range
 
@@ -116,22 +116,13 @@ def _present(examined: Examined) -> Verdict:
     if not examined.present:
         return bad(NO_DEVICE, Reading(f"/{PCI_DEVICES}/{examined.bdf}", "not there"), bdf=examined.bdf)
     device = examined.device
-    name = _name(examined.sysfs, device)
+    name = device_name(examined.sysfs, device)
     return good(f"{name}, driver {device.driver or 'none'}", Reading(f"/{PCI_DEVICES}/{device.bdf}", name))
-
-
-def _name(sysfs: Sysfs, device: PciDevice) -> str:
-    known = name_of(device.bdf) if str(sysfs.root) == "/" else None  # udev speaks of this machine only
-    return known or f"{device.vendor:04x}:{device.device:04x}"
 
 
 def _answers(examined: Examined) -> Verdict:
     device, base = examined.device, f"{PCI_DEVICES}/{examined.bdf}"
-    try:
-        with examined.sysfs.path(base, "config").open("rb") as file:
-            header = file.read(4)
-    except OSError:
-        header = b""
+    header = examined.sysfs.config(device.bdf, 4)
     power = examined.sysfs.text(base, "power_state") or "unknown"
     read = [Reading(f"/{base}/config", header.hex(" ") or "not there"), Reading(f"/{base}/power_state", power)]
     for name in ("d3cold_allowed", "power/control", "power/runtime_status"):
@@ -161,7 +152,7 @@ def _viable(examined: Examined) -> Verdict:
     group = examined.group
     assert group is not None
     others = [examined.sysfs.device(bdf) for bdf in group.devices if bdf != examined.bdf]
-    words = [f"{one.bdf} {_name(examined.sysfs, one)} ({one.driver or 'no driver'})" for one in others]
+    words = [f"{one.bdf} {device_name(examined.sysfs, one)} ({one.driver or 'no driver'})" for one in others]
     read = Reading(f"/sys/kernel/iommu_groups/{group.id}/devices", "; ".join(words) or "nothing else")
     return _blocked(examined, (checks.NOT_VIABLE,), f"{len(others)} others" if others else "alone", read)
 
