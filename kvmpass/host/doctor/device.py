@@ -85,7 +85,7 @@ NO_RESET = Problem(
     kind="no-reset",
     brief="none",
     cause="{bdf} has no reset of its own: after a guest it keeps its state, what the guest wrote included{others}",
-    remedy="give it to guests that may see one another's data; a reboot of this host resets it",
+    remedy="give it only to guests that may see one another's data; a reboot of this host resets it",
     warning=True,
 )
 WEAK_RESET = Problem(
