@@ -28,7 +28,7 @@ NO_NODE = Problem(
     kind="no-vfio-node",
     brief="not there",
     cause="vfio is in use by this kernel, but there is no /dev/vfio/vfio",
-    remedy="is /dev a devtmpfs, and has the kernel CONFIG_VFIO_CONTAINER (or CONFIG_IOMMUFD_VFIO_CONTAINER)?",
+    remedy="see that /dev is a devtmpfs, and that the kernel has CONFIG_VFIO_CONTAINER (or iommufd's stand-in)",
     commands=("findmnt /dev", "grep VFIO /boot/config-$(uname -r)"),
 )
 

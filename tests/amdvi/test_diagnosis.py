@@ -16,10 +16,13 @@ from witness import locked_bytes
 import kvmpass
 from kvmpass import host
 from kvmpass.host import Bdf, Outcome, Sysfs
-from kvmpass.layout import MIB
+from kvmpass.layout import MIB, Range, Reserved
+from kvmpass.vfio.device import MSI, MSIX
 
 SYSFS = Sysfs()
 NOBODY = 65534
+HOLE = Reserved(Range(32 * MIB, 16 * MIB), "reserved")
+STANDARD = 3  # input, output, errors: open whatever we do
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +54,10 @@ def failures_as(action: Callable[[], object], bdf: str | None = None, **options:
         found = json.loads(file.read())
     assert isinstance(found, list)
     return found
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def test_the_commands(nvme: str, valid: Callable[..., Any], emulated_host: bool) -> None:
@@ -133,17 +140,16 @@ def test_a_mounted_drive(nvme2: str, tmp_path: Path) -> None:
 
 def test_memlock(edu: str) -> None:
     """CAP_IPC_LOCK overrides the limit, so it must go first."""
-    script = "import sys; from test_doctor import failures; sys.stdout.write(' '.join(failures(sys.argv[1])))"
+    script = """if True:
+        import sys
+        from kvmpass import host
+        found = host.diagnose(host.Sysfs(), host.Bdf.parse(sys.argv[1]))
+        print(*[one.trouble.kind for one in found if one.outcome == "fail"])
+        """
     words = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", "--memlock=8388608"]
-    done = subprocess.run(
-        [*words, sys.executable, "-c", script, edu],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.stdout == "memlock-low", done.stderr
+    words += [sys.executable, "-c", script, edu]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "memlock-low\n", done.stderr
 
 
 def test_more_memory_than_there_is(edu: str) -> None:
@@ -158,10 +164,10 @@ def test_an_ordinary_user(edu: str) -> None:
         os.setuid(NOBODY)
 
     found = failures_as(become_nobody, edu)
-    # Where the world may open /dev/kvm the next thing is the one cause.
-    assert found == (
-        ["no-driver-rights", "memlock-low"] if os.stat("/dev/kvm").st_mode & 0o006 == 0o006 else ["no-access"]
-    )
+    if Path("/dev/kvm").stat().st_mode & 0o006 == 0o006:  # the world may open it: then the next thing is the cause
+        assert found[0] == "no-driver-rights"
+    else:
+        assert found == ["no-access"]
 
 
 @pytest.mark.amdvi(kernel="stock")
@@ -169,8 +175,9 @@ def test_a_module_that_is_kept_from_loading(edu: str, emulated_host: bool) -> No
     if not emulated_host:
         pytest.skip("unloads vfio-pci: only in the lab")
     obstacle = Path("/etc/modprobe.d/kvmpass-test.conf")
-    modules = [name for name in ("vfio_pci", "vfio_pci_core") if Path("/sys/module", name).is_dir()]
-    subprocess.run(["/sbin/modprobe", "-r", *modules], check=True)
+    node = Path("/dev/vfio/vfio")
+    mode = node.stat().st_mode
+    subprocess.run(["/sbin/modprobe", "-r", "vfio_pci"], check=True)
     try:
         assert failures(edu) == []  # it can be loaded
         obstacle.write_text("install vfio-pci /bin/false\n")
@@ -178,43 +185,56 @@ def test_a_module_that_is_kept_from_loading(edu: str, emulated_host: bool) -> No
     finally:
         obstacle.unlink(missing_ok=True)
         subprocess.run(["/sbin/modprobe", "vfio-pci"], check=True)
+        node.chmod(mode & 0o777)  # the node may have gone with the module
 
 
 # --- plans
 
 
-@pytest.mark.parametrize("memory", ["64M", "3200M"])
-def test_a_plan_comes_true(nvme: str, edu: str, memory: str) -> None:
+class Holed(Sysfs):
+    """The host, whose IOMMU does not translate one more range: memory lies on both sides of it."""
+
+    def reserved_regions(self) -> list[Reserved]:
+        return sorted([*super().reserved_regions(), HOLE], key=lambda line: line.range)
+
+
+@pytest.mark.parametrize("sysfs", [SYSFS, Holed()], ids=["as-it-is", "with-a-hole"])
+def test_a_plan_comes_true(nvme: str, edu: str, sysfs: Sysfs) -> None:
     """Its table is the machine's, its counts are those of the kernel, and making it changed nothing."""
-    made = kvmpass.plan([nvme, edu], memory=memory, cpus=2)
+    made = kvmpass.plan([nvme, edu], memory="64M", cpus=2, sysfs=sysfs)
     assert made.blocks == ()
     assert made.memory is not None
-    descriptors = len(os.listdir("/proc/self/fd"))
-    before = locked_bytes()
-    with host.borrow(nvme, edu), kvmpass.Machine(memory=memory, cpus=2) as machine:
+    regions = made.memory.regions
+    assert len(regions) == made.map_calls == (1 if sysfs is SYSFS else 2)
+    opened, locked = descriptors(), locked_bytes()
+    with host.borrow(nvme, edu), kvmpass.Machine(memory="64M", cpus=2, sysfs=sysfs) as machine:
         devices = [machine.assign(nvme), machine.assign(edu)]
-        table = [(one.range, one.name, one.kind, one.backing) for one in machine.memory if one.dma]
-        assert [(one.range, one.name, one.kind, one.backing) for one in made.memory.mapped] == table
         assert machine.layout == made.memory.layout
-        ledger = [(one.iova, one.size, one.writable) for one in machine.domain.ledger]
-        assert [(r.range.start, r.range.size, r.kind.dma_writable) for r in made.memory.mapped] == ledger
-        slots = [(one.slot, one.gpa, one.size, not one.readonly) for one in machine.memslots.ledger]
-        assert slots[: len(table)] == [
-            (slot, region.range.start, region.range.size, region.kind.guest_writable)
-            for slot, region in enumerate(made.memory.regions)
+        real = [one for one in machine.memory if one.dma]  # devices may have BARs in it already
+        assert [(one.kind, one.range, one.name, one.backing) for one in real] == [
+            (one.kind, one.range, one.name, one.backing) for one in regions
+        ]
+        assert [(one.iova, one.size, one.writable) for one in machine.domain.ledger] == [
+            (one.range.start, one.range.size, one.kind.dma_writable) for one in made.memory.mapped
+        ]
+        slots = sorted((one.slot, one.gpa, one.size, not one.readonly) for one in machine.memslots.ledger)
+        assert slots[: len(regions)] == [
+            (slot, one.range.start, one.range.size, one.kind.guest_writable) for slot, one in enumerate(regions)
         ]
         assert [call.operation for call in machine.domain.calls] == ["map"] * made.map_calls
-        assert locked_bytes() - before == made.locked
-        # Counted for a guest that runs and uses INTx; the standard three are among those that were there.
-        used = len(os.listdir("/proc/self/fd")) - descriptors
-        assert made.descriptors.fixed - 3 - 2 - 4 - 2 <= used <= made.descriptors.fixed - 3
+        assert locked_bytes() - locked == made.locked
+        # Not there yet: two vCPUs, two eventfds of INTx each. Not on every host: two of ERR, the kernel's log.
+        expected = made.descriptors.fixed - STANDARD
+        assert expected - 2 - 4 - 2 - 1 <= descriptors() - opened <= expected
         for device, planned in zip(devices, made.devices, strict=True):
             assert device.reset_methods == planned.resets
-            assert planned.vectors.msix == device.vfio.irqs[2].count
-            assert planned.vectors.msi == device.vfio.irqs[1].count
+            assert (device.vfio.irqs[MSIX].count, device.vfio.irqs[MSI].count) == (
+                planned.vectors.msix,
+                planned.vectors.msi,
+            )
             assert device.function is not None
             for bar in planned.bars:
                 if bar.name != "rom":
-                    real = device.function._bars[bar.index]
-                    assert (bar.kind, bar.size) == (real.kind, real.size)
-                    assert bar.mapped == tuple(area for area, _ in real._mappings)
+                    shown = device.function._bars[bar.index]
+                    assert (shown.kind, shown.size) == (bar.kind, bar.size)
+                    assert tuple(area for area, _ in shown._mappings) == bar.mapped
