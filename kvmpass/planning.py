@@ -173,16 +173,16 @@ def _present(sysfs: Sysfs, bdfs: Sequence[Bdf]) -> Iterator[PciDevice]:
 def _device(sysfs: Sysfs, device: PciDevice, together: Sequence[Bdf]) -> DevicePlan:
     others = sysfs.group(device.group).devices if device.group is not None else ()
     members = [sysfs.device(bdf) for bdf in others if bdf != device.bdf]
-    found = preview_vectors(sysfs.config(device.bdf))
+    found, names = preview_vectors(sysfs.config(device.bdf)), host.Names(sysfs)
     return DevicePlan(
         bdf=device.bdf,
-        name=host.device_name(sysfs, device),
+        name=names.short(device),
         driver=device.driver,
         group=device.group,
         members=tuple(
             Member(
                 one.bdf,
-                host.device_name(sysfs, one),
+                names.short(one),
                 one.driver,
                 "taken" if one.bdf in together else "stays" if host.is_harmless(one) else "blocks",
             )

@@ -6,6 +6,7 @@ Every check only reads. Each refusal is one exception whose message is the cause
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from kvmpass.errors import DeviceInUse, GroupNotViable, NotAssignable
@@ -113,13 +114,12 @@ def _unfit(sysfs: Sysfs, device: PciDevice) -> Blocker | None:
 
 
 def _unviable(sysfs: Sysfs, device: PciDevice, group: IommuGroup, ours: set[Bdf]) -> Iterator[Blocker]:
-    busy = [
-        f"{sibling.bdf} (driver {sibling.driver})"
-        for sibling in (sysfs.device(other) for other in group.devices if other not in ours)
-        if not is_harmless(sibling)
-    ]
+    siblings = [sysfs.device(other) for other in group.devices if other not in ours]
+    busy = [sibling for sibling in siblings if not is_harmless(sibling)]
     if busy:
-        yield NOT_VIABLE.found(bdf=device.bdf, group=group.id, busy=", ".join(busy))
+        who = ", ".join(f"{sibling.bdf} (driver {sibling.driver})" for sibling in busy)
+        found = NOT_VIABLE.found(bdf=device.bdf, group=group.id, busy=who)
+        yield replace(found, devices=tuple(sibling.bdf for sibling in busy))
 
 
 def is_harmless(device: PciDevice) -> bool:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from kvmpass.errors import HostNotReady, KvmpassError
+from kvmpass.host.address import Bdf
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class Blocker:
     ``kind`` is a word for programs; of a device that cannot be taken: ``bridge``, ``no-group``, ``no-iommu``,
     ``group-not-viable``, ``assigned`` or ``in-use``. ``commands`` belong to the remedy: lines to type as root.
     ``error`` is the exception that a refusal raises for it, unless ``denied`` names a file that this user may not
-    open: then it is a ``PermissionError``.
+    open: then it is a ``PermissionError``. ``devices`` are the siblings in the way, if any are.
     """
 
     kind: str
@@ -26,6 +27,7 @@ class Blocker:
     error: type[KvmpassError]
     commands: tuple[str, ...] = ()
     denied: str = ""
+    devices: tuple[Bdf, ...] = ()
 
     def exception(self) -> Exception:
         """To be raised; the remedy is its note."""

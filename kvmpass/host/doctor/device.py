@@ -7,7 +7,6 @@ from kvmpass.host import checks
 from kvmpass.host.doctor.iommu import IVRS, one_to_one
 from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.modules import modprobe_lines
-from kvmpass.host.names import device_name
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import PCI_DEVICES
 from kvmpass.host.usage import VFIO_PCI
@@ -25,7 +24,7 @@ NO_DEVICE = Problem(
     kind="no-device",
     brief="not there",
     cause="there is no PCI device {bdf}",
-    remedy="lspci -D lists the devices of this host; one that has fallen off the bus may come back by a rescan",
+    remedy="kvmpass list shows the devices of this host; one that has fallen off the bus may come back by a rescan",
     commands=("echo 1 > /sys/bus/pci/rescan",),
     error=NoSuchDevice,
 )
@@ -116,7 +115,7 @@ def _present(examined: Examined) -> Verdict:
     if not examined.present:
         return bad(NO_DEVICE, Reading(f"/{PCI_DEVICES}/{examined.bdf}", "not there"), bdf=examined.bdf)
     device = examined.device
-    name = device_name(examined.sysfs, device)
+    name = examined.names.short(device)
     return good(f"{name}, driver {device.driver or 'none'}", Reading(f"/{PCI_DEVICES}/{device.bdf}", name))
 
 
@@ -152,7 +151,7 @@ def _viable(examined: Examined) -> Verdict:
     group = examined.group
     assert group is not None
     others = [examined.sysfs.device(bdf) for bdf in group.devices if bdf != examined.bdf]
-    words = [f"{one.bdf} {device_name(examined.sysfs, one)} ({one.driver or 'no driver'})" for one in others]
+    words = [f"{one.bdf} {examined.names.short(one)} ({one.driver or 'no driver'})" for one in others]
     read = Reading(f"/sys/kernel/iommu_groups/{group.id}/devices", "; ".join(words) or "nothing else")
     return _blocked(examined, (checks.NOT_VIABLE,), f"{len(others)} others" if others else "alone", read)
 

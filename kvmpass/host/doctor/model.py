@@ -12,6 +12,7 @@ from functools import cached_property
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host.address import Bdf
 from kvmpass.host.checks import blockers
+from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker, Problem
 from kvmpass.host.processes import Holders
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
@@ -120,6 +121,7 @@ class Examined:
         self.huge_page = huge_page if huge_page > PAGE else 0
         self.locked = memory if locked is None else locked
         self.memlock = memlock
+        self.names = Names(sysfs)
         self._holders = holders
 
     # --- the host
