@@ -115,11 +115,15 @@ def check_owner(sysfs: Sysfs, entry: Entry) -> None:
 
 def check_privilege(sysfs: Sysfs, bdf: Bdf) -> None:
     """Raises ``PermissionError`` where this user may not change the device's driver."""
-    path = sysfs.device_path(bdf) / "driver_override"
-    if not os.access(path, os.W_OK, effective_ids=True):
+    if not may_change_driver(sysfs, bdf):
+        path = sysfs.device_path(bdf) / "driver_override"
         error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         error.add_note("run as root: this changes the device's driver")
         raise error
+
+
+def may_change_driver(sysfs: Sysfs, bdf: Bdf) -> bool:
+    return os.access(sysfs.device_path(bdf) / "driver_override", os.W_OK, effective_ids=True)
 
 
 _outstanding: set[Undo] = set()

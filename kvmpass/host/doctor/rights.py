@@ -81,7 +81,7 @@ def _access(examined: Examined) -> Verdict:
     nodes = ["dev/kvm", "dev/vfio/vfio"]
     group = examined.device.group if examined.bdf is not None and examined.present else None
     if group is not None and examined.bdf is not None:
-        nodes += [node.lstrip("/") for node in vfio_nodes(sysfs, examined.bdf, group)]
+        nodes.append(vfio_nodes(sysfs, examined.bdf, group)[0].lstrip("/"))  # the group's
     there = [node for node in nodes if sysfs.path(node).exists()]
     read = [Reading(f"/{node}", _owner(sysfs, node)) for node in there]
     if sysfs.path("dev/iommu").exists():
