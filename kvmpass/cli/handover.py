@@ -9,6 +9,7 @@ import click
 
 from kvmpass import host
 from kvmpass.cli.output import Output, host_command
+from kvmpass.cli.params import BDF
 from kvmpass.host.steps import MATCHING
 
 
@@ -16,7 +17,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     for decorate in (
         click.option("-n", "--dry-run", is_flag=True, help="Say each step and change nothing."),
         click.option("--group", is_flag=True, help="All devices of their IOMMU groups, bridges excluded."),
-        click.argument("bdfs", metavar="BDF...", nargs=-1, required=True),
+        click.argument("bdfs", metavar="BDF...", nargs=-1, required=True, type=BDF),
     ):
         function = decorate(function)
     return function
@@ -26,7 +27,7 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 @_options
 @click.option("--force", is_flag=True, help="Also what the host uses, or driverctl keeps elsewhere.")
 @host_command
-def bind(output: Output, bdfs: tuple[str, ...], **options: Any) -> None:
+def bind(output: Output, bdfs: tuple[host.Bdf, ...], **options: Any) -> None:
     """Hand devices over to vfio-pci, until unbind or reboot.
 
     \b
@@ -52,7 +53,7 @@ def bind(output: Output, bdfs: tuple[str, ...], **options: Any) -> None:
 @_options
 @click.option("--force", is_flag=True, help="Also what driverctl keeps on vfio-pci.")
 @host_command
-def unbind(output: Output, bdfs: tuple[str, ...], **options: Any) -> None:
+def unbind(output: Output, bdfs: tuple[host.Bdf, ...], **options: Any) -> None:
     """Give devices back from vfio-pci to their drivers.
 
     \b

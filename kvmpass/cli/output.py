@@ -54,7 +54,7 @@ def host_command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the shared options; its function gets an :class:`Output` first."""
 
     @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-    @click.option("-v", "--verbose", is_flag=True, help="Say more, on standard error.")
+    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
     @click.option("-q", "--quiet", is_flag=True, help="Nothing on standard error but errors.")
     @functools.wraps(function)
     def command(*arguments: Any, as_json: bool, verbose: bool, quiet: bool, **options: Any) -> Any:
