@@ -32,7 +32,13 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="A PCI device of the host: nvme, e1000e, edu, or any other of QEMU's. Repeatable.",
         ),
         click.option("--memory", default="4G", show_default=True, metavar="SIZE", help="The host's memory."),
-        click.option("--cpus", default=2, show_default=True, metavar="N", help="The host's CPUs."),
+        click.option(
+            "--cpus",
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="The host's CPUs. With more than one its guests die now and then: docs/lab.md.",
+        ),
         click.option(
             "--kernel",
             default="stock",

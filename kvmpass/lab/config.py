@@ -33,7 +33,7 @@ class LabConfig:
 
     devices: tuple[str, ...] = ()
     memory: str = "4G"
-    cpus: int = 2
+    cpus: int = 1
     kernel: str = "stock"
     append: str = ""
     without: frozenset[str] = frozenset()

@@ -30,7 +30,7 @@ class Profile:
 
     devices: tuple[str, ...] = ()
     memory: str = "2G"
-    cpus: int = 2
+    cpus: int = 1
     kernel: str | None = None
     qemu: str | None = None
     append: str = ""
