@@ -15,7 +15,7 @@ import pytest
 
 from kvmpass.testing.fixtures import refuse_destruction
 from kvmpass.testing.profiles import Requirement, profiles
-from kvmpass.testing.state import TIME_IS_UP, Mode, State, hardware_lacks
+from kvmpass.testing.state import Mode, State, hardware_lacks
 
 DUMP_AFTER = 15.0  # seconds after the limit: whoever still hangs then sits in a call that no signal ends
 
@@ -32,7 +32,7 @@ def time_limit(seconds: float, what: str) -> Generator[None, Any, Any]:
     def expired(number: int, frame: FrameType | None) -> None:
         if threading.active_count() > 1:  # the main thread's own stack is in the report
             faulthandler.dump_traceback(stderr, all_threads=True)
-        pytest.fail(f"{what} {TIME_IS_UP} {seconds:g} s")
+        pytest.fail(f"{what} took longer than {seconds:g} s")
 
     stderr = sys.__stderr__ or sys.stderr
     before = signal.signal(signal.SIGALRM, expired)

@@ -13,7 +13,6 @@ import pytest
 from kvmpass.testing.events import Event, replay_warning, unpack_report
 from kvmpass.testing.profiles import Profile, Requirement, profiles
 from kvmpass.testing.session import SPARES, LabSession
-from kvmpass.testing.state import TIME_IS_UP
 
 # Seconds without any event: until the tests are collected inside; beyond a phase's own limit; after the last test.
 BOOT_LIMIT = 900.0  # a first boot downloads its kernel
@@ -52,12 +51,6 @@ def lacks_qemu(name: str) -> str | None:
     if name != "modern" or qemu.modern_root().is_dir():
         return None
     return "needs the modern QEMU, which is not in the cache: `kvmpass lab qemu` fetches it"
-
-
-def out_of_time(report: pytest.TestReport) -> bool:
-    """Whether a test ended because it, or a command that it ran, took too long: in an emulated host both may hang."""
-    text = report.longreprtext if report.failed else ""
-    return TIME_IS_UP in text or "subprocess.TimeoutExpired" in text
 
 
 class Outer:
@@ -167,9 +160,6 @@ class Outer:
             deadline = time.monotonic() + limit
             if event["event"] == "report":
                 report = unpack_report(self.config, event["data"])
-                if out_of_time(report) and (spare := self.replace(item, session, report)):
-                    self.replay(spare, item)
-                    return
                 phase = {"setup": "call"}.get(report.when, "teardown")
                 item.ihook.pytest_runtest_logreport(report=report)
             elif event["event"] == "finish":
@@ -177,26 +167,19 @@ class Outer:
             else:
                 self.other(event)
 
-    def replace(
-        self, item: pytest.Item, session: LabSession, report: pytest.TestReport | None = None
-    ) -> LabSession | None:
+    def replace(self, item: pytest.Item, session: LabSession) -> LabSession | None:
         """Another emulated host for ``item`` and what comes after it, where the setting allows one more.
 
-        An emulator has faults of its own, and a CPU of it that hangs takes all with it: what they end (``report``: by
-        running out of time) is run anew, and never silently.
+        An emulator has faults of its own: what they end is run anew, and never silently.
         """
-        assert self.current is not None
+        assert self.current is not None and session.death is not None
         boot = self.current[0]
         left = self.spares.setdefault(boot, int(self.config.getini(SPARES)))
         if left == 0:
             return None
         self.spares[boot] = left - 1
-        if session.death is None:
-            session.died(item.nodeid, 0)
-        assert session.death is not None
         evidence = "\n".join(f"--- {title}\n{content}" for title, content in session.death.sections)
-        seen = f"{report.longreprtext}\n" if report is not None else ""
-        item.warn(pytest.PytestWarning(f"{seen}{session.death.text}\nIt was replaced.\n{evidence}"))
+        item.warn(pytest.PytestWarning(f"{session.death.text}\nIt was replaced.\n{evidence}"))
         self.log.append(f"{boot}: {session.close(0)}, REPLACED")
         plan = self.plans[boot]
         self.current = boot, self.start(boot, plan[plan.index(item) :])

@@ -13,7 +13,6 @@ from kvmpass.testing.roles import discover, from_environment
 
 IN_LAB = "KVMPASS_LAB"
 PLAN = "KVMPASS_TEST_PLAN"
-TIME_IS_UP = "took longer than"  # in the failure of a test that ran out of time
 
 
 class Mode(enum.Enum):

@@ -289,27 +289,24 @@ def test_long_after(): pass
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("4", "1", "2")
 
 
-@pytest.mark.parametrize("ending", ["os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(60)"], ids=["dies", "hangs"])
 @pytest.mark.parametrize("deaths", [1, 2])
-def test_a_lab_that_dies_or_hangs_is_replaced_where_the_settings_say_so(
-    lab: pytest.Pytester, deaths: int, ending: str
-) -> None:
+def test_a_lab_that_dies_is_replaced_where_the_settings_say_so(lab: pytest.Pytester, deaths: int) -> None:
     """The test that ran, and those after it, run in another host; what was seen is a warning. Twice is too often."""
     write(
         lab,
         f"""
-import pathlib, time
+import pathlib
 
 @pytest.mark.amdvi
 def test_good(): pass
 
-@pytest.mark.amdvi(timeout=1)
+@pytest.mark.amdvi
 def test_kills():
     lives = pathlib.Path(__file__).with_name("lives")
     count = len(lives.read_text()) if lives.exists() else 0
     lives.write_text("x" * (count + 1))
     if count < {deaths}:
-        {ending}
+        os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.amdvi
 def test_after(): pass
@@ -317,12 +314,11 @@ def test_after(): pass
     )
     result = lab.runpytest_inprocess("-o", "kvmpass_spare_hosts=1")
     result.stdout.fnmatch_lines(["*(* kernel, * QEMU): 1 tests,*DIED*REPLACED"])
-    result.stdout.fnmatch_lines(["*the emulated host*during *::test_kills*", "*It was replaced.*"])
-    hangs = "sleep" in ending
+    result.stdout.fnmatch_lines(["*the emulated host died during *::test_kills*", "*It was replaced.*"])
     if deaths == 1:
         result.assert_outcomes(passed=3, warnings=1)
-    else:  # a test that fails by itself leaves its host to the others
-        result.assert_outcomes(passed=1 + hangs, failed=1, errors=1 - hangs, warnings=1)
+    else:
+        result.assert_outcomes(passed=1, failed=1, errors=1, warnings=1)
 
 
 def test_an_inside_that_cannot_start(lab: pytest.Pytester) -> None:
