@@ -15,6 +15,7 @@ import click
 
 from kvmpass.assignment import assigned
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT
+from kvmpass.cli.params import BDF
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
@@ -26,7 +27,7 @@ _TAIL_LINES = 24
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
-@click.argument("bdf", nargs=-1, required=True)
+@click.argument("bdf", nargs=-1, required=True, shell_complete=BDF.shell_complete)
 @click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T.")
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
 @click.option("--kernel", type=click.Path(path_type=Path), help="A bzImage.  [default: the running kernel's]")

@@ -19,10 +19,15 @@ from kvmpass.errors import KvmpassError
 # Subcommands are imported when they are called: a start costs what the command needs.
 COMMANDS = {
     "assign": "kvmpass.cli.assign",
+    "completion": "kvmpass.cli.completion",
     "lab": "kvmpass.cli.lab",
+    "list": "kvmpass.cli.list",
+    "monitor": "kvmpass.cli.monitor",
     "restore": "kvmpass.cli.restore",
+    "show": "kvmpass.cli.show",
 }
 
+COMPLETE = "_KVMPASS_COMPLETE"  # set by a shell's function: what it wants to know
 FAILED = 1
 USAGE = 2
 ASSIGN_FAILED = 125  # as with `docker run`: ours, not the command's
@@ -71,6 +76,10 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
+    if request := os.environ.get(COMPLETE):
+        from kvmpass.cli.completion import answer
+
+        sys.exit(answer(kvmpass, request))
     options, command = split_command(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in options if not word.startswith("-")), "")
     as_json = "--json" in options

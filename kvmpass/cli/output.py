@@ -7,9 +7,11 @@ else. Colour only on a terminal, and not where ``NO_COLOR`` is set (no-color.org
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +61,8 @@ def host_command(function: Callable[..., Any]) -> Callable[..., Any]:
         name = click.get_current_context().command.name or ""
         if verbose and not quiet:
             logging.basicConfig(level=logging.INFO, format="kvmpass: %(message)s")
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a locale without the characters of a name, or of a tree
         output = Output(name, as_json=as_json, verbose=verbose, quiet=quiet)
         return function(output, *arguments, **options)
 

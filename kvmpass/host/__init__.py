@@ -5,6 +5,17 @@ The only part of the project that changes drivers.
 
 from kvmpass.host.address import Bdf
 from kvmpass.host.borrowing import Borrow, Restored, borrow, restore
+from kvmpass.host.capabilities import (
+    Acs,
+    Capabilities,
+    Express,
+    Msi,
+    Msix,
+    Power,
+    Service,
+    SriovRegisters,
+    capabilities_of,
+)
 from kvmpass.host.checks import (
     Blocker,
     blockers,
@@ -13,33 +24,84 @@ from kvmpass.host.checks import (
     check_memory,
     interrupt_remapping,
 )
+from kvmpass.host.classes import class_words
+from kvmpass.host.description import BarInfo, Description, describe
 from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
+from kvmpass.host.filters import Filter, parse_filter, select
+from kvmpass.host.inventory import (
+    DeviceStatus,
+    HostStatus,
+    Inventory,
+    Link,
+    Sriov,
+    device_status,
+    host_status,
+    inventory,
+    link_of,
+    sriov_of,
+)
+from kvmpass.host.isolation import Bridge, Sibling, bridges_above, siblings
 from kvmpass.host.journal import Step
-from kvmpass.host.names import name_of
+from kvmpass.host.names import Names, name_of
 from kvmpass.host.processes import OpenNodes, Process
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
+from kvmpass.host.watching import HostEvent, Uevent, watch_events
 
 __all__ = [
+    "Acs",
+    "BarInfo",
     "Bdf",
     "Blocker",
     "Borrow",
+    "Bridge",
+    "Capabilities",
+    "Description",
+    "DeviceStatus",
     "DmaFault",
+    "Express",
     "FaultLog",
+    "Filter",
+    "HostEvent",
+    "HostStatus",
+    "Inventory",
     "IommuGroup",
+    "Link",
+    "Msi",
+    "Msix",
+    "Names",
     "OpenNodes",
     "PciDevice",
+    "Power",
     "Process",
     "Resource",
     "Restored",
+    "Service",
+    "Sibling",
+    "Sriov",
+    "SriovRegisters",
     "Step",
     "Sysfs",
+    "Uevent",
     "blockers",
     "borrow",
+    "bridges_above",
+    "capabilities_of",
     "check_assignable",
     "check_host",
     "check_memory",
+    "class_words",
+    "describe",
+    "device_status",
+    "host_status",
     "interrupt_remapping",
+    "inventory",
+    "link_of",
     "name_of",
     "open_fault_log",
+    "parse_filter",
     "restore",
+    "select",
+    "siblings",
+    "sriov_of",
+    "watch_events",
 ]

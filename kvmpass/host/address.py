@@ -28,7 +28,7 @@ class Bdf:
         if match is None or device > 0x1F:
             raise BadAddress(
                 f"{text!r} is not a PCI address: expected [dddd:]bb:dd.f in hexadecimal, such as 0000:01:00.0",
-                "lspci -D lists the addresses of this host's devices",
+                "kvmpass list shows the addresses of this host's devices",
             )
         return cls(int(match[1] or "0", 16), int(match[2], 16), device, int(match[4]))
 

@@ -33,7 +33,7 @@ class Blocker:
     """One reason why a device cannot be taken now: ``brief`` for a list, ``cause`` and ``remedy`` in full.
 
     ``kind`` is ``bridge``, ``no-group``, ``no-iommu``, ``group-not-viable``, ``assigned`` or ``in-use``; ``error`` is
-    the exception that :func:`check_assignable` raises for it.
+    the exception that :func:`check_assignable` raises for it. ``devices`` are the siblings in the way, if any are.
     """
 
     kind: str
@@ -41,6 +41,7 @@ class Blocker:
     cause: str
     remedy: str
     error: type[KvmpassError]
+    devices: tuple[Bdf, ...] = ()
 
 
 def check_assignable(sysfs: Sysfs, bdf: Bdf, together: Iterable[Bdf] = ()) -> PciDevice:
@@ -116,18 +117,17 @@ def _unfit(sysfs: Sysfs, device: PciDevice) -> Blocker | None:
 
 
 def _unviable(sysfs: Sysfs, device: PciDevice, group: IommuGroup, ours: set[Bdf]) -> Iterator[Blocker]:
-    busy = [
-        f"{sibling.bdf} (driver {sibling.driver})"
-        for sibling in (sysfs.device(other) for other in group.devices if other not in ours)
-        if not is_harmless(sibling)
-    ]
+    siblings = [sysfs.device(other) for other in group.devices if other not in ours]
+    busy = [sibling for sibling in siblings if not is_harmless(sibling)]
     if busy:
+        who = ", ".join(f"{sibling.bdf} (driver {sibling.driver})" for sibling in busy)
         yield Blocker(
             kind="group-not-viable",
             brief="group not viable",
-            cause=f"{device.bdf} shares IOMMU group {group.id} with {', '.join(busy)}, which the host uses",
+            cause=f"{device.bdf} shares IOMMU group {group.id} with {who}, which the host uses",
             remedy="a group is assigned as a whole: unbind the others from their drivers, or use another slot",
             error=GroupNotViable,
+            devices=tuple(sibling.bdf for sibling in busy),
         )
 
 

@@ -1,14 +1,34 @@
-"""Names of devices from udev's hardware database. Optional: everything works without."""
+"""Names of devices. A courtesy: everything works without.
+
+Sources: udev's hardware database; else ``pci.ids`` of pciutils or hwdata, whose format its own head describes.
+"""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.sysfs import PciDevice, Sysfs
+
+PCI_IDS = ("usr/share/misc/pci.ids", "usr/share/hwdata/pci.ids")
+
+_NEXT_VENDOR = re.compile(rb"\n[^\t#\n]")
+_NEXT_MODEL = re.compile(rb"\n\t?[^\t#\n]")
+_BRAND = re.compile(r"\[([^\[\]]+)\]$")  # pci.ids has the name that people use in brackets
+_LEGAL_FORM = re.compile(
+    r",? +(?:Co\.?,? *Ltd|Corporation|Corp|Company|Incorporated|Inc|Limited|Ltd|LLC|GmbH|AG|S\.?A)\.?$", re.IGNORECASE
+)
 
 
 def name_of(bdf: Bdf) -> str | None:
     """``vendor model`` as udev knows it, or None: no libudev, no udev, no database, no such device."""
+    vendor, model = _from_udev(bdf)
+    return " ".join(part for part in (vendor, model) if part) or None
+
+
+def _from_udev(bdf: Bdf) -> tuple[str | None, str | None]:
     try:
         import pyudev  # type: ignore[import-untyped]
 
@@ -16,6 +36,99 @@ def name_of(bdf: Bdf) -> str | None:
         device: Any = pyudev.Devices.from_name(context, "pci", str(bdf))
         vendor = device.properties.get("ID_VENDOR_FROM_DATABASE")
         model = device.properties.get("ID_MODEL_FROM_DATABASE")
-    except Exception:  # a name is a courtesy: pyudev, libudev and ctypes fail in many ways
+    except Exception:  # pyudev, libudev and ctypes fail in many ways
+        return None, None
+    return vendor, model
+
+
+class Names:
+    """The names of a host's devices. Reads ``pci.ids`` once, when the first name asks for it."""
+
+    def __init__(self, sysfs: Sysfs) -> None:
+        self._sysfs = sysfs
+        self._table: bytes | None = None
+        self._known: dict[tuple[Bdf, int, int], tuple[str | None, str | None]] = {}
+        # udev knows the devices of this machine, not those of a recorded tree.
+        self._udev = sysfs.root == Path("/") and sysfs.path("run/udev/data").is_dir()
+
+    def of(self, device: PciDevice) -> str:
+        """Vendor and model in full; for what no database knows the number, in the end ``vendor:device``."""
+        return self.of_ids(device.bdf, device.vendor, device.device)
+
+    def of_ids(self, bdf: Bdf, vendor: int, device: int) -> str:
+        """The same for a device that may have gone."""
+        vendor_name, model = self._parts(bdf, vendor, device)
+        if vendor_name is None:
+            return f"{vendor:04x}:{device:04x}"
+        return f"{vendor_name} {model or f'device {device:04x}'}"
+
+    def short(self, device: PciDevice) -> str:
+        """The same with the vendor's brand instead of its full name."""
+        full = self.of(device)
+        vendor, _ = self._parts(device.bdf, device.vendor, device.device)
+        return f"{_brand(vendor)}{full.removeprefix(vendor)}" if vendor else full
+
+    def subsystem(self, device: PciDevice) -> str | None:
+        """The name of the card or board that carries the device, where ``pci.ids`` has one."""
+        ids = (device.vendor, device.device, device.subsystem_vendor, device.subsystem_device)
+        return _subsystem(self._pci_ids(), *ids)
+
+    def _parts(self, bdf: Bdf, vendor: int, device: int) -> tuple[str | None, str | None]:
+        key = (bdf, vendor, device)
+        if key not in self._known:
+            names = _from_udev(bdf) if self._udev else (None, None)
+            self._known[key] = names if names[0] else _vendor_and_model(self._pci_ids(), vendor, device)
+        return self._known[key]
+
+    def _pci_ids(self) -> bytes:
+        if self._table is None:
+            self._table = b""
+            for place in PCI_IDS:
+                try:
+                    self._table = b"\n" + self._sysfs.path(place).read_bytes()
+                    break
+                except OSError:
+                    continue
+        return self._table
+
+
+def _brand(vendor: str) -> str:
+    """``Advanced Micro Devices, Inc. [AMD]`` is AMD, ``Red Hat, Inc.`` is Red Hat."""
+    brand = _BRAND.search(vendor)
+    if brand:
+        return brand[1]
+    while (shorter := _LEGAL_FORM.sub("", vendor)) != vendor:
+        vendor = shorter
+    return vendor
+
+
+def _entry(table: bytes, key: bytes, start: int, end: int) -> tuple[str | None, int]:
+    """The text after ``key`` on its line, and where that line ends."""
+    at = table.find(key, start, end)
+    if at < 0:
+        return None, end
+    stop = table.find(b"\n", at + len(key))
+    stop = len(table) if stop < 0 else stop
+    return table[at + len(key) : stop].decode(errors="replace").strip(), stop
+
+
+def _block_end(table: bytes, start: int, following: re.Pattern[bytes]) -> int:
+    match = following.search(table, start)
+    return match.start() if match else len(table)
+
+
+def _vendor_and_model(table: bytes, vendor: int, device: int) -> tuple[str | None, str | None]:
+    name, at = _entry(table, b"\n%04x  " % vendor, 0, len(table))
+    if name is None:
+        return None, None
+    model, _ = _entry(table, b"\n\t%04x  " % device, at, _block_end(table, at, _NEXT_VENDOR))
+    return name, model
+
+
+def _subsystem(table: bytes, vendor: int, device: int, sub_vendor: int, sub_device: int) -> str | None:
+    _, at = _entry(table, b"\n%04x  " % vendor, 0, len(table))
+    model, at = _entry(table, b"\n\t%04x  " % device, at, _block_end(table, at, _NEXT_VENDOR))
+    if model is None:
         return None
-    return " ".join(part for part in (vendor, model) if part) or None
+    name, _ = _entry(table, b"\n\t\t%04x %04x  " % (sub_vendor, sub_device), at, _block_end(table, at, _NEXT_MODEL))
+    return name

@@ -214,7 +214,7 @@ class Sysfs:
         base = f"{PCI_DEVICES}/{bdf}"
         vendor, device = self.number(base, "vendor"), self.number(base, "device")
         if vendor is None or device is None:
-            raise NoSuchDevice(f"there is no PCI device {bdf}", "lspci -D lists the devices of this host")
+            raise NoSuchDevice(f"there is no PCI device {bdf}", "kvmpass list shows the devices of this host")
         group = self.link(base, "iommu_group")
         node = self.number(base, "numa_node")
         return PciDevice(

@@ -46,14 +46,25 @@ class Host(Sysfs):
             self.put(f"sys/bus/pci/drivers/{name}/{file}", "")
 
     def add(
-        self, bdf: str, driver: str | None = None, group: int | None = None, class_code: int = 0x010802, **files: str
+        self,
+        bdf: str,
+        driver: str | None = None,
+        group: int | None = None,
+        class_code: int = 0x010802,
+        *,
+        above: str = "",
+        config: bytes = b"",
+        **files: str,
     ) -> None:
-        real = f"sys/devices/pci0000:00/{bdf}"
+        """A function on the root bus, or below the bridges ``above`` (``bdf/bdf``); ``config`` is that file."""
+        real = f"sys/devices/pci0000:00/{above}/{bdf}" if above else f"sys/devices/pci0000:00/{bdf}"
         content = {"vendor": "0x1022", "device": "0x1234", "class": f"{class_code:#08x}", "driver_override": "(null)"}
-        content |= {"power_state": "D0", "numa_node": "-1", "reset_method": "flr bus", **files}
-        content |= {"resource": "0x00000000fe000000 0x00000000fe003fff 0x0000000000140204\n0x0 0x0 0x0"}
+        content |= {"power_state": "D0", "numa_node": "-1", "reset_method": "flr bus"}
+        content |= {"resource": "0x00000000fe000000 0x00000000fe003fff 0x0000000000140204\n0x0 0x0 0x0", **files}
         for name, text in content.items():
             self.put(f"{real}/{name.replace('__', '/')}", text)
+        if config:
+            self.path(real, "config").write_bytes(config)
         self._symlink(f"sys/bus/pci/devices/{bdf}", real)
         if group is not None:
             base = f"sys/kernel/iommu_groups/{group}"
@@ -91,7 +102,9 @@ class Host(Sysfs):
     def _symlink(self, at: str, target: str) -> None:
         link = self.path(at)
         link.parent.mkdir(parents=True, exist_ok=True)
-        goal = target if target.startswith("/") else os.path.relpath(self.path(target), link.parent)
+        goal = (
+            target if target.startswith("/") else os.path.relpath(self.path(target).resolve(), link.parent.resolve())
+        )
         link.symlink_to(goal)
 
     # --- the kernel
@@ -121,7 +134,7 @@ class Host(Sysfs):
     def _bind(self, bdf: str, driver: str) -> None:
         if driver in self.refuses or not self.path("sys/bus/pci/drivers", driver).exists():
             return
-        self._symlink(f"sys/devices/pci0000:00/{bdf}/driver", f"sys/bus/pci/drivers/{driver}")
+        self._symlink(f"sys/bus/pci/devices/{bdf}/driver", f"sys/bus/pci/drivers/{driver}")
         group = self.link("sys/bus/pci/devices", bdf, "iommu_group")
         if driver == "vfio-pci":
             self.put(f"dev/vfio/{group}", "")

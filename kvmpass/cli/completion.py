@@ -1,0 +1,149 @@
+"""``kvmpass completion``, and what the shells call to complete."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar
+
+import click
+from click import shell_completion
+from click.shell_completion import CompletionItem, ShellComplete
+
+from kvmpass.cli.main import COMPLETE, kvmpass
+
+if TYPE_CHECKING:  # generic since click 8.4 only
+    _Items = list[CompletionItem[str]]
+else:
+    _Items = list
+
+PROGRAM = "kvmpass"
+
+# Readline splits words at colons, and so would split every address: the function takes the words apart at blanks
+# instead, and drops what stands before the last colon from what it answers. A list of candidates (the second Tab:
+# COMP_TYPE 63, bash(1)) shows the help beside each, which must never get into the line itself.
+_BASH = """\
+%(complete_func)s() {
+    local typed="${COMP_LINE:0:COMP_POINT}" cut="" type value help answer
+    COMPREPLY=()
+    answer=$(env COMP_WORDS="$typed" %(complete_var)s=bash_complete "$1" 2>/dev/null) || return 0
+    [[ "$COMP_WORDBREAKS" == *:* ]] && cut="${typed##*[[:blank:]]}"
+    if [[ "$cut" == *:* ]]; then cut="${cut%%:*}:"; else cut=""; fi
+    while IFS=$'\t' read -r type value help; do
+        case "$type" in
+            dir) compopt -o dirnames ;;
+            file) compopt -o default ;;
+            plain)
+                value="${value#"$cut"}"
+                if [[ "$COMP_TYPE" == 63 && -n "$help" ]]; then value="$value  $help"; fi
+                COMPREPLY+=("$value")
+                ;;
+        esac
+    done <<< "$answer"
+    return 0
+}
+complete -o nosort -F %(complete_func)s %(prog_name)s
+"""
+
+
+def _without_command(complete: Callable[[list[str], str], _Items], args: list[str], incomplete: str) -> _Items:
+    """After ``--`` stands a command of the guest's: files may be meant, options and devices are not."""
+    if "--" in args:
+        return [CompletionItem(incomplete, type="file")]
+    return complete(args, incomplete)
+
+
+class Bash(ShellComplete):
+    """Addresses with colons; click's own function cannot have them. Needs bash 4.4."""
+
+    name: ClassVar[str] = "bash"
+    source_template: ClassVar[str] = _BASH
+    _widest = 0
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """The line up to the cursor; its last word, which may be empty, is the one to complete."""
+        line = os.environ.get("COMP_WORDS", "")
+        words = shell_completion.split_arg_string(line)
+        if line[-1:].isspace():
+            words.append("")
+        return words[1:-1], words[-1] if len(words) > 1 else ""
+
+    def get_completions(self, args: list[str], incomplete: str) -> _Items:
+        items = _without_command(super().get_completions, args, incomplete)
+        self._widest = max((len(str(item.value)) for item in items), default=0)
+        return items
+
+    def format_completion(self, item: CompletionItem) -> str:
+        """The help is padded, so that it makes a column in the list."""
+        value = str(item.value)
+        pad = " " * (self._widest - len(value)) if item.help else ""
+        return "\t".join((item.type, value, pad + _one_line(item.help)))
+
+
+class Zsh(shell_completion.ZshComplete):
+    def get_completions(self, args: list[str], incomplete: str) -> _Items:
+        return _without_command(super().get_completions, args, incomplete)
+
+
+class Fish(shell_completion.FishComplete):
+    # click's own script ends the help at its first comma.
+    source_template: ClassVar[str] = shell_completion.FishComplete.source_template.replace(
+        'string split ","', 'string split -m 1 ","'
+    )
+
+    def get_completions(self, args: list[str], incomplete: str) -> _Items:
+        return _without_command(super().get_completions, args, incomplete)
+
+
+SHELLS: dict[str, type[ShellComplete]] = {"bash": Bash, "zsh": Zsh, "fish": Fish}
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def answer(command: click.Command, request: str) -> int:
+    """What a shell's function asks for by its environment: candidates on standard output. Never a traceback.
+
+    ``request`` is ``bash_complete`` and the like, ``bash_source`` for the script.
+    """
+    shell, _, instruction = request.partition("_")
+    if shell not in SHELLS or instruction not in ("complete", "source"):
+        return 1
+    complete = SHELLS[shell](command, {}, PROGRAM, COMPLETE)
+    try:
+        click.echo(complete.complete() if instruction == "complete" else complete.source())
+        sys.stdout.flush()
+    except (
+        Exception,
+        KeyboardInterrupt,
+    ):  # somebody is typing: no answer is better than an error in the middle of the line
+        return 1
+    return 0
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """Print what makes SHELL complete commands, options and devices.
+
+    Addresses are offered with the names of their devices: zsh and fish show them beside each candidate, bash where it
+    lists them.
+
+    \b
+    To have it in each new shell:
+      bash  kvmpass completion bash > ~/.local/share/bash-completion/completions/kvmpass
+      zsh   kvmpass completion zsh > "${fpath[1]}/_kvmpass"
+      fish  kvmpass completion fish > ~/.config/fish/completions/kvmpass.fish
+
+    \b
+    To have it in this one:
+      bash  eval "$(kvmpass completion bash)"
+      zsh   eval "$(kvmpass completion zsh)"
+      fish  kvmpass completion fish | source
+
+    bash needs the package bash-completion for the former, and version 4.4.
+    """
+    click.echo(SHELLS[shell](kvmpass, {}, PROGRAM, COMPLETE).source(), nl=False)
+    return 0

@@ -1,0 +1,65 @@
+"""Devices as JSON: what the documents of several commands have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvmpass import host
+
+
+def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
+    return {
+        "kind": blocker.kind,
+        "brief": blocker.brief,
+        "cause": blocker.cause,
+        "remedy": blocker.remedy,
+        "devices": [str(bdf) for bdf in blocker.devices],
+    }
+
+
+def host_document(status: host.HostStatus) -> dict[str, Any]:
+    return {"ready": status.ready, "permitted": status.permitted, "cause": status.cause, "remedy": status.remedy}
+
+
+def link_document(link: host.Link | None) -> dict[str, Any] | None:
+    if link is None:
+        return None
+    now = {"speed_gts": link.speed, "width": link.width}
+    return {**now, "max_speed_gts": link.max_speed, "max_width": link.max_width}
+
+
+def sriov_document(sriov: host.Sriov | None) -> dict[str, Any] | None:
+    if sriov is None:
+        return None
+    return {
+        "physical_function": str(sriov.physical) if sriov.physical else None,
+        "virtual_functions": [str(bdf) for bdf in sriov.virtual],
+        "enabled": sriov.enabled,
+        "total": sriov.total,
+    }
+
+
+def device_document(status: host.DeviceStatus, whole: host.HostStatus) -> dict[str, Any]:
+    """``assignable`` needs a host that can."""
+    device = status.device
+    return {
+        "bdf": str(device.bdf),
+        "name": status.name,
+        "vendor": f"{device.vendor:04x}",
+        "device": f"{device.device:04x}",
+        "subsystem_vendor": f"{device.subsystem_vendor:04x}",
+        "subsystem_device": f"{device.subsystem_device:04x}",
+        "class": f"{device.class_code:06x}",
+        "class_words": host.class_words(device.class_code),
+        "revision": f"{device.revision:02x}",
+        "driver": device.driver,
+        "driver_override": device.driver_override,
+        "group": device.group,
+        "assignable": whole.ready and not status.blockers,
+        "blockers": [blocker_document(blocker) for blocker in status.blockers],
+        "numa_node": device.numa_node,
+        "link": link_document(status.link),
+        "reset_methods": list(device.reset_methods),
+        "power_state": device.power_state,
+        "sriov": sriov_document(status.sriov),
+    }

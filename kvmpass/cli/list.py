@@ -1,0 +1,149 @@
+"""``kvmpass list``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import click
+
+from kvmpass import host
+from kvmpass.cli import layout
+from kvmpass.cli.documents import device_document, host_document
+from kvmpass.cli.output import Output, host_command
+from kvmpass.cli.params import FILTER
+from kvmpass.cli.words import in_the_way, link_words, reset_words, sriov_words, verdict
+
+_HEADING = ("Group", "Device", "Class", "Driver", "Assignable", "Name")
+_GROUP_ALIGNED = frozenset({0})
+
+
+@click.command()
+@click.argument("filters", metavar="[FILTER]...", nargs=-1, type=FILTER)
+@click.option("-w", "--wide", is_flag=True, help="NUMA node, link, resets and virtual functions too.")
+@host_command
+def list(output: Output, filters: tuple[str, ...], wide: bool) -> int:
+    """Show PCI devices by IOMMU group, and which of them can be assigned.
+
+    A group is the smallest set of devices that the IOMMU can tell apart; it is assigned as a whole. Without FILTER
+    all devices are shown, else those that any FILTER selects:
+
+    \b
+      0000:01:00.0  01:00.0     an address
+      01:00                     all functions of a slot
+      10de:2204                 vendor:device
+      eth0                      a network interface
+      nvme0n1  /dev/sda1        a disk, a device node
+      nvme                      a driver
+      '0000:01:*'  '*geforce*'  a pattern for address, ids, driver, name
+
+    Needs no rights; without root what other users' processes have open is not seen.
+
+    \b
+    Examples:
+      kvmpass list                  all devices of this host
+      kvmpass list eth0 nvme        the card behind eth0, and all NVMe drives
+      kvmpass list --json | jq -r '.devices[] | select(.assignable) | .bdf'
+
+    The exit status is 1 if a FILTER selects nothing, else 0, whatever can be assigned.
+    """
+    found = host.inventory(host.Sysfs(), filters)
+    output.document(
+        host=host_document(found.host),
+        complete=found.complete,
+        groups=[
+            {"id": group.id, "type": group.type, "no_iommu": group.no_iommu, "devices": [*map(str, group.devices)]}
+            for group in found.groups
+        ],
+        devices=[device_document(status, found.host) for status in found.devices],
+    )
+    for line in _lines(found, wide):
+        output.text(line)
+    if found.host.cause is not None:
+        who = "this user cannot assign devices" if found.host.ready else "this host cannot assign devices"
+        hint = f"\n  hint: {found.host.remedy}" if found.host.remedy else ""
+        output.note(f"{who}: {found.host.cause}{hint}")
+    if not found.complete:
+        output.note("without root, what other users' processes have open is not seen")
+    return 0
+
+
+class _Row(NamedTuple):
+    """A device: its cells up to the verdict, its name, and what stands on lines below, each after ``stem``."""
+
+    cells: Sequence[str]
+    name: str
+    stem: str
+    below: Sequence[str]
+
+
+def _lines(found: host.Inventory, wide: bool) -> Iterator[str]:
+    tree = any(len(_members(found, group.id)) > 1 for group in found.groups)
+    grouped = [row for group in found.groups for row in _group(found, group, tree, wide)]
+    indent = "  " if tree else ""
+    alone = [_row(found, status, "-", indent, indent, wide) for status in _members(found, None)]
+    table = _Table([*grouped, *alone])
+    if grouped:
+        yield table.heading
+        yield from table.lines(grouped)
+    if grouped and alone:
+        yield ""
+    if alone:
+        yield click.style("Devices without an IOMMU group: nothing would confine their DMA", bold=True)
+        yield from [] if grouped else [table.heading]
+        yield from table.lines(alone)
+
+
+def _members(found: host.Inventory, group: int | None) -> Sequence[host.DeviceStatus]:
+    return [status for status in found.devices if status.device.group == group]
+
+
+def _group(found: host.Inventory, group: host.IommuGroup, tree: bool, wide: bool) -> Iterator[_Row]:
+    members = _members(found, group.id)
+    for number, status in enumerate(members):
+        first, last = number == 0, number == len(members) - 1
+        branch, stem = ("  ", "  ") if first and last else ("┬ ", "│ ") if first else ("├ ", "│ ")
+        if last and not first:
+            branch, stem = "└ ", "  "
+        row = _row(found, status, str(group.id) if first else "", branch if tree else "", stem if tree else "", wide)
+        reason = in_the_way(found, group) if last else None
+        yield row._replace(below=[*row.below, reason]) if reason else row
+
+
+def _row(found: host.Inventory, status: host.DeviceStatus, group: str, branch: str, stem: str, wide: bool) -> _Row:
+    device = status.device
+    cells = (group, f"{branch}{device.bdf}", host.class_words(device.class_code), device.driver or "-")
+    facts = [
+        link_words(status.link),
+        f"NUMA node {device.numa_node}" if device.numa_node is not None else None,
+        None if device.is_bridge else reset_words(device),
+        sriov_words(status.sriov),
+    ]
+    below = [" · ".join(known)] if wide and (known := [fact for fact in facts if fact]) else []
+    return _Row((*cells, verdict(status, found.host)), status.short_name, stem, below)
+
+
+class _Table:
+    """The name has a column where the terminal is wide enough for all of them, else a line of its own."""
+
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        sizes = layout.widths([_HEADING[:-1], *(row.cells for row in rows)])
+        names = max((len(row.name) for row in rows), default=0)
+        limit = layout.width()
+        self._group = sizes[0]
+        self._beside = limit is None or sum(sizes) + names + len(layout.GAP) * len(sizes) <= limit
+        self._sizes = [*sizes, names] if self._beside else sizes
+
+    @property
+    def heading(self) -> str:
+        return click.style(self._line(_HEADING[: len(self._sizes)]), bold=True)
+
+    def lines(self, rows: Sequence[_Row]) -> Iterator[str]:
+        for row in rows:
+            yield self._line((*row.cells, row.name) if self._beside else row.cells)
+            begin = " " * self._group + layout.GAP + row.stem + layout.GAP
+            for text in row.below if self._beside else (row.name, *row.below):
+                yield from map(layout.dim, layout.fold(text, begin, begin))
+
+    def _line(self, cells: Sequence[str]) -> str:
+        return layout.columns(cells, self._sizes, _GROUP_ALIGNED)

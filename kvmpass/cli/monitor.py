@@ -1,0 +1,120 @@
+"""``kvmpass monitor``."""
+
+from __future__ import annotations
+
+import select
+import sys
+import time
+from datetime import UTC, datetime
+
+import click
+
+from kvmpass import host
+from kvmpass.cli.main import FAILED
+from kvmpass.cli.output import Output, host_command
+from kvmpass.cli.params import FILTER
+
+_WORDS = {
+    "device-added": "added",
+    "device-removed": "removed",
+    "device-changed": "changed",
+    "driver-bound": "bound",
+    "driver-unbound": "unbound",
+    "group-appeared": "appeared",
+    "group-vanished": "vanished",
+    "events-lost": "lost",
+}
+_COLOURS = {"driver-bound": "green", "driver-unbound": "yellow", "device-removed": "red", "events-lost": "red"}
+
+
+@click.command()
+@click.argument("filters", metavar="[FILTER]...", nargs=-1, type=FILTER)
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after so many events.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="End after so many seconds."
+)
+@host_command
+def monitor(output: Output, filters: tuple[str, ...], count: int | None, timeout: float | None) -> int:
+    """Show what happens to PCI devices, their drivers and VFIO groups, while it happens.
+
+    \b
+      added, removed       a device came or went
+      bound, unbound       a driver took a device, or let go of it
+      changed              something else: an error, virtual functions
+      appeared, vanished   a group's node /dev/vfio/N
+      lost                 events came faster than they were read
+
+    FILTER selects devices as in kvmpass list. It is looked at when something happens, so that it may name a device
+    that is not there yet. Needs no rights, and no udevd. Each event is one line, written at once; with --json one
+    JSON document on a line (JSON Lines).
+
+    \b
+    Examples:
+      kvmpass monitor
+      kvmpass monitor --json 0000:01:00.0 | jq --unbuffered -r .event
+      kvmpass monitor --count 1 --timeout 10 eth0
+
+    Ctrl-C ends it (exit status 130), SIGTERM (143), or a reader that has gone (0). The exit status is 1 if --timeout
+    ends it before --count.
+    """
+    sysfs = host.Sysfs()
+    names = host.Names(sysfs)
+    events = host.watch_events(sysfs, filters, timeout=timeout, until=_reader_has_gone)
+    output.note("watching")
+    seen = 0
+    try:
+        for event in events:
+            _print(output, sysfs, names, event)
+            sys.stdout.flush()
+            seen += 1
+            if seen == count:
+                return 0
+    except BrokenPipeError:
+        return 0
+    if count is not None and not _reader_has_gone():
+        output.note(f"{seen} of {count} events in {timeout:g} seconds")
+        return FAILED
+    return 0
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody can read standard output any more: a pipe tells before it is written to."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # no file at all
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: host.HostEvent) -> None:
+    output.record(
+        time=datetime.fromtimestamp(event.time, UTC).isoformat(timespec="microseconds"),
+        event=event.kind,
+        bdf=None if event.bdf is None else str(event.bdf),
+        vendor=None if event.bdf is None else f"{event.vendor:04x}",
+        device=None if event.bdf is None else f"{event.device:04x}",
+        driver=event.driver,
+        group=event.group,
+        devices=[*map(str, event.devices)],
+        detail=event.detail,
+    )
+    moment = time.strftime("%H:%M:%S", time.localtime(event.time)) + f".{int(event.time * 1000) % 1000:03d}"
+    word = click.style(f"{_WORDS[event.kind]:8}", fg=_COLOURS.get(event.kind))
+    what = f"/dev/vfio/{event.group}" if event.bdf is None and event.group is not None else str(event.bdf or "")
+    output.text(f"{moment}  {word}  {what:12}  {_about(sysfs, names, event)}".rstrip())
+
+
+def _about(sysfs: host.Sysfs, names: host.Names, event: host.HostEvent) -> str:
+    if event.kind == "events-lost":
+        return "some events: they came faster than they were read"
+    if event.bdf is None:
+        return " ".join(map(str, event.devices))
+    if event.kind == "driver-bound":
+        return f"to {event.driver}"
+    if event.kind == "driver-unbound":
+        return f"from {event.driver or 'its driver'}"
+    if event.kind == "device-changed":
+        return event.detail or ""
+    group = f"group {event.group}" if event.group is not None else "no group"
+    return f"{group}, {names.of_ids(event.bdf, event.vendor, event.device)}"

@@ -1,0 +1,102 @@
+"""Arguments that name devices: exact addresses for what changes something, filters for what looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from kvmpass import host
+from kvmpass.errors import BadAddress, NoSuchDevice
+
+if TYPE_CHECKING:  # generic since click 8.4 only
+    _OfBdf = click.ParamType[host.Bdf]
+    _OfText = click.ParamType[str]
+else:
+    _OfBdf = _OfText = click.ParamType
+
+
+class WrongDevice(click.BadParameter):
+    """A usage error (exit status 2) with a cause and a hint, printed as kvmpass prints its own."""
+
+    def __init__(self, message: str, remedy: str, ctx: click.Context | None, param: click.Parameter | None) -> None:
+        super().__init__(message, ctx=ctx, param=param)
+        self.add_note(remedy)
+
+    def format_message(self) -> str:
+        return self.message
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"kvmpass: {self.message}", file=file, err=file is None)
+        for note in self.__notes__:
+            click.echo(f"  hint: {note}", file=file, err=file is None)
+
+
+class BdfType(_OfBdf):
+    """The exact address of one function, as a :class:`kvmpass.host.Bdf`: nothing that could mean another device.
+
+    For a text that :func:`kvmpass.host.select` understands the error names the addresses that it stands for. Whether
+    there is such a device is for the command to find out.
+    """
+
+    name = "BDF"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> host.Bdf:
+        if isinstance(value, host.Bdf):
+            return value
+        try:
+            return host.Bdf.parse(value)
+        except BadAddress as error:
+            raise WrongDevice(str(error), _meant(value) or error.__notes__[0], ctx, param) from None
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        given = ctx.params.get(param.name or "")
+        taken = {str(one) for one in given} if isinstance(given, tuple) else set[str]()
+        return addresses(incomplete, lambda device: str(device.bdf) not in taken)
+
+
+class FilterType(_OfText):
+    """What people type for devices; a text, for :func:`kvmpass.host.select`."""
+
+    name = "FILTER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [*addresses(incomplete), *_drivers(incomplete)]
+
+
+BDF = BdfType()
+FILTER = FilterType()
+
+
+def _meant(text: str) -> str | None:
+    try:
+        devices = host.select(host.Sysfs(), [text])
+    except NoSuchDevice:
+        return None
+    names = " ".join(str(device.bdf) for device in devices[:4]) + (" …" if len(devices) > 4 else "")
+    return f"this command takes exact addresses only; {text} would be: {names}"
+
+
+def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None = None) -> list[CompletionItem]:
+    """The host's addresses that begin with ``incomplete``, with or without their domain, each with its name."""
+    sysfs = host.Sysfs()
+    names = host.Names(sysfs)
+    items = []
+    for device in sysfs.devices():
+        full = str(device.bdf)
+        text = full if full.startswith(incomplete) else full.partition(":")[2]
+        if text.startswith(incomplete) and (wanted is None or wanted(device)):
+            items.append(CompletionItem(text, help=f"{host.class_words(device.class_code)}: {names.short(device)}"))
+    return items
+
+
+def _drivers(incomplete: str) -> list[CompletionItem]:
+    if not incomplete:  # the addresses are many enough
+        return []
+    used = sorted({device.driver for device in host.Sysfs().devices() if device.driver})
+    return [CompletionItem(name, help="driver") for name in used if name.startswith(incomplete)]

@@ -1,0 +1,189 @@
+"""``kvmpass show``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from kvmpass import host
+from kvmpass.cli import layout
+from kvmpass.cli.documents import device_document, host_document
+from kvmpass.cli.output import Output, host_command
+from kvmpass.cli.params import BDF
+from kvmpass.cli.words import (
+    acs_words,
+    bar_words,
+    bridge_words,
+    capability_words,
+    link_words,
+    reserved_words,
+    sibling_words,
+    sriov_words,
+    verdict,
+)
+
+_LABEL = 14
+
+
+@click.command()
+@click.argument("bdf", type=BDF)
+@host_command
+def show(output: Output, bdf: host.Bdf) -> int:
+    """Show everything about one device and its IOMMU group.
+
+    What it is; which driver it has; whether it can be assigned, and if not every reason with its remedy; its BARs and
+    capabilities; what else is in its group, and why; what the host does with it.
+
+    Needs no rights. Without root the kernel shows only 64 bytes of configuration space, so that capabilities stay
+    unknown, and what other users' processes have open is not seen.
+
+    \b
+    Examples:
+      kvmpass show 0000:01:00.0
+      kvmpass show --json 01:00.0 | jq .capabilities.msix.vectors
+    """
+    found = host.describe(host.Sysfs(), bdf)
+    output.document(**_document(found))
+    for line in _lines(found):
+        output.text(line)
+    if not found.complete:
+        output.note("without root, what other users' processes have open is not seen")
+    return 0
+
+
+# --- for people
+
+
+def _lines(found: host.Description) -> Iterator[str]:
+    device = found.status.device
+    yield click.style(f"{device.bdf}  {found.status.name}", bold=True)
+    yield ""
+    yield from _facts(_identity(found))
+    yield ""
+    yield from _facts(_verdict(found))
+    if found.bars:
+        yield ""
+        yield from _facts([("BARs", list(bar_words(found.bars)))])
+    yield ""
+    yield from _facts([("Capabilities", _capabilities(found))])
+    yield ""
+    yield from _facts(_surroundings(found))
+
+
+def _facts(facts: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
+    """A label, and its texts below one another."""
+    for label, texts in facts:
+        begin = click.style(f"{label:<{_LABEL}}", bold=True)
+        for text in texts:
+            yield from layout.fold(text, begin, " " * _LABEL)
+            begin = " " * _LABEL
+
+
+def _identity(found: host.Description) -> Iterator[tuple[str, list[str]]]:
+    status, device = found.status, found.status.device
+    words = host.class_words(device.class_code)
+    ids = f"{device.vendor:04x}:{device.device:04x}, revision {device.revision:02x}"
+    yield "Class", [f"{words} ({device.class_code:06x})"]
+    yield "Ids", [ids]
+    if device.subsystem_vendor:
+        name = f" {found.subsystem_name}" if found.subsystem_name else ""
+        yield "Subsystem", [f"{device.subsystem_vendor:04x}:{device.subsystem_device:04x}{name}"]
+    override = [f"driver_override is {device.driver_override}"] if device.driver_override else []
+    boot = [f"driverctl binds {found.driverctl} at each boot"] if found.driverctl else []
+    yield "Driver", [", ".join([device.driver or "none", *override, *boot])]
+    yield "Power", [device.power_state]
+    if link := link_words(status.link):
+        yield "Link", [link]
+    if device.numa_node is not None:
+        yield "NUMA node", [str(device.numa_node)]
+    yield "Reset", [", ".join(device.reset_methods) or "no method"]
+    if sriov := sriov_words(status.sriov):
+        virtual = " ".join(map(str, status.sriov.virtual)) if status.sriov else ""
+        yield "SR-IOV", [sriov, *([virtual] if virtual else [])]
+
+
+def _verdict(found: host.Description) -> Iterator[tuple[str, list[str]]]:
+    answer = [verdict(found.status, found.host)]
+    for blocker in found.status.blockers:
+        cause = f"{found.status.device.bdf} is in use: see below" if blocker.kind == "in-use" else blocker.cause
+        answer += [f"- {cause}", f"  hint: {blocker.remedy}"]
+    if found.host.cause is not None:
+        who = "this user may not assign devices" if found.host.ready else "no device of this host can be assigned"
+        answer.append(f"- {who}: {found.host.cause}")
+        answer += [f"  hint: {found.host.remedy}"] if found.host.remedy else []
+    yield "Assignable", answer
+    yield "In use", list(found.uses) or ["no" if found.complete else "no, as far as can be seen"]
+
+
+def _capabilities(found: host.Description) -> list[str]:
+    own = found.capabilities
+    if not own.answers:
+        return ["the device does not answer: it is powered off, or gone"]
+    if not own.readable:
+        return ["unknown: without root the kernel shows only 64 bytes of configuration space"]
+    return list(capability_words(own)) or ["none"]
+
+
+def _surroundings(found: host.Description) -> Iterator[tuple[str, list[str]]]:
+    if found.group is None:
+        yield "IOMMU group", ["none"]
+    else:
+        alone = ", alone" if not found.siblings else ""
+        yield (
+            "IOMMU group",
+            [
+                f"{found.group.id}{alone}, default domain {found.group.type or 'unknown'}",
+                *map(sibling_words, found.siblings),
+            ],
+        )
+    yield "Above it", [*map(bridge_words, found.bridges)] or ["no bridge: it is on a root bus"]
+    if found.functions:
+        others = ", ".join(map(str, found.functions))
+        yield "Functions", [f"one of {len(found.functions) + 1}, with {others}", *acs_words(found.capabilities)]
+    if found.group is not None and found.group.reserved:
+        yield "Reserved", [*map(reserved_words, found.group.reserved)]
+
+
+# --- for programs
+
+
+def _document(found: host.Description) -> dict[str, Any]:
+    group = found.group
+    return {
+        "host": host_document(found.host),
+        "complete": found.complete,
+        "device": device_document(found.status, found.host),
+        "subsystem_name": found.subsystem_name,
+        "driverctl": found.driverctl,
+        "uses": [*found.uses],
+        "bars": [{**asdict(bar), "address": None if bar.address is None else hex(bar.address)} for bar in found.bars],
+        "capabilities": _capability_document(found.capabilities),
+        "group": group
+        and {
+            "id": group.id,
+            "type": group.type,
+            "no_iommu": group.no_iommu,
+            "siblings": [
+                {"bdf": str(one.device.bdf), "driver": one.device.driver, "part": one.part} for one in found.siblings
+            ],
+            "reserved_regions": [
+                {"start": hex(one.range.start), "last": hex(one.range.last), "kind": one.kind}
+                for one in group.reserved
+            ],
+        },
+        "functions": [*map(str, found.functions)],
+        "bridges": [{**asdict(bridge), "bdf": str(bridge.bdf)} for bridge in found.bridges],
+    }
+
+
+def _capability_document(own: host.Capabilities) -> dict[str, Any]:
+    document = asdict(own)
+    if own.msix:
+        places = {"table_offset": hex(own.msix.table_offset), "pba_offset": hex(own.msix.pba_offset)}
+        document["msix"].update(places)
+    if own.sriov:
+        document["sriov"]["device"] = f"{own.sriov.device:04x}"
+    return document

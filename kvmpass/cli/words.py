@@ -1,0 +1,179 @@
+"""Facts about devices in words, as ``list`` and ``show`` say them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import click
+
+from kvmpass import host
+from kvmpass.cli import layout
+from kvmpass.layout import Reserved
+
+
+def verdict(status: host.DeviceStatus, whole: host.HostStatus) -> str:
+    """``yes``, or ``no`` and the first reason: the device's own, else the host's."""
+    if status.blockers:
+        return click.style(f"no: {status.blockers[0].brief}", fg="yellow")
+    if not whole.ready:
+        return click.style("no: host not ready", fg="yellow")
+    return click.style("yes, on vfio-pci" if status.device.driver == "vfio-pci" else "yes", fg="green")
+
+
+def in_the_way(found: host.Inventory, group: host.IommuGroup) -> str | None:
+    """Which devices of a group the host uses, so that others of it cannot be assigned."""
+    blocking = sorted(
+        {
+            bdf
+            for status in found.devices
+            if status.device.group == group.id
+            for blocker in status.blockers
+            for bdf in blocker.devices
+        }
+    )
+    return f"the host uses {', '.join(map(str, blocking))} of this group" if blocking else None
+
+
+def link_words(link: host.Link | None) -> str | None:
+    """``PCIe 8 GT/s x4``, with what would be possible if that is more."""
+    if link is None:
+        return None
+    now, best = _lanes(link.speed, link.width), _lanes(link.max_speed, link.max_width)
+    if not now:
+        return f"PCIe link down (max {best})"
+    return f"PCIe {now}" if now == best or not best else f"PCIe {now} (max {best})"
+
+
+def _lanes(speed: float | None, width: int | None) -> str:
+    parts = [f"{speed:g} GT/s" if speed else "", f"x{width}" if width else ""]
+    return " ".join(part for part in parts if part)
+
+
+def sriov_words(sriov: host.Sriov | None) -> str | None:
+    if sriov is None:
+        return None
+    if sriov.physical is not None:
+        return f"virtual function of {sriov.physical}"
+    return f"{sriov.enabled} of {sriov.total} VFs enabled"
+
+
+def reset_words(device: host.PciDevice) -> str:
+    return f"reset: {', '.join(device.reset_methods)}" if device.reset_methods else "no reset method"
+
+
+# --- show
+
+
+def size_words(size: int) -> str:
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} bytes"
+
+
+def bar_words(bars: Sequence[host.BarInfo]) -> Iterator[str]:
+    """Aligned: name, size, kind, address."""
+    rows = []
+    for bar in bars:
+        kind = "I/O ports" if bar.io else f"{bar.bits}-bit" + (", prefetchable" if bar.prefetchable else "")
+        address = "no address" if bar.address is None else f"at {bar.address:#x}"
+        rows.append((bar.name, size_words(bar.size), kind, address))
+    sizes = layout.widths(rows)
+    for row in rows:
+        yield layout.columns(row, sizes, frozenset({1}))
+
+
+def capability_words(own: host.Capabilities) -> Iterator[str]:
+    """One line for each capability that matters to an assignment, one for all others."""
+    switches = (("memory", own.memory_enabled), ("I/O", own.io_enabled), ("bus mastering", own.bus_master))
+    yield f"on: {', '.join(name for name, value in switches if value) or 'nothing'}"
+    if own.msi:
+        more = ", each can be masked" if own.msi.maskable else ""
+        yield f"MSI: {_count(own.msi.vectors, 'vector')}{more}{_on(own.msi.enabled)}"
+    if own.msix:
+        where = f"table in BAR {own.msix.table_bar} at {own.msix.table_offset:#x}"
+        yield f"MSI-X: {_count(own.msix.vectors, 'vector')}, {where}{_on(own.msix.enabled)}"
+    if own.express:
+        flr = ", function level reset" if own.express.flr else ", no function level reset"
+        yield f"PCI Express: {own.express.kind}{flr if 'port' not in own.express.kind else ''}"
+    if own.advanced_flr:
+        yield "function level reset (advanced features)"
+    if own.power:
+        keeps = "; keeps its state in D3hot" if own.power.keeps_state else ""
+        wakes = f"; wakes the host from {', '.join(own.power.wakes_from)}" if own.power.wakes_from else ""
+        yield f"power: {', '.join(own.power.states)}{keeps}{wakes}"
+    if own.sriov:
+        yield f"SR-IOV: {own.sriov.enabled} of {own.sriov.total} virtual functions, id {own.sriov.device:04x}"
+    if own.ats:
+        yield f"ATS: translations cached in the device, queue of {own.ats.detail}{_on(own.ats.enabled)}"
+    if own.pri:
+        yield f"PRI: page requests{_on(own.pri.enabled)}"
+    if own.pasid:
+        yield f"PASID: {own.pasid.detail} bits{_on(own.pasid.enabled)}"
+    if own.acs:
+        yield f"ACS: has {' '.join(own.acs.supported) or 'nothing'}; on: {' '.join(own.acs.enabled) or 'nothing'}"
+    rest = [*(["AER"] if own.aer else []), *own.others]
+    if rest:
+        yield f"also: {', '.join(rest)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _on(enabled: bool) -> str:
+    return ", on" if enabled else ", off"
+
+
+_PARTS = {
+    "bridge": "a bridge: does not stand in the way",
+    "no-driver": "no driver: does not stand in the way",
+    "left-alone": "its driver does no DMA: does not stand in the way",
+    "vfio": "handed to VFIO already",
+    "in-the-way": "the host uses it: stands in the way",
+}
+
+
+def sibling_words(sibling: host.Sibling) -> str:
+    device = sibling.device
+    driver = f" ({device.driver})" if device.driver else ""
+    return f"with {device.bdf}{driver}, {_PARTS[sibling.part]}"
+
+
+def bridge_words(bridge: host.Bridge) -> str:
+    """What a bridge means for the isolation of what is behind it."""
+    if not bridge.readable:
+        means = "its registers are not readable without root"
+    elif bridge.kind == "switch upstream port":
+        means = "isolates nothing by itself; its downstream ports do"
+    elif bridge.kind not in ("root port", "switch downstream port"):
+        means = "devices behind it share one group: the IOMMU cannot tell them apart"
+    elif bridge.acs is None:
+        means = "no ACS: devices behind it may reach their neighbours past the IOMMU"
+    elif bridge.missing:
+        means = f"ACS without {' '.join(bridge.missing)}: devices behind it may reach neighbours past the IOMMU"
+    else:
+        means = f"isolates what is behind it (ACS {' '.join(bridge.acs.enabled)})"
+    return f"{bridge.bdf} {bridge.kind}: {means}"
+
+
+def acs_words(own: host.Capabilities) -> Sequence[str]:
+    """What the ACS of a function means for the other functions of its device."""
+    if not own.readable:
+        return []
+    if own.acs is None:
+        return ["no ACS: the IOMMU's group is that of all of them"]
+    return [f"ACS on: {' '.join(own.acs.enabled) or 'nothing'}"]
+
+
+_RESERVED = {
+    "msi": "interrupt messages",
+    "reserved": "not translated by this host's IOMMU",
+    "direct": "mapped one to one on the firmware's demand: Linux 6.6 and later refuses to assign the device",
+    "direct-relaxable": "mapped one to one until a guest has the device",
+}
+
+
+def reserved_words(reserved: Reserved) -> str:
+    meaning = _RESERVED.get(reserved.kind, reserved.kind)
+    return f"{reserved.range.start:#x}-{reserved.range.last:#x}: {meaning}"

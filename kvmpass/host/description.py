@@ -1,0 +1,130 @@
+"""Everything about one device: what ``kvmpass show`` tells."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from kvmpass.errors import NotAssignable
+from kvmpass.host.address import Bdf
+from kvmpass.host.capabilities import Capabilities, capabilities_of
+from kvmpass.host.inventory import DeviceStatus, HostStatus, device_status, host_status
+from kvmpass.host.isolation import Bridge, Sibling, bridges_above, siblings
+from kvmpass.host.names import Names
+from kvmpass.host.processes import OpenNodes
+from kvmpass.host.sysfs import PCI_DEVICES, IommuGroup, PciDevice, Resource, Sysfs
+from kvmpass.host.usage import usage
+
+DRIVERCTL = "etc/driverctl.d"  # driverctl(8): a file for each device, which holds a driver's name
+
+# include/linux/ioport.h, include/linux/pci.h (enum of resource numbers)
+_IO, _MEMORY, _PREFETCH, _MEMORY64, _UNSET = 0x100, 0x200, 0x2000, 0x0010_0000, 0x2000_0000
+_ROM, _VF_BARS, _WINDOWS = 6, 7, 4
+
+
+@dataclass(frozen=True, slots=True)
+class BarInfo:
+    """A BAR, the expansion ROM, a BAR for virtual functions (its size is that for all of them), a bridge's window.
+
+    ``name`` is ``bar0``, ``rom``, ``vf-bar0``, ``window0``; ``bits`` 32 or 64, None for I/O ports; ``address`` is
+    host-physical, None where the host has assigned none. ``size`` is in bytes.
+    """
+
+    name: str
+    io: bool
+    bits: int | None
+    prefetchable: bool
+    address: int | None
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """One device and its surroundings at one moment.
+
+    ``driverctl`` is the driver that driverctl binds at each boot, ``uses`` what the host does with the device, a
+    clause each, ``functions`` the other functions of the same physical device (no virtual ones). ``complete``: this
+    user sees the processes and the registers of all.
+    """
+
+    status: DeviceStatus
+    host: HostStatus
+    subsystem_name: str | None
+    driverctl: str | None
+    bars: tuple[BarInfo, ...]
+    capabilities: Capabilities
+    group: IommuGroup | None
+    siblings: tuple[Sibling, ...]
+    bridges: tuple[Bridge, ...]
+    functions: tuple[Bdf, ...]
+    uses: tuple[str, ...]
+    complete: bool
+
+
+def describe(sysfs: Sysfs, bdf: Bdf) -> Description:
+    """Only reads. Raises ``NoSuchDevice``."""
+    device = sysfs.device(bdf)
+    names, holders = Names(sysfs), OpenNodes(sysfs)
+    group = _group(sysfs, device)
+    return Description(
+        status=device_status(sysfs, device, names, holders),
+        host=host_status(sysfs),
+        subsystem_name=names.subsystem(device),
+        driverctl=sysfs.text(DRIVERCTL, str(bdf)) or None,
+        bars=tuple(bars(device)),
+        capabilities=capabilities_of(sysfs, bdf),
+        group=group,
+        siblings=tuple(siblings(sysfs, device, group)) if group else (),
+        bridges=tuple(bridges_above(sysfs, bdf)),
+        functions=tuple(_functions(sysfs, bdf)),
+        uses=tuple(usage(sysfs, device, holders)),
+        complete=os.geteuid() == 0,
+    )
+
+
+def _group(sysfs: Sysfs, device: PciDevice) -> IommuGroup | None:
+    try:
+        return None if device.group is None else sysfs.group(device.group)
+    except NotAssignable:  # it has just vanished
+        return None
+
+
+def _functions(sysfs: Sysfs, bdf: Bdf) -> Iterator[Bdf]:
+    """Only function 0 says in its registers that there are others: so this asks which there are."""
+    if sysfs.link(PCI_DEVICES, str(bdf), "physfn") is not None:
+        return
+    for number in range(8):
+        other = replace(bdf, function=number)
+        there = sysfs.text(PCI_DEVICES, str(other), "vendor") is not None
+        if there and other != bdf and sysfs.link(PCI_DEVICES, str(other), "physfn") is None:
+            yield other
+
+
+def bars(device: PciDevice) -> Iterator[BarInfo]:
+    """What ``resource`` in sysfs lists: six BARs, the ROM, six BARs of virtual functions, a bridge's windows last."""
+    windows = len(device.resources) - _WINDOWS if device.is_pci_bridge else len(device.resources)
+    for number, resource in enumerate(device.resources):
+        if resource.size and resource.flags & (_IO | _MEMORY):
+            yield _bar(_bar_name(number, windows), resource)
+
+
+def _bar_name(number: int, windows: int) -> str:
+    if number >= windows:
+        return f"window{number - windows}"
+    if number < _ROM:
+        return f"bar{number}"
+    return "rom" if number == _ROM else f"vf-bar{number - _VF_BARS}"
+
+
+def _bar(name: str, resource: Resource) -> BarInfo:
+    io = bool(resource.flags & _IO)
+    assigned = resource.start and not resource.flags & _UNSET
+    return BarInfo(
+        name=name,
+        io=io,
+        bits=None if io else 64 if resource.flags & _MEMORY64 else 32,
+        prefetchable=bool(resource.flags & _PREFETCH),
+        address=resource.start if assigned else None,
+        size=resource.size,
+    )
