@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from kvmpass.domain import Domain
     from kvmpass.errors import KvmpassError
     from kvmpass.guest import Guest, GuestSpec, prepare
-    from kvmpass.host import Bdf, borrow, restore
+    from kvmpass.host import Bdf, bind, borrow, restore, unbind
     from kvmpass.machine import AssignedDevice, Machine
     from kvmpass.memory import GuestMemory
     from kvmpass.vcpus import Ending
@@ -27,9 +27,11 @@ _HOMES = {
     "GuestSpec": "kvmpass.guest",
     "KvmpassError": "kvmpass.errors",
     "Machine": "kvmpass.machine",
+    "bind": "kvmpass.host",
     "borrow": "kvmpass.host",
     "prepare": "kvmpass.guest",
     "restore": "kvmpass.host",
+    "unbind": "kvmpass.host",
 }
 
 __all__ = [
@@ -42,9 +44,11 @@ __all__ = [
     "GuestSpec",
     "KvmpassError",
     "Machine",
+    "bind",
     "borrow",
     "prepare",
     "restore",
+    "unbind",
 ]
 
 

@@ -58,7 +58,7 @@ def assigned(
     with Machine(memory=size, cpus=cpus, backing=backing, sysfs=sysfs, on_event=on_event) as machine:
         image.load(machine)
         # Nothing has changed on the host so far. The machine lets go of the devices before they are given back.
-        with host.borrow(*bdfs, sysfs=sysfs), closing(machine):
+        with host.borrow(*bdfs, sysfs=sysfs, say=say), closing(machine):
             for device in sorted(devices, key=lambda device: device.bdf):  # a slot begins with its function 0
                 # VFIO refuses a token where it has no use.
                 machine.assign(device.bdf, vf_token=vf_token if sysfs.has_sriov(device.bdf) else None)

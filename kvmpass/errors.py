@@ -48,6 +48,10 @@ class DeviceInUse(KvmpassError):
     """The host, or another process, uses the device at this moment."""
 
 
+class DriverPinned(KvmpassError):
+    """Another tool (driverctl) keeps the device on a driver, over reboots."""
+
+
 class JournalError(KvmpassError):
     """The journal of borrowed devices cannot be read or written."""
 

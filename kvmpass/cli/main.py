@@ -19,12 +19,14 @@ from kvmpass.errors import KvmpassError
 # Subcommands are imported when they are called: a start costs what the command needs.
 COMMANDS = {
     "assign": "kvmpass.cli.assign",
+    "bind": "kvmpass.cli.handover",
     "completion": "kvmpass.cli.completion",
     "lab": "kvmpass.cli.lab",
     "list": "kvmpass.cli.list",
     "monitor": "kvmpass.cli.monitor",
     "restore": "kvmpass.cli.restore",
     "show": "kvmpass.cli.show",
+    "unbind": "kvmpass.cli.handover",
 }
 
 COMPLETE = "_KVMPASS_COMPLETE"  # set by a shell's function: what it wants to know

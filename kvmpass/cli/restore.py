@@ -13,11 +13,12 @@ from kvmpass.cli.output import Output, host_command
 @click.command()
 @host_command
 def restore(output: Output) -> int:
-    """Give devices back that a killed kvmpass has left.
+    """Put devices back that a killed kvmpass has left.
 
-    While a device is borrowed, a journal (in /var/lib/kvmpass, or $KVMPASS_STATE_DIR) says which driver it had. A
-    process that ends in any normal way gives the device back itself. After a SIGKILL this command does: original
-    driver bound, driver_override as it was. One line is printed for each entry:
+    While a device is borrowed, bound or unbound, a journal (in /var/lib/kvmpass, or $KVMPASS_STATE_DIR) says what was
+    there. A process that ends in any normal way puts the device back itself. After a SIGKILL this command does:
+    original driver bound, driver_override and power settings as they were. What kvmpass bind has finished stays
+    bound. One line is printed for each entry:
 
     \b
       restored     the device is as it was before
@@ -29,7 +30,7 @@ def restore(output: Output) -> int:
 
     It can be run at any time, and again. The exit status is 1 if an entry is corrupt or failed, else 0.
     """
-    results = host.restore()
+    results = host.restore(say=output.note)
     output.document(results=[asdict(result) for result in results])
     if not results:
         output.text("nothing to restore")

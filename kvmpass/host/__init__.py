@@ -1,10 +1,11 @@
-"""The host's own view: its PCI devices and IOMMU groups, what keeps a device from being assigned, how to borrow one.
+"""The host's own view: its PCI devices and IOMMU groups, what keeps a device from being assigned, how to borrow one
+or to bind it for good.
 
 The only part of the project that changes drivers.
 """
 
 from kvmpass.host.address import Bdf
-from kvmpass.host.borrowing import Borrow, Restored, borrow, restore
+from kvmpass.host.borrowing import Borrow, borrow
 from kvmpass.host.capabilities import (
     Acs,
     Capabilities,
@@ -23,11 +24,13 @@ from kvmpass.host.checks import (
     check_host,
     check_memory,
     interrupt_remapping,
+    users,
 )
 from kvmpass.host.classes import class_words
 from kvmpass.host.description import BarInfo, Description, describe
 from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
 from kvmpass.host.filters import Filter, parse_filter, select
+from kvmpass.host.handover import Handover, bind, unbind
 from kvmpass.host.inventory import (
     DeviceStatus,
     HostStatus,
@@ -41,9 +44,10 @@ from kvmpass.host.inventory import (
     sriov_of,
 )
 from kvmpass.host.isolation import Bridge, Sibling, bridges_above, siblings
-from kvmpass.host.journal import Step
 from kvmpass.host.names import Names, name_of
 from kvmpass.host.processes import OpenNodes, Process
+from kvmpass.host.restoring import Restored, restore
+from kvmpass.host.steps import Step
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
 from kvmpass.host.watching import HostEvent, Uevent, watch_events
 
@@ -61,6 +65,7 @@ __all__ = [
     "Express",
     "FaultLog",
     "Filter",
+    "Handover",
     "HostEvent",
     "HostStatus",
     "Inventory",
@@ -82,6 +87,7 @@ __all__ = [
     "Step",
     "Sysfs",
     "Uevent",
+    "bind",
     "blockers",
     "borrow",
     "bridges_above",
@@ -103,5 +109,7 @@ __all__ = [
     "select",
     "siblings",
     "sriov_of",
+    "unbind",
+    "users",
     "watch_events",
 ]

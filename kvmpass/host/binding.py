@@ -1,8 +1,4 @@
-"""The steps that change a device's driver, each announced in the journal, and the one way back.
-
-Sources: drivers/pci/pci-driver.c (``new_id`` is never used: it would grab siblings), drivers/base/bus.c
-(``unbind``, ``drivers_probe``), Documentation/ABI/testing/sysfs-bus-pci (``driver_override``).
-"""
+"""Changing a device's driver: each step announced in the journal, checked afterwards, and the one way back."""
 
 from __future__ import annotations
 
@@ -13,13 +9,15 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 
-from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable, RestoreFailed
+from kvmpass.errors import HostNotReady, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
 from kvmpass.host.address import Bdf
-from kvmpass.host.journal import Entry, Journal, Step
+from kvmpass.host.journal import Entry, Journal, Operation
 from kvmpass.host.processes import holders
+from kvmpass.host.steps import MATCHING, ON_VFIO_PCI, Setting, Step, driver_changes, other_changes
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
-from kvmpass.host.usage import VFIO_PCI, vfio_nodes
+from kvmpass.host.usage import VFIO_PCI, usage, vfio_nodes
 
 log = logging.getLogger(__name__)
 
@@ -49,33 +47,32 @@ class Binder:
         self.journal = journal
         self.timeout = timeout
 
+    def load_driver(self) -> None:
+        """Have vfio-pci in the kernel. Raises ``HostNotReady``."""
+        if not self.sysfs.path(PCI_DRIVERS, VFIO_PCI).is_dir():
+            self.sysfs.load_module(VFIO_PCI)
+
     # --- there
 
     def take(self, entry: Entry) -> PciDevice:
         """Bind the entry's device to vfio-pci. Raises ``OSError``, ``NotAssignable``, ``HostNotReady``."""
-        with self._changing(entry.bdf):
-            return self._take(entry)
-
-    def _take(self, entry: Entry) -> PciDevice:
         bdf = entry.bdf
-        self._announce(entry, Step.RECORDED)
-        if entry.driver != VFIO_PCI:
-            self._announce(entry, Step.OVERRIDE)
-            self._override(bdf, VFIO_PCI)
-            if entry.driver is not None:
-                self._announce(entry, Step.UNBIND)
-                self._unbind(bdf, entry.driver)
-            self._announce(entry, Step.PROBE)
-            self._probe(bdf)
-            if not self._wait_for_driver(bdf, VFIO_PCI):
-                raise NotAssignable(
-                    f"vfio-pci does not take {bdf}: its driver is {self.sysfs.driver(bdf) or 'none'} now",
-                    "the kernel's log says why: dmesg | grep vfio",
-                )
-        self._wait_for_node(bdf)
-        self._announce(entry, Step.BOUND)
-        log.debug("%s is on vfio-pci, before: %s", bdf, entry.driver or "no driver")
-        return self.sysfs.device(bdf)
+        with self._changing(bdf):
+            self._announce(entry, Step.RECORDED)
+            self._change_driver(entry, ON_VFIO_PCI)
+            self._wait_for_node(bdf)
+            self._announce(entry, Step.BOUND)
+            self._confirm(bdf, ON_VFIO_PCI)
+            log.debug("%s is on vfio-pci, before: %s", bdf, entry.driver or "no driver")
+            return self.sysfs.device(bdf)
+
+    def give(self, entry: Entry, wanted: Setting) -> None:
+        """Take the entry's device from vfio-pci and make it as wanted. Raises ``OSError``, ``RestoreFailed``."""
+        with self._changing(entry.bdf):
+            self._announce(entry, Step.RECORDED)
+            self._make(entry, wanted)
+            self._announce(entry, Step.RETURNED)
+            self._confirm(entry.bdf, wanted)
 
     # --- and back
 
@@ -98,37 +95,63 @@ class Binder:
 
     def _give_back(self, entry: Entry) -> str:
         bdf = entry.bdf
-        now = self.sysfs.device(bdf)
-        if entry.driver == VFIO_PCI:
-            return "it was on vfio-pci before and stays there"
-        if now.driver == VFIO_PCI:
-            self._check_let_go(now)
-            self._announce(entry, Step.RETURN_UNBIND)
-            self._unbind(bdf, VFIO_PCI)
-        elif now.driver not in (None, entry.driver):
+        now = Setting.of(self.sysfs, bdf)
+        if now.driver not in (None, entry.driver, entry.target) and entry.target != MATCHING:
             # Somebody bound it anew meanwhile: taking it away from them would be a second surprise.
-            if now.driver_override == VFIO_PCI:
+            if now.override in (VFIO_PCI, entry.target) and now.override != entry.override:
                 self._override(bdf, entry.override)
             return f"bound to {now.driver} by someone else meanwhile, left there"
-        if entry.driver is not None and self.sysfs.driver(bdf) is None:
-            self._announce(entry, Step.RETURN_PROBE)
-            self._bind(bdf, entry.driver)
-        if self.sysfs.driver_override(bdf) != entry.override:
-            self._announce(entry, Step.RETURN_OVERRIDE)
-            self._override(bdf, entry.override)
+        if entry.operation is Operation.UNBIND and now.driver not in (None, VFIO_PCI):
+            uses = usage(self.sysfs, self.sysfs.device(bdf), partial(holders, self.sysfs))
+            if uses:  # the unbind was all but done, and the host has begun to use the device
+                self._finish(entry, Setting(now.driver, entry.target_override))
+                return f"driver {now.driver}, in use there by now, left there: {'; '.join(uses)}"
+        if now == entry.before and now.driver == VFIO_PCI:
+            return "it was on vfio-pci before and stays there"
+        self._make(entry, entry.before)
+        return str(entry.before)
+
+    # --- either way
+
+    def _make(self, entry: Entry, wanted: Setting) -> None:
+        """Driver, override and power settings. Raises ``OSError``, ``RestoreFailed``, ``NotAssignable``."""
+        self._change_driver(entry, wanted)
+        self._finish(entry, wanted)
+        now = Setting.of(self.sysfs, entry.bdf)
+        if wanted.driver not in (now.driver, MATCHING) or now.override != wanted.override:
+            raise RestoreFailed(
+                f"{entry.bdf} has driver {now.driver or 'none'} and override {now.override or 'none'} now"
+            )
+
+    def _change_driver(self, entry: Entry, wanted: Setting) -> None:
+        bdf = entry.bdf
+        now = Setting.of(self.sysfs, bdf)
+        if now.driver == VFIO_PCI != wanted.driver:
+            self._check_let_go(self.sysfs.device(bdf))
+        for change in driver_changes(bdf, now, wanted):
+            self._announce(entry, change.step)
+            if change.step in (Step.UNBIND, Step.RETURN_UNBIND):
+                self._unbind(bdf, now.driver or "")
+            elif change.step in (Step.PROBE, Step.RETURN_PROBE):
+                self._bind(bdf, wanted.driver or "")
+            else:
+                self._override(bdf, change.text)
+
+    def _finish(self, entry: Entry, wanted: Setting) -> None:
+        for change in other_changes(entry.bdf, Setting.of(self.sysfs, entry.bdf), wanted):
+            if change.step is Step.RETURN_OVERRIDE:
+                self._announce(entry, change.step)
+                self._override(entry.bdf, change.text)
         self._announce(entry, Step.RETURN_POWER)
-        self._power(entry)
-        found = (self.sysfs.driver(bdf), self.sysfs.driver_override(bdf))
-        if found != (entry.driver, entry.override):
-            raise RestoreFailed(f"{bdf} has driver {found[0] or 'none'} and override {found[1] or 'none'} now")
-        return f"driver {entry.driver or 'none'}" + (f", override {entry.override}" if entry.override else "")
+        for change in other_changes(entry.bdf, Setting.of(self.sysfs, entry.bdf), wanted):
+            self.sysfs.write(self.sysfs.path(change.path), change.text)
 
     def _check_let_go(self, device: PciDevice) -> None:
         # The kernel would wait for the holder, and for ever if the holder is this process.
         held = holders(self.sysfs, vfio_nodes(self.sysfs, device.bdf, None))
         group = self.sysfs.group(device.group) if device.group is not None else None
         if group is not None and len(group.devices) == 1:  # a shared group may be open for a sibling
-            held |= holders(self.sysfs, [f"/dev/vfio/{group.id}"])
+            held |= holders(self.sysfs, vfio_nodes(self.sysfs, device.bdf, group.id))
         for who in held.values():
             raise RestoreFailed(f"{device.bdf} is still open in {' and '.join(map(str, who))}")
 
@@ -139,11 +162,13 @@ class Binder:
         """Wait until no earlier change of the device is under way in the kernel, then keep others waiting.
 
         A write outlives the process that was killed while it waited for it: what we saw now would not last.
+        Whatever fails because the device has gone is a ``NoSuchDevice``.
         """
+        gone = f"there is no PCI device {bdf} any more"
         try:
             fd = os.open(self.sysfs.device_path(bdf), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise NoSuchDevice(f"there is no PCI device {bdf} any more") from None
+            raise NoSuchDevice(gone) from None
         try:
             deadline = time.monotonic() + self.timeout
             while not _try_lock(fd):
@@ -154,6 +179,10 @@ class Binder:
                 time.sleep(0.01)
             self._change = fd
             yield
+        except (OSError, KvmpassError) as error:
+            if self.sysfs.device_path(bdf).exists():
+                raise
+            raise NoSuchDevice(gone) from error
         finally:
             self._change = None
             os.close(fd)
@@ -168,30 +197,66 @@ class Binder:
         self.sysfs.write(self.sysfs.device_path(bdf) / "driver_override", f"{driver or ''}\n")
 
     def _unbind(self, bdf: Bdf, driver: str) -> None:
-        self.sysfs.write(self.sysfs.path(PCI_DRIVERS, driver, "unbind"), str(bdf), self.timeout, self._change)
-        if self.sysfs.driver(bdf) == driver:
+        try:
+            self._write(bdf, PCI_DRIVERS, driver, "unbind")
+        except TimeoutError:
+            raise
+        except OSError:  # ENODEV: somebody else unbound it after we looked
+            if self.sysfs.driver(bdf) == driver:
+                raise
+        now = self.sysfs.driver(bdf)
+        if now == driver:
             raise RestoreFailed(f"{driver} does not let go of {bdf}")
-
-    def _probe(self, bdf: Bdf) -> None:
-        self.sysfs.write(self.sysfs.path("sys/bus/pci/drivers_probe"), str(bdf), self.timeout, self._change)
+        if now is not None:
+            raise RestoreFailed(f"{bdf} went from {driver} to {now}: somebody else changes its driver too")
 
     def _bind(self, bdf: Bdf, driver: str) -> None:
-        # With an override no other driver that matches the device can come first.
-        self._override(bdf, driver)
-        with contextlib.suppress(OSError):
-            self._probe(bdf)
-        if self._wait_for_driver(bdf, driver, 0.2):
+        """Let the kernel find the driver that the override names, or with ``MATCHING`` any."""
+        reason = self._attempt(bdf, "sys/bus/pci/drivers_probe")
+        if driver == MATCHING:
+            self._wait_for_driver(bdf, driver, 0.2)
+            if self.sysfs.driver(bdf) == VFIO_PCI:
+                device = self.sysfs.device(bdf)
+                raise RestoreFailed(
+                    f"vfio-pci takes {bdf} again: it was told to take all devices of that kind",
+                    f"echo {device.vendor:04x} {device.device:04x} > /sys/bus/pci/drivers/vfio-pci/remove_id, "
+                    "or remove vfio-pci.ids from the kernel's command line or from modprobe.d",
+                )
             return
-        self.sysfs.write(self.sysfs.path(PCI_DRIVERS, driver, "bind"), str(bdf), self.timeout, self._change)
-        if not self._wait_for_driver(bdf, driver):
-            raise RestoreFailed(f"{driver} does not take {bdf} back")
+        if not self._wait_for_driver(bdf, driver, 0.2) and self.sysfs.driver(bdf) is None:
+            reason = self._attempt(bdf, PCI_DRIVERS, driver, "bind") or reason
+        if self._wait_for_driver(bdf, driver):
+            return
+        kind = NotAssignable if driver == VFIO_PCI else RestoreFailed
+        now = self.sysfs.driver(bdf)
+        if now is not None:
+            raise kind(f"{bdf} went to {now} instead of {driver}: somebody else changes its driver too")
+        if not self.sysfs.path(PCI_DRIVERS, driver).is_dir():
+            raise kind(f"{bdf} cannot go to {driver}: there is no such driver in this kernel now", "load its module")
+        raise kind(
+            f"{driver} does not take {bdf}: it has no driver now" + (f" ({reason})" if reason else ""),
+            f"the kernel's log says why: dmesg | grep {bdf}",
+        )
 
-    def _power(self, entry: Entry) -> None:
-        # vfio-pci allows runtime suspend while it has the device and forbids it afterwards.
-        base = self.sysfs.device_path(entry.bdf)
-        for name, before in (("power/control", entry.power_control), ("d3cold_allowed", entry.d3cold_allowed)):
-            if before is not None and self.sysfs.text(str(base / name)) not in (before, None):
-                self.sysfs.write(base / name, before)
+    def _confirm(self, bdf: Bdf, wanted: Setting) -> None:
+        """The last look: nobody else has changed the driver since."""
+        now = self.sysfs.driver(bdf)
+        if now != wanted.driver and (wanted.driver != MATCHING or now == VFIO_PCI):
+            kind = NotAssignable if wanted.driver == VFIO_PCI else RestoreFailed
+            raise kind(f"{bdf} is on {now or 'no driver'} by now: somebody else changes its driver too")
+
+    def _attempt(self, bdf: Bdf, *parts: str) -> str:
+        """Write, where only the driver link tells whether it worked; returns what the kernel said against it."""
+        try:
+            self._write(bdf, *parts)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
+
+    def _write(self, bdf: Bdf, *parts: str) -> None:
+        self.sysfs.write(self.sysfs.path(*parts), str(bdf), self.timeout, self._change)
 
     # --- waiting
 
@@ -199,7 +264,7 @@ class Binder:
         # Probing is done when the write returns, except for drivers that ask for it to be asynchronous.
         deadline = time.monotonic() + (NODE_TIMEOUT if seconds is None else seconds)
         while (now := self.sysfs.driver(bdf)) != driver:
-            if now is not None or time.monotonic() > deadline:
+            if now is not None or time.monotonic() > deadline or not self.sysfs.device_path(bdf).exists():
                 return False
             time.sleep(0.01)
         return True

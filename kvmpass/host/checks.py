@@ -72,16 +72,22 @@ def blockers(
     elif device.group is not None:
         group = sysfs.group(device.group)
         yield from _unviable(sysfs, device, group, {device.bdf, *together})
-        yield from _assigned(sysfs, device, group, holders)
-        reasons = usage(sysfs, device, holders)
-        if reasons:
-            yield Blocker(
-                kind="in-use",
-                brief="in use here",
-                cause=f"{device.bdf} is in use: {'; '.join(reasons)}",
-                remedy="unmount, switch off or close what uses it, then try again",
-                error=DeviceInUse,
-            )
+        yield from users(sysfs, device, holders)
+
+
+def users(sysfs: Sysfs, device: PciDevice, holders: Holders | None = None) -> Iterator[Blocker]:
+    """Of the reasons against a device those for which somebody must let go first: ``assigned`` and ``in-use``."""
+    holders = holders or partial(processes.holders, sysfs)
+    yield from _assigned(sysfs, device, holders)
+    reasons = usage(sysfs, device, holders)
+    if reasons:
+        yield Blocker(
+            kind="in-use",
+            brief="in use here",
+            cause=f"{device.bdf} is in use: {'; '.join(reasons)}",
+            remedy="unmount, switch off or close what uses it, then try again",
+            error=DeviceInUse,
+        )
 
 
 def _unfit(sysfs: Sysfs, device: PciDevice) -> Blocker | None:
@@ -136,17 +142,25 @@ def is_harmless(device: PciDevice) -> bool:
     return device.driver is None or device.driver in HARMLESS_DRIVERS or device.is_pci_bridge
 
 
-def _assigned(sysfs: Sysfs, device: PciDevice, group: IommuGroup, holders: Holders) -> Iterator[Blocker]:
-    own = vfio_nodes(sysfs, device.bdf, group.id)
-    siblings = [node for other in group.devices if other != device.bdf for node in vfio_nodes(sysfs, other, None)]
-    held = holders([*own, *siblings])
+def _assigned(sysfs: Sysfs, device: PciDevice, holders: Holders) -> Iterator[Blocker]:
+    members = () if device.group is None else sysfs.group(device.group).devices
+    own = vfio_nodes(sysfs, device.bdf, device.group)
+    siblings = [node for other in members if other != device.bdf for node in vfio_nodes(sysfs, other, None)]
+    what = "is assigned by" if len(members) <= 1 else f"is in IOMMU group {device.group}, assigned by"
+    yield from _held(holders, [*own, *siblings], f"{device.bdf} {what}")
+    for function in sysfs.virtual_functions(device.bdf):  # they vanish with its driver, or keep it waiting
+        nodes = vfio_nodes(sysfs, function, sysfs.device(function).group)
+        yield from _held(holders, nodes, f"{device.bdf} has the virtual function {function}, assigned by")
+
+
+def _held(holders: Holders, nodes: list[str], what: str) -> Iterator[Blocker]:
+    held = holders(nodes)
     if held:
         who = " and ".join(str(process) for process in sorted({one for found in held.values() for one in found}))
-        what = "is assigned by" if len(group.devices) == 1 else f"is in IOMMU group {group.id}, assigned by"
         yield Blocker(
             kind="assigned",
             brief="already assigned",
-            cause=f"{device.bdf} {what} {who}",
+            cause=f"{what} {who}",
             remedy="stop that process first, or choose another device",
             error=DeviceInUse,
         )

@@ -1,17 +1,17 @@
-"""The journal of borrowed devices: what was there before, on disk, before anything is changed.
+"""The journal: what was there before, on disk, before anything is changed.
 
-One JSON file for each device in ``$KVMPASS_STATE_DIR/journal`` (default ``/var/lib/kvmpass/journal``). A file is
-replaced in one step, so a reader finds the old or the new text and never half of one. An entry belongs to a boot
-(bindings vanish with it) and to a process (while that lives, nobody else touches the device).
+One JSON file for each device in ``$KVMPASS_STATE_DIR/journal`` (default ``/var/lib/kvmpass/journal``) while its
+driver is being changed, or while it is borrowed. A file is replaced in one step, so a reader finds the old or the new
+text and never half of one. An entry belongs to a boot (bindings vanish with it) and to a process (while a borrower
+lives, nobody else touches the device). The entry of a completed bind moves to ``bound`` beside it: the record by
+which the device is given back one day.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -20,31 +20,30 @@ from typing import Self
 
 from kvmpass.errors import BadAddress, JournalError
 from kvmpass.host.address import Bdf
+from kvmpass.host.lock import HostLock, Say
 from kvmpass.host.processes import process, start_time
+from kvmpass.host.steps import Setting, Step
 from kvmpass.host.sysfs import Sysfs
+from kvmpass.host.usage import VFIO_PCI
 
 SCHEMA = 1
-LOCK_TIMEOUT = 90.0  # seconds: longer than one holder's worst case for a device or two
 
 
-class Step(StrEnum):
-    """What an owner is about to do when the entry says so. Undoing looks at the device, not at the step."""
+class Operation(StrEnum):
+    """What an entry was written for."""
 
-    RECORDED = "recorded"
-    OVERRIDE = "override"
+    ASSIGN = "assign"  # borrowed: the entry stays for as long as the owner has the device
+    BIND = "bind"
     UNBIND = "unbind"
-    PROBE = "probe"
-    BOUND = "bound"
-    RETURN_UNBIND = "return-unbind"
-    RETURN_PROBE = "return-probe"
-    RETURN_OVERRIDE = "return-override"
-    RETURN_POWER = "return-power"
-    RETURNED = "returned"
 
 
 @dataclass(slots=True)
 class Entry:
-    """One borrowed device. ``driver``, ``override``, ``power_control`` and ``d3cold_allowed`` are what was there."""
+    """One device. ``driver``, ``override``, ``power_control`` and ``d3cold_allowed`` are what was there.
+
+    ``target`` is the driver that the operation gives the device to (``*``: whichever matches), ``target_override``
+    the override that it leaves.
+    """
 
     bdf: Bdf
     boot_id: str
@@ -56,24 +55,32 @@ class Entry:
     power_control: str | None
     d3cold_allowed: str | None
     step: Step = Step.RECORDED
+    operation: Operation = Operation.ASSIGN
+    target: str | None = VFIO_PCI
+    target_override: str | None = VFIO_PCI
 
     @classmethod
     def of(cls, sysfs: Sysfs, bdf: Bdf) -> Self:
-        """Look at the device; this process becomes the owner."""
+        """Look at the device; this process becomes the owner. Raises ``NoSuchDevice``."""
         pid = os.getpid()
-        device = sysfs.device(bdf)
-        base = sysfs.device_path(bdf)
+        sysfs.device(bdf)
+        now = Setting.of(sysfs, bdf)
         return cls(
             bdf=bdf,
             boot_id=boot_id(sysfs),
             pid=pid,
             start_time=start_time(sysfs, pid) or 0,
             command=process(sysfs, pid).name,
-            driver=device.driver,
-            override=device.driver_override,
-            power_control=sysfs.text(str(base / "power/control")),
-            d3cold_allowed=sysfs.text(str(base / "d3cold_allowed")),
+            driver=now.driver,
+            override=now.override,
+            power_control=now.power_control,
+            d3cold_allowed=now.d3cold_allowed,
         )
+
+    @property
+    def before(self) -> Setting:
+        """What was there."""
+        return Setting(self.driver, self.override, self.power_control, self.d3cold_allowed)
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **asdict(self), "bdf": str(self.bdf)}, indent=1) + "\n"
@@ -90,9 +97,12 @@ class Entry:
                 raise ValueError(f"no valid {name}")
         if not all(name in content and isinstance(content[name], str | None) for name in optional):
             raise ValueError("no valid record of what was there")
+        if not all(isinstance(content.get(name), str | None) for name in ("target", "target_override")):
+            raise ValueError("no valid target")
         try:
             content["bdf"] = Bdf.parse(str(content.get("bdf")))
             content["step"] = Step(str(content.get("step")))
+            content["operation"] = Operation(str(content.get("operation", Operation.ASSIGN)))
             return cls(**content)
         except (BadAddress, TypeError) as error:
             raise ValueError(str(error)) from None
@@ -101,9 +111,14 @@ class Entry:
         """Written before the last reboot: the binding it speaks of is gone."""
         return self.boot_id != boot_id(sysfs)
 
-    def owner_lives(self, sysfs: Sysfs) -> bool:
-        """Whether the very process that wrote the entry still runs (not another one with its number)."""
-        return not self.is_stale(sysfs) and start_time(sysfs, self.pid) == self.start_time
+    def is_owned(self, sysfs: Sysfs) -> bool:
+        """Whether the very process that borrowed the device still runs (not another one with its number).
+
+        Only of use under the lock. Who binds and unbinds has it from the first change to the last: what is found
+        under the lock was left, even if that process still runs.
+        """
+        borrowed = self.operation is Operation.ASSIGN and not self.is_stale(sysfs)
+        return borrowed and start_time(sysfs, self.pid) == self.start_time
 
 
 def boot_id(sysfs: Sysfs) -> str:
@@ -117,42 +132,15 @@ def default_state_dir() -> Path:
     return Path(os.environ.get("KVMPASS_STATE_DIR") or "/var/lib/kvmpass")
 
 
-class Journal:
-    """The entries of a host, and the lock under which drivers change."""
+class Entries:
+    """A directory of entries, one file for each device."""
 
-    def __init__(self, state_dir: Path | None = None) -> None:
-        self.state_dir = default_state_dir() if state_dir is None else Path(state_dir)
-        self.directory = self.state_dir / "journal"
+    def __init__(self, directory: Path, what: str) -> None:
+        self.directory = directory
+        self._what = what
 
     def path(self, bdf: Bdf) -> Path:
         return self.directory / f"{bdf}.json"
-
-    @contextlib.contextmanager
-    def lock(self, timeout: float = LOCK_TIMEOUT) -> Iterator[None]:
-        """One process at a time changes drivers on this host. Raises ``JournalError`` after ``timeout`` seconds."""
-        try:
-            self.directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-            fd = os.open(self.state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except PermissionError as error:
-            error.add_note("run as root: taking and giving back devices changes drivers")
-            raise
-        try:
-            deadline = time.monotonic() + timeout
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise JournalError(
-                            f"another kvmpass has been changing drivers for {timeout:g} s "
-                            f"(lock {self.state_dir / 'lock'})",
-                            "see what hangs: ps, dmesg; then try again",
-                        ) from None
-                    time.sleep(0.02)
-            yield
-        finally:
-            os.close(fd)
 
     def write(self, entry: Entry) -> None:
         """Put the entry on disk, old or new but never half (rename(2)). Raises ``OSError``."""
@@ -181,14 +169,16 @@ class Journal:
                 raise ValueError(f"it speaks of {entry.bdf}")
         except ValueError as error:
             raise JournalError(
-                f"the journal entry {self.path(bdf)} cannot be read: {error}",
+                f"the {self._what} {self.path(bdf)} cannot be read: {error}",
                 "kvmpass restore puts it aside; look at the device's driver before it is used again",
             ) from None
         return entry
 
     def remove(self, bdf: Bdf) -> None:
-        self.path(bdf).unlink(missing_ok=True)
-        self._sync()
+        path = self.path(bdf)
+        if path.exists():
+            path.unlink(missing_ok=True)
+            self._sync()
 
     def set_aside(self, path: Path) -> Path:
         """Keep an unreadable entry under a name that is not looked at again."""
@@ -198,7 +188,7 @@ class Journal:
         return aside
 
     def files(self) -> list[Path]:
-        """The entries' files, by name; empty without a journal. Raises ``PermissionError``."""
+        """The entries' files, by name; empty without a directory. Raises ``PermissionError``."""
         try:
             return sorted(path for path in self.directory.iterdir() if path.suffix == ".json")
         except FileNotFoundError:
@@ -214,3 +204,27 @@ class Journal:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+class Journal(Entries):
+    """The entries of a host, the records of completed bindings, and the lock under which drivers change."""
+
+    def __init__(self, state_dir: Path | None = None) -> None:
+        self.state_dir = default_state_dir() if state_dir is None else Path(state_dir)
+        super().__init__(self.state_dir / "journal", "journal entry")
+        self.bound = Entries(self.state_dir / "bound", "record of the bound device")
+        self._lock = HostLock(self.state_dir / "lock")
+
+    @contextlib.contextmanager
+    def lock(self, say: Say | None = None) -> Iterator[None]:
+        """One process at a time changes drivers on this host; see :meth:`HostLock.hold`."""
+        with self._lock.hold(say):
+            for entries in (self, self.bound):
+                entries.directory.mkdir(mode=0o755, exist_ok=True)
+            yield
+
+    def keep(self, bdf: Bdf) -> None:
+        """The bind is complete: its entry becomes the record of it, in one step (rename(2))."""
+        self.path(bdf).rename(self.bound.path(bdf))
+        self._sync()
+        self.bound._sync()

@@ -248,6 +248,12 @@ class Sysfs:
         base = f"{PCI_DEVICES}/{bdf}"
         return bool(self.number(base, "sriov_totalvfs")) or self.link(base, "physfn") is not None
 
+    def virtual_functions(self, bdf: Bdf) -> list[Bdf]:
+        """The virtual functions that are enabled on a physical one, by address."""
+        base = (PCI_DEVICES, str(bdf))
+        links = [self.link(*base, name) for name in self.names(*base) if name.startswith("virtfn")]
+        return sorted(Bdf.parse(link) for link in links if link is not None)
+
     def header_type(self, bdf: Bdf) -> int | None:
         """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1)."""
         try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kvmpass.host.address import Bdf
 from kvmpass.host.processes import Holders
-from kvmpass.host.sysfs import PCI_DEVICES, PciDevice, Sysfs
+from kvmpass.host.sysfs import IOMMU_GROUPS, NOIOMMU_NAME, PCI_DEVICES, PciDevice, Sysfs
 
 VFIO_PCI = "vfio-pci"
 
@@ -35,7 +35,10 @@ def usage(sysfs: Sysfs, device: PciDevice, holders: Holders) -> list[str]:
 
 def vfio_nodes(sysfs: Sysfs, bdf: Bdf, group: int | None) -> list[str]:
     """The nodes through which a process can own the device: its group's, its own character device."""
-    nodes = [f"/dev/vfio/{group}"] if group is not None else []
+    nodes = []
+    if group is not None:
+        no_iommu = sysfs.text(IOMMU_GROUPS, str(group), "name") == NOIOMMU_NAME
+        nodes.append(f"/dev/vfio/{'noiommu-' if no_iommu else ''}{group}")  # drivers/vfio/group.c
     nodes += [f"/dev/vfio/devices/{name}" for name in sysfs.names(PCI_DEVICES, str(bdf), "vfio-dev")]
     return nodes
 

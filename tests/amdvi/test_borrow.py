@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from drivers import SYSFS, Child, facts, look, namespace, until
 
 from kvmpass import host
 from kvmpass.errors import (
@@ -25,11 +26,17 @@ from kvmpass.errors import (
     NotEnoughMemory,
     RestoreFailed,
 )
-from kvmpass.host import Bdf, PciDevice, Step, Sysfs, binding, check_assignable
+from kvmpass.host import Bdf, Step, binding, check_assignable
 
-SYSFS = Sysfs()
 TAKING = [Step.RECORDED, Step.OVERRIDE, Step.UNBIND, Step.PROBE, Step.BOUND]
-RETURNING = [Step.RETURN_UNBIND, Step.RETURN_PROBE, Step.RETURN_OVERRIDE, Step.RETURN_POWER, Step.RETURNED]
+RETURNING = [
+    Step.RETURN_PREPARE,
+    Step.RETURN_UNBIND,
+    Step.RETURN_PROBE,
+    Step.RETURN_OVERRIDE,
+    Step.RETURN_POWER,
+    Step.RETURNED,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -47,64 +54,6 @@ def untouched(nvme: str, edu: str, state: Path) -> Iterator[None]:
     assert not list((state / "journal").glob("*"))
     if look(nvme).driver == "nvme":
         namespace(nvme)
-
-
-def facts() -> list[tuple[object, ...]]:
-    return [
-        (d.bdf, d.driver, d.driver_override, d.group, SYSFS.text("sys/bus/pci/devices", str(d.bdf), "power/control"))
-        for d in SYSFS.devices()
-    ]
-
-
-def look(bdf: str) -> PciDevice:
-    return SYSFS.device(Bdf.parse(bdf))
-
-
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
-def namespace(nvme: str) -> str:
-    """The drive's first namespace, such as ``nvme0n1``; the driver finds it some time after it has the drive."""
-
-    def names() -> list[str]:
-        found = Path("/sys/bus/pci/devices", nvme, "nvme").glob("nvme*/nvme*n*")
-        return sorted(path.name for path in found if Path("/dev", path.name).exists())
-
-    until(lambda: bool(names()))
-    return names()[0]
-
-
-class Child:
-    """A forked process that does something until it is told to end."""
-
-    def __init__(self, action: Callable[[], object]) -> None:
-        reader, writer = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            status = 9
-            try:
-                os.close(reader)
-                self.ready = lambda: os.close(writer)
-                action()
-                status = 0
-            except KeyboardInterrupt:
-                status = 7
-            finally:
-                os._exit(status)
-        os.close(writer)
-        self.reader = reader
-
-    def wait(self) -> int:
-        """The exit status, or the negated signal."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-    def kill(self, number: int = signal.SIGKILL) -> int:
-        os.kill(self.pid, number)
-        return self.wait()
 
 
 # --- there and back

@@ -1,6 +1,50 @@
-"""Property tests give the same examples in every run, however slow the machine is at that moment."""
+"""What several files of unit tests share.
 
+Property tests give the same examples in every run, however slow the machine is at that moment.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from handover_stage import AtStep, Stage
 from hypothesis import HealthCheck, settings
+
+from kvmpass.host import Bdf, Step, binding
 
 settings.register_profile("kvmpass", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvmpass")
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Stage]:
+    """``made("bind")`` and ``made("unbind")``: a host just before that operation."""
+    monkeypatch.setattr(binding, "NODE_TIMEOUT", 0.02)
+    number = itertools.count()
+    return lambda operation: Stage(tmp_path / f"host{next(number)}", operation)
+
+
+@pytest.fixture
+def one(made: Callable[[str], Stage]) -> Stage:
+    return made("bind")
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> AtStep:
+    """Do something at the first of those steps; returns a list that says whether it was reached."""
+
+    def arrange(wanted: Step, action: Callable[[], object]) -> list[Step]:
+        reached: list[Step] = []
+
+        def hook(step: Step, bdf: Bdf) -> None:
+            if step == wanted and not reached:
+                reached.append(step)
+                action()
+
+        monkeypatch.setattr(binding, "_step", hook)
+        return reached
+
+    return arrange

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from handover_stage import AtStep
 from host_tree import Host
 
 from kvmpass.errors import BadAddress, DeviceInUse, HostNotReady, JournalError, NotAssignable, RestoreFailed
@@ -22,7 +23,14 @@ BEFORE: dict[str, tuple[str | None, str | None]] = {
     NIC: ("e1000e", "e1000e"),
 }
 TAKING = [Step.RECORDED, Step.OVERRIDE, Step.UNBIND, Step.PROBE, Step.BOUND]
-RETURNING = [Step.RETURN_UNBIND, Step.RETURN_PROBE, Step.RETURN_OVERRIDE, Step.RETURN_POWER, Step.RETURNED]
+RETURNING = [
+    Step.RETURN_PREPARE,
+    Step.RETURN_UNBIND,
+    Step.RETURN_PROBE,
+    Step.RETURN_OVERRIDE,
+    Step.RETURN_POWER,
+    Step.RETURNED,
+]
 
 
 @pytest.fixture
@@ -38,18 +46,6 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
     return tmp_path / "state"
-
-
-@pytest.fixture
-def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Step, Callable[[], None]], None]:
-    def arrange(wanted: Step, action: Callable[[], None]) -> None:
-        def hook(step: Step, bdf: Bdf) -> None:
-            if step == wanted:
-                action()
-
-        monkeypatch.setattr(binding, "_step", hook)
-
-    return arrange
 
 
 def as_before(host: Host, state: Path) -> bool:
@@ -138,9 +134,7 @@ def test_a_failure_while_taking(
 
 
 @pytest.mark.parametrize("step", RETURNING)
-def test_a_failure_while_giving_back_is_tried_again(
-    host: Host, state: Path, step: Step, at_step: Callable[[Step, Callable[[], None]], None]
-) -> None:
+def test_a_failure_while_giving_back_is_tried_again(host: Host, state: Path, step: Step, at_step: AtStep) -> None:
     failures: Iterator[None] = iter([None])
 
     def fail() -> None:
@@ -211,7 +205,7 @@ def test_no_node_appears(host: Host, state: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", TAKING + RETURNING)
 def test_signals_wait_and_are_not_lost(
-    host: Host, state: Path, step: Step, number: signal.Signals, at_step: Callable[[Step, Callable[[], None]], None]
+    host: Host, state: Path, step: Step, number: signal.Signals, at_step: AtStep
 ) -> None:
     """Twice: an impatient user presses Ctrl-C again while the device is being given back."""
 
@@ -248,7 +242,7 @@ def test_from_another_thread(host: Host, state: Path) -> None:
 
 
 @pytest.mark.parametrize("step", TAKING + RETURNING)
-def test_killed(host: Host, state: Path, step: Step, at_step: Callable[[Step, Callable[[], None]], None]) -> None:
+def test_killed(host: Host, state: Path, step: Step, at_step: AtStep) -> None:
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
     def child() -> None:

@@ -352,7 +352,7 @@ def test_restore_command(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     from kvmpass.cli.restore import restore as command
 
     results: list[library.Restored] = []
-    monkeypatch.setattr(library, "restore", lambda: results)
+    monkeypatch.setattr(library, "restore", lambda say: results)
 
     def run() -> tuple[str, object]:
         outcome = CliRunner().invoke(command, standalone_mode=False)

@@ -1,0 +1,283 @@
+"""Hand devices over to vfio-pci until they are handed back, or until the next boot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kvmpass._signals import deferred
+from kvmpass.errors import DriverPinned
+from kvmpass.host.address import Bdf
+from kvmpass.host.binding import DRIVER_TIMEOUT
+from kvmpass.host.borrowing import distinct
+from kvmpass.host.checks import Blocker, blockers, users
+from kvmpass.host.journal import Journal, Operation
+from kvmpass.host.lock import Say
+from kvmpass.host.steps import MATCHING, ON_VFIO_PCI, Setting, all_changes
+from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
+from kvmpass.host.undoing import Undo, check_owner, check_privilege
+from kvmpass.host.usage import VFIO_PCI
+
+FORCE_HINT = "--force takes it all the same: what uses it will fail"
+DRIVERCTL = "etc/driverctl.d"
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What became of one device; in a dry run, what would.
+
+    ``outcome``: ``changed``; ``already``: as wished before; ``planned``: by a dry run; ``excluded``: a bridge of the
+    group, left alone. ``before`` and ``after`` are drivers, None for none; ``after`` of a dry run is ``*`` where the
+    kernel is to choose. ``steps`` are the writes, as a shell has them.
+    """
+
+    bdf: Bdf
+    outcome: Literal["changed", "already", "planned", "excluded"]
+    before: str | None
+    after: str | None
+    steps: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def bind(
+    bdfs: Sequence[Bdf | str],
+    *,
+    group: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    sysfs: Sysfs | None = None,
+    state_dir: Path | None = None,
+    timeout: float = DRIVER_TIMEOUT,
+    say: Say | None = None,
+) -> list[Handover]:
+    """Bind devices to vfio-pci, all or none, until :func:`unbind` or the next boot. Returns one result for each.
+
+    ``group``: with all other devices of their IOMMU groups, bridges excluded. What was there is remembered in
+    ``state_dir`` (as for :func:`borrow`). Whoever borrows a bound device leaves it bound. A process that is killed
+    on the way leaves an entry for :func:`restore`. ``force`` takes devices that the host uses, or that driverctl
+    keeps on another driver; never one that a process has open through VFIO, or has borrowed.
+
+    Raises, before any change, ``BadAddress``, ``NoSuchDevice``, ``NotAssignable`` (bridge, no IOMMU group),
+    ``DeviceInUse``, ``DriverPinned``, ``PermissionError``, ``JournalError``; ``HostNotReady``, ``NotAssignable``,
+    ``OSError`` after everything has been put back, with a note if it could not be. A sibling on a host driver, which
+    keeps the group from being assigned, is only a warning.
+    """
+    work = _Work(Operation.BIND, group, force, sysfs or Sysfs(), Journal(state_dir))
+    return work.run(distinct(bdfs), dry_run, timeout, say)
+
+
+def unbind(
+    bdfs: Sequence[Bdf | str],
+    *,
+    group: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    sysfs: Sysfs | None = None,
+    state_dir: Path | None = None,
+    timeout: float = DRIVER_TIMEOUT,
+    say: Say | None = None,
+) -> list[Handover]:
+    """Give devices that are on vfio-pci back to the drivers that :func:`bind` took them from, all or none.
+
+    Where no record of this boot says so, somebody else bound them: then the kernel finds the driver, if there is one.
+    Parameters and errors as for :func:`bind`; ``RestoreFailed`` where a driver does not take its device. ``force`` is
+    for a device that driverctl keeps on vfio-pci.
+    """
+    work = _Work(Operation.UNBIND, group, force, sysfs or Sysfs(), Journal(state_dir))
+    return work.run(distinct(bdfs), dry_run, timeout, say)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One device, looked at. ``wanted`` is None where nothing is to be done."""
+
+    bdf: Bdf
+    now: Setting
+    wanted: Setting | None = None
+    warnings: tuple[str, ...] = ()
+
+    def planned(self, sysfs: Sysfs) -> Handover:
+        """What a dry run says."""
+        if self.wanted is None:
+            return Handover(self.bdf, "already", self.now.driver, self.now.driver)
+        steps = [str(change) for change in all_changes(self.bdf, self.now, self.wanted)]
+        if self.wanted.driver == VFIO_PCI and not sysfs.path(PCI_DRIVERS, VFIO_PCI).is_dir():
+            steps.insert(0, f"modprobe {VFIO_PCI}")
+        return Handover(self.bdf, "planned", self.now.driver, self.wanted.driver, tuple(steps), self.warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One call of :func:`bind` or :func:`unbind`."""
+
+    operation: Operation
+    group: bool
+    force: bool
+    sysfs: Sysfs
+    journal: Journal
+
+    def run(self, bdfs: tuple[Bdf, ...], dry_run: bool, timeout: float, say: Say | None) -> list[Handover]:
+        chosen, excluded = self._choose(bdfs)
+        if dry_run:
+            for bdf in chosen:
+                left = self.journal.read(bdf)
+                if left is not None:
+                    check_owner(self.sysfs, left)
+            results = [job.planned(self.sysfs) for job in self._look(chosen)]
+        else:
+            results = self._do(chosen, Undo(self.sysfs, self.journal, timeout, say), say)
+        return sorted([*results, *excluded], key=lambda result: result.bdf) if self.group else results
+
+    def _choose(self, given: tuple[Bdf, ...]) -> tuple[list[Bdf], list[Handover]]:
+        """The devices to change, and the bridges in their groups."""
+        devices = {bdf: self.sysfs.device(bdf) for bdf in given}
+        excluded = {}
+        for number in sorted({device.group for device in devices.values() if device.group is not None}):
+            for member in self.sysfs.group(number).devices if self.group else ():
+                device = self.sysfs.device(member)
+                if member not in given and (device.is_bridge or self.sysfs.header_type(member) in (1, 2)):
+                    excluded[member] = Handover(member, "excluded", device.driver, device.driver)
+                else:
+                    devices.setdefault(member, device)
+        return list(devices), list(excluded.values())
+
+    def _do(self, chosen: list[Bdf], undo: Undo, say: Say | None) -> list[Handover]:
+        for bdf in chosen:
+            check_privilege(self.sysfs, bdf)
+        with self.journal.lock(say):
+            try:
+                with deferred():
+                    for bdf in chosen:
+                        undo.clear_way(bdf)
+                    jobs = self._look(chosen)
+                    for job in jobs:
+                        self._change(undo, job)
+                # A signal that came meanwhile is raised here: everything goes back. One that comes later is late.
+                with deferred():
+                    self._complete(undo, jobs)
+            except BaseException as error:
+                _put_back(undo, error)
+                raise
+            return [self._result(job) for job in jobs]
+
+    def _change(self, undo: Undo, job: _Job) -> None:
+        if job.wanted is None:
+            return
+        try:
+            if self.operation is Operation.BIND:
+                undo.binder.load_driver()
+            entry = undo.begin(job.bdf, self.operation, job.wanted)
+            if self.operation is Operation.BIND:
+                undo.binder.take(entry)
+            else:
+                undo.binder.give(entry, job.wanted)
+        except OSError as error:
+            error.add_note(f"while the driver of {job.bdf} was changed")
+            raise
+
+    def _complete(self, undo: Undo, jobs: list[_Job]) -> None:
+        """All devices are where they belong: once that is on disk nothing is undone."""
+        entries = undo.entries[:]
+        for entry in entries:
+            if self.operation is Operation.BIND:
+                self.journal.keep(entry.bdf)
+            else:
+                self.journal.remove(entry.bdf)
+        for entry in entries:
+            undo.forget(entry)
+        if self.operation is Operation.UNBIND:
+            # Last: a record of a device that is not on vfio-pci any more misleads nobody, the reverse would.
+            for job in jobs:
+                self.journal.bound.remove(job.bdf)
+
+    def _result(self, job: _Job) -> Handover:
+        if job.wanted is None:
+            return job.planned(self.sysfs)
+        steps = tuple(str(change) for change in all_changes(job.bdf, job.now, job.wanted))
+        return Handover(job.bdf, "changed", job.now.driver, self.sysfs.driver(job.bdf), steps, job.warnings)
+
+    # --- what speaks against it
+
+    def _look(self, chosen: Sequence[Bdf]) -> list[_Job]:
+        look = self._look_bind if self.operation is Operation.BIND else self._look_unbind
+        return [look(self.sysfs.device(bdf), chosen) for bdf in chosen]
+
+    def _look_bind(self, device: PciDevice, together: Iterable[Bdf]) -> _Job:
+        now = Setting.of(self.sysfs, device.bdf)
+        if now.driver == VFIO_PCI:
+            return _Job(device.bdf, now)
+        warnings = self._weigh(blockers(self.sysfs, device, together))
+        warnings += self._pinned(device.bdf, on_vfio_pci=False)
+        return _Job(device.bdf, now, ON_VFIO_PCI, tuple(warnings))
+
+    def _look_unbind(self, device: PciDevice, together: Iterable[Bdf]) -> _Job:
+        now = Setting.of(self.sysfs, device.bdf)
+        if now.driver != VFIO_PCI:
+            return _Job(device.bdf, now)
+        warnings = self._weigh(users(self.sysfs, device))
+        warnings += self._pinned(device.bdf, on_vfio_pci=True)
+        record = self.journal.bound.read(device.bdf)
+        if record is not None and not record.is_stale(self.sysfs):
+            return _Job(device.bdf, now, record.before, tuple(warnings))
+        return _Job(
+            device.bdf, now, Setting(MATCHING, None if now.override == VFIO_PCI else now.override), tuple(warnings)
+        )
+
+    def _weigh(self, found: Iterable[Blocker]) -> list[str]:
+        """Raise the first that forbids it; the causes of the others are warnings."""
+        warnings = []
+        for blocker in found:
+            if blocker.kind == "group-not-viable":  # it can be bound, and not yet assigned
+                warnings.append(blocker.cause + ("" if self.group else "; --group takes them too"))
+                continue
+            if blocker.kind == "in-use" and self.force:
+                warnings.append(blocker.cause)
+                continue
+            error = blocker.error(blocker.cause, blocker.remedy)
+            if blocker.kind == "in-use":
+                error.add_note(FORCE_HINT)
+            raise error
+        return warnings
+
+    def _pinned(self, bdf: Bdf, *, on_vfio_pci: bool) -> list[str]:
+        """Refuse what driverctl would undo at the next boot; with ``force`` that is a warning."""
+        driver = pinned_driver(self.sysfs, bdf)
+        if driver is None or (driver == VFIO_PCI) is not on_vfio_pci:
+            return []
+        cause = f"driverctl keeps {bdf} on {'no driver' if driver == 'none' else driver}, and will at the next boot"
+        if self.force:
+            return [cause]
+        error = DriverPinned(cause, f"driverctl unset-override {bdf}")
+        error.add_note(f"--force {self.operation}s it until then")
+        raise error
+
+
+def _put_back(undo: Undo, error: BaseException) -> None:
+    changed = undo.entries[:]
+    undo.unwind(error)
+    if undo.entries:
+        return
+    for entry in changed:
+        if entry.operation is Operation.BIND:  # it may have been one record of several when the next one failed
+            undo.journal.bound.remove(entry.bdf)
+    as_before = [
+        str(entry.bdf)
+        for entry in changed
+        if undo.sysfs.device_path(entry.bdf).exists() and undo.sysfs.driver(entry.bdf) == entry.driver
+    ]
+    if as_before and isinstance(error, Exception):
+        error.add_note(f"as before again: {', '.join(as_before)}")
+
+
+def pinned_driver(sysfs: Sysfs, bdf: Bdf) -> str | None:
+    """The driver that driverctl gives the device at each boot (``none``: no driver); None where it gives none.
+
+    One line in a file with the device's name; some releases put the bus before it (driverctl(8)).
+    """
+    for name in (str(bdf), f"pci-{bdf}"):
+        driver = sysfs.text(DRIVERCTL, name)
+        if driver:
+            return driver
+    return None

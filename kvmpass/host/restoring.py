@@ -1,0 +1,114 @@
+"""Finish what processes that were killed have left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kvmpass._signals import deferred
+from kvmpass.errors import BadAddress, JournalError, KvmpassError, NoSuchDevice
+from kvmpass.host.address import Bdf
+from kvmpass.host.binding import DRIVER_TIMEOUT, Binder
+from kvmpass.host.journal import Entries, Entry, Journal
+from kvmpass.host.lock import Say
+from kvmpass.host.processes import Process
+from kvmpass.host.sysfs import Sysfs
+from kvmpass.host.usage import VFIO_PCI
+
+Outcome = Literal["restored", "stale", "owner-alive", "corrupt", "gone", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What became of one entry. ``bdf`` is the file's name without suffix where the entry is ``corrupt``.
+
+    ``operation`` is what was not finished (``assign``, ``bind``, ``unbind``); ``bound`` for the record of a completed
+    bind; None where it is unknown.
+    """
+
+    bdf: str
+    outcome: Outcome
+    detail: str
+    operation: str | None = None
+
+
+def restore(
+    sysfs: Sysfs | None = None,
+    state_dir: Path | None = None,
+    timeout: float = DRIVER_TIMEOUT,
+    say: Say | None = None,
+) -> list[Restored]:
+    """Put devices back as they were before what killed processes have begun: one result for each, by address.
+
+    ``restored``: as it was before; ``stale``: of another boot, dropped without a change; ``owner-alive``: borrowed by
+    a living process, left alone; ``corrupt``: unreadable, put aside; ``gone``: no such device any more, dropped;
+    ``failed``: the entry stays, try again. A device whose bind is complete stays bound; of such records only those
+    that are stale, corrupt or of a device that has gone are reported, after the others. Safe to repeat. ``say`` is
+    told when another process changes drivers for longer than a second. Raises ``PermissionError``, ``JournalError``
+    (that process does not end).
+    """
+    sysfs = sysfs or Sysfs()
+    journal = Journal(state_dir)
+    try:
+        if not any(entries.files() or entries.scratch() for entries in (journal, journal.bound)):
+            return []
+        with journal.lock(say), deferred():
+            for path in [*journal.scratch(), *journal.bound.scratch()]:
+                path.unlink(missing_ok=True)
+            binder = Binder(sysfs, journal, timeout)
+            results = [_restore_one(sysfs, journal, binder, path) for path in journal.files()]
+            records = [_check_record(sysfs, journal, path) for path in journal.bound.files()]
+            return results + [record for record in records if record is not None]
+    except PermissionError as error:
+        if not getattr(error, "__notes__", None):
+            error.add_note("run as root: giving back devices changes drivers")
+        raise
+
+
+def _read(entries: Entries, path: Path) -> Entry | Restored:
+    """An entry by its file, or what to say of it."""
+    try:
+        entry = entries.read(Bdf.parse(path.stem))
+    except (BadAddress, JournalError) as error:
+        aside = entries.set_aside(path)
+        return Restored(path.stem, "corrupt", f"{error}; put aside as {aside.name}")
+    assert entry is not None  # nobody removes one without the lock
+    return entry
+
+
+def _restore_one(sysfs: Sysfs, journal: Journal, binder: Binder, path: Path) -> Restored:
+    entry = _read(journal, path)
+    if isinstance(entry, Restored):
+        return entry
+    name, operation = str(entry.bdf), entry.operation.value
+    if entry.is_stale(sysfs):
+        journal.remove(entry.bdf)
+        return Restored(name, "stale", "of another boot: bindings end with it, nothing to do", operation)
+    if entry.is_owned(sysfs):
+        return Restored(name, "owner-alive", f"in use by {Process(entry.pid, entry.command)}", operation)
+    try:
+        return Restored(name, "restored", binder.give_back(entry), operation)
+    except NoSuchDevice:
+        return Restored(name, "gone", "there is no such device any more", operation)
+    except OSError as error:
+        detail = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
+        return Restored(name, "failed", detail, operation)
+    except KvmpassError as error:
+        return Restored(name, "failed", str(error), operation)
+
+
+def _check_record(sysfs: Sysfs, journal: Journal, path: Path) -> Restored | None:
+    """Drop the record of a binding that is no more; None where there is nothing to say."""
+    record = _read(journal.bound, path)
+    if isinstance(record, Restored):
+        return record
+    result = None
+    if record.is_stale(sysfs):
+        result = Restored(str(record.bdf), "stale", "bound in another boot: bindings end with it", "bound")
+    elif not sysfs.device_path(record.bdf).exists():
+        result = Restored(str(record.bdf), "gone", "was bound, and is not on this host any more", "bound")
+    elif sysfs.driver(record.bdf) == VFIO_PCI or journal.path(record.bdf).exists():
+        return None
+    journal.bound.remove(record.bdf)
+    return result
