@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvmpass.host import Bdf, bind, borrow, restore, unbind
     from kvmpass.machine import AssignedDevice, Machine
     from kvmpass.memory import GuestMemory
+    from kvmpass.planning import Plan, plan
     from kvmpass.vcpus import Ending
 
 _HOMES = {
@@ -28,7 +29,9 @@ _HOMES = {
     "KvmpassError": "kvmpass.errors",
     "Machine": "kvmpass.machine",
     "bind": "kvmpass.host",
+    "Plan": "kvmpass.planning",
     "borrow": "kvmpass.host",
+    "plan": "kvmpass.planning",
     "prepare": "kvmpass.guest",
     "restore": "kvmpass.host",
     "unbind": "kvmpass.host",
@@ -44,8 +47,10 @@ __all__ = [
     "GuestSpec",
     "KvmpassError",
     "Machine",
+    "Plan",
     "bind",
     "borrow",
+    "plan",
     "prepare",
     "restore",
     "unbind",

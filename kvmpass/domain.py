@@ -247,7 +247,7 @@ class Domain:
     def map_pages(self, region: MemoryRegion) -> None:
         """One map call for one region at its guest-physical address; ROM is read-only for devices too."""
         assert self._container is not None
-        mapping = DmaMapping(region.gpa, region.size, region.hva, region.kind is RegionKind.RAM)
+        mapping = DmaMapping(region.gpa, region.size, region.hva, region.kind.dma_writable)
         self._ledger[region] = mapping
         try:
             self._container.map_dma(mapping.iova, mapping.hva, mapping.size, writable=mapping.writable)
@@ -304,7 +304,7 @@ class Domain:
         Raises ``AuditFailed`` naming every difference. Nothing is mapped while the domain is inactive.
         """
         wanted = {
-            DmaMapping(region.gpa, region.size, region.hva, region.kind is RegionKind.RAM)
+            DmaMapping(region.gpa, region.size, region.hva, region.kind.dma_writable)
             for region in (self._dma_regions() if self.active else ())
         }
         compare("DMA mappings", wanted, set(self._ledger.values()))

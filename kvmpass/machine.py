@@ -25,12 +25,12 @@ from kvmpass.device import AssignedDevice, DeviceState
 from kvmpass.devices.power import PowerEvent
 from kvmpass.devices.serial import Serial16550
 from kvmpass.domain import DmaMapping, Domain, compare
-from kvmpass.errors import Closed, GuestError, LayoutError, NotAssignable
+from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
 from kvmpass.host import Bdf, Sysfs, check_memory
 from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
-from kvmpass.layout import Layout, parse_size, plan_layout
-from kvmpass.memory import Backing, GuestMemory, RegionKind
+from kvmpass.layout import Layout, parse_size
+from kvmpass.memory import Backing, GuestMemory, RegionKind, plan_memory
 from kvmpass.notices import Notices
 from kvmpass.vcpus import Ending, VcpuThreads
 from kvmpass.vfio.device import ERR, REQ
@@ -91,13 +91,11 @@ class Machine:
         with ExitStack() as undo:
             allow_descriptors()
             self._system = undo.enter_context(System())
-            limit = self._system.max_vcpus
-            if not 1 <= cpus <= limit:
-                raise LayoutError(f"{cpus} CPUs: this host's KVM takes 1 to {limit}")
-            size = parse_size(memory)
-            self.layout: Layout = plan_layout(
-                size, self._sysfs.reserved_regions(), self._system.physical_bits, backing.page_size
+            self._system.check_vcpus(cpus)
+            planned = plan_memory(
+                parse_size(memory), self._sysfs.reserved_regions(), self._system.physical_bits, backing
             )
+            self.layout: Layout = planned.layout
             self._sinks: list[Callable[[bytes], None]] = [lambda data: None] * len(ports.SERIAL_LINES)
             self.memory = GuestMemory()
             undo.callback(self.memory.close)
@@ -108,8 +106,8 @@ class Machine:
             self.memory.listen(self.memslots)
             self.domain = Domain(self.memory, self._board.kvm_vfio, self.layout.reserved)
             undo.callback(self.domain.close)
-            for index, part in enumerate(self.layout.ram):
-                self.memory.add_ram(part.start, part.size, f"ram{index}", backing=backing)
+            for part in planned.regions:
+                self.memory.add_ram(part.range.start, part.range.size, part.name, backing=part.backing)
             self._notices = Notices(on_event, lambda: {device.bdf for device in list(self.devices)})
             undo.callback(self._deassign_all)
             undo.callback(self._notices.stop)

@@ -17,17 +17,20 @@ from kvmpass.host.capabilities import (
     SriovRegisters,
     capabilities_of,
 )
-from kvmpass.host.checks import (
-    Blocker,
-    blockers,
-    check_assignable,
-    check_host,
-    check_memory,
-    interrupt_remapping,
-    users,
-)
+from kvmpass.host.checks import blockers, check_assignable, is_harmless, users
 from kvmpass.host.classes import class_words
 from kvmpass.host.description import BarInfo, Description, describe
+from kvmpass.host.doctor import (
+    CATALOGUE,
+    Check,
+    Finding,
+    Outcome,
+    Reading,
+    check_host,
+    check_memory,
+    diagnose,
+    interrupt_remapping,
+)
 from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
 from kvmpass.host.filters import Filter, parse_filter, select
 from kvmpass.host.handover import Handover, bind, unbind
@@ -45,6 +48,7 @@ from kvmpass.host.inventory import (
 )
 from kvmpass.host.isolation import Bridge, Sibling, bridges_above, siblings
 from kvmpass.host.names import Names, name_of
+from kvmpass.host.problems import Blocker, Problem
 from kvmpass.host.processes import OpenNodes, Process
 from kvmpass.host.restoring import Restored, restore
 from kvmpass.host.steps import Step
@@ -52,6 +56,7 @@ from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
 from kvmpass.host.watching import HostEvent, Uevent, watch_events
 
 __all__ = [
+    "CATALOGUE",
     "Acs",
     "BarInfo",
     "Bdf",
@@ -59,12 +64,14 @@ __all__ = [
     "Borrow",
     "Bridge",
     "Capabilities",
+    "Check",
     "Description",
     "DeviceStatus",
     "DmaFault",
     "Express",
     "FaultLog",
     "Filter",
+    "Finding",
     "Handover",
     "HostEvent",
     "HostStatus",
@@ -75,9 +82,12 @@ __all__ = [
     "Msix",
     "Names",
     "OpenNodes",
+    "Outcome",
     "PciDevice",
     "Power",
+    "Problem",
     "Process",
+    "Reading",
     "Resource",
     "Restored",
     "Service",
@@ -98,9 +108,11 @@ __all__ = [
     "class_words",
     "describe",
     "device_status",
+    "diagnose",
     "host_status",
     "interrupt_remapping",
     "inventory",
+    "is_harmless",
     "link_of",
     "name_of",
     "open_fault_log",

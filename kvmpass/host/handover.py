@@ -12,9 +12,10 @@ from kvmpass.errors import DriverPinned
 from kvmpass.host.address import Bdf
 from kvmpass.host.binding import DRIVER_TIMEOUT
 from kvmpass.host.borrowing import distinct
-from kvmpass.host.checks import Blocker, blockers, users
+from kvmpass.host.checks import blockers, users
 from kvmpass.host.journal import Journal, Operation
 from kvmpass.host.lock import Say
+from kvmpass.host.problems import Blocker
 from kvmpass.host.steps import MATCHING, ON_VFIO_PCI, Setting, all_changes
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 from kvmpass.host.undoing import Undo, check_owner, check_privilege
@@ -235,7 +236,7 @@ class _Work:
             if blocker.kind == "in-use" and self.force:
                 warnings.append(blocker.cause)
                 continue
-            error = blocker.error(blocker.cause, blocker.remedy)
+            error = blocker.exception()
             if blocker.kind == "in-use":
                 error.add_note(FORCE_HINT)
             raise error

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
-from kvmpass.host.checks import Blocker, blockers, check_host
+from kvmpass.host.checks import blockers
+from kvmpass.host.doctor import check_host
 from kvmpass.host.filters import select
 from kvmpass.host.names import Names
+from kvmpass.host.problems import Blocker
 from kvmpass.host.processes import Holders, OpenNodes
 from kvmpass.host.sysfs import PCI_DEVICES, IommuGroup, PciDevice, Sysfs
 

@@ -189,13 +189,6 @@ class Sysfs:
             "a kernel with VFIO (CONFIG_VFIO_PCI) and its modules is needed",
         )
 
-    def module_available(self, name: str) -> bool:
-        """Whether :meth:`load_module` would find the module; changes nothing."""
-        tool = shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-        if tool is None:
-            return False
-        return subprocess.run([tool, "-n", "-q", name], capture_output=True, check=False).returncode == 0
-
     # --- PCI devices
 
     def device_path(self, bdf: Bdf) -> Path:
@@ -256,12 +249,16 @@ class Sysfs:
 
     def header_type(self, bdf: Bdf) -> int | None:
         """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1)."""
+        header = self.config(bdf, 0x40)
+        return header[0x0E] & 0x7F if len(header) > 0x0E else None
+
+    def config(self, bdf: Bdf, size: int = 0x100) -> bytes:
+        """The first bytes of configuration space: 64 at most without root; none where they cannot be read."""
         try:
             with self.path(PCI_DEVICES, str(bdf), "config").open("rb") as file:
-                header = file.read(0x40)
+                return file.read(size)
         except OSError:
-            return None
-        return header[0x0E] & 0x7F if len(header) > 0x0E else None
+            return b""
 
     def _resources(self, base: str) -> Iterator[Resource]:
         for line in (self.text(base, "resource") or "").splitlines():

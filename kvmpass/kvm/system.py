@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvmpass._fd import OwnedFd, check, closing_on_error, open_node
 from kvmpass._native import ffi, lib
+from kvmpass.errors import LayoutError
 from kvmpass.kvm.types import CpuidEntry
 from kvmpass.kvm.vm import Vm
 
@@ -31,6 +32,11 @@ class System(OwnedFd):
     def max_vcpus(self) -> int:
         """How many vCPUs one VM may have."""
         return self.check_extension(lib.KVM_CAP_MAX_VCPUS) or 4
+
+    def check_vcpus(self, count: int) -> None:
+        """Refuse (``LayoutError``) a VM with ``count`` vCPUs if this host cannot have it."""
+        if not 1 <= count <= self.max_vcpus:
+            raise LayoutError(f"{count} CPUs: this host's KVM takes 1 to {self.max_vcpus}")
 
     def get_supported_cpuid(self) -> list[CpuidEntry]:
         """What KVM can give a guest on this host."""

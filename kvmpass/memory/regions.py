@@ -24,6 +24,19 @@ class RegionKind(enum.Enum):
     ROM = "rom"
     BAR = "bar"
 
+    @property
+    def guest_writable(self) -> bool:
+        return self is not RegionKind.ROM
+
+    @property
+    def dma(self) -> bool:
+        """Whether devices reach it: RAM and ROM, never another device's BAR."""
+        return self is not RegionKind.BAR
+
+    @property
+    def dma_writable(self) -> bool:
+        return self is RegionKind.RAM
+
 
 class MemoryRegion:
     """Contiguous guest-physical pages with one backing. Identity matters; compare with ``is``."""
@@ -59,12 +72,12 @@ class MemoryRegion:
 
     @property
     def guest_writable(self) -> bool:
-        return self.kind is not RegionKind.ROM
+        return self.kind.guest_writable
 
     @property
     def dma(self) -> bool:
-        """Whether devices reach it: RAM and ROM, never another device's BAR."""
-        return self.kind is not RegionKind.BAR
+        """Whether devices reach it."""
+        return self.kind.dma
 
     def release(self) -> None:
         """Give up the region's own memory; a BAR's mapping is its device's."""

@@ -2,15 +2,21 @@
 
 from kvmpass.pci.assigned import AssignedFunction, Wiring
 from kvmpass.pci.bus import CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Ecam, PciBus
+from kvmpass.pci.preview import BarPreview, Vectors, allocate, preview_bars, preview_vectors
 from kvmpass.pci.space import BarSpace
 
 __all__ = [
     "CONFIG_ADDRESS",
     "CONFIG_PORTS",
     "AssignedFunction",
+    "BarPreview",
     "BarSpace",
     "ConfigPorts",
     "Ecam",
     "PciBus",
+    "Vectors",
     "Wiring",
+    "allocate",
+    "preview_bars",
+    "preview_vectors",
 ]

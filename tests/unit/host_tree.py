@@ -5,11 +5,30 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import struct
 from pathlib import Path
 
 from kvmpass.host import Sysfs
+from kvmpass.host.sysfs import PCI_DEVICES
 
 BOOT = "11111111-2222-3333-4444-555555555555"
+
+
+def ivhd(kind: int = 0x10, device_id: int = 0x0002, base: int = 0xFD00_0000) -> bytes:
+    """A block of the ACPI table IVRS that describes an IOMMU (AMD IOMMU specification, 5.2.2)."""
+    return struct.pack("<BBHHHQHHI", kind, 0, 24, device_id, 0x40, base, 0, 0, 0)
+
+
+def ivmd(kind: int, first: int, last: int, start: int, size: int, flags: int = 0b111) -> bytes:
+    """One that wants memory mapped one to one (the same, 5.2.3); types 20h all, 21h one, 22h a range of devices."""
+    return struct.pack("<BBHHH8xQQ", kind, flags, 32, first, last, start, size)
+
+
+def ivrs(*blocks: bytes) -> bytes:
+    """The table (the same, 5.2.1): ACPI's header, IVinfo, reserved bytes, blocks."""
+    body = struct.pack("<I8x", 0x0020_3043) + b"".join(blocks)
+    header = struct.pack("<4sIBB6s8sIII", b"IVRS", 36 + len(body), 2, 0, b"KVMPAS", b"MADE UP ", 1, 0, 1)
+    return header + body
 
 
 class Host(Sysfs):
@@ -29,16 +48,22 @@ class Host(Sysfs):
         self.put("sys/bus/pci/drivers_probe", "")
         self.put("dev/kvm", "")
         self.put("dev/vfio/vfio", "")
-        for directory in ("sys/module/kvm_amd", "sys/class/iommu/ivhd0", "sys/class/net", "sys/class/block"):
-            self.path(directory).mkdir(parents=True)
+        for directory in (
+            "module/kvm_amd",
+            "module/vfio_iommu_type1",
+            "class/iommu/ivhd0",
+            "class/net",
+            "class/block",
+        ):
+            self.path("sys", directory).mkdir(parents=True)
         self.add_driver("vfio-pci")
 
     # --- building
 
-    def put(self, path: str, text: str) -> Path:
+    def put(self, path: str, content: str | bytes) -> Path:
         file = self.path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
+        file.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
         return file
 
     def add_driver(self, name: str) -> None:
@@ -117,6 +142,8 @@ class Host(Sysfs):
         word = text.strip()
         if path.name == "driver_override":
             path.write_text(f"{word or '(null)'}\n")
+        elif path.name in ("unbind", "bind", "drivers_probe") and not self.path(PCI_DEVICES, word).exists():
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(path))
         elif path.name == "unbind":
             if self.link("sys/bus/pci/devices", word, "driver") != path.parent.name:
                 raise OSError(errno.ENODEV, os.strerror(errno.ENODEV), str(path))

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from host_tree import Host
+from host_tree import Host, ivhd, ivrs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -263,6 +263,7 @@ def test_ready(host: Host) -> None:
 
 
 CPU = "vendor_id : {}\nflags : fpu {}"
+IVRS = ivrs(ivhd())
 
 
 @pytest.mark.parametrize(
@@ -275,10 +276,10 @@ CPU = "vendor_id : {}\nflags : fpu {}"
         ({"sys/module/kvm_amd": None}, "not AMD-V: kvm_amd is not loaded"),
         ({"sys/class/iommu/ivhd0": None}, "AMD-Vi is off: the firmware describes no IOMMU"),
         (
-            {"sys/class/iommu/ivhd0": None, "sys/firmware/acpi/tables/IVRS": "", "proc/cmdline": "quiet iommu=off"},
+            {"sys/class/iommu/ivhd0": None, "sys/firmware/acpi/tables/IVRS": IVRS, "proc/cmdline": "quiet iommu=off"},
             "AMD-Vi is off: iommu=off is on",
         ),
-        ({"sys/class/iommu/ivhd0": None, "sys/firmware/acpi/tables/IVRS": ""}, "but the kernel does not use it"),
+        ({"sys/class/iommu/ivhd0": None, "sys/firmware/acpi/tables/IVRS": IVRS}, "but the kernel does not use it"),
         ({"sys/kernel/irq/9/chip_name": "IO-APIC"}, "interrupt remapping is off"),
         (
             {"sys/kernel/irq/9/chip_name": "", "proc/interrupts": " 9: 0 IO-APIC 9-edge acpi"},
@@ -287,8 +288,7 @@ CPU = "vendor_id : {}\nflags : fpu {}"
         ({"sys/bus/pci/drivers/vfio-pci": None}, "vfio-pci is missing"),
     ],
 )
-def test_not_ready(host: Host, monkeypatch: pytest.MonkeyPatch, change: dict[str, str | None], cause: str) -> None:
-    monkeypatch.setattr(host, "module_available", lambda name: False)
+def test_not_ready(host: Host, change: dict[str, str | bytes | None], cause: str) -> None:
     for path, text in change.items():
         if text is None:
             host.path(path).rename(host.root / "away")

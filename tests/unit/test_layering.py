@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"board"}),
     frozenset({"machine", "device", "notices", "lab", "testing", "host"}),
     frozenset({"guest"}),
-    frozenset({"assignment"}),
+    frozenset({"assignment", "planning"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

@@ -1,0 +1,76 @@
+"""How findings of the doctor look, for ``doctor`` and ``plan``."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from kvmpass.cli.output import Output
+from kvmpass.host import Blocker, Finding, Outcome
+
+_WORDS = {Outcome.PASS: "pass", Outcome.WARN: "warn", Outcome.FAIL: "FAIL", Outcome.SKIPPED: "skip"}
+_COLOURS = {Outcome.PASS: "green", Outcome.WARN: "yellow", Outcome.FAIL: "red"}
+_MARGIN = 6
+_WIDEST = 100
+
+
+def show(output: Output, findings: Iterable[Finding], titles: dict[str, str], *, details: bool) -> None:
+    """A line for each finding; what was read, the cause and the remedy below those that are no pass, or all."""
+    findings = list(findings)
+    width = max(map(len, titles.values()))
+    for finding in findings:
+        word = _WORDS[finding.outcome]
+        colour = _COLOURS.get(finding.outcome)
+        summary = finding.summary
+        if finding.needs is not None:
+            summary = f"needs: {titles[finding.needs]}"
+        word = click.style(word, fg=colour) if colour else click.style(word, dim=True)
+        output.text(f"{word}  {finding.title:<{width}}  {summary}".rstrip())
+        if finding.trouble is not None or details:
+            for reading in finding.read:
+                paragraph(output, "read", str(reading))
+        if finding.trouble is not None:
+            show_trouble(output, finding.trouble)
+
+
+def show_trouble(output: Output, trouble: Blocker) -> None:
+    """The cause, the remedy, and what to type."""
+    paragraph(output, "cause", trouble.cause)
+    paragraph(output, "remedy", trouble.remedy)
+    for number, line in enumerate(trouble.commands):  # whole lines, to be copied
+        output.text(f"{'':{_MARGIN}}{'' if number else 'type':<8}{click.style(line, bold=True)}")
+
+
+def paragraph(output: Output, label: str, text: str) -> None:
+    """``text`` wrapped beside its label."""
+    columns = min(shutil.get_terminal_size((80, 24)).columns, _WIDEST)
+    first = f"{'':{_MARGIN}}{label:<8}"
+    lines = textwrap.wrap(text, max(columns, 40), initial_indent=first, subsequent_indent=" " * len(first))
+    output.text("\n".join(lines))
+
+
+def document(finding: Finding) -> dict[str, Any]:
+    """The same for ``--json``."""
+    return {
+        "check": finding.check,
+        "title": finding.title,
+        "bdf": None if finding.bdf is None else str(finding.bdf),
+        "outcome": str(finding.outcome),
+        "summary": finding.summary,
+        "needs": finding.needs,
+        "read": [{"source": reading.source, "value": reading.value} for reading in finding.read],
+        "problem": None if finding.trouble is None else problem(finding.trouble),
+    }
+
+
+def problem(trouble: Blocker) -> dict[str, Any]:
+    return {
+        "kind": trouble.kind,
+        "cause": trouble.cause,
+        "remedy": trouble.remedy,
+        "commands": list(trouble.commands),
+    }

@@ -1,0 +1,199 @@
+"""``kvmpass plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from kvmpass.cli import findings
+from kvmpass.cli.output import Output, host_command
+from kvmpass.layout import GIB, MIB
+from kvmpass.memory import Backing
+from kvmpass.pci import BarPreview, Vectors
+from kvmpass.planning import DevicePlan, Objection, Plan
+from kvmpass.planning import plan as make_plan
+
+
+@click.command()
+@click.argument("bdf", nargs=-1, required=True)
+@click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T.")
+@click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
+@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Guest memory from the host's pool of such pages.")
+@host_command
+def plan(output: Output, bdf: tuple[str, ...], memory: str, cpus: int, hugepages: str | None) -> int:
+    """Show what kvmpass assign would do with the PCI devices BDF, and change nothing.
+
+    Which drivers change hands; each device's group, reset, interrupts and BARs; the guest's memory, region by region,
+    at the addresses that KVM and the IOMMU get; locked memory and file descriptors; and everything that would be
+    refused, all of it and not only the first. The addresses come from the code that assign uses.
+
+    It works on any machine: without KVM the CPU's own address width is used, without an IOMMU no address is reserved.
+    As root it sees more. Exit status: 0 if nothing blocks, else 1.
+    """
+    backing = Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS
+    made = make_plan(bdf, memory=memory, cpus=cpus, backing=backing)
+    output.document(**_document(made))
+    for device in made.devices:
+        _show_device(output, device)
+    _show_memory(output, made)
+    descriptors = made.descriptors
+    output.text(click.style("descriptors", bold=True))
+    output.text(f"  {descriptors.fixed} for the machine, its {_count(made.cpus, 'vCPU')} and its devices")
+    output.text(f"  {descriptors.vectors} more at most, one for each MSI or MSI-X vector that the guest unmasks")
+    output.text(f"  {descriptors.limit} are allowed")
+    for title, objections, colour in (("warnings", made.warnings, "yellow"), ("what blocks", made.blocks, "red")):
+        if objections:
+            output.text(click.style(title, fg=colour, bold=True))
+        for one in objections:
+            findings.show_trouble(output, one.reason)
+    output.text()
+    verdict = (
+        f"kvmpass assign would refuse, for {_count(len(made.blocks), 'reason')}" if made.blocks else "nothing blocks"
+    )
+    output.text(f"{verdict}; nothing was changed")
+    return 1 if made.blocks else 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _size(size: int) -> str:
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} bytes"
+
+
+def _show_device(output: Output, device: DevicePlan) -> None:
+    group = "no IOMMU group" if device.group is None else f"IOMMU group {device.group}"
+    output.text(click.style(f"{device.bdf}  {device.name}, {group}", bold=True))
+    driver = device.driver or "(none)"
+    hands = "vfio-pci, stays there" if driver == "vfio-pci" else f"{driver} -> vfio-pci -> {driver}"
+    rows = [("driver", hands)]
+    for member in device.members:
+        part = {"taken": "is assigned, too", "stays": "stays as it is", "blocks": "blocks"}[member.part]
+        rows.append(("group", f"{member.bdf} {member.name} ({member.driver or 'no driver'}): {part}"))
+    rows.append(("reset", _resets(device.resets)))
+    rows.append(("vectors", _vectors(device.vectors)))
+    rows += [(bar.name, _bar(bar)) for bar in device.bars]
+    for label, text in rows:
+        output.text(f"  {label:<8}{text}")
+
+
+def _resets(methods: tuple[str, ...]) -> str:
+    if not methods:
+        return "none of its own"
+    return methods[0] + (f", then {', '.join(methods[1:])}" if methods[1:] else "")
+
+
+def _vectors(found: Vectors) -> str:
+    if found.msix is None:
+        return "only root can see them"
+    kinds = ((f"{found.msix} MSI-X", found.msix), (f"{found.msi} MSI", found.msi), ("INTx", found.intx))
+    return ", ".join(text for text, there in kinds if there) or "none"
+
+
+def _bar(bar: BarPreview) -> str:
+    kind = f"{_size(bar.size)}, {bar.kind.value.replace('io', 'ports')}"
+    if bar.mapped is None:
+        return f"{kind}: memslots, no DMA; how many only root can see"
+    how = f"{_count(len(bar.mapped), 'memslot')}, no DMA" if bar.mapped else "by system call"
+    rest = bar.size - sum(part.size for part in bar.mapped)
+    trapped = f", {_size(rest)} by system call" if bar.mapped and rest else ""
+    return f"{kind}: {how}{trapped}"
+
+
+def _show_memory(output: Output, made: Plan) -> None:
+    output.text(click.style("memory", bold=True))
+    rows = [("slot", "guest-physical = IOVA", "size", "name", "access", "backing"), *_rows(made)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows if made.memory else ():
+        output.text("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    if made.memory:
+        output.text(f"  {_count(made.map_calls, 'map call')}, {made.locked} bytes locked ({_size(made.locked)})")
+    output.text(f"  laid out in {made.phys_bits} bits of physical address ({made.width_from})")
+    if not made.confined:
+        output.text("  this host has no IOMMU groups: no range is known as reserved")
+        return
+    output.text("  around these reserved ranges:")
+    for line in made.memory.layout.reserved if made.memory else ():
+        output.text(f"    {line}")
+
+
+def _rows(made: Plan) -> Iterator[tuple[str, ...]]:
+    for slot, region in enumerate(made.memory.regions if made.memory else ()):
+        access = "read-write" if region.kind.guest_writable else "read-only"
+        yield str(slot), str(region.range), _size(region.range.size), region.name, access, str(region.backing)
+
+
+def _document(made: Plan) -> dict[str, Any]:
+    memory = made.memory
+    return {
+        "devices": [_device_document(device) for device in made.devices],
+        "cpus": made.cpus,
+        "memory": None
+        if memory is None
+        else [
+            {
+                "slot": slot,
+                "name": region.name,
+                "gpa": hex(region.range.start),
+                "iova": hex(region.range.start) if region.kind.dma else None,
+                "size": region.range.size,
+                "guest_writable": region.kind.guest_writable,
+                "device_writable": region.kind.dma_writable,
+                "backing": str(region.backing),
+            }
+            for slot, region in enumerate(memory.regions)
+        ],
+        "map_calls": made.map_calls,
+        "locked": made.locked,
+        "phys_bits": made.phys_bits,
+        "phys_bits_from": made.width_from,
+        "reserved": None
+        if not made.confined or memory is None
+        else [
+            {"first": hex(line.range.start), "last": hex(line.range.last), "kind": line.kind}
+            for line in memory.layout.reserved
+        ],
+        "descriptors": {
+            "fixed": made.descriptors.fixed,
+            "vectors": made.descriptors.vectors,
+            "limit": made.descriptors.limit,
+        },
+        "blocks": [_objection(one) for one in made.blocks],
+        "warnings": [_objection(one) for one in made.warnings],
+    }
+
+
+def _objection(one: Objection) -> dict[str, Any]:
+    return {"bdf": None if one.bdf is None else str(one.bdf), **findings.problem(one.reason)}
+
+
+def _device_document(device: DevicePlan) -> dict[str, Any]:
+    vectors = device.vectors
+    return {
+        "bdf": str(device.bdf),
+        "name": device.name,
+        "driver": device.driver,
+        "group": device.group,
+        "members": [
+            {"bdf": str(one.bdf), "name": one.name, "driver": one.driver, "part": one.part} for one in device.members
+        ],
+        "resets": list(device.resets),
+        "vectors": {"msix": vectors.msix, "msi": vectors.msi, "intx": vectors.intx},
+        "bars": [
+            {
+                "name": bar.name,
+                "kind": bar.kind.value,
+                "size": bar.size,
+                "mapped": None
+                if bar.mapped is None
+                else [{"offset": hex(part.start), "size": part.size} for part in bar.mapped],
+            }
+            for bar in device.bars
+        ],
+    }

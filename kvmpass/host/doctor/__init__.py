@@ -1,0 +1,82 @@
+"""What every assignment needs, from the firmware to the permissions of files: one catalogue of checks.
+
+``kvmpass doctor`` shows all of it; :func:`check_host` and :func:`check_memory` refuse by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+
+from kvmpass.host.address import Bdf
+from kvmpass.host.doctor import device, iommu, memory, processor, rights, vfio
+from kvmpass.host.doctor.iommu import interrupt_remapping
+from kvmpass.host.doctor.model import Check, Examined, Finding, Outcome, Reading, examine
+from kvmpass.host.processes import Holders
+from kvmpass.host.sysfs import Sysfs
+from kvmpass.layout import GIB
+
+CATALOGUE: tuple[Check, ...] = tuple(
+    chain(processor.CHECKS, iommu.CHECKS, vfio.CHECKS, device.CHECKS, rights.CHECKS, memory.CHECKS)
+)
+"""In the order in which they are made: what others need comes before them."""
+
+
+def diagnose(
+    sysfs: Sysfs,
+    bdf: Bdf | None = None,
+    *,
+    memory: int = GIB,
+    huge_page: int = 0,
+    together: Iterable[Bdf] = (),
+    holders: Holders | None = None,
+) -> list[Finding]:
+    """Make every check; those that ask about a device only with ``bdf``. Changes nothing, and raises nothing.
+
+    ``memory`` is the guest's in bytes, ``huge_page`` the page size in bytes that it must have, or 0; ``together`` are
+    devices that are taken with ``bdf``. Whoever asks about many devices passes ``holders``.
+    """
+    checks = [check for check in CATALOGUE if bdf is not None or not check.device]
+    examined = Examined(sysfs, bdf, together=together, memory=memory, huge_page=huge_page, holders=holders)
+    return list(examine(checks, examined))
+
+
+def check_host(sysfs: Sysfs) -> None:
+    """Check what every assignment needs: AMD-V, KVM, AMD-Vi with interrupt remapping, VFIO, the right to use them.
+
+    Raises ``HostNotReady`` or ``PermissionError`` for the first of the catalogue's vital checks that fails. Loads no
+    module: it is enough that vfio-pci can be loaded.
+    """
+    _refuse([check for check in CATALOGUE if check.vital], Examined(sysfs))
+
+
+def check_memory(
+    sysfs: Sysfs, size_bytes: int, *, huge_page: int = 0, locked: int | None = None, memlock: int | None = None
+) -> None:
+    """Check that ``size_bytes`` of guest memory exist and may be locked; ``locked`` is more if there is more to lock.
+
+    ``huge_page`` is the page size in bytes when the memory comes from hugetlbfs, else 0. ``memlock`` replaces
+    RLIMIT_MEMLOCK (bytes, -1 without limit), which does not count under CAP_IPC_LOCK. Raises ``NotEnoughMemory``:
+    pinning more than there is would wake the out-of-memory killer instead.
+    """
+    examined = Examined(sysfs, memory=size_bytes, huge_page=huge_page, locked=locked, memlock=memlock)
+    _refuse(memory.CHECKS, examined)
+
+
+def _refuse(checks: Iterable[Check], examined: Examined) -> None:
+    for finding in examine(list(checks), examined):
+        if finding.outcome is Outcome.FAIL and finding.trouble is not None:
+            raise finding.trouble.exception()
+
+
+__all__ = [
+    "CATALOGUE",
+    "Check",
+    "Finding",
+    "Outcome",
+    "Reading",
+    "check_host",
+    "check_memory",
+    "diagnose",
+    "interrupt_remapping",
+]

@@ -1,0 +1,292 @@
+"""The IOMMU: firmware, command line, kernel, groups, interrupt remapping, and what weakens it."""
+
+from __future__ import annotations
+
+from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.ivrs import BadTable, Ivrs, parse_ivrs
+from kvmpass.host.problems import Problem
+from kvmpass.host.sysfs import IommuGroup, Sysfs
+
+IVRS = "sys/firmware/acpi/tables/IVRS"
+_OFF = ("iommu=off", "amd_iommu=off")  # arch/x86/kernel/pci-dma.c, drivers/iommu/amd/init.c
+_ACPI_OFF = ("acpi=off",)
+_NO_REMAPPING = ("intremap=off", "nointremap", "noapic")  # drivers/iommu/irq_remapping.c, arch/x86/kernel/apic/apic.c
+_IDLE = ("amd_iommu=on", "intel_iommu=on")
+UNSAFE_INTERRUPTS = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+NOIOMMU_MODE = "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+_FIRMWARE = "turn on the IOMMU (AMD-Vi) in the firmware's setup"
+
+NO_IVRS = Problem(
+    kind="no-ivrs",
+    brief="the firmware describes no IOMMU",
+    cause="AMD-Vi is off: the firmware describes no IOMMU (there is no ACPI table IVRS)",
+    remedy=f"{_FIRMWARE}; in a virtual machine there is one only if the outer host emulates it",
+)
+ACPI_OFF = Problem(
+    kind="acpi-off",
+    brief="acpi=off",
+    cause="AMD-Vi is off: {words} is on the kernel's command line, so that the kernel reads no ACPI table",
+    remedy="remove it and reboot",
+)
+EMPTY_IVRS = Problem(
+    kind="empty-ivrs",
+    brief="the ACPI table IVRS describes no IOMMU",
+    cause="AMD-Vi is off: the ACPI table IVRS describes no IOMMU ({why})",
+    remedy=f"{_FIRMWARE}; if it is on, update the firmware",
+)
+OFF = Problem(
+    kind="iommu-off",
+    brief="{words}",
+    cause="AMD-Vi is off: {words} is on the kernel's command line",
+    remedy="remove it and reboot",
+)
+IDLE_OPTION = Problem(
+    kind="idle-option",
+    brief="{words} does nothing",
+    cause="{words} is on the kernel's command line: AMD's driver knows no such option. AMD-Vi is on by default where "
+    "the firmware has it on",
+    remedy="leave it out; it is harmless",
+    warning=True,
+)
+UNUSED = Problem(
+    kind="iommu-unused",
+    brief="the kernel does not use it",
+    cause="AMD-Vi is off: the firmware describes an IOMMU (ACPI table IVRS), but the kernel does not use it",
+    remedy="use a kernel with CONFIG_AMD_IOMMU and see dmesg for AMD-Vi",
+    commands=("dmesg | grep AMD-Vi", "grep AMD_IOMMU /boot/config-$(uname -r)"),
+)
+NO_GROUPS = Problem(
+    kind="no-groups",
+    brief="no device has one",
+    cause="AMD-Vi is there ({iommus}), but no device has an IOMMU group",
+    remedy="see dmesg for AMD-Vi: the IOMMU was found and not started, or covers no device",
+    commands=("dmesg | grep -e AMD-Vi -e iommu",),
+)
+NO_REMAPPING = Problem(
+    kind="no-intremap",
+    brief="off: {why}",
+    cause="interrupt remapping is off: a device could raise any interrupt of this host",
+    remedy="remove intremap=off from the kernel's command line, or turn on the IOMMU (AMD-Vi) with interrupt "
+    "remapping in the firmware's setup; allow_unsafe_interrupts is not accepted instead",
+)
+REMAPPING_UNKNOWN = Problem(
+    kind="intremap-unknown",
+    brief="the kernel does not tell",
+    cause="the kernel does not tell whether interrupts are remapped",
+    remedy="see its log; where they are not, VFIO_SET_IOMMU refuses with EPERM",
+    commands=("dmesg | grep -i remapping",),
+    warning=True,
+)
+UNSAFE = Problem(
+    kind="unsafe-interrupts",
+    brief="allow_unsafe_interrupts is set",
+    cause="vfio_iommu_type1 has allow_unsafe_interrupts: other programs may assign devices without interrupt "
+    "remapping. kvmpass refuses all the same",
+    remedy="set it back, and remove it from modprobe.d and the kernel's command line",
+    commands=(f"echo N > /{UNSAFE_INTERRUPTS}",),
+    warning=True,
+)
+NOIOMMU = Problem(
+    kind="noiommu-mode",
+    brief="switched on",
+    cause="vfio has enable_unsafe_noiommu_mode: a device that no IOMMU confines can be opened, and its DMA reaches "
+    "all of this host's memory.{devices} kvmpass refuses such devices",
+    remedy="switch it off, and remove it from modprobe.d and the kernel's command line",
+    commands=(f"echo N > /{NOIOMMU_MODE}",),
+    warning=True,
+)
+SOME_ONE_TO_ONE = Problem(
+    kind="one-to-one",
+    brief="for {count} devices",
+    cause="the firmware wants memory mapped one to one (IVRS IVMD). VFIO refuses these devices since about Linux "
+    "6.6: {devices}",
+    remedy="if you want to assign one of them: turn off pre-boot DMA protection (kernel DMA protection) in the "
+    "firmware's setup",
+    warning=True,
+)
+
+
+def _ivrs(examined: Examined) -> Verdict:
+    sysfs = examined.sysfs
+    if not sysfs.path(IVRS).exists():
+        if examined.iommus and examined.groups:  # whatever described it: the kernel drives one
+            return good("the kernel has found one", Reading("/sys/class/iommu", " ".join(examined.iommus)))
+        off = examined.on_command_line(*_ACPI_OFF)
+        if off:
+            return bad(ACPI_OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
+        return bad(NO_IVRS, Reading(f"/{IVRS}", "not there"))
+    try:
+        table = parse_ivrs(sysfs.path(IVRS).read_bytes())
+    except OSError:
+        return good("IVRS is there", Reading(f"/{IVRS}", "there; only root can read it"))
+    except BadTable as error:
+        if examined.iommus and examined.groups:
+            return good("the kernel has found one", Reading(f"/{IVRS}", str(error)))
+        return bad(EMPTY_IVRS, Reading(f"/{IVRS}", str(error)), why=error)
+    described = sorted({iommu.base for iommu in table.iommus})  # a unit has an IVHD of each type
+    read = Reading(f"/{IVRS}", f"{len(table.iommus)} IVHD, {len(table.one_to_one)} IVMD")
+    if not described:
+        return bad(EMPTY_IVRS, read, why="it has no IVHD block")
+    return good(f"IVRS, {len(described)} IOMMU{'s' if len(described) > 1 else ''}", read)
+
+
+def _command_line(examined: Examined) -> Verdict:
+    off = examined.on_command_line(*_OFF)
+    if off and not examined.iommus:
+        return bad(OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
+    about = [word for word in examined.words if "iommu" in word.partition("=")[0]]
+    return good(" ".join(about) or "nothing about the IOMMU", Reading("/proc/cmdline", " ".join(about) or "no iommu"))
+
+
+def _idle_options(examined: Examined) -> Verdict:
+    idle = examined.on_command_line(*_IDLE)
+    if idle:
+        return bad(IDLE_OPTION, Reading("/proc/cmdline", " ".join(idle)), words=" and ".join(idle))
+    return good("none", Reading("/proc/cmdline", f"no {' and no '.join(_IDLE)}"))
+
+
+def _iommu(examined: Examined) -> Verdict:
+    read = Reading("/sys/class/iommu", " ".join(examined.iommus) or "empty")
+    if examined.iommus:
+        return good(" ".join(examined.iommus[:4]) + (" …" if len(examined.iommus) > 4 else ""), read)
+    log = [Reading("the kernel's log", line) for line in examined.kernel_log("AMD-Vi")[:3]]
+    return bad(UNUSED, read, *log)
+
+
+def _groups(examined: Examined) -> Verdict:
+    real = [group for group in examined.groups if not group.no_iommu]
+    read = Reading("/sys/kernel/iommu_groups", f"{len(real)} groups")
+    return good(f"{len(real)}", read) if real else bad(NO_GROUPS, read, iommus=" ".join(examined.iommus))
+
+
+def _chips(sysfs: Sysfs) -> tuple[str, set[str]]:
+    """The interrupt chips' names, and where they stand."""
+    names = [sysfs.text("sys/kernel/irq", number, "chip_name") or "" for number in sysfs.names("sys/kernel/irq")]
+    if any(names):
+        return "/sys/kernel/irq/*/chip_name", set(names) - {""}
+    lines = (sysfs.text("proc/interrupts") or "").splitlines()
+    return "/proc/interrupts", {word for line in lines for word in line.split()}
+
+
+def _is_remapped(chip: str) -> bool:
+    return chip.startswith(("IR-", "AMD-IR"))
+
+
+def _is_plain(chip: str) -> bool:
+    return chip.startswith(("IO-APIC", "PCI-MSI"))
+
+
+def interrupt_remapping(sysfs: Sysfs) -> bool | None:
+    """Whether the IOMMU remaps interrupts; None where the kernel does not tell.
+
+    The kernel puts ``IR-`` before the name of every interrupt chip behind a remapping domain
+    (arch/x86/kernel/apic/msi.c and io_apic.c, drivers/iommu/amd/iommu.c).
+    Where it does not tell, ``VFIO_SET_IOMMU`` has the last word (EPERM).
+    """
+    _, chips = _chips(sysfs)
+    if any(_is_remapped(chip) for chip in chips):
+        return True
+    return False if any(_is_plain(chip) for chip in chips) else None
+
+
+def _remapping(examined: Examined) -> Verdict:
+    source, chips = _chips(examined.sysfs)
+    names = sorted(chip for chip in chips if _is_remapped(chip) or _is_plain(chip))
+    read = Reading(source, ", ".join(names) or "no chip that tells")
+    remapped = interrupt_remapping(examined.sysfs)
+    if remapped is None:
+        return bad(REMAPPING_UNKNOWN, read)
+    if remapped:
+        return good("on", read)
+    off = examined.on_command_line(*_NO_REMAPPING)
+    words = (Reading("/proc/cmdline", " ".join(off)),) if off else ()
+    return bad(NO_REMAPPING, read, *words, why=" ".join(off) or "the IOMMU remaps DMA only")
+
+
+def _unsafe_interrupts(examined: Examined) -> Verdict:
+    read = examined.seen(UNSAFE_INTERRUPTS)
+    return bad(UNSAFE, read) if examined.sysfs.text(UNSAFE_INTERRUPTS) in ("Y", "1") else good("not allowed", read)
+
+
+def _noiommu(examined: Examined) -> Verdict:
+    exposed = [str(bdf) for group in examined.groups if group.no_iommu for bdf in group.devices]
+    read = examined.seen(NOIOMMU_MODE), Reading("/sys/kernel/iommu_groups/*/name", f"{len(exposed)} without an IOMMU")
+    if examined.sysfs.text(NOIOMMU_MODE) in ("Y", "1") or exposed:
+        return bad(NOIOMMU, *read, devices=f" Now so: {', '.join(exposed)}." if exposed else "")
+    return good("off", *read)
+
+
+def one_to_one(group: IommuGroup) -> list[str]:
+    """Its ranges that the kernel must map one to one; ``direct-relaxable`` ones it may drop."""
+    return [str(line.range) for line in group.reserved if line.kind == "direct"]
+
+
+def read_ivrs(sysfs: Sysfs) -> Ivrs:
+    """The host's table; an empty one where it is absent, broken, or out of this user's reach."""
+    try:
+        return parse_ivrs(sysfs.path(IVRS).read_bytes())
+    except (OSError, BadTable):
+        return Ivrs((), ())
+
+
+def _one_to_one(examined: Examined) -> Verdict:
+    wanted = read_ivrs(examined.sysfs).one_to_one
+    devices = [str(bdf) for group in examined.groups if one_to_one(group) for bdf in group.devices]
+    read = [Reading("/sys/kernel/iommu_groups/*/reserved_regions", f"direct for {', '.join(devices) or 'no device'}")]
+    read += [Reading(f"/{IVRS}", f"IVMD {block}") for block in wanted]
+    if not devices:
+        return good("none", *read)
+    return bad(SOME_ONE_TO_ONE, *read, count=len(devices), devices=", ".join(devices))
+
+
+CHECKS = (
+    Check(
+        "firmware-iommu",
+        "AMD-Vi in the firmware",
+        f"the ACPI table `/{IVRS}` and its IVHD blocks",
+        (NO_IVRS, ACPI_OFF, EMPTY_IVRS),
+        _ivrs,
+        vital=True,
+    ),
+    Check(
+        "iommu-off",
+        "IOMMU switched off",
+        "`iommu=off` and `amd_iommu=off` in `/proc/cmdline`; `iommu=pt` is fine",
+        (OFF,),
+        _command_line,
+        ("firmware-iommu",),
+        vital=True,
+    ),
+    Check(
+        "idle-options",
+        "Options without effect",
+        "`amd_iommu=on` and `intel_iommu=on` in `/proc/cmdline`",
+        (IDLE_OPTION,),
+        _idle_options,
+    ),
+    Check(
+        "iommu", "AMD-Vi", "`/sys/class/iommu/ivhd*`", (UNUSED,), _iommu, ("firmware-iommu", "iommu-off"), vital=True
+    ),
+    Check("groups", "IOMMU groups", "`/sys/kernel/iommu_groups`", (NO_GROUPS,), _groups, ("iommu",), vital=True),
+    Check(
+        "interrupt-remapping",
+        "Interrupt remapping",
+        "the names of interrupt chips (`/sys/kernel/irq/*/chip_name`, `/proc/interrupts`), which begin with IR-",
+        (NO_REMAPPING, REMAPPING_UNKNOWN),
+        _remapping,
+        ("iommu",),
+        vital=True,
+    ),
+    Check("unsafe-interrupts", "Unsafe interrupts", f"`/{UNSAFE_INTERRUPTS}`", (UNSAFE,), _unsafe_interrupts),
+    Check(
+        "noiommu-mode", "No-IOMMU mode", f"`/{NOIOMMU_MODE}`, groups of the name vfio-noiommu", (NOIOMMU,), _noiommu
+    ),
+    Check(
+        "one-to-one",
+        "One-to-one memory",
+        f"ranges of the kind direct in `/sys/kernel/iommu_groups/*/reserved_regions`, IVMD blocks of `/{IVRS}`",
+        (SOME_ONE_TO_ONE,),
+        _one_to_one,
+        ("groups",),
+    ),
+)

@@ -1,0 +1,140 @@
+"""What this user may do: open the nodes, change drivers."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+
+from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.problems import Problem
+from kvmpass.host.sysfs import Sysfs
+from kvmpass.host.usage import VFIO_PCI, vfio_nodes
+
+_RULES = "/etc/udev/rules.d/70-kvmpass.rules"
+_KVM_GROUP = (
+    "groupadd --system --force kvm; usermod -aG kvm {user}",
+    f'echo \'SUBSYSTEM=="misc", KERNEL=="kvm", GROUP="kvm", MODE="0660"\' > {_RULES}',
+)
+
+NO_ACCESS = Problem(
+    kind="no-access",
+    brief="{nodes}",
+    cause="this user ({user}) may not open {nodes}",
+    remedy="run as root; or join the group that owns /dev/kvm (often kvm), get the VFIO nodes by a udev rule, get a "
+    "limit for locked memory, log in anew, and let root put the device on vfio-pci. Whoever may open a group's node "
+    "rules its devices: give it to one user, or to a group of its own, not to everybody in kvm",
+    commands=(
+        "usermod -aG kvm {user}",
+        "groupadd --system vfio && usermod -aG vfio {user}",
+        f'echo \'SUBSYSTEM=="misc", KERNEL=="vfio", MODE="0666"\' > {_RULES}',
+        f'echo \'SUBSYSTEM=="vfio", KERNEL=="{{group}}", GROUP="vfio", MODE="0660"\' >> {_RULES}',
+        "udevadm control --reload && udevadm trigger --subsystem-match=misc --subsystem-match=vfio",
+        "echo '{user} - memlock {kib}' > /etc/security/limits.d/50-kvmpass.conf",
+    ),
+)
+NO_ACCESS_KVM = Problem(
+    kind="no-access-kvm",
+    brief="/dev/kvm",
+    cause="this user ({user}) may not open /dev/kvm",
+    remedy="run as root, or join the group that owns /dev/kvm (often kvm) and log in anew; `kvmpass doctor BDF` "
+    "tells what a device needs besides",
+    commands=(*_KVM_GROUP, "udevadm control --reload && udevadm trigger --subsystem-match=misc"),
+)
+NO_DRIVERS = Problem(
+    kind="no-driver-rights",
+    brief="not as this user",
+    cause="this user ({user}) may not change the driver of {bdf}",
+    remedy="run as root: borrowing a device changes its driver, and only root may write those files in sysfs. What "
+    "root has put on vfio-pci can be assigned without root",
+)
+NO_DRIVERS_YET = Problem(
+    kind="drivers-need-root",
+    brief="not as this user",
+    cause="this user ({user}) may not change drivers: only devices that are on vfio-pci already can be assigned",
+    remedy="run as root, or let root put the device on vfio-pci",
+    warning=True,
+)
+
+
+def _may(sysfs: Sysfs, node: str, mode: int = os.R_OK | os.W_OK) -> bool:
+    return os.access(sysfs.path(node), mode, effective_ids=True)
+
+
+def _owner(sysfs: Sysfs, node: str) -> str:
+    try:
+        found = sysfs.path(node).stat()
+    except OSError as error:
+        return error.strerror or "not there"
+    return f"{stat.filemode(found.st_mode)}, user {found.st_uid}, group {found.st_gid}"
+
+
+def user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def _access(examined: Examined) -> Verdict:
+    sysfs = examined.sysfs
+    nodes = ["dev/kvm", "dev/vfio/vfio"]
+    group = examined.device.group if examined.bdf is not None and examined.present else None
+    if group is not None and examined.bdf is not None:
+        nodes += [node.lstrip("/") for node in vfio_nodes(sysfs, examined.bdf, group)]
+    there = [node for node in nodes if sysfs.path(node).exists()]
+    read = [Reading(f"/{node}", _owner(sysfs, node)) for node in there]
+    if sysfs.path("dev/iommu").exists():
+        read.append(Reading("/dev/iommu", f"{_owner(sysfs, 'dev/iommu')}; kvmpass does not use it"))
+    closed = [f"/{node}" for node in there if not _may(sysfs, node)]
+    if not closed:
+        return good(" ".join(f"/{node}" for node in there) or "nothing to open yet", *read)
+    user = user_name()
+    if closed == ["/dev/kvm"] and group is None:
+        return bad(NO_ACCESS_KVM, *read, denied=closed[0], user=user)
+    kib = -(-examined.locked // 1024)
+    return bad(
+        NO_ACCESS,
+        *read,
+        denied=closed[0],
+        nodes=", ".join(closed),
+        user=user,
+        group="[0-9]*" if group is None else group,
+        kib=kib,
+    )
+
+
+def _drivers(examined: Examined) -> Verdict:
+    sysfs = examined.sysfs
+    if examined.bdf is not None and examined.present:
+        if examined.device.driver == VFIO_PCI:
+            return good("no need: it is on vfio-pci", Reading(f"driver of {examined.bdf}", VFIO_PCI))
+        file = str(sysfs.device_path(examined.bdf).relative_to(sysfs.root) / "driver_override")
+    else:
+        file = "sys/bus/pci/drivers_probe"
+    read = Reading(f"/{file}", _owner(sysfs, file))
+    if _may(sysfs, file, os.W_OK):
+        return good("yes", read)
+    if examined.bdf is not None and examined.present:
+        return bad(NO_DRIVERS, read, user=user_name(), bdf=examined.bdf)
+    return bad(NO_DRIVERS_YET, read, user=user_name())
+
+
+CHECKS = (
+    Check(
+        "access",
+        "Right to open the nodes",
+        "`/dev/kvm`, `/dev/vfio/vfio`, and of a device its `/dev/vfio/GROUP`",
+        (NO_ACCESS, NO_ACCESS_KVM),
+        _access,
+        vital=True,
+    ),
+    Check(
+        "drivers",
+        "Right to change drivers",
+        "`driver_override` of the device, else `/sys/bus/pci/drivers_probe`",
+        (NO_DRIVERS, NO_DRIVERS_YET),
+        _drivers,
+        ("access",),
+    ),
+)

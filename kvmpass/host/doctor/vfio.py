@@ -1,0 +1,83 @@
+"""VFIO: its driver for PCI devices, its IOMMU driver, its node."""
+
+from __future__ import annotations
+
+from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.modules import module
+from kvmpass.host.problems import Problem
+from kvmpass.host.sysfs import PCI_DRIVERS
+from kvmpass.host.usage import VFIO_PCI
+
+NODE = "dev/vfio/vfio"
+
+NO_VFIO_PCI = Problem(
+    kind="no-vfio-pci",
+    brief="{status}",
+    cause="the driver vfio-pci is missing: it is neither in this kernel nor a module that can be loaded ({seen})",
+    remedy="use a kernel with CONFIG_VFIO_PCI, with its modules installed, and let it load them",
+    commands=("modprobe vfio-pci", "grep VFIO /boot/config-$(uname -r)"),
+)
+NO_TYPE1 = Problem(
+    kind="no-type1",
+    brief="{status}",
+    cause="vfio_iommu_type1 is missing: it is neither in this kernel nor a module that can be loaded ({seen})",
+    remedy="use a kernel with CONFIG_VFIO_IOMMU_TYPE1, with its modules installed, and let it load them",
+    commands=("modprobe vfio_iommu_type1", "grep VFIO /boot/config-$(uname -r)"),
+)
+NO_NODE = Problem(
+    kind="no-vfio-node",
+    brief="not there",
+    cause="vfio is in use by this kernel, but there is no /dev/vfio/vfio",
+    remedy="see that /dev is a devtmpfs, and that the kernel has CONFIG_VFIO_CONTAINER (or iommufd's stand-in)",
+    commands=("findmnt /dev", "grep VFIO /boot/config-$(uname -r)"),
+)
+
+
+def _vfio_pci(examined: Examined) -> Verdict:
+    if examined.sysfs.path(PCI_DRIVERS, VFIO_PCI).is_dir():
+        return good("there", Reading(f"/{PCI_DRIVERS}/{VFIO_PCI}", "there"))
+    state = module(examined.sysfs, VFIO_PCI)
+    read = Reading(state.seen, state.value)
+    if state.usable:
+        return good(f"{state.status}", read)
+    return bad(NO_VFIO_PCI, read, status=state.status, seen=f"{state.seen}: {state.value}")
+
+
+def _type1(examined: Examined) -> Verdict:
+    state = module(examined.sysfs, "vfio_iommu_type1")
+    read = Reading(state.seen, state.value)
+    if state.usable:
+        return good(f"{state.status}", read)
+    return bad(NO_TYPE1, read, status=state.status, seen=f"{state.seen}: {state.value}")
+
+
+def _node(examined: Examined) -> Verdict:
+    there = examined.sysfs.path(NODE).exists()
+    read = Reading(f"/{NODE}", "there" if there else "not there")
+    if there:
+        return good("there", read)
+    if examined.sysfs.path("sys/module/vfio").is_dir():
+        return bad(NO_NODE, read, Reading("/sys/module/vfio", "there"))
+    return good("comes with the module", read)
+
+
+CHECKS = (
+    Check(
+        "vfio-pci",
+        "Driver vfio-pci",
+        "`/sys/bus/pci/drivers/vfio-pci`, `/sys/module`, `/lib/modules`, modprobe.d",
+        (NO_VFIO_PCI,),
+        _vfio_pci,
+        vital=True,
+    ),
+    Check(
+        "vfio-type1",
+        "Driver vfio_iommu_type1",
+        "`/sys/module`, `/lib/modules`, modprobe.d",
+        (NO_TYPE1,),
+        _type1,
+        ("vfio-pci",),
+        vital=True,
+    ),
+    Check("vfio-node", "VFIO's node", "`/dev/vfio/vfio`, `/sys/module/vfio`", (NO_NODE,), _node, ("vfio-pci",)),
+)

@@ -1,0 +1,85 @@
+"""What a guest is going to see of a device that the host still has: its interrupts and BARs, as sysfs shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from kvmpass.layout import PAGE, Range
+from kvmpass.pci import config
+from kvmpass.pci.bar import mappable
+from kvmpass.pci.space import BarKind, BarSpace
+
+ROM_INDEX = config.BARS
+_IO, _MEMORY, _MEMORY64 = 0x100, 0x200, 0x100000  # IORESOURCE_… (include/linux/ioport.h)
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """How many interrupts of each kind the device has; None where its configuration space is out of reach.
+
+    ``trapped``: the MSI-X table and its pending bits, by the index of their BAR: pages that the guest is not given.
+    """
+
+    msix: int | None
+    msi: int | None
+    intx: bool | None
+    trapped: tuple[tuple[int, Range], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BarPreview:
+    """``index`` 6 is the expansion ROM. ``mapped``: parts of it that become memslots; the rest traps.
+
+    None where configuration space, and with it the place of the MSI-X table, is out of reach.
+    """
+
+    index: int
+    kind: BarKind
+    size: int
+    mapped: tuple[Range, ...] | None
+
+    @property
+    def name(self) -> str:
+        return "rom" if self.index == ROM_INDEX else f"bar{self.index}"
+
+
+def preview_vectors(space: bytes) -> Vectors:
+    """From the first 256 bytes of configuration space; the kernel gives only 64 to who is not root."""
+    if len(space) < config.CONVENTIONAL_SIZE:
+        return Vectors(None, None, bool(space[config.INTERRUPT_PIN]) if len(space) >= config.HEADER_SIZE else None)
+
+    def read(offset: int, size: int) -> int:
+        return int.from_bytes(space[offset : offset + size], "little")
+
+    found = {capability.id: capability.offset for capability in reversed(config.capabilities(read))}
+    msi = msix = 0
+    trapped: list[tuple[int, Range]] = []
+    if at := found.get(config.CAP_MSI):
+        msi = 1 << (read(at + 2, 2) >> 1 & 0b111)
+    if at := found.get(config.CAP_MSIX):
+        msix = (read(at + 2, 2) & 0x7FF) + 1
+        for register, size in ((read(at + 4, 4), msix * 16), (read(at + 8, 4), -(-msix // 64) * 8)):
+            trapped.append((register & 7, Range(register & ~7, size)))
+    return Vectors(msix, msi, bool(space[config.INTERRUPT_PIN]), tuple(trapped))
+
+
+def preview_bars(resources: Iterable[tuple[int, int]], vectors: Vectors) -> tuple[BarPreview, ...]:
+    """From size and flags of each line of ``resource`` (BARs, then the ROM)."""
+    bars = []
+    for index, (size, flags) in enumerate(resources):
+        if index > ROM_INDEX or not size or not flags & (_IO | _MEMORY):
+            continue
+        kind = BarKind.IO if flags & _IO else BarKind.MEMORY64 if flags & _MEMORY64 else BarKind.MEMORY32
+        traps = [range_ for bar, range_ in vectors.trapped if bar == index]
+        # VFIO maps no ports, no ROM, and no BAR that shares its page with others.
+        whole = [Range(0, size)] if flags & _MEMORY and index != ROM_INDEX and size >= PAGE else []
+        known = vectors.msix is not None or not whole
+        bars.append(BarPreview(index, kind, size, tuple(mappable(whole, traps)) if known else None))
+    return tuple(bars)
+
+
+def allocate(space: BarSpace, bars: Sequence[BarPreview]) -> None:
+    """Find room for them as an assigned function does. Raises ``LayoutError`` where there is none."""
+    for bar in bars:
+        space.allocate(bar.kind, 1 << (bar.size - 1).bit_length())

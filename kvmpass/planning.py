@@ -1,0 +1,244 @@
+"""What ``kvmpass assign`` would do, worked out by the same code, without doing any of it."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kvmpass import host
+from kvmpass.errors import DeviceInUse, KvmpassError, NoSuchDevice
+from kvmpass.host import Bdf, Blocker, Finding, Outcome, PciDevice, Sysfs
+from kvmpass.kvm import System
+from kvmpass.layout import Layout, parse_size
+from kvmpass.memory import Backing, MemoryPlan, plan_memory
+from kvmpass.pci import BarPreview, BarSpace, Vectors, allocate, preview_bars, preview_vectors
+
+# Standard input, output and error; KVM, the VM, its VFIO device; the container; epoll and eventfd of the watch over
+# devices; the kernel's log.
+_MACHINE_DESCRIPTORS = 3 + 3 + 1 + 2 + 1
+# A device; the eventfds of its ERR and REQ interrupts; those of INTx, raised and ended.
+_DEVICE_DESCRIPTORS = 1 + 2 + 2
+_RAISE = "raise the limit: ulimit -Hn, or nofile in limits.conf"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Another device of the group. ``part``: ``taken`` (it is assigned, too), ``stays`` or ``blocks``."""
+
+    bdf: Bdf
+    name: str
+    driver: str | None
+    part: str
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """One device: ``driver`` is what it has now and gets back; ``resets`` in the order in which the kernel tries."""
+
+    bdf: Bdf
+    name: str
+    driver: str | None
+    group: int | None
+    members: tuple[Member, ...]
+    resets: tuple[str, ...]
+    vectors: Vectors
+    bars: tuple[BarPreview, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """What is counted: ``fixed`` for the machine and its devices, ``vectors`` more if the guest unmasks them all.
+
+    ``limit`` is the hard one: the soft one is raised to it.
+    """
+
+    fixed: int
+    vectors: int
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Objection:
+    """Why it would be refused, or what to mind; ``bdf`` is None where it is not one device's."""
+
+    bdf: Bdf | None
+    reason: Blocker
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``memory`` is None where it cannot be laid out; ``blocks`` says why.
+
+    ``phys_bits`` is the CPU's physical width, from ``width_from`` (``KVM`` or ``/proc/cpuinfo``). ``confined``: this
+    host has IOMMU groups, so that its reserved ranges are known.
+    """
+
+    devices: tuple[DevicePlan, ...]
+    memory: MemoryPlan | None
+    cpus: int
+    phys_bits: int
+    width_from: str
+    confined: bool
+    descriptors: Descriptors
+    blocks: tuple[Objection, ...]
+    warnings: tuple[Objection, ...]
+
+    @property
+    def map_calls(self) -> int:
+        return len(self.memory.mapped) if self.memory else 0
+
+    @property
+    def locked(self) -> int:
+        """Bytes."""
+        return self.memory.locked if self.memory else 0
+
+
+def plan(
+    addresses: Sequence[str | Bdf],
+    *,
+    memory: str | int = "1G",
+    cpus: int = 1,
+    backing: Backing = Backing.ANONYMOUS,
+    sysfs: Sysfs | None = None,
+) -> Plan:
+    """Work out what assigning these devices to one machine would do. Changes nothing, on any machine.
+
+    Everything that would be refused is in ``blocks``, all of it and not only the first. Raises only for what is no
+    question: ``BadAddress``, ``LayoutError`` for a ``memory`` that is no size.
+    """
+    sysfs = sysfs or Sysfs()
+    bdfs = [Bdf.parse(address) if isinstance(address, str) else address for address in addresses]
+    size = parse_size(memory)
+    blocks: list[Objection] = []
+    if len(set(bdfs)) != len(bdfs):
+        blocks.append(_impossible(DeviceInUse("the same device is named twice")))
+        bdfs = list(dict.fromkeys(bdfs))
+    findings = list(_findings(sysfs, bdfs, size, backing))
+    blocks += _objections(findings, Outcome.FAIL)
+    devices = list(_present(sysfs, bdfs))
+    groups = sysfs.groups()
+    bits, source = _physical_bits(sysfs)
+    memory_plan = None
+    try:
+        memory_plan = plan_memory(size, sysfs.reserved_regions(), bits, backing)
+        _check_cpus(sysfs, cpus)
+    except KvmpassError as error:
+        blocks.append(_impossible(error))
+    planned = tuple(_device(sysfs, device, bdfs) for device in devices)
+    if memory_plan is not None:
+        blocks += _unfitting(planned, memory_plan.layout)
+    descriptors = _descriptors(planned, cpus)
+    if descriptors.fixed > descriptors.limit:
+        counts = f"{descriptors.fixed} descriptors are needed, {descriptors.limit} are allowed"
+        blocks.append(_impossible(KvmpassError(counts, _RAISE)))
+    return Plan(
+        devices=planned,
+        memory=memory_plan,
+        cpus=cpus,
+        phys_bits=bits,
+        width_from=source,
+        confined=any(not group.no_iommu for group in groups),
+        descriptors=descriptors,
+        blocks=tuple(blocks),
+        warnings=tuple(_objections(findings, Outcome.WARN)),
+    )
+
+
+def _findings(sysfs: Sysfs, bdfs: Sequence[Bdf], size: int, backing: Backing) -> Iterator[Finding]:
+    """The doctor's, of the host once and of each device."""
+    page = backing.page_size if backing is not Backing.ANONYMOUS else 0
+    holders = host.OpenNodes(sysfs)
+    seen: set[tuple[str, str]] = set()
+    for bdf in bdfs:
+        for finding in host.diagnose(sysfs, bdf, memory=size, huge_page=page, together=bdfs, holders=holders):
+            key = finding.check, finding.trouble.cause if finding.trouble else ""
+            if key not in seen:
+                seen.add(key)
+                yield finding
+
+
+def _objections(findings: Sequence[Finding], outcome: Outcome) -> list[Objection]:
+    return [Objection(one.bdf, one.trouble) for one in findings if one.outcome is outcome and one.trouble]
+
+
+def _present(sysfs: Sysfs, bdfs: Sequence[Bdf]) -> Iterator[PciDevice]:
+    for bdf in bdfs:
+        try:
+            yield sysfs.device(bdf)
+        except NoSuchDevice:  # among the findings already
+            continue
+
+
+def _device(sysfs: Sysfs, device: PciDevice, together: Sequence[Bdf]) -> DevicePlan:
+    others = sysfs.group(device.group).devices if device.group is not None else ()
+    members = [sysfs.device(bdf) for bdf in others if bdf != device.bdf]
+    found, names = preview_vectors(sysfs.config(device.bdf)), host.Names(sysfs)
+    return DevicePlan(
+        bdf=device.bdf,
+        name=names.short(device),
+        driver=device.driver,
+        group=device.group,
+        members=tuple(
+            Member(
+                one.bdf,
+                names.short(one),
+                one.driver,
+                "taken" if one.bdf in together else "stays" if host.is_harmless(one) else "blocks",
+            )
+            for one in members
+        ),
+        resets=device.reset_methods,
+        vectors=found,
+        bars=preview_bars([(part.size, part.flags) for part in device.resources], found),
+    )
+
+
+def _unfitting(devices: Sequence[DevicePlan], layout: Layout) -> Iterator[Objection]:
+    space = BarSpace(layout)
+    for device in devices:
+        try:
+            allocate(space, device.bars)
+        except KvmpassError as error:
+            yield _impossible(error, device.bdf)
+
+
+def _impossible(error: KvmpassError, bdf: Bdf | None = None) -> Objection:
+    remedy = "; ".join(getattr(error, "__notes__", ()))
+    return Objection(bdf, Blocker("request", "impossible", str(error), remedy, type(error)))
+
+
+def _on_this_machine(sysfs: Sysfs) -> bool:
+    return str(sysfs.root) == "/"
+
+
+def _physical_bits(sysfs: Sysfs) -> tuple[int, str]:
+    """The width by which a machine is laid out, as KVM says, or as the CPU does where KVM cannot be asked."""
+    if _on_this_machine(sysfs):
+        try:
+            with System() as system:
+                return system.physical_bits, "KVM"
+        except OSError:
+            pass
+    for line in (sysfs.text("proc/cpuinfo") or "").splitlines():
+        if line.startswith("address sizes"):
+            return int(line.partition(":")[2].split()[0]), "/proc/cpuinfo"
+    return 40, "assumed"
+
+
+def _check_cpus(sysfs: Sysfs, cpus: int) -> None:
+    if _on_this_machine(sysfs):
+        try:
+            system = System()
+        except OSError:  # among the findings already
+            return
+        with system:
+            system.check_vcpus(cpus)
+
+
+def _descriptors(devices: Sequence[DevicePlan], cpus: int) -> Descriptors:
+    groups = {device.group for device in devices}
+    fixed = _MACHINE_DESCRIPTORS + cpus + len(groups) + _DEVICE_DESCRIPTORS * len(devices)
+    most = sum(max(device.vectors.msix or 0, device.vectors.msi or 0) for device in devices)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Descriptors(fixed, most, hard)

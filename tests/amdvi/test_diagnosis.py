@@ -1,0 +1,240 @@
+"""Hosts that really lack something: doctor names the one cause, and nothing else fails. Plans that come true."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from witness import locked_bytes
+
+import kvmpass
+from kvmpass import host
+from kvmpass.host import Bdf, Outcome, Sysfs
+from kvmpass.layout import MIB, Range, Reserved
+from kvmpass.vfio.device import MSI, MSIX
+
+SYSFS = Sysfs()
+NOBODY = 65534
+HOLE = Reserved(Range(32 * MIB, 16 * MIB), "reserved")
+STANDARD = 3  # input, output, errors: open whatever we do
+
+
+@pytest.fixture(autouse=True)
+def unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("KVMPASS_STATE_DIR", str(tmp_path / "state"))
+    before = [(one.bdf, one.driver, one.driver_override) for one in SYSFS.devices()]
+    yield
+    assert [(one.bdf, one.driver, one.driver_override) for one in SYSFS.devices()] == before
+
+
+def failures(bdf: str | None = None, **options: Any) -> list[str]:
+    findings = host.diagnose(SYSFS, Bdf.parse(bdf) if bdf else None, **options)
+    return [one.trouble.kind for one in findings if one.outcome is Outcome.FAIL and one.trouble]
+
+
+def failures_as(action: Callable[[], object], bdf: str | None = None, **options: Any) -> list[str]:
+    """The same in a fork that has done ``action`` to itself."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+            os.write(writer, json.dumps(failures(bdf, **options)).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, "rb") as file:  # noqa: PTH123 - a descriptor
+        found = json.loads(file.read())
+    assert isinstance(found, list)
+    return found
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_the_commands(nvme: str, valid: Callable[..., Any], emulated_host: bool) -> None:
+    """A host that is ready, as the command line tells it; real hosts may have warnings of their own."""
+    words = [sys.executable, "-m", "kvmpass"]
+    done = subprocess.run([*words, "doctor", nvme, "--json"], capture_output=True, text=True, timeout=60, check=False)
+    document = valid("doctor", done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert document["ok"]
+    if emulated_host:
+        assert {one["outcome"] for one in document["findings"]} == {"pass"}
+    done = subprocess.run(
+        [*words, "plan", nvme, "--memory", "64M", "--json"], capture_output=True, text=True, timeout=60, check=False
+    )
+    document = valid("plan", done.stdout)
+    assert (done.returncode, done.stderr, document["blocks"]) == (0, "", [])
+    assert document["devices"][0]["driver"] == "nvme"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("svm-off", marks=pytest.mark.amdvi(profile="no-svm")),
+        pytest.param("no-ivrs", marks=pytest.mark.amdvi(profile="no-iommu")),
+        pytest.param("no-intremap", marks=pytest.mark.amdvi(profile="no-intremap")),
+    ],
+)
+def test_a_host_that_lacks_something(kind: str, edu: str) -> None:
+    assert failures(edu) == [kind]
+    assert [one.reason.kind for one in kvmpass.plan([edu], memory="64M").blocks] == [kind]
+
+
+@pytest.mark.amdvi(profile="no-iommu", kernel="full")
+def test_no_iommu_mode(edu: str) -> None:
+    switch = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")
+    override = Path("/sys/bus/pci/devices", edu, "driver_override")
+    switch.write_text("Y")
+    override.write_text("vfio-pci\n")
+    try:
+        Path("/sys/bus/pci/drivers_probe").write_text(edu)
+        findings = {one.check: one for one in host.diagnose(SYSFS, Bdf.parse(edu))}
+        assert [one.check for one in findings.values() if one.outcome is Outcome.FAIL] == ["firmware-iommu"]
+        mode = findings["noiommu-mode"]
+        assert mode.outcome is Outcome.WARN
+        assert mode.trouble is not None
+        assert edu in mode.trouble.cause
+    finally:
+        Path("/sys/bus/pci/drivers/vfio-pci/unbind").write_text(edu)
+        override.write_text("\n")
+        switch.write_text("N")
+
+
+def test_a_sibling_in_use(multifunction: str) -> None:
+    assert failures(multifunction) == ["group-not-viable"]
+    made = kvmpass.plan([multifunction], memory="64M")
+    assert [one.part for one in made.devices[0].members] == ["blocks"]
+    group = SYSFS.device(Bdf.parse(multifunction)).group
+    assert group is not None
+    whole = kvmpass.plan(SYSFS.group(group).devices, memory="64M")
+    assert whole.blocks == ()
+    assert {member.part for device in whole.devices for member in device.members} == {"taken"}
+
+
+def test_beside_a_bridge(bridged: str) -> None:
+    made = kvmpass.plan([bridged], memory="64M")
+    assert made.blocks == ()
+    assert {one.part for one in made.devices[0].members} == {"stays"}
+
+
+@pytest.mark.destructive
+def test_a_mounted_drive(nvme2: str, tmp_path: Path) -> None:
+    node = next(Path(f"/sys/bus/pci/devices/{nvme2}").glob("nvme/nvme*/nvme*n1")).name
+    subprocess.run(["/bin/busybox", "mke2fs", f"/dev/{node}"], check=True, capture_output=True)
+    subprocess.run(["mount", "-t", "ext4", f"/dev/{node}", str(tmp_path)], check=True)
+    try:
+        assert failures(nvme2) == ["in-use"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_memlock(edu: str) -> None:
+    """CAP_IPC_LOCK overrides the limit, so it must go first."""
+    script = """if True:
+        import sys
+        from kvmpass import host
+        found = host.diagnose(host.Sysfs(), host.Bdf.parse(sys.argv[1]))
+        print(*[one.trouble.kind for one in found if one.outcome == "fail"])
+        """
+    words = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", "--memlock=8388608"]
+    words += [sys.executable, "-c", script, edu]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "memlock-low\n", done.stderr
+
+
+def test_more_memory_than_there_is(edu: str) -> None:
+    assert failures(edu, memory=1 << 50) == ["memory-short"]
+    assert failures(edu, memory=1 << 40, huge_page=2 * MIB) == ["huge-pages-short"]
+
+
+def test_an_ordinary_user(edu: str) -> None:
+    def become_nobody() -> None:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+
+    found = failures_as(become_nobody, edu)
+    if Path("/dev/kvm").stat().st_mode & 0o006 == 0o006:  # the world may open it: then the next thing is the cause
+        assert found[0] == "no-driver-rights"
+    else:
+        assert found == ["no-access"]
+
+
+@pytest.mark.amdvi(profile="single", kernel="stock")  # the full kernel has no modules
+def test_a_module_that_is_kept_from_loading(nvme: str, emulated_host: bool) -> None:
+    if not emulated_host:
+        pytest.skip("unloads vfio-pci: only in the lab")
+    obstacle = Path("/etc/modprobe.d/kvmpass-test.conf")
+    node = Path("/dev/vfio/vfio")
+    mode = node.stat().st_mode
+    subprocess.run(["/sbin/modprobe", "-r", "vfio_pci"], check=True)
+    try:
+        assert failures(nvme) == []  # it can be loaded
+        obstacle.write_text("install vfio-pci /bin/false\n")
+        assert failures(nvme) == ["no-vfio-pci"]
+    finally:
+        obstacle.unlink(missing_ok=True)
+        subprocess.run(["/sbin/modprobe", "vfio-pci"], check=True)
+        node.chmod(mode & 0o777)  # the node may have gone with the module
+
+
+# --- plans
+
+
+class Holed(Sysfs):
+    """The host, whose IOMMU does not translate one more range: memory lies on both sides of it."""
+
+    def reserved_regions(self) -> list[Reserved]:
+        return sorted([*super().reserved_regions(), HOLE], key=lambda line: line.range)
+
+
+@pytest.mark.parametrize("sysfs", [SYSFS, Holed()], ids=["as-it-is", "with-a-hole"])
+def test_a_plan_comes_true(nvme: str, edu: str, sysfs: Sysfs) -> None:
+    """Its table is the machine's, its counts are those of the kernel, and making it changed nothing."""
+    made = kvmpass.plan([nvme, edu], memory="64M", cpus=2, sysfs=sysfs)
+    assert made.blocks == ()
+    assert made.memory is not None
+    regions = made.memory.regions
+    assert len(regions) == made.map_calls == (1 if sysfs is SYSFS else 2)
+    opened, locked = descriptors(), locked_bytes()
+    with host.borrow(nvme, edu), kvmpass.Machine(memory="64M", cpus=2, sysfs=sysfs) as machine:
+        devices = [machine.assign(nvme), machine.assign(edu)]
+        assert machine.layout == made.memory.layout
+        real = [one for one in machine.memory if one.dma]  # devices may have BARs in it already
+        assert [(one.kind, one.range, one.name, one.backing) for one in real] == [
+            (one.kind, one.range, one.name, one.backing) for one in regions
+        ]
+        assert [(one.iova, one.size, one.writable) for one in machine.domain.ledger] == [
+            (one.range.start, one.range.size, one.kind.dma_writable) for one in made.memory.mapped
+        ]
+        slots = sorted((one.slot, one.gpa, one.size, not one.readonly) for one in machine.memslots.ledger)
+        assert slots[: len(regions)] == [
+            (slot, one.range.start, one.range.size, one.kind.guest_writable) for slot, one in enumerate(regions)
+        ]
+        assert [call.operation for call in machine.domain.calls] == ["map"] * made.map_calls
+        assert locked_bytes() - locked == made.locked
+        # Not there yet: two vCPUs, two eventfds of INTx each. Not on every host: two of ERR, the kernel's log.
+        expected = made.descriptors.fixed - STANDARD
+        assert expected - 2 - 4 - 2 - 1 <= descriptors() - opened <= expected
+        for device, planned in zip(devices, made.devices, strict=True):
+            assert device.reset_methods == planned.resets
+            assert (device.vfio.irqs[MSIX].count, device.vfio.irqs[MSI].count) == (
+                planned.vectors.msix,
+                planned.vectors.msi,
+            )
+            assert device.function is not None
+            for bar in planned.bars:
+                if bar.name != "rom":
+                    shown = device.function._bars[bar.index]
+                    assert (shown.kind, shown.size) == (bar.kind, bar.size)
+                    assert tuple(area for area, _ in shown._mappings) == bar.mapped
