@@ -67,7 +67,8 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
     kvmpass assign [OPTIONS] BDF... -- COMMAND...   run COMMAND in the guest
 
     Each device is bound to vfio-pci for as long as the guest runs and given back afterwards, whatever happens (after
-    a SIGKILL: kvmpass restore). Its DMA reaches the guest's memory and nothing else. Needs root.
+    a SIGKILL: kvmpass restore). Its DMA reaches the guest's memory and nothing else. Needs
+    root, or devices that root has bound (kvmpass bind) and the rights that kvmpass doctor asks for.
 
     With COMMAND its standard output and standard error are those of kvmpass, its input is empty, and its status is
     that of kvmpass. Without, the console is on this terminal in raw mode: every key goes to the guest, and Ctrl-]

@@ -14,7 +14,7 @@ from kvmpass.host.checks import check_assignable
 from kvmpass.host.journal import Journal, Operation
 from kvmpass.host.lock import Say
 from kvmpass.host.sysfs import PciDevice, Sysfs
-from kvmpass.host.undoing import Undo, check_privilege, may_change
+from kvmpass.host.undoing import Undo, check_privilege, may_change_driver
 from kvmpass.host.usage import VFIO_PCI
 
 
@@ -39,15 +39,14 @@ class Borrow:
         ``NotAssignable``, ``OSError``, ``JournalError`` after everything has been given back.
         """
         undo = self._undo
-        found = [check_assignable(undo.sysfs, bdf, together=self.bdfs) for bdf in self.bdfs]
+        devices = [check_assignable(undo.sysfs, bdf, together=self.bdfs) for bdf in self.bdfs]
         self.devices.clear()
-        if all(device.driver == VFIO_PCI and not may_change(undo.sysfs, device.bdf) for device in found):
-            # Nothing is to be changed, by a user who could not: he needs no journal. That a group has one owner is
-            # VFIO's to see to (EBUSY).
-            self.devices.extend(found)
-            return found
-        for bdf in self.bdfs:
-            check_privilege(undo.sysfs, bdf)
+        for device in devices:
+            if device.driver != VFIO_PCI:
+                check_privilege(undo.sysfs, device.bdf)
+        if not any(may_change_driver(undo.sysfs, bdf) for bdf in self.bdfs):
+            self.devices += devices  # bound for a user without that right: nothing to do, nothing to undo
+            return list(self.devices)
         try:
             with undo.journal.lock(undo.say), deferred():
                 for bdf in self.bdfs:
@@ -83,11 +82,11 @@ def borrow(
     Only these functions change, never their siblings. Before each change the journal (``state_dir``, default
     ``$KVMPASS_STATE_DIR`` or ``/var/lib/kvmpass``) says on disk what was there. On every way out the original driver
     is bound again and the original ``driver_override`` set; :func:`restore` does it for a process that was killed.
-    A device that is on vfio-pci already is used as it is and stays there, which needs no right to change drivers. The
-    module vfio-pci, if it had to be loaded, stays loaded. Close all VFIO descriptors of a device before the block
-    ends: the kernel waits for them. ``timeout`` is in seconds, for each driver that lets go or takes; ``say`` is told
-    when another process changes drivers for longer than a second. What a driver alone remembers (addresses of a
-    network interface, for one) is the host's to set again.
+    A device that is on vfio-pci already is used as it is and stays there; a user who may not change drivers can
+    borrow such devices only, and nothing is written. The module vfio-pci, if it had to be loaded, stays loaded. Close
+    all VFIO descriptors of a device before the block ends: the kernel waits for them. ``timeout`` is in seconds, for
+    each driver that lets go or takes; ``say`` is told when another process changes drivers for longer than a second.
+    What a driver alone remembers (addresses of a network interface, for one) is the host's to set again.
     """
     return Borrow(distinct(bdfs), sysfs or Sysfs(), Journal(state_dir), timeout, say)
 

@@ -205,15 +205,13 @@ class Sysfs:
     def device(self, bdf: Bdf) -> PciDevice:
         """One function. Raises ``NoSuchDevice``."""
         base = f"{PCI_DEVICES}/{bdf}"
-        vendor, device = self.number(base, "vendor"), self.number(base, "device")
-        if vendor is None or device is None:
-            raise NoSuchDevice(f"there is no PCI device {bdf}", "kvmpass list shows the devices of this host")
+        vendor = self.number(base, "vendor")
         group = self.link(base, "iommu_group")
         node = self.number(base, "numa_node")
-        return PciDevice(
+        found = PciDevice(
             bdf=bdf,
-            vendor=vendor,
-            device=device,
+            vendor=vendor or 0,
+            device=self.number(base, "device") or 0,
             subsystem_vendor=self.number(base, "subsystem_vendor") or 0,
             subsystem_device=self.number(base, "subsystem_device") or 0,
             class_code=self.number(base, "class") or 0,
@@ -227,6 +225,9 @@ class Sysfs:
             power_state=self.text(base, "power_state") or "unknown",
             reset_methods=tuple((self.text(base, "reset_method") or "").split()),
         )
+        if vendor is None or not self.path(base, "vendor").exists():  # or it went while we read: the rest is void
+            raise NoSuchDevice(f"there is no PCI device {bdf}", "kvmpass list shows the devices of this host")
+        return found
 
     def driver(self, bdf: Bdf) -> str | None:
         """The name of the driver bound at this moment."""

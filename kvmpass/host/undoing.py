@@ -113,18 +113,17 @@ def check_owner(sysfs: Sysfs, entry: Entry) -> None:
         raise DeviceInUse(f"{entry.bdf} is assigned by {owner}", "stop that process first, or choose another device")
 
 
-def may_change(sysfs: Sysfs, bdf: Bdf) -> bool:
-    """Whether this user may change the device's driver."""
-    return os.access(sysfs.device_path(bdf) / "driver_override", os.W_OK, effective_ids=True)
-
-
 def check_privilege(sysfs: Sysfs, bdf: Bdf) -> None:
     """Raises ``PermissionError`` where this user may not change the device's driver."""
-    if not may_change(sysfs, bdf):
+    if not may_change_driver(sysfs, bdf):
         path = sysfs.device_path(bdf) / "driver_override"
         error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         error.add_note("run as root: this changes the device's driver")
         raise error
+
+
+def may_change_driver(sysfs: Sysfs, bdf: Bdf) -> bool:
+    return os.access(sysfs.device_path(bdf) / "driver_override", os.W_OK, effective_ids=True)
 
 
 _outstanding: set[Undo] = set()

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -223,6 +224,36 @@ def test_without_privilege(nvme: str, edu: str, state: Path) -> None:
     assert Child(work).wait() == 0
     assert (facts(), files(state)) == before
     host.unbind([edu])
+
+
+def test_a_user_assigns_what_root_has_bound(nvme: str, edu: str, state: Path) -> None:
+    """With the rights to the nodes and to locked memory that doctor asks for; what is not bound still needs root."""
+    host.bind([nvme])
+    nodes = [Path("/dev/kvm"), Path("/dev/vfio/vfio"), Path(f"/dev/vfio/{look(nvme).group}")]
+    modes = {node: stat.S_IMODE(node.stat().st_mode) for node in nodes}
+    user = ["prlimit", "--memlock=unlimited", "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+
+    def as_user(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [*user, sys.executable, "-m", "kvmpass", *words]
+        return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200)
+
+    try:
+        for node in nodes:
+            node.chmod(0o666)
+        before = facts(), files(state)
+        done = as_user("doctor", nvme, "--memory", "192M")
+        assert (done.returncode, "FAIL" in done.stdout) == (0, False), done.stdout
+        done = as_user("assign", nvme, "--memory", "192M", "--", "sh", "-c", "id -u; test -b /dev/nvme0n1")
+        assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
+        done = as_user("assign", nvme, edu, "--memory", "192M", "--", "true")
+        assert done.returncode == 125
+        assert f"{edu}/driver_override: Permission denied" in done.stderr
+        assert (facts(), files(state)) == before
+    finally:
+        for node, mode in modes.items():
+            node.chmod(mode)
+        host.unbind([nvme])
+        namespace(nvme)
 
 
 # --- killed

@@ -27,7 +27,6 @@ from kvmpass.errors import (
     RestoreFailed,
 )
 from kvmpass.host import Bdf, Step, binding, check_assignable
-from kvmpass.machine import Machine
 
 TAKING = [Step.RECORDED, Step.OVERRIDE, Step.UNBIND, Step.PROBE, Step.BOUND]
 RETURNING = [
@@ -404,32 +403,6 @@ def test_without_privilege(nvme: str) -> None:
                 host.check_host(SYSFS)
 
     assert Child(work).wait() == 0
-
-
-def test_a_user_has_what_root_has_bound(edu: str) -> None:
-    """With the group's node, KVM and the memory's lock allowed: no driver changes, and nothing is written down."""
-    [bound] = host.bind([edu])
-    nodes = {Path("/dev/kvm"): 0o666, Path("/dev/vfio/vfio"): 0o666, Path(f"/dev/vfio/{look(edu).group}"): 0o666}
-    modes = {node: node.stat().st_mode for node in nodes}
-
-    def work() -> None:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (64 << 20, 64 << 20))
-        os.setuid(65534)
-        host.check_host(SYSFS)
-        with host.borrow(edu) as [device], Machine(memory="64M") as machine:
-            assert machine.assign(device.bdf).regions[0].size
-            machine.audit()
-
-    for node, mode in nodes.items():
-        node.chmod(mode)
-    try:
-        assert Child(work).wait() == 0
-        assert look(edu).driver == "vfio-pci"
-    finally:
-        for node, mode in modes.items():
-            node.chmod(mode)
-        host.unbind([edu])
-    assert look(edu).driver == bound.before
 
 
 def test_more_memory_than_there_is() -> None:

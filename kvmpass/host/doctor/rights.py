@@ -9,7 +9,7 @@ import stat
 from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import Sysfs
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.usage import VFIO_PCI, vfio_nodes
 
 _RULES = "/etc/udev/rules.d/70-kvmpass.rules"
 _KVM_GROUP = (
@@ -80,8 +80,8 @@ def _access(examined: Examined) -> Verdict:
     sysfs = examined.sysfs
     nodes = ["dev/kvm", "dev/vfio/vfio"]
     group = examined.device.group if examined.bdf is not None and examined.present else None
-    if group is not None:  # the device's own node, under vfio/devices, is for iommufd
-        nodes.append(f"dev/vfio/{group}")
+    if group is not None and examined.bdf is not None:
+        nodes.append(vfio_nodes(sysfs, examined.bdf, group)[0].lstrip("/"))  # the group's
     there = [node for node in nodes if sysfs.path(node).exists()]
     read = [Reading(f"/{node}", _owner(sysfs, node)) for node in there]
     if sysfs.path("dev/iommu").exists():
