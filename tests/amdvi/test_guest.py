@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
 import os
 import pty
@@ -13,7 +12,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,8 @@ from kvmpass.cli.main import main
 from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
 from kvmpass.machine import Machine
 from kvmpass.vcpus import Ending
+
+Valid = Callable[[str, str | bytes], Any]
 
 GUEST_SECONDS = 200
 HEAD = 16 << 20  # bytes at the start of a drive that are compared: a real one may be large
@@ -69,7 +72,7 @@ def test_output_and_status_are_the_commands(nvme: str) -> None:
     assert driver(nvme) == "nvme"
 
 
-def test_the_guest_reads_and_writes_the_drive(nvme: str, tmp_path: Path, destructive: None) -> None:
+def test_the_guest_reads_and_writes_the_drive(nvme: str, tmp_path: Path, destructive: None, valid: Valid) -> None:
     """Every byte through the IOMMU, both ways, compared from outside; a program and a file copied in."""
     before = os.urandom(HEAD)
     node(nvme).write_bytes(before)
@@ -85,7 +88,7 @@ def test_the_guest_reads_and_writes_the_drive(nvme: str, tmp_path: Path, destruc
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[0].decode() == hashlib.sha256(before).hexdigest()
     assert head(nvme) == before[: 3 * 4096] + marker + before[4 * 4096 :]
-    report = json.loads((tmp_path / "status.json").read_text())
+    report = valid("status-file", (tmp_path / "status.json").read_text())
     assert (report["schema"], report["outcome"], report["status"], report["exit_status"]) == (1, "exited", 0, 0)
     assert report["devices"] == [nvme]
 
@@ -151,14 +154,14 @@ def test_two_guests_at_once_and_a_third_is_refused(nvme: str, nvme2: str, capfd:
         assert line.split()[0] == hashlib.sha256(head(bdf)).hexdigest()
 
 
-def test_a_guest_that_panics_is_no_answer(nvme: str, tmp_path: Path) -> None:
+def test_a_guest_that_panics_is_no_answer(nvme: str, tmp_path: Path, valid: Valid) -> None:
     status = tmp_path / "status.json"
     crash = "echo before; echo c > /proc/sysrq-trigger"
     result = run("assign", nvme, "--memory", "192M", "--status-file", str(status), "--", "sh", "-c", crash)
     assert (result.returncode, result.stdout) == (126, b"before\n")
     assert b"the guest panicked before its command reported a status" in result.stderr
     assert b"Kernel panic - not syncing: sysrq triggered crash" in result.stderr
-    report = json.loads(status.read_text())
+    report = valid("status-file", status.read_text())
     assert (report["outcome"], report["status"], report["exit_status"]) == ("panic", None, 126)
     assert driver(nvme) == "nvme"
 

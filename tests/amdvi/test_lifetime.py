@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from kvmpass.pci.intx import Intx
 from kvmpass.pci.space import BarSpace
 from kvmpass.vfio import Container, Device, Group, Region
 from kvmpass.watch import Watch
+
+Valid = Callable[[str, str | bytes], Any]
 
 ASSIGN_STEPS: list[tuple[type, str]] = [
     (HostMapping, "populate"),
@@ -204,7 +205,7 @@ def start_and_wait_for(text: str, command: list[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_while_the_guest_runs(nvme: str, tmp_path: Path, number: int, status: int) -> None:
+def test_interrupted_while_the_guest_runs(nvme: str, tmp_path: Path, number: int, status: int, valid: Valid) -> None:
     before = state_of(nvme)
     report = tmp_path / "status.json"
     process = start_and_wait_for(
@@ -216,8 +217,8 @@ def test_interrupted_while_the_guest_runs(nvme: str, tmp_path: Path, number: int
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
     assert state_of(nvme) == before
-    assert json.loads(report.read_text())["outcome"] == "interrupted"
-    assert json.loads(report.read_text())["exit_status"] == status
+    told = valid("status-file", report.read_text())
+    assert (told["outcome"], told["exit_status"]) == ("interrupted", status)
 
 
 def test_a_reader_that_stalls_does_not_hold_the_device(nvme: str) -> None:

@@ -375,6 +375,14 @@ def test_an_ordinary_user(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found(host, "no-access-kvm", None).check == "access"
 
 
+def test_the_node_that_is_for_iommufd_is_not_asked_for(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.put(f"sys/bus/pci/devices/{NVME}/vfio-dev/vfio0/dev", "511:0")
+    host.put("dev/vfio/7", "")
+    host.put("dev/vfio/devices/vfio0", "")
+    closed(monkeypatch, "dev/vfio/devices/vfio0")
+    assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
+
+
 def test_an_ordinary_user_with_every_node(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     closed(monkeypatch, "driver_override", "drivers_probe")
     assert found(host, "no-driver-rights").outcome is Outcome.FAIL

@@ -317,6 +317,20 @@ def test_no_permission_to_borrow(host: Host, monkeypatch: pytest.MonkeyPatch, tm
     assert not (tmp_path / "state").exists()
 
 
+def test_who_may_not_change_drivers_uses_what_is_on_vfio_pci(
+    host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
+    host.add("0000:03:00.0", "vfio-pci", 11)
+    state = tmp_path / "state"
+    with library.borrow("0000:03:00.0", sysfs=host, state_dir=state) as [device]:
+        assert device.driver == "vfio-pci"
+    with pytest.raises(PermissionError), library.borrow("0000:03:00.0", NVME, sysfs=host, state_dir=state):
+        pytest.fail("the block must not run")
+    assert host.writes == []
+    assert not state.exists()
+
+
 # --- the memory
 
 

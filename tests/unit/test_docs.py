@@ -1,0 +1,87 @@
+"""The documentation: links lead somewhere, examples of JSON are valid, every command is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmpass.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
+SCHEMAS = sorted(path.stem for path in (DOCS / "schemas").glob("*.json"))
+_FENCE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_VALID = re.compile(r"^<!-- valid: (\S+) -->\n```json\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def prose(page: Path) -> str:
+    """The page without its code blocks."""
+    return _FENCE.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
+        text = _LINK.sub(lambda match: match[0][1 : match[0].index("]")], heading)
+        slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        number = sum(other == slug or other.startswith(f"{slug}-#") for other in found)
+        found.add(f"{slug}-{number}" if number else slug)
+    return found
+
+
+def links() -> list[tuple[Path, str]]:
+    return [(page, target) for page in PAGES for target in _LINK.findall(prose(page)) if "://" not in target]
+
+
+@pytest.mark.parametrize(("page", "target"), links(), ids=lambda value: getattr(value, "name", value))
+def test_relative_links_lead_somewhere(page: Path, target: str) -> None:
+    name, _, anchor = target.partition("#")
+    file = (page.parent / name).resolve() if name else page
+    assert file.exists(), f"{page.name}: no file {name}"
+    if anchor:
+        assert anchor in anchors(file), f"{page.name}: {file.name} has no heading #{anchor}"
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_every_schema_has_an_example_that_is_valid(schema: str, valid: Callable[[str, str | bytes], Any]) -> None:
+    """One line of an answer without end is a document, too."""
+    reference = (DOCS / "reference.md").read_text()
+    assert f"(schemas/{schema}.json)" in reference
+    assert f"(examples/{schema}.json)" in reference
+    assert valid(schema, (DOCS / "examples" / f"{schema}.json").read_text())["schema"] == 1
+
+
+def test_json_in_the_pages_is_valid(valid: Callable[[str, str | bytes], Any]) -> None:
+    found = [example for page in PAGES for example in _VALID.findall(page.read_text())]
+    assert found
+    for schema, text in found:
+        valid(schema, text)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_is_in_the_tables(command: str) -> None:
+    """README's table says what it does, the reference how it ends."""
+    for page in (ROOT / "README.md", DOCS / "reference.md"):
+        first_cells = [line.split("|")[1] for line in page.read_text().splitlines() if line.startswith("| ")]
+        assert any(re.search(rf"`{command}\b", cell) for cell in first_cells), f"{page.name} does not name {command}"
+
+
+def test_every_variable_is_in_the_reference() -> None:
+    """What the code reads from the environment, and what it sets there."""
+    named = set(re.findall(r"`(_?KVMPASS_\w+)`", (DOCS / "reference.md").read_text()))
+    for path in (ROOT / "kvmpass").rglob("*.py"):
+        for variable in re.findall(r'"(_?KVMPASS_[A-Z_]*[A-Z])"', path.read_text()):
+            assert variable in named, f"{path.name} knows {variable}"
+
+
+def test_python_examples_compile() -> None:
+    for page in PAGES:
+        for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            compile(code, page.name, "exec")
