@@ -53,6 +53,7 @@ def assigned(
     sysfs = host.Sysfs()
     bdfs = [host.Bdf.parse(address) for address in addresses]
     size = parse_size(memory)
+    names = host.Names(sysfs)
     devices = check(bdfs, size, sysfs, backing)
     image = prepare(spec, [device.modalias for device in devices])
     with Machine(memory=size, cpus=cpus, backing=backing, sysfs=sysfs, on_event=on_event) as machine:
@@ -62,7 +63,7 @@ def assigned(
             for device in sorted(devices, key=lambda device: device.bdf):  # a slot begins with its function 0
                 # VFIO refuses a token where it has no use.
                 machine.assign(device.bdf, vf_token=vf_token if sysfs.has_sriov(device.bdf) else None)
-                name = host.name_of(device.bdf) or f"{device.vendor:04x}:{device.device:04x}"
+                name = names.of(device)
                 driver = device.driver or "no driver"
                 say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was under {driver}")
             describe(machine, say)

@@ -47,7 +47,7 @@ from kvmpass.host.inventory import (
     sriov_of,
 )
 from kvmpass.host.isolation import Bridge, Sibling, bridges_above, siblings
-from kvmpass.host.names import Names, name_of
+from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker, Problem
 from kvmpass.host.processes import OpenNodes, Process
 from kvmpass.host.restoring import Restored, restore
@@ -114,7 +114,6 @@ __all__ = [
     "inventory",
     "is_harmless",
     "link_of",
-    "name_of",
     "open_fault_log",
     "parse_filter",
     "restore",

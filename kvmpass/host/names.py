@@ -22,12 +22,6 @@ _LEGAL_FORM = re.compile(
 )
 
 
-def name_of(bdf: Bdf) -> str | None:
-    """``vendor model`` as udev knows it, or None: no libudev, no udev, no database, no such device."""
-    vendor, model = _from_udev(bdf)
-    return " ".join(part for part in (vendor, model) if part) or None
-
-
 def _from_udev(bdf: Bdf) -> tuple[str | None, str | None]:
     try:
         import pyudev  # type: ignore[import-untyped]
