@@ -17,8 +17,8 @@ INTRODUCTION = """\
 
 `kvmpass doctor` makes the checks below; with a PCI address (`kvmpass doctor 0000:01:00.0`) those of the device, too.
 Nothing is changed. Run it as root: it sees more then. What fails keeps a device from being assigned; warnings do not.
-What depends on a check that failed is skipped: cure the cause, then ask again. `kvmpass assign` refuses by the same
-checks, with the same words.
+What depends on a check that failed is skipped: cure the cause, then ask again. `kvmpass assign` refuses with the same
+words what makes the host or the memory unfit, and what makes a device unfit or keeps it in use.
 
 Words in capitals stand for what is found on a host. Lines under a remedy are to be typed as root.
 """

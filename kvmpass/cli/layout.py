@@ -18,7 +18,7 @@ def width() -> int | None:
     if text.isdecimal() and int(text):
         return int(text)
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None  # a serial line says 0
     except (OSError, ValueError):
         return None
 

@@ -162,7 +162,7 @@ def acs_words(own: host.Capabilities) -> Sequence[str]:
     if not own.readable:
         return []
     if own.acs is None:
-        return ["no ACS: the IOMMU's group is that of all of them"]
+        return ["no ACS in its registers; the group says what the kernel makes of it"]
     return [f"ACS on: {' '.join(own.acs.enabled) or 'nothing'}"]
 
 

@@ -62,7 +62,7 @@ class Binder:
             self._change_driver(entry, ON_VFIO_PCI)
             self._wait_for_node(bdf)
             self._announce(entry, Step.BOUND)
-            self._confirm(bdf, ON_VFIO_PCI)
+            self.confirm(bdf, ON_VFIO_PCI)
             log.debug("%s is on vfio-pci, before: %s", bdf, entry.driver or "no driver")
             return self.sysfs.device(bdf)
 
@@ -72,7 +72,7 @@ class Binder:
             self._announce(entry, Step.RECORDED)
             self._make(entry, wanted)
             self._announce(entry, Step.RETURNED)
-            self._confirm(entry.bdf, wanted)
+            self.confirm(entry.bdf, wanted)
 
     # --- and back
 
@@ -148,12 +148,16 @@ class Binder:
 
     def _check_let_go(self, device: PciDevice) -> None:
         # The kernel would wait for the holder, and for ever if the holder is this process.
-        held = holders(self.sysfs, vfio_nodes(self.sysfs, device.bdf, None))
-        group = self.sysfs.group(device.group) if device.group is not None else None
-        if group is not None and len(group.devices) == 1:  # a shared group may be open for a sibling
-            held |= holders(self.sysfs, vfio_nodes(self.sysfs, device.bdf, group.id))
-        for who in held.values():
-            raise RestoreFailed(f"{device.bdf} is still open in {' and '.join(map(str, who))}")
+        held = {
+            who for found in holders(self.sysfs, vfio_nodes(self.sysfs, device.bdf, None)).values() for who in found
+        }
+        if device.group is not None:
+            shared = len(self.sysfs.group(device.group).devices) > 1
+            for found in holders(self.sysfs, vfio_nodes(self.sysfs, device.bdf, device.group)).values():
+                # A group that is shared may be open in this process for a sibling.
+                held.update(who for who in found if not shared or who.pid != os.getpid())
+        if held:
+            raise RestoreFailed(f"{device.bdf} is still open in {' and '.join(map(str, sorted(held)))}")
 
     # --- the changes
 
@@ -165,8 +169,10 @@ class Binder:
         Whatever fails because the device has gone is a ``NoSuchDevice``.
         """
         gone = f"there is no PCI device {bdf} any more"
-        try:
-            fd = os.open(self.sysfs.device_path(bdf), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if not self.sysfs.device_path(bdf).exists():
+            raise NoSuchDevice(gone)
+        try:  # a file that only root may open, or any user could lock root out; nothing is written to it
+            fd = os.open(self.sysfs.device_path(bdf) / "remove", os.O_WRONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise NoSuchDevice(gone) from None
         try:
@@ -189,7 +195,13 @@ class Binder:
 
     def _announce(self, entry: Entry, step: Step) -> None:
         entry.step = step
-        self.journal.write(entry)
+        try:
+            self.journal.write(entry)
+        except OSError as error:
+            if step is Step.RECORDED:
+                raise
+            # What was there is on disk; a full disk must not keep the device from going where it belongs.
+            log.warning("the journal of %s: %s", entry.bdf, error)
         _step(step, entry.bdf)
 
     def _override(self, bdf: Bdf, driver: str | None) -> None:
@@ -238,7 +250,7 @@ class Binder:
             f"the kernel's log says why: dmesg | grep {bdf}",
         )
 
-    def _confirm(self, bdf: Bdf, wanted: Setting) -> None:
+    def confirm(self, bdf: Bdf, wanted: Setting) -> None:
         """The last look: nobody else has changed the driver since."""
         now = self.sysfs.driver(bdf)
         if now != wanted.driver and (wanted.driver != MATCHING or now == VFIO_PCI):

@@ -51,6 +51,8 @@ class Borrow:
             with undo.journal.lock(undo.say), deferred():
                 for bdf in self.bdfs:
                     undo.clear_way(bdf)
+                for bdf in self.bdfs:  # again: it may have come into use while this waited for the lock
+                    check_assignable(undo.sysfs, bdf, together=self.bdfs)
                 undo.binder.load_driver()
                 for bdf in self.bdfs:
                     self.devices.append(undo.binder.take(undo.begin(bdf, Operation.ASSIGN)))

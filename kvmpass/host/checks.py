@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from kvmpass.errors import DeviceInUse, GroupNotViable, NotAssignable
+from kvmpass.errors import DeviceInUse, GroupNotViable, NoSuchDevice, NotAssignable
 from kvmpass.host import processes
 from kvmpass.host.address import Bdf
 from kvmpass.host.problems import Blocker, Problem
@@ -120,12 +120,19 @@ def _unfit(sysfs: Sysfs, device: PciDevice) -> Blocker | None:
 
 
 def _unviable(sysfs: Sysfs, device: PciDevice, group: IommuGroup, ours: set[Bdf]) -> Iterator[Blocker]:
-    siblings = [sysfs.device(other) for other in group.devices if other not in ours]
+    siblings = [sibling for other in group.devices if other not in ours and (sibling := _present(sysfs, other))]
     busy = [sibling for sibling in siblings if not is_harmless(sibling)]
     if busy:
         who = ", ".join(f"{sibling.bdf} (driver {sibling.driver})" for sibling in busy)
         found = NOT_VIABLE.found(bdf=device.bdf, group=group.id, busy=who)
         yield replace(found, devices=tuple(sibling.bdf for sibling in busy))
+
+
+def _present(sysfs: Sysfs, bdf: Bdf) -> PciDevice | None:
+    try:
+        return sysfs.device(bdf)
+    except NoSuchDevice:  # it went while we looked
+        return None
 
 
 def is_harmless(device: PciDevice) -> bool:
@@ -140,7 +147,8 @@ def _assigned(sysfs: Sysfs, device: PciDevice, holders: Holders) -> Iterator[Blo
     what = "is assigned by" if len(members) <= 1 else f"is in IOMMU group {device.group}, assigned by"
     yield from _held(holders, [*own, *siblings], device, what)
     for function in sysfs.virtual_functions(device.bdf):  # they vanish with its driver, or keep it waiting
-        nodes = vfio_nodes(sysfs, function, sysfs.device(function).group)
+        found = _present(sysfs, function)
+        nodes = vfio_nodes(sysfs, function, found.group) if found is not None else []
         yield from _held(holders, nodes, device, f"has the virtual function {function}, assigned by")
 
 

@@ -155,6 +155,8 @@ class _Work:
                     jobs = self._look(chosen)
                     for job in jobs:
                         self._change(undo, job)
+                    for job in jobs:  # the first may have been taken while the last was changed
+                        undo.binder.confirm(job.bdf, job.wanted or job.now)
                 # A signal that came meanwhile is raised here: everything goes back. One that comes later is late.
                 with deferred():
                     self._complete(undo, jobs)

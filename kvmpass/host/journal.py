@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -35,6 +36,10 @@ class Operation(StrEnum):
     ASSIGN = "assign"  # borrowed: the entry stays for as long as the owner has the device
     BIND = "bind"
     UNBIND = "unbind"
+
+
+# Drivers' names become paths: no slash, nothing hidden, nothing that UTF-8 cannot say.
+_NAME = re.compile(r"(?!\.)[^/\x00-\x1f\ud800-\udfff]{1,100}")
 
 
 @dataclass(slots=True)
@@ -88,7 +93,10 @@ class Entry:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Raises ``ValueError`` with what is wrong."""
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except RecursionError:
+            raise ValueError("nested without end") from None
         if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
             raise ValueError(f"not an entry of schema {SCHEMA}")
         optional = ("driver", "override", "power_control", "d3cold_allowed")
@@ -99,6 +107,10 @@ class Entry:
             raise ValueError("no valid record of what was there")
         if not all(isinstance(content.get(name), str | None) for name in ("target", "target_override")):
             raise ValueError("no valid target")
+        for name in (*optional, "target", "target_override"):
+            word = content.get(name)
+            if word is not None and not _NAME.fullmatch(word):
+                raise ValueError(f"{name} is no name: {word!a}")
         try:
             content["bdf"] = Bdf.parse(str(content.get("bdf")))
             content["step"] = Step(str(content.get("step")))
@@ -146,12 +158,11 @@ class Entries:
         """Put the entry on disk, old or new but never half (rename(2)). Raises ``OSError``."""
         path = self.path(entry.bdf)
         scratch = path.with_suffix(".tmp")
-        fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, entry.to_json().encode())
+        fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(entry.to_json().encode())
+            file.flush()
             os.fsync(fd)
-        finally:
-            os.close(fd)
         scratch.rename(path)
         self._sync()
 
@@ -183,6 +194,10 @@ class Entries:
     def set_aside(self, path: Path) -> Path:
         """Keep an unreadable entry under a name that is not looked at again."""
         aside = path.with_suffix(".corrupt")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = path.with_suffix(f".corrupt-{number}")
         path.rename(aside)
         self._sync()
         return aside

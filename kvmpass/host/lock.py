@@ -36,15 +36,16 @@ class HostLock:
             return
         try:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except PermissionError as error:
             error.add_note("run as root: taking and giving back devices changes drivers")
             raise
         try:
             self._wait(fd, LOCK_TIMEOUT if timeout is None else timeout, say)
             text = f"{os.getpid()} {_own_command()}\n".encode()
-            os.pwrite(fd, text, 0)
-            os.ftruncate(fd, len(text))  # afterwards: whoever reads it meanwhile finds a whole first line
+            with contextlib.suppress(OSError):  # a full disk: others do not learn the name, the lock holds
+                os.pwrite(fd, text, 0)
+                os.ftruncate(fd, len(text))  # afterwards: whoever reads it meanwhile finds a whole first line
             self._depth += 1
             try:
                 yield
@@ -68,7 +69,8 @@ class HostLock:
                     "see what hangs: ps, dmesg; then try again",
                 )
             if say is not None and waited > PATIENCE and told != (holder := _holder(fd)):
-                say(f"waiting for {holder}, which changes drivers")
+                with contextlib.suppress(OSError):  # a terminal that has gone must not keep a device from its driver
+                    say(f"waiting for {holder}, which changes drivers")
                 told = holder
             time.sleep(0.02)
 

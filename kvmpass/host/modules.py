@@ -70,7 +70,8 @@ def modprobe_lines(sysfs: Sysfs) -> list[tuple[str, list[str]]]:
 def _obstacle(sysfs: Sysfs, name: str) -> Module | None:
     """What keeps modprobe from loading it. ``blacklist`` does not: it only hides aliases."""
     for file, words in modprobe_lines(sysfs):
-        if words[0] == "install" and len(words) > 2 and words[1].replace("-", "_") == name:
+        stub = words[0] == "install" and len(words) > 2 and words[2].rpartition("/")[2] in ("true", "false", ":")
+        if stub and words[1].replace("-", "_") == name:
             return Module(name, ModuleStatus.BLOCKED, file, " ".join(words))
     for word in (sysfs.text("proc/cmdline") or "").split():
         key, _, value = word.partition("=")

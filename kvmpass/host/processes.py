@@ -75,6 +75,6 @@ def _open_files(sysfs: Sysfs, wanted: Callable[[str], bool]) -> dict[str, list[P
                 continue
             if wanted(target):
                 holder = process(sysfs, int(name))
-                if holder.name not in _PASSERS_BY:
+                if holder.name not in _PASSERS_BY or target.startswith("/dev/vfio/"):
                     found.setdefault(target, set()).add(holder)
     return {node: sorted(who) for node, who in found.items()}

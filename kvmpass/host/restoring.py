@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -57,19 +59,33 @@ def restore(
             for path in [*journal.scratch(), *journal.bound.scratch()]:
                 path.unlink(missing_ok=True)
             binder = Binder(sysfs, journal, timeout)
-            results = [_restore_one(sysfs, journal, binder, path) for path in journal.files()]
-            records = [_check_record(sysfs, journal, path) for path in journal.bound.files()]
-            return results + [record for record in records if record is not None]
+            results = [_safely(path, partial(_restore_one, sysfs, journal, binder)) for path in journal.files()]
+            results += [_safely(path, partial(_check_record, sysfs, journal)) for path in journal.bound.files()]
+            return [result for result in results if result is not None]
     except PermissionError as error:
         if not getattr(error, "__notes__", None):
             error.add_note("run as root: giving back devices changes drivers")
         raise
 
 
+def _safely(path: Path, work: Callable[[Path], Restored | None]) -> Restored | None:
+    """One entry that cannot be dealt with must not keep the others from it."""
+    try:
+        return work(path)
+    except OSError as error:
+        detail = f"{error.filename or path}: {error.strerror or error}"
+    except Exception as error:
+        detail = f"{path}: {type(error).__name__}: {error}"
+    return Restored(path.stem, "failed", detail)
+
+
 def _read(entries: Entries, path: Path) -> Entry | Restored:
     """An entry by its file, or what to say of it."""
     try:
-        entry = entries.read(Bdf.parse(path.stem))
+        bdf = Bdf.parse(path.stem)
+        if str(bdf) != path.stem:
+            raise BadAddress(f"{path} is not named after an address in full")
+        entry = entries.read(bdf)
     except (BadAddress, JournalError) as error:
         aside = entries.set_aside(path)
         return Restored(path.stem, "corrupt", f"{error}; put aside as {aside.name}")

@@ -69,8 +69,8 @@ class PciDevice:
 
     @property
     def is_bridge(self) -> bool:
-        """Base class 06: host, ISA and PCI bridges."""
-        return self.class_code >> 16 == 0x06
+        """Host, ISA, PCI, CardBus and similar bridges; not all of base class 06: 0680 are switches of other kinds."""
+        return self.class_code >> 8 in (0x0600, 0x0601, 0x0604, 0x0607, 0x0609)
 
     @property
     def is_pci_bridge(self) -> bool:
@@ -254,10 +254,15 @@ class Sysfs:
         return header[0x0E] & 0x7F if len(header) > 0x0E else None
 
     def config(self, bdf: Bdf, size: int = 0x100) -> bytes:
-        """The first bytes of configuration space: 64 at most without root; none where they cannot be read."""
+        """The first bytes of configuration space: 64 at most without root; none where they cannot be read.
+
+        No byte more: some registers do not like to be read. Nor is a device woken that has no power.
+        """
+        if self.text(PCI_DEVICES, str(bdf), "power_state") == "D3cold":
+            return b""
         try:
-            with self.path(PCI_DEVICES, str(bdf), "config").open("rb") as file:
-                return file.read(size)
+            with self.path(PCI_DEVICES, str(bdf), "config").open("rb", buffering=0) as file:
+                return file.read(size) or b""
         except OSError:
             return b""
 

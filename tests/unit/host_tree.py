@@ -84,7 +84,7 @@ class Host(Sysfs):
         """A function on the root bus, or below the bridges ``above`` (``bdf/bdf``); ``config`` is that file."""
         real = f"sys/devices/pci0000:00/{above}/{bdf}" if above else f"sys/devices/pci0000:00/{bdf}"
         content = {"vendor": "0x1022", "device": "0x1234", "class": f"{class_code:#08x}", "driver_override": "(null)"}
-        content |= {"power_state": "D0", "numa_node": "-1", "reset_method": "flr bus"}
+        content |= {"remove": "", "power_state": "D0", "numa_node": "-1", "reset_method": "flr bus"}
         content |= {"resource": "0x00000000fe000000 0x00000000fe003fff 0x0000000000140204\n0x0 0x0 0x0", **files}
         for name, text in content.items():
             self.put(f"{real}/{name.replace('__', '/')}", text)

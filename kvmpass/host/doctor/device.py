@@ -121,14 +121,14 @@ def _present(examined: Examined) -> Verdict:
 
 def _answers(examined: Examined) -> Verdict:
     device, base = examined.device, f"{PCI_DEVICES}/{examined.bdf}"
-    header = examined.sysfs.config(device.bdf, 4)
+    header = examined.sysfs.config(device.bdf, 0x40)  # a virtual function's ids alone read as ones
     power = examined.sysfs.text(base, "power_state") or "unknown"
-    read = [Reading(f"/{base}/config", header.hex(" ") or "not there"), Reading(f"/{base}/power_state", power)]
+    read = [Reading(f"/{base}/config", header[:4].hex(" ") or "not there"), Reading(f"/{base}/power_state", power)]
     for name in ("d3cold_allowed", "power/control", "power/runtime_status"):
         value = examined.sysfs.text(base, name)
         if value is not None:
             read.append(Reading(f"/{base}/{name}", value))
-    if header == b"\xff\xff\xff\xff":
+    if header and not header.strip(b"\xff"):
         return bad(SILENT, *read, bdf=device.bdf, power=power)
     return bad(COLD, *read, bdf=device.bdf) if power == "D3cold" else good(power, *read)
 
@@ -183,7 +183,10 @@ def _framebuffer(examined: Examined) -> Verdict:
         low, _, high = place.partition("-")
         if name not in _FRAMEBUFFERS:
             continue
-        here = Range(int(low, 16), int(high, 16) - int(low, 16) + 1)
+        try:
+            here = Range(int(low, 16), int(high, 16) - int(low, 16) + 1)
+        except ValueError:
+            continue
         if here.last == 0:
             hidden = name
         elif any(bar.overlaps(here) for bar in bars):

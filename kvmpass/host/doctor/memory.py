@@ -34,7 +34,7 @@ MEMLOCK = Problem(
     cause="the guest's {size} must be locked in memory, this process may lock {limit}",
     remedy="raise the limit (ulimit -l {kib}, or memlock in limits.conf), or run as root; for a user: this line, and "
     "a new login",
-    commands=("echo 'USER - memlock {kib}' > /etc/security/limits.d/50-kvmpass.conf",),
+    commands=("echo 'USER - memlock {kib}' > /etc/security/limits.d/50-kvmpass-USER.conf",),
     error=NotEnoughMemory,
 )
 

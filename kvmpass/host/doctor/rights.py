@@ -11,10 +11,10 @@ from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.host.usage import VFIO_PCI, vfio_nodes
 
-_RULES = "/etc/udev/rules.d/70-kvmpass.rules"
+_RULES = "/etc/udev/rules.d/70-kvmpass"  # a file for each node: no remedy undoes another
 _KVM_GROUP = (
     "groupadd --system --force kvm; usermod -aG kvm {user}",
-    f'echo \'SUBSYSTEM=="misc", KERNEL=="kvm", GROUP="kvm", MODE="0660"\' > {_RULES}',
+    f'echo \'SUBSYSTEM=="misc", KERNEL=="kvm", GROUP="kvm", MODE="0660"\' > {_RULES}-kvm.rules',
 )
 
 NO_ACCESS = Problem(
@@ -27,10 +27,10 @@ NO_ACCESS = Problem(
     commands=(
         "usermod -aG kvm {user}",
         "groupadd --system vfio && usermod -aG vfio {user}",
-        f'echo \'SUBSYSTEM=="misc", KERNEL=="vfio", MODE="0666"\' > {_RULES}',
-        f'echo \'SUBSYSTEM=="vfio", KERNEL=="{{group}}", GROUP="vfio", MODE="0660"\' >> {_RULES}',
+        f'echo \'SUBSYSTEM=="misc", KERNEL=="vfio", MODE="0666"\' > {_RULES}-vfio.rules',
+        f'echo \'SUBSYSTEM=="vfio", KERNEL=="{{group}}", GROUP="vfio", MODE="0660"\' > {_RULES}-{{group}}.rules',
         "udevadm control --reload && udevadm trigger --subsystem-match=misc --subsystem-match=vfio",
-        "echo '{user} - memlock {kib}' > /etc/security/limits.d/50-kvmpass.conf",
+        "echo '{user} - memlock {kib}' > /etc/security/limits.d/50-kvmpass-{user}.conf",
     ),
 )
 NO_ACCESS_KVM = Problem(
@@ -99,7 +99,7 @@ def _access(examined: Examined) -> Verdict:
         denied=closed[0],
         nodes=", ".join(closed),
         user=user,
-        group="[0-9]*" if group is None else group,
+        group="GROUP" if group is None else group,
         kib=kib,
     )
 
