@@ -49,6 +49,14 @@ NOT_VIABLE = Problem(
     remedy="a group is assigned as a whole: unbind the others from their drivers, or use another slot",
     error=GroupNotViable,
 )
+REFUSES_ONE_TO_ONE = (6, 6)  # the first Linux that does (drivers/iommu/iommu.c: require_direct)
+ONE_TO_ONE = Problem(
+    kind="device-one-to-one",
+    brief="VFIO refuses it",
+    cause="the firmware wants memory mapped one to one for {bdf} or its group, {group} ({ranges}): VFIO refuses it",
+    remedy="turn off pre-boot DMA protection (kernel DMA protection) in the firmware's setup, or update the firmware",
+    error=NotAssignable,
+)
 ASSIGNED = Problem(
     kind="assigned",
     brief="already assigned",
@@ -92,6 +100,7 @@ def blockers(
         yield unfit
     elif device.group is not None:
         group = sysfs.group(device.group)
+        yield from _refused(sysfs, device, group)
         yield from _unviable(sysfs, device, group, {device.bdf, *together})
         yield from users(sysfs, device, holders)
 
@@ -117,6 +126,17 @@ def _unfit(sysfs: Sysfs, device: PciDevice) -> Blocker | None:
     if group.no_iommu:
         return NO_IOMMU.found(bdf=bdf, group=group.id)
     return None
+
+
+def one_to_one(group: IommuGroup) -> list[str]:
+    """Its ranges that the kernel must map one to one (IVMD); ``direct-relaxable`` ones it may drop."""
+    return [str(reserved.range) for reserved in group.reserved if reserved.kind == "direct"]
+
+
+def _refused(sysfs: Sysfs, device: PciDevice, group: IommuGroup) -> Iterator[Blocker]:
+    ranges = one_to_one(group)
+    if ranges and sysfs.kernel() >= REFUSES_ONE_TO_ONE:
+        yield ONE_TO_ONE.found(bdf=device.bdf, group=group.id, ranges=", ".join(ranges))
 
 
 def _unviable(sysfs: Sysfs, device: PciDevice, group: IommuGroup, ours: set[Bdf]) -> Iterator[Blocker]:

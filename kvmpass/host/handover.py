@@ -235,6 +235,9 @@ class _Work:
             if blocker.kind == "group-not-viable":  # it can be bound, and not yet assigned
                 warnings.append(blocker.cause + ("" if self.group else "; --group takes them too"))
                 continue
+            if blocker.kind == "device-one-to-one":  # the same, and why not never changes
+                warnings.append(blocker.cause)
+                continue
             if blocker.kind == "in-use" and self.force:
                 warnings.append(blocker.cause)
                 continue

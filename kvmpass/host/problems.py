@@ -15,9 +15,9 @@ class Blocker:
     """One reason why something cannot be done now: ``brief`` for a list, ``cause`` and ``remedy`` in full.
 
     ``kind`` is a word for programs; of a device that cannot be taken: ``bridge``, ``no-group``, ``no-iommu``,
-    ``group-not-viable``, ``assigned`` or ``in-use``. ``commands`` belong to the remedy: lines to type as root.
-    ``error`` is the exception that a refusal raises for it, unless ``denied`` names a file that this user may not
-    open: then it is a ``PermissionError``. ``devices`` are the siblings in the way, if any are.
+    ``device-one-to-one``, ``group-not-viable``, ``assigned`` or ``in-use``. ``commands`` belong to the remedy: lines
+    to type as root. ``error`` is the exception that a refusal raises for it, unless ``denied`` names a file that this
+    user may not open: then it is a ``PermissionError``. ``devices`` are the siblings in the way, if any are.
     """
 
     kind: str

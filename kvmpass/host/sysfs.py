@@ -175,6 +175,12 @@ class Sysfs:
                 said = complaints.read().decode(errors="replace").strip()
                 raise OSError(errno.EIO, said.rpartition(": ")[2] or f"helper ended with {status}", str(path))
 
+    def kernel(self) -> tuple[int, int]:
+        """The running kernel's version, as far as it matters: ``(6, 12)``; zeros where it is unknown."""
+        parts = (self.text("proc/sys/kernel/osrelease") or "0.0").replace("-", ".").split(".")
+        numbers = [int(part) if part.isdecimal() else 0 for part in [*parts, "0"][:2]]
+        return numbers[0], numbers[1]
+
     def load_module(self, name: str) -> None:
         """``modprobe name``; it stays loaded. Raises ``HostNotReady``."""
         tool = shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
@@ -250,15 +256,16 @@ class Sysfs:
 
     def header_type(self, bdf: Bdf) -> int | None:
         """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1)."""
-        header = self.config(bdf, 0x40)
+        header = self.config(bdf, 0x40, wake=False)
         return header[0x0E] & 0x7F if len(header) > 0x0E else None
 
-    def config(self, bdf: Bdf, size: int = 0x100) -> bytes:
+    def config(self, bdf: Bdf, size: int = 0x100, *, wake: bool = True) -> bytes:
         """The first bytes of configuration space: 64 at most without root; none where they cannot be read.
 
-        No byte more: some registers do not like to be read. Nor is a device woken that has no power.
+        No byte more: some registers do not like to be read. Reading wakes a device that has no power, unless ``wake``
+        is false: then nothing is read of it.
         """
-        if self.text(PCI_DEVICES, str(bdf), "power_state") == "D3cold":
+        if not wake and self.text(PCI_DEVICES, str(bdf), "power_state") == "D3cold":
             return b""
         try:
             with self.path(PCI_DEVICES, str(bdf), "config").open("rb", buffering=0) as file:

@@ -266,7 +266,7 @@ def test_memory_mapped_one_to_one(host: Host) -> None:
 @pytest.mark.parametrize(
     ("kind", "outcome", "changes"),
     [
-        ("device-silent", Outcome.FAIL, {f"{DEVICE}/config": b"\xff" * 64, f"{DEVICE}/power_state": "unknown"}),
+        ("device-silent", Outcome.FAIL, {f"{DEVICE}/config": b"\xff" * 64, f"{DEVICE}/power_state": "D3cold"}),
         ("device-cold", Outcome.WARN, {f"{DEVICE}/power_state": "D3cold"}),
         ("bridge", Outcome.FAIL, {f"{DEVICE}/class": "0x060400"}),
         ("no-iommu", Outcome.FAIL, {"sys/kernel/iommu_groups/7/name": "vfio-noiommu"}),

@@ -182,3 +182,13 @@ def test_a_restore_that_fails_says_so_and_tries_again(host: Host, state: Path) -
     host.refuses.clear()
     assert [one.outcome for one in restore(host, state)] == ["restored"]
     assert host.state(NIC) == ("e1000e", None)
+
+
+@pytest.mark.parametrize(("release", "kinds"), [("6.12.5-amd64", ["device-one-to-one"]), ("6.1.0-30-amd64", [])])
+def test_memory_that_the_firmware_wants_one_to_one(host: Host, state: Path, release: str, kinds: list[str]) -> None:
+    """VFIO refuses such a device from Linux 6.6 on: known before its driver is touched."""
+    host.put("proc/sys/kernel/osrelease", release)
+    host.put("sys/kernel/iommu_groups/9/reserved_regions", "0x00000000fd000000 0x00000000fd0fffff direct")
+    assert [one.kind for one in blockers(host, host.device(Bdf.parse(NIC)))] == kinds
+    [bound] = bind([NIC], sysfs=host, state_dir=state)  # that it can be
+    assert (bound.outcome, len(bound.warnings)) == ("changed", len(kinds))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from kvmpass.errors import NoSuchDevice, NotAssignable
 from kvmpass.host import checks
-from kvmpass.host.doctor.iommu import IVRS, one_to_one
+from kvmpass.host.checks import one_to_one
+from kvmpass.host.doctor.iommu import IVRS
 from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.modules import modprobe_lines
 from kvmpass.host.problems import Problem
@@ -17,7 +18,6 @@ from kvmpass.layout import Range
 _FRAMEBUFFERS = frozenset(
     {"BOOTFB", "efifb", "vesafb", "simplefb", "simple-framebuffer", "simpledrm", "efidrm", "vesadrm"}
 )
-_REFUSES_ONE_TO_ONE = (6, 6)  # drivers/iommu/iommu.c: require_direct
 _DISPLAY = 0x03  # base class
 
 NO_DEVICE = Problem(
@@ -49,13 +49,6 @@ COLD = Problem(
         "echo 0 > /sys/bus/pci/devices/{bdf}/d3cold_allowed; echo on > /sys/bus/pci/devices/{bdf}/power/control",
     ),
     warning=True,
-)
-ONE_TO_ONE = Problem(
-    kind="device-one-to-one",
-    brief="VFIO refuses the device",
-    cause="the firmware wants memory mapped one to one for {bdf} or its group, {group} ({ranges}): VFIO refuses it",
-    remedy="turn off pre-boot DMA protection (kernel DMA protection) in the firmware's setup, or update the firmware",
-    error=NotAssignable,
 )
 ONE_TO_ONE_OLD = Problem(
     kind="device-one-to-one-old",
@@ -168,9 +161,9 @@ def _one_to_one(examined: Examined) -> Verdict:
     read = Reading(f"/sys/kernel/iommu_groups/{group.id}/reserved_regions", f"direct {', '.join(ranges) or 'none'}")
     if not ranges:
         return good("none", read)
-    version = examined.kernel
+    version = examined.sysfs.kernel()
     known = Reading("/proc/sys/kernel/osrelease", ".".join(map(str, version)))
-    problem = ONE_TO_ONE if version >= _REFUSES_ONE_TO_ONE else ONE_TO_ONE_OLD
+    problem = checks.ONE_TO_ONE if version >= checks.REFUSES_ONE_TO_ONE else ONE_TO_ONE_OLD
     return bad(problem, read, known, bdf=examined.bdf, group=group.id, ranges=", ".join(ranges))
 
 
@@ -282,7 +275,7 @@ CHECKS = (
         "device-one-to-one",
         "Its one-to-one memory",
         f"ranges of the kind direct in the group's `reserved_regions` (from IVMD blocks of `/{IVRS}`)",
-        (ONE_TO_ONE, ONE_TO_ONE_OLD),
+        (checks.ONE_TO_ONE, ONE_TO_ONE_OLD),
         _one_to_one,
         ("device-kind",),
         device=True,

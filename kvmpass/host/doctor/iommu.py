@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from kvmpass.host.checks import one_to_one
 from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.ivrs import BadTable, Ivrs, parse_ivrs
 from kvmpass.host.problems import Problem
-from kvmpass.host.sysfs import IommuGroup, Sysfs
+from kvmpass.host.sysfs import Sysfs
 
 IVRS = "sys/firmware/acpi/tables/IVRS"
 _OFF = ("iommu=off", "amd_iommu=off")  # arch/x86/kernel/pci-dma.c, drivers/iommu/amd/init.c
@@ -214,11 +215,6 @@ def _noiommu(examined: Examined) -> Verdict:
     if examined.sysfs.text(NOIOMMU_MODE) in ("Y", "1") or exposed:
         return bad(NOIOMMU, *read, devices=f" Now so: {', '.join(exposed)}." if exposed else "")
     return good("off", *read)
-
-
-def one_to_one(group: IommuGroup) -> list[str]:
-    """Its ranges that the kernel must map one to one; ``direct-relaxable`` ones it may drop."""
-    return [str(line.range) for line in group.reserved if line.kind == "direct"]
 
 
 def read_ivrs(sysfs: Sysfs) -> Ivrs:

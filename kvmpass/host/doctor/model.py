@@ -156,13 +156,6 @@ class Examined:
     def groups(self) -> list[IommuGroup]:
         return self.sysfs.groups()
 
-    @property
-    def kernel(self) -> tuple[int, int]:
-        """Its version, as far as it matters."""
-        parts = (self.sysfs.text("proc/sys/kernel/osrelease") or "0.0").replace("-", ".").split(".")
-        numbers = [int(part) if part.isdecimal() else 0 for part in [*parts, "0"][:2]]
-        return numbers[0], numbers[1]
-
     def kernel_log(self, *words: str) -> list[str]:
         """The messages that hold one of ``words``; empty where this user may not read them."""
         found: list[str] = []
