@@ -7,17 +7,19 @@ import click
 from kvmpass import host
 from kvmpass.cli.findings import document, show
 from kvmpass.cli.output import Output, host_command
-from kvmpass.cli.params import BDF
+from kvmpass.cli.params import BDF, SIZE
 from kvmpass.host import Finding, Outcome
 from kvmpass.layout import parse_size
 
 
 @click.command()
 @click.argument("bdf", required=False, type=BDF)
-@click.option("--memory", default="1G", show_default=True, help="The guest's memory: a number with K, M, G or T.")
+@click.option(
+    "--memory", default="1G", show_default=True, type=SIZE, help="The guest's memory: a number with K, M, G or T."
+)
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="It must come from the host's pool of such pages.")
 @host_command
-def doctor(output: Output, bdf: host.Bdf | None, memory: str, hugepages: str | None) -> int:
+def doctor(output: Output, bdf: host.Bdf | None, memory: int, hugepages: str | None) -> int:
     """Check everything that an assignment needs, from the firmware to the permissions of files.
 
     With BDF, a PCI address, that device too: its group, who uses it, its reset, its memory. Nothing is changed and no
@@ -27,13 +29,12 @@ def doctor(output: Output, bdf: host.Bdf | None, memory: str, hugepages: str | N
     The checks are those by which kvmpass assign refuses, and more. As root it sees more. Exit status: 0 if nothing
     fails (warnings are none), else 1.
     """
-    size = parse_size(memory)
     page = parse_size(hugepages) if hugepages else 0
-    findings = host.diagnose(host.Sysfs(), bdf, memory=size, huge_page=page)
+    findings = host.diagnose(host.Sysfs(), bdf, memory=memory, huge_page=page)
     failed = [finding for finding in findings if finding.outcome is Outcome.FAIL]
     output.document(
         bdf=None if bdf is None else str(bdf),
-        memory=size,
+        memory=memory,
         huge_page=page or None,
         ok=not failed,
         findings=[document(finding) for finding in findings],

@@ -73,6 +73,20 @@ def report(error: BaseException) -> None:
         click.echo(f"  hint: {note}", err=True)
 
 
+def fail(command: str, error: BaseException, as_json: bool) -> None:
+    """A document where one was asked for and can be written, else lines on standard error."""
+    if as_json:
+        try:
+            click.echo(error_document(command, error))
+            return
+        except OSError:  # a full disk, which may be the very error
+            sys.stdout = None
+    if isinstance(error, click.ClickException):
+        error.show()
+    else:
+        report(error)
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
     """As an exception, so that everything is released and given back on the way out."""
     raise SystemExit(128 + number)
@@ -106,24 +120,19 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else FAILED
     except click.ClickException as error:
-        if as_json:
-            click.echo(error_document(name, error))
-        else:
-            error.show()
+        fail(name, error, as_json)
         status = own or error.exit_code
     except (KvmpassError, OSError) as error:
         if os.environ.get("KVMPASS_DEBUG"):
             logging.exception("kvmpass failed")
-        if as_json:
-            click.echo(error_document(name, error))
-        else:
-            report(error)
+        fail(name, error, as_json)
         status = own or FAILED
     except Exception:
         traceback.print_exc()
         status = own or FAILED
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:  # the reader has gone: nobody is left to tell
         sys.stdout = None
     sys.exit(status)

@@ -9,13 +9,15 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvmpass import host
-from kvmpass.errors import BadAddress, NoSuchDevice
+from kvmpass.errors import BadAddress, LayoutError, NoSuchDevice
+from kvmpass.layout import parse_size
 
 if TYPE_CHECKING:  # generic since click 8.4 only
     _OfBdf = click.ParamType[host.Bdf]
     _OfText = click.ParamType[str]
+    _OfSize = click.ParamType[int]
 else:
-    _OfBdf = _OfText = click.ParamType
+    _OfBdf = _OfText = _OfSize = click.ParamType
 
 
 class WrongDevice(click.BadParameter):
@@ -69,7 +71,20 @@ class FilterType(_OfText):
         return [*addresses(incomplete), *_drivers(incomplete)]
 
 
+class SizeType(_OfSize):
+    """Bytes, from a number with K, M, G or T."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(value)
+        except LayoutError as error:
+            self.fail(str(error), param, ctx)
+
+
 BDF = BdfType()
+SIZE = SizeType()
 FILTER = FilterType()
 
 

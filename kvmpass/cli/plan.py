@@ -9,7 +9,7 @@ import click
 
 from kvmpass.cli import findings
 from kvmpass.cli.output import Output, host_command
-from kvmpass.cli.params import BDF
+from kvmpass.cli.params import BDF, SIZE
 from kvmpass.host import Bdf
 from kvmpass.layout import GIB, MIB
 from kvmpass.memory import Backing
@@ -20,11 +20,13 @@ from kvmpass.planning import plan as make_plan
 
 @click.command()
 @click.argument("bdf", nargs=-1, required=True, type=BDF)
-@click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T.")
+@click.option(
+    "--memory", default="1G", show_default=True, type=SIZE, help="Guest memory: a number with K, M, G or T."
+)
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Guest memory from the host's pool of such pages.")
 @host_command
-def plan(output: Output, bdf: tuple[Bdf, ...], memory: str, cpus: int, hugepages: str | None) -> int:
+def plan(output: Output, bdf: tuple[Bdf, ...], memory: int, cpus: int, hugepages: str | None) -> int:
     """Show what kvmpass assign would do with the PCI devices BDF, and change nothing.
 
     Which drivers change hands; each device's group, reset, interrupts and BARs; the guest's memory, region by region,

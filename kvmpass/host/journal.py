@@ -19,12 +19,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from kvmpass.errors import BadAddress, JournalError
+from kvmpass.errors import BadAddress, JournalError, NoSuchDevice
 from kvmpass.host.address import Bdf
 from kvmpass.host.lock import HostLock, Say
 from kvmpass.host.processes import process, start_time
 from kvmpass.host.steps import Setting, Step
-from kvmpass.host.sysfs import Sysfs
+from kvmpass.host.sysfs import PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI
 
 SCHEMA = 1
@@ -47,7 +47,7 @@ class Entry:
     """One device. ``driver``, ``override``, ``power_control`` and ``d3cold_allowed`` are what was there.
 
     ``target`` is the driver that the operation gives the device to (``*``: whichever matches), ``target_override``
-    the override that it leaves.
+    the override that it leaves. ``ids`` are the device's (vendor, device, subsystem), None where they were not noted.
     """
 
     bdf: Bdf
@@ -63,12 +63,13 @@ class Entry:
     operation: Operation = Operation.ASSIGN
     target: str | None = VFIO_PCI
     target_override: str | None = VFIO_PCI
+    ids: str | None = None
 
     @classmethod
     def of(cls, sysfs: Sysfs, bdf: Bdf) -> Self:
         """Look at the device; this process becomes the owner. Raises ``NoSuchDevice``."""
         pid = os.getpid()
-        sysfs.device(bdf)
+        device = sysfs.device(bdf)
         now = Setting.of(sysfs, bdf)
         return cls(
             bdf=bdf,
@@ -80,6 +81,7 @@ class Entry:
             override=now.override,
             power_control=now.power_control,
             d3cold_allowed=now.d3cold_allowed,
+            ids=_ids(device),
         )
 
     @property
@@ -105,9 +107,9 @@ class Entry:
                 raise ValueError(f"no valid {name}")
         if not all(name in content and isinstance(content[name], str | None) for name in optional):
             raise ValueError("no valid record of what was there")
-        if not all(isinstance(content.get(name), str | None) for name in ("target", "target_override")):
+        if not all(isinstance(content.get(name), str | None) for name in ("target", "target_override", "ids")):
             raise ValueError("no valid target")
-        for name in (*optional, "target", "target_override"):
+        for name in (*optional, "target", "target_override", "ids"):
             word = content.get(name)
             if word is not None and not _NAME.fullmatch(word):
                 raise ValueError(f"{name} is no name: {word!a}")
@@ -120,8 +122,15 @@ class Entry:
             raise ValueError(str(error)) from None
 
     def is_stale(self, sysfs: Sysfs) -> bool:
-        """Written before the last reboot: the binding it speaks of is gone."""
-        return self.boot_id != boot_id(sysfs)
+        """Written before the last reboot, or of a device that was replaced: the binding it speaks of is gone."""
+        return self.boot_id != boot_id(sysfs) or self.is_of_another(sysfs)
+
+    def is_of_another(self, sysfs: Sysfs) -> bool:
+        """Whether another device is at that address by now."""
+        try:
+            return self.ids not in (None, _ids(sysfs.device(self.bdf)))
+        except NoSuchDevice:
+            return False
 
     def is_owned(self, sysfs: Sysfs) -> bool:
         """Whether the very process that borrowed the device still runs (not another one with its number).
@@ -131,6 +140,11 @@ class Entry:
         """
         borrowed = self.operation is Operation.ASSIGN and not self.is_stale(sysfs)
         return borrowed and start_time(sysfs, self.pid) == self.start_time
+
+
+def _ids(device: PciDevice) -> str:
+    numbers = (device.vendor, device.device, device.subsystem_vendor, device.subsystem_device)
+    return ":".join(f"{number:04x}" for number in numbers)
 
 
 def boot_id(sysfs: Sysfs) -> str:

@@ -100,7 +100,8 @@ def _restore_one(sysfs: Sysfs, journal: Journal, binder: Binder, path: Path) -> 
     name, operation = str(entry.bdf), entry.operation.value
     if entry.is_stale(sysfs):
         journal.remove(entry.bdf)
-        return Restored(name, "stale", "of another boot: bindings end with it, nothing to do", operation)
+        why = "of another device at that address" if entry.is_of_another(sysfs) else "of another boot"
+        return Restored(name, "stale", f"{why}: bindings end with it, nothing to do", operation)
     if entry.is_owned(sysfs):
         return Restored(name, "owner-alive", f"in use by {Process(entry.pid, entry.command)}", operation)
     try:
@@ -121,7 +122,8 @@ def _check_record(sysfs: Sysfs, journal: Journal, path: Path) -> Restored | None
         return record
     result = None
     if record.is_stale(sysfs):
-        result = Restored(str(record.bdf), "stale", "bound in another boot: bindings end with it", "bound")
+        why = "another device at that address was bound" if record.is_of_another(sysfs) else "bound in another boot"
+        result = Restored(str(record.bdf), "stale", f"{why}: bindings end with it", "bound")
     elif not sysfs.device_path(record.bdf).exists():
         result = Restored(str(record.bdf), "gone", "was bound, and is not on this host any more", "bound")
     elif sysfs.driver(record.bdf) == VFIO_PCI or journal.path(record.bdf).exists():

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from kvmpass.errors import HostNotReady
 from kvmpass.host.address import Bdf
 from kvmpass.host.filters import Filter, parse_filter
+from kvmpass.host.names import Names
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 
 Kind = Literal[
@@ -130,7 +131,8 @@ class _Watcher:
     def __init__(self, sysfs: Sysfs, filters: tuple[str, ...], source: Source) -> None:
         self._sysfs = sysfs
         self._source = source
-        self._filters = [parse_filter(sysfs, text) for text in filters]
+        self._names = Names(sysfs)
+        self._filters = [self._parse(text) for text in filters]
         self._drivers: dict[Bdf, str | None] = {}
         self._groups: dict[Bdf, int | None] = {}
         for device in sysfs.devices():
@@ -201,11 +203,14 @@ class _Watcher:
         vendor, device = self._sysfs.number(*base, "vendor"), self._sysfs.number(*base, "device")
         return _Known(bdf, vendor or 0, device or 0, self._drivers.get(bdf))
 
+    def _parse(self, text: str) -> Filter:
+        return parse_filter(self._sysfs, text, lambda one: self._names.of_ids(one.bdf, one.vendor, one.device))
+
     def _wanted(self, one: _Known) -> bool:
         """A name (``eth0``) may stand for a device only before the event, or only after it."""
         if not self._filters:
             return True
-        now: list[Filter] = [parse_filter(self._sysfs, filter_.text) for filter_ in self._filters]
+        now = [self._parse(filter_.text) for filter_ in self._filters]
         return any(filter_.matches(one) for filter_ in (*self._filters, *now))
 
 

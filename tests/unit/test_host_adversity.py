@@ -192,3 +192,27 @@ def test_memory_that_the_firmware_wants_one_to_one(host: Host, state: Path, rele
     assert [one.kind for one in blockers(host, host.device(Bdf.parse(NIC)))] == kinds
     [bound] = bind([NIC], sysfs=host, state_dir=state)  # that it can be
     assert (bound.outcome, len(bound.warnings)) == ("changed", len(kinds))
+
+
+@pytest.mark.parametrize(("release", "kinds"), [("6.12.5-amd64", []), ("5.15.0", ["boot-framebuffer"])])
+def test_vfio_pci_takes_the_console_off_a_display(host: Host, release: str, kinds: list[str]) -> None:
+    host.put("proc/sys/kernel/osrelease", release)
+    host.put("proc/iomem", "fe000000-fe0fffff : efifb\nnot a range : efifb")
+    host.put(f"sys/devices/pci0000:00/{NIC}/class", "0x030000")
+    found = [one.trouble for one in diagnose(host, Bdf.parse(NIC)) if one.bdf and one.trouble]
+    assert [trouble.kind for trouble in found if "framebuffer" in trouble.kind] == kinds
+
+
+def test_another_device_in_the_same_slot_is_not_taken_for_the_first(host: Host, state: Path) -> None:
+    bind([NIC], sysfs=host, state_dir=state)
+    host.put(f"sys/devices/pci0000:00/{NIC}/device", "0x4321")
+    host.natural[NIC] = "ahci"
+    host.add_driver("ahci")
+    [result] = unbind([NIC], sysfs=host, state_dir=state)
+    assert (result.outcome, result.after) == ("changed", "ahci")  # not e1000e, which the first had
+    left_by_another(host, state, NIC, ids="8086:0001:0000:0000")
+    host.writes.clear()
+    assert [(one.outcome, one.detail.partition(":")[0]) for one in restore(host, state)] == [
+        ("stale", "of another device at that address")
+    ]
+    assert host.writes == []

@@ -19,6 +19,8 @@ _FRAMEBUFFERS = frozenset(
     {"BOOTFB", "efifb", "vesafb", "simplefb", "simple-framebuffer", "simpledrm", "efidrm", "vesadrm"}
 )
 _DISPLAY = 0x03  # base class
+_VGA = 0x0300
+_TAKES_CONSOLES = (6, 1)  # surely by then: vfio_pci_vga_init (drivers/vfio/pci/vfio_pci_core.c)
 
 NO_DEVICE = Problem(
     kind="no-device",
@@ -183,6 +185,9 @@ def _framebuffer(examined: Examined) -> Verdict:
         if here.last == 0:
             hidden = name
         elif any(bar.overlaps(here) for bar in bars):
+            if device.class_code >> 8 == _VGA and examined.sysfs.kernel() >= _TAKES_CONSOLES:
+                read = Reading("/proc/iomem", line.strip())
+                return good(f"{name} sits on it: vfio-pci takes the console away", read)
             return bad(FRAMEBUFFER, Reading("/proc/iomem", line.strip()), bdf=device.bdf, name=name, range=here)
     if hidden and device.class_code >> 16 == _DISPLAY:
         return bad(
