@@ -169,10 +169,12 @@ class Binder:
         Whatever fails because the device has gone is a ``NoSuchDevice``.
         """
         gone = f"there is no PCI device {bdf} any more"
-        if not self.sysfs.device_path(bdf).exists():
-            raise NoSuchDevice(gone)
-        try:  # a file that only root may open, or any user could lock root out; nothing is written to it
-            fd = os.open(self.sysfs.device_path(bdf) / "remove", os.O_WRONLY | os.O_CLOEXEC)
+        path = self.sysfs.device_path(bdf)
+        try:
+            try:  # a file that only root may open, or any user could lock root out; nothing is written to it
+                fd = os.open(path / "remove", os.O_WRONLY | os.O_CLOEXEC)
+            except FileNotFoundError:  # virtual functions have none
+                fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise NoSuchDevice(gone) from None
         try:

@@ -23,7 +23,8 @@ wait_for() {
 }
 go_on() { read -r word </dev/ttyS0; }
 present() { [ -e /sys/bus/pci/devices/0000:00:01.0 ]; }
-drive() { set -- /dev/nvme*n1; drive=$1; [ -b "$drive" ]; }
+# The node is there an instant before the disk can be opened (block/genhd.c: device_add_disk).
+drive() { set -- /dev/nvme*n1; drive=$1; [ -b "$drive" ] && true 2>/dev/null <"$drive"; }
 """
 
 

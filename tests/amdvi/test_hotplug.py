@@ -28,7 +28,7 @@ PLUGS = 100 if SOAK else 5
 def test_a_drive_comes_and_goes(nvme: str) -> None:
     """Each time the guest reads it, and nothing is left: mappings, memslots, routes, descriptors, locked memory."""
     script = f"""n=0; while [ $n -lt {PLUGS} ]; do
-        wait_for drive; dd if=$drive of=/dev/null bs=64k count=4 2>/dev/null && echo "read it"
+        wait_for drive; dd if=$drive of=/dev/null bs=64k count=4 && echo "read it"
         wait_for '! present'; echo gone; n=$((n + 1)); done"""
     with host.borrow(nvme), running(script) as guest:
         machine = guest.machine

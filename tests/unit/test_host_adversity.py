@@ -216,3 +216,10 @@ def test_another_device_in_the_same_slot_is_not_taken_for_the_first(host: Host, 
         ("stale", "of another device at that address")
     ]
     assert host.writes == []
+
+
+def test_a_virtual_function_has_no_file_to_remove_it_by(host: Host, state: Path) -> None:
+    host.path("sys/bus/pci/devices", NIC, "remove").unlink()
+    with borrow(NIC, sysfs=host, state_dir=state):
+        assert host.state(NIC)[0] == "vfio-pci"
+    assert host.state(NIC) == ("e1000e", None)
