@@ -22,7 +22,7 @@ def restore(output: Output) -> int:
 
     \b
       restored     the device is as it was before
-      stale        from before the last reboot: dropped, nothing changed
+      stale        of an earlier boot or another device: dropped
       gone         the device is not on this host any more: dropped
       owner-alive  its process still runs: left alone
       corrupt      the entry cannot be read: put aside

@@ -43,7 +43,7 @@ def restore(
 ) -> list[Restored]:
     """Put devices back as they were before what killed processes have begun: one result for each, by address.
 
-    ``restored``: as it was before; ``stale``: of another boot, dropped without a change; ``owner-alive``: borrowed by
+    ``restored``: as it was before; ``stale``: of another boot or device, dropped; ``owner-alive``: borrowed by
     a living process, left alone; ``corrupt``: unreadable, put aside; ``gone``: no such device any more, dropped;
     ``failed``: the entry stays, try again. A device whose bind is complete stays bound; of such records only those
     that are stale, corrupt or of a device that has gone are reported, after the others. Safe to repeat. ``say`` is
