@@ -6,7 +6,6 @@ been taught to live with it; what only our machine makes them say is our fault u
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from complaints import normal, unexplained
 from inside import SOAK
 
 from kvmpass import host
@@ -50,13 +50,6 @@ CLASSIC = (
     "DMAR",
     "IO_PAGE_FAULT",
 )
-
-# What our guests alone may say: a pattern, and why it is no fault.
-ALLOWED = {
-    r"kvm_amd: SVM not supported by CPU": "guests of ours get no AMD-V, on purpose: CPUID leaves it out. QEMU's do",
-    r"clocksource: Long readout interval": "an emulated CPU was elsewhere for a while; QEMU's guests say it, too",
-    r"hrtimer: interrupt took \d+ ns": "the same, seen on a busy machine and not in the next boot",
-}
 
 PLANTED = (
     (3, "pci 0000:00:01.0: BAR 0 [mem size 0x00004000 64bit]: failed to assign"),
@@ -105,22 +98,6 @@ class Comparison:
 
     qemu: Talk
     kvmpass: Talk
-
-
-def normal(line: str) -> str:
-    """A message without its level, time, addresses and numbers."""
-    text = re.sub(r"^<\d+>(\[ *[\d.]+\] )?", "", line)
-    text = re.sub(r"\b[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]\b", "BDF", text)
-    text = re.sub(r"^Code: .*", "Code", text)  # the bytes of a warning's instructions hold addresses
-    text = re.sub(r"\b0x[0-9a-f]+|\b[0-9a-f]{8,}\b", "N", text, flags=re.IGNORECASE)
-    return re.sub(r"\d+", "N", text).strip()
-
-
-def unexplained(ours: Sequence[str], theirs: Sequence[str]) -> list[str]:
-    """The complaints of ours that QEMU's guest has not, and that ``ALLOWED`` does not explain; each once."""
-    known = {normal(line) for line in theirs}
-    new = {normal(line): line for line in ours if normal(line) not in known}
-    return [line for line in new.values() if not any(re.search(pattern, line) for pattern in ALLOWED)]
 
 
 def under_qemu(bdfs: Sequence[str], image: GuestImage, folder: Path) -> Talk:
