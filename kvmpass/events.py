@@ -30,13 +30,38 @@ class DeviceRequest(DeviceEvent):
 
 @dataclass(frozen=True, slots=True)
 class DeviceFault(DeviceEvent):
-    """The IOMMU blocked a DMA access of the device to the I/O virtual address ``address``."""
+    """The IOMMU blocked an access of the device at the I/O virtual address ``address``.
+
+    ``access``: ``read``, ``write``, ``interrupt`` (``address`` is then that of the message) or
+    ``translation request`` (of a device with an address translation cache of its own).
+    """
 
     address: int
-    write: bool
+    access: str
+
+    @property
+    def write(self) -> bool:
+        """Whether it was a write to memory."""
+        return self.access == "write"
 
     def __str__(self) -> str:
-        return f"{self.bdf}: the IOMMU blocked a {'write to' if self.write else 'read of'} {self.address:#x}"
+        what = {"read": "a read of", "write": "a write to", "interrupt": "an interrupt sent to"}
+        return f"{self.bdf}: the IOMMU blocked {what.get(self.access, f'a {self.access} for')} {self.address:#x}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIommuError(DeviceEvent):
+    """The IOMMU has something else to report of the device. ``kind`` is the kernel's word, ``text`` its message.
+
+    ``INVALID_DEVICE_REQUEST``, ``ILLEGAL_DEV_TABLE_ENTRY``, ``IOTLB_INV_TIMEOUT``, ``PAGE_TAB_HARDWARE_ERROR`` …
+    (AMD IOMMU specification, 2.5).
+    """
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.bdf}: the IOMMU reports {self.kind} ({self.text})"
 
 
 @dataclass(frozen=True, slots=True)

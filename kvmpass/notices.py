@@ -8,12 +8,14 @@ import threading
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 
-from kvmpass.events import DeviceError, DeviceEvent, DeviceFault, DeviceRequest
-from kvmpass.host import Bdf, FaultLog, open_fault_log
+from kvmpass.events import DeviceError, DeviceEvent, DeviceFault, DeviceIommuError, DeviceRequest
+from kvmpass.host import Bdf, FaultLog, IommuEvent, open_fault_log
 from kvmpass.vfio import Device
 from kvmpass.watch import Watch
 
 log = logging.getLogger(__name__)
+
+_WARNINGS = (DeviceError, DeviceFault, DeviceIommuError, DeviceRequest)
 
 
 class Notices:
@@ -31,7 +33,7 @@ class Notices:
 
     def tell(self, event: DeviceEvent) -> None:
         """Log it and pass it on; what ``on_event`` raises is logged, too: it must not keep a device from its due."""
-        level = logging.WARNING if isinstance(event, (DeviceError, DeviceFault, DeviceRequest)) else logging.INFO
+        level = logging.WARNING if isinstance(event, _WARNINGS) else logging.INFO
         log.log(level, "%s", event)
         if self._on_event is not None:
             try:
@@ -58,7 +60,7 @@ class Notices:
         device.set_irqs(index, 0, [notice.eventfd])
 
     def follow_faults(self) -> None:
-        """From now on tell of DMA that the host's IOMMU blocks. Where the kernel's log is out of reach, say why."""
+        """From now on tell what the host's IOMMU reports. Where the kernel's log is out of reach, say why."""
         if self._faults is None:
             opened = open_fault_log()
             if isinstance(opened, str):
@@ -70,15 +72,21 @@ class Notices:
     def _read_faults(self) -> None:
         assert self._faults is not None
         ours = self._ours()
-        for fault in self._faults.read():
-            if fault.bdf in ours:
-                self.tell(DeviceFault(str(fault.bdf), fault.address, fault.write))
+        for found in self._faults.read():
+            if found.bdf in ours:
+                self.tell(_event(found))
 
     def stop(self) -> None:
         """No more callbacks after this."""
         self._watch.close()
         if self._faults is not None:
             self._faults.close()
+
+
+def _event(found: IommuEvent) -> DeviceEvent:
+    if found.access and found.address is not None:
+        return DeviceFault(str(found.bdf), found.address, found.access)
+    return DeviceIommuError(str(found.bdf), found.kind, found.text)
 
 
 class _Notice:

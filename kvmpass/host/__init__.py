@@ -31,7 +31,7 @@ from kvmpass.host.doctor import (
     diagnose,
     interrupt_remapping,
 )
-from kvmpass.host.faults import DmaFault, FaultLog, open_fault_log
+from kvmpass.host.faults import EventParser, FaultLog, IommuEvent, open_fault_log
 from kvmpass.host.filters import Filter, parse_filter, select
 from kvmpass.host.handover import Handover, bind, unbind
 from kvmpass.host.inventory import (
@@ -67,7 +67,7 @@ __all__ = [
     "Check",
     "Description",
     "DeviceStatus",
-    "DmaFault",
+    "EventParser",
     "Express",
     "FaultLog",
     "Filter",
@@ -76,6 +76,7 @@ __all__ = [
     "HostEvent",
     "HostStatus",
     "Inventory",
+    "IommuEvent",
     "IommuGroup",
     "Link",
     "Msi",

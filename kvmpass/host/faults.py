@@ -1,8 +1,19 @@
-"""DMA that the AMD IOMMU blocked, as the kernel's log tells it while it happens.
+"""What the AMD IOMMU has to say about devices, as the kernel's log tells it while it happens: blocked DMA, and more.
 
 The log, not the tracepoint ``iommu:io_page_fault``: it is there on every kernel, needs nothing switched on that a
 killed process would leave on, and names the domain. Its price: the kernel prints at most ten faults of a device in
 five seconds (drivers/iommu/amd/iommu.c: amd_iommu_report_page_fault), so that a count is a lower bound.
+
+The dialects, all of ``iommu_print_event`` and ``amd_iommu_report_page_fault`` (drivers/iommu/amd_iommu.c until 5.7,
+drivers/iommu/amd/iommu.c since):
+
+====================  ==========================================================================================
+until 4.10            ``AMD-Vi: Event logged [`` and, a record of its own since 4.9, ``IO_PAGE_FAULT device=…]``
+4.11 to 4.14          a page fault of a device with data: ``DRIVER BDF: AMD-Vi: Event logged [IO_PAGE_FAULT …]``;
+                      every other event in two records, the first with the IOMMU's name before it (``iommu ivhd0:``)
+some of 4.18 to 5.8   without ``AMD-Vi:`` where a device or an IOMMU comes first (``pci_err``), EL8's among them
+since 6.0             ``device=`` has a segment
+====================  ==========================================================================================
 """
 
 from __future__ import annotations
@@ -14,53 +25,144 @@ from dataclasses import dataclass
 
 from kvmpass._fd import OwnedFd, open_node
 from kvmpass.host.address import Bdf
+from kvmpass.host.kmsg import RECORD_LIMIT, Record, parse_records
 
 KMSG = "/dev/kmsg"
-_RECORD_LIMIT = 8192  # no record is longer (kernel/printk/printk.c: PRINTK_MESSAGE_MAX)
-_WRITE = 0x20  # AMD IOMMU specification, 2.5.3: RW
+PAGE_FAULT = "IO_PAGE_FAULT"
+UNATTACHED = "DEVICE_NOT_ATTACHED"  # our word: the kernel has a sentence
+# AMD IOMMU specification, 2.5.3
+_INTERRUPT, _PRESENT, _WRITE, _PERMISSION, _TRANSLATION = 0x8, 0x10, 0x20, 0x40, 0x100
+_PATIENCE = 16  # records of other CPUs that may lie between the halves of one event
 
-# The device is the one of the message (it has a driver, or the word pci, before it), or is named in the event, with
-# its segment since 6.0.
-_EVENT = re.compile(
-    r"(?:(?P<speaker>[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]): )?AMD-Vi: Event logged \[IO_PAGE_FAULT "
-    r"(?:device=(?P<device>[0-9a-f:]+\.[0-7]) )?"
-    r"domain=0x(?P<domain>[0-9a-f]+) address=0x(?P<address>[0-9a-f]+) flags=0x(?P<flags>[0-9a-f]+)\]"
+_FUNCTION = r"(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]"
+# The kernel begins a message about a device with its driver's name (or its bus's), its address and a colon. No other
+# colon may stand before the words: what a device says of itself comes after one (``usb 1-1: Product: …``).
+_HEAD = re.compile(
+    r"(?:iommu (?P<iommu>ivhd\d{1,4}): |"
+    r"(?:[^:\[\]]{1,64} )?(?P<speaker>[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]): )?"
+    r"(?P<prefix>AMD-Vi: )?Event logged \[(?P<body>.*)",
+    re.DOTALL,
+)
+_BODY = re.compile(
+    rf"(?P<kind>[A-Z][A-Z_]{{3,39}})(?: device=(?P<device>{_FUNCTION}),?)?"
+    r"(?P<fields>(?:,? (?:domain|pasid|address|flags|tag|vmg_tag|spa|gpa|flags_rmp|type)=0x[0-9a-f]{1,16})*)\]"
+)
+_FIELD = re.compile(r" ([a-z_]+)=0x([0-9a-f]+)")
+_UNATTACHED = "Device not attached to domain properly]"
+_UNATTACHED_DEVICE = re.compile(
+    rf"(?:AMD-Vi: )?  device=(?P<device>{_FUNCTION}) domain=0x(?P<domain>[0-9a-f]{{1,8}})"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class DmaFault:
-    """One blocked access. ``bdf`` is None where the kernel names no device.
+class IommuEvent:
+    """One event of an IOMMU. ``bdf`` is the device that it is about, None where the kernel names none.
 
-    ``address`` is the I/O virtual address in bytes, ``domain`` the IOMMU's number for the translation, ``flags``
-    those of the event (AMD IOMMU specification, 2.5.3), ``text`` the kernel's message. An emulated IOMMU says less:
-    QEMU's has 0 for address and domain, and device 00:00.0 for those that are not on bus 0.
+    ``kind`` is the kernel's word: ``IO_PAGE_FAULT`` for an access that was blocked, ``INVALID_DEVICE_REQUEST``,
+    ``ILLEGAL_DEV_TABLE_ENTRY``, ``IOTLB_INV_TIMEOUT`` … ``address`` is the I/O virtual address in bytes, ``domain``
+    the IOMMU's number for the translation, ``flags`` those of the event (AMD IOMMU specification, 2.5); None where an
+    event has no such field. ``text`` is the kernel's message. An emulated IOMMU says less: QEMU's has 0 for address
+    and domain, and device 00:00.0 for those that are not on bus 0.
     """
 
     bdf: Bdf | None
-    address: int
-    domain: int
-    flags: int
+    kind: str
+    address: int | None
+    domain: int | None
+    flags: int | None
     text: str
 
     @property
+    def access(self) -> str:
+        """Of a page fault what was blocked: ``read``, ``write``, ``interrupt``, ``translation request``; else empty.
+
+        The specification vouches for read and write only where the page was present; the hardware seen so far says
+        it otherwise, too, and so does the kernel (IS_WRITE_REQUEST).
+        """
+        if self.kind != PAGE_FAULT or self.flags is None:
+            return ""
+        if self.flags & _INTERRUPT:
+            return "interrupt"
+        if self.flags & _TRANSLATION:
+            return "translation request"
+        return "write" if self.flags & _WRITE else "read"
+
+    @property
     def write(self) -> bool:
-        """Whether the device wanted to write; it wanted to read otherwise."""
-        return bool(self.flags & _WRITE)
+        """Whether the device wanted to write to memory."""
+        return self.access == "write"
+
+    @property
+    def reason(self) -> str:
+        """Why a page fault was one: ``not mapped``, ``not permitted``; empty where the flags do not say."""
+        if self.kind != PAGE_FAULT or self.flags is None:
+            return ""
+        if not self.flags & _PRESENT:
+            return "not mapped"
+        return "not permitted" if self.flags & _PERMISSION else ""
 
 
-def parse_fault(text: str) -> DmaFault | None:
-    """The fault that a message of the kernel's log tells of, or None for any other message."""
-    match = _EVENT.search(text)
+class EventParser:
+    """Puts events together from the kernel's records, in their order."""
+
+    def __init__(self) -> None:
+        self._begun: str | None = None  # an event whose second record is still to come
+        self._speaker: Bdf | None = None
+        self._left = 0
+
+    def feed(self, record: Record) -> IommuEvent | None:
+        """The event that ``record`` tells of or completes; None for any other. Raises nothing."""
+        if not record.by_kernel:
+            return None
+        head = _HEAD.fullmatch(record.text)
+        if head is not None:
+            return self._head(record, head)
+        if self._begun is None or record.structured:  # the second halves are printk's, about no device
+            return None
+        self._left -= 1
+        event = self._second(record.text)
+        if event is not None or not self._left:
+            self._begun = None
+        return event
+
+    def _head(self, record: Record, head: re.Match[str]) -> IommuEvent | None:
+        self._begun = None
+        speaker = Bdf.parse(head["speaker"]) if head["speaker"] else None
+        if not (speaker or head["iommu"] or head["prefix"]) or (record.structured and record.device != speaker):
+            return None
+        body = head["body"]
+        if body in ("", _UNATTACHED):
+            self._begun, self._speaker, self._left = record.text, speaker, _PATIENCE
+            return None
+        return _event(body, speaker, record.text)
+
+    def _second(self, text: str) -> IommuEvent | None:
+        begun, self_text = self._begun or "", text.rstrip()
+        if begun.endswith(_UNATTACHED):
+            found = _UNATTACHED_DEVICE.fullmatch(self_text)
+            if found is None:
+                return None
+            return IommuEvent(
+                Bdf.parse(found["device"]), UNATTACHED, None, int(found["domain"], 16), None, f"{begun}{self_text}"
+            )
+        return _event(self_text, self._speaker, begun + self_text)
+
+
+def _event(body: str, speaker: Bdf | None, text: str) -> IommuEvent | None:
+    match = _BODY.fullmatch(body)
     if match is None:
         return None
-    name = match["device"] or match["speaker"]
-    address, domain, flags = (int(match[field], 16) for field in ("address", "domain", "flags"))
-    return DmaFault(Bdf.parse(name) if name else None, address, domain, flags, text)
+    device = Bdf.parse(match["device"]) if match["device"] else None
+    fields = {name: int(value, 16) for name, value in _FIELD.findall(match["fields"])}
+    kind = match["kind"]
+    if device is None and kind in (PAGE_FAULT, "RMP_PAGE_FAULT", "RMP_HW_ERROR"):
+        device = speaker  # these are told by the device itself; the others by the IOMMU, about the device they name
+    address = fields.get("address", fields.get("gpa", fields.get("spa")))
+    return IommuEvent(device, kind, address, fields.get("domain"), fields.get("flags"), text)
 
 
 class FaultLog(OwnedFd):
-    """The faults of the whole host from now on. The descriptor can be polled for reading; nothing blocks.
+    """The IOMMU events of the whole host from now on. The descriptor can be polled for reading; nothing blocks.
 
     Raises ``OSError``: ``EPERM`` or ``EACCES`` without CAP_SYSLOG (where ``kernel.dmesg_restrict`` is set),
     ``ENOENT`` without the node. ``lost`` counts how often the log ran over before it was read.
@@ -69,26 +171,24 @@ class FaultLog(OwnedFd):
     def __init__(self, path: str = KMSG) -> None:
         super().__init__(open_node(path, os.O_RDONLY | os.O_NONBLOCK))
         self.lost = 0
+        self._parser = EventParser()
         os.lseek(self.fd, 0, os.SEEK_END)
 
-    def read(self) -> list[DmaFault]:
-        """Every fault since the last call, in order; empty if there was none. Each message of the log is one read."""
-        faults: list[DmaFault] = []
+    def read(self) -> list[IommuEvent]:
+        """Every event since the last call, in order; empty if there was none. Each message of the log is one read."""
+        events: list[IommuEvent] = []
         while True:
             try:
-                record = os.read(self.fd, _RECORD_LIMIT)
+                data = os.read(self.fd, RECORD_LIMIT)
             except BlockingIOError:
-                return faults
+                return events
             except BrokenPipeError:
                 self.lost += 1
+                self._parser = EventParser()  # half of an event may be lost
                 continue
-            if not record:
-                return faults
-            # priority,sequence,microseconds,flags;message\n KEY=value\n… (Documentation/ABI/testing/dev-kmsg)
-            _, _, message = record.decode(errors="replace").partition(";")
-            fault = parse_fault(message.partition("\n")[0])
-            if fault is not None:
-                faults.append(fault)
+            if not data:
+                return events
+            events += [event for record in parse_records(data) if (event := self._parser.feed(record))]
 
 
 def open_fault_log(path: str = KMSG) -> FaultLog | str:

@@ -10,14 +10,14 @@ from witness import Edu, pattern
 
 from kvmpass import host
 from kvmpass.events import DeviceEvent, DeviceFault
-from kvmpass.host.faults import DmaFault, FaultLog
+from kvmpass.host.faults import PAGE_FAULT, FaultLog, IommuEvent
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 
 NOWHERE = 0xD000_0000
 
 
-def wait_for_fault(log: FaultLog, seconds: float = 20) -> list[DmaFault]:
+def wait_for_fault(log: FaultLog, seconds: float = 20) -> list[IommuEvent]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ready, _, _ = select.select([log], [], [], 1)
@@ -41,9 +41,10 @@ def test_a_blocked_access_is_seen(edu: str, emulated_host: bool) -> None:
         device.load(NOWHERE)
         faults = wait_for_fault(log)
         assert faults, "the kernel's log says nothing of a read that was blocked"
-        assert {str(fault.bdf) for fault in faults} == {edu}
+        assert {(str(fault.bdf), fault.kind) for fault in faults} == {(edu, PAGE_FAULT)}
+        assert {fault.access for fault in faults} <= {"read", "write"}
         if not emulated_host:
-            assert {(fault.address & ~0xFFF, fault.write, bool(fault.domain)) for fault in faults} == {
+            assert {((fault.address or 0) & ~0xFFF, fault.write, bool(fault.domain)) for fault in faults} == {
                 (NOWHERE, False, True)
             }
         deadline = time.monotonic() + 20

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from kvmpass import notices
-from kvmpass.events import DeviceError, DeviceEvent, DeviceFault
+from kvmpass.events import DeviceError, DeviceEvent, DeviceFault, DeviceIommuError
 from kvmpass.host import Bdf
-from kvmpass.host.faults import FaultLog
+from kvmpass.host.faults import EventParser, FaultLog
 from kvmpass.notices import Notices
 from kvmpass.vfio.device import ERR, REQ
 
@@ -67,7 +67,7 @@ def test_faults_of_other_devices_are_not_told(monkeypatch: pytest.MonkeyPatch, t
 
     class Log(FaultLog):
         def __init__(self) -> None:
-            self._fd, self.lost = reader, 0
+            self._fd, self.lost, self._parser = reader, 0, EventParser()
 
     def listener(event: DeviceEvent) -> None:
         seen.append(event)
@@ -76,13 +76,20 @@ def test_faults_of_other_devices_are_not_told(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(notices, "open_fault_log", Log)
     told = Notices(listener, lambda: {BDF})
     told.follow_faults()
-    for name in ("0000:02:00.0", str(BDF)):
-        os.write(writer, f"4,1,1,-;vfio-pci {name}: {fault}\n".encode())
-        threading.Event().wait(0.1)  # each message of the kernel's log is one read
-    assert told_one.wait(10)
+    other = f"AMD-Vi: Event logged [INVALID_DEVICE_REQUEST device={BDF} pasid=0x00000 address=0x1000 flags=0x0a00]"
+    texts = [f"vfio-pci 0000:02:00.0: {fault}", f"pci 0000:00:00.2: {other}", f"vfio-pci {BDF}: {fault}"]
+    for text in texts:
+        told_one.clear()
+        os.write(writer, f"4,1,1,-;{text}\n".encode())
+        assert told_one.wait(0.1 if "02:00.0" in text else 10) is ("02:00.0" not in text)
     told.stop()
     os.close(writer)
-    assert seen == [DeviceFault(str(BDF), 0xD000_0000, True)]
+    assert seen == [
+        DeviceIommuError(str(BDF), "INVALID_DEVICE_REQUEST", texts[1]),
+        DeviceFault(str(BDF), 0xD000_0000, "write"),
+    ]
+    assert str(seen[1]).endswith("the IOMMU blocked a write to 0xd0000000")
+    assert "the IOMMU reports INVALID_DEVICE_REQUEST (pci 0000:00:00.2" in str(seen[0])
 
 
 def test_without_the_kernels_log_it_says_why(

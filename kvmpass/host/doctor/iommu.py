@@ -150,7 +150,7 @@ def _iommu(examined: Examined) -> Verdict:
     read = Reading("/sys/class/iommu", " ".join(examined.iommus) or "empty")
     if examined.iommus:
         return good(" ".join(examined.iommus[:4]) + (" …" if len(examined.iommus) > 4 else ""), read)
-    log = [Reading("the kernel's log", line) for line in examined.kernel_log("AMD-Vi")[:3]]
+    log = [Reading("the kernel's log", line) for line in examined.log.having("AMD-Vi")[:3]]
     return bad(UNUSED, read, *log)
 
 

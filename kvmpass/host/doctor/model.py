@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from kvmpass.errors import NoSuchDevice
+from kvmpass.host import kmsg
 from kvmpass.host.address import Bdf
 from kvmpass.host.checks import blockers
+from kvmpass.host.kmsg import KernelLog, read_log
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker, Problem
 from kvmpass.host.processes import Holders
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 from kvmpass.layout import GIB, PAGE
-
-_RECORD_LIMIT = 8192  # of the kernel's log (kernel/printk/printk.c: PRINTK_MESSAGE_MAX)
 
 
 class Outcome(enum.StrEnum):
@@ -156,25 +154,10 @@ class Examined:
     def groups(self) -> list[IommuGroup]:
         return self.sysfs.groups()
 
-    def kernel_log(self, *words: str) -> list[str]:
-        """The messages that hold one of ``words``; empty where this user may not read them."""
-        found: list[str] = []
-        with contextlib.suppress(OSError):
-            fd = os.open(self.sysfs.path("dev/kmsg"), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                while True:
-                    try:
-                        record = os.read(fd, _RECORD_LIMIT)
-                    except BrokenPipeError:  # it was overwritten while we read
-                        continue
-                    if not record:
-                        break
-                    for line in record.decode(errors="replace").splitlines():
-                        if any(word in line for word in words):
-                            found.append(line.partition(";")[2] or line)
-            finally:
-                os.close(fd)
-        return found
+    @cached_property
+    def log(self) -> KernelLog:
+        """The kernel's, as far as it reaches back."""
+        return read_log(self.sysfs.path(kmsg.PATH))
 
     def seen(self, path: str, value: str | None = None) -> Reading:
         """The reading of a file; ``value`` where its text would be too much."""

@@ -78,7 +78,7 @@ def _svm(examined: Examined) -> Verdict:
         return good("svm", read)
     if examined.sysfs.path("dev/kvm").exists():
         return bad(OTHER_KVM, read, Reading("/dev/kvm", "there"))
-    messages = examined.kernel_log(*_LOCKED_OFF)
+    messages = examined.log.having(*_LOCKED_OFF)
     if messages:
         return bad(SVM_LOCKED, read, Reading("the kernel's log", messages[0]), message=messages[0])
     return bad(SVM_OFF, read, Reading("/dev/kvm", "not there"))
@@ -93,7 +93,7 @@ def _kvm(examined: Examined) -> Verdict:
         return good(f"kvm_amd is {amd.status}", *read)
     if node:
         return bad(NO_KVM_AMD, *read, status=amd.status)
-    messages = examined.kernel_log(*_LOCKED_OFF)
+    messages = examined.log.having(*_LOCKED_OFF)
     if messages:
         return bad(SVM_LOCKED, *read, Reading("the kernel's log", messages[0]), message=messages[0])
     if amd.status in (ModuleStatus.MISSING, ModuleStatus.BLOCKED):
