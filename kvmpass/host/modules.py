@@ -6,9 +6,11 @@ Read from the files that modprobe reads (modules.dep(5), modprobe.d(5)), so that
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvmpass.host.sysfs import Sysfs
+from kvmpass.host.cmdline import CommandLine, matches_ids
+from kvmpass.host.sysfs import PciDevice, Sysfs
 
 # In the order of modprobe.d(5).
 MODPROBE_DIRECTORIES = ("etc/modprobe.d", "run/modprobe.d", "usr/local/lib/modprobe.d", "usr/lib/modprobe.d")
@@ -67,16 +69,28 @@ def modprobe_lines(sysfs: Sysfs) -> list[tuple[str, list[str]]]:
     return found
 
 
+def vfio_ids(sysfs: Sysfs, device: PciDevice) -> Iterator[tuple[str, str]]:
+    """Where vfio-pci is told to take this device by its ids, and the entry that does it."""
+    entries = [("/proc/cmdline", one) for one in CommandLine(sysfs.text("proc/cmdline") or "").vfio_ids()]
+    for file, words in modprobe_lines(sysfs):
+        if words[0] == "options" and words[1:2] and words[1].replace("-", "_") == "vfio_pci":
+            options = [word.removeprefix("ids=") for word in words[2:] if word.startswith("ids=")]
+            entries += [(file, one) for option in options for one in option.strip('"').split(",")]
+    ids = device.vendor, device.device, (device.subsystem_vendor, device.subsystem_device), device.class_code
+    for source, entry in entries:
+        if matches_ids(entry, *ids):
+            yield source, entry
+
+
 def _obstacle(sysfs: Sysfs, name: str) -> Module | None:
     """What keeps modprobe from loading it. ``blacklist`` does not: it only hides aliases."""
     for file, words in modprobe_lines(sysfs):
         stub = words[0] == "install" and len(words) > 2 and words[2].rpartition("/")[2] in ("true", "false", ":")
         if stub and words[1].replace("-", "_") == name:
             return Module(name, ModuleStatus.BLOCKED, file, " ".join(words))
-    for word in (sysfs.text("proc/cmdline") or "").split():
-        key, _, value = word.partition("=")
-        if key == "module_blacklist" and name in value.replace("-", "_").split(","):
-            return Module(name, ModuleStatus.BLOCKED, "/proc/cmdline", word)
+    for parameter in CommandLine(sysfs.text("proc/cmdline") or "").of("module_blacklist"):
+        if name in (parameter.value or "").replace("-", "_").split(","):
+            return Module(name, ModuleStatus.BLOCKED, "/proc/cmdline", parameter.text)
     if sysfs.text("proc/sys/kernel/modules_disabled") == "1":
         return Module(name, ModuleStatus.BLOCKED, "/proc/sys/kernel/modules_disabled", "1")
     return None

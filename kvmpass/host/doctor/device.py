@@ -7,7 +7,7 @@ from kvmpass.host import checks
 from kvmpass.host.checks import one_to_one
 from kvmpass.host.doctor.iommu import IVRS
 from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.modules import modprobe_lines
+from kvmpass.host.modules import vfio_ids
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import PCI_DEVICES
 from kvmpass.host.usage import VFIO_PCI
@@ -95,6 +95,15 @@ OVERRIDDEN = Problem(
     cause="{bdf} is bound to {driver} while its driver_override says vfio-pci: something has bound it first, or anew",
     remedy="kvmpass takes it all the same, and it goes back to {driver} afterwards. To settle it, clear the override",
     commands=("echo > /sys/bus/pci/devices/{bdf}/driver_override",),
+    warning=True,
+)
+IDS_IGNORED = Problem(
+    kind="ids-ignored",
+    brief="{driver}, in spite of vfio-pci's ids",
+    cause="{bdf} is bound to {driver}, though {source} tells vfio-pci to take it ({entry}): {driver} was there first",
+    remedy="kvmpass takes it all the same, and it goes back to {driver} afterwards. To let vfio-pci be first: this "
+    "line, and update-initramfs -u",
+    commands=("echo 'softdep {driver} pre: vfio-pci' > /etc/modprobe.d/kvmpass-{driver}.conf",),
     warning=True,
 )
 RULE = Problem(
@@ -225,8 +234,8 @@ def _driver(examined: Examined) -> Verdict:
     saved = sysfs.text("etc/driverctl.d", str(device.bdf))
     if saved is not None:
         read.append(Reading(f"/etc/driverctl.d/{device.bdf}", saved))
-    ids = f"{device.vendor:04x}:{device.device:04x}"
-    read += [Reading(file, " ".join(line)) for file, line in modprobe_lines(sysfs) if ids in " ".join(line).lower()]
+    named = list(vfio_ids(sysfs, device))
+    read += [Reading(source, f"vfio-pci ids {entry}") for source, entry in named]
     for directory in ("etc/udev/rules.d", "run/udev/rules.d"):
         for file in sysfs.names(directory):
             for line in (sysfs.text(directory, file) or "").splitlines():
@@ -235,6 +244,9 @@ def _driver(examined: Examined) -> Verdict:
                     return bad(RULE, *read, place, bdf=device.bdf, rule=place)
     if device.driver_override == VFIO_PCI and device.driver not in (None, VFIO_PCI):
         return bad(OVERRIDDEN, *read, bdf=device.bdf, driver=device.driver)
+    if named and device.driver not in (None, VFIO_PCI):
+        source, entry = named[0]
+        return bad(IDS_IGNORED, *read, bdf=device.bdf, driver=device.driver, source=source, entry=entry)
     return good(device.driver or "none", *read)
 
 
@@ -306,8 +318,9 @@ CHECKS = (
     Check(
         "device-driver",
         "Its driver",
-        "`driver`, `driver_override`, `/etc/driverctl.d`, modprobe.d, udev's rules",
-        (OVERRIDDEN, RULE),
+        "`driver`, `driver_override`, `/etc/driverctl.d`, vfio-pci's `ids` in modprobe.d and `/proc/cmdline`, udev's "
+        "rules",
+        (OVERRIDDEN, IDS_IGNORED, RULE),
         _driver,
         ("device",),
         device=True,

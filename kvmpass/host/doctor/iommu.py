@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kvmpass.host.checks import one_to_one
+from kvmpass.host.cmdline import CommandLine
 from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.ivrs import BadTable, Ivrs, parse_ivrs
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import Sysfs
 
 IVRS = "sys/firmware/acpi/tables/IVRS"
-_OFF = ("iommu=off", "amd_iommu=off")  # arch/x86/kernel/pci-dma.c, drivers/iommu/amd/init.c
-_ACPI_OFF = ("acpi=off",)
-_NO_REMAPPING = ("intremap=off", "nointremap", "noapic")  # drivers/iommu/irq_remapping.c, arch/x86/kernel/apic/apic.c
-_IDLE = ("amd_iommu=on", "intel_iommu=on")
+_UNKNOWN = "Unknown kernel command line parameters "  # init/main.c: print_unknown_bootoptions, since 5.14
+_OURS = ("iommu", "ivrs", "intremap", "vfio", "kvm", "acs_override")
 UNSAFE_INTERRUPTS = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
 NOIOMMU_MODE = "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 _FIRMWARE = "turn on the IOMMU (AMD-Vi) in the firmware's setup"
@@ -44,9 +45,17 @@ OFF = Problem(
 IDLE_OPTION = Problem(
     kind="idle-option",
     brief="{words} does nothing",
-    cause="{words} is on the kernel's command line: AMD's driver knows no such option. AMD-Vi is on by default where "
-    "the firmware has it on",
+    cause="{words} is on the kernel's command line, and the kernel ignores it on an AMD host. AMD-Vi is on by "
+    "default where the firmware has it on",
     remedy="leave it out; it is harmless",
+    warning=True,
+)
+ACS_OVERRIDE = Problem(
+    kind="acs-override",
+    brief="groups may be no groups",
+    cause="{words} is on the kernel's command line: where this kernel has the ACS override patch, devices that can "
+    "reach one another past the IOMMU are in groups of their own, and kvmpass cannot see it",
+    remedy="remove it if a guest is not to be trusted with what shares a switch or a card with its device",
     warning=True,
 )
 UNUSED = Problem(
@@ -112,7 +121,7 @@ def _ivrs(examined: Examined) -> Verdict:
     if not sysfs.path(IVRS).exists():
         if examined.iommus and examined.groups:  # whatever described it: the kernel drives one
             return good("the kernel has found one", Reading("/sys/class/iommu", " ".join(examined.iommus)))
-        off = examined.on_command_line(*_ACPI_OFF)
+        off = examined.command_line.acpi_off()
         if off:
             return bad(ACPI_OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
         return bad(NO_IVRS, Reading(f"/{IVRS}", "not there"))
@@ -132,18 +141,34 @@ def _ivrs(examined: Examined) -> Verdict:
 
 
 def _command_line(examined: Examined) -> Verdict:
-    off = examined.on_command_line(*_OFF)
+    off = examined.command_line.iommu_off()
     if off and not examined.iommus:
         return bad(OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
-    about = [word for word in examined.words if "iommu" in word.partition("=")[0]]
+    about = [parameter.text for parameter in examined.command_line.parameters if "iommu" in parameter.name]
     return good(" ".join(about) or "nothing about the IOMMU", Reading("/proc/cmdline", " ".join(about) or "no iommu"))
 
 
 def _idle_options(examined: Examined) -> Verdict:
-    idle = examined.on_command_line(*_IDLE)
+    idle = dict.fromkeys([*examined.command_line.ignored(), *_unknown_words(examined)])
     if idle:
         return bad(IDLE_OPTION, Reading("/proc/cmdline", " ".join(idle)), words=" and ".join(idle))
-    return good("none", Reading("/proc/cmdline", f"no {' and no '.join(_IDLE)}"))
+    return good("none", Reading("/proc/cmdline", "nothing about the IOMMU that the kernel ignores"))
+
+
+def _unknown_words(examined: Examined) -> Iterator[str]:
+    """What the kernel itself says that nobody has taken, as far as it is about our subject."""
+    for message in examined.log.having(_UNKNOWN):
+        for parameter in CommandLine(message.partition(_UNKNOWN)[2].partition(", will be")[0].strip('"')).parameters:
+            # A module's parameter is taken when the module is loaded.
+            if any(word in parameter.name for word in _OURS) and "." not in parameter.name:
+                yield parameter.text
+
+
+def _acs_override(examined: Examined) -> Verdict:
+    words = [word for word in examined.command_line.acs_override() if word not in set(_unknown_words(examined))]
+    log = [Reading("the kernel's log", line) for line in examined.log.having("PCIe ACS overrides enabled")[:1]]
+    read = Reading("/proc/cmdline", " ".join(words) or "no pcie_acs_override")
+    return bad(ACS_OVERRIDE, read, *log, words=" ".join(words)) if words else good("none", read)
 
 
 def _iommu(examined: Examined) -> Verdict:
@@ -199,7 +224,7 @@ def _remapping(examined: Examined) -> Verdict:
         return bad(REMAPPING_UNKNOWN, read)
     if remapped:
         return good("on", read)
-    off = examined.on_command_line(*_NO_REMAPPING)
+    off = examined.command_line.remapping_off()
     words = (Reading("/proc/cmdline", " ".join(off)),) if off else ()
     return bad(NO_REMAPPING, read, *words, why=" ".join(off) or "the IOMMU remaps DMA only")
 
@@ -247,7 +272,7 @@ CHECKS = (
     Check(
         "iommu-off",
         "IOMMU switched off",
-        "`iommu=off` and `amd_iommu=off` in `/proc/cmdline`; `iommu=pt` is fine",
+        "`off` in the lists of `iommu=` and `amd_iommu=` in `/proc/cmdline`; `iommu=pt` is fine",
         (OFF,),
         _command_line,
         ("firmware-iommu",),
@@ -256,9 +281,17 @@ CHECKS = (
     Check(
         "idle-options",
         "Options without effect",
-        "`amd_iommu=on` and `intel_iommu=on` in `/proc/cmdline`",
+        "words of `amd_iommu=`, `iommu=`, `intremap=` and `intel_iommu=` in `/proc/cmdline` that the kernel ignores "
+        "(`amd_iommu=on`, `amd_iommu=pt`), and what its log calls unknown",
         (IDLE_OPTION,),
         _idle_options,
+    ),
+    Check(
+        "acs-override",
+        "ACS override",
+        "`pcie_acs_override=` in `/proc/cmdline`",
+        (ACS_OVERRIDE,),
+        _acs_override,
     ),
     Check(
         "iommu", "AMD-Vi", "`/sys/class/iommu/ivhd*`", (UNUSED,), _iommu, ("firmware-iommu", "iommu-off"), vital=True

@@ -11,6 +11,7 @@ from kvmpass.errors import NoSuchDevice
 from kvmpass.host import kmsg
 from kvmpass.host.address import Bdf
 from kvmpass.host.checks import blockers
+from kvmpass.host.cmdline import CommandLine
 from kvmpass.host.kmsg import KernelLog, read_log
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker, Problem
@@ -138,12 +139,9 @@ class Examined:
         return vendor, flags
 
     @cached_property
-    def words(self) -> tuple[str, ...]:
-        """Those of the kernel's command line."""
-        return tuple((self.sysfs.text("proc/cmdline") or "").split())
-
-    def on_command_line(self, *options: str) -> list[str]:
-        return [word for word in self.words if word in options]
+    def command_line(self) -> CommandLine:
+        """The kernel's."""
+        return CommandLine(self.sysfs.text("proc/cmdline") or "")
 
     @cached_property
     def iommus(self) -> list[str]:

@@ -1,0 +1,165 @@
+"""The kernel's command line, taken apart as the kernel does it.
+
+Sources: kernel/params.c and lib/cmdline.c (``next_arg``, ``parameq``, ``parse_args``), and for the options that take
+lists arch/x86/kernel/pci-dma.c (``iommu_setup``), drivers/iommu/amd/init.c (``parse_amd_iommu_options``),
+drivers/iommu/irq_remapping.c (``setup_irqremap``), drivers/vfio/pci/vfio_pci.c (``vfio_pci_fill_ids``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+# What each list knows. The kernel compares beginnings: ``offload`` is ``off``.
+LISTS: dict[str, tuple[str, ...]] = {
+    "iommu": (
+        *("off", "force", "noforce", "biomerge", "panic", "nopanic", "merge", "nomerge", "forcesac", "allowdac"),
+        *("nodac", "usedac", "soft", "pt", "nopt"),
+        # of the GART (arch/x86/kernel/amd_gart_64.c: gart_parse_options)
+        *("leak", "fullflush", "nofullflush", "noagp", "noaperture", "allowed", "memaper"),
+        *"0123456789",
+    ),
+    "amd_iommu": (
+        *("fullflush", "force_enable", "off", "force_isolation", "pgtbl_v1", "pgtbl_v2", "irtcachedis"),
+        *("nohugepages", "v2_pgsizes_only"),
+    ),
+    "intremap": ("on", "off", "nosid", "no_x2apic_optout", "nopost", "posted_msi"),
+}
+_SPACE = " \t\n\r\v\f"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """``name`` has underscores where it was written with dashes: to the kernel they are the same.
+
+    ``value`` is None without an equals sign; ``text`` is the parameter as it was written.
+    """
+
+    name: str
+    value: str | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One word of a list such as that of ``iommu=``. ``known`` is what the kernel takes it for, None for nothing."""
+
+    parameter: Parameter
+    text: str
+    known: str | None
+
+    def __str__(self) -> str:
+        """``iommu=off``; with its list where it is one of several: ``iommu=off in iommu=pt,off``."""
+        one = f"{self.parameter.text.partition('=')[0]}={self.text}"
+        return one if self.parameter.value == self.text else f"{one} in {self.parameter.text}"
+
+
+class CommandLine:
+    """The parameters up to ``--``, after which all is init's, in their order."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.parameters: tuple[Parameter, ...] = tuple(_parameters(text))
+
+    def of(self, *names: str) -> list[Parameter]:
+        """Those of these names, with underscores."""
+        return [parameter for parameter in self.parameters if parameter.name in names]
+
+    def has(self, name: str) -> bool:
+        return bool(self.of(name))
+
+    def items(self, name: str) -> list[Item]:
+        """Every word of the list option ``name``, a key of :data:`LISTS`, over all its occurrences."""
+        return [item for parameter in self.of(name) for item in _items(parameter)]
+
+    # --- what the IOMMU's drivers make of it
+
+    def iommu_off(self) -> list[str]:
+        """What switches AMD-Vi off."""
+        found = [str(item) for name in ("iommu", "amd_iommu") for item in self.items(name) if item.known == "off"]
+        # Until about Linux 6.2 amd_iommu= was searched for its words, wherever they began.
+        return found + [str(item) for item in self.items("amd_iommu") if item.known is None and "off" in item.text]
+
+    def remapping_off(self) -> list[str]:
+        """What switches interrupt remapping off."""
+        last = [item for item in self.items("intremap") if item.known in ("on", "off")][-1:]
+        found = [str(item) for item in last if item.known == "off"]
+        # Without IOAPICs nothing is remapped (arch/x86/kernel/apic/apic.c: enable_IR_x2apic).
+        return found + [parameter.text for parameter in self.of("nointremap", "noapic", "nolapic", "disableapic")]
+
+    def acpi_off(self) -> list[str]:
+        """What keeps the kernel from reading any ACPI table (arch/x86/kernel/acpi/boot.c: parse_acpi)."""
+        return [parameter.text for parameter in self.of("acpi") if parameter.value == "off"]
+
+    def ignored(self) -> list[str]:
+        """Words about the IOMMU that AMD's driver and the kernel's core take for nothing."""
+        found = [str(item) for name in LISTS for item in self.items(name) if item.known is None and item.text]
+        found = [word for word in found if word not in self.iommu_off()]
+        found += [parameter.text for parameter in self.of("intel_iommu")]
+        return found
+
+    def acs_override(self) -> list[str]:
+        """What asks for groups that the hardware does not isolate; only kernels with the ACS override patch know it.
+
+        ``pci=config_acs=`` and ``pci=disable_acs_redir=`` are none: they change the hardware, and groups follow.
+        """
+        return [parameter.text for parameter in self.of("pcie_acs_override") if parameter.value]
+
+    def vfio_ids(self) -> list[str]:
+        """The ids that vfio-pci is told to take, as they were written."""
+        return [
+            one
+            for parameter in self.of("vfio_pci.ids")
+            for one in re.split("[,;]", parameter.value or "")
+            if one.strip()
+        ]
+
+
+def _parameters(text: str) -> Iterator[Parameter]:
+    at = 0
+    while at < len(text):
+        if text[at] in _SPACE:
+            at += 1
+            continue
+        start, quoted = at, False
+        while at < len(text) and (quoted or text[at] not in _SPACE):
+            quoted ^= text[at] == '"'
+            at += 1
+        word = text[start:at]
+        name, equals, value = word.partition("=")
+        if word.startswith('"'):
+            name, equals, value = word[1:].removesuffix('"').partition("=")
+        elif value.startswith('"'):
+            value = value[1:].removesuffix('"')
+        if name == "--" and not equals:
+            return
+        yield Parameter(name.replace("-", "_"), value if equals else None, word)
+
+
+def _items(parameter: Parameter) -> Iterator[Item]:
+    for text in (parameter.value or "").split(","):
+        known = [word for word in LISTS[parameter.name] if text.startswith(word)]
+        yield Item(parameter, text, max(known, key=len, default=None))
+        if parameter.name == "iommu" and text.startswith("usedac"):  # nothing after it is read
+            return
+
+
+def matches_ids(pattern: str, vendor: int, device: int, subsystem: tuple[int, int], class_code: int) -> bool:
+    """Whether one entry of ``vfio-pci.ids=`` means this device.
+
+    ``vendor:device[:subvendor[:subdevice[:class[:class mask]]]]``, hexadecimal; what is left out, or all ones, is
+    any. An entry without a device is ignored by the kernel.
+    """
+    parts = pattern.strip().split(":")
+    try:
+        numbers = [int(part, 16) for part in parts]
+    except ValueError:
+        return False
+    if not 2 <= len(numbers) <= 6:
+        return False
+    anything = 0xFFFF_FFFF
+    wanted = [*numbers, *[anything, anything, 0, 0][len(numbers) - 2 :]]
+    ids = (vendor, device, *subsystem)
+    same = all(want in (anything, have) for want, have in zip(wanted, ids, strict=False))
+    return same and not (wanted[4] ^ class_code) & wanted[5]
