@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+
+# Whoever ignores it inherits no child's exit status; nobody asks for that on purpose.
+signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 SCHEMAS = Path(__file__).parents[1] / "docs/schemas"
 
@@ -23,3 +27,22 @@ def valid() -> Callable[[str, str | bytes], Any]:
         return document
 
     return read
+
+
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """For tests that send signals: what ends a program does so here and in what is started, whatever was inherited.
+
+    ``nohup`` and a shell's ``&`` start programs with some of them ignored.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, *before])
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

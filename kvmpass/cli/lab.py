@@ -13,7 +13,7 @@ from kvmpass.errors import LabError
 from kvmpass.lab import build, cache, modern
 from kvmpass.lab import status as state
 from kvmpass.lab.config import ACCELERATORS, LabConfig, LabResult, split_features
-from kvmpass.lab.lab import Lab, ended_by_signals
+from kvmpass.lab.lab import Lab
 
 
 def say(text: str) -> None:
@@ -107,16 +107,14 @@ def run(command: list[str] | None, /, **options: Any) -> int:
     """
     if not command:
         raise LabError("no command to run in the lab", "kvmpass lab run [OPTIONS] -- COMMAND…")
-    with ended_by_signals():
-        return conclude(Lab(configuration(options), say).run(command))
+    return conclude(Lab(configuration(options), say).run(command))
 
 
 @lab.command()
 @host_options
 def shell(**options: Any) -> int:
     """Open a root shell inside an emulated host."""
-    with ended_by_signals():
-        return conclude(Lab(configuration(options), say).shell())
+    return conclude(Lab(configuration(options), say).shell())
 
 
 @lab.command()
@@ -145,8 +143,7 @@ def kernel(again: bool, jobs: int) -> None:
         elif made % 500 == 0:
             say(f"{made} files")
 
-    with ended_by_signals():
-        built = build.build(say, count, jobs=jobs, again=again)
+    built = build.build(say, count, jobs=jobs, again=again)
     if live:
         click.echo(err=True)
     click.echo(f"{built.release}: {built.image}")
@@ -156,8 +153,7 @@ def kernel(again: bool, jobs: int) -> None:
 @click.option("--again", is_flag=True, help="Fetch it even if it is in the cache.")
 def qemu(again: bool) -> None:
     """Fetch the modern QEMU: root ports, virtual functions, fault events."""
-    with ended_by_signals():
-        emulator = modern.fetch(say, again=again)
+    emulator = modern.fetch(say, again=again)
     click.echo(f"QEMU {emulator.version_text}: {emulator.path}")
 
 

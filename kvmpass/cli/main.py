@@ -106,6 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
         logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)8d %(name)s: %(message)s")
     else:
         logging.getLogger("kvmpass").addHandler(logging.NullHandler())  # standard error belongs to the command
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored it hides how children end
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _terminate)

@@ -118,17 +118,6 @@ class Lab:
 
 
 @contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the program, as Ctrl-C does, so that no lab is left behind. Main thread only."""
-
-    def leave(signum: int, frame: FrameType | None) -> None:
-        sys.exit(128 + signum)
-
-    with _handled(signal.SIGTERM, leave), _handled(signal.SIGHUP, leave):
-        yield
-
-
-@contextmanager
 def _handled(number: signal.Signals, handler: object) -> Iterator[None]:
     before = signal.signal(number, handler)  # type: ignore[arg-type]
     try:

@@ -293,6 +293,7 @@ def test_killed_at_any_moment(seed: int, nvme: str, state: Path) -> None:
 
 
 @pytest.mark.parametrize(("operation", "step"), [("bind", Step.PROBE), ("unbind", Step.RETURN_PROBE)])
+@pytest.mark.usefixtures("usual_signals")
 def test_interrupted_between_two_drivers(operation: str, step: Step, nvme: str, state: Path, at_step: AtStep) -> None:
     prepare(operation, nvme)
     before = facts(), files(state)

@@ -165,7 +165,7 @@ def test_killed_at_any_moment(nvme: str, seed: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.usefixtures("untouched")
+@pytest.mark.usefixtures("untouched", "usual_signals")
 def test_signals_at_any_moment(nvme: str, number: signal.Signals, seed: int) -> None:
     def terminate(*_: object) -> None:
         raise KeyboardInterrupt
@@ -295,7 +295,7 @@ def test_assigned_by_another_process(edu: str) -> None:
             holder.wait()
 
 
-@pytest.mark.usefixtures("untouched")
+@pytest.mark.usefixtures("untouched", "usual_signals")
 def test_borrowed_by_another_process(nvme: str) -> None:
     def work() -> None:
         with host.borrow(nvme):

@@ -205,6 +205,7 @@ def start_and_wait_for(text: str, command: list[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("usual_signals")
 def test_interrupted_while_the_guest_runs(nvme: str, tmp_path: Path, number: int, status: int, valid: Valid) -> None:
     before = state_of(nvme)
     report = tmp_path / "status.json"
@@ -221,6 +222,7 @@ def test_interrupted_while_the_guest_runs(nvme: str, tmp_path: Path, number: int
     assert (told["outcome"], told["exit_status"]) == ("interrupted", status)
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_a_reader_that_stalls_does_not_hold_the_device(nvme: str) -> None:
     """A guest that writes without end, and nobody who reads: SIGTERM still gives the device back."""
     before = state_of(nvme)

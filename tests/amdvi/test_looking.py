@@ -338,6 +338,7 @@ def test_a_device_there_and_back(
     assert all((record["group"], record["devices"]) == (group, [nic]) for record in nodes)
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_a_device_comes_and_goes(
     watching: Callable[..., subprocess.Popen[str]], nvme2: str, emulated_host: bool
 ) -> None:
@@ -358,6 +359,7 @@ def test_a_device_comes_and_goes(
     assert process.stderr is not None and process.stderr.read().strip() == ""
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_how_it_ends(watching: Callable[..., subprocess.Popen[str]]) -> None:
     """By SIGTERM, and by a reader that has gone though nothing happens."""
     process = watching()

@@ -204,6 +204,7 @@ def test_no_node_appears(host: Host, state: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("step", TAKING + RETURNING)
+@pytest.mark.usefixtures("usual_signals")
 def test_signals_wait_and_are_not_lost(
     host: Host, state: Path, step: Step, number: signal.Signals, at_step: AtStep
 ) -> None:

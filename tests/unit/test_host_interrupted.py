@@ -75,6 +75,7 @@ def test_killed_and_done_again(made: Callable[[str], Stage], operation: str, ste
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("operation", "step"), EVERY_STEP)
+@pytest.mark.usefixtures("usual_signals")
 def test_signals(
     made: Callable[[str], Stage], operation: str, step: Step, number: signal.Signals, at_step: AtStep
 ) -> None:

@@ -211,6 +211,7 @@ def test_sleeps(): time.sleep(120)
     assert (lab.path / "stopped").exists()
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_ctrl_c_ends_the_lab(lab: pytest.Pytester) -> None:
     write(
         lab,
