@@ -148,10 +148,10 @@ def plan(
 def _findings(sysfs: Sysfs, bdfs: Sequence[Bdf], size: int, backing: Backing) -> Iterator[Finding]:
     """The doctor's, of the host once and of each device."""
     page = backing.page_size if backing is not Backing.ANONYMOUS else 0
-    holders = host.OpenNodes(sysfs)
+    look = host.Look(sysfs)
     seen: set[tuple[str, str]] = set()
     for bdf in bdfs:
-        for finding in host.diagnose(sysfs, bdf, memory=size, huge_page=page, together=bdfs, holders=holders):
+        for finding in host.diagnose(sysfs, bdf, memory=size, huge_page=page, together=bdfs, look=look):
             key = finding.check, finding.trouble.cause if finding.trouble else ""
             if key not in seen:
                 seen.add(key)

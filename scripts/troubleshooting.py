@@ -11,14 +11,15 @@ from kvmpass.host import CATALOGUE, Check, Problem
 
 FILE = Path(__file__).parents[1] / "docs/troubleshooting.md"
 INTRODUCTION = """\
-<!-- Made by scripts/troubleshooting.py from kvmpass/host/doctor: change it there. -->
+<!-- Made by scripts/troubleshooting.py from kvmpass/host/doctor and kvmpass/host/blockers: change it there. -->
 
 # Troubleshooting
 
 `kvmpass doctor` makes the checks below; with a PCI address (`kvmpass doctor 0000:01:00.0`) those of the device, too.
 Nothing is changed. Run it as root: it sees more then. What fails keeps a device from being assigned; warnings do not.
 What depends on a check that failed is skipped: cure the cause, then ask again. `kvmpass assign` refuses with the same
-words what makes the host or the memory unfit, and what makes a device unfit or keeps it in use.
+words what makes the host, the memory or a device unfit. `kvmpass list` and `show` judge a device by the same list;
+what of it keeps a device from being assigned, not from being bound, is a warning of `bind`.
 
 Words in capitals stand for what is found on a host. Lines under a remedy are to be typed as root.
 """

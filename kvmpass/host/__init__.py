@@ -5,6 +5,7 @@ The only part of the project that changes drivers.
 """
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.blockers import blockers, check_assignable, is_harmless, users
 from kvmpass.host.borrowing import Borrow, borrow
 from kvmpass.host.capabilities import (
     Acs,
@@ -17,7 +18,6 @@ from kvmpass.host.capabilities import (
     SriovRegisters,
     capabilities_of,
 )
-from kvmpass.host.checks import blockers, check_assignable, is_harmless, users
 from kvmpass.host.classes import class_words
 from kvmpass.host.description import BarInfo, Description, describe
 from kvmpass.host.doctor import (
@@ -47,9 +47,10 @@ from kvmpass.host.inventory import (
     sriov_of,
 )
 from kvmpass.host.isolation import Bridge, Sibling, bridges_above, siblings
+from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker, Problem
-from kvmpass.host.processes import OpenNodes, Process
+from kvmpass.host.processes import Process
 from kvmpass.host.restoring import Restored, restore
 from kvmpass.host.steps import Step
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
@@ -79,10 +80,10 @@ __all__ = [
     "IommuEvent",
     "IommuGroup",
     "Link",
+    "Look",
     "Msi",
     "Msix",
     "Names",
-    "OpenNodes",
     "Outcome",
     "PciDevice",
     "Power",

@@ -9,11 +9,11 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from functools import partial
 
 from kvmpass.errors import HostNotReady, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
 from kvmpass.host.address import Bdf
 from kvmpass.host.journal import Entry, Journal, Operation
+from kvmpass.host.look import Look
 from kvmpass.host.processes import holders
 from kvmpass.host.steps import MATCHING, ON_VFIO_PCI, Setting, Step, driver_changes, other_changes
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
@@ -102,7 +102,7 @@ class Binder:
                 self._override(bdf, entry.override)
             return f"bound to {now.driver} by someone else meanwhile, left there"
         if entry.operation is Operation.UNBIND and now.driver not in (None, VFIO_PCI):
-            uses = usage(self.sysfs, self.sysfs.device(bdf), partial(holders, self.sysfs))
+            uses = usage(Look(self.sysfs), self.sysfs.device(bdf))
             if uses:  # the unbind was all but done, and the host has begun to use the device
                 self._finish(entry, Setting(now.driver, entry.target_override))
                 return f"driver {now.driver}, in use there by now, left there: {'; '.join(uses)}"

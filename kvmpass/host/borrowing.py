@@ -10,7 +10,7 @@ from kvmpass._signals import deferred
 from kvmpass.errors import BadAddress
 from kvmpass.host.address import Bdf
 from kvmpass.host.binding import DRIVER_TIMEOUT
-from kvmpass.host.checks import check_assignable
+from kvmpass.host.blockers import check_assignable
 from kvmpass.host.journal import Journal, Operation
 from kvmpass.host.lock import Say
 from kvmpass.host.sysfs import PciDevice, Sysfs

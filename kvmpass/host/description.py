@@ -11,16 +11,25 @@ from kvmpass.host.address import Bdf
 from kvmpass.host.capabilities import Capabilities, capabilities_of
 from kvmpass.host.inventory import DeviceStatus, HostStatus, device_status, host_status
 from kvmpass.host.isolation import Bridge, Sibling, bridges_above, siblings
-from kvmpass.host.names import Names
-from kvmpass.host.processes import OpenNodes
-from kvmpass.host.sysfs import PCI_DEVICES, IommuGroup, PciDevice, Resource, Sysfs
+from kvmpass.host.look import Look
+from kvmpass.host.sysfs import (
+    BARS,
+    IORESOURCE_IO,
+    IORESOURCE_MEM,
+    IORESOURCE_MEM_64,
+    PCI_DEVICES,
+    IommuGroup,
+    PciDevice,
+    Resource,
+    Sysfs,
+)
 from kvmpass.host.usage import usage
 
 DRIVERCTL = "etc/driverctl.d"  # driverctl(8): a file for each device, which holds a driver's name
 
 # include/linux/ioport.h, include/linux/pci.h (enum of resource numbers)
-_IO, _MEMORY, _PREFETCH, _MEMORY64, _UNSET = 0x100, 0x200, 0x2000, 0x0010_0000, 0x2000_0000
-_ROM, _VF_BARS, _WINDOWS = 6, 7, 4
+_PREFETCH = 0x2000
+_ROM, _VF_BARS, _WINDOWS = BARS, 7, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +74,12 @@ class Description:
 def describe(sysfs: Sysfs, bdf: Bdf) -> Description:
     """Only reads. Raises ``NoSuchDevice``."""
     device = sysfs.device(bdf)
-    names, holders = Names(sysfs), OpenNodes(sysfs)
+    look = Look(sysfs)
     group = _group(sysfs, device)
     return Description(
-        status=device_status(sysfs, device, names, holders),
+        status=device_status(look, device),
         host=host_status(sysfs),
-        subsystem_name=names.subsystem(device),
+        subsystem_name=look.names.subsystem(device),
         driverctl=sysfs.text(DRIVERCTL, str(bdf)) or None,
         bars=tuple(bars(device)),
         capabilities=capabilities_of(sysfs, bdf),
@@ -78,7 +87,7 @@ def describe(sysfs: Sysfs, bdf: Bdf) -> Description:
         siblings=tuple(siblings(sysfs, device, group)) if group else (),
         bridges=tuple(bridges_above(sysfs, bdf)),
         functions=tuple(_functions(sysfs, bdf)),
-        uses=tuple(usage(sysfs, device, holders)),
+        uses=tuple(usage(look, device)),
         complete=os.geteuid() == 0,
     )
 
@@ -105,7 +114,7 @@ def bars(device: PciDevice) -> Iterator[BarInfo]:
     """What ``resource`` in sysfs lists: six BARs, the ROM, six BARs of virtual functions, a bridge's windows last."""
     windows = len(device.resources) - _WINDOWS if device.is_pci_bridge else len(device.resources)
     for number, resource in enumerate(device.resources):
-        if resource.size and resource.flags & (_IO | _MEMORY):
+        if resource.size and resource.flags & (IORESOURCE_IO | IORESOURCE_MEM):
             yield _bar(_bar_name(number, windows), resource)
 
 
@@ -118,13 +127,12 @@ def _bar_name(number: int, windows: int) -> str:
 
 
 def _bar(name: str, resource: Resource) -> BarInfo:
-    io = bool(resource.flags & _IO)
-    assigned = resource.start and not resource.flags & _UNSET
+    io = bool(resource.flags & IORESOURCE_IO)
     return BarInfo(
         name=name,
         io=io,
-        bits=None if io else 64 if resource.flags & _MEMORY64 else 32,
+        bits=None if io else 64 if resource.flags & IORESOURCE_MEM_64 else 32,
         prefetchable=bool(resource.flags & _PREFETCH),
-        address=resource.start if assigned else None,
+        address=resource.start if resource.is_placed else None,
         size=resource.size,
     )

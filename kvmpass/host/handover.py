@@ -11,8 +11,8 @@ from kvmpass._signals import deferred
 from kvmpass.errors import DriverPinned
 from kvmpass.host.address import Bdf
 from kvmpass.host.binding import DRIVER_TIMEOUT
+from kvmpass.host.blockers import blockers, users
 from kvmpass.host.borrowing import distinct
-from kvmpass.host.checks import blockers, users
 from kvmpass.host.journal import Journal, Operation
 from kvmpass.host.lock import Say
 from kvmpass.host.problems import Blocker
@@ -211,7 +211,7 @@ class _Work:
         now = Setting.of(self.sysfs, device.bdf)
         if now.driver == VFIO_PCI:
             return _Job(device.bdf, now)
-        warnings = self._weigh(blockers(self.sysfs, device, together))
+        warnings = self._weigh(blockers(self.sysfs, device, together, wake=True))
         warnings += self._pinned(device.bdf, on_vfio_pci=False)
         return _Job(device.bdf, now, ON_VFIO_PCI, tuple(warnings))
 
@@ -232,17 +232,12 @@ class _Work:
         """Raise the first that forbids it; the causes of the others are warnings."""
         warnings = []
         for blocker in found:
-            if blocker.kind == "group-not-viable":  # it can be bound, and not yet assigned
-                warnings.append(blocker.cause + ("" if self.group else "; --group takes them too"))
-                continue
-            if blocker.kind == "device-one-to-one":  # the same, and why not never changes
-                warnings.append(blocker.cause)
-                continue
-            if blocker.kind == "in-use" and self.force:
-                warnings.append(blocker.cause)
+            if blocker.bindable or (blocker.forceable and self.force):
+                more = "; --group takes them too" if blocker.devices and not self.group else ""
+                warnings.append(blocker.cause + more)
                 continue
             error = blocker.exception()
-            if blocker.kind == "in-use":
+            if blocker.forceable:
                 error.add_note(FORCE_HINT)
             raise error
         return warnings

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
-from kvmpass.host.checks import blockers
+from kvmpass.host.blockers import blockers
 from kvmpass.host.doctor import check_host
 from kvmpass.host.filters import select
+from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker
-from kvmpass.host.processes import Holders, OpenNodes
 from kvmpass.host.sysfs import PCI_DEVICES, IommuGroup, PciDevice, Sysfs
 
 
@@ -73,15 +73,15 @@ def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
     """All devices, or those that ``filters`` select. Only reads. Raises what :func:`select` raises."""
     names = Names(sysfs)
     selected = select(sysfs, filters, names)
-    holders = OpenNodes(sysfs)
+    look = Look(sysfs, names)
     devices: list[DeviceStatus] = []
     groups: dict[int, IommuGroup] = {}
     for device in selected:
         try:
             number = device.group
             if number is not None and number not in groups:
-                groups[number] = sysfs.group(number)
-            devices.append(device_status(sysfs, device, names, holders))
+                groups[number] = look.group(number)
+            devices.append(device_status(look, device))
         except (NoSuchDevice, NotAssignable):
             if device.bdf in {one.bdf for one in sysfs.devices()}:
                 raise
@@ -94,14 +94,14 @@ def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
     )
 
 
-def device_status(sysfs: Sysfs, device: PciDevice, names: Names, holders: Holders) -> DeviceStatus:
+def device_status(look: Look, device: PciDevice) -> DeviceStatus:
     return DeviceStatus(
         device=device,
-        name=names.of(device),
-        short_name=names.short(device),
-        blockers=tuple(blockers(sysfs, device, holders=holders)),
-        link=link_of(sysfs, device.bdf),
-        sriov=sriov_of(sysfs, device.bdf),
+        name=look.names.of(device),
+        short_name=look.names.short(device),
+        blockers=tuple(blockers(look.sysfs, device, look=look)),
+        link=link_of(look.sysfs, device.bdf),
+        sriov=sriov_of(look.sysfs, device.bdf),
     )
 
 

@@ -14,10 +14,10 @@ from kvmpass.host.address import Bdf
 class Blocker:
     """One reason why something cannot be done now: ``brief`` for a list, ``cause`` and ``remedy`` in full.
 
-    ``kind`` is a word for programs; of a device that cannot be taken: ``bridge``, ``no-group``, ``no-iommu``,
-    ``device-one-to-one``, ``group-not-viable``, ``assigned`` or ``in-use``. ``commands`` belong to the remedy: lines
-    to type as root. ``error`` is the exception that a refusal raises for it, unless ``denied`` names a file that this
-    user may not open: then it is a ``PermissionError``. ``devices`` are the siblings in the way, if any are.
+    ``kind`` is a word for programs; :mod:`kvmpass.host.blockers` has those of devices. ``commands`` belong to the
+    remedy: lines to type as root. ``error`` is the exception that a refusal raises for it, unless ``denied`` names a
+    file that this user may not open: then it is a ``PermissionError``. ``devices`` are the siblings that block the
+    group. ``bindable`` and ``forceable`` are those of the :class:`Problem`.
     """
 
     kind: str
@@ -28,6 +28,8 @@ class Blocker:
     commands: tuple[str, ...] = ()
     denied: str = ""
     devices: tuple[Bdf, ...] = ()
+    bindable: bool = False
+    forceable: bool = False
 
     def exception(self) -> Exception:
         """To be raised; the remedy is its note."""
@@ -42,7 +44,8 @@ class Blocker:
 class Problem:
     """A problem in general. The texts are templates (``str.format``); docs/troubleshooting.md shows them as they are.
 
-    ``warning``: it does not keep a device from being assigned.
+    ``warning``: it does not keep a device from being assigned. ``bindable``: it keeps a device from being assigned,
+    not from being bound to vfio-pci. ``forceable``: ``kvmpass bind --force`` overrides it.
     """
 
     kind: str
@@ -52,9 +55,21 @@ class Problem:
     commands: tuple[str, ...] = ()
     error: type[KvmpassError] = HostNotReady
     warning: bool = False
+    bindable: bool = False
+    forceable: bool = False
 
     def found(self, *, denied: str = "", **values: object) -> Blocker:
         """The problem as it is here."""
         brief, cause, remedy = (text.format(**values) for text in (self.brief, self.cause, self.remedy))
         commands = tuple(line.format(**values) for line in self.commands)
-        return Blocker(self.kind, brief, cause, remedy, self.error, commands, denied)
+        return Blocker(
+            self.kind,
+            brief,
+            cause,
+            remedy,
+            self.error,
+            commands,
+            denied,
+            bindable=self.bindable,
+            forceable=self.forceable,
+        )

@@ -23,6 +23,10 @@ PCI_DEVICES = "sys/bus/pci/devices"
 PCI_DRIVERS = "sys/bus/pci/drivers"
 IOMMU_GROUPS = "sys/kernel/iommu_groups"
 NOIOMMU_NAME = "vfio-noiommu"  # drivers/vfio/group.c: vfio_noiommu_group_alloc
+BARS = 6  # the first lines of `resource`; then the expansion ROM, then BARs of virtual functions, or windows
+
+# include/linux/ioport.h
+IORESOURCE_IO, IORESOURCE_MEM, IORESOURCE_MEM_64, IORESOURCE_UNSET = 0x100, 0x200, 0x0010_0000, 0x2000_0000
 
 _WRITE = 'printf "%s" "$2" >"$1"'
 
@@ -39,6 +43,15 @@ class Resource:
     def size(self) -> int:
         """Bytes; 0 for an unused resource."""
         return self.end - self.start + 1 if self.flags else 0
+
+    @property
+    def is_memory(self) -> bool:
+        return bool(self.flags & IORESOURCE_MEM)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether ``start`` and ``end`` are addresses: the kernel keeps sizes there of what it could not place."""
+        return bool(self.size and self.start and not self.flags & IORESOURCE_UNSET)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +225,7 @@ class Sysfs:
         """One function. Raises ``NoSuchDevice``."""
         base = f"{PCI_DEVICES}/{bdf}"
         vendor = self.number(base, "vendor")
-        group = self.link(base, "iommu_group")
+        group = self.link(base, "iommu_group") if self.path(base, "iommu_group").exists() else None
         node = self.number(base, "numa_node")
         found = PciDevice(
             bdf=bdf,
@@ -262,16 +275,21 @@ class Sysfs:
     def config(self, bdf: Bdf, size: int = 0x100, *, wake: bool = True) -> bytes:
         """The first bytes of configuration space: 64 at most without root; none where they cannot be read.
 
-        No byte more: some registers do not like to be read. Reading wakes a device that has no power, unless ``wake``
-        is false: then nothing is read of it.
+        No byte more: some registers do not like to be read. Reading wakes a device that is suspended without power,
+        unless ``wake`` is false: then nothing is read of it.
         """
-        if not wake and self.text(PCI_DEVICES, str(bdf), "power_state") == "D3cold":
+        if not wake and self.is_asleep(bdf):
             return b""
         try:
             with self.path(PCI_DEVICES, str(bdf), "config").open("rb", buffering=0) as file:
                 return file.read(size) or b""
         except OSError:
             return b""
+
+    def is_asleep(self, bdf: Bdf) -> bool:
+        """Whether the kernel has taken its power away for as long as nobody needs it (runtime power management)."""
+        base = (PCI_DEVICES, str(bdf))
+        return self.text(*base, "power_state") == "D3cold" and self.text(*base, "power/runtime_status") == "suspended"
 
     def _resources(self, base: str) -> Iterator[Resource]:
         for line in (self.text(base, "resource") or "").splitlines():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -10,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvmpass.host.address import Bdf
-from kvmpass.host.processes import Holders
+from kvmpass.host.look import Look
 from kvmpass.host.sysfs import IOMMU_GROUPS, NOIOMMU_NAME, PCI_DEVICES, PciDevice, Sysfs
 
 VFIO_PCI = "vfio-pci"
 
 
-def usage(sysfs: Sysfs, device: PciDevice, holders: Holders) -> list[str]:
+def usage(look: Look, device: PciDevice) -> list[str]:
     """One clause for each use the host or another process makes of the device; empty when it is idle.
 
     Covers the storage, network and other functions below the device, whatever the depth (a disk at a SATA port,
@@ -24,11 +23,11 @@ def usage(sysfs: Sysfs, device: PciDevice, holders: Holders) -> list[str]:
     route, open nodes, enabled virtual functions, boot display. Without root, other users' processes stay unseen.
     """
     reasons = [
-        *_display(sysfs, device),
-        *_virtual_functions(sysfs, device.bdf),
-        *_storage(sysfs, device.bdf),
-        *_network(sysfs, device.bdf),
-        *_open_nodes(sysfs, device.bdf, holders),
+        *_display(look.sysfs, device),
+        *_virtual_functions(look.sysfs, device.bdf),
+        *_storage(look, device.bdf),
+        *_network(look, device.bdf),
+        *_open_nodes(look, device.bdf),
     ]
     return list(dict.fromkeys(reasons))
 
@@ -41,16 +40,6 @@ def vfio_nodes(sysfs: Sysfs, bdf: Bdf, group: int | None) -> list[str]:
         nodes.append(f"/dev/vfio/{'noiommu-' if no_iommu else ''}{group}")  # drivers/vfio/group.c
     nodes += [f"/dev/vfio/devices/{name}" for name in sysfs.names(PCI_DEVICES, str(bdf), "vfio-dev")]
     return nodes
-
-
-def _below(sysfs: Sysfs, component: Bdf | str, listing: str) -> Iterator[str]:
-    """The names in a class directory whose links pass through a device called ``component``."""
-    directory = sysfs.path(listing)
-    for name in sysfs.names(listing):
-        with contextlib.suppress(OSError):
-            # Links hold the whole device path: no need to resolve hundreds of them.
-            if f"/{component}/" in os.readlink(f"{directory}/{name}"):  # noqa: PTH115
-                yield name
 
 
 def _display(sysfs: Sysfs, device: PciDevice) -> Iterator[str]:
@@ -67,20 +56,21 @@ def _virtual_functions(sysfs: Sysfs, bdf: Bdf) -> Iterator[str]:
         yield f"{count} virtual functions are enabled on it and would vanish"
 
 
-def block_devices(sysfs: Sysfs, bdf: Bdf) -> list[str]:
+def block_devices(look: Look, bdf: Bdf) -> list[str]:
     """Disks and partitions below the function, such as ``nvme0n1`` and ``nvme0n1p1``."""
-    found = set(_below(sysfs, bdf, "sys/class/block"))
+    found = set(look.below("sys/class/block", bdf))
     # With native multipath the namespaces hang below the NVMe subsystem, not below the controller.
-    controllers = set(_below(sysfs, bdf, "sys/class/nvme"))
-    for subsystem in sysfs.names("sys/class/nvme-subsystem"):
-        if controllers.isdisjoint(sysfs.names("sys/class/nvme-subsystem", subsystem)):
+    controllers = set(look.below("sys/class/nvme", bdf))
+    for subsystem in look.sysfs.names("sys/class/nvme-subsystem"):
+        if controllers.isdisjoint(look.sysfs.names("sys/class/nvme-subsystem", subsystem)):
             continue
-        found.update(_below(sysfs, subsystem, "sys/class/block"))
+        found.update(look.below("sys/class/block", subsystem))
     return sorted(found)
 
 
-def _storage(sysfs: Sysfs, bdf: Bdf) -> Iterator[str]:
-    names = block_devices(sysfs, bdf)
+def _storage(look: Look, bdf: Bdf) -> Iterator[str]:
+    sysfs = look.sysfs
+    names = block_devices(look, bdf)
     if not names:
         return
     busy = set()
@@ -121,9 +111,10 @@ def _claimed(sysfs: Sysfs, name: str) -> bool:
     return False
 
 
-def _network(sysfs: Sysfs, bdf: Bdf) -> Iterator[str]:
+def _network(look: Look, bdf: Bdf) -> Iterator[str]:
+    sysfs = look.sysfs
     routed = _default_route_interfaces(sysfs)
-    for name in _below(sysfs, bdf, "sys/class/net"):
+    for name in look.below("sys/class/net", bdf):
         seen = {name}
         queue = [name]
         while queue:  # the route may lie on a bond, a bridge or a VLAN above
@@ -154,13 +145,13 @@ def _default_route_interfaces(sysfs: Sysfs) -> set[str]:
     return found - {"lo"}
 
 
-def _open_nodes(sysfs: Sysfs, bdf: Bdf, holders: Holders) -> Iterator[str]:
-    nodes = {f"/dev/{name}" for name in block_devices(sysfs, bdf)}
-    for number in _below(sysfs, bdf, "sys/dev/char"):
-        uevent = sysfs.text("sys/dev/char", number, "uevent") or ""
+def _open_nodes(look: Look, bdf: Bdf) -> Iterator[str]:
+    nodes = {f"/dev/{name}" for name in block_devices(look, bdf)}
+    for number in look.below("sys/dev/char", bdf):
+        uevent = look.sysfs.text("sys/dev/char", number, "uevent") or ""
         for line in uevent.splitlines():
             key, _, value = line.partition("=")
             if key == "DEVNAME" and not value.startswith("vfio/"):
                 nodes.add(f"/dev/{value}")
-    for node, who in sorted(holders(nodes).items()):
+    for node, who in sorted(look.holders(nodes).items()):
         yield f"{node} is open in {' and '.join(map(str, who))}"

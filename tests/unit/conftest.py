@@ -6,17 +6,28 @@ Property tests give the same examples in every run, however slow the machine is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from handover_stage import AtStep, Stage
+from host_tree import Host
 from hypothesis import HealthCheck, settings
+from one_answer import compare
 
 from kvmpass.host import Bdf, Step, binding
 
 settings.register_profile("kvmpass", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvmpass")
+
+
+@pytest.fixture(autouse=True)
+def one_answer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever a test made of its trees: all commands give one answer about each of their devices."""
+    Host.made.clear()
+    yield
+    for host in Host.made:
+        compare(host, tmp_path_factory.getbasetemp() / "no-state")
 
 
 @pytest.fixture

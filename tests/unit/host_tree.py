@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import ClassVar
 
 from kvmpass.host import Sysfs
 from kvmpass.host.sysfs import PCI_DEVICES
@@ -34,8 +35,11 @@ def ivrs(*blocks: bytes) -> bytes:
 class Host(Sysfs):
     """A tree with the effects of ``driver_override``, ``unbind``, ``bind`` and ``drivers_probe``."""
 
+    made: ClassVar[list[Host]] = []  # in this test, for the fixture that asks all commands about them
+
     def __init__(self, root: Path) -> None:
         super().__init__(root)
+        self.made.append(self)
         self.writes: list[tuple[str, str]] = []
         self.natural: dict[str, str] = {}  # the driver that takes a device by its ids
         self.refuses: set[str] = set()  # drivers whose probe fails

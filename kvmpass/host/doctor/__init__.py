@@ -9,15 +9,16 @@ from collections.abc import Iterable
 from itertools import chain
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.blockers import CHECKS as DEVICE_CHECKS
+from kvmpass.host.check import Check, Examined, Finding, Outcome, Reading, examine
 from kvmpass.host.doctor import device, iommu, memory, processor, rights, vfio
 from kvmpass.host.doctor.iommu import interrupt_remapping
-from kvmpass.host.doctor.model import Check, Examined, Finding, Outcome, Reading, examine
-from kvmpass.host.processes import Holders
+from kvmpass.host.look import Look
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.layout import GIB
 
 CATALOGUE: tuple[Check, ...] = tuple(
-    chain(processor.CHECKS, iommu.CHECKS, vfio.CHECKS, device.CHECKS, rights.CHECKS, memory.CHECKS)
+    chain(processor.CHECKS, iommu.CHECKS, vfio.CHECKS, DEVICE_CHECKS, device.CHECKS, rights.CHECKS, memory.CHECKS)
 )
 """In the order in which they are made: what others need comes before them."""
 
@@ -29,15 +30,15 @@ def diagnose(
     memory: int = GIB,
     huge_page: int = 0,
     together: Iterable[Bdf] = (),
-    holders: Holders | None = None,
+    look: Look | None = None,
 ) -> list[Finding]:
     """Make every check; those that ask about a device only with ``bdf``. Changes nothing, and raises nothing.
 
     ``memory`` is the guest's in bytes, ``huge_page`` the page size in bytes that it must have, or 0; ``together`` are
-    devices that are taken with ``bdf``. Whoever asks about many devices passes ``holders``.
+    devices that are taken with ``bdf``. Whoever asks about many devices passes one ``look``.
     """
     checks = [check for check in CATALOGUE if bdf is not None or not check.device]
-    examined = Examined(sysfs, bdf, together=together, memory=memory, huge_page=huge_page, holders=holders)
+    examined = Examined(sysfs, bdf, together=together, memory=memory, huge_page=huge_page, look=look)
     return list(examine(checks, examined))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvmpass.host.checks import one_to_one
+from kvmpass.host.blockers.group import one_to_one
+from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.cmdline import CommandLine
-from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.ivrs import BadTable, Ivrs, parse_ivrs
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import Sysfs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 
 from kvmpass.errors import NotEnoughMemory
-from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.layout import MIB

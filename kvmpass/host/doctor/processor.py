@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.modules import ModuleStatus, module
 from kvmpass.host.problems import Problem
 

@@ -6,7 +6,7 @@ import os
 import pwd
 import stat
 
-from kvmpass.host.doctor.model import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.host.usage import VFIO_PCI, vfio_nodes

@@ -6,16 +6,16 @@ import enum
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host import kmsg
 from kvmpass.host.address import Bdf
-from kvmpass.host.checks import blockers
 from kvmpass.host.cmdline import CommandLine
 from kvmpass.host.kmsg import KernelLog, read_log
+from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker, Problem
-from kvmpass.host.processes import Holders
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 from kvmpass.layout import GIB, PAGE
 
@@ -98,7 +98,8 @@ class Examined:
 
     ``memory`` is the guest's, in bytes; ``huge_page`` the bytes of the pages that it must come from, or 0; ``locked``
     what must be locked, if that is another number; ``memlock`` replaces this process's limit (-1: none).
-    ``together`` are devices that are taken with ``bdf``.
+    ``together`` are devices that are taken with ``bdf``. Whoever asks about many devices passes one ``look``.
+    ``wake``: a device that is suspended may be woken to ask it.
     """
 
     def __init__(
@@ -111,7 +112,8 @@ class Examined:
         huge_page: int = 0,
         locked: int | None = None,
         memlock: int | None = None,
-        holders: Holders | None = None,
+        look: Look | None = None,
+        wake: bool = True,
     ) -> None:
         self.sysfs = sysfs
         self.bdf = bdf
@@ -120,8 +122,21 @@ class Examined:
         self.huge_page = huge_page if huge_page > PAGE else 0
         self.locked = memory if locked is None else locked
         self.memlock = memlock
-        self.names = Names(sysfs)
-        self._holders = holders
+        self.look = look or Look(sysfs)
+        self.wake = wake
+
+    @classmethod
+    def of(
+        cls, sysfs: Sysfs, device: PciDevice, together: Iterable[Bdf], look: Look | None, *, wake: bool = False
+    ) -> Self:
+        """A device that was just read."""
+        examined = cls(sysfs, device.bdf, together=together, look=look, wake=wake)
+        examined.__dict__["device"] = device  # where the cached property looks first
+        return examined
+
+    @property
+    def names(self) -> Names:
+        return self.look.names
 
     # --- the host
 
@@ -180,12 +195,7 @@ class Examined:
     @cached_property
     def group(self) -> IommuGroup | None:
         """The device's."""
-        return None if self.device.group is None else self.sysfs.group(self.device.group)
-
-    @cached_property
-    def blockers(self) -> dict[str, Blocker]:
-        """Why the device cannot be taken, by kind."""
-        return {one.kind: one for one in blockers(self.sysfs, self.device, self.together, self._holders)}
+        return None if self.device.group is None else self.look.group(self.device.group)
 
 
 def examine(checks: Sequence[Check], examined: Examined) -> Iterator[Finding]:

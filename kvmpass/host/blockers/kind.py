@@ -1,0 +1,120 @@
+"""What a device is: there, alive, and of a kind that can be assigned."""
+
+from __future__ import annotations
+
+from kvmpass.errors import NoSuchDevice, NotAssignable
+from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.problems import Problem
+from kvmpass.host.sysfs import PCI_DEVICES
+
+NO_DEVICE = Problem(
+    kind="no-device",
+    brief="not there",
+    cause="there is no PCI device {bdf}",
+    remedy="kvmpass list shows the devices of this host; one that has fallen off the bus may come back by a rescan",
+    commands=("echo 1 > /sys/bus/pci/rescan",),
+    error=NoSuchDevice,
+)
+BRIDGE = Problem(
+    kind="bridge",
+    brief="is a bridge",
+    cause="{bdf} is a bridge (class {class_code}): bridges cannot be assigned",
+    remedy="assign a device behind it",
+    error=NotAssignable,
+)
+NO_GROUP = Problem(
+    kind="no-group",
+    brief="no IOMMU group",
+    cause="{bdf} has no IOMMU group: {what}, so nothing would confine its DMA",
+    remedy="turn on the IOMMU (AMD-Vi) in the firmware's setup if no device of this host has a group",
+    error=NotAssignable,
+)
+NO_IOMMU = Problem(
+    kind="no-iommu",
+    brief="no-IOMMU group",
+    cause="{bdf} is in a no-IOMMU group ({group}): nothing would confine its DMA",
+    remedy="switch off vfio's enable_unsafe_noiommu_mode and turn on the IOMMU (AMD-Vi)",
+    error=NotAssignable,
+)
+SILENT = Problem(
+    kind="device-silent",
+    brief="does not answer ({power})",
+    cause="{bdf} does not answer: its configuration space reads as ones (power state {power})",
+    remedy="it does not come back from D3cold, or hangs: remove it and rescan the bus; if that does not help, switch "
+    "this machine off and on. If it does so again keep it awake",
+    commands=(
+        "echo 1 > /sys/bus/pci/devices/{bdf}/remove; echo 1 > /sys/bus/pci/rescan",
+        "echo 0 > /sys/bus/pci/devices/{bdf}/d3cold_allowed; echo on > /sys/bus/pci/devices/{bdf}/power/control",
+    ),
+    error=NotAssignable,
+)
+COLD = Problem(
+    kind="device-cold",
+    brief="stays in D3cold",
+    cause="{bdf} stays in D3cold after its configuration space was read, which wakes a device",
+    remedy="keep it awake; if it does not wake, switch this machine off and on",
+    commands=(
+        "echo 0 > /sys/bus/pci/devices/{bdf}/d3cold_allowed; echo on > /sys/bus/pci/devices/{bdf}/power/control",
+    ),
+    warning=True,
+)
+
+
+def _present(examined: Examined) -> Verdict:
+    if not examined.present:
+        return bad(NO_DEVICE, Reading(f"/{PCI_DEVICES}/{examined.bdf}", "not there"), bdf=examined.bdf)
+    device = examined.device
+    name = examined.names.short(device)
+    return good(f"{name}, driver {device.driver or 'none'}", Reading(f"/{PCI_DEVICES}/{device.bdf}", name))
+
+
+def _kind(examined: Examined) -> Verdict:
+    """What no driver change would cure."""
+    device, bdf = examined.device, examined.device.bdf
+    read = Reading(f"/{PCI_DEVICES}/{bdf}", f"class {device.class_code:06x}, group {device.group}")
+    if device.is_bridge or examined.sysfs.header_type(bdf) in (1, 2):
+        return bad(BRIDGE, read, bdf=bdf, class_code=f"{device.class_code:06x}")
+    if examined.group is None:
+        what = "it is the IOMMU" if device.class_code >> 8 == 0x0806 else "the IOMMU does not cover it"
+        return bad(NO_GROUP, read, bdf=bdf, what=what)
+    if examined.group.no_iommu:
+        return bad(NO_IOMMU, read, bdf=bdf, group=examined.group.id)
+    return good(f"group {device.group}", read)
+
+
+def _answers(examined: Examined) -> Verdict:
+    device, base = examined.device, f"{PCI_DEVICES}/{examined.bdf}"
+    # More than the ids: those of a virtual function read as ones.
+    header = examined.sysfs.config(device.bdf, 0x40, wake=examined.wake)
+    power = examined.sysfs.text(base, "power_state") or "unknown"
+    read = [Reading(f"/{base}/config", header[:4].hex(" ") or "not read"), Reading(f"/{base}/power_state", power)]
+    for name in ("d3cold_allowed", "power/control", "power/runtime_status"):
+        value = examined.sysfs.text(base, name)
+        if value is not None:
+            read.append(Reading(f"/{base}/{name}", value))
+    if header and not header.strip(b"\xff"):
+        return bad(SILENT, *read, bdf=device.bdf, power=power)
+    return bad(COLD, *read, bdf=device.bdf) if power == "D3cold" and examined.wake else good(power, *read)
+
+
+CHECKS = (
+    Check("device", "Device", f"`/{PCI_DEVICES}/BDF`", (NO_DEVICE,), _present, device=True),
+    Check(
+        "device-kind",
+        "Can be assigned",
+        "`class`, the header type, `iommu_group`, the group's `name`",
+        (BRIDGE, NO_GROUP, NO_IOMMU),
+        _kind,
+        ("device", "groups"),
+        device=True,
+    ),
+    Check(
+        "device-answers",
+        "Answers",
+        "the first bytes of its configuration space; `power_state`, `d3cold_allowed`, `power/control`",
+        (SILENT, COLD),
+        _answers,
+        ("device",),
+        device=True,
+    ),
+)
