@@ -14,7 +14,7 @@ SOAKING = $(shell grep -rlwE --include='test_*.py' 'KVMPASS_SOAK|SOAK' tests)
 SOURCES := kvmpass cffi_build tests scripts setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help deps venv demo qemu test test-full soak lint format build clean
+.PHONY: help deps venv demo qemu test test-full soak mutants lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,9 @@ test-full: venv ## every test on both kernels and under both QEMU lines
 soak: venv ## the long forms of the tests that have one: half an hour
 	@$(BIN)/kvmpass lab qemu || echo "going on without the modern QEMU: the tests that ask for it are skipped"
 	@KVMPASS_SOAK=1 $(BIN)/pytest -v --durations=20 $(SOAKING) $(ARGS)
+
+mutants: venv ## put small faults into a copy of the tree: do the unit tests notice? 20 minutes
+	@nice $(BIN)/python scripts/mutants.py $(ARGS)
 
 lint: venv ## ruff and mypy
 	@$(BIN)/ruff check $(SOURCES)

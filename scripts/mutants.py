@@ -1,0 +1,450 @@
+#!/usr/bin/env python3
+"""Mutation testing of what keeps a guest and its devices inside their own memory, with cosmic-ray's operators.
+
+Each mutant is one small fault: a comparison, an arithmetic operator, a condition turned round, a number off by one, a
+call left out. It is put into a copy of the tree, and the unit tests run against it: those that a file is named after
+first, then the others. A mutant that fails a test or takes too long is killed. What survives is printed as a diff
+and must be explained in tests/mutants.toml, as equivalent or by the test in the emulated host that kills it.
+
+Exit status: 0 if enough mutants are killed and every survivor is explained, 1 if not, 2 if the tests fail without
+a mutant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import difflib
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import tomllib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies  # noqa: F401 (imported here for all forks)
+import jsonschema  # noqa: F401
+import parso
+import pytest
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.operators.operator import Example, Operator
+from cosmic_ray.plugins import get_operator, operator_names
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPLAINED = ROOT / "tests/mutants.toml"
+TARGETS = (
+    "kvmpass/domain.py",
+    "kvmpass/layout.py",
+    "kvmpass/memory",
+    "kvmpass/pci",
+    "kvmpass/kvm/memslots.py",
+    "kvmpass/kvm/routing.py",
+)
+SEED, NUMBER, THRESHOLD = 9, 200, 90.0
+NEAR = (
+    "mirrors",
+    "domain",
+    "layout",
+    "memory",
+    "kvm",
+    "pci",
+    "planning",
+)  # what test files of these packages are called
+ADDRESS_SPACE = 16 << 30  # bytes: a mutant that allocates without end is killed by this, not by the machine
+FACTOR, SLACK, WAITING = 4.0, 10.0, 20.0  # processor time: times what the tests need, and seconds; on the clock: more
+NICE = 5
+
+Position = tuple[int, int]
+
+
+class CallLeftOut(Operator):  # type: ignore[misc]
+    """An operator of cosmic-ray that replaces a statement which is a call, and nothing else, with ``pass``."""
+
+    def mutation_positions(self, node: Any) -> Iterator[tuple[Position, Position]]:
+        if self._is_call(node):
+            yield node.start_pos, node.end_pos
+
+    def mutate(self, node: Any, index: int) -> Any:
+        return parso.python.tree.Keyword("pass", node.start_pos, prefix=node.get_first_leaf().prefix)
+
+    @staticmethod
+    def _is_call(node: Any) -> bool:
+        if node.type not in ("atom_expr", "power") or node.parent.type not in ("simple_stmt", "suite", "file_input"):
+            return False
+        last = node.children[-1]
+        return bool(last.type == "trailer" and last.children[0].value == "(")
+
+    @classmethod
+    def examples(cls) -> tuple[Example, ...]:
+        return (Example("f(x)", "pass"), Example("a.b(1).c()\nd = e()", "pass\nd = e()"))
+
+
+# What a mutant is, by the names of cosmic-ray's operators. Each arithmetic operator has one counterpart: most of the
+# others change nothing where bits are disjoint (+, | and ^), or everything (a power, a division that makes a float).
+_ORDER = "(Eq|NotEq|Lt|LtE|Gt|GtE)"
+_COUNTERPARTS = (
+    "Add_Sub|Sub_Add|Mul_FloorDiv|FloorDiv_Mul|Mod_Mul|LShift_RShift|RShift_LShift|BitAnd_BitOr|BitOr_BitAnd"
+    "|BitXor_BitAnd"
+)
+KINDS = {
+    "comparison": re.compile(f"ReplaceComparisonOperator_({_ORDER}_{_ORDER}|Is_IsNot|IsNot_Is)$"),
+    "operator": re.compile(f"Replace(BinaryOperator_({_COUNTERPARTS})|UnaryOperator_Delete_(USub|Invert))$"),
+    "condition": re.compile(
+        r"AddNot|ReplaceUnaryOperator_Delete_Not|Replace(TrueWithFalse|FalseWithTrue|AndWithOr|OrWithAnd"
+        r"|BreakWithContinue|ContinueWithBreak)|ZeroIterationForLoop|ExceptionReplacer"
+    ),
+    "number": re.compile("NumberReplacer"),
+    "call": re.compile("CallLeftOut"),
+}
+
+
+def operators() -> Iterator[tuple[str, str, Operator]]:
+    """Kind, name and instance of each operator that is used."""
+    found = {name.rpartition("/")[2]: get_operator(name) for name in operator_names()}
+    found[CallLeftOut.__name__] = CallLeftOut
+    for name, operator in sorted(found.items()):
+        kind = next((kind for kind, names in KINDS.items() if names.match(name)), None)
+        if kind:
+            yield kind, name, operator()
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file; ``line`` counts from 1."""
+
+    file: str
+    line: int
+    kind: str
+    operator: str
+    before: str
+    after: str
+
+    @property
+    def changed(self) -> tuple[str, str]:
+        """The lines that differ, before and after, without their indentation."""
+        old, new = self.before.splitlines(), self.after.splitlines()
+        sides: tuple[list[str], list[str]] = [], []
+        for tag, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+            if tag != "equal":
+                sides[0].extend(line.strip() for line in old[a:b])
+                sides[1].extend(line.strip() for line in new[c:d])
+        return "\n".join(sides[0]), "\n".join(sides[1])
+
+    @property
+    def diff(self) -> str:
+        before, after = self.before.splitlines(), self.after.splitlines()
+        return "\n".join(difflib.unified_diff(before, after, f"a/{self.file}", f"b/{self.file}", lineterm="", n=2))
+
+    def __str__(self) -> str:
+        old, new = self.changed
+        return f"{self.file}:{self.line}: {self.kind}: {old!r} -> {new!r}"
+
+
+def _left_alone(source: str) -> list[tuple[Position, Position]]:
+    """What no test can or need notice: annotations, decorators, assertions for the type checker, lines of the log."""
+    spots: list[ast.AST | None] = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.FunctionDef():
+                spots += [node.returns, *node.decorator_list]
+            case ast.ClassDef():
+                spots += node.decorator_list
+            case ast.arg() | ast.AnnAssign():
+                spots.append(node.annotation)
+            case ast.Assert() | ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="log")))):
+                spots.append(node)
+    return [((s.lineno, s.col_offset), (s.end_lineno, s.end_col_offset)) for s in spots if s is not None]  # type: ignore[attr-defined]
+
+
+def sites(file: str, source: str) -> dict[tuple[str, Position], list[tuple[str, Operator, int]]]:
+    """Where ``source`` can be mutated, by kind and position: the operators for that, and which occurrence it is."""
+    tree, alone = get_ast(source), _left_alone(source)
+    found: dict[tuple[str, Position], list[tuple[str, Operator, int]]] = defaultdict(list)
+    for kind, name, operator in operators():
+        positions = [start for node in ast_nodes(tree) for start, _ in operator.mutation_positions(node)]
+        for occurrence, at in enumerate(positions):
+            if not any(start <= at < end for start, end in alone):
+                found[kind, at].append((name, operator, occurrence))
+    return found
+
+
+def _make(file: str, source: str, kind: str, at: Position, choice: tuple[str, Operator, int]) -> Mutant | None:
+    name, operator, occurrence = choice
+    after = mutate_code(source, operator, occurrence)
+    if after is None or after == source:
+        return None
+    try:
+        compile(after, file, "exec")
+    except SyntaxError:
+        return None
+    return Mutant(file, at[0], kind, name, source, after)
+
+
+def choose(sources: dict[str, str], number: int, seed: int) -> list[Mutant]:
+    """``number`` mutants, at most one for each kind and place: as many of each kind as there are, in turn."""
+    rng = random.Random(seed)
+    decks: dict[str, list[Callable[[], Mutant | None]]] = {kind: [] for kind in KINDS}
+    for file, source in sources.items():
+        for (kind, at), choices in sites(file, source).items():
+            choice = rng.choice(choices)
+            decks[kind].append(lambda f=file, s=source, k=kind, a=at, c=choice: _make(f, s, k, a, c))  # type: ignore[misc]
+    for deck in decks.values():
+        rng.shuffle(deck)
+    chosen: list[Mutant] = []
+    while len(chosen) < number and any(decks.values()):
+        for deck in decks.values():
+            mutant = None
+            while deck and mutant is None:
+                mutant = deck.pop()()
+            if mutant is not None and len(chosen) < number:
+                chosen.append(mutant)
+    return chosen
+
+
+def every(sources: dict[str, str], file: str, lines: range) -> list[Mutant]:
+    """All mutants of those lines of one file."""
+    source = sources[file]
+    made = (
+        _make(file, source, kind, at, choice)
+        for (kind, at), choices in sorted(sites(file, source).items(), key=lambda item: item[0][1])
+        if at[0] in lines
+        for choice in choices
+    )
+    return [mutant for mutant in made if mutant is not None]
+
+
+# --- the explained ones
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """An entry of tests/mutants.toml: the changed lines without indentation, and why no unit test fails."""
+
+    file: str
+    was: str
+    now: str
+    why: str
+    test: str = ""
+
+
+def explanations(path: Path = EXPLAINED) -> list[Explanation]:
+    """Raises ``ValueError`` for an entry whose line or test no longer exists: it explains nothing any more."""
+    entries = [Explanation(**entry) for entry in tomllib.loads(path.read_text()).get("survivor", [])]
+    for entry in entries:
+        have = [line.strip() for line in (ROOT / entry.file).read_text().splitlines()]
+        if not all(line in have for line in entry.was.splitlines()):
+            raise ValueError(f"{path.name}: {entry.file} has no line {entry.was!r} any more")
+        file, _, name = entry.test.partition("::")
+        if entry.test and f"def {name}(" not in (ROOT / file).read_text():
+            raise ValueError(f"{path.name}: there is no test {entry.test}")
+    return entries
+
+
+def explained(mutant: Mutant, entries: Iterable[Explanation]) -> Explanation | None:
+    """The entry for ``mutant``. An entry whose ``now`` ends in ``*`` speaks of all that begin as it does."""
+    was, now = mutant.changed
+    for entry in entries:
+        same = now.startswith(entry.now[:-1]) if entry.now.endswith("*") else now == entry.now
+        if (entry.file, entry.was) == (mutant.file, was) and same:
+            return entry
+    return None
+
+
+# --- running tests
+
+
+class Tree:
+    """A copy of the work tree in which mutants are tried; ``close()`` removes it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="kvmpass-mutants-"))
+        ignore = shutil.ignore_patterns(".*", "__pycache__", "dist", "build", "*.egg-info")
+        shutil.copytree(ROOT, self.path / "tree", ignore=ignore, symlinks=True)
+        self.tree = self.path / "tree"
+        (self.path / "tmp").mkdir()
+        names = sorted(path.name for path in (self.tree / "tests/unit").glob("test_*.py"))
+        self._near = [name for name in names if name.startswith(tuple(f"test_{word}" for word in NEAR))]
+        self._rest = [name for name in names if name not in self._near]
+        self._limit = 0.0
+
+    def close(self) -> None:
+        shutil.rmtree(self.path)
+
+    def measure(self, thorough: bool) -> bool:
+        """Run the tests without a mutant: whether they pass, and how long a mutant may take."""
+        passed, seconds = self._run([*self._near, *(self._rest if thorough else ())], None)
+        self._limit = seconds * FACTOR + SLACK
+        return passed
+
+    def kills(self, mutant: Mutant, thorough: bool) -> bool:
+        """Whether the unit tests fail with ``mutant``; ``thorough``: all, not only those of these packages."""
+        path = self.tree / mutant.file
+        named = [name for name in self._near if name.startswith(_named_after(mutant.file))]
+        stages = [named, [name for name in self._near if name not in named], self._rest if thorough else []]
+        try:
+            path.write_text(mutant.after)
+            self._forget(path)
+            return not all(self._run(names, self._limit)[0] for names in stages if names)
+        finally:
+            path.write_text(mutant.before)
+            self._forget(path)
+
+    @staticmethod
+    def _forget(path: Path) -> None:
+        """Its bytecode is taken for current while size and second of the source are the same."""
+        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
+            compiled.unlink()
+
+    def _run(self, names: list[str], limit: float | None) -> tuple[bool, float]:
+        """Whether the tests pass within ``limit`` seconds of processor time, and how many they took.
+
+        In a fork of this process, which has imported all that is not the project's: that halves the time.
+        """
+        pid = os.fork()
+        if not pid:
+            try:
+                os._exit(self._child(names, limit))
+            finally:
+                os._exit(99)
+        with open_pidfd(pid) as ended:
+            ended.poll(None if limit is None else int((limit * WAITING + SLACK) * 1000))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        _, status, usage = os.wait4(pid, 0)
+        return status == 0, usage.ru_utime + usage.ru_stime
+
+    def _child(self, names: list[str], limit: float | None) -> int:
+        """The current directory comes first among the places that modules are imported from."""
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.nice(NICE)
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_CPU, (int(limit) + 1, int(limit) + 1))
+            sys.dont_write_bytecode = True
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+            nothing = os.open(os.devnull, os.O_RDWR)
+            for fd in range(3):
+                os.dup2(nothing, fd)
+        os.chdir(self.tree)
+        sys.path[0] = str(self.tree)
+        os.environ.update(PYTHONPATH=str(self.tree), TMPDIR=str(self.path / "tmp"))
+        tempfile.tempdir = None
+        files = [f"tests/unit/{name}" for name in names]
+        return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--disable-warnings", *files]))
+
+
+@contextlib.contextmanager
+def open_pidfd(pid: int) -> Iterator[select.poll]:
+    """Something to poll that becomes readable when ``pid`` ends."""
+    fd = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        yield poll
+    finally:
+        os.close(fd)
+
+
+def _named_after(file: str) -> tuple[str, ...]:
+    """``kvmpass/pci/bar.py``: test_pci_bar and test_bar."""
+    parts = Path(file).with_suffix("").parts[1:]
+    return f"test_{'_'.join(parts)}", f"test_{parts[-1]}"
+
+
+# --- the command
+
+
+def _sources(wanted: Sequence[str] = ()) -> dict[str, str]:
+    """The text of the files that are mutated, by path."""
+    found: dict[str, str] = {}
+    for target in TARGETS:
+        path = ROOT / target
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            found[str(file.relative_to(ROOT))] = file.read_text()
+    if unknown := set(wanted) - set(found):
+        raise SystemExit(f"not mutated: {' '.join(sorted(unknown))}; these are: {' '.join(found)}")
+    return {file: text for file, text in found.items() if not wanted or file in wanted}
+
+
+def _at(text: str, sources: dict[str, str]) -> list[Mutant]:
+    """``FILE``, ``FILE:LINE`` or ``FILE:FIRST-LAST``."""
+    file, _, lines = text.partition(":")
+    if file not in sources:
+        raise SystemExit(f"not mutated: {file}; these are: {' '.join(sources)}")
+    first, _, last = lines.partition("-")
+    return every(sources, file, range(int(first or 1), int(last or first or 1 << 30) + 1))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", metavar="FILE", help="mutate only these (default: all that count)")
+    parser.add_argument("-n", "--number", type=int, default=NUMBER, help="how many mutants (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="which ones (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, default=THRESHOLD, help="per cent killed (default: %(default)s)")
+    parser.add_argument("--at", metavar="FILE[:LINES]", action="append", help="every mutant there instead")
+    parser.add_argument("--quick", action="store_true", help="only the tests of these packages, not all unit tests")
+    parser.add_argument("--list", action="store_true", help="say which mutants, and run nothing")
+    options = parser.parse_args(arguments)
+    sources, entries = _sources(options.files), explanations()
+    if options.at:
+        mutants = [mutant for text in options.at for mutant in _at(text, sources)]
+    else:
+        mutants = choose(sources, options.number, options.seed)
+    if options.list:
+        print(*mutants, sep="\n")
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    tree = Tree()
+    try:
+        print(f"{len(mutants)} mutants, seed {options.seed}; the tests without one first", flush=True)
+        if not tree.measure(thorough=not options.quick):
+            print("the tests fail without a mutant", file=sys.stderr)
+            return 2
+        return _report(tree, mutants, entries, options)
+    finally:
+        tree.close()
+
+
+def _report(tree: Tree, mutants: list[Mutant], entries: list[Explanation], options: argparse.Namespace) -> int:
+    survivors: list[tuple[Mutant, Explanation | None]] = []
+    for number, mutant in enumerate(mutants, start=1):
+        known = explained(mutant, entries)
+        killed = tree.kills(mutant, thorough=not options.quick and known is None)
+        print(f"{number:4} {'killed  ' if killed else 'SURVIVED'} {mutant}", flush=True)
+        if not killed:
+            survivors.append((mutant, known))
+        elif known:
+            print(f"     tests/mutants.toml explains it all the same: {known.why}")
+    for mutant, known in survivors:
+        print(f"\n{mutant.diff}\n= {_reason(known)}")
+    killed_count = len(mutants) - len(survivors)
+    score = 100 * killed_count / len(mutants) if mutants else 100.0
+    unexplained = sum(known is None for _, known in survivors)
+    print(
+        f"\n{killed_count} of {len(mutants)} mutants killed: {score:.1f} % (wanted: {options.threshold:g} %); "
+        f"{len(survivors)} survived, {unexplained} of them unexplained"
+    )
+    return 1 if score < options.threshold or unexplained else 0
+
+
+def _reason(known: Explanation | None) -> str:
+    if known is None:
+        return "unexplained: write a test that fails, or an entry in tests/mutants.toml"
+    return f"{known.why}{f' ({known.test})' if known.test else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
