@@ -1,0 +1,274 @@
+"""VFIO's groups, containers and devices, and KVM's register of groups, made up, with the kernel's rules.
+
+(drivers/vfio/container.c, group.c, vfio_iommu_type1.c, pci/vfio_pci_core.c; virt/kvm/vfio.c.) What a caller must not
+do is an assertion here, what the kernel refuses is an ``OSError``.
+"""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvmpass.layout import PAGE, Range
+from kvmpass.vfio import IommuInfo
+from kvmpass.vfio.device import DependentDevice
+
+
+class Refused(OSError):
+    """What an injected failure raises."""
+
+
+@dataclass
+class FakeVfio:
+    """The kernel: which devices are in which group, what is open, what is mapped. ``log`` names every call."""
+
+    members: dict[int, tuple[str, ...]]
+    ranges: tuple[Range, ...] = (Range(0, 0xFEE0_0000), Range(0xFEF0_0000, 1 << 39))
+    dependent: dict[str, list[DependentDevice]] = field(default_factory=dict)
+    groups: dict[int, FakeGroup] = field(default_factory=dict)
+    containers: list[FakeContainer] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    taken: bool = False
+    countdown: int = 0
+    after: bool = False
+
+    def fail(self, number: int, *, after: bool = False) -> None:
+        """Let the ``number``-th call from now on fail, once, without doing its work or ``after`` it."""
+        self.countdown, self.after = number, after
+
+    def call(self, what: str, work: Callable[[], Any]) -> Any:
+        self.countdown -= 1
+        self.log.append(what)
+        if self.countdown != 0:
+            return work()
+        if self.after and what != "get_device_fd":  # one that failed has made no descriptor
+            work()
+        raise Refused(errno.ENOMEM, what)
+
+    def state(self) -> tuple[Any, ...]:
+        """All that a caller can leave behind."""
+        return (
+            {
+                number: (sorted(device.name for device in group.devices), group.container is not None, group.kvm)
+                for number, group in self.groups.items()
+            },
+            [(container.iommu, dict(container.mappings)) for container in self.containers],
+        )
+
+    @property
+    def mappings(self) -> dict[Range, tuple[int, bool]]:
+        """Of the only container that there may be: host address and whether it is writable."""
+        assert len(self.containers) <= 1
+        return self.containers[0].mappings if self.containers else {}
+
+    # --- what a Domain makes
+
+    def container(self) -> FakeContainer:
+        container = FakeContainer(self)
+        self.containers.append(container)
+        return container
+
+    def group(self, number: int) -> FakeGroup:
+        if number not in self.members:
+            raise FileNotFoundError(errno.ENOENT, f"/dev/vfio/{number}")
+        if number in self.groups:
+            raise OSError(errno.EBUSY, f"/dev/vfio/{number}")
+        group = self.groups[number] = FakeGroup(self, number)
+        return group
+
+
+def refuse(code: int, what: str) -> OSError:
+    return OSError(code, what)
+
+
+class FakeContainer:
+    def __init__(self, kernel: FakeVfio) -> None:
+        self.kernel = kernel
+        self.groups: list[FakeGroup] = []
+        self.iommu = self.closed = False
+        self.mappings: dict[Range, tuple[int, bool]] = {}
+
+    def set_iommu(self) -> None:
+        def work() -> None:
+            if self.iommu or not self.groups:
+                raise refuse(errno.EINVAL, "VFIO_SET_IOMMU")
+            self.iommu = True
+
+        self.kernel.call("set_iommu", work)
+
+    def get_info(self) -> IommuInfo:
+        if not self.iommu:
+            raise refuse(errno.EINVAL, "VFIO_IOMMU_GET_INFO")
+        return IommuInfo(PAGE, None, self.kernel.ranges)
+
+    def map_dma(self, iova: int, hva: int, size: int, *, writable: bool) -> None:
+        def work() -> None:
+            wanted = Range(iova, size)
+            if not self.iommu or not size or (iova | hva | size) % PAGE:
+                raise refuse(errno.EINVAL, "VFIO_IOMMU_MAP_DMA")
+            if any(wanted.overlaps(other) for other in self.mappings):
+                raise refuse(errno.EEXIST, "VFIO_IOMMU_MAP_DMA")
+            self.mappings[wanted] = (hva, writable)
+
+        self.kernel.call("map", work)
+
+    def unmap_dma(self, iova: int, size: int) -> int:
+        def work() -> int:
+            if not self.iommu or not size:
+                raise refuse(errno.EINVAL, "VFIO_IOMMU_UNMAP_DMA")
+            inside = [one for one in self.mappings if Range(iova, size).contains(one)]
+            return sum(self.mappings.pop(one) and one.size for one in inside)
+
+        return int(self.kernel.call("unmap", work))
+
+    def unmap_all(self) -> int:
+        def work() -> int:
+            if not self.iommu:
+                raise refuse(errno.EINVAL, "VFIO_IOMMU_UNMAP_DMA")
+            size = sum(one.size for one in self.mappings)
+            self.mappings.clear()
+            return size
+
+        return int(self.kernel.call("unmap_all", work))
+
+    def close(self) -> None:
+        def work() -> None:
+            self.closed = True
+            self.release()
+
+        self.kernel.call("container.close", work)
+
+    def release(self) -> None:
+        """A group keeps its container alive, without a descriptor too."""
+        if self.closed and not self.groups and self in self.kernel.containers:
+            self.kernel.containers.remove(self)
+
+
+class FakeGroup:
+    def __init__(self, kernel: FakeVfio, number: int) -> None:
+        self.kernel = kernel
+        self.number = number
+        self.fd = 100 + number
+        self.container: FakeContainer | None = None
+        self.devices: list[FakeDevice] = []
+        self.kvm: str | None = None
+
+    @property
+    def taken(self) -> bool:
+        return self.kernel.taken
+
+    def set_container(self, container: FakeContainer) -> None:
+        def work() -> None:
+            if self.container is not None:
+                raise refuse(errno.EINVAL, "VFIO_GROUP_SET_CONTAINER")
+            self.container = container
+            container.groups.append(self)
+
+        self.kernel.call("set_container", work)
+
+    def unset_container(self) -> None:
+        def work() -> None:
+            if self.container is None:
+                raise refuse(errno.EINVAL, "VFIO_GROUP_UNSET_CONTAINER")
+            if self.devices:
+                raise refuse(errno.EBUSY, "VFIO_GROUP_UNSET_CONTAINER")
+            self._leave()
+
+        self.kernel.call("unset_container", work)
+
+    def _leave(self) -> None:
+        container, self.container = self.container, None
+        if container is not None:
+            container.groups.remove(self)
+            if not container.groups:  # the IOMMU goes with the last group, and every mapping with it
+                container.iommu = False
+                container.mappings.clear()
+            container.release()
+
+    def get_device_fd(self, name: str, vf_token: uuid.UUID | None = None) -> FakeDevice:
+        def work() -> FakeDevice:
+            if self.container is None or not self.container.iommu:
+                raise refuse(errno.EINVAL, "VFIO_GROUP_GET_DEVICE_FD")
+            if name not in self.kernel.members[self.number]:
+                raise refuse(errno.ENODEV, "VFIO_GROUP_GET_DEVICE_FD")
+            device = FakeDevice(self, name, vf_token)
+            self.devices.append(device)
+            return device
+
+        device = self.kernel.call("get_device_fd", work)
+        assert isinstance(device, FakeDevice)
+        return device
+
+    def close(self) -> None:
+        def work() -> None:
+            assert not self.devices, "a group with open devices is not closed"
+            self._leave()
+            self.kvm = None
+            self.kernel.groups.pop(self.number, None)
+
+        self.kernel.call("group.close", work)
+
+
+class FakeDevice:
+    """``vm``: who was registered for its group when it was opened."""
+
+    def __init__(self, group: FakeGroup, name: str, vf_token: uuid.UUID | None) -> None:
+        self.group = group
+        self.name = name
+        self.vf_token = vf_token
+        self.vm = group.kvm
+        self.resets: list[list[int]] = []
+
+    def close(self) -> None:
+        def work() -> None:
+            if self in self.group.devices:
+                self.group.devices.remove(self)
+
+        self.group.kernel.call("device.close", work)
+
+    def get_pci_hot_reset_info(self) -> list[DependentDevice]:
+        return self.group.kernel.dependent[self.name]
+
+    def pci_hot_reset(self, groups: list[FakeGroup]) -> None:
+        dependent = self.get_pci_hot_reset_info()
+        given = {group.number for group in groups}
+        if len(groups) > len(dependent) or any(one.group not in given for one in dependent):
+            raise refuse(errno.EINVAL, "VFIO_DEVICE_PCI_HOT_RESET")
+        self.resets.append(sorted(given))
+
+
+class FakeKvmVfio:
+    """KVM's register of groups of the VM called ``name``."""
+
+    def __init__(self, kernel: FakeVfio, name: str) -> None:
+        self.kernel = kernel
+        self.name = name
+        self.files: set[int] = set()
+
+    def _group(self, fd: int) -> FakeGroup:
+        group = next((group for group in self.kernel.groups.values() if group.fd == fd), None)
+        assert group is not None, "the descriptor is open"
+        return group
+
+    def file_add(self, fd: int) -> None:
+        def work() -> None:
+            if fd in self.files:
+                raise refuse(errno.EEXIST, "KVM_DEV_VFIO_FILE_ADD")
+            self._group(fd).kvm = self.name
+            self.files.add(fd)
+
+        self.kernel.call("file_add", work)
+
+    def file_del(self, fd: int) -> None:
+        """Whoever the group belongs to: it has no VM afterwards (kvm_vfio_file_del)."""
+
+        def work() -> None:
+            if fd not in self.files:
+                raise refuse(errno.ENOENT, "KVM_DEV_VFIO_FILE_DEL")
+            self._group(fd).kvm = None
+            self.files.remove(fd)
+
+        self.kernel.call("file_del", work)
