@@ -10,6 +10,7 @@ that a message cannot make a record. Source: Documentation/ABI/testing/dev-kmsg,
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -50,6 +51,10 @@ class KernelLog:
     def having(self, *words: str) -> list[str]:
         """The kernel's own messages that hold one of ``words``."""
         return [one.text for one in self.records if one.by_kernel and any(word in one.text for word in words)]
+
+    def matching(self, pattern: re.Pattern[str]) -> list[str]:
+        """The kernel's own messages that are such from the first character to the last."""
+        return [one.text for one in self.records if one.by_kernel and pattern.fullmatch(one.text)]
 
 
 def parse_records(data: bytes) -> Iterator[Record]:

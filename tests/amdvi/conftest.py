@@ -47,7 +47,8 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
 
     One drive and nothing else; two devices on one bus and one elsewhere; a card with an expansion ROM and a drive
     with 2048 vectors; a device on bus 0, where the emulated IOMMU's events name it; a page of 1 GiB; a physical
-    function that vfio-pci may make virtual ones of.
+    function that vfio-pci may make virtual ones of; a command line that says the IOAPIC is elsewhere, so that the
+    kernel remaps no interrupt.
     """
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
@@ -64,6 +65,11 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
                 f"e1000e,addr=04.0,romfile={option_rom(rom_directory(config))}",
                 "nvme,addr=05.0,max_ioqpairs=256,msix_qsize=2048",
             )
+        ),
+        "wrong-ioapic": Profile(
+            devices=("edu,addr=05.0",),
+            append="ivrs_ioapic=0@00:13.0 amd_iommu=pt pcie_acs_override=downstream",
+            lab_only=True,
         ),
         "faults": Profile(devices=("edu,addr=06.0",)),
         "gigantic": Profile(devices=("edu,addr=06.0",), memory="4G", append="hugepagesz=1G hugepages=1"),

@@ -90,6 +90,24 @@ def test_a_host_that_lacks_something(kind: str, edu: str) -> None:
     assert [one.reason.kind for one in kvmpass.plan([edu], memory="64M").blocks] == [kind]
 
 
+@pytest.mark.amdvi(profile="wrong-ioapic", kernel="full")
+def test_what_the_kernel_said_of_its_refusal(edu: str) -> None:
+    """And what it made of the command line: two words that it ignores, one of which it says so itself."""
+    findings = {one.check: one for one in host.diagnose(SYSFS, Bdf.parse(edu))}
+    remapping, idle = findings["interrupt-remapping"].trouble, findings["idle-options"].trouble
+    assert remapping is not None
+    assert remapping.kind == "no-southbridge-ioapic"
+    assert "ivrs_ioapic=ID@00:14.0" in remapping.remedy
+    read = " ".join(map(str, findings["interrupt-remapping"].read))
+    assert "No southbridge IOAPIC found" in read
+    assert "/proc/cmdline: ivrs_ioapic=0@00:13.0" in read
+    assert idle is not None
+    assert "amd_iommu=pt and pcie_acs_override=downstream" in idle.cause
+    assert findings["acs-override"].outcome is Outcome.PASS
+    with pytest.raises(kvmpass.errors.HostNotReady, match="southbridge"):
+        host.check_host(SYSFS)
+
+
 @pytest.mark.amdvi(profile="no-iommu", kernel="full")
 def test_no_iommu_mode(edu: str) -> None:
     switch = Path("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode")

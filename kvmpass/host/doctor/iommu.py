@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from kvmpass.host.blockers.group import one_to_one
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.cmdline import CommandLine
+from kvmpass.host.doctor.refusals import (
+    COMPLAINTS,
+    IOMMU_PROBLEMS,
+    LOG,
+    REMAPPING_PROBLEMS,
+    iommu_refused,
+    log_reading,
+    remapping_refused,
+)
 from kvmpass.host.ivrs import BadTable, Ivrs, parse_ivrs
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import Sysfs
@@ -72,12 +81,20 @@ NO_GROUPS = Problem(
     remedy="see dmesg for AMD-Vi: the IOMMU was found and not started, or covers no device",
     commands=("dmesg | grep -e AMD-Vi -e iommu",),
 )
+REMAPPING_OFF = Problem(
+    kind="intremap-off",
+    brief="off: {words}",
+    cause="interrupt remapping is off: {words} is on the kernel's command line. A device could raise any interrupt "
+    "of this host",
+    remedy="remove it and reboot; allow_unsafe_interrupts is not accepted instead",
+)
 NO_REMAPPING = Problem(
     kind="no-intremap",
-    brief="off: {why}",
+    brief="off: the IOMMU remaps DMA only",
     cause="interrupt remapping is off: a device could raise any interrupt of this host",
-    remedy="remove intremap=off from the kernel's command line, or turn on the IOMMU (AMD-Vi) with interrupt "
-    "remapping in the firmware's setup; allow_unsafe_interrupts is not accepted instead",
+    remedy="see the kernel's log for AMD-Vi: it says what is missing. Use a kernel with CONFIG_IRQ_REMAP, and turn "
+    "on interrupt remapping with the IOMMU in the firmware's setup; allow_unsafe_interrupts is not accepted instead",
+    commands=("dmesg | grep AMD-Vi", "grep IRQ_REMAP /boot/config-$(uname -r)"),
 )
 REMAPPING_UNKNOWN = Problem(
     kind="intremap-unknown",
@@ -166,7 +183,7 @@ def _unknown_words(examined: Examined) -> Iterator[str]:
 
 def _acs_override(examined: Examined) -> Verdict:
     words = [word for word in examined.command_line.acs_override() if word not in set(_unknown_words(examined))]
-    log = [Reading("the kernel's log", line) for line in examined.log.having("PCIe ACS overrides enabled")[:1]]
+    log = [Reading(LOG, line) for line in examined.log.having("PCIe ACS overrides enabled")[:1]]
     read = Reading("/proc/cmdline", " ".join(words) or "no pcie_acs_override")
     return bad(ACS_OVERRIDE, read, *log, words=" ".join(words)) if words else good("none", read)
 
@@ -175,14 +192,21 @@ def _iommu(examined: Examined) -> Verdict:
     read = Reading("/sys/class/iommu", " ".join(examined.iommus) or "empty")
     if examined.iommus:
         return good(" ".join(examined.iommus[:4]) + (" …" if len(examined.iommus) > 4 else ""), read)
-    log = [Reading("the kernel's log", line) for line in examined.log.having("AMD-Vi")[:3]]
-    return bad(UNUSED, read, *log)
+    refusal = iommu_refused(examined, read)
+    if refusal is not None:
+        return refusal
+    log = [Reading(LOG, line) for line in examined.log.having("AMD-Vi")[:3]]
+    return bad(UNUSED, read, *log, *log_reading(examined))
 
 
 def _groups(examined: Examined) -> Verdict:
     real = [group for group in examined.groups if not group.no_iommu]
     read = Reading("/sys/kernel/iommu_groups", f"{len(real)} groups")
-    return good(f"{len(real)}", read) if real else bad(NO_GROUPS, read, iommus=" ".join(examined.iommus))
+    if real:
+        return good(f"{len(real)}", read)
+    return iommu_refused(examined, read) or bad(
+        NO_GROUPS, read, *log_reading(examined), iommus=" ".join(examined.iommus)
+    )
 
 
 def _chips(sysfs: Sysfs) -> tuple[str, set[str]]:
@@ -225,8 +249,9 @@ def _remapping(examined: Examined) -> Verdict:
     if remapped:
         return good("on", read)
     off = examined.command_line.remapping_off()
-    words = (Reading("/proc/cmdline", " ".join(off)),) if off else ()
-    return bad(NO_REMAPPING, read, *words, why=" ".join(off) or "the IOMMU remaps DMA only")
+    if off:
+        return bad(REMAPPING_OFF, read, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
+    return remapping_refused(examined, read) or bad(NO_REMAPPING, read, *log_reading(examined))
 
 
 def _unsafe_interrupts(examined: Examined) -> Verdict:
@@ -294,18 +319,26 @@ CHECKS = (
         _acs_override,
     ),
     Check(
-        "iommu", "AMD-Vi", "`/sys/class/iommu/ivhd*`", (UNUSED,), _iommu, ("firmware-iommu", "iommu-off"), vital=True
+        "iommu",
+        "AMD-Vi",
+        "`/sys/class/iommu/ivhd*`; without it the kernel's log",
+        (*IOMMU_PROBLEMS, UNUSED),
+        _iommu,
+        ("firmware-iommu", "iommu-off"),
+        vital=True,
     ),
     Check("groups", "IOMMU groups", "`/sys/kernel/iommu_groups`", (NO_GROUPS,), _groups, ("iommu",), vital=True),
     Check(
         "interrupt-remapping",
         "Interrupt remapping",
-        "the names of interrupt chips (`/sys/kernel/irq/*/chip_name`, `/proc/interrupts`), which begin with IR-",
-        (NO_REMAPPING, REMAPPING_UNKNOWN),
+        "the names of interrupt chips (`/sys/kernel/irq/*/chip_name`, `/proc/interrupts`), which begin with IR-; "
+        "`/proc/cmdline` and the kernel's log where they do not",
+        (REMAPPING_OFF, *REMAPPING_PROBLEMS, NO_REMAPPING, REMAPPING_UNKNOWN),
         _remapping,
         ("iommu",),
         vital=True,
     ),
+    COMPLAINTS,
     Check("unsafe-interrupts", "Unsafe interrupts", f"`/{UNSAFE_INTERRUPTS}`", (UNSAFE,), _unsafe_interrupts),
     Check(
         "noiommu-mode", "No-IOMMU mode", f"`/{NOIOMMU_MODE}`, groups of the name vfio-noiommu", (NOIOMMU,), _noiommu

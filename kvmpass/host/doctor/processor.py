@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.modules import ModuleStatus, module
 from kvmpass.host.problems import Problem
 
 AMD_VENDORS = frozenset({"AuthenticAMD", "HygonGenuine"})
 # arch/x86/kernel/cpu/amd.c and arch/x86/kvm/svm/svm.c; before 6.0 arch/x86/kvm/x86.c
-_LOCKED_OFF = ("SVM disabled", "kvm: disabled by bios", "disabled by BIOS")
+_LOCKED_OFF = re.compile(
+    r"(?:(?:kvm|kvm_amd|SVM|has_svm)(?: \[[^\]]*\])?: )*(?:SVM disabled|disabled by bios)\b.*", re.IGNORECASE
+)
 
 NOT_AMD = Problem(
     kind="not-amd",
@@ -78,7 +82,7 @@ def _svm(examined: Examined) -> Verdict:
         return good("svm", read)
     if examined.sysfs.path("dev/kvm").exists():
         return bad(OTHER_KVM, read, Reading("/dev/kvm", "there"))
-    messages = examined.log.having(*_LOCKED_OFF)
+    messages = examined.log.matching(_LOCKED_OFF)
     if messages:
         return bad(SVM_LOCKED, read, Reading("the kernel's log", messages[0]), message=messages[0])
     return bad(SVM_OFF, read, Reading("/dev/kvm", "not there"))
@@ -93,7 +97,7 @@ def _kvm(examined: Examined) -> Verdict:
         return good(f"kvm_amd is {amd.status}", *read)
     if node:
         return bad(NO_KVM_AMD, *read, status=amd.status)
-    messages = examined.log.having(*_LOCKED_OFF)
+    messages = examined.log.matching(_LOCKED_OFF)
     if messages:
         return bad(SVM_LOCKED, *read, Reading("the kernel's log", messages[0]), message=messages[0])
     if amd.status in (ModuleStatus.MISSING, ModuleStatus.BLOCKED):

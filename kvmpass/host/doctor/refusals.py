@@ -1,0 +1,268 @@
+"""Why the kernel does without an IOMMU that is there, or without its interrupt remapping: its own words, with a cure.
+
+All that drivers/iommu/amd/init.c of Linux 4.9 to 6.18 can refuse with, and what arch/x86/kernel/apic/apic.c says of
+interrupt remapping. Messages are matched from their first character to their last, and only the kernel's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.problems import Problem
+
+LOG = "the kernel's log"
+_UPDATE = "update the firmware"
+_COLD = "switch this machine off and on again (a restart by kexec does not reset the IOMMU)"
+_AT_FORM = (6, 2)  # ivrs_ioapic=ID@BDF; before, and in many stable kernels besides, ivrs_ioapic[ID]=BDF
+
+TABLE_ERROR = Problem(
+    kind="ivrs-error",
+    brief="the kernel cannot read the table IVRS",
+    cause="AMD-Vi is off: the kernel cannot read the ACPI table IVRS ({what})",
+    remedy=_UPDATE,
+)
+CHECKSUM = Problem(
+    kind="ivrs-checksum",
+    brief="the table IVRS has a wrong checksum",
+    cause="AMD-Vi is off: the ACPI table IVRS has a wrong checksum, so that the kernel does not use it",
+    remedy=f"{_UPDATE}. Where the kernel was started by kexec from Linux 5.5 to 5.8: {_COLD}, these kernels damage "
+    f"the "
+    "table",
+)
+NO_CX16 = Problem(
+    kind="no-cx16",
+    brief="the CPU lacks CMPXCHG16B",
+    cause="AMD-Vi is off: this kernel wants a CPU with the instruction CMPXCHG16B for it (flag cx16)",
+    remedy="in a virtual machine: let the outer host show the flag cx16 (CPU model host, or EPYC)",
+)
+REGISTERS_TAKEN = Problem(
+    kind="iommu-registers-taken",
+    brief="its registers are claimed",
+    cause="AMD-Vi is off: the IOMMU's registers ({what}) lie in memory that something else has claimed: a bug of the "
+    "firmware",
+    remedy=f"{_UPDATE}; /proc/iomem (as root) shows who has that memory",
+    commands=("grep -i -e amd_iommu -e {first} /proc/iomem",),
+)
+IVHD_TYPE = Problem(
+    kind="ivhd-type",
+    brief="a block that this kernel does not know",
+    cause="AMD-Vi is off: the ACPI table IVRS describes the IOMMU in a block of type {what}, which this kernel does "
+    "not know",
+    remedy=f"use a newer kernel, or {_UPDATE}",
+)
+HARDWARE = Problem(
+    kind="iommu-hardware",
+    brief="the IOMMU cannot be started",
+    cause="AMD-Vi is off: the kernel could not start IOMMU {what}",
+    remedy=f"{_UPDATE}, {_COLD}; error -19 means that there is no PCI function where the table IVRS says that the "
+    f"IOMMU "
+    "is",
+    commands=("lspci -nn | grep -i iommu", "dmesg | grep AMD-Vi"),
+)
+STONEY = Problem(
+    kind="stoney-ridge",
+    brief="not with Stoney Ridge graphics",
+    cause="AMD-Vi is off: the kernel does not use it beside Stoney Ridge graphics (1002:98e4), which fail with it",
+    remedy="boot with amd_iommu=force_enable (Linux 5.14 and later), if the host needs no graphics",
+)
+SME = Problem(
+    kind="sme-active",
+    brief="not with memory encryption, by this microcode",
+    cause="AMD-Vi is off: memory encryption (SME) is on, and this CPU's microcode cannot do both",
+    remedy="update the firmware or the microcode (0x08001205, or 0x08001126 to 0x080011ff), or boot with "
+    "mem_encrypt=off",
+)
+NO_HOST_TABLES = Problem(
+    kind="no-host-translation",
+    brief="it does not translate for the host",
+    cause="AMD-Vi does not translate: its firmware or hypervisor offers no page tables that the host can use "
+    "({what})",
+    remedy=f"{_UPDATE}; in a virtual machine there is DMA remapping only if the outer host emulates it (QEMU's "
+    "amd-iommu: dma-remap=on)",
+)
+TOO_MANY = Problem(
+    kind="too-many-iommus",
+    brief="more than the kernel can drive",
+    cause="AMD-Vi is off: this host has more IOMMUs than this kernel can drive",
+    remedy="use a newer kernel",
+)
+IOAPIC_MISSING = Problem(
+    kind="ioapic-not-in-ivrs",
+    brief="IOAPIC {what} is not in the table IVRS",
+    cause="interrupt remapping is off: the firmware's table IVRS does not say where IOAPIC {what} is, so that the "
+    "kernel cannot remap its interrupts",
+    remedy=f"{_UPDATE}. Until then name its place on the kernel's command line: {{option}} (the IOAPIC of the "
+    "southbridge is at 00:14.0; from Linux 6.2 on the form is ivrs_ioapic=ID@00:14.0, before "
+    "ivrs_ioapic[ID]=00:14.0). allow_unsafe_interrupts is not accepted instead",
+    commands=("dmesg | grep -i -e ioapic -e IVRS",),
+)
+SOUTHBRIDGE_MISSING = Problem(
+    kind="no-southbridge-ioapic",
+    brief="the southbridge's IOAPIC is not in IVRS",
+    cause="interrupt remapping is off: the firmware's table IVRS has no IOAPIC at 00:14.0, where the southbridge's "
+    "must be",
+    remedy=f"{_UPDATE}. Until then name its place on the kernel's command line: {{option}}, with the ID of the "
+    f"IOAPIC "
+    "that has the GSIs from 0 on (from Linux 6.2 on ivrs_ioapic=ID@00:14.0, before ivrs_ioapic[ID]=00:14.0). Linux "
+    "7.0 and later also want an ISA bridge or an SMBus function at that address",
+    commands=("dmesg | grep 'IOAPIC.*GSI'", "lspci -nn -s 00:14.0"),
+)
+REMAPPING_REFUSED = Problem(
+    kind="remapping-refused",
+    brief="the kernel refuses it",
+    cause="interrupt remapping is off: the kernel says that it disables it",
+    remedy=f"{_UPDATE}; the messages before that one say more",
+    commands=("dmesg | grep AMD-Vi",),
+)
+NO_IOAPIC = Problem(
+    kind="no-ioapic",
+    brief="IOAPICs are off",
+    cause="interrupt remapping is off: the kernel uses no IOAPIC ({words})",
+    remedy="remove noapic, nolapic or nosmp from the kernel's command line, or let the firmware have APIC mode",
+)
+BAD_OPTION = Problem(
+    kind="ivrs-option",
+    brief="the kernel cannot read {what}",
+    cause="the kernel cannot read {what} on its command line, or has no room for it, and goes on without",
+    remedy="write ivrs_ioapic=ID@00:14.0, ivrs_hpet=ID@00:14.0, ivrs_acpihid=HID:UID@BDF (before Linux 6.2 "
+    "ivrs_ioapic[ID]=00:14.0, and so on); at most four of each",
+    warning=True,
+)
+FIRMWARE = Problem(
+    kind="ivrs-bug",
+    brief="the kernel complains of the firmware",
+    cause="the kernel has found a bug in the firmware's table IVRS, and goes on: {what}",
+    remedy=f"{_UPDATE} if a device does not work",
+    warning=True,
+)
+NO_ANSWER = Problem(
+    kind="iommu-timeout",
+    brief="an IOMMU does not answer",
+    cause="an IOMMU does not answer, or a device does not answer it: {what}",
+    remedy="look for IOTLB_INV_TIMEOUT in the kernel's log: it names the device. Reset that device, or boot with "
+    "pci=noats; if it goes on, switch this machine off and on",
+    commands=("dmesg | grep -e IOTLB_INV -e Completion-Wait",),
+    warning=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """What the kernel may say: ``text`` is a pattern for what follows ``AMD-Vi:``, whose groups fill the problem."""
+
+    problem: Problem
+    text: str
+    prefix: bool = True
+
+    def __call__(self, line: str) -> re.Match[str] | None:
+        return re.fullmatch((_PREFIX if self.prefix else "") + self.text, line.rstrip())
+
+
+# 4.x writes the firmware's bug before the name, later kernels after it; check_ioapic_information adds a colon.
+_BUG = r"(?:\[Firmware (?:Bug|Warn)\]: )?"
+_PREFIX = rf"{_BUG}AMD-Vi: {_BUG}(?:: )?"
+
+IOMMU_REFUSED = (
+    _Message(TABLE_ERROR, r"IVRS table error: (?P<what>.+)"),
+    _Message(CHECKSUM, r"IVRS invalid checksum"),
+    _Message(NO_CX16, r"Failed to initialize\. The CMPXCHG16B feature is required\."),
+    _Message(
+        REGISTERS_TAKEN, r"Can ?not reserve memory region (?P<what>(?P<first>[0-9a-f]{1,16})-[0-9a-f]{1,16}) for mmio"
+    ),
+    _Message(IVHD_TYPE, r"Unsupported IVHD type (?P<what>0x[0-9a-f]{1,4}|0)"),
+    _Message(HARDWARE, r"IOMMU(?P<what>\d+: Failed to initialize IOMMU Hardware \(error=-?\d+\))!"),
+    _Message(STONEY, r"Disable IOMMU on Stoney Ridge"),
+    _Message(SME, r"IOMMU not currently supported when SME is active"),
+    _Message(NO_HOST_TABLES, r"(?P<what>Host Address Translation is not supported)\."),
+    _Message(
+        NO_HOST_TABLES, r"(?P<what>Disable host address translation due to invalid translation level \(\w{1,10}\))\."
+    ),
+    _Message(TOO_MANY, r".*System has more IOMMUs than supported by this driver", prefix=False),
+)
+REMAPPING_REFUSED_BY = (
+    _Message(IOAPIC_MISSING, r"IOAPIC\[(?P<what>\d{1,3})\] not in IVRS table"),
+    _Message(SOUTHBRIDGE_MISSING, r"No southbridge IOAPIC found"),
+    _Message(NO_IOAPIC, r"(?:APIC: )?Not enabling interrupt remapping due to skipped IO-APIC setup", prefix=False),
+    _Message(REMAPPING_REFUSED, r"Disabling interrupt remapping(?: due to BIOS Bug\(s\))?"),
+)
+_COMPLAINTS = (
+    _Message(BAD_OPTION, r"Invalid command line: (?P<what>.+)"),
+    _Message(BAD_OPTION, r"Early (?:IOAPIC|HPET) map overflow - ignoring (?P<what>.+)"),
+    _Message(FIRMWARE, r"(?P<what>EFR mismatch\..+)"),
+    _Message(FIRMWARE, r"(?P<what>Invalid (?:IVHD device type \w{1,8}|HID\.|UID length\.))"),
+    _Message(NO_ANSWER, r"(?P<what>(?:Completion-Wait loop|Command buffer) time(?:d )?out)"),
+)
+
+
+def refused(examined: Examined, messages: tuple[_Message, ...], *read: Reading, **values: str) -> Verdict | None:
+    """The verdict on the most telling of ``messages`` that the kernel's log has; None where it has none.
+
+    ``values`` fill what no message fills. All that the log says of the matter is among the readings.
+    """
+    found = list(_found(examined, messages))
+    if not found:
+        return None
+    problem = found[0][0].problem
+    numbers = dict.fromkeys(match["what"] for one, match in found if one.problem is problem and "what" in one.text)
+    values = {**values, **{name: text or "" for name, text in found[0][1].groupdict().items()}}
+    if numbers:
+        values["what"] = " and ".join(numbers)
+    lines = dict.fromkeys(match.string for _, match in found)
+    return bad(problem, *read, *(Reading(LOG, line) for line in lines), **values)
+
+
+def _found(examined: Examined, messages: tuple[_Message, ...]) -> Iterator[tuple[_Message, re.Match[str]]]:
+    """In the order of ``messages``, which have the most telling first."""
+    lines = [record.text for record in examined.log.records if record.by_kernel]
+    for message in messages:
+        yield from ((message, match) for line in lines if (match := message(line)))
+
+
+def iommu_refused(examined: Examined, *read: Reading) -> Verdict | None:
+    """Why the kernel does not use the IOMMU, by its own words."""
+    return refused(examined, IOMMU_REFUSED, *read)
+
+
+def remapping_refused(examined: Examined, *read: Reading) -> Verdict | None:
+    """Why the kernel does not remap interrupts, by its own words."""
+    ids = [match["what"] for one, match in _found(examined, REMAPPING_REFUSED_BY) if one.problem is IOAPIC_MISSING]
+    form = "ivrs_ioapic={}@00:14.0" if examined.sysfs.kernel() >= _AT_FORM else "ivrs_ioapic[{}]=00:14.0"
+    options = " or ".join(form.format(one) for one in dict.fromkeys(ids or ["ID"]))
+    line = examined.command_line
+    given = [parameter.text for parameter in line.parameters if parameter.name.startswith("ivrs_")]
+    readings = (*read, *(Reading("/proc/cmdline", text) for text in given))
+    words = " ".join(line.remapping_off()) or "none was found"
+    return refused(examined, REMAPPING_REFUSED_BY, *readings, option=options, words=words)
+
+
+def log_reading(examined: Examined) -> tuple[Reading, ...]:
+    """How far the log can be trusted to have the kernel's words of the boot."""
+    log = examined.log
+    if log.error is not None:
+        return (Reading(LOG, f"not readable: {log.error}"),)
+    if not log.complete:
+        return (Reading(LOG, "its beginning is lost: journalctl -k -b may have it"),)
+    return ()
+
+
+def _complaints(examined: Examined) -> Verdict:
+    verdict = refused(examined, _COMPLAINTS)
+    return verdict or good("none", *(log_reading(examined) or (Reading(LOG, "nothing of these"),)))
+
+
+def _problems(messages: tuple[_Message, ...]) -> tuple[Problem, ...]:
+    return tuple({message.problem.kind: message.problem for message in messages}.values())
+
+
+IOMMU_PROBLEMS = _problems(IOMMU_REFUSED)
+REMAPPING_PROBLEMS = _problems(REMAPPING_REFUSED_BY)
+COMPLAINTS = Check(
+    "iommu-complaints",
+    "Complaints about the IOMMU",
+    "messages of AMD-Vi in the kernel's log that refuse nothing",
+    _problems(_COMPLAINTS),
+    _complaints,
+)
