@@ -152,7 +152,7 @@ class Mutant:
 
 
 def _left_alone(source: str) -> list[tuple[Position, Position]]:
-    """What no test can or need notice: annotations, decorators, assertions for the type checker, lines of the log."""
+    """What no test can or need notice: annotations, decorators, lines of the log, assertions for ourselves."""
     spots: list[ast.AST | None] = []
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -162,7 +162,11 @@ def _left_alone(source: str) -> list[tuple[Position, Position]]:
                 spots += node.decorator_list
             case ast.arg() | ast.AnnAssign():
                 spots.append(node.annotation)
-            case ast.Assert() | ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="log")))):
+            case (
+                ast.Assert()
+                | ast.keyword(arg="strict")
+                | ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="log"))))
+            ):
                 spots.append(node)
     return [((s.lineno, s.col_offset), (s.end_lineno, s.end_col_offset)) for s in spots if s is not None]  # type: ignore[attr-defined]
 

@@ -226,11 +226,16 @@ def test_a_device_that_does_not_close_does_not_keep_the_others(stage: Stage) -> 
     assert stage.kernel.state() == ({}, [])
 
 
-def test_what_the_kernel_had_not_mapped_is_an_error(stage: Stage) -> None:
+@pytest.mark.parametrize("size", [0, 2 * PAGE])
+def test_what_the_kernel_had_mapped_otherwise_is_an_error(
+    stage: Stage, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage.domain.attach(NIC, 1)
     region = stage.memory.add_ram(4 * GIB, PAGE, "extra")
     stage.kernel.mappings.pop(Range(4 * GIB, PAGE))
-    with pytest.raises(AuditFailed, match="extra: 0x0 bytes were mapped at 0x100000000, the ledger has 0x1000"):
+    message = f"extra: {size:#x} bytes were mapped at 0x100000000, the ledger has 0x1000"
+    with monkeypatch.context() as patch, pytest.raises(AuditFailed, match=message):
+        patch.setattr(stage.kernel.containers[0], "unmap_dma", lambda *_: size)
         stage.domain.unmap_pages(region)
     assert stage.domain.calls[-1] == DmaCall("unmap", Range(4 * GIB, PAGE))
 
@@ -250,6 +255,18 @@ def test_regions_come_and_go_with_one_call_each(stage: Stage) -> None:
     assert stage.kernel.log == ["map", "unmap"]
     here = Range(4 * GIB, PAGE)
     assert list(stage.domain.calls) == [DmaCall("map", here), DmaCall("unmap", here)]
+
+
+def test_all_regions_are_mapped_or_none(stage: Stage) -> None:
+    stage.domain.attach(NIC, 1)
+    for region in (stage.ram, stage.rom):
+        stage.domain.unmap_pages(region)
+    stage.kernel.fail(2)
+    with pytest.raises(Refused):
+        stage.domain.map_memslots()
+    assert (stage.kernel.mappings, stage.domain.ledger) == ({}, [])
+    stage.domain.map_memslots()
+    stage.check()
 
 
 def test_a_bar_is_nothing_for_devices(stage: Stage) -> None:
