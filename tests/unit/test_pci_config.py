@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
 import config_spaces
 import pytest
 
+from kvmpass.pci import config
 from kvmpass.pci.config import Capability, capabilities, extended_capabilities
 
 
@@ -135,3 +138,45 @@ def test_random_bytes_end_and_nothing_is_found_twice(seed: int) -> None:
             spans = sorted((c.offset, c.end) for c in found)
             assert all(low <= start < end <= high and start % 4 == 0 for start, end in spans)
             assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+HEADER = Path("/usr/include/linux/pci_regs.h")
+NAMES = {
+    "COMMAND": "COMMAND",
+    "COMMAND_IO": "COMMAND_IO",
+    "COMMAND_MEMORY": "COMMAND_MEMORY",
+    "COMMAND_MASTER": "COMMAND_MASTER",
+    "STATUS": "STATUS",
+    "STATUS_CAPABILITIES": "STATUS_CAP_LIST",
+    "HEADER_TYPE": "HEADER_TYPE",
+    "BAR0": "BASE_ADDRESS_0",
+    "ROM": "ROM_ADDRESS",
+    "CAPABILITIES": "CAPABILITY_LIST",
+    "INTERRUPT_LINE": "INTERRUPT_LINE",
+    "INTERRUPT_PIN": "INTERRUPT_PIN",
+    "CAP_POWER": "CAP_ID_PM",
+    "CAP_VPD": "CAP_ID_VPD",
+    "CAP_MSI": "CAP_ID_MSI",
+    "CAP_VENDOR": "CAP_ID_VNDR",
+    "CAP_EXPRESS": "CAP_ID_EXP",
+    "CAP_MSIX": "CAP_ID_MSIX",
+    "CAP_SATA": "CAP_ID_SATA",
+    "CAP_ADVANCED_FEATURES": "CAP_ID_AF",
+    "EXT_AER": "EXT_CAP_ID_ERR",
+    "EXT_SERIAL_NUMBER": "EXT_CAP_ID_DSN",
+    "EXT_POWER_BUDGETING": "EXT_CAP_ID_PWR",
+    "EXT_VENDOR": "EXT_CAP_ID_VNDR",
+    "EXT_ACS": "EXT_CAP_ID_ACS",
+    "EXT_ATS": "EXT_CAP_ID_ATS",
+    "EXT_SRIOV": "EXT_CAP_ID_SRIOV",
+    "EXT_PRI": "EXT_CAP_ID_PRI",
+    "EXT_PASID": "EXT_CAP_ID_PASID",
+    "EXT_DESIGNATED_VENDOR": "EXT_CAP_ID_DVSEC",
+}
+
+
+def test_numbers_are_those_of_the_kernels_header() -> None:
+    """linux-libc-dev, which the build needs anyway."""
+    macros = dict(re.findall(r"^#define\s+PCI_(\w+)\s+(0x[0-9a-fA-F]+)", HEADER.read_text(), re.MULTILINE))
+    for ours, theirs in NAMES.items():
+        assert getattr(config, ours) == int(macros[theirs], 16), ours
