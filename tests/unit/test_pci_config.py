@@ -19,6 +19,7 @@ from kvmpass.pci.config import Capability, capabilities, extended_capabilities
 def reader(space: bytes) -> Callable[[int, int], int]:
     def read(offset: int, size: int) -> int:
         assert offset >= 0 and offset + size <= len(space), "outside of the space"
+        assert size in (1, 2, 4) and offset % size == 0, "registers are read whole"
         return int.from_bytes(space[offset : offset + size], "little")
 
     return read

@@ -56,8 +56,9 @@ def test_msix_says_where_its_table_and_its_pending_bits_are(vectors: int) -> Non
 
 def test_every_bar_can_hold_the_table() -> None:
     for bar in range(6):
-        found = preview_vectors(space((0x70, 0x11, msix(1, 8 | bar, 0xFFFF_FFF8 | bar))))
-        assert found.trapped == ((bar, Range(8, 16)), (bar, Range(0xFFFF_FFF8, 8)))
+        for table, pending in ((8, 0xFFFF_FFF8), (0xFFFF_FFF8, 8)):
+            found = preview_vectors(space((0x70, 0x11, msix(1, table | bar, pending | bar))))
+            assert found.trapped == ((bar, Range(table, 16)), (bar, Range(pending, 8)))
 
 
 def test_the_first_of_two_counts() -> None:
@@ -117,6 +118,12 @@ def test_kinds_names_and_order() -> None:
 def test_what_shares_its_page_is_not_mapped() -> None:
     for size, mapped in ((16, ()), (PAGE // 2, ()), (PAGE, (Range(0, PAGE),)), (16 * MIB, (Range(0, 16 * MIB),))):
         assert preview_bars([(size, MEMORY)], Vectors(0, 0, None))[0].mapped == mapped
+
+
+def test_ports_are_never_mapped() -> None:
+    """However many: VFIO has no mmap for them."""
+    bars = preview_bars([(PAGE, IO), (16 * PAGE, IO)], Vectors(0, 0, None))
+    assert [(bar.kind, bar.mapped) for bar in bars] == [(BarKind.IO, ())] * 2
 
 
 def test_flags_that_are_no_bar() -> None:
