@@ -120,6 +120,13 @@ def test_what_shares_its_page_is_not_mapped() -> None:
         assert preview_bars([(size, MEMORY)], Vectors(0, 0, None))[0].mapped == mapped
 
 
+def test_flags_as_linux_prints_them() -> None:
+    """With the register's own bits, prefetching and alignment; a ROM that is enabled has bit 0."""
+    lines = [(PAGE, 0x40200), (PAGE, 0x140204), (PAGE, 0x14220C), (32, 0x40101), *NONE * 2, (PAGE, 0x46201)]
+    kinds = [bar.kind for bar in preview_bars(lines, Vectors(0, 0, None))]
+    assert kinds == [BarKind.MEMORY32, *[BarKind.MEMORY64] * 2, BarKind.IO, BarKind.MEMORY32]
+
+
 def test_ports_are_never_mapped() -> None:
     """However many: VFIO has no mmap for them."""
     bars = preview_bars([(PAGE, IO), (16 * PAGE, IO)], Vectors(0, 0, None))
@@ -167,5 +174,8 @@ def test_room_is_found_as_an_assigned_function_does() -> None:
     allocate(bar_space, [odd, odd, BarPreview(2, BarKind.IO, 1, ())])
     assert bar_space.allocate(BarKind.MEMORY32, PAGE).start == plan_layout(GIB).mmio32.start + 0x4000
     assert bar_space.allocate(BarKind.IO, 4).start == 0xC004
+    exact = BarPreview(3, BarKind.MEMORY64, 4 * PAGE, ())
+    allocate(bar_space, [exact, exact])
+    assert bar_space.allocate(BarKind.MEMORY64, PAGE).start == plan_layout(GIB).mmio64.start + 8 * PAGE
     with pytest.raises(LayoutError, match="no room"):
         allocate(bar_space, [BarPreview(0, BarKind.MEMORY32, GIB, ())])
