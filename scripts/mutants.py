@@ -62,7 +62,7 @@ NEAR = (
     "planning",
 )  # what test files of these packages are called
 ADDRESS_SPACE = 16 << 30  # bytes: a mutant that allocates without end is killed by this, not by the machine
-FACTOR, SLACK, WAITING = 4.0, 10.0, 20.0  # processor time: times what the tests need, and seconds; on the clock: more
+FACTOR, SLACK, WAITING = 3.0, 3.0, 20.0  # processor time: times what the tests need, and seconds; on the clock: more
 NICE = 5
 
 Position = tuple[int, int]
@@ -280,26 +280,38 @@ class Tree:
         names = sorted(path.name for path in (self.tree / "tests/unit").glob("test_*.py"))
         self._near = [name for name in names if name.startswith(tuple(f"test_{word}" for word in NEAR))]
         self._rest = [name for name in names if name not in self._near]
-        self._limit = 0.0
+        self._limits: dict[tuple[str, ...], float] = {}
 
     def close(self) -> None:
         shutil.rmtree(self.path)
 
     def measure(self, thorough: bool) -> bool:
-        """Run the tests without a mutant: whether they pass, and how long a mutant may take."""
-        passed, seconds = self._run([*self._near, *(self._rest if thorough else ())], None)
-        self._limit = seconds * FACTOR + SLACK
-        return passed
+        """Run the tests without a mutant: whether they pass. What a mutant may take follows from it."""
+        return all(self._limit(names) for names in self._stages("", thorough))
+
+    def _stages(self, file: str, thorough: bool) -> list[list[str]]:
+        """Which tests run one after the other until some fail; without a ``file`` those that are for all of them."""
+        named = [name for name in self._near if file and name.startswith(_named_after(file))]
+        stages = [named, self._near, self._rest if thorough else []]
+        return [stage for stage in stages if stage]
+
+    def _limit(self, names: list[str]) -> float:
+        """Processor time for these tests in seconds; 0 if they fail without a mutant."""
+        key = tuple(names)
+        if key not in self._limits:
+            passed, seconds = self._run(names, None)
+            self._limits[key] = seconds * FACTOR + SLACK if passed else 0.0
+        return self._limits[key]
 
     def kills(self, mutant: Mutant, thorough: bool) -> bool:
         """Whether the unit tests fail with ``mutant``; ``thorough``: all, not only those of these packages."""
+        stages = self._stages(mutant.file, thorough)
+        limits = [self._limit(names) for names in stages]
         path = self.tree / mutant.file
-        named = [name for name in self._near if name.startswith(_named_after(mutant.file))]
-        stages = [named, [name for name in self._near if name not in named], self._rest if thorough else []]
         try:
             path.write_text(mutant.after)
             self._forget(path)
-            return not all(self._run(names, self._limit)[0] for names in stages if names)
+            return not all(self._run(names, limit)[0] for names, limit in zip(stages, limits, strict=True))
         finally:
             path.write_text(mutant.before)
             self._forget(path)
@@ -321,11 +333,13 @@ class Tree:
                 os._exit(self._child(names, limit))
             finally:
                 os._exit(99)
-        with open_pidfd(pid) as ended:
-            ended.poll(None if limit is None else int((limit * WAITING + SLACK) * 1000))
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-        _, status, usage = os.wait4(pid, 0)
+        try:
+            with open_pidfd(pid) as ended:
+                ended.poll(None if limit is None else int((limit * WAITING + SLACK) * 1000))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            _, status, usage = os.wait4(pid, 0)
         return status == 0, usage.ru_utime + usage.ru_stime
 
     def _child(self, names: list[str], limit: float | None) -> int:
