@@ -9,7 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpass.errors import LayoutError, ReservedRange
-from kvmpass.layout import GIB, LOW_RAM_LIMIT, MIB, PAGE, Layout, Range, Reserved, plan_layout
+from kvmpass.layout import (
+    GIB,
+    IO_WINDOW_BASE,
+    IO_WINDOW_SIZE,
+    IOAPIC_BASE,
+    LOCAL_APIC_BASE,
+    LOW_RAM_LIMIT,
+    MIB,
+    PAGE,
+    Layout,
+    Range,
+    Reserved,
+    find_reserved,
+    parse_size,
+    plan_layout,
+)
 
 MSI = Reserved(Range(0xFEE0_0000, MIB), "msi")
 HYPERTRANSPORT = Reserved(Range(0xFD_0000_0000, 0x3_0000_0000), "reserved")
@@ -219,3 +234,119 @@ def free(space: Range, reserved: list[Reserved]) -> list[int]:
         sizes.append(min(start, space.end) - at)
         at = max(at, end)
     return [*sizes, space.end - at]
+
+
+# --- sizes and ranges
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [
+        ("4096", 4096),
+        ("512M", 512 * MIB),
+        ("512m", 512 * MIB),
+        ("1G", GIB),
+        ("1GB", GIB),
+        ("1GiB", GIB),
+        (" 2 G ", 2 * GIB),
+        ("1.5G", 3 * GIB // 2),
+        ("0.5K", 0),
+        ("8K", 2 * PAGE),
+        ("2T", 2 * TIB),
+        ("4097", PAGE),
+        ("1.001M", MIB),
+        (12345, 12345),
+    ],
+)
+def test_sizes_as_people_write_them(text: str | int, size: int) -> None:
+    """Whole pages, rounded down; a number is taken as it is."""
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "1X", "1,5G", "-1G", "1.G", ".5G", "1GG", "0x1000", "1 G B", "one"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(LayoutError, match="is not a size: write a number and K, M, G or T"):
+        parse_size(text)
+
+
+def test_ranges_end_before_their_end() -> None:
+    whole = Range(0x1000, 0x2000)
+    assert (whole.end, whole.last, str(whole)) == (0x3000, 0x2FFF, "0x1000-0x2fff")
+    for other, overlaps, contains in (
+        (Range(0, 0x1000), False, False),
+        (Range(0, 0x1001), True, False),
+        (Range(0x1000, 0x2000), True, True),
+        (Range(0x1000, 1), True, True),
+        (Range(0x2FFF, 1), True, True),
+        (Range(0x2FFF, 2), True, False),
+        (Range(0x3000, 1), False, False),
+        (Range(0xFFF, 0x2001), True, False),
+        (Range(0, 0x10000), True, False),
+    ):
+        assert (whole.overlaps(other), other.overlaps(whole), whole.contains(other)) == (overlaps, overlaps, contains)
+    assert sorted([Range(2, 1), Range(1, 5), Range(1, 2)]) == [Range(1, 2), Range(1, 5), Range(2, 1)]
+
+
+# --- the map of a machine, which guests' tables and drivers of firmware know
+
+
+def test_the_map_below_4_gib() -> None:
+    """RAM, BARs, ECAM for one bus, IOAPIC, local APIC: as on a PC with a Q35 chipset, and apart."""
+    layout = plan_layout(4 * GIB, HOST)
+    assert layout.ram == (Range(0, 0xC000_0000), Range(0x1_0000_0000, 0x4000_0000))
+    assert layout.mmio32 == Range(0xC000_0000, 0x2000_0000)
+    assert layout.ecam == Range(0xE000_0000, 0x10_0000)
+    assert (IOAPIC_BASE, LOCAL_APIC_BASE) == (0xFEC0_0000, 0xFEE0_0000)
+    assert Range(IO_WINDOW_BASE, IO_WINDOW_SIZE) == Range(0xC000, 0x4000)
+
+
+def test_a_layout_remembers_what_it_avoids_in_order() -> None:
+    assert plan_layout(GIB, [HYPERTRANSPORT, MSI, MSI]).reserved == (MSI, HYPERTRANSPORT)
+    assert str(MSI) == "0xfee00000-0xfeefffff msi"
+
+
+def test_who_is_in_the_way() -> None:
+    direct = Reserved(Range(0x1000, 0x1000), "direct")
+    relaxable = Reserved(Range(0x2000, 0x1000), "direct-relaxable")
+    first, second = (Reserved(Range(at, 0x1000), "reserved") for at in (0x3000, 0x5000))
+    lines = (direct, relaxable, first, second)
+    assert find_reserved(Range(0, 0x3000), lines) is None, "firmware's own are translated"
+    assert find_reserved(Range(0, 0x3001), lines) is first
+    assert find_reserved(Range(0x4000, 0x1000), lines) is None
+    assert find_reserved(Range(0x4000, 0x1001), lines) is second
+    assert find_reserved(Range(0, 0x10000), lines) is first
+
+
+@pytest.mark.parametrize(
+    "name, at", [("32-bit BAR window", 0xDFFF_F000), ("ECAM", 0xE000_0000), ("ECAM", 0xE00F_F000)]
+)
+def test_windows_that_cannot_move(name: str, at: int) -> None:
+    line = Reserved(Range(at, PAGE), "reserved")
+    with pytest.raises(ReservedRange, match=f"the {name} .* falls into this host's reserved range {at:#x}"):
+        plan_layout(GIB, (line,))
+    plan_layout(GIB, (Reserved(Range(0xE010_0000, PAGE), "reserved"),))
+
+
+def test_the_smallest_guest() -> None:
+    assert plan_layout(MIB).ram == (Range(0, MIB),)
+    with pytest.raises(LayoutError, match="0xff000 bytes of RAM: at least 1 MiB, in whole pages of 4096 bytes"):
+        plan_layout(MIB - PAGE)
+    with pytest.raises(LayoutError, match="in whole pages of 2 MiB"):
+        plan_layout(MIB, page=2 * MIB)
+
+
+def test_holes_that_touch_and_holes_in_holes() -> None:
+    """What is left between them starts at whole pages."""
+    holes = (
+        Reserved(Range(MIB, MIB), "reserved"),
+        Reserved(Range(2 * MIB, MIB), "msi"),
+        Reserved(Range(2 * MIB + PAGE, PAGE), "reserved"),
+        Reserved(Range(4 * MIB + 1, 1), "reserved"),
+    )
+    ram = plan_layout(8 * MIB, holes).ram
+    assert (
+        ram == (Range(0, MIB), Range(3 * MIB, MIB), Range(4 * MIB + PAGE, 6 * MIB))
+        or sum(part.size for part in ram) == 8 * MIB
+    )
+    assert ram[:2] == (Range(0, MIB), Range(3 * MIB, MIB))
+    assert ram[2].start == 4 * MIB + PAGE
