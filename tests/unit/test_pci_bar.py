@@ -312,6 +312,22 @@ def test_a_place_that_is_taken_is_waited_for(plant: Plant) -> None:
     assert plant.slots == []
 
 
+def test_who_stops_waiting_loses_its_place_in_the_queue(plant: Plant) -> None:
+    holder, first, second = (plant.bar(Region(PAGE, [Range(0, PAGE)], index), MEMORY32) for index in (0, 1, 2))
+    home = holder.address
+    holder.decode(True)
+    for bar in (first, second):
+        bar.set_register(home, False)
+    first.decode(True)
+    first.decode(False)
+    second.decode(True)
+    first.decode(True)
+    holder.decode(False)
+    assert [r.name for r in plant.memory] == ["bar2"]
+    second.decode(False)
+    assert [r.name for r in plant.memory] == ["bar1"]
+
+
 def test_a_memslot_that_kvm_refuses_leaves_nothing(plant: Plant) -> None:
     bar = plant.bar(Region(PAGE, [Range(0, PAGE)]), MEMORY32)
     plant.kvm.refusing = "added"
