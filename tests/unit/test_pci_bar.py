@@ -191,6 +191,7 @@ def test_a_guest_sizes_it(plant: Plant, flags: int, size: int, low: int, high: i
     assert bar.register(False) == home & 0xFFFF_FFFF | low & (0b11 if flags & 1 else 0b1111)
     bar.set_register(0xFFFF_FFFF, False)
     assert bar.register(False) == low
+    assert bar.address % max(4, bar.size) == 0
     if high is not None:
         bar.set_register(0xFFFF_FFFF, True)
         assert (bar.register(False), bar.register(True)) == (low, high)

@@ -129,3 +129,22 @@ def test_close_ends_all_of_it(vector: MessageVector, kvm: FakeKvm) -> None:
     vector.close()
     vector.connect(*SECOND)
     assert kvm.messages == {SECOND}, "it can be used again"
+
+
+def test_descriptor_0_is_one_like_any_other(vector: MessageVector, kvm: FakeKvm) -> None:
+    """Of a process that was started without a standard input."""
+    saved = os.dup(0)
+    os.close(0)
+    try:
+        assert (vector.eventfd, vector.open) == (0, True)
+        assert not vector.pending
+        os.eventfd_write(0, 1)
+        assert vector.pending
+        vector.connect(*FIRST)
+        assert kvm.delivered == [FIRST]
+        vector.close()
+        with pytest.raises(OSError):
+            os.fstat(0)
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
