@@ -41,6 +41,14 @@ def parse_size(text: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()]) // PAGE * PAGE
 
 
+def size_words(size: int) -> str:
+    """``16 MiB``: in the largest unit of which it is a multiple."""
+    for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size >> power and size % (1 << power) == 0:
+            return f"{size >> power} {unit}"
+    return f"{size} bytes"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Range:
     """``size`` bytes from ``start`` on."""

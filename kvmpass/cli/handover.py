@@ -39,9 +39,10 @@ def bind(output: Output, bdfs: tuple[host.Bdf, ...], **options: Any) -> None:
     bound. (A device that is not bound need not be: assign does that, and undoes it.) All of the devices are bound, or
     none. A device that is on vfio-pci already is left there.
 
-    Refused is what the host uses: a mounted drive, swap, the default route, an open node, the display. --force takes
-    it all the same. Refused for good are bridges, devices without an IOMMU group, and devices that a process has open
-    through VFIO or kvmpass assign has.
+    Refused is what the host uses (a mounted drive, swap, the default route, a bridge's port, a connection, an open
+    node, the console, the display), and what it may use unseen (members of a RAID that is shown elsewhere). --force
+    takes it all the same. Refused for good are bridges, devices without an IOMMU group, devices that a process has
+    open through VFIO or kvmpass assign has, and a 9p or virtio-fs that is mounted.
 
     What was there is remembered (in /var/lib/kvmpass, or $KVMPASS_STATE_DIR). After a SIGKILL on the way kvmpass
     restore brings it back. Needs root.

@@ -11,7 +11,7 @@ from kvmpass.cli import findings
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
 from kvmpass.host import Bdf
-from kvmpass.layout import GIB, MIB
+from kvmpass.layout import size_words
 from kvmpass.memory import Backing
 from kvmpass.pci import BarPreview, Vectors
 from kvmpass.planning import DevicePlan, Objection, Plan
@@ -64,13 +64,6 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _size(size: int) -> str:
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1024, "KiB")):
-        if size >= unit and size % unit == 0:
-            return f"{size // unit} {name}"
-    return f"{size} bytes"
-
-
 def _show_device(output: Output, device: DevicePlan) -> None:
     group = "no IOMMU group" if device.group is None else f"IOMMU group {device.group}"
     output.text(click.style(f"{device.bdf}  {device.name}, {group}", bold=True))
@@ -101,12 +94,12 @@ def _vectors(found: Vectors) -> str:
 
 
 def _bar(bar: BarPreview) -> str:
-    kind = f"{_size(bar.size)}, {bar.kind.value.replace('io', 'ports')}"
+    kind = f"{size_words(bar.size)}, {bar.kind.value.replace('io', 'ports')}"
     if bar.mapped is None:
         return f"{kind}: memslots, no DMA; how many only root can see"
     how = f"{_count(len(bar.mapped), 'memslot')}, no DMA" if bar.mapped else "by system call"
     rest = bar.size - sum(part.size for part in bar.mapped)
-    trapped = f", {_size(rest)} by system call" if bar.mapped and rest else ""
+    trapped = f", {size_words(rest)} by system call" if bar.mapped and rest else ""
     return f"{kind}: {how}{trapped}"
 
 
@@ -117,7 +110,7 @@ def _show_memory(output: Output, made: Plan) -> None:
     for row in rows if made.memory else ():
         output.text("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     if made.memory:
-        output.text(f"  {_count(made.map_calls, 'map call')}, {made.locked} bytes locked ({_size(made.locked)})")
+        output.text(f"  {_count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_words(made.locked)})")
     output.text(f"  laid out in {made.phys_bits} bits of physical address ({made.width_from})")
     if not made.confined:
         output.text("  this host has no IOMMU groups: no range is known as reserved")
@@ -130,7 +123,7 @@ def _show_memory(output: Output, made: Plan) -> None:
 def _rows(made: Plan) -> Iterator[tuple[str, ...]]:
     for slot, region in enumerate(made.memory.regions if made.memory else ()):
         access = "read-write" if region.kind.guest_writable else "read-only"
-        yield str(slot), str(region.range), _size(region.range.size), region.name, access, str(region.backing)
+        yield str(slot), str(region.range), size_words(region.range.size), region.name, access, str(region.backing)
 
 
 def _document(made: Plan) -> dict[str, Any]:

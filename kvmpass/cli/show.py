@@ -115,7 +115,13 @@ def _verdict(found: host.Description) -> Iterator[tuple[str, list[str]]]:
         answer.append(f"- {who}: {found.host.cause}")
         answer += [f"  hint: {found.host.remedy}"] if found.host.remedy else []
     yield "Assignable", answer
-    yield "In use", list(found.uses) or ["no" if found.complete else "no, as far as can be seen"]
+    yield "In use", _uses(found)
+
+
+def _uses(found: host.Description) -> list[str]:
+    if found.uses or found.unseen:
+        return [*found.uses, *(f"not seen, but it may be: {why}" for why in found.unseen)]
+    return ["no" if found.complete else "no, as far as can be seen"]
 
 
 def _capabilities(found: host.Description) -> list[str]:
@@ -159,6 +165,7 @@ def _document(found: host.Description) -> dict[str, Any]:
         "subsystem_name": found.subsystem_name,
         "driverctl": found.driverctl,
         "uses": [*found.uses],
+        "unseen": [*found.unseen],
         "bars": [{**asdict(bar), "address": None if bar.address is None else hex(bar.address)} for bar in found.bars],
         "capabilities": _capability_document(found.capabilities),
         "group": group

@@ -8,7 +8,7 @@ import click
 
 from kvmpass import host
 from kvmpass.cli import layout
-from kvmpass.layout import Reserved
+from kvmpass.layout import Reserved, size_words
 
 
 def verdict(status: host.DeviceStatus, whole: host.HostStatus) -> str:
@@ -62,13 +62,6 @@ def reset_words(device: host.PciDevice) -> str:
 
 
 # --- show
-
-
-def size_words(size: int) -> str:
-    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit and size % unit == 0:
-            return f"{size // unit} {name}"
-    return f"{size} bytes"
 
 
 def bar_words(bars: Sequence[host.BarInfo]) -> Iterator[str]:

@@ -9,14 +9,14 @@ from functools import cached_property
 from typing import Self
 
 from kvmpass.errors import NoSuchDevice
-from kvmpass.host import kmsg
 from kvmpass.host.address import Bdf
 from kvmpass.host.cmdline import CommandLine
-from kvmpass.host.kmsg import KernelLog, read_log
+from kvmpass.host.kmsg import KernelLog
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker, Problem
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
+from kvmpass.host.usage import Use, uses
 from kvmpass.layout import GIB, PAGE
 
 
@@ -167,10 +167,10 @@ class Examined:
     def groups(self) -> list[IommuGroup]:
         return self.sysfs.groups()
 
-    @cached_property
+    @property
     def log(self) -> KernelLog:
         """The kernel's, as far as it reaches back."""
-        return read_log(self.sysfs.path(kmsg.PATH))
+        return self.look.log
 
     def seen(self, path: str, value: str | None = None) -> Reading:
         """The reading of a file; ``value`` where its text would be too much."""
@@ -191,6 +191,11 @@ class Examined:
             return self.device.bdf == self.bdf
         except NoSuchDevice:
             return False
+
+    @cached_property
+    def uses(self) -> list[Use]:
+        """What the host does with the device, or may do unseen."""
+        return uses(self.look, self.device)
 
     @cached_property
     def group(self) -> IommuGroup | None:

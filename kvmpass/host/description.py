@@ -23,7 +23,7 @@ from kvmpass.host.sysfs import (
     Resource,
     Sysfs,
 )
-from kvmpass.host.usage import usage
+from kvmpass.host.usage import untraced, uses
 
 DRIVERCTL = "etc/driverctl.d"  # driverctl(8): a file for each device, which holds a driver's name
 
@@ -53,8 +53,8 @@ class Description:
     """One device and its surroundings at one moment.
 
     ``driverctl`` is the driver that driverctl binds at each boot, ``uses`` what the host does with the device, a
-    clause each, ``functions`` the other functions of the same physical device (no virtual ones). ``complete``: this
-    user sees the processes and the registers of all.
+    clause each, ``unseen`` why it may be in use all the same, ``functions`` the other functions of the same physical
+    device (no virtual ones). ``complete``: this user sees the processes and the registers of all.
     """
 
     status: DeviceStatus
@@ -68,6 +68,7 @@ class Description:
     bridges: tuple[Bridge, ...]
     functions: tuple[Bdf, ...]
     uses: tuple[str, ...]
+    unseen: tuple[str, ...]
     complete: bool
 
 
@@ -75,7 +76,7 @@ def describe(sysfs: Sysfs, bdf: Bdf) -> Description:
     """Only reads. Raises ``NoSuchDevice``."""
     device = sysfs.device(bdf)
     look = Look(sysfs)
-    group = _group(sysfs, device)
+    group, found = _group(sysfs, device), uses(look, device)
     return Description(
         status=device_status(look, device),
         host=host_status(sysfs),
@@ -87,7 +88,8 @@ def describe(sysfs: Sysfs, bdf: Bdf) -> Description:
         siblings=tuple(siblings(sysfs, device, group)) if group else (),
         bridges=tuple(bridges_above(sysfs, bdf)),
         functions=tuple(_functions(sysfs, bdf)),
-        uses=tuple(usage(look, device)),
+        uses=tuple(use.text for use in found if use.seen),
+        unseen=tuple(filter(None, [*(use.text for use in found if not use.seen), untraced(look, device)])),
         complete=os.geteuid() == 0,
     )
 

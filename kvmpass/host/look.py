@@ -5,17 +5,36 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import TypeVar, cast
 
 from kvmpass.errors import NoSuchDevice
+from kvmpass.host import kmsg
 from kvmpass.host.address import Bdf
+from kvmpass.host.kmsg import KernelLog, read_log
+from kvmpass.host.mounts import Mount, mounts
 from kvmpass.host.names import Names
-from kvmpass.host.processes import OpenNodes
+from kvmpass.host.processes import OpenNodes, namespaces, process
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 
 # What is looked for in the paths of devices: PCI addresses, NVMe subsystems.
 _COMPONENT = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]|nvme-subsys\d+")
+
+T = TypeVar("T")
+
+# What the kernel puts into each new network namespace: loopback, and fallback devices of tunnels.
+_IN_EVERY_NAMESPACE = frozenset(
+    {"lo", "sit0", "tunl0", "ip6tnl0", "gre0", "gretap0", "erspan0", "ip6gre0", "ip_vti0", "ip6_vti0"}
+)
+_NAMED_NAMESPACES = ("run/netns", "run/docker/netns")  # ip-netns(8)
+
+# drivers/pci/setup-res.c: pci_assign_resource; the words before Linux 6.10, and since.
+_BAR = re.compile(
+    r"(?:pci|[\w-]+) (?P<bdf>[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]): BAR (?P<index>\d+)"
+    r"(?: \[(?P<new>[^\]]*)\])?: (?:(?P<refused>can't assign; no space|failed to assign|no space for)|assigned)"
+    r"(?: \[(?P<old>[^\]]*)\])?"
+)
 
 
 class Look:
@@ -31,6 +50,7 @@ class Look:
         self._groups: dict[int, IommuGroup] = {}
         self._listings: dict[str, dict[str, list[str]]] = {}
         self._texts: dict[str, str | None] = {}
+        self._found: dict[str, object] = {}
 
     def device(self, bdf: Bdf) -> PciDevice | None:
         """One function; None where it is gone."""
@@ -71,6 +91,79 @@ class Look:
             with contextlib.suppress(OSError):
                 # Links hold the whole device path: no need to resolve hundreds of them.
                 yield name, os.readlink(f"{directory}/{name}")  # noqa: PTH115
+
+    @cached_property
+    def log(self) -> KernelLog:
+        """The kernel's, as far as it reaches back."""
+        return read_log(self.sysfs.path(kmsg.PATH))
+
+    @cached_property
+    def unplaced_bars(self) -> dict[Bdf, dict[int, str]]:
+        """The BARs that the kernel found no address for, by index, with what it says of them (``mem size 0x…``)."""
+        found: dict[Bdf, dict[int, str]] = {}
+        for record in self.log.records:
+            match = _BAR.match(record.text) if record.by_kernel else None
+            if match is None:
+                continue
+            bars, index = found.setdefault(Bdf.parse(match["bdf"]), {}), int(match["index"])
+            bars.pop(index, None)  # the last word counts
+            if match["refused"]:
+                bars[index] = match["new"] or match["old"] or ""
+        return found
+
+    def remembered(self, key: str, find: Callable[[Look], T]) -> T:
+        """What ``find`` finds, once."""
+        if key not in self._found:
+            self._found[key] = find(self)
+        return cast(T, self._found[key])
+
+    # --- what has to do with several devices
+
+    @cached_property
+    def mounts(self) -> list[Mount]:
+        """In all namespaces, this process's first."""
+        return mounts(self.sysfs)
+
+    @cached_property
+    def nvme_subsystems(self) -> dict[str, list[str]]:
+        """The subsystems of each NVMe controller."""
+        found: dict[str, list[str]] = {}
+        for subsystem in self.sysfs.names("sys/class/nvme-subsystem"):
+            for name in self.sysfs.names("sys/class/nvme-subsystem", subsystem):
+                found.setdefault(name, []).append(subsystem)
+        return found
+
+    @cached_property
+    def btrfs_members(self) -> frozenset[str]:
+        """The disks and partitions of every btrfs that is mounted, of which mountinfo names one."""
+        base = "sys/fs/btrfs"
+        volumes = self.sysfs.names(base)
+        return frozenset(name for volume in volumes for name in self.sysfs.names(base, volume, "devices"))
+
+    def node_name(self, number: str) -> str:
+        """The name below ``/dev`` of a character device ``major:minor``; empty where it has none."""
+        for line in (self.sysfs.text("sys/dev/char", number, "uevent") or "").splitlines():
+            key, _, value = line.partition("=")
+            if key == "DEVNAME":
+                return value
+        return ""
+
+    @cached_property
+    def foreign_interfaces(self) -> list[str]:
+        """Network interfaces of other namespaces, with a process of each; by name those without a process."""
+        found, seen = [], {self.sysfs.link("proc/self/ns/net")}
+        for pid, namespace in namespaces(self.sysfs, "net").items():
+            seen.add(namespace)
+            for line in (self.sysfs.text("proc", str(pid), "net/dev") or "").splitlines()[2:]:
+                name = line.partition(":")[0].strip()
+                if name not in _IN_EVERY_NAMESPACE:
+                    found.append(f"{name} of {process(self.sysfs, pid)}")
+        for directory in _NAMED_NAMESPACES:
+            for name in self.sysfs.names(directory):
+                with contextlib.suppress(OSError):
+                    if f"net:[{self.sysfs.path(directory, name).stat().st_ino}]" not in seen:
+                        found.append(f"those of {name}")
+        return found
 
     @cached_property
     def holders(self) -> OpenNodes:

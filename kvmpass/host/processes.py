@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -53,13 +54,48 @@ def holders(sysfs: Sysfs, nodes: Iterable[str]) -> dict[str, list[Process]]:
 
 
 class OpenNodes:
-    """One look at what all processes have open, for many questions; a :data:`Holders`."""
+    """One look at what all processes have open, for many questions; a :data:`Holders`.
+
+    Device nodes, and files of devices in sysfs.
+    """
 
     def __init__(self, sysfs: Sysfs) -> None:
-        self._found = _open_files(sysfs, lambda target: target.startswith("/dev/"))
+        self._found = _open_files(sysfs, lambda target: target.startswith(("/dev/", "/sys/devices/")))
 
     def __call__(self, nodes: Iterable[str]) -> dict[str, list[Process]]:
         return {node: self._found[node] for node in sorted(set(nodes)) if node in self._found}
+
+
+def namespaces(sysfs: Sysfs, kind: str) -> dict[int, str]:
+    """A process of each other namespace of a kind (``mnt``, ``net``), and the kernel's name of it (``net:[number]``).
+
+    Of those that this user may look into.
+    """
+    seen = {sysfs.link("proc/self/ns", kind)}
+    found = {}
+    for name in sysfs.names("proc"):
+        if name.isdecimal():
+            namespace = sysfs.link("proc", name, "ns", kind)
+            if namespace is not None and namespace not in seen:
+                seen.add(namespace)
+                found[int(name)] = namespace
+    return found
+
+
+def sockets_of(sysfs: Sysfs, protocol: str) -> list[Process]:
+    """Who has sockets of a protocol open, by the kernel's name of it (``AF_VSOCK``), as far as this user may look.
+
+    Only of this machine's processes: each socket is asked (net/socket.c: sockfs_xattr_get).
+    """
+    found = set()
+    for name in sysfs.names("proc"):
+        for number in sysfs.names("proc", name, "fd") if name.isdecimal() else ():
+            path = f"{sysfs.path('proc', name, 'fd')}/{number}"
+            with contextlib.suppress(OSError):
+                socket = os.readlink(path).startswith("socket:")  # noqa: PTH115 - as below
+                if socket and os.getxattr(path, "system.sockprotoname").rstrip(b"\0") == protocol.encode():
+                    found.add(process(sysfs, int(name)))
+    return sorted(found)
 
 
 def _open_files(sysfs: Sysfs, wanted: Callable[[str], bool]) -> dict[str, list[Process]]:

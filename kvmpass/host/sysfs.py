@@ -81,6 +81,11 @@ class PciDevice:
     reset_methods: tuple[str, ...]
 
     @property
+    def bars(self) -> tuple[Resource, ...]:
+        """Its six BARs, used or not."""
+        return self.resources[:BARS]
+
+    @property
     def is_bridge(self) -> bool:
         """Host, ISA, PCI, CardBus and similar bridges; not all of base class 06: 0680 are switches of other kinds."""
         return self.class_code >> 8 in (0x0600, 0x0601, 0x0604, 0x0607, 0x0609)

@@ -45,7 +45,8 @@ def option_rom(directory: Path) -> Path:
 def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
     """Hosts of single tests.
 
-    One drive and nothing else; two devices on one bus and one elsewhere; a card with an expansion ROM and a drive
+    One drive and nothing else; two devices on one bus, one elsewhere, and one with
+    a BAR that is too large for any address; a card with an expansion ROM and a drive
     with 2048 vectors; a device on bus 0, where the emulated IOMMU's events name it; a page of 1 GiB; a physical
     function that vfio-pci may make virtual ones of; a command line that says the IOAPIC is elsewhere, so that the
     kernel remaps no interrupt.
@@ -58,6 +59,7 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
                 "edu,bus=bridge0,addr=01.0",
                 "edu,bus=bridge0,addr=02.0",
                 "edu,addr=05.0",
+                "ivshmem-plain,size=2T,addr=06.0",
             )
         ),
         "functions": Profile(

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,6 +111,53 @@ def test_a_mounted_drive(capfd: pytest.CaptureFixture[str], nvme2: str, tmp_path
         assert str(tmp_path) in line
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_the_device_that_has_the_root_file_system(capfd: pytest.CaptureFixture[str], emulated_host: bool) -> None:
+    """A 9p whose only mount is out of sight, below an overlay: unbinding its driver would never return."""
+    if not emulated_host:
+        pytest.skip("the emulated host's root is a 9p device")
+    tag = next(one for one in Path("/sys/bus/virtio/devices").glob("*/mount_tag") if "root" in one.read_text())
+    root = tag.resolve().parents[1].name
+    assert (
+        f"{root} is in use: its 9p (root) is mounted" in (line := refused_bind(capfd, root)) or "out of sight" in line
+    )
+    assert "the kernel would wait" in line
+
+
+def refused_bind(capfd: pytest.CaptureFixture[str], bdf: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["bind", "--force", bdf])
+    return complaint(125 if ended.value.code == 1 else ended.value.code, *capfd.readouterr())
+
+
+def test_a_card_with_a_connection(capfd: pytest.CaptureFixture[str], nic: str) -> None:
+    """Not the default route: a route of its own, and a socket that is connected through it."""
+    name = next(Path(f"/sys/bus/pci/devices/{nic}/net").iterdir()).name
+    subprocess.run(["ip", "addr", "add", "10.77.0.1/24", "dev", name], check=True)
+    subprocess.run(["ip", "link", "set", name, "up"], check=True)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+            peer.connect(("10.77.0.2", 9))
+            assert f"{name} carries connections to 10.77.0.2" in refuse(capfd, nic)
+    finally:
+        subprocess.run(["ip", "addr", "flush", "dev", name], check=True)
+        subprocess.run(["ip", "link", "set", name, "down"], check=True)
+
+
+@pytest.mark.amdvi(profile="bus")
+def test_a_bar_that_found_no_address(capfd: pytest.CaptureFixture[str], ivshmem: str) -> None:
+    """Nothing in ``resource``; the register, the kernel's log and the refusals tell."""
+    lines = Path(f"/sys/bus/pci/devices/{ivshmem}/resource").read_text().splitlines()
+    assert set(lines[2].split()) == {"0x" + "0" * 16}
+    cause = "this kernel found no address for BAR 2 (2 TiB): a guest would get the device without it"
+    assert refuse(capfd, ivshmem) == f"{ivshmem}: {cause}"
+    for command, status in (("list", 0), ("show", 0), ("doctor", 1), ("plan", 1)):
+        with pytest.raises(SystemExit) as ended:
+            main([command, ivshmem])
+        assert ended.value.code == status
+        text = " ".join(capfd.readouterr().out.split())
+        assert ("no: BAR 2 without address" if command == "list" else cause) in text
 
 
 def test_the_same_device_twice(capfd: pytest.CaptureFixture[str], edu: str) -> None:

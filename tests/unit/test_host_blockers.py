@@ -100,3 +100,96 @@ def test_every_kind_is_in_the_schemas(schema: str) -> None:
     text = (Path(__file__).parents[2] / f"docs/schemas/{schema}.json").read_text()
     definitions: dict[str, Any] = json.loads(text)["$defs"]
     assert set(definitions["blocker"]["properties"]["kind"]["enum"]) == KINDS - {"no-device"}
+
+
+# --- BARs
+
+PLACED = "0xfe000000 0xfe003fff 0x40200"  # 32-bit memory
+NOTHING = "0x0 0x0 0x0"
+PORTS = "0xd000 0xd01f 0x40101"
+WITHOUT = "a guest would get the device without it"
+
+
+def registers(*values: int, header: int = 0) -> bytes:
+    """The beginning of configuration space with those BARs."""
+    bars = b"".join(value.to_bytes(4, "little") for value in values)
+    return b"\x22\x10\x34\x12" + bytes(10) + bytes([header, 0]) + bars.ljust(0x30, b"\0")
+
+
+def bars(host: Host, resource: list[str], config: bytes, **options: Any) -> tuple[list[str], str]:
+    """The kinds of what blocks, and the causes of that and of warnings about BARs."""
+    host.put(f"{DEVICE}/resource", "\n".join([*resource, *[NOTHING] * (7 - len(resource))]))
+    host.put(f"{DEVICE}/config", config)
+    [finding] = [one for one in library.diagnose(host, GPU) if one.check == "device-bars"]
+    return kinds(host), finding.trouble.cause if finding.trouble else ""
+
+
+@pytest.mark.parametrize(
+    ("resource", "values", "words"),
+    [
+        ([PLACED, NOTHING, NOTHING, NOTHING], (0xFE000000, 0, 0xC, 0), "BAR 2: "),
+        ([PLACED, "0x0 0xfff 0x20040200"], (0xFE000000, 0), "BAR 1 (4 KiB): "),
+        ([PLACED, "0x1000 0x1fff 0x20040200"], (0xFE000000, 0), "BAR 1 (4 KiB): "),
+        ([PLACED, NOTHING, NOTHING, NOTHING, NOTHING], (0xFE000000, 0, 4, 0x20, 0xC), "BAR 2 and BAR 4: "),
+        ([NOTHING, NOTHING, PLACED], (0x8, 0, 0xFE000000), "BAR 0: "),
+    ],
+)
+def test_a_bar_without_an_address(host: Host, resource: list[str], values: tuple[int, ...], words: str) -> None:
+    found, cause = bars(host, resource, registers(*values))
+    assert found == ["bar-no-address"]
+    assert cause.endswith(f"found no address for {words}{WITHOUT}")
+
+
+@pytest.mark.parametrize(
+    ("resource", "config"),
+    [
+        ([PLACED], registers(0xFE000000)),
+        (["0x4000000000 0x41ffffffff 0x14220c"], registers(0xC, 0x40)),  # the upper half is no BAR
+        ([PLACED, NOTHING], registers(0xFE000000, 0xC, header=1)),  # bus numbers of a bridge
+        ([PLACED, NOTHING], b"\xff" * 64),  # silent, which is another reason
+        ([PLACED, NOTHING], b""),
+        ([NOTHING] * 6 + ["0x0 0xffff 0x20046200"], registers()),  # a ROM, which nobody needs
+        ([NOTHING] * 7 + ["0x0 0xffff 0x20140204"], registers()),  # a virtual function's
+        ([], registers(0xFE000000)),  # a tree that was recorded without
+    ],
+)
+def test_every_bar_has_its_address(host: Host, resource: list[str], config: bytes) -> None:
+    if not resource:
+        host.put(f"{DEVICE}/config", config)
+        host.path(f"{DEVICE}/resource").unlink()
+        assert kinds(host) == []
+    else:
+        found, cause = bars(host, resource, config)
+        assert (set(found) <= {"device-silent", "bridge"}, cause) == (True, "")
+
+
+def test_ports_are_no_reason(host: Host) -> None:
+    found, cause = bars(host, [PLACED, NOTHING], registers(0xFE000000, 1))
+    assert found == []
+    assert "found no I/O ports for BAR 1" in cause
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["BAR 1 [mem size 0x20000000000 64bit pref]: can't assign; no space"], "BAR 1 (2 TiB)"),
+        (["BAR 1: no space for [mem size 0x10000000]", "BAR 1: failed to assign [mem size 0x10000000]"], "(256 MiB)"),
+        (["BAR 1: no space for [mem size 0x10000000]", "BAR 1: assigned [mem 0xc0000000-0xcfffffff]"], ""),
+        (["BAR 1 [mem size 0x1000]: can't assign; no space", "BAR 1 [mem 0xc0000000-0xc0000fff]: assigned"], ""),
+        (["BAR 7: no space for [mem size 0x10000000]"], ""),
+    ],
+)
+def test_what_the_register_does_not_tell_the_log_does(host: Host, lines: list[str], words: str) -> None:
+    records = [f"6,{number},1,-;pci {GPU}: {line}" for number, line in enumerate(lines)]
+    others = ["6,90,1,-;pci 0000:09:00.0: BAR 1: no space for [mem size 0x1000]", "nonsense"]
+    user = f"14,91,1,-;pci {GPU}: BAR 0 [mem size 0x1000]: can't assign; no space"
+    host.put("dev/kmsg", "\n".join([*others, *records, user]))
+    found, cause = bars(host, [PLACED, NOTHING], registers(0xFE000000, 0))
+    assert (found, words in cause) == (["bar-no-address"] if words else [], True)
+
+
+def test_what_has_no_address_is_not_compared(host: Host) -> None:
+    host.put("proc/iomem", "00000000-00000fff : BOOTFB\n00001000-00001fff : BOOTFB")
+    assert bars(host, ["0x1000 0x1fff 0x20040200", PORTS], registers(0, 0xD001))[0] == ["bar-no-address"]
+    host.put("proc/iomem", "0000d000-0000d01f : BOOTFB")
+    assert bars(host, [PLACED, PORTS], registers(0xFE000000, 0xD001)) == ([], "")

@@ -212,7 +212,7 @@ def test_list_as_a_document(host: Host, capsys: pytest.CaptureFixture[str], vali
     ]
     drive = document["devices"][3]
     assert drive["link"] == {"speed_gts": 2.5, "width": 4, "max_speed_gts": 16.0, "max_width": 4}
-    assert [blocker["kind"] for blocker in drive["blockers"]] == ["in-use"]
+    assert [blocker["kind"] for blocker in drive["blockers"]] == ["in-use", "bar-no-address"]
     assert document["groups"][-1]["id"] == 9
     assert document["host"]["ready"]
 

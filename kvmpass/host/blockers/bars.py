@@ -1,14 +1,18 @@
-"""The device's BARs: who else claims them."""
+"""The device's BARs: whether they have addresses, and who else claims them."""
 
 from __future__ import annotations
 
+import re
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from kvmpass.errors import NotAssignable
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.look import Look
 from kvmpass.host.problems import Problem
-from kvmpass.host.sysfs import BARS, PciDevice
-from kvmpass.layout import Range
+from kvmpass.host.sysfs import BARS, IORESOURCE_MEM_64, PCI_DEVICES, PciDevice, Resource
+from kvmpass.layout import Range, size_words
 
 # What drivers for the firmware's framebuffer call their part of a BAR in /proc/iomem (drivers/firmware/sysfb*.c,
 # drivers/video/fbdev, drivers/gpu/drm/sysfb).
@@ -19,6 +23,24 @@ _DISPLAY = 0x03  # base class
 _VGA = 0x0300
 _TAKES_CONSOLES = (6, 1)  # surely by then: vfio_pci_vga_init (drivers/vfio/pci/vfio_pci_core.c)
 
+NO_ADDRESS = Problem(
+    kind="bar-no-address",
+    brief="{count} without address",
+    cause="{bdf}: this kernel found no address for {bars}: a guest would get the device without it",
+    remedy="turn on above-4G decoding in the firmware's setup (and resizable BARs, where it has that), or boot with "
+    "pci=realloc on the kernel's command line; the kernel's log says what did not fit",
+    commands=("dmesg | grep {bdf}",),
+    error=NotAssignable,
+    bindable=True,
+)
+NO_PORTS = Problem(
+    kind="bar-no-ports",
+    brief="{count} without ports",
+    cause="{bdf}: this kernel found no I/O ports for {bars}: a guest gets the device without it",
+    remedy="none is needed for most devices, whose drivers do without ports; else turn off other devices in the "
+    "firmware's setup, or use another slot",
+    warning=True,
+)
 FRAMEBUFFER = Problem(
     kind="boot-framebuffer",
     brief="{name} sits on it",
@@ -39,8 +61,70 @@ FRAMEBUFFER_UNKNOWN = Problem(
 
 def _memory(device: PciDevice) -> list[Range]:
     """The BARs in memory that have an address."""
-    found = device.resources[:BARS]
-    return [Range(part.start, part.size) for part in found if part.is_memory and part.is_placed]
+    return [Range(part.start, part.size) for part in device.bars if part.is_memory and part.is_placed]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unplaced:
+    """A BAR that has no address; ``size`` in bytes is None where nobody says."""
+
+    index: int
+    ports: bool
+    size: int | None
+
+    def __str__(self) -> str:
+        return f"BAR {self.index}" + (f" ({size_words(self.size)})" if self.size else "")
+
+
+def unplaced(look: Look, device: PciDevice, header: bytes) -> list[_Unplaced]:
+    """Which BARs of a function (not of a bridge) the kernel could not place.
+
+    It keeps their sizes without an address (``IORESOURCE_UNSET``), or forgets them (``0 0 0`` in ``resource``). Then
+    the register tells, which keeps its flags: an implemented one reads as 0 only where it is for 32-bit memory that
+    cannot be prefetched, and of that the kernel's log tells. ``header`` is the beginning of configuration space, or
+    empty.
+    """
+    found: list[_Unplaced] = []
+    if not device.resources:  # nobody says
+        return found
+    said = look.unplaced_bars.get(device.bdf, {})
+    registers = struct.unpack_from("<6I", header, 0x10) if len(header) >= 0x28 else (0,) * BARS
+    upper = False  # this register is the upper half of the one before
+    for index, register in enumerate(registers):
+        if upper:
+            upper = False
+            continue
+        part = device.resources[index] if index < len(device.resources) else Resource(0, 0, 0)
+        if part.size:
+            upper = bool(part.flags & IORESOURCE_MEM_64)
+            if not part.is_placed:
+                found.append(_Unplaced(index, not part.is_memory, part.size))
+        elif register or index in said:
+            text = said.get(index, "")
+            ports = bool(register & 1) or text.startswith("io")
+            upper = "64bit" in text or register & 0b111 == 0b100
+            size = re.search(r"size (0x[0-9a-f]+)", text)
+            found.append(_Unplaced(index, ports, int(size[1], 16) if size else None))
+    return found
+
+
+def _addresses(examined: Examined) -> Verdict:
+    device, base = examined.device, f"{PCI_DEVICES}/{examined.bdf}"
+    header = examined.sysfs.config(device.bdf, 0x40, wake=examined.wake)
+    if not header.strip(b"\xff") or (header[0x0E:0x0F] and header[0x0E] & 0x7F):  # silent, asleep; a bridge
+        header = b""
+    found = unplaced(examined.look, device, header) if not device.is_bridge else []
+    registers = header[0x10:0x28].hex(" ", 4) or "not read"
+    read = [
+        Reading(f"/{base}/resource", "; ".join(f"{one.start:#x} {one.end:#x} {one.flags:#x}" for one in device.bars)),
+        Reading(f"/{base}/config", f"BARs {registers}"),
+    ]
+    for problem, ports in ((NO_ADDRESS, False), (NO_PORTS, True)):
+        bars = [one for one in found if one.ports is ports]
+        if bars:
+            words, count = " and ".join(map(str, bars)), " ".join(f"BAR {one.index}" for one in bars)
+            return bad(problem, *read, bdf=device.bdf, bars=words, count=count)
+    return good("all have addresses", *read)
 
 
 def _framebuffers(examined: Examined) -> Iterator[tuple[str, Range, str]]:
@@ -74,6 +158,15 @@ def _framebuffer(examined: Examined) -> Verdict:
 
 
 CHECKS = (
+    Check(
+        "device-bars",
+        "Addresses of its BARs",
+        "`resource`, the BARs in `config`, the kernel's log",
+        (NO_ADDRESS, NO_PORTS),
+        _addresses,
+        ("device",),
+        device=True,
+    ),
     Check(
         "device-framebuffer",
         "Boot framebuffer",

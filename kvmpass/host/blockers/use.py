@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from kvmpass.errors import DeviceInUse
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.problems import Problem
-from kvmpass.host.usage import usage, vfio_nodes
+from kvmpass.host.usage import untraced, vfio_nodes
 
 ASSIGNED = Problem(
     kind="assigned",
@@ -21,6 +21,22 @@ IN_USE = Problem(
     brief="in use here",
     cause="{bdf} is in use: {reasons}",
     remedy="unmount, switch off or close what uses it, then try again",
+    error=DeviceInUse,
+    forceable=True,
+)
+HELD = Problem(
+    kind="mounted",
+    brief="mounted here",
+    cause="{bdf} is in use: {reasons}; the kernel would wait for the end of that use while it unbinds the driver",
+    remedy="unmount it first",
+    error=DeviceInUse,
+)
+MAY_BE_IN_USE = Problem(
+    kind="use-unknown",
+    brief="may be in use here",
+    cause="whether {bdf} is in use cannot be seen: {reasons}",
+    remedy="see that nothing of this host needs it; then hand it over by kvmpass bind --force {bdf}, and assign it",
+    commands=("kvmpass bind --force {bdf}",),
     error=DeviceInUse,
     forceable=True,
 )
@@ -54,11 +70,21 @@ def _held(examined: Examined, nodes: list[str], what: str) -> Iterator[str]:
 
 
 def _free(examined: Examined) -> Verdict:
-    reasons = usage(examined.look, examined.device)
-    read = Reading("mounts, swap, holders, routes, open nodes, boot display", "; ".join(reasons) or "nothing")
-    if reasons:
-        return bad(IN_USE, read, bdf=examined.bdf, reasons="; ".join(reasons))
-    return good("nobody uses it", read)
+    found = examined.uses
+    texts = "; ".join(use.text for use in found if use.seen)
+    read = Reading("what uses devices", texts or "nothing that uses this one")
+    for problem, wanted in ((HELD, any(use.waits for use in found)), (IN_USE, bool(texts))):
+        if wanted:
+            return bad(problem, read, bdf=examined.bdf, reasons=texts)
+    return good("no use of it is seen" if untraced(examined.look, examined.device) else "nobody uses it", read)
+
+
+def _known(examined: Examined) -> Verdict:
+    texts = "; ".join(use.text for use in examined.uses if not use.seen)
+    if texts:
+        return bad(MAY_BE_IN_USE, Reading("what uses devices", texts), bdf=examined.bdf, reasons=texts)
+    note = untraced(examined.look, examined.device)
+    return good(f"not all: {note}" if note else "all of it", Reading("its driver", examined.device.driver or "none"))
 
 
 CHECKS = (
@@ -74,9 +100,20 @@ CHECKS = (
     Check(
         "device-free",
         "Not in use",
-        "mounts, swap, holders (LVM, md, dm-crypt), default routes, open nodes, virtual functions, `boot_vga`",
-        (IN_USE,),
+        "mounts in all namespaces (disks, btrfs, 9p, virtio-fs, flash), swap, holders (LVM, md, dm-crypt); default "
+        "routes, connections, bridges, bonds; keyboards and consoles; open nodes (disks, GPU, sound, input, USB …); "
+        "DMA channels, virtual functions, `boot_vga`",
+        (IN_USE, HELD),
         _free,
+        ("device-kind",),
+        device=True,
+    ),
+    Check(
+        "device-use-known",
+        "Its use can be seen",
+        "storage without disks, network functions without interfaces, vsock, CXL memory",
+        (MAY_BE_IN_USE,),
+        _known,
         ("device-kind",),
         device=True,
     ),

@@ -1,0 +1,74 @@
+"""What the kernel itself does with a device: memory, DMA channels, sockets, virtual functions, tunnels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from kvmpass.host.address import Bdf
+from kvmpass.host.look import Look
+from kvmpass.host.processes import sockets_of
+from kvmpass.host.sysfs import PCI_DEVICES, PciDevice
+from kvmpass.host.usage.model import Use
+from kvmpass.host.usage.shares import VIRTIO
+
+_CXL_MEMORY = 0x0502
+_VSOCK = "vmw_vsock_virtio_transport"
+
+
+def virtual_functions(look: Look, device: PciDevice) -> Iterator[Use]:
+    """They vanish with the driver that made them, whichever that is."""
+    count = look.sysfs.number(PCI_DEVICES, str(device.bdf), "sriov_numvfs") or 0
+    if count:
+        yield Use(f"{count} virtual functions are enabled on it and would vanish")
+
+
+def kernel(look: Look, device: PciDevice) -> Iterator[Use]:
+    """Each such use; what leaves no trace is one that is not seen."""
+    for name in look.below("sys/class/dma", device.bdf):
+        if look.sysfs.number("sys/class/dma", name, "in_use"):
+            yield Use(f"the kernel uses its DMA channel {name}")
+    yield from _virtio(look, device.bdf)
+    attached = [name for name in look.below("sys/bus/thunderbolt/devices", device.bdf) if _is_attached(name)]
+    if attached:
+        yield Use(f"what is attached through Thunderbolt or USB4 depends on it ({', '.join(attached)})")
+    if device.class_code >> 8 == _CXL_MEMORY and device.driver is not None:
+        yield Use("its memory may be the kernel's, or a DAX device's", seen=False)
+
+
+def _is_attached(name: str) -> bool:
+    """``1-3`` is a device of domain 1; ``1-0`` the host's own router; with a dot or a colon it is no router."""
+    domain, separator, route = name.partition("-")
+    return bool(separator) and domain.isdecimal() and route not in ("", "0") and route.isalnum()
+
+
+def _virtio(look: Look, bdf: Bdf) -> Iterator[Use]:
+    for name in look.below(VIRTIO, bdf):
+        driver = look.sysfs.link(VIRTIO, name, "driver")
+        if driver == "virtio_mem" and _is_plugged(look, name):
+            yield Use("its memory is in use by the kernel (virtio-mem)")
+        elif driver == "virtio_iommu":
+            yield Use("it is an IOMMU of this host")
+        elif driver == _VSOCK:
+            yield from _vsock(look)
+
+
+def _is_plugged(look: Look, name: str) -> bool:
+    """Whether the kernel has memory of a virtio-mem device (drivers/virtio/virtio_mem.c)."""
+    inside = False
+    for line in (look.text("proc/iomem") or "").splitlines():
+        what = line.partition(" : ")[2]
+        inside = (inside and line.startswith(" ")) or what == name
+        if inside and what.startswith("System RAM"):
+            return True
+    return False
+
+
+def _vsock(look: Look) -> Iterator[Use]:
+    """No file lists these sockets; root can ask each socket of each process for its protocol."""
+    if str(look.sysfs.root) != "/" or os.geteuid() != 0:
+        yield Use("sockets over vsock may be open, which leaves no trace here", seen=False)
+        return
+    who = sockets_of(look.sysfs, "AF_VSOCK")
+    if who:
+        yield Use(f"sockets over vsock are open in {' and '.join(map(str, who))}")

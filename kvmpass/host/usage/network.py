@@ -1,0 +1,194 @@
+"""Network interfaces below a device: what goes through them, and what they belong to."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from kvmpass.host.look import Look
+from kvmpass.host.sysfs import PciDevice
+from kvmpass.host.usage.model import Use
+
+_NETWORK = (0x02, 0x0D)  # base classes: network, wireless
+_INFINIBAND = 0x0207
+_ESTABLISHED = "01"  # include/net/tcp_states.h; of UDP: connected
+_MOST_NAMED = 3
+_ADDRESS = re.compile(r"(?:^|,)(?:addr|mountaddr|traddr)=([0-9a-fA-F.:]+)")
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One of the kernel's main table."""
+
+    network: Network
+    interface: str
+    metric: int
+
+
+def network(look: Look, device: PciDevice) -> Iterator[Use]:
+    """Default routes, connections, network file systems, bridges, bonds, VLANs; or its interface is not seen."""
+    names = look.below("sys/class/net", device.bdf)
+    if not names:
+        yield from _elsewhere(look, device)
+    for name in names:
+        above = _above(look, name)
+        default = next(
+            (upper for upper in above if any(_is_default(look, route, upper) for route in routes(look))), ""
+        )
+        if default:
+            yield Use(f"the default route goes through {name}{_via(name, default)}")
+        yield from _memberships(look, name, above)
+        peers = sorted({str(peer) for peer, interface in traffic(look) if interface in above})
+        if peers and not default:
+            more = f" and {len(peers) - _MOST_NAMED} more" if len(peers) > _MOST_NAMED else ""
+            yield Use(f"{name} carries connections to {', '.join(peers[:_MOST_NAMED])}{more}")
+
+
+def idle_routes(look: Look, device: PciDevice) -> list[str]:
+    """Networks that are reached through its interfaces: who uses them without a connection leaves no trace."""
+    found = []
+    for name in look.below("sys/class/net", device.bdf):
+        above = _above(look, name)
+        networks = [str(route.network) for route in routes(look) if route.interface in above and _is_global(route)]
+        found += [f"{name} reaches {one}" for one in networks[:_MOST_NAMED]]
+    return found
+
+
+def _is_global(route: Route) -> bool:
+    return not (route.network.is_link_local or route.network.is_multicast or route.network.is_loopback)
+
+
+def _is_default(look: Look, route: Route, interface: str) -> bool:
+    return route.interface == interface and route.network.prefixlen == 0
+
+
+def _via(name: str, other: str) -> str:
+    return "" if other == name else f" (through {other})"
+
+
+def _above(look: Look, name: str) -> list[str]:
+    """The interface, and all that lie on it: bonds, bridges, VLANs, at any height."""
+    found, queue = [name], [name]
+    while queue:
+        for entry in look.sysfs.names("sys/class/net", queue.pop()):
+            upper = entry.removeprefix("upper_")
+            if entry.startswith("upper_") and upper not in found:
+                found.append(upper)
+                queue.append(upper)
+    return found
+
+
+def _memberships(look: Look, name: str, above: list[str]) -> Iterator[Use]:
+    sysfs = look.sysfs
+    master = sysfs.link("sys/class/net", name, "master")
+    for upper in above[1:] if master is None else [master]:
+        files = sysfs.names("sys/class/net", upper)
+        kind = next((word for word in ("bridge", "bonding") if word in files), "")
+        if kind or upper == master:
+            what = {"bridge": "the bridge ", "bonding": "the bond "}.get(kind, "")
+            yield Use(f"{name} is a port of {what}{upper}")
+        elif f"upper_{upper}" in sysfs.names("sys/class/net", name):
+            yield Use(f"{name} carries the interface {upper}")
+
+
+def _elsewhere(look: Look, device: PciDevice) -> Iterator[Use]:
+    """An interface that was moved into a container is not seen from here, and not whose it is."""
+    base = device.class_code >> 16
+    if base not in _NETWORK or device.class_code >> 8 == _INFINIBAND or device.driver is None:
+        return
+    if look.foreign_interfaces:
+        where = ", ".join(look.foreign_interfaces[:_MOST_NAMED])
+        yield Use(
+            f"its driver, {device.driver}, shows no interface here, and other network namespaces have some ({where})",
+            seen=False,
+        )
+
+
+# --- routes and connections, once for all interfaces
+
+
+def routes(look: Look) -> list[Route]:
+    """Those that are up, most specific first."""
+    return look.remembered("routes", _routes)
+
+
+def traffic(look: Look) -> list[tuple[Address, str]]:
+    """The far end of every connection, of network file systems and of NVMe over fabrics, and the interface to it."""
+    return look.remembered("traffic", _traffic)
+
+
+def _routes(look: Look) -> list[Route]:
+    found = []
+    for line in (look.text("proc/net/route") or "").splitlines()[1:]:
+        fields = line.split()
+        try:
+            mask = _little(fields[7])
+            network = ipaddress.IPv4Network((_little(fields[1]), mask.bit_count()), strict=False)
+            found.append(Route(network, fields[0], int(fields[6])))
+        except (IndexError, ValueError):
+            continue
+    for line in (look.text("proc/net/ipv6_route") or "").splitlines():
+        fields = line.split()
+        try:
+            network6 = ipaddress.IPv6Network((int(fields[0], 16), int(fields[1], 16)), strict=False)
+            found.append(Route(network6, fields[9], int(fields[5], 16)))
+        except (IndexError, ValueError):
+            continue
+    return sorted(
+        (one for one in found if one.interface != "lo"), key=lambda one: (-one.network.prefixlen, one.metric)
+    )
+
+
+def _little(text: str) -> int:
+    return int.from_bytes(bytes.fromhex(text.zfill(8)), "little")
+
+
+def _traffic(look: Look) -> list[tuple[Address, str]]:
+    ways, found = routes(look), []
+    for peer in dict.fromkeys(_peers(look)):
+        way = next((route for route in ways if peer in route.network), None)
+        if way is not None:
+            found.append((peer, way.interface))
+    return found
+
+
+def _peers(look: Look) -> Iterator[Address]:
+    for name in ("tcp", "tcp6", "udp", "udp6"):
+        for line in (look.text(f"proc/net/{name}") or "").splitlines()[1:]:
+            fields = line.split()
+            if len(fields) > 3 and fields[3] == _ESTABLISHED:
+                here, there = _endpoint(fields[1]), _endpoint(fields[2])
+                if there is not None and there != here and not there.is_unspecified and not there.is_loopback:
+                    yield there
+    for mount in look.mounts:
+        yield from _named(mount.options)
+    for controller in look.sysfs.names("sys/class/nvme"):
+        if look.sysfs.text("sys/class/nvme", controller, "transport") in ("tcp", "rdma"):
+            yield from _named(look.sysfs.text("sys/class/nvme", controller, "address") or "")
+
+
+def _named(text: str) -> Iterator[Address]:
+    for match in _ADDRESS.finditer(text):
+        try:
+            yield ipaddress.ip_address(match[1])
+        except ValueError:
+            continue
+
+
+@lru_cache(maxsize=4096)
+def _endpoint(text: str) -> Address | None:
+    """The address in ``0100007F:0016``: words of 32 bits, in the byte order of the processor."""
+    digits = text.partition(":")[0]
+    try:
+        data = b"".join(bytes.fromhex(digits[at : at + 8])[::-1] for at in range(0, len(digits), 8))
+        address = ipaddress.ip_address(data)
+    except ValueError:
+        return None
+    mapped = getattr(address, "ipv4_mapped", None)
+    return mapped or address

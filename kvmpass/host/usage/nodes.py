@@ -1,0 +1,55 @@
+"""Device nodes of a device that processes have open: disks, sound, input, GPUs, USB, serial lines, and any other."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from kvmpass.host.address import Bdf
+from kvmpass.host.look import Look
+from kvmpass.host.sysfs import PCI_DEVICES, PciDevice
+from kvmpass.host.usage.model import Use
+from kvmpass.host.usage.storage import block_devices
+
+_KINDS = {"dri": "GPU", "snd": "sound", "input": "input", "bus": "USB", "vfio": ""}
+_NVIDIA = "proc/driver/nvidia/gpus"
+
+
+def open_nodes(look: Look, device: PciDevice) -> Iterator[Use]:
+    """Each node that somebody has open, with who; of processes that this user may look into."""
+    nodes = {f"/dev/{name}" for name in block_devices(look, device.bdf)}
+    for number in look.below("sys/dev/char", device.bdf):
+        name = look.node_name(number)
+        if name and not name.startswith("vfio/"):
+            nodes.add(f"/dev/{name}")
+    nodes |= _nvidia(look, device)
+    nodes |= _own_files(look, device.bdf)
+    for node, who in sorted(look.holders(nodes).items()):
+        yield Use(f"{node} is open in {' and '.join(map(str, who))}{_kind(node)}")
+
+
+def _kind(node: str) -> str:
+    """In words, for what does not say it by its name."""
+    if node.startswith("/dev/nvidia"):
+        return " (GPU)"
+    kind = _KINDS.get(node.removeprefix("/dev/").partition("/")[0])
+    return f" ({kind})" if kind else ""
+
+
+def _nvidia(look: Look, device: PciDevice) -> set[str]:
+    """The proprietary driver makes nodes that sysfs does not know."""
+    if device.driver != "nvidia":
+        return set()
+    text = look.sysfs.text(_NVIDIA, str(device.bdf), "information") or ""
+    minor = re.search(r"^Device Minor:\s*(\d+)", text, re.MULTILINE)
+    return {f"/dev/nvidia{minor[1]}"} if minor else set()
+
+
+def _own_files(look: Look, bdf: Bdf) -> set[str]:
+    """Its BARs in sysfs, by which a driver in user space, or a flash tool, has them."""
+    path = os.path.realpath(look.sysfs.device_path(bdf))
+    root = os.path.realpath(look.sysfs.root)
+    place = f"/{os.path.relpath(path, root)}" if root != "/" else path
+    names = look.sysfs.names(PCI_DEVICES, str(bdf))
+    return {f"{place}/{name}" for name in names if re.fullmatch(r"resource\d(_wc)?", name)}

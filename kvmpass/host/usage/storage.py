@@ -1,0 +1,97 @@
+"""Disks below a device, and storage functions whose disks are elsewhere."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvmpass.host.address import Bdf
+from kvmpass.host.look import Look
+from kvmpass.host.sysfs import PciDevice, Sysfs
+from kvmpass.host.usage.model import Use
+
+_STORAGE = 0x01  # base class
+# What a driver of the kernel's own registers below its function, even if no disk is attached.
+_SUBSYSTEMS = ("ata_port", "scsi_host", "nvme", "mmc_host", "mtd", "fc_host")
+# Drivers whose disks appear below their functions, as the kernel's do. Others (rcbottom of AMD-RAID, for one) show
+# them elsewhere, or members of arrays not at all.
+_SHOWS_DISKS = ("ahci", "ata_", "pata_", "sata_", "nvme", "virtio-pci", "vmd", "sdhci", "mpt", "megaraid", "hpsa")
+# Drivers of the kernel's for functions of other kinds: bound by hand, and then idle.
+_NO_STORAGE = ("pci-stub", "uio_", "e1000", "igb", "ixgbe", "xhci_hcd", "ehci", "snd_", "amdgpu")
+
+
+def block_devices(look: Look, bdf: Bdf) -> list[str]:
+    """Disks and partitions below the function, such as ``nvme0n1`` and ``nvme0n1p1``."""
+    found = set(look.below("sys/class/block", bdf))
+    # With native multipath the namespaces hang below the NVMe subsystem, not below the controller.
+    for controller in look.below("sys/class/nvme", bdf):
+        for subsystem in look.nvme_subsystems.get(controller, ()):
+            found.update(look.below("sys/class/block", subsystem))
+    return sorted(found)
+
+
+def storage(look: Look, device: PciDevice) -> Iterator[Use]:
+    """Mounted, swap, held (LVM, md, dm-crypt), a member of a file system, claimed; or its disks are not seen."""
+    names = block_devices(look, device.bdf)
+    if not names:
+        yield from _elsewhere(look, device)
+        return
+    busy = set()
+    for name, text in _known(look, names):
+        busy.add(name)
+        yield Use(text)
+    if not busy:
+        claimed = (name for name in names if _claimed(look.sysfs, name))
+        yield from (Use(f"/dev/{name} is claimed by the kernel") for name in claimed)
+
+
+def _known(look: Look, names: list[str]) -> Iterator[tuple[str, str]]:
+    """A name and what uses it, for each use that the kernel tells of."""
+    sysfs = look.sysfs
+    by_number = {number: name for name in names if (number := sysfs.text("sys/class/block", name, "dev"))}
+    mounted = set()
+    for mount in look.mounts:
+        # btrfs shows a number of its own: then the source tells.
+        name = by_number.get(mount.number)
+        if name is None and mount.source.startswith("/dev/"):
+            name = Path(mount.source).name
+        if name in names and name not in mounted:
+            mounted.add(name)
+            yield name, f"/dev/{name} is mounted at {mount.point}{mount.where}"
+    for line in (look.text("proc/swaps") or "").splitlines()[1:]:
+        name = os.path.basename(os.path.realpath(sysfs.path(line.split()[0].lstrip("/"))))  # noqa: PTH119
+        if name in names:
+            yield name, f"/dev/{name} is swap"
+    for name in names:
+        for holder in sysfs.names("sys/class/block", name, "holders"):
+            label = sysfs.text("sys/class/block", holder, "dm", "name") or holder
+            yield name, f"/dev/{name} is held by {label}"
+    for name in sorted(look.btrfs_members.intersection(names) - mounted):  # only one of them is among the mounts
+        yield name, f"/dev/{name} belongs to a btrfs that is mounted"
+
+
+def _claimed(sysfs: Sysfs, name: str) -> bool:
+    """Whether somebody has the block device exclusively: mounted in another namespace, ZFS, bcache (open(2))."""
+    try:
+        os.close(os.open(sysfs.path("dev", name), os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
+
+
+def _elsewhere(look: Look, device: PciDevice) -> Iterator[Use]:
+    if (
+        device.class_code >> 16 != _STORAGE
+        or device.driver is None
+        or device.driver.startswith(_SHOWS_DISKS + _NO_STORAGE)
+    ):
+        return
+    if any(look.below(f"sys/class/{name}", device.bdf) for name in _SUBSYSTEMS):
+        return
+    yield Use(
+        f"its driver, {device.driver}, shows no disk of its own: disks behind it may be members of an array that is "
+        "shown elsewhere",
+        seen=False,
+    )
