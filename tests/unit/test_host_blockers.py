@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,8 @@ def test_looking_wakes_nobody(host: Host, monkeypatch: pytest.MonkeyPatch) -> No
     for name, text in (("power_state", "D3cold"), ("power/runtime_status", "suspended")):
         host.put(f"{DEVICE}/{name}", text)
     asked: list[str] = []
-    real = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *a, **k: asked.append(self.name) or real(self, *a, **k))
+    real = host.data
+    monkeypatch.setattr(host, "data", lambda *parts, size=-1: asked.append(parts[-1]) or real(*parts, size=size))
     inventory(host)
     assert "config" not in asked
     library.check_assignable(host, GPU)
@@ -193,3 +194,41 @@ def test_what_has_no_address_is_not_compared(host: Host) -> None:
     assert bars(host, ["0x1000 0x1fff 0x20040200", PORTS], registers(0, 0xD001))[0] == ["bar-no-address"]
     host.put("proc/iomem", "0000d000-0000d01f : BOOTFB")
     assert bars(host, [PLACED, PORTS], registers(0xFE000000, 0xD001)) == ([], "")
+
+
+# --- many devices
+
+
+def test_the_work_grows_with_the_number_of_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with its square: files, links and directories that are read, for twice as many functions."""
+    calls = 0
+
+    def counted(name: str) -> None:
+        real = getattr(os, name)
+
+        def count(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(os, name, count)
+
+    work = []
+    for number in (20, 40):
+        host = Host(tmp_path / str(number))
+        for index in range(number):
+            bdf = f"0000:{index + 1:02x}:00.0"
+            host.add(bdf, "nvme", index // 2, config=bytes(64))
+            host.add_below(bdf, "sys/class/block", f"nvme{index}n1", dev=f"259:{index}")
+            host.add_below(bdf, "sys/class/net", f"eth{index}")
+            host.add_below(bdf, "sys/dev/char", f"240:{index}", uevent=f"DEVNAME=nvme{index}")
+            host.process(1000 + index, "x", nodes=("/dev/null",))
+        with monkeypatch.context() as patched:
+            monkeypatch = patched
+            for name in ("open", "readlink", "listdir"):
+                counted(name)
+            calls = 0
+            assert len(inventory(host).devices) == number
+        work.append(calls)
+    Host.made.clear()
+    assert work[1] < 2.2 * work[0]

@@ -28,7 +28,7 @@ class Restless(Host):
         super().__init__(root)
         self.gone = ExitStack()
 
-    def path(self, *parts: str) -> Path:
+    def place(self, *parts: str) -> str:
         if self.at:
             self.reads += 1
             if self.reads == self.at:
@@ -37,7 +37,7 @@ class Restless(Host):
                     aside.parent.mkdir(parents=True, exist_ok=True)
                     here.rename(aside)
                     self.gone.callback(aside.rename, here)
-        return super().path(*parts)
+        return super().place(*parts)
 
 
 LOOKS: dict[str, Callable[[Host], object]] = {
