@@ -154,6 +154,15 @@ def test_each_part_of_a_message_counts(table: Table) -> None:
     assert table.kvm.messages == {(ADDRESS + 0x2000, 0x77)}
 
 
+def test_all_bits_of_the_data_are_delivered(table: Table) -> None:
+    table.msix.set_control(ON)
+    for data in (0xFFFF_FFFF, 0x8000_0000, 1):
+        table.program(1, data=data)
+        assert table.kvm.messages == {(ADDRESS, data)}
+    table.program(1, address=0xFEEF_FFFC)
+    assert table.kvm.messages == {(0xFEEF_FFFC, 0x41)}
+
+
 def test_masks_of_vector_and_function(table: Table) -> None:
     table.msix.set_control(ON)
     table.program(1)
@@ -222,8 +231,10 @@ def test_a_vector_that_vfio_refuses_is_alone(table: Table) -> None:
     table.msix.set_control(ON)
     table.program(1)
     table.device.refusing = {"set"}
+    open_before = descriptors()
     table.program(2)
-    assert table.connected == [1]
+    assert (table.connected, descriptors()) == ([1], open_before)
+    assert ("disable", MSIX) not in table.device.calls, "the others are not disturbed"
     table.device.refusing = set()
     table.program(2)
     assert table.connected == [1, 2], "and may come later"
