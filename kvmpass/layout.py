@@ -66,13 +66,13 @@ class Range:
         return self.start + self.size - 1
 
     def overlaps(self, other: Range) -> bool:
-        return self.start < other.end and other.start < self.end
+        return bool(self.size and other.size) and self.start < other.end and other.start < self.end
 
     def contains(self, other: Range) -> bool:
         return self.start <= other.start and other.end <= self.end
 
     def __str__(self) -> str:
-        return f"{self.start:#x}-{self.last:#x}"
+        return f"{self.start:#x}-{self.last:#x}" if self.size else f"{self.start:#x} (0 bytes)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def plan_layout(ram_size: int, reserved: Iterable[Reserved] = (), phys_bits: int
         raise LayoutError(f"{ram_size:#x} bytes of RAM: at least 1 MiB, in whole pages of {size}")
     bits = min(phys_bits, GUEST_BITS)
     reserved = tuple(sorted(set(reserved), key=lambda line: line.range))
-    avoid = [line.range for line in reserved if line.kind not in _TRANSLATED_KINDS]
+    avoid = [line.range for line in reserved if not translated(line)]
     high = Range(HIGH_RAM_BASE, max(0, (1 << bits) - HIGH_RAM_BASE))
     gaps = [gap for window in (Range(0, LOW_RAM_LIMIT), high) for gap in _gaps(window, avoid, page)]
     ram: list[Range] = []
@@ -146,11 +146,14 @@ def plan_layout(ram_size: int, reserved: Iterable[Reserved] = (), phys_bits: int
     return layout
 
 
+def translated(line: Reserved) -> bool:
+    """Whether memory may lie there all the same: the kernel maps such a range itself, or refuses the device."""
+    return line.kind in _TRANSLATED_KINDS
+
+
 def find_reserved(range_: Range, reserved: Iterable[Reserved]) -> Reserved | None:
     """The first untranslated range that ``range_`` touches."""
-    return next(
-        (line for line in reserved if line.kind not in _TRANSLATED_KINDS and line.range.overlaps(range_)), None
-    )
+    return next((line for line in reserved if not translated(line) and line.range.overlaps(range_)), None)
 
 
 def _gaps(window: Range, avoid: Iterable[Range], align: int = PAGE) -> Iterator[Range]:

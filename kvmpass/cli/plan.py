@@ -11,7 +11,7 @@ from kvmpass.cli import findings
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
 from kvmpass.host import Bdf
-from kvmpass.layout import size_words
+from kvmpass.layout import size_words, translated
 from kvmpass.memory import Backing
 from kvmpass.pci import BarPreview, Vectors
 from kvmpass.planning import DevicePlan, Objection, Plan
@@ -46,7 +46,7 @@ def plan(output: Output, bdf: tuple[Bdf, ...], memory: int, cpus: int, hugepages
     output.text(click.style("descriptors", bold=True))
     output.text(f"  {descriptors.fixed} for the machine, its {_count(made.cpus, 'vCPU')} and its devices")
     output.text(f"  {descriptors.vectors} more at most, one for each MSI or MSI-X vector that the guest unmasks")
-    output.text(f"  {descriptors.limit} are allowed")
+    output.text(f"  {'any number' if descriptors.limit is None else descriptors.limit} are allowed")
     for title, objections, colour in (("warnings", made.warnings, "yellow"), ("what blocks", made.blocks, "red")):
         if objections:
             output.text(click.style(title, fg=colour, bold=True))
@@ -115,8 +115,14 @@ def _show_memory(output: Output, made: Plan) -> None:
     if not made.confined:
         output.text("  this host has no IOMMU groups: no range is known as reserved")
         return
+    reserved = made.memory.layout.reserved if made.memory else ()
     output.text("  around these reserved ranges:")
-    for line in made.memory.layout.reserved if made.memory else ():
+    for line in reserved:
+        if not translated(line):
+            output.text(f"    {line}")
+    if any(map(translated, reserved)):
+        output.text("  not around these, which the kernel maps itself, or for which it refuses a device:")
+    for line in filter(translated, reserved):
         output.text(f"    {line}")
 
 

@@ -340,9 +340,11 @@ class Sysfs:
             raise NotAssignable(f"there is no IOMMU group {number}")
         reserved = []
         for line in (self.text(base, "reserved_regions") or "").splitlines():
-            start, last, kind = line.split()
-            low = int(start, 16)
-            reserved.append(Reserved(Range(low, int(last, 16) - low + 1), kind))
+            with contextlib.suppress(ValueError):
+                start, last, kind = line.split()
+                low = int(start, 16)
+                # A region of no bytes ends before it begins, at 0 with all ones.
+                reserved.append(Reserved(Range(low, (int(last, 16) - low + 1) % (1 << 64)), kind))
         members = [Bdf.parse(name) for name in self.names(base, "devices") if name.count(":") == 2]
         return IommuGroup(
             id=number,

@@ -25,11 +25,15 @@ def ivmd(kind: int, first: int, last: int, start: int, size: int, flags: int = 0
     return struct.pack("<BBHHH8xQQ", kind, flags, 32, first, last, start, size)
 
 
-def ivrs(*blocks: bytes) -> bytes:
-    """The table (the same, 5.2.1): ACPI's header, IVinfo, reserved bytes, blocks."""
+def ivrs(*blocks: bytes, wrong: int = 0) -> bytes:
+    """The table (the same, 5.2.1): ACPI's header, IVinfo, reserved bytes, blocks. ``wrong`` damages its checksum."""
     body = struct.pack("<I8x", 0x0020_3043) + b"".join(blocks)
-    header = struct.pack("<4sIBB6s8sIII", b"IVRS", 36 + len(body), 2, 0, b"KVMPAS", b"MADE UP ", 1, 0, 1)
-    return header + body
+
+    def table(checksum: int) -> bytes:
+        header = ("<4sIBB6s8sIII", b"IVRS", 36 + len(body), 2, checksum, b"KVMPAS", b"MADE UP ", 1, 0, 1)
+        return struct.pack(*header) + body
+
+    return table((wrong - sum(table(0))) % 256)
 
 
 class Host(Sysfs):

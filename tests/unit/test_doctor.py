@@ -229,9 +229,12 @@ def test_the_table() -> None:
             ivhd(0x11),
             ivhd(0x40, base=0xFD20_0000),
             ivmd(0x20, 0, 0, 0x8000_0000, 0x1000),
-            ivmd(0x21, 0x0100, 0, 0x9000_0000, 0x2000),
+            ivmd(0x21, 0x0100, 0, 0x9000_0000, 0x2000, flags=0b0011),
             ivmd(0x22, 0x0100, 0x01FF, 0xA000_0000, 0x1000, flags=0b1001),
-            ivmd(0x22, 0x0108, 0x01FF, 0xB000_0000, 0x1000),
+            ivmd(0x22, 0x0108, 0x01FF, 0xB000_0000, 0x1000, flags=0b1000),
+            ivmd(0x21, 0x0100, 0, 0xC000_0000, 0, flags=0b0111),
+            ivmd(0x21, 0x0100, 0, 0xC000_0001, 1, flags=0b0101),
+            ivmd(0x21, 0x0100, 0, 0, 0, flags=0b0110),
         )
     )
     assert [(one.type, one.base) for one in table.iommus] == [
@@ -239,12 +242,63 @@ def test_the_table() -> None:
         (0x11, 0xFD00_0000),
         (0x40, 0xFD20_0000),
     ]
-    assert table.one_to_one[0].range == Range(0x8000_0000, 0x1000)
-    assert [str(one) for one in table.one_to_one] == [
+    assert str(table) == "3 IVHD (types 10h, 11h, 40h; 40h is used), 7 IVMD"
+    assert table.memory[0].range == Range(0x8000_0000, 0x1000)
+    assert table.memory[5].range == Range(0xC000_1000, 0x1000), "whole pages, as the kernel makes them"
+    assert table.direct == table.memory[:6]
+    assert [str(one) for one in table.memory] == [
         "0x80000000-0x80000fff for all devices",
-        "0x90000000-0x90001fff for 01:00.0",
-        "0xb0000000-0xb0000fff for 01:01.0 to 01:1f.7",
+        "0x90000000-0x90001fff for 01:00.0, read-only",
+        "0xa0000000-0xa0000fff for 01:00.0 to 01:1f.7, exclusion range: read-write since Linux 5.5",
+        "0xb0000000-0xb0000fff for 01:01.0 to 01:1f.7, exclusion range: read-write since Linux 5.5",
+        "0xc0000000 (0 bytes) for 01:00.0",
+        "0xc0000001-0xc0000001 for 01:00.0, write-only",
+        "0x0 (0 bytes) for 01:00.0, ignored by Linux",
     ]
+
+
+def test_a_table_that_ends_badly(host: Host) -> None:
+    """What can be read is shown, and where it ends; the kernel's own verdict decides."""
+    data = ivrs(ivhd(), ivmd(0x20, 0, 0, 0x8000_0000, 0x1000), b"\x40\0\0\0")
+    table = parse_ivrs(data)
+    assert (len(table.iommus), len(table.memory)) == (1, 1)
+    assert "the block at 0x68 (type 0x40) has an impossible size, 0" in str(table)
+    host.put(IVRS, data)
+    [finding] = [one for one in diagnose(host) if one.check == "firmware-iommu"]
+    assert finding.outcome is Outcome.PASS
+    assert "impossible size" in str(finding.read[0])
+
+
+def test_a_wrong_checksum(host: Host) -> None:
+    host.put(IVRS, ivrs(ivhd(), wrong=0x5C))
+    [finding] = [one for one in diagnose(host) if one.check == "firmware-iommu"]
+    assert (finding.outcome, "wrong checksum" in str(finding.read[0])) == (Outcome.PASS, True), "it is in use"
+    host.path("sys/class/iommu/ivhd0").rmdir()
+    assert found(host, "ivrs-checksum").check == "firmware-iommu"
+
+
+@pytest.mark.parametrize("flags", [0b111, 0b1111, 0b1000])
+def test_blocks_and_groups_agree(host: Host, flags: int) -> None:
+    """Exclusion ranges are direct, too: never a group with a direct range beside a table that has none."""
+    host.add("0000:02:00.0", "xhci_hcd", 9)
+    host.put("sys/kernel/iommu_groups/9/reserved_regions", "0x000000009f000000 0x000000009fffffff direct")
+    host.put(IVRS, ivrs(ivhd(), ivmd(0x21, 0x0200, 0, 0x9F00_0000, 0x100_0000, flags)))
+    finding = found(host, "one-to-one")
+    assert any("IVMD 0x9f000000-0x9fffffff for 02:00.0" in str(reading) for reading in finding.read)
+    assert "1 IVMD" in str(next(one for one in diagnose(host) if one.check == "firmware-iommu").read[0])
+
+
+@pytest.mark.parametrize(
+    "line", ["0x9f000000 0x9effffff direct", "0x0 0xffffffffffffffff direct", "nonsense", "1 x y"]
+)
+def test_regions_of_no_bytes(host: Host, line: str) -> None:
+    """The kernel makes them of a block of length 0, and refuses the device."""
+    host.put("sys/kernel/iommu_groups/7/reserved_regions", f"{line}\n0xfee00000 0xfeefffff msi")
+    host.put(RELEASE, "6.12.0")
+    wanted = ["device-one-to-one"] if "direct" in line else []
+    findings = diagnose(host, NVME)
+    assert kinds(findings, Outcome.FAIL) == wanted
+    assert not wanted or "(0 bytes)" in "".join(str(one) for find in findings for one in find.read)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +482,7 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     text, status = run(str(NVME))
     assert status == 0
     assert text.endswith(f"\nnothing failed, {len(library.CATALOGUE)} passed\n")
-    assert "read" not in text
+    assert "      read " not in text
     assert "read    /proc/cpuinfo: flags with svm" in run("-v")[0]
     host.put("proc/cmdline", "amd_iommu=on")
     assert run()[1] == 0

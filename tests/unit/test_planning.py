@@ -173,6 +173,16 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     assert "vectors 17 MSI-X, 4 MSI, INTx" in text
     assert "2 map calls, 4294967296 bytes locked (4 GiB)" in text
     assert "0xfd00000000-0xffffffffff reserved" in text
+    assert "not around these" not in text
+    regions = "sys/kernel/iommu_groups/7/reserved_regions"
+    before = host.text(regions) or ""
+    host.put(regions, f"0x1000000 0x1ffffff direct\n{before}")
+    words = run(NVME, "--memory", "4G")[0]
+    around, _, beside = words.partition("  not around these, which the kernel maps itself")
+    assert "direct" not in around.partition("around these")[2]
+    assert "    0x1000000-0x1ffffff direct\n" in beside
+    assert next(line for line in around.splitlines() if "ram0" in line).split()[1] == "0x0-0xbfffffff", "across it"
+    host.put(regions, before)
     assert text.endswith("\nnothing blocks; nothing was changed\n")
     assert all(len(line) <= 80 for line in text.splitlines()), text
     document = valid("plan", run(NVME, "--memory", "64M", "--json")[0])

@@ -8,6 +8,7 @@ from kvmpass.host.blockers.group import one_to_one
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.cmdline import CommandLine
 from kvmpass.host.doctor.refusals import (
+    CHECKSUM,
     COMPLAINTS,
     IOMMU_PROBLEMS,
     LOG,
@@ -150,8 +151,10 @@ def _ivrs(examined: Examined) -> Verdict:
         if examined.iommus and examined.groups:
             return good("the kernel has found one", Reading(f"/{IVRS}", str(error)))
         return bad(EMPTY_IVRS, Reading(f"/{IVRS}", str(error)), why=error)
-    described = sorted({iommu.base for iommu in table.iommus})  # a unit has an IVHD of each type
-    read = Reading(f"/{IVRS}", f"{len(table.iommus)} IVHD, {len(table.one_to_one)} IVMD")
+    described = sorted({(iommu.segment, iommu.base) for iommu in table.iommus})  # a unit has an IVHD of each type
+    read = Reading(f"/{IVRS}", str(table))
+    if not table.sum_is_right and not examined.iommus:
+        return bad(CHECKSUM, read)
     if not described:
         return bad(EMPTY_IVRS, read, why="it has no IVHD block")
     return good(f"IVRS, {len(described)} IOMMU{'s' if len(described) > 1 else ''}", read)
@@ -276,7 +279,7 @@ def read_ivrs(sysfs: Sysfs) -> Ivrs:
 
 
 def _one_to_one(examined: Examined) -> Verdict:
-    wanted = read_ivrs(examined.sysfs).one_to_one
+    wanted = read_ivrs(examined.sysfs).memory
     devices = [str(bdf) for group in examined.groups if one_to_one(group) for bdf in group.devices]
     read = [Reading("/sys/kernel/iommu_groups/*/reserved_regions", f"direct for {', '.join(devices) or 'no device'}")]
     read += [Reading(f"/{IVRS}", f"IVMD {block}") for block in wanted]
@@ -290,7 +293,7 @@ CHECKS = (
         "firmware-iommu",
         "AMD-Vi in the firmware",
         f"the ACPI table `/{IVRS}` and its IVHD blocks",
-        (NO_IVRS, ACPI_OFF, EMPTY_IVRS),
+        (NO_IVRS, ACPI_OFF, EMPTY_IVRS, CHECKSUM),
         _ivrs,
         vital=True,
     ),
