@@ -18,7 +18,7 @@ Say = Callable[[str], None]
 
 
 def check(
-    bdfs: Sequence[host.Bdf], memory: int, sysfs: host.Sysfs, backing: Backing = Backing.ANONYMOUS
+    bdfs: Sequence[host.Bdf], memory: int, sysfs: host.Sysfs, backing: Backing = Backing.ANONYMOUS, cpus: int = 1
 ) -> list[host.PciDevice]:
     """Everything that can be refused before anything changes, the host's side; returns the devices as they are."""
     if len(set(bdfs)) != len(bdfs):
@@ -27,7 +27,9 @@ def check(
     host.check_host(sysfs)
     for bdf in bdfs:
         host.check_assignable(sysfs, bdf, together=bdfs)
-    host.check_memory(sysfs, memory, huge_page=backing.page_size if backing is not Backing.ANONYMOUS else 0)
+    page = backing.page_size if backing is not Backing.ANONYMOUS else 0
+    host.check_memory(sysfs, memory, huge_page=page)
+    host.check_limits(sysfs, memory, huge_page=page, cpus=cpus, together=bdfs)
     return devices
 
 
@@ -54,9 +56,10 @@ def assigned(
     bdfs = [host.Bdf.parse(address) for address in addresses]
     size = parse_size(memory)
     names = host.Names(sysfs)
-    devices = check(bdfs, size, sysfs, backing)
+    devices = check(bdfs, size, sysfs, backing, cpus)
     image = prepare(spec, [device.modalias for device in devices])
     with Machine(memory=size, cpus=cpus, backing=backing, sysfs=sysfs, on_event=on_event) as machine:
+        machine.populate()  # the last step that the out-of-memory killer can answer
         image.load(machine)
         # Nothing has changed on the host so far. The machine lets go of the devices before they are given back.
         with host.borrow(*bdfs, sysfs=sysfs, say=say), closing(machine):

@@ -28,6 +28,7 @@ from kvmpass.domain import DmaMapping, Domain, compare
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
 from kvmpass.host import Bdf, Sysfs, check_memory
+from kvmpass.host.limits import page_tables
 from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
 from kvmpass.layout import Layout, parse_size
 from kvmpass.memory import Backing, GuestMemory, RegionKind, plan_memory
@@ -149,6 +150,20 @@ class Machine:
         """Its table of interrupt routes."""
         return self._board.routes
 
+    def populate(self) -> None:
+        """Allocate all of the memory now: afterwards a device that is assigned takes little more. Idempotent.
+
+        ``assign`` does it if nobody has. Whoever does it before devices change drivers leaves the host as it was,
+        even if this process is killed for want of memory. Raises ``NotEnoughMemory`` or ``OSError``.
+        """
+        if self._closed:
+            raise Closed("the machine is closed")
+        if not self._populated:
+            size = self.memory.anonymous_size
+            check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size))
+            self.memory.populate()
+            self._populated = True
+
     # --- devices
 
     def assign(self, bdf: str | Bdf, *, vf_token: uuid.UUID | None = None) -> AssignedDevice:
@@ -169,10 +184,7 @@ class Machine:
                 f"{found.bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
                 "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
             )
-        if not self._populated:
-            check_memory(self._sysfs, self.memory.anonymous_size, locked=self.memory.ram_size)
-            self.memory.populate()
-            self._populated = True
+        self.populate()
         with deferred(), self._moves, ExitStack() as undo:
             self._notices.follow_faults()
             vfio = self.domain.attach(str(found.bdf), found.group, vf_token)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse, KvmpassError, NoSuchDevice
-from kvmpass.host import Bdf, Blocker, Finding, Outcome, PciDevice, Sysfs
+from kvmpass.host import Bdf, Blocker, Finding, Outcome, PciDevice, Sysfs, limits
 from kvmpass.kvm import System
 from kvmpass.layout import Layout, parse_size
 from kvmpass.memory import Backing, MemoryPlan, plan_memory
 from kvmpass.pci import BarPreview, BarSpace, Vectors, allocate, preview_bars, preview_vectors
-
-# Standard input, output and error; KVM, the VM, its VFIO device; the container; epoll and eventfd of the watch over
-# devices; the kernel's log.
-_MACHINE_DESCRIPTORS = 3 + 3 + 1 + 2 + 1
-# A device; the eventfds of its ERR and REQ interrupts; those of INTx, raised and ended.
-_DEVICE_DESCRIPTORS = 1 + 2 + 2
-_RAISE = "raise the limit: ulimit -Hn, or nofile in limits.conf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +42,12 @@ class DevicePlan:
 class Descriptors:
     """What is counted: ``fixed`` for the machine and its devices, ``vectors`` more if the guest unmasks them all.
 
-    ``limit`` is the hard one: the soft one is raised to it.
+    ``limit`` is the hard one, None without: the soft one is raised to it.
     """
 
     fixed: int
     vectors: int
-    limit: int
+    limit: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +106,7 @@ def plan(
     if len(set(bdfs)) != len(bdfs):
         blocks.append(_impossible(DeviceInUse("the same device is named twice")))
         bdfs = list(dict.fromkeys(bdfs))
-    findings = list(_findings(sysfs, bdfs, size, backing))
+    findings = list(_findings(sysfs, bdfs, size, backing, cpus))
     blocks += _objections(findings, Outcome.FAIL)
     devices = list(_present(sysfs, bdfs))
     groups = sysfs.groups()
@@ -128,10 +120,7 @@ def plan(
     planned = tuple(_device(sysfs, device, bdfs) for device in devices)
     if memory_plan is not None:
         blocks += _unfitting(planned, memory_plan.layout)
-    descriptors = _descriptors(planned, cpus)
-    if descriptors.fixed > descriptors.limit:
-        counts = f"{descriptors.fixed} descriptors are needed, {descriptors.limit} are allowed"
-        blocks.append(_impossible(KvmpassError(counts, _RAISE)))
+    descriptors = _descriptors(sysfs, planned, cpus)
     return Plan(
         devices=planned,
         memory=memory_plan,
@@ -145,13 +134,13 @@ def plan(
     )
 
 
-def _findings(sysfs: Sysfs, bdfs: Sequence[Bdf], size: int, backing: Backing) -> Iterator[Finding]:
+def _findings(sysfs: Sysfs, bdfs: Sequence[Bdf], size: int, backing: Backing, cpus: int) -> Iterator[Finding]:
     """The doctor's, of the host once and of each device."""
     page = backing.page_size if backing is not Backing.ANONYMOUS else 0
     look = host.Look(sysfs)
     seen: set[tuple[str, str]] = set()
     for bdf in bdfs:
-        for finding in host.diagnose(sysfs, bdf, memory=size, huge_page=page, together=bdfs, look=look):
+        for finding in host.diagnose(sysfs, bdf, memory=size, huge_page=page, together=bdfs, look=look, cpus=cpus):
             key = finding.check, finding.trouble.cause if finding.trouble else ""
             if key not in seen:
                 seen.add(key)
@@ -236,9 +225,8 @@ def _check_cpus(sysfs: Sysfs, cpus: int) -> None:
             system.check_vcpus(cpus)
 
 
-def _descriptors(devices: Sequence[DevicePlan], cpus: int) -> Descriptors:
+def _descriptors(sysfs: Sysfs, devices: Sequence[DevicePlan], cpus: int) -> Descriptors:
     groups = {device.group for device in devices}
-    fixed = _MACHINE_DESCRIPTORS + cpus + len(groups) + _DEVICE_DESCRIPTORS * len(devices)
     most = sum(max(device.vectors.msix or 0, device.vectors.msi or 0) for device in devices)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return Descriptors(fixed, most, hard)
+    fixed = limits.descriptors_needed(len(devices), len(groups), cpus)
+    return Descriptors(fixed, most, limits.rlimit(sysfs, "Max open files").hard)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,7 +100,8 @@ class Examined:
     ``memory`` is the guest's, in bytes; ``huge_page`` the bytes of the pages that it must come from, or 0; ``locked``
     what must be locked, if that is another number; ``memlock`` replaces this process's limit (-1: none).
     ``together`` are devices that are taken with ``bdf``. Whoever asks about many devices passes one ``look``.
-    ``wake``: a device that is suspended may be woken to ask it.
+    ``wake``: a device that is suspended may be woken to ask it. ``cpus`` are the guest's.
+    ``overhead`` is what it costs beside its memory, in bytes, if that is known.
     """
 
     def __init__(
@@ -114,8 +116,12 @@ class Examined:
         memlock: int | None = None,
         look: Look | None = None,
         wake: bool = True,
+        cpus: int = 1,
+        overhead: int | None = None,
     ) -> None:
         self.sysfs = sysfs
+        self.overhead = overhead
+        self.cpus = cpus
         self.bdf = bdf
         self.together = tuple(together)
         self.memory = memory
@@ -171,6 +177,32 @@ class Examined:
     def log(self) -> KernelLog:
         """The kernel's, as far as it reaches back."""
         return self.look.log
+
+    # --- this process
+
+    @cached_property
+    def status(self) -> dict[str, str]:
+        """Its ``/proc/self/status``."""
+        lines = (self.sysfs.text("proc/self/status") or "").splitlines()
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+    def capable(self, capability: int) -> bool:
+        """Whether it has one of CAP_* (include/uapi/linux/capability.h)."""
+        try:
+            return bool(int(self.status.get("CapEff", "0"), 16) >> capability & 1)
+        except ValueError:
+            return False
+
+    @property
+    def user(self) -> int:
+        """Its real user."""
+        words = self.status.get("Uid", "").split()
+        return int(words[0]) if words and words[0].isdecimal() else os.getuid()
+
+    def own_memory(self, field: str) -> int:
+        """Bytes of it, such as ``VmSize``; 0 where the kernel does not say."""
+        words = self.status.get(field, "").split()
+        return int(words[0]) * 1024 if words and words[0].isdecimal() else 0
 
     def seen(self, path: str, value: str | None = None) -> Reading:
         """The reading of a file; ``value`` where its text would be too much."""

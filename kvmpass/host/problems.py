@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kvmpass.errors import HostNotReady, KvmpassError
 from kvmpass.host.address import Bdf
+from kvmpass.layout import MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,11 @@ class Blocker:
         refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.denied)
         refused.add_note(self.remedy)
         return refused
+
+
+def mib(size: int) -> str:
+    """Bytes in words."""
+    return f"{size // MIB} MiB"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -168,6 +169,73 @@ def test_memlock(edu: str) -> None:
     words += [sys.executable, "-c", script, edu]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "memlock-low\n", done.stderr
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Path]:
+    """A control group of version 2 with the controllers that limit us, for children to move into."""
+    root, made = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/kvmpass-test/inner.service")
+    if not (root / "cgroup.controllers").exists():
+        pytest.skip("cgroup version 2 is not at /sys/fs/cgroup")
+    (root / "cgroup.subtree_control").write_text("+memory +pids")
+    made.mkdir(parents=True)
+    (made.parent / "cgroup.subtree_control").write_text("+memory +pids")
+    yield made
+    made.rmdir()
+    made.parent.rmdir()
+
+
+def in_cgroup(cgroup: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    def enter() -> None:
+        (cgroup / "cgroup.procs").write_text("0")
+
+    return subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=120, check=False, preexec_fn=enter
+    )
+
+
+@pytest.mark.amdvi(kernel="full")
+def test_the_memory_of_a_cgroup(nvme: str, cgroup: Path) -> None:
+    """doctor, plan and assign see the limit, be it the group's own or that of one above it; the drive stays."""
+    for limited in (cgroup, cgroup.parent):
+        (limited / "memory.max").write_text(str(300 * MIB))
+        for command in ("doctor", "plan"):
+            done = in_cgroup(cgroup, "-m", "kvmpass", command, nvme, "--memory", "1G", "--json")
+            document = json.loads(done.stdout)
+            kinds = [one["problem"]["kind"] for one in document.get("findings", ()) if one["outcome"] == "fail"]
+            assert (done.returncode, [*kinds, *[one["kind"] for one in document.get("blocks", ())]]) == (
+                1,
+                ["cgroup-memory"],
+            )
+        done = in_cgroup(cgroup, "-m", "kvmpass", "assign", nvme, "--memory", "1G", "--", "true")
+        assert done.returncode == 125, done.stderr
+        assert f"{limited}/memory.max leaves" in done.stderr
+        assert SYSFS.driver(Bdf.parse(nvme)) == "nvme"
+        (limited / "memory.max").write_text("max")
+    (cgroup.parent / "pids.max").write_text("5")
+    done = in_cgroup(cgroup, "-m", "kvmpass", "doctor", "--json")
+    (cgroup.parent / "pids.max").write_text("max")
+    kinds = [one["problem"]["kind"] for one in json.loads(done.stdout)["findings"] if one["outcome"] == "fail"]
+    assert kinds == ["tasks-low"]
+
+
+@pytest.mark.amdvi(kernel="full")
+def test_killed_while_populating(nvme: str, cgroup: Path) -> None:
+    """Without the check the out-of-memory killer answers: no driver has changed hands by then, nothing is left."""
+    (cgroup / "memory.max").write_text(str(200 * MIB))
+    script = """if True:
+        import sys
+        from kvmpass import host, machine
+        from kvmpass.cli.main import main
+        host.check_memory = machine.check_memory = lambda *_, **__: None
+        sys.argv[1:] = ["assign", "-v", sys.argv[1], "--memory", "512M", "--", "true"]
+        main()
+        """
+    done = in_cgroup(cgroup, "-c", script, nvme)
+    (cgroup / "memory.max").write_text("max")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert SYSFS.driver(Bdf.parse(nvme)) == "nvme"
+    assert host.restore() == []
 
 
 def test_more_memory_than_there_is(edu: str) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import resource
 
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.problems import Problem
+from kvmpass.host.doctor.limits import raising
+from kvmpass.host.limits import own_unit, rlimit
+from kvmpass.host.problems import Problem, mib
 from kvmpass.host.sysfs import Sysfs
-from kvmpass.layout import MIB
 
 CAP_IPC_LOCK = 14  # include/uapi/linux/capability.h
 POOLS = "sys/kernel/mm/hugepages"
+NODES = "sys/devices/system/node"
+_MOST_NODES = 1024  # include/linux/numa.h: MAX_NUMNODES
 
 SHORT = Problem(
     kind="memory-short",
@@ -28,19 +32,24 @@ FEW_HUGE_PAGES = Problem(
     commands=("echo {count} > {pool}/nr_hugepages",),
     error=NotEnoughMemory,
 )
+FEW_ON_NODES = Problem(
+    kind="memory-nodes-short",
+    brief="{available} of {size} on NUMA node {nodes}",
+    cause="the guest needs {size} of memory, and this process may have memory of NUMA node {nodes} only, where "
+    "{available} are available",
+    remedy="give the guest less memory, or this process more nodes: for a systemd unit AllowedMemoryNodes=, "
+    "cpuset.mems of its cgroups",
+    error=NotEnoughMemory,
+)
 MEMLOCK = Problem(
     kind="memlock-low",
     brief="{limit} of {size}",
     cause="the guest's {size} must be locked in memory, this process may lock {limit}",
-    remedy="raise the limit (ulimit -l {kib}, or memlock in limits.conf), or run as root; for a user: this line, and "
-    "a new login",
-    commands=("echo 'USER - memlock {kib}' > /etc/security/limits.d/50-kvmpass-USER.conf",),
+    remedy="raise the limit (for a systemd unit LimitMEMLOCK=, else ulimit -l {kib}, or memlock in limits.conf and "
+    "a new login), or run as root",
+    commands=("{command}",),
     error=NotEnoughMemory,
 )
-
-
-def _mib(size: int) -> str:
-    return f"{size // MIB} MiB"
 
 
 def _available(examined: Examined) -> Verdict:
@@ -52,10 +61,35 @@ def _available(examined: Examined) -> Verdict:
         return good("not needed: huge pages", Reading("/proc/meminfo", "not looked at"))
     if found is None:  # before Linux 3.14
         return good("the kernel does not tell", Reading("/proc/meminfo", "no MemAvailable"))
-    read = Reading("/proc/meminfo", f"MemAvailable {_mib(found)}")
+    read = Reading("/proc/meminfo", f"MemAvailable {mib(found)}")
     if found < examined.memory:
-        return bad(SHORT, read, size=_mib(examined.memory), available=_mib(found))
-    return good(f"{_mib(found)} available, {_mib(examined.memory)} wanted", read)
+        return bad(SHORT, read, size=mib(examined.memory), available=mib(found))
+    nodes, there = _on_nodes(examined)
+    if there is not None and there < examined.memory:
+        nearby = Reading("/proc/self/status", f"Mems_allowed_list {nodes}")
+        return bad(FEW_ON_NODES, read, nearby, size=mib(examined.memory), available=mib(there), nodes=nodes)
+    return good(f"{mib(found)} available, {mib(examined.memory)} wanted", read)
+
+
+def _on_nodes(examined: Examined) -> tuple[str, int | None]:
+    """The NUMA nodes of which this process may have memory, and how many bytes they have; None for all nodes."""
+    allowed = examined.status.get("Mems_allowed_list", "")
+    numbers = {
+        number
+        for part in allowed.split(",")
+        if (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()))
+        for number in range(int(match[1]), min(int(match[2] or match[1]), _MOST_NODES) + 1)
+    }
+    nodes = [name for name in examined.sysfs.names(NODES) if re.fullmatch(r"node\d+", name)]
+    ours = [name for name in nodes if int(name.removeprefix("node")) in numbers]
+    if not ours or len(ours) == len(nodes):
+        return allowed, None
+    total = 0
+    for name in ours:
+        for line in (examined.sysfs.text(NODES, name, "meminfo") or "").splitlines():
+            match = re.search(r" (MemFree|Active\(file\)|Inactive\(file\)|SReclaimable): +(\d+) kB", line)
+            total += int(match[2]) * 1024 if match else 0
+    return allowed, total
 
 
 def _huge_pages(examined: Examined) -> Verdict:
@@ -75,49 +109,44 @@ def _huge_pages(examined: Examined) -> Verdict:
         return bad(
             FEW_HUGE_PAGES,
             *read,
-            size=_mib(examined.memory),
+            size=mib(examined.memory),
             page=page >> 10,
-            free=_mib(left),
+            free=mib(left),
             pool=f"/{base}",
             count=total + missing,
         )
-    return good(f"{_mib(left)} free, {_mib(examined.memory)} wanted", *read)
+    return good(f"{mib(left)} free, {mib(examined.memory)} wanted", *read)
 
 
 def _pool(sysfs: Sysfs, name: str) -> str:
     return f"{sysfs.text(POOLS, name, 'free_hugepages')} of {sysfs.text(POOLS, name, 'nr_hugepages')} free"
 
 
-def _capable(sysfs: Sysfs, capability: int) -> bool:
-    for line in (sysfs.text("proc/self/status") or "").splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> capability & 1)
-    return False
-
-
-def memlock_limit(sysfs: Sysfs) -> int:
-    """RLIMIT_MEMLOCK of this process in bytes, -1 without limit."""
-    for line in (sysfs.text("proc/self/limits") or "").splitlines():
-        if line.startswith("Max locked memory"):
-            soft = line.removeprefix("Max locked memory").split()[0]
-            return resource.RLIM_INFINITY if soft == "unlimited" else int(soft)
-    return resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-
-
 def _memlock(examined: Examined) -> Verdict:
     capable = Reading("/proc/self/status", "CapEff with CAP_IPC_LOCK")
-    if _capable(examined.sysfs, CAP_IPC_LOCK):
+    if examined.capable(CAP_IPC_LOCK):
         return good("no limit: CAP_IPC_LOCK", capable)
-    limit = memlock_limit(examined.sysfs) if examined.memlock is None else examined.memlock
-    text = "unlimited" if limit == resource.RLIM_INFINITY else _mib(limit)
+    limit = rlimit(examined.sysfs, "Max locked memory").soft
+    if examined.memlock is not None:
+        limit = None if examined.memlock == resource.RLIM_INFINITY else examined.memlock
+    text = "unlimited" if limit is None else mib(limit)
     read = Reading("/proc/self/limits", f"Max locked memory {text}"), Reading("/proc/self/status", "no CAP_IPC_LOCK")
-    if limit != resource.RLIM_INFINITY and limit < examined.locked:
+    if limit is not None and limit < examined.locked:
         kib = -(-examined.locked // 1024)
-        return bad(MEMLOCK, *read, size=_mib(examined.locked), limit=text, kib=kib)
+        command = f"echo 'USER - memlock {kib}' > /etc/security/limits.d/50-kvmpass-USER.conf"
+        if own_unit(examined.sysfs) is not None:
+            command = raising(examined, "LimitMEMLOCK", "ulimit -l", examined.locked, 1024)
+        return bad(MEMLOCK, *read, size=mib(examined.locked), limit=text, kib=kib, command=command)
     return good(text, *read)
 
 
-MEMORY = Check("memory", "Memory", "MemAvailable in `/proc/meminfo`", (SHORT,), _available)
+MEMORY = Check(
+    "memory",
+    "Memory",
+    "MemAvailable in `/proc/meminfo`; of its NUMA nodes, if not of all",
+    (SHORT, FEW_ON_NODES),
+    _available,
+)
 HUGE_PAGES = Check("huge-pages", "Huge pages", f"`/{POOLS}`, with `--hugepages`", (FEW_HUGE_PAGES,), _huge_pages)
 LOCKED = Check(
     "memlock",

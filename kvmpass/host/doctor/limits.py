@@ -1,0 +1,298 @@
+"""What this process, not the host, may not have: every limit that would end an assignment half-way, or kill it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvmpass.errors import NotEnoughMemory
+from kvmpass.host import limits
+from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.limits import Ceiling, rlimit
+from kvmpass.host.problems import Problem, mib
+from kvmpass.layout import MIB
+
+LIMITS = "/proc/self/limits"
+CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24  # include/uapi/linux/capability.h
+_STACK = 8 * MIB  # of a thread, if nobody chose another size
+_ARENA = 64 * MIB  # what malloc sets aside for a thread that allocates
+_SMALLEST_FILE = MIB  # journal and status file are far smaller
+
+CGROUP_MEMORY = Problem(
+    kind="cgroup-memory",
+    brief="{left} of {size} left in {cgroup}",
+    cause="the guest and what it takes to run it need {size} of memory, and {file} leaves {left}: the kernel would "
+    "kill kvmpass while it fills the guest's memory",
+    remedy="give the guest less memory, or the cgroup more: for a systemd unit MemoryMax= (systemd-run: -p "
+    "MemoryMax=SIZE), for a container its memory limit. Swap is no help: a guest's memory is pinned",
+    commands=("{command}",),
+    error=NotEnoughMemory,
+)
+CGROUP_HIGH = Problem(
+    kind="cgroup-memory-high",
+    brief="{left} of {size} left in {cgroup}",
+    cause="the guest and what it takes to run it need {size} of memory, and {file} leaves {left}: the kernel would "
+    "stall kvmpass for as long as it is above, and a guest's pinned memory never goes below",
+    remedy="give the guest less memory, or the cgroup more: for a systemd unit MemoryHigh=",
+    commands=("{command}",),
+    error=NotEnoughMemory,
+)
+CGROUP_HUGE_PAGES = Problem(
+    kind="cgroup-huge-pages",
+    brief="{left} of {size} left in {cgroup}",
+    cause="the guest needs {size} of huge pages, and {file} leaves {left}: a touch beyond would be a SIGBUS",
+    remedy="give the guest less memory, or the cgroup more (systemd has no option for it: a container has its own)",
+    commands=("{command}",),
+    error=NotEnoughMemory,
+)
+FEW_TASKS = Problem(
+    kind="tasks-low",
+    brief="{left} of {needed} left",
+    cause="an assignment with {cpus} vCPUs has up to {needed} threads and processes, and {file} leaves {left}",
+    remedy="raise the limit: for a systemd unit TasksMax=, for a container its pids limit; RLIMIT_NPROC by "
+    "LimitNPROC= of a unit, ulimit -u, or nproc in limits.conf",
+    commands=("{command}",),
+)
+ADDRESS_SPACE = Problem(
+    kind="address-space-low",
+    brief="{name} {limit}",
+    cause="the guest's memory and the threads need {size} more of this process's address space, and {name} is "
+    "{limit} of which {used} are used",
+    remedy="raise the limit: for a systemd unit {option}=, else ulimit {flag}, or {item} in limits.conf",
+    commands=("{command}",),
+    error=NotEnoughMemory,
+)
+FEW_DESCRIPTORS = Problem(
+    kind="descriptors-low",
+    brief="{limit} of {needed}",
+    cause="{needed} file descriptors are needed, {limit} are allowed (RLIMIT_NOFILE, the hard limit)",
+    remedy="raise the limit: for a systemd unit LimitNOFILE=, else ulimit -Hn, or nofile in limits.conf",
+    commands=("{command}",),
+)
+FILE_SIZE = Problem(
+    kind="file-size-low",
+    brief="{limit} bytes",
+    cause="this process may write files of {limit} bytes only (RLIMIT_FSIZE): too little for the journal, by which a "
+    "killed assignment is undone",
+    remedy="raise the limit: for a systemd unit LimitFSIZE=, else ulimit -f, or fsize in limits.conf",
+    commands=("{command}",),
+)
+CPU_TIME = Problem(
+    kind="cpu-time-limited",
+    brief="{limit} s of CPU time",
+    cause="this process may use {limit} s of CPU time (RLIMIT_CPU), the guest's included: then the kernel ends it "
+    "with SIGXCPU, wherever it is",
+    remedy="lift the limit for long guests: for a systemd unit LimitCPU=infinity, else ulimit -t unlimited. What is "
+    "left over then kvmpass restore gives back",
+    warning=True,
+)
+
+
+def overhead(examined: Examined) -> int:
+    """Bytes that the guest costs beside its memory: page tables; its kernel and initramfs on the way into it."""
+    return 64 * MIB + limits.page_tables(examined.memory) if examined.overhead is None else examined.overhead
+
+
+def _place(ceiling: Ceiling) -> str:
+    return ceiling.cgroup.unit or f"/{ceiling.cgroup.directory}"
+
+
+def _command(ceiling: Ceiling, option: str, value: object) -> str:
+    """What raises a cgroup's limit, whoever made the cgroup."""
+    unit = ceiling.cgroup.unit
+    if unit is None or option == "" or unit.startswith(("docker-", "libpod-", "cri-")):
+        return f"echo {value} > {ceiling.path}"
+    mine = " --user" if ceiling.cgroup.is_users else ""
+    return f"systemctl{mine} set-property --runtime {unit} {option}={value}"
+
+
+def raising(examined: Examined, option: str, ulimit: str, value: int, unit: int = 1) -> str:
+    """What raises a limit of this process's own: its unit's option, or what a shell does. ``ulimit`` counts units."""
+    service = limits.own_unit(examined.sysfs)
+    if service is None:
+        return f"{ulimit} {-(-value // unit)}"
+    place = f"/etc/systemd/{'user' if service.is_users else 'system'}/{service.unit}.d"
+    reload = f"systemctl{' --user' if service.is_users else ''} daemon-reload"
+    return f"mkdir -p {place}; printf '[Service]\\n{option}={value}\\n' > {place}/kvmpass.conf; {reload}"
+
+
+def _tightest(ceilings: Iterable[Ceiling]) -> Ceiling | None:
+    return min(ceilings, key=lambda one: one.left, default=None)
+
+
+def _readings(ceilings: list[Ceiling], unit: int = MIB, name: str = " MiB") -> list[Reading]:
+    return [
+        Reading(one.path, f"{one.limit // unit}{name}, {one.left // unit}{name} of it left") for one in ceilings
+    ] or [Reading("/proc/self/cgroup", "no limit up to the root")]
+
+
+def _cgroup_memory(examined: Examined) -> Verdict:
+    sysfs = examined.sysfs
+    ceilings = limits.memory_ceilings(sysfs)
+    read = _readings(ceilings)
+    wanted = examined.memory if not examined.huge_page or limits.counts_huge_pages(sysfs) else 0
+    needed = wanted + overhead(examined)
+    for problem, option, chosen in (
+        (CGROUP_MEMORY, "MemoryMax", [one for one in ceilings if not one.file.endswith(".high")]),
+        (CGROUP_HIGH, "MemoryHigh", [one for one in ceilings if one.file.endswith(".high")]),
+    ):
+        tightest = _tightest(chosen)
+        if tightest is not None and tightest.left < needed:
+            return bad(
+                problem,
+                *read,
+                size=mib(needed),
+                left=mib(tightest.left),
+                cgroup=_place(tightest),
+                file=tightest.path,
+                command=_command(tightest, option, tightest.limit + needed - tightest.left),
+            )
+    tightest = _tightest(ceilings)
+    return good("no limit" if tightest is None else f"{mib(tightest.left)} left, {mib(needed)} wanted", *read)
+
+
+def _cgroup_huge_pages(examined: Examined) -> Verdict:
+    if not examined.huge_page:
+        return good("not asked for", Reading("/proc/self/cgroup", "not looked at"))
+    ceilings = limits.huge_page_ceilings(examined.sysfs, examined.huge_page)
+    tightest = _tightest(ceilings)
+    if tightest is None or tightest.left >= examined.memory:
+        return good("no limit" if tightest is None else f"{mib(tightest.left)} left", *_readings(ceilings))
+    return bad(
+        CGROUP_HUGE_PAGES,
+        *_readings(ceilings),
+        size=mib(examined.memory),
+        left=mib(tightest.left),
+        cgroup=_place(tightest),
+        file=tightest.path,
+        command=_command(tightest, "", tightest.limit + examined.memory - tightest.left),
+    )
+
+
+def _tasks(examined: Examined) -> Verdict:
+    sysfs, needed = examined.sysfs, limits.threads_needed(examined.sysfs, examined.cpus)
+    ceilings = limits.task_ceilings(sysfs)
+    read = _readings(ceilings, 1, "")
+    tightest = _tightest(ceilings)
+    if tightest is not None and tightest.left < needed:
+        return bad(
+            FEW_TASKS,
+            *read,
+            cpus=examined.cpus,
+            needed=needed,
+            left=tightest.left,
+            file=tightest.path,
+            command=_command(tightest, "TasksMax", tightest.limit + needed - tightest.left),
+        )
+    own = rlimit(sysfs, "Max processes")
+    if own.soft is not None and not _exempt(examined):
+        left = max(0, own.soft - limits.tasks_of_user(sysfs, examined.user))
+        read.append(Reading(LIMITS, f"Max processes {own.soft}, {left} of them left"))
+        if left < needed:
+            return bad(
+                FEW_TASKS,
+                *read,
+                cpus=examined.cpus,
+                needed=needed,
+                left=left,
+                file="RLIMIT_NPROC",
+                command=raising(examined, "LimitNPROC", "ulimit -u", own.soft + needed - left),
+            )
+    return good(f"{needed} at most", *read)
+
+
+def _exempt(examined: Examined) -> bool:
+    """From RLIMIT_NPROC (kernel/fork.c: copy_process)."""
+    return examined.user == 0 or any(map(examined.capable, (CAP_SYS_ADMIN, CAP_SYS_RESOURCE)))
+
+
+def _address_space(examined: Examined) -> Verdict:
+    """Of each limit what the memory, the stacks and the heaps of threads need."""
+    threads = limits.threads_needed(examined.sysfs, examined.cpus)
+    memory = examined.memory + max(2 * MIB, examined.huge_page)
+    read = []
+    for line, name, option, flag, item, field, needed in (
+        ("Max address space", "RLIMIT_AS", "LimitAS", "-v", "as", "VmSize", memory + threads * (_STACK + _ARENA)),
+        ("Max data size", "RLIMIT_DATA", "LimitDATA", "-d", "data", "VmData", memory + threads * _STACK + _ARENA),
+    ):
+        limit = rlimit(examined.sysfs, line)
+        if limit.soft is None:
+            read.append(Reading(LIMITS, f"{line} unlimited"))
+            continue
+        used = examined.own_memory(field)
+        read.append(Reading(LIMITS, f"{line} {mib(limit.soft)}, {field} {mib(used)}"))
+        if limit.soft - used < needed:
+            values = {"name": name, "option": option, "flag": flag, "item": item}
+            values |= {"size": mib(needed), "limit": mib(limit.soft), "used": mib(used)}
+            command = raising(examined, option, f"ulimit {flag}", used + needed, 1024)
+            return bad(ADDRESS_SPACE, *read, **values, command=command)
+    return good("enough", *read)
+
+
+def _descriptors(examined: Examined) -> Verdict:
+    limit = rlimit(examined.sysfs, "Max open files")
+    devices = {*examined.together, *([examined.bdf] if examined.bdf else [])}
+    found = {examined.look.device(bdf) for bdf in devices}
+    groups = {device.group for device in found if device is not None}
+    needed = limits.descriptors_needed(max(1, len(devices)), max(1, len(groups)), examined.cpus)
+    read = Reading(LIMITS, f"Max open files {'unlimited' if limit.hard is None else limit.hard} (hard)")
+    if limit.hard is not None and limit.hard < needed:
+        command = raising(examined, "LimitNOFILE", "ulimit -Hn", needed)
+        return bad(FEW_DESCRIPTORS, read, needed=needed, limit=limit.hard, command=command)
+    return good(f"{needed} needed", read)
+
+
+def _file_size(examined: Examined) -> Verdict:
+    limit = rlimit(examined.sysfs, "Max file size")
+    read = Reading(LIMITS, f"Max file size {'unlimited' if limit.soft is None else limit.soft}")
+    if limit.soft is not None and limit.soft < _SMALLEST_FILE:
+        command = raising(examined, "LimitFSIZE", "ulimit -f", _SMALLEST_FILE, 1024)
+        return bad(FILE_SIZE, read, limit=limit.soft, command=command)
+    return good("enough", read)
+
+
+def _cpu_time(examined: Examined) -> Verdict:
+    limit = rlimit(examined.sysfs, "Max cpu time")
+    read = Reading(LIMITS, f"Max cpu time {'unlimited' if limit.soft is None else limit.soft}")
+    return good("unlimited", read) if limit.soft is None else bad(CPU_TIME, read, limit=limit.soft)
+
+
+MEMORY_CHECKS = (
+    Check(
+        "cgroup-memory",
+        "Memory of its cgroups",
+        "`memory.max`, `memory.high` (version 1: `memory.limit_in_bytes`, `memory.memsw.limit_in_bytes`) of "
+        "`/proc/self/cgroup`'s cgroup and those above it, less what they use",
+        (CGROUP_MEMORY, CGROUP_HIGH),
+        _cgroup_memory,
+    ),
+    Check(
+        "cgroup-huge-pages",
+        "Huge pages of its cgroups",
+        "`hugetlb.SIZE.max` and `hugetlb.SIZE.rsvd.max` (version 1: `limit_in_bytes`) up to the root, with "
+        "`--hugepages`",
+        (CGROUP_HUGE_PAGES,),
+        _cgroup_huge_pages,
+    ),
+)
+"""What populating memory meets."""
+
+PROCESS_CHECKS = (
+    Check(
+        "address-space",
+        "Address space",
+        f"Max address space and Max data size in `{LIMITS}`; VmSize and VmData in `/proc/self/status`",
+        (ADDRESS_SPACE,),
+        _address_space,
+    ),
+    Check(
+        "tasks",
+        "Threads and processes",
+        f"`pids.max` of its cgroups up to the root; Max processes in `{LIMITS}`, which does not count for root",
+        (FEW_TASKS,),
+        _tasks,
+    ),
+    Check("descriptors", "File descriptors", f"Max open files in `{LIMITS}`", (FEW_DESCRIPTORS,), _descriptors),
+    Check("file-size", "File size", f"Max file size in `{LIMITS}`", (FILE_SIZE,), _file_size),
+    Check("cpu-time", "CPU time", f"Max cpu time in `{LIMITS}`", (CPU_TIME,), _cpu_time),
+)
+"""What the rest of an assignment meets."""

@@ -1,0 +1,244 @@
+"""The limits that this process is under: its own (getrlimit(2)), and those of its cgroups up to the root.
+
+Read from ``/proc/self`` and ``/sys/fs/cgroup``, so that recorded trees can be asked, too. Sources:
+Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, hugetlb.rst, pids.rst; mm/memcontrol.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvmpass.host.sysfs import Sysfs
+
+_LIMITS = "proc/self/limits"
+_NEVER = 1 << 62  # version 1 writes "no limit" as the largest multiple of a page
+_UNITS = (".service", ".scope", ".slice")
+
+
+@dataclass(frozen=True, slots=True)
+class Rlimit:
+    """``soft`` and ``hard`` as the kernel counts them (bytes, descriptors …), None without limit."""
+
+    soft: int | None
+    hard: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """One control group that this process is in. ``directory`` is below the tree's root, without a leading slash."""
+
+    directory: str
+    version: int
+
+    @property
+    def unit(self) -> str | None:
+        """The systemd unit that it is: a service, a scope or a slice; None for any other."""
+        name = self.directory.rpartition("/")[2]
+        return name if name.endswith(_UNITS) else None
+
+    @property
+    def is_users(self) -> bool:
+        """Whether a user's own systemd made it, not the system's."""
+        above = self.directory.split("/")[:-1]
+        return any(part.startswith("user@") and part.endswith(".service") for part in above)
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """One limit of a cgroup: ``limit`` of which ``used`` is taken; ``reclaimable`` of that comes back if need be."""
+
+    cgroup: Cgroup
+    file: str
+    limit: int
+    used: int
+    reclaimable: int = 0
+
+    @property
+    def left(self) -> int:
+        return max(0, self.limit - max(0, self.used - self.reclaimable))
+
+    @property
+    def path(self) -> str:
+        return f"/{self.cgroup.directory}/{self.file}"
+
+
+def rlimit(sysfs: Sysfs, name: str) -> Rlimit:
+    """One line of ``/proc/self/limits``, such as ``Max locked memory``; without limits where there is none."""
+    for line in (sysfs.text(_LIMITS) or "").splitlines():
+        if line.startswith(f"{name} "):
+            words = [*line.removeprefix(name).split(), "", ""]
+            return Rlimit(*(int(word) if word.isdecimal() else None for word in words[:2]))
+    return Rlimit(None, None)
+
+
+def _mounts(sysfs: Sysfs) -> Iterator[tuple[str, str, str, list[str]]]:
+    """Of each cgroup file system: its type, the cgroup that is its root, where it is, its own options."""
+    for line in (sysfs.text("proc/self/mountinfo") or "").splitlines():
+        head, separator, tail = line.partition(" - ")
+        fields, kind = head.split(), tail.split()
+        if separator and len(fields) >= 5 and len(kind) >= 3 and kind[0] in ("cgroup", "cgroup2"):
+            yield kind[0], _plain(fields[3]), _plain(fields[4]), kind[2].split(",")
+
+
+def _plain(text: str) -> str:
+    return text.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
+
+
+def cgroups(sysfs: Sysfs, controller: str) -> list[Cgroup]:
+    """Those that limit this process by ``controller`` (``memory``, ``pids`` …), its own first, up to the root.
+
+    As far as this process sees them: in a container those above its own root stay unseen.
+    """
+    paths = {}
+    for line in (sysfs.text("proc/self/cgroup") or "").splitlines():
+        parts = line.split(":", 2)
+        if len(parts) == 3:
+            for name in parts[1].split(","):
+                paths[name] = parts[2]
+    found = []
+    for kind, root, place, options in _mounts(sysfs):
+        own = paths.get(controller) if kind == "cgroup" and controller in options else None
+        if kind == "cgroup2":
+            own = paths.get("")
+        if own is None:
+            continue
+        inside = own.removeprefix(root.rstrip("/")) if own == root or own.startswith(root.rstrip("/") + "/") else ""
+        if ".." in inside.split("/"):  # outside of what this process may see
+            inside = ""
+        at = f"{place}{inside}".strip("/")
+        top = place.strip("/")
+        while at.startswith(top):
+            if sysfs.path(at).is_dir():
+                found.append(Cgroup(at, 2 if kind == "cgroup2" else 1))
+            if at == top:
+                break
+            at = at.rpartition("/")[0]
+    return list(dict.fromkeys(found))
+
+
+def _number(sysfs: Sysfs, *parts: str) -> int | None:
+    text = sysfs.text(*parts)
+    if text is None or not text.isdecimal():  # "max"
+        return None
+    value = int(text)
+    return None if value >= _NEVER else value
+
+
+def _ceiling(sysfs: Sysfs, cgroup: Cgroup, limit: str, used: str, reclaimable: int = 0) -> Iterator[Ceiling]:
+    most = _number(sysfs, cgroup.directory, limit)
+    if most is not None:
+        yield Ceiling(cgroup, limit, most, _number(sysfs, cgroup.directory, used) or 0, reclaimable)
+
+
+def memory_ceilings(sysfs: Sysfs) -> list[Ceiling]:
+    """Bytes that its cgroups may have: over them the kernel kills (``memory.max``) or stalls (``memory.high``).
+
+    Swap is no help: a guest's memory is pinned. Of version 1 what is swapped out counts in ``memory.memsw``.
+    """
+    found: list[Ceiling] = []
+    for cgroup in cgroups(sysfs, "memory"):
+        cache = _file_cache(sysfs, cgroup)
+        if cgroup.version == 2:
+            for limit in ("memory.max", "memory.high"):
+                found += _ceiling(sysfs, cgroup, limit, "memory.current", cache)
+        else:
+            for name in ("memory", "memory.memsw"):
+                found += _ceiling(sysfs, cgroup, f"{name}.limit_in_bytes", f"{name}.usage_in_bytes", cache)
+    return found
+
+
+def _file_cache(sysfs: Sysfs, cgroup: Cgroup) -> int:
+    """Bytes of files in memory, which the kernel drops before it kills."""
+    prefix = "" if cgroup.version == 2 else "total_"  # with what is below it
+    wanted = {f"{prefix}active_file", f"{prefix}inactive_file", f"{prefix}slab_reclaimable"}
+    total = 0
+    for line in (sysfs.text(cgroup.directory, "memory.stat") or "").splitlines():
+        name, _, value = line.partition(" ")
+        if name in wanted and value.isdecimal():
+            total += int(value)
+    return total
+
+
+def huge_page_ceilings(sysfs: Sysfs, page: int) -> list[Ceiling]:
+    """Bytes of huge pages of ``page`` bytes: a touch over the limit is a SIGBUS."""
+    size = f"{page >> 30}GB" if page >= 1 << 30 else f"{page >> 20}MB"
+    found: list[Ceiling] = []
+    for cgroup in cgroups(sysfs, "hugetlb"):
+        base = f"hugetlb.{size}"
+        if cgroup.version == 2:
+            found += _ceiling(sysfs, cgroup, f"{base}.max", f"{base}.current")
+            found += _ceiling(sysfs, cgroup, f"{base}.rsvd.max", f"{base}.rsvd.current")
+        else:
+            found += _ceiling(sysfs, cgroup, f"{base}.limit_in_bytes", f"{base}.usage_in_bytes")
+            found += _ceiling(sysfs, cgroup, f"{base}.rsvd.limit_in_bytes", f"{base}.rsvd.usage_in_bytes")
+    return found
+
+
+def counts_huge_pages(sysfs: Sysfs) -> bool:
+    """Whether huge pages count as memory, too (Linux 6.7, mount option ``memory_hugetlb_accounting``)."""
+    return any("memory_hugetlb_accounting" in options for kind, _, _, options in _mounts(sysfs) if kind == "cgroup2")
+
+
+def task_ceilings(sysfs: Sysfs) -> list[Ceiling]:
+    """Processes and threads that its cgroups may have."""
+    found: list[Ceiling] = []
+    for cgroup in cgroups(sysfs, "pids"):
+        found += _ceiling(sysfs, cgroup, "pids.max", "pids.current")
+    return found
+
+
+def own_unit(sysfs: Sysfs) -> Cgroup | None:
+    """The systemd service that this process runs in; None where a login or something else started it."""
+    for controller in ("", "memory", "pids", "name=systemd"):
+        for cgroup in cgroups(sysfs, controller):
+            unit = cgroup.unit or ""
+            if unit.endswith(".service") and not unit.startswith("user@"):
+                return cgroup
+            if unit.endswith(".scope"):  # of a session, a container, systemd-run --scope: none has Limit…=
+                return None
+    return None
+
+
+def tasks_of_user(sysfs: Sysfs, uid: int) -> int:
+    """Threads of all processes whose real user is ``uid``: what RLIMIT_NPROC counts."""
+    total = 0
+    for name in sysfs.names("proc"):
+        if name.isdecimal():
+            fields = dict(
+                line.split(":", 1) for line in (sysfs.text("proc", name, "status") or "").splitlines() if ":" in line
+            )
+            if fields.get("Uid", "").split()[:1] == [str(uid)]:
+                threads = fields.get("Threads", "1").strip()
+                total += int(threads) if threads.isdecimal() else 1
+    return total
+
+
+def page_tables(memory: int) -> int:
+    """Bytes of page tables that KVM and the IOMMU have for a guest of ``memory`` bytes, at most.
+
+    A 512th each, where pages are small, and what lies above them.
+    """
+    return memory // 128
+
+
+def threads_needed(sysfs: Sysfs, cpus: int) -> int:
+    """Threads and processes that an assignment has at the same time, at most.
+
+    vCPUs; those that populate memory, one for each CPU of the host; the watches over devices and their interrupts,
+    the guest's output, the main thread, helpers that write to sysfs or load modules.
+    """
+    host = (sysfs.text("proc/cpuinfo") or "").count("\nprocessor") + 1
+    return cpus + host + 8
+
+
+# Standard input, output and error; KVM, the VM, its VFIO device; the container; epoll and eventfd of the watch over
+# devices; the kernel's log.
+_MACHINE_DESCRIPTORS = 3 + 3 + 1 + 2 + 1
+# A device; the eventfds of its ERR and REQ interrupts; those of INTx, raised and ended.
+_DEVICE_DESCRIPTORS = 1 + 2 + 2
+
+
+def descriptors_needed(devices: int, groups: int, cpus: int) -> int:
+    """File descriptors of a machine with these devices before a guest unmasks a vector."""
+    return _MACHINE_DESCRIPTORS + cpus + groups + _DEVICE_DESCRIPTORS * devices
