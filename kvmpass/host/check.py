@@ -225,6 +225,11 @@ class Examined:
             return False
 
     @cached_property
+    def header(self) -> bytes:
+        """The first 64 bytes of configuration space; empty where only waking the device would get them."""
+        return self.sysfs.config(self.device.bdf, 0x40, wake=self.wake)
+
+    @cached_property
     def uses(self) -> list[Use]:
         """What the host does with the device, or may do unseen."""
         return uses(self.look, self.device)

@@ -74,6 +74,7 @@ def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
     names = Names(sysfs)
     selected = select(sysfs, filters, names)
     look = Look(sysfs, names)
+    look.know(selected)
     devices: list[DeviceStatus] = []
     groups: dict[int, IommuGroup] = {}
     for device in selected:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from typing import TypeVar, cast
 
@@ -51,6 +51,10 @@ class Look:
         self._listings: dict[str, dict[str, list[str]]] = {}
         self._texts: dict[str, str | None] = {}
         self._found: dict[str, object] = {}
+
+    def know(self, devices: Iterable[PciDevice]) -> None:
+        """They were read just now."""
+        self._devices.update((device.bdf, device) for device in devices)
 
     def device(self, bdf: Bdf) -> PciDevice | None:
         """One function; None where it is gone."""

@@ -42,6 +42,7 @@ class Names:
         self._sysfs = sysfs
         self._table: bytes | None = None
         self._known: dict[tuple[Bdf, int, int], tuple[str | None, str | None]] = {}
+        self._in_table: dict[tuple[int, int], tuple[str | None, str | None]] = {}
         # udev knows the devices of this machine, not those of a recorded tree.
         self._udev = sysfs.root == Path("/") and sysfs.path("run/udev/data").is_dir()
 
@@ -71,8 +72,13 @@ class Names:
         key = (bdf, vendor, device)
         if key not in self._known:
             names = _from_udev(bdf) if self._udev else (None, None)
-            self._known[key] = names if names[0] else _vendor_and_model(self._pci_ids(), vendor, device)
+            self._known[key] = names if names[0] else self._listed(vendor, device)
         return self._known[key]
+
+    def _listed(self, vendor: int, device: int) -> tuple[str | None, str | None]:
+        if (vendor, device) not in self._in_table:
+            self._in_table[vendor, device] = _vendor_and_model(self._pci_ids(), vendor, device)
+        return self._in_table[vendor, device]
 
     def _pci_ids(self) -> bytes:
         if self._table is None:

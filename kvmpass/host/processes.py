@@ -61,6 +61,7 @@ class OpenNodes:
 
     def __init__(self, sysfs: Sysfs) -> None:
         self._found = _open_files(sysfs, lambda target: target.startswith(("/dev/", "/sys/devices/")))
+        self.in_sysfs = any(node.startswith("/sys/") for node in self._found)
 
     def __call__(self, nodes: Iterable[str]) -> dict[str, list[Process]]:
         return {node: self._found[node] for node in sorted(set(nodes)) if node in self._found}

@@ -116,6 +116,11 @@ class IommuGroup:
     no_iommu: bool = False
 
 
+def header_type(header: bytes) -> int | None:
+    """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1); None where unknown."""
+    return header[0x0E] & 0x7F if len(header) > 0x0E else None
+
+
 class Sysfs:
     """Reads ``/sys``, ``/proc`` and ``/dev`` under ``root``; :meth:`write` is the only place that writes there.
 
@@ -298,9 +303,8 @@ class Sysfs:
         return sorted(Bdf.parse(link) for link in links if link is not None)
 
     def header_type(self, bdf: Bdf) -> int | None:
-        """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1)."""
-        header = self.config(bdf, 0x40, wake=False)
-        return header[0x0E] & 0x7F if len(header) > 0x0E else None
+        """That of :func:`header_type`."""
+        return header_type(self.config(bdf, 0x40, wake=False))
 
     def config(self, bdf: Bdf, size: int = 0x100, *, wake: bool = True) -> bytes:
         """The first bytes of configuration space: 64 at most without root; none where they cannot be read.

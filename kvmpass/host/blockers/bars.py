@@ -11,7 +11,7 @@ from kvmpass.errors import NotAssignable
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.look import Look
 from kvmpass.host.problems import Problem
-from kvmpass.host.sysfs import BARS, IORESOURCE_MEM_64, PCI_DEVICES, PciDevice, Resource
+from kvmpass.host.sysfs import BARS, IORESOURCE_MEM_64, PCI_DEVICES, PciDevice, Resource, header_type
 from kvmpass.layout import Range, size_words
 
 # What drivers for the firmware's framebuffer call their part of a BAR in /proc/iomem (drivers/firmware/sysfb*.c,
@@ -110,8 +110,8 @@ def unplaced(look: Look, device: PciDevice, header: bytes) -> list[_Unplaced]:
 
 def _addresses(examined: Examined) -> Verdict:
     device, base = examined.device, f"{PCI_DEVICES}/{examined.bdf}"
-    header = examined.sysfs.config(device.bdf, 0x40, wake=examined.wake)
-    if not header.strip(b"\xff") or (header[0x0E:0x0F] and header[0x0E] & 0x7F):  # silent, asleep; a bridge
+    header = examined.header
+    if not header.strip(b"\xff") or header_type(header):  # silent, asleep; a bridge
         header = b""
     found = unplaced(examined.look, device, header) if not device.is_bridge else []
     registers = header[0x10:0x28].hex(" ", 4) or "not read"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvmpass.errors import NoSuchDevice, NotAssignable
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.problems import Problem
-from kvmpass.host.sysfs import PCI_DEVICES
+from kvmpass.host.sysfs import PCI_DEVICES, header_type
 
 NO_DEVICE = Problem(
     kind="no-device",
@@ -72,7 +72,7 @@ def _kind(examined: Examined) -> Verdict:
     """What no driver change would cure."""
     device, bdf = examined.device, examined.device.bdf
     read = Reading(f"/{PCI_DEVICES}/{bdf}", f"class {device.class_code:06x}, group {device.group}")
-    if device.is_bridge or examined.sysfs.header_type(bdf) in (1, 2):
+    if device.is_bridge or header_type(examined.header) in (1, 2):
         return bad(BRIDGE, read, bdf=bdf, class_code=f"{device.class_code:06x}")
     if examined.group is None:
         what = "it is the IOMMU" if device.class_code >> 8 == 0x0806 else "the IOMMU does not cover it"
@@ -84,8 +84,7 @@ def _kind(examined: Examined) -> Verdict:
 
 def _answers(examined: Examined) -> Verdict:
     device, base = examined.device, f"{PCI_DEVICES}/{examined.bdf}"
-    # More than the ids: those of a virtual function read as ones.
-    header = examined.sysfs.config(device.bdf, 0x40, wake=examined.wake)
+    header = examined.header  # more than the ids: those of a virtual function read as ones
     power = examined.sysfs.text(base, "power_state") or "unknown"
     read = [Reading(f"/{base}/config", header[:4].hex(" ") or "not read"), Reading(f"/{base}/power_state", power)]
     for name in ("d3cold_allowed", "power/control", "power/runtime_status"):

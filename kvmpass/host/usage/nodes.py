@@ -24,7 +24,8 @@ def open_nodes(look: Look, device: PciDevice) -> Iterator[Use]:
         if name and not name.startswith("vfio/"):
             nodes.add(f"/dev/{name}")
     nodes |= _nvidia(look, device)
-    nodes |= _own_files(look, device.bdf)
+    if look.holders.in_sysfs:
+        nodes |= _own_files(look, device.bdf)
     for node, who in sorted(look.holders(nodes).items()):
         yield Use(f"{node} is open in {' and '.join(map(str, who))}{_kind(node)}")
 
