@@ -45,6 +45,7 @@ class Capability:
         self.kvm, self.device = FakeKvm(), FakeDevice(msi=vfio, host=host)
         self.registers = Registers(capable << 1 | flags)
         self.space = ConfigSpace(self.registers)
+        self.space.emulate(0xF0, b"\x12\x34", b"\xff\0")  # somebody else's, above it
         self.msi = Msi(self.kvm, self.kvm, self.device, self.space, AT)  # type: ignore[arg-type]
         self.data_at = 12 if flags & WIDE else 8
         self.mask_at = self.data_at + 4
@@ -109,6 +110,8 @@ def test_its_registers_and_what_of_them_can_be_written(flags: int, size: int) ->
             assert capability.space.read(AT + offset, 1)[0] == expected, f"+{offset}"
     assert capability.registers.written == [], "none of it is the device's"
     assert capability.space.read(AT + size, 1) == b"\xee", "what follows is"
+    capability.space.write(0xF0, b"\xab\xcd")
+    assert capability.space.read(0xEF, 4) == b"\xee\xab\x34\xee", "and others' registers are where they were"
     capability.close()
 
 
@@ -208,6 +211,18 @@ def test_masked_vectors_remember(msi: Capability) -> None:
     assert (msi.kvm.delivered, msi.read(20, 4)) == ([(ADDRESS, 0x43), (ADDRESS, 0x41)], 0)
 
 
+def test_the_last_of_32_vectors() -> None:
+    capability = Capability(5)
+    capability.program(5)
+    capability.write(16, 1 << 31, 4)
+    assert capability.messages == [(ADDRESS, 0x40 + n) for n in range(31)]
+    capability.device.interrupt(31, capability.kvm)
+    assert capability.read(20, 4) == 1 << 31
+    capability.write(16, 0, 4)
+    assert capability.kvm.delivered == [(ADDRESS, 0x5F)]
+    capability.close()
+
+
 def test_masks_beyond_the_vectors_do_not_exist(msi: Capability) -> None:
     msi.write(16, 0xFFFF_FFFF, 4)
     assert msi.read(16, 4) == 0b1111
@@ -231,10 +246,14 @@ def test_without_masks_nothing_is_pending(flags: int) -> None:
 
 
 @pytest.mark.parametrize("host, signalled", [(1, 1), (2, 2), (3, 2), (4, 4), (31, 16), (32, 32)])
-def test_a_host_with_fewer_vectors_gives_what_it_has(host: int, signalled: int) -> None:
+def test_a_host_with_fewer_vectors_gives_what_it_has(
+    host: int, signalled: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """In powers of two: the device then raises those that it has been given."""
     capability = Capability(5, host=host)
     capability.program(5, data=0x40)
+    told = f"the host has {signalled} vectors, the guest wants 32" in caplog.text
+    assert told == (signalled < 32) and bool(caplog.records) == told
     assert capability.device.wired == set(range(signalled))
     assert capability.messages == [(ADDRESS, 0x40 + n) for n in range(signalled)]
     calls = list(capability.device.calls)
