@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_interrupts import FakeDevice, FakeKvm
+from fake_interrupts import FakeDevice, FakeKvm, readable
 
 from kvmpass.pci.intx import Intx
 from kvmpass.vfio.device import INTX
@@ -47,6 +47,7 @@ def test_the_device_raises_and_the_guests_end_of_interrupt_unmasks(line: Line) -
     assert line.intx.active and line.device.active == INTX
     [(trigger, (gsi, resample))] = line.kvm.pins.items()
     assert (gsi, line.device.signals, line.device.unmask) == (GSI, [trigger], resample)
+    assert not readable(trigger) and not readable(resample), "nothing has been raised"
     assert not os.get_inheritable(trigger) and not os.get_blocking(trigger) and not os.get_blocking(resample)
 
 
