@@ -248,7 +248,7 @@ def explanations(path: Path = EXPLAINED) -> list[Explanation]:
     for entry in entries:
         have = [line.strip() for line in (ROOT / entry.file).read_text().splitlines()]
         if not all(line in have for line in entry.was.splitlines()):
-            raise ValueError(f"{path.name}: {entry.file} has no line {entry.was!r} any more")
+            raise ValueError(f"{path.name}: {entry.file} has no line {entry.was!r} any more: remove the entry")
         file, _, name = entry.test.partition("::")
         if entry.test and f"def {name}(" not in (ROOT / file).read_text():
             raise ValueError(f"{path.name}: there is no test {entry.test}")

@@ -344,3 +344,130 @@ def test_addresses_of_two_boards_do_not_meet(board: Board) -> None:
     assert all(one != two for one, two in zip(homes(1), homes(2), strict=True))
     board.pci.unplug(other)
     other.close()
+
+
+# --- nothing happens that was not asked for
+
+
+class Changes:
+    """A listener of guest memory that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def region_wanted(self, *_: object) -> None: ...
+
+    def region_added(self, _: object) -> None:
+        self.count += 1
+
+    def region_removed(self, _: object) -> None:
+        self.count += 1
+
+
+def test_writes_beside_the_power_state_move_no_memslot(board: Board) -> None:
+    """Nor do writes of COMMAND and of the state that leave both as they are."""
+    board.config_write(COMMAND, 3, 2)
+    changes = Changes()
+    board.memory.listen(changes)
+    changes.count = 0
+    for at, value, size in ((PM_AT + 5, 0x03, 1), (PM_AT + 2, 0x03, 2), (PM_AT + 7, 0x03, 1), (COMMAND, 3, 2)):
+        board.config_write(at, value, size)
+    board.config_write(COMMAND, 0x0407, 2)
+    assert changes.count == 0
+    assert len(board.bars()) == 2
+    board.memory._listeners.remove(changes)
+
+
+def test_before_a_device_sleeps_its_guest_has_lost_its_memory(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapping faults in any state but D0."""
+    board.config_write(COMMAND, 2, 2)
+    seen: list[tuple[int, int]] = []
+    real = board.device.config.write
+
+    def write(offset: int, data: bytes) -> None:
+        seen.append((data[0] & 3, len(board.bars())))
+        real(offset, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(board.device.config, "write", write)
+        for state in (3, 0, 1, 0):
+            board.config_write(PM_AT + 4, state, 2)
+    assert [slots for state, slots in seen if state] == [0, 0]
+
+
+def test_a_device_with_one_kind_of_message_or_none() -> None:
+    """Writes anywhere, in any size, to a function that lacks what others have."""
+    for missing in ((MSI,), (MSIX,), (MSI, MSIX), (INTX, MSI, MSIX)):
+
+        def change(device: FakeDevice, missing: tuple[int, ...] = missing) -> None:
+            for index in missing:
+                del device.irqs[index]
+
+        board = made(change)
+        for at in range(0, 0x100, 4):
+            for size in (1, 2, 4):
+                board.config_write(at, board.config_read(at, size), size)
+        board.config_write(MSIX_AT + 2, 0x8000, 2)
+        without_messages = "INTx" if INTX not in missing else "none"
+        assert board.function.interrupt == ("MSI-X" if MSIX not in missing else without_messages)
+        board.config_write(MSIX_AT + 2, 0, 2)
+        board.config_write(MSI_AT + 4, 0xFEE0_0000)
+        board.config_write(MSI_AT + 2, 1, 2)
+        assert (board.function.interrupt == "MSI") == (MSI not in missing)
+        board.config_write(MSI_AT + 2, 0, 2)
+        board.close()
+
+
+# --- devices unlike the one of these tests
+
+
+def test_64_bit_bars_in_every_place_that_has_a_next_one() -> None:
+    def change(device: FakeDevice) -> None:
+        for index in (2, 4):
+            device.config.data[BAR0 + 4 * index : BAR0 + 4 * index + 4] = (0xC).to_bytes(4, "little")
+            device.regions[index] = device._region(index, PAGE << index, mmap=True)
+
+    board = made(change)
+    homes = {}
+    for index in (0, 2, 4):
+        low, high = board.config_read(BAR0 + 4 * index), board.config_read(BAR0 + 4 * index + 4)
+        homes[index] = low & ~0xF | high << 32
+        board.config_write(BAR0 + 4 * index + 4, 0xFFFF_FFFF)
+        assert board.config_read(BAR0 + 4 * index + 4) == 0xFFFF_FFFF
+        board.config_write(BAR0 + 4 * index + 4, high)
+        assert board.config_read(BAR0 + 4 * index + 4) == high
+    assert all(home >= board.layout.mmio64.start for home in homes.values())
+    board.config_write(COMMAND, 2, 2)
+    assert {range_.start for range_ in board.bars()} >= set(homes.values())
+    board.close()
+
+
+def test_the_table_may_be_in_the_last_bar() -> None:
+    def change(device: FakeDevice) -> None:
+        device.regions[5] = device._region(5, 2 * PAGE)
+        device.config.data[MSIX_AT + 4 : MSIX_AT + 8] = (0x800 | 5).to_bytes(4, "little")
+        device.config.data[MSIX_AT + 8 : MSIX_AT + 12] = (0x1000 | 5).to_bytes(4, "little")
+        device.config.data[MSIX_AT + 12] = 0x77  # another capability's
+
+    board = made(change)
+    board.config_write(COMMAND, 2, 2)
+    home = board.config_read(0x24) & ~0xF
+    assert board.mmio.read(home + 0x800, 16) == bytes(12) + b"\1\0\0\0"
+    region = board.device.regions[5]
+    region.data[0x7FC:0x800], region.data[0x1000:0x100C] = b"edge", b"bits" * 3
+    assert board.mmio.read(home + 0x7FC, 4) == b"edge"
+    assert board.mmio.read(home + 0x1000, 8) == bytes(8)
+    assert board.mmio.read(home + 0x1008, 4) == b"bits"
+    assert board.config_read(MSIX_AT + 12, 1) == 0x77
+    board.config_write(MSIX_AT + 12, 0x78, 1)
+    assert region is board.device.regions[5] and board.device.config.data[MSIX_AT + 12] == 0x78
+    board.close()
+
+
+def test_a_function_that_is_not_on_a_bus_yet_is_alone(board: Board) -> None:
+    """Whatever its own header says of its neighbours on the host."""
+    device = FakeDevice()
+    assert device.config.data[0x0E] == 0x80
+    function = board.make(device)
+    assert function.config_read(0x0E, 1) == b"\0"
+    function.close()
