@@ -14,7 +14,7 @@ ffi = FFI()
 ffi.cdef("\n".join((HERE / f"{room}.cdef").read_text() for room in ROOMS))
 ffi.set_source(
     "kvmpass._native",
-    "\n".join((HERE / f"{room}.c").read_text() for room in ROOMS),
+    "\n".join((HERE / f"{part}.c").read_text() for part in ("result", *ROOMS)),
     py_limited_api=True,
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-function"],
 )

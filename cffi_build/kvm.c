@@ -15,9 +15,8 @@
 #endif
 
 #define KVMPASS_MAX_CPUID 256
+#define KVMPASS_MAX_MSRS 64
 #define KVMPASS_MAX_ROUTES 4096 /* KVM_MAX_IRQ_ROUTES, include/linux/kvm_host.h */
-
-#define RESULT(call) ({ int _result = (call); _result < 0 ? -errno : _result; })
 
 struct kvmpass_route {
 	uint32_t gsi;
@@ -68,9 +67,10 @@ union kvmpass_cpuid {
 static int kvm_get_supported_cpuid(int kvm, struct kvm_cpuid_entry2 *entries, unsigned int count)
 {
 	union kvmpass_cpuid cpuid = { .head = { .nent = KVMPASS_MAX_CPUID } };
+	int result = RESULT(ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid));
 
-	if (ioctl(kvm, KVM_GET_SUPPORTED_CPUID, &cpuid) < 0)
-		return -errno;
+	if (result < 0)
+		return result;
 	if (cpuid.head.nent > count)
 		return -E2BIG;
 	memcpy(entries, cpuid.head.entries, cpuid.head.nent * sizeof(*entries));
@@ -94,6 +94,24 @@ static int kvm_set_user_memory_region(int vm, uint32_t slot, uint32_t flags, uin
 static int kvm_create_irqchip(int vm)
 {
 	return RESULT(ioctl(vm, KVM_CREATE_IRQCHIP, 0));
+}
+
+/* Of the PIC: `chip` is KVM_IRQCHIP_PIC_MASTER or _SLAVE. */
+static int kvm_get_irqchip_pic(int vm, uint32_t chip, struct kvm_pic_state *pic)
+{
+	struct kvm_irqchip state = { .chip_id = chip };
+	int result = RESULT(ioctl(vm, KVM_GET_IRQCHIP, &state));
+
+	*pic = state.chip.pic;
+	return result;
+}
+
+static int kvm_set_irqchip_pic(int vm, uint32_t chip, const struct kvm_pic_state *pic)
+{
+	struct kvm_irqchip state = { .chip_id = chip };
+
+	state.chip.pic = *pic;
+	return RESULT(ioctl(vm, KVM_SET_IRQCHIP, &state));
 }
 
 static int kvm_set_gsi_routing(int vm, const struct kvmpass_route *routes, unsigned int count)
@@ -151,8 +169,9 @@ static int kvm_create_vcpu(int vm, unsigned int id)
 static int kvm_create_device(int vm, uint32_t type)
 {
 	struct kvm_create_device device = { .type = type };
+	int result = RESULT(ioctl(vm, KVM_CREATE_DEVICE, &device));
 
-	return ioctl(vm, KVM_CREATE_DEVICE, &device) < 0 ? -errno : (int)device.fd;
+	return result < 0 ? result : (int)device.fd;
 }
 
 static int kvm_set_device_attr_file(int device, uint32_t group, uint64_t attr, int32_t file)
@@ -165,7 +184,7 @@ static int kvm_set_device_attr_file(int device, uint32_t group, uint64_t attr, i
 static int kvm_run(int vcpu, uintptr_t address, struct kvmpass_exit *out)
 {
 	struct kvm_run *run = (struct kvm_run *)address;
-	int result = RESULT(ioctl(vcpu, KVM_RUN, 0));
+	int result = RESULT_ONCE(ioctl(vcpu, KVM_RUN, 0));
 
 	/* KVM_EXIT_MEMORY_FAULT comes with an error and a filled kvm_run. */
 	if (result < 0 && !((result == -EFAULT) && run->exit_reason == KVM_EXIT_MEMORY_FAULT))
@@ -244,4 +263,33 @@ static int kvm_get_sregs(int vcpu, struct kvm_sregs *sregs)
 static int kvm_set_sregs(int vcpu, const struct kvm_sregs *sregs)
 {
 	return RESULT(ioctl(vcpu, KVM_SET_SREGS, sregs));
+}
+
+union kvmpass_msrs {
+	struct kvm_msrs head;
+	char space[sizeof(struct kvm_msrs) + KVMPASS_MAX_MSRS * sizeof(struct kvm_msr_entry)];
+};
+
+/* Both return how many were read or written: fewer than `count` where KVM refuses the next one. */
+static int kvm_get_msrs(int vcpu, struct kvm_msr_entry *entries, unsigned int count)
+{
+	union kvmpass_msrs msrs = { .head = { .nmsrs = count } };
+
+	if (count > KVMPASS_MAX_MSRS)
+		return -E2BIG;
+	memcpy(msrs.head.entries, entries, count * sizeof(*entries));
+	int result = RESULT(ioctl(vcpu, KVM_GET_MSRS, &msrs));
+
+	memcpy(entries, msrs.head.entries, count * sizeof(*entries));
+	return result;
+}
+
+static int kvm_set_msrs(int vcpu, const struct kvm_msr_entry *entries, unsigned int count)
+{
+	union kvmpass_msrs msrs = { .head = { .nmsrs = count } };
+
+	if (count > KVMPASS_MAX_MSRS)
+		return -E2BIG;
+	memcpy(msrs.head.entries, entries, count * sizeof(*entries));
+	return RESULT(ioctl(vcpu, KVM_SET_MSRS, &msrs));
 }

@@ -42,12 +42,12 @@ static intptr_t kvmpass_mmap(size_t size, size_t align, size_t congruent, int pr
 
 static int kvmpass_munmap(uintptr_t address, size_t size)
 {
-	return munmap((void *)address, size) < 0 ? -errno : 0;
+	return RESULT(munmap((void *)address, size));
 }
 
 static int kvmpass_madvise(uintptr_t address, size_t size, int advice)
 {
-	return madvise((void *)address, size, advice) < 0 ? -errno : 0;
+	return RESULT(madvise((void *)address, size, advice));
 }
 
 /* The page size in bytes of a file on hugetlbfs, or of a memfd made of huge pages; 0 for any other file. */
@@ -71,7 +71,7 @@ static int kvmpass_install_kick(int signal_number)
 	struct sigaction action = { .sa_handler = kvmpass_kicked };
 
 	sigemptyset(&action.sa_mask);
-	return sigaction(signal_number, &action, NULL) < 0 ? -errno : 0;
+	return RESULT(sigaction(signal_number, &action, NULL));
 }
 
 /* One access of exactly `size` bytes: device registers care. The caller has checked address and alignment. */

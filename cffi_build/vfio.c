@@ -62,8 +62,6 @@ struct kvmpass_hot_reset_info {
 	struct kvmpass_dependent_device devices[KVMPASS_MAX_DEPENDENT];
 };
 
-#define RESULT(call) ({ int _result = (call); _result < 0 ? -errno : _result; })
-
 /* The capability at `offset` in an answer of `size` bytes, or NULL where it does not fit. */
 static const struct vfio_info_cap_header *kvmpass_capability(const void *answer, uint32_t size, uint32_t offset,
                                                              uint32_t needed)
@@ -94,9 +92,10 @@ static int vfio_iommu_get_info(int container, struct kvmpass_iommu_info *out)
 		struct vfio_iommu_type1_info info;
 		char space[8192];
 	} answer = { .info = { .argsz = sizeof(answer) } };
+	int result = RESULT(ioctl(container, VFIO_IOMMU_GET_INFO, &answer));
 
-	if (ioctl(container, VFIO_IOMMU_GET_INFO, &answer) < 0)
-		return -errno;
+	if (result < 0)
+		return result;
 	if (answer.info.argsz > sizeof(answer))
 		return -E2BIG;
 	*out = (struct kvmpass_iommu_info){
@@ -157,8 +156,9 @@ static int vfio_iommu_unmap_dma(int container, uint32_t flags, uint64_t iova, ui
 static int vfio_group_get_status(int group)
 {
 	struct vfio_group_status status = { .argsz = sizeof(status) };
+	int result = RESULT(ioctl(group, VFIO_GROUP_GET_STATUS, &status));
 
-	return ioctl(group, VFIO_GROUP_GET_STATUS, &status) < 0 ? -errno : (int)status.flags;
+	return result < 0 ? result : (int)status.flags;
 }
 
 static int vfio_group_set_container(int group, int container)
@@ -179,9 +179,10 @@ static int vfio_group_get_device_fd(int group, const char *name)
 static int vfio_device_get_info(int device, struct kvmpass_device_info *out)
 {
 	struct vfio_device_info info = { .argsz = sizeof(info) };
+	int result = RESULT(ioctl(device, VFIO_DEVICE_GET_INFO, &info));
 
-	if (ioctl(device, VFIO_DEVICE_GET_INFO, &info) < 0)
-		return -errno;
+	if (result < 0)
+		return result;
 	*out = (struct kvmpass_device_info){ info.flags, info.num_regions, info.num_irqs };
 	return 0;
 }
@@ -192,9 +193,10 @@ static int vfio_device_get_region_info(int device, uint32_t index, struct kvmpas
 		struct vfio_region_info info;
 		char space[4096];
 	} answer = { .info = { .argsz = sizeof(answer), .index = index } };
+	int result = RESULT(ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &answer));
 
-	if (ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &answer) < 0)
-		return -errno;
+	if (result < 0)
+		return result;
 	if (answer.info.argsz > sizeof(answer))
 		return -E2BIG;
 	*out = (struct kvmpass_region_info){
@@ -228,9 +230,10 @@ static int vfio_device_get_region_info(int device, uint32_t index, struct kvmpas
 static int vfio_device_get_irq_info(int device, uint32_t index, struct kvmpass_irq_info *out)
 {
 	struct vfio_irq_info info = { .argsz = sizeof(info), .index = index };
+	int result = RESULT(ioctl(device, VFIO_DEVICE_GET_IRQ_INFO, &info));
 
-	if (ioctl(device, VFIO_DEVICE_GET_IRQ_INFO, &info) < 0)
-		return -errno;
+	if (result < 0)
+		return result;
 	*out = (struct kvmpass_irq_info){ info.flags, info.count };
 	return 0;
 }
@@ -270,9 +273,10 @@ static int vfio_device_get_pci_hot_reset_info(int device, struct kvmpass_hot_res
 		char space[sizeof(struct vfio_pci_hot_reset_info) +
 		           KVMPASS_MAX_DEPENDENT * sizeof(struct vfio_pci_dependent_device)];
 	} answer = { .info = { .argsz = sizeof(answer) } };
+	int result = RESULT(ioctl(device, VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, &answer));
 
-	if (ioctl(device, VFIO_DEVICE_GET_PCI_HOT_RESET_INFO, &answer) < 0)
-		return -errno;
+	if (result < 0)
+		return result;
 	if (answer.info.count > KVMPASS_MAX_DEPENDENT)
 		return -E2BIG;
 	out->flags = answer.info.flags;

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-import logging
+import errno
+import os
 import signal
 import threading
 import time
@@ -20,13 +21,18 @@ from kvmpass.kvm.exits import (
     MemoryFaultExit,
     MmioExit,
     PortExit,
+    RefusedExit,
     ShutdownExit,
     SystemEventExit,
 )
 
-log = logging.getLogger(__name__)
-
 KICK = signal.SIGRTMIN + 4  # its handler does nothing; installed by C, since Python's work in the main thread only
+
+
+_REFUSALS = {
+    errno.EFAULT: ": the guest's access to its memory or to a device's cannot be resolved",
+    errno.EIO: ": KVM has ended this VM",
+}
 
 
 class Ending(enum.Enum):
@@ -46,6 +52,10 @@ class VcpuThreads:
 
     ``lock`` is held for each dispatched exit: devices on the buses see one access at a time. ``pace`` is called after
     each access to a port, without the lock: there a guest may be kept waiting, and nobody else with it.
+
+    Synchronization: ``end``, ``wait``, ``over`` and ``stop`` from any thread. ``_state`` guards how it ended and
+    which threads are inside their loop, so that none is signalled after its end; it is held for moments only, and
+    nothing else is locked under it.
     """
 
     def __init__(
@@ -57,6 +67,8 @@ class VcpuThreads:
         self._lock = lock
         self._pace = pace
         self._over = threading.Event()
+        self._state = threading.RLock()  # reentrant: a signal handler may call end()
+        self._inside: dict[threading.Thread, Vcpu] = {}
         self._ending: Ending | None = None
         self._failure: BaseException | None = None
         self.fault = ""
@@ -64,6 +76,7 @@ class VcpuThreads:
         self.exits = 0
 
     def start(self) -> None:
+        """Start one thread for each vCPU."""
         install_kick(KICK)
         for vcpu in self._vcpus:
             thread = threading.Thread(target=self._loop, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
@@ -71,10 +84,15 @@ class VcpuThreads:
             thread.start()
 
     def end(self, ending: Ending) -> None:
-        """Say how it ended; the first word counts. From any thread."""
-        if self._ending is None:
-            self._ending = ending
-        self._over.set()
+        """Say how it ended (the first call wins), and take every vCPU out of the guest at once. Does not wait."""
+        with self._state:
+            if self._ending is None:
+                self._ending = ending
+            self._over.set()
+            for thread, vcpu in self._inside.items():
+                vcpu.request_exit()
+                if thread is not threading.current_thread():
+                    signal.pthread_kill(thread.ident or 0, KICK)
 
     @property
     def over(self) -> bool:
@@ -92,22 +110,18 @@ class VcpuThreads:
         return self._ending
 
     def stop(self) -> None:
-        """Take every vCPU out of the guest and wait for its thread. Twice is harmless."""
+        """Take every vCPU out of the guest and wait for its thread; idempotent. Not from a vCPU's thread."""
         self.end(Ending.STOPPED)
-        for vcpu, thread in zip(self._vcpus, self._threads, strict=False):
-            while thread.is_alive() and thread is not threading.current_thread():
-                vcpu.request_exit()
-                if thread.ident is not None:
-                    try:
-                        signal.pthread_kill(thread.ident, KICK)
-                    except ProcessLookupError:
-                        break
-                thread.join(0.1)
+        for thread in self._threads:
+            thread.join()
         self._threads.clear()
 
     # --- in the vCPU's thread
 
     def _loop(self, vcpu: Vcpu) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (KICK,))  # whatever the thread inherited
+        with self._state:
+            self._inside[threading.current_thread()] = vcpu
         try:
             while not self._over.is_set():
                 self._dispatch(vcpu, vcpu.run())
@@ -118,6 +132,9 @@ class VcpuThreads:
             if self._ending is None:  # later ones are of a guest that is gone
                 self._failure = self._failure or error
             self.end(Ending.STOPPED)
+        finally:
+            with self._state:
+                del self._inside[threading.current_thread()]
 
     def _dispatch(self, vcpu: Vcpu, exit_: Exit) -> None:
         match exit_:
@@ -145,6 +162,8 @@ class VcpuThreads:
                 raise GuestError(f"the guest's access to {gpa:#x}+{size:#x} cannot be resolved (flags {flags:#x})")
             case FailedExit(what, code, detail):
                 raise GuestError(f"vCPU {vcpu.index}: {what}: code {code:#x}, detail {detail:#x}")
+            case RefusedExit(code):
+                raise GuestError(f"vCPU {vcpu.index}: KVM_RUN: {os.strerror(code)}{_REFUSALS.get(code, '')}")
 
     def _port(self, vcpu: Vcpu, exit_: PortExit) -> None:
         """String instructions come as ``repeat`` items of one port."""

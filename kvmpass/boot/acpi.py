@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from kvmpass.boot import aml, ports
 from kvmpass.errors import LayoutError
+from kvmpass.kvm.system import check_apic_ids
 from kvmpass.layout import IO_WINDOW_BASE, IO_WINDOW_SIZE, IOAPIC_BASE, LOCAL_APIC_BASE, MIB, Layout
 
 RSDP_BASE = 0xF0000  # the area that is searched for it, for kernels that ignore boot_params.acpi_rsdp_addr
@@ -80,14 +81,11 @@ def fadt(dsdt: int) -> bytes:
 def madt(cpus: int) -> bytes:
     """Multiple APIC Description Table: APIC id == CPU number, one IOAPIC with its inputs from GSI 0 on.
 
-    PCAT_COMPAT is clear: there is no 8259 to disable. Identifiers from 255 on need an x2APIC entry.
+    PCAT_COMPAT is clear: there is no 8259 to disable.
     """
     body = struct.pack("<II", LOCAL_APIC_BASE, 0)
     for cpu in range(cpus):
-        if cpu < 255:
-            body += struct.pack("<BBBBI", 0, 8, cpu, cpu, 1)
-        else:
-            body += struct.pack("<BBHIII", 9, 16, 0, cpu, 1, cpu)
+        body += struct.pack("<BBBBI", 0, 8, cpu, cpu, 1)
     body += struct.pack("<BBBBII", 1, 12, 0, 0, IOAPIC_BASE, 0)
     return table(b"APIC", 5, body)
 
@@ -233,8 +231,9 @@ def rsdp(xsdt: int) -> bytes:
 def build_tables(layout: Layout, cpus: int) -> AcpiTables:
     """All tables of a machine with ``cpus`` CPUs, placed in ``TABLES_BASE``-``TABLES_END`` and at ``RSDP_BASE``.
 
-    Raises ``LayoutError`` if they do not fit there.
+    Raises ``LayoutError`` for more than 255 CPUs.
     """
+    check_apic_ids(cpus)
     placed: list[tuple[int, bytes]] = []
     at = TABLES_BASE
 

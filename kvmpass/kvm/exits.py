@@ -61,6 +61,20 @@ class FailedExit(NamedTuple):
     detail: int
 
 
+class RefusedExit(NamedTuple):
+    """KVM_RUN itself failed with ``errno``: the guest cannot go on."""
+
+    errno: int
+
+
 Exit = (
-    PortExit | MmioExit | InterruptedExit | HaltExit | ShutdownExit | SystemEventExit | MemoryFaultExit | FailedExit
+    PortExit
+    | MmioExit
+    | InterruptedExit
+    | HaltExit
+    | ShutdownExit
+    | SystemEventExit
+    | MemoryFaultExit
+    | FailedExit
+    | RefusedExit
 )

@@ -9,14 +9,13 @@ from kvmpass._native import ffi, lib
 from kvmpass.kvm.vm import MsiRoute, Vm
 
 IOAPIC_PINS = 24
-_PIC_PINS = 16
 
 
 class IrqRoutes:
-    """IOAPIC and PIC pins as on a PC, and GSIs above them for message-signalled interrupts.
+    """The IOAPIC's pins, and GSIs above them for message-signalled interrupts. No line leads to the PIC.
 
     A change takes effect at once; one that KVM refuses leaves the table as it was. The table is kept as KVM reads it:
-    a change costs one entry and one call, however many routes there are.
+    a change costs one entry and one call, however many routes there are. Synchronization: from any thread.
     """
 
     def __init__(self, vm: Vm) -> None:
@@ -28,15 +27,11 @@ class IrqRoutes:
         self._free = list(range(self._limit - 1, IOAPIC_PINS - 1, -1))  # the lowest comes last
         self._lock = threading.Lock()
         for pin in range(IOAPIC_PINS):
-            self._append_pin(pin, lib.KVM_IRQCHIP_IOAPIC, pin)
-        for pin in range(_PIC_PINS):
-            self._append_pin(pin, lib.KVM_IRQCHIP_PIC_MASTER if pin < 8 else lib.KVM_IRQCHIP_PIC_SLAVE, pin % 8)
+            entry = self._table[pin]
+            entry.gsi, entry.type = pin, lib.KVM_IRQ_ROUTING_IRQCHIP
+            entry.irqchip, entry.pin = lib.KVM_IRQCHIP_IOAPIC, pin
+            self._count += 1
         self._vm.set_gsi_routing(self._table, self._count)
-
-    def _append_pin(self, gsi: int, chip: int, pin: int) -> None:
-        entry = self._table[self._count]
-        entry.gsi, entry.type, entry.irqchip, entry.pin = gsi, lib.KVM_IRQ_ROUTING_IRQCHIP, chip, pin
-        self._count += 1
 
     @property
     def msi(self) -> list[MsiRoute]:
@@ -48,7 +43,10 @@ class IrqRoutes:
             )
 
     def add(self, address: int, data: int) -> int:
-        """Route a new GSI to a message; returns the GSI. Raises ``OSError`` if KVM refuses or none is left."""
+        """Route a new GSI to a message of 64 and 32 bits; returns the GSI.
+
+        Raises ``OSError`` if KVM refuses or none is left, ``OverflowError`` for a number with more bits.
+        """
         with self._lock:
             if not self._free or self._count == self._limit:
                 raise OSError(errno.ENOSPC, f"KVM_SET_GSI_ROUTING: all {self._limit} GSIs of this VM are in use")
@@ -62,13 +60,17 @@ class IrqRoutes:
             return gsi
 
     def remove(self, gsi: int) -> None:
-        """The last entry takes the removed one's place. Raises ``OSError`` if KVM refuses."""
+        """The last entry takes the removed one's place. Raises ``OSError`` if KVM refuses, ``KeyError``: not routed.
+
+        A VM that is closed has no routes any more: nothing is asked of it.
+        """
         with self._lock:
             at, last = self._index[gsi], self._count - 1
             removed = ffi.new("struct kvmpass_route *", self._table[at])
             self._table[at] = self._table[last]
             try:
-                self._vm.set_gsi_routing(self._table, last)
+                if not self._vm.closed:
+                    self._vm.set_gsi_routing(self._table, last)
             except OSError:
                 self._table[at] = removed[0]
                 raise

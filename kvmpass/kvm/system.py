@@ -9,6 +9,16 @@ from kvmpass.kvm.types import CpuidEntry
 from kvmpass.kvm.vm import Vm
 
 _MAX_CPUID = 256
+MAX_APIC_IDS = 255  # 8 bits, all ones being a broadcast (AMD64 manual volume 2, 16.11)
+
+
+def check_apic_ids(count: int) -> None:
+    """Refuse (``LayoutError``) more CPUs than the interrupts of a guest's devices reach."""
+    if count > MAX_APIC_IDS:
+        raise LayoutError(
+            f"{count} CPUs: a guest takes {MAX_APIC_IDS}",
+            "devices' interrupts reach APIC ids of 8 bits, 0 to 254: more would need a remapping unit in the guest",
+        )
 
 
 class System(OwnedFd):
@@ -34,9 +44,10 @@ class System(OwnedFd):
         return self.check_extension(lib.KVM_CAP_MAX_VCPUS) or 4
 
     def check_vcpus(self, count: int) -> None:
-        """Refuse (``LayoutError``) a VM with ``count`` vCPUs if this host cannot have it."""
+        """Refuse (``LayoutError``) a VM with ``count`` vCPUs if this host, or a guest, cannot have them."""
         if not 1 <= count <= self.max_vcpus:
             raise LayoutError(f"{count} CPUs: this host's KVM takes 1 to {self.max_vcpus}")
+        check_apic_ids(count)
 
     def get_supported_cpuid(self) -> list[CpuidEntry]:
         """What KVM can give a guest on this host."""

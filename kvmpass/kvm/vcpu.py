@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvmpass._fd import OwnedFd, check, closing_on_error
+from kvmpass._fd import OwnedFd, check, closing_on_error, failure
 from kvmpass._native import ffi, lib
 from kvmpass.kvm.exits import (
     Exit,
@@ -16,6 +16,7 @@ from kvmpass.kvm.exits import (
     MemoryFaultExit,
     MmioExit,
     PortExit,
+    RefusedExit,
     ShutdownExit,
     SystemEventExit,
 )
@@ -48,13 +49,18 @@ class Vcpu(OwnedFd):
         super().close()
 
     def run(self) -> Exit:
-        """Enter the guest once. Raises ``OSError`` for anything but an exit or an interruption."""
+        """Enter the guest once. What makes the call itself fail is an exit, too: a guest can bring it about.
+
+        ``EFAULT``, for one, is its access to memory that the host refuses; before Linux 6.8, and for a device's
+        pages later too, it comes without ``KVM_EXIT_MEMORY_FAULT``. ``EIO``: KVM found a bug of its own and ended the
+        VM. Raises ``Closed`` after ``close()``.
+        """
         out = self._exit
         result = lib.kvm_run(self.fd, self._run.address, out)
         if result < 0:
             if -result in (errno.EINTR, errno.EAGAIN):
                 return _INTERRUPTED
-            check(result, "KVM_RUN", f"vCPU {self.index}")
+            return RefusedExit(-result)
         reason = out.reason
         if reason == lib.KVM_EXIT_IO:
             size, count, offset = out.size, out.count, out.data_offset
@@ -114,6 +120,21 @@ class Vcpu(OwnedFd):
         for name, value in values.items():
             setattr(regs, name, value)
         check(lib.kvm_set_regs(self.fd, regs), "KVM_SET_REGS")
+
+    def get_msrs(self, indexes: Sequence[int]) -> dict[int, int]:
+        """Model-specific registers by index, at most 64. Raises ``OSError`` (``EINVAL``) where KVM refuses one."""
+        table = ffi.new("struct kvm_msr_entry[]", [(index, 0) for index in indexes])
+        done = check(lib.kvm_get_msrs(self.fd, table, len(indexes)), "KVM_GET_MSRS", f"vCPU {self.index}")
+        if done < len(indexes):
+            raise failure(errno.EINVAL, "KVM_GET_MSRS", f"vCPU {self.index}, MSR {indexes[done]:#x}")
+        return {entry.index: entry.data for entry in table}
+
+    def set_msrs(self, values: Mapping[int, int]) -> None:
+        """Write model-specific registers by index, in order. Raises as ``get_msrs`` does: those before are set."""
+        table = ffi.new("struct kvm_msr_entry[]", list(values.items()))
+        done = check(lib.kvm_set_msrs(self.fd, table, len(values)), "KVM_SET_MSRS", f"vCPU {self.index}")
+        if done < len(values):
+            raise failure(errno.EINVAL, "KVM_SET_MSRS", f"vCPU {self.index}, MSR {list(values)[done]:#x}")
 
     def enter_long_mode(self, *, cr3: int, gdt: int, gdt_limit: int, code: int, data: int) -> None:
         """64-bit mode with paging by ``cr3``, flat segments, interrupts off (AMD64 manual volume 2, chapter 14).

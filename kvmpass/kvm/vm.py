@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmpass._fd import OwnedFd, check
-from kvmpass._native import lib
+from kvmpass._native import ffi, lib
 from kvmpass.kvm.vcpu import Vcpu
 
 
@@ -55,6 +55,14 @@ class Vm(OwnedFd):
     def create_irqchip(self) -> None:
         """PIC, IOAPIC and a local APIC for each vCPU, in the kernel. Before the first vCPU."""
         check(lib.kvm_create_irqchip(self.fd), "KVM_CREATE_IRQCHIP")
+
+    def mask_pic(self) -> None:
+        """Mask every input of both 8259s, which KVM makes with all of them unmasked (arch/x86/kvm/i8259.c)."""
+        pic = ffi.new("struct kvm_pic_state *")
+        for chip in (lib.KVM_IRQCHIP_PIC_MASTER, lib.KVM_IRQCHIP_PIC_SLAVE):
+            check(lib.kvm_get_irqchip_pic(self.fd, chip, pic), "KVM_GET_IRQCHIP", f"chip {chip}")
+            pic.imr = 0xFF
+            check(lib.kvm_set_irqchip_pic(self.fd, chip, pic), "KVM_SET_IRQCHIP", f"chip {chip}")
 
     def set_gsi_routing(self, table: Any, count: int) -> None:
         """Replace the whole table: ``count`` of ``struct kvmpass_route``.

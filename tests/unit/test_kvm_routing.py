@@ -12,11 +12,11 @@ from kvmpass._native import lib
 from kvmpass.kvm import IrqRoutes
 from kvmpass.kvm.routing import IOAPIC_PINS
 
-PINS = IOAPIC_PINS + 16
-
 
 class FakeVm:
     """Keeps what it was given; refuses when told to."""
+
+    closed = False
 
     def __init__(self, limit: int = 64) -> None:
         self.limit = limit
@@ -45,16 +45,17 @@ def routes_on(vm: FakeVm) -> IrqRoutes:
     return IrqRoutes(vm)  # type: ignore[arg-type]
 
 
-def test_the_pins_of_a_pc_are_there_from_the_start() -> None:
+def test_the_ioapics_pins_are_there_from_the_start_and_none_of_the_pic() -> None:
     routes_on(vm := FakeVm())
-    assert len(vm.seen) == PINS
+    assert {entry[1] for entry in vm.seen} == {lib.KVM_IRQCHIP_IOAPIC}
+    assert len(vm.seen) == IOAPIC_PINS
     assert {entry[0] for entry in vm.seen if entry[1] == lib.KVM_IRQCHIP_IOAPIC} == set(range(IOAPIC_PINS))
 
 
 def test_random_changes_leave_what_was_asked_for() -> None:
     routes, choose, wanted = routes_on(vm := FakeVm()), random.Random(1), {}
     for step in range(500):
-        if wanted and (choose.random() < 0.5 or len(wanted) == vm.limit - PINS):
+        if wanted and (choose.random() < 0.5 or len(wanted) == vm.limit - IOAPIC_PINS):
             gsi = choose.choice(list(wanted))
             routes.remove(gsi)
             del wanted[gsi]
@@ -64,7 +65,7 @@ def test_random_changes_leave_what_was_asked_for() -> None:
             wanted[gsi] = step
         assert vm.messages == {(gsi, 0xFEE0_0000, data) for gsi, data in wanted.items()}
         assert [(route.gsi, route.data) for route in routes.msi] == sorted(wanted.items())
-        assert len(vm.seen) == PINS + len(wanted)
+        assert len(vm.seen) == IOAPIC_PINS + len(wanted)
 
 
 def test_a_refused_change_changes_nothing() -> None:
@@ -83,8 +84,17 @@ def test_a_refused_change_changes_nothing() -> None:
 
 def test_a_full_table_says_so() -> None:
     routes = routes_on(vm := FakeVm())
-    for data in range(vm.limit - PINS):
+    for data in range(vm.limit - IOAPIC_PINS):
         routes.add(0xFEE0_0000, data)
     with pytest.raises(OSError, match="all 64 GSIs") as caught:
         routes.add(0xFEE0_0000, 99)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_closed_vm_is_asked_for_nothing() -> None:
+    """Its routes have gone with it."""
+    routes = routes_on(vm := FakeVm())
+    gsi = routes.add(0xFEE0_0000, 1)
+    vm.closed = vm.refuse = True
+    routes.remove(gsi)
+    assert routes.msi == []
