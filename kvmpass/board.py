@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
+from kvmpass._ratelimit import limited_log
+from kvmpass._teardown import run_all
 from kvmpass.boot import ports
 from kvmpass.bus import Bus
 from kvmpass.devices.hotplug import HotplugController
@@ -29,6 +32,8 @@ from kvmpass.pci import (
 )
 from kvmpass.vfio import Device
 
+log = limited_log(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class BoardEvents:
@@ -40,13 +45,17 @@ class BoardEvents:
 
 
 class Board:
-    """One VM and what is soldered to it. ``close()`` releases it; functions must be unplugged before."""
+    """One VM and its fixed devices. ``close()`` releases it; functions must be unplugged before.
+
+    Synchronization: ``plug`` and ``unplug`` with the bus lock held; the rest belongs to the machine's lock of moves.
+    """
 
     def __init__(self, system: System, layout: Layout, memory: GuestMemory, events: BoardEvents) -> None:
         self._memory = memory
         with ExitStack() as undo:
             self.vm = undo.enter_context(system.create_vm())
             self.vm.create_irqchip()
+            self.vm.mask_pic()  # the ACPI tables say that there is none
             self.routes = IrqRoutes(self.vm)
             self.kvm_vfio = undo.enter_context(self.vm.create_vfio_device())
             self.ports = Bus("port")
@@ -57,14 +66,22 @@ class Board:
             self._bars = BarSpace(layout)
             self.serials = [self._add_serial(line, events, n) for n, line in enumerate(ports.SERIAL_LINES)]
             self.ports.add(ports.POWER_BASE, ports.POWER_SIZE, PowerControl(events.power))
-            self.hotplug = HotplugController(lambda level: self.vm.irq_line(ports.EVENT_GSI, level), events.eject)
+            self.hotplug = HotplugController(partial(self._drive, ports.EVENT_GSI), events.eject)
             self.ports.add(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE, self.hotplug)
             self._undo = undo.pop_all()
 
     def _add_serial(self, line: ports.SerialLine, events: BoardEvents, number: int) -> Serial16550:
-        serial = Serial16550(events.outputs[number], lambda level: self.vm.irq_line(line.irq, level))
+        serial = Serial16550(events.outputs[number], partial(self._drive, line.irq))
         self.ports.add(line.port, ports.SERIAL_PORTS, serial)
         return serial
+
+    def _drive(self, gsi: int, level: bool) -> None:
+        """An emulated device's line. What KVM refuses costs the guest an interrupt, not the run."""
+        try:
+            if not self.vm.closed:
+                self.vm.irq_line(gsi, level)
+        except OSError as error:
+            log.warning("%s", error)
 
     def plug(self, device: Device, slot: int, number: int) -> AssignedFunction:
         """Show ``device`` to the guest as a function of ``slot``. Raises ``LayoutError``, ``OSError``."""
@@ -78,10 +95,8 @@ class Board:
         return function
 
     def unplug(self, function: AssignedFunction) -> None:
-        """Out of the guest's view; every step is tried."""
-        with ExitStack() as steps:
-            steps.callback(function.close)
-            steps.callback(self.pci.unplug, function)
+        """Out of the guest's view. Runs every step even if one fails, and can then be called again."""
+        run_all((partial(self.pci.unplug, function), function.close))
 
     def close(self) -> None:
         self._undo.close()

@@ -6,6 +6,7 @@ import enum
 import threading
 from contextlib import ExitStack
 
+from kvmpass._signals import deferred
 from kvmpass.host import Bdf
 from kvmpass.pci import AssignedFunction
 from kvmpass.pci.config import COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
@@ -19,6 +20,8 @@ class DeviceState(enum.Enum):
 
 class AssignedDevice:
     """A device in a machine's domain. Made by ``Machine.assign``; gone after ``Machine.deassign``.
+
+    Synchronization: its registers from any thread (the bus lock); its place and state belong to the machine.
 
     Its registers are usable from Python: ``regions[0].read_int(0)``. Turn decoding and DMA on first: ``enable()``.
     ``slot`` and ``number`` are its place on the guest's PCI bus 0; ``reset_methods`` how the kernel resets it, in the
@@ -39,6 +42,7 @@ class AssignedDevice:
         self.function: AssignedFunction | None = None  # what the guest sees of it now
         self.failed = False  # an uncorrected error since the last reset
         self.ejected = threading.Event()  # set when the guest has let go of it
+        self.requested = False  # the host wants it back, and the guest was asked
         self.undo = ExitStack()
 
     @property
@@ -68,7 +72,7 @@ class AssignedDevice:
 
     def _set_command(self, command: int) -> None:
         data = command.to_bytes(2, "little")
-        with self._lock:
+        with deferred(), self._lock:
             if self.function is not None:
                 self.function.config_write(COMMAND, data)
             else:

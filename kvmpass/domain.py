@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
+from kvmpass._teardown import run_all
 from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
 from kvmpass.layout import Range, Reserved, find_reserved
 from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
@@ -60,7 +62,8 @@ class _Joined:
 class Domain:
     """One translation for all of the VM's devices. A listener of ``GuestMemory``.
 
-    Not thread-safe beyond what ``GuestMemory`` serialises: attach and detach from one thread at a time.
+    Synchronization: regions come and go from any thread (the memory's lock); ``attach``, ``detach``, ``hot_reset``,
+    ``use_kvm`` and ``close`` from one thread at a time (``Machine`` holds its lock of moves).
     """
 
     def __init__(
@@ -114,17 +117,16 @@ class Domain:
     def detach(self, device: Device) -> None:
         """Close ``device``; its group leaves with its last device, all mappings with the last group.
 
-        Every step is tried even if one raises.
+        Runs every step even if one fails. A group that cannot leave stays recorded, with its mappings.
         """
         number = next((n for n, joined in self._groups.items() if device in joined.devices), None)
         if number is None:
             return
-        joined = self._groups[number]
-        with ExitStack() as steps:
-            if len(joined.devices) == 1:
-                steps.callback(self._leave, number)
-            steps.callback(joined.devices.remove, device)
-            steps.callback(device.close)
+        devices = self._groups[number].devices
+        steps: list[Callable[[], object]] = [device.close, partial(devices.remove, device)]
+        if len(devices) == 1:
+            steps.append(partial(self._leave, number))
+        run_all(steps)
 
     def _join(self, number: int) -> None:
         with ExitStack() as undo:
@@ -156,17 +158,22 @@ class Domain:
             kvm_vfio.file_del(group.fd)
 
     def _leave(self, number: int) -> None:
-        with self._memory.lock, ExitStack() as steps:  # last in, first out
-            joined = self._groups.pop(number)
-            if not self._groups:
-                steps.callback(self._close_container)
-                steps.callback(self._ledger.clear)  # gone with the container, whatever happened before
-            steps.callback(joined.group.close)
-            steps.callback(self._unless_taken, joined.group, joined.group.unset_container)
-            if not self._groups:
-                steps.callback(self._unless_taken, joined.group, self._unmap_all)
-            if self._kvm_vfio:
-                steps.callback(self._kvm_vfio.file_del, joined.group.fd)
+        group, last = self._groups[number].group, len(self._groups) == 1
+
+        def leave_container() -> None:
+            self._unless_taken(group, group.unset_container)
+            del self._groups[number]
+            if last:
+                self._ledger.clear()  # gone with the last group, whatever happened before
+            run_all((group.close, *([self._close_container] if last else [])))
+
+        steps: list[Callable[[], None]] = [leave_container]
+        if last:
+            steps.insert(0, partial(self._unless_taken, group, self._unmap_all))
+        if self._kvm_vfio:
+            steps.insert(0, partial(self._forget, self._kvm_vfio, group))
+        with self._memory.lock:
+            run_all(steps)
 
     @staticmethod
     def _unless_taken(group: Group, step: Callable[[], None]) -> None:
@@ -198,8 +205,8 @@ class Domain:
         numbers = {one.group for one in dependent}  # more groups than it has devices are refused
         device.pci_hot_reset([joined.group for number, joined in self._groups.items() if number in numbers])
 
-    def use_kvm(self, kvm_vfio: KvmVfio) -> None:
-        """From now on another VM runs over these devices. The old one lets go of the groups before it gets them.
+    def use_kvm(self, kvm_vfio: KvmVfio | None) -> None:
+        """From now on another VM, or none, runs over these devices. The old one drops the groups before it gets them.
 
         The other way round VFIO would take the group from whoever has it (kvm_vfio_file_del, virt/kvm/vfio.c).
         """
@@ -207,14 +214,14 @@ class Domain:
         for joined in self._groups.values():
             if former:
                 self._forget(former, joined.group)
-            kvm_vfio.file_add(joined.group.fd)
+            if kvm_vfio:
+                kvm_vfio.file_add(joined.group.fd)
 
     def close(self) -> None:
-        """Detach every device. Twice is harmless."""
-        with ExitStack() as steps:
-            for joined in self._groups.values():
-                for device in joined.devices:
-                    steps.callback(self.detach, device)
+        """Detach every device. Runs every step even if one fails; idempotent."""
+        devices = [device for joined in self._groups.values() for device in joined.devices]
+        run_all(partial(self.detach, device) for device in devices)
+        run_all(partial(self._leave, number) for number in list(self._groups))  # what could not leave before
 
     # --- memory
 
@@ -251,14 +258,20 @@ class Domain:
         self._ledger[region] = mapping
         try:
             self._container.map_dma(mapping.iova, mapping.hva, mapping.size, writable=mapping.writable)
-        except BaseException:
-            # However far it got (an interrupt may come after the call), nothing stays mapped.
+        except OverflowError:  # no number that the kernel could have been asked for
             del self._ledger[region]
-            with suppress(OSError):
-                self._container.unmap_dma(mapping.iova, mapping.size)
+            raise
+        except BaseException as error:  # an interrupt may come after the call
+            run_all((partial(self._unmap_doubtful, region),), error)
             raise
         self.calls.append(DmaCall("map", Range(mapping.iova, mapping.size)))
         log.info("map %s -> iova %#x, %s", region, mapping.iova, "rw" if mapping.writable else "ro")
+
+    def _unmap_doubtful(self, region: MemoryRegion) -> None:
+        """What is not mapped is no error here. If this fails the region stays in the ledger, its memory mapped."""
+        assert self._container is not None
+        self._container.unmap_dma(region.gpa, region.size)
+        del self._ledger[region]
 
     def unmap_pages(self, region: MemoryRegion) -> None:
         """Undo ``map_pages``. Raises ``AuditFailed`` if the kernel had not mapped what the ledger says."""
@@ -276,9 +289,10 @@ class Domain:
     def _unmap_all(self) -> None:
         """Undo every mapping, then let the kernel say whether there were more. Raises ``AuditFailed``."""
         assert self._container is not None
-        with ExitStack() as steps:
-            for region in list(self._ledger):
-                steps.callback(self.unmap_pages, region)
+        run_all((*(partial(self.unmap_pages, region) for region in list(self._ledger)), self._check_none_left))
+
+    def _check_none_left(self) -> None:
+        assert self._container is not None
         if left := self._container.unmap_all():
             raise AuditFailed(f"{left:#x} bytes were mapped that the ledger does not have")
 
@@ -295,6 +309,10 @@ class Domain:
     def region_removed(self, region: MemoryRegion) -> None:
         if region in self._ledger:
             self.unmap_pages(region)
+
+    def holds(self, region: MemoryRegion) -> bool:
+        """Listener: whether devices may still reach the region's memory."""
+        return region in self._ledger
 
     # --- the invariant
 

@@ -85,3 +85,14 @@ class DeviceReleased(DeviceEvent):
     def __str__(self) -> str:
         how = "the guest has let go of it" if self.by == "guest" else "taken out of the running guest"
         return f"{self.bdf}: {how}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEventsDropped(DeviceEvent):
+    """``count`` events of the class ``kind`` were not told: the device, or the kernel, repeated them too often."""
+
+    kind: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.bdf}: {self.count} more events of the kind {self.kind} were dropped"

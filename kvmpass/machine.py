@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import threading
 import time
 import uuid
@@ -15,9 +14,11 @@ from typing import Self
 from weakref import WeakSet
 
 from kvmpass._fd import allow_descriptors
+from kvmpass._ratelimit import limited_log
 from kvmpass._signals import deferred
+from kvmpass._teardown import run_all
 from kvmpass.board import Board, BoardEvents
-from kvmpass.boot import acpi, ports
+from kvmpass.boot import acpi, mtrr, ports
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
@@ -27,7 +28,7 @@ from kvmpass.devices.serial import Serial16550
 from kvmpass.domain import DmaMapping, Domain, compare
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
-from kvmpass.host import Bdf, Sysfs, check_memory
+from kvmpass.host import Bdf, PciDevice, Sysfs, check_memory
 from kvmpass.host.limits import page_tables
 from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
 from kvmpass.layout import Layout, parse_size
@@ -36,7 +37,9 @@ from kvmpass.notices import Notices
 from kvmpass.vcpus import Ending, VcpuThreads
 from kvmpass.vfio.device import ERR, REQ
 
-log = logging.getLogger(__name__)
+log = limited_log(__name__)
+
+EJECT_SECONDS = 10.0  # for a guest to eject what the host requests
 
 # An interrupt may come between the end of a ``with`` body and ``__exit__``: what is open then is closed at exit,
 # before host.borrow gives its devices back at exit (last registered, first called).
@@ -62,8 +65,16 @@ class Machine:
     any case. It must not wait for the machine. An uncorrected error of a device ends the guest, unless
     ``stop_on_error`` is false.
 
-    Call from one thread; the guest's vCPUs and the watch over its devices have their own. In the main thread Ctrl-C,
-    SIGTERM and SIGHUP wait while a device goes in or out.
+    In the main thread Ctrl-C, SIGTERM and SIGHUP wait while a device goes in or out.
+
+    Synchronization: from any thread. Three locks, taken in this order:
+
+    - ``_moves`` guards which devices there are, their places and states, the board and whether the guest was started.
+      It is held while a device comes or goes, for as long as that takes.
+    - ``_lock`` guards the buses, the functions on them and the hot plug controller. A vCPU holds it for each exit.
+    - ``memory.lock`` guards the list of regions and what mirrors it.
+
+    ``stop``, ``over`` and ``wait`` take none of them: an error of a device ends the guest whatever else goes on.
     """
 
     def __init__(
@@ -79,9 +90,10 @@ class Machine:
         self._sysfs = sysfs or Sysfs()
         self._stop_on_error = stop_on_error
         self._closed = False
+        self._broken = False  # by a reset that failed half-way
         self._populated = False
-        self._lock = threading.RLock()  # the buses: taken for each exit
-        self._moves = threading.RLock()  # devices coming and going; taken before the other
+        self._lock = threading.RLock()
+        self._moves = threading.RLock()
         self._threads: VcpuThreads | None = None
         self._vcpus: list[Vcpu] = []
         self._pace: Callable[[], None] = lambda: None
@@ -110,11 +122,8 @@ class Machine:
             for part in planned.regions:
                 self.memory.add_ram(part.range.start, part.range.size, part.name, backing=part.backing)
             self._notices = Notices(on_event, lambda: {device.bdf for device in list(self.devices)})
-            undo.callback(self._deassign_all)
-            undo.callback(self._notices.stop)
-            undo.callback(self._close_vcpus)
-            _open.add(self)
-            self._undo = undo.pop_all()
+            undo.pop_all()
+        _open.add(self)
 
     def _make_board(self) -> Board:
         outputs = [self._output(number) for number in range(len(ports.SERIAL_LINES))]
@@ -125,12 +134,37 @@ class Machine:
         return lambda data: self._sinks[number](data)
 
     def close(self) -> None:
-        """Stop the guest and release everything, in order; every step is tried. Twice is harmless."""
-        if not self._closed:
-            with deferred():
-                self._closed = True
-                _open.discard(self)
-                self._undo.close()
+        """Stop the guest and release everything, in order. Runs every step even if one fails; idempotent.
+
+        A memslot that KVM does not delete goes with the VM: its pages are unmapped after that, and its device closed.
+        """
+        with deferred():
+            with self._moves:
+                closed, self._closed = self._closed, True
+            if closed:
+                return
+            _open.discard(self)
+            self._close_vcpus()
+            self._notices.stop()  # without the lock, which what runs there may wait for
+            with self._moves:
+                run_all(
+                    (
+                        self._deassign_all,
+                        partial(self.domain.use_kvm, None),
+                        self._board.close,
+                        self._deassign_all,
+                        self.domain.close,
+                        self.memslots.close,
+                        self.memory.close,
+                        self._system.close,
+                    )
+                )
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise Closed("the machine is closed")
+        if self._broken:
+            raise Closed("a reset of this machine failed: it can only be closed")
 
     def __enter__(self) -> Self:
         return self
@@ -156,13 +190,13 @@ class Machine:
         ``assign`` does it if nobody has. Whoever does it before devices change drivers leaves the host as it was,
         even if this process is killed for want of memory. Raises ``NotEnoughMemory`` or ``OSError``.
         """
-        if self._closed:
-            raise Closed("the machine is closed")
-        if not self._populated:
-            size = self.memory.anonymous_size
-            check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size))
-            self.memory.populate()
-            self._populated = True
+        with self._moves:
+            self._check_usable()
+            if not self._populated:
+                size = self.memory.anonymous_size
+                check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size))
+                self.memory.populate()
+                self._populated = True
 
     # --- devices
 
@@ -176,16 +210,21 @@ class Machine:
         ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``ReservedRange``, ``NotEnoughMemory`` or ``OSError``;
         then nothing has changed.
         """
-        if self._closed:
-            raise Closed("the machine is closed")
+        self._check_usable()
         found = self._sysfs.device(Bdf.parse(bdf) if isinstance(bdf, str) else bdf)
         if found.driver != "vfio-pci" or found.group is None:
             raise NotAssignable(
                 f"{found.bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
                 "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
             )
-        self.populate()
-        with deferred(), self._moves, ExitStack() as undo:
+        with self._moves:
+            self.populate()
+            with deferred():
+                return self._attach(found, vf_token)
+
+    def _attach(self, found: PciDevice, vf_token: uuid.UUID | None) -> AssignedDevice:
+        assert found.group is not None
+        with ExitStack() as undo:
             self._notices.follow_faults()
             vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
             undo.callback(self.domain.detach, vfio)
@@ -197,15 +236,13 @@ class Machine:
             watched = undo.enter_context(ExitStack())
             self._notices.on_irq(vfio, ERR, lambda: self._on_error(device), watched)
             self._notices.on_irq(vfio, REQ, lambda: self._on_request(device), watched)
-            undo.callback(self._unplug, device)
             self._place(device)
             self._plug(device)
+            device.undo = undo.pop_all()
             self.devices.append(device)
-            undo.callback(self.devices.remove, device)
             if self._running:
                 with self._lock:
                     self._board.hotplug.announce(device.slot)
-            device.undo = undo.pop_all()
         return device
 
     def _close_device(self, device: AssignedDevice) -> None:
@@ -230,14 +267,15 @@ class Machine:
             device.function = self._board.plug(device.vfio, device.slot, device.number)
 
     def _unplug(self, device: AssignedDevice) -> None:
+        """Out of the guest's view. Raises ``OSError``: what KVM keeps stays recorded, to be tried again."""
         with self._lock:
-            function, device.function = device.function, None
-            if function is not None:
+            if device.function is not None:
                 if all(one is device or one.slot != device.slot for one in self.devices):
                     self._board.hotplug.forget(device.slot)
-                self._board.unplug(function)
+                self._board.unplug(device.function)
+                device.function = None
 
-    def unplug(self, device: AssignedDevice, timeout: float = 10.0) -> None:
+    def unplug(self, device: AssignedDevice, timeout: float = EJECT_SECONDS) -> None:
         """Ask the running guest to let go of ``device``, wait until it has, and take it out.
 
         A guest lets go of a slot, so that what shares it goes, too. Raises ``GuestError`` if it does not answer
@@ -245,6 +283,8 @@ class Machine:
         """
         deadline = time.monotonic() + timeout
         leaving = [device]
+        if not self._has(device):
+            return
         if self._running:
             leaving = [one for one in self.devices if one.slot == device.slot]
             with self._lock:
@@ -257,39 +297,50 @@ class Machine:
                         f"the guest has not let go of {device.bdf} within {timeout:g} seconds",
                         "Machine.deassign takes it out without asking",
                     )
-        with ExitStack() as steps:
-            for one in leaving:
-                steps.callback(self.deassign, one)
+        run_all(partial(self.deassign, one) for one in leaving)
 
     def deassign(self, device: AssignedDevice) -> None:
-        """Take the device out again, backwards; every step is tried. A running guest is not asked."""
+        """Take the device out again, backwards. A running guest is not asked. Idempotent.
+
+        Raises ``OSError`` where KVM keeps a memslot over the device's pages: it stays assigned, its pages mapped, and
+        ``deassign`` can be called again; ``close`` always succeeds. After that every step runs even if one fails.
+        """
         with deferred(), self._moves:
-            if device.state is DeviceState.RELEASED:
+            if not self._has(device):
                 return
+            self._unplug(device)
             device.state = DeviceState.RELEASED
+            self.devices.remove(device)
             by = "guest" if device.ejected.is_set() else "host"
             device.undo.close()
             if self._running:
                 self._notices.tell(DeviceReleased(str(device.bdf), by))
 
+    def _has(self, device: AssignedDevice) -> bool:
+        """False for a device that has left. Raises ``NotAssignable`` for one of another machine."""
+        if device.state is DeviceState.ASSIGNED and device not in self.devices:
+            raise NotAssignable(f"{device.bdf} is not assigned to this machine")
+        return device.state is DeviceState.ASSIGNED
+
     def _deassign_all(self) -> None:
-        with ExitStack() as steps:
-            for device in list(self.devices):
-                steps.callback(self.deassign, device)
+        run_all(partial(self.deassign, device) for device in list(self.devices))
 
     def reset_device(self, device: AssignedDevice, reason: str = "request") -> DeviceReset:
         """Reset the device by what it has: a reset of the function, else of its bus if all on it is ours.
 
         Raises ``OSError`` where neither is possible.
         """
-        started = time.monotonic()
-        method = None
-        if device.vfio.resettable:
-            device.vfio.reset()
-        else:
-            self.domain.hot_reset(device.vfio)
-            method = "bus"
-        device.failed = False
+        with self._moves:
+            if not self._has(device):
+                raise Closed(f"{device.bdf} is not assigned any more")
+            started = time.monotonic()
+            method = None
+            if device.vfio.resettable:
+                device.vfio.reset()
+            else:
+                self.domain.hot_reset(device.vfio)
+                method = "bus"
+            device.failed = False
         event = self._reset_event(device, time.monotonic() - started, reason, method)
         self._notices.tell(event)
         return event
@@ -305,25 +356,41 @@ class Machine:
     # --- what the host and the guest say about devices
 
     def _on_error(self, device: AssignedDevice) -> None:
+        """In the watch's thread, which waits for nothing."""
         device.failed = True
         if self._stop_on_error:
             self.stop(Ending.DEVICE_ERROR)
-        self._notices.tell(DeviceError(str(device.bdf)))
+        self._notices.tell_later(DeviceError(str(device.bdf)))
 
     def _on_request(self, device: AssignedDevice) -> None:
-        """VFIO repeats this until the device is closed."""
+        """In the watch's thread. VFIO repeats this until the device is closed; the guest is asked once."""
         if device.state is DeviceState.RELEASED:
             return
-        self._notices.tell(DeviceRequest(str(device.bdf)))
-        try:
-            self.unplug(device)
-        except GuestError as error:
-            log.warning("%s", error)
-            self.deassign(device)
+        self._notices.tell_later(DeviceRequest(str(device.bdf)))
+        if not device.requested:
+            device.requested = True
+            self._notices.later(partial(self._request_eject, device))
+
+    def _request_eject(self, device: AssignedDevice) -> None:
+        """The guest ejects the device, or it is taken after a while; meanwhile nothing waits for that guest."""
+        with self._moves, self._lock:
+            if self._running and device in self.devices:
+                self._board.hotplug.request_eject(device.slot)
+                self._notices.later(partial(self._take, device), EJECT_SECONDS)
+                return
+        self._take(device)
+
+    def _take(self, device: AssignedDevice) -> None:
+        device.requested = False  # VFIO asks again if this fails
+        with self._moves:
+            if device.state is DeviceState.ASSIGNED and self._running:
+                log.warning("the guest has not let go of %s within %g seconds", device.bdf, EJECT_SECONDS)
+            if not self._closed:
+                self.deassign(device)
 
     def _ejected(self, slot: int) -> None:
-        """In a vCPU's thread: the guest sees nothing there any more; the rest is for the watch's thread."""
-        for device in [one for one in list(self.devices) if one.slot == slot]:
+        """In a vCPU's thread: the guest sees nothing there any more; the rest is done elsewhere, once."""
+        for device in [one for one in list(self.devices) if one.slot == slot and not one.ejected.is_set()]:
             try:
                 self._unplug(device)
             except OSError as error:
@@ -380,23 +447,38 @@ class Machine:
         self._linux = (kernel, initrd, cmdline)
 
     def start(self) -> None:
-        """Make the vCPUs and let the guest run. Raises ``GuestError`` if nothing was loaded or it runs already."""
-        if self._entry is None or self._threads is not None:
-            raise GuestError("load a kernel first, and start it once")
-        for device in self.devices:
-            if device.failed and self._stop_on_error:
-                raise GuestError(
-                    f"{device.bdf} has had an uncorrected error", "Machine.reset_device may bring it back"
-                )
-            if device.number and all(one.number or one.slot != device.slot for one in self.devices):
-                self._unplug(device)  # its function 0 has left: a guest would not look for it there
-                self._place(device)
-                self._plug(device)
-        entry, supported = self._entry, self._system.get_supported_cpuid()
+        """Make the vCPUs and let the guest run. Raises ``GuestError`` if nothing was loaded or it runs already.
+
+        Raises ``OSError`` if KVM refuses; then ``reset()`` before the next try.
+        """
+        with self._moves:
+            self._check_usable()
+            if self._entry is None or self._threads is not None:
+                raise GuestError("load a kernel first, and start it once")
+            for device in self.devices:
+                if device.failed and self._stop_on_error:
+                    raise GuestError(
+                        f"{device.bdf} has had an uncorrected error", "Machine.reset_device may bring it back"
+                    )
+                if device.number and all(one.number or one.slot != device.slot for one in self.devices):
+                    self._unplug(device)  # its function 0 has left: a guest would not look for it there
+                    self._place(device)
+                    self._plug(device)
+            try:
+                self._make_vcpus(self._entry)
+            except BaseException:
+                self._close_vcpus()
+                raise
+            self._threads = VcpuThreads(self._vcpus, self._board.ports, self._board.mmio, self._lock, self._pace)
+            self._threads.start()
+
+    def _make_vcpus(self, entry: LinuxEntry) -> None:
+        supported, types = self._system.get_supported_cpuid(), mtrr.mtrrs(self._system.physical_bits)
         for index in range(self.cpus):
             vcpu = self.vm.create_vcpu(index)
             self._vcpus.append(vcpu)
             vcpu.set_cpuid2(guest_cpuid(supported, cpu=index, cpus=self.cpus))
+            vcpu.set_msrs(types)
         first = self._vcpus[0]
         first.enter_long_mode(
             cr3=entry.cr3,
@@ -406,18 +488,19 @@ class Machine:
             data=entry.data_selector,
         )
         first.set_regs(rip=entry.rip, rsi=entry.rsi, rflags=2)
-        self._threads = VcpuThreads(self._vcpus, self._board.ports, self._board.mmio, self._lock, self._pace)
-        self._threads.start()
 
     def reset(self) -> None:
         """As the reset button: stop the guest, reset its devices, load the kernel again; ``start()`` boots it.
 
         A new VM over the same memory: mappings, open devices and their places stay. Interrupts go before a device is
-        reset. Raises ``OSError``: the machine can then only be closed.
+        reset. KVM keeps the VM that a device was opened for, without memory and vCPUs, until the device is closed.
+        Raises ``OSError``: the machine can then only be closed.
         """
         with deferred(), self._moves:
+            self._check_usable()
             self._close_vcpus()
             self._threads = None
+            self._broken = True
             for device in list(self.devices):
                 if device.ejected.is_set():  # it was on its way out
                     self.deassign(device)
@@ -440,32 +523,40 @@ class Machine:
                 self.domain.use_kvm(board.kvm_vfio)
                 self._board = board
                 undo.pop_all()
-            old.close()
+            try:
+                run_all((partial(self.memslots.leave, old.vm), old.close))
+            except OSError as error:  # nobody runs that VM any more
+                log.warning("%s", error)
             for device in devices:
                 self._place(device)
                 self._plug(device)
             if self._linux is not None:
                 self.load_linux(*self._linux)
+            self._broken = False
 
     def wait(self, timeout: float | None = None) -> Ending | None:
         """How the guest ended; None if it runs on after ``timeout`` seconds. Raises what made a vCPU fail."""
-        if self._threads is None:
+        threads = self._threads
+        if threads is None:
             raise GuestError("the guest was not started")
-        return self._threads.wait(timeout)
+        return threads.wait(timeout)
 
     def stop(self, ending: Ending = Ending.STOPPED) -> None:
-        """End the guest. From any thread, a bus device's too; ``wait()`` then returns ``ending``."""
-        if self._threads is not None:
-            self._threads.end(ending)
+        """End the guest: no vCPU goes on. ``wait()`` then returns ``ending``. Does not wait for anything."""
+        threads = self._threads
+        if threads is not None:
+            threads.end(ending)
 
     @property
     def over(self) -> bool:
         """Whether a guest that was started has ended."""
-        return self._threads is not None and self._threads.over
+        threads = self._threads
+        return threads is not None and threads.over
 
     @property
     def _running(self) -> bool:
-        return self._threads is not None and not self._threads.over
+        threads = self._threads
+        return threads is not None and not threads.over
 
     @property
     def fault(self) -> str:
@@ -488,8 +579,7 @@ class Machine:
         if self._threads is not None:
             self._threads.stop()
         vcpus, self._vcpus = self._vcpus, []
-        for vcpu in vcpus:
-            vcpu.close()
+        run_all(vcpu.close for vcpu in vcpus)
 
 
 __all__ = ["AssignedDevice", "DeviceState", "Ending", "Machine"]

@@ -7,33 +7,61 @@ import os
 import threading
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from functools import partial
 
-from kvmpass.events import DeviceError, DeviceEvent, DeviceFault, DeviceIommuError, DeviceRequest
+from kvmpass._ratelimit import RateLimit
+from kvmpass._teardown import run_all
+from kvmpass.events import (
+    DeviceError,
+    DeviceEvent,
+    DeviceEventsDropped,
+    DeviceFault,
+    DeviceIommuError,
+    DeviceRequest,
+)
 from kvmpass.host import Bdf, FaultLog, IommuEvent, open_fault_log
 from kvmpass.vfio import Device
 from kvmpass.watch import Watch
 
 log = logging.getLogger(__name__)
 
-_WARNINGS = (DeviceError, DeviceFault, DeviceIommuError, DeviceRequest)
+_REPEATED = (DeviceError, DeviceFault, DeviceIommuError, DeviceRequest)  # as often as a device, or the host, likes
+_MAX_WAITING = 1000  # events that a slow on_event has not seen yet
 
 
 class Notices:
-    """Watches from a thread of its own, and hands events on.
+    """Watches the host, and hands events on.
 
-    ``on_event`` gets every event, from whatever thread it is told in; all are logged. ``ours`` gives the devices
-    whose faults matter.
+    ``on_event`` gets every event, from whatever thread it is told in; all are logged. Of what a device can repeat ten
+    are told in five seconds for each device and kind, then how many were dropped (``DeviceEventsDropped``). ``ours``
+    gives the devices whose faults matter.
+
+    Synchronization: from any thread. There are two of its own: one hears of what happens and waits for nothing, the
+    other one does what takes time, one thing after the other: devices that leave, ``on_event``.
     """
 
     def __init__(self, on_event: Callable[[DeviceEvent], None] | None, ours: Callable[[], Collection[Bdf]]) -> None:
         self._on_event = on_event
         self._ours = ours
         self._watch = Watch("devices")
+        self._jobs = Watch("device jobs")
+        self._limit = RateLimit()
+        self._lock = threading.Lock()  # of the two counts
+        self._waiting = self._lost = 0
         self._faults: FaultLog | None = None
 
     def tell(self, event: DeviceEvent) -> None:
         """Log it and pass it on; what ``on_event`` raises is logged, too: it must not keep a device from its due."""
-        level = logging.WARNING if isinstance(event, _WARNINGS) else logging.INFO
+        if isinstance(event, _REPEATED):
+            dropped = self._limit.admit((type(event), event.bdf))
+            if dropped is None:
+                return
+            if dropped:
+                self._pass(DeviceEventsDropped(event.bdf, type(event).__name__, dropped))
+        self._pass(event)
+
+    def _pass(self, event: DeviceEvent) -> None:
+        level = logging.WARNING if isinstance(event, _REPEATED) else logging.INFO
         log.log(level, "%s", event)
         if self._on_event is not None:
             try:
@@ -41,14 +69,35 @@ class Notices:
             except Exception:
                 log.exception("on_event failed for: %s", event)
 
-    def later(self, function: Callable[[], None]) -> None:
-        """Do it in the watching thread: what a vCPU's must not wait for."""
-        self._watch.call(function)
+    def tell_later(self, event: DeviceEvent) -> None:
+        """The same, in the thread for what takes time. Events beyond a thousand that wait are dropped and counted."""
+        with self._lock:
+            if self._waiting >= _MAX_WAITING:
+                self._lost += 1
+                return
+            self._waiting += 1
+        self.later(partial(self._tell_waiting, event))
+
+    def _tell_waiting(self, event: DeviceEvent) -> None:
+        with self._lock:
+            self._waiting -= 1
+            lost, self._lost = self._lost, 0
+        if lost:
+            log.warning("%d events of devices were dropped: on_event is too slow", lost)
+        self.tell(event)
+
+    def later(self, function: Callable[[], None], seconds: float = 0.0) -> None:
+        """Do it in the thread for what takes time, in so many seconds. No guest may be able to repeat that."""
+        if seconds:
+            self._jobs.call_later(seconds, function)
+        else:
+            self._jobs.call(function)
 
     def on_irq(self, device: Device, index: int, callback: Callable[[], None], undo: ExitStack) -> None:
         """Call back from the watching thread whenever VFIO raises the interrupt ``index`` (ERR, REQ).
 
-        Nothing happens where the device or the kernel has no such interrupt. ``undo`` gets what ends it.
+        ``callback`` must not wait. Nothing happens where the device or the kernel has no such interrupt. ``undo``
+        gets what ends it.
         """
         if index not in device.irqs or not device.irqs[index].count:
             return
@@ -74,13 +123,11 @@ class Notices:
         ours = self._ours()
         for found in self._faults.read():
             if found.bdf in ours:
-                self.tell(_event(found))
+                self.tell_later(_event(found))
 
     def stop(self) -> None:
-        """No more callbacks after this."""
-        self._watch.close()
-        if self._faults is not None:
-            self._faults.close()
+        """No more callbacks after this, but for one that calls it."""
+        run_all((self._watch.close, self._jobs.close, *([self._faults.close] if self._faults else [])))
 
 
 def _event(found: IommuEvent) -> DeviceEvent:

@@ -110,9 +110,10 @@ class HostMapping:
         return view if self.writable else view.toreadonly()
 
     def close(self) -> None:
-        address, self._address = self._address, 0
-        if address:
-            check(lib.kvmpass_munmap(address, self._span), "munmap")
+        """Unmap; idempotent. Raises ``OSError`` (``ENOMEM``: too many mappings); then it is still there."""
+        if self._address:
+            check(lib.kvmpass_munmap(self._address, self._span), "munmap")
+            self._address = 0
 
 
 _MMAP_REMEDY = {

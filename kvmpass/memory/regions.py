@@ -12,11 +12,15 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Protocol
 
-from kvmpass.errors import LayoutError
+from kvmpass._teardown import run_all
+from kvmpass.errors import AuditFailed, LayoutError
 from kvmpass.layout import PAGE, Range
 from kvmpass.memory.mapping import HUGE, Backing, HostMapping, check_file, check_huge_pages
+
+ADDRESS_BITS = 52  # of a physical address (AMD64 manual volume 2, section 5.3)
 
 
 class RegionKind(enum.Enum):
@@ -99,11 +103,16 @@ class RegionListener(Protocol):
     def region_removed(self, region: MemoryRegion) -> None:
         """Before the region's memory goes. If this raises, the region stays."""
 
+    def holds(self, region: MemoryRegion) -> bool:
+        """Whether the region's memory may still be reached through this mirror."""
+
 
 def _whole_pages(range_: Range, name: str, page: int = PAGE) -> Range:
     if range_.start % page or range_.size % page or range_.size <= 0 or range_.start < 0:
         size = f"{page} bytes" if page == PAGE else f"{page >> 20} MiB"
         raise LayoutError(f"{name}: {range_} is not made of whole pages of {size}")
+    if range_.end > 1 << ADDRESS_BITS:
+        raise LayoutError(f"{name}: {range_} is beyond {ADDRESS_BITS} bits, what a physical address can have")
     return range_
 
 
@@ -208,22 +217,26 @@ class GuestMemory:
     def _add(
         self, kind: RegionKind, range_: Range, mapping: HostMapping, name: str, backing: Backing, offset: int = 0
     ) -> MemoryRegion:
-        """Tell every listener, or none; memory that none of them holds any more is released."""
+        """Tell every listener, or none. A region that one of them cannot give up again stays in the list."""
         region = MemoryRegion(kind, range_, mapping, offset=offset, name=name, backing=backing)
         told: list[RegionListener] = []
         try:
             for listener in self._listeners:
                 listener.region_added(region)
                 told.append(listener)
-        except BaseException:
-            with ExitStack() as undo:
-                for listener in told:
-                    undo.callback(listener.region_removed, region)
-            # Not reached if one of them failed to let go: what may still be in use must not be unmapped.
-            region.release()
+        except BaseException as error:
+            run_all((partial(listener.region_removed, region) for listener in reversed(told)), error)
+            if self._held(region):
+                self._regions = (*self._regions, region)
+            else:
+                region.release()
             raise
         self._regions = (*self._regions, region)
         return region
+
+    def _held(self, region: MemoryRegion) -> bool:
+        """Whether the region may still be in use: then it is never unmapped."""
+        return any(listener.holds(region) for listener in self._listeners)
 
     def remove(self, region: MemoryRegion) -> None:
         """Take the region out of every mirror, then out of the list; its own memory is released.
@@ -238,21 +251,26 @@ class GuestMemory:
                 for listener in reversed(self._listeners):
                     listener.region_removed(region)
                     told.append(listener)
-            except BaseException:
-                with ExitStack() as undo:
-                    for listener in told:
-                        undo.callback(listener.region_added, region)
+            except BaseException as error:
+                run_all((partial(listener.region_added, region) for listener in reversed(told)), error)
                 raise
             self._regions = tuple(other for other in self._regions if other is not region)
         region.release()
 
     def close(self) -> None:
-        """Release all memory. Mirrors must be closed before; they are not told."""
+        """Release all memory. Mirrors must be closed before; they are not told.
+
+        Raises ``AuditFailed`` if one of them still holds a region: that one stays, and ``close`` can be called again.
+        """
         with self.lock:
+            held = tuple(region for region in self._regions if self._held(region))
+            gone = [region for region in self._regions if region not in held]
+            self._regions = held
+            run_all(region.release for region in gone)
+            if held:
+                names = ", ".join(f"{region.name} {region.range}" for region in held)
+                raise AuditFailed(f"still in use, and therefore not unmapped: {names}")
             self._listeners.clear()
-            regions, self._regions = self._regions, ()
-        for region in regions:
-            region.release()
 
     # --- reaching the bytes
 

@@ -7,10 +7,11 @@ MSI and MSI-X, the lists of capabilities.
 
 from __future__ import annotations
 
-import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
+from kvmpass._ratelimit import limited_log
+from kvmpass._teardown import run_all
 from kvmpass.bus import Bus
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.layout import Range
@@ -25,12 +26,13 @@ from kvmpass.pci.space import BarKind, BarSpace
 from kvmpass.vfio import Device
 from kvmpass.vfio.device import BAR0, INTX, MSI, MSIX, ROM
 
-log = logging.getLogger(__name__)
+log = limited_log(__name__)
 
 _PMCSR = 4  # in the power management capability: control and status
 _POWER_STATE = 0b11
 _PINS = 4
 _DECODING = config.COMMAND_IO | config.COMMAND_MEMORY
+_GONE = 0xFFFF  # what any register of a device reads that does not answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Wiring:
 class AssignedFunction:
     """Configuration space, BARs and interrupts. ``close()`` takes it out of the guest; the device stays open.
 
-    Everything is called with the bus lock held. Nothing raises for what a guest writes.
+    Nothing raises for what a guest writes. Synchronization: everything is called with the bus lock held.
     """
 
     def __init__(self, device: Device, wiring: Wiring) -> None:
@@ -62,6 +64,8 @@ class AssignedFunction:
         self._msix: Msix | None = None
         self._msix_at = 0
         self._decoding = 0  # the bits of the command register that are in effect
+        self._enabled = 0  # the same bits as they were last written: what VFIO goes by
+        self._awake = True  # whether the power state was last written as D0
         with ExitStack() as undo:
             undo.callback(self.close)
             self._make_header(wiring)
@@ -134,7 +138,7 @@ class AssignedFunction:
         for index in self._bars:
             self._show_bar(index)
         self._show_rom()
-        self._decode(self._command(), self._powered())  # a device may come with decoding on
+        self._take_over()
 
     def set_multifunction(self, several: bool) -> None:
         """Function 0 says whether its slot holds others."""
@@ -144,15 +148,13 @@ class AssignedFunction:
     # --- the end
 
     def close(self) -> None:
-        """Interrupts off, then BARs out of the guest, then unmapped. Every step is tried."""
-        bars: list[Bar] = [*self._bars.values(), *([self._rom] if self._rom else [])]
-        self._bars, self._rom = {}, None
-        with ExitStack() as steps:
-            for bar in bars:
-                steps.callback(bar.close)
-            for interrupt in (self._intx, self._msi, self._msix):
-                if interrupt is not None:
-                    steps.callback(interrupt.disable)
+        """Interrupts off, then BARs out of the guest and unmapped. Runs every step even if one fails.
+
+        Raises ``OSError``: what failed stays as it is, and ``close`` can be called again. Idempotent.
+        """
+        interrupts = (one for one in (self._intx, self._msi, self._msix) if one is not None)
+        bars = (*self._bars.values(), *([self._rom] if self._rom else []))
+        run_all((*(interrupt.disable for interrupt in interrupts), *(bar.close for bar in bars)))
 
     # --- interrupts
 
@@ -235,39 +237,71 @@ class AssignedFunction:
             if self._msix and offset <= self._msix_at + 3 < end:
                 self._update_msix()
 
+    # VFIO lets an access of the device's memory pass while the command register was last *written* with decoding on
+    # and the device is in D0 (__vfio_pci_memory_enabled, drivers/vfio/pci/vfio_pci_config.c). What it *reads* can
+    # differ: a device that D3hot resets comes back with what it had before, one that is gone reads as ones. A BAR
+    # decodes while both agree: anything else ends in a fault, or shows a BAR that the guest turned off.
+
+    def _take_over(self) -> None:
+        """A device may come with decoding on: let VFIO know it, by writing what is read."""
+        command = self._command()
+        if command == _GONE:
+            command = 0
+        with suppress(OSError):
+            self._device.config.write(config.COMMAND, command.to_bytes(2, "little"))
+            self._enabled = command & _DECODING
+        self._decode(self._decoded())
+
     def _write_command(self, offset: int, data: bytes) -> None:
         """Decoding goes off before the device hears of it and on after: its mapping faults while it is off.
 
         What leaves decoding as it is, such as a driver that masks INTx, costs one access of the device.
         """
-        decoding = data[0] & _DECODING if offset == config.COMMAND else self._decoding
-        if decoding == self._decoding:
+        enabled = data[0] & _DECODING if offset == config.COMMAND else self._enabled
+        if enabled == self._enabled == self._decoding:
             self._space.write(offset, data)
             return
-        self._decode(self._decoding & decoding, True)
-        self._space.write(offset, data)
-        self._decode(self._command(), self._powered())
+        self._decode(self._decoding & enabled)  # raises: the write is not done
+        done = self._space.write(offset, data)
+        self._enabled = enabled if done else self._enabled & enabled
+        self._decode(self._decoded())
 
     def _write_power(self, offset: int, data: bytes) -> None:
         """In any state but D0 the device decodes nothing; its mapping would fault (PCI Power Management, 5.4)."""
-        if data[self._power_at + _PMCSR - offset] & _POWER_STATE:
-            self._decode(self._command(), False)
-        self._space.write(offset, data)
-        self._decode(self._command(), self._powered())
+        awake = not data[self._power_at + _PMCSR - offset] & _POWER_STATE
+        if not awake:
+            self._decode(0)
+        done = self._space.write(offset, data)
+        self._awake = awake if done else self._awake and awake
+        self._decode(self._decoded())
 
     def _command(self) -> int:
         return self._space.device_int(config.COMMAND, 2)
 
-    def _powered(self) -> bool:
-        return not self._power_at or not self._space.device_int(self._power_at + _PMCSR, 1) & _POWER_STATE
+    def _decoded(self) -> int:
+        """What is decoded by what the device says and by what it was told."""
+        try:
+            asleep = self._power_at and self._device.config.read_int(self._power_at + _PMCSR, 1) & _POWER_STATE
+        except OSError:
+            return 0
+        return self._enabled & self._command() if self._awake and not asleep else 0
 
-    def _decode(self, command: int, powered: bool) -> None:
-        self._decoding = command & _DECODING if powered else 0
+    def _decode(self, decoding: int) -> None:
+        """All BARs, or none: raises ``OSError`` where KVM keeps a memslot, and then they decode as before."""
+        try:
+            self._apply(self._decoding & decoding)
+        except OSError:
+            self._apply(self._decoding)  # what is off already comes back; only turning off can fail
+            raise
+        self._apply(decoding)
+        self._decoding = decoding
+
+    def _apply(self, decoding: int) -> None:
         for bar in self._bars.values():
             bit = config.COMMAND_IO if bar.kind is BarKind.IO else config.COMMAND_MEMORY
-            bar.decode(bool(self._decoding & bit))
+            bar.decode(bool(decoding & bit))
         if self._rom is not None:
-            self._rom.decode(bool(self._decoding & config.COMMAND_MEMORY))
+            self._rom.decode(bool(decoding & config.COMMAND_MEMORY))
 
     def _write_bar(self, offset: int, data: bytes) -> None:
         index = (offset - config.BAR0) // 4

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import NamedTuple, Protocol
 
+from kvmpass._ratelimit import limited_log
+from kvmpass._teardown import run_all
 from kvmpass.bus import Bus
 from kvmpass.errors import LayoutError
 from kvmpass.layout import PAGE, Range
-from kvmpass.memory import GuestMemory, HostMapping
+from kvmpass.memory import GuestMemory, HostMapping, MemoryRegion
 from kvmpass.pci.configspace import guarded
 from kvmpass.pci.space import BarKind, BarSpace
 from kvmpass.vfio import Region
 
-log = logging.getLogger(__name__)
+log = limited_log(__name__)
 
 FLAG_IO = 1
 _FLAGS_MEMORY64 = 0b100
@@ -52,7 +53,9 @@ class Bar:
     """One BAR: the registers' value, and what is connected to the guest's address space while it decodes.
 
     ``size`` is a power of two; ``flags`` are the register's low bits. A bus device: accesses that no memslot takes
-    come here and go to the device by system call, or to a trap. Called with the bus lock held.
+    come here and go to the device by system call, or to a trap.
+
+    Synchronization: called with the bus lock held.
     """
 
     def __init__(
@@ -77,8 +80,10 @@ class Bar:
             self.kind = BarKind.MEMORY64 if flags & 0b110 == _FLAGS_MEMORY64 else BarKind.MEMORY32
         self._wanted = False
         self._sizing = False
-        self._connected: ExitStack | None = None
+        self._connected = False  # whether it is on the bus
         self._mappings: list[tuple[Range, HostMapping]] = []
+        self._shown: dict[HostMapping, MemoryRegion] = {}  # which of them the guest reaches, and where
+        self._closed = False
         self._home = space.allocate(self.kind, self.size)
         self.address = self._home.start
         with ExitStack() as undo:
@@ -89,13 +94,15 @@ class Bar:
             undo.pop_all()
 
     def close(self) -> None:
-        """Out of the guest's reach, then unmapped here: a mapping keeps the device busy."""
-        with ExitStack() as steps:
-            steps.callback(self._space.free, self.kind, self._home)
-            mappings, self._mappings = self._mappings, []
-            for _, mapping in mappings:
-                steps.callback(mapping.close)
-            steps.callback(self.decode, False)
+        """Out of the guest's reach, then unmapped here: a mapping keeps the device busy. Idempotent.
+
+        Raises ``OSError`` where KVM keeps a memslot: its pages stay mapped, and ``close`` can be called again.
+        """
+        self.decode(False)
+        if not self._closed:
+            run_all(mapping.close for _, mapping in self._mappings)
+            self._space.free(self.kind, self._home)
+            self._closed = True
 
     # --- registers
 
@@ -112,63 +119,97 @@ class Bar:
         """The guest wrote a dword. Address bits below the size do not exist: that is how it is sized.
 
         While its lower half was last written as all ones the guest is asking for the size: nothing is decoded. An
-        upper half of all ones is outside of every window.
+        upper half of all ones is outside of every window. Raises ``OSError`` as ``decode`` does; then the register is
+        as it was.
         """
-        if not high:
-            self._sizing = value == 0xFFFF_FFFF
         shift = 32 if high else 0
         kept = self.address & ~(0xFFFF_FFFF << shift)
-        self._move((kept | value << shift) & ~(max(self.size, 4) - 1))
+        address = (kept | value << shift) & ~(max(self.size, 4) - 1)
+        self._move(address, self._sizing if high else value == 0xFFFF_FFFF)
 
-    def _move(self, address: int) -> None:
-        moved, self.address = address != self.address, address
-        if self._wanted and (moved or self._sizing or self._connected is None):
+    def _move(self, address: int, sizing: bool) -> None:
+        if address != self.address or sizing:
             self._disconnect()
+        self.address, self._sizing = address, sizing
+        if self._connected:
+            self._show_again()
+        elif self._wanted:
             self._connect()
 
     # --- decoding
 
     def decode(self, wanted: bool) -> None:
-        """Whether the command register (and the power state) let the BAR decode."""
+        """Whether the command register (and the power state) let the BAR decode.
+
+        Raises ``OSError`` where KVM keeps a memslot: the BAR then decodes as before.
+        """
         wanted = wanted and self.enabled
-        if wanted != self._wanted:
-            self._wanted = wanted
-            if wanted:
-                self._connect()
-            else:
-                self._space.forget(self)
-                self._disconnect()
+        if wanted == self._wanted:
+            return
+        if not wanted:
+            self._disconnect()
+            self._space.forget(self)
+        self._wanted = wanted
+        if wanted:
+            self._connect()
 
     def retry(self) -> None:
         """Addresses have become free."""
-        if self._wanted and self._connected is None:
+        if self._wanted and not self._connected:
             self._connect()
 
     def _connect(self) -> None:
-        """Decode at ``address``, if a guest may use it; otherwise the BAR reaches nobody."""
+        """Decode at ``address``, if a guest may use it; otherwise the BAR reaches nobody. Does not raise."""
         here = Range(self.address, self.size)
         if self._sizing or not self._space.allows(self.kind, here):
             log.debug("%s at %s: not decoded there", self._name, here)
             return
         try:
-            with ExitStack() as made:
-                self._bus.add(here.start, here.size, self)
-                made.callback(self._bus.remove, self)
-                for area, mapping in self._mappings:
-                    region = self._memory.add_bar(here.start + area.start, area.size, mapping, 0, self._name)
-                    made.callback(self._memory.remove, region)
-                self._connected = made.pop_all()
+            self._bus.add(here.start, here.size, self)
+            self._connected = True
+            self._show()
         except LayoutError as error:
             log.debug("%s at %s: waits: %s", self._name, here, error)
             self._space.wait(self)
-        except OSError as error:
-            log.warning("%s at %s: not decoded: %s", self._name, here, error)
+            try:
+                self._disconnect()
+            except OSError as left:
+                log.warning("%s at %s: decoded in part: %s", self._name, here, left)
+
+    def _show(self) -> None:
+        """Show the guest every mapping that it does not reach. What KVM refuses traps: slower, and as right."""
+        for area, mapping in self._mappings:
+            if mapping not in self._shown:
+                at = self.address + area.start
+                try:
+                    self._shown[mapping] = self._memory.add_bar(at, area.size, mapping, 0, self._name)
+                except OSError as error:
+                    log.warning("%s at %s: by system call: %s", self._name, Range(at, area.size), error)
+                    # Where KVM may have the slot all the same, the region is in the list.
+                    left = next((region for region in self._memory if region.mapping is mapping), None)
+                    if left is not None:
+                        self._shown[mapping] = left
+
+    def _show_again(self) -> None:
+        """What KVM refused before, or has just given back; where others are now it traps."""
+        with suppress(LayoutError):
+            self._show()
 
     def _disconnect(self) -> None:
-        connected, self._connected = self._connected, None
-        if connected is not None:
-            connected.close()
-            self._space.released()
+        """Raises ``OSError`` where KVM keeps a memslot: the BAR then decodes as before."""
+        if not self._connected:
+            return
+        try:
+            while self._shown:
+                mapping, region = next(reversed(self._shown.items()))
+                self._memory.remove(region)
+                del self._shown[mapping]
+        except OSError:
+            self._show_again()
+            raise
+        self._bus.remove(self)
+        self._connected = False
+        self._space.released()
 
     @property
     def _name(self) -> str:
@@ -214,8 +255,8 @@ class RomBar(Bar):
         return self.address | (_ROM_ENABLE if self._enable else 0)
 
     def set_register(self, value: int, high: bool) -> None:
+        self._move(value & ~(self.size - 1) & 0xFFFF_FFFF, False)
         self._enable = bool(value & _ROM_ENABLE)
-        self._move(value & ~(self.size - 1) & 0xFFFF_FFFF)
 
     def write(self, offset: int, data: bytes) -> None:
         pass

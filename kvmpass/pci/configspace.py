@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
+from kvmpass._ratelimit import limited_log
 from kvmpass.pci.config import EXTENDED_SIZE
 
-log = logging.getLogger(__name__)
+log = limited_log(__name__)
 
 T = TypeVar("T")
 
@@ -82,20 +82,27 @@ class ConfigSpace:
         theirs = guarded(lambda: self._device.read(offset, size), b"\xff" * size)
         return bytes(a if mine else b for a, b, mine in zip(own, theirs, ours, strict=True))
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Emulated bytes change at once; each run of the device's own goes to the device as one access."""
-        run = bytearray()
+    def write(self, offset: int, data: bytes) -> bool:
+        """Emulated bytes change at once; each run of the device's own goes to the device as one access.
+
+        Returns whether VFIO took them all.
+        """
+        run, taken = bytearray(), True
         for at, byte in enumerate(data, offset):
             if self._emulated[at]:
-                self._pass(at - len(run), run)
+                taken &= self._pass(at - len(run), run)
                 mask = self._writable[at]
                 self._value[at] = self._value[at] & ~mask | byte & mask
             else:
                 run.append(byte)
-        self._pass(offset + len(data) - len(run), run)
+        return taken & self._pass(offset + len(data) - len(run), run)
 
-    def _pass(self, offset: int, run: bytearray) -> None:
-        if run:
-            data = bytes(run)
-            run.clear()
-            guarded(lambda: self._device.write(offset, data), None)
+    def _pass(self, offset: int, run: bytearray) -> bool:
+        data = bytes(run)
+        run.clear()
+
+        def write() -> bool:
+            self._device.write(offset, data)
+            return True
+
+        return not data or guarded(write, False)

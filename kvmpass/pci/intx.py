@@ -7,50 +7,71 @@ again (Documentation/virt/kvm/api.rst, KVM_IRQFD_FLAG_RESAMPLE).
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import ExitStack
 
+from kvmpass._ratelimit import limited_log
+from kvmpass._teardown import run_all
 from kvmpass.kvm import Vm
 from kvmpass.vfio import Device
 from kvmpass.vfio.device import INTX
 
-log = logging.getLogger(__name__)
+log = limited_log(__name__)
 
 
 class Intx:
-    """The function's pin, routed to ``gsi``. Calls come one at a time."""
+    """The function's pin, routed to ``gsi``. Synchronization: called with the bus lock held."""
 
     def __init__(self, vm: Vm, device: Device, gsi: int) -> None:
         self._vm = vm
         self._device = device
         self._gsi = gsi
-        self._undo: ExitStack | None = None
+        self._eventfds: tuple[int, int] | None = None  # what VFIO signals, and what makes it unmask the pin
+        self._heard = False  # whether KVM has them
+        self._signalled = False  # whether VFIO has them
 
     @property
     def active(self) -> bool:
-        return self._undo is not None
+        """Whether an interrupt of the device reaches the guest."""
+        return self._heard and self._signalled
 
     def enable(self) -> None:
         """Raises ``OSError`` (``EBUSY``: a host driver shares the line and the device cannot mask its own)."""
         if self.active:
             return
+        self.disable()  # what an earlier failure may have left
         with ExitStack() as undo:
-            trigger = _eventfd(undo)
-            unmask = _eventfd(undo)
+            trigger, unmask = self._eventfds = _eventfd(undo), _eventfd(undo)
+            undo.pop_all()
+            undo.callback(self.disable)
             self._vm.irqfd_resample(trigger, self._gsi, unmask)
-            undo.callback(self._vm.irqfd_deassign, trigger, self._gsi)
-            undo.callback(self._device.disable_irqs, INTX)  # harmless if the next step fails
+            self._heard = True
+            self._signalled = True  # turning it off is harmless if the next step fails
             self._device.set_irqs(INTX, 0, [trigger])
             # An interrupt that came in between has signalled the descriptor: VFIO looks when it gets it.
             self._device.set_unmask_eventfd(INTX, unmask)
-            self._undo = undo.pop_all()
+            undo.pop_all()
 
     def disable(self) -> None:
-        """Every step is tried; raises ``OSError``. Harmless where it is off."""
-        undo, self._undo = self._undo, None
-        if undo is not None:
-            undo.close()
+        """VFIO first, then KVM. Runs every step even if one fails; idempotent.
+
+        Raises ``OSError``: what failed stays as it is, and ``disable`` can be called again.
+        """
+        run_all((self._stop_signalling, self._stop_hearing))
+        eventfds, self._eventfds = self._eventfds, None
+        for eventfd in eventfds or ():
+            os.close(eventfd)
+
+    def _stop_signalling(self) -> None:
+        if self._signalled:
+            self._device.disable_irqs(INTX)
+            self._signalled = False
+
+    def _stop_hearing(self) -> None:
+        if self._heard and self._eventfds:
+            if not self._vm.closed:  # a VM takes its irqfds with it
+                self._vm.irqfd_deassign(self._eventfds[0], self._gsi)
+            self._heard = False
 
 
 def _eventfd(undo: ExitStack) -> int:

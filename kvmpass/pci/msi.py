@@ -6,16 +6,16 @@ The device's own address and data belong to the host (VFIO programs them); the g
 from __future__ import annotations
 
 import errno
-import logging
-from contextlib import ExitStack
 
+from kvmpass._ratelimit import limited_log
+from kvmpass._teardown import run_all
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.vector import MessageVector, is_message
 from kvmpass.vfio import Device
 from kvmpass.vfio.device import MSI
 
-log = logging.getLogger(__name__)
+log = limited_log(__name__)
 
 CONTROL_ENABLE = 1 << 0
 _MULTIPLE_CAPABLE_SHIFT, _MULTIPLE_ENABLE_SHIFT = 1, 4
@@ -23,7 +23,10 @@ _CONTROL_64BIT, _CONTROL_MASKABLE = 1 << 7, 1 << 8
 
 
 class Msi:
-    """The capability at ``at`` of ``space``. Calls come one at a time and never raise for what a guest writes."""
+    """The capability at ``at`` of ``space``. ``update`` never raises for what a guest writes.
+
+    Synchronization: called with the bus lock held.
+    """
 
     def __init__(self, vm: Vm, routes: IrqRoutes, device: Device, space: ConfigSpace, at: int) -> None:
         self._device = device
@@ -101,12 +104,15 @@ class Msi:
                 vector.connect(address, data & ~(self._asked - 1) | number)
 
     def disable(self) -> None:
-        """Routes and irqfds down, then the device's MSI off. Every step is tried; raises ``OSError``."""
-        signalled, self._signalled, self._asked = self._signalled, 0, 0
-        with ExitStack() as steps:
-            for vector in self._vectors:
-                steps.callback(vector.close)
-            if signalled:
-                steps.callback(self._device.disable_irqs, MSI)
-            for vector in self._vectors:
-                steps.callback(vector.disconnect)
+        """Irqfds and routes go, then the device's MSI, then the eventfds. Runs every step even if one fails.
+
+        Raises ``OSError``: what failed stays as it is, and ``disable`` can be called again. Idempotent.
+        """
+        self._asked = 0
+        run_all((*(vector.disconnect for vector in self._vectors), self._close_vectors))
+
+    def _close_vectors(self) -> None:
+        if self._signalled:
+            self._device.disable_irqs(MSI)
+            self._signalled = 0
+        run_all(vector.close for vector in self._vectors)

@@ -7,15 +7,14 @@ device raised until then.
 
 from __future__ import annotations
 
-import logging
-from contextlib import ExitStack, suppress
-
+from kvmpass._ratelimit import limited_log
+from kvmpass._teardown import run_all
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.pci.vector import MessageVector, is_message
 from kvmpass.vfio import Device
 from kvmpass.vfio.device import MSIX
 
-log = logging.getLogger(__name__)
+log = limited_log(__name__)
 
 ENTRY_SIZE = 16
 CONTROL_ENABLE = 1 << 15
@@ -25,7 +24,10 @@ _VECTOR_MASKED = 1
 
 
 class Msix:
-    """The function's vectors. Calls come one at a time and never raise for what a guest writes."""
+    """The function's vectors. ``write`` and ``set_control`` never raise for what a guest writes.
+
+    Synchronization: called with the bus lock held.
+    """
 
     def __init__(self, vm: Vm, routes: IrqRoutes, device: Device, vectors: int) -> None:
         self._device = device
@@ -55,83 +57,122 @@ class Msix:
             number = offset // ENTRY_SIZE
             control = number * ENTRY_SIZE + 12
             self._table[control : control + 4] = bytes([self._table[control] & _VECTOR_MASKED, 0, 0, 0])
-        self._update(offset // ENTRY_SIZE)
+        if self._enabled:
+            self._update(offset // ENTRY_SIZE)
 
     def set_control(self, value: int) -> None:
         """The guest wrote the capability's message control."""
         self._mask_all = bool(value & CONTROL_MASK_ALL)
         enable = bool(value & CONTROL_ENABLE)
-        if enable and not self._enabled:
-            self._enabled = True
-            self._signal(0)  # turns MSI-X on in the device
-        elif self._enabled and not enable:
+        if self._enabled and not enable:
             try:
                 self.disable()
             except OSError as error:
                 log.warning("%s MSI-X: %s", self._device.name, error)
-        if self._enabled:
-            for number in range(len(self._vectors)):
-                self._update(number)
+        self._enabled = enable
+        if enable:
+            numbers = range(len(self._vectors))
+            wanted = {number for number in numbers if self._message(number)}
+            if not wanted and not self._signalled:
+                wanted = {0}  # turns MSI-X on in the device
+            self._signal(wanted)
+            for number in numbers:
+                self._connect(number)
 
     def disable(self) -> None:
-        """Routes and irqfds down, then the device's MSI-X off. Every step is tried; raises ``OSError``."""
+        """Irqfds and routes go, then the device's MSI-X, then the eventfds. Runs every step even if one fails.
+
+        Raises ``OSError``: what failed stays as it is, and ``disable`` can be called again. Idempotent.
+        """
         self._enabled = False
         used = [vector for vector in self._vectors if vector.open]
-        signalled, self._signalled = self._signalled, set()
-        with ExitStack() as steps:
-            for vector in used:
-                steps.callback(vector.close)
-            if signalled:
-                steps.callback(self._device.disable_irqs, MSIX)
-            for vector in used:
-                steps.callback(vector.disconnect)
+        run_all((*(vector.disconnect for vector in used), self._close_vectors))
+
+    def _close_vectors(self) -> None:
+        self._stop_signalling()
+        run_all(vector.close for vector in self._vectors)
+
+    def _stop_signalling(self) -> None:
+        if self._signalled:
+            self._device.disable_irqs(MSIX)
+            self._signalled.clear()
 
     # --- one vector
 
-    def _update(self, number: int) -> None:
-        vector = self._vectors[number]
+    def _message(self, number: int) -> tuple[int, int] | None:
+        """Address and data of the vector's interrupt; None while it is masked or is none."""
         at = number * ENTRY_SIZE
-        masked = self._table[at + 12] & _VECTOR_MASKED
+        if not self._enabled or self._mask_all or self._table[at + 12] & _VECTOR_MASKED:
+            return None
+        address = int.from_bytes(self._table[at : at + 8], "little")
+        return (address, int.from_bytes(self._table[at + 8 : at + 12], "little")) if is_message(address) else None
+
+    def _update(self, number: int) -> None:
+        if self._message(number):
+            self._signal({number})
+        self._connect(number)
+
+    def _connect(self, number: int) -> None:
+        vector, message = self._vectors[number], self._message(number)
         try:
-            if not self._enabled or self._mask_all or masked:
+            if message is None:
                 vector.disconnect()
-                return
-            address = int.from_bytes(self._table[at : at + 8], "little")
-            data = int.from_bytes(self._table[at + 8 : at + 12], "little")
-            if not is_message(address):
-                log.debug("%s MSI-X vector %d: no message address: %#x", self._device.name, number, address)
-                vector.disconnect()
-            elif self._signal(number):
-                vector.connect(address, data)
+            elif number in self._signalled:
+                vector.connect(*message)
         except OSError as error:
             log.warning("%s MSI-X vector %d: %s", self._device.name, number, error)
 
-    def _signal(self, number: int) -> bool:
-        """Let VFIO signal the vector's eventfd. Kernels before 6.5 take new vectors only all at once."""
-        if number in self._signalled:
-            return True
-        vector, on = self._vectors[number], bool(self._signalled)
+    # --- what VFIO signals
+
+    def _signal(self, numbers: set[int]) -> None:
+        """Let VFIO signal these vectors' eventfds too. Where the host has too few vectors the lowest get them.
+
+        From Linux 6.5 on one can be added to those that are on (``VFIO_IRQ_INFO_NORESIZE``); before, all are turned
+        off and on again: once, however many are new.
+        """
+        new = sorted(numbers - self._signalled)
+        if self._resizable and self._signalled:
+            for number in new:
+                self._add([number])
+        elif new:
+            self._add(new)
+
+    def _add(self, new: list[int]) -> bool:
         try:
-            if self._resizable and on:
-                self._device.set_irqs(MSIX, number, [vector.eventfd])
-            else:
-                self._signal_all(self._signalled | {number}, restart=on)
-            self._signalled.add(number)
+            self._set(new)
             return True
         except OSError as error:
-            log.warning("%s MSI-X vector %d: %s", self._device.name, number, error)
-            vector.close()
-            if on and not self._resizable:
-                with suppress(OSError):
-                    self._signal_all(self._signalled, restart=True)  # the others, as before
+            if len(new) > 1:
+                half = len(new) // 2
+                return self._add(new[:half]) and self._add(new[half:])
+            log.warning("%s MSI-X vector %d: %s", self._device.name, new[0], error)
+            try:
+                self._vectors[new[0]].close()
+            except OSError as left:
+                log.warning("%s MSI-X vector %d: %s", self._device.name, new[0], left)
             return False
 
-    def _signal_all(self, numbers: set[int], *, restart: bool) -> None:
+    def _set(self, new: list[int]) -> None:
+        """Raises ``OSError``: then the others are signalled as before."""
+        if self._resizable and self._signalled:
+            self._device.set_irqs(MSIX, new[0], [self._vectors[new[0]].eventfd])
+        else:
+            before = sorted(self._signalled)
+            self._stop_signalling()
+            try:
+                self._set_all([*before, *new])
+            except OSError:
+                if before:
+                    self._set_all(before)
+                raise
+        self._signalled.update(new)
+
+    def _set_all(self, numbers: list[int]) -> None:
         """Vectors that nobody asked for yet get no eventfd (-1)."""
-        eventfds = [self._vectors[n].eventfd if n in numbers else -1 for n in range(max(numbers) + 1)]
-        if restart:
-            self._device.disable_irqs(MSIX)
+        wanted = set(numbers)
+        eventfds = [self._vectors[n].eventfd if n in wanted else -1 for n in range(max(numbers) + 1)]
         self._device.set_irqs(MSIX, 0, eventfds)
+        self._signalled = wanted
 
 
 class PendingBits:

@@ -19,14 +19,18 @@ def is_message(address: int) -> bool:
 class MessageVector:
     """Connected, KVM listens; disconnected, the eventfd remembers what the device raised (the pending bit).
 
-    The route comes before the irqfd and goes after it: an irqfd without a route has crashed AMD hosts with AVIC.
+    The route comes before the irqfd and goes after it: an irqfd without a route has crashed AMD hosts with AVIC. What
+    KVM does not undo stays recorded, its route and its eventfd with it, and is tried again by the next call.
+
+    Synchronization: called with the bus lock held.
     """
 
     def __init__(self, vm: Vm, routes: IrqRoutes) -> None:
         self._vm = vm
         self._routes = routes
         self._eventfd = -1
-        self._gsi = -1
+        self._gsi = -1  # the route
+        self._heard = False  # whether KVM has the eventfd: the irqfd
         self._message = (0, 0)
 
     @property
@@ -43,45 +47,45 @@ class MessageVector:
 
     @property
     def connected(self) -> bool:
-        return self._gsi >= 0
+        return self._heard
 
     @property
     def pending(self) -> bool:
         """Raised by the device, and not yet delivered because the guest masks it."""
-        if self._eventfd < 0 or self._gsi >= 0:
+        if self._eventfd < 0 or self._heard:
             return False
         poll = select.poll()
         poll.register(self._eventfd, select.POLLIN)
         return bool(poll.poll(0))
 
     def connect(self, address: int, data: int) -> None:
-        """Deliver ``data`` to ``address`` from now on. Raises ``OSError`` if KVM refuses; then nothing is left."""
-        if self.connected:
-            if self._message == (address, data):
-                return
-            self.disconnect()
+        """Deliver ``data`` to ``address`` from now on. Raises ``OSError`` if KVM refuses."""
+        if self._heard and self._message == (address, data):
+            return
+        self.disconnect()
+        self._gsi = self._routes.add(address, data)
+        self._message = (address, data)
         with ExitStack() as undo:
-            gsi = self._routes.add(address, data)
-            undo.callback(self._routes.remove, gsi)
-            self._vm.irqfd(self.eventfd, gsi)
+            undo.callback(self.disconnect)
+            self._vm.irqfd(self.eventfd, self._gsi)
+            self._heard = True
             undo.pop_all()
-        self._gsi, self._message = gsi, (address, data)
 
     def disconnect(self) -> None:
-        """Both steps are tried. Harmless where nothing is connected."""
-        gsi, self._gsi = self._gsi, -1
-        if gsi >= 0:
-            with ExitStack() as steps:
-                steps.callback(self._routes.remove, gsi)
-                steps.callback(self._vm.irqfd_deassign, self._eventfd, gsi)
+        """Stop listening, then drop the route; idempotent. Raises ``OSError``: what failed stays as it is."""
+        if self._heard:
+            if not self._vm.closed:  # a VM takes its irqfds with it
+                self._vm.irqfd_deassign(self._eventfd, self._gsi)
+            self._heard = False
+        if self._gsi >= 0:
+            self._routes.remove(self._gsi)
+            self._gsi = -1
 
     def close(self) -> None:
-        """VFIO must have let go of the eventfd before. Every step is tried."""
-        with ExitStack() as steps:
-            steps.callback(self._forget)
-            steps.callback(self.disconnect)
-
-    def _forget(self) -> None:
-        eventfd, self._eventfd = self._eventfd, -1
-        if eventfd >= 0:
-            os.close(eventfd)
+        """Disconnect, and close the eventfd: VFIO must not signal it any more. Raises as ``disconnect`` does."""
+        try:
+            self.disconnect()
+        finally:
+            if self._eventfd >= 0 and not self._heard:
+                os.close(self._eventfd)
+                self._eventfd = -1

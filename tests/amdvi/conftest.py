@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from kvmpass.errors import LabError
+from kvmpass.lab import debian
+from kvmpass.lab.cache import cache_root, new_directory
 from kvmpass.testing import Profile
+from kvmpass.testing.state import Mode, State
 
 HERE = Path(__file__).parent
 SOAK = bool(os.environ.get("KVMPASS_SOAK"))
 SOAK_SECONDS = 2 * 3600.0  # for each phase of a long form, of which nobody knows how fast its machine is
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+OLDER_KERNEL = "KVMPASS_TEST_OLDER_KERNEL"
+OLDER_ROOT = "kernels/older"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if State.of(config).mode is Mode.OUTER and any("older_kernel" in getattr(i, "fixturenames", ()) for i in items):
+        fetch_older_kernel()
     for item in items:
         if HERE in item.path.parents and item.get_closest_marker("amdvi") is None:
             item.add_marker(pytest.mark.amdvi)
         if SOAK and HERE in item.path.parents:
             item.add_marker(pytest.mark.amdvi(timeout=SOAK_SECONDS), append=False)  # the closest marker wins
+
+
+def fetch_older_kernel() -> None:
+    """Debian 12's own kernel, for a guest, outside of the emulated host, which has no network."""
+    if OLDER_KERNEL in os.environ:
+        return
+    root = cache_root() / OLDER_ROOT
+    try:
+        if not root.is_dir():
+            package = debian.dependency("linux-image-amd64", r"linux-image-6\.1\.\S*-amd64")
+            with new_directory(root) as draft:
+                debian.download_and_unpack(package, draft, print)
+                for image in (draft / "boot").glob("vmlinuz-*"):
+                    image.rename(draft / image.name)
+                for part in ("boot", "lib", "usr"):
+                    shutil.rmtree(draft / part, ignore_errors=True)
+        os.environ[OLDER_KERNEL] = str(next(root.glob("vmlinuz-*")))
+    except (LabError, OSError, StopIteration) as error:
+        print(f"no older kernel for a guest: {error}")
+
+
+@pytest.fixture
+def older_kernel() -> Path:
+    """A kernel before 6.2 that a guest can boot."""
+    if OLDER_KERNEL not in os.environ:
+        pytest.skip(f"no kernel 6.1: apt could not download Debian 12's; {OLDER_KERNEL}=FILE names one")
+    return Path(os.environ[OLDER_KERNEL])
 
 
 def rom_directory(config: pytest.Config) -> Path:

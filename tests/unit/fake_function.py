@@ -12,6 +12,7 @@ from kvmpass.kvm.routing import IOAPIC_PINS
 from kvmpass.layout import MIB, PAGE, Range, plan_layout
 from kvmpass.memory import GuestMemory, HostMapping, RegionKind
 from kvmpass.pci import CONFIG_ADDRESS, CONFIG_PORTS, AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
+from kvmpass.pci.config import COMMAND, COMMAND_MEMORY
 from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM, IrqInfo, RegionInfo
 
 TABLE_AT, PENDING_AT, VECTORS = 0x2000, 0x2800, 5
@@ -21,42 +22,109 @@ GSIS = (16, 17, 18, 19)
 
 
 class FakeRegion:
-    """A region as bytes."""
+    """A region as bytes. Like VFIO's it refuses what is outside of it, and memory that is not enabled (EIO)."""
 
-    def __init__(self, info: RegionInfo, data: bytearray) -> None:
+    def __init__(self, info: RegionInfo, data: bytearray, enabled: Callable[[], bool] = lambda: True) -> None:
         self.info = info
         self.data = data
         self.accesses: list[tuple[str, int, int]] = []
+        self._enabled = enabled
+        self.refusing: Callable[[], bool] = lambda: False
 
     @property
     def size(self) -> int:
         return self.info.size
 
+    def _access(self, kind: str, offset: int, size: int) -> None:
+        if offset < 0 or offset + size > self.size:
+            raise IndexError(f"{offset:#x}+{size:#x}")
+        if not self._enabled() or self.refusing():
+            raise OSError(errno.EIO, "VFIO refuses")
+        self.accesses.append((kind, offset, size))
+        del self.accesses[:-100]
+
     def read(self, offset: int, size: int) -> bytes:
-        assert offset >= 0 and offset + size <= self.size
-        self.accesses.append(("read", offset, size))
+        self._access("read", offset, size)
         return bytes(self.data[offset : offset + size])
 
     def write(self, offset: int, data: bytes) -> None:
-        assert offset >= 0 and offset + len(data) <= self.size
-        self.accesses.append(("write", offset, len(data)))
+        self._access("write", offset, len(data))
         self.data[offset : offset + len(data)] = data
 
     def read_int(self, offset: int, size: int = 4) -> int:
-        return int.from_bytes(self.data[offset : offset + size], "little")
+        return int.from_bytes(self.read(offset, size), "little")
 
     def mmap(self, area: Range) -> HostMapping:
         return HostMapping(area.size)
+
+
+class FakeConfig(FakeRegion):
+    """Configuration space with VFIO's two command registers (drivers/vfio/pci/vfio_pci_config.c).
+
+    ``virtual`` is what was written last: by it VFIO lets accesses of the device's memory pass. What reads back is the
+    device's. A device without No_Soft_Reset loses it on the way from D3hot to D0, and the kernel brings back what it
+    saved on the way down: not what was written meanwhile.
+    """
+
+    def __init__(self, info: RegionInfo, data: bytearray, power_at: int = 0, soft_reset: bool = True) -> None:
+        super().__init__(info, data)
+        self._power_at = power_at
+        self._soft_reset = soft_reset
+        self._saved = b""
+        self.power = 0
+        self.gone = False
+        self.lying = False  # it says that it is in D0, whatever it was told
+        self.virtual = int.from_bytes(data[COMMAND : COMMAND + 2], "little")
+
+    @property
+    def memory_enabled(self) -> bool:
+        """``__vfio_pci_memory_enabled``."""
+        return self.power < 3 and bool(self.virtual & COMMAND_MEMORY)
+
+    def read(self, offset: int, size: int) -> bytes:
+        data = bytearray(super().read(offset, size))
+        if self.lying and offset <= self._power_at + 4 < offset + size:
+            data[self._power_at + 4 - offset] &= ~3
+        return b"\xff" * size if self.gone else bytes(data)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._access("write", offset, len(data))
+        for at, byte in enumerate(data, offset):
+            if COMMAND <= at < COMMAND + 2:
+                shift = 8 * (at - COMMAND)
+                self.virtual = self.virtual & ~(0xFF << shift) | byte << shift
+            if self._power_at and at == self._power_at + 4:
+                self.set_power(byte & 3)
+                byte = byte & ~3 | self.power
+            if not self.gone:
+                self.data[at] = byte
+
+    def set_power(self, state: int) -> None:
+        """``vfio_pci_set_power_state``; D1 and D2 are not supported."""
+        if state in (1, 2) or state == self.power:
+            return
+        if state == 3:
+            self._saved = bytes(self.data[COMMAND : COMMAND + 2])
+        elif self._soft_reset:
+            self.data[COMMAND : COMMAND + 2] = self._saved
+        self.power = state
+        self.data[self._power_at + 4] = self.data[self._power_at + 4] & ~3 | state
+
+    def reset(self) -> None:
+        """VFIO_DEVICE_RESET: to D0 first, and the kernel saves and restores the rest."""
+        self.set_power(0)
 
 
 class FakeDevice:
     """BAR0: 64-bit, 16 KiB, with the MSI-X table in its third page; BAR2: I/O; BAR4: 32-bit, 256 bytes; a ROM.
 
     INTA, MSI with four maskable vectors, MSI-X with five. As with VFIO one kind of interrupt is on at a time.
+    ``space``: another configuration space; its capabilities' places are then unknown here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, space: bytes | None = None) -> None:
         self.name = "0000:00:00.0"
+        self.refusing: Callable[[], bool] = lambda: False
         config = bytearray(4096)
         config[0:4] = bytes.fromhex("34128765")
         config[0x06] = 0x10
@@ -89,12 +157,15 @@ class FakeDevice:
             (0x160, 0x0B, 0),
         ):
             config[at : at + 4] = (id_ | 1 << 16 | following << 20).to_bytes(4, "little")
-        self.regions = {
+        info = RegionInfo(CONFIG, len(space or config), 0, True, True, (), False)
+        whole = FakeConfig(info, bytearray(space or config), 0 if space else PM_AT)
+        self._memory_enabled = lambda: whole.memory_enabled
+        self.regions: dict[int, FakeRegion] = {
             0: self._region(0, 4 * PAGE, mmap=True),
-            2: self._region(2, 32),
+            2: self._region(2, 32, memory=False),
             4: self._region(4, 256),
             ROM: self._region(ROM, 2 * PAGE),
-            CONFIG: FakeRegion(RegionInfo(CONFIG, 4096, 0, True, True, (), False), config),
+            CONFIG: whole,
         }
         self.regions[ROM].data[:4] = b"\x55\xaa\x04\x00"
         self.irqs = {
@@ -102,24 +173,29 @@ class FakeDevice:
             MSI: IrqInfo(MSI, MSI_VECTORS, True, False, False, True),
             MSIX: IrqInfo(MSIX, VECTORS, True, False, False, True),
         }
-        self.refusing: Callable[[], bool] = lambda: False
         self.active: int | None = None
         self.irq_calls: list[tuple[Any, ...]] = []
         self.signals: dict[int, int] = {}
 
-    def _region(self, index: int, size: int, mmap: bool = False) -> FakeRegion:
+    def _region(self, index: int, size: int, mmap: bool = False, memory: bool = True) -> FakeRegion:
         areas = (Range(0, size),) if mmap else ()
-        return FakeRegion(RegionInfo(index, size, 0, True, True, areas, True), bytearray(size))
+        enabled = self._memory_enabled if memory else lambda: True
+        return FakeRegion(RegionInfo(index, size, 0, True, True, areas, True), bytearray(size), enabled)
 
     @property
-    def config(self) -> FakeRegion:
-        return self.regions[CONFIG]
+    def config(self) -> FakeConfig:
+        config = self.regions[CONFIG]
+        assert isinstance(config, FakeConfig)
+        return config
 
     def set_irqs(self, index: int, start: int, eventfds: list[int]) -> None:
         self.refuse()
         if self.active not in (None, index):
             raise OSError(errno.EINVAL, "VFIO_DEVICE_SET_IRQS: another kind is on")
-        assert start >= 0 and start + len(eventfds) <= self.irqs[index].count
+        if start + len(eventfds) > self.irqs[index].count:
+            raise OSError(errno.EINVAL, "VFIO_DEVICE_SET_IRQS: no such vector")
+        if self.active == MSIX and not self.irqs[MSIX].resizable and start + len(eventfds) > len(self.signals):
+            raise OSError(errno.EINVAL, "VFIO_DEVICE_SET_IRQS: before Linux 6.5 no vector is added")
         for vector, fd in enumerate(eventfds, start):
             assert fd == -1 or os.fstat(fd)
             self.signals[vector] = fd
@@ -133,8 +209,10 @@ class FakeDevice:
         assert os.fstat(eventfd)
 
     def disable_irqs(self, index: int) -> None:
+        """Harmless where it is off, like ``Device.disable_irqs``."""
+        self.refuse()
         if self.active != index:
-            raise OSError(errno.EINVAL, "VFIO_DEVICE_SET_IRQS: not on")
+            return
         self.active = None
         self.signals.clear()
         if index != INTX:
@@ -151,35 +229,49 @@ class FakeDevice:
 
 
 class FakeKvm:
-    """irqfds and routes, with KVM's rules."""
+    """irqfds and routes, with KVM's rules. What KVM refuses it has not done."""
+
+    closed = False
 
     def __init__(self) -> None:
+        self.refusing: Callable[[], bool] = lambda: False
         self.routes: dict[int, tuple[int, int]] = {}
         self.irqfds: dict[int, int] = {}
         self.pins: dict[int, int] = {}  # a line can have several
 
+    def refuse(self) -> None:
+        """Fails while ``refusing`` says so: a test's own choice."""
+        if self.refusing():
+            raise OSError(errno.ENOMEM, "KVM refuses")
+
     def add(self, address: int, data: int) -> int:
+        self.refuse()
         assert address >> 20 == 0xFEE
         gsi = next(n for n in range(IOAPIC_PINS, 4096) if n not in self.routes)
         self.routes[gsi] = (address, data)
         return gsi
 
     def remove(self, gsi: int) -> None:
+        self.refuse()
         assert gsi not in self.irqfds, "the route goes after the irqfd"
         del self.routes[gsi]
 
     def irqfd(self, eventfd: int, gsi: int) -> None:
+        self.refuse()
         assert gsi in self.routes, "the route comes before the irqfd"
         assert gsi not in self.irqfds
         assert os.fstat(eventfd)
         self.irqfds[gsi] = eventfd
 
     def irqfd_resample(self, eventfd: int, gsi: int, resamplefd: int) -> None:
+        self.refuse()
         assert gsi in GSIS
         assert os.fstat(eventfd) and os.fstat(resamplefd)
         self.pins[eventfd] = gsi
 
     def irqfd_deassign(self, eventfd: int, gsi: int) -> None:
+        self.refuse()
+        assert os.fstat(eventfd)
         if gsi in GSIS:
             assert self.pins.pop(eventfd) == gsi
         else:

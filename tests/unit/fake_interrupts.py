@@ -17,6 +17,8 @@ from kvmpass.vfio.device import INTX, MSI, MSIX, IrqInfo
 class FakeKvm:
     """A VM and its routes in one. ``refusing``: names of calls that fail. ``delivered``: messages, in order."""
 
+    closed = False
+
     FIRST_GSI = 24
 
     def __init__(self, limit: int = 4096) -> None:

@@ -200,11 +200,16 @@ def test_whatever_fails_at_the_end_the_rest_is_done(stage: Stage, several: bool)
     for number, name in enumerate(calls, start=1):
         device = stage.domain.attach(NIC, 1)
         stage.kernel.log.clear()
-        stage.kernel.fail(number, after=True)
+        stage.kernel.fail(number, after=name != "unset_container")
         with pytest.raises((Refused, AuditFailed)):
             stage.domain.detach(device)
-        wanted = [call for call in calls if (name, call) != ("unmap", "unmap_all")]  # nothing to compare then
-        assert stage.kernel.log == wanted, f"{name} fails"
+        if name == "unset_container":  # a group that did not leave stays open and recorded, to be tried again
+            assert stage.kernel.log == calls[:number], f"{name} fails"
+            stage.domain.close()
+            if several:
+                stage.domain.attach(DISK, 2)
+        else:
+            assert stage.kernel.log == calls, f"{name} fails"
         stage.check()
 
 

@@ -23,6 +23,8 @@ class Refused(OSError):
 class FakeVm:
     """Slots by number. ``fail``: the call, counted from now, that fails, before or after its work."""
 
+    closed = False
+
     def __init__(self) -> None:
         self.slots: dict[int, Memslot] = {}
         self.fail, self.after = 0, False

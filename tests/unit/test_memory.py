@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import kvmpass.memory.mapping
-from kvmpass.errors import Closed, LayoutError, NotEnoughMemory
+from kvmpass.errors import AuditFailed, Closed, LayoutError, NotEnoughMemory
 from kvmpass.layout import GIB, MIB, PAGE, Range
 from kvmpass.memory import HUGE, Backing, GuestMemory, HostMapping, MemoryRegion, RegionKind
 
@@ -18,6 +18,7 @@ from kvmpass.memory import HUGE, Backing, GuestMemory, HostMapping, MemoryRegion
 class Listener:
     def __init__(self, name: str, log: list[str], refuse: bool = False) -> None:
         self.name, self.log, self.refuse = name, log, refuse
+        self.held: list[MemoryRegion] = []
 
     def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None:
         if name == "unwanted":
@@ -26,10 +27,15 @@ class Listener:
     def region_added(self, region: MemoryRegion) -> None:
         if self.refuse:
             raise OSError("no")
+        self.held.append(region)
         self.log.append(f"{self.name}+{region.name}")
 
     def region_removed(self, region: MemoryRegion) -> None:
+        self.held.remove(region)
         self.log.append(f"{self.name}-{region.name}")
+
+    def holds(self, region: MemoryRegion) -> bool:
+        return region in self.held
 
 
 @pytest.fixture
@@ -68,8 +74,11 @@ def test_overlaps_and_fractions_are_refused(memory: GuestMemory) -> None:
     for gpa, size in ((0, MIB + PAGE), (2 * MIB - PAGE, PAGE), (MIB + PAGE, PAGE)):
         with pytest.raises(LayoutError, match="overlaps ram"):
             memory.add_ram(gpa, size)
-    for gpa, size in ((100, PAGE), (0, 100), (8 * MIB, PAGE + 1)):
+    for gpa, size in ((100, PAGE), (0, 100), (8 * MIB, PAGE + 1), (0, 0), (PAGE, -PAGE), (-PAGE, PAGE)):
         with pytest.raises(LayoutError, match="whole pages"):
+            memory.add_ram(gpa, size)
+    for gpa, size in ((1 << 64, PAGE), (1 << 52, PAGE), ((1 << 52) - PAGE, 2 * PAGE), (0, 1 << 65)):
+        with pytest.raises(LayoutError, match="beyond 52 bits"):
             memory.add_ram(gpa, size)
     assert len(memory) == 1
 
@@ -89,6 +98,11 @@ def test_listeners_are_told_in_order_and_rolled_back_in_reverse(memory: GuestMem
         memory.add_ram(PAGE, PAGE, "r2")
     assert log[6:] == ["a+r2", "a-r2"]
     assert [region.name for region in memory] == ["r0"]
+    with pytest.raises(AuditFailed, match=r"still in use, and therefore not unmapped: r0 0x0-0xfff"):
+        memory.close()
+    assert memory.read(0, 4) == bytes(4), "it is still mapped"
+    first.held.clear()
+    second.held.clear()
 
 
 def test_a_bars_mapping_stays_its_owners(memory: GuestMemory) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import kvmpass.memory.regions
-from kvmpass.errors import Closed, LayoutError
+from kvmpass.errors import AuditFailed, Closed, LayoutError
 from kvmpass.layout import GIB, MIB, PAGE, Range
 from kvmpass.memory import HUGE, Backing, GuestMemory, HostMapping, MemoryRegion, RegionKind
 
@@ -40,6 +40,9 @@ class Mirror:
     def region_removed(self, region: MemoryRegion) -> None:
         self._step("removed", region.name)
         self.regions.remove(region)
+
+    def holds(self, region: MemoryRegion) -> bool:
+        return region in self.regions
 
 
 @pytest.fixture
@@ -288,12 +291,19 @@ def test_memory_that_a_mirror_may_still_use_stays_mapped(
     alive = tracked(monkeypatch)
     mirrors[0].refusing = {"removed"}
     mirrors[2].refusing = {"added"}
-    with pytest.raises(OSError, match="first refuses it"):
+    with pytest.raises(OSError, match="third refuses it") as refused:
         memory.add_ram(0, PAGE, "it")
+    assert "first refuses it" in refused.value.__notes__[0]
     assert len(alive) == 1
     assert mirrors[0].regions[0].hva == alive[0].address
     assert mirrors[1].regions == []
-    alive[0].close()
+    assert list(memory) == mirrors[0].regions, "it stays in the list"
+    with pytest.raises(AuditFailed, match=r"still in use, and therefore not unmapped: it 0x0-0xfff"):
+        memory.close()
+    mirrors[0].refusing = set()
+    mirrors[0].regions.clear()
+    memory.close()
+    assert alive == []
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -332,7 +342,9 @@ def test_a_region_of_another_memory(memory: GuestMemory) -> None:
 def test_who_comes_later_is_told_of_all_by_address(memory: GuestMemory, log: list[str]) -> None:
     memory.add_ram(GIB, PAGE, "high")
     memory.add_rom(MIB, b"x", "low")
-    memory.listen(Mirror("late", log))
+    memory.listen(late := Mirror("late", log))
+    late.regions, mirrored = [], late.regions
+    assert [region.name for region in mirrored] == ["low", "high"]
     assert log == [
         "late wanted rom 0x100000-0x100fff low",
         "late added low",
@@ -370,6 +382,8 @@ def test_close_releases_all_and_tells_nobody(
     ram = memory.add_ram(0, PAGE)
     memory.add_bar(GIB, PAGE, bar, 0, "bar")
     log.clear()
+    for mirror in mirrors:
+        mirror.regions.clear()
     memory.close()
     assert (log, len(memory)) == ([], 0)
     with pytest.raises(Closed):

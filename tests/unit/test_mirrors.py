@@ -17,10 +17,10 @@ import pytest
 
 import kvmpass.domain
 from kvmpass.domain import Domain
-from kvmpass.errors import AuditFailed, ReservedRange
+from kvmpass.errors import AuditFailed, LayoutError, ReservedRange
 from kvmpass.kvm import Memslots
 from kvmpass.layout import GIB, MIB, PAGE, Range, Reserved
-from kvmpass.memory import GuestMemory, HostMapping, MemoryRegion
+from kvmpass.memory import GuestMemory, HostMapping, MemoryRegion, RegionKind
 from kvmpass.vfio import IommuInfo
 
 MSI = Reserved(Range(0xFEE0_0000, MIB), "msi")
@@ -32,6 +32,8 @@ class Refused(OSError):
 
 class Kernel:
     """Both tables; ``fail`` makes one call of those that follow fail."""
+
+    closed = False
 
     def __init__(self) -> None:
         self.slots: dict[int, Range] = {}
@@ -289,12 +291,54 @@ def test_memory_that_a_mirror_does_not_give_up_stays_mapped(
     house.kernel.fail(2)
     with monkeypatch.context() as patch:
         patch.setattr(Kernel, "set_user_memory_region", stuck)
-        with pytest.raises(Refused, match="slot-"):
+        with pytest.raises(Refused, match="map") as refused:
             add_ram(house.memory)
-    assert len(open_mappings) == 1
-    assert len(house.memslots.ledger) == 3
-    house.domain.audit()
-    open_mappings[0].close()
+        assert any("slot-" in note for note in refused.value.__notes__)
+        region = next(region for region in house.memory if region.name == "extra")
+        assert (region.hva, len(house.memslots.ledger)) == (open_mappings[0].address, 3)
+        with pytest.raises(AuditFailed, match="missing"):
+            house.domain.audit()
+        with pytest.raises(Refused, match="slot-"):
+            house.memory.remove(region)
+        with pytest.raises(AuditFailed, match=r"still in use, and therefore not unmapped: .*extra"):
+            house.memory.close()
+    assert open_mappings == [region.mapping]
+    house.memory.remove(region)
+    assert open_mappings == []
+
+
+@ACTIVE
+def test_a_bad_argument_changes_nothing(house: House, open_mappings: list[HostMapping], active: bool) -> None:
+    if active:
+        house.domain.attach("device", 1)
+    before = house.state()
+    for gpa, size in ((1 << 64, PAGE), ((1 << 64) - PAGE, PAGE), (GIB, 1 << 64), (-PAGE, PAGE), (0, MIB), (1, PAGE)):
+        with pytest.raises(LayoutError):
+            house.memory.add_ram(gpa, size)
+        with pytest.raises(LayoutError):
+            house.memory.add_bar(gpa, size, HostMapping.__new__(HostMapping), 0, "bar")
+    assert (house.state(), open_mappings) == (before, [])
+
+
+def test_a_number_that_no_ioctl_takes_changes_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before a call is made: whoever uses a mirror by itself finds it as it was."""
+    house.domain.attach("device", 1)
+    before = house.state()
+    region = MemoryRegion(RegionKind.RAM, Range(1 << 64, PAGE), mapping := HostMapping(PAGE), name="huge")
+
+    def overflowing(*_: Any, **__: Any) -> None:
+        raise OverflowError("int too big to convert")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Kernel, "set_user_memory_region", overflowing)
+        for name in ("map_dma", "unmap_dma"):
+            patch.setattr(FakeContainer, name, overflowing)
+        for mirror in (house.memslots, house.domain):
+            with pytest.raises(OverflowError):
+                mirror.region_added(region)
+            assert not mirror.holds(region)
+    assert house.state() == before
+    mapping.close()
 
 
 @ACTIVE
@@ -376,10 +420,34 @@ def test_a_group_that_the_host_took_back(
         else:
             with pytest.raises(Refused, match=step):
                 house.domain.detach(device)
-    assert not house.domain.active
+    # A group that cannot leave stays recorded; its mappings are its own.
+    assert house.domain.active == (step == "unset_container" and not taken)
     assert house.domain.ledger == []
-    house.domain.audit()
     house.kernel.mappings.clear()
+    house.domain.close()
+    assert not house.domain.active
+    house.domain.audit()
+
+
+def test_mappings_that_stay_keep_their_memory(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither unmapped nor left: the device may still reach the memory, which is not given up before that ends."""
+    device = house.domain.attach("device", 1)
+
+    def refuse(*_: object) -> int:
+        raise Refused(errno.EBUSY, "refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeContainer, "unmap_dma", refuse)
+        patch.setattr(FakeContainer, "unmap_all", refuse)
+        patch.setattr(FakeGroup, "unset_container", refuse)
+        for attempt in (lambda: house.domain.detach(device), house.domain.close):
+            with pytest.raises(Refused):
+                attempt()
+            assert len(house.domain.ledger) == 2
+        house.memslots.close()
+        with pytest.raises(AuditFailed, match="still in use"):
+            house.memory.close()
+        assert house.memory.read(0, 4) == bytes(4)
 
 
 def test_the_process_has_its_mappings_back(house: House) -> None:

@@ -1,0 +1,352 @@
+"""What a hostile guest, a failing device or a signal at a bad moment brings about: at most an end with a reason."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+import signal
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from inside import SOAK
+from living import running, wait_until
+from test_functions import CONFIGURE, config_of
+
+from kvmpass import host
+from kvmpass._native import ffi, lib
+from kvmpass.boot import linux, mtrr, ports
+from kvmpass.boot.cpuid import guest_cpuid
+from kvmpass.boot.linux import LinuxEntry
+from kvmpass.events import DeviceEvent, DeviceReleased, DeviceRequest
+from kvmpass.guest import Guest, GuestSpec, prepare
+from kvmpass.kvm import System, Vcpu, install_kick
+from kvmpass.kvm.exits import InterruptedExit, PortExit
+from kvmpass.layout import MIB
+from kvmpass.machine import DeviceState, Machine
+from kvmpass.pci.config import BAR0, CAP_POWER, COMMAND, capabilities
+from kvmpass.vcpus import KICK, Ending, VcpuThreads
+from kvmpass.vfio.device import ERR
+
+# --- a guest ends with its reason
+
+
+def test_a_device_that_vfio_and_the_guest_see_differently(nic: str) -> None:
+    """Asleep, decoding off, awake again: without No_Soft_Reset the device has its decoding back, VFIO does not."""
+    script = """
+        echo $first >/sys/bus/pci/drivers/e1000e/unbind 2>/dev/null
+        echo 1 >/sys/bus/pci/devices/$first/enable
+        capability=$(($(get $first 52) & 255))
+        while [ $(($(get $first $capability) & 255)) -ne 1 ]; do
+            capability=$(($(get $first $capability) >> 8 & 255)); [ $capability -ne 0 ] || exit 1; done
+        register=$((capability + 4)); at=$(($(get $first 16) & ~15))
+        put $first 4 6; echo on $(devmem $((at + 8)) 32)
+        put $first $register $(($(get $first $register) | 3)); usleep 20000
+        put $first 4 0
+        put $first $register $(($(get $first $register) & ~3)); usleep 20000
+        echo off $(devmem $((at + 8)) 32)
+        put $first 4 6; echo again $(devmem $((at + 8)) 32); go_on"""
+    with host.borrow(nic), running(CONFIGURE + script, nic) as guest:
+        guest.expect("again")
+        guest.expect("\n", 3)
+        words = dict(line.split() for line in guest.said.splitlines())
+        assert words["off"] == "0xFFFFFFFF"
+        assert words["on"] == words["again"] != "0xFFFFFFFF"
+        guest.machine.audit()
+        guest.go_on()
+        assert guest.end().status == 0
+
+
+def test_the_same_seen_from_the_buses(nic: str) -> None:
+    """The disagreement itself is there: else the test above shows nothing."""
+    with host.borrow(nic), Machine(memory="8M") as machine:
+        device = machine.assign(nic)
+        config = config_of(machine, device)
+        power = next(cap.offset for cap in capabilities(config) if cap.id == CAP_POWER) + 4
+        config(COMMAND, 2, 0x6)
+        bars = [slot for slot in machine.memslots.ledger if slot.gpa >= machine.layout.mmio32.start]
+        assert bars
+        config(power, 2, config(power, 2) | 3)
+        config(COMMAND, 2, 0)
+        config(power, 2, config(power, 2) & ~3)
+        time.sleep(0.05)
+        assert config(COMMAND, 2) & 0x6 == 0x6, "the device reads as decoding"
+        with pytest.raises(OSError, match="Input/output error"):
+            device.regions[0].read(8, 4)
+        assert machine._board.mmio.read(config(BAR0, 4) & ~0xF | 8, 4) == b"\xff" * 4
+        assert [slot for slot in machine.memslots.ledger if slot.gpa >= machine.layout.mmio32.start] == []
+        config(COMMAND, 2, 0x6)
+        assert device.regions[0].read(8, 4) != b"\xff" * 4
+        machine.audit()
+
+
+def test_memory_that_goes_away_ends_the_guest_with_its_reason() -> None:
+    """Whatever makes KVM_RUN fail: here a file that another process made shorter.
+
+    (Linux would wait for the page for ever: KVM tells it that the page is on its way.)
+    """
+    fd = os.memfd_create("kvmpass-test")
+    os.truncate(fd, MIB)
+    with Machine(memory="8M") as machine:
+        machine.memory.add_shared(0xBFF0_0000, fd, MIB)
+        # mov eax, [0xbff00000]; out 0x80, al; jmp back
+        code = bytes.fromhex("b8 0000f0bf 8b00 e680 ebf5")
+        with bare_metal(machine, code) as vcpu:
+            assert vcpu.run() == PortExit(0x80, 1, 1, True, b"\0", vcpu.run().offset)  # type: ignore[union-attr]
+            os.truncate(fd, 0)
+            threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._lock, lambda: None)
+            threads.start()
+            try:
+                assert threads.wait(20) is Ending.FAULT
+            finally:
+                threads.stop()
+            assert threads.fault.startswith("vCPU 0: KVM_RUN: Bad address: the guest's access")
+    os.close(fd)
+
+
+# --- nobody waits for a slow guest
+
+
+def test_an_error_of_one_device_does_not_wait_for_a_guest_that_keeps_another(nvme: str, edu: str) -> None:
+    """The guest is asked for one, and does not answer; the other has an uncorrected error meanwhile."""
+    # Nothing in this guest listens to the event device: its one CPU never leaves a loop in the kernel's stead.
+    with host.borrow(nvme, edu), running("echo up; while true; do :; done", nvme, edu) as guest:
+        guest.expect("up")
+        machine = guest.machine
+        failing, kept = machine.devices
+        machine._board.hotplug.request_eject = lambda slot: None  # type: ignore[method-assign]
+        unbinding = threading.Thread(
+            target=Path("/sys/bus/pci/drivers/vfio-pci/unbind").write_text, args=(edu,), daemon=True
+        )
+        unbinding.start()
+        wait_until(lambda: kept.requested)
+        started = time.monotonic()
+        failing.vfio.trigger_irq(ERR)
+        assert machine.wait(5) is Ending.DEVICE_ERROR
+        assert time.monotonic() - started < 3
+        assert kept.state is DeviceState.ASSIGNED, "it is still being waited for"
+        exits = machine.exits
+        time.sleep(0.2)
+        assert machine.exits == exits, "a guest that has ended does not run"
+        machine.deassign(kept)
+        unbinding.join(30)
+        assert not unbinding.is_alive()
+
+
+@pytest.mark.amdvi(timeout=300)
+def test_a_guest_that_keeps_a_device_loses_it_after_a_while(edu: str) -> None:
+    """The host's wish is told once, however often VFIO repeats it."""
+    with host.borrow(edu), running("echo up; sleep 1000", edu, events=(events := [])) as guest:
+        guest.expect("up")
+        guest.machine._board.hotplug.request_eject = lambda slot: None  # type: ignore[method-assign]
+        started = time.monotonic()
+        Path("/sys/bus/pci/drivers/vfio-pci/unbind").write_text(edu)
+        assert 9 < time.monotonic() - started < 60
+        wait_until(lambda: DeviceReleased(edu, "host") in events)
+        assert DeviceRequest(edu) in events
+        assert guest.machine.devices == []
+        guest.machine.audit()
+
+
+# --- what a guest repeats does not grow
+
+
+def test_a_guest_that_ejects_without_end(edu: str) -> None:
+    """Not a Linux: a loop that writes the eject register of the first slots, as fast as it can."""
+    events = list[DeviceEvent]()
+    with host.borrow(edu), Machine(memory="8M", on_event=events.append) as machine:
+        device = machine.assign(edu)
+        assert device.slot == 1
+        port = (ports.HOTPLUG_BASE + 8).to_bytes(2, "little").hex()
+        # mov eax, 0xffffffff; mov dx, port; out dx, eax; jmp to the out
+        code = bytes.fromhex(f"b8 ffffffff 66ba {port} ef ebfd")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with bare_metal(machine, code) as vcpu:
+            threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._lock, lambda: None)
+            machine._threads = threads
+            with machine._moves:  # the worst: whoever should take it out cannot go on
+                threads.start()
+                wait_until(device.ejected.is_set)
+                waiting = []
+                for _ in range(300 if SOAK else 30):
+                    waiting.append(machine._notices._jobs._calls.qsize())
+                    time.sleep(0.1)
+            wait_until(lambda: DeviceReleased(edu, "guest") in events)
+            threads.stop()
+        assert machine.devices == []
+        assert machine.exits > 1000
+        assert max(waiting) <= 2, "one job for each device, however often it is ejected"
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 << 10  # KiB
+        assert len([event for event in events if isinstance(event, DeviceReleased)]) == 1
+        machine.audit()
+
+
+# --- the PIC, the MTRRs, signals
+
+
+@contextmanager
+def bare_metal(machine: Machine, code: bytes) -> Iterator[Vcpu]:
+    """A processor in 64-bit mode, its first 4 GiB mapped to themselves, with ``code`` at 0x1000."""
+    machine.memory.write(0x1000, code)
+    machine.memory.write(linux.GDT_BASE, struct.pack(f"<{len(linux.GDT)}Q", *linux.GDT))
+    machine.memory.write(linux.PAGE_TABLES, linux.page_tables())
+    entry = LinuxEntry(0x1000, 0, linux.PAGE_TABLES, linux.GDT_BASE, len(linux.GDT) * 8 - 1)
+    with machine.vm.create_vcpu(0) as vcpu:
+        vcpu.set_cpuid2(guest_cpuid(machine._system.get_supported_cpuid(), cpu=0, cpus=1))
+        vcpu.enter_long_mode(
+            cr3=entry.cr3,
+            gdt=entry.gdt_base,
+            gdt_limit=entry.gdt_limit,
+            code=entry.code_selector,
+            data=entry.data_selector,
+        )
+        vcpu.set_regs(rip=entry.rip, rsp=0x1000, rflags=2)
+        yield vcpu
+
+
+@contextmanager
+def real_mode(machine: Machine, code: bytes) -> Iterator[Vcpu]:
+    """A processor as after its reset, LINT0 and all, with ``code`` at 0x1000 and a stack below it."""
+    machine.memory.write(0x1000, code)
+    with machine.vm.create_vcpu(0) as vcpu:
+        sregs = ffi.new("struct kvm_sregs *")
+        assert lib.kvm_get_sregs(vcpu.fd, sregs) == 0
+        sregs.cs.base = sregs.cs.selector = 0
+        assert lib.kvm_set_sregs(vcpu.fd, sregs) == 0
+        vcpu.set_regs(rip=0x1000, rsp=0x1000, rflags=2)
+        yield vcpu
+
+
+def run_for(vcpu: Vcpu, seconds: float) -> PortExit | None:
+    """The first port exit, or None if there was none."""
+    install_kick(KICK)
+    main = threading.get_ident()
+
+    def end() -> None:
+        vcpu.request_exit()
+        signal.pthread_kill(main, KICK)
+
+    timer = threading.Timer(seconds, end)
+    timer.start()
+    try:
+        while timer.is_alive():
+            exit_ = vcpu.run()
+            if isinstance(exit_, PortExit):
+                return exit_
+            assert isinstance(exit_, InterruptedExit), exit_
+        return None
+    finally:
+        timer.cancel()
+        timer.join()
+        vcpu.request_exit(False)
+
+
+def test_no_line_leads_to_the_pic() -> None:
+    """LINT0 of a processor that was reset takes the 8259's interrupts: raising COM1 does not give it one.
+
+    KVM's 8259 starts with all inputs unmasked and vector base 0. The planted route shows that the guest would see it.
+    """
+    with Machine(memory="8M") as machine:
+        # Every vector leads to: out 0x80, al; hlt. The code: sti; hlt; jmp to the hlt.
+        machine.memory.write(0, b"\x00\x20\x00\x00" * 256)
+        machine.memory.write(0x2000, b"\xe6\x80\xf4")
+        line = ports.SERIAL_LINES[0].irq
+        with real_mode(machine, b"\xfb\xf4\xeb\xfd") as vcpu:
+            machine.vm.irq_line(line, True)
+            assert run_for(vcpu, 1.0) is None
+            machine.vm.irq_line(line, False)
+            pic = ffi.new("struct kvm_pic_state *")
+            for chip in (lib.KVM_IRQCHIP_PIC_MASTER, lib.KVM_IRQCHIP_PIC_SLAVE):
+                assert lib.kvm_get_irqchip_pic(machine.vm.fd, chip, pic) == 0
+                assert (pic.imr, pic.irr) == (0xFF, 0)
+            table = ffi.new("struct kvmpass_route[1]")
+            table[0].gsi, table[0].type = line, lib.KVM_IRQ_ROUTING_IRQCHIP
+            table[0].irqchip, table[0].pin = lib.KVM_IRQCHIP_PIC_MASTER, line
+            machine.vm.set_gsi_routing(table, 1)
+            assert lib.kvm_get_irqchip_pic(machine.vm.fd, lib.KVM_IRQCHIP_PIC_MASTER, pic) == 0
+            pic.imr = 0
+            assert lib.kvm_set_irqchip_pic(machine.vm.fd, lib.KVM_IRQCHIP_PIC_MASTER, pic) == 0
+            machine.vm.irq_line(line, True)
+            exit_ = run_for(vcpu, 5.0)
+            assert exit_ is not None and exit_.port == 0x80, "a planted route to the PIC is not seen"
+
+
+def test_every_cpu_has_the_mtrrs_of_firmware() -> None:
+    with running("echo up; go_on", cpus=2) as guest:
+        guest.expect("up")
+        vcpus = guest.machine._vcpus
+        wanted = mtrr.mtrrs(guest.machine._system.physical_bits)
+        assert len(vcpus) == 2
+        assert wanted[mtrr.DEF_TYPE] & 0xFF == mtrr.WRITE_BACK
+        guest.go_on()
+        assert guest.end().status == 0
+        for vcpu in vcpus:
+            assert vcpu.get_msrs(list(wanted)) == wanted
+            with pytest.raises(OSError, match=r"KVM_GET_MSRS: Invalid argument \(vCPU .*MSR 0xdead\)"):
+                vcpu.get_msrs([mtrr.DEF_TYPE, 0xDEAD])
+
+
+@pytest.mark.amdvi(timeout=600)
+@pytest.mark.parametrize("firmware", [True, False], ids=["as set", "not set"])
+def test_a_kernel_that_gives_up_pat_without_mtrrs(
+    older_kernel: Path, monkeypatch: pytest.MonkeyPatch, firmware: bool
+) -> None:
+    """Linux before 6.2 (pat_init, arch/x86/mm/pat/memtype.c): it maps write-combining BARs uncached then."""
+    if not firmware:
+        monkeypatch.setattr(mtrr, "mtrrs", lambda bits: {})
+    said = bytearray()
+    script = "uname -r; dmesg | grep x86/PAT; cat /proc/mtrr"
+    spec = GuestSpec(kernel=older_kernel, command=("sh", "-c", script))
+    image = prepare(spec, [])
+    with (
+        Machine(memory="512M") as machine,
+        Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,
+    ):
+        image.load(machine)
+        result = guest.run()
+    text = said.decode()
+    assert text.startswith("6.1."), result
+    assert ("Configuration [0-7]: WB  WC  UC- UC  WB  WP  UC- WT" in text) == firmware, text
+    assert ("reg00: base=0x0c0000000 ( 3072MB), size= 1024MB, count=1: uncachable" in text) == firmware, text
+    assert ("MTRRs disabled, skipping PAT initialization" in text) == (not firmware), text
+
+
+def test_calls_that_signals_interrupt_are_repeated() -> None:
+    """KVM_CREATE_VM gives up at any signal; the machine's constructor and its reset do not."""
+    install_kick(KICK)
+    main, over, sent = threading.main_thread().ident, threading.Event(), itertools.count()
+    assert main is not None
+
+    def pester() -> None:
+        while not over.is_set():
+            signal.pthread_kill(main, KICK)
+            next(sent)
+            time.sleep(0.0002)
+
+    def raw_failures(system: System, count: int) -> int:
+        failed = 0
+        for _ in range(count):
+            with suppress(InterruptedError):
+                system.create_vm().close()
+                continue
+            failed += 1
+        return failed
+
+    sender = threading.Thread(target=pester)
+    sender.start()
+    try:
+        with System() as system:
+            assert raw_failures(system, 1500 if SOAK else 200) == 0
+        with Machine(memory="8M") as machine:
+            for _ in range(5):
+                machine.reset()
+            machine.audit()
+    finally:
+        over.set()
+        sender.join()
+    assert next(sent) > 200
