@@ -373,9 +373,56 @@ def test_writes_beside_the_power_state_move_no_memslot(board: Board) -> None:
     for at, value, size in ((PM_AT + 5, 0x03, 1), (PM_AT + 2, 0x03, 2), (PM_AT + 7, 0x03, 1), (COMMAND, 3, 2)):
         board.config_write(at, value, size)
     board.config_write(COMMAND, 0x0407, 2)
-    assert changes.count == 0
+    assert board.device.config.data[COMMAND : COMMAND + 2] == b"\x07\x04"
+    board.config_write(COMMAND, 0x0002, 2)
+    assert changes.count == 0, "ports have no memslots"
     assert len(board.bars()) == 2
     board.memory._listeners.remove(changes)
+
+
+def test_registers_beside_a_bars_and_a_roms_leave_them_alone(board: Board) -> None:
+    at = (BAR0, BAR0 + 4, BAR2, BAR4, ROM_BAR)
+    before = [board.config_read(offset) for offset in at]
+    for offset in (0x0C, 0x28, 0x2C, 0x34, 0x38):
+        board.config_write(offset, 0xFFFF_FFFF)
+        board.config_write(offset + 3, 0, 1)
+    assert [board.config_read(offset) for offset in at] == before
+
+
+def test_a_device_without_power_management_is_always_awake() -> None:
+    def change(device: FakeDevice) -> None:
+        device.config.data[PM_AT] = 0x09  # a vendor's own instead
+        device.config.data[0:4] = b"\xff" * 4
+
+    board = made(change)
+    board.config_write(COMMAND, 2, 2)
+    assert board.bars() != []
+    board.config_write(PM_AT + 4, 3, 2)
+    assert board.bars() != []
+    board.close()
+
+
+@pytest.mark.parametrize("kind", [INTX, MSI])
+def test_an_interrupt_that_vfio_does_not_turn_off_ends_no_guest(
+    board: Board, monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    if kind == MSI:
+        board.config_write(MSI_AT + 4, 0xFEE0_0000)
+        board.config_write(MSI_AT + 2, 1, 2)
+    assert board.device.active == kind
+
+    def refuse(index: int) -> None:
+        raise OSError(5, "VFIO_DEVICE_SET_IRQS")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(board.device, "disable_irqs", refuse)
+        board.config_write(MSI_AT + 2, 1 - (kind == MSI), 2)
+        board.config_write(MSIX_AT + 2, 0x8000, 2)
+        board.config_write(MSIX_AT + 2, 0, 2)
+        board.config_write(MSI_AT + 2, 0, 2)
+    assert board.kvm.irqfds == {} == board.kvm.routes
+    board.device.active = None
+    board.device.signals.clear()
 
 
 def test_before_a_device_sleeps_its_guest_has_lost_its_memory(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
