@@ -80,6 +80,8 @@ class Lab:
         with Host(self.config, self._say) as host:
             host.start(job)
             self._host = host
+            if self._stopped:  # while it was being started
+                host.stop()
             try:
                 host.pump(outputs)
                 early = host.boot(patience)

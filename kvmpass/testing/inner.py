@@ -1,7 +1,8 @@
 """The inside: runs the tests of a plan in its order and reports each step as an event.
 
-The plan is a JSON file, named by ``KVMPASS_TEST_PLAN`` and written by :mod:`.outer`: ``ids``, ``events`` (path of the
-event file), ``profile``, ``roles`` (overrides), ``trace`` (path of the IOMMU's trace, or null).
+The plan is a JSON file, named by ``KVMPASS_TEST_PLAN`` and written by :mod:`.session`: ``ids``, ``events`` (path of
+the event file), ``profile``, ``roles`` (overrides), ``trace`` (path of the IOMMU's trace, or null), ``slowdown`` (by
+how much time limits are stretched).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Inner:
         state = State.of(config)
         state.profile = content["profile"]
         state.roles.update(content["roles"])
+        state.slowdown = content["slowdown"]
         state.iommu_trace = Path(content["trace"]) if content["trace"] else None
 
     @pytest.hookimpl(trylast=True)

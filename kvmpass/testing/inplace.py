@@ -105,7 +105,8 @@ class TimeLimit:
         requirement = Requirement.of(item)
         if requirement is None:
             return (yield)
-        return (yield from time_limit(requirement.timeout, f"{phase} of {item.name}"))
+        seconds = requirement.timeout * State.of(item.config).slowdown
+        return (yield from time_limit(seconds, f"{phase} of {item.name}"))
 
 
 def hardware_has_iommufd() -> bool:

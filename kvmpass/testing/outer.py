@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import pytest
 
-from kvmpass.testing.events import Event, replay_warning, unpack_report
+from kvmpass.testing import capacity
+from kvmpass.testing.events import replay_warning, unpack_report
+from kvmpass.testing.hosts import Failure, HostRun, Hosts, Record
 from kvmpass.testing.profiles import Profile, Requirement, profiles
 from kvmpass.testing.session import SPARES, LabSession
 
-# Seconds without any event: until the tests are collected inside; beyond a phase's own limit; after the last test.
-BOOT_LIMIT = 900.0  # a first boot downloads its kernel
-GRACE = 90.0
-END_LIMIT = 90.0
+POLL = 0.05
+SHARE = 20  # tests at least, for a host of their own beside another one of the same kind
 
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """What one boot of a lab has: tests that agree on it share it."""
+    """What one boot of a lab has: tests that agree on it share it, or each ``part`` of them has a boot of its own."""
 
     profile: str
     kernel: str
     qemu: str
+    part: str = ""
 
     def __str__(self) -> str:
-        return f"{self.profile} ({self.kernel} kernel, {self.qemu} QEMU)"
+        return f"{self.profile} ({self.kernel} kernel, {self.qemu} QEMU{self.part})"
+
+
+def split(plans: Mapping[Boot, list[pytest.Item]], jobs: int) -> dict[Boot, list[pytest.Item]]:
+    """Give what would keep one host busy when the others have long ended several hosts, file by file.
+
+    Those with the most tests come first: the last to start should be short. The order is otherwise kept.
+    """
+    if jobs == 1:
+        return dict(plans)
+    total = sum(map(len, plans.values()))
+    done: dict[Boot, list[pytest.Item]] = {}
+    for boot, items in sorted(plans.items(), key=lambda plan: -len(plan[1])):
+        parts = partition(items, min(jobs, round(jobs * len(items) / total), len(items) // SHARE))
+        for number, part in enumerate(parts, start=1):
+            name = f", part {number} of {len(parts)}" if len(parts) > 1 else ""
+            done[replace(boot, part=name)] = part
+    return done
+
+
+def partition(items: list[pytest.Item], count: int) -> list[list[pytest.Item]]:
+    """At most ``count`` parts, about as large, one after the other; the tests of a file stay together."""
+    parts: list[list[pytest.Item]] = [[]]
+    for _, group in itertools.groupby(items, key=lambda item: item.path):
+        if len(parts) < count and sum(map(len, parts)) >= len(items) * len(parts) / count:
+            parts.append([])
+        parts[-1] += group
+    return parts
 
 
 def lacks_kernel(name: str) -> str | None:
@@ -56,15 +85,16 @@ def lacks_qemu(name: str) -> str | None:
 class Outer:
     """Takes over the protocol of marked tests."""
 
-    def __init__(self, config: pytest.Config, kernel: str, qemu: str) -> None:
+    def __init__(self, config: pytest.Config, kernel: str, qemu: str, jobs: int) -> None:
         self.config = config
         self.kernel = kernel
         self.qemu = qemu
+        self.jobs = jobs
         self.plans: dict[Boot, list[pytest.Item]] = {}
+        self.boots: dict[str, Boot] = {}
         self.skips: dict[str, str] = {}
-        self.current: tuple[Boot, LabSession] | None = None
-        self.log: list[str] = []
-        self.spares: dict[Boot, int] = {}
+        self.runs: dict[Boot, HostRun] = {}
+        self.hosts: Hosts | None = None
 
     def boot_for(self, requirement: Requirement, known: dict[str, Profile]) -> Boot | str:
         """The boot a test needs, or why this run cannot have it."""
@@ -96,11 +126,9 @@ class Outer:
             if boot:
                 self.skips[item.nodeid] = boot
             here.append(item)
-        self.plans = dict(plans)
-        items[:] = here + [item for group in plans.values() for item in group]
-
-    def boot_of(self, item: pytest.Item) -> Boot | None:
-        return next((boot for boot, items in self.plans.items() if item in items), None)
+        self.plans = split(plans, self.jobs)
+        self.boots = {item.nodeid: boot for boot, group in self.plans.items() for item in group}
+        items[:] = here + [item for group in self.plans.values() for item in group]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -109,99 +137,61 @@ class Outer:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-        boot = self.boot_of(item)
+        boot = self.boots.get(item.nodeid)
         if boot is None:
             return None
-        if self.current is None or self.current[0] != boot:
-            self.end()
-            plan = self.plans[boot]
-            self.current = boot, self.start(boot, plan[plan.index(item) :])
-        session = self.current[1]
+        if self.hosts is None:
+            self.hosts = self.start()
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        self.replay(session, item)
+        record = self.runs[boot].records[item.nodeid]
+        while not record.over:
+            self.poll()
+        self.replay(item, record)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        if nextitem is None or self.boot_of(nextitem) != boot:
-            self.end()
+        while nextitem is None and not self.hosts.over:
+            self.poll()
         return True
 
-    def start(self, boot: Boot, items: list[pytest.Item]) -> LabSession:
-        profile = profiles(self.config)[boot.profile]
-        return LabSession.boot(self.config, boot.profile, profile, boot.kernel, boot.qemu, items)
+    def poll(self) -> None:
+        assert self.hosts is not None
+        if not self.hosts.poll():
+            time.sleep(POLL)
+
+    def start(self) -> Hosts:
+        """Make the run of each boot; the first of them start with the next look at them."""
+        known = profiles(self.config)
+        jobs = min(self.jobs, len(self.plans))
+        slowdown = capacity.slowdown(jobs, capacity.cpus())
+        spares = int(self.config.getini(SPARES))
+        needs: dict[HostRun, int] = {}
+        for boot, items in self.plans.items():
+            profile = known[boot.profile]
+
+            def start(items: list[pytest.Item], boot: Boot = boot, profile: Profile = profile) -> LabSession:
+                return LabSession.boot(self.config, boot.profile, profile, boot.kernel, boot.qemu, items, slowdown)
+
+            run = self.runs[boot] = HostRun(start, items, spares, slowdown)
+            needs[run] = capacity.size(profile.memory) + capacity.OVERHEAD
+        return Hosts(needs, jobs, capacity.memory())
 
     # --- one test
 
-    def replay(self, session: LabSession, item: pytest.Item) -> None:
-        """Wait for the reports of ``item`` and hand each on as it comes."""
-        requirement = Requirement.of(item)
-        assert requirement is not None
-        if session.collected is None and session.death is None:
-            self.await_collection(session)
-            if session.death is not None and (spare := self.replace(item, session)):
-                self.replay(spare, item)
-                return
-        phase = "setup"
-        if session.collected is not None and item.nodeid not in session.collected:
-            self.fail(item, phase, session.why_missing(item.nodeid))
-            return
-        if session.death is not None:
-            self.fail(item, phase, session.not_run())
-            return
-        limit = requirement.timeout + GRACE
-        deadline = time.monotonic() + limit
-        while True:
-            event = session.next(deadline)
-            if event is None:
-                died = session.died(item.nodeid, limit)
-                if spare := self.replace(item, session):
-                    self.replay(spare, item)
-                    return
-                self.fail(item, phase, died.text, died.sections)
-                return
-            deadline = time.monotonic() + limit
+    def replay(self, item: pytest.Item, record: Record) -> None:
+        """Tell this pytest what became of a test inside."""
+        for text in record.deaths:  # never silently
+            item.warn(pytest.PytestWarning(text))
+        for event in record.events:
             if event["event"] == "report":
-                report = unpack_report(self.config, event["data"])
-                phase = {"setup": "call"}.get(report.when, "teardown")
-                item.ihook.pytest_runtest_logreport(report=report)
-            elif event["event"] == "finish":
-                return
+                item.ihook.pytest_runtest_logreport(report=unpack_report(self.config, event["data"]))
             else:
-                self.other(event)
+                replay_warning(self.config, event)
+        if record.failure is not None:
+            self.fail(item, record.failure)
 
-    def replace(self, item: pytest.Item, session: LabSession) -> LabSession | None:
-        """Another emulated host for ``item`` and what comes after it, where the setting allows one more.
-
-        An emulator has faults of its own: what they end is run anew, and never silently.
-        """
-        assert self.current is not None and session.death is not None
-        boot = self.current[0]
-        left = self.spares.setdefault(boot, int(self.config.getini(SPARES)))
-        if left == 0:
-            return None
-        self.spares[boot] = left - 1
-        evidence = "\n".join(f"--- {title}\n{content}" for title, content in session.death.sections)
-        item.warn(pytest.PytestWarning(f"{session.death.text}\nIt was replaced.\n{evidence}"))
-        self.log.append(f"{boot}: {session.close(0)}, REPLACED")
-        plan = self.plans[boot]
-        self.current = boot, self.start(boot, plan[plan.index(item) :])
-        return self.current[1]
-
-    def await_collection(self, session: LabSession) -> None:
-        deadline = time.monotonic() + BOOT_LIMIT
-        while session.collected is None:
-            event = session.next(deadline)
-            if event is None:
-                session.died(None, BOOT_LIMIT)
-                return
-            self.other(event)
-
-    def other(self, event: Event) -> None:
-        if event["event"] == "warning":
-            replay_warning(self.config, event)
-
-    def fail(self, item: pytest.Item, phase: str, text: str, sections: Iterable[tuple[str, str]] = ()) -> None:
+    def fail(self, item: pytest.Item, failure: Failure) -> None:
         """Report a test that could not speak for itself, and that it is over."""
         now = time.time()
-        for when, outcome in ((phase, "failed"), ("teardown", "passed")):
+        for when, outcome in ((failure.phase, "failed"), ("teardown", "passed")):
             if when == outcome == "teardown":
                 continue
             report = pytest.TestReport(
@@ -209,9 +199,9 @@ class Outer:
                 location=item.location,
                 keywords=dict.fromkeys(item.keywords, 1),
                 outcome="failed" if outcome == "failed" else "passed",
-                longrepr=text if outcome == "failed" else None,
+                longrepr=failure.text if outcome == "failed" else None,
                 when="setup" if when == "setup" else "call" if when == "call" else "teardown",
-                sections=sections if outcome == "failed" else (),
+                sections=failure.sections if outcome == "failed" else (),
                 start=now,
                 stop=now,
             )
@@ -219,31 +209,20 @@ class Outer:
             if when == "teardown":
                 return
 
-    # --- the lab's end
-
-    def end(self) -> None:
-        """Wait until the lab has powered itself off; end it if it does not."""
-        if self.current is None:
-            return
-        boot, session = self.current
-        self.current = None
-        deadline = time.monotonic() + END_LIMIT
-        while session.death is None:
-            event = session.next(deadline)
-            if event is None or event["event"] == "end":
-                break
-            self.other(event)
-        self.log.append(f"{boot}: {session.close(END_LIMIT if session.death is None else 0)}")
+    # --- the end
 
     def pytest_sessionfinish(self) -> None:
-        """After -x or Ctrl-C a lab may still run."""
-        if self.current is not None:
-            boot, session = self.current
-            self.current = None
-            self.log.append(f"{boot}: {session.close(0)}")
+        """After -x or Ctrl-C hosts may still run."""
+        if self.hosts is None:
+            return
+        self.hosts.close()
+        for run in self.runs.values():
+            for event in run.late:
+                replay_warning(self.config, event)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self.log:
+        lines = [f"{boot}: {line}" for boot, run in self.runs.items() for line in run.lines]
+        if lines:
             terminalreporter.section("emulated hosts")
-            for line in self.log:
+            for line in lines:
                 terminalreporter.write_line(line)

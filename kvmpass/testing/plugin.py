@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvmpass.testing import capacity
 from kvmpass.testing import fixtures as _fixtures
 from kvmpass.testing.inner import Inner
 from kvmpass.testing.inplace import InPlace, TimeLimit
@@ -18,6 +19,7 @@ from kvmpass.testing.state import Mode, State, detect
 if TYPE_CHECKING:
     from kvmpass.lab.config import LabConfig
 
+JOBS = "kvmpass_lab_jobs"
 KERNEL_VARIABLE = "KVMPASS_LAB_KERNEL"
 
 
@@ -38,6 +40,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="system",
         help="QEMU that emulates the host (default: system)",
     )
+    group.addoption(
+        "--lab-jobs",
+        metavar="N",
+        help=f"how many emulated hosts run side by side (default: {JOBS}, else one for each CPU, as memory allows)",
+    )
+    parser.addini(JOBS, "how many emulated hosts run side by side: a number, or auto", default="auto")
     parser.addini(
         ENVIRONMENT, "environment variables that marked tests shall see inside the emulated host, too", type="args"
     )
@@ -61,7 +69,7 @@ def pytest_configure(config: pytest.Config) -> None:
         from kvmpass.testing.outer import Outer
 
         kernel = config.option.lab_kernel or ("full" if os.environ.get(KERNEL_VARIABLE) else "stock")
-        config.pluginmanager.register(Outer(config, kernel, config.option.lab_qemu), "kvmpass-outer")
+        config.pluginmanager.register(Outer(config, kernel, config.option.lab_qemu, jobs(config)), "kvmpass-outer")
         return
     config.pluginmanager.register(InPlace(config), "kvmpass-inplace")
     config.pluginmanager.register(TimeLimit(), "kvmpass-time-limit")
@@ -69,12 +77,23 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Inner(config, state.plan), "kvmpass-inner")
 
 
+def jobs(config: pytest.Config) -> int:
+    """How many emulated hosts may run side by side. Raises ``UsageError`` for what is no number."""
+    asked = config.option.lab_jobs or config.getini(JOBS)
+    if asked == "auto":
+        return capacity.cpus()
+    if not asked.isdecimal() or int(asked) == 0:
+        raise pytest.UsageError(f"--lab-jobs, {JOBS}: a number from 1 on, or auto, not {asked!r}")
+    return int(asked)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     state = State.of(config)
     if state.mode is Mode.OUTER:
         outer = config.pluginmanager.get_plugin("kvmpass-outer")
         assert outer is not None
-        return f"kvmpass: emulated AMD-Vi host, {outer.kernel} kernel, {outer.qemu} QEMU"
+        several = f", up to {outer.jobs} at once" if outer.jobs > 1 else ""
+        return f"kvmpass: emulated AMD-Vi host, {outer.kernel} kernel, {outer.qemu} QEMU{several}"
     devices = ", ".join(f"{role}={bdf}" for role, bdf in state.roles.items())
     if state.mode is Mode.LAB:
         return f"kvmpass: inside an emulated AMD-Vi host, kernel {os.uname().release}, {devices or 'no devices'}"

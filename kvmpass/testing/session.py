@@ -9,7 +9,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 # Settings in a project's pytest configuration.
 ENVIRONMENT = "kvmpass_environment"
 SPARES = "kvmpass_spare_hosts"
-POLL = 0.05
 TAIL_LINES = 60
 # pytest's own plugins that are of use outside only.
 NOT_INSIDE = ("cacheprovider", "doctest", "junitxml", "pastebin", "stepwise")
@@ -41,21 +39,26 @@ class Death:
 
 
 class LabSession:
-    """Made by :meth:`boot`, read by :meth:`next`, ended by :meth:`close`. For the main thread only."""
+    """One emulated host that runs tests: made by :meth:`boot`, read by :meth:`poll`, ended by :meth:`close`.
+
+    Synchronization: for the main thread only; the host itself is run by a thread of its own.
+    """
 
     def __init__(self, lab: LabLike, directory: Path) -> None:
         self.lab = lab
         self.directory = directory
         self.collected: set[str] | None = None
         self.death: Death | None = None
+        self.finished = False
+        """Whether the pytest inside has said that it is over."""
+        self._forced = False
         self._victim: str | None = None
         self._collect_errors: list[tuple[str, str]] = []
         self._reader = Reader(directory / "events.jsonl")
-        self._queue: deque[Event] = deque()
         self._result: LabResult | None = None
         self._error: BaseException | None = None
-        self._finished = False
         self._started = time.monotonic()
+        self._ended: float | None = None
         self._boot_seconds = 0.0
         self._tests = 0
         self._thread: threading.Thread | None = None
@@ -69,8 +72,9 @@ class LabSession:
         kernel: str,
         qemu: str,
         items: list[pytest.Item],
+        slowdown: float = 1.0,
     ) -> LabSession:
-        """Write the plan and start the lab; returns at once."""
+        """Write the plan and start the lab; returns at once. Time limits are stretched by ``slowdown``."""
         from kvmpass.lab.config import LabConfig
 
         directory = Path(tempfile.mkdtemp(prefix="kvmpass-test-"))
@@ -82,6 +86,7 @@ class LabSession:
             "profile": name,
             "roles": dict(profile.roles),
             "trace": str(trace) if trace else None,
+            "slowdown": slowdown,
         }
         (directory / "plan.json").write_text(json.dumps(plan))
         lab = config.hook.pytest_kvmpass_lab(
@@ -96,7 +101,7 @@ class LabSession:
                 without=profile.without,
                 writable=(directory,),
                 iommu_trace=trace,
-                timeout=profile.timeout,
+                timeout=profile.timeout and profile.timeout * slowdown,
             ),
         )
         session = cls(lab, directory)
@@ -125,6 +130,8 @@ class LabSession:
                     self._result = self._run(command, cwd, environment, stdout, stderr)
             except BaseException as error:  # told by the main thread
                 self._error = error
+            finally:
+                self._ended = time.monotonic()
 
         self._thread = threading.Thread(target=run, name="kvmpass-lab", daemon=True)
         self._thread.start()
@@ -136,34 +143,24 @@ class LabSession:
 
     @property
     def running(self) -> bool:
+        """Whether the host is still there."""
         return self._thread is not None and self._thread.is_alive()
 
     # --- events
 
-    def next(self, deadline: float) -> Event | None:
-        """The next event; ``None`` once the lab is gone or ``deadline`` (monotonic) has passed."""
-        while True:
-            if self._queue:
-                return self._take()
-            alive = self.running  # before the poll: what was written before the end is still read
-            self._queue.extend(self._reader.poll())
-            if self._queue:
-                continue
-            if not alive or self._finished or time.monotonic() > deadline:
-                return None
-            time.sleep(POLL)
-
-    def _take(self) -> Event:
-        event = self._queue.popleft()
-        if event["event"] == "collected":
-            self.collected = set(event["ids"])
-            self._collect_errors = [(node, text) for node, text in event["errors"]]
-            self._boot_seconds = time.monotonic() - self._started
-        elif event["event"] == "finish":
-            self._tests += 1
-        elif event["event"] == "end":
-            self._finished = True
-        return event
+    def poll(self) -> list[Event]:
+        """The events that are new since the last call."""
+        events = self._reader.poll()
+        for event in events:
+            if event["event"] == "collected":
+                self.collected = set(event["ids"])
+                self._collect_errors = [(node, text) for node, text in event["errors"]]
+                self._boot_seconds = time.monotonic() - self._started
+            elif event["event"] == "finish":
+                self._tests += 1
+            elif event["event"] == "end":
+                self.finished = True
+        return events
 
     def why_missing(self, nodeid: str) -> str:
         """Why a test of the plan is not among the collected ones."""
@@ -176,8 +173,8 @@ class LabSession:
 
     def died(self, victim: str | None, waited: float) -> Death:
         """The lab is gone, or silent for ``waited`` seconds: end it and describe what is known."""
-        hung = self.running and not self._finished
-        self._stop()
+        hung = self.running and not self.finished
+        self.stop()
         self._victim = victim
         during = f"during {victim}" if victim else "before the first test"
         if self._error is not None:
@@ -211,25 +208,28 @@ class LabSession:
             return text
         return f"not run: the emulated host died in {self._victim}"
 
-    def _stop(self) -> None:
+    def order_end(self) -> None:
+        """Have the host end now, if it is still there."""
         if self.running:
+            self._forced = True
             self.lab.stop()
-            assert self._thread is not None
+
+    def stop(self) -> None:
+        """End the host now, and wait for it."""
+        self.order_end()
+        if self._thread is not None:
             self._thread.join(30)
 
-    def close(self, patience: float) -> str:
-        """End the lab, after at most ``patience`` seconds by force; returns a line about it."""
-        if self._thread is not None and patience:
-            self._thread.join(patience)
-        forced = self.running
-        self._stop()
-        seconds = time.monotonic() - self._started
+    def close(self) -> str:
+        """End the host, by force if it still runs; returns a line about it."""
+        self.stop()
+        seconds = (self._ended or time.monotonic()) - self._started
         if self.death is None:
             shutil.rmtree(self.directory, ignore_errors=True)
         line = f"{self._tests} tests, {self._boot_seconds:.0f} s to the first, {seconds:.0f} s in all"
         if self.death is not None:
             return f"{line}, DIED, files in {self.directory}"
-        return f"{line}, ended early" if forced else line
+        return f"{line}, ended early" if self._forced else line
 
 
 def tail(text: str) -> str:

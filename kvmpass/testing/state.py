@@ -25,13 +25,17 @@ class Mode(enum.Enum):
 
 @dataclass(slots=True)
 class State:
-    """``roles`` maps a role to a PCI address; empty outside, where nobody may touch a device."""
+    """``roles`` maps a role to a PCI address; empty outside, where nobody may touch a device.
+
+    ``slowdown`` stretches time limits: this host shares the machine with others.
+    """
 
     mode: Mode
     roles: dict[str, str] = field(default_factory=dict)
     profile: str = "base"
     iommu_trace: Path | None = None
     plan: Path | None = None
+    slowdown: float = 1.0
 
     @classmethod
     def of(cls, config: pytest.Config) -> State:

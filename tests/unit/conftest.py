@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_lab import lab as lab  # a fixture
 from handover_stage import AtStep, Stage
 from host_tree import Host
 from hypothesis import HealthCheck, settings

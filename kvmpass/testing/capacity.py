@@ -1,0 +1,45 @@
+"""What this machine has for emulated hosts: how many fit side by side, and how much slower each is then."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+OVERHEAD = 512 << 20  # bytes that an emulator takes beside its host's memory
+UNITS = {"": 20, "K": 10, "M": 20, "G": 30, "T": 40}  # of a memory size as QEMU takes it: a bare number is in MiB
+
+
+def size(text: str) -> int:
+    """Bytes of a memory size such as ``6G``; 0 for what is none."""
+    found = re.fullmatch(r"(\d+)([KMGT]?)", text.upper())
+    return int(found[1]) << UNITS[found[2]] if found else 0
+
+
+def cpus(root: Path = Path("/")) -> int:
+    """CPUs that this process may use: its affinity, and its control group's quota."""
+    count = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, round(int(quota) / int(period)))
+    return max(1, count)
+
+
+def memory(root: Path = Path("/")) -> int:
+    """Bytes that are free for emulated hosts: what is available, and what is left of the control group's limit."""
+    found = re.search(r"^MemAvailable: *(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
+    free = int(found[1]) << 10 if found else 0
+    with suppress(OSError, ValueError):
+        group = root / "sys/fs/cgroup"
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, free)
+
+
+def slowdown(jobs: int, of_cpus: int) -> float:
+    """By how much to stretch time limits where ``jobs`` hosts run side by side on so many CPUs.
+
+    Each host keeps one CPU busy, and its emulator and this process need some more. Half of the CPUs may be the other
+    halves' hyperthreads.
+    """
+    return max(1.0, 2.0 * jobs / of_cpus) if jobs > 1 else 1.0
