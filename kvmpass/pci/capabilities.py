@@ -9,7 +9,7 @@ back (EA, resizable BARs), and whatever is not known.
 from __future__ import annotations
 
 from kvmpass.layout import Range
-from kvmpass.pci import config
+from kvmpass.pci import config, msi
 from kvmpass.pci.config import Capability
 from kvmpass.pci.configspace import ConfigSpace
 
@@ -35,6 +35,7 @@ _SHOWN_EXTENDED = frozenset(
     }
 )
 
+_SIZES = {config.CAP_POWER: 8, config.CAP_MSIX: 12, config.CAP_EXPRESS: 4}
 _EXPRESS_TYPE_MASK, _EXPRESS_ROOT_COMPLEX_ENDPOINT = 0xF0, 0x90
 _EXPRESS_ENDPOINTS = (0x00, 0x10)
 _EXPRESS_LINK_REGISTERS = (Range(0x0C, 8), Range(0x2C, 8))  # capabilities, control, status; 1 and 2
@@ -43,7 +44,8 @@ _EXPRESS_LINK_REGISTERS = (Range(0x0C, 8), Range(0x2C, 8))  # capabilities, cont
 def link(space: ConfigSpace, found: list[Capability], absent: frozenset[int] = frozenset()) -> dict[int, int]:
     """Link the shown ones of ``found`` in their order, hide the others; returns offsets by identifier.
 
-    ``absent``: identifiers that this function cannot have. A list without entries leaves the pointer zero.
+    ``absent``: identifiers that this function cannot have. A list without entries leaves the pointer zero. One whose
+    registers would reach into the next one, or beyond the space, is hidden: a device may say anything.
     """
     shown: dict[int, int] = {}
     pointer = config.CAPABILITIES
@@ -51,7 +53,8 @@ def link(space: ConfigSpace, found: list[Capability], absent: frozenset[int] = f
     for capability in found:
         at = capability.offset
         again = capability.id in shown and capability.id != config.CAP_VENDOR
-        if capability.id not in _SHOWN or capability.id in absent or again:
+        cut = capability.end - at < _size(space, capability)
+        if capability.id not in _SHOWN or capability.id in absent or again or cut:
             space.emulate(at, bytes(capability.end - at))
             continue
         space.emulate(at, bytes([capability.id, 0]))
@@ -59,6 +62,16 @@ def link(space: ConfigSpace, found: list[Capability], absent: frozenset[int] = f
         pointer = at + 1
         shown.setdefault(capability.id, at)
     return shown
+
+
+def _size(space: ConfigSpace, capability: Capability) -> int:
+    """Bytes of the registers that are emulated or read here; those of the others are the device's own affair."""
+    if capability.id != config.CAP_MSI:
+        return _SIZES.get(capability.id, 2)
+    if capability.offset + 4 > config.CONVENTIONAL_SIZE:
+        return 4
+    control = space.device_int(capability.offset + 2, 2)
+    return 12 + 4 * bool(control & msi.CONTROL_64BIT) + 8 * bool(control & msi.CONTROL_MASKABLE)
 
 
 def link_extended(space: ConfigSpace, found: list[Capability]) -> None:

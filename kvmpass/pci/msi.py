@@ -19,7 +19,7 @@ log = limited_log(__name__)
 
 CONTROL_ENABLE = 1 << 0
 _MULTIPLE_CAPABLE_SHIFT, _MULTIPLE_ENABLE_SHIFT = 1, 4
-_CONTROL_64BIT, _CONTROL_MASKABLE = 1 << 7, 1 << 8
+CONTROL_64BIT, CONTROL_MASKABLE = 1 << 7, 1 << 8
 
 
 class Msi:
@@ -33,7 +33,7 @@ class Msi:
         self._space = space
         self.start = at
         control = space.device_int(at + 2, 2)
-        wide, self._maskable = bool(control & _CONTROL_64BIT), bool(control & _CONTROL_MASKABLE)
+        wide, self._maskable = bool(control & CONTROL_64BIT), bool(control & CONTROL_MASKABLE)
         capable = min(control >> _MULTIPLE_CAPABLE_SHIFT & 7, max(device.irqs[MSI].count, 1).bit_length() - 1, 5)
         self._vectors = [MessageVector(vm, routes) for _ in range(1 << capable)]
         self._wide = wide
@@ -41,7 +41,7 @@ class Msi:
         self._mask_at = at + (16 if wide else 12)
         self._asked = self._signalled = 0  # how many the guest wants, and how many VFIO signals
 
-        kept = control & (_CONTROL_64BIT | _CONTROL_MASKABLE) | capable << _MULTIPLE_CAPABLE_SHIFT
+        kept = control & (CONTROL_64BIT | CONTROL_MASKABLE) | capable << _MULTIPLE_CAPABLE_SHIFT
         writable = CONTROL_ENABLE | 7 << _MULTIPLE_ENABLE_SHIFT
         space.emulate(at + 2, kept.to_bytes(2, "little"), writable.to_bytes(2, "little"))
         space.emulate(at + 4, bytes(4), b"\xfc\xff\xff\xff")
