@@ -241,6 +241,7 @@ class Guest:
             if ending is Ending.REBOOT and restart and not self._reported.is_set():
                 self._report.ready = False
                 self._machine.reset()
+                self._control = ControlChannel()  # a line that the last boot did not end is not this one's
                 self._machine.start()
                 ending = None
         self._pump.close()

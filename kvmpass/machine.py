@@ -416,8 +416,9 @@ class Machine:
     def connect_serial(self, number: int, on_output: Callable[[bytes], None]) -> None:
         """Where COM ``number`` + 1 sends what the guest writes, from a vCPU's thread that must not be kept waiting.
 
-        It stays connected over ``reset()``.
+        It stays connected over ``reset()``. Raises ``IndexError``: there are COM1 to COM4.
         """
+        self.serial(number)
         self._sinks[number] = on_output
 
     def set_pace(self, pace: Callable[[], None]) -> None:
@@ -425,7 +426,9 @@ class Machine:
         self._pace = pace
 
     def serial(self, number: int) -> Serial16550:
-        """COM ``number`` + 1, to push input into: another one after each ``reset()``."""
+        """COM ``number`` + 1, to push input into: another one after each ``reset()``. Raises ``IndexError``."""
+        if not 0 <= number < len(ports.SERIAL_LINES):
+            raise IndexError(f"serial port {number}: a machine has 0 to {len(ports.SERIAL_LINES) - 1}, COM1 to COM4")
         return self._board.serials[number]
 
     def load_linux(self, kernel: KernelImage, initrd: bytes | None, cmdline: str) -> None:

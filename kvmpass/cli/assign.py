@@ -132,10 +132,13 @@ def _run(
             click.echo(f"kvmpass: {line}", err=True)
 
     events: list[str] = []
-    outcome["events"] = events
+    outcome["events"], outcome["events_dropped"] = events, 0
 
     def note(event: DeviceEvent) -> None:
         events.append(str(event))
+        if len(events) > _MAX_EVENTS:  # a guest that reboots without end, a device that fails again and again
+            del events[0]
+            outcome["events_dropped"] += 1
         # A reader that stalls must not keep a device from its due: it misses this line.
         if verbose and select.select([], [sys.stderr], [], 0)[1]:
             say(f"device {event}")
@@ -190,6 +193,7 @@ def _explain(result: GuestResult) -> None:
         click.echo(f"  console: {''.join(c if c.isprintable() else ' ' for c in line)}", err=True)
 
 
+_MAX_EVENTS = 256
 _ENDED = {
     Ending.POWEROFF: "powered off",
     Ending.REBOOT: "rebooted",

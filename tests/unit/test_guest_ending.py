@@ -67,3 +67,32 @@ def test_a_guest_that_does_not_power_off_is_stopped() -> None:
     assert (result.ending, result.status) == (Ending.STOPPED, 3)
     assert vm.waits == [1.0, 1.0, 60.0]
     assert vm.stopped_in_run == [3]
+
+
+class RebootingVm(Vm):
+    """Its guest is cut off in the middle of a line, reboots, and reports in the next boot."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.resets = 0
+
+    def reset(self) -> None:
+        self.resets += 1
+
+    def wait(self, timeout: float | None = None) -> Ending | None:
+        self.waits.append(timeout)
+        if self.resets == 0:
+            self.sinks[CONTROL](b"kvmpass 1 ready 1.0\nkvmpass 1 err")
+            return Ending.REBOOT
+        if len(self.waits) == 2:
+            self.sinks[CONTROL](REPORT)
+            return None
+        return Ending.POWEROFF
+
+
+def test_a_line_that_a_boot_did_not_end_is_not_the_next_ones() -> None:
+    """It swallowed the next boot's first line, and with it the command's status."""
+    vm = RebootingVm()
+    with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
+        result = guest.run(restart=True)
+    assert (vm.resets, result.status, result.failures) == (1, 3, ())

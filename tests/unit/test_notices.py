@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from kvmpass import notices
-from kvmpass.events import DeviceError, DeviceEvent, DeviceFault, DeviceIommuError
+from kvmpass.events import (
+    DeviceError,
+    DeviceEvent,
+    DeviceEventsDropped,
+    DeviceFault,
+    DeviceIommuError,
+    DeviceReset,
+)
 from kvmpass.host import Bdf
 from kvmpass.host.faults import EventParser, FaultLog
 from kvmpass.notices import Notices
@@ -101,3 +108,52 @@ def test_without_the_kernels_log_it_says_why(
         told.follow_faults()
         told.stop()
     assert "cannot be seen" in caplog.text
+
+
+def test_what_a_device_repeats_is_told_ten_times_and_then_counted() -> None:
+    events: list[DeviceEvent] = []
+    told = Notices(events.append, list)
+    clock = SimpleNamespace(now=0.0)
+    told._limit._clock = lambda: clock.now
+    for number in range(100):
+        told.tell(DeviceFault("0000:01:00.0", number, "read"))
+        told.tell(DeviceReset("0000:01:00.0", "flr", 0.1, "request"))
+    told.tell(DeviceFault("0000:02:00.0", 0, "read"))
+    faults = [event for event in events if isinstance(event, DeviceFault)]
+    assert [event.address for event in faults] == [*range(10), 0]
+    assert sum(isinstance(event, DeviceReset) for event in events) == 100, "what is asked for is told each time"
+    clock.now = 10.0
+    told.tell(DeviceFault("0000:01:00.0", 1000, "read"))
+    assert events[-2:] == [
+        DeviceEventsDropped("0000:01:00.0", "DeviceFault", 90),
+        DeviceFault("0000:01:00.0", 1000, "read"),
+    ]
+    told.stop()
+
+
+def test_a_slow_listener_holds_up_no_interrupt_and_fills_no_memory(caplog: pytest.LogCaptureFixture) -> None:
+    going_on, busy, called = threading.Event(), threading.Event(), threading.Semaphore(0)
+    events: list[DeviceEvent] = []
+
+    def listener(event: DeviceEvent) -> None:
+        events.append(event)
+        busy.set()
+        assert going_on.wait(20)
+
+    told, device = Notices(listener, list), Device(ERR)
+    with ExitStack() as undo:
+        told.on_irq(device, ERR, called.release, undo)  # type: ignore[arg-type]
+        told.tell_later(DeviceReset("0000:01:00.0", "flr", 0.1, "first"))
+        assert busy.wait(10)
+        os.eventfd_write(device.eventfds[ERR], 1)
+        assert called.acquire(timeout=10), "the interrupt waits for the listener"
+        for number in range(5000):
+            told.tell_later(DeviceReset("0000:01:00.0", "flr", number, "then"))
+        assert told._jobs._calls.qsize() <= 1000
+        done = threading.Event()
+        going_on.set()
+        told.later(done.set)
+        assert done.wait(20)
+    told.stop()
+    assert len(events) == 1001
+    assert "4000 events of devices were dropped" in caplog.text

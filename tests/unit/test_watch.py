@@ -97,3 +97,30 @@ def test_closing_from_a_callback() -> None:
 
     watch.call(close)
     assert done.wait(10)
+
+
+def test_what_waits_for_its_time_comes_in_the_order_of_times(watch: Watch) -> None:
+    seen: list[str] = []
+    done = threading.Event()
+    started = time.monotonic()
+    watch.call_later(0.2, done.set)
+    watch.call_later(0.1, lambda: seen.append("later"))
+    watch.call_later(0.0, lambda: seen.append("now"))
+    watch.call(lambda: seen.append("called"))
+    assert done.wait(10)
+    assert seen[-1] == "later" and set(seen) == {"now", "called", "later"}
+    assert 0.2 <= time.monotonic() - started < 5
+
+
+def test_what_comes_after_the_end_is_dropped() -> None:
+    """Its descriptors may be somebody else's by then."""
+    watch, called = Watch("own"), threading.Event()
+    watch.call_later(0.05, called.set)
+    watch.close()
+    reused = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    watch.call(called.set)
+    watch.call_later(0.0, called.set)
+    assert not called.wait(0.2)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(reused)
+    os.close(reused)
