@@ -30,12 +30,14 @@ deps: ## install the Debian packages that everything else needs
 			> /dev/null; \
 	fi
 
+# Emulated hosts see these files read-only: without byte code each start there would compile them again.
 venv: $(STAMP) ## make .venv, with kvmpass in it as it lies here
+	@$(BIN)/python -m compileall -q kvmpass
 
 $(STAMP): pyproject.toml setup.py $(wildcard cffi_build/*.py cffi_build/*.c cffi_build/*.cdef cffi_build/*.h)
 	@echo "building $(VENV)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --compile -e '.[dev]'
 	@touch $@
 
 # `deps` always comes before the environment, without making it stale.
@@ -50,7 +52,7 @@ qemu: venv ## fetch the modern QEMU, which some tests ask for
 # Offline the rest still runs: that QEMU's tests are skipped then, each with the reason.
 test: venv ## every test, in one report
 	@$(BIN)/kvmpass lab qemu || echo "going on without the modern QEMU: the tests that ask for it are skipped"
-	@$(BIN)/pytest $(ARGS)
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest $(ARGS)
 
 test-full: venv ## every test on both kernels and under both QEMU lines
 	@$(BIN)/kvmpass lab kernel
