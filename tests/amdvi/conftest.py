@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from kvmpass.errors import LabError
 from kvmpass.lab import debian
 from kvmpass.lab.cache import cache_root, new_directory
-from kvmpass.testing import Profile
+from kvmpass.testing import DEFAULT_PROFILES, Profile
 from kvmpass.testing.state import Mode, State
 
 HERE = Path(__file__).parent
@@ -81,43 +82,33 @@ def option_rom(directory: Path) -> Path:
 
 
 def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
-    """Hosts of single tests.
+    """Hosts of few tests.
 
-    One drive and nothing else; two devices on one bus, one elsewhere, and one with
-    a BAR that is too large for any address; a card with an expansion ROM and a drive
-    with 2048 vectors; a device on bus 0, where the emulated IOMMU's events name it; a page of 1 GiB; a physical
-    function that vfio-pci may make virtual ones of; a command line that says the IOAPIC is elsewhere, so that the
-    kernel remaps no interrupt.
+    One drive and nothing else. What hosts seldom have: two devices on one bus, a card with an expansion ROM, a drive
+    with 2048 vectors, a BAR that is too large for any address, a page of 1 GiB. A command line that says the IOAPIC
+    is elsewhere, so that the kernel remaps no interrupt. The plugin's modern host with a device on bus 0, where the
+    emulated IOMMU's events name it, and with leave for vfio-pci to make virtual functions.
     """
+    modern = DEFAULT_PROFILES["modern"]
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
-        "bus": Profile(
-            devices=(
-                "pci-bridge,id=bridge0,chassis_nr=1,addr=11.0",
-                "edu,bus=bridge0,addr=01.0",
-                "edu,bus=bridge0,addr=02.0",
-                "edu,addr=05.0",
-                "ivshmem-plain,size=2T,addr=06.0",
-            )
-        ),
-        "functions": Profile(
+        "odd": Profile(
             devices=(
                 f"e1000e,addr=04.0,romfile={option_rom(rom_directory(config))}",
                 "nvme,addr=05.0,max_ioqpairs=256,msix_qsize=2048",
-            )
+                "edu,addr=06.0",
+                "ivshmem-plain,size=2T,addr=07.0",
+                "pci-bridge,id=bridge0,chassis_nr=1,addr=11.0",
+                "edu,bus=bridge0,addr=01.0",
+                "edu,bus=bridge0,addr=02.0",
+            ),
+            memory="4G",
+            append="hugepagesz=1G hugepages=1",
         ),
         "wrong-ioapic": Profile(
             devices=("edu,addr=05.0",),
             append="ivrs_ioapic=0@00:13.0 amd_iommu=pt pcie_acs_override=downstream",
             lab_only=True,
         ),
-        "faults": Profile(devices=("edu,addr=06.0",)),
-        "gigantic": Profile(devices=("edu,addr=06.0",), memory="4G", append="hugepagesz=1G hugepages=1"),
-        "vf-token": Profile(
-            devices=(
-                "nvme-subsys,id=subsys0",
-                "nvme,subsys=subsys0,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
-            ),
-            append="vfio_pci.enable_sriov=1",
-        ),
+        "modern": replace(modern, devices=(*modern.devices, "edu,addr=06.0"), append="vfio_pci.enable_sriov=1"),
     }

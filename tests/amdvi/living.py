@@ -46,7 +46,7 @@ class Running:
     def said(self) -> str:
         return bytes(self._said).decode()
 
-    def expect(self, text: str, count: int = 1, seconds: float = 60) -> None:
+    def expect(self, text: str, count: int = 1, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while self.said.count(text) < count:
             assert time.monotonic() < deadline, f"no {text!r} (x{count}) in {self.said!r}"

@@ -127,7 +127,7 @@ def test_a_bus_that_is_not_ours_is_not_reset(edu: str) -> None:
         machine.audit()
 
 
-@pytest.mark.amdvi(profile="bus")
+@pytest.mark.amdvi(profile="odd")
 def test_two_devices_of_a_bus_are_reset_together_or_not_at_all(bridged: str, bridged2: str, edu: str) -> None:
     """Neither has a reset of its own; VFIO resets the bus when every device on it is ours.
 

@@ -233,7 +233,7 @@ def test_huge_pages_are_huge(bench: Bench) -> None:
     assert int((HUGE_POOL / "free_hugepages").read_text()) == free
 
 
-@pytest.mark.amdvi(profile="gigantic")
+@pytest.mark.amdvi(profile="odd")
 def test_a_huge_page_of_1_gib(bench: Bench) -> None:
     free = HUGE_POOL.parent / "hugepages-1048576kB" / "free_hugepages"
     if not free.exists() or int(free.read_text()) < 1:

@@ -145,7 +145,7 @@ def test_a_card_with_a_connection(capfd: pytest.CaptureFixture[str], nic: str) -
         subprocess.run(["ip", "link", "set", name, "down"], check=True)
 
 
-@pytest.mark.amdvi(profile="bus")
+@pytest.mark.amdvi(profile="odd")
 def test_a_bar_that_found_no_address(capfd: pytest.CaptureFixture[str], ivshmem: str) -> None:
     """Nothing in ``resource``; the register, the kernel's log and the refusals tell."""
     lines = Path(f"/sys/bus/pci/devices/{ivshmem}/resource").read_text().splitlines()

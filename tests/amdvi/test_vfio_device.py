@@ -138,7 +138,7 @@ def test_a_token_where_none_is_used(edu: str, machine: Machine) -> None:
             group.get_device_fd(edu)  # in no container
 
 
-@pytest.mark.amdvi(profile="vf-token", qemu="modern")
+@pytest.mark.amdvi(profile="modern", qemu="modern")
 def test_virtual_functions_need_their_token(sriov: str) -> None:
     """The physical function and a virtual one, both on vfio-pci, in two machines: only with a shared token."""
     token, wrong = uuid.uuid4(), uuid.uuid4()
