@@ -23,7 +23,8 @@ variables that go in as well.
 
 The modules: :mod:`.profiles` says what labs there are, :mod:`.roles` finds devices, :mod:`.fixtures` are the
 fixtures, :mod:`.inplace` runs marked tests here, :mod:`.inner` reports from inside the lab, :mod:`.events` is the
-wire between, :mod:`.outer` and :mod:`.session` boot the lab and replay, :mod:`.plugin` puts them together.
+wire between, :mod:`.returning` brings files out, :mod:`.session` is one lab that runs, :mod:`.hosts` are several side
+by side (:mod:`.capacity`: how many), :mod:`.outer` replays, :mod:`.plugin` puts them together.
 """
 
 from __future__ import annotations

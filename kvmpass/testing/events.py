@@ -2,14 +2,16 @@
 
 Each line is an object with ``event``:
 
-=============  ======================================================================================
-``collected``  ``ids``: the tests that will run, in order; ``errors``: list of [node id, text]
-``start``      ``id``: this test begins
-``report``     ``data``: one report, as pytest serialises it
-``finish``     ``id``: this test is over
-``warning``    ``category``, ``message``, ``file``, ``line``, ``when``, ``id``, ``location``
-``end``        ``status``: pytest's exit status
-=============  ======================================================================================
+==================  =================================================================================
+``collected``       ``ids``: the tests that will run, in order; ``errors``: list of [node id, text]
+``start``           ``id``: this test begins
+``report``          ``data``: one report, as pytest serialises it
+``finish``          ``id``: this test is over
+``warning``         ``category``, ``message``, ``file``, ``line``, ``when``, ``id``, ``location``
+``suite-property``  ``name``, ``value``: for JUnit's report
+``xml-attribute``   ``id``, ``name``, ``value``: the same, of one test
+``end``             ``status``: pytest's exit status
+==================  =================================================================================
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.junitxml import xml_key  # there is no public way to where the report is written
 
 Event = dict[str, Any]
 
@@ -76,6 +79,19 @@ def unpack_report(config: pytest.Config, data: dict[str, Any]) -> pytest.TestRep
     report = config.hook.pytest_report_from_serializable(config=config, data=data)
     assert isinstance(report, pytest.TestReport)
     return report
+
+
+def replay(config: pytest.Config, event: Event) -> None:
+    """Let what is no test's report have its effect outside."""
+    match event["event"]:
+        case "warning":
+            replay_warning(config, event)
+        case "suite-property" | "xml-attribute":
+            xml = config.stash.get(xml_key, None)
+            if xml is not None and event["event"] == "suite-property":
+                xml.add_global_property(event["name"], event["value"])
+            elif xml is not None:
+                xml.node_reporter(event["id"]).add_attribute(event["name"], event["value"])
 
 
 def replay_warning(config: pytest.Config, event: Event) -> None:

@@ -70,6 +70,11 @@ class HostRun:
         self._session: LabSession | None = None
         self._heard = 0.0
 
+    @property
+    def left(self) -> bool:
+        """Whether a test has no record yet."""
+        return bool(self._left)
+
     def start(self) -> None:
         """Start the first host; returns at once."""
         self.started = True
@@ -122,7 +127,7 @@ class HostRun:
                 record = self.records.get(event["data"]["nodeid"])
                 if record is not None:
                     record.events.append(event)
-            case "warning":
+            case "warning" | "suite-property" | "xml-attribute":
                 (self.records[self._left[0].nodeid].events if self._left else self.late).append(event)
             case "finish":
                 self._end(event["id"])
@@ -133,7 +138,8 @@ class HostRun:
     def _end(self, nodeid: str, failure: Failure | None = None) -> None:
         """A test is over, and the next one's turn has come."""
         if self._left and self._left[0].nodeid == nodeid:
-            record = self.records[self._left.popleft().nodeid]
+            self._left.popleft()
+            record = self.records[nodeid]
             record.failure, record.over = failure, True
 
     def _pass_over_missing(self, session: LabSession) -> None:
@@ -142,10 +148,10 @@ class HostRun:
             self._end(nodeid, Failure("setup", session.why_missing(nodeid)))
 
     def _died(self, session: LabSession, waited: float) -> None:
-        item = self._left[0]
-        record = self.records[item.nodeid]
+        nodeid = self._left[0].nodeid
+        record = self.records[nodeid]
         reached = session.collected is not None
-        death = session.died(item.nodeid if reached else None, waited)
+        death = session.died(nodeid if reached else None, waited)
         if self._spares:
             self._spares -= 1
             evidence = "\n".join(f"--- {title}\n{content}" for title, content in death.sections)
@@ -155,7 +161,7 @@ class HostRun:
             self._boot()
             return
         if reached:
-            self._end(item.nodeid, Failure(record.phase, death.text, death.sections))
+            self._end(nodeid, Failure(record.phase, death.text, death.sections))
         self._give_up(session.not_run)
         self._close(session)
         self.over = True
@@ -206,6 +212,11 @@ class Hosts:
     def over(self) -> bool:
         """Whether nothing is left to do."""
         return all(run.over for run in self._needs)
+
+    @property
+    def left(self) -> bool:
+        """Whether a test has no record yet."""
+        return any(run.left for run in self._needs)
 
     def close(self) -> None:
         """End every host that still runs."""

@@ -2,7 +2,8 @@
 
 The plan is a JSON file, named by ``KVMPASS_TEST_PLAN`` and written by :mod:`.session`: ``ids``, ``events`` (path of
 the event file), ``profile``, ``roles`` (overrides), ``trace`` (path of the IOMMU's trace, or null), ``slowdown`` (by
-how much time limits are stretched).
+how much time limits are stretched), ``temporary`` (where pytest's temporary files are) and ``files`` (a directory out
+of which they are moved to the same place outside).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmpass.testing import returning
 from kvmpass.testing.events import Writer, pack_report
 from kvmpass.testing.state import State
 
@@ -26,6 +28,10 @@ class Inner:
         self.ids: list[str] = content["ids"]
         self.events = Writer(Path(content["events"]))
         self.collect_errors: list[tuple[str, str]] = []
+        config.stash[returning.EVENTS] = self.events
+        config.pluginmanager.register(returning, "kvmpass-returning-fixtures")
+        files = returning.Returning(Path(content["temporary"]), Path(content["files"]))
+        config.pluginmanager.register(files, "kvmpass-returning")
         state = State.of(config)
         state.profile = content["profile"]
         state.roles.update(content["roles"])

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvmpass.testing import capacity
-from kvmpass.testing.events import replay_warning, unpack_report
+from kvmpass.testing.events import replay, unpack_report
 from kvmpass.testing.hosts import Failure, HostRun, Hosts, Record
 from kvmpass.testing.profiles import Profile, Requirement, profiles
-from kvmpass.testing.session import SPARES, LabSession
+from kvmpass.testing.session import SPARES, LabSession, Plan, temporary_directory
 
 POLL = 0.05
+XDIST_OUTPUT = "kvmpass_hosts"
 SHARE = 20  # tests at least, for a host of their own beside another one of the same kind
 
 
@@ -89,12 +93,14 @@ class Outer:
         self.config = config
         self.kernel = kernel
         self.qemu = qemu
-        self.jobs = jobs
+        self.worker = hasattr(config, "workerinput")  # of pytest-xdist
+        self.jobs = 1 if self.worker else jobs
         self.plans: dict[Boot, list[pytest.Item]] = {}
         self.boots: dict[str, Boot] = {}
         self.skips: dict[str, str] = {}
         self.runs: dict[Boot, HostRun] = {}
         self.hosts: Hosts | None = None
+        self.elsewhere: list[str] = []
 
     def boot_for(self, requirement: Requirement, known: dict[str, Profile]) -> Boot | str:
         """The boot a test needs, or why this run cannot have it."""
@@ -140,15 +146,19 @@ class Outer:
         boot = self.boots.get(item.nodeid)
         if boot is None:
             return None
-        if self.hosts is None:
-            self.hosts = self.start()
+        if self.worker and boot not in self.runs:  # it is told from one test to the next what to do
+            if self.hosts is not None:
+                self.hosts.close()
+            self.hosts = self.start({boot: self.plans[boot][self.plans[boot].index(item) :]})
+        elif self.hosts is None:
+            self.hosts = self.start(self.plans)
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         record = self.runs[boot].records[item.nodeid]
         while not record.over:
             self.poll()
         self.replay(item, record)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        while nextitem is None and not self.hosts.over:
+        while nextitem is None and not self.hosts.over and not self.hosts.left:
             self.poll()
         return True
 
@@ -157,22 +167,28 @@ class Outer:
         if not self.hosts.poll():
             time.sleep(POLL)
 
-    def start(self) -> Hosts:
+    def start(self, plans: Mapping[Boot, list[pytest.Item]]) -> Hosts:
         """Make the run of each boot; the first of them start with the next look at them."""
         known = profiles(self.config)
-        jobs = min(self.jobs, len(self.plans))
+        jobs = min(self.jobs, len(plans))
         slowdown = capacity.slowdown(jobs, capacity.cpus())
         spares = int(self.config.getini(SPARES))
+        temporary = temporary_directory(self.config)
         needs: dict[HostRun, int] = {}
-        for boot, items in self.plans.items():
+        for boot, items in plans.items():
             profile = known[boot.profile]
-
-            def start(items: list[pytest.Item], boot: Boot = boot, profile: Profile = profile) -> LabSession:
-                return LabSession.boot(self.config, boot.profile, profile, boot.kernel, boot.qemu, items, slowdown)
-
+            number = sum(other.profile == boot.profile for other in self.runs) + 1
+            directory = temporary / f"{boot.profile}{number if number > 1 else ''}"
+            start = functools.partial(self.boot, boot, profile, directory, slowdown)
             run = self.runs[boot] = HostRun(start, items, spares, slowdown)
             needs[run] = capacity.size(profile.memory) + capacity.OVERHEAD
         return Hosts(needs, jobs, capacity.memory())
+
+    def boot(
+        self, boot: Boot, profile: Profile, temporary: Path, slowdown: float, items: list[pytest.Item]
+    ) -> LabSession:
+        plan = Plan(boot.profile, profile, boot.kernel, boot.qemu, items, temporary, slowdown)
+        return LabSession.boot(self.config, plan)
 
     # --- one test
 
@@ -184,7 +200,7 @@ class Outer:
             if event["event"] == "report":
                 item.ihook.pytest_runtest_logreport(report=unpack_report(self.config, event["data"]))
             else:
-                replay_warning(self.config, event)
+                replay(self.config, event)
         if record.failure is not None:
             self.fail(item, record.failure)
 
@@ -213,15 +229,26 @@ class Outer:
 
     def pytest_sessionfinish(self) -> None:
         """After -x or Ctrl-C hosts may still run."""
-        if self.hosts is None:
-            return
-        self.hosts.close()
+        if self.hosts is not None:
+            self.hosts.close()
         for run in self.runs.values():
             for event in run.late:
-                replay_warning(self.config, event)
+                replay(self.config, event)
+
+        if self.worker:
+            self.config.workeroutput[XDIST_OUTPUT] = self.lines  # type: ignore[attr-defined]
+
+    @property
+    def lines(self) -> list[str]:
+        return [f"{boot}: {line}" for boot, run in self.runs.items() for line in run.lines]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """A worker of pytest-xdist has ended."""
+        self.elsewhere += getattr(node, "workeroutput", {}).get(XDIST_OUTPUT, ())  # one that crashed has none
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        lines = [f"{boot}: {line}" for boot, run in self.runs.items() for line in run.lines]
+        lines = [*self.lines, *self.elsewhere]
         if lines:
             terminalreporter.section("emulated hosts")
             for line in lines:

@@ -11,7 +11,7 @@ import pytest
 from kvmpass.testing import capacity
 from kvmpass.testing import fixtures as _fixtures
 from kvmpass.testing.inner import Inner
-from kvmpass.testing.inplace import InPlace, TimeLimit
+from kvmpass.testing.inplace import STRICT_SKIPS, InPlace, TimeLimit
 from kvmpass.testing.profiles import MARKER, Hooks, LabLike, Profile
 from kvmpass.testing.session import ENVIRONMENT, SPARES
 from kvmpass.testing.state import Mode, State, detect
@@ -49,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini(
         ENVIRONMENT, "environment variables that marked tests shall see inside the emulated host, too", type="args"
     )
+    parser.addini(STRICT_SKIPS, "whether a skip inside an emulated host is a failure", type="bool", default=False)
     parser.addini(
         SPARES, "how often an emulated host that dies is replaced, for each boot; with a warning", default="0"
     )

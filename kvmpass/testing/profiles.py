@@ -26,6 +26,8 @@ class Profile:
 
     ``kernel`` and ``qemu`` are ``None`` where the run's own choice (``--lab-kernel``, ``--lab-qemu``) holds.
     ``roles`` overrides discovery: role to PCI address. ``timeout`` is in seconds, for the whole life of the lab.
+    ``writable`` names directories that a host may write to for good, relative to pytest's rootdir or absolute; they
+    are made where they are missing. Six at most.
     """
 
     devices: tuple[str, ...] = ()
@@ -38,6 +40,7 @@ class Profile:
     timeout: float | None = None
     roles: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     lab_only: bool = False
+    writable: tuple[str, ...] = ()
 
 
 _BASE = (

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -17,6 +18,7 @@ import pytest
 
 from kvmpass.testing.events import Event, Reader
 from kvmpass.testing.profiles import LabLike, Profile
+from kvmpass.testing.returning import receive
 from kvmpass.testing.state import PLAN
 
 if TYPE_CHECKING:
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 # Settings in a project's pytest configuration.
 ENVIRONMENT = "kvmpass_environment"
 SPARES = "kvmpass_spare_hosts"
+FILES = "files"  # what tests leave, in the directory of a session
 TAIL_LINES = 60
-# pytest's own plugins that are of use outside only.
-NOT_INSIDE = ("cacheprovider", "doctest", "junitxml", "pastebin", "stepwise")
+# pytest's own plugins that are of use outside only; what was last failed, or new, is known there.
+NOT_INSIDE = ("doctest", "lfplugin", "nfplugin", "pastebin", "stepwise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +41,33 @@ class Death:
     sections: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an emulated host is to be, and to do.
+
+    ``name`` is the profile's. Temporary files of the tests are below ``temporary``, inside as well as, afterwards,
+    outside. Time limits are stretched by ``slowdown``.
+    """
+
+    name: str
+    profile: Profile
+    kernel: str
+    qemu: str
+    items: list[pytest.Item]
+    temporary: Path
+    slowdown: float = 1.0
+
+
 class LabSession:
     """One emulated host that runs tests: made by :meth:`boot`, read by :meth:`poll`, ended by :meth:`close`.
 
     Synchronization: for the main thread only; the host itself is run by a thread of its own.
     """
 
-    def __init__(self, lab: LabLike, directory: Path) -> None:
+    def __init__(self, lab: LabLike, directory: Path, temporary: Path) -> None:
         self.lab = lab
         self.directory = directory
+        self.temporary = temporary
         self.collected: set[str] | None = None
         self.death: Death | None = None
         self.finished = False
@@ -64,49 +85,43 @@ class LabSession:
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def boot(
-        cls,
-        config: pytest.Config,
-        name: str,
-        profile: Profile,
-        kernel: str,
-        qemu: str,
-        items: list[pytest.Item],
-        slowdown: float = 1.0,
-    ) -> LabSession:
-        """Write the plan and start the lab; returns at once. Time limits are stretched by ``slowdown``."""
+    def boot(cls, config: pytest.Config, plan: Plan) -> LabSession:
+        """Write the plan down and start the lab; returns at once. Raises ``LabError`` for what no lab can be."""
         from kvmpass.lab.config import LabConfig
 
+        profile = plan.profile
         directory = Path(tempfile.mkdtemp(prefix="kvmpass-test-"))
         directory.chmod(0o777)
         trace = directory / "iommu.trace" if "iommu" not in profile.without else None
-        plan = {
-            "ids": [item.nodeid for item in items],
+        content = {
+            "ids": [item.nodeid for item in plan.items],
             "events": str(directory / "events.jsonl"),
-            "profile": name,
+            "profile": plan.name,
             "roles": dict(profile.roles),
             "trace": str(trace) if trace else None,
-            "slowdown": slowdown,
+            "slowdown": plan.slowdown,
+            "temporary": str(plan.temporary),
+            "files": str(directory / FILES),
         }
-        (directory / "plan.json").write_text(json.dumps(plan))
+        (directory / "plan.json").write_text(json.dumps(content))
         lab = config.hook.pytest_kvmpass_lab(
             config=config,
             lab=LabConfig(
                 devices=profile.devices,
                 memory=profile.memory,
                 cpus=profile.cpus,
-                kernel=kernel,
-                qemu=qemu,
+                kernel=plan.kernel,
+                qemu=plan.qemu,
                 append=profile.append,
                 without=profile.without,
-                writable=(directory,),
+                writable=(directory, *shared(config, profile)),
                 iommu_trace=trace,
-                timeout=profile.timeout and profile.timeout * slowdown,
+                timeout=profile.timeout and profile.timeout * plan.slowdown,
             ),
         )
-        session = cls(lab, directory)
-        files = list(dict.fromkeys(str(item.path) for item in items))
-        command = inner_command(config, files, directory)
+        session = cls(lab, directory, plan.temporary)
+        files = list(dict.fromkeys(str(item.path) for item in plan.items))
+        command = inner_command(config, files, plan.temporary)
         session._start(command, config.invocation_params.dir, config.getini(ENVIRONMENT))
         return session
 
@@ -223,6 +238,7 @@ class LabSession:
     def close(self) -> str:
         """End the host, by force if it still runs; returns a line about it."""
         self.stop()
+        receive(self.directory / FILES, self.temporary)
         seconds = (self._ended or time.monotonic()) - self._started
         if self.death is None:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -236,11 +252,29 @@ def tail(text: str) -> str:
     return "\n".join(text.splitlines()[-TAIL_LINES:])
 
 
-def inner_command(config: pytest.Config, files: list[str], directory: Path) -> list[str]:
+def shared(config: pytest.Config, profile: Profile) -> list[Path]:
+    """Directories that a host may write to: those of its profile, made where they are missing, and pytest's cache."""
+    found = [config.rootpath / name for name in profile.writable]
+    for path in found:
+        path.mkdir(parents=True, exist_ok=True)
+    cache = getattr(config, "cache", None)  # absent with -p no:cacheprovider
+    if cache is not None:
+        with suppress(OSError):  # nothing can be kept there, outside as well
+            found.append(cache.mkdir("kvmpass").parents[1])
+    return found
+
+
+def temporary_directory(config: pytest.Config) -> Path:
+    """Where this run's temporary files are."""
+    factory = getattr(config, "_tmp_path_factory", None)  # absent with -p no:tmpdir
+    return factory.getbasetemp() if factory is not None else Path(tempfile.mkdtemp(prefix="kvmpass-test-"))
+
+
+def inner_command(config: pytest.Config, files: list[str], temporary: Path) -> list[str]:
     """The command for inside: the same rootdir and settings; selection and reporting stay outside."""
     option = config.option
     command = [sys.executable, "-m", "pytest", "-p", "kvmpass.testing.plugin"]
-    for plugin in NOT_INSIDE:
+    for plugin in (*NOT_INSIDE, *(["cacheprovider"] if getattr(config, "cache", None) is None else [])):
         command += ["-p", f"no:{plugin}"]
     command.append(f"--rootdir={config.rootpath}")
     if config.inipath is not None:
@@ -257,5 +291,5 @@ def inner_command(config: pytest.Config, files: list[str], directory: Path) -> l
         command.append("--showlocals")
     command += ["-v"] * max(0, option.verbose)
     command += ["--continue-on-collection-errors", "--color=no"]
-    command.append(f"--basetemp={Path(tempfile.gettempdir()) / (directory.name + '-tmp')}")
+    command.append(f"--basetemp={temporary}")
     return [*command, *files]

@@ -171,7 +171,7 @@ def test_interrupts():
     assert not list((lab.path / "temporary").glob("kvmpass-test-*/events.jsonl"))
 
 
-def test_a_skip_inside_is_a_failure(lab: pytest.Pytester) -> None:
+def test_a_skip_inside_is_a_failure_where_the_project_says_so(lab: pytest.Pytester) -> None:
     write(
         lab,
         """
@@ -191,9 +191,12 @@ def test_role_that_is_not_there(nvme9): pass
             "\n@pytest.fixture\ndef nvme9(pytestconfig):\n"
             "    from kvmpass.testing.fixtures import device\n    return device(pytestconfig, 'nvme9')\n"
         )
-    result = lab.runpytest_inprocess()
+    result = lab.runpytest_inprocess("-rs")
+    result.assert_outcomes(skipped=3)
+    result.stdout.fnmatch_lines_random(["SKIPPED*not today", "SKIPPED*inside", "SKIPPED*'base' has no nvme9*"])
+    result = lab.runpytest_inprocess("-o", "kvmpass_strict_skips=true")
     result.assert_outcomes(failed=1, errors=2)
-    result.stdout.fnmatch_lines(["*not today*", "*A skip inside the emulated host is a failure.*"])
+    result.stdout.fnmatch_lines(["*not today*", "*A skip inside * is a failure (kvmpass_strict_skips).*"])
     result.stdout.fnmatch_lines(["*the profile 'base' has no nvme9*"])
 
 
