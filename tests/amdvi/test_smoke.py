@@ -49,6 +49,15 @@ def test_runs_as_root_with_room_for_logs(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
 
 
+def test_the_records_of_the_machine_outside_are_not_there(emulated_host: bool) -> None:
+    """They speak of other devices, and an ordinary user's emulated host may not even read them."""
+    if not emulated_host:
+        pytest.skip("real hardware has records of its own")
+    state = Path("/var/lib/kvmpass")
+    assert os.path.ismount(state)
+    assert os.access(state, os.W_OK)
+
+
 def test_iommu_trace_grows(iommu_trace: Path | None, nvme: str, emulated_host: bool) -> None:
     if not emulated_host:
         pytest.skip("real hardware has no translation trace")
