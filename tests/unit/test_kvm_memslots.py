@@ -173,3 +173,83 @@ def test_a_vm_that_refuses_does_not_take_over(stage: Stage) -> None:
 def test_every_range_of_the_list_is_taken(stage: Stage) -> None:
     stage.memslots.region_wanted(RegionKind.BAR, Range(0xFEE0_0000, PAGE), "anything")
     assert stage.vm.calls == 0
+
+
+# --- what KVM does not undo
+
+
+def test_a_slot_of_which_kvm_may_have_one_is_deleted_if_it_has(stage: Stage) -> None:
+    """Creating it fails, then deleting it: EINVAL would say that there is none, anything else does not."""
+    real = stage.vm.set_user_memory_region
+    answers: list[int] = []
+
+    def refuse(slot: int, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:
+        real(slot, gpa, size, hva, readonly=readonly) if size else None
+        raise OSError(answers.pop(0), "KVM_SET_USER_MEMORY_REGION")
+
+    stage.vm.set_user_memory_region = refuse  # type: ignore[method-assign]
+    answers[:] = [errno.ENOMEM, errno.ENOMEM]
+    with pytest.raises(OSError) as refused:
+        stage.memory.add_ram(0, PAGE)
+    assert refused.value.errno == errno.ENOMEM
+    [region] = stage.memory
+    assert stage.memslots.holds(region), "the guest may reach it: it is not unmapped"
+    assert region.hva
+    answers[:] = [errno.EBUSY]
+    with pytest.raises(OSError, match="KVM_SET_USER"):
+        stage.memory.remove(region)
+    assert stage.memslots.holds(region)
+    answers[:] = [errno.EINVAL]
+    stage.memory.remove(region)
+    assert (list(stage.memory), stage.memslots.ledger) == ([], [])
+    stage.vm.slots.clear()
+    stage.vm.set_user_memory_region = real  # type: ignore[method-assign]
+
+
+def test_a_slot_that_is_there_for_sure_is_not_forgotten_for_einval(stage: Stage) -> None:
+    region = stage.memory.add_ram(0, PAGE)
+    slots, stage.vm.slots = stage.vm.slots, {}
+    with pytest.raises(OSError) as refused:
+        stage.memory.remove(region)
+    assert refused.value.errno == errno.EINVAL
+    assert stage.memslots.holds(region)
+    stage.vm.slots = slots
+
+
+def test_a_vm_that_is_closed_has_no_slots(stage: Stage) -> None:
+    region = stage.memory.add_ram(0, PAGE)
+    stage.vm.calls = 0
+    stage.vm.closed = True
+    assert not stage.memslots.holds(region)
+    stage.memory.remove(region)
+    assert (stage.vm.calls, stage.memslots.ledger) == (0, [])
+    stage.vm.closed = False
+    stage.vm.slots.clear()
+
+
+def test_a_number_that_the_kernel_cannot_be_asked_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(*_: object, **__: object) -> None:
+        raise OverflowError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.vm, "set_user_memory_region", overflow)
+        with pytest.raises(OverflowError):
+            stage.memory.add_ram(0, PAGE)
+    assert stage.memslots.ledger == []
+    stage.check()
+
+
+def test_a_vm_that_is_left_loses_its_slots(stage: Stage) -> None:
+    for n in range(3):
+        stage.memory.add_ram(n * MIB, PAGE)
+    old, new = stage.vm, FakeVm()
+    stage.memslots.move(new)  # type: ignore[arg-type]
+    old.calls, old.fail = 0, 2
+    with pytest.raises(Refused):
+        stage.memslots.leave(old)  # type: ignore[arg-type]
+    assert (old.calls, len(old.slots), len(new.slots)) == (3, 1, 3)
+    stage.vm = new
+    stage.check()
+    old.closed = True
+    stage.memslots.leave(old)  # type: ignore[arg-type]
+    assert old.calls == 3

@@ -169,3 +169,24 @@ def test_only_a_refusal_is_answered_for_the_device() -> None:
     assert guarded(lambda: b"\1", b"\xff") == b"\1"
     with pytest.raises(IndexError):
         guarded(broken, b"\xff")
+
+
+def test_a_write_says_whether_vfio_took_all_of_it(device: Device, space: ConfigSpace) -> None:
+    space.emulate(0x41, b"\0", b"\xff")
+    assert space.write(0x40, b"abc") is True
+    assert space.write(0x41, b"x") is True
+    device.refusing = True
+    assert space.write(0x41, b"y") is True, "that is ours"
+    for at, data in ((0x40, b"a"), (0x42, b"c"), (0x40, b"ab"), (0x41, b"bc"), (0x40, b"abc")):
+        assert space.write(at, data) is False
+    device.refusing = False
+    real = device.write
+
+    def first_refused(offset: int, data: bytes) -> None:
+        if offset == 0x40:
+            raise OSError(errno.EIO, "pwrite")
+        real(offset, data)
+
+    device.write = first_refused  # type: ignore[method-assign]
+    assert space.write(0x40, b"pqr") is False
+    assert device.data[0x42] == ord("r"), "the rest of it is written"

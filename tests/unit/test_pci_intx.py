@@ -81,3 +81,45 @@ def test_whatever_refuses_nothing_is_left(line: Line, who: str, call: str) -> No
     getattr(line, who).refusing = set()
     line.intx.enable()
     assert line.intx.active
+
+
+@pytest.mark.parametrize("who, call", [("device", "disable"), ("kvm", "irqfd_deassign")])
+def test_what_does_not_go_off_stays_wired_and_is_tried_again(line: Line, who: str, call: str) -> None:
+    """The other step is done; the eventfds stay open for whoever still has them."""
+    line.intx.enable()
+    [(trigger, (_, resample))] = line.kvm.pins.items()
+    getattr(line, who).refusing = {call}
+    with pytest.raises(OSError, match=call):
+        line.intx.disable()
+    assert (line.device.active == INTX, bool(line.kvm.pins)) == (who == "device", who == "kvm")
+    assert not line.intx.active
+    os.fstat(trigger)
+    os.fstat(resample)
+    getattr(line, who).refusing = set()
+    line.intx.disable()
+    assert line.off
+    line.intx.enable()
+    assert line.intx.active
+
+
+@pytest.mark.parametrize("who, call", [("device", "disable"), ("kvm", "irqfd_deassign")])
+def test_it_is_on_again_only_after_the_rest_is_off(line: Line, who: str, call: str) -> None:
+    line.intx.enable()
+    getattr(line, who).refusing = {call}
+    for _ in range(2):
+        with pytest.raises(OSError, match=call):
+            line.intx.disable()
+        with pytest.raises(OSError, match=call):
+            line.intx.enable()
+    getattr(line, who).refusing = set()
+    line.intx.enable()
+    assert line.intx.active and len(line.kvm.pins) == 1
+
+
+def test_a_vm_that_is_closed_has_taken_its_irqfds_with_it(line: Line) -> None:
+    line.intx.enable()
+    line.kvm.closed = True
+    line.kvm.pins.clear()
+    line.kvm.log.clear()
+    line.intx.disable()
+    assert (line.kvm.log, line.off) == ([], True)

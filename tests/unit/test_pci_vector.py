@@ -148,3 +148,44 @@ def test_descriptor_0_is_one_like_any_other(vector: MessageVector, kvm: FakeKvm)
     finally:
         os.dup2(saved, 0)
         os.close(saved)
+
+
+# --- what KVM does not undo
+
+
+def test_an_irqfd_that_kvm_keeps_stays_with_its_route_and_its_eventfd(vector: MessageVector, kvm: FakeKvm) -> None:
+    vector.connect(*FIRST)
+    fd = vector.eventfd
+    kvm.refusing = {"irqfd_deassign"}
+    for end in (vector.disconnect, vector.close, lambda: vector.connect(*SECOND)):
+        with pytest.raises(OSError, match="irqfd_deassign"):
+            end()
+        assert (vector.connected, vector.eventfd, kvm.messages) == (True, fd, {FIRST})
+        os.fstat(fd)
+    kvm.refusing = set()
+    vector.connect(*SECOND)
+    assert (kvm.messages, len(kvm.routes)) == ({SECOND}, 1)
+
+
+def test_a_route_that_kvm_keeps_is_removed_later(vector: MessageVector, kvm: FakeKvm) -> None:
+    vector.connect(*FIRST)
+    kvm.refusing = {"remove"}
+    with pytest.raises(OSError, match="remove"):
+        vector.disconnect()
+    assert (vector.connected, kvm.irqfds, len(kvm.routes)) == (False, {}, 1)
+    kvm.refusing = set()
+    vector.connect(*SECOND)
+    assert (kvm.messages, len(kvm.routes)) == ({SECOND}, 1)
+    kvm.refusing = {"remove"}
+    with pytest.raises(OSError, match="remove"):
+        vector.close()
+    assert (vector.open, kvm.irqfds) == (False, {}), "nobody listens: the eventfd can go"
+
+
+def test_a_vm_that_is_closed_has_taken_its_irqfds_with_it(vector: MessageVector, kvm: FakeKvm) -> None:
+    vector.connect(*FIRST)
+    kvm.closed = True
+    kvm.irqfds.clear()
+    kvm.log.clear()
+    vector.close()
+    assert (kvm.log, vector.connected, vector.open) == (["remove"], False, False)
