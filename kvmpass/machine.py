@@ -303,7 +303,7 @@ class Machine:
         """Take the device out again, backwards. A running guest is not asked. Idempotent.
 
         Raises ``OSError`` where KVM keeps a memslot over the device's pages: it stays assigned, its pages mapped, and
-        ``deassign`` can be called again; ``close`` always succeeds. After that every step runs even if one fails.
+        ``deassign`` can be called again; ``close`` finishes it. After that every step runs even if one fails.
         """
         with deferred(), self._moves:
             if not self._has(device):

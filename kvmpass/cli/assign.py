@@ -199,7 +199,7 @@ _ENDED = {
     Ending.REBOOT: "rebooted",
     Ending.PANIC: "panicked",
     Ending.TRIPLE_FAULT: "died of a triple fault",
-    Ending.FAULT: "did what KVM cannot emulate",
+    Ending.FAULT: "was ended by KVM, which could not run it",
     Ending.DEVICE_ERROR: "was ended because a device failed",
     Ending.STOPPED: "was stopped",
 }

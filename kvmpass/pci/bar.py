@@ -167,6 +167,7 @@ class Bar:
         try:
             self._bus.add(here.start, here.size, self)
             self._connected = True
+            self._space.forget(self)
             self._show()
         except LayoutError as error:
             log.debug("%s at %s: waits: %s", self._name, here, error)

@@ -469,3 +469,25 @@ def test_a_rom_that_is_enabled_moves(plant: Plant) -> None:
     assert plant.bus.read(home + 16 * PAGE, 2) == bytes(region.data[:2])
     rom.set_register(0xFFFF_F801, False)
     assert plant.bus._ranges == [], "outside of the window"
+
+
+def test_a_bar_that_has_waited_does_not_come_back_by_itself(plant: Plant) -> None:
+    """It got its place, is turned off, or moves: what it gives up is not offered to itself."""
+    first, second = (plant.bar(Region(PAGE, [Range(0, PAGE)]), MEMORY32) for _ in range(2))
+    first.decode(True)
+    second.decode(True)
+    home, place = second.address, first.address
+    second.set_register(place, False)
+    assert plant.slots == [Range(place, PAGE)], "it waits"
+    second.set_register(home, False)
+    assert len(plant.slots) == 2
+    second.decode(False)
+    assert plant.slots == [Range(place, PAGE)]
+    second.set_register(place, False)
+    second.decode(True)
+    first.decode(False)
+    assert plant.slots == [Range(place, PAGE)], "it got the place"
+    second.set_register(home, False)
+    assert plant.slots == [Range(home, PAGE)]
+    second.decode(False)
+    assert plant.slots == []
