@@ -9,6 +9,7 @@ import pytest
 from fake_function import EXPRESS_AT, GSIS, MSI_AT, MSIX_AT, PENDING_AT, PM_AT, TABLE_AT, VECTORS, Board, FakeDevice
 
 from kvmpass.layout import PAGE, Range
+from kvmpass.memory import MemoryRegion
 from kvmpass.pci.config import capabilities
 from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM, IrqInfo
 
@@ -518,3 +519,105 @@ def test_a_function_that_is_not_on_a_bus_yet_is_alone(board: Board) -> None:
     function = board.make(device)
     assert function.config_read(0x0E, 1) == b"\0"
     function.close()
+
+
+# --- what KVM does not undo
+
+
+class Keeping:
+    """A listener of guest memory, as KVM where it does not delete memslots; ``keeps``: of which pages."""
+
+    def __init__(self, keeps: Callable[[Range], bool] = lambda range_: True) -> None:
+        self.keeps, self.refusing = keeps, True
+
+    def region_wanted(self, *_: object) -> None: ...
+
+    def region_added(self, _: object) -> None: ...
+
+    def region_removed(self, region: MemoryRegion) -> None:
+        if self.refusing and self.keeps(region.range):
+            raise OSError(12, "KVM_SET_USER_MEMORY_REGION")
+
+    def holds(self, _: object) -> bool:
+        return False
+
+
+def io_first(device: FakeDevice) -> None:
+    """Ports in BAR 0, pages in BARs 2 and 4."""
+    device.config.data[BAR0 : BAR0 + 8] = (0x1).to_bytes(8, "little")
+    device.config.data[BAR2 : BAR2 + 4] = device.config.data[BAR4 : BAR4 + 4] = bytes(4)
+    device.regions[0] = device._region(0, 32, memory=False)
+    for index in (2, 4):
+        device.regions[index] = device._region(index, PAGE, mmap=True)
+    del device.irqs[MSIX]
+
+
+def test_a_write_of_command_is_done_whole_or_not_at_all() -> None:
+    """Memory off and ports on, with one memslot that stays: nothing goes on, and what was off already comes back."""
+    board = made(io_first)
+    board.config_write(COMMAND, 2, 2)
+    ports, last = board.config_read(BAR0) & ~3, board.config_read(BAR4)
+    before = board.bars()
+    assert len(before) == 2
+    board.memory.listen(kvm := Keeping(lambda range_: range_.start == last))
+    board.config_write(COMMAND, 1, 2)
+    assert (board.bars(), board.ports.read(ports, 4)) == (before, b"\xff" * 4)
+    assert board.device.config.data[COMMAND] == 2, "the device has not heard of it"
+    kvm.refusing = False
+    board.config_write(COMMAND, 1, 2)
+    assert (board.bars(), board.ports.read(ports, 4)) == ([], bytes(4))
+    assert board.device.config.data[COMMAND] == 1
+    board.close()
+
+
+def test_a_device_is_not_put_to_sleep_under_a_memslot() -> None:
+    board = made(io_first)
+    board.config_write(COMMAND, 3, 2)
+    before, state = board.bars(), board.config_read(PM_AT + 4, 1)
+    board.memory.listen(kvm := Keeping())
+    board.config_write(PM_AT + 4, 3, 2)
+    assert (board.bars(), board.config_read(PM_AT + 4, 1)) == (before, state)
+    kvm.refusing = False
+    board.config_write(PM_AT + 4, 3, 2)
+    assert (board.bars(), board.config_read(PM_AT + 4, 1) & 3) == ([], 3)
+    board.close()
+
+
+def test_a_bar_that_cannot_leave_its_place_keeps_its_register(board: Board) -> None:
+    board.config_write(COMMAND, 2, 2)
+    before, low, high = board.bars(), board.config_read(BAR0), board.config_read(BAR0 + 4)
+    board.memory.listen(kvm := Keeping())
+    board.config_write(BAR0 + 4, high + 1)
+    board.config_write(BAR0, 0xFFFF_FFFF)
+    assert (board.bars(), board.config_read(BAR0), board.config_read(BAR0 + 4)) == (before, low, high)
+    kvm.refusing = False
+    board.config_write(BAR0 + 4, high + 1)
+    assert [range_.start for range_ in board.bars()] == [range_.start + (1 << 32) for range_ in before]
+
+
+def test_the_end_can_be_tried_again(board: Board) -> None:
+    board.config_write(COMMAND, 2, 2)
+    before = board.bars()
+    board.memory.listen(kvm := Keeping())
+    with pytest.raises(OSError, match="KVM_SET_USER_MEMORY_REGION"):
+        board.function.close()
+    assert (board.bars(), board.device.active) == (before, None), "interrupts are off all the same"
+    kvm.refusing = False
+    board.function.close()
+    assert board.bars() == []
+    board.function.close()
+
+
+# --- what was written, and what reads back
+
+
+@pytest.mark.parametrize("command", [0, 1, 2, 3, 0x0407, 0xFFFF])
+def test_a_device_may_come_with_decoding_on(command: int) -> None:
+    """VFIO is told by writing it; one that reads as ones is gone."""
+    board = made(lambda device: device.config.data.__setitem__(slice(4, 6), command.to_bytes(2, "little")))
+    writes = [at for kind, at, _ in board.device.config.accesses if kind == "write"]
+    assert COMMAND in writes
+    memory, ports = (command != 0xFFFF and bool(command & bit) for bit in (2, 1))
+    assert bool(board.bars()) == memory
+    assert (board.ports.read(board.config_read(BAR2) & ~3, 4) != b"\xff" * 4) == ports
+    board.close()
