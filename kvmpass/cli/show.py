@@ -24,6 +24,7 @@ from kvmpass.cli.words import (
     sriov_words,
     verdict,
 )
+from kvmpass.host.driverctl import NO_DRIVER
 
 _LABEL = 14
 
@@ -92,7 +93,12 @@ def _identity(found: host.Description) -> Iterator[tuple[str, list[str]]]:
         name = f" {found.subsystem_name}" if found.subsystem_name else ""
         yield "Subsystem", [f"{device.subsystem_vendor:04x}:{device.subsystem_device:04x}{name}"]
     override = [f"driver_override is {device.driver_override}"] if device.driver_override else []
-    boot = [f"driverctl binds {found.driverctl} at each boot"] if found.driverctl else []
+    kept = (
+        "driverctl keeps it without a driver"
+        if found.driverctl == NO_DRIVER
+        else f"driverctl binds {found.driverctl}"
+    )
+    boot = [f"{kept} at each boot"] if found.driverctl else []
     yield "Driver", [", ".join([device.driver or "none", *override, *boot])]
     yield "Power", [device.power_state]
     if link := link_words(status.link):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from kvmpass.errors import NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.capabilities import Capabilities, capabilities_of
+from kvmpass.host.driverctl import saved_override
 from kvmpass.host.inventory import DeviceStatus, HostStatus, device_status, host_status
 from kvmpass.host.isolation import Bridge, Sibling, bridges_above, siblings
 from kvmpass.host.look import Look
@@ -24,8 +25,6 @@ from kvmpass.host.sysfs import (
     Sysfs,
 )
 from kvmpass.host.usage import untraced, uses
-
-DRIVERCTL = "etc/driverctl.d"  # driverctl(8): a file for each device, which holds a driver's name
 
 # include/linux/ioport.h, include/linux/pci.h (enum of resource numbers)
 _PREFETCH = 0x2000
@@ -52,7 +51,8 @@ class BarInfo:
 class Description:
     """One device and its surroundings at one moment.
 
-    ``driverctl`` is the driver that driverctl binds at each boot, ``uses`` what the host does with the device, a
+    ``driverctl`` is the driver that driverctl binds at each boot (``none``: no
+    driver), ``uses`` what the host does with the device, a
     clause each, ``unseen`` why it may be in use all the same, ``functions`` the other functions of the same physical
     device (no virtual ones). ``complete``: this user sees the processes and the registers of all.
     """
@@ -76,12 +76,13 @@ def describe(sysfs: Sysfs, bdf: Bdf) -> Description:
     """Only reads. Raises ``NoSuchDevice``."""
     device = sysfs.device(bdf)
     look = Look(sysfs)
+    saved = saved_override(sysfs, bdf)
     group, found = _group(sysfs, device), uses(look, device)
     return Description(
         status=device_status(look, device),
         host=host_status(sysfs),
         subsystem_name=look.names.subsystem(device),
-        driverctl=sysfs.text(DRIVERCTL, str(bdf)) or None,
+        driverctl=saved.driver if saved else None,
         bars=tuple(bars(device)),
         capabilities=capabilities_of(sysfs, bdf),
         group=group,

@@ -13,6 +13,7 @@ from kvmpass.host.address import Bdf
 from kvmpass.host.binding import DRIVER_TIMEOUT
 from kvmpass.host.blockers import blockers, users
 from kvmpass.host.borrowing import distinct
+from kvmpass.host.driverctl import saved_override
 from kvmpass.host.journal import Journal, Operation
 from kvmpass.host.lock import Say
 from kvmpass.host.problems import Blocker
@@ -22,7 +23,6 @@ from kvmpass.host.undoing import Undo, check_owner, check_privilege
 from kvmpass.host.usage import VFIO_PCI
 
 FORCE_HINT = "--force takes it all the same: what uses it will fail"
-DRIVERCTL = "etc/driverctl.d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,10 +244,10 @@ class _Work:
 
     def _pinned(self, bdf: Bdf, *, on_vfio_pci: bool) -> list[str]:
         """Refuse what driverctl would undo at the next boot; with ``force`` that is a warning."""
-        driver = pinned_driver(self.sysfs, bdf)
-        if driver is None or (driver == VFIO_PCI) is not on_vfio_pci:
+        saved = saved_override(self.sysfs, bdf)
+        if saved is None or (saved.driver == VFIO_PCI) is not on_vfio_pci:
             return []
-        cause = f"driverctl keeps {bdf} on {'no driver' if driver == 'none' else driver}, and will at the next boot"
+        cause = f"driverctl keeps {bdf} on {saved.words}, and will at the next boot"
         if self.force:
             return [cause]
         error = DriverPinned(cause, f"driverctl unset-override {bdf}")
@@ -270,15 +270,3 @@ def _put_back(undo: Undo, error: BaseException) -> None:
     ]
     if as_before and isinstance(error, Exception):
         error.add_note(f"as before again: {', '.join(as_before)}")
-
-
-def pinned_driver(sysfs: Sysfs, bdf: Bdf) -> str | None:
-    """The driver that driverctl gives the device at each boot (``none``: no driver); None where it gives none.
-
-    One line in a file with the device's name; some releases put the bus before it (driverctl(8)).
-    """
-    for name in (str(bdf), f"pci-{bdf}"):
-        driver = sysfs.text(DRIVERCTL, name)
-        if driver:
-            return driver
-    return None

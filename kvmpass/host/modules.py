@@ -1,19 +1,31 @@
 """Kernel modules: in the kernel, loaded, or what loading them would meet.
 
-Read from the files that modprobe reads (modules.dep(5), modprobe.d(5)), so that recorded trees can be asked, too.
+On this machine modprobe is asked, which knows where its modules are. For a recorded tree the files are read that
+modprobe reads (modules.dep(5), modprobe.d(5)).
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kvmpass.host.cmdline import CommandLine, matches_ids
-from kvmpass.host.sysfs import PciDevice, Sysfs
+from kvmpass.host.sysfs import PciDevice, Sysfs, modprobe_tool
 
 # In the order of modprobe.d(5).
-MODPROBE_DIRECTORIES = ("etc/modprobe.d", "run/modprobe.d", "usr/local/lib/modprobe.d", "usr/lib/modprobe.d")
+MODPROBE_DIRECTORIES = (
+    "etc/modprobe.d",
+    "run/modprobe.d",
+    "usr/local/lib/modprobe.d",
+    "usr/lib/modprobe.d",
+    "lib/modprobe.d",
+)
+# The kernel's own, a distribution's whose /lib is no link, NixOS's.
+MODULE_PLACES = ("lib/modules", "usr/lib/modules", "run/booted-system/kernel-modules/lib/modules")
+_ASK_SECONDS = 10.0
 
 
 class ModuleStatus(enum.StrEnum):
@@ -46,27 +58,90 @@ def module(sysfs: Sysfs, name: str) -> Module:
     if sysfs.path(directory).is_dir():
         loaded = sysfs.path(directory, "initstate").exists()  # a built-in one has none (kernel/module/sysfs.c)
         return Module(name, ModuleStatus.LOADED if loaded else ModuleStatus.BUILT_IN, f"/{directory}", "there")
-    base = f"lib/modules/{sysfs.text('proc/sys/kernel/osrelease') or 'unknown'}"
-    for listing, status in (("modules.builtin", ModuleStatus.BUILT_IN), ("modules.dep", ModuleStatus.LOADABLE)):
-        for line in (sysfs.text(base, listing) or "").splitlines():
-            path = line.partition(":")[0]
-            if path.rpartition("/")[2].partition(".ko")[0].replace("-", "_") == name:
-                obstacle = _obstacle(sysfs, name) if status is ModuleStatus.LOADABLE else None
-                return obstacle or Module(name, status, f"/{base}/{listing}", path)
+    found = _asked(name) if str(sysfs.root) == "/" else None
+    if found is None:
+        found = _listed(sysfs, name)
+    if found.status is ModuleStatus.LOADABLE:
+        return _obstacle(sysfs, name) or found
+    return found
+
+
+def _asked(name: str) -> Module | None:
+    """What ``modprobe --show-depends`` says; None where it cannot be asked. It loads nothing."""
+    tool = modprobe_tool()
+    if tool is None:
+        return None
+    try:
+        done = subprocess.run(
+            [tool, "--show-depends", name],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=_ASK_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    seen = f"modprobe --show-depends {name}"
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+        return Module(name, ModuleStatus.MISSING, seen, said[-1].removeprefix("modprobe: FATAL: "))
+    action, _, what = lines[-1].partition(" ")  # the last is the module's own, the others are what it needs
+    if action == "builtin":
+        return Module(name, ModuleStatus.BUILT_IN, seen, lines[-1])
+    if action == "install" and _is_stub(what.split()):
+        return Module(name, ModuleStatus.BLOCKED, seen, lines[-1])
+    return Module(name, ModuleStatus.LOADABLE, seen, what.split(" ")[0] if action == "insmod" else lines[-1])
+
+
+def _listed(sysfs: Sysfs, name: str) -> Module:
+    """What the lists say that depmod and the kernel's build have left."""
+    base = module_directory(sysfs)
+    spelling = re.escape(name).replace("_", "[-_]")
+    own = rf"((?:[\w./+-]*/)?{spelling}\.ko(?:\.\w+)?)"
+    for listing, status, end in (
+        ("modules.builtin", ModuleStatus.BUILT_IN, "$"),
+        ("modules.dep", ModuleStatus.LOADABLE, ":"),
+        ("modules.dep.bin", ModuleStatus.LOADABLE, ":"),  # the one that modprobe reads; some systems keep no other
+    ):
+        match = re.search(rf"(?:^|[^\w./+-]){own}{end}", sysfs.text(base, listing) or "", re.MULTILINE)
+        if match:
+            return Module(name, status, f"/{base}/{listing}", match[1])
     return Module(name, ModuleStatus.MISSING, f"/{base}/modules.dep", f"no {name}")
 
 
+def module_directory(sysfs: Sysfs) -> str:
+    """Where the running kernel's modules are, without a leading slash; the usual place if nowhere."""
+    release = sysfs.text("proc/sys/kernel/osrelease") or "unknown"
+    places = [f"{place}/{release}" for place in MODULE_PLACES]
+    lists = ("modules.dep", "modules.dep.bin", "modules.builtin")
+    return next((place for place in places if any(sysfs.exists(place, name) for name in lists)), places[0])
+
+
 def modprobe_lines(sysfs: Sysfs) -> list[tuple[str, list[str]]]:
-    """Every line of modprobe's configuration: its file, its words."""
-    found = []
+    """Every line of modprobe's configuration: its file, its words.
+
+    Files count in the order of their names, wherever they are; of one name only the first directory's counts.
+    A line that ends with a backslash goes on in the next.
+    """
+    places: dict[str, str] = {}
     for directory in MODPROBE_DIRECTORIES:
         for file in sysfs.names(directory):
             if file.endswith(".conf"):
-                lines = (sysfs.text(directory, file) or "").splitlines()
-                found += [
-                    (f"/{directory}/{file}", line.split()) for line in lines if line.strip()[:1] not in ("", "#")
-                ]
+                places.setdefault(file, directory)
+    found = []
+    for file, directory in sorted(places.items()):
+        text = (sysfs.text(directory, file) or "").replace("\\\n", " ")
+        lines = [line.split() for line in text.splitlines() if line.strip()[:1] not in ("", "#")]
+        found += [(f"/{directory}/{file}", words) for words in lines]
     return found
+
+
+def _is_stub(words: Sequence[str]) -> bool:
+    """Whether an ``install`` line's command is one that only keeps the module out."""
+    return bool(words) and words[0].rpartition("/")[2] in ("true", "false", ":")
 
 
 def vfio_ids(sysfs: Sysfs, device: PciDevice) -> Iterator[tuple[str, str]]:
@@ -85,8 +160,7 @@ def vfio_ids(sysfs: Sysfs, device: PciDevice) -> Iterator[tuple[str, str]]:
 def _obstacle(sysfs: Sysfs, name: str) -> Module | None:
     """What keeps modprobe from loading it. ``blacklist`` does not: it only hides aliases."""
     for file, words in modprobe_lines(sysfs):
-        stub = words[0] == "install" and len(words) > 2 and words[2].rpartition("/")[2] in ("true", "false", ":")
-        if stub and words[1].replace("-", "_") == name:
+        if words[0] == "install" and words[1:2] and words[1].replace("-", "_") == name and _is_stub(words[2:]):
             return Module(name, ModuleStatus.BLOCKED, file, " ".join(words))
     for parameter in CommandLine(sysfs.text("proc/cmdline") or "").of("module_blacklist"):
         if name in (parameter.value or "").replace("-", "_").split(","):

@@ -121,6 +121,11 @@ def header_type(header: bytes) -> int | None:
     return header[0x0E] & 0x7F if len(header) > 0x0E else None
 
 
+def modprobe_tool() -> str | None:
+    """The program, also where the path of an ordinary user leaves it out."""
+    return shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
 class Sysfs:
     """Reads ``/sys``, ``/proc`` and ``/dev`` under ``root``; :meth:`write` is the only place that writes there.
 
@@ -231,7 +236,7 @@ class Sysfs:
 
     def load_module(self, name: str) -> None:
         """``modprobe name``; it stays loaded. Raises ``HostNotReady``."""
-        tool = shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        tool = modprobe_tool()
         reason = "modprobe is not installed"
         if tool is not None:
             done = subprocess.run([tool, name], capture_output=True, text=True, errors="replace", check=False)

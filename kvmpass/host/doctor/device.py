@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.driverctl import saved_override
 from kvmpass.host.modules import vfio_ids
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import PCI_DEVICES
@@ -74,9 +75,9 @@ def _driver(examined: Examined) -> Verdict:
         Reading(f"/{PCI_DEVICES}/{device.bdf}/driver", device.driver or "none"),
         Reading(f"/{PCI_DEVICES}/{device.bdf}/driver_override", device.driver_override or "none"),
     ]
-    saved = sysfs.text("etc/driverctl.d", str(device.bdf))
+    saved = saved_override(sysfs, device.bdf)
     if saved is not None:
-        read.append(Reading(f"/etc/driverctl.d/{device.bdf}", saved))
+        read.append(Reading(saved.file, saved.driver))
     named = list(vfio_ids(sysfs, device))
     read += [Reading(source, f"vfio-pci ids {entry}") for source, entry in named]
     for directory in ("etc/udev/rules.d", "run/udev/rules.d"):

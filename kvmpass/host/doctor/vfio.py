@@ -65,7 +65,7 @@ CHECKS = (
     Check(
         "vfio-pci",
         "Driver vfio-pci",
-        "`/sys/bus/pci/drivers/vfio-pci`, `/sys/module`, `/lib/modules`, modprobe.d",
+        "`/sys/bus/pci/drivers/vfio-pci`, `/sys/module`, what modprobe says (of a tree its lists and modprobe.d)",
         (NO_VFIO_PCI,),
         _vfio_pci,
         vital=True,
@@ -73,7 +73,7 @@ CHECKS = (
     Check(
         "vfio-type1",
         "Driver vfio_iommu_type1",
-        "`/sys/module`, `/lib/modules`, modprobe.d",
+        "`/sys/module`, what modprobe says (of a tree its lists and modprobe.d)",
         (NO_TYPE1,),
         _type1,
         ("vfio-pci",),
