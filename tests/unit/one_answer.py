@@ -11,6 +11,7 @@ from kvmpass.cli.documents import device_document
 from kvmpass.errors import DriverPinned, KvmpassError
 from kvmpass.host import (
     Blocker,
+    HostStatus,
     Look,
     Outcome,
     PciDevice,
@@ -26,15 +27,20 @@ from kvmpass.host.blockers import CHECKS
 from kvmpass.planning import plan
 
 Answer = list[tuple[str, str]]
+_ASKED: set[tuple[object, ...]] = set()
 KINDS = {problem.kind for check in CHECKS for problem in check.problems if not problem.warning}
 
 
 def compare(host: Host, state: Path) -> int:
-    """Ask about every device of a tree; returns how many there are."""
-    look = Look(host)
+    """Ask about every device of a tree, unless one with the same facts was asked; returns how many there are."""
+    look, whole = Look(host), host_status(host)
     devices = host.devices()
-    for device in devices:
-        _compare(host, device, look, state)
+    found = [list(reasons(host, device, look=look)) for device in devices]
+    facts = (*devices, *map(str, found), whole)
+    if facts not in _ASKED:
+        _ASKED.add(facts)
+        for device, blockers in zip(devices, found, strict=True):
+            _compare(host, device, blockers, look, whole, state)
     return len(devices)
 
 
@@ -42,20 +48,19 @@ def _answer(found: list[Blocker]) -> Answer:
     return [(blocker.kind, blocker.cause) for blocker in found]
 
 
-def _compare(host: Host, device: PciDevice, look: Look, state: Path) -> None:
-    found = list(reasons(host, device, look=look))
+def _compare(host: Host, device: PciDevice, found: list[Blocker], look: Look, whole: HostStatus, state: Path) -> None:
     answer, bdf = _answer(found), device.bdf
     assert len({kind for kind, _ in answer}) == len(answer), "one reason of each kind"
     assert {kind for kind, _ in answer} <= KINDS
 
     status = device_status(look, device)
     assert _answer([*status.blockers]) == answer, "list"
-    document = device_document(status, host_status(host))
+    document = device_document(status, whole)
     assert [(one["kind"], one["cause"]) for one in document["blockers"]] == answer, "list --json"
-    assert document["assignable"] is (host_status(host).ready and not answer)
+    assert document["assignable"] is (whole.ready and not answer)
     assert _answer([*describe(host, bdf).status.blockers]) == answer, "show"
 
-    findings = diagnose(host, bdf)
+    findings = diagnose(host, bdf, look=look)
     skipped = {
         problem.kind
         for check in CHECKS

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import one_answer
 import pytest
 from host_tree import Host
 from one_answer import KINDS, compare
@@ -92,6 +93,7 @@ def test_the_comparison_can_fail(host: Host, tmp_path: Path, monkeypatch: pytest
     assert compare(host, tmp_path / "state") == 1
     module = __import__("kvmpass.host.blockers", fromlist=["_REFUSING"])
     monkeypatch.setattr(module, "_REFUSING", [one for one in module._REFUSING if one.id != "device-framebuffer"])
+    one_answer._ASKED.clear()
     with pytest.raises(AssertionError, match="doctor"):
         compare(host, tmp_path / "state")
 
