@@ -173,7 +173,7 @@ class Bar:
             log.debug("%s at %s: waits: %s", self._name, here, error)
             self._space.wait(self)
             try:
-                self._disconnect()
+                self._withdraw()
             except OSError as left:
                 log.warning("%s at %s: decoded in part: %s", self._name, here, left)
 
@@ -198,8 +198,12 @@ class Bar:
 
     def _disconnect(self) -> None:
         """Raises ``OSError`` where KVM keeps a memslot: the BAR then decodes as before."""
-        if not self._connected:
-            return
+        if self._connected:
+            self._withdraw()
+            self._space.released()
+
+    def _withdraw(self) -> None:
+        """Give up what is held of the place. Nobody else is asked to take it. Raises as ``_disconnect`` does."""
         try:
             while self._shown:
                 mapping, region = next(reversed(self._shown.items()))
@@ -210,7 +214,6 @@ class Bar:
             raise
         self._bus.remove(self)
         self._connected = False
-        self._space.released()
 
     @property
     def _name(self) -> str:
