@@ -367,3 +367,73 @@ def test_a_reset_that_would_hit_others_is_refused(stage: Stage) -> None:
     with pytest.raises(NotAssignable, match=rf"{NIC}'s bus would reset {SOUND}, 0000:01:00.2 too"):
         stage.domain.hot_reset(nic)
     assert nic.resets == []  # type: ignore[attr-defined]
+
+
+def test_nobody_runs_over_the_devices_for_a_while(stage: Stage) -> None:
+    stage.domain.attach(NIC, 1)
+    stage.domain.use_kvm(None)
+    assert (stage.kvm.files, stage.kernel.groups[1].kvm) == (set(), None)
+    stage.domain.attach(DISK, 2)
+    stage.domain.use_kvm(stage.kvm)
+    assert {group.kvm for group in stage.kernel.groups.values()} == {"vm"}
+    stage.check()
+
+
+# --- what the kernel does not undo
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_region_that_may_still_be_mapped_stays_recorded(stage: Stage, after: bool) -> None:
+    """The map fails, and the unmap that is to make sure of it fails too."""
+    stage.domain.attach(NIC, 1)
+    container = stage.kernel.containers[0]
+    real = container.unmap_dma
+
+    def refuse(*_: int) -> int:
+        raise Refused(errno.ENOMEM, "unmap")
+
+    container.unmap_dma = refuse  # type: ignore[method-assign]
+    stage.kernel.fail(1, after=after)
+    with pytest.raises(Refused, match="map") as refused:
+        stage.memory.add_ram(4 * GIB, PAGE, "extra")
+    assert any("unmap" in note for note in refused.value.__notes__)
+    [*_, region] = stage.memory
+    assert (region.name, stage.domain.holds(region)) == ("extra", True)
+    assert region.hva, "devices may reach it"
+    container.unmap_dma = real  # type: ignore[method-assign]
+    if not after:
+        container.mappings[Range(4 * GIB, PAGE)] = (region.hva, True)
+    stage.memory.remove(region)
+    assert not stage.domain.holds(region)
+    stage.check()
+
+
+def test_a_region_whose_unmap_fails_is_held(stage: Stage) -> None:
+    stage.domain.attach(NIC, 1)
+    region = stage.memory.add_ram(4 * GIB, PAGE, "extra")
+    stage.kernel.fail(1)
+    with pytest.raises(Refused):
+        stage.memory.remove(region)
+    assert stage.domain.holds(region)
+    stage.check()
+    stage.memory.remove(region)
+    assert not stage.domain.holds(region)
+
+
+def test_a_group_that_could_not_leave_leaves_at_the_end(stage: Stage) -> None:
+    device = stage.domain.attach(NIC, 1)
+    group = stage.kernel.groups[1]
+    real = group.unset_container
+
+    def refuse() -> None:
+        raise Refused(errno.EBUSY, "unset_container")
+
+    group.unset_container = refuse  # type: ignore[method-assign]
+    for end in (lambda: stage.domain.detach(device), stage.domain.close):
+        with pytest.raises(Refused, match="unset_container"):
+            end()
+        assert (stage.domain.groups, stage.domain.active) == ([1], True)
+    group.unset_container = real  # type: ignore[method-assign]
+    stage.domain.close()
+    assert stage.kernel.state() == ({}, [])
+    stage.check()

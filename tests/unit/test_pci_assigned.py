@@ -621,3 +621,18 @@ def test_a_device_may_come_with_decoding_on(command: int) -> None:
     assert bool(board.bars()) == memory
     assert (board.ports.read(board.config_read(BAR2) & ~3, 4) != b"\xff" * 4) == ports
     board.close()
+
+
+def test_a_device_whose_state_nobody_can_read_decodes_nothing(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    board.config_write(COMMAND, 3, 2)
+    ports = board.config_read(BAR2) & ~3
+
+    def refuse(*_: object) -> int:
+        raise OSError(5, "EIO")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(board.device.config, "read_int", refuse)
+        board.config_write(PM_AT + 4, 0, 2)
+        assert (board.bars(), board.ports.read(ports, 4)) == ([], b"\xff" * 4)
+    board.config_write(PM_AT + 4, 0, 2)
+    assert board.bars() != []
