@@ -13,6 +13,7 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Self
 
+from kvmpass import crash
 from kvmpass.errors import LabError
 from kvmpass.lab import devices, initrd, kernels, proof, qemu
 from kvmpass.lab.cache import Say, need_tool, run_directory
@@ -24,7 +25,6 @@ from kvmpass.lab.script import Job, overlay
 BOOT_SECONDS = 240.0
 FIRST_BOOT_SECONDS = 120.0  # a start that hangs does so early, and another one is quicker than waiting
 END_SECONDS = 5.0
-CONSOLE_LINES = 20
 NOISE = ("TCG doesn't support", "warning: ")
 
 IN, OUT, ERR, STATUS = "kvmpass.in", "kvmpass.out", "kvmpass.err", "kvmpass.status"
@@ -197,7 +197,7 @@ class Host:
         return self._result("panic" if "Kernel panic" in self._console_text() else "silent")
 
     def _result(self, outcome: Outcome, status: int | None = None) -> LabResult:
-        lines = self._console_text().splitlines()[-CONSOLE_LINES:]
+        lines = crash.excerpt(self._console_text())
         if outcome == "silent":
             lines += [f"QEMU: {line}" for line in self._complaints()]
         seconds = time.monotonic() - self._began

@@ -203,7 +203,7 @@ class LabSession:
             text = f"the emulated host died {during}"
         sections = []
         if self._result is not None and self._result.console_tail:
-            sections.append(("console of the emulated host", tail(self._result.console_tail)))
+            sections.append(("console of the emulated host", self._result.console_tail))
         for name in ("stdout", "stderr"):
             file = self.directory / name
             content = file.read_text(errors="replace") if file.exists() else ""

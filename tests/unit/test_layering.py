@@ -14,7 +14,7 @@ PACKAGE = Path(kvmpass.__file__).parent
 # Each room's floor. A room imports from lower floors; within a floor only what SAME_FLOOR names.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "_native", "_teardown", "_ratelimit"}),
-    frozenset({"_fd", "_signals", "layout", "bus", "events", "watch"}),
+    frozenset({"_fd", "_signals", "layout", "bus", "events", "watch", "crash"}),
     frozenset({"memory", "initramfs"}),
     frozenset({"kvm", "vfio", "iommufd"}),
     frozenset({"boot", "devices", "pci", "domain", "vcpus"}),
@@ -37,7 +37,7 @@ SAME_FLOOR = {
     ("testing", "machine"),
 }
 NATIVE_USERS = {"kvm", "vfio", "iommufd", "memory"}
-LEAVES = {"errors", "_teardown", "_ratelimit", "_fd", "layout", "bus", "initramfs"}
+LEAVES = {"errors", "crash", "_teardown", "_ratelimit", "_fd", "layout", "bus", "initramfs"}
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -1,0 +1,40 @@
+"""Where in a kernel's console its trouble begins: what to show of a guest, or of an emulated host, that died."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# The first words of what ends a kernel, or stops a part of it (arch/x86/mm/fault.c, kernel/panic.c,
+# kernel/watchdog.c, kernel/hung_task.c, kernel/rcu/tree_stall.h, lib/bug.c, arch/x86/kernel/traps.c).
+_TROUBLE = re.compile(
+    r"\bBUG: |kernel BUG at |\bOops\b|\bgeneral protection fault\b|\bstack segment\b.*\[#|\binvalid opcode\b.*\[#"
+    r"|soft lockup|hard LOCKUP|blocked for more than \d+ seconds|\bdouble fault\b|detected (?:expedited )?stalls? on"
+    r"|\bKernel panic\b|Unable to mount root"
+)
+_WARNING = re.compile(r"\bWARNING: .*\bat \S+:\d+|\bWARNING: CPU: ")
+_CUT = "------------[ cut here ]------------"
+_LAST = 12  # of the lines at the end, where not all can be shown
+
+
+def find(lines: Sequence[str]) -> int | None:
+    """The number of the line where the trouble begins: the first crash or lockup, else the first warning."""
+    for pattern in (_TROUBLE, _WARNING):
+        for number, line in enumerate(lines):
+            if pattern.search(line):
+                return number - 1 if number and _CUT in lines[number - 1] else number
+    return None
+
+
+def excerpt(console: str, limit: int = 80, quiet: int = 20) -> list[str]:
+    """Lines of a console: from where the trouble begins, ``limit`` at most; else the last ``quiet``.
+
+    Where there are more, some in between are left out, and a line says how many.
+    """
+    lines = console.replace("\r", "").splitlines()
+    start = find(lines)
+    shown = lines[-quiet:] if start is None else lines[start:]
+    if len(shown) <= limit:
+        return shown
+    first = limit - _LAST - 1
+    return [*shown[:first], f"[{len(shown) - first - _LAST} lines left out]", *shown[-_LAST:]]
