@@ -90,6 +90,13 @@ def test_who_reaches_what() -> None:
     assert kinds == {"ram": (True, True, True), "rom": (False, True, False), "bar": (True, False, False)}
 
 
+def test_a_region_is_its_mapping_from_its_offset_on(bar: HostMapping) -> None:
+    whole = MemoryRegion(RegionKind.BAR, Range(GIB, PAGE), bar, name="it")
+    part = MemoryRegion(RegionKind.BAR, Range(GIB, PAGE), bar, offset=PAGE, name="it")
+    assert (whole.hva, part.hva, whole.gpa, whole.size) == (bar.address, bar.address + PAGE, GIB, PAGE)
+    assert whole.backing is Backing.ANONYMOUS
+
+
 def test_a_region_in_words(memory: GuestMemory) -> None:
     assert repr(memory.add_ram(MIB, PAGE, "low")) == "<low ram 0x100000-0x100fff>"
 

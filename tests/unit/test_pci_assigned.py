@@ -396,9 +396,11 @@ def test_a_device_without_power_management_is_always_awake() -> None:
         device.config.data[0:4] = b"\xff" * 4
 
     board = made(change)
-    board.config_write(COMMAND, 2, 2)
+    board.config_write(COMMAND, 0x0502, 2)
     assert board.bars() != []
     board.config_write(PM_AT + 4, 3, 2)
+    board.config_write(COMMAND + 1, 0x03, 1)
+    board.config_write(COMMAND, 0x0302, 2)
     assert board.bars() != []
     board.close()
 
