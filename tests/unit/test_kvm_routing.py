@@ -98,3 +98,42 @@ def test_a_closed_vm_is_asked_for_nothing() -> None:
     vm.closed = vm.refuse = True
     routes.remove(gsi)
     assert routes.msi == []
+
+
+def test_each_pin_of_the_ioapic_is_its_gsi() -> None:
+    """KVM_IOAPIC_NUM_PINS is 24 (arch/x86/include/uapi/asm/kvm.h); messages come above."""
+    routes = routes_on(vm := FakeVm())
+    assert vm.seen == [(n, lib.KVM_IRQCHIP_IOAPIC, n, lib.KVM_IRQ_ROUTING_IRQCHIP) for n in range(24)]
+    assert [routes.add(0xFEE0_0000, data) for data in range(3)] == [24, 25, 26]
+    routes.remove(25)
+    assert routes.add(0xFEE0_0000, 9) == 25
+    assert vm.seen[:24] == [(n, lib.KVM_IRQCHIP_IOAPIC, n, lib.KVM_IRQ_ROUTING_IRQCHIP) for n in range(24)]
+
+
+def test_all_bits_of_a_message_are_kept() -> None:
+    routes = routes_on(vm := FakeVm())
+    messages = [(0xFEE0_0000, 0), (0xFEEF_FFFC, 0xFFFF_FFFF), (0xFEE0_1000, 0x8000_0001)]
+    gsis = [routes.add(*message) for message in messages]
+    assert vm.messages == {(gsi, *message) for gsi, message in zip(gsis, messages, strict=True)}
+    assert [(route.gsi, route.address, route.data) for route in routes.msi] == sorted(vm.messages)
+    for gsi in reversed(gsis):
+        routes.remove(gsi)
+    assert (routes.msi, len(vm.seen)) == ([], 24)
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_whichever_is_removed_the_others_can_be_removed_after_it(victim: int) -> None:
+    """The last entry takes the removed one's place in the table."""
+    routes = routes_on(vm := FakeVm())
+    gsis = [routes.add(0xFEE0_0000, data) for data in range(3)]
+    vm.refuse = True
+    with pytest.raises(OSError):
+        routes.remove(gsis[victim])
+    vm.refuse = False
+    left = {gsi: data for data, gsi in enumerate(gsis)}
+    for gsi in [gsis.pop(victim), *gsis]:
+        routes.remove(gsi)
+        del left[gsi]
+        assert vm.messages == {(other, 0xFEE0_0000, data) for other, data in left.items()}
+    with pytest.raises(KeyError):
+        routes.remove(gsi)
