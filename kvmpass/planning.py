@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse, KvmpassError, NoSuchDevice
 from kvmpass.host import Bdf, Blocker, Finding, Outcome, PciDevice, Sysfs, limits
 from kvmpass.kvm import System
+from kvmpass.kvm.system import check_vcpus
 from kvmpass.layout import Layout, parse_size
 from kvmpass.memory import Backing, MemoryPlan, plan_memory
 from kvmpass.pci import BarPreview, BarSpace, Vectors, allocate, preview_bars, preview_vectors
@@ -203,26 +204,30 @@ def _on_this_machine(sysfs: Sysfs) -> bool:
 
 def _physical_bits(sysfs: Sysfs) -> tuple[int, str]:
     """The width by which a machine is laid out, as KVM says, or as the CPU does where KVM cannot be asked."""
-    if _on_this_machine(sysfs):
-        try:
-            with System() as system:
-                return system.physical_bits, "KVM"
-        except OSError:
-            pass
+    bits = sysfs.ask("physical bits", lambda: _of_kvm(sysfs, lambda system: system.physical_bits))
+    if bits is not None:
+        return bits, "KVM"
     for line in (sysfs.text("proc/cpuinfo") or "").splitlines():
-        if line.startswith("address sizes"):
-            return int(line.partition(":")[2].split()[0]), "/proc/cpuinfo"
+        words = line.partition(":")[2].split()
+        if line.startswith("address sizes") and words and words[0].isdecimal():
+            return int(words[0]), "/proc/cpuinfo"
     return 40, "assumed"
 
 
 def _check_cpus(sysfs: Sysfs, cpus: int) -> None:
-    if _on_this_machine(sysfs):
-        try:
-            system = System()
-        except OSError:  # among the findings already
-            return
-        with system:
-            system.check_vcpus(cpus)
+    most = sysfs.ask("most vCPUs", lambda: _of_kvm(sysfs, lambda system: system.max_vcpus))
+    if most is not None:  # else among the findings already
+        check_vcpus(cpus, most)
+
+
+def _of_kvm(sysfs: Sysfs, number: Callable[[System], int]) -> int | None:
+    if not _on_this_machine(sysfs):
+        return None
+    try:
+        with System() as system:
+            return number(system)
+    except OSError:
+        return None
 
 
 def _descriptors(sysfs: Sysfs, devices: Sequence[DevicePlan], cpus: int) -> Descriptors:

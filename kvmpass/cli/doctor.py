@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from kvmpass import host
 from kvmpass.cli.findings import document, show
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
+from kvmpass.cli.tree import tree_option
 from kvmpass.host import Finding, Outcome
 from kvmpass.layout import parse_size
+from kvmpass.planning import plan as make_plan
 
 
 @click.command()
@@ -18,8 +22,25 @@ from kvmpass.layout import parse_size
     "--memory", default="1G", show_default=True, type=SIZE, help="The guest's memory: a number with K, M, G or T."
 )
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="It must come from the host's pool of such pages.")
+@click.option(
+    "--record",
+    "archive",
+    metavar="FILE.tar",
+    type=click.Path(path_type=Path),
+    help="Write what can be seen of this host to an archive, for --sysfs.",
+)
+@click.option("--anonymous", is_flag=True, help="With --record: addresses and serial numbers are replaced in it.")
 @host_command
-def doctor(output: Output, bdf: host.Bdf | None, memory: int, hugepages: str | None) -> int:
+@tree_option
+def doctor(
+    output: Output,
+    bdf: host.Bdf | None,
+    memory: int,
+    hugepages: str | None,
+    archive: Path | None,
+    anonymous: bool,
+    tree: host.Sysfs | None,
+) -> int:
     """Check everything that an assignment needs, from the firmware to the permissions of files.
 
     With BDF, a PCI address, that device too: its group, who uses it, its reset, its memory. Nothing is changed and no
@@ -28,9 +49,19 @@ def doctor(output: Output, bdf: host.Bdf | None, memory: int, hugepages: str | N
 
     The checks are those by which kvmpass assign refuses, and more. As root it sees more. Exit status: 0 if nothing
     fails (warnings are none), else 1.
+
+    \b
+    Examples:
+      kvmpass doctor 0000:01:00.0                 a host and a device of it
+      kvmpass doctor --record host.tar.gz         all that list, show, doctor and plan read here
+      kvmpass doctor --sysfs host.tar.gz          the same answers, anywhere
     """
+    if archive is not None:
+        return _record(output, archive, anonymous, tree)
+    if anonymous:
+        raise click.UsageError("--anonymous is for --record")
     page = parse_size(hugepages) if hugepages else 0
-    findings = host.diagnose(host.Sysfs(), bdf, memory=memory, huge_page=page)
+    findings = host.diagnose(tree or host.Sysfs(), bdf, memory=memory, huge_page=page)
     failed = [finding for finding in findings if finding.outcome is Outcome.FAIL]
     output.document(
         bdf=None if bdf is None else str(bdf),
@@ -43,6 +74,35 @@ def doctor(output: Output, bdf: host.Bdf | None, memory: int, hugepages: str | N
     output.text()
     output.text(conclusion(findings))
     return 1 if failed else 0
+
+
+def _record(output: Output, archive: Path, anonymous: bool, tree: host.Sysfs | None) -> int:
+    if tree is not None:
+        raise click.UsageError("--record is of this host, --sysfs of another one")
+    recorder = host.Recorder()
+    look_at_host(recorder)
+    host.record(recorder, look_at_device)
+    entries = recorder.write_tar(archive, host.Anonymity() if anonymous else None)
+    size = archive.stat().st_size
+    output.document(file=str(archive), entries=entries, bytes=size, anonymous=anonymous)
+    output.text(f"{archive}: {entries} entries, {size} bytes")
+    replaced = "are replaced" if anonymous else "are in it (--anonymous replaces them)"
+    output.note(f"addresses and serial numbers {replaced}; names of interfaces, mount points and processes are in it")
+    output.note("look through it before you give it away")
+    return 0
+
+
+def look_at_host(sysfs: host.Sysfs) -> None:
+    """All that the commands ask of a host, whatever their options."""
+    host.inventory(sysfs)
+    for page in (0, 2 << 20, 1 << 30):
+        host.diagnose(sysfs, None, huge_page=page)
+
+
+def look_at_device(sysfs: host.Sysfs, bdf: host.Bdf) -> None:
+    """All that they ask of a device."""
+    host.describe(sysfs, bdf)
+    make_plan([bdf], sysfs=sysfs)
 
 
 def conclusion(findings: list[Finding]) -> str:

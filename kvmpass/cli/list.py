@@ -12,6 +12,7 @@ from kvmpass.cli import layout
 from kvmpass.cli.documents import device_document, host_document
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import FILTER
+from kvmpass.cli.tree import tree_option
 from kvmpass.cli.words import in_the_way, link_words, reset_words, sriov_words, verdict
 
 _HEADING = ("Group", "Device", "Class", "Driver", "Assignable", "Name")
@@ -22,7 +23,8 @@ _GROUP_ALIGNED = frozenset({0})
 @click.argument("filters", metavar="[FILTER]...", nargs=-1, type=FILTER)
 @click.option("-w", "--wide", is_flag=True, help="NUMA node, link, resets and virtual functions too.")
 @host_command
-def list(output: Output, filters: tuple[str, ...], wide: bool) -> int:
+@tree_option
+def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs | None) -> int:
     """Show PCI devices by IOMMU group, and which of them can be assigned.
 
     A group is the smallest set of devices that the IOMMU can tell apart; it is assigned as a whole. Without FILTER
@@ -47,7 +49,7 @@ def list(output: Output, filters: tuple[str, ...], wide: bool) -> int:
 
     The exit status is 1 if a FILTER selects nothing, else 0, whatever can be assigned.
     """
-    found = host.inventory(host.Sysfs(), filters)
+    found = host.inventory(tree or host.Sysfs(), filters)
     output.document(
         host=host_document(found.host),
         complete=found.complete,

@@ -10,7 +10,8 @@ import click
 from kvmpass.cli import findings
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
-from kvmpass.host import Bdf
+from kvmpass.cli.tree import tree_option
+from kvmpass.host import Bdf, Sysfs
 from kvmpass.layout import size_words, translated
 from kvmpass.memory import Backing
 from kvmpass.pci import BarPreview, Vectors
@@ -26,7 +27,10 @@ from kvmpass.planning import plan as make_plan
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Guest memory from the host's pool of such pages.")
 @host_command
-def plan(output: Output, bdf: tuple[Bdf, ...], memory: int, cpus: int, hugepages: str | None) -> int:
+@tree_option
+def plan(
+    output: Output, bdf: tuple[Bdf, ...], memory: int, cpus: int, hugepages: str | None, tree: Sysfs | None
+) -> int:
     """Show what kvmpass assign would do with the PCI devices BDF, and change nothing.
 
     Which drivers change hands; each device's group, reset, interrupts and BARs; the guest's memory, region by region,
@@ -37,7 +41,7 @@ def plan(output: Output, bdf: tuple[Bdf, ...], memory: int, cpus: int, hugepages
     As root it sees more. Exit status: 0 if nothing blocks, else 1.
     """
     backing = Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS
-    made = make_plan(bdf, memory=memory, cpus=cpus, backing=backing)
+    made = make_plan(bdf, memory=memory, cpus=cpus, backing=backing, sysfs=tree)
     output.document(**_document(made))
     for device in made.devices:
         _show_device(output, device)

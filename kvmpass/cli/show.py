@@ -13,6 +13,7 @@ from kvmpass.cli import layout
 from kvmpass.cli.documents import device_document, host_document
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF
+from kvmpass.cli.tree import tree_option
 from kvmpass.cli.words import (
     acs_words,
     bar_words,
@@ -32,7 +33,8 @@ _LABEL = 14
 @click.command()
 @click.argument("bdf", type=BDF)
 @host_command
-def show(output: Output, bdf: host.Bdf) -> int:
+@tree_option
+def show(output: Output, bdf: host.Bdf, tree: host.Sysfs | None) -> int:
     """Show everything about one device and its IOMMU group.
 
     What it is; which driver it has; whether it can be assigned, and if not every reason with its remedy; its BARs and
@@ -46,7 +48,7 @@ def show(output: Output, bdf: host.Bdf) -> int:
       kvmpass show 0000:01:00.0
       kvmpass show --json 01:00.0 | jq .capabilities.msix.vectors
     """
-    found = host.describe(host.Sysfs(), bdf)
+    found = host.describe(tree or host.Sysfs(), bdf)
     output.document(**_document(found))
     for line in _lines(found):
         output.text(line)

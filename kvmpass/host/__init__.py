@@ -5,6 +5,7 @@ The only part of the project that changes drivers.
 """
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.anonymity import Anonymity
 from kvmpass.host.blockers import blockers, check_assignable, is_harmless, users
 from kvmpass.host.borrowing import Borrow, borrow
 from kvmpass.host.capabilities import (
@@ -52,6 +53,8 @@ from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker, Problem
 from kvmpass.host.processes import Process
+from kvmpass.host.recorded import BadRecord, RecordedSysfs, open_recorded
+from kvmpass.host.recording import Recorder, record
 from kvmpass.host.restoring import Restored, restore
 from kvmpass.host.steps import Step
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
@@ -60,6 +63,8 @@ from kvmpass.host.watching import HostEvent, Uevent, watch_events
 __all__ = [
     "CATALOGUE",
     "Acs",
+    "Anonymity",
+    "BadRecord",
     "BarInfo",
     "Bdf",
     "Blocker",
@@ -91,6 +96,8 @@ __all__ = [
     "Problem",
     "Process",
     "Reading",
+    "RecordedSysfs",
+    "Recorder",
     "Resource",
     "Restored",
     "Service",
@@ -119,7 +126,9 @@ __all__ = [
     "is_harmless",
     "link_of",
     "open_fault_log",
+    "open_recorded",
     "parse_filter",
+    "record",
     "restore",
     "select",
     "siblings",

@@ -183,7 +183,7 @@ class Capabilities:
 def read_config(sysfs: Sysfs, bdf: Bdf) -> bytes:
     """The readable part of configuration space: 0, 64, 256 or 4096 bytes."""
     try:
-        return sysfs.path(PCI_DEVICES, str(bdf), "config").read_bytes()
+        return sysfs.data(PCI_DEVICES, str(bdf), "config")
     except OSError:
         return b""
 

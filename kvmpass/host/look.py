@@ -6,13 +6,12 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar, cast
 
 from kvmpass.errors import NoSuchDevice
-from kvmpass.host import kmsg
 from kvmpass.host.address import Bdf
-from kvmpass.host.kmsg import KernelLog, read_log
+from kvmpass.host.kmsg import KernelLog
 from kvmpass.host.mounts import Mount, mounts
 from kvmpass.host.names import Names
 from kvmpass.host.processes import OpenNodes, namespaces, process
@@ -99,7 +98,7 @@ class Look:
     @cached_property
     def log(self) -> KernelLog:
         """The kernel's, as far as it reaches back."""
-        return read_log(self.sysfs.path(kmsg.PATH))
+        return self.sysfs.log()
 
     @cached_property
     def unplaced_bars(self) -> dict[Bdf, dict[int, str]]:
@@ -164,12 +163,20 @@ class Look:
                     found.append(f"{name} of {process(self.sysfs, pid)}")
         for directory in _NAMED_NAMESPACES:
             for name in self.sysfs.names(directory):
-                with contextlib.suppress(OSError):
-                    if f"net:[{self.sysfs.path(directory, name).stat().st_ino}]" not in seen:
-                        found.append(f"those of {name}")
+                node = self.sysfs.place(directory, name)
+                number = self.sysfs.ask(f"inode {directory}/{name}", partial(_inode, node))
+                if number is not None and f"net:[{number}]" not in seen:
+                    found.append(f"those of {name}")
         return found
 
     @cached_property
     def holders(self) -> OpenNodes:
         """Who has which device nodes open."""
         return OpenNodes(self.sysfs)
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino  # noqa: PTH116 - as everything here
+    except OSError:
+        return None

@@ -66,14 +66,20 @@ class Names:
     def subsystem(self, device: PciDevice) -> str | None:
         """The name of the card or board that carries the device, where ``pci.ids`` has one."""
         ids = (device.vendor, device.device, device.subsystem_vendor, device.subsystem_device)
-        return _subsystem(self._pci_ids(), *ids)
+        question = "subsystem " + ":".join(f"{one:04x}" for one in ids)
+        return self._sysfs.ask(question, lambda: _subsystem(self._pci_ids(), *ids))
 
     def _parts(self, bdf: Bdf, vendor: int, device: int) -> tuple[str | None, str | None]:
         key = (bdf, vendor, device)
         if key not in self._known:
-            names = _from_udev(bdf) if self._udev else (None, None)
-            self._known[key] = names if names[0] else self._listed(vendor, device)
+            question = f"name {bdf} {vendor:04x}:{device:04x}"
+            vendor_name, model = self._sysfs.ask(question, lambda: self._look_up(*key))
+            self._known[key] = vendor_name, model
         return self._known[key]
+
+    def _look_up(self, bdf: Bdf, vendor: int, device: int) -> tuple[str | None, str | None]:
+        names = _from_udev(bdf) if self._udev else (None, None)
+        return names if names[0] else self._listed(vendor, device)
 
     def _listed(self, vendor: int, device: int) -> tuple[str | None, str | None]:
         if (vendor, device) not in self._in_table:
@@ -85,7 +91,7 @@ class Names:
             self._table = b""
             for place in PCI_IDS:
                 try:
-                    self._table = b"\n" + self._sysfs.path(place).read_bytes()
+                    self._table = b"\n" + self._sysfs.data(place)
                     break
                 except OSError:
                     continue

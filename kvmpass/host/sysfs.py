@@ -11,12 +11,15 @@ import errno
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
+from kvmpass.host import kmsg
 from kvmpass.host.address import Bdf
+from kvmpass.host.kmsg import KernelLog, read_log
 from kvmpass.layout import Range, Reserved
 
 PCI_DEVICES = "sys/bus/pci/devices"
@@ -30,6 +33,7 @@ IORESOURCE_IO, IORESOURCE_MEM, IORESOURCE_MEM_64, IORESOURCE_UNSET = 0x100, 0x20
 
 _PIECE = 1 << 16  # bytes to read at once
 
+_T = TypeVar("_T")
 _WRITE = 'printf "%s" "$2" >"$1"'
 
 
@@ -191,6 +195,17 @@ class Sysfs:
             return sorted(os.listdir(self.place(*parts)))  # noqa: PTH208 - as for data()
         except OSError:
             return []
+
+    def log(self) -> KernelLog:
+        """The kernel's, as far as it reaches back."""
+        return read_log(self.place(kmsg.PATH))
+
+    def ask(self, question: str, answer: Callable[[], _T]) -> _T:
+        """What no file says: ``answer`` finds it out now. A recorded tree has the answers of its own host.
+
+        ``question`` names it there; the answer must be what JSON has.
+        """
+        return answer()
 
     def write(self, path: Path, text: str, timeout: float | None = None, held: int | None = None) -> None:
         """Write ``text`` in one call. Raises ``OSError``, ``TimeoutError`` after ``timeout`` seconds.

@@ -45,9 +45,7 @@ class System(OwnedFd):
 
     def check_vcpus(self, count: int) -> None:
         """Refuse (``LayoutError``) a VM with ``count`` vCPUs if this host, or a guest, cannot have them."""
-        if not 1 <= count <= self.max_vcpus:
-            raise LayoutError(f"{count} CPUs: this host's KVM takes 1 to {self.max_vcpus}")
-        check_apic_ids(count)
+        check_vcpus(count, self.max_vcpus)
 
     def get_supported_cpuid(self) -> list[CpuidEntry]:
         """What KVM can give a guest on this host."""
@@ -67,3 +65,10 @@ class System(OwnedFd):
     def create_vm(self) -> Vm:
         run_size = check(lib.kvm_get_vcpu_mmap_size(self.fd), "KVM_GET_VCPU_MMAP_SIZE")
         return Vm(check(lib.kvm_create_vm(self.fd), "KVM_CREATE_VM"), run_size)
+
+
+def check_vcpus(count: int, most: int) -> None:
+    """Refuse (``LayoutError``) more vCPUs than ``most``, or none."""
+    if not 1 <= count <= most:
+        raise LayoutError(f"{count} CPUs: this host's KVM takes 1 to {most}")
+    check_apic_ids(count)

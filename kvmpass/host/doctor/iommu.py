@@ -136,7 +136,7 @@ SOME_ONE_TO_ONE = Problem(
 
 def _ivrs(examined: Examined) -> Verdict:
     sysfs = examined.sysfs
-    if not sysfs.path(IVRS).exists():
+    if not sysfs.exists(IVRS):
         if examined.iommus and examined.groups:  # whatever described it: the kernel drives one
             return good("the kernel has found one", Reading("/sys/class/iommu", " ".join(examined.iommus)))
         off = examined.command_line.acpi_off()
@@ -144,7 +144,7 @@ def _ivrs(examined: Examined) -> Verdict:
             return bad(ACPI_OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
         return bad(NO_IVRS, Reading(f"/{IVRS}", "not there"))
     try:
-        table = parse_ivrs(sysfs.path(IVRS).read_bytes())
+        table = parse_ivrs(sysfs.data(IVRS))
     except OSError:
         return good("IVRS is there", Reading(f"/{IVRS}", "there; only root can read it"))
     except BadTable as error:
@@ -273,7 +273,7 @@ def _noiommu(examined: Examined) -> Verdict:
 def read_ivrs(sysfs: Sysfs) -> Ivrs:
     """The host's table; an empty one where it is absent, broken, or out of this user's reach."""
     try:
-        return parse_ivrs(sysfs.path(IVRS).read_bytes())
+        return parse_ivrs(sysfs.data(IVRS))
     except (OSError, BadTable):
         return Ivrs((), ())
 

@@ -8,7 +8,7 @@ import stat
 
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
 from kvmpass.host.problems import Problem
-from kvmpass.host.sysfs import Sysfs
+from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 from kvmpass.host.usage import VFIO_PCI, vfio_nodes
 
 _RULES = "/etc/udev/rules.d/70-kvmpass"  # a file for each node: no remedy undoes another
@@ -58,10 +58,14 @@ NO_DRIVERS_YET = Problem(
 
 
 def _may(sysfs: Sysfs, node: str, mode: int = os.R_OK | os.W_OK) -> bool:
-    return os.access(sysfs.path(node), mode, effective_ids=True)
+    return sysfs.ask(f"may {mode} {node}", lambda: os.access(sysfs.path(node), mode, effective_ids=True))
 
 
 def _owner(sysfs: Sysfs, node: str) -> str:
+    return sysfs.ask(f"owner {node}", lambda: _owner_now(sysfs, node))
+
+
+def _owner_now(sysfs: Sysfs, node: str) -> str:
     try:
         found = sysfs.path(node).stat()
     except OSError as error:
@@ -69,7 +73,11 @@ def _owner(sysfs: Sysfs, node: str) -> str:
     return f"{stat.filemode(found.st_mode)}, user {found.st_uid}, group {found.st_gid}"
 
 
-def user_name() -> str:
+def user_name(sysfs: Sysfs) -> str:
+    return sysfs.ask("user name", _user_name)
+
+
+def _user_name() -> str:
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
@@ -89,7 +97,7 @@ def _access(examined: Examined) -> Verdict:
     closed = [f"/{node}" for node in there if not _may(sysfs, node)]
     if not closed:
         return good(" ".join(f"/{node}" for node in there) or "nothing to open yet", *read)
-    user = user_name()
+    user = user_name(sysfs)
     if closed == ["/dev/kvm"] and group is None:
         return bad(NO_ACCESS_KVM, *read, denied=closed[0], user=user)
     kib = -(-examined.locked // 1024)
@@ -109,15 +117,15 @@ def _drivers(examined: Examined) -> Verdict:
     if examined.bdf is not None and examined.present:
         if examined.device.driver == VFIO_PCI:
             return good("no need: it is on vfio-pci", Reading(f"driver of {examined.bdf}", VFIO_PCI))
-        file = str(sysfs.device_path(examined.bdf).relative_to(sysfs.root) / "driver_override")
+        file = f"{PCI_DEVICES}/{examined.bdf}/driver_override"
     else:
         file = "sys/bus/pci/drivers_probe"
     read = Reading(f"/{file}", _owner(sysfs, file))
     if _may(sysfs, file, os.W_OK):
         return good("yes", read)
     if examined.bdf is not None and examined.present:
-        return bad(NO_DRIVERS, read, user=user_name(), bdf=examined.bdf)
-    return bad(NO_DRIVERS_YET, read, user=user_name())
+        return bad(NO_DRIVERS, read, user=user_name(sysfs), bdf=examined.bdf)
+    return bad(NO_DRIVERS_YET, read, user=user_name(sysfs))
 
 
 CHECKS = (

@@ -75,6 +75,10 @@ def _known(look: Look, names: list[str]) -> Iterator[tuple[str, str]]:
 
 def _claimed(sysfs: Sysfs, name: str) -> bool:
     """Whether somebody has the block device exclusively: mounted in another namespace, ZFS, bcache (open(2))."""
+    return sysfs.ask(f"claimed {name}", lambda: _claimed_now(sysfs, name))
+
+
+def _claimed_now(sysfs: Sysfs, name: str) -> bool:
     try:
         os.close(os.open(sysfs.path("dev", name), os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
     except OSError as error:

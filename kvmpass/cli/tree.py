@@ -1,0 +1,35 @@
+"""``--sysfs``: commands that only look can look at a recorded host instead of this one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvmpass import host
+
+VARIABLE = "KVMPASS_SYSFS"
+
+
+def tree_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the option; its function gets ``tree``, a :class:`host.Sysfs`, or None for this host."""
+
+    @click.option(
+        "--sysfs",
+        "place",
+        metavar="PLACE",
+        type=click.Path(exists=True, path_type=Path),
+        envvar=VARIABLE,
+        help="Look at a recorded host, a directory or an archive (doctor --record), not at this one.",
+    )
+    @functools.wraps(function)
+    def command(*arguments: Any, place: Path | None, **options: Any) -> Any:
+        tree = None
+        if place is not None:
+            tree = click.get_current_context().with_resource(host.open_recorded(place))
+        return function(*arguments, tree=tree, **options)
+
+    return command

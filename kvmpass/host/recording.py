@@ -1,0 +1,267 @@
+"""A host in a file: a recorded tree is what the commands that look have read of a host, and nothing else.
+
+What is recorded is found out by looking: a :class:`Recorder` is a :class:`~kvmpass.host.sysfs.Sysfs` that keeps what
+it is asked for. So nothing is read that ``list``, ``show``, ``doctor`` and ``plan`` would not read themselves, and
+what they will read in a later version is recorded by that version. What is no file (who may open a node, what KVM
+says) goes through :meth:`~kvmpass.host.sysfs.Sysfs.ask`, and its answers into ``kvmpass-record.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+import posixpath
+import re
+import stat
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from kvmpass.errors import KvmpassError
+from kvmpass.host.address import Bdf
+from kvmpass.host.anonymity import Anonymity
+from kvmpass.host.kmsg import PATH as KMSG
+from kvmpass.host.kmsg import KernelLog
+from kvmpass.host.recorded import MANIFEST, VERSION
+from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
+
+_BIGGEST_FILE = 4 << 20  # bytes; /proc/iomem of the largest hosts has a tenth of it
+_DATABASES = ("usr/share/", "run/udev/")  # their answers are recorded
+_NOBODYS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/pts/", "/dev/ptmx")
+_DESCRIPTORS = re.compile(r"proc/(?:\d+|self)/fd")
+_ONLY_READ = re.compile(r"proc/(?:\d+|self)/(?:fd|ns)/[^/]+")
+_T = TypeVar("_T")
+
+
+class Recorder(Sysfs):
+    """The host at ``root``, looked at, and kept. Changes nothing, and wakes no device.
+
+    Synchronization: for one thread.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        super().__init__(root)
+        self._seen: dict[str, bytes | None] = {}  # what was read; None: only whether it is there
+        self._links: set[str] = set()
+        self._listed: dict[str, list[str]] = {}
+        self._answers: dict[str, Any] = {}
+
+    # --- looking
+
+    def place(self, *parts: str) -> str:
+        self._seen.setdefault(_name(*parts), None)
+        return super().place(*parts)
+
+    def data(self, *parts: str, size: int = -1) -> bytes:
+        name = _name(*parts)
+        if parts[0] == PCI_DEVICES and parts[-1] == "config" and self.is_asleep(Bdf.parse(parts[1])):
+            raise OSError(errno.EIO, "it is suspended, and is not woken to be recorded", name)
+        content = super().data(*parts, size=size)
+        if len(content) <= _BIGGEST_FILE and not name.startswith(_DATABASES):
+            before = self._seen.get(name)
+            if before is None or len(before) < len(content) or size < 0:
+                self._seen[name] = content
+        return content
+
+    def link(self, *parts: str) -> str | None:
+        self._links.add(_name(*parts))
+        return super().link(*parts)
+
+    def names(self, *parts: str) -> list[str]:
+        found = super().names(*parts)
+        self._listed[_name(*parts)] = found
+        return found
+
+    def log(self) -> KernelLog:
+        found = super().log()
+        self._answers["kernel log error"] = found.error
+        lines = []
+        for record in found.records:
+            if record.by_kernel:  # what programs wrote there is none of our business
+                lines.append(f"6,{record.sequence},0,-;{record.text}")
+                if record.structured:
+                    lines.append(f" DEVICE={'other' if record.device is None else f'+pci:{record.device}'}")
+        self._seen[KMSG] = "\n".join([*lines, ""]).encode()
+        return found
+
+    def ask(self, question: str, answer: Callable[[], _T]) -> _T:
+        self._answers[question] = found = super().ask(question, answer)
+        return found
+
+    # --- keeping
+
+    def write_tar(self, file: Path, anonymity: Anonymity | None = None) -> int:
+        """Write what was seen to a new archive; the ending of its name chooses the compression. Returns the entries.
+
+        Raises ``FileExistsError``, ``OSError``; then there is no file.
+        """
+        entries = _Entries(self.root)
+        for name, content in self._seen.items():
+            entries.add(name, content)
+        for name in self._links:
+            entries.link(name)
+        for directory, names in self._listed.items():
+            if directory == "proc":  # processes are there if something of them was read
+                continue
+            for name in names:
+                entries.listed(directory, name)
+        members = entries.members(anonymity)
+        manifest = {
+            "version": VERSION,
+            "closed": sorted(anonymity.name(one) if anonymity else one for one in entries.unread),
+            "answers": _replaced(self._answers, anonymity) if anonymity else self._answers,
+        }
+        members[MANIFEST] = ("file", json.dumps(manifest, indent=1, sort_keys=True).encode())
+        mode = {".gz": "x:gz", ".tgz": "x:gz", ".xz": "x:xz", ".bz2": "x:bz2"}.get(file.suffix, "x")
+        try:
+            with tarfile.open(file, mode, format=tarfile.PAX_FORMAT) as archive:  # type: ignore[call-overload]
+                _write(archive, members)
+        except FileExistsError:
+            raise
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+        return len(members)
+
+
+def _write(archive: tarfile.TarFile, members: dict[str, tuple[str, bytes]]) -> None:
+    now = int(time.time())
+    for name in sorted(members):
+        kind, content = members[name]
+        info = tarfile.TarInfo(name)
+        info.mtime = now
+        if kind == "directory":
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+        elif kind == "link":
+            info.type, info.linkname = tarfile.SYMTYPE, content.decode(errors="surrogateescape")
+        else:
+            info.mode, info.size = 0o644, len(content)
+        archive.addfile(info, io.BytesIO(content) if kind == "file" else None)
+
+
+def _name(*parts: str) -> str:
+    return "/".join(part for part in "/".join(parts).split("/") if part not in ("", "."))
+
+
+def _replaced(value: Any, anonymity: Anonymity) -> Any:
+    if isinstance(value, str):
+        return anonymity.text(value)
+    if isinstance(value, dict):
+        return {anonymity.name(str(key)): _replaced(one, anonymity) for key, one in value.items()}
+    return [_replaced(one, anonymity) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+class _Entries:
+    """Paths as they were asked for become entries at their real places, with the links on the way."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._found: dict[str, tuple[str, bytes]] = {}
+        self._read: set[str] = set()
+        self._only_there: set[str] = set()
+
+    @property
+    def unread(self) -> set[str]:
+        """Files that are there, of which nothing is known."""
+        return self._only_there - self._read
+
+    def add(self, name: str, content: bytes | None) -> None:
+        """A file's content, or that there is such a file or directory."""
+        place = self._place(name)
+        if place is None:
+            return
+        if content is not None:
+            self._read.add(place)
+            self._parents(place)
+            self._found[place] = ("file", content)
+            return
+        try:
+            mode = os.lstat(self._root / place).st_mode
+        except OSError:
+            return
+        if stat.S_ISDIR(mode):
+            self._parents(place)
+            if place:
+                self._found.setdefault(place, ("directory", b""))
+        else:
+            self._only_there.add(place)
+            self._found.setdefault(place, ("file", b""))
+            self._parents(place)
+
+    def link(self, name: str) -> None:
+        """A link, wherever it leads."""
+        above, _, last = name.rpartition("/")
+        place = self._place(above)
+        try:
+            target = str((self._root / (place or ".") / last).readlink())
+        except OSError:
+            return
+        if place is not None and (not target.startswith("/") or _ONLY_READ.fullmatch(f"{place}/{last}")):
+            self._parents(f"{place}/{last}")
+            self._found[f"{place}/{last}"] = ("link", os.fsencode(target))
+
+    def listed(self, directory: str, name: str) -> None:
+        """What is in a directory. Of what a process has open only what is a device's."""
+        path = f"{directory}/{name}"
+        if _DESCRIPTORS.fullmatch(directory):
+            with contextlib.suppress(OSError):
+                target = str((self._root / path).readlink())
+                if target.startswith(("/dev/", "/sys/devices/")) and not target.startswith(_NOBODYS):
+                    self.link(path)
+            return
+        self.add(path, None)
+        if (self._root / path).is_symlink():
+            self.link(path)
+
+    def _place(self, name: str) -> str | None:
+        """Where it really is below the root, all links on the way added; None where it leads out, or nowhere."""
+        done: list[str] = []
+        todo = [part for part in name.split("/") if part not in ("", ".")]
+        for _ in range(4096):
+            if not todo:
+                return "/".join(done)
+            part = todo.pop(0)
+            if part == "..":
+                if not done:
+                    return None
+                done.pop()
+                continue
+            here = "/".join([*done, part])
+            try:
+                target = "" if here == "proc/self" else str((self._root / here).readlink())
+            except OSError:
+                target = ""
+            if not target:
+                done.append(part)
+                continue
+            if target.startswith("/"):
+                target = posixpath.relpath(os.path.relpath(target, "/"), "/".join(done) or ".")
+            self._parents(here)
+            self._found[here] = ("link", os.fsencode(target))
+            todo = [*(one for one in target.split("/") if one not in ("", ".")), *todo]
+        return None
+
+    def _parents(self, place: str) -> None:
+        for parent in PurePosixPath(place).parents:
+            if str(parent) != ".":
+                self._found.setdefault(str(parent), ("directory", b""))
+
+    def members(self, anonymity: Anonymity | None) -> dict[str, tuple[str, bytes]]:
+        if anonymity is None:
+            return dict(self._found)
+        found = {}
+        for name, (kind, content) in self._found.items():
+            found[anonymity.name(name)] = (kind, anonymity.content(name, kind, content))
+        return found
+
+
+def record(recorder: Recorder, look: Callable[[Recorder, Bdf], object]) -> None:
+    """Look at each device of the host (``look``). What vanishes meanwhile is left out."""
+    for name in recorder.names(PCI_DEVICES):
+        with contextlib.suppress(KvmpassError, OSError):
+            look(recorder, Bdf.parse(name))

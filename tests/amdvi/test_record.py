@@ -1,0 +1,108 @@
+"""A host in a file: the record of this one gives the answers that it gives itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kvmpass
+from kvmpass import host
+from kvmpass.cli.doctor import look_at_device, look_at_host
+from kvmpass.host import Bdf
+from kvmpass.layout import MIB
+
+VOLATILE = {"memory", "huge-pages", "cgroup-memory", "address-space", "tasks"}  # they count what is free just now
+
+
+def answers(sysfs: host.Sysfs) -> dict[str, str]:
+    """All that the commands say of this host and of each of its devices, question by question."""
+
+    def findings(bdf: Bdf | None) -> list[object]:
+        return [
+            (one.check, one.outcome) if one.check in VOLATILE else one
+            for one in host.diagnose(sysfs, bdf, memory=MIB)
+        ]
+
+    found = {"list": repr(host.inventory(sysfs)), "doctor": repr(findings(None))}
+    for device in sysfs.devices():
+        found[f"show {device.bdf}"] = repr(host.describe(sysfs, device.bdf))
+        found[f"doctor {device.bdf}"] = repr(findings(device.bdf))
+        made = kvmpass.plan([device.bdf], memory="64M", sysfs=sysfs)
+        reasons = [(one.bdf, one.reason) for one in (*made.blocks, *made.warnings)]
+        found[f"plan {device.bdf}"] = repr((made.devices, made.memory, made.phys_bits, made.descriptors, reasons))
+    return found
+
+
+def differences(archive: Path, user: int) -> list[str]:
+    """What a record of this host, made by that user, says otherwise than the host; in a process of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        text = "it failed"
+        try:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            live = answers(host.Sysfs())
+            recorder = host.Recorder()
+            look_at_host(recorder)
+            host.record(recorder, look_at_device)
+            assert recorder.write_tar(archive) > 500
+            with host.open_recorded(archive) as tree:
+                replayed = answers(tree)
+            text = json.dumps([f"{key}: {live[key]}\n{replayed[key]}" for key in live if live[key] != replayed[key]])
+        except BaseException as error:
+            text = json.dumps([repr(error)])
+        finally:
+            os.write(writer, text.encode()[:60000])
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as file:  # noqa: PTH123 - a descriptor
+        found = json.loads(file.read())
+    os.waitpid(child, 0)
+    assert isinstance(found, list)
+    return found
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that any user may write to."""
+    place = Path(tempfile.mkdtemp(prefix="kvmpass-test-"))
+    place.chmod(0o777)
+    yield place
+    shutil.rmtree(place)
+
+
+@pytest.mark.amdvi(kernel="full")
+@pytest.mark.parametrize("user", [0, 65534], ids=["root", "nobody"])
+def test_a_record_gives_the_same_answers(open_place: Path, user: int) -> None:
+    """Also that of a user without rights, read by root: what that user could not see stays unseen."""
+    assert differences(open_place / "host.tar.gz", user) == []
+    with host.open_recorded(open_place / "host.tar.gz") as tree:
+        assert host.inventory(tree).complete is (user == 0)
+
+
+@pytest.mark.amdvi(kernel="full")
+def test_a_record_without_addresses(nic: str, tmp_path: Path) -> None:
+    """Its cards' addresses are in no byte of it, and the devices are judged the same."""
+    addresses = [path.read_text().strip() for path in Path("/sys/class/net").glob("*/address")]
+    words = [sys.executable, "-m", "kvmpass"]
+    subprocess.run(
+        [*words, "doctor", "--record", str(tmp_path / "host.tar"), "--anonymous"], check=True, capture_output=True
+    )
+    data = (tmp_path / "host.tar").read_bytes()
+    assert not [one for one in addresses if one.encode() in data and one.strip("0:")]
+    shown = []
+    for more in ([], ["--sysfs", str(tmp_path / "host.tar")]):
+        done = subprocess.run([*words, "list", "--json", *more], check=True, capture_output=True, text=True)
+        shown.append([(one["bdf"], one["assignable"], one["driver"]) for one in json.loads(done.stdout)["devices"]])
+    assert shown[0] == shown[1]
+    assert nic in [bdf for bdf, *_ in shown[1]]
