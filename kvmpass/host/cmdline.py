@@ -86,7 +86,9 @@ class CommandLine:
         last = [item for item in self.items("intremap") if item.known in ("on", "off")][-1:]
         found = [str(item) for item in last if item.known == "off"]
         # Without IOAPICs nothing is remapped (arch/x86/kernel/apic/apic.c: enable_IR_x2apic).
-        return found + [parameter.text for parameter in self.of("nointremap", "noapic", "nolapic", "disableapic")]
+        off = self.of("nointremap", "noapic", "nolapic", "disableapic", "nosmp")
+        off += [parameter for parameter in self.of("maxcpus") if parameter.value == "0"]  # as nosmp (kernel/smp.c)
+        return found + [parameter.text for parameter in off]
 
     def acpi_off(self) -> list[str]:
         """What keeps the kernel from reading any ACPI table (arch/x86/kernel/acpi/boot.c: parse_acpi)."""

@@ -60,6 +60,9 @@ def test_what_switches_the_iommu_off(text: str, off: list[str]) -> None:
         ("intremap=off intremap=on", False),
         ("nointremap", True),
         ("noapic", True),
+        ("nosmp", True),
+        ("maxcpus=0", True),
+        ("maxcpus=1", False),
         ("intremap=nosid", False),
     ],
 )
