@@ -112,7 +112,7 @@ def virtio(host: Host, driver: str, **files: str) -> None:
 
 
 def test_a_mounted_9p(host: Host, tmp_path: Path) -> None:
-    virtio(host, "9pnet_virtio", mount_tag="home")
+    virtio(host, "9pnet_virtio", mount_tag="home\0")
     host.put("proc/self/mountinfo", MOUNT.format("0:41", "/x", "9p", "other", "rw,trans=virtio"))
     assert answer(host)[0] == []
     host.put("proc/self/mountinfo", MOUNT.format("0:40", "/home/a", "9p", "home", "rw,trans=virtio"))

@@ -17,7 +17,8 @@ def shares(look: Look, device: PciDevice) -> Iterator[Use]:
     for name in look.below(VIRTIO, device.bdf):
         driver = look.sysfs.link(VIRTIO, name, "driver")
         if driver == "9pnet_virtio":
-            yield from _mounts(look, "9p", look.sysfs.text(VIRTIO, name, "mount_tag"))
+            tag = look.sysfs.text(VIRTIO, name, "mount_tag")
+            yield from _mounts(look, "9p", None if tag is None else tag.rstrip("\0"))  # with its end
         elif driver == "virtiofs":
             yield from _mounts(look, "virtiofs", _virtiofs_tag(look, name))
     for name in look.below("sys/class/mtd", device.bdf):
