@@ -201,6 +201,7 @@ class Outer:
                 item.ihook.pytest_runtest_logreport(report=unpack_report(self.config, event["data"]))
             else:
                 replay(self.config, event)
+        record.events.clear()  # what was printed may be long
         if record.failure is not None:
             self.fail(item, record.failure)
 

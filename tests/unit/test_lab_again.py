@@ -52,3 +52,36 @@ def test_nothing_else_is_repeated(monkeypatch: pytest.MonkeyPatch, result: LabRe
 
 def test_what_was_stopped_stays_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, DEAD, GOOD, stop=True)[:2] == (DEAD, 1)
+
+
+def test_what_is_stopped_while_it_is_being_started_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several hosts may be starting when Ctrl-C comes: none of them is waited for."""
+    done: list[str] = []
+
+    class Starting:
+        def __init__(self, *arguments: object) -> None:
+            pass
+
+        def __enter__(self) -> Starting:
+            return self
+
+        def __exit__(self, *arguments: object) -> None:
+            done.append("closed")
+
+        def start(self, job: object) -> None:
+            lab.stop()
+
+        def stop(self) -> None:
+            done.append("stopped")
+
+        def pump(self, outputs: object) -> None:
+            pass
+
+        def boot(self, patience: float) -> LabResult:
+            assert done == ["stopped"]
+            return DEAD
+
+    monkeypatch.setattr("kvmpass.lab.lab.Host", Starting)
+    lab = Lab(LabConfig())
+    assert lab.run(["true"]) == DEAD
+    assert done == ["stopped", "closed"]
