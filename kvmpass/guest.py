@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from kvmpass.machine import Machine
 from kvmpass.vcpus import Ending
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
-_TAIL_BYTES = 16384
+_TAIL_BYTES = 1 << 16
 _MAX_FAILURES = 64
 _ABANDON_SECONDS = 2.0  # for a reader of the output that does not read, when all is over anyway
 _POWEROFF_SECONDS = 60.0  # from the command's status to power off; the init script does nothing in between
@@ -63,7 +65,8 @@ class GuestImage:
 class GuestResult:
     """How a guest ended. ``status`` is the command's, None if it did not report one.
 
-    ``failures``: what the guest's init could not do, and what KVM could not. ``console``: its last lines.
+    ``failures``: what the guest's init could not do, and what KVM could not. ``console``: its last 64 KiB
+    (``kvmpass.crash.excerpt`` finds where a crash begins in it).
     """
 
     ending: Ending
@@ -94,7 +97,10 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
             root.run_command(spec.command)
         root.terminal(spec.terminal, spec.terminal_size)
         initrd = root.build()
-    return GuestImage(kernel, initrd, kernel_command_line(verbose=spec.verbose, extra=spec.append.split()))
+    command_line = kernel_command_line(
+        verbose=spec.verbose, strict=spec.command is not None, extra=spec.append.split()
+    )
+    return GuestImage(kernel, initrd, command_line)
 
 
 class Pump:
@@ -225,18 +231,27 @@ class Guest:
                     self._report.status = status
                     self._reported.set()
 
-    def run(self, *, restart: bool = False) -> GuestResult:
-        """Start and wait for the end, however long it takes. Raises what a sink or a vCPU raised.
+    @property
+    def console(self) -> str:
+        """What its console has printed so far: the last 64 KiB."""
+        return bytes(self._tail).decode(errors="replace").replace("\r", "")
+
+    def run(self, *, restart: bool = False, timeout: float | None = None) -> GuestResult:
+        """Start and wait for the end: ``timeout`` seconds at most. Raises what a sink or a vCPU raised.
 
         ``restart``: a guest that reboots without having reported its command's status starts again, with its devices
-        reset. A guest that has reported it is given a minute to power off.
+        reset. A guest that has reported it is given a minute to power off. The time includes every boot.
         """
+        deadline = time.monotonic() + timeout if timeout is not None else math.inf
         self._machine.start()
         ending = None
         while ending is None:
             reported = self._reported.is_set()  # before the wait: a report that comes during it starts the minute
-            ending = self._machine.wait(_POWEROFF_SECONDS if reported else 1.0)
-            if ending is None and reported:
+            left = deadline - time.monotonic()
+            ending = self._machine.wait(max(0.0, min(_POWEROFF_SECONDS if reported else 1.0, left)))
+            if ending is None and time.monotonic() >= deadline:
+                self._machine.stop(Ending.TIMEOUT)
+            elif ending is None and reported:
                 self._machine.stop()
             if ending is Ending.REBOOT and restart and not self._reported.is_set():
                 self._report.ready = False
@@ -247,6 +262,5 @@ class Guest:
         self._pump.close()
         if self._pump.failure is not None:
             raise self._pump.failure
-        console = bytes(self._tail).decode(errors="replace").replace("\r", "")
         failures = [*self._report.failures, *([self._machine.fault] if self._machine.fault else [])]
-        return GuestResult(ending, self._report.status, tuple(failures), console)
+        return GuestResult(ending, self._report.status, tuple(failures), self.console)

@@ -42,8 +42,9 @@ class Ending(enum.Enum):
     REBOOT = "rebooted"
     PANIC = "panicked"
     TRIPLE_FAULT = "triple fault"
-    FAULT = "KVM could not go on"
+    FAULT = "KVM could not run it"
     DEVICE_ERROR = "a device failed"
+    TIMEOUT = "out of time"
     STOPPED = "stopped"
 
 

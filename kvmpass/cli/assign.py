@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
+from kvmpass import crash
 from kvmpass.assignment import assigned
-from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT
+from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
 from kvmpass.cli.params import BDF
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
@@ -22,8 +24,6 @@ from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
 from kvmpass.memory import Backing
 from kvmpass.vcpus import Ending
-
-_TAIL_LINES = 24
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -56,6 +56,13 @@ _TAIL_LINES = 24
     show_default=True,
     help="What a guest that reboots does; with restart its devices stay, and COMMAND runs again.",
 )
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="End the guest after this time, boot included; status 124.",
+)
+@click.option("--console-log", type=click.Path(path_type=Path), help="Keep the whole console in this file.")
 @click.option("--status-file", type=click.Path(path_type=Path), help="Write how it ended there, as JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="Say what is mapped; with a command, show the console too.")
 @click.pass_obj
@@ -74,8 +81,12 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
     that of kvmpass. Without, the console is on this terminal in raw mode: every key goes to the guest, and Ctrl-]
     ends it.
 
+    With COMMAND a crash or a lockup of the guest's kernel ends the guest, and its console is shown from there on.
+    Words of --append take precedence: oops=, softlockup_panic=, hung_task_panic=, watchdog_thresh=.
+
     \b
     Exit status, with COMMAND its own, or:
+      124  the time of --timeout was up
       125  kvmpass failed, or was called wrongly
       126  the guest ended without reporting a status
       130, 143  interrupted by Ctrl-C, by SIGTERM (129, 131: SIGHUP, SIGQUIT)
@@ -96,7 +107,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             exit_status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
             outcome.update(outcome="interrupted")
-        outcome.update(error=str(error) or type(error).__name__, hints=list(getattr(error, "__notes__", ())))
+        outcome.update(error=_cause(error), hints=list(getattr(error, "__notes__", ())))
         raise
     finally:
         if status_file is not None:
@@ -143,9 +154,11 @@ def _run(
         if verbose and select.select([], [sys.stderr], [], 0)[1]:
             say(f"device {event}")
 
+    log = ConsoleLog(options["console_log"])
     to_stdout, to_stderr = descriptor_sink(sys.stdout.fileno()), descriptor_sink(sys.stderr.fileno())
     console = to_stdout if command is None else to_stderr if verbose else None
     with (
+        closing(log),
         assigned(
             bdf,
             spec,
@@ -156,13 +169,20 @@ def _run(
             say=say,
             on_event=note,
         ) as machine,
-        Guest(machine, console=console, output=to_stdout, errors=to_stderr) as guest,
+        Guest(machine, console=log.beside(console), output=to_stdout, errors=to_stderr) as guest,
     ):
         if command is None:
             click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
         keyboard = raw_terminal(guest.type, machine.stop) if command is None else nullcontext()
         with keyboard:
-            result = guest.run(restart=options["on_reboot"] == "restart")
+            try:
+                result = guest.run(restart=options["on_reboot"] == "restart", timeout=options["timeout"])
+            except (KeyboardInterrupt, SystemExit) as error:
+                # A reader that stalls must not delay the devices' return.
+                if command is not None and select.select([], [sys.stderr], [], 0)[1]:
+                    click.echo(f"kvmpass: {_cause(error)}; the guest's console:", err=True)
+                    _show_console(guest.console)
+                raise
         outcome["status"] = result.status  # true even if giving back the device should fail
     if command is not None and result.status is None:
         _explain(result)
@@ -187,10 +207,59 @@ def _explain(result: GuestResult) -> None:
     click.echo(f"kvmpass: the guest {_ENDED[result.ending]} before its command reported a status", err=True)
     for failure in result.failures:
         click.echo(f"  the guest says: {failure}", err=True)
-    lines = result.console.splitlines()
-    panic = next((n for n, line in enumerate(lines) if "Kernel panic" in line), None)
-    for line in lines[-_TAIL_LINES:] if panic is None else lines[panic : panic + _TAIL_LINES]:
+    _show_console(result.console)
+
+
+def _show_console(console: str) -> None:
+    """From where its trouble begins, if it has any."""
+    for line in crash.excerpt(console):
         click.echo(f"  console: {''.join(c if c.isprintable() else ' ' for c in line)}", err=True)
+
+
+def _cause(error: BaseException) -> str:
+    """In words, for the status file too: what an exception of this process's own means."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by SIGINT"
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+        return f"interrupted by {signal.Signals(error.code - 128).name}"
+    return str(error) or type(error).__name__
+
+
+class ConsoleLog:
+    """``--console-log``: the whole console in a file. Opened before anything else; raises ``OSError``.
+
+    A disk that is full then is said, and does not end the guest.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._file = path.open("wb", buffering=0) if path else None
+
+    def beside(self, sink: Sink | None) -> Sink | None:
+        """A sink that writes here, and to ``sink``."""
+        if self._file is None:
+            return sink
+
+        def write(data: bytes) -> None:
+            self._write(data)
+            if sink is not None:
+                sink(data)
+
+        return write
+
+    def _write(self, data: bytes) -> None:
+        try:
+            while self._file is not None and data:
+                data = data[self._file.write(data) or 0 :]
+        except OSError as error:
+            click.echo(f"kvmpass: --console-log: {self._path}: {error.strerror}: the rest is missing", err=True)
+            self.close()
+
+    def close(self) -> None:
+        """Idempotent."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 _MAX_EVENTS = 256
@@ -201,11 +270,14 @@ _ENDED = {
     Ending.TRIPLE_FAULT: "died of a triple fault",
     Ending.FAULT: "was ended by KVM, which could not run it",
     Ending.DEVICE_ERROR: "was ended because a device failed",
+    Ending.TIMEOUT: "was out of time",
     Ending.STOPPED: "was stopped",
 }
 
 
 def _exit_status(result: GuestResult, command: bool) -> int:
+    if result.ending is Ending.TIMEOUT and result.status is None:
+        return TIME_UP
     if command:
         return GUEST_SILENT if result.status is None else result.status
     failed = (Ending.PANIC, Ending.TRIPLE_FAULT, Ending.FAULT, Ending.DEVICE_ERROR)

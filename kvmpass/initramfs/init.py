@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 DIRECTORY = "/kvmpass"
 SETTLE_SECONDS = 20  # the guest's own, for a driver to take its device
+WATCHDOG_SECONDS = 20
 NAMESPACE_SECONDS = 5  # from a live NVMe controller on; one without namespaces costs this wait
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -43,6 +44,19 @@ for tty in ttyS1 ttyS2 ttyS3; do
 done
 exec 4>/dev/ttyS1 5>/dev/ttyS2 6>/dev/ttyS3
 control=yes
+"""
+
+# A guest that runs a command ends where its kernel stops (Documentation/admin-guide/sysctl/kernel.rst); a lockup is
+# one after twice the threshold. The same words on the kernel's command line take precedence.
+_STRICT = """
+read -r cmdline </proc/cmdline
+strict() {{
+    case " $cmdline " in
+    *" $1="*) ;;
+    *) [ ! -w /proc/sys/kernel/$1 ] || echo $2 >/proc/sys/kernel/$1 ;;
+    esac
+}}
+strict watchdog_thresh {threshold}; strict softlockup_panic 1; strict hung_task_panic 1
 """
 
 # As modprobe does, a module gets its parameters from the kernel's command line.
@@ -148,7 +162,7 @@ def init_script(
     loads = "".join(f"load {quote(name)} {'yes' if tested else ''}".rstrip() + "\n" for name, tested in modules)
     parts = [
         _COMMON.format(path=PATH, term=quote(term)),
-        _CHANNEL if command else "\ncontrol=\n",
+        _CHANNEL + _STRICT.format(threshold=WATCHDOG_SECONDS) if command else "\ncontrol=\n",
         load + loads if loads else "",
         f"\nexpected={quote(' '.join(expected))}\n",
         _SETTLE.replace("SECONDS", str(SETTLE_SECONDS)).replace("NAMESPACE", str(NAMESPACE_SECONDS)),

@@ -86,7 +86,7 @@ class Vcpu(OwnedFd):
         if reason == lib.KVM_EXIT_FAIL_ENTRY:
             return FailedExit("the processor refused to enter the guest", out.detail[0], out.detail[1])
         if reason == lib.KVM_EXIT_INTERNAL_ERROR:
-            return FailedExit("KVM could not go on (KVM_EXIT_INTERNAL_ERROR)", out.detail[0], out.detail[1])
+            return FailedExit("KVM could not emulate it (KVM_EXIT_INTERNAL_ERROR)", out.detail[0], out.detail[1])
         return FailedExit("an exit that is not handled", reason, 0)
 
     def complete(self, exit_: PortExit | MmioExit, data: bytes) -> None:

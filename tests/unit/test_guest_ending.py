@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -96,3 +97,41 @@ def test_a_line_that_a_boot_did_not_end_is_not_the_next_ones() -> None:
     with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
         result = guest.run(restart=True)
     assert (vm.resets, result.status, result.failures) == (1, 3, ())
+
+
+class HangingVm(Vm):
+    """Its guest neither reports nor ends."""
+
+    def __init__(self, reports: bool = False) -> None:
+        super().__init__(None)
+        self.endings: list[Ending] = []
+        self._reports = reports
+
+    def stop(self, ending: Ending = Ending.STOPPED) -> None:
+        self.endings.append(ending)
+
+    def wait(self, timeout: float | None = None) -> Ending | None:
+        if self.endings:
+            return self.endings[0]
+        assert timeout is not None and 0 <= timeout <= 60
+        self.waits.append(timeout)
+        if self._reports:
+            self.sinks[CONTROL](REPORT)
+        time.sleep(timeout)
+        return None
+
+
+def test_a_guest_that_never_ends_is_ended_when_its_time_is_up() -> None:
+    vm = HangingVm()
+    with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
+        result = guest.run(timeout=0.05)
+    assert (result.ending, result.status) == (Ending.TIMEOUT, None)
+    assert max(vm.waits) <= 0.05
+
+
+def test_a_status_that_came_in_time_counts() -> None:
+    """It hangs only in its power-off: the command's status is known."""
+    vm = HangingVm(reports=True)
+    with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
+        result = guest.run(timeout=0.05)
+    assert (result.ending, result.status) == (Ending.TIMEOUT, 3)

@@ -1,0 +1,68 @@
+"""What `kvmpass assign` says of an end, and what it keeps of the console."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvmpass.cli.assign import ConsoleLog, _cause, _exit_status, _show_console
+from kvmpass.guest import GuestResult
+from kvmpass.vcpus import Ending
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KeyboardInterrupt(), "interrupted by SIGINT"),
+        (SystemExit(143), "interrupted by SIGTERM"),
+        (SystemExit(129), "interrupted by SIGHUP"),
+        (SystemExit(2), "2"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_a_cause_in_words(error: BaseException, words: str) -> None:
+    assert _cause(error) == words
+
+
+@pytest.mark.parametrize("command", [True, False])
+def test_exit_statuses(command: bool) -> None:
+    def status(ending: Ending, reported: int | None = None) -> int:
+        return _exit_status(GuestResult(ending, reported, (), ""), command)
+
+    assert status(Ending.TIMEOUT) == 124
+    assert status(Ending.PANIC) == 126
+    assert status(Ending.FAULT) == 126
+    assert status(Ending.POWEROFF) == (126 if command else 0)
+    if command:
+        assert status(Ending.TIMEOUT, 3) == 3
+
+
+def test_the_console_is_shown_from_its_trouble_on_without_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    _show_console("boot\n" * 100 + "BUG: \x1b[31mbad\n[end]\n")
+    assert capsys.readouterr().err == "  console: BUG:  [31mbad\n  console: [end]\n"
+
+
+def test_the_whole_console_goes_to_the_log_beside_the_sink(tmp_path: Path) -> None:
+    seen: list[bytes] = []
+    log = ConsoleLog(tmp_path / "log")
+    write = log.beside(seen.append)
+    assert write is not None
+    for part in (b"one", b"\xff\0", b"two"):
+        write(part)
+    log.close()
+    log.close()
+    assert (tmp_path / "log").read_bytes() == b"one\xff\0two" == b"".join(seen)
+    assert ConsoleLog(None).beside(None) is None
+
+
+def test_a_full_disk_is_said_once_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[bytes] = []
+    write = ConsoleLog(Path("/dev/full")).beside(seen.append)
+    assert write is not None
+    write(b"one")
+    write(b"two")
+    assert seen == [b"one", b"two"]
+    told = "kvmpass: --console-log: /dev/full: No space left on device: the rest is missing\n"
+    assert capsys.readouterr().err == told
