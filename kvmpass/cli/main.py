@@ -93,8 +93,22 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+def open_standard_streams() -> None:
+    """Open /dev/null where the caller has closed a standard stream: else the next file takes its number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
+    open_standard_streams()
     if request := os.environ.get(COMPLETE):
         from kvmpass.cli.completion import answer
 
