@@ -274,7 +274,9 @@ class Tree:
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="kvmpass-mutants-"))
-        ignore = shutil.ignore_patterns(".*", "__pycache__", "dist", "build", "*.egg-info")
+        ignore = shutil.ignore_patterns(
+            ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "dist", "build", "*.egg-info"
+        )
         shutil.copytree(ROOT, self.path / "tree", ignore=ignore, symlinks=True)
         self.tree = self.path / "tree"
         (self.path / "tmp").mkdir()

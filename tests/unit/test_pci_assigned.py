@@ -638,3 +638,25 @@ def test_a_device_whose_state_nobody_can_read_decodes_nothing(board: Board, monk
         assert (board.bars(), board.ports.read(ports, 4)) == ([], b"\xff" * 4)
     board.config_write(PM_AT + 4, 0, 2)
     assert board.bars() != []
+
+
+def test_a_device_that_vfio_lets_nobody_write_decodes_nothing() -> None:
+    """It comes with decoding on, but VFIO does not know of it: its pages would fault."""
+    writable = False
+    device = FakeDevice()
+    real = device.config.write
+
+    def write(offset: int, data: bytes) -> None:
+        if not writable:
+            raise OSError(5, "pwrite")
+        real(offset, data)
+
+    device.config.data[COMMAND] = 3
+    device.config.write = write  # type: ignore[method-assign]
+    board = Board(device)
+    ports = board.config_read(BAR2) & ~3
+    assert (board.bars(), board.ports.read(ports, 4)) == ([], b"\xff" * 4)
+    writable = True
+    board.config_write(COMMAND, 3, 2)
+    assert (len(board.bars()), board.ports.read(ports, 4)) == (2, bytes(4))
+    board.close()
