@@ -66,6 +66,7 @@ def test_known_ones_are_shown_in_their_order_and_all_others_hidden() -> None:
         chain = [(0x40 + 16 * at, n) for at, n in enumerate(numbers)]
         guest = Guest(chain)
         assert guest.chain() == [(at, n) for at, n in chain if n in SHOWN]
+        assert not guest.shown or guest.space.read(guest.chain()[-1][0] + 1, 1) == b"\0", "the last one says so"
         assert guest.shown == {n: at for at, n in chain if n in SHOWN}
         for at, number in chain:
             body = guest.space.read(at, 16)
@@ -149,6 +150,7 @@ def test_extended_ones_that_are_known_are_shown() -> None:
     chain = [(0x100 + 0x20 * at, n, 1 + n % 3) for at, n in enumerate(numbers)]
     guest = Extended(chain)
     assert guest.chain() == [entry for entry in chain if entry[1] in SHOWN_EXTENDED]
+    assert guest.int(guest.chain()[-1][0], 4) >> 20 == 0, "the last one says so"
     for at, number, _ in chain[:-1]:
         expected = b"\xee" * 28 if number in SHOWN_EXTENDED else bytes(28)
         assert guest.space.read(at + 4, 28) == expected, f"registers of {number:#x}"
