@@ -253,3 +253,28 @@ def test_a_vm_that_is_left_loses_its_slots(stage: Stage) -> None:
     old.closed = True
     stage.memslots.leave(old)  # type: ignore[arg-type]
     assert old.calls == 3
+
+
+def test_a_region_that_comes_back_is_doubtful_no_more(stage: Stage) -> None:
+    """As when another mirror keeps it: it is the same region that is added again."""
+    memory = GuestMemory()
+    region = memory.add_ram(0, PAGE)
+    real = stage.vm.set_user_memory_region
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, "KVM_SET_USER_MEMORY_REGION")
+
+    stage.vm.set_user_memory_region = refuse  # type: ignore[method-assign]
+    with pytest.raises(OSError):
+        stage.memslots.region_added(region)
+    stage.vm.set_user_memory_region = real  # type: ignore[method-assign]
+    stage.memslots.region_removed(region)
+    assert not stage.memslots.holds(region)
+    stage.memslots.region_added(region)
+    slots, stage.vm.slots = stage.vm.slots, {}
+    with pytest.raises(OSError):
+        stage.memslots.region_removed(region)
+    assert stage.memslots.holds(region)
+    stage.vm.slots = slots
+    stage.memslots.region_removed(region)
+    memory.close()
