@@ -19,6 +19,8 @@ def kernel_command_line(*, verbose: bool = False, strict: bool = False, extra: I
     - ``i8042.nokbd``-style words are not needed either: the FADT says that there is no such controller.
     """
     words = ["console=ttyS0,115200", "8250.nr_uarts=4", "panic=-1", "reboot=panic_warm"]
-    words += ["oops=panic"] if strict else []
+    extra = list(extra)
+    if strict and not any(word.startswith("oops=") for word in extra):  # it can be turned on only
+        words.append("oops=panic")
     words += ["loglevel=7"] if verbose else ["quiet"]
     return " ".join([*words, *extra])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -51,7 +52,8 @@ ASSIGN_STEPS: list[tuple[type, str]] = [
     (Device, "set_unmask_eventfd"),
     (PciBus, "plug"),
 ]
-DEASSIGN_STEPS: list[tuple[type, str]] = [
+# Out of the guest's reach: what fails here leaves the device assigned, to be tried again.
+UNPLUG_STEPS: list[tuple[type, str]] = [
     (PciBus, "unplug"),
     (AssignedFunction, "close"),
     (Intx, "disable"),
@@ -59,10 +61,11 @@ DEASSIGN_STEPS: list[tuple[type, str]] = [
     (Vm, "irqfd_deassign"),
     (Bar, "close"),
     (HostMapping, "close"),
+]
+DEASSIGN_STEPS: list[tuple[type, str]] = [
     (Device, "close"),
     (VfioDevice, "file_del"),
     (Container, "unmap_dma"),
-    (Group, "unset_container"),
     (Group, "close"),
     (Container, "close"),
 ]
@@ -133,6 +136,66 @@ def test_a_failure_at_each_step_of_assign(borrowed: str, monkeypatch: pytest.Mon
             assert edu.bar.read_int(0) == 0x010000ED
             machine.deassign(machine.devices[0])
             clean()
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_device_that_cannot_be_unplugged_stays_and_can_be_tried_again(
+    borrowed: str, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    for owner, name in UNPLUG_STEPS:
+        with Machine(memory="2M") as machine:
+            with monkeypatch.context() as patch:
+                step = FailOnce(patch, owner, name, after=after)
+                device = machine.assign(borrowed)
+                step.armed = True
+                with pytest.raises(Injected, match=f"{owner.__name__}.{name}"):
+                    machine.deassign(device)
+                assert step.called
+            assert machine.devices == [device]
+            machine.audit()
+            machine.deassign(device)
+            assert machine.devices == []
+            clean()
+
+
+def test_a_device_that_cannot_be_unplugged_goes_with_its_machine(
+    borrowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KVM keeps every memslot: the failure is told, and pages are unmapped once nobody can run the VM any more."""
+    real = Vm.set_user_memory_region
+
+    def kept(vm: Vm, slot: int, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:
+        if not size:
+            raise OSError(errno.ENOMEM, "KVM_SET_USER_MEMORY_REGION: planted")
+        real(vm, slot, gpa, size, hva, readonly=readonly)
+
+    machine = Machine(memory="2M")
+    device = machine.assign(borrowed)
+    device.enable()
+    bars = [region for region in machine.memory if not region.dma]
+    assert bars
+    monkeypatch.setattr(Vm, "set_user_memory_region", kept)
+    with pytest.raises(OSError, match="planted"):
+        machine.deassign(device)
+    assert machine.devices == [device]
+    assert all(region.hva and region in list(machine.memory) for region in bars)
+    machine.audit()
+    with pytest.raises(OSError, match="planted"):
+        machine.close()
+    assert (machine.devices, machine.memslots.ledger, len(machine.memory)) == ([], [], 0)
+    clean()
+
+
+def test_a_group_that_cannot_leave_stays_until_the_end(borrowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Machine(memory="2M") as machine:
+        device = machine.assign(borrowed)
+        with monkeypatch.context() as patch:
+            step = FailOnce(patch, Group, "unset_container", after=False)
+            step.armed = True
+            with pytest.raises(Injected):
+                machine.deassign(device)
+        assert (machine.devices, machine.domain.groups) == ([], [device.group])
+    clean()
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
