@@ -11,6 +11,7 @@ import click
 
 from kvmpass import host
 
+_DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 VARIABLE = "KVMPASS_SYSFS"
 
 
@@ -27,9 +28,12 @@ def tree_option(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     @functools.wraps(function)
     def command(*arguments: Any, place: Path | None, **options: Any) -> Any:
-        tree = None
-        if place is not None:
-            tree = click.get_current_context().with_resource(host.open_recorded(place))
-        return function(*arguments, tree=tree, **options)
+        if place is None:
+            return function(*arguments, tree=None, **options)
+        tree = click.get_current_context().with_resource(host.open_recorded(place))
+        try:
+            return function(*arguments, tree=tree, **options)
+        except _DAMAGE as error:  # of a kernel's files they would be bugs of ours
+            raise host.BadRecord(f"{place} is not what a kernel or kvmpass writes: {error!r}") from error
 
     return command

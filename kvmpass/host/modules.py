@@ -58,12 +58,17 @@ def module(sysfs: Sysfs, name: str) -> Module:
     if sysfs.path(directory).is_dir():
         loaded = sysfs.path(directory, "initstate").exists()  # a built-in one has none (kernel/module/sysfs.c)
         return Module(name, ModuleStatus.LOADED if loaded else ModuleStatus.BUILT_IN, f"/{directory}", "there")
-    found = _asked(name) if str(sysfs.root) == "/" else None
-    if found is None:
-        found = _listed(sysfs, name)
+    told = sysfs.ask(f"module {name}", lambda: _told(sysfs, name))
+    found = _listed(sysfs, name) if told is None else Module(name, ModuleStatus(told[0]), told[1], told[2])
     if found.status is ModuleStatus.LOADABLE:
         return _obstacle(sysfs, name) or found
     return found
+
+
+def _told(sysfs: Sysfs, name: str) -> list[str] | None:
+    """The same for a record: what modprobe says, of this machine only."""
+    found = _asked(name) if str(sysfs.root) == "/" else None
+    return None if found is None else [str(found.status), found.seen, found.value]
 
 
 def _asked(name: str) -> Module | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import stat
 import tarfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,10 @@ from host_tree import Host, ivhd, ivmd, ivrs
 from kvmpass import host as library
 from kvmpass.cli import doctor as doctor_module
 from kvmpass.cli.doctor import doctor, look_at_device, look_at_host
+from kvmpass.cli.list import list as list_command
+from kvmpass.cli.plan import plan as plan_command
+from kvmpass.cli.show import show
+from kvmpass.errors import KvmpassError
 from kvmpass.host import Bdf, Sysfs, describe, diagnose, inventory, open_recorded
 from kvmpass.host.anonymity import Anonymity
 from kvmpass.host.recorded import MANIFEST, BadRecord
@@ -26,6 +31,7 @@ from kvmpass.planning import plan
 
 NVME, NIC, GPU = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
 IVRS = "sys/firmware/acpi/tables/IVRS"
+COMMANDS_BY_NAME = {"list": list_command, "doctor": doctor, "show": show, "plan": plan_command}
 MAC = "d8:5e:d3:01:02:03"
 
 
@@ -330,6 +336,43 @@ def test_nothing_that_a_terminal_would_obey(host: Host, tmp_path: Path) -> None:
 def test_the_root_directory_is_no_record() -> None:
     with pytest.raises(BadRecord, match="this host"), open_recorded(Path("/")):
         pass
+
+
+def test_damaged_records_end_in_an_error_or_an_answer(host: Host, tmp_path: Path) -> None:
+    """Files cut, doubled, with other bytes; answers of other types: never anything that no command expects."""
+    recorded(host.root, tmp_path / "x.tar")
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        whole = [
+            (one, opened.read() if (opened := archive.extractfile(one)) else b"") for one in archive if one.isreg()
+        ]
+        rest = [one for one in archive.getmembers() if not one.isreg()]
+    dice = random.Random(5)
+    ends: dict[bool, int] = {True: 0, False: 0}
+    for turn in range(25):
+        with tarfile.open(tmp_path / f"{turn}.tar", "w") as archive:
+            for one in rest:
+                archive.addfile(one)
+            for info, content in whole:
+                damaged = content
+                if info.name == MANIFEST:
+                    manifest = json.loads(content)
+                    for question in manifest["answers"]:
+                        if dice.random() < 0.1:
+                            manifest["answers"][question] = dice.choice([None, [], {}, "x", -1, [1, 2, 3], True])
+                    damaged = json.dumps(manifest).encode()
+                elif content and dice.random() < 0.2:
+                    at = dice.randrange(len(content))
+                    damaged = content[:at] + dice.randbytes(dice.randint(0, 9)) + content[at + dice.randint(0, 9) :]
+                info.size = len(damaged)
+                archive.addfile(info, io.BytesIO(damaged))
+        for words in (["list"], ["doctor", NVME], ["show", NIC], ["plan", GPU, "--memory", "64M"]):
+            result = CliRunner().invoke(
+                COMMANDS_BY_NAME[words[0]], [*words[1:], "--sysfs", str(tmp_path / f"{turn}.tar")]
+            )
+            fine = result.exception is None or isinstance(result.exception, (SystemExit, KvmpassError, OSError))
+            assert fine, (turn, words, result.exception)
+            ends[result.exception is None or isinstance(result.exception, SystemExit)] += 1
+    assert ends[True] > 20
 
 
 # --- the commands
