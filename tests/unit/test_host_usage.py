@@ -10,8 +10,10 @@ import pytest
 from host_tree import Host
 
 from kvmpass.errors import DeviceInUse
-from kvmpass.host import Bdf, bind, blockers, check_assignable, describe, processes
-from kvmpass.host.processes import sockets_of
+from kvmpass.host import Bdf, Look, Sysfs, bind, blockers, check_assignable, describe, processes
+from kvmpass.host.blockers.use import borrowers
+from kvmpass.host.journal import Entry, boot_id
+from kvmpass.host.processes import sockets_of, start_time
 
 BDF = Bdf(0, 1, 0, 0)
 DEVICE = f"sys/bus/pci/devices/{BDF}"
@@ -421,8 +423,6 @@ def test_what_a_driver_does_for_the_kernel(host: Host, driver: str | None, unsee
 
 def test_each_socket_is_asked_for_its_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine, as root asks for AF_VSOCK."""
-    from kvmpass.host import Sysfs
-
     own = os.getpid()
     names = Sysfs.names
     monkeypatch.setattr(Sysfs, "names", lambda self, *p: names(self, *p) if len(p) > 1 else [str(own)])
@@ -432,3 +432,19 @@ def test_each_socket_is_asked_for_its_protocol(monkeypatch: pytest.MonkeyPatch) 
         assert own in [process.pid for process in sockets_of(Sysfs(), protocol)]
         assert sockets_of(Sysfs(), "AF_VSOCK") == []
     assert processes.process(Sysfs(), own).pid == own
+
+
+def test_what_is_borrowed_is_known_before_a_node_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPASS_STATE_DIR", str(tmp_path))
+    this, own = Sysfs(), os.getpid()
+    started = start_time(this, own)
+    assert started is not None
+    (tmp_path / "journal").mkdir()
+    for bdf, pid, ticks in (("00:1e.1", own, started), ("00:1e.2", own, started - 1), ("00:1e.3", 1 << 22, started)):
+        address = Bdf.parse(bdf)
+        entry = Entry(address, boot_id(this), pid, ticks, "me", None, None, None, None)
+        (tmp_path / f"journal/{address}.json").write_text(entry.to_json())
+    (tmp_path / "journal/0000:00:1e.4.json").write_text("{")
+    (tmp_path / "journal/notes.json").write_text("{}")
+    assert borrowers(Look(this)) == {Bdf(0, 0, 0x1E, 1): processes.Process(own, "me")}
+    assert borrowers(Look(Host(tmp_path / "tree"))) == {}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
-from kvmpass.errors import DeviceInUse
+from kvmpass.errors import DeviceInUse, KvmpassError
+from kvmpass.host.address import Bdf
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.journal import Journal
+from kvmpass.host.look import Look
 from kvmpass.host.problems import Problem
+from kvmpass.host.processes import Process
 from kvmpass.host.usage import untraced, vfio_nodes
 
 ASSIGNED = Problem(
@@ -44,8 +49,26 @@ MAY_BE_IN_USE = Problem(
 
 def _assigned(examined: Examined) -> Verdict:
     found = list(_holders(examined))
-    read = Reading("open nodes below /dev/vfio", "; ".join(found) or "of this device none")
+    borrower = examined.look.remembered("borrowers", borrowers).get(examined.device.bdf)
+    if borrower is not None and not found:  # just before it opens a node, or just after
+        found = [f"is assigned by {borrower}"]
+    read = Reading("open nodes below /dev/vfio, kvmpass's journal", "; ".join(found) or "of this device none")
     return bad(ASSIGNED, read, bdf=examined.bdf, who="; it ".join(found)) if found else good("no", read)
+
+
+def borrowers(look: Look) -> dict[Bdf, Process]:
+    """The living processes that have borrowed devices, as kvmpass's journal on this machine says."""
+    found: dict[Bdf, Process] = {}
+    if str(look.sysfs.root) != "/":
+        return found
+    journal = Journal()
+    with contextlib.suppress(OSError):
+        for path in journal.files():
+            with contextlib.suppress(KvmpassError):
+                entry = journal.read(Bdf.parse(path.stem))
+                if entry is not None and entry.is_owned(look.sysfs):
+                    found[entry.bdf] = Process(entry.pid, entry.command)
+    return found
 
 
 def _holders(examined: Examined) -> Iterator[str]:
@@ -91,7 +114,7 @@ CHECKS = (
     Check(
         "device-assigned",
         "Not assigned",
-        "who has its nodes open: those of its group, its own, those of its virtual functions",
+        "who has its nodes open: those of its group, its own, those of its virtual functions; kvmpass's journal",
         (ASSIGNED,),
         _assigned,
         ("device-kind",),
