@@ -215,11 +215,14 @@ NEARER = "eth2\t8002A8C0\t00000000\t0001\t0\t0\t0\tC0FFFFFF\t0\n"  # 192.168.2.1
         ({"udp": "0: 0102A8C0:0016 0502A8C0:C000 01 0"}, "192.168.2.5"),
         ({"tcp6": f"0: {MAPPED}0102A8C0:16 {MAPPED}0502A8C0:C000 01 0"}, "192.168.2.5"),
         ({"tcp6": f"0: 000080FE{'0' * 23}1:16 0000000DB80D0120:zz 01 0"}, ""),
+        ({"tcp6": f"0: 000080FE{'0' * 16}01000000:16 000080FE{'0' * 16}02000000:17 01 0"}, ""),  # on every link
+        ({"udp": "0: 0102A8C0:0016 FB0000E0:14E9 01 0"}, ""),  # multicast
     ],
 )
 def test_a_connection_through_a_connected_route(host: Host, files: dict[str, str], expected: str) -> None:
     nic(host, "eth1")
-    host.put("proc/net/route", ROUTE + CONNECTED + NEARER)
+    host.put("proc/net/route", ROUTE + CONNECTED + NEARER + "eth1\t000000E0\t0\t1\t0\t0\t0\t000000F0\t0\n")
+    host.put("proc/net/ipv6_route", f"fe80{'0' * 28} 40 {'0' * 32} 00 {'0' * 32} 00000100 1 0 1 eth1")
     for name, line in files.items():
         host.put(f"proc/net/{name}", f"{TCP}{line}\n")
     kinds, cause = answer(host)

@@ -164,13 +164,19 @@ def _peers(look: Look) -> Iterator[Address]:
             fields = line.split()
             if len(fields) > 3 and fields[3] == _ESTABLISHED:
                 here, there = _endpoint(fields[1]), _endpoint(fields[2])
-                if there is not None and there != here and not there.is_unspecified and not there.is_loopback:
+                if there is not None and there != here and _is_elsewhere(there):
                     yield there
     for mount in look.mounts:
         yield from _named(mount.options)
     for controller in look.sysfs.names("sys/class/nvme"):
         if look.sysfs.text("sys/class/nvme", controller, "transport") in ("tcp", "rdma"):
             yield from _named(look.sysfs.text("sys/class/nvme", controller, "address") or "")
+
+
+def _is_elsewhere(address: Address) -> bool:
+    """Whether it is one machine's, and its route says which interface leads there (a link-local one is on each)."""
+    local = address.is_unspecified or address.is_loopback
+    return not (local or address.is_multicast or (address.version == 6 and address.is_link_local))
 
 
 def _named(text: str) -> Iterator[Address]:
