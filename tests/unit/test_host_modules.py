@@ -9,7 +9,8 @@ import pytest
 from host_tree import Host
 
 from kvmpass.errors import DriverPinned
-from kvmpass.host import Bdf, Sysfs, bind, describe, diagnose
+from kvmpass.host import Bdf, Look, Sysfs, bind, describe, diagnose
+from kvmpass.host.blockers.use import borrowers
 from kvmpass.host.driverctl import SavedOverride, saved_override
 from kvmpass.host.modules import Module, ModuleStatus, modprobe_lines, module
 
@@ -103,6 +104,14 @@ def test_without_modprobe_the_files_are_read(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("kvmpass.host.modules.modprobe_tool", lambda: None)
     found = module(Sysfs(), "no-such-module")
     assert (found.status, found.value) == (ModuleStatus.MISSING, "no no_such_module")
+
+
+@pytest.mark.parametrize("answer", [None, 5, [], ["x"], {"a": 1}, [0, 5, None], [None, None, None]])
+def test_an_answer_that_was_recorded_may_be_anything(
+    host: Host, monkeypatch: pytest.MonkeyPatch, answer: object
+) -> None:
+    monkeypatch.setattr(host, "ask", lambda question, find: answer)
+    assert borrowers(Look(host)) == {}
 
 
 # --- driverctl

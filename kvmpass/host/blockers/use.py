@@ -12,6 +12,7 @@ from kvmpass.host.journal import Journal
 from kvmpass.host.look import Look
 from kvmpass.host.problems import Problem
 from kvmpass.host.processes import Process
+from kvmpass.host.sysfs import Sysfs
 from kvmpass.host.usage import untraced, vfio_nodes
 
 ASSIGNED = Problem(
@@ -59,15 +60,25 @@ def _assigned(examined: Examined) -> Verdict:
 def borrowers(look: Look) -> dict[Bdf, Process]:
     """The living processes that have borrowed devices, as kvmpass's journal on this machine says."""
     found: dict[Bdf, Process] = {}
-    if str(look.sysfs.root) != "/":
+    answer: object = look.sysfs.ask("borrowed", lambda: _borrowed_now(look.sysfs))
+    for entry in answer if isinstance(answer, list) else ():
+        with contextlib.suppress(KvmpassError, ValueError, TypeError):  # a recorded answer may be anything
+            bdf, pid, command = entry
+            found[Bdf.parse(str(bdf))] = Process(int(pid), str(command))
+    return found
+
+
+def _borrowed_now(sysfs: Sysfs) -> list[tuple[str, int, str]]:
+    found: list[tuple[str, int, str]] = []
+    if str(sysfs.root) != "/":
         return found
     journal = Journal()
     with contextlib.suppress(OSError):
         for path in journal.files():
             with contextlib.suppress(KvmpassError):
                 entry = journal.read(Bdf.parse(path.stem))
-                if entry is not None and entry.is_owned(look.sysfs):
-                    found[entry.bdf] = Process(entry.pid, entry.command)
+                if entry is not None and entry.is_owned(sysfs):
+                    found.append((str(entry.bdf), entry.pid, entry.command))
     return found
 
 
