@@ -43,14 +43,15 @@ def assigned(
     backing: Backing = Backing.ANONYMOUS,
     vf_token: uuid.UUID | None = None,
     say: Say = lambda line: None,
+    warn: Say = lambda line: None,
     on_event: Callable[[DeviceEvent], None] | None = None,
 ) -> Iterator[Machine]:
     """A machine with the devices in its domain and a guest loaded; afterwards the host is as it was.
 
-    ``say`` gets a line for each thing worth knowing; the other arguments are those of ``Machine``. Raises before any
-    change: ``BadAddress``, ``NoSuchDevice``, ``HostNotReady``, ``NotAssignable``, ``GroupNotViable``,
-    ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``, ``LayoutError``. Everything raised later comes after the
-    devices were given back.
+    ``say`` gets a line for each thing worth knowing, ``warn`` for each that may not be as it was meant; the other
+    arguments are those of ``Machine``. Raises before any change: ``BadAddress``, ``NoSuchDevice``,
+    ``HostNotReady``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``,
+    ``BadKernel``, ``LayoutError``. Everything raised later comes after the devices were given back.
     """
     sysfs = host.Sysfs()
     bdfs = [host.Bdf.parse(address) for address in addresses]
@@ -58,6 +59,8 @@ def assigned(
     names = host.Names(sysfs)
     devices = check(bdfs, size, sysfs, backing, cpus)
     image = prepare(spec, [device.modalias for device in devices])
+    for line in image.warnings:
+        warn(line)
     with Machine(memory=size, cpus=cpus, backing=backing, sysfs=sysfs, on_event=on_event) as machine:
         machine.populate()  # the last step that the out-of-memory killer can answer
         image.load(machine)

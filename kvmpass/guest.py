@@ -16,13 +16,15 @@ from typing import Self
 from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.linux import KernelImage
 from kvmpass.devices.channel import ControlChannel, Exited, GuestFailure, Ready
-from kvmpass.errors import BadKernel
+from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.initramfs import GuestRoot
+from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 from kvmpass.vcpus import Ending
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 1 << 16
+_SLACK = 32 * MIB  # beyond the least, in advice: what a kernel allocates before it unpacks
 _MAX_FAILURES = 64
 _ABANDON_SECONDS = 2.0  # for a reader of the output that does not read, when all is over anyway
 _POWEROFF_SECONDS = 60.0  # from the command's status to power off; the init script does nothing in between
@@ -55,9 +57,29 @@ class GuestImage:
     kernel: KernelImage
     initrd: bytes
     cmdline: str
+    unpacked: int = 0
+    """Bytes of memory that the initramfs takes in the guest once it is unpacked; 0: unknown."""
+    warnings: tuple[str, ...] = ()
+    """What could not be copied as it should be."""
+
+    @property
+    def needed(self) -> int:
+        """Bytes of memory without which the kernel cannot unpack the initramfs.
+
+        It unpacks into a tmpfs, which takes half of the memory beside the kernel and the archive
+        (``shmem_default_max_blocks``, mm/shmem.c; Documentation/filesystems/ramfs-rootfs-initramfs.rst).
+        """
+        return 2 * self.unpacked + len(self.initrd) + self.kernel.init_size
 
     def load(self, machine: Machine) -> None:
         """Into the memory of a machine that has not started. Raises ``NotEnoughMemory`` if it does not fit."""
+        if machine.memory.ram_size < self.needed:
+            least = -(-(self.needed + _SLACK) // (16 * MIB)) * 16
+            raise NotEnoughMemory(
+                f"the guest's files take {self.unpacked / MIB:.0f} MiB unpacked, and half of its memory may hold "
+                f"files: {machine.memory.ram_size // MIB} MiB are too little",
+                f"give the guest {least} MiB (--memory {least}M), or copy less into it",
+            )
         machine.load_linux(self.kernel, self.initrd, self.cmdline)
 
 
@@ -86,6 +108,7 @@ def host_kernel() -> Path:
 def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``."""
     kernel = KernelImage.from_file(spec.kernel or host_kernel())
+    unpacked, warnings = 0, tuple[str, ...]()
     if spec.initrd is not None:
         initrd = spec.initrd.read_bytes()
     else:
@@ -97,10 +120,11 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
             root.run_command(spec.command)
         root.terminal(spec.terminal, spec.terminal_size)
         initrd = root.build()
+        unpacked, warnings = root.tree.unpacked_size, tuple(root.warnings)
     command_line = kernel_command_line(
         verbose=spec.verbose, strict=spec.command is not None, extra=spec.append.split()
     )
-    return GuestImage(kernel, initrd, command_line)
+    return GuestImage(kernel, initrd, command_line, unpacked, warnings)
 
 
 class Pump:

@@ -167,6 +167,7 @@ def _run(
             backing=Backing(f"hugetlb-{options['hugepages']}") if options["hugepages"] else Backing.ANONYMOUS,
             vf_token=options["vf_token"],
             say=say,
+            warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
             on_event=note,
         ) as machine,
         Guest(machine, console=log.beside(console), output=to_stdout, errors=to_stderr) as guest,

@@ -58,6 +58,7 @@ class GuestRoot:
         self._command: list[str] | None = None
         self._term = "linux"
         self._size = (24, 80)
+        self.warnings: list[str] = []  # what could not be copied as it should be
         for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/etc", init.DIRECTORY):
             self.tree.directory(path)
         self.tree.directory("/root", 0o700)
@@ -107,7 +108,7 @@ class GuestRoot:
     def copy(self, spec: str) -> None:
         """``SRC:DST`` as on the command line; see :func:`kvmpass.initramfs.files.copy_into`."""
         source, target = files.split_spec(spec)
-        files.copy_into(self.tree, source, target)
+        files.copy_into(self.tree, source, target, self.warnings.append)
 
     def run_command(self, command: Sequence[str]) -> None:
         """Run ``command`` instead of a shell. Its first word is a path, or looked up in the guest's PATH."""
@@ -138,5 +139,5 @@ class GuestRoot:
             size=self._size,
         )
         self.tree.file("/init", script, 0o755)
-        archive = self.tree.archive()
+        archive = self.tree.archive(init.COMPLETE)
         return gzip.compress(archive, 1, mtime=0) if compress else archive

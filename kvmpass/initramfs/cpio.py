@@ -13,6 +13,8 @@ from pathlib import PurePosixPath
 from kvmpass.errors import KvmpassError
 
 # A merged /usr as on today's distributions, so that a library found as /lib/x or as /usr/lib/x is the same file.
+_PAGE = 4096
+_INODE = 1024  # of memory, its name and entry included
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 
@@ -93,9 +95,16 @@ class Tree:
     def character_device(self, path: str, major: int, minor: int, mode: int = 0o600) -> None:
         self.add(path, Node(stat.S_IFCHR | mode, b"", (major, minor)))
 
-    def archive(self) -> bytes:
-        """The whole tree as a newc archive; parents come before their children."""
-        return newc(sorted(self._nodes.items()))
+    @property
+    def unpacked_size(self) -> int:
+        """Bytes of memory that the unpacked tree takes in the guest: whole pages, and an inode for each node."""
+        pages = sum(-(-len(node.data) // _PAGE) * _PAGE for node in self._nodes.values() if stat.S_ISREG(node.mode))
+        return pages + _INODE * len(self._nodes)
+
+    def archive(self, last: str = "") -> bytes:
+        """The whole tree as a newc archive; parents come before their children, an empty file ``last`` after all."""
+        end = [(self.canonical(last), Node(stat.S_IFREG | 0o444))] if last else []
+        return newc([*sorted(self._nodes.items()), *end])
 
 
 def newc(nodes: Iterable[tuple[str, Node]]) -> bytes:

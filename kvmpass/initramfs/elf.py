@@ -30,6 +30,12 @@ class Dynamic:
     search: tuple[str, ...]  # RUNPATH, or RPATH, with $ORIGIN not yet replaced
 
 
+def printable(text: str, limit: int = 60) -> str:
+    """A file's own words, for a message: a file may hold anything."""
+    shown = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
+    return shown if len(shown) <= limit else f"{shown[:limit]}…"
+
+
 def is_elf(data: bytes) -> bool:
     """64-bit, little-endian, for x86-64: what the guest can run."""
     return data[:6] == MAGIC + b"\x02\x01" and data[18:20] == b"\x3e\x00"
@@ -43,7 +49,7 @@ def dynamic(data: bytes) -> Dynamic:
     """Read the dynamic section. Raises ``ValueError`` for a broken file."""
     try:
         return _dynamic(data)
-    except (IndexError, struct.error, StopIteration) as error:
+    except (IndexError, OverflowError, struct.error, StopIteration) as error:
         raise ValueError("a broken ELF file") from error
 
 
@@ -152,9 +158,12 @@ def closure(path: Path, data: bytes, guest: str) -> dict[str, bytes]:
         for name in wants.needed:
             located = find_library(name, search)
             if located is None:
-                raise KvmpassError(f"{current.host} needs {name}, which is not on this host")
+                raise KvmpassError(f"{current.host} needs {printable(name)}, which is not on this host")
             targets.append(located)
         if wants.interpreter is not None:
+            if not wants.interpreter.startswith("/") or not Path(wants.interpreter).is_file():
+                linker = printable(wants.interpreter) or "one without a name"
+                raise KvmpassError(f"{current.host} wants the dynamic linker {linker}, which is not on this host")
             targets.append(Located(Path(wants.interpreter), wants.interpreter))
         for target in targets:
             if target.guest not in found:
@@ -173,6 +182,6 @@ def section(data: bytes, wanted: str) -> bytes:
         for header in headers:
             if _text(data, names + header[0]) == wanted:
                 return data[header[4] : header[4] + header[5]]
-    except (IndexError, struct.error) as error:
+    except (IndexError, OverflowError, struct.error) as error:
         raise ValueError("a broken ELF file") from error
     return b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from kvmpass.errors import KvmpassError
@@ -31,23 +32,24 @@ def split_spec(spec: str) -> tuple[Path, str]:
     return path, target
 
 
-def copy_into(tree: Tree, source: Path, target: str) -> None:
+def copy_into(tree: Tree, source: Path, target: str, warn: Callable[[str], None] = lambda text: None) -> None:
     """Put ``source`` (a file, or a directory with all below it) at ``target``.
 
     Modes and symlinks are preserved; a symlink named as ``source`` is followed. ELF files bring their dynamic
     linker and libraries, each at its own path; scripts bring the interpreter that their first line names, not what
     that interpreter loads while it runs. Raises ``KvmpassError`` for what is missing or cannot be copied, and the
-    ``OSError`` of reading.
+    ``OSError`` of reading. Inside a directory ``warn`` is told instead: such a file is left out, or comes without
+    what it needs to run.
     """
     if not source.exists():
         raise KvmpassError(f"--copy: {source} does not exist")
     if source.is_dir():
-        _copy_directory(tree, source, target)
+        _copy_directory(tree, source, target, warn)
     else:
         _copy_file(tree, source, target)
 
 
-def _copy_directory(tree: Tree, source: Path, target: str) -> None:
+def _copy_directory(tree: Tree, source: Path, target: str, warn: Callable[[str], None]) -> None:
     tree.directory(target, stat.S_IMODE(source.stat().st_mode))
     with os.scandir(source) as entries:
         for entry in sorted(entries, key=lambda item: item.name):
@@ -55,9 +57,12 @@ def _copy_directory(tree: Tree, source: Path, target: str) -> None:
             if entry.is_symlink():
                 tree.symlink(place, str(Path(entry.path).readlink()))
             elif entry.is_dir():
-                _copy_directory(tree, Path(entry.path), place)
+                _copy_directory(tree, Path(entry.path), place, warn)
             else:
-                _copy_file(tree, Path(entry.path), place)
+                try:
+                    _copy_file(tree, Path(entry.path), place)
+                except (KvmpassError, OSError) as error:
+                    warn(f"--copy: {error}")
 
 
 def _copy_file(tree: Tree, source: Path, target: str) -> None:
@@ -100,9 +105,12 @@ def _add_interpreter(tree: Tree, script: Path, data: bytes) -> None:
         located = shutil.which(names[0])
         place = f"/usr/bin/{names[0]}"
     else:
-        if wanted in BUSYBOX_INTERPRETERS or wanted in tree:
+        if wanted in BUSYBOX_INTERPRETERS or (wanted.startswith("/") and wanted in tree):
             return
         located, place = wanted, wanted
+    if not place.startswith("/"):
+        raise KvmpassError(f"{script} is run by {elf.printable(place)}, which is no absolute path")
     if located is None or not Path(located).is_file():
-        raise KvmpassError(f"{script} is run by {words[-1] if located is None else wanted}, not on this host")
+        interpreter = elf.printable(words[-1] if located is None else wanted)
+        raise KvmpassError(f"{script} is run by {interpreter}, not on this host")
     _copy_file(tree, Path(located), place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 DIRECTORY = "/kvmpass"
+COMPLETE = f"{DIRECTORY}/complete"  # the archive's last file
 SETTLE_SECONDS = 20  # the guest's own, for a driver to take its device
 WATCHDOG_SECONDS = 20
 NAMESPACE_SECONDS = 5  # from a live NVMe controller on; one without namespaces costs this wait
@@ -34,6 +35,11 @@ now() {{ read -r uptime rest </proc/uptime; up=${{uptime%.*}}; }}
 say() {{ echo "kvmpass: $*" >/dev/console; }}
 fail() {{ say "$*"; [ -z "$control" ] || echo "kvmpass 1 error $*" >&6; }}
 die() {{ fail "$*"; [ -z "$control" ] || stty -F /dev/ttyS3 115200; poweroff -f; }}
+"""
+
+# The kernel goes on with what it could unpack (init/initramfs.c: do_populate_rootfs).
+_CHECK = f"""
+[ -e {COMPLETE} ] || die "the root file system is incomplete: the guest has too little memory to unpack it"
 """
 
 _CHANNEL = """
@@ -163,6 +169,7 @@ def init_script(
     parts = [
         _COMMON.format(path=PATH, term=quote(term)),
         _CHANNEL + _STRICT.format(threshold=WATCHDOG_SECONDS) if command else "\ncontrol=\n",
+        _CHECK,
         load + loads if loads else "",
         f"\nexpected={quote(' '.join(expected))}\n",
         _SETTLE.replace("SECONDS", str(SETTLE_SECONDS)).replace("NAMESPACE", str(NAMESPACE_SECONDS)),

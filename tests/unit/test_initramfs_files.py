@@ -1,0 +1,136 @@
+"""What `--copy` says of odd files, and what a guest needs to hold them all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from kvmpass.boot.linux import KernelImage
+from kvmpass.errors import KvmpassError, NotEnoughMemory
+from kvmpass.guest import GuestImage
+from kvmpass.initramfs import init
+from kvmpass.initramfs.cpio import Tree
+from kvmpass.initramfs.files import copy_into
+from kvmpass.layout import MIB
+from kvmpass.machine import Machine
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A directory whose files are odd, each in its own way, and one that is not."""
+    directory = tmp_path / "tree"
+    directory.mkdir()
+    (directory / "good").write_text("good")
+    (directory / "script").write_text("#!/no/such/interpreter\n")
+    (directory / "binary-script").write_bytes(b"#!\x1b[31m\xff\x07" + b"x" * 200 + b"\n")
+    (directory / "broken").write_bytes(b"\x7fELF\x02\x01".ljust(18, b"\xff") + b"\x3e\0" + b"\xff" * 100)
+    for name in ("script", "binary-script", "broken"):
+        (directory / name).chmod(0o755)
+    os.mkfifo(directory / "fifo")
+    return directory
+
+
+def test_odd_files_in_a_directory_are_warnings(odd: Path) -> None:
+    tree, warnings = Tree(), list[str]()
+    copy_into(tree, odd, "/tree", warnings.append)
+    assert tree.get("/tree/good") is not None
+    assert len(warnings) == 4
+    text = "\n".join(warnings)
+    assert "is run by /no/such/interpreter, not on this host" in text
+    assert "broken is a broken ELF file" in text
+    assert "fifo is neither a file, a directory nor a symlink" in text
+    assert "/tree/fifo" not in tree
+    assert all(line.isprintable() for line in warnings), "no bytes of the file"
+    assert max(map(len, warnings)) < 200 + len(str(odd))
+
+
+@pytest.mark.parametrize("name", ["script", "broken", "fifo"])
+def test_by_themselves_they_are_refused(odd: Path, name: str) -> None:
+    with pytest.raises(KvmpassError, match=name):
+        copy_into(Tree(), odd / name, f"/{name}")
+
+
+def test_the_size_of_a_tree_is_that_of_its_pages() -> None:
+    tree = Tree()
+    empty = tree.unpacked_size
+    tree.file("/one", b"x")
+    tree.file("/two", b"x" * 4097)
+    assert tree.unpacked_size - empty == 3 * 4096 + 2 * 1024
+
+
+def names(archive: bytes) -> list[str]:
+    found, at = [], 0
+    while True:
+        size, length = int(archive[at + 54 : at + 62], 16), int(archive[at + 94 : at + 102], 16)
+        name = archive[at + 110 : at + 110 + length - 1].decode()
+        if name == "TRAILER!!!":
+            return found
+        found.append(name)
+        at += 110 + length
+        at += -at % 4 + size
+        at += -at % 4
+
+
+def test_the_last_file_says_that_all_of_them_are_there() -> None:
+    tree = Tree()
+    tree.file("/zzz/last", b"x")
+    tree.directory(init.DIRECTORY)
+    assert names(tree.archive(init.COMPLETE))[-2:] == ["zzz/last", init.COMPLETE[1:]]
+    script = init.init_script(modules=[], expected=[], command=True).decode()
+    assert f"[ -e {init.COMPLETE} ] || die" in script
+    assert script.index("control=yes") < script.index(init.COMPLETE), "it can be told"
+
+
+class Memory:
+    def __init__(self, size: int) -> None:
+        self.memory = SimpleNamespace(ram_size=size)
+        self.loaded: list[Any] = []
+
+    def load_linux(self, *what: Any) -> None:
+        self.loaded.append(what)
+
+
+def test_files_that_do_not_fit_are_refused_with_the_number_that_does() -> None:
+    kernel = cast(KernelImage, SimpleNamespace(init_size=40 * MIB))
+    image = GuestImage(kernel, bytes(60 * MIB), "", unpacked=60 * MIB)
+    machine = Memory(256 * MIB)
+    image.load(cast(Machine, machine))
+    assert len(machine.loaded) == 1
+    for size in (64, 192, 208):
+        with pytest.raises(NotEnoughMemory, match=f"60 MiB unpacked.*: {size} MiB are too little") as refused:
+            image.load(cast(Machine, Memory(size * MIB)))
+        assert "--memory 256M" in refused.value.__notes__[0]
+
+
+def program(interpreter: bytes) -> bytes:
+    """An ELF file with nothing but a dynamic linker's name."""
+    header = bytearray(64 + 56)
+    header[:6], header[18:20] = b"\x7fELF\x02\x01", b"\x3e\x00"
+    header[0x20:0x28], header[0x36:0x3A] = (64).to_bytes(8, "little"), (56 | 1 << 16).to_bytes(4, "little")
+    header[64:68] = (3).to_bytes(4, "little")  # PT_INTERP
+    header[72:80], header[96:104] = (120).to_bytes(8, "little"), (len(interpreter) + 1).to_bytes(8, "little")
+    return bytes(header) + interpreter + b"\0"
+
+
+@pytest.mark.parametrize(
+    ("interpreter", "words"),
+    [
+        (b"", "one without a name"),
+        (b"ld.so", "ld.so"),
+        (b"/no/ld.so", "/no/ld.so"),
+        (b"\x1b[2J\xff" + b"y" * 500, "?[2J?"),
+    ],
+)
+def test_a_dynamic_linker_that_is_none(tmp_path: Path, interpreter: bytes, words: str) -> None:
+    file = tmp_path / "program"
+    file.write_bytes(program(interpreter))
+    file.chmod(0o755)
+    with pytest.raises(KvmpassError) as refused:
+        copy_into(Tree(), file, "/program")
+    text = str(refused.value)
+    assert f"wants the dynamic linker {words}" in text
+    assert text.isprintable() and len(text) < 250 + len(str(file))
