@@ -367,3 +367,14 @@ def test_what_is_no_file(path: str) -> None:
             check_file(fd, 0, PAGE, "it")
     finally:
         os.close(fd)
+
+
+@pytest.mark.parametrize("processors", [None, 1, 64])
+def test_populate_works_on_any_number_of_processors(monkeypatch: pytest.MonkeyPatch, processors: int | None) -> None:
+    """Also where Python cannot tell."""
+    monkeypatch.setattr(kvmpass.memory.mapping, "_POPULATE_CHUNK", PAGE)
+    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+    mapping = HostMapping(3 * PAGE, align=GIB)
+    mapping.populate()
+    assert smaps(mapping.address).resident == 3 * PAGE
+    mapping.close()

@@ -660,3 +660,21 @@ def test_a_device_that_vfio_lets_nobody_write_decodes_nothing() -> None:
     board.config_write(COMMAND, 3, 2)
     assert (len(board.bars()), board.ports.read(ports, 4)) == (2, bytes(4))
     board.close()
+
+
+def test_an_enabled_rom_follows_memory_decoding(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own bit is set once; COMMAND and the power state turn it off and on."""
+    home = board.config_read(ROM_BAR)
+    board.config_write(ROM_BAR, home | 1)
+    read = board.device.regions[ROM].read
+    reads: list[int] = []
+
+    def counted(offset: int, size: int) -> bytes:
+        reads.append(offset)
+        return read(offset, size)
+
+    monkeypatch.setattr(board.device.regions[ROM], "read", counted)
+    for at, value, on in ((COMMAND, 2, True), (COMMAND, 0, False), (COMMAND, 2, True), (PM_AT + 4, 3, False)):
+        board.config_write(at, value, 2)
+        reads.clear()
+        assert (board.mmio.read(home, 2), reads) == ((b"\x55\xaa", [0]) if on else (b"\xff\xff", []))

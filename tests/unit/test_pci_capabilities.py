@@ -265,3 +265,41 @@ def test_what_a_guest_sees_of_recorded_devices() -> None:
 
         assert [c.id for c in config.capabilities(read)] == shown
         assert [c.id for c in config.extended_capabilities(read)] == extended
+
+
+# --- registers that do not fit are hidden with their capability
+
+
+@pytest.mark.parametrize(
+    "number, control, size",
+    [
+        (POWER, 0, 8),
+        (MSIX, 0, 12),
+        (EXPRESS, 0x0090, 4),
+        (MSI, 0x0000, 12),
+        (MSI, 0x0080, 16),
+        (MSI, 0x0100, 20),
+        (MSI, 0x0180, 24),
+        (VENDOR, 0, 4),
+        (SATA, 0, 4),
+    ],
+)
+def test_a_capability_needs_room_for_its_registers(number: int, control: int, size: int) -> None:
+    """Up to the next one, or to the end of the 256 bytes; MSI's depends on its control word (figure 6-9)."""
+    for end in (0x100, 0xC0):
+        for room in (size - 4, size, size + 4):
+            if not room:
+                continue
+            at = end - room
+            chain = [(at, number)] if end == 0x100 else [(at, number), (end, AF)]
+            data = bytearray(b"\xee" * 256)
+            data[0x06:0x08], data[0x34] = b"\x10\0", at
+            for (place, id_), (following, _) in zip(chain, [*chain[1:], (0, 0)], strict=False):
+                data[place : place + 2] = bytes([id_, following])
+            struct.pack_into("<H", data, at + 2, control)
+            device = Device(data)
+            space = ConfigSpace(device)
+            shown = capabilities.link(space, config.capabilities(device.read_int))
+            assert (number in shown) == (room >= size), (hex(end), room)
+            if number not in shown:
+                assert space.read(at, room) == bytes(room)

@@ -123,3 +123,23 @@ def test_a_vm_that_is_closed_has_taken_its_irqfds_with_it(line: Line) -> None:
     line.kvm.log.clear()
     line.intx.disable()
     assert (line.kvm.log, line.off) == ([], True)
+
+
+def test_without_descriptors_nothing_is_left(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of the two can be had, the second not (EMFILE)."""
+    real = os.eventfd
+    made: list[int] = []
+
+    def few(initial: int, flags: int) -> int:
+        if made:
+            raise OSError(24, "eventfd")
+        made.append(real(initial, flags))
+        return made[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "eventfd", few)
+        with pytest.raises(OSError, match="eventfd"):
+            line.intx.enable()
+    assert line.off and not line.intx.active
+    line.intx.enable()
+    assert line.intx.active
