@@ -146,9 +146,12 @@ class Outer:
         boot = self.boots.get(item.nodeid)
         if boot is None:
             return None
-        if self.worker and boot not in self.runs:  # it is told from one test to the next what to do
+        if self.worker and (boot not in self.runs or item.nodeid not in self.runs[boot].records):
+            # It is told from one test to the next what to do, in any order.
             if self.hosts is not None:
                 self.hosts.close()
+                self.elsewhere += self.lines
+            self.runs.clear()
             self.hosts = self.start({boot: self.plans[boot][self.plans[boot].index(item) :]})
         elif self.hosts is None:
             self.hosts = self.start(self.plans)
@@ -201,7 +204,6 @@ class Outer:
                 item.ihook.pytest_runtest_logreport(report=unpack_report(self.config, event["data"]))
             else:
                 replay(self.config, event)
-        record.events.clear()  # what was printed may be long
         if record.failure is not None:
             self.fail(item, record.failure)
 
@@ -237,7 +239,7 @@ class Outer:
                 replay(self.config, event)
 
         if self.worker:
-            self.config.workeroutput[XDIST_OUTPUT] = self.lines  # type: ignore[attr-defined]
+            self.config.workeroutput[XDIST_OUTPUT] = [*self.elsewhere, *self.lines]  # type: ignore[attr-defined]
 
     @property
     def lines(self) -> list[str]:

@@ -230,7 +230,7 @@ def test_outside(): pass
 """
 
 
-@pytest.mark.parametrize("distribution", ["load", "loadfile"])
+@pytest.mark.parametrize("distribution", ["load", "loadfile", "worksteal"])
 def test_beside_xdist(lab: pytest.Pytester, distribution: str) -> None:
     """Each test is reported once, and the summary has the hosts of all workers."""
     write(lab, MANY)
