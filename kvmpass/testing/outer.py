@@ -48,7 +48,8 @@ def split(plans: Mapping[Boot, list[pytest.Item]], jobs: int) -> dict[Boot, list
     total = sum(map(len, plans.values()))
     done: dict[Boot, list[pytest.Item]] = {}
     for boot, items in sorted(plans.items(), key=lambda plan: -len(plan[1])):
-        parts = partition(items, min(jobs, round(jobs * len(items) / total), len(items) // SHARE))
+        # Tests take a second or a minute: parts of half a host's share leave the others something to even out.
+        parts = partition(items, min(round(2 * jobs * len(items) / total), len(items) // SHARE))
         for number, part in enumerate(parts, start=1):
             name = f", part {number} of {len(parts)}" if len(parts) > 1 else ""
             done[replace(boot, part=name)] = part

@@ -261,10 +261,11 @@ def many(lab: pytest.Pytester, *counts: int) -> list[str]:
         (1, (25, 25), ["base (stock kernel, system QEMU): 50 tests*"]),
         (2, (25, 25), ["*system QEMU, part 1 of 2): 25 tests*", "*system QEMU, part 2 of 2): 25 tests*"]),
         (2, (5, 20, 25), ["*, part 1 of 2): 25 tests*", "*, part 2 of 2): 25 tests*"]),
+        (2, (20, 20, 20, 20), [f"*, part {number} of 4): 20 tests*" for number in range(1, 5)]),
         (2, (5, 5), ["base (stock kernel, system QEMU): 10 tests*"]),
         (2, (60,), ["base (stock kernel, system QEMU): 60 tests*"]),
     ],
-    ids=["one at a time", "two", "two of three files", "few", "one file"],
+    ids=["one at a time", "two", "two of three files", "twice as many as jobs", "few", "one file"],
 )
 def test_many_tests_of_one_kind_share_several_hosts(
     lab: pytest.Pytester, jobs: int, counts: tuple[int, ...], lines: list[str]
