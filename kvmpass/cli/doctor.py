@@ -97,12 +97,14 @@ def look_at_host(sysfs: host.Sysfs) -> None:
     host.inventory(sysfs)
     for page in (0, 2 << 20, 1 << 30):
         host.diagnose(sysfs, None, huge_page=page)
+    make_plan([], sysfs=sysfs)
 
 
-def look_at_device(sysfs: host.Sysfs, bdf: host.Bdf) -> None:
-    """All that they ask of a device."""
-    host.describe(sysfs, bdf)
-    make_plan([bdf], sysfs=sysfs)
+def look_at_device(sysfs: host.Sysfs, bdf: host.Bdf, look: host.Look) -> None:
+    """All that they ask of a device besides."""
+    host.describe(sysfs, bdf, look)
+    host.diagnose_device(sysfs, bdf, look)
+    sysfs.config(bdf)
 
 
 def conclusion(findings: list[Finding]) -> str:

@@ -31,6 +31,7 @@ from kvmpass.host.doctor import (
     check_limits,
     check_memory,
     diagnose,
+    diagnose_device,
     interrupt_remapping,
 )
 from kvmpass.host.faults import EventParser, FaultLog, IommuEvent, open_fault_log
@@ -120,6 +121,7 @@ __all__ = [
     "describe",
     "device_status",
     "diagnose",
+    "diagnose_device",
     "host_status",
     "interrupt_remapping",
     "inventory",

@@ -72,15 +72,15 @@ class Description:
     complete: bool
 
 
-def describe(sysfs: Sysfs, bdf: Bdf) -> Description:
-    """Only reads. Raises ``NoSuchDevice``."""
+def describe(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> Description:
+    """Only reads. Whoever asks about many devices passes one ``look``. Raises ``NoSuchDevice``."""
     device = sysfs.device(bdf)
-    look = Look(sysfs)
+    look = look or Look(sysfs)
     saved = saved_override(sysfs, bdf)
     group, found = _group(sysfs, device), uses(look, device)
     return Description(
         status=device_status(look, device),
-        host=host_status(sysfs),
+        host=look.remembered("host status", lambda look: host_status(look.sysfs)),
         subsystem_name=look.names.subsystem(device),
         driverctl=saved.driver if saved else None,
         bars=tuple(bars(device)),

@@ -27,6 +27,7 @@ from kvmpass.host.address import Bdf
 from kvmpass.host.anonymity import Anonymity
 from kvmpass.host.kmsg import PATH as KMSG
 from kvmpass.host.kmsg import KernelLog
+from kvmpass.host.look import Look
 from kvmpass.host.recorded import MANIFEST, VERSION
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 
@@ -164,6 +165,7 @@ class _Entries:
         self._found: dict[str, tuple[str, bytes]] = {}
         self._read: set[str] = set()
         self._only_there: set[str] = set()
+        self._directories: dict[str, str | None] = {}
 
     @property
     def unread(self) -> set[str]:
@@ -219,8 +221,18 @@ class _Entries:
             self.link(path)
 
     def _place(self, name: str) -> str | None:
+        """The same as :meth:`_resolved`; directories are resolved once."""
+        above, separator, last = name.rpartition("/")
+        if not separator or last == "..":
+            return self._resolved(name)
+        if above not in self._directories:
+            self._directories[above] = self._resolved(above)
+        parent = self._directories[above]
+        return None if parent is None else self._resolved(last, parent)
+
+    def _resolved(self, name: str, below: str = "") -> str | None:
         """Where it really is below the root, all links on the way added; None where it leads out, or nowhere."""
-        done: list[str] = []
+        done = below.split("/") if below else []
         todo = [part for part in name.split("/") if part not in ("", ".")]
         for _ in range(4096):
             if not todo:
@@ -260,8 +272,9 @@ class _Entries:
         return found
 
 
-def record(recorder: Recorder, look: Callable[[Recorder, Bdf], object]) -> None:
-    """Look at each device of the host (``look``). What vanishes meanwhile is left out."""
+def record(recorder: Recorder, ask: Callable[[Recorder, Bdf, Look], object]) -> None:
+    """``ask`` about each device of the host. What vanishes meanwhile is left out."""
+    look = Look(recorder)
     for name in recorder.names(PCI_DEVICES):
         with contextlib.suppress(KvmpassError, OSError):
-            look(recorder, Bdf.parse(name))
+            ask(recorder, Bdf.parse(name), look)

@@ -46,6 +46,11 @@ def diagnose(
     return list(examine(checks, examined))
 
 
+def diagnose_device(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> list[Finding]:
+    """Make the checks that ask about one device, and what this user may do with it: for whoever asks about many."""
+    return list(examine([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], Examined(sysfs, bdf, look=look)))
+
+
 def check_host(sysfs: Sysfs) -> None:
     """Check what every assignment needs: AMD-V, KVM, AMD-Vi with interrupt remapping, VFIO, the right to use them.
 
@@ -105,5 +110,6 @@ __all__ = [
     "check_limits",
     "check_memory",
     "diagnose",
+    "diagnose_device",
     "interrupt_remapping",
 ]
