@@ -64,7 +64,12 @@ from kvmpass.vcpus import Ending
 )
 @click.option("--console-log", type=click.Path(path_type=Path), help="Keep the whole console in this file.")
 @click.option("--status-file", type=click.Path(path_type=Path), help="Write how it ended there, as JSON.")
-@click.option("-v", "--verbose", is_flag=True, help="Say what is mapped; with a command, show the console too.")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Say what is mapped; show the kernel's messages, with a command the whole console.",
+)
 @click.pass_obj
 def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path | None, **options: Any) -> int:
     """Boot a Linux guest that has the PCI devices BDF to itself.
@@ -79,7 +84,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
 
     With COMMAND its standard output and standard error are those of kvmpass, its input is empty, and its status is
     that of kvmpass. Without, the console is on this terminal in raw mode: every key goes to the guest, and Ctrl-]
-    ends it.
+    ends it. Where standard input is no terminal, the shell runs what it reads there and ends at its end.
 
     With COMMAND a crash or a lockup of the guest's kernel ends the guest, and its console is shown from there on.
     Words of --append take precedence: oops=, softlockup_panic=, hung_task_panic=, watchdog_thresh=.
@@ -133,7 +138,7 @@ def _run(
         copy=options["copy"],
         modules=options["modules"],
         command=tuple(command) if command else None,
-        verbose=verbose or command is None,
+        verbose=verbose,
         terminal=os.environ.get("TERM", "linux"),
         terminal_size=terminal_size(),
     )

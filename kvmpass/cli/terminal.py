@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 
 ESCAPE = b"\x1d"  # Ctrl-], as telnet and virsh have it
 ESCAPE_NAME = "Ctrl-]"
+END_OF_INPUT = b"\x04"  # Ctrl-D
+_END_SECONDS = 1.0
 _BACKLOG = 1 << 16
 
 
@@ -20,7 +22,8 @@ _BACKLOG = 1 << 16
 def raw_terminal(on_input: Callable[[bytes], int], on_escape: Callable[[], object]) -> Iterator[None]:
     """Every key goes to ``on_input``, Ctrl-C too, until the escape; the terminal is restored afterwards.
 
-    Where standard input is no terminal it is passed on as fast as the guest takes it, until its end. ``on_input``
+    Where standard input is no terminal it is passed on as fast as the guest takes it; its end is the end of the
+    shell's input: Ctrl-D, typed each second, since a program that runs in the shell may take one. ``on_input``
     returns how many bytes wait.
     """
     fd = sys.stdin.fileno()
@@ -37,6 +40,8 @@ def raw_terminal(on_input: Callable[[bytes], int], on_escape: Callable[[], objec
             except OSError:  # the terminal has gone
                 return
             if not data:
+                while saved is None and not select.select([done], [], [], _END_SECONDS)[0]:
+                    on_input(END_OF_INPUT)
                 return
             before, escape, _ = data.partition(ESCAPE) if saved else (data, b"", b"")
             waiting = on_input(before) if before else 0

@@ -66,6 +66,8 @@ class GuestRoot:
         # The kernel opens /dev/console for init before anything is mounted.
         self.tree.character_device("/dev/console", 5, 1)
         self.tree.character_device("/dev/null", 1, 3, 0o666)
+        for name, target in init.STREAMS.items():
+            self.tree.symlink(f"{init.DIRECTORY}/dev/{name}", target)
         self.tree.file("/etc/passwd", _PASSWD)
         self.tree.file("/etc/group", _GROUP)
         self.tree.file("/etc/profile", _PROFILE)

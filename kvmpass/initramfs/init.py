@@ -19,7 +19,11 @@ devpts /dev/pts devpts defaults 0 0
 tmpfs /dev/shm tmpfs defaults 0 0
 tmpfs /tmp tmpfs defaults 0 0
 tmpfs /run tmpfs mode=0755 0 0
+debugfs /sys/kernel/debug debugfs defaults 0 0
+tracefs /sys/kernel/tracing tracefs defaults 0 0
 """
+# Where programs look for their own streams, since devtmpfs has none of these.
+STREAMS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
 
 # The wait comes after the modules: drivers may probe asynchronously (NVMe does), and an NVMe controller that is live
 # finds its namespaces later still.
@@ -28,7 +32,9 @@ _COMMON = """\
 export PATH={path} HOME=/root TERM={term}
 mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts /dev/shm
-mount -a
+cp -a {directory}/dev/. /dev/
+mount -a -t nodebugfs,notracefs
+mount -a -t debugfs,tracefs 2>/dev/null  # where the kernel has them
 echo kvmpass >/proc/sys/kernel/hostname
 
 now() {{ read -r uptime rest </proc/uptime; up=${{uptime%.*}}; }}
@@ -167,7 +173,7 @@ def init_script(
     load = _LOAD.format(on_failure='die "the module under test is not usable"' if command else ":")
     loads = "".join(f"load {quote(name)} {'yes' if tested else ''}".rstrip() + "\n" for name, tested in modules)
     parts = [
-        _COMMON.format(path=PATH, term=quote(term)),
+        _COMMON.format(path=PATH, term=quote(term), directory=DIRECTORY),
         _CHANNEL + _STRICT.format(threshold=WATCHDOG_SECONDS) if command else "\ncontrol=\n",
         _CHECK,
         load + loads if loads else "",

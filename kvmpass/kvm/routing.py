@@ -33,6 +33,9 @@ class IrqRoutes:
             self._count += 1
         self._vm.set_gsi_routing(self._table, self._count)
 
+    def __repr__(self) -> str:
+        return f"<IrqRoutes {IOAPIC_PINS} pins, {len(self._index)} messages, {len(self._free)} GSIs free>"
+
     @property
     def msi(self) -> list[MsiRoute]:
         """The routes above the chips' pins, by GSI."""

@@ -40,6 +40,9 @@ class Vm(OwnedFd):
         super().__init__(fd)
         self._run_size = run_size
 
+    def __repr__(self) -> str:
+        return "<Vm closed>" if self.closed else f"<Vm fd {self.fd}>"
+
     def check_extension(self, capability: int) -> int:
         return check(lib.kvm_check_extension(self.fd, capability), "KVM_CHECK_EXTENSION")
 

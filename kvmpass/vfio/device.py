@@ -72,6 +72,10 @@ class Region:
         self._device = device
         self.info = info
 
+    def __repr__(self) -> str:
+        access = "r" * self.info.readable + "w" * self.info.writable + "m" * bool(self.info.mmap_areas)
+        return f"<Region {self.info.index} of {self._device.name}, {self.size:#x} bytes, {access or 'no access'}>"
+
     @property
     def size(self) -> int:
         return self.info.size

@@ -275,6 +275,31 @@ def test_each_ending_is_told_from_the_others(command: str, append: str, ending: 
     assert output.decode().strip() == os.uname().release
 
 
+def test_the_end_of_input_ends_a_shell(nvme: str) -> None:
+    """Commands in a pipe, without an `exit`; a program among them reads to the end, too. The boot is quiet."""
+    command = kvmpass("assign", nvme, "--memory", "192M")
+    for commands in ("", "echo sum $((40 + 2)); cat\nof cat\n"):
+        result = subprocess.run(
+            command, input=commands.encode(), capture_output=True, timeout=GUEST_SECONDS, check=False
+        )
+        text = result.stdout.decode(errors="replace")
+        assert result.returncode == 0, result.stderr
+        assert "Linux version" not in text
+        assert ("sum 42" in text) == bool(commands), text
+    assert driver(nvme) == "nvme"
+
+
+def test_programs_find_their_streams_and_the_kernels_own_file_systems() -> None:
+    script = """echo in | cat /dev/stdin; echo out >/dev/stdout; echo err >/dev/stderr
+        ls /dev/fd/ | grep -c '^[012]$'
+        for name in debug tracing; do
+            [ ! -d /sys/kernel/$name ] || grep -q " /sys/kernel/$name [a-z]*fs " /proc/mounts || echo no $name
+        done"""
+    result, output = boot("sh", "-c", script)
+    assert result.status == 0
+    assert sorted(output.decode().splitlines()) == ["3", "err", "in", "out"]
+
+
 def test_what_the_guest_finds() -> None:
     """Two CPUs, kvm-clock, no PIT and no 8259, four serial ports, a PCI root and nothing it complains about."""
     script = """nproc; cat /sys/devices/system/clocksource/clocksource0/current_clocksource

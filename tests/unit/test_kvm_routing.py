@@ -137,3 +137,9 @@ def test_whichever_is_removed_the_others_can_be_removed_after_it(victim: int) ->
         assert vm.messages == {(other, 0xFEE0_0000, data) for other, data in left.items()}
     with pytest.raises(KeyError):
         routes.remove(gsi)
+
+
+def test_a_table_says_how_full_it_is() -> None:
+    routes = routes_on(FakeVm())
+    routes.add(0xFEE0_0000, 1)
+    assert repr(routes) == "<IrqRoutes 24 pins, 1 messages, 39 GSIs free>"
