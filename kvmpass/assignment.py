@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -58,6 +59,8 @@ def assigned(
     size = parse_size(memory)
     names = host.Names(sysfs)
     devices = check(bdfs, size, sysfs, backing, cpus)
+    if cpus > len(os.sched_getaffinity(0)):
+        warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: they take turns")
     image = prepare(spec, [device.modalias for device in devices])
     for line in image.warnings:
         warn(line)

@@ -14,7 +14,7 @@ from types import FrameType
 import click
 
 from kvmpass.cli.output import colour, error_document, error_text
-from kvmpass.errors import KvmpassError
+from kvmpass.errors import BadAddress, KvmpassError
 
 # Subcommands are imported when they are called: a start costs what the command needs.
 COMMANDS = {
@@ -70,8 +70,21 @@ def split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 def report(error: BaseException) -> None:
     """One line for the cause, one hint for each note."""
     click.echo(f"kvmpass: {error_text(error)}", err=True)
+    show_hints(error)
+
+
+def show_hints(error: BaseException) -> None:
+    """A line for each note of ``error``."""
     for note in getattr(error, "__notes__", ()):
         click.echo(f"  hint: {note}", err=True)
+
+
+def hint_separator(words: list[str], command: list[str] | None, error: BaseException) -> None:
+    """Who wrote a command without ``--`` before it is told."""
+    missing = isinstance(error, click.MissingParameter)
+    if command is None and isinstance(error, (click.UsageError, BadAddress)) and not missing:
+        first = words[: 2 if words[:1] == ["lab"] else 1]
+        error.add_note(f"a COMMAND comes after --: kvmpass {' '.join(first)} … -- COMMAND")
 
 
 def fail(command: str, error: BaseException, as_json: bool) -> None:
@@ -84,6 +97,7 @@ def fail(command: str, error: BaseException, as_json: bool) -> None:
             sys.stdout = None
     if isinstance(error, click.ClickException):
         error.show()
+        show_hints(error)
     else:
         report(error)
 
@@ -136,11 +150,15 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else FAILED
     except click.ClickException as error:
+        if own:
+            hint_separator(options, command, error)
         fail(name, error, as_json)
         status = own or error.exit_code
     except (KvmpassError, OSError) as error:
         if os.environ.get("KVMPASS_DEBUG"):
             logging.exception("kvmpass failed")
+        if own:
+            hint_separator(options, command, error)
         fail(name, error, as_json)
         status = own or FAILED
     except Exception:

@@ -160,7 +160,11 @@ def _set(offset: int, form: str, value: int) -> Callable[[], bytes]:
     ("data", "reason"),
     [
         (lambda: b"", "too short"),
-        (lambda: b"\x7fELF" + bytes(4096), "ELF"),
+        (lambda: b"\x7fELF" + bytes(4096), "arch/x86/boot/bzImage"),
+        (lambda: b"\x1f\x8b\x08" + bytes(4096), "compressed by gzip"),
+        (lambda: b"\xfd7zXZ\0" + bytes(4096), "compressed by xz"),
+        (lambda: b"MZ".ljust(0x38, b"\0") + b"ARM\x64" + bytes(4096), "a kernel for arm64"),
+        (lambda: b"070701" + bytes(4096), "--initrd"),
         (lambda: bytes(4096), "no Linux boot header"),
         (_set(0x206, "<H", 0x020B), "protocol 2.11"),
         (_set(0x236, "<H", 0), "32-bit"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,19 @@ def test_a_full_disk_is_said_once_and_ends_nothing(capsys: pytest.CaptureFixture
     assert seen == [b"one", b"two"]
     told = "kvmpass: --console-log: /dev/full: No space left on device: the rest is missing\n"
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        ("assign ffff:ff:1f.7 ls -l", "kvmpass assign … -- COMMAND"),
+        ("assign ffff:ff:1f.7 ls", "kvmpass assign … -- COMMAND"),
+        ("lab run echo x", "kvmpass lab run … -- COMMAND"),
+    ],
+)
+def test_a_command_without_its_separator(words: str, first: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "kvmpass", *words.split()], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (125, "")
+    assert result.stderr.endswith(f"  hint: a COMMAND comes after --: {first}\n")
