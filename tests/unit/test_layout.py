@@ -24,6 +24,7 @@ from kvmpass.layout import (
     find_reserved,
     parse_size,
     plan_layout,
+    size_words,
 )
 
 MSI = Reserved(Range(0xFEE0_0000, MIB), "msi")
@@ -267,6 +268,29 @@ def test_sizes_as_people_write_them(text: str | int, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(LayoutError, match="is not a size: write a number and K, M, G or T"):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "size, words",
+    [
+        (0, "0 bytes"),
+        (1, "1 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1 KiB"),
+        (1025, "1025 bytes"),
+        (PAGE, "4 KiB"),
+        (MIB - 1024, "1023 KiB"),
+        (MIB, "1 MiB"),
+        (MIB + 1, "1048577 bytes"),
+        (1536 * MIB, "1536 MiB"),
+        (3 * GIB, "3 GiB"),
+        (1024 * GIB, "1 TiB"),
+        (1025 * GIB, "1025 GiB"),
+    ],
+)
+def test_sizes_in_words(size: int, words: str) -> None:
+    """In the largest unit that leaves no fraction."""
+    assert size_words(size) == words
 
 
 def test_ranges_end_before_their_end() -> None:

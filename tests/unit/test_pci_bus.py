@@ -215,7 +215,9 @@ def test_the_address_register_reads_back_without_its_reserved_bits() -> None:
     assert ports.read(0, 4) == (0x0002_0304).to_bytes(4, "little")
 
 
-@pytest.mark.parametrize("offset, size", [(0, 1), (0, 2), (0, 3), (1, 1), (1, 3), (2, 2), (3, 1), (0, 8)])
+@pytest.mark.parametrize(
+    "offset, size", [(0, 1), (0, 2), (0, 3), (1, 1), (1, 3), (2, 2), (3, 1), (0, 8), (1, 4), (2, 4), (3, 4)]
+)
 def test_only_a_whole_dword_reaches_the_address_register(offset: int, size: int) -> None:
     ports = ConfigPorts(PciBus())
     select(ports, 5, register=0x10)
