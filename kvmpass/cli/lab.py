@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from kvmpass.errors import LabError
-from kvmpass.lab import build, cache, modern
+from kvmpass.lab import build, cache, devices, modern
 from kvmpass.lab import status as state
 from kvmpass.lab.config import ACCELERATORS, LabConfig, LabResult, split_features
 from kvmpass.lab.lab import Lab
@@ -21,6 +22,17 @@ def say(text: str) -> None:
     click.echo(f"kvmpass lab: {text}", err=True)
 
 
+def complete_device(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Those of QEMU's devices that the lab knows more of than their name."""
+    return [CompletionItem(name) for name in sorted(devices.KNOWN) if name.startswith(incomplete)]
+
+
+def complete_kernel(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The names, and files."""
+    names = [CompletionItem(name) for name in ("stock", "full") if name.startswith(incomplete)]
+    return names or [CompletionItem(incomplete, type="file")]
+
+
 def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that describe an emulated host."""
     options = [
@@ -29,6 +41,7 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "devices",
             multiple=True,
             metavar="NAME[,PROPERTY=VALUE…]",
+            shell_complete=complete_device,
             help="A PCI device of the host: nvme, e1000e, edu, or any other of QEMU's. Repeatable.",
         ),
         click.option("--memory", default="4G", show_default=True, metavar="SIZE", help="The host's memory."),
@@ -44,6 +57,7 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
             default="stock",
             show_default=True,
             metavar="stock|full|PATH",
+            shell_complete=complete_kernel,
             help="The host's kernel: Debian's, the one with iommufd, or a bzImage.",
         ),
         click.option("--append", default="", metavar="TEXT", help="More for the host kernel's command line."),

@@ -31,9 +31,8 @@ class WrongDevice(click.BadParameter):
         return self.message
 
     def show(self, file: Any = None) -> None:
+        """The cause; ``cli.main`` prints the hints of every error."""
         click.echo(f"kvmpass: {self.message}", file=file, err=file is None)
-        for note in self.__notes__:
-            click.echo(f"  hint: {note}", file=file, err=file is None)
 
 
 class BdfType(_OfBdf):

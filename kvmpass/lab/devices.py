@@ -20,6 +20,8 @@ NETWORK = frozenset({"e1000", "e1000e", "igb", "rtl8139", "virtio-net-pci", "vmx
 BRIDGES = frozenset({"pci-bridge", "pcie-root-port", "ioh3420", "pxb-pcie", "pcie-pci-bridge"})
 EXPRESS_PORTS = frozenset({"pcie-root-port", "ioh3420", "pcie-pci-bridge", "x3130-upstream", "xio3130-downstream"})
 DRIVES = frozenset({"ide-hd", "nvme", "nvme-ns", "scsi-hd", "usb-storage", "virtio-blk-pci"})
+OTHERS = frozenset({"ahci", "edu", "ivshmem-plain", "nvme-subsys", "pci-testdev", "qemu-xhci", "virtio-9p-pci"})
+KNOWN = NETWORK | BRIDGES | DRIVES | OTHERS  # what completion offers; any other of QEMU's devices works, too
 """What is a drive, and gets one of its own to show."""
 
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
