@@ -128,7 +128,7 @@ def _verdict(found: host.Description) -> Iterator[tuple[str, list[str]]]:
 
 def _uses(found: host.Description) -> list[str]:
     if found.uses or found.unseen:
-        return [*found.uses, *(f"not seen, but it may be: {why}" for why in found.unseen)]
+        return [*found.uses, *(f"cannot be seen: {why}" for why in found.unseen)]
     return ["no" if found.complete else "no, as far as can be seen"]
 
 

@@ -24,7 +24,7 @@ from kvmpass.host.sysfs import (
     Resource,
     Sysfs,
 )
-from kvmpass.host.usage import untraced, uses
+from kvmpass.host.usage import Use, untraced, uses
 
 # include/linux/ioport.h, include/linux/pci.h (enum of resource numbers)
 _PREFETCH = 0x2000
@@ -90,9 +90,16 @@ def describe(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> Description:
         bridges=tuple(bridges_above(sysfs, bdf)),
         functions=tuple(_functions(sysfs, bdf)),
         uses=tuple(use.text for use in found if use.seen),
-        unseen=tuple(filter(None, [*(use.text for use in found if not use.seen), untraced(look, device)])),
+        unseen=tuple(_unseen(look, device, found)),
         complete=sysfs.ask("privileged", lambda: os.geteuid() == 0),
     )
+
+
+def _unseen(look: Look, device: PciDevice, found: list[Use]) -> Iterator[str]:
+    yield from (use.text for use in found if not use.seen)
+    note = "" if found else untraced(look, device)  # of interest only where nothing else says that it is in use
+    if note:
+        yield note
 
 
 def _group(sysfs: Sysfs, device: PciDevice) -> IommuGroup | None:

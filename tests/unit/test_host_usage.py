@@ -424,6 +424,19 @@ def test_what_a_driver_does_for_the_kernel(host: Host, driver: str | None, unsee
     assert all("what ccp does for the kernel leaves no trace" in text for text in found)
 
 
+@pytest.mark.parametrize(("driver", "unseen"), [("virtio_balloon", 1), ("virtiofs", 0), ("virtio_rng", 1)])
+def test_of_a_virtio_function_its_own_driver_is_named(host: Host, driver: str, unseen: int) -> None:
+    virtio(host, driver)
+    assert describe(host, BDF).unseen == (f"what {driver} does for the kernel leaves no trace",) * unseen
+
+
+def test_nothing_is_added_where_a_use_is_seen(host: Host) -> None:
+    nic(host, "eth1")
+    host.put("proc/net/route", ROUTE + CONNECTED + "eth1\t00000000\t0102A8C0\t3\t0\t0\t0\t00000000\t0\n")
+    found = describe(host, BDF)
+    assert (found.uses, found.unseen) == (("the default route goes through eth1",), ())
+
+
 def test_each_socket_is_asked_for_its_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine, as root asks for AF_VSOCK."""
     own = os.getpid()

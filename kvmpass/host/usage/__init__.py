@@ -22,6 +22,7 @@ _KEEPERS = (None, VFIO_PCI, "pci-stub")
 # serial lines, input, USB and FireWire.
 _TRACED = frozenset({0x01, 0x02, 0x03, 0x04, 0x07, 0x09, 0x0D})
 _TRACED_BUSES = frozenset({0x0C00, 0x0C03})
+_TRACED_VIRTIO = frozenset({"9pnet_virtio", "virtiofs", "virtio_console", kernel.VSOCK})
 
 
 def uses(look: Look, device: PciDevice) -> list[Use]:
@@ -59,7 +60,10 @@ def untraced(look: Look, device: PciDevice) -> str:
         return f"{', '.join(routes)}: datagrams leave no trace"
     if device.class_code >> 16 in _TRACED or device.class_code >> 8 in _TRACED_BUSES:
         return ""
-    return f"what {device.driver} does for the kernel leaves no trace"
+    children = look.below(shares.VIRTIO, device.bdf)
+    drivers = {look.sysfs.link(shares.VIRTIO, name, "driver") for name in children} if children else {device.driver}
+    named = " and ".join(sorted(driver for driver in drivers if driver and driver not in _TRACED_VIRTIO))
+    return f"what {named} does for the kernel leaves no trace" if named else ""
 
 
 def vfio_nodes(sysfs: Sysfs, bdf: Bdf, group: int | None) -> list[str]:

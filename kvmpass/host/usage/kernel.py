@@ -13,7 +13,7 @@ from kvmpass.host.usage.model import Use
 from kvmpass.host.usage.shares import VIRTIO
 
 _CXL_MEMORY = 0x0502
-_VSOCK = "vmw_vsock_virtio_transport"
+VSOCK = "vmw_vsock_virtio_transport"
 
 
 def virtual_functions(look: Look, device: PciDevice) -> Iterator[Use]:
@@ -49,7 +49,7 @@ def _virtio(look: Look, bdf: Bdf) -> Iterator[Use]:
             yield Use("its memory is in use by the kernel (virtio-mem)")
         elif driver == "virtio_iommu":
             yield Use("it is an IOMMU of this host")
-        elif driver == _VSOCK:
+        elif driver == VSOCK:
             yield from _vsock(look)
 
 
@@ -76,4 +76,4 @@ def _vsock(look: Look) -> Iterator[Use]:
 def _vsock_now(look: Look) -> list[str] | None:
     if str(look.sysfs.root) != "/" or os.geteuid() != 0:
         return None
-    return [str(process) for process in sockets_of(look.sysfs, "AF_VSOCK")]
+    return [str(process) for process in sockets_of(look.sysfs, "AFVSOCK")]

@@ -55,13 +55,16 @@ def idle_routes(look: Look, device: PciDevice) -> list[str]:
     found = []
     for name in look.below("sys/class/net", device.bdf):
         above = _above(look, name)
-        networks = [str(route.network) for route in routes(look) if route.interface in above and _is_global(route)]
-        found += [f"{name} reaches {one}" for one in networks[:_MOST_NAMED]]
+        networks = [str(route.network) for route in routes(look) if route.interface in above and _is_shared(route)]
+        if networks:
+            found.append(f"{name} reaches {' and '.join(networks[:_MOST_NAMED])}")
     return found
 
 
-def _is_global(route: Route) -> bool:
-    return not (route.network.is_link_local or route.network.is_multicast or route.network.is_loopback)
+def _is_shared(route: Route) -> bool:
+    """Whether others than this machine are there: no address of its own, no network that every interface has."""
+    own = route.network.num_addresses == 1
+    return not (own or route.network.is_link_local or route.network.is_multicast or route.network.is_loopback)
 
 
 def _is_default(look: Look, route: Route, interface: str) -> bool:
