@@ -487,6 +487,9 @@ def test_64_bit_bars_in_every_place_that_has_a_next_one() -> None:
         board.config_write(BAR0 + 4 * index + 4, high)
         assert board.config_read(BAR0 + 4 * index + 4) == high
     assert all(home >= board.layout.mmio64.start for home in homes.values())
+    for index, flags in ((0, 0x4), (2, 0xC), (4, 0xC)):
+        low, high = board.config_read(BAR0 + 4 * index), board.config_read(BAR0 + 4 * index + 4)
+        assert (low, high) == (homes[index] & 0xFFFF_FFFF | flags, homes[index] >> 32), "untouched by its neighbours"
     board.config_write(COMMAND, 2, 2)
     assert {range_.start for range_ in board.bars()} >= set(homes.values())
     board.close()
