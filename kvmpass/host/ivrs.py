@@ -86,7 +86,7 @@ class MemoryBlock:
 
 @dataclass(frozen=True, slots=True)
 class Ivrs:
-    """What is of interest here, block by block. ``damage`` says where reading had to end, None if it did not.
+    """What is of interest here, block by block. ``damage`` says which block could not be read, None if all could.
 
     ``sum_is_right``: all bytes add up to 0; Linux does without the IOMMU where they do not.
     """
@@ -150,5 +150,7 @@ def parse_ivrs(data: bytes) -> Ivrs:
                 last = first
             start, length = struct.unpack_from("<QQ", data, at + 16)
             memory.append(MemoryBlock(start, length, first, last, flags, segment))
+        elif kind in (*_IVHD_TYPES, _IVMD_ALL, _IVMD_ONE, _IVMD_RANGE):
+            damage = damage or f"the block at {at:#x} (type {kind:#x}) is too short, {size} bytes"
         at += size
     return Ivrs(tuple(iommus), tuple(memory), sum(data[:end]) % 256 == 0, damage)

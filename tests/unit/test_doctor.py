@@ -269,6 +269,14 @@ def test_a_table_that_ends_badly(host: Host) -> None:
     assert "impossible size" in str(finding.read[0])
 
 
+def test_a_block_that_is_too_short() -> None:
+    """The others are read, and it is named."""
+    short = ivmd(0x21, 0x0100, 0, 0x9000_0000, 0x2000)[:24].replace(b"\x20\0", b"\x18\0", 1)
+    table = parse_ivrs(ivrs(ivhd(), short, ivmd(0x20, 0, 0, 0x8000_0000, 0x1000)))
+    assert (len(table.iommus), len(table.memory)) == (1, 1)
+    assert table.damage == "the block at 0x48 (type 0x21) is too short, 24 bytes"
+
+
 def test_a_wrong_checksum(host: Host) -> None:
     host.put(IVRS, ivrs(ivhd(), wrong=0x5C))
     [finding] = [one for one in diagnose(host) if one.check == "firmware-iommu"]
