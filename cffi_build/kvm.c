@@ -161,6 +161,17 @@ static int kvm_irq_line(int vm, uint32_t gsi, uint32_t level)
 	return RESULT(ioctl(vm, KVM_IRQ_LINE, &line));
 }
 
+static int kvm_signal_msi(int vm, uint64_t address, uint32_t data)
+{
+	struct kvm_msi msi = {
+		.address_lo = (uint32_t)address,
+		.address_hi = (uint32_t)(address >> 32),
+		.data = data,
+	};
+
+	return RESULT(ioctl(vm, KVM_SIGNAL_MSI, &msi));
+}
+
 static int kvm_create_vcpu(int vm, unsigned int id)
 {
 	return RESULT(ioctl(vm, KVM_CREATE_VCPU, (unsigned long)id));

@@ -31,7 +31,7 @@ from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceReque
 from kvmpass.host import Bdf, PciDevice, Sysfs, check_memory
 from kvmpass.host.limits import page_tables
 from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
-from kvmpass.layout import Layout, parse_size
+from kvmpass.layout import LOCAL_APIC_BASE, Layout, parse_size
 from kvmpass.memory import Backing, GuestMemory, RegionKind, plan_memory
 from kvmpass.notices import Notices
 from kvmpass.vcpus import Ending, VcpuThreads
@@ -39,6 +39,7 @@ from kvmpass.vfio.device import ERR, REQ
 
 log = limited_log(__name__)
 
+_NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
 EJECT_SECONDS = 10.0  # for a guest to eject what the host requests
 
 # An interrupt may come between the end of a ``with`` body and ``__exit__``: what is open then is closed at exit,
@@ -550,6 +551,34 @@ class Machine:
         if threads is not None:
             threads.end(ending)
 
+    def pause(self, timeout: float = 5.0) -> None:
+        """Keep every vCPU out of the guest until ``resume``: its state and memory stand still, devices' DMA does not.
+
+        Raises ``GuestError`` if it does not run, or a vCPU does not leave the guest within ``timeout`` seconds.
+        """
+        threads = self._threads
+        if threads is None or threads.over:
+            raise GuestError("the guest does not run")
+        if not threads.pause(timeout):
+            raise GuestError(f"a vCPU has not left the guest within {timeout:g} seconds", "read the guest's output")
+
+    def resume(self) -> None:
+        """Let a paused guest go on; idempotent."""
+        threads = self._threads
+        if threads is not None:
+            threads.resume()
+
+    @property
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        """The vCPUs of a guest that was started, by number. Their registers are readable while it is paused."""
+        return tuple(self._vcpus)
+
+    def inject_nmi(self, cpu: int = 0) -> None:
+        """Give vCPU number ``cpu`` a non-maskable interrupt. Raises ``IndexError``, ``OSError``."""
+        if not 0 <= cpu < self.cpus:
+            raise IndexError(f"CPU {cpu}: this machine has {self.cpus}")
+        self.vm.signal_msi(LOCAL_APIC_BASE | cpu << 12, _NMI)
+
     @property
     def over(self) -> bool:
         """Whether a guest that was started has ended."""
@@ -570,6 +599,11 @@ class Machine:
     def exits(self) -> int:
         """How often the guest left KVM for a device of ours, since it was last started."""
         return self._threads.exits if self._threads else 0
+
+    @property
+    def exit_reasons(self) -> dict[str, int]:
+        """The same by reason (``Port``, ``Mmio``, ``Interrupted`` …; ``kvmpass.kvm.exits``)."""
+        return self._threads.reasons if self._threads else {}
 
     def _power_event(self, event: PowerEvent) -> None:
         if event is PowerEvent.POWEROFF:

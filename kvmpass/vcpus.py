@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from kvmpass.bus import Bus
@@ -54,9 +55,9 @@ class VcpuThreads:
     ``lock`` is held for each dispatched exit: devices on the buses see one access at a time. ``pace`` is called after
     each access to a port, without the lock: there a guest may be kept waiting, and nobody else with it.
 
-    Synchronization: ``end``, ``wait``, ``over`` and ``stop`` from any thread. ``_state`` guards how it ended and
-    which threads are inside their loop, so that none is signalled after its end; it is held for moments only, and
-    nothing else is locked under it.
+    Synchronization: ``end``, ``wait``, ``over``, ``stop``, ``pause`` and ``resume`` from any thread. ``_state``
+    guards how it ended, whether it is paused, and which threads are inside their loop, so that none is signalled
+    after its end; it is held for moments only, and nothing else is locked under it.
     """
 
     def __init__(
@@ -69,12 +70,16 @@ class VcpuThreads:
         self._pace = pace
         self._over = threading.Event()
         self._state = threading.RLock()  # reentrant: a signal handler may call end()
+        self._changed = threading.Condition(self._state)
         self._inside: dict[threading.Thread, Vcpu] = {}
+        self._paused = False
+        self._parked = 0
         self._ending: Ending | None = None
         self._failure: BaseException | None = None
         self.fault = ""
         self._threads: list[threading.Thread] = []
         self.exits = 0
+        self._reasons: list[Counter[type[Exit]]] = [Counter() for _ in vcpus]  # each thread has its own
 
     def start(self) -> None:
         """Start one thread for each vCPU."""
@@ -90,10 +95,48 @@ class VcpuThreads:
             if self._ending is None:
                 self._ending = ending
             self._over.set()
-            for thread, vcpu in self._inside.items():
-                vcpu.request_exit()
-                if thread is not threading.current_thread():
-                    signal.pthread_kill(thread.ident or 0, KICK)
+            self._kick()
+            self._changed.notify_all()
+
+    def _kick(self) -> None:
+        """Every vCPU out of the guest; called with ``_state`` held."""
+        for thread, vcpu in self._inside.items():
+            vcpu.request_exit()
+            if thread is not threading.current_thread():
+                signal.pthread_kill(thread.ident or 0, KICK)
+
+    def pause(self, timeout: float) -> bool:
+        """Take every vCPU out of the guest and keep it there; whether all were within ``timeout`` seconds.
+
+        Where not (one waits for a slow reader of its output) they go on. Not from a vCPU's thread.
+        """
+        with self._changed:
+            self._paused = True
+            self._kick()
+            stopped = self._changed.wait_for(lambda: self._parked == len(self._inside) or self.over, timeout)
+            if not stopped:
+                self.resume()
+            return stopped
+
+    def resume(self) -> None:
+        """Let them go on; idempotent."""
+        with self._changed:
+            self._paused = False
+            if not self.over:
+                for vcpu in self._inside.values():
+                    vcpu.request_exit(False)
+            self._changed.notify_all()
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How often the vCPUs left the guest, by the names of ``kvmpass.kvm.exits`` without ``Exit``."""
+        total = sum(self._reasons, Counter[type[Exit]]())
+        return {kind.__name__.removesuffix("Exit"): count for kind, count in total.items()}
+
+    @property
+    def paused(self) -> bool:
+        """Whether ``pause`` holds them."""
+        return self._paused
 
     @property
     def over(self) -> bool:
@@ -125,7 +168,11 @@ class VcpuThreads:
             self._inside[threading.current_thread()] = vcpu
         try:
             while not self._over.is_set():
-                self._dispatch(vcpu, vcpu.run())
+                exit_ = vcpu.run()
+                # What was dispatched before has been completed by this entry (api.rst, 5: kvm_run).
+                if self._paused and isinstance(exit_, InterruptedExit):
+                    self._park()
+                self._dispatch(vcpu, exit_)
         except GuestError as error:
             self.fault = self.fault or str(error)
             self.end(Ending.FAULT)
@@ -134,10 +181,19 @@ class VcpuThreads:
                 self._failure = self._failure or error
             self.end(Ending.STOPPED)
         finally:
-            with self._state:
+            with self._changed:
                 del self._inside[threading.current_thread()]
+                self._changed.notify_all()
+
+    def _park(self) -> None:
+        with self._changed:
+            self._parked += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._paused or self.over)
+            self._parked -= 1
 
     def _dispatch(self, vcpu: Vcpu, exit_: Exit) -> None:
+        self._reasons[vcpu.index][type(exit_)] += 1
         match exit_:
             case PortExit():
                 with self._lock:

@@ -58,6 +58,7 @@ class GuestRoot:
         self._command: list[str] | None = None
         self._term = "linux"
         self._size = (24, 80)
+        self._copied: frozenset[str] = frozenset()
         self.warnings: list[str] = []  # what could not be copied as it should be
         for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/etc", init.DIRECTORY):
             self.tree.directory(path)
@@ -110,7 +111,9 @@ class GuestRoot:
     def copy(self, spec: str) -> None:
         """``SRC:DST`` as on the command line; see :func:`kvmpass.initramfs.files.copy_into`."""
         source, target = files.split_spec(spec)
+        before = self.tree.names
         files.copy_into(self.tree, source, target, self.warnings.append)
+        self._copied |= self.tree.names - before
 
     def run_command(self, command: Sequence[str]) -> None:
         """Run ``command`` instead of a shell. Its first word is a path, or looked up in the guest's PATH."""
@@ -141,5 +144,5 @@ class GuestRoot:
             size=self._size,
         )
         self.tree.file("/init", script, 0o755)
-        archive = self.tree.archive(init.COMPLETE)
+        archive = self.tree.archive(init.COMPLETE, self._copied)
         return gzip.compress(archive, 1, mtime=0) if compress else archive

@@ -6,7 +6,7 @@ The archive's format is "newc" (Documentation/driver-api/early-userspace/buffer-
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -101,10 +101,22 @@ class Tree:
         pages = sum(-(-len(node.data) // _PAGE) * _PAGE for node in self._nodes.values() if stat.S_ISREG(node.mode))
         return pages + _INODE * len(self._nodes)
 
-    def archive(self, last: str = "") -> bytes:
-        """The whole tree as a newc archive; parents come before their children, an empty file ``last`` after all."""
+    @property
+    def names(self) -> frozenset[str]:
+        """Those of all nodes, as the archive has them."""
+        return frozenset(self._nodes)
+
+    def archive(self, last: str = "", later: Collection[str] = ()) -> bytes:
+        """The whole tree as a newc archive: directories first, then files, at the end an empty file ``last``.
+
+        ``later``: names of files that come after the others: what a guest needs least, should it run out of memory.
+        """
         end = [(self.canonical(last), Node(stat.S_IFREG | 0o444))] if last else []
-        return newc([*sorted(self._nodes.items()), *end])
+
+        def place(item: tuple[str, Node]) -> tuple[bool, bool, str]:
+            return not stat.S_ISDIR(item[1].mode), item[0] in later, item[0]
+
+        return newc([*sorted(self._nodes.items(), key=place), *end])
 
 
 def newc(nodes: Iterable[tuple[str, Node]]) -> bytes:

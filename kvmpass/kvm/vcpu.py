@@ -32,7 +32,11 @@ def install_kick(signal_number: int) -> None:
 
 
 class Vcpu(OwnedFd):
-    """Registers, and ``run()``. Only the thread that runs it may call anything but ``request_exit``."""
+    """Registers, and ``run()``.
+
+    Synchronization: ``request_exit`` from any thread; everything else from the thread that runs it, or from any while
+    that one is outside ``run()``: before the start, or while the machine is paused.
+    """
 
     def __init__(self, fd: int, index: int, run_size: int) -> None:
         super().__init__(fd)
@@ -113,6 +117,13 @@ class Vcpu(OwnedFd):
         check(lib.kvm_get_regs(self.fd, regs), "KVM_GET_REGS")
         return {name: getattr(regs, name) for name in dir(regs)}
 
+    def get_sregs(self) -> dict[str, int]:
+        """Control registers (``cr0`` … ``cr8``, ``efer``, ``apic_base``), and selectors of the segments."""
+        sregs = ffi.new("struct kvm_sregs *")
+        check(lib.kvm_get_sregs(self.fd, sregs), "KVM_GET_SREGS")
+        controls = {name: getattr(sregs, name) for name in _CONTROL_REGISTERS}
+        return controls | {name: getattr(sregs, name).selector for name in _SEGMENTS}
+
     def set_regs(self, **values: int) -> None:
         """Set the named general registers; the others keep their values. ``AttributeError`` for a wrong name."""
         regs = ffi.new("struct kvm_regs *")
@@ -153,6 +164,8 @@ class Vcpu(OwnedFd):
         check(lib.kvm_set_sregs(self.fd, sregs), "KVM_SET_SREGS")
 
 
+_CONTROL_REGISTERS = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")
+_SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 _CR0_PE, _CR0_PG = 1 << 0, 1 << 31
 _CR4_PAE = 1 << 5
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10

@@ -93,6 +93,11 @@ class Vm(OwnedFd):
     def irq_line(self, gsi: int, level: bool) -> None:
         check(lib.kvm_irq_line(self.fd, gsi, int(level)), "KVM_IRQ_LINE", f"gsi {gsi}")
 
+    def signal_msi(self, address: int, data: int) -> bool:
+        """Deliver a message at once; whether a vCPU took it. Needs no route, and does not wait for a vCPU."""
+        detail = f"address {address:#x}, data {data:#x}"
+        return check(lib.kvm_signal_msi(self.fd, address, data), "KVM_SIGNAL_MSI", detail) > 0
+
     def create_vcpu(self, index: int) -> Vcpu:
         return Vcpu(check(lib.kvm_create_vcpu(self.fd, index), "KVM_CREATE_VCPU"), index, self._run_size)
 

@@ -12,6 +12,7 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ import pytest
 
 from kvmpass import host
 from kvmpass.cli.main import main
-from kvmpass.errors import NotEnoughMemory
+from kvmpass.errors import GuestError, NotEnoughMemory
 from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
 from kvmpass.machine import Machine
 from kvmpass.vcpus import Ending
@@ -333,3 +334,43 @@ def test_files_that_do_not_fit_into_the_guest(tmp_path: Path) -> None:
         result = guest.run(timeout=200)
     assert result.status is None
     assert result.failures == ("the root file system is incomplete: the guest has too little memory to unpack it",)
+
+
+def test_a_guest_is_paused_looked_at_and_interrupted() -> None:
+    """It counts; while it is paused it does not. An NMI that was sent meanwhile is there when it goes on."""
+    said = bytearray()
+    script = "n=0; while [ $n -lt 100000 ]; do n=$((n + 1)); echo $n; grep NMI /proc/interrupts; done"
+    image = prepare(GuestSpec(command=("sh", "-c", script), append="nmi_watchdog=0"), [])
+    with (
+        Machine(memory="192M", cpus=2) as machine,
+        Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,
+    ):
+        with pytest.raises(GuestError, match="does not run"):
+            machine.pause()
+        image.load(machine)
+        thread = threading.Thread(target=guest.run)
+        thread.start()
+        deadline = time.monotonic() + 120
+        while b"NMI: " not in said:
+            assert time.monotonic() < deadline, said
+            time.sleep(0.02)
+        machine.pause(30)
+        time.sleep(0.5)  # what it has sent is on its way
+        length, exits = len(said), machine.exits
+        control = [vcpu.get_sregs() for vcpu in machine.vcpus]
+        assert len(control) == 2 and all(one["cr0"] >> 31 and one["efer"] >> 10 & 1 for one in control), "long mode"
+        assert any(vcpu.get_regs()["rip"] for vcpu in machine.vcpus)
+        machine.inject_nmi(1)
+        with pytest.raises(IndexError):
+            machine.inject_nmi(2)
+        time.sleep(1)
+        assert (len(said), machine.exits) == (length, exits)
+        machine.resume()
+        while not re.search(rb"NMI: +0 +1 ", said[length:]):
+            assert time.monotonic() < deadline, said[-500:]
+            time.sleep(0.02)
+        assert machine.exit_reasons["Port"] > 100
+        assert sum(machine.exit_reasons[name] for name in ("Port", "Mmio")) == machine.exits
+        machine.stop()
+        thread.join(30)
+        assert not thread.is_alive()

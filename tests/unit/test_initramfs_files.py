@@ -85,6 +85,17 @@ def test_the_last_file_says_that_all_of_them_are_there() -> None:
     assert script.index("control=yes") < script.index(init.COMPLETE), "it can be told"
 
 
+def test_what_was_copied_comes_after_what_the_guest_needs() -> None:
+    """A guest that runs out of memory while it unpacks can still say so."""
+    tree = Tree()
+    tree.file("/usr/bin/busybox", b"x")
+    before = tree.names
+    tree.file("/data/large", b"x")
+    found = names(tree.archive(init.COMPLETE, tree.names - before))
+    assert found[-3:] == ["usr/bin/busybox", "data/large", "kvmpass/complete"]
+    assert found.index("data") < found.index("usr/bin/busybox"), "directories come first"
+
+
 class Memory:
     def __init__(self, size: int) -> None:
         self.memory = SimpleNamespace(ram_size=size)
