@@ -24,6 +24,15 @@ put() {
 }
 get() { hexdump -s $2 -n 4 -e '1/4 "0x%08x\\n"' /sys/bus/pci/devices/$1/config; }
 first=0000:00:01.0; second=0000:00:02.0
+# sleeper: $first, an e1000e card, without its driver and on; its power management register and its BAR 0.
+sleeper() {
+    echo $first >/sys/bus/pci/drivers/e1000e/unbind 2>/dev/null
+    echo 1 >/sys/bus/pci/devices/$first/enable
+    capability=$(($(get $first 52) & 255))
+    while [ $(($(get $first $capability) & 255)) -ne 1 ]; do
+        capability=$(($(get $first $capability) >> 8 & 255)); [ $capability -ne 0 ] || exit 1; done
+    register=$((capability + 4)); at=$(($(get $first 16) & ~15))
+}
 """
 
 
@@ -52,12 +61,7 @@ def test_a_driver_that_lets_go_leaves_no_interrupt(nvme: str) -> None:
 def test_a_device_that_sleeps_reads_as_ones_and_wakes(nic: str) -> None:
     """D3 and back; on hardware a register of a sleeping device is no register either."""
     script = """
-        echo $first >/sys/bus/pci/drivers/e1000e/unbind 2>/dev/null
-        echo 1 >/sys/bus/pci/devices/$first/enable
-        capability=$(($(get $first 52) & 255))
-        while [ $(($(get $first $capability) & 255)) -ne 1 ]; do
-            capability=$(($(get $first $capability) >> 8 & 255)); [ $capability -ne 0 ] || exit 1; done
-        register=$((capability + 4)); at=$(($(get $first 16) & ~15))
+        sleeper
         echo awake $(devmem $((at + 8)) 32)
         put $first $register $(($(get $first $register) | 3)); usleep 20000
         echo asleep $(devmem $((at + 8)) 32)

@@ -39,12 +39,7 @@ from kvmpass.vfio.device import ERR
 def test_a_device_that_vfio_and_the_guest_see_differently(nic: str) -> None:
     """Asleep, decoding off, awake again: without No_Soft_Reset the device has its decoding back, VFIO does not."""
     script = """
-        echo $first >/sys/bus/pci/drivers/e1000e/unbind 2>/dev/null
-        echo 1 >/sys/bus/pci/devices/$first/enable
-        capability=$(($(get $first 52) & 255))
-        while [ $(($(get $first $capability) & 255)) -ne 1 ]; do
-            capability=$(($(get $first $capability) >> 8 & 255)); [ $capability -ne 0 ] || exit 1; done
-        register=$((capability + 4)); at=$(($(get $first 16) & ~15))
+        sleeper
         put $first 4 6; echo on $(devmem $((at + 8)) 32)
         put $first $register $(($(get $first $register) | 3)); usleep 20000
         put $first 4 0
