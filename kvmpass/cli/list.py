@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -80,10 +81,13 @@ class _Row(NamedTuple):
 
 
 def _lines(found: host.Inventory, wide: bool) -> Iterator[str]:
-    tree = any(len(_members(found, group.id)) > 1 for group in found.groups)
-    grouped = [row for group in found.groups for row in _group(found, group, tree, wide)]
+    members: dict[int | None, builtins.list[host.DeviceStatus]] = {group.id: [] for group in found.groups}
+    for status in found.devices:
+        members.setdefault(status.device.group, []).append(status)
+    tree = any(len(members[group.id]) > 1 for group in found.groups)
+    grouped = [row for group in found.groups for row in _group(found, group, members[group.id], tree, wide)]
     indent = "  " if tree else ""
-    alone = [_row(found, status, "-", indent, indent, wide) for status in _members(found, None)]
+    alone = [_row(found, status, "-", indent, indent, wide) for status in members.get(None, ())]
     table = _Table([*grouped, *alone])
     if grouped:
         yield table.heading
@@ -96,19 +100,16 @@ def _lines(found: host.Inventory, wide: bool) -> Iterator[str]:
         yield from table.lines(alone)
 
 
-def _members(found: host.Inventory, group: int | None) -> Sequence[host.DeviceStatus]:
-    return [status for status in found.devices if status.device.group == group]
-
-
-def _group(found: host.Inventory, group: host.IommuGroup, tree: bool, wide: bool) -> Iterator[_Row]:
-    members = _members(found, group.id)
+def _group(
+    found: host.Inventory, group: host.IommuGroup, members: Sequence[host.DeviceStatus], tree: bool, wide: bool
+) -> Iterator[_Row]:
     for number, status in enumerate(members):
         first, last = number == 0, number == len(members) - 1
         branch, stem = ("  ", "  ") if first and last else ("┬ ", "│ ") if first else ("├ ", "│ ")
         if last and not first:
             branch, stem = "└ ", "  "
         row = _row(found, status, str(group.id) if first else "", branch if tree else "", stem if tree else "", wide)
-        reason = in_the_way(found, group) if last else None
+        reason = in_the_way(members) if last else None
         yield row._replace(below=[*row.below, reason]) if reason else row
 
 

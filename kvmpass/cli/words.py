@@ -20,17 +20,9 @@ def verdict(status: host.DeviceStatus, whole: host.HostStatus) -> str:
     return click.style("yes, on vfio-pci" if status.device.driver == "vfio-pci" else "yes", fg="green")
 
 
-def in_the_way(found: host.Inventory, group: host.IommuGroup) -> str | None:
+def in_the_way(members: Sequence[host.DeviceStatus]) -> str | None:
     """Which devices of a group the host uses, so that others of it cannot be assigned."""
-    blocking = sorted(
-        {
-            bdf
-            for status in found.devices
-            if status.device.group == group.id
-            for blocker in status.blockers
-            for bdf in blocker.devices
-        }
-    )
+    blocking = sorted({bdf for status in members for blocker in status.blockers for bdf in blocker.devices})
     return f"the host uses {', '.join(map(str, blocking))} of this group" if blocking else None
 
 

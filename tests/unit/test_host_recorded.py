@@ -321,6 +321,34 @@ def test_a_crafted_directory(host: Host, kind: str) -> None:
         pytest.fail("it was opened")
 
 
+@pytest.mark.parametrize(
+    ("target", "inside"),
+    [
+        ("../../proc", True),
+        ("../../..", False),
+        ("../../../etc", False),
+        ("up/..", False),  # not by its text, but by where the other link leads
+        ("up/proc", True),
+        ("./../../proc", True),
+        ("../deep/../../../..", False),
+        ("/proc", False),
+        ("nowhere", True),
+    ],
+)
+def test_a_link_stays_inside_or_is_refused(host: Host, target: str, inside: bool) -> None:
+    """In a directory two levels down, beside a link to the top."""
+    deep = host.path("one/deep")
+    deep.mkdir(parents=True)
+    (deep / "up").symlink_to("../..")
+    (deep / "link").symlink_to(target)
+    if inside:
+        with open_recorded(host.root):
+            pass
+    else:
+        with pytest.raises(BadRecord, match="one/deep/link is a link that leads out"), open_recorded(host.root):
+            pytest.fail("it was opened")
+
+
 def test_nothing_that_a_terminal_would_obey(host: Host, tmp_path: Path) -> None:
     host.put(f"sys/bus/pci/devices/{NVME}/power_state", "D0\x1b]0;evil\x07")
     host.add("0000:05:00.0", "evil\x1b[31m", 11)
