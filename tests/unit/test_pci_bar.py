@@ -2,142 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
+from fake_bar import IO, IO_RESERVED, MEMORY32, MEMORY64, ONES, PREFETCHABLE, Plant, Region, Register
 
-from kvmpass.bus import Bus
 from kvmpass.errors import LayoutError
-from kvmpass.layout import GIB, MIB, PAGE, Range, plan_layout
-from kvmpass.memory import GuestMemory, HostMapping, RegionKind
-from kvmpass.pci import BarSpace
-from kvmpass.pci.bar import Bar, RomBar, Trap, mappable
+from kvmpass.layout import GIB, MIB, PAGE, Range
+from kvmpass.memory import RegionKind
+from kvmpass.pci.bar import Bar, Trap, mappable
 from kvmpass.pci.space import BarKind
-from kvmpass.vfio.device import RegionInfo
-
-IO, IO_RESERVED, MEMORY32, MEMORY64, PREFETCHABLE = 0b01, 0b11, 0b0000, 0b0100, 0b1000
-ONES = b"\xff" * 16
-
-
-class Region:
-    """What VFIO has of a BAR; accesses outside of it are a caller's mistake (vfio.Region raises IndexError)."""
-
-    def __init__(self, size: int, areas: Sequence[Range] = (), index: int = 2) -> None:
-        self.info = RegionInfo(index, size, 0, True, True, tuple(areas), True)
-        self.data = bytearray((at * 7 + 1) & 0xFF for at in range(min(size, 4 * PAGE)))
-        self.mappings: dict[Range, HostMapping] = {}
-        self.refusing = self.refusing_mmap = False
-        self.writes: list[tuple[int, bytes]] = []
-
-    @property
-    def size(self) -> int:
-        return self.info.size
-
-    def read(self, offset: int, size: int) -> bytes:
-        assert size and offset >= 0 and offset + size <= self.size
-        if self.refusing:
-            raise OSError(errno.EIO, "pread")
-        return bytes(self.data[offset : offset + size])
-
-    def write(self, offset: int, data: bytes) -> None:
-        assert data and offset >= 0 and offset + len(data) <= self.size
-        if self.refusing:
-            raise OSError(errno.EIO, "pwrite")
-        self.data[offset : offset + len(data)] = data
-        self.writes.append((offset, data))
-
-    def mmap(self, area: Range) -> HostMapping:
-        assert area.start % PAGE == 0 and area.size % PAGE == 0 and area.end <= self.size
-        if self.refusing_mmap:
-            raise OSError(errno.ENOMEM, "mmap")
-        mapping = HostMapping(PAGE)
-        mapping.size = area.size
-        self.mappings[area] = mapping
-        return mapping
-
-    @property
-    def unmapped(self) -> bool:
-        return not any(mapping._address for mapping in self.mappings.values())
-
-
-class Register:
-    """A trapped part: 16 registers' worth of bytes."""
-
-    def __init__(self, size: int) -> None:
-        self.data = bytearray(size)
-
-    def read(self, offset: int, size: int) -> bytes:
-        assert offset >= 0 and offset + size <= len(self.data)
-        return bytes(self.data[offset : offset + size])
-
-    def write(self, offset: int, data: bytes) -> None:
-        assert offset >= 0 and offset + len(data) <= len(self.data)
-        self.data[offset : offset + len(data)] = data
-
-
-class Listener:
-    """KVM, which may refuse a memslot, or to delete one: those whose address ``which`` picks."""
-
-    def __init__(self) -> None:
-        self.refusing = ""
-        self.which: Callable[[int], bool] = lambda address: True
-        self.slots: list[Any] = []
-
-    def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None: ...
-
-    def region_added(self, region: Any) -> None:
-        if self.refusing in ("added", "doubtful") and self.which(region.gpa):
-            if self.refusing == "doubtful":  # it may have made the slot
-                self.slots.append(region)
-            raise OSError(errno.ENOSPC, "KVM_SET_USER_MEMORY_REGION")
-        self.slots.append(region)
-
-    def region_removed(self, region: Any) -> None:
-        if self.refusing == "removed" and self.which(region.gpa):
-            raise OSError(errno.ENOMEM, "KVM_SET_USER_MEMORY_REGION")
-        self.slots.remove(region)
-
-    def holds(self, region: Any) -> bool:
-        return region in self.slots
-
-
-class Plant:
-    """Guest memory, a bus and the windows; bars made here are closed at the end."""
-
-    def __init__(self) -> None:
-        self.layout = plan_layout(MIB)
-        self.memory = GuestMemory()
-        self.kvm = Listener()
-        self.memory.listen(self.kvm)
-        self.bus = Bus("test")
-        self.space = BarSpace(self.layout)
-        self.bars: list[Bar] = []
-
-    def bar(self, region: Region, flags: int = MEMORY32, traps: Sequence[Trap] = ()) -> Bar:
-        bar = Bar(region, flags, self.memory, self.bus, self.space, traps)  # type: ignore[arg-type]
-        self.bars.append(bar)
-        return bar
-
-    def rom(self, region: Region) -> RomBar:
-        rom = RomBar(region, self.memory, self.bus, self.space)  # type: ignore[arg-type]
-        self.bars.append(rom)
-        return rom
-
-    @property
-    def slots(self) -> list[Range]:
-        return [region.range for region in self.memory if region.kind is RegionKind.BAR]
-
-    def close(self) -> None:
-        for bar in self.bars:
-            bar.close()
-        assert (self.slots, self.bus._ranges) == ([], [])
-        for kind, start in ((BarKind.IO, 0xC000), (BarKind.MEMORY32, self.layout.mmio32.start)):
-            assert self.space.allocate(kind, 16).start == start, "an address was not given back"
-        self.memory.close()
 
 
 @pytest.fixture
@@ -348,97 +224,6 @@ def test_what_kvm_refuses_a_memslot_for_traps(plant: Plant) -> None:
     plant.kvm.refusing = ""
     bar.set_register(bar.address, False)
     assert plant.slots == [Range(bar.address, PAGE)], "written again, it is tried again"
-
-
-# --- what KVM does not undo
-
-
-def two_areas(plant: Plant) -> tuple[Bar, Region]:
-    region = Region(4 * PAGE, [Range(0, PAGE), Range(2 * PAGE, PAGE)])
-    return plant.bar(region, MEMORY32), region
-
-
-@pytest.mark.parametrize("page", [0, 2], ids=["first", "last"])
-def test_a_memslot_that_kvm_keeps_leaves_all_as_it_was(plant: Plant, page: int) -> None:
-    """Turned off, moved, sized or closed: the BAR decodes as before, with every memslot, and can be asked again."""
-    bar, region = two_areas(plant)
-    bar.decode(True)
-    home, before, register = bar.address, plant.slots, bar.register(False)
-    plant.kvm.refusing, plant.kvm.which = "removed", lambda address: address == home + page * PAGE
-    for change in (
-        lambda: bar.decode(False),
-        lambda: bar.set_register(home + 64 * PAGE, False),
-        lambda: bar.set_register(0xFFFF_FFFF, False),
-        bar.close,
-    ):
-        with pytest.raises(OSError, match="KVM_SET_USER_MEMORY_REGION"):
-            change()
-        assert (plant.slots, bar.register(False), bar.address) == (before, register, home)
-        assert plant.bus.read(home + PAGE, 2) == bytes(region.data[PAGE : PAGE + 2])
-        assert not region.unmapped
-    plant.kvm.refusing = ""
-    bar.set_register(home + 64 * PAGE, False)
-    assert plant.slots == [Range(home + 64 * PAGE, PAGE), Range(home + 66 * PAGE, PAGE)]
-    bar.close()
-    assert (plant.slots, region.unmapped) == ([], True)
-    bar.close()
-
-
-def test_one_area_that_kvm_does_not_take_traps_and_the_other_does_not(plant: Plant) -> None:
-    bar, region = two_areas(plant)
-    plant.kvm.refusing, plant.kvm.which = "added", lambda address: address == bar.address
-    bar.decode(True)
-    assert plant.slots == [Range(bar.address + 2 * PAGE, PAGE)]
-    assert plant.bus.read(bar.address, 2) == bytes(region.data[:2])
-    plant.kvm.refusing = ""
-    bar.set_register(bar.address, False)
-    assert plant.slots == [Range(bar.address, PAGE), Range(bar.address + 2 * PAGE, PAGE)]
-    bar.decode(False)
-    assert plant.slots == []
-
-
-def test_a_memslot_that_kvm_may_have_made_is_deleted_like_any_other(plant: Plant) -> None:
-    """It refused to make it and then to delete it: until that works the pages stay mapped."""
-    bar, region = two_areas(plant)
-    real = plant.kvm.region_removed
-    plant.kvm.refusing, plant.kvm.which = "doubtful", lambda address: address == bar.address
-    bar.decode(True)
-    assert Range(bar.address + 2 * PAGE, PAGE) in plant.slots
-    plant.kvm.refusing = "removed"
-    if Range(bar.address, PAGE) in plant.slots:
-        with pytest.raises(OSError):
-            bar.close()
-        assert not region.unmapped
-    plant.kvm.refusing = ""
-    plant.kvm.region_removed = real  # type: ignore[method-assign]
-    bar.close()
-    assert (plant.slots, region.unmapped) == ([], True)
-
-
-def test_where_somebody_else_has_a_page_all_of_it_waits(plant: Plant) -> None:
-    """A region of memory in the second half of the place: nothing of the BAR is decoded, not even its first page."""
-    bar, _ = two_areas(plant)
-    other = plant.memory.add_ram(bar.address + 2 * PAGE, PAGE, "other")
-    bar.decode(True)
-    assert (plant.slots, plant.bus._ranges) == ([], [])
-    plant.memory.remove(other)
-    plant.space.released()
-    assert len(plant.slots) == 2
-
-
-def test_others_get_a_place_only_once_it_is_free(plant: Plant) -> None:
-    first, second = (plant.bar(Region(PAGE, [Range(0, PAGE)], index), MEMORY32) for index in (0, 1))
-    home = first.address
-    first.decode(True)
-    second.set_register(home, False)
-    second.decode(True)
-    plant.kvm.refusing = "removed"
-    with pytest.raises(OSError):
-        first.decode(False)
-    assert [r.name for r in plant.memory] == ["bar0"]
-    plant.kvm.refusing = ""
-    first.decode(False)
-    assert [r.name for r in plant.memory] == ["bar1"]
 
 
 def test_pages_without_a_mapping_trap(plant: Plant) -> None:
