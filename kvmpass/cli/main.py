@@ -97,7 +97,8 @@ def fail(command: str, error: BaseException, as_json: bool) -> None:
             sys.stdout = None
     if isinstance(error, click.ClickException):
         error.show()
-        show_hints(error)
+        if not getattr(error, "shows_hints", False):
+            show_hints(error)
     else:
         report(error)
 

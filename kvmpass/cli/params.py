@@ -23,6 +23,8 @@ else:
 class WrongDevice(click.BadParameter):
     """A usage error (exit status 2) with a cause and a hint, printed as kvmpass prints its own."""
 
+    shows_hints = True
+
     def __init__(self, message: str, remedy: str, ctx: click.Context | None, param: click.Parameter | None) -> None:
         super().__init__(message, ctx=ctx, param=param)
         self.add_note(remedy)
@@ -31,8 +33,9 @@ class WrongDevice(click.BadParameter):
         return self.message
 
     def show(self, file: Any = None) -> None:
-        """The cause; ``cli.main`` prints the hints of every error."""
         click.echo(f"kvmpass: {self.message}", file=file, err=file is None)
+        for note in self.__notes__:
+            click.echo(f"  hint: {note}", file=file, err=file is None)
 
 
 class BdfType(_OfBdf):
