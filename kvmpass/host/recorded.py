@@ -31,7 +31,8 @@ _BIGGEST_FILE = 64 << 20
 _MOST_BYTES = 1 << 30
 # Links that are only ever read, never followed: what a process has open, its namespaces.
 _ONLY_READ = re.compile(r"proc/(?:\d+|self)/(?:fd|ns)/[^/]+")
-_CONTROLS = dict.fromkeys([*set(range(32)) - {9, 10}, *range(0x7F, 0xA0)], "?")
+_CONTROLS: dict[int, str | None] = dict.fromkeys([*set(range(32)) - {9, 10}, *range(0x7F, 0xA0)], "?")
+_CONTROLS[0] = None  # some of the kernel's files end so
 _T = TypeVar("_T")
 
 

@@ -354,7 +354,9 @@ def test_nothing_that_a_terminal_would_obey(host: Host, tmp_path: Path) -> None:
     host.add("0000:05:00.0", "evil\x1b[31m", 11)
     host.put("dev/kmsg", "6,0,1,-;AMD-Vi: \x1b[2J\x9b1m")
     host.put(MANIFEST, json.dumps({"version": 1, "closed": [], "answers": {"user name": "\x1b[1mroot"}}))
+    host.put("sys/bus/virtio/devices/virtio0/mount_tag", b"root\0")
     with open_recorded(host.root) as tree:
+        assert tree.text("sys/bus/virtio/devices/virtio0/mount_tag") == "root", "as the host's own readers take it"
         texts = repr([str(answers(tree)), *tree.log().having("AMD-Vi"), tree.ask("user name", lambda: "")])
         assert tree.device(Bdf.parse("0000:05:00.0")).driver == "evil?[31m"
     assert "\\x1b" not in texts
