@@ -59,8 +59,7 @@ def _known(look: Look, names: list[str]) -> Iterator[tuple[str, str]]:
             name = Path(mount.source).name
         if name in names and name not in mounted:
             mounted.add(name)
-            how = "is claimed by the kernel: mounted" if mount.where else "is mounted"
-            yield name, f"/dev/{name} {how} at {mount.point}{mount.where}"
+            yield name, f"/dev/{name} is mounted at {mount.point}{mount.where}"
     for line in (look.text("proc/swaps") or "").splitlines()[1:]:
         name = os.path.basename(os.path.realpath(sysfs.path(line.split()[0].lstrip("/"))))  # noqa: PTH119
         if name in names:
