@@ -11,6 +11,7 @@ from kvmpass import host
 from kvmpass.errors import DeviceInUse
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import GuestSpec, prepare
+from kvmpass.kvm.system import MAX_APIC_IDS
 from kvmpass.layout import Range, parse_size
 from kvmpass.machine import Machine
 from kvmpass.memory import Backing
@@ -30,7 +31,8 @@ def check(
         host.check_assignable(sysfs, bdf, together=bdfs)
     page = backing.page_size if backing is not Backing.ANONYMOUS else 0
     host.check_memory(sysfs, memory, huge_page=page)
-    host.check_limits(sysfs, memory, huge_page=page, cpus=cpus, together=bdfs)
+    # More CPUs than a guest takes are refused as such, by the machine.
+    host.check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs)
     return devices
 
 
