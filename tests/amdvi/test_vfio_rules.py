@@ -17,6 +17,7 @@ import pytest
 from witness import locked_bytes
 
 from kvmpass import host
+from kvmpass.errors import LayoutError
 from kvmpass.layout import GIB, MIB, PAGE
 from kvmpass.machine import AssignedDevice, Machine
 from kvmpass.memory import HostMapping
@@ -126,8 +127,14 @@ def test_what_cannot_be_mapped(bench: Bench, iova: int, size: int, offset: int) 
     assert bench.container.unmap_dma(FREE, 8 * MIB) == 0
 
 
-def test_guest_memory_cannot_have_the_last_page_of_the_address_space(bench: Bench) -> None:
-    refused(errno.EINVAL, "KVM_SET_USER_MEMORY_REGION", lambda: bench.machine.memory.add_ram(LAST_PAGE, PAGE))
+def test_guest_memory_beyond_what_an_address_can_have(bench: Bench) -> None:
+    """Refused before KVM or VFIO are asked: nothing is left behind."""
+    before = (bench.machine.memslots.ledger, bench.machine.domain.ledger)
+    for gpa in (LAST_PAGE, 1 << 64, 1 << 52):
+        with pytest.raises(LayoutError, match="beyond 52 bits"):
+            bench.machine.memory.add_ram(gpa, PAGE)
+    assert (bench.machine.memslots.ledger, bench.machine.domain.ledger) == before
+    bench.machine.audit()
 
 
 def test_the_last_page_of_the_address_space(bench: Bench) -> None:
