@@ -61,12 +61,12 @@ def assigned(
     size = parse_size(memory)
     names = host.Names(sysfs)
     devices = check(bdfs, size, sysfs, backing, cpus)
-    if cpus > len(os.sched_getaffinity(0)):
-        warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: they take turns")
     image = prepare(spec, [device.modalias for device in devices])
     for line in image.warnings:
         warn(line)
     with Machine(memory=size, cpus=cpus, backing=backing, sysfs=sysfs, on_event=on_event) as machine:
+        if cpus > len(os.sched_getaffinity(0)):
+            warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: they take turns")
         machine.populate()  # the last step that the out-of-memory killer can answer
         image.load(machine)
         # Nothing has changed on the host so far. The machine lets go of the devices before they are given back.

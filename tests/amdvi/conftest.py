@@ -20,7 +20,7 @@ SOAK = bool(os.environ.get("KVMPASS_SOAK"))
 SOAK_SECONDS = 2 * 3600.0  # for each phase of a long form, of which nobody knows how fast its machine is
 
 
-OLDER_KERNEL = "KVMPASS_TEST_OLDER_KERNEL"
+OLDER_KERNEL = "KVMPASS_OLDER_KERNEL"
 OLDER_ROOT = "kernels/older"
 
 
