@@ -166,6 +166,8 @@ class VcpuThreads:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (KICK,))  # whatever the thread inherited
         with self._state:
             self._inside[threading.current_thread()] = vcpu
+            if self._paused:  # before this thread was known
+                vcpu.request_exit()
         try:
             while not self._over.is_set():
                 exit_ = vcpu.run()

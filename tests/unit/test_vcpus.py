@@ -119,6 +119,25 @@ def test_a_pause_keeps_all_of_them_out_until_they_go_on(stage: Stage) -> None:
     assert not stage.threads.paused
 
 
+def test_a_pause_that_comes_before_the_threads_do() -> None:
+    """A thread that is known only later stays outside, too."""
+    stage = Stage.__new__(Stage)
+    stage.vcpus = [Fake(0)]
+    stage.vcpus[0].says = [PORT] * 1000
+    stage.waiting = threading.Event()
+    stage.waiting.set()
+    stage.threads = VcpuThreads(
+        cast(list[Vcpu], stage.vcpus), Bus("port"), Bus("memory"), threading.RLock(), stage.pace
+    )
+    assert stage.threads.pause(5)
+    stage.threads.start()
+    settle(lambda: stage.threads._parked == 1)
+    assert stage.threads.exits == 0
+    stage.threads.resume()
+    settle(lambda: stage.threads.exits == 1000)
+    stage.threads.stop()
+
+
 def test_an_end_during_a_pause(stage: Stage) -> None:
     assert stage.threads.pause(5)
     stage.threads.end(Ending.STOPPED)
