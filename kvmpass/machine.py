@@ -145,21 +145,24 @@ class Machine:
             if closed:
                 return
             _open.discard(self)
-            self._close_vcpus()
-            self._notices.stop()  # without the lock, which what runs there may wait for
-            with self._moves:
-                run_all(
-                    (
-                        self._deassign_all,
-                        partial(self.domain.use_kvm, None),
-                        self._board.close,
-                        self._deassign_all,
-                        self.domain.close,
-                        self.memslots.close,
-                        self.memory.close,
-                        self._system.close,
-                    )
+            # The first two without the lock, which what runs in the machine's own threads may wait for.
+            run_all((self._close_vcpus, self._notices.stop, self._release))
+
+    def _release(self) -> None:
+        """Devices, the VM, what of the devices only the VM's end makes possible, mappings, memory."""
+        with self._moves:
+            run_all(
+                (
+                    self._deassign_all,
+                    partial(self.domain.use_kvm, None),
+                    self._board.close,
+                    self._deassign_all,
+                    self.domain.close,
+                    self.memslots.close,
+                    self.memory.close,
+                    self._system.close,
                 )
+            )
 
     def _check_usable(self) -> None:
         if self._closed:

@@ -186,6 +186,20 @@ def test_a_device_that_cannot_be_unplugged_goes_with_its_machine(
     clean()
 
 
+def test_a_vcpu_that_cannot_be_closed_keeps_nothing_else(borrowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stuck:
+        def close(self) -> None:
+            raise OSError(errno.ENOMEM, "munmap: planted")
+
+    machine = Machine(memory="2M")
+    machine.assign(borrowed)
+    monkeypatch.setattr(machine, "_vcpus", [Stuck()])
+    with pytest.raises(OSError, match="planted"):
+        machine.close()
+    assert (machine.devices, machine.memslots.ledger, len(machine.memory)) == ([], [], 0)
+    clean()
+
+
 def test_a_group_that_cannot_leave_stays_until_the_end(borrowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Machine(memory="2M") as machine:
         device = machine.assign(borrowed)
