@@ -73,7 +73,7 @@ class GuestImage:
 
     def load(self, machine: Machine) -> None:
         """Into the memory of a machine that has not started. Raises ``NotEnoughMemory`` if it does not fit."""
-        if machine.memory.ram_size < self.needed:
+        if self.unpacked and machine.memory.ram_size < self.needed:
             least = -(-(self.needed + _SLACK) // (16 * MIB)) * 16
             raise NotEnoughMemory(
                 f"the guest's files take {self.unpacked / MIB:.0f} MiB unpacked, and half of its memory may hold "

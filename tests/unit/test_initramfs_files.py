@@ -115,6 +115,9 @@ def test_files_that_do_not_fit_are_refused_with_the_number_that_does() -> None:
         with pytest.raises(NotEnoughMemory, match=f"60 MiB unpacked.*: {size} MiB are too little") as refused:
             image.load(cast(Machine, Memory(size * MIB)))
         assert "--memory 256M" in refused.value.__notes__[0]
+    unknown = GuestImage(kernel, bytes(60 * MIB), "")  # an initramfs of the user's own
+    unknown.load(cast(Machine, machine))
+    assert len(machine.loaded) == 2
 
 
 def program(interpreter: bytes) -> bytes:
