@@ -37,7 +37,8 @@ from kvmpass.vcpus import Ending
     "--copy",
     multiple=True,
     metavar="SRC:DST",
-    help="Put a file, a directory, or a program with its libraries into the guest.  [repeatable]",
+    help="Put a file, a directory, or a program with its libraries into the guest, at DST; into DST if it ends in a "
+    "slash.  [repeatable]",
 )
 @click.option(
     "--module",

@@ -66,12 +66,12 @@ class Tree:
         Raises ``KvmpassError`` if a file would take a directory's place, or lie below a file.
         """
         name = self.canonical(path)
-        if not name:
-            return
         old = self._nodes.get(name)
-        if name in MERGED or (old is not None and stat.S_ISDIR(old.mode)):
+        if old == node:
+            return
+        if not name or name in MERGED or (old is not None and stat.S_ISDIR(old.mode)):
             if stat.S_ISDIR(node.mode):
-                if name not in MERGED:
+                if name and name not in MERGED:
                     self._nodes[name] = node
                 return
             raise KvmpassError(f"/{name} is a directory in the guest")

@@ -19,50 +19,59 @@ BUSYBOX_INTERPRETERS = frozenset(
 
 
 def split_spec(spec: str) -> tuple[Path, str]:
-    """``SRC:DST``, split at the last colon. ``DST`` is absolute; with a slash at its end it is a directory.
+    """``SRC:DST``, split at the last colon: the source, and the path that it gets in the guest.
 
-    Raises ``KvmpassError`` for anything else.
+    ``DST`` is absolute. With a slash at its end it is a directory that the source goes into under its own name, as by
+    ``cp -r SRC DST``; of a source that ends in ``.`` or ``..`` only the contents do. Raises ``KvmpassError`` for
+    anything else.
     """
     source, colon, target = spec.rpartition(":")
     if not colon or not source or not target.startswith("/"):
         raise KvmpassError(f"--copy {spec!r} is not SRC:DST with an absolute DST")
-    path = Path(source)
-    if target.endswith("/"):
-        target += path.absolute().name
-    return path, target
+    name = source.rstrip("/").rpartition("/")[2]
+    if target.endswith("/") and name not in (".", ".."):
+        target += name
+    return Path(source), target
 
 
 def copy_into(tree: Tree, source: Path, target: str, warn: Callable[[str], None] = lambda text: None) -> None:
     """Put ``source`` (a file, or a directory with all below it) at ``target``.
 
-    Modes and symlinks are preserved; a symlink named as ``source`` is followed. ELF files bring their dynamic
-    linker and libraries, each at its own path; scripts bring the interpreter that their first line names, not what
-    that interpreter loads while it runs. Raises ``KvmpassError`` for what is missing or cannot be copied, and the
-    ``OSError`` of reading. Inside a directory ``warn`` is told instead: such a file is left out, or comes without
-    what it needs to run.
+    A directory that the tree has already is added to, and keeps its mode. Else modes and symlinks are preserved; a
+    symlink named as ``source`` is followed. ELF files bring their dynamic linker and libraries, each at its own path;
+    scripts bring the interpreter that their first line names, not what that interpreter loads while it runs. Raises
+    ``KvmpassError`` for what is missing or cannot be copied, and the ``OSError`` of reading. Inside a directory
+    ``warn`` is told instead: such a file is left out, or comes without what it needs to run.
     """
     if not source.exists():
         raise KvmpassError(f"--copy: {source} does not exist")
     if source.is_dir():
         _copy_directory(tree, source, target, warn)
+    elif tree.is_directory(target):
+        raise KvmpassError(
+            f"--copy: {target} is a directory in the guest",
+            f"a slash at its end copies {source.name} into it: {source}:{target.rstrip('/')}/",
+        )
     else:
         _copy_file(tree, source, target)
 
 
 def _copy_directory(tree: Tree, source: Path, target: str, warn: Callable[[str], None]) -> None:
-    tree.directory(target, stat.S_IMODE(source.stat().st_mode))
+    if not tree.is_directory(target):
+        tree.directory(target, stat.S_IMODE(source.stat().st_mode))
     with os.scandir(source) as entries:
         for entry in sorted(entries, key=lambda item: item.name):
             place = f"{target.rstrip('/')}/{entry.name}"
-            if entry.is_symlink():
-                tree.symlink(place, str(Path(entry.path).readlink()))
-            elif entry.is_dir():
+            if entry.is_dir(follow_symlinks=False):
                 _copy_directory(tree, Path(entry.path), place, warn)
-            else:
-                try:
+                continue
+            try:
+                if entry.is_symlink():
+                    tree.symlink(place, str(Path(entry.path).readlink()))
+                else:
                     _copy_file(tree, Path(entry.path), place)
-                except (KvmpassError, OSError) as error:
-                    warn(f"--copy: {error}")
+            except (KvmpassError, OSError) as error:
+                warn(f"--copy: {error}")
 
 
 def _copy_file(tree: Tree, source: Path, target: str) -> None:

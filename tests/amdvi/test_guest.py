@@ -247,10 +247,10 @@ def test_a_driver_under_test_replaces_the_kernels_own(nvme: str, tmp_path: Path)
 # --- without any device
 
 
-def boot(*command: str, append: str = "", cpus: int = 1) -> tuple[GuestResult, bytes]:
+def boot(*command: str, append: str = "", cpus: int = 1, copy: tuple[str, ...] = ()) -> tuple[GuestResult, bytes]:
     """A guest from the library, in this process."""
     output = bytearray()
-    image = prepare(GuestSpec(command=command, append=append), [])
+    image = prepare(GuestSpec(command=command, append=append, copy=copy), [])
     with (
         Machine(memory="192M", cpus=cpus) as machine,
         Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
@@ -314,6 +314,17 @@ def test_what_the_guest_finds() -> None:
     assert "0000:00:00.0" in text
     errors = [line for line in text.splitlines() if re.match(r"<[0-3]>", line)]
     assert [line for line in errors if not re.search(r"SVM not supported", line)] == []
+
+
+def test_a_tree_is_where_cp_would_put_it(tmp_path: Path) -> None:
+    """``TREE:/``, ``TREE/.:/``, into a directory of the guest's; the root of the guest works on."""
+    (tmp_path / "tree/sub").mkdir(parents=True)
+    (tmp_path / "tree/sub/file").write_text("content\n")
+    (tmp_path / "tree/run").write_text("#!/bin/sh\ncat /tree/sub/file sub/file /sub/file /root/tree/sub/file\n")
+    (tmp_path / "tree/run").chmod(0o755)
+    copies = ("tree:/", "tree/.:/", "tree:/root/", "tree/sub:/root/sub")
+    result, output = boot("/tree/run", copy=tuple(f"{tmp_path}/{copy}" for copy in copies))
+    assert (result.status, output) == (0, b"content\n" * 4)
 
 
 def test_files_that_do_not_fit_into_the_guest(tmp_path: Path) -> None:

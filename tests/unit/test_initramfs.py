@@ -206,7 +206,15 @@ def test_scripts_bring_their_interpreter(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "result"),
-    [("a:/b", ("a", "/b")), ("dir/a:/b/", ("dir/a", "/b/a")), ("a:b:/c", ("a:b", "/c"))],
+    [
+        ("a:/b", ("a", "/b")),
+        ("dir/a:/b/", ("dir/a", "/b/a")),
+        ("dir/a/:/b/", ("dir/a", "/b/a")),
+        ("a:/", ("a", "/a")),
+        ("a/.:/", ("a", "/")),
+        ("..:/b/", ("..", "/b/")),
+        ("a:b:/c", ("a:b", "/c")),
+    ],
 )
 def test_specs(spec: str, result: tuple[str, str]) -> None:
     source, target = files.split_spec(spec)

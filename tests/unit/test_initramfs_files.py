@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +15,7 @@ from kvmpass.errors import KvmpassError, NotEnoughMemory
 from kvmpass.guest import GuestImage
 from kvmpass.initramfs import init
 from kvmpass.initramfs.cpio import Tree
-from kvmpass.initramfs.files import copy_into
+from kvmpass.initramfs.files import copy_into, split_spec
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 
@@ -52,6 +53,59 @@ def test_odd_files_in_a_directory_are_warnings(odd: Path) -> None:
 def test_by_themselves_they_are_refused(odd: Path, name: str) -> None:
     with pytest.raises(KvmpassError, match=name):
         copy_into(Tree(), odd / name, f"/{name}")
+
+
+def tree_of(directory: Path) -> dict[str, str]:
+    """What is below a directory: mode, and content or target, by relative path."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        content = str(path.readlink()) if path.is_symlink() else "" if path.is_dir() else path.read_text()
+        found[str(path.relative_to(directory))] = f"{path.lstat().st_mode:o} {content}"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("tree", "/"), ("tree/", "/"), ("tree", "/dir/"), ("tree/.", "/"), ("tree/.", "/dir/"), ("tree/new", "/dir/")],
+)
+def test_a_slash_at_the_end_copies_as_cp_does(tmp_path: Path, source: str, target: str) -> None:
+    """Into a directory that is there, whose mode stays; the real ``cp -r`` is the judge."""
+    (tmp_path / "tree/dir").mkdir(parents=True)
+    (tmp_path / "tree/dir").chmod(0o700)
+    (tmp_path / "tree/dir/file").write_text("below")
+    (tmp_path / "tree/link").symlink_to("dir/file")
+    (tmp_path / "tree/new").write_text("new")
+    (tmp_path / "root/dir").mkdir(parents=True)
+    subprocess.run(["cp", "-r", f"{tmp_path}/{source}", f"{tmp_path}/root{target}"], check=True)
+    guest = Tree()
+    guest.directory("/dir", 0o755)
+    before = guest.names - {"dir"}
+    copy_into(guest, *split_spec(f"{tmp_path}/{source}:{target}"))
+    nodes = {name: guest.get(f"/{name}") for name in guest.names - before}
+    made = {name: f"{node.mode:o} {node.data.decode()}" for name, node in nodes.items() if node is not None}
+    assert made == tree_of(tmp_path / "root")
+
+
+def test_a_file_in_a_directorys_place_is_told_of_the_slash(odd: Path) -> None:
+    tree = Tree()
+    tree.directory("/root")
+    for target in ("/root", "/", "/lib"):
+        with pytest.raises(KvmpassError, match="is a directory in the guest") as refused:
+            copy_into(tree, odd / "good", target)
+        assert refused.value.__notes__[0].endswith(f"{odd}/good:{target.rstrip('/')}/")
+
+
+def test_a_merged_root_is_copied_over_the_guests(tmp_path: Path) -> None:
+    """As of a distribution: ``lib`` is a link to ``usr/lib``; another link there is left out with a warning."""
+    (tmp_path / "usr/lib").mkdir(parents=True)
+    (tmp_path / "usr/lib/file").write_text("x")
+    (tmp_path / "lib").symlink_to("usr/lib")
+    tree, warnings = Tree(), list[str]()
+    copy_into(tree, tmp_path, "/", warnings.append)
+    assert tree.get("/lib/file") is not None and not warnings
+    (tmp_path / "bin").symlink_to("elsewhere")
+    copy_into(tree, tmp_path, "/", warnings.append)
+    assert warnings == ["--copy: /bin is a directory in the guest"]
 
 
 def test_the_size_of_a_tree_is_that_of_its_pages() -> None:
