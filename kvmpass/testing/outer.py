@@ -120,12 +120,16 @@ class Outer:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Marked tests go last, those of one boot together; the order is otherwise kept."""
+        """Marked tests go last, those of one boot together; the order is otherwise kept.
+
+        One that has the mark ``skip`` by now (of a ``conftest.py`` that could not make what it needs, for one) is
+        skipped here: no host is booted for it, and its reason is that of the machine outside.
+        """
         known = profiles(self.config)
         here: list[pytest.Item] = []
         plans: defaultdict[Boot, list[pytest.Item]] = defaultdict(list)
         for item in items:
-            requirement = Requirement.of(item)
+            requirement = Requirement.of(item) if item.get_closest_marker("skip") is None else None
             boot = self.boot_for(requirement, known) if requirement else None
             if isinstance(boot, Boot):
                 plans[boot].append(item)

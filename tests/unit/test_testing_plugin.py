@@ -200,6 +200,20 @@ def test_role_that_is_not_there(nvme9): pass
     result.stdout.fnmatch_lines(["*the profile 'base' has no nvme9*"])
 
 
+def test_what_is_skipped_outside_boots_no_host(lab: pytest.Pytester) -> None:
+    """What only the machine outside can make is missing: no fault of the host's description, so no failure."""
+    write(lab, "@pytest.mark.amdvi\ndef test_needs_it(): pass\n")
+    with (lab.path / "conftest.py").open("a") as file:
+        file.write(
+            "\ndef pytest_collection_modifyitems(items):\n"
+            "    items[0].add_marker(pytest.mark.skip('no network: FILE=PATH names one'))\n"
+        )
+    result = lab.runpytest_inprocess("-rs", "-o", "kvmpass_strict_skips=true")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED*no network: FILE=PATH names one"])
+    assert boots(lab) == []
+
+
 def test_a_lab_that_dies(lab: pytest.Pytester) -> None:
     write(
         lab,
