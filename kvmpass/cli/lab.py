@@ -12,6 +12,7 @@ from click.shell_completion import CompletionItem
 
 from kvmpass.errors import LabError
 from kvmpass.lab import build, cache, devices, modern
+from kvmpass.lab import headers as kernel_headers
 from kvmpass.lab import status as state
 from kvmpass.lab.config import ACCELERATORS, LabConfig, LabResult, split_features
 from kvmpass.lab.lab import Lab
@@ -148,7 +149,10 @@ def status() -> int:
 @click.option("--again", is_flag=True, help="Build it even if it is in the cache.")
 @click.option("--jobs", default=0, metavar="N", help="Compilers at once; one for each CPU by default.")
 def kernel(again: bool, jobs: int) -> None:
-    """Build the full kernel, the one with iommufd (about 8 minutes on 2 cores)."""
+    """Build the full kernel, the one with iommufd (about 8 minutes on 2 cores).
+
+    It loads no modules. The stock kernel does: kvmpass lab headers.
+    """
     live = sys.stderr.isatty()
 
     def count(made: int) -> None:
@@ -164,6 +168,19 @@ def kernel(again: bool, jobs: int) -> None:
 
 
 @lab.command()
+@click.option("--again", is_flag=True, help="Fetch them even if they are in the cache.")
+def headers(again: bool) -> None:
+    """Fetch the stock kernel's headers, and print their directory.
+
+    A module for the lab's hosts, and for guests in them, is built with it:
+
+    \b
+      make -C "$(kvmpass lab headers)" M="$PWD" modules
+    """
+    click.echo(kernel_headers.fetch(say, again=again))
+
+
+@lab.command()
 @click.option("--again", is_flag=True, help="Fetch it even if it is in the cache.")
 def qemu(again: bool) -> None:
     """Fetch the modern QEMU: root ports, virtual functions, fault events."""
@@ -173,6 +190,6 @@ def qemu(again: bool) -> None:
 
 @lab.command()
 def clean() -> None:
-    """Remove the cache: kernels, initial file systems, the modern QEMU."""
+    """Remove the cache: kernels, headers, initial file systems, the modern QEMU."""
     freed = cache.clean()
     click.echo(f"{cache.cache_root()}: {freed / 1e6:.0f} MB freed")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmpass.errors import KvmpassError
-from kvmpass.lab import build, kernels, proof, qemu
+from kvmpass.lab import build, headers, kernels, proof, qemu
 from kvmpass.lab.cache import cache_root, find_tool, used_bytes
 
 TOOLS = {
@@ -72,8 +72,13 @@ def _emulator(part: str, find: Callable[[], qemu.Emulator], *, required: bool) -
 def _stock() -> str:
     kernel = kernels.cached(kernels.stock_root(), "stock")
     if kernel is not None:
-        return f"{kernel.release}, cached"
-    return f"not cached: the first run downloads {kernels.STOCK_PACKAGE}"
+        return f"{kernel.release}, cached; {_headers(kernel.release)}"
+    return f"not cached: the first run downloads {kernels.STOCK_PACKAGE}; kvmpass lab headers its headers, too"
+
+
+def _headers(release: str) -> str:
+    tree = headers.cached(release)
+    return f"headers: {tree}" if tree else f"kvmpass lab headers fetches {headers.package(release)}"
 
 
 def _full() -> str:
@@ -85,7 +90,7 @@ def _full() -> str:
     except KvmpassError as error:
         return _with_remedy(error)
     if kernel is not None:
-        return f"{kernel.release}, built"
+        return f"{kernel.release}, built; it loads no modules"
     lacking = build.missing_packages()
     return "not built: " + (f"apt-get install {' '.join(lacking)}, then " if lacking else "") + "kvmpass lab kernel"
 
