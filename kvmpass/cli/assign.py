@@ -105,7 +105,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
     started = time.monotonic()
     exit_status = ASSIGN_FAILED
     try:
-        result = _run(bdf, command, options, outcome)
+        result = _run([str(BDF.convert(text, None, None)) for text in bdf], command, options, outcome)
         exit_status = _exit_status(result, command is not None)
         outcome.update(outcome=_outcome(result), status=result.status, guest_errors=list(result.failures))
         return exit_status
@@ -125,7 +125,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
 
 
 def _run(
-    bdf: tuple[str, ...], command: list[str] | None, options: dict[str, Any], outcome: dict[str, Any]
+    bdf: list[str], command: list[str] | None, options: dict[str, Any], outcome: dict[str, Any]
 ) -> GuestResult:
     verbose = options["verbose"]
     if command is not None and not command:

@@ -34,6 +34,7 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
     \b
       0000:01:00.0  01:00.0     an address
       01:00                     all functions of a slot
+      05.0                      device 05, function 0 of any bus
       10de:2204                 vendor:device
       eth0                      a network interface
       nvme0n1  /dev/sda1        a disk, a device node

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -53,7 +55,7 @@ class BdfType(_OfBdf):
         try:
             return host.Bdf.parse(value)
         except BadAddress as error:
-            raise WrongDevice(str(error), _meant(value) or error.__notes__[0], ctx, param) from None
+            raise WrongDevice(str(error), _meant(value, ctx) or error.__notes__[0], ctx, param) from None
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         given = ctx.params.get(param.name or "")
@@ -90,9 +92,12 @@ SIZE = SizeType()
 FILTER = FilterType()
 
 
-def _meant(text: str) -> str | None:
+def _meant(text: str, ctx: click.Context | None) -> str | None:
+    """The addresses that ``text`` stands for, on the host that the command looks at (``--sysfs``)."""
+    place = ctx.params.get("place") if ctx is not None else None
     try:
-        devices = host.select(host.Sysfs(), [text])
+        with host.open_recorded(place) if isinstance(place, Path) else nullcontext(host.Sysfs()) as sysfs:
+            devices = host.select(sysfs, [text])
     except NoSuchDevice:
         return None
     names = " ".join(str(device.bdf) for device in devices[:4]) + (" …" if len(devices) > 4 else "")

@@ -24,6 +24,7 @@ def tree_option(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="PLACE",
         type=click.Path(exists=True, path_type=Path),
         envvar=VARIABLE,
+        is_eager=True,  # a wrong BDF is looked for there
         help="Look at a recorded host, a directory or an archive (doctor --record), not at this one.",
     )
     @functools.wraps(function)

@@ -16,11 +16,13 @@ from kvmpass.host.names import Names
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 
 HELP = (
-    "an address (0000:01:00.0), a slot (01:00), ids (10de:2204), a network interface (eth0), a disk (nvme0n1, "
-    "/dev/sda1), a driver (nvme) or a pattern ('*nvme*') selects devices; kvmpass list shows all"
+    "an address (0000:01:00.0), a part of it (00.0, 01:00), ids (10de:2204), a network interface (eth0), a disk "
+    "(nvme0n1, /dev/sda1), a driver (nvme) or a pattern ('*nvme*') selects devices; kvmpass list shows all"
 )
 
 _SLOT = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([01][0-9a-fA-F])")
+# As lspci -s takes them.
+_PART = re.compile(r"(?:(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):)?([01]?[0-9a-fA-F])\.([0-7])")
 _IDS = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 
@@ -50,8 +52,9 @@ class Filter:
 def parse_filter(sysfs: Sysfs, text: str, name: Callable[[PciDevice], str] | None = None) -> Filter:
     """What ``text`` stands for on this host at this moment. Never fails: a word that is nothing else is a driver's.
 
-    Bus and device have two digits (``01:00``), vendor and device four (``10de:2204``). A disk or interface that lies
-    on others (LVM, bond, bridge) stands for all devices below. ``name`` gives patterns the device's name to look at.
+    Bus and device have two digits (``01:00``), vendor and device four (``10de:2204``); before a function one digit is
+    enough, without a bus all are meant (``5.0``). A disk or interface that lies on others (LVM, bond, bridge) stands
+    for all devices below. ``name`` gives patterns the device's name to look at.
     """
     text = text.strip()
     try:
@@ -62,6 +65,8 @@ def parse_filter(sysfs: Sysfs, text: str, name: Callable[[PciDevice], str] | Non
         place = (int(slot[1] or "0", 16), int(slot[2], 16), int(slot[3], 16))
         words = "all functions of slot {:04x}:{:02x}:{:02x}".format(*place)
         return Filter(text, words, lambda one: (one.bdf.domain, one.bdf.bus, one.bdf.device) == place)
+    if part := _PART.fullmatch(text):
+        return _part(text, *(None if digits is None else int(digits, 16) for digits in part.groups()))
     if ids := _IDS.fullmatch(text):
         pair = (int(ids[1], 16), int(ids[2], 16))
         words = "vendor {:04x}, device {:04x}".format(*pair)
@@ -79,6 +84,18 @@ def parse_filter(sysfs: Sysfs, text: str, name: Callable[[PciDevice], str] | Non
     if plain and sysfs.path(PCI_DRIVERS, text).is_dir():
         words = f"the driver {text}"
     return Filter(text, words, lambda one: one.driver is not None and _same(one.driver, text))
+
+
+def _part(text: str, *part: int | None) -> Filter:
+    """A part of an address: domain, bus (None: any), device and function."""
+    _, bus, device, function = part
+    place = "any bus" if bus is None else f"bus {bus:02x}"
+
+    def matches(one: Candidate) -> bool:
+        there = (one.bdf.domain, one.bdf.bus, one.bdf.device, one.bdf.function)
+        return all(wanted in (None, number) for wanted, number in zip(part, there, strict=True))
+
+    return Filter(text, f"device {device:02x}, function {function} of {place}", matches)
 
 
 def select(sysfs: Sysfs, filters: Iterable[str], names: Names | None = None) -> list[PciDevice]:

@@ -11,6 +11,7 @@ from host_tree import Host
 
 from kvmpass import host as library
 from kvmpass.cli import params
+from kvmpass.cli.main import main
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host import Bdf, Names, class_words, parse_filter, select
 
@@ -55,6 +56,10 @@ def found(host: Host, *filters: str) -> list[str]:
         ("01:00.1", "the address 0000:01:00.1", ["0000:01:00.1"]),
         ("01:00", "all functions of slot 0000:01:00", ["0000:01:00.0", "0000:01:00.1"]),
         ("0000:01:00", "all functions of slot 0000:01:00", ["0000:01:00.0", "0000:01:00.1"]),
+        ("1:0.1", "device 00, function 1 of bus 01", ["0000:01:00.1"]),
+        ("0:1:00.1", "device 00, function 1 of bus 01", ["0000:01:00.1"]),
+        ("01.0", "device 01, function 0 of any bus", ["0000:00:01.0"]),
+        ("0.1", "device 00, function 1 of any bus", ["0000:01:00.1"]),
         ("10de:2204", "vendor 10de, device 2204", ["0000:02:00.0"]),
         ("10DE:2204", "vendor 10de, device 2204", ["0000:02:00.0"]),
         ("eth0", "the network interface eth0", ["0000:03:00.0"]),
@@ -115,6 +120,9 @@ def test_what_lies_on_devices_stands_for_them(host: Host) -> None:
     [
         ("0000:09:00.0", "taken for the address 0000:09:00.0"),
         ("09:00", "taken for all functions of slot 0000:09:00"),
+        ("1:1:00.1", "taken for device 00, function 1 of bus 01"),
+        ("1f.7", "taken for device 1f, function 7 of any bus"),
+        ("2f.0", "taken for a driver"),
         ("8086:1234", "taken for vendor 8086, device 1234"),
         ("/dev/null", "taken for the device node /dev/null, which is not on a PCI device"),
         ("br0", "taken for the network interface br0, which is not on a PCI device"),
@@ -192,6 +200,9 @@ def test_an_exact_address(taking: click.Command) -> None:
     [
         ("eth0", "eth0 would be: 0000:03:00.0"),
         ("01:00", "01:00 would be: 0000:01:00.0 0000:01:00.1"),
+        ("01.0", "01.0 would be: 0000:00:01.0"),
+        ("0.1", "0.1 would be: 0000:01:00.1"),
+        ("1f.7", "kvmpass list shows"),
         ("*", "0000:01:00.1 0000:02:00.0 …"),
         ("zz:zz", "kvmpass list shows"),
     ],
@@ -202,6 +213,26 @@ def test_what_is_no_exact_address_is_wrong_usage(taking: click.Command, text: st
     cause, remedy = result.output.splitlines()
     assert cause.startswith(f"kvmpass: {text!r} is not a PCI address")
     assert remedy.startswith("  hint: ") and hint in remedy
+
+
+@pytest.mark.parametrize("command", ["assign", "bind", "doctor", "plan", "show", "unbind"])
+def test_each_command_offers_the_address_in_full(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setattr(library, "Sysfs", lambda: host)
+    with pytest.raises(SystemExit) as ended:
+        main([command, "03:00"])
+    assert ended.value.code == (125 if command == "assign" else 2)
+    assert "03:00 would be: 0000:03:00.0" in capsys.readouterr().err
+
+
+def test_an_address_is_looked_for_on_the_recorded_host(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.add("ffff:05:02.0", None, 11)
+    for words in (["show", "02.0", "--sysfs", str(host.root)], ["plan", "--sysfs", str(host.root), "02.0"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        assert "02.0 would be: ffff:05:02.0" in capsys.readouterr().err
 
 
 def test_completion_gives_addresses_with_names(taking: click.Command) -> None:
