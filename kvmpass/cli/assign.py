@@ -124,9 +124,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
                 click.echo(f"kvmpass: --status-file: {failure}", err=True)
 
 
-def _run(
-    bdf: list[str], command: list[str] | None, options: dict[str, Any], outcome: dict[str, Any]
-) -> GuestResult:
+def _run(bdf: list[str], command: list[str] | None, options: dict[str, Any], outcome: dict[str, Any]) -> GuestResult:
     verbose = options["verbose"]
     if command is not None and not command:
         raise click.UsageError("there is no COMMAND after --")
