@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -31,6 +32,33 @@ def cache_root() -> Path:
     return (Path(base) if base else Path.home() / ".cache").absolute() / "kvmpass"
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+@contextmanager
+def cache_errors() -> Iterator[None]:
+    """An ``OSError`` of writing to the cache names its directory and the variable that moves it. A decorator, too."""
+    try:
+        yield
+    except OSError as error:
+        root = cache_root()
+        if error.filename is None and error.errno in _FULL:  # write(2) knows no name
+            error.filename = str(root)
+        names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
+        here = any(root.is_relative_to(name) or name.is_relative_to(root) for name in names)
+        if here and error.errno in (*_FULL, *_NOT_WRITABLE):
+            _name_cache(error)
+        raise
+
+
+def _name_cache(error: OSError | LabError) -> None:
+    full = "" if isinstance(error, OSError) and error.errno in _NOT_WRITABLE else "kvmpass lab clean empties it; "
+    note = f"the lab's cache is {cache_root()}: {full}KVMPASS_CACHE names another directory"
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+
+
 def find_tool(name: str) -> Path | None:
     """A program, looked for where administrators' programs lie as well."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}")
@@ -57,24 +85,28 @@ def run_tool(arguments: Sequence[str | Path], failure: str, remedy: str | None =
     )
     log.debug("%s: status %d", arguments[0], done.returncode)
     if done.returncode:
-        last = next((line for line in reversed((done.stdout + done.stderr).splitlines()) if line.strip()), "")
-        raise LabError(f"{failure}: {last.strip()}" if last else failure, remedy)
-    output: str = done.stdout
-    return output
+        output = done.stdout + done.stderr
+        last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
+        error = LabError(f"{failure}: {last.strip()}" if last else failure, remedy)
+        if any(os.strerror(number) in output for number in (*_FULL, errno.EROFS)):
+            _name_cache(error)
+        raise error
+    return str(done.stdout)
 
 
 @contextmanager
 def locked(name: str, say: Say) -> Iterator[Path]:
     """Hold the cache's lock ``name``; yields the cache's directory. Says so when another run holds it."""
-    root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / f".{name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another run that prepares {name}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield root
+    with cache_errors():
+        root = cache_root()
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / f".{name}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"waiting for another run that prepares {name}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield root
 
 
 @contextmanager
@@ -92,6 +124,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+@cache_errors()
 def write_atomic(target: Path, content: bytes) -> None:
     """Write a file that is there whole, or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -108,11 +141,12 @@ def write_atomic(target: Path, content: bytes) -> None:
 @contextmanager
 def run_directory() -> Iterator[Path]:
     """A directory for one run, removed at its end; those that killed runs left behind go as well."""
-    runs = cache_root() / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    for old in runs.iterdir():
-        _remove_if_abandoned(old)
-    directory = Path(tempfile.mkdtemp(prefix="run-", dir=runs))
+    with cache_errors():
+        runs = cache_root() / "runs"
+        runs.mkdir(parents=True, exist_ok=True)
+        for old in runs.iterdir():
+            _remove_if_abandoned(old)
+        directory = Path(tempfile.mkdtemp(prefix="run-", dir=runs))
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
@@ -138,6 +172,7 @@ def used_bytes(path: Path) -> int:
     return sum(seen.values())
 
 
+@cache_errors()
 def clean() -> int:
     """Remove the cache; returns the bytes that became free. Raises ``LabError`` while something uses it."""
     root = cache_root()

@@ -16,7 +16,7 @@ from typing import Self
 from kvmpass import crash
 from kvmpass.errors import LabError
 from kvmpass.lab import devices, initrd, kernels, proof, qemu
-from kvmpass.lab.cache import Say, need_tool, run_directory
+from kvmpass.lab.cache import Say, cache_errors, need_tool, run_directory
 from kvmpass.lab.channels import Channels, Lines, Pump, Writer
 from kvmpass.lab.command import CONTROL, command_line
 from kvmpass.lab.config import LabConfig, LabResult, Outcome
@@ -54,6 +54,7 @@ class Host:
     ) -> None:
         self._cleanup.close()
 
+    @cache_errors()
     def start(self, job: Job) -> None:
         """Start QEMU with the job's ports. Raises ``LabError`` if something for it is missing."""
         config = self._config

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import lzma
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from kvmpass.cli.main import report
 from kvmpass.errors import LabError
 from kvmpass.lab import cache, initrd, kernels, modules, proof, script
 from kvmpass.lab.channels import Channels, Lines, Pump
@@ -134,6 +137,40 @@ def test_abandoned_runs_are_swept(own_cache: Path) -> None:
         with pytest.raises(LabError, match="running"):
             cache.clean()
     assert list((own_cache / "runs").iterdir()) == []
+
+
+NAMED = "KVMPASS_CACHE names another directory"
+
+
+def test_a_cache_that_cannot_be_written_is_named(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*arguments: object, **more: object) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(own_cache / "runs/run-x"))
+
+    own_cache.parent.joinpath("file").write_text("")
+    for place, change in ((own_cache, read_only), (own_cache.parent / "file", None)):
+        with monkeypatch.context() as patch:
+            patch.setenv("KVMPASS_CACHE", str(place))
+            if change is not None:
+                patch.setattr(tempfile, "mkdtemp", change)
+            with pytest.raises(OSError) as refused, cache.run_directory():
+                pass
+            assert refused.value.__notes__ == [f"the lab's cache is {place}: {NAMED}"]
+
+
+def test_a_full_cache_is_named_once(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """write(2) says no name; of tools that fill it the words count; what is elsewhere is no matter of the cache."""
+    note = f"the lab's cache is {own_cache}: kvmpass lab clean empties it; {NAMED}"
+    with pytest.raises(OSError) as refused, cache.locked("one", print), cache.locked("two", print):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert refused.value.__notes__ == [note]
+    report(refused.value)
+    assert capsys.readouterr().err == f"kvmpass: {own_cache}: No space left on device\n  hint: {note}\n"
+    with pytest.raises(LabError, match="unpacked: tar: No space left on device") as failed:
+        cache.run_tool(["sh", "-c", "echo tar: No space left on device >&2; exit 1"], "not unpacked")
+    assert failed.value.__notes__ == [note]
+    with pytest.raises(OSError) as elsewhere, cache.locked("one", print):
+        raise OSError(errno.EACCES, "", "/root/secret")
+    assert not hasattr(elsewhere.value, "__notes__")
 
 
 def test_cleaning_frees_the_cache(own_cache: Path) -> None:
