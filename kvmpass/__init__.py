@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from kvmpass.guest import Guest, GuestSpec, prepare
     from kvmpass.host import Bdf, bind, borrow, restore, unbind
     from kvmpass.machine import AssignedDevice, Machine
+    from kvmpass.machine.vcpus import Ending
     from kvmpass.memory import GuestMemory
     from kvmpass.planning import Plan, plan
-    from kvmpass.vcpus import Ending
 
 _HOMES = {
     "AssignedDevice": "kvmpass.machine",
     "Bdf": "kvmpass.host",
     "Domain": "kvmpass.domain",
-    "Ending": "kvmpass.vcpus",
+    "Ending": "kvmpass.machine.vcpus",
     "Guest": "kvmpass.guest",
     "GuestMemory": "kvmpass.memory",
     "GuestSpec": "kvmpass.guest",

@@ -20,16 +20,7 @@ from kvmpass.devices.serial import Serial16550
 from kvmpass.kvm import IrqRoutes, System
 from kvmpass.layout import Layout
 from kvmpass.memory import GuestMemory
-from kvmpass.pci import (
-    CONFIG_ADDRESS,
-    CONFIG_PORTS,
-    AssignedFunction,
-    BarSpace,
-    ConfigPorts,
-    Ecam,
-    PciBus,
-    Wiring,
-)
+from kvmpass.pci import CONFIG_ADDRESS, CONFIG_PORTS, AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
 from kvmpass.vfio import Device
 
 log = limited_log(__name__)

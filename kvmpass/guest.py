@@ -20,7 +20,7 @@ from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.initramfs import GuestRoot
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
-from kvmpass.vcpus import Ending
+from kvmpass.machine.vcpus import Ending
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 1 << 16

@@ -22,8 +22,8 @@ from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
+from kvmpass.machine.vcpus import Ending
 from kvmpass.memory import Backing
-from kvmpass.vcpus import Ending
 
 
 @click.command(context_settings={"ignore_unknown_options": False})

@@ -68,7 +68,7 @@ def partition(items: list[pytest.Item], count: int) -> list[list[pytest.Item]]:
 
 def lacks_kernel(name: str) -> str | None:
     """Why no emulated host with that kernel can be had here, and what makes one; ``None`` if it can."""
-    from kvmpass.lab import kernels  # late: a run without marked tests has no use for it
+    from kvmpass.lab import kernels
 
     if name != "full" or os.environ.get(kernels.FULL_VARIABLE) or kernels.cached(kernels.full_root(), "full"):
         return None

@@ -15,7 +15,7 @@ import pytest
 from kvmpass import crash, host
 from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
 from kvmpass.machine import Machine
-from kvmpass.vcpus import Ending
+from kvmpass.machine.vcpus import Ending
 
 # The system call that `renice` makes becomes a bug, as a driver under test might have it.
 NULL_WRITE = bytes.fromhex("31c0 8900")  # xor eax, eax; mov [rax], eax

@@ -25,7 +25,7 @@ from kvmpass.cli.main import main
 from kvmpass.errors import GuestError, NotEnoughMemory
 from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
 from kvmpass.machine import Machine
-from kvmpass.vcpus import Ending
+from kvmpass.machine.vcpus import Ending
 
 Valid = Callable[[str, str | bytes], Any]
 

@@ -29,8 +29,8 @@ from kvmpass.kvm import System, Vcpu, install_kick
 from kvmpass.kvm.exits import InterruptedExit, PortExit
 from kvmpass.layout import MIB
 from kvmpass.machine import DeviceState, Machine
+from kvmpass.machine.vcpus import KICK, Ending, VcpuThreads
 from kvmpass.pci.config import BAR0, CAP_POWER, COMMAND, capabilities
-from kvmpass.vcpus import KICK, Ending, VcpuThreads
 from kvmpass.vfio.device import ERR
 
 # --- a guest ends with its reason

@@ -18,8 +18,8 @@ from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceReque
 from kvmpass.guest import OUTPUT
 from kvmpass.layout import MIB, Range
 from kvmpass.machine import Machine
+from kvmpass.machine.vcpus import Ending
 from kvmpass.pci.space import IO_WINDOW
-from kvmpass.vcpus import Ending
 from kvmpass.vfio.device import ERR
 
 PLUGS = 100 if SOAK else 5

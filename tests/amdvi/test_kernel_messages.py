@@ -20,8 +20,8 @@ from kvmpass import host
 from kvmpass.assignment import assigned
 from kvmpass.boot.ports import SERIAL_LINES
 from kvmpass.guest import Guest, GuestImage, GuestSpec, prepare
+from kvmpass.machine.vcpus import Ending
 from kvmpass.testing.state import Mode, State
-from kvmpass.vcpus import Ending
 
 pytestmark = pytest.mark.amdvi(profile="devices", timeout=900)
 

@@ -19,13 +19,13 @@ from kvmpass.errors import DeviceInUse
 from kvmpass.kvm import VfioDevice, Vm
 from kvmpass.layout import MIB
 from kvmpass.machine import AssignedDevice, Machine
+from kvmpass.machine.watch import Watch
 from kvmpass.memory import HostMapping
 from kvmpass.pci import AssignedFunction, PciBus
 from kvmpass.pci.bar import Bar
 from kvmpass.pci.intx import Intx
 from kvmpass.pci.space import BarSpace
 from kvmpass.vfio import Container, Device, Group, Region
-from kvmpass.watch import Watch
 
 Valid = Callable[[str, str | bytes], Any]
 

@@ -13,16 +13,7 @@ import pytest
 
 from kvmpass.boot import acpi, aml, ports
 from kvmpass.errors import LayoutError
-from kvmpass.layout import (
-    ECAM_BASE,
-    ECAM_SIZE,
-    GIB,
-    MIB,
-    MMIO32_BASE,
-    MMIO32_SIZE,
-    Layout,
-    Range,
-)
+from kvmpass.layout import ECAM_BASE, ECAM_SIZE, GIB, MIB, MMIO32_BASE, MMIO32_SIZE, Layout, Range
 from kvmpass.pci.space import IO_WINDOW
 
 LAYOUT = Layout(

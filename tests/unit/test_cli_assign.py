@@ -10,7 +10,7 @@ import pytest
 
 from kvmpass.cli.assign import ConsoleLog, _cause, _exit_status, _show_console
 from kvmpass.guest import GuestResult
-from kvmpass.vcpus import Ending
+from kvmpass.machine.vcpus import Ending
 
 
 @pytest.mark.parametrize(

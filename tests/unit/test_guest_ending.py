@@ -8,7 +8,7 @@ from typing import cast
 
 from kvmpass.guest import CONTROL, Guest, GuestResult
 from kvmpass.machine import Machine
-from kvmpass.vcpus import Ending
+from kvmpass.machine.vcpus import Ending
 
 REPORT = b"kvmpass 1 ready 1.0\nkvmpass 1 exit 3\n"
 

@@ -18,14 +18,7 @@ from handover_stage import (
     Stage,
 )
 
-from kvmpass.errors import (
-    BadAddress,
-    DeviceInUse,
-    DriverPinned,
-    NoSuchDevice,
-    NotAssignable,
-    RestoreFailed,
-)
+from kvmpass.errors import BadAddress, DeviceInUse, DriverPinned, NoSuchDevice, NotAssignable, RestoreFailed
 from kvmpass.host import Handover, borrow
 
 # --- what it does

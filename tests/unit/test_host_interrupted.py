@@ -20,14 +20,7 @@ from handover_stage import (
     raising,
 )
 
-from kvmpass.errors import (
-    DriverPinned,
-    HostNotReady,
-    KvmpassError,
-    NoSuchDevice,
-    NotAssignable,
-    RestoreFailed,
-)
+from kvmpass.errors import DriverPinned, HostNotReady, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
 from kvmpass.host import Bdf, Step
 from kvmpass.host.journal import Journal
 

@@ -19,9 +19,7 @@ from handover_stage import (
     Stage,
 )
 
-from kvmpass.errors import (
-    JournalError,
-)
+from kvmpass.errors import JournalError
 from kvmpass.host import Step, bind, borrow, restore
 from kvmpass.host.lock import HostLock
 

@@ -125,7 +125,7 @@ def test_machine_does_not_touch_drivers() -> None:
         "undoing",
         "Borrow",
     }
-    for name in ("machine.py", "guest.py"):
+    for name in ("machine/machine.py", "guest.py"):
         for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvmpass.host"):
                 words = {alias.name for alias in node.names} | set((node.module or "").split("."))

@@ -11,18 +11,11 @@ from typing import Any
 
 import pytest
 
-from kvmpass import notices
-from kvmpass.events import (
-    DeviceError,
-    DeviceEvent,
-    DeviceEventsDropped,
-    DeviceFault,
-    DeviceIommuError,
-    DeviceReset,
-)
+from kvmpass.events import DeviceError, DeviceEvent, DeviceEventsDropped, DeviceFault, DeviceIommuError, DeviceReset
 from kvmpass.host import Bdf
 from kvmpass.host.faults import EventParser, FaultLog
-from kvmpass.notices import Notices
+from kvmpass.machine import notices
+from kvmpass.machine.notices import Notices
 from kvmpass.vfio.device import ERR, REQ
 
 BDF = Bdf.parse("0000:01:00.0")

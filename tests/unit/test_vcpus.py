@@ -13,7 +13,7 @@ import pytest
 from kvmpass.bus import Bus
 from kvmpass.kvm import Vcpu
 from kvmpass.kvm.exits import Exit, InterruptedExit, PortExit, RefusedExit, ShutdownExit
-from kvmpass.vcpus import Ending, VcpuThreads
+from kvmpass.machine.vcpus import Ending, VcpuThreads
 
 
 class Fake:

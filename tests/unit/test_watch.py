@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpass.watch import Watch
+from kvmpass.machine.watch import Watch
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from kvmpass.boot import acpi, mtrr, ports
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
-from kvmpass.device import AssignedDevice, DeviceState
 from kvmpass.devices.power import PowerEvent
 from kvmpass.devices.serial import Serial16550
 from kvmpass.domain import DmaMapping, Domain, compare
@@ -32,9 +31,10 @@ from kvmpass.host import Bdf, PciDevice, Sysfs, check_memory
 from kvmpass.host.limits import page_tables
 from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
 from kvmpass.layout import LOCAL_APIC_BASE, Layout, parse_size
+from kvmpass.machine.device import AssignedDevice, DeviceState
+from kvmpass.machine.notices import Notices
+from kvmpass.machine.vcpus import Ending, VcpuThreads
 from kvmpass.memory import Backing, GuestMemory, RegionKind, plan_memory
-from kvmpass.notices import Notices
-from kvmpass.vcpus import Ending, VcpuThreads
 from kvmpass.vfio.device import ERR, REQ
 
 log = limited_log(__name__)
