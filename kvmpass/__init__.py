@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvmpass.domain import Domain
+    from kvmpass.dma.domain import Domain
     from kvmpass.errors import KvmpassError
     from kvmpass.guest import Guest, GuestSpec, prepare
     from kvmpass.host import Bdf, bind, borrow, restore, unbind
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AssignedDevice": "kvmpass.machine",
     "Bdf": "kvmpass.host",
-    "Domain": "kvmpass.domain",
+    "Domain": "kvmpass.dma.domain",
     "Ending": "kvmpass.machine.vcpus",
     "Guest": "kvmpass.guest",
     "GuestMemory": "kvmpass.memory",

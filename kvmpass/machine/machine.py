@@ -24,7 +24,7 @@ from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
 from kvmpass.devices.power import PowerEvent
 from kvmpass.devices.serial import Serial16550
-from kvmpass.domain import DmaMapping, Domain, compare
+from kvmpass.dma.domain import DmaMapping, Domain, compare
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
 from kvmpass.host import Bdf, PciDevice, Sysfs, check_memory

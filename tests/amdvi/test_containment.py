@@ -11,7 +11,7 @@ import pytest
 from witness import Edu, iommu_events, locked_bytes, merged, pattern, physical, same_page, translations, without_probe
 
 from kvmpass import host
-from kvmpass.domain import Domain
+from kvmpass.dma.domain import Domain
 from kvmpass.errors import AuditFailed, ReservedRange
 from kvmpass.layout import GIB, MIB, PAGE
 from kvmpass.machine import Machine

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 from fake_vfio import FakeKvmVfio, FakeVfio, Refused
 
-import kvmpass.domain
-from kvmpass.domain import DmaCall, DmaMapping, Domain, compare
+import kvmpass.dma.domain
+from kvmpass.dma.domain import DmaCall, DmaMapping, Domain, compare
 from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
 from kvmpass.layout import GIB, MIB, PAGE, Range, Reserved
 from kvmpass.memory import GuestMemory, HostMapping
@@ -45,8 +45,8 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     stage = Stage()
-    monkeypatch.setattr(kvmpass.domain, "Container", stage.kernel.container)
-    monkeypatch.setattr(kvmpass.domain, "Group", stage.kernel.group)
+    monkeypatch.setattr(kvmpass.dma.domain, "Container", stage.kernel.container)
+    monkeypatch.setattr(kvmpass.dma.domain, "Group", stage.kernel.group)
     yield stage
     stage.kernel.fail(0)
     stage.domain.close()

@@ -14,23 +14,18 @@ PACKAGE = Path(kvmpass.__file__).parent
 # Each room's floor. A room imports from lower floors; within a floor only what SAME_FLOOR names.
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "_native", "_teardown", "_ratelimit"}),
-    frozenset({"_fd", "_signals", "layout", "bus", "events", "watch", "crash"}),
+    frozenset({"_fd", "_signals", "layout", "bus", "events", "crash"}),
     frozenset({"memory", "initramfs"}),
     frozenset({"kvm", "vfio", "iommufd"}),
-    frozenset({"boot", "devices", "pci", "domain", "vcpus"}),
+    frozenset({"boot", "devices", "pci", "dma"}),
     frozenset({"board"}),
-    frozenset({"machine", "device", "notices", "lab", "testing", "host"}),
+    frozenset({"machine", "lab", "testing", "host"}),
     frozenset({"guest"}),
     frozenset({"assignment", "planning"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
 SAME_FLOOR = {
-    ("pci", "domain"),  # BARs are regions of the domain
-    ("machine", "device"),
-    ("device", "host"),
-    ("machine", "notices"),
-    ("notices", "host"),
     ("machine", "host"),  # facts about the host; see test_machine_does_not_touch_drivers
     ("testing", "lab"),
     ("testing", "host"),

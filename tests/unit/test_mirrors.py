@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-import kvmpass.domain
-from kvmpass.domain import Domain
+import kvmpass.dma.domain
+from kvmpass.dma.domain import Domain
 from kvmpass.errors import AuditFailed, LayoutError, ReservedRange
 from kvmpass.kvm import Memslots
 from kvmpass.layout import GIB, MIB, PAGE, Range, Reserved
@@ -155,8 +155,8 @@ class House:
 
 @pytest.fixture
 def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    monkeypatch.setattr(kvmpass.domain, "Container", FakeContainer)
-    monkeypatch.setattr(kvmpass.domain, "Group", FakeGroup)
+    monkeypatch.setattr(kvmpass.dma.domain, "Container", FakeContainer)
+    monkeypatch.setattr(kvmpass.dma.domain, "Group", FakeGroup)
     house = House()
     yield house
     house.kernel.fail(0)

@@ -1,0 +1,10 @@
+"""The VM's one DMA domain."""
+
+from kvmpass.dma.domain import DmaCall, DmaMapping, Domain, compare
+
+__all__ = [
+    "DmaCall",
+    "DmaMapping",
+    "Domain",
+    "compare",
+]
