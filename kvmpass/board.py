@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+from kvmpass import ports
 from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
-from kvmpass.boot import ports
 from kvmpass.bus import Bus
 from kvmpass.devices.hotplug import HotplugController
 from kvmpass.devices.power import PowerControl, PowerEvent

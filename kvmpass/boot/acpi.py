@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from kvmpass.boot import aml, ports
+from kvmpass import ports
+from kvmpass.boot import aml
 from kvmpass.errors import LayoutError
 from kvmpass.kvm.system import check_apic_ids
 from kvmpass.layout import IO_WINDOW_BASE, IO_WINDOW_SIZE, IOAPIC_BASE, LOCAL_APIC_BASE, MIB, Layout

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from kvmpass import pciregs
 from kvmpass.host.address import Bdf
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
-from kvmpass.pci import config
-from kvmpass.pci.config import Capability
+from kvmpass.pciregs import Capability
 
 Read = Callable[[int, int], int]
 _T = TypeVar("_T")
@@ -37,24 +37,24 @@ EXPRESS_TYPES = {
 # PCI Code and ID Assignment Specification, sections 2 and 3: what is told by its name only.
 _NAMES = {
     0x02: "AGP",
-    config.CAP_VPD: "VPD",
+    pciregs.CAP_VPD: "VPD",
     0x04: "slot identification",
     0x06: "CompactPCI hot swap",
     0x07: "PCI-X",
     0x08: "HyperTransport",
-    config.CAP_VENDOR: "vendor-specific",
+    pciregs.CAP_VENDOR: "vendor-specific",
     0x0A: "debug port",
     0x0C: "hot plug",
     0x0D: "bridge subsystem ids",
     0x0F: "secure device",
-    config.CAP_SATA: "SATA",
+    pciregs.CAP_SATA: "SATA",
     0x14: "enhanced allocation",
 }
 _EXTENDED_NAMES = {
     0x02: "virtual channel",
-    config.EXT_SERIAL_NUMBER: "serial number",
-    config.EXT_POWER_BUDGETING: "power budgeting",
-    config.EXT_VENDOR: "vendor-specific",
+    pciregs.EXT_SERIAL_NUMBER: "serial number",
+    pciregs.EXT_POWER_BUDGETING: "power budgeting",
+    pciregs.EXT_VENDOR: "vendor-specific",
     0x0E: "ARI",
     0x12: "multicast",
     0x15: "resizable BAR",
@@ -65,7 +65,7 @@ _EXTENDED_NAMES = {
     0x1D: "DPC",
     0x1E: "L1 substates",
     0x1F: "PTM",
-    config.EXT_DESIGNATED_VENDOR: "designated vendor-specific",
+    pciregs.EXT_DESIGNATED_VENDOR: "designated vendor-specific",
     0x24: "VF resizable BAR",
     0x25: "data link feature",
     0x26: "16 GT/s",
@@ -75,15 +75,15 @@ _EXTENDED_NAMES = {
 }
 _READ = frozenset(
     {
-        config.CAP_MSI,
-        config.CAP_MSIX,
-        config.CAP_EXPRESS,
-        config.CAP_ADVANCED_FEATURES,
-        config.CAP_POWER,
+        pciregs.CAP_MSI,
+        pciregs.CAP_MSIX,
+        pciregs.CAP_EXPRESS,
+        pciregs.CAP_ADVANCED_FEATURES,
+        pciregs.CAP_POWER,
     }
 )
 _READ_EXTENDED = frozenset(
-    {config.EXT_SRIOV, config.EXT_ATS, config.EXT_PRI, config.EXT_PASID, config.EXT_ACS, config.EXT_AER}
+    {pciregs.EXT_SRIOV, pciregs.EXT_ATS, pciregs.EXT_PRI, pciregs.EXT_PASID, pciregs.EXT_ACS, pciregs.EXT_AER}
 )
 
 
@@ -199,19 +199,19 @@ def decode(space: bytes) -> Capabilities:
         return int.from_bytes(space[offset : offset + size], "little")
 
     answers = bool(space.strip(b"\xff"))
-    command = read(config.COMMAND, 2) if answers else 0
+    command = read(pciregs.COMMAND, 2) if answers else 0
     header = Capabilities(
-        readable=answers and len(space) > config.HEADER_SIZE,
+        readable=answers and len(space) > pciregs.HEADER_SIZE,
         answers=answers,
-        memory_enabled=bool(command & config.COMMAND_MEMORY),
-        io_enabled=bool(command & config.COMMAND_IO),
-        bus_master=bool(command & config.COMMAND_MASTER),
-        multifunction=answers and bool(read(config.HEADER_TYPE, 1) & config.MULTIFUNCTION),
+        memory_enabled=bool(command & pciregs.COMMAND_MEMORY),
+        io_enabled=bool(command & pciregs.COMMAND_IO),
+        bus_master=bool(command & pciregs.COMMAND_MASTER),
+        multifunction=answers and bool(read(pciregs.HEADER_TYPE, 1) & pciregs.MULTIFUNCTION),
     )
     if not header.readable:
         return header
-    found = config.capabilities(read)
-    more = config.extended_capabilities(read) if len(space) > config.CONVENTIONAL_SIZE else []
+    found = pciregs.capabilities(read)
+    more = pciregs.extended_capabilities(read) if len(space) > pciregs.CONVENTIONAL_SIZE else []
 
     def plain(number: int, reader: Callable[[Read, int], _T]) -> _T | None:
         return _first(found, number, read, reader)
@@ -221,17 +221,17 @@ def decode(space: bytes) -> Capabilities:
 
     return replace(
         header,
-        msi=plain(config.CAP_MSI, _msi),
-        msix=plain(config.CAP_MSIX, _msix),
-        express=plain(config.CAP_EXPRESS, _express),
-        advanced_flr=plain(config.CAP_ADVANCED_FEATURES, _advanced_flr) or False,
-        power=plain(config.CAP_POWER, _power),
-        sriov=extended(config.EXT_SRIOV, _sriov),
-        ats=extended(config.EXT_ATS, _ats),
-        pri=extended(config.EXT_PRI, _pri),
-        pasid=extended(config.EXT_PASID, _pasid),
-        acs=extended(config.EXT_ACS, _acs),
-        aer=any(one.id == config.EXT_AER for one in more),
+        msi=plain(pciregs.CAP_MSI, _msi),
+        msix=plain(pciregs.CAP_MSIX, _msix),
+        express=plain(pciregs.CAP_EXPRESS, _express),
+        advanced_flr=plain(pciregs.CAP_ADVANCED_FEATURES, _advanced_flr) or False,
+        power=plain(pciregs.CAP_POWER, _power),
+        sriov=extended(pciregs.EXT_SRIOV, _sriov),
+        ats=extended(pciregs.EXT_ATS, _ats),
+        pri=extended(pciregs.EXT_PRI, _pri),
+        pasid=extended(pciregs.EXT_PASID, _pasid),
+        acs=extended(pciregs.EXT_ACS, _acs),
+        aer=any(one.id == pciregs.EXT_AER for one in more),
         others=_others(found, more),
     )
 

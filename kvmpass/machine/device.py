@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from kvmpass._signals import deferred
 from kvmpass.host import Bdf
 from kvmpass.pci import AssignedFunction
-from kvmpass.pci.config import COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
+from kvmpass.pciregs import COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
 from kvmpass.vfio import Device, Region
 
 

@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import Self
 from weakref import WeakSet
 
+from kvmpass import ports
 from kvmpass._fd import allow_descriptors
 from kvmpass._ratelimit import limited_log
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all
 from kvmpass.board import Board, BoardEvents
-from kvmpass.boot import acpi, mtrr, ports
+from kvmpass.boot import acpi, mtrr
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux

@@ -10,13 +10,14 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
+from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
 from kvmpass.bus import Bus
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory
-from kvmpass.pci import capabilities, config, msix
+from kvmpass.pci import capabilities, msix
 from kvmpass.pci.bar import FLAG_IO, Bar, RomBar, Trap
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.intx import Intx
@@ -31,7 +32,7 @@ log = limited_log(__name__)
 _PMCSR = 4  # in the power management capability: control and status
 _POWER_STATE = 0b11
 _PINS = 4
-_DECODING = config.COMMAND_IO | config.COMMAND_MEMORY
+_DECODING = pciregs.COMMAND_IO | pciregs.COMMAND_MEMORY
 _GONE = 0xFFFF  # what any register of a device reads that does not answer
 
 
@@ -79,15 +80,15 @@ class AssignedFunction:
 
     def _make_header(self, wiring: Wiring) -> None:
         space = self._space
-        space.emulate(config.HEADER_TYPE, bytes([space.device_int(config.HEADER_TYPE, 1) & ~config.MULTIFUNCTION]))
-        space.emulate(config.BAR0, bytes(4 * config.BARS))
-        space.emulate(config.ROM, bytes(4))
-        space.emulate(config.INTERRUPT_LINE, b"\xff", b"\xff")
-        pin = space.device_int(config.INTERRUPT_PIN, 1)
+        space.emulate(pciregs.HEADER_TYPE, bytes([space.device_int(pciregs.HEADER_TYPE, 1) & ~pciregs.MULTIFUNCTION]))
+        space.emulate(pciregs.BAR0, bytes(4 * pciregs.BARS))
+        space.emulate(pciregs.ROM, bytes(4))
+        space.emulate(pciregs.INTERRUPT_LINE, b"\xff", b"\xff")
+        pin = space.device_int(pciregs.INTERRUPT_PIN, 1)
         irq = self._device.irqs.get(INTX)
         if irq is None or not irq.count or not 1 <= pin <= _PINS:
             pin = 0
-        space.emulate(config.INTERRUPT_PIN, bytes([pin]))
+        space.emulate(pciregs.INTERRUPT_PIN, bytes([pin]))
         if pin:
             self._intx = Intx(wiring.vm, self._device, wiring.gsis[pin - 1])
 
@@ -96,23 +97,23 @@ class AssignedFunction:
         space, read = self._space, self._device.config.read_int
         absent = {
             number
-            for number, index in ((config.CAP_MSI, MSI), (config.CAP_MSIX, MSIX))
+            for number, index in ((pciregs.CAP_MSI, MSI), (pciregs.CAP_MSIX, MSIX))
             if index not in self._device.irqs or not self._device.irqs[index].count
         }
-        shown = capabilities.link(space, config.capabilities(read), frozenset(absent))
-        if self._device.config.size >= config.EXTENDED_SIZE:
-            capabilities.link_extended(space, config.extended_capabilities(read))
-        if express := shown.get(config.CAP_EXPRESS):
+        shown = capabilities.link(space, pciregs.capabilities(read), frozenset(absent))
+        if self._device.config.size >= pciregs.EXTENDED_SIZE:
+            capabilities.link_extended(space, pciregs.extended_capabilities(read))
+        if express := shown.get(pciregs.CAP_EXPRESS):
             capabilities.unlink_express(space, express)
-        self._power_at = shown.get(config.CAP_POWER, 0)
+        self._power_at = shown.get(pciregs.CAP_POWER, 0)
         return shown
 
     def _make_messages(self, wiring: Wiring, shown: dict[int, int]) -> dict[int, list[Trap]]:
         """MSI and MSI-X; the latter's table and pending bits as traps, by the number of their BAR."""
         traps: dict[int, list[Trap]] = {}
-        if at := shown.get(config.CAP_MSI):
+        if at := shown.get(pciregs.CAP_MSI):
             self._msi = Msi(wiring.vm, wiring.routes, self._device, self._space, at)
-        if at := shown.get(config.CAP_MSIX):
+        if at := shown.get(pciregs.CAP_MSIX):
             space = self._space
             control, table, pending = (space.device_int(at + n, size) for n, size in ((2, 2), (4, 4), (8, 4)))
             vectors = (control & 0x7FF) + 1
@@ -127,10 +128,10 @@ class AssignedFunction:
         return traps
 
     def _make_bars(self, wiring: Wiring, traps: dict[int, list[Trap]]) -> None:
-        for index in range(config.BARS):
+        for index in range(pciregs.BARS):
             region = self._device.regions.get(BAR0 + index)
             if region is not None:
-                flags = self._space.device_int(config.BAR0 + 4 * index, 4)
+                flags = self._space.device_int(pciregs.BAR0 + 4 * index, 4)
                 bus = wiring.ports if flags & FLAG_IO else wiring.mmio
                 self._bars[index] = Bar(region, flags, wiring.memory, bus, wiring.bars, traps.get(index, ()))
         if rom := self._device.regions.get(ROM):
@@ -142,8 +143,8 @@ class AssignedFunction:
 
     def set_multifunction(self, several: bool) -> None:
         """Function 0 says whether its slot holds others."""
-        kept = self._space.get(config.HEADER_TYPE, 1) & ~config.MULTIFUNCTION
-        self._space.set(config.HEADER_TYPE, kept | (config.MULTIFUNCTION if several else 0), 1)
+        kept = self._space.get(pciregs.HEADER_TYPE, 1) & ~pciregs.MULTIFUNCTION
+        self._space.set(pciregs.HEADER_TYPE, kept | (pciregs.MULTIFUNCTION if several else 0), 1)
 
     # --- the end
 
@@ -222,11 +223,11 @@ class AssignedFunction:
 
     def _write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)
-        if config.BAR0 <= offset < config.BAR0 + 4 * config.BARS:
+        if pciregs.BAR0 <= offset < pciregs.BAR0 + 4 * pciregs.BARS:
             self._write_bar(offset, data)
-        elif config.ROM <= offset < config.ROM + 4:
+        elif pciregs.ROM <= offset < pciregs.ROM + 4:
             self._write_rom(offset, data)
-        elif offset < config.COMMAND + 2 and end > config.COMMAND:
+        elif offset < pciregs.COMMAND + 2 and end > pciregs.COMMAND:
             self._write_command(offset, data)
         elif self._power_at and offset < self._power_at + _PMCSR + 1 <= end:
             self._write_power(offset, data)
@@ -248,7 +249,7 @@ class AssignedFunction:
         if command == _GONE:
             command = 0
         with suppress(OSError):
-            self._device.config.write(config.COMMAND, command.to_bytes(2, "little"))
+            self._device.config.write(pciregs.COMMAND, command.to_bytes(2, "little"))
             self._enabled = command & _DECODING
         self._decode(self._decoded())
 
@@ -257,7 +258,7 @@ class AssignedFunction:
 
         What leaves decoding as it is, such as a driver that masks INTx, costs one access of the device.
         """
-        enabled = data[0] & _DECODING if offset == config.COMMAND else self._enabled
+        enabled = data[0] & _DECODING if offset == pciregs.COMMAND else self._enabled
         if enabled == self._enabled == self._decoding:
             self._space.write(offset, data)
             return
@@ -276,7 +277,7 @@ class AssignedFunction:
         self._decode(self._decoded())
 
     def _command(self) -> int:
-        return self._space.device_int(config.COMMAND, 2)
+        return self._space.device_int(pciregs.COMMAND, 2)
 
     def _decoded(self) -> int:
         """What is decoded by what the device says and by what it was told."""
@@ -298,13 +299,13 @@ class AssignedFunction:
 
     def _apply(self, decoding: int) -> None:
         for bar in self._bars.values():
-            bit = config.COMMAND_IO if bar.kind is BarKind.IO else config.COMMAND_MEMORY
+            bit = pciregs.COMMAND_IO if bar.kind is BarKind.IO else pciregs.COMMAND_MEMORY
             bar.decode(bool(decoding & bit))
         if self._rom is not None:
-            self._rom.decode(bool(decoding & config.COMMAND_MEMORY))
+            self._rom.decode(bool(decoding & pciregs.COMMAND_MEMORY))
 
     def _write_bar(self, offset: int, data: bytes) -> None:
-        index = (offset - config.BAR0) // 4
+        index = (offset - pciregs.BAR0) // 4
         bar, high = self._bars.get(index), False
         if bar is None and (below := self._bars.get(index - 1)) and below.kind is BarKind.MEMORY64:
             bar, high, index = below, True, index - 1
@@ -315,17 +316,17 @@ class AssignedFunction:
     def _write_rom(self, offset: int, data: bytes) -> None:
         if self._rom is not None:
             self._rom.set_register(_merged(self._rom.register(False), offset & 3, data), False)
-            self._rom.decode(bool(self._decoding & config.COMMAND_MEMORY))
+            self._rom.decode(bool(self._decoding & pciregs.COMMAND_MEMORY))
             self._show_rom()
 
     def _show_bar(self, index: int) -> None:
         bar = self._bars[index]
-        self._space.set(config.BAR0 + 4 * index, bar.register(False), 4)
-        if bar.kind is BarKind.MEMORY64 and index + 1 < config.BARS:
-            self._space.set(config.BAR0 + 4 * index + 4, bar.register(True), 4)
+        self._space.set(pciregs.BAR0 + 4 * index, bar.register(False), 4)
+        if bar.kind is BarKind.MEMORY64 and index + 1 < pciregs.BARS:
+            self._space.set(pciregs.BAR0 + 4 * index + 4, bar.register(True), 4)
 
     def _show_rom(self) -> None:
-        self._space.set(config.ROM, self._rom.register(False) if self._rom else 0, 4)
+        self._space.set(pciregs.ROM, self._rom.register(False) if self._rom else 0, 4)
 
 
 def _merged(value: int, at: int, data: bytes) -> int:

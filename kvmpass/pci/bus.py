@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from kvmpass.errors import LayoutError
-from kvmpass.pci.config import CONVENTIONAL_SIZE, EXTENDED_SIZE
+from kvmpass.pciregs import CONVENTIONAL_SIZE, EXTENDED_SIZE
 
 CONFIG_ADDRESS = 0xCF8
 CONFIG_PORTS = 8  # address and data, PCI Local Bus 3.0 section 3.2.2.3

@@ -8,34 +8,35 @@ back (EA, resizable BARs), and whatever is not known.
 
 from __future__ import annotations
 
+from kvmpass import pciregs
 from kvmpass.layout import Range
-from kvmpass.pci import config, msi
-from kvmpass.pci.config import Capability
+from kvmpass.pci import msi
 from kvmpass.pci.configspace import ConfigSpace
+from kvmpass.pciregs import Capability
 
 _SHOWN = frozenset(
     {
-        config.CAP_POWER,
-        config.CAP_VPD,
-        config.CAP_MSI,
-        config.CAP_VENDOR,
-        config.CAP_EXPRESS,
-        config.CAP_MSIX,
-        config.CAP_SATA,
-        config.CAP_ADVANCED_FEATURES,
+        pciregs.CAP_POWER,
+        pciregs.CAP_VPD,
+        pciregs.CAP_MSI,
+        pciregs.CAP_VENDOR,
+        pciregs.CAP_EXPRESS,
+        pciregs.CAP_MSIX,
+        pciregs.CAP_SATA,
+        pciregs.CAP_ADVANCED_FEATURES,
     }
 )
 _SHOWN_EXTENDED = frozenset(
     {
-        config.EXT_AER,
-        config.EXT_SERIAL_NUMBER,
-        config.EXT_POWER_BUDGETING,
-        config.EXT_VENDOR,
-        config.EXT_DESIGNATED_VENDOR,
+        pciregs.EXT_AER,
+        pciregs.EXT_SERIAL_NUMBER,
+        pciregs.EXT_POWER_BUDGETING,
+        pciregs.EXT_VENDOR,
+        pciregs.EXT_DESIGNATED_VENDOR,
     }
 )
 
-_SIZES = {config.CAP_POWER: 8, config.CAP_MSIX: 12, config.CAP_EXPRESS: 4}
+_SIZES = {pciregs.CAP_POWER: 8, pciregs.CAP_MSIX: 12, pciregs.CAP_EXPRESS: 4}
 _EXPRESS_TYPE_MASK, _EXPRESS_ROOT_COMPLEX_ENDPOINT = 0xF0, 0x90
 _EXPRESS_ENDPOINTS = (0x00, 0x10)
 _EXPRESS_LINK_REGISTERS = (Range(0x0C, 8), Range(0x2C, 8))  # capabilities, control, status; 1 and 2
@@ -48,11 +49,11 @@ def link(space: ConfigSpace, found: list[Capability], absent: frozenset[int] = f
     registers would reach into the next one, or beyond the space, is hidden: a device may say anything.
     """
     shown: dict[int, int] = {}
-    pointer = config.CAPABILITIES
+    pointer = pciregs.CAPABILITIES
     space.emulate(pointer, b"\0")
     for capability in found:
         at = capability.offset
-        again = capability.id in shown and capability.id != config.CAP_VENDOR
+        again = capability.id in shown and capability.id != pciregs.CAP_VENDOR
         cut = capability.end - at < _size(space, capability)
         if capability.id not in _SHOWN or capability.id in absent or again or cut:
             space.emulate(at, bytes(capability.end - at))
@@ -66,9 +67,9 @@ def link(space: ConfigSpace, found: list[Capability], absent: frozenset[int] = f
 
 def _size(space: ConfigSpace, capability: Capability) -> int:
     """Bytes of the registers that are emulated or read here; those of the others are the device's own affair."""
-    if capability.id != config.CAP_MSI:
+    if capability.id != pciregs.CAP_MSI:
         return _SIZES.get(capability.id, 2)
-    if capability.offset + 4 > config.CONVENTIONAL_SIZE:
+    if capability.offset + 4 > pciregs.CONVENTIONAL_SIZE:
         return 4
     control = space.device_int(capability.offset + 2, 2)
     return 12 + 4 * bool(control & msi.CONTROL_64BIT) + 8 * bool(control & msi.CONTROL_MASKABLE)
@@ -81,17 +82,17 @@ def link_extended(space: ConfigSpace, found: list[Capability]) -> None:
         if capability not in shown:
             space.emulate(capability.offset, bytes(capability.end - capability.offset))
     if not found or not shown:
-        if space.device_size > config.CONVENTIONAL_SIZE:
-            space.emulate(config.CONVENTIONAL_SIZE, bytes(4))
+        if space.device_size > pciregs.CONVENTIONAL_SIZE:
+            space.emulate(pciregs.CONVENTIONAL_SIZE, bytes(4))
         return
-    chain = shown if shown[0].offset == config.CONVENTIONAL_SIZE else [_NULL, *shown]
+    chain = shown if shown[0].offset == pciregs.CONVENTIONAL_SIZE else [_NULL, *shown]
     for capability, following in zip(chain, [*chain[1:], None], strict=True):
         after = following.offset if following else 0
         header = capability.id | capability.version << 16 | after << 20
         space.emulate(capability.offset, header.to_bytes(4, "little"))
 
 
-_NULL = Capability(0, config.CONVENTIONAL_SIZE, config.CONVENTIONAL_SIZE + 4, 1)
+_NULL = Capability(0, pciregs.CONVENTIONAL_SIZE, pciregs.CONVENTIONAL_SIZE + 4, 1)
 
 
 def unlink_express(space: ConfigSpace, at: int) -> None:
@@ -100,7 +101,7 @@ def unlink_express(space: ConfigSpace, at: int) -> None:
     PCI Express base, section 7.5.3: registers of version 2 capabilities reach to 0x3c.
     """
     flags = space.device_int(at + 2, 2)
-    size = min(0x3C if flags & 0xF >= 2 else 0x14, config.CONVENTIONAL_SIZE - at)
+    size = min(0x3C if flags & 0xF >= 2 else 0x14, pciregs.CONVENTIONAL_SIZE - at)
     if flags & _EXPRESS_TYPE_MASK in _EXPRESS_ENDPOINTS:
         flags = flags & ~_EXPRESS_TYPE_MASK | _EXPRESS_ROOT_COMPLEX_ENDPOINT
         for registers in _EXPRESS_LINK_REGISTERS:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from kvmpass._ratelimit import limited_log
-from kvmpass.pci.config import EXTENDED_SIZE
+from kvmpass.pciregs import EXTENDED_SIZE
 
 log = limited_log(__name__)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from kvmpass import pciregs
 from kvmpass.layout import PAGE, Range
-from kvmpass.pci import config
 from kvmpass.pci.bar import mappable
 from kvmpass.pci.space import BarKind, BarSpace
 
-ROM_INDEX = config.BARS
+ROM_INDEX = pciregs.BARS
 _IO, _MEMORY, _MEMORY64 = 0x100, 0x200, 0x100000  # IORESOURCE_… (include/linux/ioport.h)
 
 
@@ -46,22 +46,22 @@ class BarPreview:
 
 def preview_vectors(space: bytes) -> Vectors:
     """From the first 256 bytes of configuration space; the kernel gives only 64 to who is not root."""
-    if len(space) < config.CONVENTIONAL_SIZE:
-        return Vectors(None, None, bool(space[config.INTERRUPT_PIN]) if len(space) >= config.HEADER_SIZE else None)
+    if len(space) < pciregs.CONVENTIONAL_SIZE:
+        return Vectors(None, None, bool(space[pciregs.INTERRUPT_PIN]) if len(space) >= pciregs.HEADER_SIZE else None)
 
     def read(offset: int, size: int) -> int:
         return int.from_bytes(space[offset : offset + size], "little")
 
-    found = {capability.id: capability.offset for capability in reversed(config.capabilities(read))}
+    found = {capability.id: capability.offset for capability in reversed(pciregs.capabilities(read))}
     msi = msix = 0
     trapped: list[tuple[int, Range]] = []
-    if at := found.get(config.CAP_MSI):
+    if at := found.get(pciregs.CAP_MSI):
         msi = 1 << (read(at + 2, 2) >> 1 & 0b111)
-    if at := found.get(config.CAP_MSIX):
+    if at := found.get(pciregs.CAP_MSIX):
         msix = (read(at + 2, 2) & 0x7FF) + 1
         for register, size in ((read(at + 4, 4), msix * 16), (read(at + 8, 4), -(-msix // 64) * 8)):
             trapped.append((register & 7, Range(register & ~7, size)))
-    return Vectors(msix, msi, bool(space[config.INTERRUPT_PIN]), tuple(trapped))
+    return Vectors(msix, msi, bool(space[pciregs.INTERRUPT_PIN]), tuple(trapped))
 
 
 def preview_bars(resources: Iterable[tuple[int, int]], vectors: Vectors) -> tuple[BarPreview, ...]:

@@ -13,7 +13,7 @@ from living import descriptors, running
 from kvmpass import host
 from kvmpass.machine import AssignedDevice, Machine
 from kvmpass.memory import RegionKind
-from kvmpass.pci.config import BAR0, CAP_MSIX, COMMAND, capabilities
+from kvmpass.pciregs import BAR0, CAP_MSIX, COMMAND, capabilities
 from kvmpass.vfio.device import MSIX
 
 CONFIGURE = """

@@ -18,9 +18,9 @@ from inside import SOAK
 from living import running, wait_until
 from test_functions import CONFIGURE, config_of
 
-from kvmpass import host
+from kvmpass import host, ports
 from kvmpass._native import ffi, lib
-from kvmpass.boot import linux, mtrr, ports
+from kvmpass.boot import linux, mtrr
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.linux import LinuxEntry
 from kvmpass.events import DeviceEvent, DeviceReleased, DeviceRequest
@@ -30,7 +30,7 @@ from kvmpass.kvm.exits import InterruptedExit, PortExit
 from kvmpass.layout import MIB
 from kvmpass.machine import DeviceState, Machine
 from kvmpass.machine.vcpus import KICK, Ending, VcpuThreads
-from kvmpass.pci.config import BAR0, CAP_POWER, COMMAND, capabilities
+from kvmpass.pciregs import BAR0, CAP_POWER, COMMAND, capabilities
 from kvmpass.vfio.device import ERR
 
 # --- a guest ends with its reason

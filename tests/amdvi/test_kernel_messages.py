@@ -18,9 +18,9 @@ from inside import SOAK
 
 from kvmpass import host
 from kvmpass.assignment import assigned
-from kvmpass.boot.ports import SERIAL_LINES
 from kvmpass.guest import Guest, GuestImage, GuestSpec, prepare
 from kvmpass.machine.vcpus import Ending
+from kvmpass.ports import SERIAL_LINES
 from kvmpass.testing.state import Mode, State
 
 pytestmark = pytest.mark.amdvi(profile="devices", timeout=900)

@@ -13,8 +13,7 @@ from inside import SOAK
 from living import descriptors
 from witness import locked_bytes
 
-from kvmpass import host
-from kvmpass.boot import ports
+from kvmpass import host, ports
 from kvmpass.errors import KvmpassError
 from kvmpass.guest import GuestImage, GuestSpec, prepare
 from kvmpass.machine import Machine

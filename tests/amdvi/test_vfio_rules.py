@@ -21,7 +21,7 @@ from kvmpass.errors import LayoutError
 from kvmpass.layout import GIB, MIB, PAGE
 from kvmpass.machine import AssignedDevice, Machine
 from kvmpass.memory import HostMapping
-from kvmpass.pci.config import COMMAND
+from kvmpass.pciregs import COMMAND
 from kvmpass.vfio import Container, Group
 from kvmpass.vfio.device import CONFIG, ERR, INTX, MSI, MSIX, REQ, Device
 

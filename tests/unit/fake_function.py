@@ -12,7 +12,7 @@ from kvmpass.kvm.routing import IOAPIC_PINS
 from kvmpass.layout import MIB, PAGE, Range, plan_layout
 from kvmpass.memory import GuestMemory, HostMapping, RegionKind
 from kvmpass.pci import CONFIG_ADDRESS, CONFIG_PORTS, AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
-from kvmpass.pci.config import COMMAND, COMMAND_MEMORY
+from kvmpass.pciregs import COMMAND, COMMAND_MEMORY
 from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM, IrqInfo, RegionInfo
 
 TABLE_AT, PENDING_AT, VECTORS = 0x2000, 0x2800, 5

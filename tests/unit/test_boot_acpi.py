@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmpass.boot import acpi, aml, ports
+from kvmpass import ports
+from kvmpass.boot import acpi, aml
 from kvmpass.errors import LayoutError
 from kvmpass.layout import ECAM_BASE, ECAM_SIZE, GIB, MIB, MMIO32_BASE, MMIO32_SIZE, Layout, Range
 from kvmpass.pci.space import IO_WINDOW

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmpass.boot import linux, ports
+from kvmpass import ports
+from kvmpass.boot import linux
 from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.e820 import E820Entry, E820Type
 from kvmpass.boot.linux import KernelImage, load_linux

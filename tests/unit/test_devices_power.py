@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpass.boot import ports
+from kvmpass import ports
 from kvmpass.devices.power import PowerControl, PowerEvent
 
 

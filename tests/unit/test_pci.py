@@ -17,8 +17,8 @@ from kvmpass.layout import GIB, MIB, PAGE, Range, plan_layout
 from kvmpass.memory import HostMapping
 from kvmpass.pci import CONFIG_ADDRESS, BarSpace
 from kvmpass.pci.bar import mappable
-from kvmpass.pci.config import capabilities, extended_capabilities
 from kvmpass.pci.space import BarKind
+from kvmpass.pciregs import capabilities, extended_capabilities
 from kvmpass.vfio.device import INTX, MSI, MSIX
 
 

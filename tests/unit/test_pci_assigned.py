@@ -10,7 +10,7 @@ from assigned_boards import BAR0, BAR2, BAR4, COMMAND, ROM_BAR, made
 from fake_function import EXPRESS_AT, GSIS, MSI_AT, MSIX_AT, PENDING_AT, PM_AT, TABLE_AT, VECTORS, Board, FakeDevice
 
 from kvmpass.layout import PAGE, Range
-from kvmpass.pci.config import capabilities
+from kvmpass.pciregs import capabilities
 from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM, IrqInfo
 
 

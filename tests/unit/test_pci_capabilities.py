@@ -7,7 +7,8 @@ import struct
 import config_spaces
 import pytest
 
-from kvmpass.pci import capabilities, config
+from kvmpass import pciregs
+from kvmpass.pci import capabilities
 from kvmpass.pci.configspace import ConfigSpace
 
 POWER, AGP, VPD, SLOT, MSI, VENDOR, EXPRESS, MSIX, SATA, AF, EA = (
@@ -48,7 +49,7 @@ class Guest:
             data[at : at + 2] = bytes([number, following])
         self.device = Device(data)
         self.space = ConfigSpace(self.device)
-        self.found = config.capabilities(self.device.read_int)
+        self.found = pciregs.capabilities(self.device.read_int)
         assert [(c.offset, c.id) for c in self.found] == chain
         self.shown = capabilities.link(self.space, self.found, absent)
 
@@ -56,7 +57,7 @@ class Guest:
         return int.from_bytes(self.space.read(offset, size), "little")
 
     def chain(self) -> list[tuple[int, int]]:
-        return [(c.offset, c.id) for c in config.capabilities(self.int)]
+        return [(c.offset, c.id) for c in pciregs.capabilities(self.int)]
 
 
 def test_known_ones_are_shown_in_their_order_and_all_others_hidden() -> None:
@@ -133,7 +134,7 @@ class Extended:
             struct.pack_into("<I", data, at, number | version << 16 | following << 20)
         self.device = Device(data)
         self.space = ConfigSpace(self.device)
-        found = config.extended_capabilities(self.device.read_int) if size > 256 else []
+        found = pciregs.extended_capabilities(self.device.read_int) if size > 256 else []
         assert [(c.offset, c.id, c.version) for c in found] == chain
         capabilities.link_extended(self.space, found)
 
@@ -141,7 +142,7 @@ class Extended:
         return int.from_bytes(self.space.read(offset, size), "little")
 
     def chain(self) -> list[tuple[int, int, int]]:
-        return [(c.offset, c.id, c.version) for c in config.extended_capabilities(self.int)]
+        return [(c.offset, c.id, c.version) for c in pciregs.extended_capabilities(self.int)]
 
 
 def test_extended_ones_that_are_known_are_shown() -> None:
@@ -257,14 +258,14 @@ def test_what_a_guest_sees_of_recorded_devices() -> None:
     ):
         device = Device(data)
         space = ConfigSpace(device)
-        capabilities.link(space, config.capabilities(device.read_int))
-        capabilities.link_extended(space, config.extended_capabilities(device.read_int))
+        capabilities.link(space, pciregs.capabilities(device.read_int))
+        capabilities.link_extended(space, pciregs.extended_capabilities(device.read_int))
 
         def read(offset: int, size: int, space: ConfigSpace = space) -> int:
             return int.from_bytes(space.read(offset, size), "little")
 
-        assert [c.id for c in config.capabilities(read)] == shown
-        assert [c.id for c in config.extended_capabilities(read)] == extended
+        assert [c.id for c in pciregs.capabilities(read)] == shown
+        assert [c.id for c in pciregs.extended_capabilities(read)] == extended
 
 
 # --- registers that do not fit are hidden with their capability
@@ -299,7 +300,7 @@ def test_a_capability_needs_room_for_its_registers(number: int, control: int, si
             struct.pack_into("<H", data, at + 2, control)
             device = Device(data)
             space = ConfigSpace(device)
-            shown = capabilities.link(space, config.capabilities(device.read_int))
+            shown = capabilities.link(space, pciregs.capabilities(device.read_int))
             assert (number in shown) == (room >= size), (hex(end), room)
             if number not in shown:
                 assert space.read(at, room) == bytes(room)

@@ -12,8 +12,8 @@ from pathlib import Path
 import config_spaces
 import pytest
 
-from kvmpass.pci import config
-from kvmpass.pci.config import Capability, capabilities, extended_capabilities
+from kvmpass import pciregs
+from kvmpass.pciregs import Capability, capabilities, extended_capabilities
 
 
 def reader(space: bytes) -> Callable[[int, int], int]:
@@ -180,4 +180,4 @@ def test_numbers_are_those_of_the_kernels_header() -> None:
     """linux-libc-dev, which the build needs anyway."""
     macros = dict(re.findall(r"^#define\s+PCI_(\w+)\s+(0x[0-9a-fA-F]+)", HEADER.read_text(), re.MULTILINE))
     for ours, theirs in NAMES.items():
-        assert getattr(config, ours) == int(macros[theirs], 16), ours
+        assert getattr(pciregs, ours) == int(macros[theirs], 16), ours

@@ -8,9 +8,9 @@ import random
 import pytest
 from fake_function import Board, FakeDevice
 
+from kvmpass import pciregs
 from kvmpass.errors import KvmpassError
-from kvmpass.pci import config
-from kvmpass.pci.config import capabilities, extended_capabilities
+from kvmpass.pciregs import capabilities, extended_capabilities
 from kvmpass.vfio.device import MSI, MSIX, IrqInfo
 
 SPACES = 40_000 if os.environ.get("KVMPASS_SOAK") == "1" else 1_500
@@ -21,9 +21,9 @@ def random_space(choose: random.Random) -> bytes:
     """256 or 4096 bytes; most have lists of capabilities that lead somewhere, often to the last bytes."""
     space = bytearray(choose.randbytes(choose.choice((256, 4096, 4096))))
     if choose.randrange(8):
-        space[config.STATUS] |= config.STATUS_CAPABILITIES
+        space[pciregs.STATUS] |= pciregs.STATUS_CAPABILITIES
         places = [choose.choice((0x40, 0x44, 0xF0, 0xF4, 0xF8, 0xFC, 4 * choose.randrange(16, 64))) for _ in range(6)]
-        space[config.CAPABILITIES] = places[0]
+        space[pciregs.CAPABILITIES] = places[0]
         for at, following in zip(places, [*places[1:], choose.choice((0, 0x40, places[0]))], strict=True):
             space[at : at + 2] = bytes([choose.choice(KNOWN), following])
     if len(space) > 256 and choose.randrange(4):
@@ -71,8 +71,8 @@ def test_any_configuration_space(seed: int) -> None:
 def test_a_capability_in_the_last_bytes(id_: int, size: int) -> None:
     """0xFC is the last place: two registers fit there, and those of few capabilities."""
     space = bytearray(size)
-    space[config.STATUS] = config.STATUS_CAPABILITIES
-    space[config.CAPABILITIES] = 0xFC
+    space[pciregs.STATUS] = pciregs.STATUS_CAPABILITIES
+    space[pciregs.CAPABILITIES] = 0xFC
     space[0xFC:0x100] = bytes([id_, 0, 0xFF, 0xFF])
     board = Board(FakeDevice(bytes(space)))
     shown = [cap.id for cap in capabilities(board.config_read)]
@@ -85,11 +85,11 @@ def test_a_capability_in_the_last_bytes(id_: int, size: int) -> None:
 def test_registers_that_another_capability_begins_in() -> None:
     """MSI needs 24 bytes here, the next one begins after 16: what is emulated would cover its header."""
     space = bytearray(256)
-    space[config.STATUS] = config.STATUS_CAPABILITIES
-    space[config.CAPABILITIES] = 0x40
-    space[0x40:0x44] = bytes([config.CAP_MSI, 0x50, 0x80, 0x01])
-    space[0x50:0x54] = bytes([config.CAP_POWER, 0, 0, 0])
+    space[pciregs.STATUS] = pciregs.STATUS_CAPABILITIES
+    space[pciregs.CAPABILITIES] = 0x40
+    space[0x40:0x44] = bytes([pciregs.CAP_MSI, 0x50, 0x80, 0x01])
+    space[0x50:0x54] = bytes([pciregs.CAP_POWER, 0, 0, 0])
     board = Board(FakeDevice(bytes(space)))
-    assert [(cap.id, cap.offset) for cap in capabilities(board.config_read)] == [(config.CAP_POWER, 0x50)]
+    assert [(cap.id, cap.offset) for cap in capabilities(board.config_read)] == [(pciregs.CAP_POWER, 0x50)]
     assert board.config_read(0x40) == 0
     board.close()
