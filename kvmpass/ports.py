@@ -29,7 +29,7 @@ RESET = 0x604
 RESET_VALUE = 0x06
 S5_TYPE = 5  # the SLP_TYP that the DSDT's \\_S5 names
 
-# Plugging and unplugging PCI devices (kvmpass.devices.hotplug), and the event device's interrupt: the PC's ACPI line.
+# Plugging and unplugging PCI devices (kvmpass.board.hotplug), and the event device's interrupt: the PC's ACPI line.
 HOTPLUG_BASE, HOTPLUG_SIZE = 0x610, 12
 EVENT_GSI = 9
 

@@ -18,13 +18,13 @@ from kvmpass._fd import allow_descriptors
 from kvmpass._ratelimit import limited_log
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all
-from kvmpass.board import Board, BoardEvents
+from kvmpass.board.board import Board, BoardEvents
+from kvmpass.board.power import PowerEvent
+from kvmpass.board.serial import Serial16550
 from kvmpass.boot import acpi, mtrr
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
-from kvmpass.devices.power import PowerEvent
-from kvmpass.devices.serial import Serial16550
 from kvmpass.dma.domain import DmaMapping, Domain, compare
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset

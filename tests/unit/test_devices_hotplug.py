@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpass.devices.hotplug import DOWN, EJECT, UP, HotplugController
+from kvmpass.board.hotplug import DOWN, EJECT, UP, HotplugController
 
 
 class Wires:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpass import ports
-from kvmpass.devices.power import PowerControl, PowerEvent
+from kvmpass.board.power import PowerControl, PowerEvent
 
 
 def control() -> tuple[PowerControl, list[PowerEvent]]:

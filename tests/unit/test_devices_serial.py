@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvmpass.board.serial import Serial16550
 from kvmpass.bus import Bus
-from kvmpass.devices.serial import Serial16550
 
 RBR, IER, IIR, LCR, MCR, LSR, MSR, SCR = range(8)
 THR, FCR = RBR, IIR

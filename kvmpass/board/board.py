@@ -13,10 +13,10 @@ from functools import partial
 from kvmpass import ports
 from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
+from kvmpass.board.hotplug import HotplugController
+from kvmpass.board.power import PowerControl, PowerEvent
+from kvmpass.board.serial import Serial16550
 from kvmpass.bus import Bus
-from kvmpass.devices.hotplug import HotplugController
-from kvmpass.devices.power import PowerControl, PowerEvent
-from kvmpass.devices.serial import Serial16550
 from kvmpass.kvm import IrqRoutes, System
 from kvmpass.layout import Layout
 from kvmpass.memory import GuestMemory
