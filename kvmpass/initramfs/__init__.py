@@ -2,7 +2,7 @@
 
 The guest's init mounts what a Linux program expects, loads the modules, waits for the drivers, and then runs a shell
 on the console, or one command. A command's standard output, standard error and status leave on serial ports of their
-own (ttyS1, ttyS2, ttyS3), read on the host by :mod:`kvmpass.devices.channel`.
+own (ttyS1, ttyS2, ttyS3), read on the host by :mod:`kvmpass.guest.channel`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from witness import locked_bytes, traces
 from kvmpass import host
 from kvmpass.errors import GuestError
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
-from kvmpass.guest import OUTPUT
+from kvmpass.guest.guest import OUTPUT
 from kvmpass.layout import MIB, Range
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import Ending

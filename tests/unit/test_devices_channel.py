@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpass.devices.channel import MAX_LINE, ControlChannel, Exited, GuestFailure, Ready, parse_line
+from kvmpass.guest.channel import MAX_LINE, ControlChannel, Exited, GuestFailure, Ready, parse_line
 
 
 def test_a_run() -> None:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from typing import cast
 
-from kvmpass.guest import CONTROL, Guest, GuestResult
+from kvmpass.guest import Guest, GuestResult
+from kvmpass.guest.guest import CONTROL
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import Ending
 

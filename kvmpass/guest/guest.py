@@ -15,8 +15,8 @@ from typing import Self
 
 from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.linux import KernelImage
-from kvmpass.devices.channel import ControlChannel, Exited, GuestFailure, Ready
 from kvmpass.errors import BadKernel, NotEnoughMemory
+from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready
 from kvmpass.initramfs import GuestRoot
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
