@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvmpass.assignment.plan import Plan, plan
     from kvmpass.dma.domain import Domain
     from kvmpass.errors import KvmpassError
     from kvmpass.guest import Guest, GuestSpec, prepare
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from kvmpass.machine import AssignedDevice, Machine
     from kvmpass.machine.vcpus import Ending
     from kvmpass.memory import GuestMemory
-    from kvmpass.planning import Plan, plan
 
 _HOMES = {
     "AssignedDevice": "kvmpass.machine",
@@ -29,9 +29,9 @@ _HOMES = {
     "KvmpassError": "kvmpass.errors",
     "Machine": "kvmpass.machine",
     "bind": "kvmpass.host",
-    "Plan": "kvmpass.planning",
+    "Plan": "kvmpass.assignment.plan",
     "borrow": "kvmpass.host",
-    "plan": "kvmpass.planning",
+    "plan": "kvmpass.assignment.plan",
     "prepare": "kvmpass.guest",
     "restore": "kvmpass.host",
     "unbind": "kvmpass.host",

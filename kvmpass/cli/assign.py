@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from kvmpass import crash
-from kvmpass.assignment import assigned
+from kvmpass.assignment.assign import assigned
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
 from kvmpass.cli.params import BDF
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size

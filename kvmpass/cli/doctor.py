@@ -7,13 +7,13 @@ from pathlib import Path
 import click
 
 from kvmpass import host
+from kvmpass.assignment.plan import plan as make_plan
 from kvmpass.cli.findings import document, show
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
 from kvmpass.cli.tree import tree_option
 from kvmpass.host import Finding, Outcome
 from kvmpass.layout import parse_size
-from kvmpass.planning import plan as make_plan
 
 
 @click.command()

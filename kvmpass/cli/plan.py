@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from kvmpass.assignment.plan import DevicePlan, Objection, Plan
+from kvmpass.assignment.plan import plan as make_plan
 from kvmpass.cli import findings
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
@@ -15,8 +17,6 @@ from kvmpass.host import Bdf, Sysfs
 from kvmpass.layout import size_words, translated
 from kvmpass.memory import Backing
 from kvmpass.pci import BarPreview, Vectors
-from kvmpass.planning import DevicePlan, Objection, Plan
-from kvmpass.planning import plan as make_plan
 
 
 @click.command()

@@ -28,7 +28,7 @@ from inside import (
 from nvme_admin import online_function
 from witness import iommu_events, merged, without_probe
 
-from kvmpass.assignment import assigned
+from kvmpass.assignment.assign import assigned
 from kvmpass.guest import Guest, GuestSpec
 from kvmpass.testing.state import State
 

@@ -17,7 +17,7 @@ from complaints import normal, unexplained
 from inside import SOAK
 
 from kvmpass import host
-from kvmpass.assignment import assigned
+from kvmpass.assignment.assign import assigned
 from kvmpass.guest import Guest, GuestImage, GuestSpec, prepare
 from kvmpass.machine.vcpus import Ending
 from kvmpass.ports import SERIAL_LINES

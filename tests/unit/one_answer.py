@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from host_tree import Host
 
+from kvmpass.assignment.plan import plan
 from kvmpass.cli.documents import device_document
 from kvmpass.errors import DriverPinned, KvmpassError
 from kvmpass.host import (
@@ -24,7 +25,6 @@ from kvmpass.host import (
 )
 from kvmpass.host import blockers as reasons
 from kvmpass.host.blockers import CHECKS
-from kvmpass.planning import plan
 
 Answer = list[tuple[str, str]]
 _ASKED: set[tuple[object, ...]] = set()

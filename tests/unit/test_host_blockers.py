@@ -12,8 +12,9 @@ import pytest
 from host_tree import Host
 from one_answer import KINDS, compare
 
-from kvmpass import assignment, planning
 from kvmpass import host as library
+from kvmpass.assignment import assign
+from kvmpass.assignment import plan as planning
 from kvmpass.cli.main import main
 from kvmpass.errors import NotAssignable
 from kvmpass.host import Bdf, blockers, handover, inventory
@@ -60,7 +61,7 @@ def test_a_framebuffer_in_a_bar_is_known_to_every_command(host: Host, capsys: py
     status, text = run(capsys, "bind", "--dry-run", bdf)
     assert (status, cause in text) == (0, True), "it can be bound, and not yet assigned"
     with pytest.raises(NotAssignable, match=cause):
-        assignment.check([GPU], 1 << 26, host)
+        assign.check([GPU], 1 << 26, host)
 
 
 def test_a_device_that_does_not_answer(host: Host) -> None:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from host_tree import Host, ivhd, ivmd, ivrs
 
 from kvmpass import host as library
+from kvmpass.assignment.plan import plan
 from kvmpass.cli import doctor as doctor_module
 from kvmpass.cli.doctor import doctor, look_at_device, look_at_host
 from kvmpass.cli.list import list as list_command
@@ -27,7 +28,6 @@ from kvmpass.host import Bdf, Sysfs, describe, diagnose, inventory, open_recorde
 from kvmpass.host.anonymity import Anonymity
 from kvmpass.host.recorded import MANIFEST, BadRecord
 from kvmpass.host.recording import Recorder, record
-from kvmpass.planning import plan
 
 NVME, NIC, GPU = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
 IVRS = "sys/firmware/acpi/tables/IVRS"

@@ -21,7 +21,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"board"}),
     frozenset({"machine", "lab", "testing", "host"}),
     frozenset({"guest"}),
-    frozenset({"assignment", "planning"}),
+    frozenset({"assignment"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from host_tree import Host
 
 import kvmpass
-from kvmpass import planning
+from kvmpass.assignment import plan as planning
 from kvmpass.errors import BadAddress, LayoutError
 from kvmpass.layout import GIB, MIB, Range, Reserved
 from kvmpass.memory import Backing, RegionKind, plan_memory
