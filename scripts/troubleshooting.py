@@ -7,7 +7,8 @@ import re
 import textwrap
 from pathlib import Path
 
-from kvmpass.host import CATALOGUE, Check, Problem
+from kvmpass.host import Problem
+from kvmpass.host.doctor import CATALOGUE, Check
 
 FILE = Path(__file__).parents[1] / "docs/troubleshooting.md"
 INTRODUCTION = """\

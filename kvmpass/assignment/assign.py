@@ -26,13 +26,13 @@ def check(
     if len(set(bdfs)) != len(bdfs):
         raise DeviceInUse("the same device is named twice")
     devices = [sysfs.device(bdf) for bdf in bdfs]
-    host.check_host(sysfs)
+    host.doctor.check_host(sysfs)
     for bdf in bdfs:
         host.check_assignable(sysfs, bdf, together=bdfs)
     page = backing.page_size if backing is not Backing.ANONYMOUS else 0
-    host.check_memory(sysfs, memory, huge_page=page)
+    host.doctor.check_memory(sysfs, memory, huge_page=page)
     # More CPUs than a guest takes are refused as such, by the machine.
-    host.check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs)
+    host.doctor.check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs)
     return devices
 
 

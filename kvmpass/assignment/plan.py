@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse, KvmpassError, NoSuchDevice
-from kvmpass.host import Bdf, Blocker, Finding, Outcome, PciDevice, Sysfs, limits
+from kvmpass.host import Bdf, Blocker, PciDevice, Sysfs, limits
+from kvmpass.host.doctor import Finding, Outcome
 from kvmpass.kvm import System
 from kvmpass.kvm.system import check_vcpus
 from kvmpass.layout import Layout, parse_size
@@ -174,7 +175,7 @@ def _device(sysfs: Sysfs, device: PciDevice, together: Sequence[Bdf]) -> DeviceP
                 one.bdf,
                 names.short(one),
                 one.driver,
-                "taken" if one.bdf in together else "stays" if host.is_harmless(one) else "blocks",
+                "taken" if one.bdf in together else "stays" if host.blockers.is_harmless(one) else "blocks",
             )
             for one in members
         ),

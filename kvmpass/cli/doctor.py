@@ -12,7 +12,8 @@ from kvmpass.cli.findings import document, show
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
 from kvmpass.cli.tree import tree_option
-from kvmpass.host import Finding, Outcome
+from kvmpass.host.doctor import Finding, Outcome
+from kvmpass.host.record import Anonymity, Recorder, record
 from kvmpass.layout import parse_size
 
 
@@ -70,7 +71,7 @@ def doctor(
         ok=not failed,
         findings=[document(finding) for finding in findings],
     )
-    show(output, findings, {check.id: check.title for check in host.CATALOGUE}, details=output.verbose)
+    show(output, findings, {check.id: check.title for check in host.doctor.CATALOGUE}, details=output.verbose)
     output.text()
     output.text(conclusion(findings))
     return 1 if failed else 0
@@ -79,10 +80,10 @@ def doctor(
 def _record(output: Output, archive: Path, anonymous: bool, tree: host.Sysfs | None) -> int:
     if tree is not None:
         raise click.UsageError("--record is of this host, --sysfs of another one")
-    recorder = host.Recorder()
+    recorder = Recorder()
     look_at_host(recorder)
-    host.record(recorder, look_at_device)
-    entries = recorder.write_tar(archive, host.Anonymity() if anonymous else None)
+    record(recorder, look_at_device)
+    entries = recorder.write_tar(archive, Anonymity() if anonymous else None)
     size = archive.stat().st_size
     output.document(file=str(archive), entries=entries, bytes=size, anonymous=anonymous)
     output.text(f"{archive}: {entries} entries, {size} bytes")
@@ -103,7 +104,7 @@ def look_at_host(sysfs: host.Sysfs) -> None:
 def look_at_device(sysfs: host.Sysfs, bdf: host.Bdf, look: host.Look) -> None:
     """All that they ask of a device besides."""
     host.describe(sysfs, bdf, look)
-    host.diagnose_device(sysfs, bdf, look)
+    host.doctor.diagnose_device(sysfs, bdf, look)
     sysfs.config(bdf)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvmpass import host
+from kvmpass.host import view
 
 
 def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
@@ -17,18 +18,18 @@ def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
     }
 
 
-def host_document(status: host.HostStatus) -> dict[str, Any]:
+def host_document(status: view.HostStatus) -> dict[str, Any]:
     return {"ready": status.ready, "permitted": status.permitted, "cause": status.cause, "remedy": status.remedy}
 
 
-def link_document(link: host.Link | None) -> dict[str, Any] | None:
+def link_document(link: view.Link | None) -> dict[str, Any] | None:
     if link is None:
         return None
     now = {"speed_gts": link.speed, "width": link.width}
     return {**now, "max_speed_gts": link.max_speed, "max_width": link.max_width}
 
 
-def sriov_document(sriov: host.Sriov | None) -> dict[str, Any] | None:
+def sriov_document(sriov: view.Sriov | None) -> dict[str, Any] | None:
     if sriov is None:
         return None
     return {
@@ -39,7 +40,7 @@ def sriov_document(sriov: host.Sriov | None) -> dict[str, Any] | None:
     }
 
 
-def device_document(status: host.DeviceStatus, whole: host.HostStatus) -> dict[str, Any]:
+def device_document(status: view.DeviceStatus, whole: view.HostStatus) -> dict[str, Any]:
     """``assignable`` needs a host that can."""
     device = status.device
     return {
@@ -50,7 +51,7 @@ def device_document(status: host.DeviceStatus, whole: host.HostStatus) -> dict[s
         "subsystem_vendor": f"{device.subsystem_vendor:04x}",
         "subsystem_device": f"{device.subsystem_device:04x}",
         "class": f"{device.class_code:06x}",
-        "class_words": host.class_words(device.class_code),
+        "class_words": view.class_words(device.class_code),
         "revision": f"{device.revision:02x}",
         "driver": device.driver,
         "driver_override": device.driver_override,

@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from kvmpass.cli.output import Output
-from kvmpass.host import Blocker, Finding, Outcome
+from kvmpass.host import Blocker
+from kvmpass.host.doctor import Finding, Outcome
 
 _WORDS = {Outcome.PASS: "pass", Outcome.WARN: "warn", Outcome.FAIL: "FAIL", Outcome.SKIPPED: "skip"}
 _COLOURS = {Outcome.PASS: "green", Outcome.WARN: "yellow", Outcome.FAIL: "red"}

@@ -10,7 +10,8 @@ import click
 from kvmpass import host
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF
-from kvmpass.host.steps import MATCHING
+from kvmpass.host.drivers.handover import Handover
+from kvmpass.host.drivers.steps import MATCHING
 
 
 def _options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,7 +72,7 @@ def unbind(output: Output, bdfs: tuple[host.Bdf, ...], **options: Any) -> None:
     _print(output, options["dry_run"], host.unbind(bdfs, say=output.note, **options))
 
 
-def _print(output: Output, dry_run: bool, results: list[host.Handover]) -> None:
+def _print(output: Output, dry_run: bool, results: list[Handover]) -> None:
     devices = [
         {
             "bdf": str(result.bdf),
@@ -97,7 +98,7 @@ def _print(output: Output, dry_run: bool, results: list[host.Handover]) -> None:
         output.note("dry run: nothing was changed")
 
 
-def _describe(result: host.Handover) -> str:
+def _describe(result: Handover) -> str:
     before = result.before or "no driver"
     if result.outcome == "excluded":
         return f"a bridge, left alone ({before})"

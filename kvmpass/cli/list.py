@@ -15,6 +15,7 @@ from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import FILTER
 from kvmpass.cli.tree import tree_option
 from kvmpass.cli.words import in_the_way, link_words, reset_words, sriov_words, verdict
+from kvmpass.host import view
 
 _HEADING = ("Group", "Device", "Class", "Driver", "Assignable", "Name")
 _GROUP_ALIGNED = frozenset({0})
@@ -81,8 +82,8 @@ class _Row(NamedTuple):
     below: Sequence[str]
 
 
-def _lines(found: host.Inventory, wide: bool) -> Iterator[str]:
-    members: dict[int | None, builtins.list[host.DeviceStatus]] = {group.id: [] for group in found.groups}
+def _lines(found: view.Inventory, wide: bool) -> Iterator[str]:
+    members: dict[int | None, builtins.list[view.DeviceStatus]] = {group.id: [] for group in found.groups}
     for status in found.devices:
         members.setdefault(status.device.group, []).append(status)
     tree = any(len(members[group.id]) > 1 for group in found.groups)
@@ -102,7 +103,7 @@ def _lines(found: host.Inventory, wide: bool) -> Iterator[str]:
 
 
 def _group(
-    found: host.Inventory, group: host.IommuGroup, members: Sequence[host.DeviceStatus], tree: bool, wide: bool
+    found: view.Inventory, group: host.IommuGroup, members: Sequence[view.DeviceStatus], tree: bool, wide: bool
 ) -> Iterator[_Row]:
     for number, status in enumerate(members):
         first, last = number == 0, number == len(members) - 1
@@ -114,9 +115,9 @@ def _group(
         yield row._replace(below=[*row.below, reason]) if reason else row
 
 
-def _row(found: host.Inventory, status: host.DeviceStatus, group: str, branch: str, stem: str, wide: bool) -> _Row:
+def _row(found: view.Inventory, status: view.DeviceStatus, group: str, branch: str, stem: str, wide: bool) -> _Row:
     device = status.device
-    cells = (group, f"{branch}{device.bdf}", host.class_words(device.class_code), device.driver or "-")
+    cells = (group, f"{branch}{device.bdf}", view.class_words(device.class_code), device.driver or "-")
     facts = [
         link_words(status.link),
         f"NUMA node {device.numa_node}" if device.numa_node is not None else None,

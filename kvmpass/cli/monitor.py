@@ -13,6 +13,7 @@ from kvmpass import host
 from kvmpass.cli.main import FAILED
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import FILTER
+from kvmpass.host import view
 
 _WORDS = {
     "device-added": "added",
@@ -87,7 +88,7 @@ def _reader_has_gone() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: host.HostEvent) -> None:
+def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: view.HostEvent) -> None:
     output.record(
         time=datetime.fromtimestamp(event.time, UTC).isoformat(timespec="microseconds"),
         event=event.kind,
@@ -105,7 +106,7 @@ def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: host.Hos
     output.text(f"{moment}  {word}  {what:12}  {_about(sysfs, names, event)}".rstrip())
 
 
-def _about(sysfs: host.Sysfs, names: host.Names, event: host.HostEvent) -> str:
+def _about(sysfs: host.Sysfs, names: host.Names, event: view.HostEvent) -> str:
     if event.kind == "events-lost":
         return "some events: they came faster than they were read"
     if event.bdf is None:

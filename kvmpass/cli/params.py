@@ -12,6 +12,8 @@ from click.shell_completion import CompletionItem
 
 from kvmpass import host
 from kvmpass.errors import BadAddress, LayoutError, NoSuchDevice
+from kvmpass.host import view
+from kvmpass.host.record import open_recorded
 from kvmpass.layout import parse_size
 
 if TYPE_CHECKING:  # generic since click 8.4 only
@@ -96,8 +98,8 @@ def _meant(text: str, ctx: click.Context | None) -> str | None:
     """The addresses that ``text`` stands for, on the host that the command looks at (``--sysfs``)."""
     place = ctx.params.get("place") if ctx is not None else None
     try:
-        with host.open_recorded(place) if isinstance(place, Path) else nullcontext(host.Sysfs()) as sysfs:
-            devices = host.select(sysfs, [text])
+        with open_recorded(place) if isinstance(place, Path) else nullcontext(host.Sysfs()) as sysfs:
+            devices = view.select(sysfs, [text])
     except NoSuchDevice:
         return None
     names = " ".join(str(device.bdf) for device in devices[:4]) + (" …" if len(devices) > 4 else "")
@@ -113,7 +115,7 @@ def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None =
         full = str(device.bdf)
         text = full if full.startswith(incomplete) else full.partition(":")[2]
         if text.startswith(incomplete) and (wanted is None or wanted(device)):
-            items.append(CompletionItem(text, help=f"{host.class_words(device.class_code)}: {names.short(device)}"))
+            items.append(CompletionItem(text, help=f"{view.class_words(device.class_code)}: {names.short(device)}"))
     return items
 
 

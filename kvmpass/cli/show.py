@@ -25,7 +25,8 @@ from kvmpass.cli.words import (
     sriov_words,
     verdict,
 )
-from kvmpass.host.driverctl import NO_DRIVER
+from kvmpass.host import view
+from kvmpass.host.drivers.driverctl import NO_DRIVER
 
 _LABEL = 14
 
@@ -60,7 +61,7 @@ def show(output: Output, bdf: host.Bdf, tree: host.Sysfs | None) -> int:
 # --- for people
 
 
-def _lines(found: host.Description) -> Iterator[str]:
+def _lines(found: view.Description) -> Iterator[str]:
     device = found.status.device
     yield click.style(f"{device.bdf}  {found.status.name}", bold=True)
     yield ""
@@ -85,9 +86,9 @@ def _facts(facts: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
             begin = " " * _LABEL
 
 
-def _identity(found: host.Description) -> Iterator[tuple[str, list[str]]]:
+def _identity(found: view.Description) -> Iterator[tuple[str, list[str]]]:
     status, device = found.status, found.status.device
-    words = host.class_words(device.class_code)
+    words = view.class_words(device.class_code)
     ids = f"{device.vendor:04x}:{device.device:04x}, revision {device.revision:02x}"
     yield "Class", [f"{words} ({device.class_code:06x})"]
     yield "Ids", [ids]
@@ -113,7 +114,7 @@ def _identity(found: host.Description) -> Iterator[tuple[str, list[str]]]:
         yield "SR-IOV", [sriov, *([virtual] if virtual else [])]
 
 
-def _verdict(found: host.Description) -> Iterator[tuple[str, list[str]]]:
+def _verdict(found: view.Description) -> Iterator[tuple[str, list[str]]]:
     answer = [verdict(found.status, found.host)]
     for blocker in found.status.blockers:
         cause = f"{found.status.device.bdf} is in use: see below" if blocker.kind == "in-use" else blocker.cause
@@ -126,13 +127,13 @@ def _verdict(found: host.Description) -> Iterator[tuple[str, list[str]]]:
     yield "In use", _uses(found)
 
 
-def _uses(found: host.Description) -> list[str]:
+def _uses(found: view.Description) -> list[str]:
     if found.uses or found.unseen:
         return [*found.uses, *(f"cannot be seen: {why}" for why in found.unseen)]
     return ["no" if found.complete else "no, as far as can be seen"]
 
 
-def _capabilities(found: host.Description) -> list[str]:
+def _capabilities(found: view.Description) -> list[str]:
     own = found.capabilities
     if not own.answers:
         return ["the device does not answer: it is powered off, or gone"]
@@ -141,7 +142,7 @@ def _capabilities(found: host.Description) -> list[str]:
     return list(capability_words(own)) or ["none"]
 
 
-def _surroundings(found: host.Description) -> Iterator[tuple[str, list[str]]]:
+def _surroundings(found: view.Description) -> Iterator[tuple[str, list[str]]]:
     if found.group is None:
         yield "IOMMU group", ["none"]
     else:
@@ -164,7 +165,7 @@ def _surroundings(found: host.Description) -> Iterator[tuple[str, list[str]]]:
 # --- for programs
 
 
-def _document(found: host.Description) -> dict[str, Any]:
+def _document(found: view.Description) -> dict[str, Any]:
     group = found.group
     return {
         "host": host_document(found.host),
@@ -194,7 +195,7 @@ def _document(found: host.Description) -> dict[str, Any]:
     }
 
 
-def _capability_document(own: host.Capabilities) -> dict[str, Any]:
+def _capability_document(own: view.Capabilities) -> dict[str, Any]:
     document = asdict(own)
     if own.msix:
         places = {"table_offset": hex(own.msix.table_offset), "pba_offset": hex(own.msix.pba_offset)}

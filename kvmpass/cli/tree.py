@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kvmpass import host
+from kvmpass.host.record import BadRecord, open_recorded
 
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 VARIABLE = "KVMPASS_SYSFS"
@@ -31,10 +31,10 @@ def tree_option(function: Callable[..., Any]) -> Callable[..., Any]:
     def command(*arguments: Any, place: Path | None, **options: Any) -> Any:
         if place is None:
             return function(*arguments, tree=None, **options)
-        tree = click.get_current_context().with_resource(host.open_recorded(place))
+        tree = click.get_current_context().with_resource(open_recorded(place))
         try:
             return function(*arguments, tree=tree, **options)
         except _DAMAGE as error:  # of a kernel's files they would be bugs of ours
-            raise host.BadRecord(f"{place} is not what a kernel or kvmpass writes: {error!r}") from error
+            raise BadRecord(f"{place} is not what a kernel or kvmpass writes: {error!r}") from error
 
     return command

@@ -8,10 +8,11 @@ import click
 
 from kvmpass import host
 from kvmpass.cli import layout
+from kvmpass.host import view
 from kvmpass.layout import Reserved, size_words
 
 
-def verdict(status: host.DeviceStatus, whole: host.HostStatus) -> str:
+def verdict(status: view.DeviceStatus, whole: view.HostStatus) -> str:
     """``yes``, or ``no`` and the first reason: the device's own, else the host's."""
     if status.blockers:
         return click.style(f"no: {status.blockers[0].brief}", fg="yellow")
@@ -20,13 +21,13 @@ def verdict(status: host.DeviceStatus, whole: host.HostStatus) -> str:
     return click.style("yes, on vfio-pci" if status.device.driver == "vfio-pci" else "yes", fg="green")
 
 
-def in_the_way(members: Sequence[host.DeviceStatus]) -> str | None:
+def in_the_way(members: Sequence[view.DeviceStatus]) -> str | None:
     """Which devices of a group the host uses, so that others of it cannot be assigned."""
     blocking = sorted({bdf for status in members for blocker in status.blockers for bdf in blocker.devices})
     return f"the host uses {', '.join(map(str, blocking))} of this group" if blocking else None
 
 
-def link_words(link: host.Link | None) -> str | None:
+def link_words(link: view.Link | None) -> str | None:
     """``PCIe 8 GT/s x4``, with what would be possible if that is more."""
     if link is None:
         return None
@@ -41,7 +42,7 @@ def _lanes(speed: float | None, width: int | None) -> str:
     return " ".join(part for part in parts if part)
 
 
-def sriov_words(sriov: host.Sriov | None) -> str | None:
+def sriov_words(sriov: view.Sriov | None) -> str | None:
     if sriov is None:
         return None
     if sriov.physical is not None:
@@ -56,7 +57,7 @@ def reset_words(device: host.PciDevice) -> str:
 # --- show
 
 
-def bar_words(bars: Sequence[host.BarInfo]) -> Iterator[str]:
+def bar_words(bars: Sequence[view.BarInfo]) -> Iterator[str]:
     """Aligned: name, size, kind, address."""
     rows = []
     for bar in bars:
@@ -68,7 +69,7 @@ def bar_words(bars: Sequence[host.BarInfo]) -> Iterator[str]:
         yield layout.columns(row, sizes, frozenset({1}))
 
 
-def capability_words(own: host.Capabilities) -> Iterator[str]:
+def capability_words(own: view.Capabilities) -> Iterator[str]:
     """One line for each capability that matters to an assignment, one for all others."""
     switches = (("memory", own.memory_enabled), ("I/O", own.io_enabled), ("bus mastering", own.bus_master))
     yield f"on: {', '.join(name for name, value in switches if value) or 'nothing'}"
@@ -119,13 +120,13 @@ _PARTS = {
 }
 
 
-def sibling_words(sibling: host.Sibling) -> str:
+def sibling_words(sibling: view.Sibling) -> str:
     device = sibling.device
     driver = f" ({device.driver})" if device.driver else ""
     return f"with {device.bdf}{driver}, {_PARTS[sibling.part]}"
 
 
-def bridge_words(bridge: host.Bridge) -> str:
+def bridge_words(bridge: view.Bridge) -> str:
     """What a bridge means for the isolation of what is behind it."""
     if not bridge.readable:
         means = "its registers are not readable without root"
@@ -142,7 +143,7 @@ def bridge_words(bridge: host.Bridge) -> str:
     return f"{bridge.bdf} {bridge.kind}: {means}"
 
 
-def acs_words(own: host.Capabilities) -> Sequence[str]:
+def acs_words(own: view.Capabilities) -> Sequence[str]:
     """What the ACS of a function means for the other functions of its device."""
     if not own.readable:
         return []

@@ -11,8 +11,8 @@ from typing import Self
 
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host.address import Bdf
-from kvmpass.host.cmdline import CommandLine
-from kvmpass.host.kmsg import KernelLog
+from kvmpass.host.kernel.cmdline import CommandLine
+from kvmpass.host.kernel.kmsg import KernelLog
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker, Problem

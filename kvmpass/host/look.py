@@ -11,10 +11,10 @@ from typing import TypeVar, cast
 
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host.address import Bdf
-from kvmpass.host.kmsg import KernelLog
-from kvmpass.host.mounts import Mount, mounts
+from kvmpass.host.kernel.kmsg import KernelLog
+from kvmpass.host.kernel.mounts import Mount, mounts
+from kvmpass.host.kernel.processes import OpenNodes, namespaces, process
 from kvmpass.host.names import Names
-from kvmpass.host.processes import OpenNodes, namespaces, process
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 
 # What is looked for in the paths of devices: PCI addresses, NVMe subsystems.

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
-from kvmpass.host import kmsg
 from kvmpass.host.address import Bdf
-from kvmpass.host.kmsg import KernelLog, read_log
+from kvmpass.host.kernel import kmsg
+from kvmpass.host.kernel.kmsg import KernelLog, read_log
 from kvmpass.layout import Range, Reserved
 
 PCI_DEVICES = "sys/bus/pci/devices"

@@ -28,7 +28,8 @@ from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
 from kvmpass.dma.domain import DmaMapping, Domain, compare
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
-from kvmpass.host import Bdf, PciDevice, Sysfs, check_memory
+from kvmpass.host import Bdf, PciDevice, Sysfs
+from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
 from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
 from kvmpass.layout import LOCAL_APIC_BASE, Layout, parse_size

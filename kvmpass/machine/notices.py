@@ -12,7 +12,8 @@ from functools import partial
 from kvmpass._ratelimit import RateLimit
 from kvmpass._teardown import run_all
 from kvmpass.events import DeviceError, DeviceEvent, DeviceEventsDropped, DeviceFault, DeviceIommuError, DeviceRequest
-from kvmpass.host import Bdf, FaultLog, IommuEvent, open_fault_log
+from kvmpass.host import Bdf
+from kvmpass.host.kernel.faults import FaultLog, IommuEvent, open_fault_log
 from kvmpass.machine.watch import Watch
 from kvmpass.vfio import Device
 

@@ -22,7 +22,9 @@ from inside import SOAK
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
-from kvmpass.host import Bdf, Step, binding
+from kvmpass.host import Bdf
+from kvmpass.host.drivers import binding
+from kvmpass.host.drivers.steps import Step
 
 BINDING = [Step.RECORDED, Step.OVERRIDE, Step.UNBIND, Step.PROBE, Step.BOUND]
 UNBINDING = [
@@ -62,7 +64,7 @@ def driver(bdf: str) -> str | None:
     return look(bdf).driver
 
 
-def run(operation: str, *bdfs: str, **options: Any) -> list[host.Handover]:
+def run(operation: str, *bdfs: str, **options: Any) -> list[host.drivers.handover.Handover]:
     return (host.bind if operation == "bind" else host.unbind)(bdfs, **options)
 
 

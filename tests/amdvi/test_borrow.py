@@ -26,7 +26,9 @@ from kvmpass.errors import (
     NotEnoughMemory,
     RestoreFailed,
 )
-from kvmpass.host import Bdf, Step, binding, check_assignable
+from kvmpass.host import Bdf, check_assignable
+from kvmpass.host.drivers import binding
+from kvmpass.host.drivers.steps import Step
 
 TAKING = [Step.RECORDED, Step.OVERRIDE, Step.UNBIND, Step.PROBE, Step.BOUND]
 RETURNING = [
@@ -387,8 +389,8 @@ def test_the_default_route(nic: str) -> None:
 
 
 def test_this_host_is_ready() -> None:
-    host.check_host(SYSFS)
-    assert host.interrupt_remapping(SYSFS) is True
+    host.doctor.check_host(SYSFS)
+    assert host.doctor.interrupt_remapping(SYSFS) is True
 
 
 def test_without_privilege(nvme: str) -> None:
@@ -398,19 +400,19 @@ def test_without_privilege(nvme: str) -> None:
         with pytest.raises(PermissionError, match="driver_override"), host.borrow(nvme):
             pass
         with pytest.raises(NotEnoughMemory, match="may lock 8 MiB"):
-            host.check_memory(SYSFS, 64 << 20)
+            host.doctor.check_memory(SYSFS, 64 << 20)
         Path("/dev/kvm").stat()
         if not os.access("/dev/kvm", os.R_OK):
             with pytest.raises(PermissionError, match="/dev/kvm"):
-                host.check_host(SYSFS)
+                host.doctor.check_host(SYSFS)
 
     assert Child(work).wait() == 0
 
 
 def test_more_memory_than_there_is() -> None:
     with pytest.raises(NotEnoughMemory, match="are available on this host"):
-        host.check_memory(SYSFS, 1 << 50)
-    host.check_memory(SYSFS, 64 << 20)
+        host.doctor.check_memory(SYSFS, 1 << 50)
+    host.doctor.check_memory(SYSFS, 64 << 20)
 
 
 @pytest.mark.parametrize(
@@ -423,7 +425,7 @@ def test_more_memory_than_there_is() -> None:
 )
 def test_a_host_that_is_not_ready(reason: str) -> None:
     with pytest.raises(HostNotReady, match=reason):
-        host.check_host(SYSFS)
+        host.doctor.check_host(SYSFS)
 
 
 @pytest.mark.amdvi(profile="no-iommu")

@@ -16,7 +16,8 @@ from witness import locked_bytes
 
 import kvmpass
 from kvmpass import host
-from kvmpass.host import Bdf, Outcome, Sysfs
+from kvmpass.host import Bdf, Sysfs
+from kvmpass.host.doctor import Outcome
 from kvmpass.layout import MIB, Range, Reserved
 from kvmpass.vfio.device import MSI, MSIX
 
@@ -107,7 +108,7 @@ def test_what_the_kernel_said_of_its_refusal(edu: str) -> None:
     assert "amd_iommu=pt and pcie_acs_override=downstream" in idle.cause
     assert findings["acs-override"].outcome is Outcome.PASS
     with pytest.raises(kvmpass.errors.HostNotReady, match="southbridge"):
-        host.check_host(SYSFS)
+        host.doctor.check_host(SYSFS)
 
 
 @pytest.mark.amdvi(profile="no-iommu", kernel="full")
@@ -228,7 +229,7 @@ def test_killed_while_populating(nvme: str, cgroup: Path) -> None:
         import sys
         from kvmpass import host, machine
         from kvmpass.cli.main import main
-        host.check_memory = machine.check_memory = lambda *_, **__: None
+        host.doctor.check_memory = machine.check_memory = lambda *_, **__: None
         sys.argv[1:] = ["assign", "-v", sys.argv[1], "--memory", "512M", "--", "true"]
         main()
         """

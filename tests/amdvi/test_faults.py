@@ -10,7 +10,7 @@ from witness import Edu, pattern
 
 from kvmpass import host
 from kvmpass.events import DeviceEvent, DeviceFault
-from kvmpass.host.faults import PAGE_FAULT, FaultLog, IommuEvent
+from kvmpass.host.kernel.faults import PAGE_FAULT, FaultLog, IommuEvent
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 

@@ -97,7 +97,7 @@ def test_what_can_be_assigned(
     assert not found[multifunction]["assignable"]
     sysfs = host.Sysfs()
     for bdf, device in found.items():
-        reasons = [*host.blockers(sysfs, sysfs.device(host.Bdf.parse(bdf)))]
+        reasons = [*host.blockers.blockers(sysfs, sysfs.device(host.Bdf.parse(bdf)))]
         assert [reason.kind for reason in reasons] == [blocker["kind"] for blocker in device["blockers"]]
 
     def sibling(bdf: str) -> dict[str, Any]:

@@ -54,11 +54,11 @@ def differences(archive: Path, user: int, addresses: list[str]) -> list[str]:
             os.setgid(user)
             os.setuid(user)
             live = answers(host.Sysfs(), addresses)
-            recorder = host.Recorder()
+            recorder = host.record.Recorder()
             look_at_host(recorder)
-            host.record(recorder, look_at_device)
+            host.record.record(recorder, look_at_device)
             assert recorder.write_tar(archive) > 500
-            with host.open_recorded(archive) as tree:
+            with host.record.open_recorded(archive) as tree:
                 again = answers(tree, addresses)
             found = [f"{key}: {first_difference(live[key], again[key])}" for key in live if live[key] != again[key]]
         except BaseException as error:
@@ -88,7 +88,7 @@ def open_place() -> Iterator[Path]:
 def test_a_record_gives_the_same_answers(open_place: Path, user: int, nvme: str, nic: str, bridged: str) -> None:
     """Also that of a user without rights, read by root: what that user could not see stays unseen."""
     assert differences(open_place / "host.tar.gz", user, [nvme, nic, bridged]) == []
-    with host.open_recorded(open_place / "host.tar.gz") as tree:
+    with host.record.open_recorded(open_place / "host.tar.gz") as tree:
         assert host.inventory(tree).complete is (user == 0)
 
 

@@ -16,7 +16,9 @@ from host_tree import Host
 from hypothesis import HealthCheck, settings
 from one_answer import compare
 
-from kvmpass.host import Bdf, Step, binding
+from kvmpass.host import Bdf
+from kvmpass.host.drivers import binding
+from kvmpass.host.drivers.steps import Step
 
 settings.register_profile("kvmpass", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvmpass")

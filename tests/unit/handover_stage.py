@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from host_tree import Host
 
-from kvmpass.host import Handover, Step, bind, restore, unbind
+from kvmpass.host import bind, restore, unbind
+from kvmpass.host.drivers.handover import Handover
+from kvmpass.host.drivers.steps import Step
 
 NVME, EDU, NIC, FIRST, SECOND, BRIDGE = (
     "0000:01:00.0",

@@ -10,21 +10,11 @@ from host_tree import Host
 from kvmpass.assignment.plan import plan
 from kvmpass.cli.documents import device_document
 from kvmpass.errors import DriverPinned, KvmpassError
-from kvmpass.host import (
-    Blocker,
-    HostStatus,
-    Look,
-    Outcome,
-    PciDevice,
-    bind,
-    check_assignable,
-    describe,
-    device_status,
-    diagnose,
-    host_status,
-)
-from kvmpass.host import blockers as reasons
+from kvmpass.host import Blocker, Look, PciDevice, bind, check_assignable, describe, diagnose
 from kvmpass.host.blockers import CHECKS
+from kvmpass.host.blockers import blockers as reasons
+from kvmpass.host.doctor import Outcome
+from kvmpass.host.view import HostStatus, device_status, host_status
 
 Answer = list[tuple[str, str]]
 _ASKED: set[tuple[object, ...]] = set()

@@ -13,8 +13,9 @@ from host_tree import Host, ivhd, ivmd, ivrs
 
 from kvmpass import host as library
 from kvmpass.errors import HostNotReady
-from kvmpass.host import Bdf, Finding, Outcome, diagnose
-from kvmpass.host.ivrs import BadTable, parse_ivrs
+from kvmpass.host import Bdf, diagnose
+from kvmpass.host.doctor import Finding, Outcome
+from kvmpass.host.doctor.ivrs import BadTable, parse_ivrs
 from kvmpass.layout import GIB, MIB, Range
 
 NVME = Bdf(0, 1, 0, 0)
@@ -58,7 +59,7 @@ def found(host: Host, kind: str, bdf: Bdf | None = NVME, **options: Any) -> Find
 def test_a_host_that_is_ready(host: Host) -> None:
     findings = diagnose(host, NVME)
     assert {one.outcome for one in findings} == {Outcome.PASS}
-    assert {one.check for one in findings} == {check.id for check in library.CATALOGUE}
+    assert {one.check for one in findings} == {check.id for check in library.doctor.CATALOGUE}
     assert all(one.read or one.check == "huge-pages" for one in findings), "each says what it looked at"
     assert [one for one in diagnose(host) if one.bdf] == []
     assert host.writes == []
@@ -136,7 +137,7 @@ def test_one_failure(host: Host, kind: str, changes: dict[str, str | bytes | Non
 def test_one_warning(host: Host, kind: str, changes: dict[str, str | bytes | None]) -> None:
     change(host, changes)
     assert found(host, kind).outcome is Outcome.WARN
-    library.check_host(host)
+    library.doctor.check_host(host)
 
 
 def test_iommu_pt_is_fine(host: Host) -> None:
@@ -154,7 +155,7 @@ def test_what_depends_is_skipped_and_says_on_what(host: Host) -> None:
 
 def test_what_is_needed_comes_first() -> None:
     seen: set[str] = set()
-    for check in library.CATALOGUE:
+    for check in library.doctor.CATALOGUE:
         assert set(check.needs) <= seen, check.id
         assert check.id not in seen
         seen.add(check.id)
@@ -162,7 +163,7 @@ def test_what_is_needed_comes_first() -> None:
 
 
 def test_templates_can_be_filled() -> None:
-    for check in library.CATALOGUE:
+    for check in library.doctor.CATALOGUE:
         for problem in check.problems:
             texts = [problem.brief, problem.cause, problem.remedy, *problem.commands]
             names = {name for text in texts for _, name, _, _ in string.Formatter().parse(text) if name}
@@ -213,10 +214,10 @@ def test_a_module(host: Host, files: dict[str, str | bytes | None], kind: str | 
     [finding] = [one for one in findings if one.check == "vfio-pci"]
     assert word in (finding.trouble.cause + finding.summary if finding.trouble else finding.summary)
     if kind is None:
-        library.check_host(host)
+        library.doctor.check_host(host)
     else:
         with pytest.raises(HostNotReady, match="vfio-pci is missing"):
-            library.check_host(host)
+            library.doctor.check_host(host)
 
 
 # --- the table IVRS
@@ -489,13 +490,13 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
 
     text, status = run(str(NVME))
     assert status == 0
-    assert text.endswith(f"\nnothing failed, {len(library.CATALOGUE)} passed\n")
+    assert text.endswith(f"\nnothing failed, {len(library.doctor.CATALOGUE)} passed\n")
     assert "      read " not in text
     assert "read    /proc/cpuinfo: flags with svm" in run("-v")[0]
     host.put("proc/cmdline", "amd_iommu=on")
     assert run()[1] == 0
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
-    checks = sum(not check.device for check in library.CATALOGUE)
+    checks = sum(not check.device for check in library.doctor.CATALOGUE)
     text, status = run("--memory", "64M")
     assert status == 1
     assert all(len(line) <= 80 for line in text.splitlines()), text

@@ -9,7 +9,8 @@ from host_tree import Host, ivhd, ivrs
 
 from kvmpass import host as library
 from kvmpass.errors import HostNotReady
-from kvmpass.host import Finding, Outcome, diagnose
+from kvmpass.host import diagnose
+from kvmpass.host.doctor import Finding, Outcome
 
 IVRS = "sys/firmware/acpi/tables/IVRS"
 BUG = "[Firmware Bug]: "
@@ -90,7 +91,7 @@ def test_the_iommu_is_not_used(host: Host, kind: str, message: str, word: str) -
     assert word in words(finding)
     assert message in [reading.value for reading in finding.read]
     with pytest.raises(HostNotReady, match="AMD-Vi"):
-        library.check_host(host)
+        library.doctor.check_host(host)
 
 
 @pytest.mark.parametrize(("kind", "release", "message", "word"), REMAPPING)
@@ -110,7 +111,7 @@ def test_complaints(host: Host, kind: str, message: str, word: str) -> None:
     finding = trouble(host, Outcome.WARN)
     assert (finding.check, finding.trouble and finding.trouble.kind) == ("iommu-complaints", kind)
     assert word in words(finding)
-    library.check_host(host)
+    library.doctor.check_host(host)
 
 
 def test_two_ioapics_and_what_is_on_the_command_line(host: Host) -> None:

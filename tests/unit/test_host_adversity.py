@@ -13,8 +13,11 @@ import pytest
 from host_tree import Host
 
 from kvmpass.errors import DeviceInUse, NotAssignable
-from kvmpass.host import Bdf, Step, bind, binding, blockers, borrow, diagnose, restore, unbind
-from kvmpass.host.journal import Entry, Journal
+from kvmpass.host import Bdf, bind, borrow, diagnose, restore, unbind
+from kvmpass.host.blockers import blockers
+from kvmpass.host.drivers import binding
+from kvmpass.host.drivers.journal import Entry, Journal
+from kvmpass.host.drivers.steps import Step
 
 NVME, MATE, NIC = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
 

@@ -17,7 +17,10 @@ from kvmpass.assignment import assign
 from kvmpass.assignment import plan as planning
 from kvmpass.cli.main import main
 from kvmpass.errors import NotAssignable
-from kvmpass.host import Bdf, blockers, handover, inventory
+from kvmpass.host import Bdf
+from kvmpass.host.blockers import blockers
+from kvmpass.host.drivers import handover
+from kvmpass.host.view import inventory
 
 GPU = Bdf(0, 1, 0, 0)
 DEVICE = f"sys/bus/pci/devices/{GPU}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from host_tree import Host
 
-from kvmpass.host import inventory
+from kvmpass.host.view import inventory
 
 ROUTE = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n"
 KEYBOARD = """I: Bus=0003

@@ -14,7 +14,9 @@ from handover_stage import AtStep
 from host_tree import Host
 
 from kvmpass.errors import BadAddress, DeviceInUse, HostNotReady, JournalError, NotAssignable, RestoreFailed
-from kvmpass.host import Bdf, Step, binding, borrow, restore
+from kvmpass.host import Bdf, borrow, restore
+from kvmpass.host.drivers import binding
+from kvmpass.host.drivers.steps import Step
 
 NVME, EDU, NIC = "0000:01:00.0", "0000:00:04.0", "0000:02:00.0"
 BEFORE: dict[str, tuple[str | None, str | None]] = {

@@ -9,9 +9,9 @@ from config_spaces import IGB, NVME, ROOT_PORT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpass.host import Acs, Capabilities, Express, Msi, Msix, Power, Service, SriovRegisters
-from kvmpass.host.capabilities import decode
-from kvmpass.host.isolation import acs_state
+from kvmpass.host.view import Acs, Capabilities, Express, Msi, Msix, Power, Service, SriovRegisters
+from kvmpass.host.view.capabilities import decode
+from kvmpass.host.view.isolation import acs_state
 
 
 def test_a_drive() -> None:

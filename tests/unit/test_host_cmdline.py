@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpass.host.cmdline import CommandLine, matches_ids
+from kvmpass.host.kernel.cmdline import CommandLine, matches_ids
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpass.host.address import Bdf
-from kvmpass.host.faults import UNATTACHED, EventParser, FaultLog, IommuEvent, open_fault_log
-from kvmpass.host.kmsg import Record, parse_records, read_log
+from kvmpass.host.kernel.faults import UNATTACHED, EventParser, FaultLog, IommuEvent, open_fault_log
+from kvmpass.host.kernel.kmsg import Record, parse_records, read_log
 
 FAULT = "IO_PAGE_FAULT"
 
@@ -344,7 +344,7 @@ def test_who_may_not_read_is_told_why(tmp_path: Path, monkeypatch: pytest.Monkey
         def refuse(*_: object, code: int = code) -> int:
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr("kvmpass.host.faults.open_node", refuse)
+        monkeypatch.setattr("kvmpass.host.kernel.faults.open_node", refuse)
         reason = open_fault_log()
         assert isinstance(reason, str)
         assert hint in reason

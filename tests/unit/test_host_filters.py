@@ -13,7 +13,8 @@ from kvmpass import host as library
 from kvmpass.cli import params
 from kvmpass.cli.main import main
 from kvmpass.errors import NoSuchDevice
-from kvmpass.host import Bdf, Names, class_words, parse_filter, select
+from kvmpass.host import Bdf, Names
+from kvmpass.host.view import class_words, parse_filter, select
 
 PCI_IDS = """\
 # a comment

@@ -19,7 +19,8 @@ from handover_stage import (
 )
 
 from kvmpass.errors import BadAddress, DeviceInUse, DriverPinned, NoSuchDevice, NotAssignable, RestoreFailed
-from kvmpass.host import Handover, borrow
+from kvmpass.host import borrow
+from kvmpass.host.drivers.handover import Handover
 
 # --- what it does
 
@@ -244,7 +245,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 @pytest.fixture
 def cli(one: Stage, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setenv("KVMPASS_STATE_DIR", str(one.state))
-    monkeypatch.setattr("kvmpass.host.handover.Sysfs", lambda: one.host)
+    monkeypatch.setattr("kvmpass.host.drivers.handover.Sysfs", lambda: one.host)
     return lambda *words: command(monkeypatch, *words)
 
 

@@ -21,8 +21,9 @@ from handover_stage import (
 )
 
 from kvmpass.errors import DriverPinned, HostNotReady, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
-from kvmpass.host import Bdf, Step
-from kvmpass.host.journal import Journal
+from kvmpass.host import Bdf
+from kvmpass.host.drivers.journal import Journal
+from kvmpass.host.drivers.steps import Step
 
 # --- at each step
 

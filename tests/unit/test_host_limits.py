@@ -10,7 +10,8 @@ from host_tree import Host
 import kvmpass
 from kvmpass import host as library
 from kvmpass.errors import HostNotReady, NotEnoughMemory
-from kvmpass.host import Bdf, Finding, Outcome, diagnose, limits
+from kvmpass.host import Bdf, diagnose, limits
+from kvmpass.host.doctor import Finding, Outcome
 from kvmpass.layout import GIB, MIB
 
 NVME = Bdf(0, 1, 0, 0)
@@ -81,7 +82,7 @@ def test_memory_at_every_level(host: Host, directory: str, command: str) -> None
     assert command in text(finding)
     assert f"/{directory}/memory.max: 300 MiB, 300 MiB of it left" in [str(reading) for reading in finding.read]
     with pytest.raises(NotEnoughMemory, match=r"memory\.max leaves 300 MiB"):
-        library.check_memory(host, GIB)
+        library.doctor.check_memory(host, GIB)
     blocks = kvmpass.plan([NVME], memory="1G", sysfs=host).blocks
     assert [one.reason.kind for one in blocks] == ["cgroup-memory"]
     assert {one.outcome for one in diagnose(host, NVME, memory=128 * MIB)} == {Outcome.PASS}
@@ -95,9 +96,9 @@ def test_what_the_cgroup_uses_counts_and_its_files_do_not(host: Host) -> None:
     assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
     [ceiling] = limits.memory_ceilings(host)
     assert ceiling.left == 1170 * MIB
-    library.check_memory(host, 1162 * MIB, overhead=8 * MIB)
+    library.doctor.check_memory(host, 1162 * MIB, overhead=8 * MIB)
     with pytest.raises(NotEnoughMemory):
-        library.check_memory(host, 1163 * MIB, overhead=8 * MIB)
+        library.doctor.check_memory(host, 1163 * MIB, overhead=8 * MIB)
 
 
 def test_memory_high_stalls(host: Host) -> None:
@@ -167,7 +168,7 @@ def test_tasks(host: Host) -> None:
     finding = found(host, "tasks-low")
     assert "systemctl set-property --runtime system.slice TasksMax=22" in text(finding)
     with pytest.raises(HostNotReady, match="up to 10 threads"):
-        library.check_limits(host, 64 * MIB)
+        library.doctor.check_limits(host, 64 * MIB)
     host.put(f"{ABOVE}/pids.current", "2")
     assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
     found(host, "tasks-low", cpus=32)
@@ -219,7 +220,7 @@ def test_its_own_limits(host: Host, kind: str, values: dict[str, str], words: li
     assert "systemctl" not in "".join(found(host, kind).trouble.commands)  # type: ignore[union-attr]
     if kind not in ("memlock-low",):
         with pytest.raises((HostNotReady, NotEnoughMemory)):
-            library.check_limits(host, GIB)
+            library.doctor.check_limits(host, GIB)
 
 
 def test_root_has_as_many_processes_as_it_likes(host: Host) -> None:
@@ -234,7 +235,7 @@ def test_cpu_time_is_a_warning(host: Host) -> None:
     rlimits(host, cpu="600")
     finding = found(host, "cpu-time-limited", Outcome.WARN)
     assert "kvmpass restore" in text(finding)
-    library.check_limits(host, GIB)
+    library.doctor.check_limits(host, GIB)
 
 
 def test_memory_of_some_nodes(host: Host) -> None:

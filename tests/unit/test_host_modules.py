@@ -11,8 +11,8 @@ from host_tree import Host
 from kvmpass.errors import DriverPinned
 from kvmpass.host import Bdf, Look, Sysfs, bind, describe, diagnose
 from kvmpass.host.blockers.use import borrowers
-from kvmpass.host.driverctl import SavedOverride, saved_override
-from kvmpass.host.modules import Module, ModuleStatus, modprobe_lines, module
+from kvmpass.host.drivers.driverctl import SavedOverride, saved_override
+from kvmpass.host.kernel.modules import Module, ModuleStatus, modprobe_lines, module
 
 RELEASE = "6.12.1-1-amd64"
 NVME = Bdf(0, 1, 0, 0)
@@ -101,7 +101,7 @@ def test_modprobe_is_asked(
 
 
 def test_without_modprobe_the_files_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmpass.host.modules.modprobe_tool", lambda: None)
+    monkeypatch.setattr("kvmpass.host.kernel.modules.modprobe_tool", lambda: None)
     found = module(Sysfs(), "no-such-module")
     assert (found.status, found.value) == (ModuleStatus.MISSING, "no no_such_module")
 

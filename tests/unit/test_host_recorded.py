@@ -16,7 +16,6 @@ import pytest
 from click.testing import CliRunner
 from host_tree import Host, ivhd, ivmd, ivrs
 
-from kvmpass import host as library
 from kvmpass.assignment.plan import plan
 from kvmpass.cli import doctor as doctor_module
 from kvmpass.cli.doctor import doctor, look_at_device, look_at_host
@@ -24,10 +23,12 @@ from kvmpass.cli.list import list as list_command
 from kvmpass.cli.plan import plan as plan_command
 from kvmpass.cli.show import show
 from kvmpass.errors import KvmpassError
-from kvmpass.host import Bdf, Sysfs, describe, diagnose, inventory, open_recorded
-from kvmpass.host.anonymity import Anonymity
-from kvmpass.host.recorded import MANIFEST, BadRecord
-from kvmpass.host.recording import Recorder, record
+from kvmpass.host import Bdf, Sysfs, describe, diagnose
+from kvmpass.host.record import open_recorded
+from kvmpass.host.record.anonymity import Anonymity
+from kvmpass.host.record.recorded import MANIFEST, BadRecord
+from kvmpass.host.record.recording import Recorder, record
+from kvmpass.host.view import inventory
 
 NVME, NIC, GPU = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
 IVRS = "sys/firmware/acpi/tables/IVRS"
@@ -301,7 +302,7 @@ def test_no_archive_and_one_too_large(tmp_path: Path, monkeypatch: pytest.Monkey
         pass
     for name in ("_MOST_ENTRIES", "_MOST_BYTES", "_BIGGEST_FILE"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"kvmpass.host.recorded.{name}", 1)
+            patch.setattr(f"kvmpass.host.record.recorded.{name}", 1)
             big = made(tmp_path / f"{name}.tar", ("a", "file", "xx"), ("b", "file", "xx"))
             with pytest.raises(BadRecord, match="larger than any"), open_recorded(big):
                 pass
@@ -410,7 +411,7 @@ def test_damaged_records_end_in_an_error_or_an_answer(host: Host, tmp_path: Path
 
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch, host: Host) -> Iterator[Callable[..., tuple[int, str]]]:
-    monkeypatch.setattr(library, "Recorder", lambda: Recorder(host.root))
+    monkeypatch.setattr("kvmpass.cli.doctor.Recorder", lambda: Recorder(host.root))
 
     def run(*words: str, **environment: str) -> tuple[int, str]:
         result = CliRunner().invoke(doctor, words, env=environment, standalone_mode=False)

@@ -20,8 +20,9 @@ from handover_stage import (
 )
 
 from kvmpass.errors import JournalError
-from kvmpass.host import Step, bind, borrow, restore
-from kvmpass.host.lock import HostLock
+from kvmpass.host import bind, borrow, restore
+from kvmpass.host.drivers.lock import HostLock
+from kvmpass.host.drivers.steps import Step
 
 # --- journal and records
 
@@ -138,14 +139,14 @@ def test_an_entry_of_the_previous_version_is_read(one: Stage) -> None:
 
 
 def test_the_lock_names_its_holder(one: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmpass.host.lock.PATIENCE", 0.05)
-    monkeypatch.setattr("kvmpass.host.lock.LOCK_TIMEOUT", 0.3)
+    monkeypatch.setattr("kvmpass.host.drivers.lock.PATIENCE", 0.05)
+    monkeypatch.setattr("kvmpass.host.drivers.lock.LOCK_TIMEOUT", 0.3)
     said: list[str] = []
     script = f"""
 import sys, time
 sys.argv = ["/usr/bin/kvmpass", "bind", "{NVME}"]
 from pathlib import Path
-from kvmpass.host.lock import HostLock
+from kvmpass.host.drivers.lock import HostLock
 with HostLock(Path({str(one.state / "lock")!r})).hold():
     print(flush=True)
     time.sleep(60)

@@ -10,10 +10,12 @@ import pytest
 from host_tree import Host
 
 from kvmpass.errors import DeviceInUse
-from kvmpass.host import Bdf, Look, Sysfs, bind, blockers, check_assignable, describe, processes
+from kvmpass.host import Bdf, Look, Sysfs, bind, check_assignable, describe
+from kvmpass.host.blockers import blockers
 from kvmpass.host.blockers.use import borrowers
-from kvmpass.host.journal import Entry, boot_id
-from kvmpass.host.processes import sockets_of, start_time
+from kvmpass.host.drivers.journal import Entry, boot_id
+from kvmpass.host.kernel import processes
+from kvmpass.host.kernel.processes import sockets_of, start_time
 
 BDF = Bdf(0, 1, 0, 0)
 DEVICE = f"sys/bus/pci/devices/{BDF}"

@@ -42,7 +42,7 @@ class Restless(Host):
 
 LOOKS: dict[str, Callable[[Host], object]] = {
     "list": library.inventory,
-    "select": lambda host: library.select(host, ["01:00"]),
+    "select": lambda host: library.view.select(host, ["01:00"]),
     "show": lambda host: library.describe(host, Bdf.parse(NVME)),
     "doctor": lambda host: library.diagnose(host, Bdf.parse(NVME)),
     "plan": lambda host: plan([NVME], memory="64M", sysfs=host),

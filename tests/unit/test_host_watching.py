@@ -16,7 +16,8 @@ from host_tree import Host
 from kvmpass import host as library
 from kvmpass.cli.main import main
 from kvmpass.errors import HostNotReady
-from kvmpass.host import Bdf, HostEvent, Uevent, watch_events
+from kvmpass.host import Bdf, watch_events
+from kvmpass.host.view import HostEvent, Uevent
 
 NVME = "0000:01:00.0"
 
@@ -172,7 +173,7 @@ def command(host: Host, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
                 time.sleep(seconds)
             return uevent
 
-        monkeypatch.setattr("kvmpass.host.watching._netlink", lambda: source)
+        monkeypatch.setattr("kvmpass.host.view.watching._netlink", lambda: source)
         with pytest.raises(SystemExit) as ended:
             main(["monitor", *arguments])
         assert isinstance(ended.value.code, int)

@@ -13,7 +13,7 @@ import pytest
 
 from kvmpass.events import DeviceError, DeviceEvent, DeviceEventsDropped, DeviceFault, DeviceIommuError, DeviceReset
 from kvmpass.host import Bdf
-from kvmpass.host.faults import EventParser, FaultLog
+from kvmpass.host.kernel.faults import EventParser, FaultLog
 from kvmpass.machine import notices
 from kvmpass.machine.notices import Notices
 from kvmpass.vfio.device import ERR, REQ

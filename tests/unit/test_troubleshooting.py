@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from kvmpass.host import CATALOGUE
+from kvmpass.host.doctor import CATALOGUE
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from kvmpass.errors import DeviceInUse, KvmpassError
 from kvmpass.host.address import Bdf
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.journal import Journal
+from kvmpass.host.drivers.journal import Journal
+from kvmpass.host.kernel.processes import Process
 from kvmpass.host.look import Look
 from kvmpass.host.problems import Problem
-from kvmpass.host.processes import Process
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.host.usage import untraced, vfio_nodes
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.driverctl import saved_override
-from kvmpass.host.modules import vfio_ids
+from kvmpass.host.drivers.driverctl import saved_override
+from kvmpass.host.kernel.modules import vfio_ids
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import PCI_DEVICES
 from kvmpass.host.usage import VFIO_PCI

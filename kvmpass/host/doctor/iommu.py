@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvmpass.host.blockers.group import one_to_one
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.cmdline import CommandLine
+from kvmpass.host.doctor.ivrs import BadTable, Ivrs, parse_ivrs
 from kvmpass.host.doctor.refusals import (
     CHECKSUM,
     COMPLAINTS,
@@ -17,7 +17,7 @@ from kvmpass.host.doctor.refusals import (
     log_reading,
     remapping_refused,
 )
-from kvmpass.host.ivrs import BadTable, Ivrs, parse_ivrs
+from kvmpass.host.kernel.cmdline import CommandLine
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import Sysfs
 

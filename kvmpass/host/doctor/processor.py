@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.modules import ModuleStatus, module
+from kvmpass.host.kernel.modules import ModuleStatus, module
 from kvmpass.host.problems import Problem
 
 AMD_VENDORS = frozenset({"AuthenticAMD", "HygonGenuine"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.modules import module
+from kvmpass.host.kernel.modules import module
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import PCI_DRIVERS
 from kvmpass.host.usage import VFIO_PCI

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.kernel.processes import sockets_of
 from kvmpass.host.look import Look
-from kvmpass.host.processes import sockets_of
 from kvmpass.host.sysfs import PCI_DEVICES, PciDevice
 from kvmpass.host.usage.model import Use
 from kvmpass.host.usage.shares import VIRTIO

@@ -8,10 +8,7 @@ from dataclasses import dataclass, replace
 
 from kvmpass.errors import NotAssignable
 from kvmpass.host.address import Bdf
-from kvmpass.host.capabilities import Capabilities, capabilities_of
-from kvmpass.host.driverctl import saved_override
-from kvmpass.host.inventory import DeviceStatus, HostStatus, device_status, host_status
-from kvmpass.host.isolation import Bridge, Sibling, bridges_above, siblings
+from kvmpass.host.drivers.driverctl import saved_override
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import (
     BARS,
@@ -25,6 +22,9 @@ from kvmpass.host.sysfs import (
     Sysfs,
 )
 from kvmpass.host.usage import Use, untraced, uses
+from kvmpass.host.view.capabilities import Capabilities, capabilities_of
+from kvmpass.host.view.inventory import DeviceStatus, HostStatus, device_status, host_status
+from kvmpass.host.view.isolation import Bridge, Sibling, bridges_above, siblings
 
 # include/linux/ioport.h, include/linux/pci.h (enum of resource numbers)
 _PREFETCH = 0x2000

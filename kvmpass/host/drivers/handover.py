@@ -10,16 +10,16 @@ from typing import Literal
 from kvmpass._signals import deferred
 from kvmpass.errors import DriverPinned
 from kvmpass.host.address import Bdf
-from kvmpass.host.binding import DRIVER_TIMEOUT
 from kvmpass.host.blockers import blockers, users
-from kvmpass.host.borrowing import distinct
-from kvmpass.host.driverctl import saved_override
-from kvmpass.host.journal import Journal, Operation
-from kvmpass.host.lock import Say
+from kvmpass.host.drivers.binding import DRIVER_TIMEOUT
+from kvmpass.host.drivers.borrowing import distinct
+from kvmpass.host.drivers.driverctl import saved_override
+from kvmpass.host.drivers.journal import Journal, Operation
+from kvmpass.host.drivers.lock import Say
+from kvmpass.host.drivers.steps import MATCHING, ON_VFIO_PCI, Setting, all_changes
+from kvmpass.host.drivers.undoing import Undo, check_owner, check_privilege
 from kvmpass.host.problems import Blocker
-from kvmpass.host.steps import MATCHING, ON_VFIO_PCI, Setting, all_changes
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
-from kvmpass.host.undoing import Undo, check_owner, check_privilege
 from kvmpass.host.usage import VFIO_PCI
 
 FORCE_HINT = "--force takes it all the same: what uses it will fail"

@@ -1,8 +1,8 @@
 """What it takes to give a PCI device another driver: the writes, in their order, computed and not done.
 
-The same list is what :mod:`kvmpass.host.binding` does and what a dry run shows. Sources: drivers/pci/pci-driver.c
-(``new_id`` is never used: it would grab siblings), drivers/base/bus.c (``unbind``, ``drivers_probe``),
-Documentation/ABI/testing/sysfs-bus-pci (``driver_override``).
+The same list is what :mod:`kvmpass.host.drivers.binding` does and what a dry run shows. Sources:
+drivers/pci/pci-driver.c (``new_id`` is never used: it would grab siblings), drivers/base/bus.c (``unbind``,
+``drivers_probe``), Documentation/ABI/testing/sysfs-bus-pci (``driver_override``).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvmpass.host.cmdline import CommandLine, matches_ids
+from kvmpass.host.kernel.cmdline import CommandLine, matches_ids
 from kvmpass.host.sysfs import PciDevice, Sysfs, modprobe_tool
 
 # In the order of modprobe.d(5).

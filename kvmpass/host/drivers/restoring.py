@@ -11,10 +11,10 @@ from typing import Literal
 from kvmpass._signals import deferred
 from kvmpass.errors import BadAddress, JournalError, KvmpassError, NoSuchDevice
 from kvmpass.host.address import Bdf
-from kvmpass.host.binding import DRIVER_TIMEOUT, Binder
-from kvmpass.host.journal import Entries, Entry, Journal
-from kvmpass.host.lock import Say
-from kvmpass.host.processes import Process
+from kvmpass.host.drivers.binding import DRIVER_TIMEOUT, Binder
+from kvmpass.host.drivers.journal import Entries, Entry, Journal
+from kvmpass.host.drivers.lock import Say
+from kvmpass.host.kernel.processes import Process
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.host.usage import VFIO_PCI
 

@@ -16,9 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 from kvmpass.errors import HostNotReady
 from kvmpass.host.address import Bdf
-from kvmpass.host.filters import Filter, parse_filter
 from kvmpass.host.names import Names
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
+from kvmpass.host.view.filters import Filter, parse_filter
 
 Kind = Literal[
     "device-added",

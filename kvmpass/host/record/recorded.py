@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvmpass.errors import KvmpassError
-from kvmpass.host.kmsg import KernelLog
+from kvmpass.host.kernel.kmsg import KernelLog
 from kvmpass.host.sysfs import Sysfs
 
 MANIFEST = "kvmpass-record.json"

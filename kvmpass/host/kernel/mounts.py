@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvmpass.host.processes import namespaces, process
+from kvmpass.host.kernel.processes import namespaces, process
 from kvmpass.host.sysfs import Sysfs
 
 

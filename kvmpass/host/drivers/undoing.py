@@ -10,11 +10,11 @@ import os
 from kvmpass._signals import deferred
 from kvmpass.errors import DeviceInUse, JournalError, KvmpassError, NoSuchDevice, RestoreFailed
 from kvmpass.host.address import Bdf
-from kvmpass.host.binding import Binder
-from kvmpass.host.journal import Entry, Journal, Operation
-from kvmpass.host.lock import Say
-from kvmpass.host.processes import Process
-from kvmpass.host.steps import ON_VFIO_PCI, Setting
+from kvmpass.host.drivers.binding import Binder
+from kvmpass.host.drivers.journal import Entry, Journal, Operation
+from kvmpass.host.drivers.lock import Say
+from kvmpass.host.drivers.steps import ON_VFIO_PCI, Setting
+from kvmpass.host.kernel.processes import Process
 from kvmpass.host.sysfs import Sysfs
 
 log = logging.getLogger(__name__)

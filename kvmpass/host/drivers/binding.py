@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 from kvmpass.errors import HostNotReady, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
 from kvmpass.host.address import Bdf
-from kvmpass.host.journal import Entry, Journal, Operation
+from kvmpass.host.drivers.journal import Entry, Journal, Operation
+from kvmpass.host.drivers.steps import MATCHING, ON_VFIO_PCI, Setting, Step, driver_changes, other_changes
+from kvmpass.host.kernel.processes import holders
 from kvmpass.host.look import Look
-from kvmpass.host.processes import holders
-from kvmpass.host.steps import MATCHING, ON_VFIO_PCI, Setting, Step, driver_changes, other_changes
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI, usage, vfio_nodes
 

@@ -10,11 +10,11 @@ from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.blockers import blockers
 from kvmpass.host.doctor import check_host
-from kvmpass.host.filters import select
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker
 from kvmpass.host.sysfs import PCI_DEVICES, IommuGroup, PciDevice, Sysfs
+from kvmpass.host.view.filters import select
 
 
 @dataclass(frozen=True, slots=True)

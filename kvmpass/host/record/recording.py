@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 
 from kvmpass.errors import KvmpassError
 from kvmpass.host.address import Bdf
-from kvmpass.host.anonymity import Anonymity
-from kvmpass.host.kmsg import PATH as KMSG
-from kvmpass.host.kmsg import KernelLog
+from kvmpass.host.kernel.kmsg import PATH as KMSG
+from kvmpass.host.kernel.kmsg import KernelLog
 from kvmpass.host.look import Look
-from kvmpass.host.recorded import MANIFEST, VERSION
+from kvmpass.host.record.anonymity import Anonymity
+from kvmpass.host.record.recorded import MANIFEST, VERSION
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 
 _BIGGEST_FILE = 4 << 20  # bytes; /proc/iomem of the largest hosts has a tenth of it

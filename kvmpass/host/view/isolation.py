@@ -15,8 +15,8 @@ from typing import Literal
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host.address import Bdf
 from kvmpass.host.blockers import is_harmless
-from kvmpass.host.capabilities import Acs, Capabilities, capabilities_of
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
+from kvmpass.host.view.capabilities import Acs, Capabilities, capabilities_of
 
 # What the kernel asks for before it tells apart what is behind a port (REQ_ACS_FLAGS).
 REQUIRED = ("SV", "RR", "CR", "UF")

@@ -21,9 +21,9 @@ from typing import Self
 
 from kvmpass.errors import BadAddress, JournalError, NoSuchDevice
 from kvmpass.host.address import Bdf
-from kvmpass.host.lock import HostLock, Say
-from kvmpass.host.processes import process, start_time
-from kvmpass.host.steps import Setting, Step
+from kvmpass.host.drivers.lock import HostLock, Say
+from kvmpass.host.drivers.steps import Setting, Step
+from kvmpass.host.kernel.processes import process, start_time
 from kvmpass.host.sysfs import PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI
 

@@ -9,12 +9,12 @@ from types import TracebackType
 from kvmpass._signals import deferred
 from kvmpass.errors import BadAddress
 from kvmpass.host.address import Bdf
-from kvmpass.host.binding import DRIVER_TIMEOUT
 from kvmpass.host.blockers import check_assignable
-from kvmpass.host.journal import Journal, Operation
-from kvmpass.host.lock import Say
+from kvmpass.host.drivers.binding import DRIVER_TIMEOUT
+from kvmpass.host.drivers.journal import Journal, Operation
+from kvmpass.host.drivers.lock import Say
+from kvmpass.host.drivers.undoing import Undo, check_privilege, may_change_driver
 from kvmpass.host.sysfs import PciDevice, Sysfs
-from kvmpass.host.undoing import Undo, check_privilege, may_change_driver
 from kvmpass.host.usage import VFIO_PCI
 
 

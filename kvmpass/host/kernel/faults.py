@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from kvmpass._fd import OwnedFd, open_node
 from kvmpass.host.address import Bdf
-from kvmpass.host.kmsg import RECORD_LIMIT, Record, parse_records
+from kvmpass.host.kernel.kmsg import RECORD_LIMIT, Record, parse_records
 
 KMSG = "/dev/kmsg"
 PAGE_FAULT = "IO_PAGE_FAULT"

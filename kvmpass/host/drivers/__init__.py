@@ -1,0 +1,1 @@
+"""Changes of drivers: the only part of the project that makes any."""

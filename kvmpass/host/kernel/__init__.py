@@ -1,0 +1,1 @@
+"""What the kernel says of the host beside sysfs: its log, its command line, processes and mounts."""

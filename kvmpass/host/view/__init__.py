@@ -1,0 +1,66 @@
+"""The host's devices and IOMMU groups, as they are shown."""
+
+from kvmpass.host.view.capabilities import (
+    Acs,
+    Capabilities,
+    Express,
+    Msi,
+    Msix,
+    Power,
+    Service,
+    SriovRegisters,
+    capabilities_of,
+)
+from kvmpass.host.view.classes import class_words
+from kvmpass.host.view.description import BarInfo, Description, describe
+from kvmpass.host.view.filters import Filter, parse_filter, select
+from kvmpass.host.view.inventory import (
+    DeviceStatus,
+    HostStatus,
+    Inventory,
+    Link,
+    Sriov,
+    device_status,
+    host_status,
+    inventory,
+    link_of,
+    sriov_of,
+)
+from kvmpass.host.view.isolation import Bridge, Sibling, bridges_above, siblings
+from kvmpass.host.view.watching import HostEvent, Uevent, watch_events
+
+__all__ = [
+    "Acs",
+    "BarInfo",
+    "Bridge",
+    "Capabilities",
+    "Description",
+    "DeviceStatus",
+    "Express",
+    "Filter",
+    "HostEvent",
+    "HostStatus",
+    "Inventory",
+    "Link",
+    "Msi",
+    "Msix",
+    "Power",
+    "Service",
+    "Sibling",
+    "Sriov",
+    "SriovRegisters",
+    "Uevent",
+    "bridges_above",
+    "capabilities_of",
+    "class_words",
+    "describe",
+    "device_status",
+    "host_status",
+    "inventory",
+    "link_of",
+    "parse_filter",
+    "select",
+    "siblings",
+    "sriov_of",
+    "watch_events",
+]
