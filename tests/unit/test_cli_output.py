@@ -48,4 +48,6 @@ def test_a_failure_is_a_document_too(
     (tmp_path / "journal").write_text("in the way")
     done = run("restore", "--json")
     assert (done.returncode, done.stderr) == (1, "")
-    assert valid("error", done.stdout)["error"]["type"] == "NotADirectoryError"
+    error = valid("error", done.stdout)["error"]
+    assert (error["type"], error["message"]) == ("NotADirectoryError", f"{tmp_path}/journal: Not a directory")
+    assert "KVMPASS_STATE_DIR" in error["hints"][0]

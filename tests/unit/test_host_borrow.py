@@ -365,6 +365,21 @@ def test_named_twice() -> None:
         borrow("01:00.0", "0000:01:00.0")
 
 
+@pytest.mark.parametrize("place", ["", "..", "journal", "bound"])
+def test_a_file_in_the_place_of_a_directory_is_named(host: Host, tmp_path: Path, place: str) -> None:
+    """The state directory itself, the one above it, one below: before anything changes."""
+    state = tmp_path / "above/state"
+    blocked = Path(os.path.normpath(state / place))
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.write_text("")
+    for action in (lambda: borrow(NVME, sysfs=host, state_dir=state).__enter__(), lambda: restore(host, state)):
+        with pytest.raises(NotADirectoryError) as refused:
+            action()
+        assert refused.value.filename == str(blocked)
+        assert f"move {blocked} away, or name another directory by KVMPASS_STATE_DIR" in refused.value.__notes__[0]
+    assert as_before(host, tmp_path / "state")
+
+
 def test_a_device_open_in_this_process_is_not_unbound(host: Host, state: Path) -> None:
     borrowed = borrow(NVME, sysfs=host, state_dir=state)
     with pytest.raises(RestoreFailed, match="still open in process"), borrowed:

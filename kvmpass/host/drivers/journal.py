@@ -10,6 +10,7 @@ which the device is given back one day.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -246,11 +247,24 @@ class Journal(Entries):
 
     @contextlib.contextmanager
     def lock(self, say: Say | None = None) -> Iterator[None]:
-        """One process at a time changes drivers on this host; see :meth:`HostLock.hold`."""
+        """One process at a time changes drivers on this host; see :meth:`HostLock.hold`. Raises as ``check`` does."""
+        self.check()
         with self._lock.hold(say):
             for entries in (self, self.bound):
                 entries.directory.mkdir(mode=0o755, exist_ok=True)
             yield
+
+    def check(self) -> None:
+        """Raises ``NotADirectoryError`` for what has the place of one of the journal's directories."""
+        own = (self.state_dir, self.directory, self.bound.directory)
+        for place in map(str, (*reversed(self.state_dir.parents), *own)):
+            if os.path.lexists(place) and not os.path.isdir(place):  # noqa: PTH112 - false where this may not look
+                error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), place)
+                error.add_note(
+                    f"kvmpass keeps its journal in {self.state_dir}: move {place} away, or name another directory "
+                    "by KVMPASS_STATE_DIR"
+                )
+                raise error
 
     def keep(self, bdf: Bdf) -> None:
         """The bind is complete: its entry becomes the record of it, in one step (rename(2))."""

@@ -47,11 +47,12 @@ def restore(
     a living process, left alone; ``corrupt``: unreadable, put aside; ``gone``: no such device any more, dropped;
     ``failed``: the entry stays, try again. A device whose bind is complete stays bound; of such records only those
     that are stale, corrupt or of a device that has gone are reported, after the others. Safe to repeat. ``say`` is
-    told when another process changes drivers for longer than a second. Raises ``PermissionError``, ``JournalError``
-    (that process does not end).
+    told when another process changes drivers for longer than a second. Raises ``PermissionError``,
+    ``NotADirectoryError`` (as ``Journal.check``), ``JournalError`` (that process does not end).
     """
     sysfs = sysfs or Sysfs()
     journal = Journal(state_dir)
+    journal.check()
     try:
         if not any(entries.files() or entries.scratch() for entries in (journal, journal.bound)):
             return []
