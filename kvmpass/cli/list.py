@@ -61,6 +61,7 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
             for group in found.groups
         ],
         devices=[device_document(status, found.host) for status in found.devices],
+        orphaned=[*map(str, found.orphaned)],
     )
     for line in _lines(found, wide):
         output.text(line)
@@ -68,6 +69,12 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
         who = "this user cannot assign devices" if found.host.ready else "this host cannot assign devices"
         hint = f"\n  hint: {found.host.remedy}" if found.host.remedy else ""
         output.note(f"{who}: {found.host.cause}{hint}")
+    if found.orphaned:
+        what = "it" if len(found.orphaned) == 1 else "them"
+        output.note(
+            f"a kvmpass that was killed has left {', '.join(map(str, found.orphaned))}\n"
+            f"  hint: kvmpass restore gives {what} back"
+        )
     if not found.complete:
         output.note("without root, what other users' processes have open is not seen")
     return 0

@@ -189,12 +189,16 @@ def test_signals_at_any_moment(nvme: str, number: signal.Signals, seed: int) -> 
 
 @pytest.mark.usefixtures("untouched")
 def test_killed_and_the_command_restores(nvme: str) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "kvmpass", *words], capture_output=True, text=True, check=False)
+
     def command() -> tuple[int, str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "kvmpass", "restore"], capture_output=True, text=True, check=False
-        )
+        done = run("restore")
         assert done.stderr == ""
         return done.returncode, done.stdout
+
+    def listed() -> str:
+        return run("list", nvme).stderr
 
     def work() -> None:
         with host.borrow(nvme):
@@ -204,8 +208,12 @@ def test_killed_and_the_command_restores(nvme: str) -> None:
     until(lambda: look(nvme).driver == "vfio-pci")
     status, output = command()
     assert (status, output.startswith(f"{nvme}: owner-alive: in use by process {child.pid} (")) == (0, True)
+    assert listed() == ""
     child.kill()
+    left = f"kvmpass: a kvmpass that was killed has left {nvme}\n  hint: kvmpass restore gives it back\n"
+    assert listed() == left
     assert command() == (0, f"{nvme}: restored: driver nvme\n")
+    assert listed() == ""
     assert command() == (0, "nothing to restore\n")
 
 

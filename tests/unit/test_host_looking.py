@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from config_spaces import IGB, NVME, ROOT_PORT
-from host_tree import Host
+from host_tree import BOOT, Host
 
 from kvmpass import host as library
 from kvmpass.cli.main import main
 from kvmpass.host import Bdf, describe
+from kvmpass.host.drivers.journal import Entry
 from kvmpass.host.view import Link, Sriov, inventory
 
 Valid = Callable[[str, str | bytes], Any]
@@ -270,6 +271,29 @@ def test_show_as_a_document(host: Host, capsys: pytest.CaptureFixture[str], vali
         assert document["capabilities"]["msix"]["table_offset"] == "0x2000"
         assert document["bars"][3]["address"] is None
         assert document["bridges"][0]["acs"]["enabled"] == ["SV", "RR", "CR", "UF"]
+
+
+def test_what_a_killed_process_left_is_shown_with_its_remedy(
+    host: Host, capsys: pytest.CaptureFixture[str], valid: Valid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMPASS_STATE_DIR", str(tmp_path / "state"))
+    bdf = "0000:02:01.0"
+    (tmp_path / "state/journal").mkdir(parents=True)
+    (tmp_path / "state/journal/notes.json").write_text("{}")
+
+    def left(pid: int, *, gone: bool = False, boot: str = BOOT) -> str:
+        entry = Entry(Bdf.parse("0000:77:00.0" if gone else bdf), boot, pid, 1, "kvmpass", "e1000", None, None, None)
+        (tmp_path / f"state/journal/{entry.bdf}.json").write_text(entry.to_json())
+        return run(capsys, "list", NVME_BDF)[1]
+
+    assert "restore" not in left(4_194_300, gone=True), "what is not there"
+    assert "restore" not in left(4_194_300, boot="another"), "of another boot"
+    assert f"kvmpass: a kvmpass that was killed has left {bdf}\n  hint: kvmpass restore gives it back\n" in left(
+        4_194_300
+    )
+    assert valid("list", run(capsys, "list", "--json")[0])["orphaned"] == [bdf]
+    host.put("proc/300/stat", "300 (kvmpass) S " + "0 " * 18 + "1")
+    assert "restore" not in left(300), "its process lives"
 
 
 def test_show_of_what_is_not_there(host: Host, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,7 +140,11 @@ class Entry:
         under the lock was left, even if that process still runs.
         """
         borrowed = self.operation is Operation.ASSIGN and not self.is_stale(sysfs)
-        return borrowed and start_time(sysfs, self.pid) == self.start_time
+        return borrowed and self.has_living_owner(sysfs)
+
+    def has_living_owner(self, sysfs: Sysfs) -> bool:
+        """Whether the process that wrote the entry still runs, whatever for. The entry must be of this boot."""
+        return start_time(sysfs, self.pid) == self.start_time
 
 
 def _ids(device: PciDevice) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +68,22 @@ def restore(
         if not getattr(error, "__notes__", None):
             error.add_note("run as root: giving back devices changes drivers")
         raise
+
+
+def orphaned(sysfs: Sysfs, state_dir: Path | None = None) -> list[Bdf]:
+    """The devices that killed processes have left and :func:`restore` would give back, by address. Only reads.
+
+    As far as this user may read the journal: that is root.
+    """
+    found = []
+    journal = Journal(state_dir)
+    with contextlib.suppress(OSError):
+        for path in journal.files():
+            with contextlib.suppress(KvmpassError, OSError):
+                entry = journal.read(Bdf.parse(path.stem))
+                if entry is not None and not entry.is_stale(sysfs) and not entry.has_living_owner(sysfs):
+                    found.append(sysfs.device(entry.bdf).bdf)
+    return found
 
 
 def _safely(path: Path, work: Callable[[Path], Restored | None]) -> Restored | None:

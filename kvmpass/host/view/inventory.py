@@ -10,9 +10,11 @@ from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.blockers import blockers
 from kvmpass.host.doctor import check_host
+from kvmpass.host.drivers.restoring import orphaned
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker
+from kvmpass.host.record.recorded import RecordedSysfs
 from kvmpass.host.sysfs import PCI_DEVICES, IommuGroup, PciDevice, Sysfs
 from kvmpass.host.view.filters import select
 
@@ -61,12 +63,16 @@ class DeviceStatus:
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """``devices`` by address; ``groups`` those of these devices, by number. ``complete``: all processes were seen."""
+    """``devices`` by address; ``groups`` those of these devices, by number. ``complete``: all processes were seen.
+
+    ``orphaned``: what killed processes have left (of all devices of this machine), for ``kvmpass restore``.
+    """
 
     host: HostStatus
     devices: tuple[DeviceStatus, ...]
     groups: tuple[IommuGroup, ...]
     complete: bool
+    orphaned: tuple[Bdf, ...] = ()
 
 
 def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
@@ -92,6 +98,7 @@ def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
         devices=tuple(devices),
         groups=tuple(groups[number] for number in sorted(groups)),
         complete=sysfs.ask("privileged", lambda: os.geteuid() == 0),
+        orphaned=() if isinstance(sysfs, RecordedSysfs) else tuple(orphaned(sysfs)),
     )
 
 
