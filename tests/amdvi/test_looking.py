@@ -142,6 +142,7 @@ def test_a_borrowed_device(capfd: pytest.CaptureFixture[str], valid: Valid, edu:
             blockers = listed(capfd, valid, f"/dev/vfio/{group}")[edu]["blockers"]
             assert {blocker["kind"] for blocker in blockers} == {"assigned"}
             assert any("this very process" in blocker["cause"] for blocker in blockers)
+            assert f"In use        assigned by process {os.getpid()} (" in run(capfd, "show", edu)
 
 
 def test_what_people_type(

@@ -296,6 +296,19 @@ def test_what_a_killed_process_left_is_shown_with_its_remedy(
     assert "restore" not in left(300), "its process lives"
 
 
+def test_show_of_a_device_that_a_guest_has(host: Host, capsys: pytest.CaptureFixture[str], valid: Valid) -> None:
+    """By its own group's node, or for another device of the group."""
+    host.add("0000:05:00.0", "vfio-pci", 12)
+    shown = run(capsys, "show", "05:00.0")[0]
+    assert "In use        no" in shown
+    host.process(4711, "kvmpass", nodes=("/dev/vfio/12", "/dev/vfio/9"))
+    shown = run(capsys, "show", "05:00.0")[0]
+    assert "Assignable    no: already assigned\n" in shown
+    assert "In use        assigned by process 4711 (kvmpass)\n" in shown
+    uses = valid("show", run(capsys, "show", "--json", "02:01.0")[0])["uses"]
+    assert uses == ["in IOMMU group 9, assigned by process 4711 (kvmpass)"]
+
+
 def test_show_of_what_is_not_there(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no PCI device 0000:77:00.0" in run(capsys, "show", "77:00.0", status=1)[1]
     output, errors = run(capsys, "show", "02:00", status=2)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from kvmpass.errors import NotAssignable
 from kvmpass.host.address import Bdf
+from kvmpass.host.blockers.use import ASSIGNED
 from kvmpass.host.drivers.driverctl import saved_override
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import (
@@ -51,10 +52,10 @@ class BarInfo:
 class Description:
     """One device and its surroundings at one moment.
 
-    ``driverctl`` is the driver that driverctl binds at each boot (``none``: no
-    driver), ``uses`` what the host does with the device, a
-    clause each, ``unseen`` why it may be in use all the same, ``functions`` the other functions of the same physical
-    device (no virtual ones). ``complete``: this user sees the processes and the registers of all.
+    ``driverctl`` is the driver that driverctl binds at each boot (``none``: no driver), ``uses`` what the host does with
+    the device, or which process has assigned it, a clause each, ``unseen`` why it may be in use all the same,
+    ``functions`` the other functions of the same physical device (no virtual ones). ``complete``: this user sees the
+    processes and the registers of all.
     """
 
     status: DeviceStatus
@@ -77,9 +78,9 @@ def describe(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> Description:
     device = sysfs.device(bdf)
     look = look or Look(sysfs)
     saved = saved_override(sysfs, bdf)
-    group, found = _group(sysfs, device), uses(look, device)
+    group, found, status = _group(sysfs, device), uses(look, device), device_status(look, device)
     return Description(
-        status=device_status(look, device),
+        status=status,
         host=look.remembered("host status", lambda look: host_status(look.sysfs)),
         subsystem_name=look.names.subsystem(device),
         driverctl=saved.driver if saved else None,
@@ -89,10 +90,17 @@ def describe(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> Description:
         siblings=tuple(siblings(sysfs, device, group)) if group else (),
         bridges=tuple(bridges_above(sysfs, bdf)),
         functions=tuple(_functions(sysfs, bdf)),
-        uses=tuple(use.text for use in found if use.seen),
+        uses=(*_assigned(status), *(use.text for use in found if use.seen)),
         unseen=tuple(_unseen(look, device, found)),
         complete=sysfs.ask("privileged", lambda: os.geteuid() == 0),
     )
+
+
+def _assigned(status: DeviceStatus) -> Iterator[str]:
+    """Who has it through VFIO, or another device of its group: no use by the host, and the device is not free."""
+    for blocker in status.blockers:
+        if blocker.kind == ASSIGNED.kind:
+            yield blocker.cause.removeprefix(f"{status.device.bdf} ").removeprefix("is ")
 
 
 def _unseen(look: Look, device: PciDevice, found: list[Use]) -> Iterator[str]:
