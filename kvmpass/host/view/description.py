@@ -52,8 +52,8 @@ class BarInfo:
 class Description:
     """One device and its surroundings at one moment.
 
-    ``driverctl`` is the driver that driverctl binds at each boot (``none``: no driver), ``uses`` what the host does with
-    the device, or which process has assigned it, a clause each, ``unseen`` why it may be in use all the same,
+    ``driverctl`` is the driver that driverctl binds at each boot (``none``: no driver), ``uses`` what the host does
+    with the device, or which process has assigned it, a clause each, ``unseen`` why it may be in use all the same,
     ``functions`` the other functions of the same physical device (no virtual ones). ``complete``: this user sees the
     processes and the registers of all.
     """
