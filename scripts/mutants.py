@@ -53,15 +53,7 @@ TARGETS = (
     "kvmpass/_teardown.py",
 )
 SEED, NUMBER, THRESHOLD = 9, 200, 90.0
-NEAR = (
-    "mirrors",
-    "domain",
-    "layout",
-    "memory",
-    "kvm",
-    "pci",
-    "planning",
-)  # what test files of these packages are called
+NEAR = ("dma/", "memory/", "kvm/", "pci/", "assignment/", "test_layout", "test_pciregs")  # their tests
 ADDRESS_SPACE = 16 << 30  # bytes: a mutant that allocates without end is killed by this, not by the machine
 FACTOR, SLACK, WAITING = 3.0, 3.0, 10.0  # processor time: times what the tests need, and seconds; on the clock: more
 NICE = 5
@@ -280,8 +272,9 @@ class Tree:
         shutil.copytree(ROOT, self.path / "tree", ignore=ignore, symlinks=True)
         self.tree = self.path / "tree"
         (self.path / "tmp").mkdir()
-        names = sorted(path.name for path in (self.tree / "tests/unit").glob("test_*.py"))
-        self._near = [name for name in names if name.startswith(tuple(f"test_{word}" for word in NEAR))]
+        unit = self.tree / "tests/unit"
+        names = sorted(str(path.relative_to(unit)) for path in unit.rglob("test_*.py"))
+        self._near = [name for name in names if name.startswith(NEAR)]
         self._rest = [name for name in names if name not in self._near]
         self._limits: dict[tuple[str, ...], float] = {}
 
@@ -378,10 +371,10 @@ def open_pidfd(pid: int) -> Iterator[select.poll]:
         os.close(fd)
 
 
-def _named_after(file: str) -> tuple[str, ...]:
-    """``kvmpass/pci/bar.py``: test_pci_bar and test_bar."""
-    parts = Path(file).with_suffix("").parts[1:]
-    return f"test_{'_'.join(parts)}", f"test_{parts[-1]}"
+def _named_after(file: str) -> str:
+    """``kvmpass/pci/bar.py``: pci/test_bar and what begins with that."""
+    path = Path(*Path(file).with_suffix("").parts[1:])
+    return str(path.with_name(f"test_{path.name}"))
 
 
 # --- the command

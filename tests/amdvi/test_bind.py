@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drivers import PCI, SYSFS, Child, facts, look, namespace, replug, set_driver, unplug
-from inside import SOAK
+from support.drivers import PCI, SYSFS, Child, facts, look, namespace, replug, set_driver, unplug
+from support.inside import SOAK
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from drivers import SYSFS, Child, facts, look, namespace, until
+from support.drivers import SYSFS, Child, facts, look, namespace, until
 
 from kvmpass import host
 from kvmpass.errors import (

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from witness import Edu, iommu_events, locked_bytes, merged, pattern, physical, same_page, translations, without_probe
+from support.witness import (
+    Edu,
+    iommu_events,
+    locked_bytes,
+    merged,
+    pattern,
+    physical,
+    same_page,
+    translations,
+    without_probe,
+)
 
 from kvmpass import host
 from kvmpass.dma.domain import Domain

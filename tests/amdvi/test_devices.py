@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from inside import (
+from support.inside import (
     DRIVE,
     PING,
     SOAK,
@@ -25,8 +25,8 @@ from inside import (
     outcomes,
     script,
 )
-from nvme_admin import online_function
-from witness import iommu_events, merged, without_probe
+from support.nvme_admin import online_function
+from support.witness import iommu_events, merged, without_probe
 
 from kvmpass.assignment.assign import assigned
 from kvmpass.guest import Guest, GuestSpec

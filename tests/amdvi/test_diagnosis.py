@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from witness import locked_bytes
+from support.witness import locked_bytes
 
 import kvmpass
 from kvmpass import host

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 # A block that is run has the name of its profile before it, in a comment that a page does not show.
 _EXAMPLE = re.compile(r"^<!-- run: (?P<profile>[\w-]+) -->\n```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 

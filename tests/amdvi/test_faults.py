@@ -6,7 +6,7 @@ import select
 import time
 
 import pytest
-from witness import Edu, pattern
+from support.witness import Edu, pattern
 
 from kvmpass import host
 from kvmpass.events import DeviceEvent, DeviceFault

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from witness import Edu, iommu_events, pattern, without_probe
+from support.witness import Edu, iommu_events, pattern, without_probe
 
 from kvmpass import host
 from kvmpass.errors import GroupNotViable, NotAssignable

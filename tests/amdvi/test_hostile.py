@@ -14,9 +14,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from inside import SOAK
-from living import running, wait_until
-from test_functions import CONFIGURE, config_of
+from support.configuring import CONFIGURE, config_of
+from support.inside import SOAK
+from support.living import running, wait_until
 
 from kvmpass import host, ports
 from kvmpass._native import ffi, lib

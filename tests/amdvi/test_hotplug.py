@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from inside import SOAK
-from living import descriptors, image_for, running, wait_until
-from witness import locked_bytes, traces
+from support.inside import SOAK
+from support.living import descriptors, image_for, running, wait_until
+from support.witness import locked_bytes, traces
 
 from kvmpass import host
 from kvmpass.errors import GuestError

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from complaints import normal, unexplained
-from inside import SOAK
+from support.complaints import normal, unexplained
+from support.inside import SOAK
 
 from kvmpass import host
 from kvmpass.assignment.assign import assigned

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from witness import Edu, locked_bytes, traces
+from support.witness import Edu, locked_bytes, traces
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from witness import Edu, locked_bytes, pattern
+from support.witness import Edu, locked_bytes, pattern
 
 from kvmpass import host
 from kvmpass.errors import NotEnoughMemory

@@ -11,7 +11,17 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from inside import GUEST_ADDRESS, GUEST_SECONDS, HOST_ADDRESS, SOAK, Job, boot, command, host_interface, outcomes
+from support.inside import (
+    GUEST_ADDRESS,
+    GUEST_SECONDS,
+    HOST_ADDRESS,
+    SOAK,
+    Job,
+    boot,
+    command,
+    host_interface,
+    outcomes,
+)
 
 pytestmark = pytest.mark.amdvi(profile="devices", timeout=3600 if SOAK else 300)
 

@@ -9,9 +9,9 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from inside import SOAK
-from living import descriptors
-from witness import locked_bytes
+from support.inside import SOAK
+from support.living import descriptors
+from support.witness import locked_bytes
 
 from kvmpass import host, ports
 from kvmpass.errors import KvmpassError

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-from witness import traces
+from support.witness import traces
 
 from kvmpass import host
 from kvmpass.machine import AssignedDevice, Machine

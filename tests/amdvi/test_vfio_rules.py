@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from witness import locked_bytes
+from support.witness import locked_bytes
 
 from kvmpass import host
 from kvmpass.errors import LayoutError

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_lab import lab as lab  # a fixture
-from handover_stage import AtStep, Stage
-from host_tree import Host
 from hypothesis import HealthCheck, settings
-from one_answer import compare
+from support.fake_lab import lab as lab  # a fixture
+from support.handover_stage import AtStep, Stage
+from support.host_tree import Host
+from support.one_answer import compare
 
 from kvmpass.host import Bdf
 from kvmpass.host.drivers import binding

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from types import FunctionType
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from support.repository import ROOT
 
 
 def rows() -> dict[str, str]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.repository import ROOT
 
 from kvmpass.cli.main import COMMANDS
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
 SCHEMAS = sorted(path.stem for path in (DOCS / "schemas").glob("*.json"))

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.repository import ROOT
 
-ROOT = Path(__file__).parents[2]
 SOURCE = '''\
 """Text."""
 import logging

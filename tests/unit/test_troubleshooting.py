@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
+
+from support.repository import ROOT
 
 from kvmpass.host.doctor import CATALOGUE
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_document_is_the_catalogue() -> None:

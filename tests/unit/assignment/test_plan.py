@@ -1,0 +1,195 @@
+"""Plans of assignments on made-up hosts, whatever machine this is."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from support.host_tree import Host
+
+import kvmpass
+from kvmpass.assignment import plan as planning
+from kvmpass.errors import BadAddress, LayoutError
+from kvmpass.layout import GIB, MIB, Range, Reserved
+from kvmpass.memory import Backing, RegionKind, plan_memory
+from kvmpass.pci import preview_bars, preview_vectors
+from kvmpass.pci.space import BarKind
+
+NVME, SOUND, BRIDGE = "0000:01:00.0", "0000:01:00.1", "0000:00:01.0"
+IO, MEMORY, MEMORY64 = 0x100, 0x200, 0x100200
+
+
+def config_space(vectors: int = 17, table: int = 0x3000, pending: int = 0x3800) -> bytes:
+    """With INTx, MSI (four messages) and MSI-X in BAR 0."""
+    space = bytearray(256)
+    struct.pack_into("<H", space, 0x06, 0x10)
+    space[0x34], space[0x3D] = 0x40, 1
+    struct.pack_into("<BBH", space, 0x40, 0x05, 0x50, 2 << 1)
+    struct.pack_into("<BBHII", space, 0x50, 0x11, 0, vectors - 1, table, pending)
+    return bytes(space)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    host = Host(tmp_path)
+    host.add(NVME, "nvme", 7)
+    host.put(f"sys/bus/pci/devices/{NVME}/config", config_space())
+    host.put("proc/self/limits", "Max locked memory  unlimited  unlimited  bytes")
+    host.put(
+        "proc/cpuinfo", "vendor_id : AuthenticAMD\nflags : svm npt\naddress sizes : 43 bits physical, 48 bits virtual"
+    )
+    return host
+
+
+# --- the pieces
+
+
+def test_memory_goes_around_what_is_reserved() -> None:
+    hole = Reserved(Range(5 * GIB, GIB), "reserved")
+    made = plan_memory(6 * GIB, [hole], 40)
+    assert [(one.name, one.range, one.kind) for one in made.regions] == [
+        ("ram0", Range(0, 3 * GIB), RegionKind.RAM),
+        ("ram1", Range(4 * GIB, GIB), RegionKind.RAM),
+        ("ram2", Range(6 * GIB, 2 * GIB), RegionKind.RAM),
+    ]
+    assert (len(made.mapped), made.locked) == (3, 6 * GIB)
+    assert {one.backing for one in plan_memory(GIB, (), 40, Backing.HUGETLB_1G).regions} == {Backing.HUGETLB_1G}
+
+
+def test_vectors() -> None:
+    found = preview_vectors(config_space())
+    assert (found.msix, found.msi, found.intx) == (17, 4, True)
+    assert found.trapped == ((0, Range(0x3000, 17 * 16)), (0, Range(0x3800, 8)))
+    hidden = preview_vectors(config_space()[:64])
+    assert (hidden.msix, hidden.msi, hidden.intx) == (None, None, True)
+    assert preview_vectors(b"").intx is None
+    assert preview_vectors(bytes(256)).msix == 0
+
+
+def test_bars() -> None:
+    lines = [(0x4000, MEMORY64), (0, 0), (0x20, IO), (0x100, MEMORY), (0x2000, MEMORY), (0, 0), (0x8000, MEMORY)]
+    bars = {bar.name: bar for bar in preview_bars(lines, preview_vectors(config_space()))}
+    assert set(bars) == {"bar0", "bar2", "bar3", "bar4", "rom"}
+    assert bars["bar0"].kind is BarKind.MEMORY64
+    assert bars["bar0"].mapped == (Range(0, 0x3000),)
+    assert (bars["bar2"].kind, bars["bar2"].mapped) == (BarKind.IO, ())
+    assert bars["bar3"].mapped == ()
+    assert bars["bar4"].mapped == (Range(0, 0x2000),)
+    assert bars["rom"].mapped == ()
+    hidden = {bar.name: bar for bar in preview_bars(lines, preview_vectors(b""))}
+    assert hidden["bar0"].mapped is None
+    assert hidden["bar2"].mapped == ()
+
+
+# --- plans
+
+
+def test_a_plan(host: Host) -> None:
+    host.add(BRIDGE, "pcieport", 7, 0x060400)
+    made = kvmpass.plan([NVME], memory="4G", cpus=3, sysfs=host)
+    assert made.blocks == ()
+    [device] = made.devices
+    assert (device.driver, device.group, device.resets, device.vectors.msix) == ("nvme", 7, ("flr", "bus"), 17)
+    assert [(str(one.bdf), one.part) for one in device.members] == [(BRIDGE, "stays")]
+    assert (made.map_calls, made.locked, made.confined) == (2, 4 * GIB, True)
+    assert (made.phys_bits, made.width_from) == (43, "/proc/cpuinfo")
+    assert made.memory is not None
+    assert made.memory == plan_memory(4 * GIB, host.reserved_regions(), 43)
+    assert (made.descriptors.fixed, made.descriptors.vectors) == (10 + 3 + 1 + 5, 17)
+    assert host.writes == []
+
+
+def test_the_whole_group(host: Host) -> None:
+    host.add(SOUND, "snd_hda_intel", 7, 0x040300)
+    alone = kvmpass.plan([NVME], memory="64M", sysfs=host)
+    assert [one.reason.kind for one in alone.blocks] == ["group-not-viable"]
+    assert [one.part for one in alone.devices[0].members] == ["blocks"]
+    both = kvmpass.plan([NVME, SOUND], memory="64M", sysfs=host)
+    assert both.blocks == ()
+    assert [one.members[0].part for one in both.devices] == ["taken", "taken"]
+
+
+def test_everything_that_blocks(host: Host) -> None:
+    host.add("0000:02:00.0", "xhci_hcd", 8)
+    host.put("sys/bus/pci/devices/0000:02:00.0/boot_vga", "1")
+    host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
+    made = kvmpass.plan([NVME, "02:00.0", NVME, "09:00.0"], memory="5G", sysfs=host)
+    assert sorted((str(one.bdf), one.reason.kind) for one in made.blocks) == [
+        ("0000:02:00.0", "in-use"),
+        ("0000:09:00.0", "no-device"),
+        ("None", "memory-short"),
+        ("None", "no-intremap"),
+        ("None", "request"),
+    ]
+    assert [str(one.bdf) for one in made.devices] == [NVME, "0000:02:00.0"]
+    with pytest.raises(BadAddress):
+        kvmpass.plan(["nvme"], sysfs=host)
+    with pytest.raises(LayoutError):
+        kvmpass.plan([NVME], memory="plenty", sysfs=host)
+
+
+def test_what_does_not_fit(host: Host) -> None:
+    size = 1 << 30  # the window for 32-bit BARs has half of it
+    host.put(f"sys/bus/pci/devices/{NVME}/resource", f"0x40000000 {0x40000000 + size - 1:#x} 0x200")
+    [block] = kvmpass.plan([NVME], memory="64M", sysfs=host).blocks
+    assert (str(block.bdf), block.reason.kind) == (NVME, "request")
+    assert "no room for a 32-bit memory BAR" in block.reason.cause
+    too_small = kvmpass.plan([NVME], memory="4K", sysfs=host)
+    assert too_small.memory is None
+    assert "at least 1 MiB" in too_small.blocks[-1].reason.cause
+
+
+def test_a_machine_without_anything(tmp_path: Path) -> None:
+    """No KVM, no IOMMU, no CPU of ours: a plan all the same."""
+    host = Host(tmp_path)
+    for path in ("dev/kvm", "sys/class/iommu/ivhd0", "sys/bus/pci/drivers/vfio-pci", "dev/vfio/vfio"):
+        host.path(path).rename(tmp_path / Path(path).name)
+    host.put("proc/cpuinfo", "vendor_id : GenuineIntel\nflags : vmx")
+    host.put("proc/self/limits", "Max locked memory  unlimited  unlimited  bytes")
+    host.add(NVME, "nvme", None)
+    made = kvmpass.plan([NVME], memory="1G", sysfs=host)
+    assert {one.reason.kind for one in made.blocks} == {"not-amd", "no-ivrs", "no-vfio-pci"}
+    assert (made.phys_bits, made.width_from, made.confined) == (40, "assumed", False)
+    assert (made.map_calls, made.locked) == (1, GIB)
+
+
+def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callable[..., Any]) -> None:
+    from kvmpass.cli.plan import plan
+
+    monkeypatch.setattr(planning, "Sysfs", lambda: host)
+
+    def run(*arguments: str) -> tuple[str, object]:
+        outcome = CliRunner().invoke(plan, arguments, standalone_mode=False)
+        assert outcome.exception is None, outcome.exception
+        return outcome.output, outcome.return_value
+
+    text, status = run(NVME, "--memory", "4G")
+    assert status == 0
+    assert "driver  nvme -> vfio-pci -> nvme" in text
+    assert "vectors 17 MSI-X, 4 MSI, INTx" in text
+    assert "2 map calls, 4294967296 bytes locked (4 GiB)" in text
+    assert "0xfd00000000-0xffffffffff reserved" in text
+    assert "not around these" not in text
+    regions = "sys/kernel/iommu_groups/7/reserved_regions"
+    before = host.text(regions) or ""
+    host.put(regions, f"0x1000000 0x1ffffff direct\n{before}")
+    words = run(NVME, "--memory", "4G")[0]
+    around, _, beside = words.partition("  not around these, which the kernel maps itself")
+    assert "direct" not in around.partition("around these")[2]
+    assert "    0x1000000-0x1ffffff direct\n" in beside
+    assert next(line for line in around.splitlines() if "ram0" in line).split()[1] == "0x0-0xbfffffff", "across it"
+    host.put(regions, before)
+    assert text.endswith("\nnothing blocks; nothing was changed\n")
+    assert all(len(line) <= 80 for line in text.splitlines()), text
+    document = valid("plan", run(NVME, "--memory", "64M", "--json")[0])
+    assert [(one["gpa"], one["iova"], one["size"]) for one in document["memory"]] == [("0x0", "0x0", 64 * MIB)]
+    host.put("sys/bus/pci/devices/0000:01:00.0/boot_vga", "1")
+    text, status = run(NVME, "--memory", "64M")
+    assert status == 1
+    assert "what blocks\n      cause   0000:01:00.0 is in use: it is the display" in text
+    text, status = run(NVME, "--memory", "64M", "--json")
+    assert (status, valid("plan", text)["blocks"][0]["kind"]) == (1, "in-use")

@@ -1,0 +1,178 @@
+"""Completion: the candidates, and a real bash that is typed at."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from support.host_tree import Host
+
+from kvmpass import host as library
+from kvmpass.cli.completion import SHELLS, answer
+from kvmpass.cli.main import COMMANDS, COMPLETE, kvmpass
+
+PROMPT = "ready> "
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    host = Host(tmp_path)
+    host.put("usr/share/misc/pci.ids", "1022  Advanced Micro Devices, Inc. [AMD]\n\t1234  Fast: Drive")
+    host.add("0000:01:00.0", "nvme", 7)
+    host.add("0000:02:00.0", "e1000e", 8, 0x020000)
+    monkeypatch.setattr(library, "Sysfs", lambda: host)
+    return host
+
+
+def candidates(shell: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    words = line.split(" ")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", words[-1] if shell == "fish" else str(len(words) - 1))
+    assert answer(kvmpass, f"{shell}_complete") == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "shell, line, expected",
+    [
+        ("bash", "kvmpass mon", "plain\tmonitor\tShow what happens to PCI devices,"),
+        ("bash", "kvmpass show 0000:01", "plain\t0000:01:00.0\tNVMe: AMD Fast: Drive\n"),
+        ("bash", "kvmpass show 0000:01:00.0 --js", "plain\t--json\t"),
+        ("bash", "kvmpass list nv", "plain\tnvme\tdriver\n"),
+        ("bash", "kvmpass monitor 02:", "plain\t02:00.0\tEthernet: AMD Fast: Drive\n"),
+        ("bash", "kvmpass assign 0000:01:00.0 0000:0", "plain\t0000:02:00.0\t"),
+        ("bash", "kvmpass assign 0000:01:00.0 -- /b", "file\t/b\t\n"),
+        ("bash", "kvmpass completion z", "plain\tzsh\t\n"),
+        ("bash", "kvmpass lab run --device nvm", "plain\tnvme\t\nplain\tnvme-ns\t\n"),
+        ("bash", "kvmpass lab run --kernel f", "plain\tfull\t\n"),
+        ("bash", "kvmpass lab run --kernel /bo", "file\t/bo\t\n"),
+        ("zsh", "kvmpass show 0000:01", "plain\n0000\\:01\\:00.0\nNVMe: AMD Fast: Drive\n"),
+        ("fish", "kvmpass show 0000:01", "plain,0000:01:00.0\tNVMe: AMD Fast: Drive\n"),
+    ],
+)
+def test_candidates(
+    host: Host,
+    shell: str,
+    line: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert candidates(shell, line, monkeypatch, capsys).startswith(expected)
+
+
+def test_every_command_is_offered(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = candidates("bash", "kvmpass ", monkeypatch, capsys).splitlines()
+    assert {line.split("\t")[1] for line in lines} == set(COMMANDS)
+
+
+def test_nothing_ever_breaks_the_line_that_is_typed(
+    host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for line in ("", "kvmpass 'half a word", "kvmpass nonsense ", "kvmpass show --nonsense x "):
+        candidates("bash", line, monkeypatch, capsys)
+    assert answer(kvmpass, "tcsh_complete") == 1
+    assert answer(kvmpass, "bash_nonsense") == 1
+
+    def broken() -> Host:
+        raise RuntimeError("anything")
+
+    monkeypatch.setattr(library, "Sysfs", broken)
+    monkeypatch.setenv("COMP_WORDS", "kvmpass show 0")
+    for shell in SHELLS:
+        monkeypatch.setenv("COMP_CWORD", "0" if shell == "fish" else "2")
+        assert answer(kvmpass, f"{shell}_complete") == 1
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("shell", sorted(SHELLS))
+def test_the_scripts_name_the_program(shell: str) -> None:
+    result = CliRunner().invoke(kvmpass, ["completion", shell])
+    assert result.exit_code == 0
+    assert COMPLETE in result.output and "complete" in result.output
+
+
+def test_an_unknown_shell_is_wrong_usage() -> None:
+    with pytest.raises(click.BadParameter, match="'bash', 'zsh', 'fish'"):
+        kvmpass.main(["completion", "tcsh"], standalone_mode=False)
+
+
+class Bash:
+    """An interactive bash on a terminal of its own, with the completion in it."""
+
+    def __init__(self, directory: Path) -> None:
+        program = directory / "kvmpass"
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m kvmpass "$@"\n')
+        program.chmod(0o755)
+        self._pid, self._fd = pty.fork()
+        if self._pid == 0:
+            environment = {
+                "PATH": f"{directory}:/usr/bin:/bin",
+                "TERM": "dumb",
+                "PS1": PROMPT,
+                "HISTFILE": "/dev/null",
+            }
+            os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "-i"], environment)
+        self.type('eval "$(kvmpass completion bash)"; echo do"ne"\n', "done")
+
+    def type(self, keys: str, expected: str) -> str:
+        """Type; return what the terminal shows up to ``expected``, a regular expression."""
+        os.write(self._fd, keys.encode())
+        shown, deadline = "", time.monotonic() + 30
+        while not re.search(expected, shown):
+            assert time.monotonic() < deadline, f"{expected!r} does not come: {shown!r}"
+            if select.select([self._fd], [], [], 0.1)[0]:
+                shown += os.read(self._fd, 4096).decode(errors="replace").replace("\a", "")
+        return shown
+
+    def close(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        os.close(self._fd)
+
+
+def test_a_real_bash(tmp_path: Path) -> None:
+    bash = Bash(tmp_path)
+    try:
+        bash.type("kvmpass restor\t", "kvmpass restore ")
+        bash.type("--js\t", "--json ")
+        bash.type("\x15kvmpass completion \t\t", r"bash\s+zsh\s+fish")
+    finally:
+        bash.close()
+
+
+def test_an_address_in_a_real_bash(tmp_path: Path) -> None:
+    """Readline splits at colons: what it inserts must still be the one address."""
+    present = [path.name for path in Path("/sys/bus/pci/devices").glob("*")]
+    typed = {name: name[:-2] for name in present if sum(one.startswith(name[:-2]) for one in present) == 1}
+    if not typed:
+        pytest.skip("this machine has no PCI device that is alone in its slot")
+    bdf = max(typed)
+    bash = Bash(tmp_path)
+    try:
+        shown = bash.type(f"kvmpass show {typed[bdf]}\t", re.escape(bdf) + " ")
+        assert shown.endswith(f"kvmpass show {bdf} ")
+    finally:
+        bash.close()
+
+
+def test_what_a_shell_asks_for_needs_no_arguments() -> None:
+    """Through the real entry: the environment alone says what is wanted."""
+    environment = {COMPLETE: "bash_complete", "COMP_WORDS": "kvmpass li", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kvmpass"], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("plain\tlist\t")

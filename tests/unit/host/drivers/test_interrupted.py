@@ -1,0 +1,319 @@
+"""Binding and giving back against a made-up kernel: whatever happens at each step and at each write."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.handover_stage import (
+    EDU,
+    EVERY_STEP,
+    NIC,
+    NVME,
+    AtStep,
+    Stage,
+    raising,
+)
+
+from kvmpass.errors import DriverPinned, HostNotReady, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
+from kvmpass.host import Bdf
+from kvmpass.host.drivers.journal import Journal
+from kvmpass.host.drivers.steps import Step
+
+# --- at each step
+
+
+@pytest.mark.parametrize(("operation", "step"), EVERY_STEP)
+def test_killed(made: Callable[[str], Stage], operation: str, step: Step, at_step: AtStep) -> None:
+    one = made(operation)
+    before = one.snapshot()
+    reached = at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    child = os.fork()
+    if child == 0:
+        try:
+            one.run()
+        finally:
+            os._exit(9)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert reached == []  # it was the child that got there
+    at_step(step, lambda: None)
+    assert one.restore() == [(NVME, "restored")]
+    after = one.snapshot()
+    assert after == before
+    one.host.writes.clear()
+    assert one.restore() == []
+    assert one.host.writes == []
+    assert one.snapshot() == after
+
+
+@pytest.mark.parametrize(("operation", "step"), EVERY_STEP)
+def test_killed_and_done_again(made: Callable[[str], Stage], operation: str, step: Step, at_step: AtStep) -> None:
+    """Nobody needs to know of restore: the next command clears its way."""
+    one = made(operation)
+    at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    child = os.fork()
+    if child == 0:
+        one.run()
+        os._exit(9)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    at_step(step, lambda: None)
+    assert [result.outcome for result in one.run()] == ["changed"]
+    assert one.restore() == []
+    assert one.host.state(NVME)[0] == ("vfio-pci" if operation == "bind" else "nvme")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("operation", "step"), EVERY_STEP)
+@pytest.mark.usefixtures("usual_signals")
+def test_signals(
+    made: Callable[[str], Stage], operation: str, step: Step, number: signal.Signals, at_step: AtStep
+) -> None:
+    one = made(operation)
+    before = one.snapshot()
+
+    def terminate(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGTERM, terminate)
+    try:
+        reached = at_step(step, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(KeyboardInterrupt):
+            one.run()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert reached == [step]
+    assert one.snapshot() == before
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, HostNotReady])
+@pytest.mark.parametrize(("operation", "step"), EVERY_STEP)
+def test_a_failure(
+    made: Callable[[str], Stage], operation: str, step: Step, kind: type[Exception], at_step: AtStep
+) -> None:
+    one = made(operation)
+    before = one.snapshot()
+    reached = at_step(step, raising(kind("injected")))
+    with pytest.raises(kind, match="injected") as caught:
+        one.run()
+    assert reached == [step]
+    assert f"as before again: {NVME}" in caught.value.__notes__
+    assert one.snapshot() == before
+
+
+# --- at each write
+
+
+Made = Callable[[str], Stage]
+
+
+def writes(made: Made, operation: str) -> Iterator[Stage]:
+    """A fresh host for each write of an operation; ``number`` is that write's."""
+    rehearsal = made(operation)
+    rehearsal.run()
+    assert len(rehearsal.host.writes) >= 3
+    for number, _ in enumerate(rehearsal.host.writes, 1):
+        one = made(operation)
+        one.number = number
+        yield one
+
+
+@pytest.mark.parametrize("operation", ["bind", "unbind"])
+def test_a_write_fails(made: Made, operation: str) -> None:
+    """Everything is put back; or, where a driver takes the device all the same (``bind`` for probe), it is done."""
+    for one in writes(made, operation):
+        before = one.snapshot()
+        one.before_write(one.number, raising(OSError(errno.EIO, "I/O error")))
+        try:
+            [result] = one.run()
+        except (OSError, KvmpassError) as error:
+            assert f"as before again: {NVME}" in error.__notes__
+            assert one.snapshot() == before
+        else:
+            assert result.after == ("vfio-pci" if operation == "bind" else "nvme")
+        assert one.restore() == []
+
+
+@pytest.mark.parametrize("operation", ["bind", "unbind"])
+def test_from_one_write_on_all_fail(made: Made, operation: str) -> None:
+    """What is left is said, with the remedy; the remedy works."""
+    for one in writes(made, operation):
+        before = one.snapshot()
+        broken = True
+        original = one.host.write
+        count = 0
+
+        def write(path: Path, text: str, *more: Any) -> None:
+            nonlocal count
+            count += 1
+            if broken and count >= one.number:  # noqa: B023
+                raise OSError(errno.EIO, "I/O error", str(path))
+            original(path, text, *more)  # noqa: B023
+
+        one.host.write = write  # type: ignore[method-assign]
+        with pytest.raises((OSError, KvmpassError)) as caught:
+            one.run()
+        notes = " ".join(caught.value.__notes__)
+        if f"as before again: {NVME}" not in notes:
+            assert f"could not give back {NVME}" in notes
+            assert "kvmpass restore" in notes
+            broken = False
+            assert one.restore() == [(NVME, "restored")]
+        assert one.snapshot() == before
+
+
+@pytest.mark.parametrize("operation", ["bind", "unbind"])
+def test_it_vanishes(made: Made, operation: str) -> None:
+    for one in writes(made, operation):
+        one.before_write(one.number, lambda one=one: one.host.remove(NVME))
+        with pytest.raises(NoSuchDevice, match=f"no PCI device {NVME} any more") as caught:
+            one.run()
+        assert not any("as before" in note for note in getattr(caught.value, "__notes__", []))
+        assert list((one.state / "journal").iterdir()) == []
+        assert one.restore() == ([(NVME, "gone")] if operation == "unbind" else [])
+        assert one.restore() == []
+
+
+@pytest.mark.parametrize("operation", ["bind", "unbind"])
+def test_it_vanishes_and_comes_back(made: Made, operation: str) -> None:
+    """On the driver that matches, without override, as after a rescan."""
+    for one in writes(made, operation):
+
+        def replug(one: Stage = one) -> None:
+            one.host.remove(NVME)
+            one.host.path("sys/kernel/iommu_groups/7/devices", NVME).unlink()
+            one.host.add(NVME, "nvme", 7, power__control="auto", d3cold_allowed="1")
+
+        one.before_write(one.number, replug)
+        try:
+            one.run()
+        except (KvmpassError, OSError) as error:
+            assert "\n" not in str(error)
+        assert list((one.state / "journal").iterdir()) == []
+        assert one.restore() == []
+        assert one.host.state(NVME) in [("nvme", None), ("vfio-pci", "vfio-pci")]
+
+
+@pytest.mark.parametrize("operation", ["bind", "unbind"])
+@pytest.mark.parametrize("driver", ["nvme", "vfio-pci", "other"])
+def test_somebody_else_changes_its_driver(made: Made, operation: str, driver: str) -> None:
+    """It ends as asked for, or with a clear error; nothing is left behind, and no driver is taken from them."""
+    for one in writes(made, operation):
+        one.host.add_driver("other")
+
+        def grab(one: Stage = one) -> None:
+            link = one.host.path("sys/bus/pci/devices", NVME, "driver")
+            link.unlink(missing_ok=True)
+            one.host._bind(NVME, driver)
+
+        one.before_write(one.number, grab)
+        try:
+            [result] = one.run()
+        except (KvmpassError, OSError) as error:
+            assert NVME in str(error) or any(NVME in note for note in error.__notes__)
+        else:
+            assert one.host.state(NVME)[0] == result.after
+        assert list((one.state / "journal").iterdir()) == []
+        now, override = one.host.state(NVME)
+        assert now in ("nvme", "vfio-pci", "other")
+        if now == "nvme":
+            assert override is None
+        one.restore()
+        one.host.writes.clear()
+        assert one.restore() == []
+        assert one.host.writes == []
+
+
+@pytest.mark.parametrize("driver", ["nvme", "vfio-pci", "other", None])
+@pytest.mark.parametrize(("operation", "step"), EVERY_STEP)
+def test_success_is_never_said_of_a_device_that_went_elsewhere(
+    made: Made, operation: str, step: Step, driver: str | None, at_step: AtStep
+) -> None:
+    one = made(operation)
+    one.host.add_driver("other")
+
+    def grab() -> None:
+        one.host.path("sys/bus/pci/devices", NVME, "driver").unlink(missing_ok=True)
+        if driver is not None:
+            one.host._bind(NVME, driver)
+
+    reached = at_step(step, grab)
+    wanted = "vfio-pci" if operation == "bind" else "nvme"
+    try:
+        [result] = one.run()
+    except (KvmpassError, OSError) as error:
+        assert NVME in str(error)
+        assert list((one.state / "journal").iterdir()) == []
+    else:
+        assert (result.after, one.host.state(NVME)[0]) == (wanted, wanted)
+    assert reached == [step]
+    assert one.restore() == []
+
+
+def test_unbound_by_somebody_else_at_that_moment(one: Stage) -> None:
+    """Between our look and our write: the kernel answers ENODEV, and the device is free all the same."""
+    one.before_write(2, lambda: one.host.path("sys/bus/pci/devices", NVME, "driver").unlink())
+    assert [result.outcome for result in one.bind(NVME)] == ["changed"]
+
+
+# --- several
+
+
+def test_all_or_none(one: Stage) -> None:
+    before = one.snapshot()
+    one.host.refuses.add("vfio-pci")
+    original = one.host._bind
+
+    def picky(bdf: str, driver: str) -> None:
+        one.host.refuses = {"vfio-pci"} if bdf == NIC else set()
+        original(bdf, driver)
+
+    one.host._bind = picky  # type: ignore[method-assign]
+    with pytest.raises(NotAssignable, match=f"vfio-pci does not take {NIC}") as caught:
+        one.bind(NVME, EDU, NIC)
+    assert f"as before again: {NVME}, {EDU}, {NIC}" in caught.value.__notes__
+    assert one.snapshot() == before
+    one.bind(NVME, EDU)
+    bound = one.snapshot()
+    one.host.put("etc/driverctl.d/" + EDU, "vfio-pci")
+    with pytest.raises(DriverPinned):
+        one.unbind(NVME, EDU)
+    assert one.snapshot() == bound
+
+
+@pytest.mark.parametrize("operation", ["bind", "unbind"])
+def test_all_or_none_when_the_last_one_cannot_be_completed(
+    one: Stage, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a full or broken disk leave half of them: the first has its record by then, or has lost its entry."""
+    if operation == "unbind":
+        one.bind(NVME, NIC)
+    before = one.snapshot()
+    method = "keep" if operation == "bind" else "remove"
+    original = getattr(Journal, method)
+    failures = iter([False, True])
+
+    def fail(journal: Journal, bdf: Bdf) -> None:
+        if next(failures, False):
+            raise OSError(errno.EIO, "I/O error")
+        original(journal, bdf)
+
+    monkeypatch.setattr(Journal, method, fail)
+    with pytest.raises(OSError, match="I/O error") as caught:
+        one.bind(NVME, NIC) if operation == "bind" else one.unbind(NVME, NIC)
+    assert f"as before again: {NVME}, {NIC}" in caught.value.__notes__
+    assert one.snapshot() == before
+    assert one.restore() == []
+
+
+def test_a_driver_that_does_not_take_it_back(made: Callable[[str], Stage]) -> None:
+    one = made("unbind")
+    before = one.snapshot()
+    one.host.refuses.add("nvme")
+    with pytest.raises(RestoreFailed, match=f"nvme does not take {NVME}: it has no driver now"):
+        one.run()
+    assert one.snapshot() == before

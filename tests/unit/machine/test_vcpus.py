@@ -1,0 +1,157 @@
+"""The run loop over vCPUs that are made up: how it ends, pauses and goes on."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from kvmpass.bus import Bus
+from kvmpass.kvm import Vcpu
+from kvmpass.kvm.exits import Exit, InterruptedExit, PortExit, RefusedExit, ShutdownExit
+from kvmpass.machine.vcpus import Ending, VcpuThreads
+
+
+class Fake:
+    """Runs until it is asked to leave; ``says`` is what its next entries come back with, one each."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.says: list[Exit] = []
+        self.entries = 0
+        self._asked = threading.Event()
+
+    def request_exit(self, wanted: bool = True) -> None:
+        if wanted:
+            self._asked.set()
+        else:
+            self._asked.clear()
+
+    def run(self) -> Exit:
+        self.entries += 1
+        deadline = time.monotonic() + 20
+        while not self._asked.is_set():
+            if self.says:
+                return self.says.pop(0)
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return InterruptedExit()
+
+    def complete(self, exit_: Exit, data: bytes) -> None: ...
+
+
+class Stage:
+    def __init__(self, count: int = 2) -> None:
+        self.vcpus = [Fake(index) for index in range(count)]
+        self.waiting = threading.Event()
+        self.waiting.set()
+        self.threads = VcpuThreads(
+            cast(list[Vcpu], self.vcpus), Bus("port"), Bus("memory"), threading.RLock(), self.pace
+        )
+        self.threads.start()
+
+    def pace(self) -> None:
+        assert self.waiting.wait(20)
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    stage = Stage()
+    yield stage
+    stage.waiting.set()
+    stage.threads.stop()
+    assert not any(thread.name.startswith("vcpu") for thread in threading.enumerate())
+
+
+PORT = PortExit(0x80, 1, 1, True, b"x", 0)
+
+
+def settle(condition: Any) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_the_first_word_about_the_end_counts_and_everyone_leaves_at_once(stage: Stage) -> None:
+    stage.threads.end(Ending.DEVICE_ERROR)
+    stage.threads.end(Ending.POWEROFF)
+    assert stage.threads.wait(5) is Ending.DEVICE_ERROR
+    settle(lambda: not any(thread.name.startswith("vcpu") for thread in threading.enumerate()))
+
+
+@pytest.mark.parametrize(
+    ("says", "ending", "words"),
+    [
+        (ShutdownExit(), Ending.TRIPLE_FAULT, ""),
+        (RefusedExit(errno.EFAULT), Ending.FAULT, "vCPU 0: KVM_RUN: Bad address: the guest's access"),
+        (RefusedExit(errno.EIO), Ending.FAULT, "vCPU 0: KVM_RUN: Input/output error: KVM has ended this VM"),
+        (RefusedExit(errno.ENOMEM), Ending.FAULT, "vCPU 0: KVM_RUN: Cannot allocate memory"),
+    ],
+)
+def test_what_kvm_run_refuses_is_an_end_and_no_exception(
+    stage: Stage, says: Exit, ending: Ending, words: str
+) -> None:
+    stage.vcpus[0].says.append(says)
+    assert stage.threads.wait(5) is ending
+    assert stage.threads.fault.startswith(words) and bool(stage.threads.fault) == bool(words)
+
+
+def test_a_pause_keeps_all_of_them_out_until_they_go_on(stage: Stage) -> None:
+    settle(lambda: all(vcpu.entries for vcpu in stage.vcpus))
+    assert stage.threads.pause(5)
+    assert stage.threads.paused
+    entries = [vcpu.entries for vcpu in stage.vcpus]
+    stage.vcpus[0].says.append(PORT)
+    time.sleep(0.05)
+    assert [vcpu.entries for vcpu in stage.vcpus] == entries
+    assert stage.threads.pause(5), "idempotent"
+    stage.threads.resume()
+    stage.threads.resume()
+    settle(lambda: not stage.vcpus[0].says)
+    settle(lambda: stage.threads.reasons.get("Port") == 1)
+    assert stage.threads.exits == 1
+    settle(lambda: stage.threads.reasons["Interrupted"] >= 2)  # a thread counts once it goes on
+    assert not stage.threads.paused
+
+
+def test_a_pause_that_comes_before_the_threads_do() -> None:
+    """A thread that is known only later stays outside, too."""
+    stage = Stage.__new__(Stage)
+    stage.vcpus = [Fake(0)]
+    stage.vcpus[0].says = [PORT] * 1000
+    stage.waiting = threading.Event()
+    stage.waiting.set()
+    stage.threads = VcpuThreads(
+        cast(list[Vcpu], stage.vcpus), Bus("port"), Bus("memory"), threading.RLock(), stage.pace
+    )
+    assert stage.threads.pause(5)
+    stage.threads.start()
+    settle(lambda: stage.threads._parked == 1)
+    assert stage.threads.exits == 0
+    stage.threads.resume()
+    settle(lambda: stage.threads.exits == 1000)
+    stage.threads.stop()
+
+
+def test_an_end_during_a_pause(stage: Stage) -> None:
+    assert stage.threads.pause(5)
+    stage.threads.end(Ending.STOPPED)
+    assert stage.threads.wait(5) is Ending.STOPPED
+    assert stage.threads.pause(5), "nobody is left that could run"
+
+
+def test_who_waits_for_its_reader_cannot_be_paused_and_nobody_is_held(stage: Stage) -> None:
+    stage.waiting.clear()
+    stage.vcpus[1].says.append(PORT)
+    settle(lambda: not stage.vcpus[1].says)
+    assert not stage.threads.pause(0.05)
+    assert not stage.threads.paused
+    stage.vcpus[0].says.append(PORT)
+    settle(lambda: stage.threads.exits == 2)
+    stage.waiting.set()
+    assert stage.threads.pause(5)
