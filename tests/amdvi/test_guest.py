@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import lzma
 import os
 import pty
 import re
 import select
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,31 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guests import GUEST_SECONDS, boot, kvmpass, run
 
 from kvmpass import host
 from kvmpass.cli.main import main
-from kvmpass.errors import GuestError, NotEnoughMemory
-from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
+from kvmpass.errors import GuestError
+from kvmpass.guest import Guest, GuestSpec, prepare
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import Ending
 
 Valid = Callable[[str, str | bytes], Any]
 
-GUEST_SECONDS = 200
 HEAD = 16 << 20  # bytes at the start of a drive that are compared: a real one may be large
 HASH_HEAD = f"dd if=/dev/nvme0n1 bs=1M count={HEAD >> 20} 2>/dev/null | sha256sum"
-
-
-def kvmpass(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "kvmpass", *arguments]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
-    try:
-        return subprocess.run(kvmpass(*arguments), capture_output=True, timeout=GUEST_SECONDS, check=False)
-    except subprocess.TimeoutExpired as hung:
-        said = (hung.stderr or b"").decode(errors="replace")
-        pytest.fail(f"no end after {GUEST_SECONDS} s; standard error so far:\n{said[-8000:]}", pytrace=False)
 
 
 def driver(bdf: str) -> str | None:
@@ -222,42 +207,7 @@ def test_the_console_is_a_terminal(nvme: str) -> None:
     assert driver(nvme) == "nvme"
 
 
-@pytest.mark.amdvi(profile="single", kernel="stock")
-def test_a_driver_under_test_replaces_the_kernels_own(nvme: str, tmp_path: Path) -> None:
-    """Debian's own module, made ours by a byte after its signature: the kernel then marks it as unsigned."""
-    module = next(Path(f"/lib/modules/{os.uname().release}").rglob("nvme.ko*"), None)
-    if module is None:
-        pytest.skip("this host's nvme driver is no module: run with --lab-kernel=stock")
-    data = module.read_bytes()
-    data = lzma.decompress(data) if module.suffix == ".xz" else data
-    (tmp_path / "nvme.ko").write_bytes(data + b"\0")
-    arguments = ("assign", nvme, "--memory", "384M", "--module", str(tmp_path / "nvme.ko"))
-    result = run(*arguments, "--", "sh", "-c", "grep ^nvme /proc/modules; ls /dev/nvme0n1")
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.decode().splitlines()
-    assert lines[-1] == "/dev/nvme0n1"
-    assert re.search(r"^nvme .*\(.*E.*\)$", result.stdout.decode(), re.MULTILINE), lines
-    broken = tmp_path / "broken.ko"
-    broken.write_bytes(b"no module")
-    result = run("assign", nvme, "--module", str(broken), "--", "true")
-    assert (result.returncode, result.stdout) == (125, b"")
-    assert b"broken.ko" in result.stderr
-
-
 # --- without any device
-
-
-def boot(*command: str, append: str = "", cpus: int = 1, copy: tuple[str, ...] = ()) -> tuple[GuestResult, bytes]:
-    """A guest from the library, in this process."""
-    output = bytearray()
-    image = prepare(GuestSpec(command=command, append=append, copy=copy), [])
-    with (
-        Machine(memory="192M", cpus=cpus) as machine,
-        Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
-    ):
-        image.load(machine)
-        result = guest.run()
-    return result, bytes(output)
 
 
 @pytest.mark.parametrize(
@@ -314,37 +264,6 @@ def test_what_the_guest_finds() -> None:
     assert "0000:00:00.0" in text
     errors = [line for line in text.splitlines() if re.match(r"<[0-3]>", line)]
     assert [line for line in errors if not re.search(r"SVM not supported", line)] == []
-
-
-def test_a_tree_is_where_cp_would_put_it(tmp_path: Path) -> None:
-    """``TREE:/``, ``TREE/.:/``, into a directory of the guest's; the root of the guest works on."""
-    (tmp_path / "tree/sub").mkdir(parents=True)
-    (tmp_path / "tree/sub/file").write_text("content\n")
-    (tmp_path / "tree/run").write_text("#!/bin/sh\ncat /tree/sub/file sub/file /sub/file /root/tree/sub/file\n")
-    (tmp_path / "tree/run").chmod(0o755)
-    copies = ("tree:/", "tree/.:/", "tree:/root/", "tree/sub:/root/sub")
-    result, output = boot("/tree/run", copy=tuple(f"{tmp_path}/{copy}" for copy in copies))
-    assert (result.status, output) == (0, b"content\n" * 4)
-
-
-def test_files_that_do_not_fit_into_the_guest(tmp_path: Path) -> None:
-    """Refused by arithmetic; what that lets pass the guest notices itself, instead of going on with half of them."""
-    with (tmp_path / "large").open("wb") as file:
-        for _ in range(110):
-            file.write(os.urandom(1 << 20))
-    spec = GuestSpec(command=("true",), copy=(f"{tmp_path}/large:/large",))
-    image = prepare(spec, [])
-    with Machine(memory="256M") as machine, pytest.raises(NotEnoughMemory, match=r"11\d MiB unpacked"):
-        image.load(machine)
-    output = bytearray()
-    with (
-        Machine(memory="256M") as machine,
-        Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
-    ):
-        dataclasses.replace(image, unpacked=0).load(machine)
-        result = guest.run(timeout=200)
-    assert result.status is None
-    assert result.failures == ("the root file system is incomplete: the guest has too little memory to unpack it",)
 
 
 def test_a_guest_is_paused_looked_at_and_interrupted() -> None:

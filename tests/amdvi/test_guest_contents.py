@@ -1,0 +1,69 @@
+"""What is put into a guest: drivers under test and their parameters, files, and the memory for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import lzma
+import os
+import re
+from pathlib import Path
+
+import pytest
+from guests import boot, run
+
+from kvmpass.errors import NotEnoughMemory
+from kvmpass.guest import Guest, GuestSpec, prepare
+from kvmpass.machine import Machine
+
+
+@pytest.mark.amdvi(profile="single", kernel="stock")
+def test_a_driver_under_test_replaces_the_kernels_own(nvme: str, tmp_path: Path) -> None:
+    """Debian's own module, made ours by a byte after its signature: the kernel then marks it as unsigned."""
+    module = next(Path(f"/lib/modules/{os.uname().release}").rglob("nvme.ko*"), None)
+    if module is None:
+        pytest.skip("this host's nvme driver is no module: run with --lab-kernel=stock")
+    data = module.read_bytes()
+    data = lzma.decompress(data) if module.suffix == ".xz" else data
+    (tmp_path / "nvme.ko").write_bytes(data + b"\0")
+    arguments = ("assign", nvme, "--memory", "384M", "--module", str(tmp_path / "nvme.ko"))
+    result = run(*arguments, "--", "sh", "-c", "grep ^nvme /proc/modules; ls /dev/nvme0n1")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.decode().splitlines()
+    assert lines[-1] == "/dev/nvme0n1"
+    assert re.search(r"^nvme .*\(.*E.*\)$", result.stdout.decode(), re.MULTILINE), lines
+    broken = tmp_path / "broken.ko"
+    broken.write_bytes(b"no module")
+    result = run("assign", nvme, "--module", str(broken), "--", "true")
+    assert (result.returncode, result.stdout) == (125, b"")
+    assert b"broken.ko" in result.stderr
+
+
+def test_a_tree_is_where_cp_would_put_it(tmp_path: Path) -> None:
+    """``TREE:/``, ``TREE/.:/``, into a directory of the guest's; the root of the guest works on."""
+    (tmp_path / "tree/sub").mkdir(parents=True)
+    (tmp_path / "tree/sub/file").write_text("content\n")
+    (tmp_path / "tree/run").write_text("#!/bin/sh\ncat /tree/sub/file sub/file /sub/file /root/tree/sub/file\n")
+    (tmp_path / "tree/run").chmod(0o755)
+    copies = ("tree:/", "tree/.:/", "tree:/root/", "tree/sub:/root/sub")
+    result, output = boot("/tree/run", copy=tuple(f"{tmp_path}/{copy}" for copy in copies))
+    assert (result.status, output) == (0, b"content\n" * 4)
+
+
+def test_files_that_do_not_fit_into_the_guest(tmp_path: Path) -> None:
+    """Refused by arithmetic; what that lets pass the guest notices itself, instead of going on with half of them."""
+    with (tmp_path / "large").open("wb") as file:
+        for _ in range(110):
+            file.write(os.urandom(1 << 20))
+    spec = GuestSpec(command=("true",), copy=(f"{tmp_path}/large:/large",))
+    image = prepare(spec, [])
+    with Machine(memory="256M") as machine, pytest.raises(NotEnoughMemory, match=r"11\d MiB unpacked"):
+        image.load(machine)
+    output = bytearray()
+    with (
+        Machine(memory="256M") as machine,
+        Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
+    ):
+        dataclasses.replace(image, unpacked=0).load(machine)
+        result = guest.run(timeout=200)
+    assert result.status is None
+    assert result.failures == ("the root file system is incomplete: the guest has too little memory to unpack it",)
