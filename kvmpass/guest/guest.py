@@ -17,7 +17,7 @@ from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready
-from kvmpass.initramfs import GuestRoot
+from kvmpass.initramfs import GuestRoot, parameters
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import Ending
@@ -108,12 +108,14 @@ def host_kernel() -> Path:
 def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``."""
     kernel = KernelImage.from_file(spec.kernel or host_kernel())
+    append = parameters.words(spec.append)
     unpacked, warnings = 0, tuple[str, ...]()
     if spec.initrd is not None:
         initrd = spec.initrd.read_bytes()
     else:
         root = GuestRoot()
-        root.add_modules(kernel.release or os.uname().release, modaliases, files=spec.modules)
+        release = kernel.release or os.uname().release
+        root.add_modules(release, modaliases, files=spec.modules, parameters=parameters.module_parameters(append))
         for copy in spec.copy:
             root.copy(copy)
         if spec.command is not None:
@@ -121,9 +123,7 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         root.terminal(spec.terminal, spec.terminal_size)
         initrd = root.build()
         unpacked, warnings = root.tree.unpacked_size, tuple(root.warnings)
-    command_line = kernel_command_line(
-        verbose=spec.verbose, strict=spec.command is not None, extra=spec.append.split()
-    )
+    command_line = kernel_command_line(verbose=spec.verbose, strict=spec.command is not None, extra=append)
     return GuestImage(kernel, initrd, command_line, unpacked, warnings)
 
 

@@ -11,7 +11,7 @@ import gzip
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kvmpass.errors import KvmpassError
@@ -54,12 +54,13 @@ class GuestRoot:
     def __init__(self, busybox: Path | None = None) -> None:
         self.tree = Tree()
         self._plan = ModulePlan((), frozenset())
+        self._parameters: dict[str, str] = {}
         self._expected: list[str] = []
         self._command: list[str] | None = None
         self._term = "linux"
         self._size = (24, 80)
         self._copied: frozenset[str] = frozenset()
-        self.warnings: list[str] = []  # what could not be copied as it should be
+        self.warnings: list[str] = []  # what may not be as it was meant
         for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/etc", init.DIRECTORY):
             self.tree.directory(path)
         self.tree.directory("/root", 0o700)
@@ -92,16 +93,24 @@ class GuestRoot:
         *,
         files: Sequence[Path] = (),
         extra: Iterable[str] = (),
+        parameters: Mapping[str, str] | None = None,
         root: Path = Path("/lib/modules"),
     ) -> ModulePlan:
         """Load kernel ``release``'s drivers for ``modaliases`` and what is behind them, and ``files`` of the user.
 
-        ``extra`` names further modules of that kernel. A kernel whose ``root/release`` does not exist has nothing to
-        load but ``files``. Call it once. Returns what will be loaded.
+        ``extra`` names further modules of that kernel. ``parameters``, by the name of a module, is what the kernel
+        gets for it (:func:`kvmpass.initramfs.parameters.module_parameters`). A kernel whose ``root/release`` does not
+        exist has nothing to load but ``files``. Call it once. Returns what will be loaded.
         """
         aliases = list(modaliases)
         behind = companions(aliases)
         self._plan = plan(ModuleTree(release, root), [*aliases, *behind.modaliases], files, [*behind.modules, *extra])
+        self._parameters = dict(parameters or {})
+        for path in self._plan.idle:
+            self.warnings.append(
+                f"--module {path}: no alias of it matches a device that is assigned: for these the kernel's own "
+                f"drivers are loaded (modinfo -F alias {path})"
+            )
         for module in self._plan.modules:
             self.tree.file(f"{init.DIRECTORY}/modules/{module.name}.ko", module.data)
         identifiers = [_pci_id(alias) for alias in aliases if alias in self._plan.matched]
@@ -137,7 +146,10 @@ class GuestRoot:
         if self._command is not None:
             self.tree.file(f"{init.DIRECTORY}/command", init.command_script(self._command))
         script = init.init_script(
-            modules=[(module.name, module.under_test) for module in self._plan.modules],
+            modules=[
+                (module.name, module.under_test, self._parameters.get(module.name, ""))
+                for module in self._plan.modules
+            ],
             expected=self._expected,
             command=self._command is not None,
             term=self._term,

@@ -71,17 +71,10 @@ strict() {{
 strict watchdog_thresh {threshold}; strict softlockup_panic 1; strict hung_task_panic 1
 """
 
-# As modprobe does, a module gets its parameters from the kernel's command line.
+# The parameters are one argument: insmod hands them on as they are, quotes included.
 _LOAD = """
-read -r cmdline </proc/cmdline
 load() {{
-    options=
-    for word in $cmdline; do
-        case $word in
-        "$1".*=* | "${{1//_/-}}".*=*) options="$options ${{word#*.}}" ;;
-        esac
-    done
-    message=$(insmod "/kvmpass/modules/$1.ko" $options 2>&1) || {{
+    message=$(insmod "/kvmpass/modules/$1.ko" ${{3:+"$3"}} 2>&1) || {{
         fail "module $1 did not load: ${{message##*: }}"
         [ -z "$2" ] || {{ dmesg | tail -n 20 >/dev/console; {on_failure}; }}
     }}
@@ -157,7 +150,7 @@ def command_script(command: Sequence[str]) -> bytes:
 
 def init_script(
     *,
-    modules: Iterable[tuple[str, bool]],
+    modules: Iterable[tuple[str, bool, str]],
     expected: Iterable[str],
     command: bool,
     term: str = "linux",
@@ -165,13 +158,15 @@ def init_script(
 ) -> bytes:
     """``/init`` of the guest.
 
-    ``modules``: names below ``/kvmpass/modules`` in order, and whether each is under test (its failure then ends a
-    run that has a command). ``expected``: ``vendor:device`` identifiers, four hexadecimal digits each, whose driver
-    to wait for. ``size``: rows and columns of the terminal that an interactive shell gets.
+    ``modules``: names below ``/kvmpass/modules`` in order, whether each is under test (its failure then ends a run
+    that has a command), and its parameters. ``expected``: ``vendor:device`` identifiers, four hexadecimal digits
+    each, whose driver to wait for. ``size``: rows and columns of the terminal that an interactive shell gets.
     """
     dimensions = f" rows {size[0]} cols {size[1]}"
     load = _LOAD.format(on_failure='die "the module under test is not usable"' if command else ":")
-    loads = "".join(f"load {quote(name)} {'yes' if tested else ''}".rstrip() + "\n" for name, tested in modules)
+    loads = "".join(
+        f"load {quote(name)} {quote('yes' if tested else '')} {quote(options)}\n" for name, tested, options in modules
+    )
     parts = [
         _COMMON.format(path=PATH, term=quote(term), directory=DIRECTORY),
         _CHANNEL + _STRICT.format(threshold=WATCHDOG_SECONDS) if command else "\ncontrol=\n",

@@ -177,10 +177,14 @@ class ModuleTree:
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """What the guest loads, in order, and the modaliases that will then have a driver."""
+    """What the guest loads, in order, and the modaliases that will then have a driver.
+
+    ``idle``: the user's files that are for none of the modaliases, and that nothing else needs.
+    """
 
     modules: tuple[Module, ...]
     matched: frozenset[str]
+    idle: tuple[Path, ...] = ()
 
 
 def plan(
@@ -216,6 +220,11 @@ def plan(
     order: dict[str, None] = {}
     paths: dict[str, str] = {}
     visiting: set[str] = set()
+    needed_by_others = {*found.modules, *map(normalize, extra)}
+
+    def need(name: str) -> None:
+        needed_by_others.add(name)
+        visit(name)
 
     def visit(name: str) -> None:
         if name in visiting:
@@ -230,19 +239,19 @@ def plan(
                         f"module {name} depends on {other}, which kernel {tree.release} does not have",
                         "Give it with another --module.",
                     )
-                visit(other)
+                need(other)
         elif (stock := tree.lookup(name)) is None:
             return
         else:
             paths[name], *needed = stock
         before, after = softdeps.get(name, ((), ()))
         for other in before:
-            visit(other)
+            need(other)
         for file in reversed(needed):
-            visit(module_name(file))
+            need(module_name(file))
         order[name] = None
         for other in after:
-            visit(other)
+            need(other)
 
     for name in (*found.modules, *map(normalize, extra), *infos):
         visit(name)
@@ -252,4 +261,10 @@ def plan(
         else Module(name, decompress(tree.directory / paths[name]))
         for name in order
     ]
-    return ModulePlan(tuple(modules), found.matched | taken)
+    idle = [path for path in files if not _matches(infos[module_name(path)], aliases)] if aliases else []
+    idle = [path for path in idle if module_name(path) not in needed_by_others]
+    return ModulePlan(tuple(modules), found.matched | taken, tuple(idle))
+
+
+def _matches(info: ModInfo, modaliases: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(alias, pattern) for alias in modaliases for pattern in info.aliases)

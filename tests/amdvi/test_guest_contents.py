@@ -38,6 +38,21 @@ def test_a_driver_under_test_replaces_the_kernels_own(nvme: str, tmp_path: Path)
     assert b"broken.ko" in result.stderr
 
 
+@pytest.mark.amdvi(profile="single", kernel="stock")
+def test_parameters_with_blanks_and_a_module_for_no_device(nvme: str) -> None:
+    module = next(Path(f"/lib/modules/{os.uname().release}").rglob("scsi_debug.ko*"), None)
+    if module is None:
+        pytest.skip("this host has no scsi_debug module: run with --lab-kernel=stock")
+    result = run(
+        *("assign", nvme, "--memory", "384M", "--module", str(module)),
+        *("--append", 'scsi_debug.inq_vendor="a  b" scsi-debug.num_tgts=2'),
+        *("--", "sh", "-c", "cd /sys/module/scsi_debug/parameters; cat inq_vendor num_tgts; ls /dev/nvme0n1"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode().splitlines() == ["a  b", "2", "/dev/nvme0n1"]
+    assert f"kvmpass: warning: --module {module}: no alias of it matches a device" in result.stderr.decode()
+
+
 def test_a_tree_is_where_cp_would_put_it(tmp_path: Path) -> None:
     """``TREE:/``, ``TREE/.:/``, into a directory of the guest's; the root of the guest works on."""
     (tmp_path / "tree/sub").mkdir(parents=True)

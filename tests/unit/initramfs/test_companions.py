@@ -1,13 +1,9 @@
-"""What is behind a PCI device brings its own drivers, and modules get their parameters."""
+"""What is behind a PCI device brings its own drivers."""
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
 
-from kvmpass.initramfs import find_busybox, init
 from kvmpass.initramfs.companions import Companions, companions
 
 STICK = ("usb_storage", "uas", "sd_mod")
@@ -41,21 +37,3 @@ def test_companions(device: str, modaliases: tuple[str, ...], modules: tuple[str
 def test_companions_of_several_devices_are_named_once() -> None:
     found = companions([modalias(0x8086, 0x2922, 0x010601), modalias(0x1B36, 0x000D, 0x0C0330)])
     assert found == Companions((), ("sd_mod", "usb_storage", "uas"))
-
-
-@pytest.mark.parametrize(
-    ("words", "module", "options"),
-    [
-        ("quiet e1000e.IntMode=1 e1000.Debug=2", "e1000e", "IntMode=1"),
-        ("usb-storage.delay_use=0 usb_storage.quirks=a:b:c", "usb_storage", "delay_use=0 quirks=a:b:c"),
-        ("vfio", "vfio", ""),
-    ],
-)
-def test_modules_get_their_parameters(words: str, module: str, options: str, tmp_path: Path) -> None:
-    (tmp_path / "cmdline").write_text(words + "\n")
-    script = init.init_script(modules=[(module, False)], expected=(), command=False).decode()
-    start, end = script.index("read -r cmdline"), script.index("\nexpected=")
-    loading = script[start:end].replace("/proc/cmdline", str(tmp_path / "cmdline"))
-    shell = [find_busybox(), "sh", "-c", f'insmod() {{ echo "$@" >&3; }}; exec 3>&1\n{loading}']
-    done = subprocess.run(shell, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [f"/kvmpass/modules/{module}.ko", *options.split()]

@@ -137,6 +137,24 @@ def test_an_unrelated_module_leaves_the_stock_driver(root: Path, tmp_path: Path)
     assert names(root, NIC, files=(mine,)) == ["ptp", "e1000e", "phy_late", "other"]
 
 
+def test_a_module_for_none_of_the_devices_is_told(root: Path, tmp_path: Path) -> None:
+    """Unless another one needs it, by its own account or as a module of the kernel's."""
+
+    def idle(*files: tuple[str, bytes], modaliases: tuple[str, ...] = (NVME,)) -> list[str]:
+        paths = [tmp_path / name for name, _ in files]
+        for path, (_, content) in zip(paths, files, strict=True):
+            path.write_bytes(content)
+        return [path.name for path in plan(ModuleTree(RELEASE, root), modaliases, paths).idle]
+
+    mine = ("mine.ko", module(alias="pci:v*d*sv*sd*bc01sc08i02*", depends="helper"))
+    other = ("other.ko", module(alias="pci:v00001234d*sv*sd*bc*sc*i*"))
+    plain = ("plain.ko", module(name="plain"))
+    assert idle(mine, ("helper.ko", module(name="helper")), other, plain) == ["other.ko", "plain.ko"]
+    assert idle(("nvme-core.ko", module(name="nvme_core")), ("phy-late.ko", module(name="x"))) == ["phy-late.ko"]
+    assert idle(("phy-late.ko", module(name="x")), ("nvme.ko", module(name="x")), modaliases=(NVME, NIC)) == []
+    assert idle(other, modaliases=()) == [], "no devices to be for"
+
+
 def test_modules_that_cannot_load_are_refused_here(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "x.ko"
     for content, reason in (

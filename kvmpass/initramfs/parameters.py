@@ -1,0 +1,32 @@
+"""Parameters of modules on a kernel's command line, found as modprobe finds them.
+
+Sources: lib/cmdline.c (``next_arg``) of the kernel, libkmod-config.c (``kmod_config_parse_kcmdline``) of kmod.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_WORD = re.compile(r'(?:[^\s"]|"[^"]*(?:"|$))+')
+_PARAMETER = re.compile(r'("?)([^\s".=]+)\.([^\s".=]+)(?:=(.*))?', re.DOTALL)
+
+
+def words(command_line: str) -> list[str]:
+    """The words of a command line as they are written: a blank between double quotes does not separate."""
+    return _WORD.findall(command_line)
+
+
+def module_parameters(command_line: Iterable[str]) -> dict[str, str]:
+    """What the kernel gets for each module, by its name with underscores, from words ``MODULE.NAME=VALUE``.
+
+    ``MODULE.NAME`` without a value is a switch. Quotes stay where they are, and are put around the value where they
+    were around the whole word: the kernel takes them away.
+    """
+    found: dict[str, list[str]] = {}
+    for word in command_line:
+        if match := _PARAMETER.fullmatch(word):
+            quote, module, name, value = match.groups()
+            text = name if value is None else f"{name}={quote}{value}"
+            found.setdefault(module.replace("-", "_"), []).append(text)
+    return {module: " ".join(texts) for module, texts in found.items()}
