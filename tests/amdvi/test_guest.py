@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guests import GUEST_SECONDS, boot, kvmpass, run
+from support.guests import GUEST_SECONDS, boot, kvmpass, run
 
 from kvmpass import host
 from kvmpass.cli.main import main

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from guests import boot, run
+from support.guests import boot, run
 
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.guest import Guest, GuestSpec, prepare
