@@ -144,7 +144,7 @@ class Domain:
                 self._check_range(region.range, region.name)
             if first:
                 undo.callback(self._unmap_all)
-                self.map_memslots()
+                self.map_all()
             if self._kvm_vfio:
                 undo.callback(self._forget, self._kvm_vfio, group)
                 self._kvm_vfio.file_add(group.fd)
@@ -243,16 +243,16 @@ class Domain:
         if usable and not any(one.contains(range_) for one in usable):
             raise ReservedRange(f"{name} {range_} falls into addresses that the IOMMU of this host cannot translate")
 
-    def map_memslots(self) -> None:
-        """Walk all regions and map each (kvm_iommu_map_memslots). All or nothing."""
+    def map_all(self) -> None:
+        """Walk all regions and map each (``kvm_iommu_map_memslots``). All or nothing."""
         with ExitStack() as undo:
             for region in self._dma_regions():
-                self.map_pages(region)
-                undo.callback(self.unmap_pages, region)
+                self.map_region(region)
+                undo.callback(self.unmap_region, region)
             undo.pop_all()
 
-    def map_pages(self, region: MemoryRegion) -> None:
-        """One map call for one region at its guest-physical address; ROM is read-only for devices too."""
+    def map_region(self, region: MemoryRegion) -> None:
+        """Map one region, by one call, at its guest-physical address (``kvm_iommu_map_pages``); ROM is read-only."""
         assert self._container is not None
         mapping = DmaMapping(region.gpa, region.size, region.hva, region.kind.dma_writable)
         self._ledger[region] = mapping
@@ -273,8 +273,8 @@ class Domain:
         self._container.unmap_dma(region.gpa, region.size)
         del self._ledger[region]
 
-    def unmap_pages(self, region: MemoryRegion) -> None:
-        """Undo ``map_pages``. Raises ``AuditFailed`` if the kernel had not mapped what the ledger says."""
+    def unmap_region(self, region: MemoryRegion) -> None:
+        """Undo ``map_region``. Raises ``AuditFailed`` if the kernel had not mapped what the ledger says."""
         assert self._container is not None
         mapping = self._ledger[region]
         unmapped = self._container.unmap_dma(mapping.iova, mapping.size)
@@ -289,7 +289,7 @@ class Domain:
     def _unmap_all(self) -> None:
         """Undo every mapping, then let the kernel say whether there were more. Raises ``AuditFailed``."""
         assert self._container is not None
-        run_all((*(partial(self.unmap_pages, region) for region in list(self._ledger)), self._check_none_left))
+        run_all((*(partial(self.unmap_region, region) for region in list(self._ledger)), self._check_none_left))
 
     def _check_none_left(self) -> None:
         assert self._container is not None
@@ -304,11 +304,11 @@ class Domain:
     def region_added(self, region: MemoryRegion) -> None:
         """Listener: a region of an active domain is mapped before anyone can use it."""
         if self.active and region.dma:
-            self.map_pages(region)
+            self.map_region(region)
 
     def region_removed(self, region: MemoryRegion) -> None:
         if region in self._ledger:
-            self.unmap_pages(region)
+            self.unmap_region(region)
 
     def holds(self, region: MemoryRegion) -> bool:
         """Listener: whether devices may still reach the region's memory."""

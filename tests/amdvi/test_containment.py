@@ -239,7 +239,7 @@ def test_an_iova_that_is_off_by_a_page_is_caught(bench: Bench, monkeypatch: pyte
 
 def test_the_audit_sees_what_is_missing_and_what_is_too_much(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Domain, "map_pages", lambda self, region: None)
+        patch.setattr(Domain, "map_region", lambda self, region: None)
         region = bench.memory.add_ram(5 * GIB, PAGE, "unmapped")
     with pytest.raises(AuditFailed, match="missing 0x140000000"):
         bench.machine.audit()
@@ -252,7 +252,7 @@ def test_the_audit_sees_what_is_missing_and_what_is_too_much(bench: Bench, monke
         bench.memory.remove(region)
     with pytest.raises(AuditFailed, match="unexpected 0x140000000"):
         bench.machine.audit()
-    bench.machine.domain.unmap_pages(region)
+    bench.machine.domain.unmap_region(region)
     bench.machine.audit()
 
 

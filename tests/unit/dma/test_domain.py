@@ -241,7 +241,7 @@ def test_what_the_kernel_had_mapped_otherwise_is_an_error(
     message = f"extra: {size:#x} bytes were mapped at 0x100000000, the ledger has 0x1000"
     with monkeypatch.context() as patch, pytest.raises(AuditFailed, match=message):
         patch.setattr(stage.kernel.containers[0], "unmap_dma", lambda *_: size)
-        stage.domain.unmap_pages(region)
+        stage.domain.unmap_region(region)
     assert stage.domain.calls[-1] == DmaCall("unmap", Range(4 * GIB, PAGE))
 
 
@@ -265,12 +265,12 @@ def test_regions_come_and_go_with_one_call_each(stage: Stage) -> None:
 def test_all_regions_are_mapped_or_none(stage: Stage) -> None:
     stage.domain.attach(NIC, 1)
     for region in (stage.ram, stage.rom):
-        stage.domain.unmap_pages(region)
+        stage.domain.unmap_region(region)
     stage.kernel.fail(2)
     with pytest.raises(Refused):
-        stage.domain.map_memslots()
+        stage.domain.map_all()
     assert (stage.kernel.mappings, stage.domain.ledger) == ({}, [])
-    stage.domain.map_memslots()
+    stage.domain.map_all()
     stage.check()
 
 
