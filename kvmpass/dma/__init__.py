@@ -1,10 +1,9 @@
 """The VM's one DMA domain."""
 
-from kvmpass.dma.domain import DmaCall, DmaMapping, Domain, compare
+from kvmpass.dma.domain import DmaCall, DmaMapping, Domain
 
 __all__ = [
     "DmaCall",
     "DmaMapping",
     "Domain",
-    "compare",
 ]

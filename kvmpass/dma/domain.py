@@ -20,6 +20,7 @@ from kvmpass._teardown import run_all
 from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
 from kvmpass.layout import Range, Reserved, find_reserved
 from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
+from kvmpass.memory.audit import Mirrored, compare
 from kvmpass.vfio import Container, Device, Group
 
 log = logging.getLogger(__name__)
@@ -321,21 +322,6 @@ class Domain:
 
         Raises ``AuditFailed`` naming every difference. Nothing is mapped while the domain is inactive.
         """
-        wanted = {
-            DmaMapping(region.gpa, region.size, region.hva, region.kind.dma_writable)
-            for region in (self._dma_regions() if self.active else ())
-        }
-        compare("DMA mappings", wanted, set(self._ledger.values()))
-
-
-def compare(what: str, wanted: set[DmaMapping], found: set[DmaMapping]) -> None:
-    """Raise ``AuditFailed`` with every mapping that is missing or should not be there."""
-    if wanted == found:
-        return
-    lines = [f"missing {_text(mapping)}" for mapping in sorted(wanted - found, key=lambda m: m.iova)]
-    lines += [f"unexpected {_text(mapping)}" for mapping in sorted(found - wanted, key=lambda m: m.iova)]
-    raise AuditFailed(f"{what} differ from guest memory: " + "; ".join(lines))
-
-
-def _text(mapping: DmaMapping) -> str:
-    return f"{Range(mapping.iova, mapping.size)} {'rw' if mapping.writable else 'ro'}"
+        regions = self._dma_regions() if self.active else ()
+        wanted = {Mirrored(region.range, region.hva, region.kind.dma_writable) for region in regions}
+        compare("DMA mappings", wanted, {Mirrored(Range(m.iova, m.size), m.hva, m.writable) for m in self.ledger})

@@ -25,18 +25,19 @@ from kvmpass.boot import acpi, mtrr
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
-from kvmpass.dma.domain import DmaMapping, Domain, compare
+from kvmpass.dma.domain import Domain
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
 from kvmpass.host import Bdf, PciDevice, Sysfs
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
 from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
-from kvmpass.layout import LOCAL_APIC_BASE, Layout, parse_size
+from kvmpass.layout import LOCAL_APIC_BASE, Layout, Range, parse_size
 from kvmpass.machine.device import AssignedDevice, DeviceState
 from kvmpass.machine.notices import Notices
 from kvmpass.machine.vcpus import Ending, VcpuThreads
-from kvmpass.memory import Backing, GuestMemory, RegionKind, plan_memory
+from kvmpass.memory import Backing, GuestMemory, plan_memory
+from kvmpass.memory.audit import Mirrored, compare
 from kvmpass.vfio.device import ERR, REQ
 
 log = limited_log(__name__)
@@ -410,11 +411,9 @@ class Machine:
         """Guest memory, KVM memslots and DMA mappings agree. Raises ``AuditFailed`` with every difference."""
         with self._lock, self.memory.lock:  # or a guest moves a BAR in between
             self.domain.audit()
-            wanted = {
-                DmaMapping(region.gpa, region.size, region.hva, region.kind is not RegionKind.ROM)
-                for region in self.memory
-            }
-            found = {DmaMapping(slot.gpa, slot.size, slot.hva, not slot.readonly) for slot in self.memslots.ledger}
+            wanted = {Mirrored(region.range, region.hva, region.guest_writable) for region in self.memory}
+            slots = self.memslots.ledger
+            found = {Mirrored(Range(slot.gpa, slot.size), slot.hva, not slot.readonly) for slot in slots}
             compare("KVM memslots", wanted, found)
 
     # --- the guest
