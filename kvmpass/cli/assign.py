@@ -86,7 +86,8 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
 
     With COMMAND its standard output and standard error are those of kvmpass, its input is empty, and its status is
     that of kvmpass. Without, the console is on this terminal in raw mode: every key goes to the guest, and Ctrl-]
-    ends it. Where standard input is no terminal, the shell runs what it reads there and ends at its end.
+    ends it; the terminal's size is the guest's, also when it changes. Where standard input is no terminal, the shell
+    runs what it reads there and ends at its end.
 
     With COMMAND a crash or a lockup of the guest's kernel ends the guest, and its console is shown from there on.
     Words of --append take precedence: oops=, softlockup_panic=, hung_task_panic=, watchdog_thresh=.
@@ -179,7 +180,7 @@ def _run(bdf: list[str], command: list[str] | None, options: dict[str, Any], out
     ):
         if command is None:
             click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
-        keyboard = raw_terminal(guest.type, machine.stop) if command is None else nullcontext()
+        keyboard = raw_terminal(guest.type, machine.stop, guest.resize) if command is None else nullcontext()
         with keyboard:
             try:
                 result = guest.run(restart=options["on_reboot"] == "restart", timeout=options["timeout"])

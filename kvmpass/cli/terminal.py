@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 import termios
 import threading
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from types import FrameType
 
 ESCAPE = b"\x1d"  # Ctrl-], as telnet and virsh have it
 ESCAPE_NAME = "Ctrl-]"
 END_OF_INPUT = b"\x04"  # Ctrl-D
 _END_SECONDS = 1.0
 _BACKLOG = 1 << 16
+_PIPE = 1 << 16  # bytes that it holds
 
 
 @contextmanager
-def raw_terminal(on_input: Callable[[bytes], int], on_escape: Callable[[], object]) -> Iterator[None]:
+def raw_terminal(
+    on_input: Callable[[bytes], int],
+    on_escape: Callable[[], object],
+    on_size: Callable[[int, int], object] = lambda rows, columns: None,
+) -> Iterator[None]:
     """Every key goes to ``on_input``, Ctrl-C too, until the escape; the terminal is restored afterwards.
+
+    ``on_size`` gets its rows and columns, at the start and whenever they change (in the main thread only).
 
     Where standard input is no terminal it is passed on as fast as the guest takes it; its end is the end of the
     shell's input: Ctrl-D, typed each second, since a program that runs in the shell may take one. ``on_input``
@@ -29,12 +38,18 @@ def raw_terminal(on_input: Callable[[bytes], int], on_escape: Callable[[], objec
     fd = sys.stdin.fileno()
     saved = termios.tcgetattr(fd) if os.isatty(fd) else None
     done, wake = os.pipe()
+    resized, resize = os.pipe()
 
     def read() -> None:
+        on_size(*terminal_size())
         while True:
-            ready, _, _ = select.select([fd, done], [], [])
+            ready, _, _ = select.select([fd, done, resized], [], [])
             if done in ready:
                 return
+            if resized in ready:
+                os.read(resized, _PIPE)
+                on_size(*terminal_size())
+                continue
             try:
                 data = os.read(fd, 4096)
             except OSError:  # the terminal has gone
@@ -55,22 +70,42 @@ def raw_terminal(on_input: Callable[[bytes], int], on_escape: Callable[[], objec
     if saved is not None:
         tty.setraw(fd)
     try:
-        thread.start()
-        yield
+        with _on_resize(resize) if saved is not None else nullcontext():
+            thread.start()
+            yield
     finally:
         os.write(wake, b".")
         thread.join()
-        os.close(done)
-        os.close(wake)
+        for end in (done, wake, resized, resize):
+            os.close(end)
         if saved is not None:
             with suppress(termios.error):  # the terminal has gone
                 termios.tcsetattr(fd, termios.TCSADRAIN, saved)
 
 
+@contextmanager
+def _on_resize(pipe: int) -> Iterator[None]:
+    """A byte into ``pipe`` for each SIGWINCH, while it has room. Signals are the main thread's."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        with suppress(BlockingIOError):
+            os.write(pipe, b".")
+
+    os.set_blocking(pipe, False)
+    before = signal.signal(signal.SIGWINCH, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGWINCH, signal.SIG_DFL if before is None else before)
+
+
 def terminal_size() -> tuple[int, int]:
-    """Rows and columns of the terminal on standard output; 24 and 80 where there is none."""
+    """Rows and columns of the terminal on standard output; 24 and 80 where there is none, or it does not know."""
     try:
         size = os.get_terminal_size(sys.stdout.fileno())
     except OSError:
         return 24, 80
-    return size.lines, size.columns
+    return size.lines or 24, size.columns or 80

@@ -33,7 +33,12 @@ class GuestFailure:
     text: str
 
 
-ControlEvent = Ready | Exited | GuestFailure
+@dataclass(frozen=True, slots=True)
+class SizeWanted:
+    """The guest waits for the size of its console (:mod:`kvmpass.guest.size`)."""
+
+
+ControlEvent = Ready | Exited | GuestFailure | SizeWanted
 
 _READY = re.compile(r"kvmpass 1 ready(?: ([0-9]{1,9}(?:\.[0-9]{1,3})?))?")
 _EXIT = re.compile(r"kvmpass 1 exit ([0-9]{1,3})")
@@ -68,6 +73,8 @@ class ControlChannel:
 def parse_line(line: bytes) -> ControlEvent | None:
     """The event of one line without its end; ``None`` if it is none."""
     text = line.rstrip(b"\r").decode("ascii", "replace")
+    if text == "kvmpass 1 size":
+        return SizeWanted()
     if match := _READY.fullmatch(text):
         return Ready(float(match[1]) if match[1] else None)
     if (match := _EXIT.fullmatch(text)) and int(match[1]) <= 255:

@@ -16,7 +16,8 @@ from typing import Self
 from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import BadKernel, NotEnoughMemory
-from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready
+from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeWanted
+from kvmpass.guest.size import ConsoleSize
 from kvmpass.initramfs import GuestRoot, parameters
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
@@ -211,6 +212,7 @@ class Guest:
         self._machine = machine
         self._report = _Report()
         self._control = ControlChannel()
+        self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
         self._tail: deque[int] = deque(maxlen=_TAIL_BYTES)
         self._reported = threading.Event()
         self._pump = Pump(machine.stop, lambda: machine.over)
@@ -244,6 +246,14 @@ class Guest:
         """Keystrokes for the console. From any thread. Returns how many bytes the guest has yet to take."""
         return self._machine.serial(CONSOLE).push(data)
 
+    def resize(self, rows: int, columns: int) -> None:
+        """The size of the terminal that shows the console, also while the guest runs. From any thread.
+
+        It reaches a guest whose init runs a shell on the console. One that does not ask or does not read gets the
+        latest once it does.
+        """
+        self._size.set(rows, columns)
+
     def _on_control(self, data: bytes) -> None:
         for event in self._control.feed(data):
             match event:
@@ -251,6 +261,8 @@ class Guest:
                     self._report.ready = True
                 case GuestFailure(text) if len(self._report.failures) < _MAX_FAILURES:
                     self._report.failures.append(text)
+                case SizeWanted():
+                    self._size.asked()
                 case Exited(status) if self._report.ready and self._report.status is None:
                     self._report.status = status
                     self._reported.set()
@@ -281,6 +293,7 @@ class Guest:
                 self._report.ready = False
                 self._machine.reset()
                 self._control = ControlChannel()  # a line that the last boot did not end is not this one's
+                self._size.forget()
                 self._machine.start()
                 ending = None
         self._pump.close()

@@ -131,6 +131,14 @@ poweroff -f
 _SHELL = """
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 stty sane{size}
+# From now on the host tells each new size: see kvmpass/guest/size.py.
+[ ! -c /dev/ttyS3 ] || (
+    stty -F /dev/ttyS3 115200 raw -echo || exit
+    exec </dev/ttyS3 >/dev/ttyS3 2>/dev/null
+    while echo "kvmpass 1 size" && read -r rows columns; do
+        stty -F /dev/ttyS0 rows "$rows" cols "$columns"
+    done
+) &
 cd /root
 setsid cttyhack sh -l
 poweroff -f

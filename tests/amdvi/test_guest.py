@@ -9,6 +9,7 @@ import re
 import select
 import shutil
 import subprocess
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -167,14 +168,15 @@ def test_two_cpus_and_memory_above_4_gib(nvme: str) -> None:
 
 
 def test_the_console_is_a_terminal(nvme: str) -> None:
-    """A shell on a pseudo-terminal: Ctrl-C reaches the guest, Ctrl-] ends it, the terminal is restored."""
-    master, slave = pty.openpty()
-    import termios
+    """A shell on a pseudo-terminal: Ctrl-C reaches the guest, Ctrl-] ends it, the terminal is restored.
 
+    Its size is the guest's; when it changes, the program in the guest's foreground is told as it would be here.
+    """
+    master, slave = pty.openpty()
     before = termios.tcgetattr(slave)
-    process = subprocess.Popen(
-        kvmpass("assign", nvme, "--memory", "192M", "--append", "quiet"), stdin=slave, stdout=slave, stderr=slave
-    )
+    termios.tcsetwinsize(master, (30, 100))
+    command = kvmpass("assign", nvme, "--memory", "192M", "--append", "quiet")
+    process = subprocess.Popen(["setsid", "--ctty", *command], stdin=slave, stdout=slave, stderr=slave)
     seen = b""
 
     def expect(text: bytes, seconds: float = 120) -> None:
@@ -196,6 +198,15 @@ def test_the_console_is_a_terminal(nvme: str) -> None:
         os.write(master, b"echo status-$?; ls /dev/nvme0n1\n")
         expect(b"status-130")
         expect(b"/dev/nvme0n1")
+        os.write(master, b"stty size\n")
+        expect(b"30 100")
+        os.write(master, b"sh -c 'trap \"stty size; exit\" WINCH; echo wai''ting; while :; do sleep 1; done'\n")
+        expect(b"waiting")
+        termios.tcsetwinsize(master, (50, 140))
+        expect(b"50 140")
+        os.write(master, b"stty size; echo en''d\n")
+        expect(b"50 140")
+        expect(b"end")
         os.write(master, b"\x1d")
         assert process.wait(60) == 0
         assert termios.tcgetattr(slave) == before

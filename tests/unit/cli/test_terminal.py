@@ -1,8 +1,13 @@
-"""Standard input of a guest's shell, where it is no terminal."""
+"""The terminal of a guest's shell: its size, and standard input where it is no terminal."""
 
 from __future__ import annotations
 
 import os
+import pty
+import queue
+import signal
+import sys
+import termios
 import threading
 from collections.abc import Iterator
 
@@ -36,6 +41,47 @@ def test_the_end_of_a_pipe_ends_the_shell(pipe: int, monkeypatch: pytest.MonkeyP
         assert thrice.wait(10)
     assert typed.startswith(b"echo one\n\x04\x04\x04")
     assert set(typed[9:]) == {4}
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The other end of a terminal on standard input."""
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "r+b", buffering=0) as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        yield master
+    os.close(master)
+
+
+def test_the_size_is_told_at_the_start_and_when_it_changes(screen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", sys.stdin)
+    sizes: queue.Queue[tuple[int, int]] = queue.Queue()
+
+    def told() -> tuple[int, int]:
+        return sizes.get(timeout=10)
+
+    assert terminal.terminal_size() == (24, 80), "a terminal that does not know its own"
+    termios.tcsetwinsize(screen, (30, 100))
+    before = signal.getsignal(signal.SIGWINCH)
+    with terminal.raw_terminal(lambda data: 0, lambda: None, lambda rows, columns: sizes.put((rows, columns))):
+        assert told() == (30, 100)
+        for size in ((50, 132), (10, 20)):
+            termios.tcsetwinsize(screen, size)
+            signal.raise_signal(signal.SIGWINCH)
+            assert told() == size
+    assert signal.getsignal(signal.SIGWINCH) is before
+    signal.raise_signal(signal.SIGWINCH)
+    assert sizes.empty()
+
+
+def test_resizes_that_nobody_takes_up_hold_nothing(screen: int) -> None:
+    """The keyboard's thread has ended at the escape; the terminal may still be pulled about."""
+    escaped = threading.Event()
+    with terminal.raw_terminal(lambda data: 0, escaped.set):
+        os.write(screen, terminal.ESCAPE)
+        assert escaped.wait(10)
+        for _ in range(70_000):
+            signal.raise_signal(signal.SIGWINCH)
 
 
 def test_a_guest_that_ends_first_is_not_waited_for(pipe: int) -> None:

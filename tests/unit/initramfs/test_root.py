@@ -79,6 +79,7 @@ def test_the_init_script_is_a_shell_script(busybox: Path, tmp_path: Path, comman
     for shell in shells:
         subprocess.run([*shell, path], check=True)
     assert (b"ttyS1" in script) == (command is not None)
+    assert (b"kvmpass 1 size" in script) == (command is None)
     assert (b"rows 50 cols 132" in script) == (command is None)
 
 
