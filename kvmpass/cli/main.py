@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import traceback
-from importlib.metadata import version
 from types import FrameType
 
 import click
@@ -54,7 +53,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("kvmpass"), prog_name="kvmpass")
+@click.version_option(package_name="kvmpass", prog_name="kvmpass")
 def kvmpass() -> None:
     """Assign PCI devices to virtual machines on AMD hosts (KVM, VFIO, AMD-Vi)."""
 

@@ -13,7 +13,6 @@ from click.shell_completion import CompletionItem
 from kvmpass import host
 from kvmpass.errors import BadAddress, LayoutError, NoSuchDevice
 from kvmpass.host import view
-from kvmpass.host.record import open_recorded
 from kvmpass.layout import parse_size
 
 if TYPE_CHECKING:  # generic since click 8.4 only
@@ -96,6 +95,8 @@ FILTER = FilterType()
 
 def _meant(text: str, ctx: click.Context | None) -> str | None:
     """The addresses that ``text`` stands for, on the host that the command looks at (``--sysfs``)."""
+    from kvmpass.host.record import open_recorded  # with what reads archives
+
     place = ctx.params.get("place") if ctx is not None else None
     try:
         with open_recorded(place) if isinstance(place, Path) else nullcontext(host.Sysfs()) as sysfs:

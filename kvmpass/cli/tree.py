@@ -9,8 +9,6 @@ from typing import Any
 
 import click
 
-from kvmpass.host.record import BadRecord, open_recorded
-
 _DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 VARIABLE = "KVMPASS_SYSFS"
 
@@ -31,6 +29,8 @@ def tree_option(function: Callable[..., Any]) -> Callable[..., Any]:
     def command(*arguments: Any, place: Path | None, **options: Any) -> Any:
         if place is None:
             return function(*arguments, tree=None, **options)
+        from kvmpass.host.record import BadRecord, open_recorded  # with what reads archives
+
         tree = click.get_current_context().with_resource(open_recorded(place))
         try:
             return function(*arguments, tree=tree, **options)

@@ -136,6 +136,9 @@ class Sysfs:
     Stateless: every call reads anew. Safe to share between threads.
     """
 
+    recorded = False
+    """Whether it is a recording: of another host, or of another time."""
+
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = Path(root)
         self._prefix = "" if str(self.root) == "/" else str(self.root)

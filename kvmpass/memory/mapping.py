@@ -6,7 +6,6 @@ import enum
 import errno
 import os
 import stat
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvmpass._fd import check
@@ -95,6 +94,8 @@ class HostMapping:
 
         def fill(at: int) -> int:
             return lib.kvmpass_madvise(address + at, min(step, size - at), advice)
+
+        from concurrent.futures import ThreadPoolExecutor  # with logging and queues, for this alone
 
         starts = range(0, size, step)
         with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:

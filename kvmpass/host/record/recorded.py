@@ -46,6 +46,8 @@ class RecordedSysfs(Sysfs):
     A tree without ``kvmpass-record.json`` is read as it is.
     """
 
+    recorded = True
+
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         manifest = _manifest(root / MANIFEST)

@@ -14,7 +14,6 @@ from kvmpass.host.drivers.restoring import orphaned
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker
-from kvmpass.host.record.recorded import RecordedSysfs
 from kvmpass.host.sysfs import PCI_DEVICES, IommuGroup, PciDevice, Sysfs
 from kvmpass.host.view.filters import select
 
@@ -98,7 +97,7 @@ def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
         devices=tuple(devices),
         groups=tuple(groups[number] for number in sorted(groups)),
         complete=sysfs.ask("privileged", lambda: os.geteuid() == 0),
-        orphaned=() if isinstance(sysfs, RecordedSysfs) else tuple(orphaned(sysfs)),
+        orphaned=() if sysfs.recorded else tuple(orphaned(sysfs)),
     )
 
 
