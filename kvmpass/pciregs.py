@@ -1,4 +1,4 @@
-"""Configuration space: register offsets (PCI Local Bus 3.0, section 6.1) and the two lists of capabilities."""
+"""Configuration space: register offsets (PCI Local Bus 3.0, section 6.1), the lists of capabilities, MSI, MSI-X."""
 
 from __future__ import annotations
 
@@ -46,6 +46,19 @@ EXT_PRI = 0x0013
 EXT_PASID = 0x001B
 EXT_DESIGNATED_VENDOR = 0x0023
 
+# Message control (PCI Local Bus 3.0, sections 6.8.1.3 and 6.8.2.3; include/uapi/linux/pci_regs.h).
+MSI_ENABLE = 1 << 0
+MSI_MULTIPLE_CAPABLE_SHIFT = 1
+MSI_MULTIPLE_ENABLE_SHIFT = 4
+MSI_64BIT = 1 << 7
+MSI_MASKABLE = 1 << 8
+MSIX_ENABLE = 1 << 15
+MSIX_MASK_ALL = 1 << 14
+MSIX_ENTRY_SIZE = 16  # bytes of a vector in the table
+_MSIX_SIZE, _MSIX_BAR = 0x7FF, 0b111
+
+Read = Callable[[int, int], int]  # of an offset, so many bytes
+
 _MAX_CAPABILITIES = 48  # what fits: 192 bytes, 4 at least for each
 
 
@@ -59,7 +72,7 @@ class Capability:
     version: int = 0
 
 
-def capabilities(read: Callable[[int, int], int]) -> list[Capability]:
+def capabilities(read: Read) -> list[Capability]:
     """Walk the list with ``read(offset, size)``. A loop or a pointer into the header ends it."""
     found: list[tuple[int, int]] = []
     if not read(STATUS, 2) & STATUS_CAPABILITIES:
@@ -73,7 +86,7 @@ def capabilities(read: Callable[[int, int], int]) -> list[Capability]:
     return [Capability(number, at, _end(at, found, CONVENTIONAL_SIZE)) for at, number in found]
 
 
-def extended_capabilities(read: Callable[[int, int], int]) -> list[Capability]:
+def extended_capabilities(read: Read) -> list[Capability]:
     """The list from 0x100 on (PCI Express base, section 7.6.3); empty where nothing is there."""
     found: list[tuple[int, int]] = []
     offset = CONVENTIONAL_SIZE
@@ -90,3 +103,55 @@ def extended_capabilities(read: Callable[[int, int], int]) -> list[Capability]:
 
 def _end(offset: int, found: list[tuple[int, int]], limit: int) -> int:
     return min((at for at, _ in found if at > offset), default=limit)
+
+
+@dataclass(frozen=True, slots=True)
+class MsiRegisters:
+    """``vectors`` is a power of two up to 32; ``address64`` and ``maskable`` make the capability larger."""
+
+    vectors: int
+    enabled: bool
+    address64: bool
+    maskable: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of the capability: header, address, data; with masks and pending bits where it has them."""
+        return 12 + 4 * self.address64 + 8 * self.maskable
+
+
+def msi(read: Read, at: int) -> MsiRegisters:
+    """The MSI capability at ``at`` (PCI Local Bus 3.0, section 6.8.1)."""
+    control = read(at + 2, 2)
+    vectors = 1 << (control >> MSI_MULTIPLE_CAPABLE_SHIFT & 7)
+    flags = (bool(control & bit) for bit in (MSI_ENABLE, MSI_64BIT, MSI_MASKABLE))
+    return MsiRegisters(vectors, *flags)
+
+
+@dataclass(frozen=True, slots=True)
+class MsixRegisters:
+    """``table_bar`` and ``pba_bar`` are BAR numbers, the offsets bytes within them."""
+
+    vectors: int
+    enabled: bool
+    table_bar: int
+    table_offset: int
+    pba_bar: int
+    pba_offset: int
+
+    @property
+    def table_size(self) -> int:
+        """Bytes."""
+        return MSIX_ENTRY_SIZE * self.vectors
+
+    @property
+    def pba_size(self) -> int:
+        """Bytes of the pending bits: whole quadwords."""
+        return -(-self.vectors // 64) * 8
+
+
+def msix(read: Read, at: int) -> MsixRegisters:
+    """The MSI-X capability at ``at`` (PCI Local Bus 3.0, section 6.8.2)."""
+    control, table, pending = read(at + 2, 2), read(at + 4, 4), read(at + 8, 4)
+    places = (table & _MSIX_BAR, table & ~_MSIX_BAR, pending & _MSIX_BAR, pending & ~_MSIX_BAR)
+    return MsixRegisters((control & _MSIX_SIZE) + 1, bool(control & MSIX_ENABLE), *places)

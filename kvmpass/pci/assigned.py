@@ -17,7 +17,7 @@ from kvmpass.bus import Bus
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory
-from kvmpass.pci import capabilities, msix
+from kvmpass.pci import capabilities
 from kvmpass.pci.bar import FLAG_IO, Bar, RomBar, Trap
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.intx import Intx
@@ -115,16 +115,16 @@ class AssignedFunction:
             self._msi = Msi(wiring.vm, wiring.routes, self._device, self._space, at)
         if at := shown.get(pciregs.CAP_MSIX):
             space = self._space
-            control, table, pending = (space.device_int(at + n, size) for n, size in ((2, 2), (4, 4), (8, 4)))
-            vectors = (control & 0x7FF) + 1
+            own = pciregs.msix(space.device_int, at)
             self._msix_at = at
-            self._msix = Msix(wiring.vm, wiring.routes, self._device, vectors)
-            writable = msix.CONTROL_ENABLE | msix.CONTROL_MASK_ALL
-            space.emulate(at + 2, (control & ~writable).to_bytes(2, "little"), writable.to_bytes(2, "little"))
-            space.emulate(at + 4, table.to_bytes(4, "little") + pending.to_bytes(4, "little"))
-            bits = self._msix.pending
-            traps.setdefault(table & 7, []).append(Trap(Range(table & ~7, self._msix.table_size), self._msix))
-            traps.setdefault(pending & 7, []).append(Trap(Range(pending & ~7, bits.size), bits))
+            self._msix = Msix(wiring.vm, wiring.routes, self._device, own.vectors)
+            writable = pciregs.MSIX_ENABLE | pciregs.MSIX_MASK_ALL
+            space.emulate(at + 2, (own.vectors - 1).to_bytes(2, "little"), writable.to_bytes(2, "little"))
+            places = own.table_offset | own.table_bar, own.pba_offset | own.pba_bar
+            space.emulate(at + 4, b"".join(place.to_bytes(4, "little") for place in places))
+            table, pending = Range(own.table_offset, own.table_size), Range(own.pba_offset, own.pba_size)
+            traps.setdefault(own.table_bar, []).append(Trap(table, self._msix))
+            traps.setdefault(own.pba_bar, []).append(Trap(pending, self._msix.pending))
         return traps
 
     def _make_bars(self, wiring: Wiring, traps: dict[int, list[Trap]]) -> None:
@@ -162,7 +162,7 @@ class AssignedFunction:
     @property
     def interrupt(self) -> str:
         """What the guest uses now: ``MSI-X``, ``MSI``, ``INTx`` or ``none``."""
-        if self._msix and self._space.get(self._msix_at + 2, 2) & msix.CONTROL_ENABLE:
+        if self._msix and self._space.get(self._msix_at + 2, 2) & pciregs.MSIX_ENABLE:
             return "MSI-X"
         if self._msi and self._msi.enabled:
             return "MSI"
@@ -198,7 +198,7 @@ class AssignedFunction:
     def _update_msix(self) -> None:
         assert self._msix is not None
         value = self._space.get(self._msix_at + 2, 2)
-        if value & msix.CONTROL_ENABLE:
+        if value & pciregs.MSIX_ENABLE:
             self._stop_msi()
             self._update_intx()
             self._msix.set_control(value)

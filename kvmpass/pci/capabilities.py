@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from kvmpass import pciregs
 from kvmpass.layout import Range
-from kvmpass.pci import msi
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pciregs import Capability
 
@@ -71,8 +70,7 @@ def _size(space: ConfigSpace, capability: Capability) -> int:
         return _SIZES.get(capability.id, 2)
     if capability.offset + 4 > pciregs.CONVENTIONAL_SIZE:
         return 4
-    control = space.device_int(capability.offset + 2, 2)
-    return 12 + 4 * bool(control & msi.CONTROL_64BIT) + 8 * bool(control & msi.CONTROL_MASKABLE)
+    return pciregs.msi(space.device_int, capability.offset).size
 
 
 def link_extended(space: ConfigSpace, found: list[Capability]) -> None:

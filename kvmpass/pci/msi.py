@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 
+from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
 from kvmpass.kvm import IrqRoutes, Vm
@@ -16,10 +17,6 @@ from kvmpass.vfio import Device
 from kvmpass.vfio.device import MSI
 
 log = limited_log(__name__)
-
-CONTROL_ENABLE = 1 << 0
-_MULTIPLE_CAPABLE_SHIFT, _MULTIPLE_ENABLE_SHIFT = 1, 4
-CONTROL_64BIT, CONTROL_MASKABLE = 1 << 7, 1 << 8
 
 
 class Msi:
@@ -32,17 +29,18 @@ class Msi:
         self._device = device
         self._space = space
         self.start = at
-        control = space.device_int(at + 2, 2)
-        wide, self._maskable = bool(control & CONTROL_64BIT), bool(control & CONTROL_MASKABLE)
-        capable = min(control >> _MULTIPLE_CAPABLE_SHIFT & 7, max(device.irqs[MSI].count, 1).bit_length() - 1, 5)
+        own = pciregs.msi(space.device_int, at)
+        wide, self._maskable = own.address64, own.maskable
+        capable = min(own.vectors, max(device.irqs[MSI].count, 1), 32).bit_length() - 1
         self._vectors = [MessageVector(vm, routes) for _ in range(1 << capable)]
         self._wide = wide
         self._data_at = at + (12 if wide else 8)
         self._mask_at = at + (16 if wide else 12)
         self._asked = self._signalled = 0  # how many the guest wants, and how many VFIO signals
 
-        kept = control & (CONTROL_64BIT | CONTROL_MASKABLE) | capable << _MULTIPLE_CAPABLE_SHIFT
-        writable = CONTROL_ENABLE | 7 << _MULTIPLE_ENABLE_SHIFT
+        kept = capable << pciregs.MSI_MULTIPLE_CAPABLE_SHIFT
+        kept |= pciregs.MSI_64BIT * wide | pciregs.MSI_MASKABLE * self._maskable
+        writable = pciregs.MSI_ENABLE | 7 << pciregs.MSI_MULTIPLE_ENABLE_SHIFT
         space.emulate(at + 2, kept.to_bytes(2, "little"), writable.to_bytes(2, "little"))
         space.emulate(at + 4, bytes(4), b"\xfc\xff\xff\xff")
         if wide:
@@ -57,7 +55,7 @@ class Msi:
     @property
     def enabled(self) -> bool:
         """Whether the guest has turned it on."""
-        return bool(self._space.get(self.start + 2, 2) & CONTROL_ENABLE)
+        return bool(self._space.get(self.start + 2, 2) & pciregs.MSI_ENABLE)
 
     def refresh_pending(self) -> None:
         """Before the guest reads the pending bits: which masked vectors the device has raised."""
@@ -67,7 +65,8 @@ class Msi:
 
     def update(self) -> None:
         """The guest has written the enabled capability: as many vectors as it asks for, at its message."""
-        asked = min(1 << (self._space.get(self.start + 2, 2) >> _MULTIPLE_ENABLE_SHIFT & 7), len(self._vectors))
+        control = self._space.get(self.start + 2, 2)
+        asked = min(1 << (control >> pciregs.MSI_MULTIPLE_ENABLE_SHIFT & 7), len(self._vectors))
         try:
             if asked != self._asked:
                 self.disable()

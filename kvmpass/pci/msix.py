@@ -11,14 +11,12 @@ from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.pci.vector import MessageVector, is_message
+from kvmpass.pciregs import MSIX_ENABLE, MSIX_ENTRY_SIZE, MSIX_MASK_ALL
 from kvmpass.vfio import Device
 from kvmpass.vfio.device import MSIX
 
 log = limited_log(__name__)
 
-ENTRY_SIZE = 16
-CONTROL_ENABLE = 1 << 15
-CONTROL_MASK_ALL = 1 << 14
 _RESET_ENTRY = b"\0" * 12 + b"\1\0\0\0"
 _VECTOR_MASKED = 1
 
@@ -39,11 +37,6 @@ class Msix:
         self._mask_all = False
         self.pending = PendingBits(self._vectors)
 
-    @property
-    def table_size(self) -> int:
-        """Bytes."""
-        return len(self._table)
-
     def read(self, offset: int, size: int) -> bytes:
         """Of the table. ``offset + size`` is inside it."""
         return bytes(self._table[offset : offset + size])
@@ -53,17 +46,17 @@ class Msix:
         if len(data) not in (4, 8) or offset % len(data):
             return
         self._table[offset : offset + len(data)] = data
-        if offset % ENTRY_SIZE + len(data) == ENTRY_SIZE:  # the upper 31 bits of vector control are reserved
-            number = offset // ENTRY_SIZE
-            control = number * ENTRY_SIZE + 12
+        if offset % MSIX_ENTRY_SIZE + len(data) == MSIX_ENTRY_SIZE:
+            # The upper 31 bits of vector control are reserved.
+            control = offset // MSIX_ENTRY_SIZE * MSIX_ENTRY_SIZE + 12
             self._table[control : control + 4] = bytes([self._table[control] & _VECTOR_MASKED, 0, 0, 0])
         if self._enabled:
-            self._update(offset // ENTRY_SIZE)
+            self._update(offset // MSIX_ENTRY_SIZE)
 
     def set_control(self, value: int) -> None:
         """The guest wrote the capability's message control."""
-        self._mask_all = bool(value & CONTROL_MASK_ALL)
-        enable = bool(value & CONTROL_ENABLE)
+        self._mask_all = bool(value & MSIX_MASK_ALL)
+        enable = bool(value & MSIX_ENABLE)
         if self._enabled and not enable:
             try:
                 self.disable()
@@ -101,7 +94,7 @@ class Msix:
 
     def _message(self, number: int) -> tuple[int, int] | None:
         """Address and data of the vector's interrupt; None while it is masked or is none."""
-        at = number * ENTRY_SIZE
+        at = number * MSIX_ENTRY_SIZE
         if not self._enabled or self._mask_all or self._table[at + 12] & _VECTOR_MASKED:
             return None
         address = int.from_bytes(self._table[at : at + 8], "little")
@@ -180,11 +173,6 @@ class PendingBits:
 
     def __init__(self, vectors: list[MessageVector]) -> None:
         self._vectors = vectors
-
-    @property
-    def size(self) -> int:
-        """Bytes: whole quadwords."""
-        return -(-len(self._vectors) // 64) * 8
 
     def read(self, offset: int, size: int) -> bytes:
         vectors = self._vectors[offset * 8 : (offset + size) * 8]

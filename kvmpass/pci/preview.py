@@ -56,11 +56,12 @@ def preview_vectors(space: bytes) -> Vectors:
     msi = msix = 0
     trapped: list[tuple[int, Range]] = []
     if at := found.get(pciregs.CAP_MSI):
-        msi = 1 << (read(at + 2, 2) >> 1 & 0b111)
+        msi = pciregs.msi(read, at).vectors
     if at := found.get(pciregs.CAP_MSIX):
-        msix = (read(at + 2, 2) & 0x7FF) + 1
-        for register, size in ((read(at + 4, 4), msix * 16), (read(at + 8, 4), -(-msix // 64) * 8)):
-            trapped.append((register & 7, Range(register & ~7, size)))
+        own = pciregs.msix(read, at)
+        msix = own.vectors
+        trapped.append((own.table_bar, Range(own.table_offset, own.table_size)))
+        trapped.append((own.pba_bar, Range(own.pba_offset, own.pba_size)))
     return Vectors(msix, msi, bool(space[pciregs.INTERRUPT_PIN]), tuple(trapped))
 
 

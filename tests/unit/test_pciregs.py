@@ -1,4 +1,4 @@
-"""The two lists of capabilities, walked in bytes as devices have them, and in bytes as none should have them."""
+"""The lists of capabilities, MSI and MSI-X: in bytes as devices have them, and as none should have them."""
 
 from __future__ import annotations
 
@@ -181,3 +181,32 @@ def test_numbers_are_those_of_the_kernels_header() -> None:
     macros = dict(re.findall(r"^#define\s+PCI_(\w+)\s+(0x[0-9a-fA-F]+)", HEADER.read_text(), re.MULTILINE))
     for ours, theirs in NAMES.items():
         assert getattr(pciregs, ours) == int(macros[theirs], 16), ours
+
+
+@pytest.mark.parametrize(
+    "control, expected, size",
+    [
+        (0x0000, (1, False, False, False), 12),
+        (0x008B, (32, True, True, False), 16),
+        (0x0104, (4, False, False, True), 20),
+        (0x0180, (1, False, True, True), 24),
+        (0xFE71, (1, True, False, False), 12),  # what is asked for, and reserved bits
+    ],
+)
+def test_msi(control: int, expected: tuple[int, bool, bool, bool], size: int) -> None:
+    space = bytes(0x50) + struct.pack("<BBH", 5, 0, control)
+    found = pciregs.msi(reader(space), 0x50)
+    assert (found, found.size) == (pciregs.MsiRegisters(*expected), size)
+
+
+def test_msix() -> None:
+    space = bytes(0x50) + struct.pack("<BBHII", 0x11, 0, 0xC7FF, 0x2004, 0x3005)
+    assert pciregs.msix(reader(space), 0x50) == pciregs.MsixRegisters(2048, True, 4, 0x2000, 5, 0x3000)
+    space = bytes(0x50) + struct.pack("<BBHII", 0x11, 0, 0x7800, 0xFFFF_FFF8, 0x0000_0007)
+    assert pciregs.msix(reader(space), 0x50) == pciregs.MsixRegisters(1, False, 0, 0xFFFF_FFF8, 7, 0)
+
+
+@pytest.mark.parametrize("vectors, size", [(1, 8), (63, 8), (64, 8), (65, 16), (128, 16), (129, 24), (2048, 256)])
+def test_pending_bits_are_whole_quadwords(vectors: int, size: int) -> None:
+    found = pciregs.MsixRegisters(vectors, False, 0, 0, 0, 0x8000)
+    assert (found.table_size, found.pba_size) == (16 * vectors, size)

@@ -13,9 +13,8 @@ from typing import TypeVar
 from kvmpass import pciregs
 from kvmpass.host.address import Bdf
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
-from kvmpass.pciregs import Capability
+from kvmpass.pciregs import Capability, MsiRegisters, MsixRegisters, Read
 
-Read = Callable[[int, int], int]
 _T = TypeVar("_T")
 
 # Source validation, translation blocking, request and completion redirect, upstream forwarding, egress control,
@@ -88,26 +87,6 @@ _READ_EXTENDED = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Msi:
-    vectors: int
-    enabled: bool
-    address64: bool
-    maskable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Msix:
-    """``table_bar`` and ``pba_bar`` are BAR numbers, the offsets bytes within them."""
-
-    vectors: int
-    enabled: bool
-    table_bar: int
-    table_offset: int
-    pba_bar: int
-    pba_offset: int
-
-
-@dataclass(frozen=True, slots=True)
 class Express:
     """``kind`` is the device/port type in words; ``flr`` whether it can reset this function alone."""
 
@@ -166,8 +145,8 @@ class Capabilities:
     io_enabled: bool
     bus_master: bool
     multifunction: bool
-    msi: Msi | None = None
-    msix: Msix | None = None
+    msi: MsiRegisters | None = None
+    msix: MsixRegisters | None = None
     express: Express | None = None
     advanced_flr: bool = False
     power: Power | None = None
@@ -221,8 +200,8 @@ def decode(space: bytes) -> Capabilities:
 
     return replace(
         header,
-        msi=plain(pciregs.CAP_MSI, _msi),
-        msix=plain(pciregs.CAP_MSIX, _msix),
+        msi=plain(pciregs.CAP_MSI, pciregs.msi),
+        msix=plain(pciregs.CAP_MSIX, pciregs.msix),
         express=plain(pciregs.CAP_EXPRESS, _express),
         advanced_flr=plain(pciregs.CAP_ADVANCED_FEATURES, _advanced_flr) or False,
         power=plain(pciregs.CAP_POWER, _power),
@@ -249,19 +228,6 @@ def _others(found: list[Capability], more: list[Capability]) -> tuple[str, ...]:
         if one.id not in _READ_EXTENDED and one.id
     ]
     return tuple(dict.fromkeys(names))
-
-
-def _msi(read: Read, at: int) -> Msi:
-    """Message control: 7.7.1.2. The number of vectors is a power of two."""
-    control = read(at + 2, 2)
-    return Msi(1 << (control >> 1 & 7), bool(control & 1), bool(control & 0x80), bool(control & 0x100))
-
-
-def _msix(read: Read, at: int) -> Msix:
-    """Message control, table and pending bits: 7.7.2."""
-    control, table, pending = read(at + 2, 2), read(at + 4, 4), read(at + 8, 4)
-    places = (table & 7, table & ~7, pending & 7, pending & ~7)
-    return Msix((control & 0x7FF) + 1, bool(control & 0x8000), *places)
 
 
 def _express(read: Read, at: int) -> Express:

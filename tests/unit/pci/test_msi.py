@@ -10,7 +10,8 @@ import pytest
 from support.fake_interrupts import FakeDevice, FakeKvm
 
 from kvmpass.pci.configspace import ConfigSpace
-from kvmpass.pci.msi import CONTROL_ENABLE, Msi
+from kvmpass.pci.msi import Msi
+from kvmpass.pciregs import MSI_ENABLE
 from kvmpass.vfio.device import MSI
 
 AT, ADDRESS = 0x50, 0xFEE0_2000
@@ -66,7 +67,7 @@ class Capability:
         if self.data_at == 12:
             self.write(8, address >> 32, 4)
         self.write(self.data_at, data, 2)
-        self.write(2, multiple << 4 | CONTROL_ENABLE, 2)
+        self.write(2, multiple << 4 | MSI_ENABLE, 2)
 
     @property
     def messages(self) -> list[tuple[int, int]]:

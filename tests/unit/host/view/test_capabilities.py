@@ -9,16 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.config_spaces import IGB, NVME, ROOT_PORT
 
-from kvmpass.host.view import Acs, Capabilities, Express, Msi, Msix, Power, Service, SriovRegisters
+from kvmpass.host.view import Acs, Capabilities, Express, Power, Service, SriovRegisters
 from kvmpass.host.view.capabilities import decode
 from kvmpass.host.view.isolation import acs_state
+from kvmpass.pciregs import MsiRegisters, MsixRegisters
 
 
 def test_a_drive() -> None:
     own = decode(NVME)
     assert (own.readable, own.answers, own.memory_enabled, own.bus_master) == (True, True, True, True)
     assert own.msi is None
-    assert own.msix == Msix(63, True, 0, 0x2000, 0, 0x3000)
+    assert own.msix == MsixRegisters(63, True, 0, 0x2000, 0, 0x3000)
     assert own.express == Express("endpoint", flr=True, slot=False)
     assert own.power == Power(("D0", "D3hot"), (), keeps_state=True)
     assert own.sriov == SriovRegisters(total=2, initial=2, enabled=0, first=1, stride=1, device=0x0010)
@@ -27,8 +28,8 @@ def test_a_drive() -> None:
 
 def test_a_network_card() -> None:
     own = decode(IGB)
-    assert own.msi == Msi(1, enabled=False, address64=True, maskable=True)
-    assert own.msix == Msix(10, True, 3, 0, 3, 0x2000)
+    assert own.msi == MsiRegisters(1, enabled=False, address64=True, maskable=True)
+    assert own.msix == MsixRegisters(10, True, 3, 0, 3, 0x2000)
     assert own.power == Power(("D0", "D3hot"), (), keeps_state=False)
     assert own.sriov == SriovRegisters(total=8, initial=8, enabled=0, first=128, stride=2, device=0x10CA)
     assert own.aer
@@ -98,7 +99,7 @@ def test_a_conventional_function() -> None:
     power = struct.pack("<HH", 0x0200 | 0xC800, 0)
     af = bytes([6, 0b11, 0, 0])
     own = decode(build((0x05, msi), (0x01, power), (0x13, af), (0x42, b"\0\0"), extended=((0x77, b""),)))
-    assert own.msi == Msi(32, enabled=True, address64=False, maskable=False)
+    assert own.msi == MsiRegisters(32, enabled=True, address64=False, maskable=False)
     assert own.power == Power(("D0", "D1", "D3hot"), ("D0", "D3hot", "D3cold"), keeps_state=False)
     assert own.advanced_flr
     assert own.express is None
