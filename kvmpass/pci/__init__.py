@@ -1,7 +1,8 @@
 """The guest's view of PCI: bus, configuration space, BARs, INTx, MSI, MSI-X, the assigned function."""
 
-from kvmpass.pci.assigned import AssignedFunction, Wiring
+from kvmpass.pci.assigned import AssignedFunction
 from kvmpass.pci.bus import CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Ecam, PciBus
+from kvmpass.pci.function import BarSource, Wiring
 from kvmpass.pci.preview import BarPreview, Vectors, allocate, preview_bars, preview_vectors
 from kvmpass.pci.space import BarSpace
 
@@ -10,6 +11,7 @@ __all__ = [
     "CONFIG_PORTS",
     "AssignedFunction",
     "BarPreview",
+    "BarSource",
     "BarSpace",
     "ConfigPorts",
     "Ecam",

@@ -8,22 +8,19 @@ MSI and MSI-X, the lists of capabilities.
 from __future__ import annotations
 
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 
 from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
-from kvmpass.bus import Bus
-from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.layout import Range
-from kvmpass.memory import GuestMemory
 from kvmpass.pci import capabilities
-from kvmpass.pci.bar import FLAG_IO, Bar, RomBar, Trap
+from kvmpass.pci.bar import Bar, RomBar, Trap
 from kvmpass.pci.configspace import ConfigSpace
+from kvmpass.pci.function import Wiring
 from kvmpass.pci.intx import Intx
 from kvmpass.pci.msi import Msi
 from kvmpass.pci.msix import Msix
-from kvmpass.pci.space import BarKind, BarSpace
+from kvmpass.pci.space import BarKind
 from kvmpass.vfio import Device
 from kvmpass.vfio.device import BAR0, INTX, MSI, MSIX, ROM
 
@@ -34,19 +31,6 @@ _POWER_STATE = 0b11
 _PINS = 4
 _DECODING = pciregs.COMMAND_IO | pciregs.COMMAND_MEMORY
 _GONE = 0xFFFF  # what any register of a device reads that does not answer
-
-
-@dataclass(frozen=True, slots=True)
-class Wiring:
-    """What a function is connected to: the VM's interrupts, its memory, its buses. ``gsis``: of INTA to INTD."""
-
-    vm: Vm
-    routes: IrqRoutes
-    memory: GuestMemory
-    ports: Bus
-    mmio: Bus
-    bars: BarSpace
-    gsis: tuple[int, ...]
 
 
 class AssignedFunction:
@@ -132,10 +116,9 @@ class AssignedFunction:
             region = self._device.regions.get(BAR0 + index)
             if region is not None:
                 flags = self._space.device_int(pciregs.BAR0 + 4 * index, 4)
-                bus = wiring.ports if flags & FLAG_IO else wiring.mmio
-                self._bars[index] = Bar(region, flags, wiring.memory, bus, wiring.bars, traps.get(index, ()))
+                self._bars[index] = Bar(f"bar{index}", region, flags, wiring, traps.get(index, ()))
         if rom := self._device.regions.get(ROM):
-            self._rom = RomBar(rom, wiring.memory, wiring.mmio, wiring.bars)
+            self._rom = RomBar(rom, wiring)
         for index in self._bars:
             self._show_bar(index)
         self._show_rom()

@@ -1,4 +1,4 @@
-"""A BAR of an assigned function in the guest: memslots over the device's mmap, and traps for the rest."""
+"""A BAR in the guest: memslots over what can be mapped, and traps for the rest."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import NamedTuple, Protocol
 
 from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
-from kvmpass.bus import Bus
 from kvmpass.errors import LayoutError
 from kvmpass.layout import PAGE, Range
-from kvmpass.memory import GuestMemory, HostMapping, MemoryRegion
+from kvmpass.memory import HostMapping, MemoryRegion
 from kvmpass.pci.configspace import guarded
-from kvmpass.pci.space import BarKind, BarSpace
-from kvmpass.vfio import Region
+from kvmpass.pci.function import BarSource, Wiring
+from kvmpass.pci.space import BarKind
 
 log = limited_log(__name__)
 
@@ -25,7 +24,7 @@ _ROM_GRANULE = 0x800  # the lowest address bit of the expansion ROM's register i
 
 
 class Trapped(Protocol):
-    """A part of a BAR that never reaches the device: the MSI-X table, its pending bits."""
+    """A part of a BAR that never reaches its source: the MSI-X table, its pending bits."""
 
     def read(self, offset: int, size: int) -> bytes: ...
 
@@ -52,27 +51,20 @@ def mappable(areas: Sequence[Range], trapped: Sequence[Range] = ()) -> list[Rang
 class Bar:
     """One BAR: the registers' value, and what is connected to the guest's address space while it decodes.
 
-    ``size`` is a power of two; ``flags`` are the register's low bits. A bus device: accesses that no memslot takes
-    come here and go to the device by system call, or to a trap.
+    ``size`` is a power of two; ``flags`` are the register's low bits; ``name`` is for the list of regions. A bus
+    device: accesses that no memslot takes come here and go to the source, or to a trap.
 
     Synchronization: called with the bus lock held.
     """
 
-    def __init__(
-        self,
-        region: Region,
-        flags: int,
-        memory: GuestMemory,
-        bus: Bus,
-        space: BarSpace,
-        traps: Sequence[Trap] = (),
-    ) -> None:
-        self._region = region
-        self._memory = memory
-        self._bus = bus
-        self._space = space
+    def __init__(self, name: str, source: BarSource, flags: int, wiring: Wiring, traps: Sequence[Trap] = ()) -> None:
+        self.name = name
+        self._source = source
+        self._memory = wiring.memory
+        self._bus = wiring.ports if flags & FLAG_IO else wiring.mmio
+        self._space = wiring.bars
         self._traps = tuple(traps)
-        self.size = 1 << (region.size - 1).bit_length()
+        self.size = 1 << (source.size - 1).bit_length()
         self.flags = flags & (0b11 if flags & FLAG_IO else 0b1111)
         if flags & FLAG_IO:
             self.kind = BarKind.IO
@@ -84,13 +76,13 @@ class Bar:
         self._mappings: list[tuple[Range, HostMapping]] = []
         self._shown: dict[HostMapping, MemoryRegion] = {}  # which of them the guest reaches, and where
         self._closed = False
-        self._home = space.allocate(self.kind, self.size)
+        self._home = self._space.allocate(self.kind, self.size)
         self.address = self._home.start
         with ExitStack() as undo:
             undo.callback(self.close)
             if self.kind is not BarKind.IO:
-                for area in mappable(region.info.mmap_areas, [trap.range for trap in traps]):
-                    self._mappings.append((area, region.mmap(area)))
+                for area in mappable(source.mmap_areas, [trap.range for trap in traps]):
+                    self._mappings.append((area, source.mmap(area)))
             undo.pop_all()
 
     def close(self) -> None:
@@ -162,7 +154,7 @@ class Bar:
         """Decode at ``address``, if a guest may use it; otherwise the BAR reaches nobody. Does not raise."""
         here = Range(self.address, self.size)
         if self._sizing or not self._space.allows(self.kind, here):
-            log.debug("%s at %s: not decoded there", self._name, here)
+            log.debug("%s at %s: not decoded there", self.name, here)
             return
         try:
             self._bus.add(here.start, here.size, self)
@@ -170,12 +162,14 @@ class Bar:
             self._space.forget(self)
             self._show()
         except LayoutError as error:
-            log.debug("%s at %s: waits: %s", self._name, here, error)
+            log.debug("%s at %s: waits: %s", self.name, here, error)
             self._space.wait(self)
             try:
                 self._withdraw()
             except OSError as left:
-                log.warning("%s at %s: decoded in part: %s", self._name, here, left)
+                log.warning("%s at %s: decoded in part: %s", self.name, here, left)
+
+    # --- what is connected while it decodes: the memslots, and whatever else has to follow the BAR when it moves
 
     def _show(self) -> None:
         """Show the guest every mapping that it does not reach. What KVM refuses traps: slower, and as right."""
@@ -183,9 +177,9 @@ class Bar:
             if mapping not in self._shown:
                 at = self.address + area.start
                 try:
-                    self._shown[mapping] = self._memory.add_bar(at, area.size, mapping, 0, self._name)
+                    self._shown[mapping] = self._memory.add_bar(at, area.size, mapping, 0, self.name)
                 except OSError as error:
-                    log.warning("%s at %s: by system call: %s", self._name, Range(at, area.size), error)
+                    log.warning("%s at %s: by system call: %s", self.name, Range(at, area.size), error)
                     # Where KVM may have the slot all the same, the region is in the list.
                     left = next((region for region in self._memory if region.mapping is mapping), None)
                     if left is not None:
@@ -215,19 +209,15 @@ class Bar:
         self._bus.remove(self)
         self._connected = False
 
-    @property
-    def _name(self) -> str:
-        return f"bar{self._region.info.index}"
-
     # --- what traps
 
     def read(self, offset: int, size: int) -> bytes:
         for trap in self._traps:
             if trap.range.contains(Range(offset, size)):
                 return trap.device.read(offset - trap.range.start, size)
-        if offset + size > self._region.size:
+        if offset + size > self._source.size:
             return b"\xff" * size
-        return guarded(lambda: self._region.read(offset, size), b"\xff" * size)
+        return guarded(lambda: self._source.read(offset, size), b"\xff" * size)
 
     def write(self, offset: int, data: bytes) -> None:
         here = Range(offset, len(data))
@@ -236,8 +226,8 @@ class Bar:
                 if trap.range.contains(here):
                     trap.device.write(offset - trap.range.start, data)
                 return
-        if here.end <= self._region.size:
-            guarded(lambda: self._region.write(offset, data), None)
+        if here.end <= self._source.size:
+            guarded(lambda: self._source.write(offset, data), None)
 
 
 class RomBar(Bar):
@@ -246,9 +236,9 @@ class RomBar(Bar):
     (PCI Local Bus 3.0, section 6.2.5.2.)
     """
 
-    def __init__(self, region: Region, memory: GuestMemory, bus: Bus, space: BarSpace) -> None:
+    def __init__(self, source: BarSource, wiring: Wiring) -> None:
         self._enable = False
-        super().__init__(region, 0, memory, bus, space)
+        super().__init__("rom", source, 0, wiring)
         self.size = max(self.size, _ROM_GRANULE)
 
     @property
@@ -264,7 +254,3 @@ class RomBar(Bar):
 
     def write(self, offset: int, data: bytes) -> None:
         pass
-
-    @property
-    def _name(self) -> str:
-        return "rom"

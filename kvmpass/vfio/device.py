@@ -80,6 +80,11 @@ class Region:
     def size(self) -> int:
         return self.info.size
 
+    @property
+    def mmap_areas(self) -> tuple[Range, ...]:
+        """The parts of it that may be mapped."""
+        return self.info.mmap_areas
+
     def _check(self, offset: int, size: int) -> int:
         if offset < 0 or size < 0 or offset + size > self.info.size:
             raise IndexError(f"{offset:#x}+{size:#x} is outside region {self.info.index} ({self.info.size:#x} bytes)")

@@ -9,7 +9,7 @@ from typing import Any
 from kvmpass.bus import Bus
 from kvmpass.layout import MIB, PAGE, Range, plan_layout
 from kvmpass.memory import GuestMemory, HostMapping, RegionKind
-from kvmpass.pci import BarSpace
+from kvmpass.pci import BarSpace, Wiring
 from kvmpass.pci.bar import Bar, RomBar, Trap
 from kvmpass.pci.space import BarKind
 from kvmpass.vfio.device import RegionInfo
@@ -31,6 +31,10 @@ class Region:
     @property
     def size(self) -> int:
         return self.info.size
+
+    @property
+    def mmap_areas(self) -> tuple[Range, ...]:
+        return self.info.mmap_areas
 
     def read(self, offset: int, size: int) -> bytes:
         assert size and offset >= 0 and offset + size <= self.size
@@ -110,15 +114,16 @@ class Plant:
         self.memory.listen(self.kvm)
         self.bus = Bus("test")
         self.space = BarSpace(self.layout)
+        self.wiring = Wiring(None, None, self.memory, self.bus, self.bus, self.space, ())  # type: ignore[arg-type]
         self.bars: list[Bar] = []
 
     def bar(self, region: Region, flags: int = MEMORY32, traps: Sequence[Trap] = ()) -> Bar:
-        bar = Bar(region, flags, self.memory, self.bus, self.space, traps)  # type: ignore[arg-type]
+        bar = Bar(f"bar{region.info.index}", region, flags, self.wiring, traps)
         self.bars.append(bar)
         return bar
 
     def rom(self, region: Region) -> RomBar:
-        rom = RomBar(region, self.memory, self.bus, self.space)  # type: ignore[arg-type]
+        rom = RomBar(region, self.wiring)
         self.bars.append(rom)
         return rom
 

@@ -35,6 +35,10 @@ class FakeRegion:
     def size(self) -> int:
         return self.info.size
 
+    @property
+    def mmap_areas(self) -> tuple[Range, ...]:
+        return self.info.mmap_areas
+
     def _access(self, kind: str, offset: int, size: int) -> None:
         if offset < 0 or offset + size > self.size:
             raise IndexError(f"{offset:#x}+{size:#x}")

@@ -254,11 +254,11 @@ def test_one_that_cannot_be_made_leaves_nothing(plant: Plant) -> None:
     region = Region(PAGE, [Range(0, PAGE)])
     region.refusing_mmap = True
     with pytest.raises(OSError, match="mmap"):
-        Bar(region, MEMORY32, plant.memory, plant.bus, plant.space)  # type: ignore[arg-type]
+        Bar("bar2", region, MEMORY32, plant.wiring)
     assert plant.space.allocate(BarKind.MEMORY32, PAGE).start == plant.layout.mmio32.start
     plant.space.free(BarKind.MEMORY32, Range(plant.layout.mmio32.start, PAGE))
     with pytest.raises(LayoutError, match="no room"):
-        Bar(Region(GIB), MEMORY32, plant.memory, plant.bus, plant.space)  # type: ignore[arg-type]
+        Bar("bar2", Region(GIB), MEMORY32, plant.wiring)
 
 
 # --- accesses that trap
