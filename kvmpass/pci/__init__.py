@@ -2,7 +2,7 @@
 
 from kvmpass.pci.assigned import AssignedFunction
 from kvmpass.pci.bus import CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Ecam, PciBus
-from kvmpass.pci.function import BarSource, Wiring
+from kvmpass.pci.function import BarSource, InterruptSink, PinSink, Wiring
 from kvmpass.pci.preview import BarPreview, Vectors, allocate, preview_bars, preview_vectors
 from kvmpass.pci.space import BarSpace
 
@@ -15,7 +15,9 @@ __all__ = [
     "BarSpace",
     "ConfigPorts",
     "Ecam",
+    "InterruptSink",
     "PciBus",
+    "PinSink",
     "Vectors",
     "Wiring",
     "allocate",

@@ -7,7 +7,9 @@ MSI and MSI-X, the lists of capabilities.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 
 from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log
@@ -31,6 +33,35 @@ _POWER_STATE = 0b11
 _PINS = 4
 _DECODING = pciregs.COMMAND_IO | pciregs.COMMAND_MEMORY
 _GONE = 0xFFFF  # what any register of a device reads that does not answer
+
+
+@dataclass(frozen=True, slots=True)
+class VfioInterrupts:
+    """An ``InterruptSink`` (``PinSink`` for INTx): one kind of a device's interrupts, by VFIO's index."""
+
+    device: Device
+    index: int
+
+    @property
+    def name(self) -> str:
+        return self.device.name
+
+    @property
+    def count(self) -> int:
+        return self.device.irqs[self.index].count if self.index in self.device.irqs else 0
+
+    @property
+    def resizable(self) -> bool:
+        return self.device.irqs[self.index].resizable
+
+    def set_irqs(self, start: int, eventfds: Sequence[int]) -> None:
+        self.device.set_irqs(self.index, start, eventfds)
+
+    def set_unmask_eventfd(self, eventfd: int) -> None:
+        self.device.set_unmask_eventfd(self.index, eventfd)
+
+    def disable_irqs(self) -> None:
+        self.device.disable_irqs(self.index)
 
 
 class AssignedFunction:
@@ -69,12 +100,12 @@ class AssignedFunction:
         space.emulate(pciregs.ROM, bytes(4))
         space.emulate(pciregs.INTERRUPT_LINE, b"\xff", b"\xff")
         pin = space.device_int(pciregs.INTERRUPT_PIN, 1)
-        irq = self._device.irqs.get(INTX)
-        if irq is None or not irq.count or not 1 <= pin <= _PINS:
+        sink = VfioInterrupts(self._device, INTX)
+        if not sink.count or not 1 <= pin <= _PINS:
             pin = 0
         space.emulate(pciregs.INTERRUPT_PIN, bytes([pin]))
         if pin:
-            self._intx = Intx(wiring.vm, self._device, wiring.gsis[pin - 1])
+            self._intx = Intx(wiring.vm, sink, wiring.gsis[pin - 1])
 
     def _make_capabilities(self) -> dict[int, int]:
         """Offsets of the conventional ones that are shown, by identifier."""
@@ -82,7 +113,7 @@ class AssignedFunction:
         absent = {
             number
             for number, index in ((pciregs.CAP_MSI, MSI), (pciregs.CAP_MSIX, MSIX))
-            if index not in self._device.irqs or not self._device.irqs[index].count
+            if not VfioInterrupts(self._device, index).count
         }
         shown = capabilities.link(space, pciregs.capabilities(read), frozenset(absent))
         if self._device.config.size >= pciregs.EXTENDED_SIZE:
@@ -96,12 +127,12 @@ class AssignedFunction:
         """MSI and MSI-X; the latter's table and pending bits as traps, by the number of their BAR."""
         traps: dict[int, list[Trap]] = {}
         if at := shown.get(pciregs.CAP_MSI):
-            self._msi = Msi(wiring.vm, wiring.routes, self._device, self._space, at)
+            self._msi = Msi(wiring.vm, wiring.routes, VfioInterrupts(self._device, MSI), self._space, at)
         if at := shown.get(pciregs.CAP_MSIX):
             space = self._space
             own = pciregs.msix(space.device_int, at)
             self._msix_at = at
-            self._msix = Msix(wiring.vm, wiring.routes, self._device, own.vectors)
+            self._msix = Msix(wiring.vm, wiring.routes, VfioInterrupts(self._device, MSIX), own.vectors)
             writable = pciregs.MSIX_ENABLE | pciregs.MSIX_MASK_ALL
             space.emulate(at + 2, (own.vectors - 1).to_bytes(2, "little"), writable.to_bytes(2, "little"))
             places = own.table_offset | own.table_bar, own.pba_offset | own.pba_bar

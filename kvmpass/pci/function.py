@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,3 +48,39 @@ class BarSource(Protocol):
 
     def write(self, offset: int, data: bytes) -> None:
         """``data`` is 1, 2, 4 or 8 bytes long, all of it inside. ``OSError``: the write is lost."""
+
+
+class InterruptSink(Protocol):
+    """What raises a function's MSI or MSI-X vectors: it is told which eventfd to signal for each.
+
+    Synchronization: called with the bus lock held; eventfds may be signalled from anywhere, until they are replaced
+    or ``disable_irqs`` has returned.
+    """
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+
+    @property
+    def count(self) -> int:
+        """How many vectors there are."""
+
+    @property
+    def resizable(self) -> bool:
+        """Whether ``set_irqs`` can add vectors to those that are on; else all are turned off and on again."""
+
+    def set_irqs(self, start: int, eventfds: Sequence[int]) -> None:
+        """Signal ``eventfds`` for the vectors from ``start`` on; -1: for none. The first call turns them on.
+
+        Raises ``OSError`` (``ENOSPC``: fewer may be possible); then everything is as before.
+        """
+
+    def disable_irqs(self) -> None:
+        """Turn them off: no eventfd is signalled any more. Harmless where they are. Raises ``OSError``."""
+
+
+class PinSink(InterruptSink, Protocol):
+    """What drives INTx: one vector, of a line that stays masked from when it is signalled until it is unmasked."""
+
+    def set_unmask_eventfd(self, eventfd: int) -> None:
+        """Unmask the line whenever ``eventfd`` is signalled. Raises ``OSError``."""

@@ -1,4 +1,4 @@
-"""INTx of an assigned function: one level-triggered line, without an exit to us.
+"""INTx in the guest: one level-triggered line, without an exit to us.
 
 VFIO masks the line in the device and signals an eventfd; KVM raises the guest's IOAPIC input. When the guest ends the
 interrupt KVM signals the resample descriptor, on which VFIO unmasks: a device that still asserts its pin interrupts
@@ -13,8 +13,7 @@ from contextlib import ExitStack
 from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
 from kvmpass.kvm import Vm
-from kvmpass.vfio import Device
-from kvmpass.vfio.device import INTX
+from kvmpass.pci.function import PinSink
 
 log = limited_log(__name__)
 
@@ -22,13 +21,13 @@ log = limited_log(__name__)
 class Intx:
     """The function's pin, routed to ``gsi``. Synchronization: called with the bus lock held."""
 
-    def __init__(self, vm: Vm, device: Device, gsi: int) -> None:
+    def __init__(self, vm: Vm, sink: PinSink, gsi: int) -> None:
         self._vm = vm
-        self._device = device
+        self._sink = sink
         self._gsi = gsi
-        self._eventfds: tuple[int, int] | None = None  # what VFIO signals, and what makes it unmask the pin
+        self._eventfds: tuple[int, int] | None = None  # what the sink signals, and what makes it unmask the pin
         self._heard = False  # whether KVM has them
-        self._signalled = False  # whether VFIO has them
+        self._signalled = False  # whether the sink has them
 
     @property
     def active(self) -> bool:
@@ -47,13 +46,13 @@ class Intx:
             self._vm.irqfd_resample(trigger, self._gsi, unmask)
             self._heard = True
             self._signalled = True  # turning it off is harmless if the next step fails
-            self._device.set_irqs(INTX, 0, [trigger])
-            # An interrupt that came in between has signalled the descriptor: VFIO looks when it gets it.
-            self._device.set_unmask_eventfd(INTX, unmask)
+            self._sink.set_irqs(0, [trigger])
+            # An interrupt that came in between has signalled the descriptor: the sink looks when it gets it.
+            self._sink.set_unmask_eventfd(unmask)
             undo.pop_all()
 
     def disable(self) -> None:
-        """VFIO first, then KVM. Runs every step even if one fails; idempotent.
+        """The sink first, then KVM. Runs every step even if one fails; idempotent.
 
         Raises ``OSError``: what failed stays as it is, and ``disable`` can be called again.
         """
@@ -64,7 +63,7 @@ class Intx:
 
     def _stop_signalling(self) -> None:
         if self._signalled:
-            self._device.disable_irqs(INTX)
+            self._sink.disable_irqs()
             self._signalled = False
 
     def _stop_hearing(self) -> None:

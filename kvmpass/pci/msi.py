@@ -1,6 +1,6 @@
-"""MSI of an assigned function: the capability that the guest sees, and its vectors (PCI Local Bus 3.0, 6.8.1).
+"""MSI in the guest: the capability that it sees, and its vectors (PCI Local Bus 3.0, 6.8.1).
 
-The device's own address and data belong to the host (VFIO programs them); the guest's are here.
+An assigned device's own address and data belong to the host (VFIO programs them); the guest's are here.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.pci.configspace import ConfigSpace
+from kvmpass.pci.function import InterruptSink
 from kvmpass.pci.vector import MessageVector, is_message
-from kvmpass.vfio import Device
-from kvmpass.vfio.device import MSI
 
 log = limited_log(__name__)
 
@@ -25,18 +24,18 @@ class Msi:
     Synchronization: called with the bus lock held.
     """
 
-    def __init__(self, vm: Vm, routes: IrqRoutes, device: Device, space: ConfigSpace, at: int) -> None:
-        self._device = device
+    def __init__(self, vm: Vm, routes: IrqRoutes, sink: InterruptSink, space: ConfigSpace, at: int) -> None:
+        self._sink = sink
         self._space = space
         self.start = at
         own = pciregs.msi(space.device_int, at)
         wide, self._maskable = own.address64, own.maskable
-        capable = min(own.vectors, max(device.irqs[MSI].count, 1), 32).bit_length() - 1
+        capable = min(own.vectors, max(sink.count, 1), 32).bit_length() - 1
         self._vectors = [MessageVector(vm, routes) for _ in range(1 << capable)]
         self._wide = wide
         self._data_at = at + (12 if wide else 8)
         self._mask_at = at + (16 if wide else 12)
-        self._asked = self._signalled = 0  # how many the guest wants, and how many VFIO signals
+        self._asked = self._signalled = 0  # how many the guest wants, and how many are signalled
 
         kept = capable << pciregs.MSI_MULTIPLE_CAPABLE_SHIFT
         kept |= pciregs.MSI_64BIT * wide | pciregs.MSI_MASKABLE * self._maskable
@@ -74,21 +73,21 @@ class Msi:
                 self._signal(asked)
             self._connect()
         except OSError as error:
-            log.warning("%s MSI: %s", self._device.name, error)
+            log.warning("%s MSI: %s", self._sink.name, error)
 
     def _signal(self, asked: int) -> None:
         """As many as the host has, down to one: the device then raises those that it has been given."""
         wanted = asked
         while not self._signalled:
             try:
-                self._device.set_irqs(MSI, 0, [vector.eventfd for vector in self._vectors[:wanted]])
+                self._sink.set_irqs(0, [vector.eventfd for vector in self._vectors[:wanted]])
                 self._signalled = wanted
             except OSError as error:
                 if error.errno != errno.ENOSPC or wanted == 1:
                     raise
                 wanted //= 2
         if wanted < asked:
-            log.warning("%s MSI: the host has %d vectors, the guest wants %d", self._device.name, wanted, asked)
+            log.warning("%s MSI: the host has %d vectors, the guest wants %d", self._sink.name, wanted, asked)
 
     def _connect(self) -> None:
         address = self._space.get(self.start + 4, 4)
@@ -112,6 +111,6 @@ class Msi:
 
     def _close_vectors(self) -> None:
         if self._signalled:
-            self._device.disable_irqs(MSI)
+            self._sink.disable_irqs()
             self._signalled = 0
         run_all(vector.close for vector in self._vectors)

@@ -1,8 +1,8 @@
-"""MSI-X of an assigned function: the table that the guest sees, and its vectors (PCI Local Bus 3.0, 6.8.2).
+"""MSI-X in the guest: the table that it sees, and its vectors (PCI Local Bus 3.0, 6.8.2).
 
-The device's own table belongs to the host (VFIO programs it, through the interrupt remapping tables); the guest's is
-here. A vector costs nothing until the guest unmasks it; a masked one keeps its eventfd, which remembers what the
-device raised until then.
+An assigned device's own table belongs to the host (VFIO programs it, through the interrupt remapping tables); the
+guest's is here. A vector costs nothing until the guest unmasks it; a masked one keeps its eventfd, which remembers
+what the device raised until then.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
 from kvmpass.kvm import IrqRoutes, Vm
+from kvmpass.pci.function import InterruptSink
 from kvmpass.pci.vector import MessageVector, is_message
 from kvmpass.pciregs import MSIX_ENABLE, MSIX_ENTRY_SIZE, MSIX_MASK_ALL
-from kvmpass.vfio import Device
-from kvmpass.vfio.device import MSIX
 
 log = limited_log(__name__)
 
@@ -27,12 +26,12 @@ class Msix:
     Synchronization: called with the bus lock held.
     """
 
-    def __init__(self, vm: Vm, routes: IrqRoutes, device: Device, vectors: int) -> None:
-        self._device = device
+    def __init__(self, vm: Vm, routes: IrqRoutes, sink: InterruptSink, vectors: int) -> None:
+        self._sink = sink
         self._table = bytearray(_RESET_ENTRY * vectors)
         self._vectors = [MessageVector(vm, routes) for _ in range(vectors)]
-        self._signalled: set[int] = set()  # what VFIO signals
-        self._resizable = device.irqs[MSIX].resizable
+        self._signalled: set[int] = set()  # what the sink signals
+        self._resizable = sink.resizable
         self._enabled = False
         self._mask_all = False
         self.pending = PendingBits(self._vectors)
@@ -61,7 +60,7 @@ class Msix:
             try:
                 self.disable()
             except OSError as error:
-                log.warning("%s MSI-X: %s", self._device.name, error)
+                log.warning("%s MSI-X: %s", self._sink.name, error)
         self._enabled = enable
         if enable:
             numbers = range(len(self._vectors))
@@ -87,7 +86,7 @@ class Msix:
 
     def _stop_signalling(self) -> None:
         if self._signalled:
-            self._device.disable_irqs(MSIX)
+            self._sink.disable_irqs()
             self._signalled.clear()
 
     # --- one vector
@@ -113,15 +112,14 @@ class Msix:
             elif number in self._signalled:
                 vector.connect(*message)
         except OSError as error:
-            log.warning("%s MSI-X vector %d: %s", self._device.name, number, error)
+            log.warning("%s MSI-X vector %d: %s", self._sink.name, number, error)
 
-    # --- what VFIO signals
+    # --- what the sink signals
 
     def _signal(self, numbers: set[int]) -> None:
-        """Let VFIO signal these vectors' eventfds too. Where the host has too few vectors the lowest get them.
+        """Let the sink signal these vectors' eventfds too. Where the host has too few vectors the lowest get them.
 
-        From Linux 6.5 on one can be added to those that are on (``VFIO_IRQ_INFO_NORESIZE``); before, all are turned
-        off and on again: once, however many are new.
+        A sink that is not resizable (VFIO before Linux 6.5) is turned off and on again: once, however many are new.
         """
         new = sorted(numbers - self._signalled)
         if self._resizable and self._signalled:
@@ -138,17 +136,17 @@ class Msix:
             if len(new) > 1:
                 half = len(new) // 2
                 return self._add(new[:half]) and self._add(new[half:])
-            log.warning("%s MSI-X vector %d: %s", self._device.name, new[0], error)
+            log.warning("%s MSI-X vector %d: %s", self._sink.name, new[0], error)
             try:
                 self._vectors[new[0]].close()
             except OSError as left:
-                log.warning("%s MSI-X vector %d: %s", self._device.name, new[0], left)
+                log.warning("%s MSI-X vector %d: %s", self._sink.name, new[0], left)
             return False
 
     def _set(self, new: list[int]) -> None:
         """Raises ``OSError``: then the others are signalled as before."""
         if self._resizable and self._signalled:
-            self._device.set_irqs(MSIX, new[0], [self._vectors[new[0]].eventfd])
+            self._sink.set_irqs(new[0], [self._vectors[new[0]].eventfd])
         else:
             before = sorted(self._signalled)
             self._stop_signalling()
@@ -164,7 +162,7 @@ class Msix:
         """Vectors that nobody asked for yet get no eventfd (-1)."""
         wanted = set(numbers)
         eventfds = [self._vectors[n].eventfd if n in wanted else -1 for n in range(max(numbers) + 1)]
-        self._device.set_irqs(MSIX, 0, eventfds)
+        self._sink.set_irqs(0, eventfds)
         self._signalled = wanted
 
 

@@ -1,4 +1,4 @@
-"""One message-signalled interrupt: an eventfd that VFIO signals and KVM turns into the guest's message."""
+"""One message-signalled interrupt: an eventfd that its sink signals and KVM turns into the guest's message."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class MessageVector:
 
     @property
     def eventfd(self) -> int:
-        """For VFIO to signal; made when first asked for."""
+        """For the sink to signal; made when first asked for."""
         if self._eventfd < 0:
             self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         return self._eventfd
@@ -82,7 +82,7 @@ class MessageVector:
             self._gsi = -1
 
     def close(self) -> None:
-        """Disconnect, and close the eventfd: VFIO must not signal it any more. Raises as ``disconnect`` does."""
+        """Disconnect, and close the eventfd: the sink must not signal it any more. Raises as ``disconnect`` does."""
         try:
             self.disconnect()
         finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.fake_interrupts import FakeDevice, FakeKvm
 
+from kvmpass.pci.assigned import VfioInterrupts
 from kvmpass.pci.msix import Msix, PendingBits
 from kvmpass.pciregs import MSIX_ENABLE, MSIX_MASK_ALL
 from kvmpass.vfio.device import MSIX
@@ -23,7 +24,7 @@ class Table:
     def __init__(self, vectors: int = 5, *, resizable: bool = True) -> None:
         self.before = descriptors()
         self.kvm, self.device = FakeKvm(), FakeDevice(msix=vectors, resizable=resizable)
-        self.msix = Msix(self.kvm, self.kvm, self.device, vectors)  # type: ignore[arg-type]
+        self.msix = Msix(self.kvm, self.kvm, VfioInterrupts(self.device, MSIX), vectors)  # type: ignore[arg-type]
 
     def program(self, vector: int, address: int = ADDRESS, data: int | None = None, masked: int = 0) -> None:
         self.msix.write(16 * vector, address.to_bytes(8, "little"))
