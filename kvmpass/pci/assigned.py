@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
-from kvmpass.layout import Range
 from kvmpass.pci import capabilities
-from kvmpass.pci.bar import Bar, RomBar, Trap
+from kvmpass.pci.bar import Bar, RomBar
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.function import Wiring
 from kvmpass.pci.intx import Intx
@@ -78,16 +77,14 @@ class AssignedFunction:
         self._intx: Intx | None = None
         self._msi: Msi | None = None
         self._msix: Msix | None = None
-        self._msix_at = 0
         self._decoding = 0  # the bits of the command register that are in effect
         self._enabled = 0  # the same bits as they were last written: what VFIO goes by
         self._awake = True  # whether the power state was last written as D0
         with ExitStack() as undo:
             undo.callback(self.close)
             self._make_header(wiring)
-            shown = self._make_capabilities()
-            traps = self._make_messages(wiring, shown)
-            self._make_bars(wiring, traps)
+            self._make_messages(wiring, self._make_capabilities())
+            self._make_bars(wiring)
             self._update_intx()
             undo.pop_all()
 
@@ -123,31 +120,22 @@ class AssignedFunction:
         self._power_at = shown.get(pciregs.CAP_POWER, 0)
         return shown
 
-    def _make_messages(self, wiring: Wiring, shown: dict[int, int]) -> dict[int, list[Trap]]:
-        """MSI and MSI-X; the latter's table and pending bits as traps, by the number of their BAR."""
-        traps: dict[int, list[Trap]] = {}
+    def _make_messages(self, wiring: Wiring, shown: dict[int, int]) -> None:
+        vm, routes, space = wiring.vm, wiring.routes, self._space
         if at := shown.get(pciregs.CAP_MSI):
-            self._msi = Msi(wiring.vm, wiring.routes, VfioInterrupts(self._device, MSI), self._space, at)
+            sink = VfioInterrupts(self._device, MSI)
+            self._msi = Msi(vm, routes, sink, space, at, pciregs.msi(space.device_int, at))
         if at := shown.get(pciregs.CAP_MSIX):
-            space = self._space
-            own = pciregs.msix(space.device_int, at)
-            self._msix_at = at
-            self._msix = Msix(wiring.vm, wiring.routes, VfioInterrupts(self._device, MSIX), own.vectors)
-            writable = pciregs.MSIX_ENABLE | pciregs.MSIX_MASK_ALL
-            space.emulate(at + 2, (own.vectors - 1).to_bytes(2, "little"), writable.to_bytes(2, "little"))
-            places = own.table_offset | own.table_bar, own.pba_offset | own.pba_bar
-            space.emulate(at + 4, b"".join(place.to_bytes(4, "little") for place in places))
-            table, pending = Range(own.table_offset, own.table_size), Range(own.pba_offset, own.pba_size)
-            traps.setdefault(own.table_bar, []).append(Trap(table, self._msix))
-            traps.setdefault(own.pba_bar, []).append(Trap(pending, self._msix.pending))
-        return traps
+            sink = VfioInterrupts(self._device, MSIX)
+            self._msix = Msix(vm, routes, sink, space, at, pciregs.msix(space.device_int, at))
 
-    def _make_bars(self, wiring: Wiring, traps: dict[int, list[Trap]]) -> None:
+    def _make_bars(self, wiring: Wiring) -> None:
         for index in range(pciregs.BARS):
             region = self._device.regions.get(BAR0 + index)
             if region is not None:
                 flags = self._space.device_int(pciregs.BAR0 + 4 * index, 4)
-                self._bars[index] = Bar(f"bar{index}", region, flags, wiring, traps.get(index, ()))
+                traps = self._msix.traps(index) if self._msix else ()
+                self._bars[index] = Bar(f"bar{index}", region, flags, wiring, traps)
         if rom := self._device.regions.get(ROM):
             self._rom = RomBar(rom, wiring)
         for index in self._bars:
@@ -176,7 +164,7 @@ class AssignedFunction:
     @property
     def interrupt(self) -> str:
         """What the guest uses now: ``MSI-X``, ``MSI``, ``INTx`` or ``none``."""
-        if self._msix and self._space.get(self._msix_at + 2, 2) & pciregs.MSIX_ENABLE:
+        if self._msix and self._msix.enabled:
             return "MSI-X"
         if self._msi and self._msi.enabled:
             return "MSI"
@@ -211,13 +199,12 @@ class AssignedFunction:
 
     def _update_msix(self) -> None:
         assert self._msix is not None
-        value = self._space.get(self._msix_at + 2, 2)
-        if value & pciregs.MSIX_ENABLE:
+        if self._msix.enabled:
             self._stop_msi()
             self._update_intx()
-            self._msix.set_control(value)
+            self._msix.update()
         else:
-            self._msix.set_control(value)
+            self._msix.update()
             if self._msi and self._msi.enabled:
                 self._update_msi()
             self._update_intx()
@@ -249,7 +236,7 @@ class AssignedFunction:
             self._space.write(offset, data)
             if self._msi and offset < self._msi.end and end > self._msi.start:
                 self._update_msi()
-            if self._msix and offset <= self._msix_at + 3 < end:
+            if self._msix and offset <= self._msix.start + 3 < end:
                 self._update_msix()
 
     # VFIO lets an access of the device's memory pass while the command register was last *written* with decoding on

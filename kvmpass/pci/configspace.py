@@ -38,17 +38,18 @@ class Registers(Protocol):
 class ConfigSpace:
     """4096 bytes, each the device's or emulated. Of an emulated byte the guest changes its writable bits only.
 
-    A device with 256 bytes has emulated zeroes above them. Which bytes of the device's can be written, and what a
-    write does to them, VFIO decides (drivers/vfio/pci/vfio_pci_config.c). Offsets and sizes are inside the space.
+    Without a device all of them are emulated, as zeroes; of one with 256 bytes those above. Which bytes of a device
+    can be written, and what a write does to them, VFIO decides (drivers/vfio/pci/vfio_pci_config.c). Offsets and
+    sizes are inside the space.
     """
 
-    def __init__(self, device: Registers) -> None:
+    def __init__(self, device: Registers | None = None) -> None:
         self._device = device
         self._value = bytearray(EXTENDED_SIZE)
         self._emulated = bytearray(EXTENDED_SIZE)  # 0xff for each byte that the device is not asked for
         self._writable = bytearray(EXTENDED_SIZE)
-        if device.size < EXTENDED_SIZE:
-            self.emulate(device.size, bytes(EXTENDED_SIZE - device.size))
+        if self.device_size < EXTENDED_SIZE:
+            self.emulate(self.device_size, bytes(EXTENDED_SIZE - self.device_size))
 
     def emulate(self, offset: int, data: bytes, writable: bytes = b"") -> None:
         """From now on the bytes at ``offset`` are ours; ``writable`` masks the bits that the guest may change."""
@@ -60,7 +61,7 @@ class ConfigSpace:
     @property
     def device_size(self) -> int:
         """Bytes that the device itself has."""
-        return self._device.size
+        return self._device.size if self._device else 0
 
     def get(self, offset: int, size: int) -> int:
         """An emulated register's value."""
@@ -71,15 +72,16 @@ class ConfigSpace:
         self._value[offset : offset + size] = value.to_bytes(size, "little")
 
     def device_int(self, offset: int, size: int) -> int:
-        """A register of the device; 0 where VFIO refuses."""
-        return guarded(lambda: self._device.read_int(offset, size), 0)
+        """A register of the device; 0 where VFIO refuses, or without one."""
+        device = self._device
+        return guarded(lambda: device.read_int(offset, size), 0) if device else 0
 
     def read(self, offset: int, size: int) -> bytes:
         end = offset + size
-        own, ours = bytes(self._value[offset:end]), self._emulated[offset:end]
-        if all(ours):
+        own, ours, device = bytes(self._value[offset:end]), self._emulated[offset:end], self._device
+        if device is None or all(ours):
             return own
-        theirs = guarded(lambda: self._device.read(offset, size), b"\xff" * size)
+        theirs = guarded(lambda: device.read(offset, size), b"\xff" * size)
         return bytes(a if mine else b for a, b, mine in zip(own, theirs, ours, strict=True))
 
     def write(self, offset: int, data: bytes) -> bool:
@@ -98,11 +100,13 @@ class ConfigSpace:
         return taken & self._pass(offset + len(data) - len(run), run)
 
     def _pass(self, offset: int, run: bytearray) -> bool:
-        data = bytes(run)
+        data, device = bytes(run), self._device
         run.clear()
-
-        def write() -> bool:
-            self._device.write(offset, data)
+        if device is None or not data:
             return True
 
-        return not data or guarded(write, False)
+        def write() -> bool:
+            device.write(offset, data)
+            return True
+
+        return guarded(write, False)

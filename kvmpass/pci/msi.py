@@ -14,21 +14,23 @@ from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.function import InterruptSink
 from kvmpass.pci.vector import MessageVector, is_message
+from kvmpass.pciregs import MsiRegisters
 
 log = limited_log(__name__)
 
 
 class Msi:
-    """The capability at ``at`` of ``space``. ``update`` never raises for what a guest writes.
+    """The capability at ``at`` of ``space``, which is ``own``'s. ``update`` never raises for what a guest writes.
 
     Synchronization: called with the bus lock held.
     """
 
-    def __init__(self, vm: Vm, routes: IrqRoutes, sink: InterruptSink, space: ConfigSpace, at: int) -> None:
+    def __init__(
+        self, vm: Vm, routes: IrqRoutes, sink: InterruptSink, space: ConfigSpace, at: int, own: MsiRegisters
+    ) -> None:
         self._sink = sink
         self._space = space
         self.start = at
-        own = pciregs.msi(space.device_int, at)
         wide, self._maskable = own.address64, own.maskable
         capable = min(own.vectors, max(sink.count, 1), 32).bit_length() - 1
         self._vectors = [MessageVector(vm, routes) for _ in range(1 << capable)]

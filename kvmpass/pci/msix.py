@@ -10,9 +10,12 @@ from __future__ import annotations
 from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
 from kvmpass.kvm import IrqRoutes, Vm
+from kvmpass.layout import Range
+from kvmpass.pci.bar import Trap
+from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.function import InterruptSink
 from kvmpass.pci.vector import MessageVector, is_message
-from kvmpass.pciregs import MSIX_ENABLE, MSIX_ENTRY_SIZE, MSIX_MASK_ALL
+from kvmpass.pciregs import MSIX_ENABLE, MSIX_ENTRY_SIZE, MSIX_MASK_ALL, MsixRegisters
 
 log = limited_log(__name__)
 
@@ -21,20 +24,42 @@ _VECTOR_MASKED = 1
 
 
 class Msix:
-    """The function's vectors. ``write`` and ``set_control`` never raise for what a guest writes.
+    """The capability at ``at`` of ``space``, which is ``own``'s. ``write`` and ``update`` never raise for a guest.
+
+    The function links the capability and gives its BARs their ``traps``.
 
     Synchronization: called with the bus lock held.
     """
 
-    def __init__(self, vm: Vm, routes: IrqRoutes, sink: InterruptSink, vectors: int) -> None:
+    def __init__(
+        self, vm: Vm, routes: IrqRoutes, sink: InterruptSink, space: ConfigSpace, at: int, own: MsixRegisters
+    ) -> None:
         self._sink = sink
-        self._table = bytearray(_RESET_ENTRY * vectors)
-        self._vectors = [MessageVector(vm, routes) for _ in range(vectors)]
+        self._space = space
+        self._own = own
+        self.start = at
+        self._table = bytearray(_RESET_ENTRY * own.vectors)
+        self._vectors = [MessageVector(vm, routes) for _ in range(own.vectors)]
         self._signalled: set[int] = set()  # what the sink signals
         self._resizable = sink.resizable
         self._enabled = False
         self._mask_all = False
-        self.pending = PendingBits(self._vectors)
+        writable = MSIX_ENABLE | MSIX_MASK_ALL
+        space.emulate(at + 2, (own.vectors - 1).to_bytes(2, "little"), writable.to_bytes(2, "little"))
+        for offset, place in ((4, own.table_offset | own.table_bar), (8, own.pba_offset | own.pba_bar)):
+            space.emulate(at + offset, place.to_bytes(4, "little"))
+
+    def traps(self, bar: int) -> list[Trap]:
+        """The table and the pending bits, as far as they are in the BAR of this number."""
+        own = self._own
+        table = Trap(Range(own.table_offset, own.table_size), self)
+        pending = Trap(Range(own.pba_offset, own.pba_size), PendingBits(self._vectors))
+        return [trap for at, trap in ((own.table_bar, table), (own.pba_bar, pending)) if at == bar]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the guest has turned it on."""
+        return bool(self._space.get(self.start + 2, 2) & MSIX_ENABLE)
 
     def read(self, offset: int, size: int) -> bytes:
         """Of the table. ``offset + size`` is inside it."""
@@ -52,10 +77,10 @@ class Msix:
         if self._enabled:
             self._update(offset // MSIX_ENTRY_SIZE)
 
-    def set_control(self, value: int) -> None:
-        """The guest wrote the capability's message control."""
-        self._mask_all = bool(value & MSIX_MASK_ALL)
-        enable = bool(value & MSIX_ENABLE)
+    def update(self) -> None:
+        """The guest has written message control."""
+        self._mask_all = bool(self._space.get(self.start + 2, 2) & MSIX_MASK_ALL)
+        enable = self.enabled
         if self._enabled and not enable:
             try:
                 self.disable()

@@ -190,3 +190,11 @@ def test_a_write_says_whether_vfio_took_all_of_it(device: Device, space: ConfigS
     device.write = first_refused  # type: ignore[method-assign]
     assert space.write(0x40, b"pqr") is False
     assert device.data[0x42] == ord("r"), "the rest of it is written"
+
+
+def test_without_a_device_all_is_emulated() -> None:
+    space = ConfigSpace()
+    assert (space.device_size, space.device_int(0, 4), space.read(0, 4096)) == (0, 0, bytes(4096))
+    space.emulate(0x40, b"\1\2", b"\xf0")
+    assert space.write(0x3F, b"\xff" * 4), "nobody else is asked"
+    assert space.read(0x3F, 4) == b"\0\xf1\2\0"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.fake_interrupts import FakeDevice, FakeKvm
 
+from kvmpass import pciregs
 from kvmpass.pci.assigned import VfioInterrupts
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.msi import Msi
@@ -48,7 +49,8 @@ class Capability:
         self.registers = Registers(capable << 1 | flags)
         self.space = ConfigSpace(self.registers)
         self.space.emulate(0xF0, b"\x12\x34", b"\xff\0")  # somebody else's, above it
-        self.msi = Msi(self.kvm, self.kvm, VfioInterrupts(self.device, MSI), self.space, AT)  # type: ignore[arg-type]
+        sink, own = VfioInterrupts(self.device, MSI), pciregs.msi(self.space.device_int, AT)  # type: ignore[arg-type]
+        self.msi = Msi(self.kvm, self.kvm, sink, self.space, AT, own)  # type: ignore[arg-type]
         self.data_at = 12 if flags & WIDE else 8
         self.mask_at = self.data_at + 4
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.fake_interrupts import FakeDevice, FakeKvm
 
+from kvmpass.layout import Range
 from kvmpass.pci.assigned import VfioInterrupts
+from kvmpass.pci.bar import Trapped
+from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.msix import Msix, PendingBits
-from kvmpass.pciregs import MSIX_ENABLE, MSIX_MASK_ALL
+from kvmpass.pciregs import MSIX_ENABLE, MSIX_MASK_ALL, MsixRegisters
 from kvmpass.vfio.device import MSIX
 
-ADDRESS = 0xFEE0_1000
+AT, PENDING_AT, ADDRESS = 0x40, 0x8000, 0xFEE0_1000
 ON, MASKED = MSIX_ENABLE, MSIX_ENABLE | MSIX_MASK_ALL
 
 
@@ -24,7 +28,19 @@ class Table:
     def __init__(self, vectors: int = 5, *, resizable: bool = True) -> None:
         self.before = descriptors()
         self.kvm, self.device = FakeKvm(), FakeDevice(msix=vectors, resizable=resizable)
-        self.msix = Msix(self.kvm, self.kvm, VfioInterrupts(self.device, MSIX), vectors)  # type: ignore[arg-type]
+        self.space = ConfigSpace()
+        sink, own = VfioInterrupts(self.device, MSIX), MsixRegisters(vectors, False, 0, 0, 0, PENDING_AT)  # type: ignore[arg-type]
+        self.msix = Msix(self.kvm, self.kvm, sink, self.space, AT, own)  # type: ignore[arg-type]
+
+    def set_control(self, value: int) -> None:
+        self.space.write(AT + 2, value.to_bytes(2, "little"))
+        self.msix.update()
+
+    @property
+    def pending(self) -> Trapped:
+        [(range_, bits)] = [trap for trap in self.msix.traps(0) if trap.range.start]
+        assert range_.start == PENDING_AT
+        return bits
 
     def program(self, vector: int, address: int = ADDRESS, data: int | None = None, masked: int = 0) -> None:
         self.msix.write(16 * vector, address.to_bytes(8, "little"))
@@ -76,6 +92,19 @@ def test_bits_of_the_capability() -> None:
     assert (MSIX_ENABLE, MSIX_MASK_ALL) == (0x8000, 0x4000)
 
 
+def test_the_capability_says_where_the_table_is() -> None:
+    """Its reserved bits and its places are read-only, and each BAR has what is in it."""
+    space, kvm, own = ConfigSpace(), FakeKvm(), MsixRegisters(65, False, 2, 0x1000, 4, 0x800)
+    msix = Msix(kvm, kvm, VfioInterrupts(FakeDevice(msix=65), MSIX), space, AT, own)  # type: ignore[arg-type]
+    assert space.read(AT + 2, 10) == struct.pack("<HII", 64, 0x1002, 0x804)
+    assert [trap.range for trap in msix.traps(2)] == [Range(0x1000, 65 * 16)]
+    assert [trap.range for trap in msix.traps(4)] == [Range(0x800, 16)]
+    assert msix.traps(0) == []
+    space.write(AT + 2, b"\xff" * 10)
+    assert space.read(AT + 2, 10) == struct.pack("<HII", 64 | MSIX_ENABLE | MSIX_MASK_ALL, 0x1002, 0x804)
+    assert msix.enabled
+
+
 def test_after_a_reset_every_vector_is_masked(table: Table) -> None:
     assert table.msix.read(0, 80) == (bytes(12) + b"\1\0\0\0") * 5
 
@@ -111,15 +140,15 @@ def test_other_accesses_change_nothing(table: Table, offset: int, size: int) -> 
 
 def test_enabling_costs_one_call_and_no_route(table: Table) -> None:
     """Vector 0 turns MSI-X on in the device; the guest's masks are kept here."""
-    table.msix.set_control(ON)
+    table.set_control(ON)
     assert table.device.calls == [("set", MSIX, 0, 1)]
     assert table.kvm.log == []
-    table.msix.set_control(ON)
+    table.set_control(ON)
     assert len(table.device.calls) == 1
 
 
 def test_an_unmasked_vector_is_delivered(table: Table) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     for vector in (3, 0, 4):
         table.program(vector)
     assert table.connected == [0, 3, 4]
@@ -134,14 +163,14 @@ def test_programmed_before_it_is_enabled(table: Table) -> None:
     table.program(0)
     table.program(2)
     assert table.device.calls == []
-    table.msix.set_control(MASKED)
+    table.set_control(MASKED)
     assert (table.device.active, table.connected) == (MSIX, [])
-    table.msix.set_control(ON)
+    table.set_control(ON)
     assert table.connected == [0, 2]
 
 
 def test_each_part_of_a_message_counts(table: Table) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(1)
     table.msix.write(16, (ADDRESS + 0x2000).to_bytes(4, "little"))
     assert table.kvm.messages == {(ADDRESS + 0x2000, 0x41)}
@@ -156,7 +185,7 @@ def test_each_part_of_a_message_counts(table: Table) -> None:
 
 
 def test_all_bits_of_the_data_are_delivered(table: Table) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     for data in (0xFFFF_FFFF, 0x8000_0000, 1):
         table.program(1, data=data)
         assert table.kvm.messages == {(ADDRESS, data)}
@@ -165,16 +194,16 @@ def test_all_bits_of_the_data_are_delivered(table: Table) -> None:
 
 
 def test_masks_of_vector_and_function(table: Table) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(1)
     table.program(2)
     table.mask(1)
     assert table.connected == [2]
-    table.msix.set_control(MASKED)
+    table.set_control(MASKED)
     assert table.connected == []
     table.program(3)
     assert table.connected == []
-    table.msix.set_control(ON)
+    table.set_control(ON)
     assert table.connected == [2, 3]
     table.mask(1, 0)
     assert table.connected == [1, 2, 3]
@@ -183,41 +212,41 @@ def test_masks_of_vector_and_function(table: Table) -> None:
 
 
 def test_what_a_mask_held_back_comes_when_it_goes(table: Table) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(2)
     table.mask(2)
     table.interrupt(2)
-    assert (table.delivered, table.msix.pending.read(0, 8)) == ([], b"\4" + bytes(7))
+    assert (table.delivered, table.pending.read(0, 8)) == ([], b"\4" + bytes(7))
     table.mask(2, 0)
-    assert (table.delivered, table.msix.pending.read(0, 8)) == ([0x42], bytes(8))
-    table.msix.set_control(MASKED)
+    assert (table.delivered, table.pending.read(0, 8)) == ([0x42], bytes(8))
+    table.set_control(MASKED)
     table.interrupt(2)
-    assert table.msix.pending.read(0, 1) == b"\4"
-    table.msix.set_control(ON)
+    assert table.pending.read(0, 1) == b"\4"
+    table.set_control(ON)
     assert table.delivered == [0x42]
 
 
 def test_disabled_nothing_is_left(table: Table) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(1)
-    table.msix.set_control(0)
+    table.set_control(0)
     assert (table.kvm.routes, table.device.active, table.device.calls[-1]) == ({}, None, ("disable", MSIX))
     assert descriptors() == table.before
     table.program(3)
     assert (table.kvm.routes, table.device.active) == ({}, None)
-    table.msix.set_control(ON)
+    table.set_control(ON)
     assert table.connected == [1, 3], "the table is kept"
 
 
 def test_disabling_what_is_off_asks_nobody(table: Table) -> None:
-    table.msix.set_control(0)
-    table.msix.set_control(MSIX_MASK_ALL)
+    table.set_control(0)
+    table.set_control(MSIX_MASK_ALL)
     table.msix.disable()
     assert table.device.calls == [] == table.kvm.log
 
 
 def test_kvm_stops_listening_before_the_device_is_off(table: Table) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(0)
     order: list[object] = []
     table.kvm.log = table.device.calls = order  # type: ignore[assignment]
@@ -229,7 +258,7 @@ def test_kvm_stops_listening_before_the_device_is_off(table: Table) -> None:
 
 
 def test_a_vector_that_vfio_refuses_is_alone(table: Table) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(1)
     table.device.refusing = {"set"}
     open_before = descriptors()
@@ -242,7 +271,7 @@ def test_a_vector_that_vfio_refuses_is_alone(table: Table) -> None:
 
 
 def test_routes_that_run_out(table: Table) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.kvm.limit = 2
     for vector in range(4):
         table.program(vector)
@@ -254,7 +283,7 @@ def test_routes_that_run_out(table: Table) -> None:
 
 @pytest.mark.parametrize("call", ["add", "irqfd"])
 def test_a_vector_that_kvm_refuses_is_alone(table: Table, call: str) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(1)
     table.kvm.refusing = {call}
     table.program(2)
@@ -265,10 +294,10 @@ def test_a_vector_that_kvm_refuses_is_alone(table: Table, call: str) -> None:
 
 
 def test_a_device_that_is_not_turned_off_ends_no_guest(table: Table) -> None:
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(1)
     table.device.refusing = {"disable"}
-    table.msix.set_control(0)
+    table.set_control(0)
     assert table.kvm.routes == {}
     table.device.refusing = set()
     table.device.disable_irqs(MSIX)
@@ -279,7 +308,7 @@ def test_a_device_that_is_not_turned_off_ends_no_guest(table: Table) -> None:
 
 def test_new_vectors_restart_the_device_with_all_so_far() -> None:
     table = old_kernel()
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(3)
     assert (table.connected, table.device.wired) == ([3], {0, 3})
     table.program(1)
@@ -292,7 +321,7 @@ def test_new_vectors_restart_the_device_with_all_so_far() -> None:
 
 def test_where_the_restart_is_refused_the_others_come_back() -> None:
     table = old_kernel()
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(1)
     table.device.host = 3
     table.program(4)
@@ -307,7 +336,7 @@ def test_where_the_restart_is_refused_the_others_come_back() -> None:
 
 def test_a_host_without_any_vector(table: Table) -> None:
     table.device.host = 0
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(1)
     assert (table.connected, table.device.active) == ([], None)
     table.device.host = 5
@@ -337,7 +366,7 @@ def test_pending_bits_of_many_vectors() -> None:
 
 def test_the_last_of_many_vectors() -> None:
     table = Table(64)
-    table.msix.set_control(ON)
+    table.set_control(ON)
     table.program(63)
     table.interrupt(63)
     assert table.delivered == [0x40 + 63]
@@ -353,16 +382,16 @@ def test_old_kernels_restart_once_for_all_that_one_write_unmasks(monkeypatch: py
         monkeypatch.setattr(
             table.device, name, lambda *arguments, real=real, name=name: (calls.append(name), real(*arguments))[1]
         )
-    table.msix.set_control(MASKED)
+    table.set_control(MASKED)
     for vector in range(2048):
         table.program(vector, data=vector)
     assert calls == ["set_irqs"], "masked, only MSI-X itself is on"
-    table.msix.set_control(ON)
+    table.set_control(ON)
     assert calls == ["set_irqs", "disable_irqs", "set_irqs"]
     assert len(table.kvm.messages) == 2048
     calls.clear()
-    table.msix.set_control(MASKED)
-    table.msix.set_control(ON)
+    table.set_control(MASKED)
+    table.set_control(ON)
     assert calls == [], "they are on already"
     assert len(table.kvm.messages) == 2048
     table.close()
@@ -372,9 +401,9 @@ def test_old_kernels_with_too_few_vectors_give_the_lowest() -> None:
     """Found in a few tries, and the guest goes on with those."""
     table = Table(64, resizable=False)
     table.device.host = 21
-    table.msix.set_control(MASKED)
+    table.set_control(MASKED)
     for vector in range(64):
         table.program(vector)
-    table.msix.set_control(ON)
+    table.set_control(ON)
     assert table.connected == list(range(21))
     table.close()
