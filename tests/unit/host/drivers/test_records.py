@@ -20,7 +20,7 @@ from support.handover_stage import (
 )
 
 from kvmpass.errors import JournalError
-from kvmpass.host import bind, borrow, restore
+from kvmpass.host import bind, restore
 from kvmpass.host.drivers.lock import HostLock
 from kvmpass.host.drivers.steps import Step
 
@@ -125,14 +125,96 @@ def test_the_owner_of_an_unfinished_bind_may_live(one: Stage) -> None:
     assert one.host.state(NVME) == ("nvme", None)
 
 
-def test_an_entry_of_the_previous_version_is_read(one: Stage) -> None:
-    with borrow(NVME, sysfs=one.host, state_dir=one.state):
-        file = one.state / "journal" / f"{NVME}.json"
-        entry = json.loads(file.read_text())
-    for name in ("operation", "target", "target_override"):
-        del entry[name]
-    file.write_text(json.dumps(entry | {"pid": 999999}))
+# What an older version wrote, byte for byte: devices are bound before an upgrade and given back after it.
+OLD_RECORD = """{
+ "schema": 1,
+ "bdf": "0000:01:00.0",
+ "boot_id": "11111111-2222-3333-4444-555555555555",
+ "pid": 999999,
+ "start_time": 1331032,
+ "command": "kvmpass",
+ "driver": "nvme",
+ "override": null,
+ "power_control": "auto",
+ "d3cold_allowed": "1",
+ "step": "bound",
+ "operation": "bind",
+ "target": "vfio-pci",
+ "target_override": "vfio-pci",
+ "ids": "1022:1234:0000:0000"
+}
+"""
+OLD_UNBIND = """{
+ "schema": 1,
+ "bdf": "0000:01:00.0",
+ "boot_id": "11111111-2222-3333-4444-555555555555",
+ "pid": 999999,
+ "start_time": 1331032,
+ "command": "kvmpass",
+ "driver": "vfio-pci",
+ "override": "vfio-pci",
+ "power_control": "on",
+ "d3cold_allowed": "1",
+ "step": "return-probe",
+ "operation": "unbind",
+ "target": "nvme",
+ "target_override": null,
+ "ids": "1022:1234:0000:0000"
+}
+"""
+# Of a borrower, from before entries said for what they were written.
+OLDEST = """{
+ "schema": 1,
+ "bdf": "0000:01:00.0",
+ "boot_id": "11111111-2222-3333-4444-555555555555",
+ "pid": 999999,
+ "start_time": 1331032,
+ "command": "kvmpass",
+ "driver": "nvme",
+ "override": null,
+ "power_control": "auto",
+ "d3cold_allowed": "1",
+ "step": "unbind"
+}
+"""
+
+
+def old(made: Callable[[str], Stage], place: str, text: str) -> Stage:
+    """The device is bound, and of all files there is only that one."""
+    one = made("unbind")
+    (one.state / "bound" / f"{NVME}.json").unlink()
+    (one.state / place / f"{NVME}.json").write_text(text)
+    return one
+
+
+def test_a_device_that_an_older_version_has_bound(made: Callable[[str], Stage]) -> None:
+    one = old(made, "bound", OLD_RECORD)
+    assert one.restore() == []
+    assert [(result.outcome, result.after) for result in one.unbind(NVME)] == [("changed", "nvme")]
+    assert one.snapshot()[NVME] == ("nvme", None, "auto", "1")
+    assert list(one.state.glob("*/*")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        (OLD_RECORD, ("nvme", None, "auto", "1")),
+        (OLD_UNBIND, ("vfio-pci", "vfio-pci", "on", "1")),
+        (OLDEST, ("nvme", None, "auto", "1")),
+    ],
+)
+@pytest.mark.parametrize("driver", ["vfio-pci", "nvme", None])
+def test_what_an_older_version_left_when_it_was_killed(
+    made: Callable[[str], Stage], text: str, after: tuple[str, ...], driver: str | None
+) -> None:
+    """Wherever it was: on the first driver, on the second, or on none."""
+    one = old(made, "journal", text)
+    one.host.write(one.host.path("sys/bus/pci/drivers/vfio-pci/unbind"), NVME)
+    if driver is not None:
+        one.host._bind(NVME, driver)
     assert one.restore() == [(NVME, "restored")]
+    assert one.snapshot()[NVME] == after
+    assert list(one.state.glob("*/*")) == []
 
 
 # --- the lock
