@@ -10,8 +10,8 @@ import click
 from kvmpass import host
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF
-from kvmpass.host.drivers.handover import Handover
-from kvmpass.host.drivers.steps import MATCHING
+from kvmpass.host.drivers.bind import Handover
+from kvmpass.host.drivers.changes import MATCHING
 
 
 def _options(function: Callable[..., Any]) -> Callable[..., Any]:

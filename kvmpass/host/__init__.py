@@ -7,9 +7,9 @@ The packages below are the whole of it: ``view``, ``blockers``, ``doctor``, ``dr
 from kvmpass.host.address import Bdf
 from kvmpass.host.blockers import check_assignable
 from kvmpass.host.doctor import diagnose
-from kvmpass.host.drivers.borrowing import borrow
-from kvmpass.host.drivers.handover import bind, unbind
-from kvmpass.host.drivers.restoring import restore
+from kvmpass.host.drivers.bind import bind, unbind
+from kvmpass.host.drivers.borrow import borrow
+from kvmpass.host.drivers.restore import restore
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker, Problem

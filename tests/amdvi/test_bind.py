@@ -11,20 +11,20 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.at_step import AtStep
 from support.drivers import PCI, SYSFS, Child, facts, look, namespace, replug, set_driver, unplug
 from support.inside import SOAK
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
-from kvmpass.host import Bdf
-from kvmpass.host.drivers import binding
-from kvmpass.host.drivers.steps import Step
+from kvmpass.host.drivers.bind import Handover
+from kvmpass.host.drivers.changes import Step
 
 BINDING = [Step.RECORDED, Step.OVERRIDE, Step.UNBIND, Step.PROBE, Step.BOUND]
 UNBINDING = [
@@ -38,7 +38,6 @@ UNBINDING = [
 ]
 EVERY_STEP = [("bind", step) for step in BINDING] + [("unbind", step) for step in UNBINDING]
 SECONDS = 120.0 if SOAK else 6.0
-Hook = Callable[[Step, Bdf], object]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +63,7 @@ def driver(bdf: str) -> str | None:
     return look(bdf).driver
 
 
-def run(operation: str, *bdfs: str, **options: Any) -> list[host.drivers.handover.Handover]:
+def run(operation: str, *bdfs: str, **options: Any) -> list[Handover]:
     return (host.bind if operation == "bind" else host.unbind)(bdfs, **options)
 
 
@@ -80,22 +79,8 @@ def finish(bdf: str) -> None:
 
 
 @pytest.fixture
-def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[Step, Callable[[], object]], list[Step]]:
-    def arrange(wanted: Step, action: Callable[[], object]) -> list[Step]:
-        reached: list[Step] = []
-
-        def hook(step: Step, bdf: Bdf) -> None:
-            if step == wanted and not reached:
-                reached.append(step)
-                action()
-
-        monkeypatch.setattr(binding, "_step", hook)
-        return reached
-
-    return arrange
-
-
-AtStep = Callable[[Step, Callable[[], object]], list[Step]]
+def at_step() -> AtStep:
+    return AtStep()
 
 
 # --- there and back
@@ -266,7 +251,7 @@ def test_killed_at_each_step(operation: str, step: Step, nvme: str, state: Path,
     prepare(operation, nvme)
     before = facts(), files(state)
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    assert Child(lambda: run(operation, nvme)).wait() == -signal.SIGKILL
+    assert Child(lambda: run(operation, nvme, on_step=at_step.hook)).wait() == -signal.SIGKILL
     at_step(step, lambda: None)
     assert [(one.bdf, one.outcome, one.operation) for one in host.restore()] == [(nvme, "restored", operation)]
     assert (facts(), files(state)) == before
@@ -300,7 +285,7 @@ def test_interrupted_between_two_drivers(operation: str, step: Step, nvme: str, 
     prepare(operation, nvme)
     before = facts(), files(state)
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert Child(lambda: run(operation, nvme)).wait() == 7
+    assert Child(lambda: run(operation, nvme, on_step=at_step.hook)).wait() == 7
     at_step(step, lambda: None)
     assert (facts(), files(state)) == before
     finish(nvme)
@@ -314,7 +299,7 @@ def test_it_vanishes_while_it_is_bound(step: Step, edu: str, state: Path, at_ste
     at_step(step, lambda: unplug(edu))
     try:
         with pytest.raises(NoSuchDevice, match=f"there is no PCI device {edu} any more"):
-            host.bind([edu])
+            host.bind([edu], on_step=at_step.hook)
         assert files(state) == {}
         assert host.restore() == []
     finally:
@@ -323,11 +308,11 @@ def test_it_vanishes_while_it_is_bound(step: Step, edu: str, state: Path, at_ste
 
 @pytest.mark.parametrize("step", [Step.RETURN_PREPARE, Step.RETURN_PROBE, Step.RETURNED])
 def test_it_vanishes_while_it_is_given_back(step: Step, nvme: str, at_step: AtStep) -> None:
-    host.bind([nvme])
+    host.bind([nvme], on_step=at_step.hook)
     at_step(step, lambda: unplug(nvme))
     try:
         with pytest.raises(NoSuchDevice, match=f"there is no PCI device {nvme} any more"):
-            host.unbind([nvme])
+            host.unbind([nvme], on_step=at_step.hook)
         assert [(one.bdf, one.outcome) for one in host.restore()] == [(nvme, "gone")]
         assert host.restore() == []
     finally:
@@ -339,16 +324,16 @@ def test_it_vanishes_while_it_is_given_back(step: Step, nvme: str, at_step: AtSt
 def test_it_comes_back_anew_while_it_is_bound(step: Step, nvme: str, state: Path, at_step: AtStep) -> None:
     at_step(step, lambda: replug(nvme))
     with suppress(NotAssignable):  # it had its own driver again
-        host.bind([nvme])
+        host.bind([nvme], on_step=at_step.hook)
     assert list(files(state)) == ([f"bound/{nvme}.json"] if driver(nvme) == "vfio-pci" else [])
     finish(nvme)
 
 
 def test_it_comes_back_anew_while_it_is_restored(nvme: str, at_step: AtStep) -> None:
     at_step(Step.PROBE, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    assert Child(lambda: host.bind([nvme])).wait() == -signal.SIGKILL
+    assert Child(lambda: host.bind([nvme], on_step=at_step.hook)).wait() == -signal.SIGKILL
     at_step(Step.RETURN_PROBE, lambda: replug(nvme))
-    assert [one.outcome for one in host.restore()] == ["restored"]
+    assert [one.outcome for one in host.restore(on_step=at_step.hook)] == ["restored"]
     assert host.restore() == []
     namespace(nvme)
 
@@ -357,7 +342,7 @@ def test_it_comes_back_anew_while_it_is_restored(nvme: str, at_step: AtStep) -> 
 def test_its_driver_takes_it_again(step: Step, nvme: str, at_step: AtStep) -> None:
     at_step(step, lambda: set_driver(nvme, "nvme"))
     try:
-        host.bind([nvme])
+        host.bind([nvme], on_step=at_step.hook)
     except (KvmpassError, OSError) as error:
         assert nvme in str(error)
     finish(nvme)
@@ -365,11 +350,11 @@ def test_its_driver_takes_it_again(step: Step, nvme: str, at_step: AtStep) -> No
 
 @pytest.mark.parametrize("step", UNBINDING[1:4])
 def test_vfio_pci_takes_it_again(step: Step, nvme: str, state: Path, at_step: AtStep) -> None:
-    host.bind([nvme])
+    host.bind([nvme], on_step=at_step.hook)
     before = facts(), files(state)
     at_step(step, lambda: set_driver(nvme, "vfio-pci"))
     try:
-        host.unbind([nvme])
+        host.unbind([nvme], on_step=at_step.hook)
     except (KvmpassError, OSError) as error:
         assert nvme in str(error)
         assert (facts(), files(state)) == before
@@ -379,10 +364,10 @@ def test_vfio_pci_takes_it_again(step: Step, nvme: str, state: Path, at_step: At
 @pytest.mark.parametrize("step", [Step.RETURN_PREPARE, Step.RETURN_PROBE])
 def test_its_driver_takes_it_while_it_is_restored(step: Step, nvme: str, at_step: AtStep) -> None:
     at_step(Step.BOUND, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    assert Child(lambda: host.bind([nvme])).wait() == -signal.SIGKILL
+    assert Child(lambda: host.bind([nvme], on_step=at_step.hook)).wait() == -signal.SIGKILL
     at_step(step, lambda: set_driver(nvme, "nvme"))
-    host.restore()
-    host.restore()
+    host.restore(on_step=at_step.hook)
+    host.restore(on_step=at_step.hook)
     assert host.restore() == []
     namespace(nvme)
 

@@ -27,8 +27,7 @@ from kvmpass.errors import (
     RestoreFailed,
 )
 from kvmpass.host import Bdf, check_assignable
-from kvmpass.host.drivers import binding
-from kvmpass.host.drivers.steps import Step
+from kvmpass.host.drivers.changes import Step
 
 TAKING = [Step.RECORDED, Step.OVERRIDE, Step.UNBIND, Step.PROBE, Step.BOUND]
 RETURNING = [
@@ -110,7 +109,7 @@ def test_a_device_on_vfio_pci_stays_there(edu: str) -> None:
 
 @pytest.mark.parametrize("step", TAKING + RETURNING)
 @pytest.mark.usefixtures("untouched")
-def test_a_failure_at_each_step(nvme: str, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_at_each_step(nvme: str, step: Step) -> None:
     reached: list[Step] = []
 
     def hook(now: Step, bdf: Bdf) -> None:
@@ -118,29 +117,27 @@ def test_a_failure_at_each_step(nvme: str, step: Step, monkeypatch: pytest.Monke
             reached.append(now)
             raise RuntimeError("injected")
 
-    monkeypatch.setattr(binding, "_step", hook)
     if step in TAKING:
-        with pytest.raises(RuntimeError, match="injected"), host.borrow(nvme):
+        with pytest.raises(RuntimeError, match="injected"), host.borrow(nvme, on_step=hook):
             pytest.fail("the block must not run")
     else:
-        with host.borrow(nvme):
+        with host.borrow(nvme, on_step=hook):
             pass
     assert reached == [step]
 
 
 @pytest.mark.parametrize("step", TAKING + RETURNING)
 @pytest.mark.usefixtures("untouched")
-def test_killed_at_each_step(nvme: str, step: Step, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        binding, "_step", lambda now, bdf: os.kill(os.getpid(), signal.SIGKILL) if now == step else None
-    )
+def test_killed_at_each_step(nvme: str, step: Step) -> None:
+    def hook(now: Step, bdf: Bdf) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def work() -> None:
-        with host.borrow(nvme):
+        with host.borrow(nvme, on_step=hook):
             pass
 
     assert Child(work).wait() == -signal.SIGKILL
-    monkeypatch.setattr(binding, "_step", lambda now, bdf: None)
     restore_all()
 
 

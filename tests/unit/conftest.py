@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.at_step import AtStep
+from support.bind_stage import Stage
 from support.fake_lab import lab as lab  # a fixture
-from support.handover_stage import AtStep, Stage
 from support.host_tree import Host
 from support.one_answer import compare
 
-from kvmpass.host import Bdf
-from kvmpass.host.drivers import binding
-from kvmpass.host.drivers.steps import Step
+from kvmpass.host.drivers import transaction
 
 settings.register_profile("kvmpass", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvmpass")
@@ -34,11 +33,11 @@ def one_answer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Stage]:
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: AtStep) -> Callable[[str], Stage]:
     """``made("bind")`` and ``made("unbind")``: a host just before that operation."""
-    monkeypatch.setattr(binding, "NODE_TIMEOUT", 0.02)
+    monkeypatch.setattr(transaction, "NODE_TIMEOUT", 0.02)
     number = itertools.count()
-    return lambda operation: Stage(tmp_path / f"host{next(number)}", operation)
+    return lambda operation: Stage(tmp_path / f"host{next(number)}", operation, at_step)
 
 
 @pytest.fixture
@@ -47,18 +46,6 @@ def one(made: Callable[[str], Stage]) -> Stage:
 
 
 @pytest.fixture
-def at_step(monkeypatch: pytest.MonkeyPatch) -> AtStep:
-    """Do something at the first of those steps; returns a list that says whether it was reached."""
-
-    def arrange(wanted: Step, action: Callable[[], object]) -> list[Step]:
-        reached: list[Step] = []
-
-        def hook(step: Step, bdf: Bdf) -> None:
-            if step == wanted and not reached:
-                reached.append(step)
-                action()
-
-        monkeypatch.setattr(binding, "_step", hook)
-        return reached
-
-    return arrange
+def at_step() -> AtStep:
+    """What ``made`` hosts do at a step, once a test has arranged it."""
+    return AtStep()

@@ -69,17 +69,9 @@ def borrowers(look: Look) -> dict[Bdf, Process]:
 
 
 def _borrowed_now(sysfs: Sysfs) -> list[tuple[str, int, str]]:
-    found: list[tuple[str, int, str]] = []
     if str(sysfs.root) != "/":
-        return found
-    journal = Journal()
-    with contextlib.suppress(OSError):
-        for path in journal.files():
-            with contextlib.suppress(KvmpassError):
-                entry = journal.read(Bdf.parse(path.stem))
-                if entry is not None and entry.is_owned(sysfs):
-                    found.append((str(entry.bdf), entry.pid, entry.command))
-    return found
+        return []
+    return [(str(entry.bdf), entry.pid, entry.command) for entry in Journal().find(lambda e: e.is_owned(sysfs))]
 
 
 def _holders(examined: Examined) -> Iterator[str]:

@@ -14,17 +14,17 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
-from kvmpass.errors import BadAddress, JournalError, NoSuchDevice
+from kvmpass.errors import BadAddress, DeviceInUse, JournalError, KvmpassError, NoSuchDevice
 from kvmpass.host.address import Bdf
+from kvmpass.host.drivers.changes import ON_VFIO_PCI, Setting, Step
 from kvmpass.host.drivers.lock import HostLock, Say
-from kvmpass.host.drivers.steps import Setting, Step
-from kvmpass.host.kernel.processes import process, start_time
+from kvmpass.host.kernel.processes import Process, process, start_time
 from kvmpass.host.sysfs import PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI
 
@@ -67,8 +67,10 @@ class Entry:
     ids: str | None = None
 
     @classmethod
-    def of(cls, sysfs: Sysfs, bdf: Bdf) -> Self:
-        """Look at the device; this process becomes the owner. Raises ``NoSuchDevice``."""
+    def of(
+        cls, sysfs: Sysfs, bdf: Bdf, operation: Operation = Operation.ASSIGN, target: Setting = ON_VFIO_PCI
+    ) -> Self:
+        """Look at the device before the operation; this process becomes the owner. Raises ``NoSuchDevice``."""
         pid = os.getpid()
         device = sysfs.device(bdf)
         now = Setting.of(sysfs, bdf)
@@ -82,6 +84,9 @@ class Entry:
             override=now.override,
             power_control=now.power_control,
             d3cold_allowed=now.d3cold_allowed,
+            operation=operation,
+            target=target.driver,
+            target_override=target.override,
             ids=_ids(device),
         )
 
@@ -204,7 +209,19 @@ class Entries:
             ) from None
         return entry
 
+    def find(self, wanted: Callable[[Entry], bool]) -> list[Entry]:
+        """The entries that are wanted, by address, as far as this user may read them and they can be read."""
+        found = []
+        with contextlib.suppress(OSError):
+            for path in self.files():
+                with contextlib.suppress(KvmpassError, OSError):
+                    entry = self.read(Bdf.parse(path.stem))
+                    if entry is not None and wanted(entry):
+                        found.append(entry)
+        return found
+
     def remove(self, bdf: Bdf) -> None:
+        """Drop the entry of a device, if there is one. Raises ``OSError``."""
         path = self.path(bdf)
         if path.exists():
             path.unlink(missing_ok=True)
@@ -269,6 +286,19 @@ class Journal(Entries):
                     "by KVMPASS_STATE_DIR"
                 )
                 raise error
+
+    def read_unowned(self, sysfs: Sysfs, bdf: Bdf) -> Entry | None:
+        """The entry that a process has left; None without one. Raises as ``read`` does.
+
+        Raises ``DeviceInUse`` for the entry of a living process that has borrowed the device.
+        """
+        entry = self.read(bdf)
+        if entry is not None and entry.is_owned(sysfs):
+            raise DeviceInUse(
+                f"{bdf} is assigned by {Process(entry.pid, entry.command)}",
+                "stop that process first, or choose another device",
+            )
+        return entry
 
     def keep(self, bdf: Bdf) -> None:
         """The bind is complete: its entry becomes the record of it, in one step (rename(2))."""

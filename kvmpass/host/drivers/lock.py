@@ -1,8 +1,9 @@
-"""The lock under which drivers change: one process at a time, and it says who it is."""
+"""The locks under which drivers change: one for the host, which says who holds it, and one for each device."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sys
@@ -10,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kvmpass.errors import JournalError
+from kvmpass.errors import JournalError, KvmpassError, NoSuchDevice
+from kvmpass.host.address import Bdf
+from kvmpass.host.sysfs import Sysfs
 
 LOCK_TIMEOUT = 90.0  # seconds: longer than one holder's worst case for a device or two
 PATIENCE = 1.0  # seconds of waiting without a word
@@ -57,12 +60,8 @@ class HostLock:
     def _wait(self, fd: int, timeout: float, say: Say | None) -> None:
         started = time.monotonic()
         told = ""
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                waited = time.monotonic() - started
+        while not _try_lock(fd):
+            waited = time.monotonic() - started
             if waited > timeout:
                 raise JournalError(
                     f"{_holder(fd)} has been changing drivers for {timeout:g} s (lock {self.path})",
@@ -73,6 +72,50 @@ class HostLock:
                     say(f"waiting for {holder}, which changes drivers")
                 told = holder
             time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def device_lock(sysfs: Sysfs, bdf: Bdf, timeout: float) -> Iterator[int]:
+    """Wait until no earlier change of the device's driver is under way in the kernel, then keep others waiting.
+
+    A write outlives the process that was killed while it waited for it: what we saw now would not last. Yields the
+    descriptor that is locked; who writes keeps it open. Raises ``TimeoutError`` after ``timeout`` seconds;
+    ``NoSuchDevice`` instead of whatever fails because the device has gone.
+    """
+    gone = f"there is no PCI device {bdf} any more"
+    path = sysfs.device_path(bdf)
+    try:
+        try:  # a file that only root may open, or any user could lock root out; nothing is written to it
+            fd = os.open(path / "remove", os.O_WRONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # virtual functions have none
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NoSuchDevice(gone) from None
+    try:
+        deadline = time.monotonic() + timeout
+        while not _try_lock(fd):
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    errno.ETIMEDOUT, "an earlier change of its driver still hangs in the kernel", str(bdf)
+                )
+            time.sleep(0.01)
+        yield fd
+    except (OSError, KvmpassError) as error:
+        if not path.exists():
+            raise NoSuchDevice(gone) from error
+        if isinstance(error, OSError):
+            error.add_note(f"while the driver of {bdf} was changed")
+        raise
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _holder(fd: int) -> str:

@@ -10,7 +10,7 @@ from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.blockers import blockers
 from kvmpass.host.doctor import check_host
-from kvmpass.host.drivers.restoring import orphaned
+from kvmpass.host.drivers.restore import orphaned
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
 from kvmpass.host.problems import Blocker

@@ -366,7 +366,7 @@ def test_restore_command(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
 
     from kvmpass.cli.restore import restore as command
 
-    results: list[library.drivers.restoring.Restored] = []
+    results: list[library.drivers.restore.Restored] = []
     monkeypatch.setattr(library, "restore", lambda say: results)
 
     def run() -> tuple[str, object]:
@@ -374,9 +374,9 @@ def test_restore_command(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
         return outcome.output, outcome.return_value
 
     assert run() == ("nothing to restore\n", 0)
-    results.append(library.drivers.restoring.Restored(str(NVME), "restored", "driver nvme"))
+    results.append(library.drivers.restore.Restored(str(NVME), "restored", "driver nvme"))
     assert run() == ("0000:01:00.0: restored: driver nvme\n", 0)
-    results.append(library.drivers.restoring.Restored("0000:02:00.0", "failed", "why"))
+    results.append(library.drivers.restore.Restored("0000:02:00.0", "failed", "why"))
     assert run() == ("0000:01:00.0: restored: driver nvme\n0000:02:00.0: failed: why\n", 1)
 
 

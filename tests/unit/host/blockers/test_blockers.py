@@ -20,7 +20,7 @@ from kvmpass.cli.main import main
 from kvmpass.errors import NotAssignable
 from kvmpass.host import Bdf
 from kvmpass.host.blockers import blockers
-from kvmpass.host.drivers import handover
+from kvmpass.host.drivers import bind as binding
 from kvmpass.host.view import inventory
 
 GPU = Bdf(0, 1, 0, 0)
@@ -33,7 +33,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     host.put("proc/self/limits", "Max locked memory  unlimited  unlimited  bytes")
     host.add(str(GPU), "amdgpu", 7, 0x038000, config=b"\x02\x10\x34\x12" + bytes(60))
     monkeypatch.setattr(library, "Sysfs", lambda: host)
-    for module in (planning, handover):
+    for module in (planning, binding):
         monkeypatch.setattr(module, "Sysfs", lambda: host)
     monkeypatch.setenv("KVMPASS_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("NO_COLOR", "1")

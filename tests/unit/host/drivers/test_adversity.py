@@ -15,16 +15,16 @@ from support.host_tree import Host
 from kvmpass.errors import DeviceInUse, NotAssignable
 from kvmpass.host import Bdf, bind, borrow, diagnose, restore, unbind
 from kvmpass.host.blockers import blockers
-from kvmpass.host.drivers import binding
+from kvmpass.host.drivers import transaction
+from kvmpass.host.drivers.changes import Step
 from kvmpass.host.drivers.journal import Entry, Journal
-from kvmpass.host.drivers.steps import Step
 
 NVME, MATE, NIC = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
 
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    monkeypatch.setattr(binding, "NODE_TIMEOUT", 0.02)
+    monkeypatch.setattr(transaction, "NODE_TIMEOUT", 0.02)
     host = Host(tmp_path / "host")
     host.add(NVME, "nvme", 7)
     host.add(MATE, "nvme", 7)
@@ -86,17 +86,14 @@ def test_a_device_that_came_into_use_during_the_wait_is_not_taken(
     assert host.state(NIC) == ("e1000e", None)
 
 
-def test_success_is_said_of_no_device_that_was_taken_meanwhile(
-    host: Host, state: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_success_is_said_of_no_device_that_was_taken_meanwhile(host: Host, state: Path) -> None:
     def rebind(step: Step, bdf: Bdf) -> None:
         if (step, str(bdf)) == (Step.BOUND, NVME):
             host.path("sys/bus/pci/devices", NIC, "driver").unlink()
             host._bind(NIC, "e1000e")
 
-    monkeypatch.setattr(binding, "_step", rebind)
     with pytest.raises(NotAssignable, match=f"{NIC} is on e1000e by now"):
-        bind([NIC, NVME], sysfs=host, state_dir=state)
+        bind([NIC, NVME], sysfs=host, state_dir=state, on_step=rebind)
     assert (host.state(NVME), host.state(NIC)) == (("nvme", None), ("e1000e", None))
     assert unbind([NVME], sysfs=host, state_dir=state)[0].outcome == "already"
 

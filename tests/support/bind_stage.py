@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from kvmpass.host import bind, restore, unbind
-from kvmpass.host.drivers.handover import Handover
-from kvmpass.host.drivers.steps import Step
+from kvmpass.host.drivers.bind import Handover
+from kvmpass.host.drivers.changes import Step
+from support.at_step import AtStep
 from support.host_tree import Host
 
 NVME, EDU, NIC, FIRST, SECOND, BRIDGE = (
@@ -36,7 +37,8 @@ UNBINDING = [
 class Stage:
     """A host with a device on its driver, or bound already, and one operation on it."""
 
-    def __init__(self, directory: Path, operation: str) -> None:
+    def __init__(self, directory: Path, operation: str, at_step: AtStep) -> None:
+        self.on_step = at_step.hook
         self.host = Host(directory / "host")
         self.state = directory / "state"
         host = self.host
@@ -53,16 +55,16 @@ class Stage:
         self.number = 0  # of the write that a test is about
 
     def bind(self, *bdfs: str, **options: bool) -> list[Handover]:
-        return bind(bdfs, sysfs=self.host, state_dir=self.state, **options)
+        return bind(bdfs, sysfs=self.host, state_dir=self.state, on_step=self.on_step, **options)
 
     def unbind(self, *bdfs: str, **options: bool) -> list[Handover]:
-        return unbind(bdfs, sysfs=self.host, state_dir=self.state, **options)
+        return unbind(bdfs, sysfs=self.host, state_dir=self.state, on_step=self.on_step, **options)
 
     def run(self) -> list[Handover]:
         return self.bind(NVME) if self.operation == "bind" else self.unbind(NVME)
 
     def restore(self) -> list[tuple[str, str]]:
-        return [(one.bdf, one.outcome) for one in restore(self.host, self.state)]
+        return [(one.bdf, one.outcome) for one in restore(self.host, self.state, on_step=self.on_step)]
 
     def snapshot(self) -> dict[str, Any]:
         """Every attribute that could have changed, and what the state directory says."""
@@ -108,5 +110,4 @@ def raising(error: BaseException) -> Callable[[], object]:
     return action
 
 
-AtStep = Callable[[Step, Callable[[], object]], list[Step]]
 EVERY_STEP = [("bind", step) for step in BINDING] + [("unbind", step) for step in UNBINDING]

@@ -1,6 +1,6 @@
 """What it takes to give a PCI device another driver: the writes, in their order, computed and not done.
 
-The same list is what :mod:`kvmpass.host.drivers.binding` does and what a dry run shows. Sources:
+:class:`kvmpass.host.drivers.transaction.Transaction` makes them, a dry run shows them. Sources:
 drivers/pci/pci-driver.c (``new_id`` is never used: it would grab siblings), drivers/base/bus.c (``unbind``,
 ``drivers_probe``), Documentation/ABI/testing/sysfs-bus-pci (``driver_override``).
 """
@@ -20,7 +20,7 @@ MATCHING = "*"  # as a wanted driver: the one that the kernel finds, if it finds
 
 
 class Step(StrEnum):
-    """What an owner is about to do when its entry says so. Undoing looks at the device, not at the step.
+    """What an owner is about to do when its entry says so. Putting back looks at the device, not at the step.
 
     Those without ``RETURN`` lead to vfio-pci, the others to any other driver.
     """
@@ -64,6 +64,8 @@ class Setting:
 
 
 ON_VFIO_PCI = Setting(VFIO_PCI, VFIO_PCI)
+UNBINDS = frozenset({Step.UNBIND, Step.RETURN_UNBIND})
+PROBES = frozenset({Step.PROBE, Step.RETURN_PROBE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,11 @@ class Change:
     step: Step
     path: str
     text: str
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether the kernel may keep the writer waiting: in files of drivers, not in attributes of devices."""
+        return self.step in UNBINDS | PROBES
 
     def __str__(self) -> str:
         return f"echo {self.text} > /{self.path}" if self.text else f"echo > /{self.path}"
@@ -97,10 +104,14 @@ def driver_changes(bdf: Bdf, now: Setting, wanted: Setting) -> Iterator[Change]:
         yield Change(Step.PROBE if there else Step.RETURN_PROBE, "sys/bus/pci/drivers_probe", str(bdf))
 
 
-def other_changes(bdf: Bdf, now: Setting, wanted: Setting) -> Iterator[Change]:
-    """The writes that put override and power settings right once the device has its driver."""
+def override_changes(bdf: Bdf, now: Setting, wanted: Setting) -> Iterator[Change]:
+    """The write that sets the wanted override once the device has its driver; none where it has it."""
     if now.override != wanted.override:
         yield Change(Step.RETURN_OVERRIDE, _override(bdf), wanted.override or "")
+
+
+def power_changes(bdf: Bdf, now: Setting, wanted: Setting) -> Iterator[Change]:
+    """The writes that set the wanted power settings once the device has its driver."""
     for name, is_now, wish in (
         ("power/control", now.power_control, wanted.power_control),
         ("d3cold_allowed", now.d3cold_allowed, wanted.d3cold_allowed),
@@ -110,12 +121,12 @@ def other_changes(bdf: Bdf, now: Setting, wanted: Setting) -> Iterator[Change]:
 
 
 def all_changes(bdf: Bdf, now: Setting, wanted: Setting) -> list[Change]:
-    """Everything, as far as it can be said before: a power setting is named even if it should turn out right."""
+    """All of them, as far as they are known before: a power setting is named even if it turns out right."""
     first = list(driver_changes(bdf, now, wanted))
     override = first[0].text or None if first and first[0].path == _override(bdf) else now.override
-    # vfio-pci allows runtime suspend while it has a device, and forbids it when it lets go.
+    # vfio-pci allows runtime suspend while a device is bound to it, and forbids it when it is unbound.
     then = Setting(wanted.driver, override, "?" if now.power_control else None, now.d3cold_allowed)
-    return [*first, *other_changes(bdf, then, wanted)]
+    return [*first, *override_changes(bdf, then, wanted), *power_changes(bdf, then, wanted)]
 
 
 def _override(bdf: Bdf) -> str:

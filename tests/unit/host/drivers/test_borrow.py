@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.handover_stage import AtStep
+from support.at_step import AtStep
 from support.host_tree import Host
 
 from kvmpass.errors import BadAddress, DeviceInUse, HostNotReady, JournalError, NotAssignable, RestoreFailed
 from kvmpass.host import Bdf, borrow, restore
-from kvmpass.host.drivers import binding
-from kvmpass.host.drivers.steps import Step
+from kvmpass.host.drivers import transaction
+from kvmpass.host.drivers.changes import Step
 
 NVME, EDU, NIC = "0000:01:00.0", "0000:00:04.0", "0000:02:00.0"
 BEFORE: dict[str, tuple[str | None, str | None]] = {
@@ -37,7 +37,7 @@ RETURNING = [
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    monkeypatch.setattr(binding, "NODE_TIMEOUT", 0.02)
+    monkeypatch.setattr(transaction, "NODE_TIMEOUT", 0.02)
     host = Host(tmp_path / "host")
     host.add(NVME, "nvme", 7, power__control="auto")
     host.add(EDU, None, 5)
@@ -85,14 +85,13 @@ def test_runtime_power_management_is_put_back(host: Host, state: Path) -> None:
     assert host.text("sys/bus/pci/devices", NVME, "power/control") == "auto"
 
 
-def test_the_journal_is_written_before_each_change(host: Host, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_journal_is_written_before_each_change(host: Host, state: Path) -> None:
     seen: list[tuple[Step, str, int]] = []
 
     def hook(step: Step, bdf: Bdf) -> None:
         seen.append((step, json.loads((state / "journal" / f"{bdf}.json").read_text())["step"], len(host.writes)))
 
-    monkeypatch.setattr(binding, "_step", hook)
-    with borrow(NVME, sysfs=host, state_dir=state):
+    with borrow(NVME, sysfs=host, state_dir=state, on_step=hook):
         pass
     assert [step for step, _, _ in seen] == TAKING + RETURNING
     assert all(step == written for step, written, _ in seen)
@@ -117,7 +116,6 @@ def test_a_failure_while_taking(
     bdf: str,
     kind: type[BaseException],
     step: Step,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     reached = []
 
@@ -126,10 +124,9 @@ def test_a_failure_while_taking(
             reached.append(now)
             raise kind
 
-    monkeypatch.setattr(binding, "_step", hook)
     if bdf == EDU and step == Step.UNBIND:  # it has no driver to unbind
         return
-    with pytest.raises(kind), borrow(bdf, sysfs=host, state_dir=state):
+    with pytest.raises(kind), borrow(bdf, sysfs=host, state_dir=state, on_step=hook):
         pytest.fail("the block must not run")
     assert reached == [step]
     assert as_before(host, state)
@@ -143,7 +140,7 @@ def test_a_failure_while_giving_back_is_tried_again(host: Host, state: Path, ste
         for _ in failures:
             raise OSError("once")
 
-    with borrow(NVME, NIC, sysfs=host, state_dir=state):
+    with borrow(NVME, NIC, sysfs=host, state_dir=state, on_step=at_step.hook):
         at_step(step, fail)
     assert next(failures, "used") == "used"
     assert as_before(host, state)
@@ -177,7 +174,7 @@ def test_all_or_none(host: Host, state: Path) -> None:
     original = host.write
 
     def write(path: Path, text: str, timeout: float | None = None, held: int | None = None) -> None:
-        if path.name == "unbind" and text == NIC and NIC not in taken:
+        if path.name == "unbind" and text.strip() == NIC and NIC not in taken:
             taken.append(NIC)
             raise OSError("refused")
         original(path, text, timeout, held)
@@ -222,7 +219,7 @@ def test_signals_wait_and_are_not_lost(
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         at_step(step, send)
-        with pytest.raises(KeyboardInterrupt), borrow(NVME, sysfs=host, state_dir=state):
+        with pytest.raises(KeyboardInterrupt), borrow(NVME, sysfs=host, state_dir=state, on_step=at_step.hook):
             assert step in RETURNING
         assert signal.getsignal(signal.SIGTERM) is terminate
     finally:
@@ -250,7 +247,7 @@ def test_killed(host: Host, state: Path, step: Step, at_step: AtStep) -> None:
 
     def child() -> None:
         host.process(os.getpid(), "kvmpass", Path("/proc/self/stat").read_text())
-        with borrow(NVME, sysfs=host, state_dir=state):
+        with borrow(NVME, sysfs=host, state_dir=state, on_step=at_step.hook):
             pass
 
     assert in_child(child) == signal.SIGKILL
@@ -258,7 +255,7 @@ def test_killed(host: Host, state: Path, step: Step, at_step: AtStep) -> None:
     for name in host.names("proc"):
         if name.isdecimal() and int(name) != os.getpid():
             host.path("proc", name, "stat").unlink()
-    assert [(one.bdf, one.outcome) for one in restore(host, state)] == [(NVME, "restored")]
+    assert [(one.bdf, one.outcome) for one in restore(host, state, on_step=at_step.hook)] == [(NVME, "restored")]
     assert as_before(host, state)
     assert restore(host, state) == []
 

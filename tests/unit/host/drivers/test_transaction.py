@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.handover_stage import (
+from support.at_step import AtStep
+from support.bind_stage import (
     EDU,
     EVERY_STEP,
     NIC,
     NVME,
-    AtStep,
     Stage,
     raising,
 )
 
 from kvmpass.errors import DriverPinned, HostNotReady, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
 from kvmpass.host import Bdf
+from kvmpass.host.drivers.changes import Step
 from kvmpass.host.drivers.journal import Journal
-from kvmpass.host.drivers.steps import Step
 
 # --- at each step
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support.handover_stage import (
+from support.bind_stage import (
     BRIDGE,
     EDU,
     FIRST,
@@ -20,7 +20,7 @@ from support.handover_stage import (
 
 from kvmpass.errors import BadAddress, DeviceInUse, DriverPinned, NoSuchDevice, NotAssignable, RestoreFailed
 from kvmpass.host import borrow
-from kvmpass.host.drivers.handover import Handover
+from kvmpass.host.drivers.bind import Handover
 
 # --- what it does
 
@@ -245,7 +245,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 @pytest.fixture
 def cli(one: Stage, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.setenv("KVMPASS_STATE_DIR", str(one.state))
-    monkeypatch.setattr("kvmpass.host.drivers.handover.Sysfs", lambda: one.host)
+    monkeypatch.setattr("kvmpass.host.drivers.bind.Sysfs", lambda: one.host)
     return lambda *words: command(monkeypatch, *words)
 
 

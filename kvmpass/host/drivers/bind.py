@@ -1,4 +1,4 @@
-"""Hand devices over to vfio-pci until they are handed back, or until the next boot."""
+"""Bind devices to vfio-pci until they are unbound, or until the next boot."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from kvmpass._signals import deferred
 from kvmpass.errors import DriverPinned
 from kvmpass.host.address import Bdf
 from kvmpass.host.blockers import blockers, users
-from kvmpass.host.drivers.binding import DRIVER_TIMEOUT
-from kvmpass.host.drivers.borrowing import distinct
+from kvmpass.host.drivers.borrow import distinct
+from kvmpass.host.drivers.changes import MATCHING, ON_VFIO_PCI, Setting, all_changes
 from kvmpass.host.drivers.driverctl import saved_override
 from kvmpass.host.drivers.journal import Journal, Operation
 from kvmpass.host.drivers.lock import Say
-from kvmpass.host.drivers.steps import MATCHING, ON_VFIO_PCI, Setting, all_changes
-from kvmpass.host.drivers.undoing import Undo, check_owner, check_privilege
+from kvmpass.host.drivers.transaction import DRIVER_TIMEOUT, OnStep, Transaction, check_privilege
 from kvmpass.host.problems import Blocker
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI
@@ -52,21 +51,23 @@ def bind(
     state_dir: Path | None = None,
     timeout: float = DRIVER_TIMEOUT,
     say: Say | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Handover]:
     """Bind devices to vfio-pci, all or none, until :func:`unbind` or the next boot. Returns one result for each.
 
     ``group``: with all other devices of their IOMMU groups, bridges excluded. What was there is remembered in
     ``state_dir`` (as for :func:`borrow`). Whoever borrows a bound device leaves it bound. A process that is killed
     on the way leaves an entry for :func:`restore`. ``force`` takes devices that the host uses, or that driverctl
-    keeps on another driver; never one that a process has open through VFIO, or has borrowed.
+    keeps on another driver; never one that a process has open through VFIO, or has borrowed. ``timeout``, ``say``
+    and ``on_step`` as for :func:`borrow`.
 
     Raises, before any change, ``BadAddress``, ``NoSuchDevice``, ``NotAssignable`` (bridge, no IOMMU group),
     ``DeviceInUse``, ``DriverPinned``, ``PermissionError``, ``JournalError``; ``HostNotReady``, ``NotAssignable``,
     ``OSError`` after everything has been put back, with a note if it could not be. A sibling on a host driver, which
     keeps the group from being assigned, is only a warning.
     """
-    work = _Work(Operation.BIND, group, force, sysfs or Sysfs(), Journal(state_dir))
-    return work.run(distinct(bdfs), dry_run, timeout, say)
+    transaction = Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step)
+    return _Work(Operation.BIND, group, force, transaction).run(distinct(bdfs), dry_run)
 
 
 def unbind(
@@ -79,6 +80,7 @@ def unbind(
     state_dir: Path | None = None,
     timeout: float = DRIVER_TIMEOUT,
     say: Say | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Handover]:
     """Give devices that are on vfio-pci back to the drivers that :func:`bind` took them from, all or none.
 
@@ -86,8 +88,8 @@ def unbind(
     Parameters and errors as for :func:`bind`; ``RestoreFailed`` where a driver does not take its device. ``force`` is
     for a device that driverctl keeps on vfio-pci.
     """
-    work = _Work(Operation.UNBIND, group, force, sysfs or Sysfs(), Journal(state_dir))
-    return work.run(distinct(bdfs), dry_run, timeout, say)
+    transaction = Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step)
+    return _Work(Operation.UNBIND, group, force, transaction).run(distinct(bdfs), dry_run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,23 +118,61 @@ class _Work:
     operation: Operation
     group: bool
     force: bool
-    sysfs: Sysfs
-    journal: Journal
+    transaction: Transaction
 
-    def run(self, bdfs: tuple[Bdf, ...], dry_run: bool, timeout: float, say: Say | None) -> list[Handover]:
-        chosen, excluded = self._choose(bdfs)
+    @property
+    def sysfs(self) -> Sysfs:
+        return self.transaction.sysfs
+
+    def run(self, bdfs: tuple[Bdf, ...], dry_run: bool) -> list[Handover]:
+        """Change all devices, look whether they stayed where they belong, and complete; or put all of them back."""
+        chosen, results = self._choose(bdfs)
+        transaction = self.transaction
         if dry_run:
             for bdf in chosen:
-                left = self.journal.read(bdf)
-                if left is not None:
-                    check_owner(self.sysfs, left)
-            results = [job.planned(self.sysfs) for job in self._look(chosen)]
-        else:
-            results = self._do(chosen, Undo(self.sysfs, self.journal, timeout, say), say)
-        return sorted([*results, *excluded], key=lambda result: result.bdf) if self.group else results
+                transaction.journal.read_unowned(self.sysfs, bdf)
+            return self._sorted([*(job.planned(self.sysfs) for job in self._look(chosen)), *results])
+        for bdf in chosen:
+            check_privilege(self.sysfs, bdf)
+        with transaction.lock():
+            try:
+                with deferred():
+                    for bdf in chosen:
+                        transaction.recover(bdf)
+                    jobs = self._look(chosen)
+                    for job in jobs:
+                        if job.wanted is not None:
+                            transaction.change(job.bdf, self.operation, job.wanted)
+                    for job in jobs:  # the first may have been taken while the last was changed
+                        transaction.confirm(job.bdf, job.wanted or job.now)
+                # A signal that came until now is raised here: everything goes back. One that comes later is late.
+                with deferred():
+                    transaction.commit()
+                    if self.operation is Operation.UNBIND:
+                        # Last: a record of a device that is not on vfio-pci misleads nobody, the reverse would.
+                        for job in jobs:
+                            transaction.journal.bound.remove(job.bdf)
+            except BaseException as error:
+                self._put_back(error)
+                raise
+            return self._sorted([*map(self._result, jobs), *results])
+
+    def _put_back(self, error: BaseException) -> None:
+        changed = self.transaction.entries[:]
+        self.transaction.put_back(error)
+        as_before = [
+            str(entry.bdf)
+            for entry in changed
+            if self.sysfs.device_path(entry.bdf).exists() and self.sysfs.driver(entry.bdf) == entry.driver
+        ]
+        if as_before and not self.transaction.entries and isinstance(error, Exception):
+            error.add_note(f"as before again: {', '.join(as_before)}")
+
+    def _sorted(self, results: list[Handover]) -> list[Handover]:
+        return sorted(results, key=lambda result: result.bdf) if self.group else results
 
     def _choose(self, given: tuple[Bdf, ...]) -> tuple[list[Bdf], list[Handover]]:
-        """The devices to change, and the bridges in their groups."""
+        """The devices to change, and the bridges in their groups, which stay."""
         devices = {bdf: self.sysfs.device(bdf) for bdf in given}
         excluded = {}
         for number in sorted({device.group for device in devices.values() if device.group is not None}):
@@ -143,57 +183,6 @@ class _Work:
                 else:
                     devices.setdefault(member, device)
         return list(devices), list(excluded.values())
-
-    def _do(self, chosen: list[Bdf], undo: Undo, say: Say | None) -> list[Handover]:
-        for bdf in chosen:
-            check_privilege(self.sysfs, bdf)
-        with self.journal.lock(say):
-            try:
-                with deferred():
-                    for bdf in chosen:
-                        undo.clear_way(bdf)
-                    jobs = self._look(chosen)
-                    for job in jobs:
-                        self._change(undo, job)
-                    for job in jobs:  # the first may have been taken while the last was changed
-                        undo.binder.confirm(job.bdf, job.wanted or job.now)
-                # A signal that came meanwhile is raised here: everything goes back. One that comes later is late.
-                with deferred():
-                    self._complete(undo, jobs)
-            except BaseException as error:
-                _put_back(undo, error)
-                raise
-            return [self._result(job) for job in jobs]
-
-    def _change(self, undo: Undo, job: _Job) -> None:
-        if job.wanted is None:
-            return
-        try:
-            if self.operation is Operation.BIND:
-                undo.binder.load_driver()
-            entry = undo.begin(job.bdf, self.operation, job.wanted)
-            if self.operation is Operation.BIND:
-                undo.binder.take(entry)
-            else:
-                undo.binder.give(entry, job.wanted)
-        except OSError as error:
-            error.add_note(f"while the driver of {job.bdf} was changed")
-            raise
-
-    def _complete(self, undo: Undo, jobs: list[_Job]) -> None:
-        """All devices are where they belong: once that is on disk nothing is undone."""
-        entries = undo.entries[:]
-        for entry in entries:
-            if self.operation is Operation.BIND:
-                self.journal.keep(entry.bdf)
-            else:
-                self.journal.remove(entry.bdf)
-        for entry in entries:
-            undo.forget(entry)
-        if self.operation is Operation.UNBIND:
-            # Last: a record of a device that is not on vfio-pci any more misleads nobody, the reverse would.
-            for job in jobs:
-                self.journal.bound.remove(job.bdf)
 
     def _result(self, job: _Job) -> Handover:
         if job.wanted is None:
@@ -221,7 +210,7 @@ class _Work:
             return _Job(device.bdf, now)
         warnings = self._weigh(users(self.sysfs, device))
         warnings += self._pinned(device.bdf, on_vfio_pci=True)
-        record = self.journal.bound.read(device.bdf)
+        record = self.transaction.journal.bound.read(device.bdf)
         if record is not None and not record.is_stale(self.sysfs):
             return _Job(device.bdf, now, record.before, tuple(warnings))
         return _Job(
@@ -253,20 +242,3 @@ class _Work:
         error = DriverPinned(cause, f"driverctl unset-override {bdf}")
         error.add_note(f"--force {self.operation}s it until then")
         raise error
-
-
-def _put_back(undo: Undo, error: BaseException) -> None:
-    changed = undo.entries[:]
-    undo.unwind(error)
-    if undo.entries:
-        return
-    for entry in changed:
-        if entry.operation is Operation.BIND:  # it may have been one record of several when the next one failed
-            undo.journal.bound.remove(entry.bdf)
-    as_before = [
-        str(entry.bdf)
-        for entry in changed
-        if undo.sysfs.device_path(entry.bdf).exists() and undo.sysfs.driver(entry.bdf) == entry.driver
-    ]
-    if as_before and isinstance(error, Exception):
-        error.add_note(f"as before again: {', '.join(as_before)}")

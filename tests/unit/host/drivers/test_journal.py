@@ -12,17 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.handover_stage import (
+from support.at_step import AtStep
+from support.bind_stage import (
     EDU,
     NVME,
-    AtStep,
     Stage,
 )
 
 from kvmpass.errors import JournalError
 from kvmpass.host import bind, restore
+from kvmpass.host.drivers.changes import Step
 from kvmpass.host.drivers.lock import HostLock
-from kvmpass.host.drivers.steps import Step
 
 # --- journal and records
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +11,9 @@ from typing import Literal
 from kvmpass._signals import deferred
 from kvmpass.errors import BadAddress, JournalError, KvmpassError, NoSuchDevice
 from kvmpass.host.address import Bdf
-from kvmpass.host.drivers.binding import DRIVER_TIMEOUT, Binder
 from kvmpass.host.drivers.journal import Entries, Entry, Journal
 from kvmpass.host.drivers.lock import Say
+from kvmpass.host.drivers.transaction import DRIVER_TIMEOUT, OnStep, Transaction
 from kvmpass.host.kernel.processes import Process
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.host.usage import VFIO_PCI
@@ -41,6 +40,7 @@ def restore(
     state_dir: Path | None = None,
     timeout: float = DRIVER_TIMEOUT,
     say: Say | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Restored]:
     """Put devices back as they were before what killed processes have begun: one result for each, by address.
 
@@ -60,8 +60,8 @@ def restore(
         with journal.lock(say), deferred():
             for path in [*journal.scratch(), *journal.bound.scratch()]:
                 path.unlink(missing_ok=True)
-            binder = Binder(sysfs, journal, timeout)
-            results = [_safely(path, partial(_restore_one, sysfs, journal, binder)) for path in journal.files()]
+            transaction = Transaction(sysfs, journal, timeout, say, on_step)
+            results = [_safely(path, partial(_restore_one, transaction)) for path in journal.files()]
             results += [_safely(path, partial(_check_record, sysfs, journal)) for path in journal.bound.files()]
             return [result for result in results if result is not None]
     except PermissionError as error:
@@ -75,15 +75,13 @@ def orphaned(sysfs: Sysfs, state_dir: Path | None = None) -> list[Bdf]:
 
     As far as this user may read the journal: that is root.
     """
-    found = []
-    journal = Journal(state_dir)
-    with contextlib.suppress(OSError):
-        for path in journal.files():
-            with contextlib.suppress(KvmpassError, OSError):
-                entry = journal.read(Bdf.parse(path.stem))
-                if entry is not None and not entry.is_stale(sysfs) and not entry.has_living_owner(sysfs):
-                    found.append(sysfs.device(entry.bdf).bdf)
-    return found
+
+    def is_orphaned(entry: Entry) -> bool:
+        if entry.is_stale(sysfs) or entry.has_living_owner(sysfs):
+            return False
+        return sysfs.device_path(entry.bdf).exists()
+
+    return [entry.bdf for entry in Journal(state_dir).find(is_orphaned)]
 
 
 def _safely(path: Path, work: Callable[[Path], Restored | None]) -> Restored | None:
@@ -111,7 +109,8 @@ def _read(entries: Entries, path: Path) -> Entry | Restored:
     return entry
 
 
-def _restore_one(sysfs: Sysfs, journal: Journal, binder: Binder, path: Path) -> Restored:
+def _restore_one(transaction: Transaction, path: Path) -> Restored:
+    sysfs, journal = transaction.sysfs, transaction.journal
     entry = _read(journal, path)
     if isinstance(entry, Restored):
         return entry
@@ -123,7 +122,7 @@ def _restore_one(sysfs: Sysfs, journal: Journal, binder: Binder, path: Path) -> 
     if entry.is_owned(sysfs):
         return Restored(name, "owner-alive", f"in use by {Process(entry.pid, entry.command)}", operation)
     try:
-        return Restored(name, "restored", binder.give_back(entry), operation)
+        return Restored(name, "restored", transaction.give_back(entry), operation)
     except NoSuchDevice:
         return Restored(name, "gone", "there is no such device any more", operation)
     except OSError as error:

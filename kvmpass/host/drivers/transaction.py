@@ -1,0 +1,386 @@
+"""What happens to a device whose driver is changed: it is looked at, recorded, changed, confirmed or put back."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+from kvmpass._signals import deferred
+from kvmpass.errors import HostNotReady, JournalError, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
+from kvmpass.host.address import Bdf
+from kvmpass.host.drivers.changes import (
+    MATCHING,
+    ON_VFIO_PCI,
+    PROBES,
+    UNBINDS,
+    Change,
+    Setting,
+    Step,
+    driver_changes,
+    override_changes,
+    power_changes,
+)
+from kvmpass.host.drivers.journal import Entry, Journal, Operation
+from kvmpass.host.drivers.lock import Say, device_lock
+from kvmpass.host.kernel.processes import holders
+from kvmpass.host.look import Look
+from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
+from kvmpass.host.usage import VFIO_PCI, usage, vfio_nodes
+
+log = logging.getLogger(__name__)
+
+DRIVER_TIMEOUT = 30.0  # seconds a driver may take to be unbound from a device, or bound to it
+NODE_TIMEOUT = 5.0  # seconds until /dev/vfio/GROUP exists, and until a bound driver shows
+RESTORE_HINT = "kvmpass restore tries again"
+
+OnStep = Callable[[Step, Bdf], object]
+
+
+class Transaction:
+    """Devices that get other drivers together. What is not committed is put back, at the latest when Python exits.
+
+    The order is that of the methods: ``recover`` and ``change`` each device, ``confirm`` each, then ``commit`` or
+    ``put_back``. The caller holds the :meth:`lock`, except for ``put_back``, which takes it if need be.
+
+    ``timeout`` is in seconds, for each write that the kernel may keep waiting; ``say`` is for the lock. ``on_step``
+    is called with each step and its device once the journal says so, just before the change: to show progress, and
+    for tests to fail there.
+
+    Synchronization: for one thread. In a forked child ``put_back`` does nothing: the devices are the parent's.
+    """
+
+    def __init__(
+        self,
+        sysfs: Sysfs,
+        journal: Journal,
+        timeout: float = DRIVER_TIMEOUT,
+        say: Say | None = None,
+        on_step: OnStep | None = None,
+    ) -> None:
+        self.sysfs = sysfs
+        self.journal = journal
+        self.entries: list[Entry] = []  # of the devices to put back
+        self._timeout = timeout
+        self._say = say
+        self._on_step = on_step
+        self._pid = os.getpid()
+
+    def lock(self) -> AbstractContextManager[None]:
+        """One process at a time changes drivers; see :meth:`Journal.lock`."""
+        return self.journal.lock(self._say)
+
+    def recover(self, bdf: Bdf) -> None:
+        """Put back first what a process that was killed has left of the device.
+
+        Raises ``DeviceInUse`` if a living process has borrowed it, and what :meth:`give_back` raises.
+        """
+        left = self.journal.read_unowned(self.sysfs, bdf)
+        if left is None:
+            return
+        if left.is_stale(self.sysfs):
+            self.journal.remove(bdf)
+        else:
+            log.info("%s was left by process %d, giving it back first", bdf, left.pid)
+            self.give_back(left)
+
+    def change(self, bdf: Bdf, operation: Operation, wanted: Setting = ON_VFIO_PCI) -> PciDevice:
+        """Record the device as it is at this moment, then give it the wanted driver. Returns it as it is then.
+
+        Raises ``OSError``, ``HostNotReady``, ``NoSuchDevice``; ``NotAssignable`` where vfio-pci does not take the
+        device, ``RestoreFailed`` where another driver does not. Whatever it raises: :meth:`put_back` is to follow.
+        """
+        if wanted.driver == VFIO_PCI and not self.sysfs.path(PCI_DRIVERS, VFIO_PCI).is_dir():
+            self.sysfs.load_module(VFIO_PCI)
+        entry = Entry.of(self.sysfs, bdf, operation, wanted)
+        self.entries.append(entry)
+        _open.add(self)
+        with device_lock(self.sysfs, bdf, self._timeout) as held:
+            self._record(entry, Step.RECORDED)
+            self._set_driver(entry, wanted, held)
+            if operation is Operation.UNBIND:
+                self._set_attributes(entry, wanted)
+                self._record(entry, Step.RETURNED)
+            else:
+                self._wait_for_node(bdf)
+                self._record(entry, Step.BOUND)
+            self.confirm(bdf, wanted)
+            log.debug("%s is as wanted (%s), before: %s", bdf, wanted, entry.before)
+            return self.sysfs.device(bdf)
+
+    def confirm(self, bdf: Bdf, wanted: Setting) -> None:
+        """Check that nobody else has changed the driver since. Raises ``NotAssignable`` or ``RestoreFailed``."""
+        now = self.sysfs.driver(bdf)
+        if now != wanted.driver and (wanted.driver != MATCHING or now == VFIO_PCI):
+            raise _refused(wanted)(f"{bdf} is on {now or 'no driver'} by now: somebody else changes its driver too")
+
+    def commit(self) -> None:
+        """Say on disk that all devices are where they belong: then nothing is put back. Raises ``OSError``."""
+        for entry in self.entries:
+            if entry.operation is Operation.BIND:
+                self.journal.keep(entry.bdf)
+            else:
+                self.journal.remove(entry.bdf)
+        self.entries.clear()
+        _open.discard(self)
+
+    def put_back(self, error: BaseException | None = None) -> None:
+        """Put back what is still changed, the last device first; idempotent, and tries each device.
+
+        Raises ``RestoreFailed`` naming the devices, ``JournalError``, ``OSError``; with an ``error`` under way that
+        becomes its note. ``entries`` are those that remain changed.
+        """
+        if self._pid != os.getpid():
+            return
+        failed: list[str] = []
+        try:
+            with deferred():
+                if self.entries:
+                    with self.lock():
+                        for entry in reversed(self.entries[:]):
+                            problem = self._try_twice(entry)
+                            if problem is None:
+                                self.entries.remove(entry)
+                            else:
+                                failed.append(problem)
+            if failed:
+                raise RestoreFailed(f"could not give back {'; '.join(failed)}", RESTORE_HINT)
+        except (RestoreFailed, JournalError, OSError) as failure:
+            if not isinstance(error, Exception):
+                raise
+            error.add_note(f"{failure}; {RESTORE_HINT}")
+        finally:
+            if not self.entries:
+                _open.discard(self)
+
+    def give_back(self, entry: Entry) -> str:
+        """Make the device as the entry says, from whatever state it is in, and drop the entry.
+
+        Returns what was done, in words. Safe to call again after a failure at any point. Raises ``RestoreFailed``,
+        ``OSError``; ``NoSuchDevice`` (after dropping the entry) when the device has gone.
+        """
+        try:
+            with device_lock(self.sysfs, entry.bdf, self._timeout) as held:
+                done = self._give_back(entry, held)
+        except NoSuchDevice:
+            self._drop(entry)
+            raise
+        self._record(entry, Step.RETURNED)
+        self._drop(entry)
+        log.debug("%s: %s", entry.bdf, done)
+        return done
+
+    # --- one device, back
+
+    def _try_twice(self, entry: Entry) -> str | None:
+        """Give the device back; what is wrong if that fails, the second time from the state that the first left."""
+        problem: Exception | None = None
+        for _attempt in range(2):
+            try:
+                self.give_back(entry)
+            except NoSuchDevice:
+                log.warning("%s has gone from this host", entry.bdf)
+                return None
+            except TimeoutError as error:  # once is long enough
+                return f"{entry.bdf}: {error.strerror}"
+            except Exception as error:
+                log.warning("giving back %s: %s", entry.bdf, error)
+                problem = error
+            else:
+                return None
+        return f"{entry.bdf}: {problem}"
+
+    def _give_back(self, entry: Entry, held: int) -> str:
+        bdf = entry.bdf
+        now = Setting.of(self.sysfs, bdf)
+        if now.driver not in (None, entry.driver, entry.target) and entry.target != MATCHING:
+            # Somebody has bound it to another driver since: to take it from that one would be a second surprise.
+            if now.override in (VFIO_PCI, entry.target):
+                self._write(override_changes(bdf, now, entry.before))
+            return f"bound to {now.driver} by someone else meanwhile, left there"
+        if entry.operation is Operation.UNBIND and now.driver not in (None, VFIO_PCI):
+            uses = usage(Look(self.sysfs), self.sysfs.device(bdf))
+            if uses:  # the unbind was all but done, and the host has begun to use the device
+                self._set_attributes(entry, Setting(now.driver, entry.target_override))
+                return f"driver {now.driver}, in use there by now, left there: {'; '.join(uses)}"
+        if now == entry.before and now.driver == VFIO_PCI:
+            return "it was on vfio-pci before and stays there"
+        self._set_driver(entry, entry.before, held)
+        self._set_attributes(entry, entry.before)
+        return str(entry.before)
+
+    def _drop(self, entry: Entry) -> None:
+        self.journal.remove(entry.bdf)
+        if entry.operation is Operation.BIND:  # the first may have its record when the last cannot get one
+            self.journal.bound.remove(entry.bdf)
+
+    # --- step by step
+
+    def _record(self, entry: Entry, step: Step) -> None:
+        entry.step = step
+        try:
+            self.journal.write(entry)
+        except OSError as error:
+            if step is Step.RECORDED:
+                raise
+            # What was there is on disk; a full disk must not keep the device from going where it belongs.
+            log.warning("the journal of %s: %s", entry.bdf, error)
+        if self._on_step is not None:
+            self._on_step(step, entry.bdf)
+
+    def _set_driver(self, entry: Entry, wanted: Setting, held: int) -> None:
+        """Record each step, make it, and check it. Raises ``OSError``, ``RestoreFailed``, ``NotAssignable``."""
+        now = Setting.of(self.sysfs, entry.bdf)
+        if now.driver == VFIO_PCI != wanted.driver:
+            self._check_closed(entry.bdf)
+        for change in driver_changes(entry.bdf, now, wanted):
+            self._record(entry, change.step)
+            refusal: OSError | None = None
+            try:
+                timeout = self._timeout if change.may_wait else None
+                self.sysfs.write(self.sysfs.path(change.path), f"{change.text}\n", timeout, held)
+            except OSError as error:
+                if isinstance(error, TimeoutError) or not change.may_wait:
+                    raise
+                refusal = error  # the driver link tells whether it worked: somebody else may have done it
+            if change.step in UNBINDS:
+                self._check_unbound(entry.bdf, now.driver, refusal)
+            elif change.step in PROBES:
+                self._check_bound(entry.bdf, wanted, refusal, held)
+
+    def _set_attributes(self, entry: Entry, wanted: Setting) -> None:
+        """Override and power settings, once the device has its driver. Raises ``OSError``, ``RestoreFailed``."""
+        bdf = entry.bdf
+        changes = list(override_changes(bdf, Setting.of(self.sysfs, bdf), wanted))
+        if changes:
+            self._record(entry, Step.RETURN_OVERRIDE)
+            self._write(changes)
+        self._record(entry, Step.RETURN_POWER)
+        self._write(power_changes(bdf, Setting.of(self.sysfs, bdf), wanted))
+        now = Setting.of(self.sysfs, bdf)
+        if wanted.driver not in (now.driver, MATCHING) or now.override != wanted.override:
+            raise RestoreFailed(f"{bdf} has driver {now.driver or 'none'} and override {now.override or 'none'} now")
+
+    def _write(self, changes: Iterable[Change]) -> None:
+        for change in changes:
+            self.sysfs.write(self.sysfs.path(change.path), f"{change.text}\n")
+
+    # --- checked
+
+    def _check_closed(self, bdf: Bdf) -> None:
+        # The kernel would wait for the holder, and for ever if the holder is this process.
+        device = self.sysfs.device(bdf)
+        found = holders(self.sysfs, vfio_nodes(self.sysfs, bdf, None))
+        held = {who for processes in found.values() for who in processes}
+        if device.group is not None:
+            shared = len(self.sysfs.group(device.group).devices) > 1
+            for processes in holders(self.sysfs, vfio_nodes(self.sysfs, bdf, device.group)).values():
+                # A group that is shared may be open in this process for a sibling.
+                held.update(who for who in processes if not shared or who.pid != os.getpid())
+        if held:
+            raise RestoreFailed(f"{bdf} is still open in {' and '.join(map(str, sorted(held)))}")
+
+    def _check_unbound(self, bdf: Bdf, driver: str | None, refusal: OSError | None) -> None:
+        now = self.sysfs.driver(bdf)
+        if now == driver:
+            raise refusal or RestoreFailed(f"{driver} does not let go of {bdf}")
+        if now is not None:
+            raise RestoreFailed(f"{bdf} went from {driver} to {now}: somebody else changes its driver too")
+
+    def _check_bound(self, bdf: Bdf, wanted: Setting, refusal: OSError | None, held: int) -> None:
+        """The driver that the override names has taken the device, if need be told to; or with ``MATCHING`` any."""
+        driver = wanted.driver or MATCHING
+        now = self._await_driver(bdf, 0.2)
+        if driver == MATCHING:
+            if now == VFIO_PCI:
+                device = self.sysfs.device(bdf)
+                raise RestoreFailed(
+                    f"vfio-pci takes {bdf} again: it was told to take all devices of that kind",
+                    f"echo {device.vendor:04x} {device.device:04x} > /sys/bus/pci/drivers/vfio-pci/remove_id, "
+                    "or remove vfio-pci.ids from the kernel's command line or from modprobe.d",
+                )
+            return
+        if now is None:
+            try:
+                self.sysfs.write(self.sysfs.path(PCI_DRIVERS, driver, "bind"), f"{bdf}\n", self._timeout, held)
+            except TimeoutError:
+                raise
+            except OSError as error:  # which says why, other than the probe's
+                refusal = error
+            now = self._await_driver(bdf, NODE_TIMEOUT)
+        if now == driver:
+            return
+        kind = _refused(wanted)
+        if now is not None:
+            raise kind(f"{bdf} went to {now} instead of {driver}: somebody else changes its driver too")
+        if not self.sysfs.path(PCI_DRIVERS, driver).is_dir():
+            raise kind(f"{bdf} cannot go to {driver}: there is no such driver in this kernel now", "load its module")
+        raise kind(
+            f"{driver} does not take {bdf}: it has no driver now"
+            + (f" ({refusal.strerror or refusal})" if refusal else ""),
+            f"the kernel's log says why: dmesg | grep {bdf}",
+        )
+
+    def _await_driver(self, bdf: Bdf, seconds: float) -> str | None:
+        # Probing is done when the write returns, except for drivers that ask for it to be asynchronous.
+        _wait(lambda: self.sysfs.driver(bdf) is not None or not self.sysfs.device_path(bdf).exists(), seconds)
+        return self.sysfs.driver(bdf)
+
+    def _wait_for_node(self, bdf: Bdf) -> None:
+        group = self.sysfs.device(bdf).group
+
+        def appeared() -> bool:
+            nodes = vfio_nodes(self.sysfs, bdf, group)
+            return any(self.sysfs.path(node.lstrip("/")).exists() for node in nodes)
+
+        if not _wait(appeared, NODE_TIMEOUT):
+            raise HostNotReady(
+                f"{bdf} is on vfio-pci, but {' or '.join(vfio_nodes(self.sysfs, bdf, group))} does not appear",
+                "is /dev a devtmpfs, or does udev run?",
+            )
+
+
+def _refused(wanted: Setting) -> type[KvmpassError]:
+    return NotAssignable if wanted.driver == VFIO_PCI else RestoreFailed
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def check_privilege(sysfs: Sysfs, bdf: Bdf) -> None:
+    """Raises ``PermissionError`` where this user may not change the device's driver."""
+    if not may_change_driver(sysfs, bdf):
+        path = sysfs.device_path(bdf) / "driver_override"
+        error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        error.add_note("run as root: this changes the device's driver")
+        raise error
+
+
+def may_change_driver(sysfs: Sysfs, bdf: Bdf) -> bool:
+    """Whether this user may write the device's ``driver_override``."""
+    return os.access(sysfs.device_path(bdf) / "driver_override", os.W_OK, effective_ids=True)
+
+
+_open: set[Transaction] = set()
+
+
+def _put_back_open() -> None:
+    # An interrupt can strike between the last statement of a `with` block and the first of `__exit__`.
+    for transaction in list(_open):
+        try:
+            transaction.put_back()
+        except (KvmpassError, OSError) as error:
+            log.error("%s; %s", error, RESTORE_HINT)
+
+
+atexit.register(_put_back_open)
