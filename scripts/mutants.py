@@ -44,7 +44,7 @@ from cosmic_ray.plugins import get_operator, operator_names
 ROOT = Path(__file__).resolve().parents[1]
 EXPLAINED = ROOT / "tests/mutants.toml"
 TARGETS = (
-    "kvmpass/dma/domain.py",
+    "kvmpass/dma",
     "kvmpass/layout.py",
     "kvmpass/memory",
     "kvmpass/pci",

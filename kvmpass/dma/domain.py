@@ -1,8 +1,7 @@
-"""The VM's one DMA domain: what virt/kvm/iommu.c was in the kernel, over VFIO's type 1 container.
+"""The VM's one DMA domain: what virt/kvm/iommu.c was in the kernel, over a back end (``kvmpass.dma.backend``).
 
 Guest memory is mirrored into the AMD IOMMU at the guest's own physical addresses, once for all devices of the VM.
-With type 1 an IOMMU exists only while a group is in the container: the domain is inactive before the first
-``attach`` and after the last ``detach``, and maps everything again when a device comes back.
+Mappings exist while a device is attached: the first one maps everything, the last one takes everything with it.
 """
 
 from __future__ import annotations
@@ -10,28 +9,20 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from kvmpass._teardown import run_all
+from kvmpass.dma.backend import BackendFactory, KvmVfio
 from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
 from kvmpass.layout import Range, Reserved, find_reserved
 from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
 from kvmpass.memory.audit import Mirrored, compare
-from kvmpass.vfio import Container, Device, Group
+from kvmpass.vfio import Device
 
 log = logging.getLogger(__name__)
-
-
-class KvmVfio(Protocol):
-    """KVM's register of VFIO files (``kvmpass.kvm.VfioDevice``)."""
-
-    def file_add(self, fd: int) -> None: ...
-
-    def file_del(self, fd: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,213 +43,133 @@ class DmaCall:
     range: Range
 
 
-@dataclass(slots=True)
-class _Joined:
-    """A group in the container, and its devices that are open."""
-
-    group: Group
-    devices: list[Device] = field(default_factory=list)
-
-
 class Domain:
-    """One translation for all of the VM's devices. A listener of ``GuestMemory``.
+    """One translation for all of the VM's devices: a listener of ``GuestMemory``, and the ``Mapper`` of its back end.
 
-    Synchronization: regions come and go from any thread (the memory's lock); ``attach``, ``detach``, ``hot_reset``,
-    ``use_kvm`` and ``close`` from one thread at a time (``Machine`` holds its lock of moves).
+    ``backend`` makes that; ``reserved``: what this host does not translate, by name.
+
+    Synchronization: regions come and go from any thread (the memory's lock, which ``map_all`` and ``unmap_all`` take
+    too); ``attach``, ``detach``, ``hot_reset``, ``rebind_kvm`` and ``close`` from one thread at a time (``Machine``
+    holds its lock of moves).
     """
 
     def __init__(
-        self, memory: GuestMemory, kvm_vfio: KvmVfio | None = None, reserved: Iterable[Reserved] = ()
+        self,
+        memory: GuestMemory,
+        backend: BackendFactory,
+        kvm_vfio: KvmVfio | None = None,
+        reserved: Iterable[Reserved] = (),
     ) -> None:
         self._memory = memory
-        self._kvm_vfio = kvm_vfio
         self._reserved = tuple(reserved)
-        self._container: Container | None = None
-        self._groups: dict[int, _Joined] = {}
+        self._devices: list[Device] = []
         self._ledger: dict[MemoryRegion, DmaMapping] = {}
         self.calls: deque[DmaCall] = deque(maxlen=65536)
+        self._mapped = False  # whether a region that is added is mapped; guarded by the memory's lock
+        self.backend = backend(self, kvm_vfio)
         memory.listen(self)
 
     @property
     def active(self) -> bool:
-        """Whether a group is in the container, so that mappings can exist."""
-        return bool(self._groups)
+        """Whether mappings can exist: a device is attached, or one could not leave."""
+        return self.backend.active
 
     @property
     def ledger(self) -> list[DmaMapping]:
         """The mappings that the kernel acknowledged and that were not undone, by address."""
         return sorted(self._ledger.values(), key=lambda mapping: mapping.iova)
 
-    @property
-    def groups(self) -> list[int]:
-        return sorted(self._groups)
-
     # --- devices
 
-    def attach(self, name: str, group_number: int, vf_token: uuid.UUID | None = None) -> Device:
+    def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
         """Put the device called ``name`` (its PCI address; bound to vfio-pci) into the domain and open it.
 
-        ``vf_token``: see ``Group.get_device_fd``.
-        The first device maps all memory. Raises ``OSError``, ``GroupNotViable``, ``ReservedRange``; then nothing
-        has changed.
+        ``vf_token``: see ``Group.get_device_fd``. The first device maps all memory.
+        Raises ``OSError``, ``DeviceInUse``, ``GroupNotViable``, ``ReservedRange``; then nothing has changed.
         """
-        with ExitStack() as undo:
-            if group_number not in self._groups:
-                with self._memory.lock:  # a region that comes meanwhile must not be forgotten
-                    self._join(group_number)
-                undo.callback(self._leave, group_number)
-            joined = self._groups[group_number]
-            if any(device.name == name for device in joined.devices):
-                raise DeviceInUse(f"{name} is in this domain already")
-            device = joined.group.get_device_fd(name, vf_token)
-            joined.devices.append(device)
-            undo.pop_all()
+        if any(device.name == name for device in self._devices):
+            raise DeviceInUse(f"{name} is in this domain already")
+        with self._until_inactive():
+            device = self.backend.attach(name, group, vf_token)
+            self._devices.append(device)
         return device
 
     def detach(self, device: Device) -> None:
-        """Close ``device``; its group leaves with its last device, all mappings with the last group.
+        """Close ``device``; all mappings go with the last one. Idempotent.
 
-        Runs every step even if one fails. A group that cannot leave stays recorded, with its mappings.
+        Runs every step even if one fails. Mappings of a translation that it cannot leave stay recorded.
         """
-        number = next((n for n, joined in self._groups.items() if device in joined.devices), None)
-        if number is None:
-            return
-        devices = self._groups[number].devices
-        steps: list[Callable[[], object]] = [device.close, partial(devices.remove, device)]
-        if len(devices) == 1:
-            steps.append(partial(self._leave, number))
-        run_all(steps)
+        if device in self._devices:
+            with self._until_inactive():
+                run_all((partial(self.backend.detach, device), partial(self._devices.remove, device)))
 
-    def _join(self, number: int) -> None:
-        with ExitStack() as undo:
-            group = Group(number)
-            undo.callback(group.close)
-            if self._container is None:
-                self._container = Container()
-                undo.callback(self._close_container)
-            group.set_container(self._container)
-            undo.callback(group.unset_container)
-            first = not self._groups
-            if first:
-                self._container.set_iommu()
-            for region in self._dma_regions():
-                self._check_range(region.range, region.name)
-            if first:
-                undo.callback(self._unmap_all)
-                self.map_all()
-            if self._kvm_vfio:
-                undo.callback(self._forget, self._kvm_vfio, group)
-                self._kvm_vfio.file_add(group.fd)
-            self._groups[number] = _Joined(group)
-            undo.pop_all()
-
-    @staticmethod
-    def _forget(kvm_vfio: KvmVfio, group: Group) -> None:
-        """Let KVM drop the group, whether it has got it or not."""
-        with suppress(FileNotFoundError):
-            kvm_vfio.file_del(group.fd)
-
-    def _leave(self, number: int) -> None:
-        group, last = self._groups[number].group, len(self._groups) == 1
-
-        def leave_container() -> None:
-            self._unless_taken(group, group.unset_container)
-            del self._groups[number]
-            if last:
-                self._ledger.clear()  # gone with the last group, whatever happened before
-            run_all((group.close, *([self._close_container] if last else [])))
-
-        steps: list[Callable[[], None]] = [leave_container]
-        if last:
-            steps.insert(0, partial(self._unless_taken, group, self._unmap_all))
-        if self._kvm_vfio:
-            steps.insert(0, partial(self._forget, self._kvm_vfio, group))
-        with self._memory.lock:
-            run_all(steps)
-
-    @staticmethod
-    def _unless_taken(group: Group, step: Callable[[], None]) -> None:
-        """Do ``step``; it may fail where the host has taken the group, and all mappings with it.
-
-        It does when somebody unbinds the device and waited for us to close it (vfio_device_remove_group).
-        """
+    @contextmanager
+    def _until_inactive(self) -> Iterator[None]:
+        """Mappings vanish with their translation, whatever failed before."""
         try:
-            step()
-        except (OSError, AuditFailed):
-            if not group.taken:
-                raise
-
-    def _close_container(self) -> None:
-        container, self._container = self._container, None
-        if container is not None:
-            container.close()
+            yield
+        finally:
+            if not self.active:
+                with self._memory.lock:
+                    self._ledger.clear()
 
     def hot_reset(self, device: Device) -> None:
         """Reset the slot or bus of ``device``, if all that it resets is in this domain.
 
         Raises ``NotAssignable`` if not, ``OSError`` (``ENODEV``) where there is no such reset.
         """
-        ours = {one.name for joined in self._groups.values() for one in joined.devices}
+        ours = {one.name for one in self._devices}
         dependent = device.get_pci_hot_reset_info()
         others = [one.name for one in dependent if one.name not in ours]
         if others:
             raise NotAssignable(f"a reset of {device.name}'s bus would reset {', '.join(others)} too")
-        numbers = {one.group for one in dependent}  # more groups than it has devices are refused
-        device.pci_hot_reset([joined.group for number, joined in self._groups.items() if number in numbers])
+        self.backend.hot_reset(device, dependent)
 
-    def use_kvm(self, kvm_vfio: KvmVfio | None) -> None:
-        """From now on another VM, or none, runs over these devices. The old one drops the groups before it gets them.
-
-        The other way round VFIO would take the group from whoever has it (kvm_vfio_file_del, virt/kvm/vfio.c).
-        """
-        former, self._kvm_vfio = self._kvm_vfio, kvm_vfio
-        for joined in self._groups.values():
-            if former:
-                self._forget(former, joined.group)
-            if kvm_vfio:
-                kvm_vfio.file_add(joined.group.fd)
+    def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
+        """From now on another VM, or none, runs over these devices."""
+        self.backend.rebind_kvm(kvm_vfio)
 
     def close(self) -> None:
         """Detach every device. Runs every step even if one fails; idempotent."""
-        devices = [device for joined in self._groups.values() for device in joined.devices]
-        run_all(partial(self.detach, device) for device in devices)
-        run_all(partial(self._leave, number) for number in list(self._groups))  # what could not leave before
+        with self._until_inactive():
+            run_all((*(partial(self.detach, device) for device in self._devices), self.backend.close))
 
     # --- memory
 
-    def _dma_regions(self) -> list[MemoryRegion]:
-        return [region for region in self._memory if region.dma]
-
-    def _check_range(self, range_: Range, name: str) -> None:
-        """Refuse what this host cannot translate: by its list, and by what the container says while there is one.
-
-        The container knows more (it can shrink with each group that joins), the list knows names.
-        """
+    def _check_range(self, range_: Range, name: str, usable: tuple[Range, ...]) -> None:
+        """Refuse what this host cannot translate: by its list, which knows names, and by ``usable``, if not empty."""
         line = find_reserved(range_, self._reserved)
         if line:
             raise ReservedRange(
                 f"{name} {range_} falls into this host's reserved range {line}",
                 "put it elsewhere: cat /sys/kernel/iommu_groups/*/reserved_regions lists what devices cannot reach",
             )
-        usable = self._container.get_info().ranges if self._container else ()
         if usable and not any(one.contains(range_) for one in usable):
             raise ReservedRange(f"{name} {range_} falls into addresses that the IOMMU of this host cannot translate")
 
     def map_all(self) -> None:
-        """Walk all regions and map each (``kvm_iommu_map_memslots``). All or nothing."""
-        with ExitStack() as undo:
-            for region in self._dma_regions():
-                self.map_region(region)
-                undo.callback(self.unmap_region, region)
+        """Walk all regions and map each that is not mapped (``kvm_iommu_map_memslots``). All or nothing.
+
+        For the back end. Raises ``ReservedRange`` before anything is mapped, ``OSError``.
+        """
+        with self._memory.lock, ExitStack() as undo:
+            usable = self.backend.ranges()
+            regions = [region for region in self._memory if region.dma]
+            for region in regions:
+                self._check_range(region.range, region.name, usable)
+            for region in regions:
+                if region not in self._ledger:
+                    self.map_region(region)
+                    undo.callback(self.unmap_region, region)
+            self._mapped = True
             undo.pop_all()
 
     def map_region(self, region: MemoryRegion) -> None:
         """Map one region, by one call, at its guest-physical address (``kvm_iommu_map_pages``); ROM is read-only."""
-        assert self._container is not None
         mapping = DmaMapping(region.gpa, region.size, region.hva, region.kind.dma_writable)
         self._ledger[region] = mapping
         try:
-            self._container.map_dma(mapping.iova, mapping.hva, mapping.size, writable=mapping.writable)
+            self.backend.map(region)
         except OverflowError:  # no number that the kernel could have been asked for
             del self._ledger[region]
             raise
@@ -270,15 +181,13 @@ class Domain:
 
     def _unmap_doubtful(self, region: MemoryRegion) -> None:
         """What is not mapped is no error here. If this fails the region stays in the ledger, its memory mapped."""
-        assert self._container is not None
-        self._container.unmap_dma(region.gpa, region.size)
+        self.backend.unmap(region)
         del self._ledger[region]
 
     def unmap_region(self, region: MemoryRegion) -> None:
         """Undo ``map_region``. Raises ``AuditFailed`` if the kernel had not mapped what the ledger says."""
-        assert self._container is not None
         mapping = self._ledger[region]
-        unmapped = self._container.unmap_dma(mapping.iova, mapping.size)
+        unmapped = self.backend.unmap(region)
         del self._ledger[region]
         self.calls.append(DmaCall("unmap", Range(mapping.iova, mapping.size)))
         if unmapped != mapping.size:
@@ -287,27 +196,31 @@ class Domain:
                 f"the ledger has {mapping.size:#x}"
             )
 
-    def _unmap_all(self) -> None:
-        """Undo every mapping, then let the kernel say whether there were more. Raises ``AuditFailed``."""
-        assert self._container is not None
-        run_all((*(partial(self.unmap_region, region) for region in list(self._ledger)), self._check_none_left))
+    def unmap_all(self) -> None:
+        """Undo every mapping, then let the kernel say whether there were more. For the back end.
+
+        Runs every step even if one fails. Raises ``AuditFailed``, ``OSError``.
+        """
+        with self._memory.lock:
+            self._mapped = False
+            run_all((*(partial(self.unmap_region, region) for region in list(self._ledger)), self._check_none_left))
 
     def _check_none_left(self) -> None:
-        assert self._container is not None
-        if left := self._container.unmap_all():
+        if left := self.backend.unmap_rest():
             raise AuditFailed(f"{left:#x} bytes were mapped that the ledger does not have")
 
     def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None:
         """Listener: refused before anything is mapped, even while the domain is inactive."""
         if kind is not RegionKind.BAR:
-            self._check_range(range_, name)
+            self._check_range(range_, name, self.backend.ranges() if self._mapped else ())
 
     def region_added(self, region: MemoryRegion) -> None:
         """Listener: a region of an active domain is mapped before anyone can use it."""
-        if self.active and region.dma:
+        if self._mapped and region.dma:
             self.map_region(region)
 
     def region_removed(self, region: MemoryRegion) -> None:
+        """Listener: unmapped before its memory goes."""
         if region in self._ledger:
             self.unmap_region(region)
 
@@ -320,8 +233,8 @@ class Domain:
     def audit(self) -> None:
         """RAM regions are exactly the writable mappings, ROM exactly the read-only ones, at their own address.
 
-        Raises ``AuditFailed`` naming every difference. Nothing is mapped while the domain is inactive.
+        Raises ``AuditFailed`` naming every difference. Nothing is mapped while no device is attached.
         """
-        regions = self._dma_regions() if self.active else ()
+        regions = [region for region in self._memory if region.dma and self._mapped]
         wanted = {Mirrored(region.range, region.hva, region.kind.dma_writable) for region in regions}
         compare("DMA mappings", wanted, {Mirrored(Range(m.iova, m.size), m.hva, m.writable) for m in self.ledger})

@@ -25,7 +25,7 @@ from kvmpass.boot import acpi, mtrr
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
-from kvmpass.dma.domain import Domain
+from kvmpass.dma import Domain, Type1
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
 from kvmpass.host import Bdf, PciDevice, Sysfs
@@ -121,7 +121,7 @@ class Machine:
             self.memslots = Memslots(self._board.vm)
             undo.callback(self.memslots.close)
             self.memory.listen(self.memslots)
-            self.domain = Domain(self.memory, self._board.kvm_vfio, self.layout.reserved)
+            self.domain = Domain(self.memory, Type1, self._board.kvm_vfio, self.layout.reserved)
             undo.callback(self.domain.close)
             for part in planned.regions:
                 self.memory.add_ram(part.range.start, part.range.size, part.name, backing=part.backing)
@@ -157,7 +157,7 @@ class Machine:
             run_all(
                 (
                     self._deassign_all,
-                    partial(self.domain.use_kvm, None),
+                    partial(self.domain.rebind_kvm, None),
                     self._board.close,
                     self._deassign_all,
                     self.domain.close,
@@ -527,8 +527,8 @@ class Machine:
                 undo.callback(board.close)
                 undo.callback(self.memslots.move, old.vm)
                 self.memslots.move(board.vm)
-                undo.callback(self.domain.use_kvm, old.kvm_vfio)
-                self.domain.use_kvm(board.kvm_vfio)
+                undo.callback(self.domain.rebind_kvm, old.kvm_vfio)
+                self.domain.rebind_kvm(board.kvm_vfio)
                 self._board = board
                 undo.pop_all()
             try:

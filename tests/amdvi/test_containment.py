@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.type1 import container_of
 from support.witness import (
     Edu,
     iommu_events,
@@ -206,8 +207,7 @@ def test_a_dropped_unmap_is_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(AssertionError, match="the device reaches"):
             check_unreachable(bench, gpa)
     finally:
-        container = bench.machine.domain._container
-        assert container is not None
+        container = container_of(bench.machine)
         assert real(container, gpa, PAGE) == PAGE
     check_unreachable(bench, gpa)
 
@@ -226,8 +226,7 @@ def test_an_iova_that_is_off_by_a_page_is_caught(bench: Bench, monkeypatch: pyte
         with pytest.raises(AssertionError):
             check_reaches(bench, region, gpa)
     finally:
-        container = bench.machine.domain._container
-        assert container is not None
+        container = container_of(bench.machine)
         container.unmap_dma(gpa + PAGE, 2 * PAGE)
         with monkeypatch.context() as patch, pytest.raises(AuditFailed, match="0x0 bytes were mapped"):
             patch.setattr(Domain, "region_added", lambda self, region: None)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.type1 import groups_of
 from support.witness import Edu, iommu_events, pattern, without_probe
 
 from kvmpass import host
@@ -81,11 +82,11 @@ def test_adding_a_function_costs_no_mapping(multifunction: str, edu: str) -> Non
         trials = 2 * 4096  # the kernel tries two pages where a group joins
         assert mapped in (8 << 20, (8 << 20) + trials)
         assert [call.range for call in machine.domain.calls] == [Range(0, 8 << 20)]
-        assert len(machine.domain.groups) == 2
+        assert len(groups_of(machine)) == 2
         assert [(device.slot, device.number) for device in machine.devices] == [(1, 0), (1, 1), (2, 0)]
         machine.deassign(machine.devices[0])
         machine.audit()
-        assert len(machine.domain.groups) == 2, "the other function holds the group"
+        assert len(groups_of(machine)) == 2, "the other function holds the group"
         machine.reset()
         assert [(device.slot, device.number) for device in machine.devices] == [(2, 0), (1, 0)], (
             "in a slot of its own"

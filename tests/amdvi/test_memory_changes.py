@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.type1 import container_of
 from support.witness import Edu, locked_bytes, pattern
 
 from kvmpass import host
@@ -203,8 +204,7 @@ def test_an_unmap_that_is_not_made_is_caught(bench: Bench, monkeypatch: pytest.M
         bench.memory.remove(region)
     with pytest.raises(AssertionError):
         books(bench.machine)
-    container = bench.machine.domain._container
-    assert container is not None
+    container = container_of(bench.machine)
     assert real(container, PLACE, MIB) == MIB
     books(bench.machine)
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from support.type1 import groups_of
 from support.witness import traces
 
 from kvmpass import host
@@ -92,7 +93,7 @@ def test_the_host_asks_for_its_device(machine: Machine, assigned: AssignedDevice
 def test_a_root_bus_has_no_hot_reset(machine: Machine, assigned: AssignedDevice, emulated_host: bool) -> None:
     if not emulated_host:
         pytest.skip("where the device sits is known in the lab only")
-    group = machine.domain._groups[assigned.group].group
+    group = groups_of(machine)[assigned.group]
     for call in (assigned.vfio.get_pci_hot_reset_info, lambda: assigned.vfio.pci_hot_reset([group])):
         with pytest.raises(OSError, match="HOT_RESET") as refused:
             call()
@@ -111,7 +112,7 @@ def test_hot_reset_behind_a_bridge(bridged: str, machine: Machine) -> None:
         device.enable()
         device.regions[0].write_int(4, 0)
         assert device.regions[0].read_int(4) == 0xFFFFFFFF
-        device.vfio.pci_hot_reset([machine.domain._groups[device.group].group])
+        device.vfio.pci_hot_reset([groups_of(machine)[device.group]])
         machine.audit()
         device.enable()
         assert device.regions[0].read_int(0) == 0x010000ED

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from support.type1 import container_of, groups_of
 from support.witness import locked_bytes
 
 from kvmpass import host
@@ -39,12 +40,11 @@ class Bench:
     """A machine with one device, the container that it is in, and memory of our own to map."""
 
     def __init__(self, machine: Machine, device: AssignedDevice, own: HostMapping) -> None:
-        container = machine.domain._container
-        assert container is not None
+        container = container_of(machine)
         self.machine, self.assigned, self.own = machine, device, own
         self.device: Device = device.vfio
         self.container: Container = container
-        self.group: Group = machine.domain._groups[device.group].group
+        self.group: Group = groups_of(machine)[device.group]
 
     def map(self, iova: int, size: int, *, offset: int = 0, writable: bool = True) -> None:
         self.container.map_dma(iova, self.own.address + offset, size, writable=writable)
@@ -276,8 +276,7 @@ def test_structures_and_flags_of_unmap(bench: Bench) -> None:
 def test_everything_at_once(edu2: str) -> None:
     with host.borrow(edu2), Machine(memory="4M") as machine:
         machine.assign(edu2)
-        container = machine.domain._container
-        assert container is not None
+        container = container_of(machine)
         assert container.unmap_all() == 4 * MIB
         assert container.unmap_all() == 0
         for region in machine.memory:
@@ -471,7 +470,7 @@ class Descriptor:
 def test_groups_of_a_hot_reset(bench: Bench, bridged: str) -> None:
     with host.borrow(bridged), Machine(memory="2M") as other:
         device = other.assign(bridged)
-        own = other.domain._groups[device.group].group
+        own = groups_of(other)[device.group]
 
         def reset(*groups: object) -> Callable[[], None]:
             return lambda: device.vfio.pci_hot_reset(list(groups))  # type: ignore[arg-type]

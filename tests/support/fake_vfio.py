@@ -22,16 +22,13 @@ class Refused(OSError):
 
 
 @dataclass
-class FakeVfio:
-    """The kernel: which devices are in which group, what is open, what is mapped. ``log`` names every call."""
+class FakeKernel:
+    """Which devices are in which group. Every call can fail; ``log`` names them."""
 
     members: dict[int, tuple[str, ...]]
     ranges: tuple[Range, ...] = (Range(0, 0xFEE0_0000), Range(0xFEF0_0000, 1 << 39))
     dependent: dict[str, list[DependentDevice]] = field(default_factory=dict)
-    groups: dict[int, FakeGroup] = field(default_factory=dict)
-    containers: list[FakeContainer] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
-    taken: bool = False
     countdown: int = 0
     after: bool = False
 
@@ -47,6 +44,19 @@ class FakeVfio:
         if self.after and what != "get_device_fd":  # one that failed has made no descriptor
             work()
         raise Refused(errno.ENOMEM, what)
+
+    def file(self, fd: int) -> Any:
+        """What is open there: KVM sets its ``kvm``."""
+        raise NotImplementedError
+
+
+@dataclass
+class FakeVfio(FakeKernel):
+    """VFIO's groups and containers: what is open, what is mapped."""
+
+    groups: dict[int, FakeGroup] = field(default_factory=dict)
+    containers: list[FakeContainer] = field(default_factory=list)
+    taken: bool = False
 
     def state(self) -> tuple[Any, ...]:
         """All that a caller can leave behind."""
@@ -64,7 +74,17 @@ class FakeVfio:
         assert len(self.containers) <= 1
         return self.containers[0].mappings if self.containers else {}
 
-    # --- what a Domain makes
+    @property
+    def files(self) -> set[int]:
+        """What KVM is to know."""
+        return {group.fd for group in self.groups.values()}
+
+    def file(self, fd: int) -> FakeGroup:
+        group = next((group for group in self.groups.values() if group.fd == fd), None)
+        assert group is not None, "the descriptor is open"
+        return group
+
+    # --- what a back end makes
 
     def container(self) -> FakeContainer:
         container = FakeContainer(self)
@@ -241,23 +261,18 @@ class FakeDevice:
 
 
 class FakeKvmVfio:
-    """KVM's register of groups of the VM called ``name``."""
+    """KVM's register of VFIO files of the VM called ``name``."""
 
-    def __init__(self, kernel: FakeVfio, name: str) -> None:
+    def __init__(self, kernel: FakeKernel, name: str) -> None:
         self.kernel = kernel
         self.name = name
         self.files: set[int] = set()
-
-    def _group(self, fd: int) -> FakeGroup:
-        group = next((group for group in self.kernel.groups.values() if group.fd == fd), None)
-        assert group is not None, "the descriptor is open"
-        return group
 
     def file_add(self, fd: int) -> None:
         def work() -> None:
             if fd in self.files:
                 raise refuse(errno.EEXIST, "KVM_DEV_VFIO_FILE_ADD")
-            self._group(fd).kvm = self.name
+            self.kernel.file(fd).kvm = self.name
             self.files.add(fd)
 
         self.kernel.call("file_add", work)
@@ -268,7 +283,7 @@ class FakeKvmVfio:
         def work() -> None:
             if fd not in self.files:
                 raise refuse(errno.ENOENT, "KVM_DEV_VFIO_FILE_DEL")
-            self._group(fd).kvm = None
+            self.kernel.file(fd).kvm = None
             self.files.remove(fd)
 
         self.kernel.call("file_del", work)

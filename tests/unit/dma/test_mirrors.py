@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-import kvmpass.dma.domain
-from kvmpass.dma.domain import Domain
+import kvmpass.dma.type1
+from kvmpass.dma import Domain, Type1
 from kvmpass.errors import AuditFailed, LayoutError, ReservedRange
 from kvmpass.kvm import Memslots
 from kvmpass.layout import GIB, MIB, PAGE, Range, Reserved
@@ -131,7 +131,7 @@ class House:
         self.memory = GuestMemory()
         self.memslots = Memslots(self.kernel)  # type: ignore[arg-type]
         self.memory.listen(self.memslots)
-        self.domain = Domain(self.memory, None, [MSI])
+        self.domain = Domain(self.memory, Type1, None, [MSI])
         self.memory.add_ram(0, MIB, "ram0")
         self.memory.add_rom(GIB, b"rom")
 
@@ -155,8 +155,8 @@ class House:
 
 @pytest.fixture
 def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
-    monkeypatch.setattr(kvmpass.dma.domain, "Container", FakeContainer)
-    monkeypatch.setattr(kvmpass.dma.domain, "Group", FakeGroup)
+    monkeypatch.setattr(kvmpass.dma.type1, "Container", FakeContainer)
+    monkeypatch.setattr(kvmpass.dma.type1, "Group", FakeGroup)
     house = House()
     yield house
     house.kernel.fail(0)
@@ -387,7 +387,7 @@ def test_regions_that_were_there_before_are_checked_and_taken_back(house: House)
     other = GuestMemory()
     other.add_ram(0xFEE0_0000, PAGE, "early")
     with pytest.raises(ReservedRange, match="early"):
-        Domain(other, None, [MSI])
+        Domain(other, Type1, None, [MSI])
     other.close()
     house.memory.remove(next(region for region in house.memory if region.name == "bar"))
     mapping.close()
