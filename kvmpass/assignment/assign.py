@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from kvmpass import host
-from kvmpass.errors import DeviceInUse
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import GuestSpec, prepare
+from kvmpass.host.address import parse_distinct
 from kvmpass.kvm.system import MAX_APIC_IDS
 from kvmpass.layout import Range, parse_size
 from kvmpass.machine import Machine
@@ -23,8 +23,6 @@ def check(
     bdfs: Sequence[host.Bdf], memory: int, sysfs: host.Sysfs, backing: Backing = Backing.ANONYMOUS, cpus: int = 1
 ) -> list[host.PciDevice]:
     """Everything that can be refused before anything changes, the host's side; returns the devices as they are."""
-    if len(set(bdfs)) != len(bdfs):
-        raise DeviceInUse("the same device is named twice")
     devices = [sysfs.device(bdf) for bdf in bdfs]
     host.doctor.check_host(sysfs)
     for bdf in bdfs:
@@ -57,7 +55,7 @@ def assigned(
     ``BadKernel``, ``LayoutError``. Everything raised later comes after the devices were given back.
     """
     sysfs = host.Sysfs()
-    bdfs = [host.Bdf.parse(address) for address in addresses]
+    bdfs = parse_distinct(addresses)
     size = parse_size(memory)
     names = host.Names(sysfs)
     devices = check(bdfs, size, sysfs, backing, cpus)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvmpass import host
-from kvmpass.errors import DeviceInUse, KvmpassError, NoSuchDevice
+from kvmpass.errors import BadAddress, KvmpassError, NoSuchDevice
 from kvmpass.host import Bdf, Blocker, PciDevice, Sysfs, limits
+from kvmpass.host.address import parse_distinct
 from kvmpass.host.doctor import Finding, Outcome
 from kvmpass.kvm import System
 from kvmpass.kvm.system import check_vcpus
@@ -105,8 +106,10 @@ def plan(
     bdfs = [Bdf.parse(address) if isinstance(address, str) else address for address in addresses]
     size = parse_size(memory)
     blocks: list[Objection] = []
-    if len(set(bdfs)) != len(bdfs):
-        blocks.append(_impossible(DeviceInUse("the same device is named twice")))
+    try:
+        parse_distinct(bdfs)
+    except BadAddress as error:
+        blocks.append(_impossible(error))
         bdfs = list(dict.fromkeys(bdfs))
     findings = list(_findings(sysfs, bdfs, size, backing, cpus))
     blocks += _objections(findings, Outcome.FAIL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -39,3 +40,12 @@ class Bdf:
 
     def __str__(self) -> str:
         return f"{self.domain:04x}:{self.bus:02x}:{self.device:02x}.{self.function}"
+
+
+def parse_distinct(addresses: Iterable[Bdf | str]) -> tuple[Bdf, ...]:
+    """Addresses as values, each at most once. Raises ``BadAddress``, for one that is repeated too."""
+    bdfs = tuple(Bdf.parse(address) if isinstance(address, str) else address for address in addresses)
+    for bdf in bdfs:
+        if bdfs.count(bdf) > 1:
+            raise BadAddress(f"{bdf} is named twice", "name each device once")
+    return bdfs

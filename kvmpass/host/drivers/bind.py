@@ -9,9 +9,8 @@ from typing import Literal
 
 from kvmpass._signals import deferred
 from kvmpass.errors import DriverPinned
-from kvmpass.host.address import Bdf
+from kvmpass.host.address import Bdf, parse_distinct
 from kvmpass.host.blockers import blockers, users
-from kvmpass.host.drivers.borrow import distinct
 from kvmpass.host.drivers.changes import MATCHING, ON_VFIO_PCI, Setting, all_changes
 from kvmpass.host.drivers.driverctl import saved_override
 from kvmpass.host.drivers.journal import Journal, Operation
@@ -67,7 +66,7 @@ def bind(
     keeps the group from being assigned, is only a warning.
     """
     transaction = Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step)
-    return _Work(Operation.BIND, group, force, transaction).run(distinct(bdfs), dry_run)
+    return _Work(Operation.BIND, group, force, transaction).run(parse_distinct(bdfs), dry_run)
 
 
 def unbind(
@@ -89,7 +88,7 @@ def unbind(
     for a device that driverctl keeps on vfio-pci.
     """
     transaction = Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step)
-    return _Work(Operation.UNBIND, group, force, transaction).run(distinct(bdfs), dry_run)
+    return _Work(Operation.UNBIND, group, force, transaction).run(parse_distinct(bdfs), dry_run)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from kvmpass._signals import deferred
-from kvmpass.errors import BadAddress
-from kvmpass.host.address import Bdf
+from kvmpass.host.address import Bdf, parse_distinct
 from kvmpass.host.blockers import check_assignable
 from kvmpass.host.drivers.journal import Journal, Operation
 from kvmpass.host.drivers.lock import Say
@@ -94,13 +92,4 @@ def borrow(
     than a second, ``on_step`` with each step and its device, just before that change.
     What a driver alone remembers (addresses of a network interface, for one) is the host's to set again.
     """
-    return Borrow(distinct(bdfs), Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step))
-
-
-def distinct(bdfs: Sequence[Bdf | str]) -> tuple[Bdf, ...]:
-    """The addresses as values. Raises ``BadAddress``, for one that is named twice too."""
-    parsed = tuple(Bdf.parse(bdf) if isinstance(bdf, str) else bdf for bdf in bdfs)
-    for bdf in parsed:
-        if parsed.count(bdf) > 1:
-            raise BadAddress(f"{bdf} is named twice", "name each device once")
-    return parsed
+    return Borrow(parse_distinct(bdfs), Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step))

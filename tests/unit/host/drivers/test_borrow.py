@@ -13,8 +13,11 @@ import pytest
 from support.at_step import AtStep
 from support.host_tree import Host
 
+from kvmpass.assignment.assign import assigned
+from kvmpass.assignment.plan import plan
 from kvmpass.errors import BadAddress, DeviceInUse, HostNotReady, JournalError, NotAssignable, RestoreFailed
-from kvmpass.host import Bdf, borrow, restore
+from kvmpass.guest import GuestSpec
+from kvmpass.host import Bdf, bind, borrow, restore, unbind
 from kvmpass.host.drivers import transaction
 from kvmpass.host.drivers.changes import Step
 
@@ -53,6 +56,10 @@ def state(tmp_path: Path) -> Path:
 def as_before(host: Host, state: Path) -> bool:
     left = [path.name for path in (state / "journal").glob("*")] if state.exists() else []
     return not left and {bdf: host.state(bdf) for bdf in BEFORE} == BEFORE
+
+
+def assign(*bdfs: str) -> object:
+    return assigned(bdfs, GuestSpec()).__enter__()
 
 
 def in_child(action: Callable[[], object]) -> int:
@@ -357,9 +364,14 @@ def test_the_module_is_loaded_when_it_is_missing(host: Host, state: Path) -> Non
     assert as_before(host, state)
 
 
-def test_named_twice() -> None:
-    with pytest.raises(BadAddress, match="twice"):
-        borrow("01:00.0", "0000:01:00.0")
+@pytest.mark.parametrize("operation", [borrow, lambda *bdfs: bind(bdfs), lambda *bdfs: unbind(bdfs), assign])
+def test_named_twice(host: Host, operation: Callable[[str, str], object]) -> None:
+    """One error, with or without the domain, whatever is to be done; a plan has it beside the others."""
+    with pytest.raises(BadAddress, match=f"{NVME} is named twice") as refused:
+        operation("01:00.0", NVME)
+    assert refused.value.__notes__ == ["name each device once"]
+    blocks = [block.reason for block in plan(["01:00.0", NVME], sysfs=host).blocks]
+    assert (f"{NVME} is named twice", "name each device once") in [(one.cause, one.remedy) for one in blocks]
 
 
 @pytest.mark.parametrize("place", ["", "..", "journal", "bound"])
