@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 from kvmpass._fd import OwnedFd, open_node
 from kvmpass.host.address import Bdf
-from kvmpass.host.kernel.kmsg import RECORD_LIMIT, Record, parse_records
+from kvmpass.host.kernel.kmsg import PATH, Record, parse_records, read_pieces
 
-KMSG = "/dev/kmsg"
+KMSG = f"/{PATH}"
 PAGE_FAULT = "IO_PAGE_FAULT"
 UNATTACHED = "DEVICE_NOT_ATTACHED"  # our word: the kernel has a sentence
 # AMD IOMMU specification, 2.5.3
@@ -177,18 +177,13 @@ class FaultLog(OwnedFd):
     def read(self) -> list[IommuEvent]:
         """Every event since the last call, in order; empty if there was none. Each message of the log is one read."""
         events: list[IommuEvent] = []
-        while True:
-            try:
-                data = os.read(self.fd, RECORD_LIMIT)
-            except BlockingIOError:
-                return events
-            except BrokenPipeError:
+        for piece in read_pieces(self.fd):
+            if piece is None:
                 self.lost += 1
                 self._parser = EventParser()  # half of an event may be lost
                 continue
-            if not data:
-                return events
-            events += [event for record in parse_records(data) if (event := self._parser.feed(record))]
+            events += [event for record in parse_records(piece) if (event := self._parser.feed(record))]
+        return events
 
 
 def open_fault_log(path: str = KMSG) -> FaultLog | str:

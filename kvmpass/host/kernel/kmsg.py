@@ -18,7 +18,7 @@ from kvmpass.errors import BadAddress
 from kvmpass.host.address import Bdf
 
 PATH = "dev/kmsg"
-RECORD_LIMIT = 8192  # no record is longer (kernel/printk/printk.c: PRINTK_MESSAGE_MAX)
+_RECORD_LIMIT = 8192  # no record is longer (kernel/printk/printk.c: PRINTK_MESSAGE_MAX)
 _BIGGEST_LOG = 64 << 20  # bytes: more than log_buf_len may make it, and an end for a file that has none
 
 
@@ -89,6 +89,24 @@ def _function(device: str) -> Bdf | None:
         return None
 
 
+def read_pieces(fd: int) -> Iterator[bytes | None]:
+    """What a descriptor (``O_NONBLOCK``) of the log has now: of ``/dev/kmsg`` a record each, of a file any bytes.
+
+    None stands for records that were overwritten before they were read. Raises ``OSError``.
+    """
+    while True:
+        try:
+            piece = os.read(fd, _RECORD_LIMIT)
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            yield None
+            continue
+        if not piece:
+            return
+        yield piece
+
+
 def read_log(path: str | os.PathLike[str]) -> KernelLog:
     """All that the log has now. Raises nothing: ``error`` says what is in the way.
 
@@ -100,16 +118,10 @@ def read_log(path: str | os.PathLike[str]) -> KernelLog:
     except OSError as error:
         return KernelLog((), False, error.strerror or str(error))
     try:
-        while len(data) < _BIGGEST_LOG:
-            try:
-                piece = os.read(fd, RECORD_LIMIT)
-            except BrokenPipeError:  # it was overwritten while we read
-                continue
-            if not piece:
+        for piece in read_pieces(fd):
+            data += piece or b""
+            if len(data) >= _BIGGEST_LOG:
                 break
-            data += piece
-    except BlockingIOError:
-        pass
     except OSError as error:
         return KernelLog((), False, error.strerror or str(error))
     finally:
