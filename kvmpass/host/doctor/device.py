@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.drivers.driverctl import saved_override
+from kvmpass.host.drivers import driverctl
 from kvmpass.host.kernel.modules import vfio_ids
 from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import PCI_DEVICES
@@ -75,7 +75,7 @@ def _driver(examined: Examined) -> Verdict:
         Reading(f"/{PCI_DEVICES}/{device.bdf}/driver", device.driver or "none"),
         Reading(f"/{PCI_DEVICES}/{device.bdf}/driver_override", device.driver_override or "none"),
     ]
-    saved = saved_override(sysfs, device.bdf)
+    saved = driverctl.saved_override(sysfs, device.bdf)
     if saved is not None:
         read.append(Reading(saved.file, saved.driver))
     named = list(vfio_ids(sysfs, device))
@@ -107,8 +107,8 @@ CHECKS = (
     Check(
         "device-driver",
         "Its driver",
-        "`driver`, `driver_override`, `/etc/driverctl.d`, vfio-pci's `ids` in modprobe.d and `/proc/cmdline`, udev's "
-        "rules",
+        f"`driver`, `driver_override`, `/{driverctl.DIRECTORY}`, vfio-pci's `ids` in modprobe.d and `/proc/cmdline`, "
+        "udev's rules",
         (OVERRIDDEN, IDS_IGNORED, RULE),
         _driver,
         ("device",),
