@@ -29,14 +29,14 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """One device: ``driver`` is what it has now and gets back; ``resets`` in the order in which the kernel tries."""
+    """One device: ``driver`` is what it has now and gets back; ``reset_methods`` as in ``PciDevice``."""
 
     bdf: Bdf
     name: str
     driver: str | None
     group: int | None
     members: tuple[Member, ...]
-    resets: tuple[str, ...]
+    reset_methods: tuple[str, ...]
     vectors: Vectors
     bars: tuple[BarPreview, ...]
 
@@ -182,7 +182,7 @@ def _device(sysfs: Sysfs, device: PciDevice, together: Sequence[Bdf]) -> DeviceP
             )
             for one in members
         ),
-        resets=device.reset_methods,
+        reset_methods=device.reset_methods,
         vectors=found,
         bars=preview_bars([(part.size, part.flags) for part in device.resources], found),
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvmpass import host
 from kvmpass.host import view
+from kvmpass.layout import Reserved
 
 
 def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
@@ -20,6 +21,10 @@ def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
 
 def host_document(status: view.HostStatus) -> dict[str, Any]:
     return {"ready": status.ready, "permitted": status.permitted, "cause": status.cause, "remedy": status.remedy}
+
+
+def reserved_document(region: Reserved) -> dict[str, Any]:
+    return {"start": hex(region.range.start), "last": hex(region.range.last), "kind": region.kind}
 
 
 def link_document(link: view.Link | None) -> dict[str, Any] | None:

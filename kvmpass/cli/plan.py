@@ -10,6 +10,7 @@ import click
 from kvmpass.assignment.plan import DevicePlan, Objection, Plan
 from kvmpass.assignment.plan import plan as make_plan
 from kvmpass.cli import findings
+from kvmpass.cli.documents import reserved_document
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
 from kvmpass.cli.tree import tree_option
@@ -77,7 +78,7 @@ def _show_device(output: Output, device: DevicePlan) -> None:
     for member in device.members:
         part = {"taken": "is assigned, too", "stays": "stays as it is", "blocks": "blocks"}[member.part]
         rows.append(("group", f"{member.bdf} {member.name} ({member.driver or 'no driver'}): {part}"))
-    rows.append(("reset", _resets(device.resets)))
+    rows.append(("reset", _resets(device.reset_methods)))
     rows.append(("vectors", _vectors(device.vectors)))
     rows += [(bar.name, _bar(bar)) for bar in device.bars]
     for label, text in rows:
@@ -160,12 +161,9 @@ def _document(made: Plan) -> dict[str, Any]:
         "locked": made.locked,
         "phys_bits": made.phys_bits,
         "phys_bits_from": made.width_from,
-        "reserved": None
+        "reserved_regions": None
         if not made.confined or memory is None
-        else [
-            {"first": hex(line.range.start), "last": hex(line.range.last), "kind": line.kind}
-            for line in memory.layout.reserved
-        ],
+        else [*map(reserved_document, memory.layout.reserved)],
         "descriptors": {
             "fixed": made.descriptors.fixed,
             "vectors": made.descriptors.vectors,
@@ -190,7 +188,7 @@ def _device_document(device: DevicePlan) -> dict[str, Any]:
         "members": [
             {"bdf": str(one.bdf), "name": one.name, "driver": one.driver, "part": one.part} for one in device.members
         ],
-        "resets": list(device.resets),
+        "reset_methods": list(device.reset_methods),
         "vectors": {"msix": vectors.msix, "msi": vectors.msi, "intx": vectors.intx},
         "bars": [
             {

@@ -10,7 +10,7 @@ import click
 
 from kvmpass import host
 from kvmpass.cli import layout
-from kvmpass.cli.documents import device_document, host_document
+from kvmpass.cli.documents import device_document, host_document, reserved_document
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF
 from kvmpass.cli.tree import tree_option
@@ -185,10 +185,7 @@ def _document(found: view.Description) -> dict[str, Any]:
             "siblings": [
                 {"bdf": str(one.device.bdf), "driver": one.device.driver, "part": one.part} for one in found.siblings
             ],
-            "reserved_regions": [
-                {"start": hex(one.range.start), "last": hex(one.range.last), "kind": one.kind}
-                for one in group.reserved
-            ],
+            "reserved_regions": [*map(reserved_document, group.reserved)],
         },
         "functions": [*map(str, found.functions)],
         "bridges": [{**asdict(bridge), "bdf": str(bridge.bdf)} for bridge in found.bridges],

@@ -315,7 +315,7 @@ def test_a_plan_comes_true(nvme: str, edu: str, sysfs: Sysfs) -> None:
         expected = made.descriptors.fixed - STANDARD
         assert expected - 2 - 4 - 2 - 1 <= descriptors() - opened <= expected
         for device, planned in zip(devices, made.devices, strict=True):
-            assert device.reset_methods == planned.resets
+            assert device.reset_methods == planned.reset_methods
             assert (device.vfio.irqs[MSIX].count, device.vfio.irqs[MSI].count) == (
                 planned.vectors.msix,
                 planned.vectors.msi,

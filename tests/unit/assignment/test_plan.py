@@ -93,7 +93,7 @@ def test_a_plan(host: Host) -> None:
     made = kvmpass.plan([NVME], memory="4G", cpus=3, sysfs=host)
     assert made.blocks == ()
     [device] = made.devices
-    assert (device.driver, device.group, device.resets, device.vectors.msix) == ("nvme", 7, ("flr", "bus"), 17)
+    assert (device.driver, device.group, device.reset_methods, device.vectors.msix) == ("nvme", 7, ("flr", "bus"), 17)
     assert [(str(one.bdf), one.part) for one in device.members] == [(BRIDGE, "stays")]
     assert (made.map_calls, made.locked, made.confined) == (2, 4 * GIB, True)
     assert (made.phys_bits, made.width_from) == (43, "/proc/cpuinfo")
