@@ -171,13 +171,14 @@ def _align_up(value: int, alignment: int) -> int:
 
 
 def place_kernel(kernel: KernelImage, ram: Sequence[Range]) -> Range:
-    """Where the kernel runs: its preferred address, else the lowest aligned one from 1 MiB on, below 4 GiB.
+    """Where the kernel runs: its preferred address, else the lowest aligned one above it, below 4 GiB.
 
-    Raises ``NotEnoughMemory`` if no range of ``ram`` holds ``init_size`` bytes there.
+    A relocatable kernel that is loaded below its preferred address moves there (Documentation/arch/x86/boot.rst,
+    ``init_size``). Raises ``NotEnoughMemory`` if no range of ``ram`` holds ``init_size`` bytes there.
     """
     candidates = [kernel.preferred]
     if kernel.relocatable:
-        candidates += [_align_up(max(part.start, MIB), kernel.alignment) for part in ram]
+        candidates += [_align_up(max(part.start, kernel.preferred), kernel.alignment) for part in ram]
     for start in candidates:
         wanted = Range(start, kernel.init_size)
         if wanted.end <= 4 * GIB and any(part.contains(wanted) for part in ram):

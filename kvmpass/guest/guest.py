@@ -25,7 +25,8 @@ from kvmpass.machine.vcpus import Ending
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 1 << 16
-_SLACK = 32 * MIB  # beyond the least, in advice: what a kernel allocates before it unpacks
+_START = 8 * MIB  # what a kernel allocates before it unpacks: Debian's 6.1 panics with 3 MiB, and works with 5
+_SLACK = 32 * MIB  # beyond the least, in advice
 _MAX_FAILURES = 64
 _ABANDON_SECONDS = 2.0  # for a reader of the output that does not read, when all is over anyway
 _POWEROFF_SECONDS = 60.0  # from the command's status to power off; the init script does nothing in between
@@ -65,21 +66,34 @@ class GuestImage:
 
     @property
     def needed(self) -> int:
-        """Bytes of memory without which the kernel cannot unpack the initramfs.
+        """Bytes of memory without which the kernel cannot start, or cannot unpack the initramfs.
 
-        It unpacks into a tmpfs, which takes half of the memory beside the kernel and the archive
-        (``shmem_default_max_blocks``, mm/shmem.c; Documentation/filesystems/ramfs-rootfs-initramfs.rst).
+        It runs at its preferred address or above, and takes ``init_size`` from there on before it looks at its memory
+        (Documentation/arch/x86/boot.rst). It unpacks into a tmpfs, which takes half of the memory beside the kernel
+        and the archive (``shmem_default_max_blocks``, mm/shmem.c;
+        Documentation/filesystems/ramfs-rootfs-initramfs.rst).
         """
-        return 2 * self.unpacked + len(self.initrd) + self.kernel.init_size
+        return self.kernel.init_size + max(self._before_files, self._for_files)
+
+    @property
+    def _before_files(self) -> int:
+        return self.kernel.preferred + _START
+
+    @property
+    def _for_files(self) -> int:
+        return 2 * self.unpacked + len(self.initrd)
 
     def load(self, machine: Machine) -> None:
         """Into the memory of a machine that has not started. Raises ``NotEnoughMemory`` if it does not fit."""
-        if self.unpacked and machine.memory.ram_size < self.needed:
+        if machine.memory.ram_size < self.needed:
             least = -(-(self.needed + _SLACK) // (16 * MIB)) * 16
+            what, more = f"the guest's kernel takes {self.needed / MIB:.0f} MiB to start", ""
+            if self.unpacked and self._for_files > self._before_files:
+                files = f"the guest's files take {self.unpacked / MIB:.0f} MiB unpacked"
+                what, more = f"{files}, and half of its memory may hold files", ", or copy less into it"
             raise NotEnoughMemory(
-                f"the guest's files take {self.unpacked / MIB:.0f} MiB unpacked, and half of its memory may hold "
-                f"files: {machine.memory.ram_size // MIB} MiB are too little",
-                f"give the guest {least} MiB (--memory {least}M), or copy less into it",
+                f"{what}: {machine.memory.ram_size // MIB} MiB are too little",
+                f"give the guest {least} MiB (--memory {least}M){more}",
             )
         machine.load_linux(self.kernel, self.initrd, self.cmdline)
 

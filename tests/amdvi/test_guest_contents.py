@@ -82,3 +82,27 @@ def test_files_that_do_not_fit_into_the_guest(tmp_path: Path) -> None:
         result = guest.run(timeout=200)
     assert result.status is None
     assert result.failures == ("the root file system is incomplete: the guest has too little memory to unpack it",)
+
+
+def check_refusals(directory: Path, *words: str) -> None:
+    """Of a kernel alone, and with a large file: refused, not dead of a triple fault; with the hint it works."""
+    (directory / "large").write_bytes(os.urandom(40 << 20))
+    for memory, copy in (("32M", ()), ("64M", ("--copy", f"{directory}/large:/")), ("2M", ())):
+        assign = ("assign", *words, *copy, "--memory")
+        refused = run(*assign, memory, "--", "true")
+        assert (refused.returncode, refused.stdout) == (125, b"")
+        hint = re.search(rb"hint: give the guest (\d+) MiB \(--memory (\d+M)\)", refused.stderr)
+        assert hint and b"are too little" in refused.stderr, refused.stderr
+        result = run(*assign, hint[2].decode(), "--", "ls", "/init", *(["/large"] if copy else []))
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.split() == [b"/init", b"/large"][: len(copy) or 1]
+
+
+def test_the_memory_that_a_refusal_names_is_enough(nvme: str, tmp_path: Path) -> None:
+    check_refusals(tmp_path, nvme)
+
+
+def test_the_memory_that_a_refusal_names_is_enough_for_an_older_kernel(
+    nvme: str, tmp_path: Path, older_kernel: Path
+) -> None:
+    check_refusals(tmp_path, nvme, "--kernel", str(older_kernel))

@@ -12,7 +12,7 @@ from kvmpass import ports
 from kvmpass.boot import linux
 from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.e820 import E820Entry, E820Type
-from kvmpass.boot.linux import KernelImage, load_linux
+from kvmpass.boot.linux import KernelImage, load_linux, place_kernel
 from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.layout import GIB, MIB, Range
 
@@ -140,12 +140,16 @@ def test_the_initrd_stays_below_the_kernels_limit_and_out_of_its_way() -> None:
     assert initrd + 8 * MIB <= 16 * MIB
 
 
-def test_a_kernel_moves_when_its_place_does_not_fit() -> None:
-    _, entry = load(size=20 * MIB)
-    assert entry.rip == 2 * MIB + 0x200
-    with pytest.raises(NotEnoughMemory, match="8 MiB of guest memory") as caught:
-        load(size=20 * MIB, data=bzimage(relocatable=(0x234, "<B", 0)))
-    assert caught.value.__notes__ == ["Give the guest 24 MiB or more."]
+def test_a_kernel_moves_upwards_when_its_place_does_not_fit() -> None:
+    """Not downwards: it would go back to its preferred address by itself, and past the end of memory there."""
+    ram = [Range(MIB, 19 * MIB), Range(33 * MIB, 31 * MIB)]
+    assert place_kernel(KernelImage.parse(bzimage()), ram) == Range(34 * MIB, 8 * MIB)
+    for relocatable in (0, 1):
+        data = bzimage(relocatable=(0x234, "<B", relocatable))
+        with pytest.raises(NotEnoughMemory, match="8 MiB of guest memory") as caught:
+            load(size=20 * MIB, data=data)
+        assert caught.value.__notes__ == ["Give the guest 24 MiB or more."]
+        load(size=24 * MIB, data=data)
 
 
 def test_an_initrd_that_does_not_fit() -> None:

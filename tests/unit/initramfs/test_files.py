@@ -160,7 +160,7 @@ class Memory:
 
 
 def test_files_that_do_not_fit_are_refused_with_the_number_that_does() -> None:
-    kernel = cast(KernelImage, SimpleNamespace(init_size=40 * MIB))
+    kernel = cast(KernelImage, SimpleNamespace(init_size=40 * MIB, preferred=16 * MIB))
     image = GuestImage(kernel, bytes(60 * MIB), "", unpacked=60 * MIB)
     machine = Memory(256 * MIB)
     image.load(cast(Machine, machine))
@@ -172,6 +172,18 @@ def test_files_that_do_not_fit_are_refused_with_the_number_that_does() -> None:
     unknown = GuestImage(kernel, bytes(60 * MIB), "")  # an initramfs of the user's own
     unknown.load(cast(Machine, machine))
     assert len(machine.loaded) == 2
+
+
+@pytest.mark.parametrize(("initrd", "unpacked"), [(2 * MIB, 3 * MIB), (2 * MIB, 0)])
+def test_a_kernel_that_does_not_fit_is_refused_with_the_number_that_does(initrd: int, unpacked: int) -> None:
+    """It runs at its preferred address, and takes its ``init_size`` from there on, whatever else is free."""
+    kernel = cast(KernelImage, SimpleNamespace(init_size=56 * MIB, preferred=16 * MIB))
+    image = GuestImage(kernel, bytes(initrd), "", unpacked=unpacked)
+    for size in (2, 64, 79):
+        with pytest.raises(NotEnoughMemory, match=f"takes 80 MiB to start: {size} MiB are too little") as refused:
+            image.load(cast(Machine, Memory(size * MIB)))
+        assert refused.value.__notes__ == ["give the guest 112 MiB (--memory 112M)"]
+    image.load(cast(Machine, Memory(80 * MIB)))
 
 
 def program(interpreter: bytes) -> bytes:
