@@ -10,12 +10,14 @@ import fnmatch
 import gzip
 import lzma
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import elf
+from kvmpass.initramfs.parameters import words as words_of
 
 
 def normalize(name: str) -> str:
@@ -197,7 +199,7 @@ def plan(
     depends on what is nowhere.
     """
     aliases = frozenset(modaliases)
-    given = {module_name(path): decompress(path) for path in files}
+    given = {module_name(path): _under_test(path) for path in files}
     infos = {}
     for path in files:
         try:
@@ -264,6 +266,19 @@ def plan(
     idle = [path for path in files if not _matches(infos[module_name(path)], aliases)] if aliases else []
     idle = [path for path in idle if module_name(path) not in needed_by_others]
     return ModulePlan(tuple(modules), found.matched | taken, tuple(idle))
+
+
+def _under_test(path: Path) -> bytes:
+    try:
+        return decompress(path)
+    except FileNotFoundError as error:
+        file, blank, parameters = str(path).partition(" ")
+        if blank and Path(file).is_file():
+            words = " ".join(f"{module_name(file)}.{word}" for word in words_of(parameters))
+            error.add_note(
+                f"parameters of a module are words of the kernel's command line: --append {shlex.quote(words)}"
+            )
+        raise
 
 
 def _matches(info: ModInfo, modaliases: Iterable[str]) -> bool:

@@ -171,6 +171,20 @@ def test_modules_that_cannot_load_are_refused_here(root: Path, tmp_path: Path) -
     assert names(root, files=(file,)) == ["x"]
 
 
+def test_parameters_beside_the_file_are_told_of_their_place(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "my-x.ko").write_bytes(module())
+    for words, hint in (
+        (' n=1 name="a b"', "--append 'my_x.n=1 my_x.name=\"a b\"'"),
+        (" switch", "--append my_x.switch"),
+    ):
+        with pytest.raises(FileNotFoundError) as refused:
+            plan(ModuleTree(RELEASE, root), [NVME], [Path(f"{tmp_path}/my-x.ko{words}")])
+        assert refused.value.__notes__[0].endswith(hint)
+    with pytest.raises(FileNotFoundError) as plain:
+        plan(ModuleTree(RELEASE, root), [NVME], [tmp_path / "no such.ko"])
+    assert not hasattr(plain.value, "__notes__")
+
+
 def test_dependencies_in_a_circle_end(root: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.ko", tmp_path / "b.ko"
     first.write_bytes(module(depends="b"))
