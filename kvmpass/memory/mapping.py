@@ -11,10 +11,11 @@ from pathlib import Path
 from kvmpass._fd import check
 from kvmpass._native import ffi, lib
 from kvmpass.errors import Closed, LayoutError, NotEnoughMemory
-from kvmpass.layout import GIB, MIB, PAGE
+from kvmpass.hugepages import POOLS, HugePagePool, pool_name
+from kvmpass.layout import GIB, MIB, PAGE, size_words
 
 HUGE = 2 * MIB  # a large page: CPU and IOMMU tables both have 2 MiB entries (AMD IOMMU specification, 2.2.3)
-HUGE_PAGE_POOLS = Path("/sys/kernel/mm/hugepages")
+HUGE_PAGE_POOLS = Path("/", POOLS)
 _POPULATE_CHUNK = 256 * MIB
 
 
@@ -130,24 +131,20 @@ def _hugetlb(page: int) -> int:
 
 def check_huge_pages(page: int, size: int) -> None:
     """Refuse (``NotEnoughMemory``) what this host's pool of pages of ``page`` bytes cannot give now."""
-    pool = HUGE_PAGE_POOLS / f"hugepages-{page >> 10}kB"
-    text = f"{page >> 30} GiB" if page >= GIB else f"{page >> 20} MiB"
-    names = ("free_hugepages", "resv_hugepages", "nr_overcommit_hugepages", "surplus_hugepages", "nr_hugepages")
+    directory, text = HUGE_PAGE_POOLS / pool_name(page), size_words(page)
     try:
-        free, reserved, overcommit, surplus, total = (int((pool / name).read_text()) for name in names)
+        pool = HugePagePool.read(page, lambda name: int((directory / name).read_text()))
     except OSError as error:
         raise NotEnoughMemory(
             f"this host has no huge pages of {text} ({error.filename}: {error.strerror})",
             "use another backing; 1 GiB pages need the CPU flag pdpe1gb and a kernel with CONFIG_HUGETLBFS",
         ) from None
-    wanted, available = size // page, free - reserved + max(0, overcommit - surplus)
-    if wanted > available:
-        boot = (
-            f", or boot with hugepagesz={page >> 30}G hugepages={total + wanted - available}" if page >= GIB else ""
-        )
+    if size > pool.available * page:
+        enough = pool.nr_for(size)
+        boot = f", or boot with hugepagesz={page >> 30}G hugepages={enough}" if page >= GIB else ""
         raise NotEnoughMemory(
-            f"{wanted} huge pages of {text} are needed, {max(0, available)} are free",
-            f"reserve them: echo {total + wanted - available} > {pool}/nr_hugepages{boot}",
+            f"{size // page} huge pages of {text} are needed, {max(0, pool.available)} are free",
+            f"reserve them: echo {enough} > {directory}/nr_hugepages{boot}",
         )
 
 

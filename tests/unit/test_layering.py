@@ -13,7 +13,7 @@ PACKAGE = Path(kvmpass.__file__).parent
 
 # Each room's floor. A room imports from lower floors; within a floor only what SAME_FLOOR names.
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "_native", "_teardown", "_ratelimit", "ports", "pciregs"}),
+    frozenset({"errors", "_native", "_teardown", "_ratelimit", "hugepages", "ports", "pciregs"}),
     frozenset({"_fd", "_signals", "layout", "bus", "events", "crash"}),
     frozenset({"memory", "initramfs"}),
     frozenset({"kvm", "vfio", "iommufd"}),

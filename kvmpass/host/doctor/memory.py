@@ -11,9 +11,9 @@ from kvmpass.host.doctor.limits import raising
 from kvmpass.host.limits import own_unit, rlimit
 from kvmpass.host.problems import Problem, mib
 from kvmpass.host.sysfs import Sysfs
+from kvmpass.hugepages import POOLS, HugePagePool, pool_name
 
 CAP_IPC_LOCK = 14  # include/uapi/linux/capability.h
-POOLS = "sys/kernel/mm/hugepages"
 NODES = "sys/devices/system/node"
 _MOST_NODES = 1024  # include/linux/numa.h: MAX_NUMNODES
 
@@ -98,14 +98,12 @@ def _huge_pages(examined: Examined) -> Verdict:
         pools = sysfs.names(POOLS)
         read = [Reading(f"/{POOLS}/{name}", _pool(sysfs, name)) for name in pools]
         return good("not asked for", *read)
-    name = f"hugepages-{page >> 10}kB"
+    name = pool_name(page)
     base = f"{POOLS}/{name}"
-    counts = ("free", "resv", "nr", "nr_overcommit", "surplus")
-    free, reserved, total, most, surplus = (sysfs.number(base, f"{count}_hugepages") or 0 for count in counts)
-    left = max(0, free - reserved + max(0, most - surplus)) * page
+    pool = HugePagePool.read(page, lambda file: sysfs.number(base, file) or 0)
+    left = max(0, pool.available) * page
     read = [Reading(f"/{base}", _pool(sysfs, name) if sysfs.path(base).is_dir() else "not there")]
     if left < examined.memory:
-        missing = -(-(examined.memory - left) // page)
         return bad(
             FEW_HUGE_PAGES,
             *read,
@@ -113,7 +111,7 @@ def _huge_pages(examined: Examined) -> Verdict:
             page=page >> 10,
             free=mib(left),
             pool=f"/{base}",
-            count=total + missing,
+            count=pool.nr_for(examined.memory),
         )
     return good(f"{mib(left)} free, {mib(examined.memory)} wanted", *read)
 
