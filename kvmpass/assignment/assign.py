@@ -36,7 +36,7 @@ def check(
 
 @contextmanager
 def assigned(
-    addresses: Sequence[str],
+    addresses: Sequence[host.Bdf | str],
     spec: GuestSpec,
     *,
     memory: str = "1G",

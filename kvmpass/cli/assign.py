@@ -23,6 +23,7 @@ from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec
 from kvmpass.guest.guest import Sink
+from kvmpass.host import Bdf
 from kvmpass.machine.vcpus import Ending
 from kvmpass.memory import Backing
 
@@ -107,7 +108,8 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
     started = time.monotonic()
     exit_status = ASSIGN_FAILED
     try:
-        result = _run([str(BDF.convert(text, None, None)) for text in bdf], command, options, outcome)
+        # Not the argument's type: the status file tells of a wrong address, too.
+        result = _run([BDF.convert(text, None, None) for text in bdf], command, options, outcome)
         exit_status = _exit_status(result, command is not None)
         outcome.update(outcome=_outcome(result), status=result.status, guest_errors=list(result.failures))
         return exit_status
@@ -126,7 +128,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
                 click.echo(f"kvmpass: --status-file: {failure}", err=True)
 
 
-def _run(bdf: list[str], command: list[str] | None, options: dict[str, Any], outcome: dict[str, Any]) -> GuestResult:
+def _run(bdfs: list[Bdf], command: list[str] | None, options: dict[str, Any], outcome: dict[str, Any]) -> GuestResult:
     verbose = options["verbose"]
     if command is not None and not command:
         raise click.UsageError("there is no COMMAND after --")
@@ -166,7 +168,7 @@ def _run(bdf: list[str], command: list[str] | None, options: dict[str, Any], out
     with (
         closing(log),
         assigned(
-            bdf,
+            bdfs,
             spec,
             memory=options["memory"],
             cpus=options["cpus"],
