@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.preloaded import commands_start_preloaded
 
 from kvmpass.errors import LabError
 from kvmpass.lab import debian
@@ -54,6 +57,13 @@ def fetch_older_kernel() -> str | None:
     except (LabError, OSError, StopIteration) as error:
         return str(error) or f"{root} has none"
     return None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def preloaded(pytestconfig: pytest.Config) -> Iterator[None]:
+    """In the emulated host commands start at once; on real devices interpreters do."""
+    with commands_start_preloaded() if State.of(pytestconfig).mode is Mode.LAB else nullcontext():
+        yield
 
 
 @pytest.fixture
