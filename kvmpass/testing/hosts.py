@@ -189,12 +189,12 @@ class HostRun:
 class Hosts:
     """Starts runs in their order, as many at once as there are jobs and as fit into memory; one always does.
 
-    ``needs`` are the bytes that the hosts of a run take.
+    ``needs`` are the bytes that the hosts of a run take. ``jobs`` may change while they run.
     """
 
     def __init__(self, runs: Mapping[HostRun, int], jobs: int, memory: int) -> None:
         self._needs = dict(runs)
-        self._jobs = jobs
+        self.jobs = jobs
         self._memory = memory
 
     def poll(self) -> bool:
@@ -203,7 +203,7 @@ class Hosts:
         for run, need in self._needs.items():
             busy = [other for other in self._needs if other.started and not other.over]
             used = sum(self._needs[other] for other in busy)
-            if not run.started and (not busy or (len(busy) < self._jobs and used + need <= self._memory)):
+            if not run.started and (not busy or (len(busy) < self.jobs and used + need <= self._memory)):
                 run.start()
                 moved = True
         return moved

@@ -48,8 +48,8 @@ def split(plans: Mapping[Boot, list[pytest.Item]], jobs: int) -> dict[Boot, list
     total = sum(map(len, plans.values()))
     done: dict[Boot, list[pytest.Item]] = {}
     for boot, items in sorted(plans.items(), key=lambda plan: -len(plan[1])):
-        # Tests take a second or a minute: parts of half a host's share leave the others something to even out.
-        parts = partition(items, min(round(2 * jobs * len(items) / total), len(items) // SHARE))
+        # Tests take a second or a minute: parts of a third of a host's share leave the others something to even out.
+        parts = partition(items, min(round(3 * jobs * len(items) / total), len(items) // SHARE))
         for number, part in enumerate(parts, start=1):
             name = f", part {number} of {len(parts)}" if len(parts) > 1 else ""
             done[replace(boot, part=name)] = part
@@ -150,6 +150,7 @@ class Outer:
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         boot = self.boots.get(item.nodeid)
         if boot is None:
+            self.look_after_hosts()
             return None
         if self.worker and (boot not in self.runs or item.nodeid not in self.runs[boot].records):
             # It is told from one test to the next what to do, in any order.
@@ -160,6 +161,7 @@ class Outer:
             self.hosts = self.start({boot: self.plans[boot][self.plans[boot].index(item) :]})
         elif self.hosts is None:
             self.hosts = self.start(self.plans)
+        self.hosts.jobs = self.jobs
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         record = self.runs[boot].records[item.nodeid]
         while not record.over:
@@ -170,6 +172,15 @@ class Outer:
             self.poll()
         return True
 
+    def look_after_hosts(self) -> None:
+        """Beside the tests that need no host run all hosts but one: they keep a CPU busy, too."""
+        if self.worker or self.jobs == 1 or not self.plans:
+            return
+        if self.hosts is None:
+            self.hosts = self.start(self.plans)
+        self.hosts.jobs = self.jobs - 1
+        self.hosts.poll()
+
     def poll(self) -> None:
         assert self.hosts is not None
         if not self.hosts.poll():
@@ -178,8 +189,7 @@ class Outer:
     def start(self, plans: Mapping[Boot, list[pytest.Item]]) -> Hosts:
         """Make the run of each boot; the first of them start with the next look at them."""
         known = profiles(self.config)
-        jobs = min(self.jobs, len(plans))
-        slowdown = capacity.slowdown(jobs, capacity.cpus())
+        slowdown = capacity.slowdown(min(self.jobs, len(plans)), capacity.cpus())
         spares = int(self.config.getini(SPARES))
         temporary = temporary_directory(self.config)
         needs: dict[HostRun, int] = {}
@@ -190,7 +200,7 @@ class Outer:
             start = functools.partial(self.boot, boot, profile, directory, slowdown)
             run = self.runs[boot] = HostRun(start, items, spares, slowdown)
             needs[run] = capacity.size(profile.memory) + capacity.OVERHEAD
-        return Hosts(needs, jobs, capacity.memory())
+        return Hosts(needs, self.jobs, capacity.memory())
 
     def boot(
         self, boot: Boot, profile: Profile, temporary: Path, slowdown: float, items: list[pytest.Item]

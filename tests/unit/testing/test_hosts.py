@@ -52,6 +52,28 @@ def stopped(lab: pytest.Pytester) -> list[str]:
     return sorted(file.read_text().splitlines()) if file.exists() else []
 
 
+def test_all_but_one_run_beside_tests_that_need_none(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "memory", lambda: 64 << 30)
+    write(
+        lab,
+        MEETING
+        + """
+def test_outside(): meet("outside", "inside")
+
+def test_outside_too(): assert len(pathlib.Path("boots").read_text().splitlines()) == 1
+
+@pytest.mark.amdvi
+def test_inside(): meet("inside", "outside")
+
+@pytest.mark.amdvi(profile="large")
+def test_later(): pass
+""",
+    )
+    result = lab.runpytest_inprocess("-v", *SIDE_BY_SIDE)
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(["*::test_outside PASSED*", "*::test_outside_too PASSED*", "*::test_inside PASSED*"])
+
+
 def test_hosts_run_at_once(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "memory", lambda: 64 << 30)
     write(lab, MEETING + TWO_THAT_MEET)
