@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from kvmpass import host
-from kvmpass.assignment.plan import plan as make_plan
 from kvmpass.cli.findings import document, show
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
@@ -95,6 +94,8 @@ def _record(output: Output, archive: Path, anonymous: bool, tree: host.Sysfs | N
 
 def look_at_host(sysfs: host.Sysfs) -> None:
     """All that the commands ask of a host, whatever their options."""
+    from kvmpass.assignment.plan import plan as make_plan  # with a virtual machine, to record alone
+
     host.inventory(sysfs)
     for page in (0, 2 << 20, 1 << 30):
         host.diagnose(sysfs, None, huge_page=page)
