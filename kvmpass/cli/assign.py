@@ -21,8 +21,7 @@ from kvmpass.cli.params import BDF
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
-from kvmpass.guest import Guest, GuestResult, GuestSpec
-from kvmpass.guest.guest import Sink
+from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
 from kvmpass.host import Bdf
 from kvmpass.machine.vcpus import Ending
 from kvmpass.memory import Backing

@@ -1,6 +1,8 @@
 """A Linux guest in a machine."""
 
-from kvmpass.guest.guest import Guest, GuestImage, GuestResult, GuestSpec, Pump, host_kernel, prepare
+from kvmpass.guest.guest import Guest, GuestResult
+from kvmpass.guest.image import GuestImage, GuestSpec, host_kernel, prepare
+from kvmpass.guest.output import Pump, Sink
 
 __all__ = [
     "Guest",
@@ -8,6 +10,7 @@ __all__ = [
     "GuestResult",
     "GuestSpec",
     "Pump",
+    "Sink",
     "host_kernel",
     "prepare",
 ]
