@@ -47,7 +47,8 @@ class _Report:
 class Guest:
     """One run of what was loaded (``GuestImage.load``): connects the serial ports, starts the vCPUs, waits.
 
-    ``console``, ``output`` and ``errors`` get bytes from a thread of this object. ``with`` stops the output thread.
+    ``console``, ``output`` and ``errors`` get bytes from a thread of this object. ``with`` stops the output thread
+    and leaves the serial ports. Raises ``GuestError`` where another guest of this machine has not been left.
     """
 
     def __init__(self, machine: Machine, *, console: Sink | None, output: Sink, errors: Sink) -> None:
@@ -66,11 +67,13 @@ class Guest:
                 to_console(data)
 
         try:
-            machine.connect_serial(CONSOLE, on_console)
-            machine.connect_serial(OUTPUT, self._pump.to(output))
-            machine.connect_serial(ERRORS, self._pump.to(errors))
-            machine.connect_serial(CONTROL, self._on_control)
-            machine.set_pace(self._pump.pace)
+            outputs = {
+                CONSOLE: on_console,
+                OUTPUT: self._pump.to(output),
+                ERRORS: self._pump.to(errors),
+                CONTROL: self._on_control,
+            }
+            machine.connect(outputs, self._pump.pace)
         except BaseException:
             self._pump.close()
             raise
@@ -83,6 +86,7 @@ class Guest:
     ) -> None:
         self._machine.stop()
         self._pump.close(None if error is None else _ABANDON_SECONDS)
+        self._machine.disconnect()
 
     def type(self, data: bytes) -> int:
         """Keystrokes for the console. From any thread. Returns how many bytes the guest has yet to take."""

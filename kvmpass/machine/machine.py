@@ -6,7 +6,7 @@ import atexit
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -43,6 +43,9 @@ from kvmpass.vfio.device import ERR, REQ
 log = limited_log(__name__)
 
 _NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
+Output = Callable[[bytes], None]
+"""Gets what the guest writes to a serial port."""
+
 EJECT_SECONDS = 10.0  # for a guest to eject what the host requests
 
 # An interrupt may come between the end of a ``with`` body and ``__exit__``: what is open then is closed at exit,
@@ -100,6 +103,7 @@ class Machine:
         self._moves = threading.RLock()
         self._threads: VcpuThreads | None = None
         self._vcpus: list[Vcpu] = []
+        self._outputs: dict[int, Output] = {}
         self._pace: Callable[[], None] = lambda: None
         self._linux: tuple[KernelImage, bytes | None, str] | None = None
         self._entry: LinuxEntry | None = None
@@ -113,7 +117,6 @@ class Machine:
                 parse_size(memory), self._sysfs.reserved_regions(), self._system.physical_bits, backing
             )
             self.layout: Layout = planned.layout
-            self._sinks: list[Callable[[bytes], None]] = [lambda data: None] * len(ports.SERIAL_LINES)
             self.memory = GuestMemory()
             undo.callback(self.memory.close)
             self._board = self._make_board()
@@ -130,12 +133,13 @@ class Machine:
         _open.add(self)
 
     def _make_board(self) -> Board:
-        outputs = [self._output(number) for number in range(len(ports.SERIAL_LINES))]
+        outputs = [partial(self._write_output, number) for number in range(len(ports.SERIAL_LINES))]
         events = BoardEvents(self._power_event, self._ejected, outputs)
         return Board(self._system, self.layout, self.memory, events)
 
-    def _output(self, number: int) -> Callable[[bytes], None]:
-        return lambda data: self._sinks[number](data)
+    def _write_output(self, number: int, data: bytes) -> None:
+        if output := self._outputs.get(number):
+            output(data)
 
     def close(self) -> None:
         """Stop the guest and release everything, in order. Runs every step even if one fails; idempotent.
@@ -418,17 +422,24 @@ class Machine:
 
     # --- the guest
 
-    def connect_serial(self, number: int, on_output: Callable[[bytes], None]) -> None:
-        """Where COM ``number`` + 1 sends what the guest writes, from a vCPU's thread that must not be kept waiting.
+    def connect(self, outputs: Mapping[int, Output], pace: Callable[[], None] = lambda: None) -> None:
+        """Where COM1 to COM4 (0 to 3) send what the guest writes until ``disconnect()``; the others' is dropped.
 
-        It stays connected over ``reset()``. Raises ``IndexError``: there are COM1 to COM4.
+        Outputs are called from a vCPU's thread, which must not be kept waiting; ``pace`` is called between accesses
+        to ports, where it may be. Both stay over ``reset()``. Raises ``GuestError`` while somebody is connected,
+        ``IndexError`` for a port that the machine does not have.
         """
-        self.serial(number)
-        self._sinks[number] = on_output
+        for number in outputs:
+            self.serial(number)
+        with self._moves:
+            if self._outputs:
+                raise GuestError("this machine's serial ports are connected", "one guest at a time: leave the other")
+            self._outputs, self._pace = dict(outputs), pace
 
-    def set_pace(self, pace: Callable[[], None]) -> None:
-        """Before ``start()``: vCPUs call ``pace`` between accesses to ports, where they may be kept waiting."""
-        self._pace = pace
+    def disconnect(self) -> None:
+        """Drop what the guest writes from now on; idempotent."""
+        with self._moves:
+            self._outputs, self._pace = {}, lambda: None
 
     def serial(self, number: int) -> Serial16550:
         """COM ``number`` + 1, to push input into: another one after each ``reset()``. Raises ``IndexError``."""
@@ -477,7 +488,9 @@ class Machine:
             except BaseException:
                 self._close_vcpus()
                 raise
-            self._threads = VcpuThreads(self._vcpus, self._board.ports, self._board.mmio, self._lock, self._pace)
+            self._threads = VcpuThreads(
+                self._vcpus, self._board.ports, self._board.mmio, self._lock, lambda: self._pace()
+            )
             self._threads.start()
 
     def _make_vcpus(self, entry: LinuxEntry) -> None:

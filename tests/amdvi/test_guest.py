@@ -288,6 +288,8 @@ def test_a_guest_is_paused_looked_at_and_interrupted() -> None:
     ):
         with pytest.raises(GuestError, match="does not run"):
             machine.pause()
+        with pytest.raises(GuestError, match="serial ports are connected"):
+            Guest(machine, console=None, output=said.extend, errors=said.extend)
         image.load(machine)
         thread = threading.Thread(target=guest.run)
         thread.start()

@@ -190,7 +190,7 @@ def test_a_reset_leaves_nothing_of_the_former_life(nvme: str) -> None:
         image = image_for("wait_for drive; echo up; sleep 1000")
         device = machine.assign(nvme)
         image.load(machine)
-        machine.connect_serial(OUTPUT, said.extend)
+        machine.connect({OUTPUT: said.extend})
         machine.start()
         wait_until(lambda: said.count(b"up") == 1, 60)
         assert device.interrupt == "MSI-X"

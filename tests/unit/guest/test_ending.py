@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 from kvmpass.guest import Guest, GuestResult
@@ -25,11 +25,11 @@ class Vm:
         self.over, self.fault = False, ""
         self._ending = ending
 
-    def connect_serial(self, index: int, sink: Callable[[bytes], None]) -> None:
-        self.sinks[index] = sink
+    def connect(self, outputs: Mapping[int, Callable[[bytes], None]], pace: Callable[[], None]) -> None:
+        self.sinks = dict(outputs)
 
-    def set_pace(self, pace: Callable[[], None]) -> None:
-        pass
+    def disconnect(self) -> None:
+        self.sinks = {}
 
     def start(self) -> None:
         pass
