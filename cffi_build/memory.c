@@ -73,25 +73,3 @@ static int kvmpass_install_kick(int signal_number)
 	sigemptyset(&action.sa_mask);
 	return RESULT(sigaction(signal_number, &action, NULL));
 }
-
-/* One access of exactly `size` bytes: device registers care. The caller has checked address and alignment. */
-static void kvmpass_store(uintptr_t address, uint64_t value, int size)
-{
-	switch (size) {
-	case 1: *(volatile uint8_t *)address = (uint8_t)value; break;
-	case 2: *(volatile uint16_t *)address = (uint16_t)value; break;
-	case 4: *(volatile uint32_t *)address = (uint32_t)value; break;
-	case 8: *(volatile uint64_t *)address = value; break;
-	}
-}
-
-static uint64_t kvmpass_load(uintptr_t address, int size)
-{
-	switch (size) {
-	case 1: return *(volatile uint8_t *)address;
-	case 2: return *(volatile uint16_t *)address;
-	case 4: return *(volatile uint32_t *)address;
-	case 8: return *(volatile uint64_t *)address;
-	}
-	return 0;
-}

@@ -29,11 +29,8 @@ class _Lib:
     KVM_CAP_IMMEDIATE_EXIT: int
     KVM_CAP_TSC_DEADLINE_TIMER: int
     KVM_CAP_X2APIC_API: int
-    KVM_MEM_LOG_DIRTY_PAGES: int
     KVM_MEM_READONLY: int
-    KVM_EXIT_UNKNOWN: int
     KVM_EXIT_IO: int
-    KVM_EXIT_IO_OUT: int
     KVM_EXIT_MMIO: int
     KVM_EXIT_HLT: int
     KVM_EXIT_INTR: int
@@ -55,9 +52,7 @@ class _Lib:
     KVM_DEV_VFIO_FILE_DEL: int
     VFIO_API_VERSION: int
     VFIO_TYPE1v2_IOMMU: int
-    VFIO_UNMAP_ALL: int
     VFIO_GROUP_FLAGS_VIABLE: int
-    VFIO_GROUP_FLAGS_CONTAINER_SET: int
     VFIO_DEVICE_FLAGS_RESET: int
     VFIO_DEVICE_FLAGS_PCI: int
     VFIO_REGION_INFO_FLAG_READ: int
@@ -69,7 +64,6 @@ class _Lib:
     VFIO_IRQ_INFO_NORESIZE: int
     VFIO_IRQ_SET_DATA_NONE: int
     VFIO_IRQ_SET_DATA_EVENTFD: int
-    VFIO_IRQ_SET_ACTION_MASK: int
     VFIO_IRQ_SET_ACTION_UNMASK: int
     VFIO_IRQ_SET_ACTION_TRIGGER: int
     VFIO_PCI_BAR0_REGION_INDEX: int
@@ -84,7 +78,6 @@ class _Lib:
     VFIO_DMA_MAP_FLAG_WRITE: int
     VFIO_DMA_UNMAP_FLAG_ALL: int
     VFIO_PCI_HOT_RESET_FLAG_DEV_ID: int
-    VFIO_PCI_HOT_RESET_FLAG_DEV_ID_OWNED: int
     KVMPASS_MAX_RANGES: int
     KVMPASS_MAX_DEPENDENT: int
     def kvmpass_mmap(
@@ -94,8 +87,6 @@ class _Lib:
     def kvmpass_madvise(self, address: int, size: int, advice: int, /) -> int: ...
     def kvmpass_fhugepage(self, fd: int, /) -> int: ...
     def kvmpass_install_kick(self, signal_number: int, /) -> int: ...
-    def kvmpass_store(self, address: int, value: int, size: int, /) -> None: ...
-    def kvmpass_load(self, address: int, size: int, /) -> int: ...
     def kvm_get_api_version(self, kvm: int, /) -> int: ...
     def kvm_check_extension(self, kvm_or_vm: int, capability: int, /) -> int: ...
     def kvm_create_vm(self, kvm: int, /) -> int: ...

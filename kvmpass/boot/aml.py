@@ -11,7 +11,6 @@ from typing import Final
 
 ZERO: Final = b"\x00"
 ONE: Final = b"\x01"
-ONES: Final = b"\xff"
 
 
 def name_string(path: str) -> bytes:

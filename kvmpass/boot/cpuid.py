@@ -15,7 +15,6 @@ from kvmpass.kvm.types import CpuidEntry
 SIGNIFICANT_INDEX = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 
 KVM_SIGNATURE_LEAF = 0x4000_0000
-KVM_SIGNATURE = b"KVMKVMKVM\0\0\0"
 
 X2APIC, TSC_DEADLINE, HYPERVISOR = 1 << 21, 1 << 24, 1 << 31  # 1.ECX
 HTT = 1 << 28  # 1.EDX: more than one logical processor

@@ -33,11 +33,10 @@ GDT = (0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
 ENTRY_64 = 0x200  # startup_64, from the start of the protected-mode code
 MINIMUM_PROTOCOL = 0x20C
 XLF_KERNEL_64 = 1 << 0
-XLF_CAN_BE_LOADED_ABOVE_4G = 1 << 1
 LOADED_HIGH, QUIET = 1 << 0, 1 << 5
 LOADER_UNDEFINED = 0xFF
 
-HEADER_START, HEADER_JUMP = 0x1F1, 0x200
+HEADER_START = 0x1F1
 _WANTED = "Give a bzImage of a 64-bit x86 kernel, such as /boot/vmlinuz-$(uname -r)."
 
 

@@ -32,7 +32,6 @@ COMMANDS = {
 
 COMPLETE = "_KVMPASS_COMPLETE"  # set by a shell's function: what it wants to know
 FAILED = 1
-USAGE = 2
 ASSIGN_FAILED = 125  # as with `docker run`: ours, not the command's
 TIME_UP = 124  # as with timeout(1)
 GUEST_SILENT = 126  # the guest ended without reporting a status

@@ -3,11 +3,12 @@
 from kvmpass.kvm.memslots import Memslot, Memslots
 from kvmpass.kvm.routing import IrqRoutes
 from kvmpass.kvm.system import System
-from kvmpass.kvm.types import CpuidEntry
+from kvmpass.kvm.types import Capability, CpuidEntry
 from kvmpass.kvm.vcpu import Vcpu, install_kick
 from kvmpass.kvm.vm import MsiRoute, VfioDevice, Vm
 
 __all__ = [
+    "Capability",
     "CpuidEntry",
     "IrqRoutes",
     "Memslot",

@@ -6,6 +6,7 @@ import errno
 import threading
 
 from kvmpass._native import ffi, lib
+from kvmpass.kvm.types import Capability
 from kvmpass.kvm.vm import MsiRoute, Vm
 
 IOAPIC_PINS = 24
@@ -20,7 +21,7 @@ class IrqRoutes:
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
-        self._limit = vm.check_extension(lib.KVM_CAP_IRQ_ROUTING)
+        self._limit = vm.check_extension(Capability.IRQ_ROUTING)
         self._table = ffi.new("struct kvmpass_route[]", self._limit)
         self._count = 0
         self._index: dict[int, int] = {}  # of a message's GSI in the table

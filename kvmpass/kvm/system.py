@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvmpass._fd import OwnedFd, check, closing_on_error, open_node
 from kvmpass._native import ffi, lib
 from kvmpass.errors import LayoutError
-from kvmpass.kvm.types import CpuidEntry
+from kvmpass.kvm.types import Capability, CpuidEntry
 from kvmpass.kvm.vm import Vm
 
 _MAX_CPUID = 256
@@ -34,14 +34,14 @@ class System(OwnedFd):
             if version != lib.KVM_API_VERSION:
                 raise OSError(f"{path}: KVM API version {version}, not {lib.KVM_API_VERSION}")
 
-    def check_extension(self, capability: int) -> int:
+    def check_extension(self, capability: Capability) -> int:
         """Zero where the capability is absent; its meaning otherwise is the capability's."""
         return check(lib.kvm_check_extension(self.fd, capability), "KVM_CHECK_EXTENSION")
 
     @property
     def max_vcpus(self) -> int:
         """How many vCPUs one VM may have."""
-        return self.check_extension(lib.KVM_CAP_MAX_VCPUS) or 4
+        return self.check_extension(Capability.MAX_VCPUS) or 4
 
     def check_vcpus(self, count: int) -> None:
         """Refuse (``LayoutError``) a VM with ``count`` vCPUs if this host, or a guest, cannot have them."""

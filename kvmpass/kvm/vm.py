@@ -7,6 +7,7 @@ from typing import Any
 
 from kvmpass._fd import OwnedFd, check
 from kvmpass._native import ffi, lib
+from kvmpass.kvm.types import Capability
 from kvmpass.kvm.vcpu import Vcpu
 
 
@@ -43,7 +44,7 @@ class Vm(OwnedFd):
     def __repr__(self) -> str:
         return "<Vm closed>" if self.closed else f"<Vm fd {self.fd}>"
 
-    def check_extension(self, capability: int) -> int:
+    def check_extension(self, capability: Capability) -> int:
         return check(lib.kvm_check_extension(self.fd, capability), "KVM_CHECK_EXTENSION")
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:

@@ -15,7 +15,6 @@ ACCELERATORS = ("auto", "tcg", "kvm")
 WRITABLE_LIMIT = 8  # the functions of one PCI slot
 
 TIMED_OUT = 124
-NOT_STARTED = 125
 NOT_REPORTED = 126
 
 Outcome = Literal["exited", "timeout", "panic", "silent"]

@@ -83,8 +83,7 @@ def test_two_at_once(nvme: str, edu: str) -> None:
 def test_runtime_power_management_is_kept(nvme: str, wanted: str) -> None:
     control = Path("/sys/bus/pci/devices", nvme, "power/control")
     if not control.exists():
-        assert "CONFIG_PM" not in os.uname().release  # a kernel without power management has nothing to keep
-        return
+        pytest.skip("a kernel without power management has nothing to keep; CONFIG_PM=y would have")
     before = control.read_text()
     control.write_text(wanted)
     try:

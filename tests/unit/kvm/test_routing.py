@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kvmpass._native import lib
-from kvmpass.kvm import IrqRoutes
+from kvmpass.kvm import Capability, IrqRoutes
 from kvmpass.kvm.routing import IOAPIC_PINS
 
 
@@ -23,8 +23,8 @@ class FakeVm:
         self.refuse = False
         self.seen: list[tuple[int, ...]] = []
 
-    def check_extension(self, capability: int) -> int:
-        assert capability == lib.KVM_CAP_IRQ_ROUTING
+    def check_extension(self, capability: Capability) -> int:
+        assert capability == Capability.IRQ_ROUTING
         return self.limit
 
     def set_gsi_routing(self, table: Any, count: int) -> None:
