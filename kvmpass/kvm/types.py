@@ -22,7 +22,7 @@ class CpuidEntry:
 
 
 class Capability(IntEnum):
-    """What ``check_extension`` asks for (Documentation/virt/kvm/api.rst, 4.4): 0 if absent, else what is said here."""
+    """What ``check_extension`` asks for (Documentation/virt/kvm/api.rst, 4.4): 0 if absent, else what is said."""
 
     NR_MEMSLOTS = lib.KVM_CAP_NR_MEMSLOTS
     """Memslots of a VM."""

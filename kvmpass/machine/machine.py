@@ -21,21 +21,23 @@ from kvmpass._teardown import run_all
 from kvmpass.board.board import Board, BoardEvents
 from kvmpass.board.power import PowerEvent
 from kvmpass.board.serial import Serial16550
-from kvmpass.boot import acpi, mtrr
-from kvmpass.boot.cpuid import guest_cpuid
+from kvmpass.boot import acpi
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
 from kvmpass.dma import Domain, Type1
 from kvmpass.errors import Closed, GuestError, NotAssignable
-from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
+from kvmpass.events import DeviceEvent, DeviceReleased, DeviceReset
 from kvmpass.host import Bdf, PciDevice, Sysfs
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
 from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
 from kvmpass.layout import LOCAL_APIC_BASE, Layout, Range, parse_size
 from kvmpass.machine.device import AssignedDevice, DeviceState
+from kvmpass.machine.execution import Execution
 from kvmpass.machine.notices import Notices
-from kvmpass.machine.vcpus import Ending, VcpuThreads
+from kvmpass.machine.requests import EJECT_SECONDS, Requests
+from kvmpass.machine.slots import Slots
+from kvmpass.machine.vcpus import Ending
 from kvmpass.memory import Backing, GuestMemory, plan_memory
 from kvmpass.memory.audit import Mirrored, compare
 from kvmpass.vfio.device import ERR, REQ
@@ -45,8 +47,6 @@ log = limited_log(__name__)
 _NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
 Output = Callable[[bytes], None]
 """Gets what the guest writes to a serial port."""
-
-EJECT_SECONDS = 10.0  # for a guest to eject what the host requests
 
 # An interrupt may come between the end of a ``with`` body and ``__exit__``: what is open then is closed at exit,
 # before host.borrow gives its devices back at exit (last registered, first called).
@@ -101,8 +101,6 @@ class Machine:
         self._populated = False
         self._lock = threading.RLock()
         self._moves = threading.RLock()
-        self._threads: VcpuThreads | None = None
-        self._vcpus: list[Vcpu] = []
         self._outputs: dict[int, Output] = {}
         self._pace: Callable[[], None] = lambda: None
         self._linux: tuple[KernelImage, bytes | None, str] | None = None
@@ -113,13 +111,14 @@ class Machine:
             allow_descriptors()
             self._system = undo.enter_context(System())
             self._system.check_vcpus(cpus)
+            self._execution = Execution(self._system, cpus, self._lock, lambda: self._pace())
             planned = plan_memory(
                 parse_size(memory), self._sysfs.reserved_regions(), self._system.physical_bits, backing
             )
             self.layout: Layout = planned.layout
             self.memory = GuestMemory()
             undo.callback(self.memory.close)
-            self._board = self._make_board()
+            self._slots = Slots(self._make_board(), self.devices, self._lock, lambda: self._execution.running)
             undo.callback(lambda: self._board.close())
             self.memslots = Memslots(self._board.vm)
             undo.callback(self.memslots.close)
@@ -129,12 +128,15 @@ class Machine:
             for part in planned.regions:
                 self.memory.add_ram(part.range.start, part.range.size, part.name, backing=part.backing)
             self._notices = Notices(on_event, lambda: {device.bdf for device in list(self.devices)})
+            self._requests = Requests(
+                self._slots, self._notices, self._moves, self._deassign_unless_closed, self._end_for_error
+            )
             undo.pop_all()
         _open.add(self)
 
     def _make_board(self) -> Board:
         outputs = [partial(self._write_output, number) for number in range(len(ports.SERIAL_LINES))]
-        events = BoardEvents(self._power_event, self._ejected, outputs)
+        events = BoardEvents(self._power_event, lambda slot: self._requests.on_eject(slot), outputs)
         return Board(self._system, self.layout, self.memory, events)
 
     def _write_output(self, number: int, data: bytes) -> None:
@@ -153,7 +155,7 @@ class Machine:
                 return
             _open.discard(self)
             # The first two without the lock, which what runs in the machine's own threads may wait for.
-            run_all((self._close_vcpus, self._notices.stop, self._release))
+            run_all((self._execution.close, self._notices.stop, self._release))
 
     def _release(self) -> None:
         """Devices, the VM, what of the devices only the VM's end makes possible, mappings, memory."""
@@ -184,6 +186,10 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def _board(self) -> Board:
+        return self._slots.board
 
     @property
     def vm(self) -> Vm:
@@ -245,15 +251,13 @@ class Machine:
                 undo.callback(self._close_device, device)
             device.quiesce()
             watched = undo.enter_context(ExitStack())
-            self._notices.on_irq(vfio, ERR, lambda: self._on_error(device), watched)
-            self._notices.on_irq(vfio, REQ, lambda: self._on_request(device), watched)
-            self._place(device)
-            self._plug(device)
+            self._notices.on_irq(vfio, ERR, partial(self._requests.on_error, device), watched)
+            self._notices.on_irq(vfio, REQ, partial(self._requests.on_request, device), watched)
+            self._slots.plug(device)
             device.undo = undo.pop_all()
             self.devices.append(device)
-            if self._running:
-                with self._lock:
-                    self._board.hotplug.announce(device.slot)
+            if self._execution.running:
+                self._slots.announce(device)
         return device
 
     def _close_device(self, device: AssignedDevice) -> None:
@@ -261,54 +265,15 @@ class Machine:
         device.vfio.close()
         self._notices.tell(self._reset_event(device, time.monotonic() - started, "deassign"))
 
-    def _place(self, device: AssignedDevice) -> None:
-        """The slot of function 0 of the same device, or one of its own.
-
-        A guest that has seen function 0 alone looks for no others there (pci_scan_slot, drivers/pci/probe.c).
-        """
-        mates = (one for one in self.devices if one.bdf == device.bdf.function_0 and one.function is not None)
-        first = next(mates, None)
-        if first is not None and device.bdf.function and not self._running:
-            device.slot, device.number = first.slot, device.bdf.function
-        else:
-            device.slot, device.number = self._board.pci.free_slot(), 0
-
-    def _plug(self, device: AssignedDevice) -> None:
-        with self._lock:
-            device.function = self._board.plug(device.vfio, device.slot, device.number)
-
-    def _unplug(self, device: AssignedDevice) -> None:
-        """Out of the guest's view. Raises ``OSError``: what KVM keeps stays recorded, to be tried again."""
-        with self._lock:
-            if device.function is not None:
-                if all(one is device or one.slot != device.slot for one in self.devices):
-                    self._board.hotplug.forget(device.slot)
-                self._board.unplug(device.function)
-                device.function = None
-
     def unplug(self, device: AssignedDevice, timeout: float = EJECT_SECONDS) -> None:
         """Ask the running guest to let go of ``device``, wait until it has, and take it out.
 
         A guest lets go of a slot, so that what shares it goes, too. Raises ``GuestError`` if it does not answer
         within ``timeout`` seconds: the device is still assigned then, and ``deassign`` takes it without asking.
         """
-        deadline = time.monotonic() + timeout
-        leaving = [device]
-        if not self._has(device):
-            return
-        if self._running:
-            leaving = [one for one in self.devices if one.slot == device.slot]
-            with self._lock:
-                self._board.hotplug.request_eject(device.slot)
-            while self._running and not device.ejected.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
-                if time.monotonic() >= deadline:
-                    with self._lock:
-                        self._board.hotplug.withdraw(device.slot)
-                    raise GuestError(
-                        f"the guest has not let go of {device.bdf} within {timeout:g} seconds",
-                        "Machine.deassign takes it out without asking",
-                    )
-        run_all(partial(self.deassign, one) for one in leaving)
+        if self._has(device):
+            leaving = self._slots.ask(device, timeout) if self._execution.running else [device]
+            run_all(partial(self.deassign, one) for one in leaving)
 
     def deassign(self, device: AssignedDevice) -> None:
         """Take the device out again, backwards. A running guest is not asked. Idempotent.
@@ -319,13 +284,18 @@ class Machine:
         with deferred(), self._moves:
             if not self._has(device):
                 return
-            self._unplug(device)
+            self._slots.unplug(device)
             device.state = DeviceState.RELEASED
             self.devices.remove(device)
             by = "guest" if device.ejected.is_set() else "host"
             device.undo.close()
-            if self._running:
+            if self._execution.running:
                 self._notices.tell(DeviceReleased(str(device.bdf), by))
+
+    def _deassign_unless_closed(self, device: AssignedDevice) -> None:
+        with self._moves:
+            if not self._closed:
+                self.deassign(device)
 
     def _has(self, device: AssignedDevice) -> bool:
         """False for a device that has left. Raises ``NotAssignable`` for one of another machine."""
@@ -363,51 +333,6 @@ class Machine:
         if method is None:
             method = next(iter(device.reset_methods), "unknown")
         return DeviceReset(str(device.bdf), method, seconds, reason)
-
-    # --- what the host and the guest say about devices
-
-    def _on_error(self, device: AssignedDevice) -> None:
-        """In the watch's thread, which waits for nothing."""
-        device.failed = True
-        if self._stop_on_error:
-            self.stop(Ending.DEVICE_ERROR)
-        self._notices.tell_later(DeviceError(str(device.bdf)))
-
-    def _on_request(self, device: AssignedDevice) -> None:
-        """In the watch's thread. VFIO repeats this until the device is closed; the guest is asked once."""
-        if device.state is DeviceState.RELEASED:
-            return
-        self._notices.tell_later(DeviceRequest(str(device.bdf)))
-        if not device.requested:
-            device.requested = True
-            self._notices.later(partial(self._request_eject, device))
-
-    def _request_eject(self, device: AssignedDevice) -> None:
-        """The guest ejects the device, or it is taken after a while; meanwhile nothing waits for that guest."""
-        with self._moves, self._lock:
-            if self._running and device in self.devices:
-                self._board.hotplug.request_eject(device.slot)
-                self._notices.later(partial(self._take, device), EJECT_SECONDS)
-                return
-        self._take(device)
-
-    def _take(self, device: AssignedDevice) -> None:
-        device.requested = False  # VFIO asks again if this fails
-        with self._moves:
-            if device.state is DeviceState.ASSIGNED and self._running:
-                log.warning("the guest has not let go of %s within %g seconds", device.bdf, EJECT_SECONDS)
-            if not self._closed:
-                self.deassign(device)
-
-    def _ejected(self, slot: int) -> None:
-        """In a vCPU's thread: the guest sees nothing there any more; the rest is done elsewhere, once."""
-        for device in [one for one in list(self.devices) if one.slot == slot and not one.ejected.is_set()]:
-            try:
-                self._unplug(device)
-            except OSError as error:
-                log.warning("%s: %s", device.bdf, error)
-            device.ejected.set()
-            self._notices.later(partial(self.deassign, device))
 
     # --- the invariant
 
@@ -472,7 +397,7 @@ class Machine:
         """
         with self._moves:
             self._check_usable()
-            if self._entry is None or self._threads is not None:
+            if self._entry is None or self._execution.started:
                 raise GuestError("load a kernel first, and start it once")
             for device in self.devices:
                 if device.failed and self._stop_on_error:
@@ -480,35 +405,9 @@ class Machine:
                         f"{device.bdf} has had an uncorrected error", "Machine.reset_device may bring it back"
                     )
                 if device.number and all(one.number or one.slot != device.slot for one in self.devices):
-                    self._unplug(device)  # its function 0 has left: a guest would not look for it there
-                    self._place(device)
-                    self._plug(device)
-            try:
-                self._make_vcpus(self._entry)
-            except BaseException:
-                self._close_vcpus()
-                raise
-            self._threads = VcpuThreads(
-                self._vcpus, self._board.ports, self._board.mmio, self._lock, lambda: self._pace()
-            )
-            self._threads.start()
-
-    def _make_vcpus(self, entry: LinuxEntry) -> None:
-        supported, types = self._system.get_supported_cpuid(), mtrr.mtrrs(self._system.physical_bits)
-        for index in range(self.cpus):
-            vcpu = self.vm.create_vcpu(index)
-            self._vcpus.append(vcpu)
-            vcpu.set_cpuid2(guest_cpuid(supported, cpu=index, cpus=self.cpus))
-            vcpu.set_msrs(types)
-        first = self._vcpus[0]
-        first.enter_long_mode(
-            cr3=entry.cr3,
-            gdt=entry.gdt_base,
-            gdt_limit=entry.gdt_limit,
-            code=entry.code_selector,
-            data=entry.data_selector,
-        )
-        first.set_regs(rip=entry.rip, rsi=entry.rsi, rflags=2)
+                    self._slots.unplug(device)  # its function 0 has left: a guest would not look for it there
+                    self._slots.plug(device)
+            self._execution.start(self._board, self._entry)
 
     def reset(self) -> None:
         """As the reset button: stop the guest, reset its devices, load the kernel again; ``start()`` boots it.
@@ -519,15 +418,14 @@ class Machine:
         """
         with deferred(), self._moves:
             self._check_usable()
-            self._close_vcpus()
-            self._threads = None
+            self._execution.reset()
             self._broken = True
             for device in list(self.devices):
                 if device.ejected.is_set():  # it was on its way out
                     self.deassign(device)
             devices = sorted(self.devices, key=lambda device: device.bdf)
             for device in devices:
-                self._unplug(device)
+                self._slots.unplug(device)
             for step in (AssignedDevice.quiesce, partial(self.reset_device, reason="guest reset")):
                 for device in devices:  # all of them are quiet before the first reset: it may be that of a bus
                     try:
@@ -542,53 +440,41 @@ class Machine:
                 self.memslots.move(board.vm)
                 undo.callback(self.domain.rebind_kvm, old.kvm_vfio)
                 self.domain.rebind_kvm(board.kvm_vfio)
-                self._board = board
+                self._slots.board = board
                 undo.pop_all()
             try:
                 run_all((partial(self.memslots.leave, old.vm), old.close))
             except OSError as error:  # nobody runs that VM any more
                 log.warning("%s", error)
             for device in devices:
-                self._place(device)
-                self._plug(device)
+                self._slots.plug(device)
             if self._linux is not None:
                 self.load_linux(*self._linux)
             self._broken = False
 
     def wait(self, timeout: float | None = None) -> Ending | None:
         """How the guest ended; None if it runs on after ``timeout`` seconds. Raises what made a vCPU fail."""
-        threads = self._threads
-        if threads is None:
-            raise GuestError("the guest was not started")
-        return threads.wait(timeout)
+        return self._execution.wait(timeout)
 
     def stop(self, ending: Ending = Ending.STOPPED) -> None:
         """End the guest: no vCPU goes on. ``wait()`` then returns ``ending``. Does not wait for anything."""
-        threads = self._threads
-        if threads is not None:
-            threads.end(ending)
+        self._execution.stop(ending)
 
     def pause(self, timeout: float = 5.0) -> None:
         """Keep every vCPU out of the guest until ``resume``: its state and memory stand still, devices' DMA does not.
 
         Raises ``GuestError`` if it does not run, or a vCPU does not leave the guest within ``timeout`` seconds.
         """
-        threads = self._threads
-        if threads is None or threads.over:
-            raise GuestError("the guest does not run")
-        if not threads.pause(timeout):
-            raise GuestError(f"a vCPU has not left the guest within {timeout:g} seconds", "read the guest's output")
+        self._execution.pause(timeout)
 
     def resume(self) -> None:
         """Let a paused guest go on; idempotent."""
-        threads = self._threads
-        if threads is not None:
-            threads.resume()
+        self._execution.resume()
 
     @property
     def vcpus(self) -> tuple[Vcpu, ...]:
         """The vCPUs of a guest that was started, by number. Their registers are readable while it is paused."""
-        return tuple(self._vcpus)
+        return tuple(self._execution.vcpus)
 
     def inject_nmi(self, cpu: int = 0) -> None:
         """Give vCPU number ``cpu`` a non-maskable interrupt. Raises ``IndexError``, ``OSError``."""
@@ -599,28 +485,26 @@ class Machine:
     @property
     def over(self) -> bool:
         """Whether a guest that was started has ended."""
-        threads = self._threads
-        return threads is not None and threads.over
-
-    @property
-    def _running(self) -> bool:
-        threads = self._threads
-        return threads is not None and not threads.over
+        return self._execution.over
 
     @property
     def fault(self) -> str:
         """What KVM could not do for the guest, if that was its end."""
-        return self._threads.fault if self._threads else ""
+        return self._execution.fault
 
     @property
     def exits(self) -> int:
         """How often the guest left KVM for a device of ours, since it was last started."""
-        return self._threads.exits if self._threads else 0
+        return self._execution.exits
 
     @property
     def exit_reasons(self) -> dict[str, int]:
         """The same by reason (``Port``, ``Mmio``, ``Interrupted`` …; ``kvmpass.kvm.exits``)."""
-        return self._threads.reasons if self._threads else {}
+        return self._execution.reasons
+
+    def _end_for_error(self) -> None:
+        if self._stop_on_error:
+            self.stop(Ending.DEVICE_ERROR)
 
     def _power_event(self, event: PowerEvent) -> None:
         if event is PowerEvent.POWEROFF:
@@ -628,12 +512,6 @@ class Machine:
             return
         word = int.from_bytes(self.memory.read(ports.WARM_RESET_WORD, 2), "little")
         self.stop(Ending.PANIC if word == ports.WARM_RESET_MAGIC else Ending.REBOOT)
-
-    def _close_vcpus(self) -> None:
-        if self._threads is not None:
-            self._threads.stop()
-        vcpus, self._vcpus = self._vcpus, []
-        run_all(vcpu.close for vcpu in vcpus)
 
 
 __all__ = ["AssignedDevice", "DeviceState", "Ending", "Machine"]

@@ -163,7 +163,7 @@ def test_a_guest_that_ejects_without_end(edu: str) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with bare_metal(machine, code) as vcpu:
             threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._lock, lambda: None)
-            machine._threads = threads
+            machine._execution._threads = threads
             with machine._moves:  # the worst: whoever should take it out cannot go on
                 threads.start()
                 wait_until(device.ejected.is_set)
@@ -274,7 +274,7 @@ def test_no_line_leads_to_the_pic() -> None:
 def test_every_cpu_has_the_mtrrs_of_firmware() -> None:
     with running("echo up; go_on", cpus=2) as guest:
         guest.expect("up")
-        vcpus = guest.machine._vcpus
+        vcpus = guest.machine.vcpus
         wanted = mtrr.mtrrs(guest.machine._system.physical_bits)
         assert len(vcpus) == 2
         assert wanted[mtrr.DEF_TYPE] & 0xFF == mtrr.WRITE_BACK

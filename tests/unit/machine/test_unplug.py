@@ -11,6 +11,7 @@ import pytest
 
 from kvmpass.errors import GuestError
 from kvmpass.machine import Machine
+from kvmpass.machine.slots import Slots
 
 
 class Hotplug:
@@ -33,16 +34,17 @@ class Stub(Machine):
 
     def __init__(self) -> None:
         self.hotplug = Hotplug()
-        self._board: Any = SimpleNamespace(hotplug=self.hotplug)
-        self._lock = self._moves = threading.RLock()
+        board: Any = SimpleNamespace(hotplug=self.hotplug)
         places = (("0000:01:00.0", 1), ("0000:01:00.1", 1), ("0000:02:00.0", 2))
         self.devices: list[Any] = [
             SimpleNamespace(bdf=bdf, slot=slot, ejected=threading.Event()) for bdf, slot in places
         ]
         self.released: list[str] = []
+        self._slots = Slots(board, self.devices, threading.RLock(), lambda: self.alive)
+        self._execution: Any = self  # which says whether a guest runs
 
     @property
-    def _running(self) -> bool:
+    def running(self) -> bool:
         return self.alive
 
     def _has(self, device: Any) -> bool:
