@@ -18,7 +18,7 @@ from kvmpass.errors import BadAddress, KvmpassError
 # Subcommands are imported when they are called: a start costs what the command needs.
 COMMANDS = {
     "assign": "kvmpass.cli.assign",
-    "bind": "kvmpass.cli.handover",
+    "bind": "kvmpass.cli.bind",
     "completion": "kvmpass.cli.completion",
     "doctor": "kvmpass.cli.doctor",
     "lab": "kvmpass.cli.lab",
@@ -27,7 +27,7 @@ COMMANDS = {
     "plan": "kvmpass.cli.plan",
     "restore": "kvmpass.cli.restore",
     "show": "kvmpass.cli.show",
-    "unbind": "kvmpass.cli.handover",
+    "unbind": "kvmpass.cli.bind",
 }
 
 COMPLETE = "_KVMPASS_COMPLETE"  # set by a shell's function: what it wants to know
