@@ -138,7 +138,7 @@ def test_machine_and_guest_change_no_driver() -> None:
 
 def test_looking_loads_no_virtual_machine() -> None:
     """What ``kvmpass list`` and the like import, in a process of its own."""
-    names = ("list", "show", "doctor", "monitor", "handover", "restore")
+    names = ("list", "show", "doctor", "monitor", "bind", "restore")
     script = f"import sys, {', '.join(f'kvmpass.cli.{name}' for name in names)}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = {package_of(name) for name in done.stdout.split() if name.startswith("kvmpass.")}
