@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 import threading
-from contextlib import ExitStack
 
 from kvmpass._signals import deferred
-from kvmpass.host import Bdf
+from kvmpass.events import DeviceReset
+from kvmpass.host import PciDevice
 from kvmpass.pci import AssignedFunction
 from kvmpass.pciregs import COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
 from kvmpass.vfio import Device, Region
@@ -28,13 +28,11 @@ class AssignedDevice:
     order in which it tries.
     """
 
-    def __init__(
-        self, bdf: Bdf, group: int, device: Device, reset_methods: tuple[str, ...], lock: threading.RLock
-    ) -> None:
-        self.bdf = bdf
-        self.group = group
+    def __init__(self, found: PciDevice, device: Device, lock: threading.RLock) -> None:
+        self.bdf = found.bdf
+        self.group = found.group
         self.vfio = device
-        self.reset_methods = reset_methods
+        self.reset_methods = found.reset_methods
         self._lock = lock  # the buses'
         self.slot = 0
         self.number = 0
@@ -43,7 +41,6 @@ class AssignedDevice:
         self.failed = False  # an uncorrected error since the last reset
         self.ejected = threading.Event()  # set when the guest has let go of it
         self.requested = False  # the host wants it back, and the guest was asked
-        self.undo = ExitStack()
 
     @property
     def regions(self) -> dict[int, Region]:
@@ -77,6 +74,12 @@ class AssignedDevice:
                 self.function.config_write(COMMAND, data)
             else:
                 self.config.write(COMMAND, data)
+
+    def reset_event(self, seconds: float, reason: str, method: str | None = None) -> DeviceReset:
+        """VFIO does not say which method it took: the kernel takes the first of the device's list that works."""
+        if method is None:
+            method = next(iter(self.reset_methods), "unknown")
+        return DeviceReset(str(self.bdf), method, seconds, reason)
 
     def __repr__(self) -> str:
         return f"<AssignedDevice {self.bdf} {self.state.value}>"

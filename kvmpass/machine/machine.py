@@ -6,7 +6,7 @@ import atexit
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -240,30 +240,36 @@ class Machine:
                 return self._attach(found, vf_token)
 
     def _attach(self, found: PciDevice, vf_token: uuid.UUID | None) -> AssignedDevice:
-        assert found.group is not None
-        with ExitStack() as undo:
-            self._notices.follow_faults()
-            vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
-            undo.callback(self.domain.detach, vfio)
-            device = AssignedDevice(found.bdf, found.group, vfio, found.reset_methods, self._lock)
-            if vfio.resettable:  # the kernel does it when a device is opened, and again when it is closed
-                self._notices.tell(self._reset_event(device, vfio.open_seconds, "assign"))
-                undo.callback(self._close_device, device)
+        self._notices.follow_faults()
+        device = AssignedDevice(found, self.domain.attach(str(found.bdf), found.group or 0, vf_token), self._lock)
+        try:
+            if device.vfio.resettable:  # the kernel does it when a device is opened, and again when it is closed
+                self._notices.tell(device.reset_event(device.vfio.open_seconds, "assign"))
             device.quiesce()
-            watched = undo.enter_context(ExitStack())
-            self._notices.on_irq(vfio, ERR, partial(self._requests.on_error, device), watched)
-            self._notices.on_irq(vfio, REQ, partial(self._requests.on_request, device), watched)
+            self._notices.watch(device.vfio, ERR, partial(self._requests.on_error, device))
+            self._notices.watch(device.vfio, REQ, partial(self._requests.on_request, device))
             self._slots.plug(device)
-            device.undo = undo.pop_all()
-            self.devices.append(device)
-            if self._execution.running:
-                self._slots.announce(device)
+        except BaseException as error:
+            run_all(self._return_steps(device), error)
+            raise
+        self.devices.append(device)
+        if self._execution.running:
+            self._slots.announce(device)
         return device
+
+    def _return_steps(self, device: AssignedDevice) -> Iterable[Callable[[], None]]:
+        """What happens to a device that no guest sees any more."""
+        return (
+            partial(self._notices.unwatch, device.vfio),
+            partial(self._close_device, device),
+            partial(self.domain.detach, device.vfio),
+        )
 
     def _close_device(self, device: AssignedDevice) -> None:
         started = time.monotonic()
         device.vfio.close()
-        self._notices.tell(self._reset_event(device, time.monotonic() - started, "deassign"))
+        if device.vfio.resettable:
+            self._notices.tell(device.reset_event(time.monotonic() - started, "deassign"))
 
     def unplug(self, device: AssignedDevice, timeout: float = EJECT_SECONDS) -> None:
         """Ask the running guest to let go of ``device``, wait until it has, and take it out.
@@ -288,7 +294,7 @@ class Machine:
             device.state = DeviceState.RELEASED
             self.devices.remove(device)
             by = "guest" if device.ejected.is_set() else "host"
-            device.undo.close()
+            run_all(self._return_steps(device))
             if self._execution.running:
                 self._notices.tell(DeviceReleased(str(device.bdf), by))
 
@@ -322,17 +328,9 @@ class Machine:
                 self.domain.hot_reset(device.vfio)
                 method = "bus"
             device.failed = False
-        event = self._reset_event(device, time.monotonic() - started, reason, method)
+        event = device.reset_event(time.monotonic() - started, reason, method)
         self._notices.tell(event)
         return event
-
-    def _reset_event(
-        self, device: AssignedDevice, seconds: float, reason: str, method: str | None = None
-    ) -> DeviceReset:
-        """VFIO does not say which method it took: the kernel takes the first of the device's list that works."""
-        if method is None:
-            method = next(iter(device.reset_methods), "unknown")
-        return DeviceReset(str(device.bdf), method, seconds, reason)
 
     # --- the invariant
 

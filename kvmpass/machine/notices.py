@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
 from functools import partial
 
 from kvmpass._ratelimit import RateLimit
@@ -43,6 +42,7 @@ class Notices:
         self._lock = threading.Lock()  # of the two counts
         self._waiting = self._lost = 0
         self._faults: FaultLog | None = None
+        self._watched: dict[Device, list[_Notice]] = {}
 
     def tell(self, event: DeviceEvent) -> None:
         """Log it and pass it on; what ``on_event`` raises is logged, too: it must not keep a device from its due."""
@@ -87,20 +87,30 @@ class Notices:
         else:
             self._jobs.call(function)
 
-    def on_irq(self, device: Device, index: int, callback: Callable[[], None], undo: ExitStack) -> None:
+    def watch(self, device: Device, index: int, callback: Callable[[], None]) -> None:
         """Call back from the watching thread whenever VFIO raises the interrupt ``index`` (ERR, REQ).
 
-        ``callback`` must not wait. Nothing happens where the device or the kernel has no such interrupt. ``undo``
-        gets what ends it.
+        ``callback`` must not wait. Nothing happens where the device or the kernel has no such interrupt. Raises
+        ``OSError``; ``unwatch`` ends it in any case.
         """
         if index not in device.irqs or not device.irqs[index].count:
             return
-        notice = _Notice(callback)
-        undo.callback(notice.close)
-        undo.callback(self._watch.remove, notice.eventfd)
+        notice = _Notice(index, callback)
+        self._watched.setdefault(device, []).append(notice)
         self._watch.add(notice.eventfd, notice.signalled)
-        undo.callback(device.disable_irqs, index)
         device.set_irqs(index, 0, [notice.eventfd])
+
+    def unwatch(self, device: Device) -> None:
+        """No callbacks for ``device`` after this, but for one that runs. Runs every step even if one fails."""
+        run_all(
+            step
+            for notice in self._watched.pop(device, ())
+            for step in (
+                partial(device.disable_irqs, notice.index),
+                partial(self._watch.remove, notice.eventfd),
+                notice.close,
+            )
+        )
 
     def follow_faults(self) -> None:
         """From now on tell what the host's IOMMU reports. Where the kernel's log is out of reach, say why."""
@@ -133,7 +143,8 @@ def _event(found: IommuEvent) -> DeviceEvent:
 class _Notice:
     """An eventfd that one thread reads while another may close it."""
 
-    def __init__(self, callback: Callable[[], None]) -> None:
+    def __init__(self, index: int, callback: Callable[[], None]) -> None:
+        self.index = index
         self._callback = callback
         self._lock = threading.Lock()
         self._open = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,13 +47,14 @@ def test_a_listener_that_raises_is_logged(caplog: pytest.LogCaptureFixture) -> N
 
 def test_an_interrupt_calls_back_until_it_is_undone() -> None:
     told, device, called = Notices(None, list), Device(ERR), threading.Semaphore(0)
-    with ExitStack() as undo:
-        told.on_irq(device, ERR, called.release, undo)  # type: ignore[arg-type]
-        told.on_irq(device, REQ, called.release, undo)  # type: ignore[arg-type]
-        assert list(device.eventfds) == [ERR], "it has no REQ"
-        for _ in range(3):
-            os.eventfd_write(device.eventfds[ERR], 1)
-            assert called.acquire(timeout=10)
+    told.watch(device, ERR, called.release)  # type: ignore[arg-type]
+    told.watch(device, REQ, called.release)  # type: ignore[arg-type]
+    assert list(device.eventfds) == [ERR], "it has no REQ"
+    for _ in range(3):
+        os.eventfd_write(device.eventfds[ERR], 1)
+        assert called.acquire(timeout=10)
+    told.unwatch(device)  # type: ignore[arg-type]
+    told.unwatch(device)  # type: ignore[arg-type]
     assert device.eventfds == {}
     told.stop()
 
@@ -134,19 +134,19 @@ def test_a_slow_listener_holds_up_no_interrupt_and_fills_no_memory(caplog: pytes
         assert going_on.wait(20)
 
     told, device = Notices(listener, list), Device(ERR)
-    with ExitStack() as undo:
-        told.on_irq(device, ERR, called.release, undo)  # type: ignore[arg-type]
-        told.tell_later(DeviceReset("0000:01:00.0", "flr", 0.1, "first"))
-        assert busy.wait(10)
-        os.eventfd_write(device.eventfds[ERR], 1)
-        assert called.acquire(timeout=10), "the interrupt waits for the listener"
-        for number in range(5000):
-            told.tell_later(DeviceReset("0000:01:00.0", "flr", number, "then"))
-        assert told._jobs._calls.qsize() <= 1000
-        done = threading.Event()
-        going_on.set()
-        told.later(done.set)
-        assert done.wait(20)
+    told.watch(device, ERR, called.release)  # type: ignore[arg-type]
+    told.tell_later(DeviceReset("0000:01:00.0", "flr", 0.1, "first"))
+    assert busy.wait(10)
+    os.eventfd_write(device.eventfds[ERR], 1)
+    assert called.acquire(timeout=10), "the interrupt waits for the listener"
+    for number in range(5000):
+        told.tell_later(DeviceReset("0000:01:00.0", "flr", number, "then"))
+    assert told._jobs._calls.qsize() <= 1000
+    done = threading.Event()
+    going_on.set()
+    told.later(done.set)
+    assert done.wait(20)
+    told.unwatch(device)  # type: ignore[arg-type]
     told.stop()
     assert len(events) == 1001
     assert "4000 events of devices were dropped" in caplog.text
