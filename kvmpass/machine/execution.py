@@ -1,54 +1,118 @@
-"""The vCPUs of a machine, from one start to the end of that guest."""
+"""The part of a machine that runs a guest: its serial ports, and its vCPUs from one start to the end."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from kvmpass import ports
 from kvmpass._teardown import run_all
 from kvmpass.board.board import Board
+from kvmpass.board.serial import Serial16550
 from kvmpass.boot import mtrr
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.linux import LinuxEntry
 from kvmpass.errors import GuestError
-from kvmpass.kvm import System, Vcpu
+from kvmpass.kvm import IrqRoutes, System, Vcpu, Vm
+from kvmpass.layout import LOCAL_APIC_BASE
+from kvmpass.machine.slots import Slots
 from kvmpass.machine.vcpus import Ending, VcpuThreads
+
+_NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
+Output = Callable[[bytes], None]
+"""Gets what the guest writes to a serial port."""
 
 
 class Execution:
-    """Makes vCPUs and their threads; before the first ``start`` and after ``reset`` there are none.
+    """What one does with the guest of a machine. The base of ``Machine``, which makes the board and loads the guest.
 
-    ``lock`` is the buses'; ``pace`` is called between accesses to ports.
+    Synchronization: from any thread. Three locks, taken in this order:
 
-    Synchronization: ``start``, ``close`` and ``reset`` from one thread at a time, the others from any.
+    - ``_moves`` guards which devices there are, their places and states, the board and whether the guest was started.
+      It is held while a device comes or goes, for as long as that takes.
+    - ``_lock`` guards the buses, the functions on them and the hot plug controller. A vCPU holds it for each exit.
+    - ``memory.lock`` guards the list of regions and what mirrors it.
+
+    ``stop``, ``over`` and ``wait`` take none of them: an error of a device ends the guest whatever else goes on.
     """
 
-    def __init__(self, system: System, cpus: int, lock: threading.RLock, pace: Callable[[], None]) -> None:
-        self._system = system
-        self._cpus = cpus
-        self._lock = lock
-        self._pace = pace
-        self._threads: VcpuThreads | None = None
-        self.vcpus: list[Vcpu] = []
+    _slots: Slots
 
-    def start(self, board: Board, entry: LinuxEntry) -> None:
-        """Let the guest run on ``board`` from ``entry`` on. Raises ``OSError`` if KVM refuses: then none runs."""
+    def __init__(self, cpus: int) -> None:
+        self.cpus = cpus
+        self._lock = threading.RLock()
+        self._moves = threading.RLock()
+        self._outputs: dict[int, Output] = {}
+        self._pace: Callable[[], None] = lambda: None
+        self._threads: VcpuThreads | None = None
+        self._vcpus: list[Vcpu] = []
+
+    @property
+    def _board(self) -> Board:
+        return self._slots.board
+
+    @property
+    def vm(self) -> Vm:
+        """KVM's virtual machine: another one after each ``reset()``."""
+        return self._board.vm
+
+    @property
+    def routes(self) -> IrqRoutes:
+        """Its table of interrupt routes."""
+        return self._board.routes
+
+    # --- serial ports
+
+    def _write_output(self, number: int, data: bytes) -> None:
+        if output := self._outputs.get(number):
+            output(data)
+
+    def connect(self, outputs: Mapping[int, Output], pace: Callable[[], None] = lambda: None) -> None:
+        """Where COM1 to COM4 (0 to 3) send what the guest writes until ``disconnect()``; the others' is dropped.
+
+        Outputs are called from a vCPU's thread, which must not be kept waiting; ``pace`` is called between accesses
+        to ports, where it may be. Both stay over ``reset()``. Raises ``GuestError`` while somebody is connected,
+        ``IndexError`` for a port that the machine does not have.
+        """
+        for number in outputs:
+            self.serial(number)
+        with self._moves:
+            if self._outputs:
+                raise GuestError("this machine's serial ports are connected", "one guest at a time: leave the other")
+            self._outputs, self._pace = dict(outputs), pace
+
+    def disconnect(self) -> None:
+        """Drop what the guest writes from now on; idempotent."""
+        with self._moves:
+            self._outputs, self._pace = {}, lambda: None
+
+    def serial(self, number: int) -> Serial16550:
+        """COM ``number`` + 1, to push input into: another one after each ``reset()``. Raises ``IndexError``."""
+        if not 0 <= number < len(ports.SERIAL_LINES):
+            raise IndexError(f"serial port {number}: a machine has 0 to {len(ports.SERIAL_LINES) - 1}, COM1 to COM4")
+        return self._board.serials[number]
+
+    # --- vCPUs
+
+    def _start_vcpus(self, system: System, entry: LinuxEntry) -> None:
+        """Let the guest run from ``entry`` on. Raises ``OSError`` if KVM refuses: then none runs."""
         try:
-            self._make_vcpus(board, entry)
+            self._make_vcpus(system, entry)
         except BaseException:
-            self.close()
+            self._close_vcpus()
             raise
-        self._threads = VcpuThreads(self.vcpus, board.ports, board.mmio, self._lock, self._pace)
+        board = self._board
+        self._threads = VcpuThreads(self._vcpus, board.ports, board.mmio, self._lock, lambda: self._pace())
         self._threads.start()
 
-    def _make_vcpus(self, board: Board, entry: LinuxEntry) -> None:
-        supported, types = self._system.get_supported_cpuid(), mtrr.mtrrs(self._system.physical_bits)
-        for index in range(self._cpus):
-            vcpu = board.vm.create_vcpu(index)
-            self.vcpus.append(vcpu)
-            vcpu.set_cpuid2(guest_cpuid(supported, cpu=index, cpus=self._cpus))
+    def _make_vcpus(self, system: System, entry: LinuxEntry) -> None:
+        supported, types = system.get_supported_cpuid(), mtrr.mtrrs(system.physical_bits)
+        for index in range(self.cpus):
+            vcpu = self._board.vm.create_vcpu(index)
+            self._vcpus.append(vcpu)
+            vcpu.set_cpuid2(guest_cpuid(supported, cpu=index, cpus=self.cpus))
             vcpu.set_msrs(types)
-        first = self.vcpus[0]
+        first = self._vcpus[0]
         first.enter_long_mode(
             cr3=entry.cr3,
             gdt=entry.gdt_base,
@@ -58,47 +122,31 @@ class Execution:
         )
         first.set_regs(rip=entry.rip, rsi=entry.rsi, rflags=2)
 
-    def close(self) -> None:
+    def _close_vcpus(self) -> None:
         """Take every vCPU out of the guest and close it; how the guest ended stays known. Idempotent."""
         if self._threads is not None:
             self._threads.stop()
-        vcpus, self.vcpus = self.vcpus, []
+        vcpus, self._vcpus = self._vcpus, []
         run_all(vcpu.close for vcpu in vcpus)
 
-    def reset(self) -> None:
-        """The same, and as before the first start."""
-        self.close()
-        self._threads = None
-
-    @property
-    def started(self) -> bool:
-        return self._threads is not None
-
-    @property
-    def running(self) -> bool:
-        threads = self._threads
-        return threads is not None and not threads.over
-
-    @property
-    def over(self) -> bool:
-        threads = self._threads
-        return threads is not None and threads.over
-
     def wait(self, timeout: float | None = None) -> Ending | None:
-        """As ``Machine.wait``."""
+        """How the guest ended; None if it runs on after ``timeout`` seconds. Raises what made a vCPU fail."""
         threads = self._threads
         if threads is None:
             raise GuestError("the guest was not started")
         return threads.wait(timeout)
 
-    def stop(self, ending: Ending) -> None:
-        """As ``Machine.stop``."""
+    def stop(self, ending: Ending = Ending.STOPPED) -> None:
+        """End the guest: no vCPU goes on. ``wait()`` then returns ``ending``. Does not wait for anything."""
         threads = self._threads
         if threads is not None:
             threads.end(ending)
 
-    def pause(self, timeout: float) -> None:
-        """As ``Machine.pause``."""
+    def pause(self, timeout: float = 5.0) -> None:
+        """Keep every vCPU out of the guest until ``resume``: its state and memory stand still, devices' DMA does not.
+
+        Raises ``GuestError`` if it does not run, or a vCPU does not leave the guest within ``timeout`` seconds.
+        """
         threads = self._threads
         if threads is None or threads.over:
             raise GuestError("the guest does not run")
@@ -106,19 +154,44 @@ class Execution:
             raise GuestError(f"a vCPU has not left the guest within {timeout:g} seconds", "read the guest's output")
 
     def resume(self) -> None:
-        """As ``Machine.resume``."""
+        """Let a paused guest go on; idempotent."""
         threads = self._threads
         if threads is not None:
             threads.resume()
 
     @property
+    def vcpus(self) -> tuple[Vcpu, ...]:
+        """The vCPUs of a guest that was started, by number. Their registers are readable while it is paused."""
+        return tuple(self._vcpus)
+
+    def inject_nmi(self, cpu: int = 0) -> None:
+        """Give vCPU number ``cpu`` a non-maskable interrupt. Raises ``IndexError``, ``OSError``."""
+        if not 0 <= cpu < self.cpus:
+            raise IndexError(f"CPU {cpu}: this machine has {self.cpus}")
+        self._board.vm.signal_msi(LOCAL_APIC_BASE | cpu << 12, _NMI)
+
+    @property
+    def over(self) -> bool:
+        """Whether a guest that was started has ended."""
+        threads = self._threads
+        return threads is not None and threads.over
+
+    @property
+    def _running(self) -> bool:
+        threads = self._threads
+        return threads is not None and not threads.over
+
+    @property
     def fault(self) -> str:
+        """What KVM could not do for the guest, if that was its end."""
         return self._threads.fault if self._threads else ""
 
     @property
     def exits(self) -> int:
+        """How often the guest left KVM for a device of ours, since it was last started."""
         return self._threads.exits if self._threads else 0
 
     @property
-    def reasons(self) -> dict[str, int]:
+    def exit_reasons(self) -> dict[str, int]:
+        """The same by reason (``Port``, ``Mmio``, ``Interrupted`` …; ``kvmpass.kvm.exits``)."""
         return self._threads.reasons if self._threads else {}

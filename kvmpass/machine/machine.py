@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -20,7 +19,6 @@ from kvmpass._signals import deferred
 from kvmpass._teardown import run_all
 from kvmpass.board.board import Board, BoardEvents
 from kvmpass.board.power import PowerEvent
-from kvmpass.board.serial import Serial16550
 from kvmpass.boot import acpi
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
@@ -30,8 +28,8 @@ from kvmpass.events import DeviceEvent, DeviceReleased, DeviceReset
 from kvmpass.host import Bdf, PciDevice, Sysfs
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
-from kvmpass.kvm import IrqRoutes, Memslots, System, Vcpu, Vm
-from kvmpass.layout import LOCAL_APIC_BASE, Layout, Range, parse_size
+from kvmpass.kvm import Memslots, System
+from kvmpass.layout import Layout, Range, parse_size
 from kvmpass.machine.device import AssignedDevice, DeviceState
 from kvmpass.machine.execution import Execution
 from kvmpass.machine.notices import Notices
@@ -44,9 +42,6 @@ from kvmpass.vfio.device import ERR, REQ
 
 log = limited_log(__name__)
 
-_NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
-Output = Callable[[bytes], None]
-"""Gets what the guest writes to a serial port."""
 
 # An interrupt may come between the end of a ``with`` body and ``__exit__``: what is open then is closed at exit,
 # before host.borrow gives its devices back at exit (last registered, first called).
@@ -59,7 +54,7 @@ def _close_all() -> None:
         machine.close()
 
 
-class Machine:
+class Machine(Execution):
     """One VM: memory, vCPUs, a DMA domain, a PCI bus. ``with Machine(memory="1G", cpus=2) as m:`` is its lifetime.
 
     ``memory``: bytes or text; ``cpus``: 1 to what KVM allows. Usable without a guest: ``memory`` reads and writes
@@ -74,14 +69,7 @@ class Machine:
 
     In the main thread Ctrl-C, SIGTERM and SIGHUP wait while a device goes in or out.
 
-    Synchronization: from any thread. Three locks, taken in this order:
-
-    - ``_moves`` guards which devices there are, their places and states, the board and whether the guest was started.
-      It is held while a device comes or goes, for as long as that takes.
-    - ``_lock`` guards the buses, the functions on them and the hot plug controller. A vCPU holds it for each exit.
-    - ``memory.lock`` guards the list of regions and what mirrors it.
-
-    ``stop``, ``over`` and ``wait`` take none of them: an error of a device ends the guest whatever else goes on.
+    Synchronization: from any thread; ``Execution`` says which lock guards what.
     """
 
     def __init__(
@@ -94,31 +82,26 @@ class Machine:
         on_event: Callable[[DeviceEvent], None] | None = None,
         stop_on_error: bool = True,
     ) -> None:
+        super().__init__(cpus)
         self._sysfs = sysfs or Sysfs()
         self._stop_on_error = stop_on_error
         self._closed = False
         self._broken = False  # by a reset that failed half-way
         self._populated = False
-        self._lock = threading.RLock()
-        self._moves = threading.RLock()
-        self._outputs: dict[int, Output] = {}
-        self._pace: Callable[[], None] = lambda: None
         self._linux: tuple[KernelImage, bytes | None, str] | None = None
         self._entry: LinuxEntry | None = None
-        self.cpus = cpus
         self.devices: list[AssignedDevice] = []
         with ExitStack() as undo:
             allow_descriptors()
             self._system = undo.enter_context(System())
             self._system.check_vcpus(cpus)
-            self._execution = Execution(self._system, cpus, self._lock, lambda: self._pace())
             planned = plan_memory(
                 parse_size(memory), self._sysfs.reserved_regions(), self._system.physical_bits, backing
             )
             self.layout: Layout = planned.layout
             self.memory = GuestMemory()
             undo.callback(self.memory.close)
-            self._slots = Slots(self._make_board(), self.devices, self._lock, lambda: self._execution.running)
+            self._slots = Slots(self._make_board(), self.devices, self._lock, lambda: self._running)
             undo.callback(lambda: self._board.close())
             self.memslots = Memslots(self._board.vm)
             undo.callback(self.memslots.close)
@@ -139,10 +122,6 @@ class Machine:
         events = BoardEvents(self._power_event, lambda slot: self._requests.on_eject(slot), outputs)
         return Board(self._system, self.layout, self.memory, events)
 
-    def _write_output(self, number: int, data: bytes) -> None:
-        if output := self._outputs.get(number):
-            output(data)
-
     def close(self) -> None:
         """Stop the guest and release everything, in order. Runs every step even if one fails; idempotent.
 
@@ -155,7 +134,7 @@ class Machine:
                 return
             _open.discard(self)
             # The first two without the lock, which what runs in the machine's own threads may wait for.
-            run_all((self._execution.close, self._notices.stop, self._release))
+            run_all((self._close_vcpus, self._notices.stop, self._release))
 
     def _release(self) -> None:
         """Devices, the VM, what of the devices only the VM's end makes possible, mappings, memory."""
@@ -186,20 +165,6 @@ class Machine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    @property
-    def _board(self) -> Board:
-        return self._slots.board
-
-    @property
-    def vm(self) -> Vm:
-        """KVM's virtual machine: another one after each ``reset()``."""
-        return self._board.vm
-
-    @property
-    def routes(self) -> IrqRoutes:
-        """Its table of interrupt routes."""
-        return self._board.routes
 
     def populate(self) -> None:
         """Allocate all of the memory now: afterwards a device that is assigned takes little more. Idempotent.
@@ -253,7 +218,7 @@ class Machine:
             run_all(self._return_steps(device), error)
             raise
         self.devices.append(device)
-        if self._execution.running:
+        if self._running:
             self._slots.announce(device)
         return device
 
@@ -278,7 +243,7 @@ class Machine:
         within ``timeout`` seconds: the device is still assigned then, and ``deassign`` takes it without asking.
         """
         if self._has(device):
-            leaving = self._slots.ask(device, timeout) if self._execution.running else [device]
+            leaving = self._slots.ask(device, timeout) if self._running else [device]
             run_all(partial(self.deassign, one) for one in leaving)
 
     def deassign(self, device: AssignedDevice) -> None:
@@ -295,7 +260,7 @@ class Machine:
             self.devices.remove(device)
             by = "guest" if device.ejected.is_set() else "host"
             run_all(self._return_steps(device))
-            if self._execution.running:
+            if self._running:
                 self._notices.tell(DeviceReleased(str(device.bdf), by))
 
     def _deassign_unless_closed(self, device: AssignedDevice) -> None:
@@ -345,31 +310,6 @@ class Machine:
 
     # --- the guest
 
-    def connect(self, outputs: Mapping[int, Output], pace: Callable[[], None] = lambda: None) -> None:
-        """Where COM1 to COM4 (0 to 3) send what the guest writes until ``disconnect()``; the others' is dropped.
-
-        Outputs are called from a vCPU's thread, which must not be kept waiting; ``pace`` is called between accesses
-        to ports, where it may be. Both stay over ``reset()``. Raises ``GuestError`` while somebody is connected,
-        ``IndexError`` for a port that the machine does not have.
-        """
-        for number in outputs:
-            self.serial(number)
-        with self._moves:
-            if self._outputs:
-                raise GuestError("this machine's serial ports are connected", "one guest at a time: leave the other")
-            self._outputs, self._pace = dict(outputs), pace
-
-    def disconnect(self) -> None:
-        """Drop what the guest writes from now on; idempotent."""
-        with self._moves:
-            self._outputs, self._pace = {}, lambda: None
-
-    def serial(self, number: int) -> Serial16550:
-        """COM ``number`` + 1, to push input into: another one after each ``reset()``. Raises ``IndexError``."""
-        if not 0 <= number < len(ports.SERIAL_LINES):
-            raise IndexError(f"serial port {number}: a machine has 0 to {len(ports.SERIAL_LINES) - 1}, COM1 to COM4")
-        return self._board.serials[number]
-
     def load_linux(self, kernel: KernelImage, initrd: bytes | None, cmdline: str) -> None:
         """Put a kernel and what it needs to know into memory (64-bit boot protocol). ``reset()`` does it again.
 
@@ -395,7 +335,7 @@ class Machine:
         """
         with self._moves:
             self._check_usable()
-            if self._entry is None or self._execution.started:
+            if self._entry is None or self._threads is not None:
                 raise GuestError("load a kernel first, and start it once")
             for device in self.devices:
                 if device.failed and self._stop_on_error:
@@ -405,7 +345,7 @@ class Machine:
                 if device.number and all(one.number or one.slot != device.slot for one in self.devices):
                     self._slots.unplug(device)  # its function 0 has left: a guest would not look for it there
                     self._slots.plug(device)
-            self._execution.start(self._board, self._entry)
+            self._start_vcpus(self._system, self._entry)
 
     def reset(self) -> None:
         """As the reset button: stop the guest, reset its devices, load the kernel again; ``start()`` boots it.
@@ -416,7 +356,8 @@ class Machine:
         """
         with deferred(), self._moves:
             self._check_usable()
-            self._execution.reset()
+            self._close_vcpus()
+            self._threads = None
             self._broken = True
             for device in list(self.devices):
                 if device.ejected.is_set():  # it was on its way out
@@ -449,56 +390,6 @@ class Machine:
             if self._linux is not None:
                 self.load_linux(*self._linux)
             self._broken = False
-
-    def wait(self, timeout: float | None = None) -> Ending | None:
-        """How the guest ended; None if it runs on after ``timeout`` seconds. Raises what made a vCPU fail."""
-        return self._execution.wait(timeout)
-
-    def stop(self, ending: Ending = Ending.STOPPED) -> None:
-        """End the guest: no vCPU goes on. ``wait()`` then returns ``ending``. Does not wait for anything."""
-        self._execution.stop(ending)
-
-    def pause(self, timeout: float = 5.0) -> None:
-        """Keep every vCPU out of the guest until ``resume``: its state and memory stand still, devices' DMA does not.
-
-        Raises ``GuestError`` if it does not run, or a vCPU does not leave the guest within ``timeout`` seconds.
-        """
-        self._execution.pause(timeout)
-
-    def resume(self) -> None:
-        """Let a paused guest go on; idempotent."""
-        self._execution.resume()
-
-    @property
-    def vcpus(self) -> tuple[Vcpu, ...]:
-        """The vCPUs of a guest that was started, by number. Their registers are readable while it is paused."""
-        return tuple(self._execution.vcpus)
-
-    def inject_nmi(self, cpu: int = 0) -> None:
-        """Give vCPU number ``cpu`` a non-maskable interrupt. Raises ``IndexError``, ``OSError``."""
-        if not 0 <= cpu < self.cpus:
-            raise IndexError(f"CPU {cpu}: this machine has {self.cpus}")
-        self.vm.signal_msi(LOCAL_APIC_BASE | cpu << 12, _NMI)
-
-    @property
-    def over(self) -> bool:
-        """Whether a guest that was started has ended."""
-        return self._execution.over
-
-    @property
-    def fault(self) -> str:
-        """What KVM could not do for the guest, if that was its end."""
-        return self._execution.fault
-
-    @property
-    def exits(self) -> int:
-        """How often the guest left KVM for a device of ours, since it was last started."""
-        return self._execution.exits
-
-    @property
-    def exit_reasons(self) -> dict[str, int]:
-        """The same by reason (``Port``, ``Mmio``, ``Interrupted`` …; ``kvmpass.kvm.exits``)."""
-        return self._execution.reasons
 
     def _end_for_error(self) -> None:
         if self._stop_on_error:

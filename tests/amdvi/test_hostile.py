@@ -163,7 +163,7 @@ def test_a_guest_that_ejects_without_end(edu: str) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with bare_metal(machine, code) as vcpu:
             threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._lock, lambda: None)
-            machine._execution._threads = threads
+            machine._threads = threads
             with machine._moves:  # the worst: whoever should take it out cannot go on
                 threads.start()
                 wait_until(device.ejected.is_set)

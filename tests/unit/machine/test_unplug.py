@@ -41,10 +41,9 @@ class Stub(Machine):
         ]
         self.released: list[str] = []
         self._slots = Slots(board, self.devices, threading.RLock(), lambda: self.alive)
-        self._execution: Any = self  # which says whether a guest runs
 
     @property
-    def running(self) -> bool:
+    def _running(self) -> bool:
         return self.alive
 
     def _has(self, device: Any) -> bool:
