@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import Self
 from weakref import WeakSet
 
@@ -161,9 +160,7 @@ class Machine(Execution):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def populate(self) -> None:
@@ -218,8 +215,7 @@ class Machine(Execution):
             run_all(self._return_steps(device), error)
             raise
         self.devices.append(device)
-        if self._running:
-            self._slots.announce(device)
+        self._slots.announce(device)
         return device
 
     def _return_steps(self, device: AssignedDevice) -> Iterable[Callable[[], None]]:

@@ -54,9 +54,10 @@ class Slots:
                 device.function = None
 
     def announce(self, device: AssignedDevice) -> None:
-        """Tell the running guest that ``device`` has come."""
-        with self._lock:
-            self.board.hotplug.announce(device.slot)
+        """Tell a guest that runs that ``device`` has come."""
+        if self.running():
+            with self._lock:
+                self.board.hotplug.announce(device.slot)
 
     def request_eject(self, device: AssignedDevice) -> None:
         """Ask the running guest to eject what is in the slot of ``device``."""
