@@ -21,7 +21,7 @@ from kvmpass.board.power import PowerEvent
 from kvmpass.boot import acpi
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
-from kvmpass.dma import Domain, Type1
+from kvmpass.dma import BackendFactory, Domain, Type1
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceEvent, DeviceReleased, DeviceReset
 from kvmpass.host import Bdf, PciDevice, Sysfs
@@ -61,6 +61,7 @@ class Machine(Execution):
     ``ReservedRange``; then nothing is left behind.
 
     ``backing``: huge pages of the host's pools instead of anonymous memory (``NotEnoughMemory`` if they are too few).
+    ``backend``: the kernel's interface to the IOMMU (``kvmpass.dma.Backend``), VFIO's type 1 container by default.
     ``on_event`` gets a ``kvmpass.events.DeviceEvent`` for what happens to devices: errors, faults, resets, leaving.
     It is called from a thread of the machine's own, or from the one whose call made it happen; events are logged in
     any case. It must not wait for the machine. An uncorrected error of a device ends the guest, unless
@@ -77,6 +78,7 @@ class Machine(Execution):
         cpus: int = 1,
         *,
         backing: Backing = Backing.ANONYMOUS,
+        backend: BackendFactory = Type1,
         sysfs: Sysfs | None = None,
         on_event: Callable[[DeviceEvent], None] | None = None,
         stop_on_error: bool = True,
@@ -105,7 +107,7 @@ class Machine(Execution):
             self.memslots = Memslots(self._board.vm)
             undo.callback(self.memslots.close)
             self.memory.listen(self.memslots)
-            self.domain = Domain(self.memory, Type1, self._board.kvm_vfio, self.layout.reserved)
+            self.domain = Domain(self.memory, backend, self._board.kvm_vfio, self.layout.reserved)
             undo.callback(self.domain.close)
             for part in planned.regions:
                 self.memory.add_ram(part.range.start, part.range.size, part.name, backing=part.backing)

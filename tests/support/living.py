@@ -72,13 +72,14 @@ def image_for(script: str) -> GuestImage:
 
 
 @contextmanager
-def running(script: str, *devices: str, events: list[DeviceEvent] | None = None, cpus: int = 1) -> Iterator[Running]:
+def running(script: str, *devices: str, events: list[DeviceEvent] | None = None, **options: Any) -> Iterator[Running]:
     """A guest with ``devices`` (on vfio-pci) from the start; ``events`` gets those of the machine."""
     said = bytearray()
-    options: dict[str, Any] = {} if events is None else {"on_event": events.append, "stop_on_error": False}
+    if events is not None:
+        options |= {"on_event": events.append, "stop_on_error": False}
     image = image_for(script)
     with (
-        Machine(memory="192M", cpus=cpus, **options) as machine,
+        Machine(memory="192M", **options) as machine,
         Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,
     ):
         image.load(machine)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from kvmpass.dma import Type1
 from kvmpass.machine import Machine
 from kvmpass.vfio import Container, Group
+from support.recording import Recording
 
 
 def _type1(machine: Machine) -> Type1:
-    assert isinstance(machine.domain.backend, Type1)
-    return machine.domain.backend
+    backend = machine.domain.backend
+    found = backend.inner if isinstance(backend, Recording) else backend
+    assert isinstance(found, Type1)
+    return found
 
 
 def container_of(machine: Machine) -> Container:
