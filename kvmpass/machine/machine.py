@@ -295,8 +295,6 @@ class Machine(Execution):
         self._notices.tell(event)
         return event
 
-    # --- the invariant
-
     def audit(self) -> None:
         """Guest memory, KVM memslots and DMA mappings agree. Raises ``AuditFailed`` with every difference."""
         with self._lock, self.memory.lock:  # or a guest moves a BAR in between
