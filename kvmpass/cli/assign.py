@@ -8,7 +8,9 @@ import select
 import signal
 import sys
 import time
+import uuid
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,29 @@ from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
 from kvmpass.host import Bdf
 from kvmpass.machine.vcpus import Ending
 from kvmpass.memory import Backing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """What the command line says, beside devices, COMMAND and --status-file."""
+
+    memory: str
+    cpus: int
+    kernel: Path | None
+    initrd: Path | None
+    append: str
+    copy: tuple[str, ...]
+    modules: tuple[Path, ...]
+    hugepages: str | None
+    vf_token: uuid.UUID | None
+    on_reboot: str
+    timeout: float | None
+    console_log: Path | None
+    verbose: bool
+
+    @property
+    def backing(self) -> Backing:
+        return Backing(f"hugetlb-{self.hugepages}") if self.hugepages else Backing.ANONYMOUS
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -108,7 +133,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
     exit_status = ASSIGN_FAILED
     try:
         # Not the argument's type: the status file tells of a wrong address, too.
-        result = _run([BDF.convert(text, None, None) for text in bdf], command, options, outcome)
+        result = _run([BDF.convert(text, None, None) for text in bdf], command, _Options(**options), outcome)
         exit_status = _exit_status(result, command is not None)
         outcome.update(outcome=_outcome(result), status=result.status, guest_errors=list(result.failures))
         return exit_status
@@ -127,26 +152,25 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
                 click.echo(f"kvmpass: --status-file: {failure}", err=True)
 
 
-def _run(bdfs: list[Bdf], command: list[str] | None, options: dict[str, Any], outcome: dict[str, Any]) -> GuestResult:
-    verbose = options["verbose"]
+def _run(bdfs: list[Bdf], command: list[str] | None, options: _Options, outcome: dict[str, Any]) -> GuestResult:
     if command is not None and not command:
         raise click.UsageError("there is no COMMAND after --")
-    if options["initrd"] and (command or options["copy"] or options["modules"]):
+    if options.initrd and (command or options.copy or options.modules):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
     spec = GuestSpec(
-        kernel=options["kernel"],
-        initrd=options["initrd"],
-        append=options["append"],
-        copy=options["copy"],
-        modules=options["modules"],
+        kernel=options.kernel,
+        initrd=options.initrd,
+        append=options.append,
+        copy=options.copy,
+        modules=options.modules,
         command=tuple(command) if command else None,
-        verbose=verbose,
+        verbose=options.verbose,
         terminal=os.environ.get("TERM", "linux"),
         terminal_size=terminal_size(),
     )
 
     def say(line: str) -> None:
-        if verbose:
+        if options.verbose:
             click.echo(f"kvmpass: {line}", err=True)
 
     events: list[str] = []
@@ -158,21 +182,21 @@ def _run(bdfs: list[Bdf], command: list[str] | None, options: dict[str, Any], ou
             del events[0]
             outcome["events_dropped"] += 1
         # A reader that stalls must not keep a device from its due: it misses this line.
-        if verbose and select.select([], [sys.stderr], [], 0)[1]:
+        if options.verbose and select.select([], [sys.stderr], [], 0)[1]:
             say(f"device {event}")
 
-    log = ConsoleLog(options["console_log"])
+    log = ConsoleLog(options.console_log)
     to_stdout, to_stderr = descriptor_sink(sys.stdout.fileno()), descriptor_sink(sys.stderr.fileno())
-    console = to_stdout if command is None else to_stderr if verbose else None
+    console = to_stdout if command is None else to_stderr if options.verbose else None
     with (
         closing(log),
         assigned(
             bdfs,
             spec,
-            memory=options["memory"],
-            cpus=options["cpus"],
-            backing=Backing(f"hugetlb-{options['hugepages']}") if options["hugepages"] else Backing.ANONYMOUS,
-            vf_token=options["vf_token"],
+            memory=options.memory,
+            cpus=options.cpus,
+            backing=options.backing,
+            vf_token=options.vf_token,
             say=say,
             warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
             on_event=note,
@@ -184,7 +208,7 @@ def _run(bdfs: list[Bdf], command: list[str] | None, options: dict[str, Any], ou
         keyboard = raw_terminal(guest.type, machine.stop, guest.resize) if command is None else nullcontext()
         with keyboard:
             try:
-                result = guest.run(restart=options["on_reboot"] == "restart", timeout=options["timeout"])
+                result = guest.run(restart=options.on_reboot == "restart", timeout=options.timeout)
             except (KeyboardInterrupt, SystemExit) as error:
                 # A reader that stalls must not delay the devices' return.
                 if command is not None and select.select([], [sys.stderr], [], 0)[1]:
