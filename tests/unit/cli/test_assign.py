@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmpass.cli.assign import ConsoleLog, _cause, _exit_status, _show_console
+from kvmpass.cli.main import main
 from kvmpass.guest import GuestResult
 from kvmpass.machine.vcpus import Ending
 
@@ -84,3 +86,22 @@ def test_a_command_without_its_separator(words: str, first: str) -> None:
     )
     assert (result.returncode, result.stdout) == (125, "")
     assert result.stderr.endswith(f"  hint: a COMMAND comes after --: {first}\n")
+
+
+@pytest.mark.parametrize("address", ["nvme", "ffff:ff:1f.7"])
+def test_a_wrong_address_is_told_by_the_status_file(
+    tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever reads it must not find an earlier run's."""
+    status = tmp_path / "status.json"
+    status.write_text('{"outcome": "exited"}')
+    with pytest.raises(SystemExit) as ended:
+        main(["assign", address, "--status-file", str(status), "--", "true"])
+    told = json.loads(status.read_text())
+    assert (ended.value.code, told["exit_status"], told["outcome"], told["devices"]) == (
+        125,
+        125,
+        "failed",
+        [address],
+    )
+    assert told["error"] in capsys.readouterr().err
