@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -35,14 +34,6 @@ class DmaMapping:
     writable: bool
 
 
-@dataclass(frozen=True, slots=True)
-class DmaCall:
-    """One acknowledged call: ``operation`` is ``map`` or ``unmap``."""
-
-    operation: str
-    range: Range
-
-
 class Domain:
     """One translation for all of the VM's devices: a listener of ``GuestMemory``, and the ``Mapper`` of its back end.
 
@@ -64,7 +55,6 @@ class Domain:
         self._reserved = tuple(reserved)
         self._devices: list[Device] = []
         self._ledger: dict[MemoryRegion, DmaMapping] = {}
-        self.calls: deque[DmaCall] = deque(maxlen=65536)
         self._mapped = False  # whether a region that is added is mapped; guarded by the memory's lock
         self.backend = backend(self, kvm_vfio)
         memory.listen(self)
@@ -176,7 +166,6 @@ class Domain:
         except BaseException as error:  # an interrupt may come after the call
             run_all((partial(self._unmap_doubtful, region),), error)
             raise
-        self.calls.append(DmaCall("map", Range(mapping.iova, mapping.size)))
         log.info("map %s -> iova %#x, %s", region, mapping.iova, "rw" if mapping.writable else "ro")
 
     def _unmap_doubtful(self, region: MemoryRegion) -> None:
@@ -189,7 +178,6 @@ class Domain:
         mapping = self._ledger[region]
         unmapped = self.backend.unmap(region)
         del self._ledger[region]
-        self.calls.append(DmaCall("unmap", Range(mapping.iova, mapping.size)))
         if unmapped != mapping.size:
             raise AuditFailed(
                 f"{region.name}: {unmapped:#x} bytes were mapped at {mapping.iova:#x}, "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.recording import Calls, recording
 from support.witness import locked_bytes
 
 import kvmpass
@@ -295,7 +296,11 @@ def test_a_plan_comes_true(nvme: str, edu: str, sysfs: Sysfs) -> None:
     regions = made.memory.regions
     assert len(regions) == made.map_calls == (1 if sysfs is SYSFS else 2)
     opened, locked = descriptors(), locked_bytes()
-    with host.borrow(nvme, edu), kvmpass.Machine(memory="64M", cpus=2, sysfs=sysfs) as machine:
+    calls: Calls = []
+    with (
+        host.borrow(nvme, edu),
+        kvmpass.Machine(memory="64M", cpus=2, sysfs=sysfs, backend=recording(calls)) as machine,
+    ):
         devices = [machine.assign(nvme), machine.assign(edu)]
         assert machine.layout == made.memory.layout
         real = [one for one in machine.memory if one.dma]  # devices may have BARs in it already
@@ -309,7 +314,7 @@ def test_a_plan_comes_true(nvme: str, edu: str, sysfs: Sysfs) -> None:
         assert slots[: len(regions)] == [
             (slot, one.range.start, one.range.size, one.kind.guest_writable) for slot, one in enumerate(regions)
         ]
-        assert [call.operation for call in machine.domain.calls] == ["map"] * made.map_calls
+        assert [operation for operation, _ in calls] == ["map"] * made.map_calls
         assert locked_bytes() - locked == made.locked
         # Not there yet: two vCPUs, two eventfds of INTx each. Not on every host: two of ERR, the kernel's log.
         expected = made.descriptors.fixed - STANDARD

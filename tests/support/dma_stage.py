@@ -10,6 +10,7 @@ from kvmpass.layout import GIB, MIB, Range, Reserved
 from kvmpass.memory import GuestMemory
 from support.fake_ioas import DictBackend
 from support.fake_vfio import FakeKvmVfio, FakeVfio
+from support.recording import Calls, recording
 
 NIC, SOUND, DISK = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
 MEMBERS: dict[int, tuple[str, ...]] = {1: (NIC, SOUND), 2: (DISK,)}
@@ -22,11 +23,12 @@ class Stage:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.backend: BackendFactory = Type1 if isinstance(kernel, FakeVfio) else partial(DictBackend, kernel)
+        self.calls: Calls = []
         self.kvm = FakeKvmVfio(self.kernel, "vm")
         self.memory = GuestMemory()
         self.rom = self.memory.add_rom(GIB, b"rom", "rom")
         self.ram = self.memory.add_ram(0, MIB, "ram")
-        self.domain = Domain(self.memory, self.backend, self.kvm, [MSI])
+        self.domain = Domain(self.memory, recording(self.calls, self.backend), self.kvm, [MSI])
 
     def check(self) -> None:
         """What the kernel has is what the domain says, and what the memory wants."""
@@ -35,7 +37,7 @@ class Stage:
         assert ledger == self.kernel.mappings
         assert self.kvm.files == self.kernel.files
         assert self.domain.active == bool(self.kernel.files)
-        if isinstance(self.domain.backend, Type1):
+        if isinstance(self.kernel, FakeVfio):
             assert self.domain.active == bool(self.kernel.containers)
             assert sorted(self.kernel.groups) == sorted(self.domain.backend._groups)
 
