@@ -20,7 +20,7 @@ from kvmpass.bus import Bus
 from kvmpass.kvm import IrqRoutes, System
 from kvmpass.layout import Layout
 from kvmpass.memory import GuestMemory
-from kvmpass.pci import CONFIG_ADDRESS, CONFIG_PORTS, AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
+from kvmpass.pci import AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
 from kvmpass.vfio import Device
 
 log = limited_log(__name__)
@@ -52,7 +52,7 @@ class Board:
             self.ports = Bus("port")
             self.mmio = Bus("memory")
             self.pci = PciBus()
-            self.ports.add(CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts(self.pci))
+            self.ports.add(ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE, ConfigPorts(self.pci))
             self.mmio.add(layout.ecam.start, layout.ecam.size, Ecam(self.pci))
             self._bars = BarSpace(layout)
             self.serials = [self._add_serial(line, events, n) for n, line in enumerate(ports.SERIAL_LINES)]

@@ -8,8 +8,7 @@ import threading
 from kvmpass._native import ffi, lib
 from kvmpass.kvm.types import Capability
 from kvmpass.kvm.vm import MsiRoute, Vm
-
-IOAPIC_PINS = 24
+from kvmpass.ports import IOAPIC_PINS
 
 
 class IrqRoutes:

@@ -1,14 +1,12 @@
 """The guest's view of PCI: bus, configuration space, BARs, INTx, MSI, MSI-X, the assigned function."""
 
 from kvmpass.pci.assigned import AssignedFunction
-from kvmpass.pci.bus import CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Ecam, PciBus
+from kvmpass.pci.bus import ConfigPorts, Ecam, PciBus
 from kvmpass.pci.function import BarSource, InterruptSink, PinSink, Wiring
 from kvmpass.pci.preview import BarPreview, Vectors, allocate, preview_bars, preview_vectors
 from kvmpass.pci.space import BarSpace
 
 __all__ = [
-    "CONFIG_ADDRESS",
-    "CONFIG_PORTS",
     "AssignedFunction",
     "BarPreview",
     "BarSource",

@@ -7,8 +7,6 @@ from typing import Protocol
 from kvmpass.errors import LayoutError
 from kvmpass.pciregs import CONVENTIONAL_SIZE, EXTENDED_SIZE
 
-CONFIG_ADDRESS = 0xCF8
-CONFIG_PORTS = 8  # address and data, PCI Local Bus 3.0 section 3.2.2.3
 SLOTS = 32
 FUNCTIONS = 8
 

@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from kvmpass import ports
 from kvmpass.bus import Bus
-from kvmpass.kvm.routing import IOAPIC_PINS
 from kvmpass.layout import MIB, PAGE, Range, plan_layout
 from kvmpass.memory import GuestMemory, HostMapping, RegionKind
-from kvmpass.pci import CONFIG_ADDRESS, CONFIG_PORTS, AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
+from kvmpass.pci import AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
 from kvmpass.pciregs import COMMAND, COMMAND_MEMORY
+from kvmpass.ports import IOAPIC_PINS
 from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM, IrqInfo, RegionInfo
 
 TABLE_AT, PENDING_AT, VECTORS = 0x2000, 0x2800, 5
@@ -291,7 +292,7 @@ class Board:
         self.layout = plan_layout(MIB)
         self.memory = GuestMemory()
         self.ports, self.mmio, self.pci = Bus("port"), Bus("memory"), PciBus()
-        self.ports.add(CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts(self.pci))
+        self.ports.add(ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE, ConfigPorts(self.pci))
         self.mmio.add(self.layout.ecam.start, self.layout.ecam.size, Ecam(self.pci))
         self.space = BarSpace(self.layout)
         self.device, self.kvm = device or FakeDevice(), FakeKvm()

@@ -10,7 +10,7 @@ import pytest
 
 from kvmpass._native import lib
 from kvmpass.kvm import Capability, IrqRoutes
-from kvmpass.kvm.routing import IOAPIC_PINS
+from kvmpass.ports import IOAPIC_PINS
 
 
 class FakeVm:

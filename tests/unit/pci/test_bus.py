@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpass.errors import LayoutError
-from kvmpass.pci import CONFIG_ADDRESS, CONFIG_PORTS, ConfigPorts, Ecam, PciBus
+from kvmpass.pci import ConfigPorts, Ecam, PciBus
+from kvmpass.ports import PCI_CONFIG_BASE, PCI_CONFIG_SIZE
 
 ONES = b"\xff" * 8
 
@@ -183,7 +184,7 @@ def select(ports: ConfigPorts, slot: int, number: int = 0, register: int = 0, bu
 
 
 def test_ports_are_where_a_pc_has_them() -> None:
-    assert (CONFIG_ADDRESS, CONFIG_PORTS) == (0xCF8, 8)
+    assert (PCI_CONFIG_BASE, PCI_CONFIG_SIZE) == (0xCF8, 8)
 
 
 def test_the_address_register_names_slot_function_and_register() -> None:

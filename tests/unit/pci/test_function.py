@@ -23,10 +23,11 @@ from support.fake_function import (
     FakeDevice,
 )
 
+from kvmpass import ports
 from kvmpass.errors import LayoutError
 from kvmpass.layout import GIB, MIB, PAGE, Range, plan_layout
 from kvmpass.memory import HostMapping
-from kvmpass.pci import CONFIG_ADDRESS, BarSpace
+from kvmpass.pci import BarSpace
 from kvmpass.pci.bar import mappable
 from kvmpass.pci.space import BarKind
 from kvmpass.pciregs import capabilities, extended_capabilities
@@ -441,7 +442,7 @@ def test_random_accesses_do_no_harm(accesses: list[tuple[str, int, int, bytes | 
         bus, at = {
             "config": (SimpleNamespace(read=_config(board, True), write=_config(board, False)), offset % 0x110),
             "ecam": (board.mmio, ecam + offset),
-            "ports": (board.ports, CONFIG_ADDRESS + offset % 12),
+            "ports": (board.ports, ports.PCI_CONFIG_BASE + offset % 12),
             "mmio": (board.mmio, board.layout.mmio64.start + TABLE_AT + offset % 0x100),
             "io": (board.ports, 0xC000 + offset % 64),
         }[where]

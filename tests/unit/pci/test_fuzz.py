@@ -15,11 +15,12 @@ import time
 import pytest
 from support.fake_function import MSI_AT, MSIX_AT, PENDING_AT, PM_AT, TABLE_AT, VECTORS, Board, FakeDevice, FakeRegion
 
+from kvmpass import ports
 from kvmpass.bus import Bus
 from kvmpass.kvm import Memslots
 from kvmpass.layout import GIB, PAGE, Range
 from kvmpass.memory import RegionKind
-from kvmpass.pci import CONFIG_ADDRESS, AssignedFunction
+from kvmpass.pci import AssignedFunction
 from kvmpass.pci.space import IO_WINDOW
 from kvmpass.pci.vector import MessageVector
 from kvmpass.vfio.device import INTX, RegionInfo
@@ -128,7 +129,7 @@ class Guest:
             register += self.random.choice((0, 0, 0, 1, 2, 3))
             return board.mmio, board.layout.ecam.start + (devfn << 12) + register
         if choice == 5:
-            return board.ports, CONFIG_ADDRESS + self.random.randrange(8)
+            return board.ports, ports.PCI_CONFIG_BASE + self.random.randrange(8)
         if choice == 6:
             return board.ports, IO_WINDOW.start + self.random.randrange(0x100)
         table = self.random.choice((TABLE_AT, TABLE_AT, PENDING_AT)) + self.random.randrange(0x60)
