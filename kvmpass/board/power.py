@@ -21,8 +21,8 @@ class PowerEvent(Enum):
 class PowerControl:
     """A bus device with the sleep control, sleep status and reset registers (``kvmpass.ports``).
 
-    ``on_event`` is called from the vCPU thread whose guest asked. Sleep types other than S5 and other reset values are
-    ignored. Everything reads as zero: the guest never wakes from a sleep.
+    ``on_event`` is called from the vCPU thread whose guest asked. Sleep types other than S5, and other reset values,
+    are ignored. Everything reads as zero: the guest never wakes from a sleep.
     """
 
     def __init__(self, on_event: Callable[[PowerEvent], None]) -> None:
