@@ -7,7 +7,7 @@ import re
 import textwrap
 from pathlib import Path
 
-from kvmpass.host import Problem
+from kvmpass.host import BlockerTemplate
 from kvmpass.host.doctor import CATALOGUE, Check
 
 FILE = Path(__file__).parents[1] / "docs/troubleshooting.md"
@@ -26,9 +26,9 @@ Words in capitals stand for what is found on a host. Lines under a remedy are to
 """
 
 
-def _shown(template: str) -> str:
-    """A template with its blanks in capitals."""
-    return re.sub(r"\{(\w+)[^}]*\}", lambda blank: blank[1].upper().replace("_", "-"), template)
+def _shown(text: str) -> str:
+    """A template with its fields in capitals."""
+    return re.sub(r"\{(\w+)[^}]*\}", lambda blank: blank[1].upper().replace("_", "-"), text)
 
 
 def _wrap(text: str, indent: str = "") -> list[str]:
@@ -37,24 +37,24 @@ def _wrap(text: str, indent: str = "") -> list[str]:
     )
 
 
-def _problem(problem: Problem) -> list[str]:
-    word = "warning" if problem.warning else "failure"
-    lines = [f"### `{problem.kind}` ({word})", ""]
-    lines += [*_wrap(f"Cause: {_shown(problem.cause)}."), "", *_wrap(f"Remedy: {_shown(problem.remedy)}."), ""]
-    if problem.commands:
-        lines += ["```console", *(f"# {_shown(command)}" for command in problem.commands), "```", ""]
+def _blocker(template: BlockerTemplate) -> list[str]:
+    word = "warning" if template.warning else "failure"
+    lines = [f"### `{template.kind}` ({word})", ""]
+    lines += [*_wrap(f"Cause: {_shown(template.cause)}."), "", *_wrap(f"Remedy: {_shown(template.remedy)}."), ""]
+    if template.commands:
+        lines += ["```console", *(f"# {_shown(command)}" for command in template.commands), "```", ""]
     return lines
 
 
 def _check(check: Check) -> list[str]:
-    titles = {one.id: one.title for one in CATALOGUE}
+    titles = {other.id: other.title for other in CATALOGUE}
     lines = [f"## {check.title}", ""]
     about = f"Check `{check.id}`. Looks at: {check.looks_at}."
     if check.needs:
         about += f" Needs: {', '.join(titles[need] for need in check.needs)}."
     lines += [*_wrap(about), ""]
-    for problem in check.problems:
-        lines += _problem(problem)
+    for template in check.templates:
+        lines += _blocker(template)
     return lines
 
 

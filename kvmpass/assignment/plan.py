@@ -58,7 +58,7 @@ class Objection:
     """Why it would be refused, or what to mind; ``bdf`` is None where it is not one device's."""
 
     bdf: Bdf | None
-    reason: Blocker
+    blocker: Blocker
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +146,14 @@ def _findings(sysfs: Sysfs, bdfs: Sequence[Bdf], size: int, backing: Backing, cp
     seen: set[tuple[str, str]] = set()
     for bdf in bdfs:
         for finding in host.diagnose(sysfs, bdf, memory=size, huge_page=page, together=bdfs, look=look, cpus=cpus):
-            key = finding.check, finding.trouble.cause if finding.trouble else ""
+            key = finding.check, finding.blocker.cause if finding.blocker else ""
             if key not in seen:
                 seen.add(key)
                 yield finding
 
 
 def _objections(findings: Sequence[Finding], outcome: Outcome) -> list[Objection]:
-    return [Objection(one.bdf, one.trouble) for one in findings if one.outcome is outcome and one.trouble]
+    return [Objection(one.bdf, one.blocker) for one in findings if one.outcome is outcome and one.blocker]
 
 
 def _present(sysfs: Sysfs, bdfs: Sequence[Bdf]) -> Iterator[PciDevice]:

@@ -31,18 +31,18 @@ def show(output: Output, findings: Iterable[Finding], titles: dict[str, str], *,
             summary = f"needs: {titles[finding.needs]}"
         word = click.style(word, fg=colour) if colour else click.style(word, dim=True)
         output.text(f"{word}  {finding.title:<{width}}  {summary}".rstrip())
-        if finding.trouble is not None or details:
+        if finding.blocker is not None or details:
             for reading in finding.read:
                 paragraph(output, "read", str(reading))
-        if finding.trouble is not None:
-            show_trouble(output, finding.trouble)
+        if finding.blocker is not None:
+            show_blocker(output, finding.blocker)
 
 
-def show_trouble(output: Output, trouble: Blocker) -> None:
+def show_blocker(output: Output, blocker: Blocker) -> None:
     """The cause, the remedy, and what to type."""
-    paragraph(output, "cause", trouble.cause)
-    paragraph(output, "remedy", trouble.remedy)
-    for number, line in enumerate(trouble.commands):  # whole lines, to be copied
+    paragraph(output, "cause", blocker.cause)
+    paragraph(output, "remedy", blocker.remedy)
+    for number, line in enumerate(blocker.commands):  # whole lines, to be copied
         output.text(f"{'':{_MARGIN}}{'' if number else 'type':<8}{click.style(line, bold=True)}")
 
 
@@ -64,14 +64,14 @@ def document(finding: Finding) -> dict[str, Any]:
         "summary": finding.summary,
         "needs": finding.needs,
         "read": [{"source": reading.source, "value": reading.value} for reading in finding.read],
-        "problem": None if finding.trouble is None else problem(finding.trouble),
+        "problem": None if finding.blocker is None else problem(finding.blocker),
     }
 
 
-def problem(trouble: Blocker) -> dict[str, Any]:
+def problem(blocker: Blocker) -> dict[str, Any]:
     return {
-        "kind": trouble.kind,
-        "cause": trouble.cause,
-        "remedy": trouble.remedy,
-        "commands": list(trouble.commands),
+        "kind": blocker.kind,
+        "cause": blocker.cause,
+        "remedy": blocker.remedy,
+        "commands": list(blocker.commands),
     }

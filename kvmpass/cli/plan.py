@@ -56,7 +56,7 @@ def plan(
         if objections:
             output.text(click.style(title, fg=colour, bold=True))
         for one in objections:
-            findings.show_trouble(output, one.reason)
+            findings.show_blocker(output, one.blocker)
     output.text()
     verdict = (
         f"kvmpass assign would refuse, for {_count(len(made.blocks), 'reason')}" if made.blocks else "nothing blocks"
@@ -175,7 +175,7 @@ def _document(made: Plan) -> dict[str, Any]:
 
 
 def _objection(one: Objection) -> dict[str, Any]:
-    return {"bdf": None if one.bdf is None else str(one.bdf), **findings.problem(one.reason)}
+    return {"bdf": None if one.bdf is None else str(one.bdf), **findings.problem(one.blocker)}
 
 
 def _device_document(device: DevicePlan) -> dict[str, Any]:

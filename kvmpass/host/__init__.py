@@ -5,6 +5,7 @@ The packages below are the whole of it: ``view``, ``blockers``, ``doctor``, ``dr
 """
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.blocker import Blocker, BlockerTemplate
 from kvmpass.host.blockers import check_assignable
 from kvmpass.host.doctor import diagnose
 from kvmpass.host.drivers.bind import bind, unbind
@@ -12,18 +13,17 @@ from kvmpass.host.drivers.borrow import borrow
 from kvmpass.host.drivers.restore import restore
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
-from kvmpass.host.problems import Blocker, Problem
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Resource, Sysfs
 from kvmpass.host.view import describe, inventory, watch_events
 
 __all__ = [
     "Bdf",
     "Blocker",
+    "BlockerTemplate",
     "IommuGroup",
     "Look",
     "Names",
     "PciDevice",
-    "Problem",
     "Resource",
     "Sysfs",
     "bind",

@@ -1,4 +1,4 @@
-"""What a check is, what it finds, and how checks that need one another are gone through."""
+"""Checks of a host or a device: what they read, what they find, and in which order they run."""
 
 from __future__ import annotations
 
@@ -11,31 +11,37 @@ from typing import Self
 
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host.address import Bdf
+from kvmpass.host.blocker import Blocker, BlockerTemplate
 from kvmpass.host.kernel.cmdline import CommandLine
 from kvmpass.host.kernel.kmsg import KernelLog
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
-from kvmpass.host.problems import Blocker, Problem
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 from kvmpass.host.usage import Use, uses
 from kvmpass.layout import GIB, PAGE
 
 
 class Outcome(enum.StrEnum):
+    """The result of one check."""
+
     PASS = "pass"
+    """Nothing blocks assignment."""
     WARN = "warn"
-    """Works, but is not as it should be, or cannot be told."""
+    """Assignment works, but the host is not as it should be, or its state is unknown."""
     FAIL = "fail"
+    """Assignment is blocked."""
     SKIPPED = "skipped"
-    """Nothing can be said, or nothing new: it needs what an earlier check failed for."""
+    """The check did not run: it depends on a check that failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What was looked at, usually a file, and what it says."""
+    """One thing that a check has read."""
 
     source: str
+    """Usually a path."""
     value: str
+    """Its content, or the part of it that matters."""
 
     def __str__(self) -> str:
         return f"{self.source}: {self.value}"
@@ -43,65 +49,82 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found. ``summary`` is a few words; ``trouble`` is there for ``warn`` and ``fail``.
-
-    ``needs`` is the check that failed, of one that was skipped. ``bdf`` is None for what is the host's.
-    """
+    """The result of one check."""
 
     check: str
+    """The check's ``id``."""
     title: str
+    """The check's title."""
     outcome: Outcome
+    """Whether it passed."""
     summary: str
+    """A few words; empty if the check was skipped."""
     read: tuple[Reading, ...] = ()
-    trouble: Blocker | None = None
+    """What the check has read."""
+    blocker: Blocker | None = None
+    """Set for ``warn`` and ``fail``."""
     needs: str | None = None
+    """The ``id`` of the failed check for which this one was skipped."""
     bdf: Bdf | None = None
+    """The device; None for a check of the host."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a check's function returns: ``summary`` for a pass, else the problem."""
+    """What a check's function returns; made by :func:`passed` and :func:`failed`."""
 
     read: tuple[Reading, ...]
+    """What the check has read."""
     summary: str = ""
-    trouble: Blocker | None = None
+    """A few words for a check that passed."""
+    blocker: Blocker | None = None
+    """None for a check that passed."""
     warning: bool = False
+    """Whether ``blocker`` is only a warning."""
 
 
-def good(summary: str, *read: Reading) -> Verdict:
+def passed(summary: str, *read: Reading) -> Verdict:
+    """Return the verdict of a check that found nothing; ``summary`` is a few words."""
     return Verdict(read, summary)
 
 
-def bad(problem: Problem, *read: Reading, denied: str = "", **values: object) -> Verdict:
-    return Verdict(read, "", problem.found(denied=denied, **values), problem.warning)
+def failed(template: BlockerTemplate, *read: Reading, denied: str = "", **values: object) -> Verdict:
+    """Return the verdict of a check that found ``template``, filled with ``values``."""
+    return Verdict(read, "", template.fill(denied=denied, **values), template.warning)
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One precondition. ``looks_at`` names what is read, ``problems`` everything that it can find.
-
-    ``needs`` are checks without which it says nothing. ``device``: it asks about one device. ``vital``: an assignment
-    is refused if it fails, before anything changes; the others are worth knowing, or are asked elsewhere.
-    """
+    """One precondition of assignment."""
 
     id: str
+    """Machine-readable identifier."""
     title: str
+    """A few words."""
     looks_at: str
-    problems: tuple[Problem, ...]
-    run: Callable[[Examined], Verdict]
+    """What is read, in Markdown."""
+    templates: tuple[BlockerTemplate, ...]
+    """Every blocker that the check can find."""
+    run: Callable[[CheckContext], Verdict]
+    """The check itself. Only reads; raises nothing."""
     needs: tuple[str, ...] = ()
+    """Checks that this one depends on, by ``id``: if one of them fails, this one is skipped."""
     device: bool = False
+    """Whether the check is about one device."""
     vital: bool = False
+    """Whether :func:`kvmpass.host.doctor.check_host` refuses if the check fails."""
 
 
-class Examined:
-    """A host under examination, and what is wanted of it. What several checks read is read once.
+class CheckContext:
+    """What checks work on: the host, a device, and the planned guest. Reads each file once.
 
-    ``memory`` is the guest's, in bytes; ``huge_page`` the bytes of the pages that it must come from, or 0; ``locked``
-    what must be locked, if that is another number; ``memlock`` replaces this process's limit (-1: none).
-    ``together`` are devices that are taken with ``bdf``. Whoever asks about many devices passes one ``look``.
-    ``wake``: a device that is suspended may be woken to ask it. ``cpus`` are the guest's.
-    ``overhead`` is what it costs beside its memory, in bytes, if that is known.
+    ``memory`` is the guest's size in bytes, ``huge_page`` the size of its pages in bytes (0: ordinary pages),
+    ``locked`` the bytes to lock if they differ from ``memory``, ``memlock`` replaces this process's RLIMIT_MEMLOCK
+    (bytes, -1: unlimited), ``overhead`` is what the guest needs besides its memory, in bytes, if known. ``together``
+    are devices that are assigned with ``bdf``; ``cpus`` is the guest's number of vCPUs. ``wake``: a suspended device
+    may be resumed to read its configuration space. Callers that check many devices pass one ``look``.
+
+    Synchronization: for one thread.
     """
 
     def __init__(
@@ -135,13 +158,14 @@ class Examined:
     def of(
         cls, sysfs: Sysfs, device: PciDevice, together: Iterable[Bdf], look: Look | None, *, wake: bool = False
     ) -> Self:
-        """A device that was just read."""
-        examined = cls(sysfs, device.bdf, together=together, look=look, wake=wake)
-        examined.__dict__["device"] = device  # where the cached property looks first
-        return examined
+        """Return the context for a ``device`` that was just read."""
+        context = cls(sysfs, device.bdf, together=together, look=look, wake=wake)
+        context.__dict__["device"] = device  # fills the cached property
+        return context
 
     @property
     def names(self) -> Names:
+        """The names of devices."""
         return self.look.names
 
     # --- the host
@@ -161,33 +185,34 @@ class Examined:
 
     @cached_property
     def command_line(self) -> CommandLine:
-        """The kernel's."""
+        """The kernel's command line."""
         return CommandLine(self.sysfs.text("proc/cmdline") or "")
 
     @cached_property
     def iommus(self) -> list[str]:
-        """The AMD IOMMUs that the kernel drives."""
+        """The AMD IOMMUs that the kernel uses, by their names in ``/sys/class/iommu``."""
         return [name for name in self.sysfs.names("sys/class/iommu") if name.startswith("ivhd")]
 
     @cached_property
     def groups(self) -> list[IommuGroup]:
+        """All IOMMU groups."""
         return self.sysfs.groups()
 
     @property
     def log(self) -> KernelLog:
-        """The kernel's, as far as it reaches back."""
+        """The kernel's log, as far as it reaches back."""
         return self.look.log
 
     # --- this process
 
     @cached_property
     def status(self) -> dict[str, str]:
-        """Its ``/proc/self/status``."""
+        """The fields of ``/proc/self/status``."""
         lines = (self.sysfs.text("proc/self/status") or "").splitlines()
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
     def capable(self, capability: int) -> bool:
-        """Whether it has one of CAP_* (include/uapi/linux/capability.h)."""
+        """Whether this process has a capability, CAP_* of include/uapi/linux/capability.h."""
         try:
             return bool(int(self.status.get("CapEff", "0"), 16) >> capability & 1)
         except ValueError:
@@ -195,30 +220,31 @@ class Examined:
 
     @property
     def user(self) -> int:
-        """Its real user."""
+        """The real user ID of this process."""
         words = self.status.get("Uid", "").split()
         return int(words[0]) if words and words[0].isdecimal() else os.getuid()
 
     def own_memory(self, field: str) -> int:
-        """Bytes of it, such as ``VmSize``; 0 where the kernel does not say."""
+        """Bytes of this process's memory by a field of ``/proc/self/status`` such as ``VmSize``; 0 if unknown."""
         words = self.status.get(field, "").split()
         return int(words[0]) * 1024 if words and words[0].isdecimal() else 0
 
     def seen(self, path: str, value: str | None = None) -> Reading:
-        """The reading of a file; ``value`` where its text would be too much."""
+        """Return the reading of the file ``path``; ``value`` replaces its text."""
         text = self.sysfs.text(path) if value is None else value
-        return Reading(f"/{path}", "not there, or not readable" if text is None else text)
+        return Reading(f"/{path}", "not found, or not readable" if text is None else text)
 
     # --- the device
 
     @cached_property
     def device(self) -> PciDevice:
-        """Raises ``NoSuchDevice``; checks that use it need the one that asks whether it is there."""
+        """The device. Raises ``NoSuchDevice``: checks that use it depend on the check ``device``."""
         assert self.bdf is not None
         return self.sysfs.device(self.bdf)
 
     @property
     def present(self) -> bool:
+        """Whether the device exists."""
         try:
             return self.device.bdf == self.bdf
         except NoSuchDevice:
@@ -226,35 +252,35 @@ class Examined:
 
     @cached_property
     def header(self) -> bytes:
-        """The first 64 bytes of configuration space; empty where only waking the device would get them."""
+        """The first 64 bytes of configuration space; empty for a suspended device unless ``wake`` is set."""
         return self.sysfs.config(self.device.bdf, 0x40, wake=self.wake)
 
     @cached_property
     def uses(self) -> list[Use]:
-        """What the host does with the device, or may do unseen."""
+        """What the host uses the device for, or may use it for."""
         return uses(self.look, self.device)
 
     @cached_property
     def group(self) -> IommuGroup | None:
-        """The device's."""
+        """The device's IOMMU group; None without one."""
         return None if self.device.group is None else self.look.group(self.device.group)
 
 
-def examine(checks: Sequence[Check], examined: Examined) -> Iterator[Finding]:
-    """Make the checks in their order, one at a time as the caller asks for them."""
-    failed: dict[str, str] = {}  # checks that failed, and those skipped for it: the one that failed first
+def run_checks(checks: Sequence[Check], context: CheckContext) -> Iterator[Finding]:
+    """Run ``checks`` in order, each when the caller asks for its finding; skip those that depend on a failed one."""
+    causes: dict[str, str] = {}  # of each check that failed or was skipped: the check that failed first
     for check in checks:
-        bdf = examined.bdf if check.device else None
-        cause = next((failed[need] for need in check.needs if need in failed), None)
+        bdf = context.bdf if check.device else None
+        cause = next((causes[need] for need in check.needs if need in causes), None)
         if cause is not None:
-            failed[check.id] = cause
+            causes[check.id] = cause
             yield Finding(check.id, check.title, Outcome.SKIPPED, "", needs=cause, bdf=bdf)
             continue
-        verdict = check.run(examined)
+        verdict = check.run(context)
         outcome = Outcome.PASS
-        if verdict.trouble is not None:
+        if verdict.blocker is not None:
             outcome = Outcome.WARN if verdict.warning else Outcome.FAIL
         if outcome is Outcome.FAIL:
-            failed[check.id] = check.id
-        summary = verdict.trouble.brief if verdict.trouble else verdict.summary
-        yield Finding(check.id, check.title, outcome, summary, verdict.read, verdict.trouble, bdf=bdf)
+            causes[check.id] = check.id
+        summary = verdict.blocker.brief if verdict.blocker else verdict.summary
+        yield Finding(check.id, check.title, outcome, summary, verdict.read, verdict.blocker, bdf=bdf)

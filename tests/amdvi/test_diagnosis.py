@@ -38,7 +38,7 @@ def unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 def failures(bdf: str | None = None, **options: Any) -> list[str]:
     findings = host.diagnose(SYSFS, Bdf.parse(bdf) if bdf else None, **options)
-    return [one.trouble.kind for one in findings if one.outcome is Outcome.FAIL and one.trouble]
+    return [one.blocker.kind for one in findings if one.outcome is Outcome.FAIL and one.blocker]
 
 
 def failures_as(action: Callable[[], object], bdf: str | None = None, **options: Any) -> list[str]:
@@ -91,14 +91,14 @@ def test_the_commands(nvme: str, valid: Callable[..., Any], emulated_host: bool)
 )
 def test_a_host_that_lacks_something(kind: str, edu: str) -> None:
     assert failures(edu) == [kind]
-    assert [one.reason.kind for one in kvmpass.plan([edu], memory="64M").blocks] == [kind]
+    assert [one.blocker.kind for one in kvmpass.plan([edu], memory="64M").blocks] == [kind]
 
 
 @pytest.mark.amdvi(profile="wrong-ioapic", kernel="full")
 def test_what_the_kernel_said_of_its_refusal(edu: str) -> None:
     """And what it made of the command line: two words that it ignores, one of which it says so itself."""
     findings = {one.check: one for one in host.diagnose(SYSFS, Bdf.parse(edu))}
-    remapping, idle = findings["interrupt-remapping"].trouble, findings["idle-options"].trouble
+    remapping, idle = findings["interrupt-remapping"].blocker, findings["idle-options"].blocker
     assert remapping is not None
     assert remapping.kind == "no-southbridge-ioapic"
     assert "ivrs_ioapic=ID@00:14.0" in remapping.remedy
@@ -124,8 +124,8 @@ def test_no_iommu_mode(edu: str) -> None:
         assert [one.check for one in findings.values() if one.outcome is Outcome.FAIL] == ["firmware-iommu"]
         mode = findings["noiommu-mode"]
         assert mode.outcome is Outcome.WARN
-        assert mode.trouble is not None
-        assert edu in mode.trouble.cause
+        assert mode.blocker is not None
+        assert edu in mode.blocker.cause
     finally:
         Path("/sys/bus/pci/drivers/vfio-pci/unbind").write_text(edu)
         override.write_text("\n")
@@ -166,7 +166,7 @@ def test_memlock(edu: str) -> None:
         import sys
         from kvmpass import host
         found = host.diagnose(host.Sysfs(), host.Bdf.parse(sys.argv[1]))
-        print(*[one.trouble.kind for one in found if one.outcome == "fail"])
+        print(*[one.blocker.kind for one in found if one.outcome == "fail"])
         """
     words = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", "--memlock=8388608"]
     words += [sys.executable, "-c", script, edu]

@@ -18,7 +18,7 @@ from support.host_tree import Host
 
 Answer = list[tuple[str, str]]
 _ASKED: set[tuple[object, ...]] = set()
-KINDS = {problem.kind for check in CHECKS for problem in check.problems if not problem.warning}
+KINDS = {template.kind for check in CHECKS for template in check.templates if not template.warning}
 
 
 def compare(host: Host, state: Path) -> int:
@@ -52,15 +52,15 @@ def _compare(host: Host, device: PciDevice, found: list[Blocker], look: Look, wh
 
     findings = diagnose(host, bdf, look=look)
     skipped = {
-        problem.kind
+        template.kind
         for check in CHECKS
-        for problem in check.problems
+        for template in check.templates
         if any(finding.check == check.id and finding.outcome is Outcome.SKIPPED for finding in findings)
     }
     seen = [pair for pair in answer if pair[0] not in skipped]  # what fails the host hides what follows from it
-    failed = [one.trouble for one in findings if one.outcome is Outcome.FAIL and one.trouble]
+    failed = [one.blocker for one in findings if one.outcome is Outcome.FAIL and one.blocker]
     assert [pair for pair in _answer(failed) if pair[0] in KINDS] == seen, "doctor"
-    planned = [one.reason for one in plan([bdf], sysfs=host).blocks if one.bdf is not None]
+    planned = [one.blocker for one in plan([bdf], sysfs=host).blocks if one.bdf is not None]
     assert [pair for pair in _answer(planned) if pair[0] in KINDS] == seen, "plan"
 
     _assign(host, device, found)

@@ -15,4 +15,4 @@ def test_the_document_is_the_catalogue() -> None:
     assert text == made, "run scripts/troubleshooting.py"
     for check in CATALOGUE:
         assert f"## {check.title}\n" in text
-        assert all(f"### `{problem.kind}`" in text for problem in check.problems)
+        assert all(f"### `{template.kind}`" in text for template in check.templates)

@@ -1,7 +1,7 @@
 """What speaks against assigning a device: one list, by which everything judges.
 
 ``list``, ``show``, ``plan``, ``bind`` and ``assign`` ask :func:`blockers`; ``doctor`` shows the same checks,
-with what each of them read. A new reason is a ``Check`` in a module of this package, with its ``Problem``.
+with what each of them read. A new reason is a ``Check`` in a module of this package, with its ``BlockerTemplate``.
 
 Of bound devices, of what a plan or a user lacks, and of the host the reasons are elsewhere (``doctor``).
 """
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import bars, group, kind, use
 from kvmpass.host.blockers.group import is_harmless
-from kvmpass.host.check import Check, Examined, Outcome, examine
+from kvmpass.host.check import Check, CheckContext, Outcome, run_checks
 from kvmpass.host.look import Look
-from kvmpass.host.problems import Blocker
 from kvmpass.host.sysfs import PciDevice, Sysfs
 
 CHECKS: tuple[Check, ...] = tuple(chain(kind.CHECKS, group.CHECKS, use.CHECKS, bars.CHECKS))
@@ -25,7 +25,7 @@ CHECKS: tuple[Check, ...] = tuple(chain(kind.CHECKS, group.CHECKS, use.CHECKS, b
 _REFUSING = tuple(
     check
     for check in CHECKS
-    if check.id != "device" and any(not problem.warning for problem in check.problems)  # it is there
+    if check.id != "device" and any(not template.warning for template in check.templates)  # it is there
 )
 
 
@@ -54,18 +54,18 @@ def blockers(
 
     Whoever asks about many devices passes one ``look``. ``wake``: ask a suspended device, too, which wakes it.
     """
-    yield from _found(_REFUSING, Examined.of(sysfs, device, together, look, wake=wake))
+    yield from _found(_REFUSING, CheckContext.of(sysfs, device, together, look, wake=wake))
 
 
 def users(sysfs: Sysfs, device: PciDevice, look: Look | None = None) -> Iterator[Blocker]:
     """Of the reasons against a device those for which somebody must give it up first."""
-    yield from _found(use.CHECKS, Examined.of(sysfs, device, (), look))
+    yield from _found(use.CHECKS, CheckContext.of(sysfs, device, (), look))
 
 
-def _found(checks: Iterable[Check], examined: Examined) -> Iterator[Blocker]:
-    for finding in examine(tuple(checks), examined):
-        if finding.outcome is Outcome.FAIL and finding.trouble is not None:
-            yield finding.trouble
+def _found(checks: Iterable[Check], context: CheckContext) -> Iterator[Blocker]:
+    for finding in run_checks(tuple(checks), context):
+        if finding.outcome is Outcome.FAIL and finding.blocker is not None:
+            yield finding.blocker
 
 
 __all__ = ["CHECKS", "blockers", "check_assignable", "is_harmless", "users"]

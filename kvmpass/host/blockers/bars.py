@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvmpass.errors import NotAssignable
-from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.blocker import BlockerTemplate
+from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.look import Look
-from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import BARS, IORESOURCE_MEM_64, PCI_DEVICES, PciDevice, Resource, header_type
 from kvmpass.layout import Range, size_words
 
@@ -23,7 +23,7 @@ _DISPLAY = 0x03  # base class
 _VGA = 0x0300
 _TAKES_CONSOLES = (6, 1)  # surely by then: vfio_pci_vga_init (drivers/vfio/pci/vfio_pci_core.c)
 
-NO_ADDRESS = Problem(
+NO_ADDRESS = BlockerTemplate(
     kind="bar-no-address",
     brief="{count} without address",
     cause="{bdf}: this kernel found no address for {bars}: a guest would get the device without it",
@@ -33,7 +33,7 @@ NO_ADDRESS = Problem(
     error=NotAssignable,
     bindable=True,
 )
-NO_PORTS = Problem(
+NO_PORTS = BlockerTemplate(
     kind="bar-no-ports",
     brief="{count} without ports",
     cause="{bdf}: this kernel found no I/O ports for {bars}: a guest gets the device without it",
@@ -41,7 +41,7 @@ NO_PORTS = Problem(
     "firmware's setup, or use another slot",
     warning=True,
 )
-FRAMEBUFFER = Problem(
+FRAMEBUFFER = BlockerTemplate(
     kind="boot-framebuffer",
     brief="{name} sits on it",
     cause="the firmware's framebuffer ({name}, {range}) lies in a BAR of {bdf}: vfio-pci cannot claim that BAR",
@@ -49,7 +49,7 @@ FRAMEBUFFER = Problem(
     error=NotAssignable,
     bindable=True,
 )
-FRAMEBUFFER_UNKNOWN = Problem(
+FRAMEBUFFER_UNKNOWN = BlockerTemplate(
     kind="boot-framebuffer-unknown",
     brief="only root can tell",
     cause="there is a framebuffer of the firmware ({name}), and {bdf} is a display: only root sees whether it lies "
@@ -108,28 +108,28 @@ def unplaced(look: Look, device: PciDevice, header: bytes) -> list[_Unplaced]:
     return found
 
 
-def _addresses(examined: Examined) -> Verdict:
-    device, base = examined.device, f"{PCI_DEVICES}/{examined.bdf}"
-    header = examined.header
+def _addresses(context: CheckContext) -> Verdict:
+    device, base = context.device, f"{PCI_DEVICES}/{context.bdf}"
+    header = context.header
     if not header.strip(b"\xff") or header_type(header):  # silent, asleep; a bridge
         header = b""
-    found = unplaced(examined.look, device, header) if not device.is_bridge else []
+    found = unplaced(context.look, device, header) if not device.is_bridge else []
     registers = header[0x10:0x28].hex(" ", 4) or "not read"
     read = [
         Reading(f"/{base}/resource", "; ".join(f"{one.start:#x} {one.end:#x} {one.flags:#x}" for one in device.bars)),
         Reading(f"/{base}/config", f"BARs {registers}"),
     ]
-    for problem, ports in ((NO_ADDRESS, False), (NO_PORTS, True)):
+    for template, ports in ((NO_ADDRESS, False), (NO_PORTS, True)):
         bars = [one for one in found if one.ports is ports]
         if bars:
             words, count = " and ".join(map(str, bars)), " ".join(f"BAR {one.index}" for one in bars)
-            return bad(problem, *read, bdf=device.bdf, bars=words, count=count)
-    return good("all have addresses", *read)
+            return failed(template, *read, bdf=device.bdf, bars=words, count=count)
+    return passed("all have addresses", *read)
 
 
-def _framebuffers(examined: Examined) -> Iterator[tuple[str, Range, str]]:
+def _framebuffers(context: CheckContext) -> Iterator[tuple[str, Range, str]]:
     """Name, place and line of each; from 0 to 0 where its address is hidden."""
-    for line in (examined.look.text("proc/iomem") or "").splitlines():
+    for line in (context.look.text("proc/iomem") or "").splitlines():
         place, _, name = line.strip().partition(" : ")
         low, _, high = place.partition("-")
         if name in _FRAMEBUFFERS:
@@ -139,22 +139,22 @@ def _framebuffers(examined: Examined) -> Iterator[tuple[str, Range, str]]:
                 continue
 
 
-def _framebuffer(examined: Examined) -> Verdict:
-    device = examined.device
+def _framebuffer(context: CheckContext) -> Verdict:
+    device = context.device
     bars = _memory(device) if not device.is_bridge else []
     hidden = ""
-    for name, here, line in _framebuffers(examined):
+    for name, here, line in _framebuffers(context):
         if here.last == 0:
             hidden = name
         elif any(bar.overlaps(here) for bar in bars):
             read = Reading("/proc/iomem", line)
-            if device.class_code >> 8 == _VGA and examined.sysfs.kernel() >= _TAKES_CONSOLES:
-                return good(f"{name} sits on it: vfio-pci takes the console away", read)
-            return bad(FRAMEBUFFER, read, bdf=device.bdf, name=name, range=here)
+            if device.class_code >> 8 == _VGA and context.sysfs.kernel() >= _TAKES_CONSOLES:
+                return passed(f"{name} sits on it: vfio-pci takes the console away", read)
+            return failed(FRAMEBUFFER, read, bdf=device.bdf, name=name, range=here)
     if hidden and device.class_code >> 16 == _DISPLAY:
         read = Reading("/proc/iomem", f"{hidden}, address hidden")
-        return bad(FRAMEBUFFER_UNKNOWN, read, bdf=device.bdf, name=hidden)
-    return good("none on its BARs", Reading("/proc/iomem", "no framebuffer of the firmware in its BARs"))
+        return failed(FRAMEBUFFER_UNKNOWN, read, bdf=device.bdf, name=hidden)
+    return passed("none on its BARs", Reading("/proc/iomem", "no framebuffer of the firmware in its BARs"))
 
 
 CHECKS = (

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from kvmpass.errors import GroupNotViable, NotAssignable
 from kvmpass.host.address import Bdf
-from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.problems import Problem
+from kvmpass.host.blocker import BlockerTemplate
+from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.sysfs import IommuGroup, PciDevice
 from kvmpass.host.usage import VFIO_PCI
 
@@ -15,7 +15,7 @@ from kvmpass.host.usage import VFIO_PCI
 # still hands the group to user space (drivers/iommu/iommu.c: iommu_device_use_default_domain).
 HARMLESS_DRIVERS = frozenset({VFIO_PCI, "pci-stub", "pcieport"})
 
-NOT_VIABLE = Problem(
+NOT_VIABLE = BlockerTemplate(
     kind="group-not-viable",
     brief="group not viable",
     cause="{bdf} shares IOMMU group {group} with {busy}, which the host uses",
@@ -24,7 +24,7 @@ NOT_VIABLE = Problem(
     bindable=True,
 )
 REFUSES_ONE_TO_ONE = (6, 6)  # the first Linux that does (drivers/iommu/iommu.c: require_direct)
-ONE_TO_ONE = Problem(
+ONE_TO_ONE = BlockerTemplate(
     kind="device-one-to-one",
     brief="VFIO refuses it",
     cause="the firmware wants memory mapped one to one for {bdf} or its group, {group} ({ranges}): VFIO refuses it",
@@ -32,7 +32,7 @@ ONE_TO_ONE = Problem(
     error=NotAssignable,
     bindable=True,
 )
-ONE_TO_ONE_OLD = Problem(
+ONE_TO_ONE_OLD = BlockerTemplate(
     kind="device-one-to-one-old",
     brief="newer kernels refuse the device",
     cause="the firmware wants memory mapped one to one for {bdf} or its group, {group} ({ranges}): VFIO refuses it "
@@ -52,37 +52,37 @@ def one_to_one(group: IommuGroup) -> list[str]:
     return [str(reserved.range) for reserved in group.reserved if reserved.kind == "direct"]
 
 
-def _others(examined: Examined, wanted: set[Bdf]) -> list[PciDevice]:
-    group = examined.group
+def _others(context: CheckContext, wanted: set[Bdf]) -> list[PciDevice]:
+    group = context.group
     members = group.devices if group is not None else ()
-    return [device for bdf in members if bdf not in wanted and (device := examined.look.device(bdf))]
+    return [device for bdf in members if bdf not in wanted and (device := context.look.device(bdf))]
 
 
-def _viable(examined: Examined) -> Verdict:
-    bdf, group = examined.device.bdf, examined.group
+def _viable(context: CheckContext) -> Verdict:
+    bdf, group = context.device.bdf, context.group
     assert group is not None
-    others = _others(examined, {bdf})
-    words = [f"{one.bdf} {examined.names.short(one)} ({one.driver or 'no driver'})" for one in others]
+    others = _others(context, {bdf})
+    words = [f"{one.bdf} {context.names.short(one)} ({one.driver or 'no driver'})" for one in others]
     read = Reading(f"/sys/kernel/iommu_groups/{group.id}/devices", "; ".join(words) or "nothing else")
-    busy = [one for one in others if one.bdf not in examined.together and not is_harmless(one)]
+    busy = [one for one in others if one.bdf not in context.together and not is_harmless(one)]
     if not busy:
-        return good(f"{len(others)} others" if others else "alone", read)
+        return passed(f"{len(others)} others" if others else "alone", read)
     who = ", ".join(f"{one.bdf} (driver {one.driver})" for one in busy)
-    found = NOT_VIABLE.found(bdf=bdf, group=group.id, busy=who)
+    found = NOT_VIABLE.fill(bdf=bdf, group=group.id, busy=who)
     return Verdict((read,), "", replace(found, devices=tuple(one.bdf for one in busy)))
 
 
-def _one_to_one(examined: Examined) -> Verdict:
-    group = examined.group
+def _one_to_one(context: CheckContext) -> Verdict:
+    group = context.group
     assert group is not None
     ranges = one_to_one(group)
     read = Reading(f"/sys/kernel/iommu_groups/{group.id}/reserved_regions", f"direct {', '.join(ranges) or 'none'}")
     if not ranges:
-        return good("none", read)
-    version = examined.sysfs.kernel()
+        return passed("none", read)
+    version = context.sysfs.kernel()
     known = Reading("/proc/sys/kernel/osrelease", ".".join(map(str, version)))
-    problem = ONE_TO_ONE if version >= REFUSES_ONE_TO_ONE else ONE_TO_ONE_OLD
-    return bad(problem, read, known, bdf=examined.bdf, group=group.id, ranges=", ".join(ranges))
+    template = ONE_TO_ONE if version >= REFUSES_ONE_TO_ONE else ONE_TO_ONE_OLD
+    return failed(template, read, known, bdf=context.bdf, group=group.id, ranges=", ".join(ranges))
 
 
 CHECKS = (

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from kvmpass.errors import NoSuchDevice, NotAssignable
-from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.problems import Problem
+from kvmpass.host.blocker import BlockerTemplate
+from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.sysfs import PCI_DEVICES, header_type
 
-NO_DEVICE = Problem(
+NO_DEVICE = BlockerTemplate(
     kind="no-device",
     brief="not there",
     cause="there is no PCI device {bdf}",
@@ -15,28 +15,28 @@ NO_DEVICE = Problem(
     commands=("echo 1 > /sys/bus/pci/rescan",),
     error=NoSuchDevice,
 )
-BRIDGE = Problem(
+BRIDGE = BlockerTemplate(
     kind="bridge",
     brief="is a bridge",
     cause="{bdf} is a bridge (class {class_code}): bridges cannot be assigned",
     remedy="assign a device behind it",
     error=NotAssignable,
 )
-NO_GROUP = Problem(
+NO_GROUP = BlockerTemplate(
     kind="no-group",
     brief="no IOMMU group",
     cause="{bdf} has no IOMMU group: {what}, so nothing would confine its DMA",
     remedy="turn on the IOMMU (AMD-Vi) in the firmware's setup if no device of this host has a group",
     error=NotAssignable,
 )
-NO_IOMMU = Problem(
+NO_IOMMU = BlockerTemplate(
     kind="no-iommu",
     brief="no-IOMMU group",
     cause="{bdf} is in a no-IOMMU group ({group}): nothing would confine its DMA",
     remedy="switch off vfio's enable_unsafe_noiommu_mode and turn on the IOMMU (AMD-Vi)",
     error=NotAssignable,
 )
-SILENT = Problem(
+SILENT = BlockerTemplate(
     kind="device-silent",
     brief="does not answer ({power})",
     cause="{bdf} does not answer: its configuration space reads as ones (power state {power})",
@@ -48,7 +48,7 @@ SILENT = Problem(
     ),
     error=NotAssignable,
 )
-COLD = Problem(
+COLD = BlockerTemplate(
     kind="device-cold",
     brief="stays in D3cold",
     cause="{bdf} stays in D3cold after its configuration space was read, which wakes a device",
@@ -60,40 +60,40 @@ COLD = Problem(
 )
 
 
-def _present(examined: Examined) -> Verdict:
-    if not examined.present:
-        return bad(NO_DEVICE, Reading(f"/{PCI_DEVICES}/{examined.bdf}", "not there"), bdf=examined.bdf)
-    device = examined.device
-    name = examined.names.short(device)
-    return good(f"{name}, driver {device.driver or 'none'}", Reading(f"/{PCI_DEVICES}/{device.bdf}", name))
+def _present(context: CheckContext) -> Verdict:
+    if not context.present:
+        return failed(NO_DEVICE, Reading(f"/{PCI_DEVICES}/{context.bdf}", "not there"), bdf=context.bdf)
+    device = context.device
+    name = context.names.short(device)
+    return passed(f"{name}, driver {device.driver or 'none'}", Reading(f"/{PCI_DEVICES}/{device.bdf}", name))
 
 
-def _kind(examined: Examined) -> Verdict:
+def _kind(context: CheckContext) -> Verdict:
     """What no driver change would cure."""
-    device, bdf = examined.device, examined.device.bdf
+    device, bdf = context.device, context.device.bdf
     read = Reading(f"/{PCI_DEVICES}/{bdf}", f"class {device.class_code:06x}, group {device.group}")
-    if device.is_bridge or header_type(examined.header) in (1, 2):
-        return bad(BRIDGE, read, bdf=bdf, class_code=f"{device.class_code:06x}")
-    if examined.group is None:
+    if device.is_bridge or header_type(context.header) in (1, 2):
+        return failed(BRIDGE, read, bdf=bdf, class_code=f"{device.class_code:06x}")
+    if context.group is None:
         what = "it is the IOMMU" if device.class_code >> 8 == 0x0806 else "the IOMMU does not cover it"
-        return bad(NO_GROUP, read, bdf=bdf, what=what)
-    if examined.group.no_iommu:
-        return bad(NO_IOMMU, read, bdf=bdf, group=examined.group.id)
-    return good(f"group {device.group}", read)
+        return failed(NO_GROUP, read, bdf=bdf, what=what)
+    if context.group.no_iommu:
+        return failed(NO_IOMMU, read, bdf=bdf, group=context.group.id)
+    return passed(f"group {device.group}", read)
 
 
-def _answers(examined: Examined) -> Verdict:
-    device, base = examined.device, f"{PCI_DEVICES}/{examined.bdf}"
-    header = examined.header  # more than the ids: those of a virtual function read as ones
-    power = examined.sysfs.text(base, "power_state") or "unknown"
+def _answers(context: CheckContext) -> Verdict:
+    device, base = context.device, f"{PCI_DEVICES}/{context.bdf}"
+    header = context.header  # more than the ids: those of a virtual function read as ones
+    power = context.sysfs.text(base, "power_state") or "unknown"
     read = [Reading(f"/{base}/config", header[:4].hex(" ") or "not read"), Reading(f"/{base}/power_state", power)]
     for name in ("d3cold_allowed", "power/control", "power/runtime_status"):
-        value = examined.sysfs.text(base, name)
+        value = context.sysfs.text(base, name)
         if value is not None:
             read.append(Reading(f"/{base}/{name}", value))
     if header and not header.strip(b"\xff"):
-        return bad(SILENT, *read, bdf=device.bdf, power=power)
-    return bad(COLD, *read, bdf=device.bdf) if power == "D3cold" and examined.wake else good(power, *read)
+        return failed(SILENT, *read, bdf=device.bdf, power=power)
+    return failed(COLD, *read, bdf=device.bdf) if power == "D3cold" and context.wake else passed(power, *read)
 
 
 CHECKS = (

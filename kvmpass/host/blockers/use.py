@@ -7,22 +7,22 @@ from collections.abc import Iterator
 
 from kvmpass.errors import DeviceInUse, KvmpassError
 from kvmpass.host.address import Bdf
-from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.blocker import BlockerTemplate
+from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.drivers.journal import Journal
 from kvmpass.host.kernel.processes import Process
 from kvmpass.host.look import Look
-from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.host.usage import untraced, vfio_nodes
 
-ASSIGNED = Problem(
+ASSIGNED = BlockerTemplate(
     kind="assigned",
     brief="already assigned",
     cause="{bdf} {who}",
     remedy="stop that process first, or choose another device",
     error=DeviceInUse,
 )
-IN_USE = Problem(
+IN_USE = BlockerTemplate(
     kind="in-use",
     brief="in use here",
     cause="{bdf} is in use: {reasons}",
@@ -30,14 +30,14 @@ IN_USE = Problem(
     error=DeviceInUse,
     forceable=True,
 )
-HELD = Problem(
+HELD = BlockerTemplate(
     kind="mounted",
     brief="mounted here",
     cause="{bdf} is in use: {reasons}; the kernel would wait for the end of that use while it unbinds the driver",
     remedy="unmount it first",
     error=DeviceInUse,
 )
-MAY_BE_IN_USE = Problem(
+MAY_BE_IN_USE = BlockerTemplate(
     kind="use-unknown",
     brief="may be in use here",
     cause="whether {bdf} is in use cannot be seen: {reasons}",
@@ -48,13 +48,13 @@ MAY_BE_IN_USE = Problem(
 )
 
 
-def _assigned(examined: Examined) -> Verdict:
-    found = list(_holders(examined))
-    borrower = examined.look.remembered("borrowers", borrowers).get(examined.device.bdf)
+def _assigned(context: CheckContext) -> Verdict:
+    found = list(_holders(context))
+    borrower = context.look.remembered("borrowers", borrowers).get(context.device.bdf)
     if borrower is not None and not found:  # just before it opens a node, or just after
         found = [f"is assigned by {borrower}"]
     read = Reading("open nodes below /dev/vfio, kvmpass's journal", "; ".join(found) or "of this device none")
-    return bad(ASSIGNED, read, bdf=examined.bdf, who="; it ".join(found)) if found else good("no", read)
+    return failed(ASSIGNED, read, bdf=context.bdf, who="; it ".join(found)) if found else passed("no", read)
 
 
 def borrowers(look: Look) -> dict[Bdf, Process]:
@@ -74,43 +74,43 @@ def _borrowed_now(sysfs: Sysfs) -> list[tuple[str, int, str]]:
     return [(str(entry.bdf), entry.pid, entry.command) for entry in Journal().find(lambda e: e.is_owned(sysfs))]
 
 
-def _holders(examined: Examined) -> Iterator[str]:
+def _holders(context: CheckContext) -> Iterator[str]:
     """Through its own nodes or its group's; through those of its virtual functions, which vanish with its driver."""
-    sysfs, device, look = examined.sysfs, examined.device, examined.look
-    members = () if examined.group is None else examined.group.devices
+    sysfs, device, look = context.sysfs, context.device, context.look
+    members = () if context.group is None else context.group.devices
     own = vfio_nodes(sysfs, device.bdf, device.group)
     siblings = [node for other in members if other != device.bdf for node in vfio_nodes(sysfs, other, None)]
     what = "is assigned by" if len(members) <= 1 else f"is in IOMMU group {device.group}, assigned by"
-    yield from _held(examined, [*own, *siblings], what)
+    yield from _held(context, [*own, *siblings], what)
     for function in sysfs.virtual_functions(device.bdf):
         found = look.device(function)
         nodes = vfio_nodes(sysfs, function, found.group) if found is not None else []
-        yield from _held(examined, nodes, f"has the virtual function {function}, assigned by")
+        yield from _held(context, nodes, f"has the virtual function {function}, assigned by")
 
 
-def _held(examined: Examined, nodes: list[str], what: str) -> Iterator[str]:
-    held = examined.look.holders(nodes)
+def _held(context: CheckContext, nodes: list[str], what: str) -> Iterator[str]:
+    held = context.look.holders(nodes)
     if held:
         who = " and ".join(str(process) for process in sorted({one for found in held.values() for one in found}))
         yield f"{what} {who}"
 
 
-def _free(examined: Examined) -> Verdict:
-    found = examined.uses
+def _free(context: CheckContext) -> Verdict:
+    found = context.uses
     texts = "; ".join(use.text for use in found if use.seen)
     read = Reading("what uses devices", texts or "nothing that uses this one")
-    for problem, wanted in ((HELD, any(use.waits for use in found)), (IN_USE, bool(texts))):
+    for template, wanted in ((HELD, any(use.waits for use in found)), (IN_USE, bool(texts))):
         if wanted:
-            return bad(problem, read, bdf=examined.bdf, reasons=texts)
-    return good("no use of it is seen" if untraced(examined.look, examined.device) else "nobody uses it", read)
+            return failed(template, read, bdf=context.bdf, reasons=texts)
+    return passed("no use of it is seen" if untraced(context.look, context.device) else "nobody uses it", read)
 
 
-def _known(examined: Examined) -> Verdict:
-    texts = "; ".join(use.text for use in examined.uses if not use.seen)
+def _known(context: CheckContext) -> Verdict:
+    texts = "; ".join(use.text for use in context.uses if not use.seen)
     if texts:
-        return bad(MAY_BE_IN_USE, Reading("what uses devices", texts), bdf=examined.bdf, reasons=texts)
-    note = untraced(examined.look, examined.device)
-    return good(f"not all: {note}" if note else "all of it", Reading("its driver", examined.device.driver or "none"))
+        return failed(MAY_BE_IN_USE, Reading("what uses devices", texts), bdf=context.bdf, reasons=texts)
+    note = untraced(context.look, context.device)
+    return passed(f"not all: {note}" if note else "all of it", Reading("its driver", context.device.driver or "none"))
 
 
 CHECKS = (

@@ -10,7 +10,7 @@ from itertools import chain
 
 from kvmpass.host.address import Bdf
 from kvmpass.host.blockers import CHECKS as DEVICE_CHECKS
-from kvmpass.host.check import Check, Examined, Finding, Outcome, Reading, examine
+from kvmpass.host.check import Check, CheckContext, Finding, Outcome, Reading, run_checks
 from kvmpass.host.doctor import device, iommu, limits, memory, processor, rights, vfio
 from kvmpass.host.doctor.iommu import interrupt_remapping
 from kvmpass.host.look import Look
@@ -42,13 +42,13 @@ def diagnose(
     devices that are taken with ``bdf``, ``cpus`` the guest's. Whoever asks about many devices passes one ``look``.
     """
     checks = [check for check in CATALOGUE if bdf is not None or not check.device]
-    examined = Examined(sysfs, bdf, together=together, memory=memory, huge_page=huge_page, look=look, cpus=cpus)
-    return list(examine(checks, examined))
+    context = CheckContext(sysfs, bdf, together=together, memory=memory, huge_page=huge_page, look=look, cpus=cpus)
+    return list(run_checks(checks, context))
 
 
 def diagnose_device(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> list[Finding]:
     """Make the checks that ask about one device, and what this user may do with it: for whoever asks about many."""
-    return list(examine([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], Examined(sysfs, bdf, look=look)))
+    return list(run_checks([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], CheckContext(sysfs, bdf, look=look)))
 
 
 def check_host(sysfs: Sysfs) -> None:
@@ -57,7 +57,7 @@ def check_host(sysfs: Sysfs) -> None:
     Raises ``HostNotReady`` or ``PermissionError`` for the first of the catalogue's vital checks that fails. Loads no
     module: it is enough that vfio-pci can be loaded.
     """
-    _refuse([check for check in CATALOGUE if check.vital], Examined(sysfs))
+    _refuse([check for check in CATALOGUE if check.vital], CheckContext(sysfs))
 
 
 def check_memory(
@@ -77,10 +77,10 @@ def check_memory(
     RLIMIT_MEMLOCK (bytes, -1 without limit), which does not count under CAP_IPC_LOCK. Raises ``NotEnoughMemory``:
     pinning more than there is would wake the out-of-memory killer instead.
     """
-    examined = Examined(
+    context = CheckContext(
         sysfs, memory=size_bytes, huge_page=huge_page, locked=locked, memlock=memlock, overhead=overhead
     )
-    _refuse((*memory.CHECKS, *limits.MEMORY_CHECKS), examined)
+    _refuse((*memory.CHECKS, *limits.MEMORY_CHECKS), context)
 
 
 def check_limits(
@@ -90,14 +90,14 @@ def check_limits(
 
     Raises ``NotEnoughMemory`` (address space) or ``HostNotReady`` (threads, descriptors, file size).
     """
-    examined = Examined(sysfs, memory=size_bytes, huge_page=huge_page, cpus=cpus, together=together)
-    _refuse(limits.PROCESS_CHECKS, examined)
+    context = CheckContext(sysfs, memory=size_bytes, huge_page=huge_page, cpus=cpus, together=together)
+    _refuse(limits.PROCESS_CHECKS, context)
 
 
-def _refuse(checks: Iterable[Check], examined: Examined) -> None:
-    for finding in examine(list(checks), examined):
-        if finding.outcome is Outcome.FAIL and finding.trouble is not None:
-            raise finding.trouble.exception()
+def _refuse(checks: Iterable[Check], context: CheckContext) -> None:
+    for finding in run_checks(list(checks), context):
+        if finding.outcome is Outcome.FAIL and finding.blocker is not None:
+            raise finding.blocker.exception()
 
 
 __all__ = [

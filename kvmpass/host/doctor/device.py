@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.blocker import BlockerTemplate
+from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.drivers import driverctl
 from kvmpass.host.kernel.modules import vfio_ids
-from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import PCI_DEVICES
 from kvmpass.host.usage import VFIO_PCI
 
-NO_RESET = Problem(
+NO_RESET = BlockerTemplate(
     kind="no-reset",
     brief="none",
     cause="{bdf} has no reset of its own: after a guest it keeps its state, what the guest wrote included{others}",
     remedy="give it only to guests that may see one another's data; a reboot of this host resets it",
     warning=True,
 )
-WEAK_RESET = Problem(
+WEAK_RESET = BlockerTemplate(
     kind="weak-reset",
     brief="by power management only",
     cause="{bdf} is reset by power management only (D3hot and back), which some devices survive with their state",
     remedy="if a second guest does not find it as the first did, reboot this host in between",
     warning=True,
 )
-OVERRIDDEN = Problem(
+OVERRIDDEN = BlockerTemplate(
     kind="override-ignored",
     brief="{driver}, in spite of vfio-pci",
     cause="{bdf} is bound to {driver} while its driver_override says vfio-pci: something has bound it first, or anew",
@@ -31,7 +31,7 @@ OVERRIDDEN = Problem(
     commands=("echo > /sys/bus/pci/devices/{bdf}/driver_override",),
     warning=True,
 )
-IDS_IGNORED = Problem(
+IDS_IGNORED = BlockerTemplate(
     kind="ids-ignored",
     brief="{driver}, in spite of vfio-pci's ids",
     cause="{bdf} is bound to {driver}, though {source} tells vfio-pci to take it ({entry}): {driver} was there first",
@@ -40,7 +40,7 @@ IDS_IGNORED = Problem(
     commands=("echo 'softdep {driver} pre: vfio-pci' > /etc/modprobe.d/kvmpass-{driver}.conf",),
     warning=True,
 )
-RULE = Problem(
+RULE = BlockerTemplate(
     kind="driver-rule",
     brief="a udev rule sets it",
     cause="a udev rule changes the driver of {bdf}: {rule}",
@@ -49,28 +49,28 @@ RULE = Problem(
 )
 
 
-def _reset(examined: Examined) -> Verdict:
-    device, base = examined.device, f"{PCI_DEVICES}/{examined.bdf}"
-    read = examined.seen(f"{base}/reset_method")
+def _reset(context: CheckContext) -> Verdict:
+    device, base = context.device, f"{PCI_DEVICES}/{context.bdf}"
+    read = context.seen(f"{base}/reset_method")
     if device.reset_methods and set(device.reset_methods) != {"pm"}:
-        return good(" ".join(device.reset_methods), read)
+        return passed(" ".join(device.reset_methods), read)
     if device.reset_methods:
-        return bad(WEAK_RESET, read, bdf=device.bdf)
-    if examined.sysfs.path(base, "reset").exists() and examined.sysfs.text(base, "reset_method") is None:
-        return good("there is one", read, Reading(f"/{base}/reset", "there (before Linux 5.15)"))
+        return failed(WEAK_RESET, read, bdf=device.bdf)
+    if context.sysfs.path(base, "reset").exists() and context.sysfs.text(base, "reset_method") is None:
+        return passed("there is one", read, Reading(f"/{base}/reset", "there (before Linux 5.15)"))
     bus = [
         str(one.bdf)
-        for one in examined.sysfs.devices()
+        for one in context.sysfs.devices()
         if (one.bdf.domain, one.bdf.bus) == (device.bdf.domain, device.bdf.bus) and one.bdf != device.bdf
     ]
     others = ""
     if bus and device.bdf.bus:  # bus 0 hangs at no bridge that could reset it
         others = f". A reset of its bus would reset {', '.join(bus)} too: done only if all of them are the guest's"
-    return bad(NO_RESET, read, bdf=device.bdf, others=others)
+    return failed(NO_RESET, read, bdf=device.bdf, others=others)
 
 
-def _driver(examined: Examined) -> Verdict:
-    device, sysfs = examined.device, examined.sysfs
+def _driver(context: CheckContext) -> Verdict:
+    device, sysfs = context.device, context.sysfs
     read = [
         Reading(f"/{PCI_DEVICES}/{device.bdf}/driver", device.driver or "none"),
         Reading(f"/{PCI_DEVICES}/{device.bdf}/driver_override", device.driver_override or "none"),
@@ -85,13 +85,13 @@ def _driver(examined: Examined) -> Verdict:
             for line in (sysfs.text(directory, file) or "").splitlines():
                 if not line.startswith("#") and str(device.bdf) in line and "driver" in line.lower():
                     place = Reading(f"/{directory}/{file}", line.strip())
-                    return bad(RULE, *read, place, bdf=device.bdf, rule=place)
+                    return failed(RULE, *read, place, bdf=device.bdf, rule=place)
     if device.driver_override == VFIO_PCI and device.driver not in (None, VFIO_PCI):
-        return bad(OVERRIDDEN, *read, bdf=device.bdf, driver=device.driver)
+        return failed(OVERRIDDEN, *read, bdf=device.bdf, driver=device.driver)
     if named and device.driver not in (None, VFIO_PCI):
         source, entry = named[0]
-        return bad(IDS_IGNORED, *read, bdf=device.bdf, driver=device.driver, source=source, entry=entry)
-    return good(device.driver or "none", *read)
+        return failed(IDS_IGNORED, *read, bdf=device.bdf, driver=device.driver, source=source, entry=entry)
+    return passed(device.driver or "none", *read)
 
 
 CHECKS = (

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.blockers.group import one_to_one
-from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.doctor.ivrs import BadTable, Ivrs, parse_ivrs
 from kvmpass.host.doctor.refusals import (
     CHECKSUM,
     COMPLAINTS,
-    IOMMU_PROBLEMS,
+    IOMMU_TEMPLATES,
     LOG,
-    REMAPPING_PROBLEMS,
+    REMAPPING_TEMPLATES,
     iommu_refused,
     log_reading,
     remapping_refused,
 )
 from kvmpass.host.kernel.cmdline import CommandLine
-from kvmpass.host.problems import Problem
 from kvmpass.host.sysfs import Sysfs
 
 IVRS = "sys/firmware/acpi/tables/IVRS"
@@ -28,31 +28,31 @@ UNSAFE_INTERRUPTS = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interru
 NOIOMMU_MODE = "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 _FIRMWARE = "turn on the IOMMU (AMD-Vi) in the firmware's setup"
 
-NO_IVRS = Problem(
+NO_IVRS = BlockerTemplate(
     kind="no-ivrs",
     brief="the firmware describes no IOMMU",
     cause="AMD-Vi is off: the firmware describes no IOMMU (there is no ACPI table IVRS)",
     remedy=f"{_FIRMWARE}; in a virtual machine there is one only if the outer host emulates it",
 )
-ACPI_OFF = Problem(
+ACPI_OFF = BlockerTemplate(
     kind="acpi-off",
     brief="acpi=off",
     cause="AMD-Vi is off: {words} is on the kernel's command line, so that the kernel reads no ACPI table",
     remedy="remove it and reboot",
 )
-EMPTY_IVRS = Problem(
+EMPTY_IVRS = BlockerTemplate(
     kind="empty-ivrs",
     brief="the ACPI table IVRS describes no IOMMU",
     cause="AMD-Vi is off: the ACPI table IVRS describes no IOMMU ({why})",
     remedy=f"{_FIRMWARE}; if it is on, update the firmware",
 )
-OFF = Problem(
+OFF = BlockerTemplate(
     kind="iommu-off",
     brief="{words}",
     cause="AMD-Vi is off: {words} is on the kernel's command line",
     remedy="remove it and reboot",
 )
-IDLE_OPTION = Problem(
+IDLE_OPTION = BlockerTemplate(
     kind="idle-option",
     brief="{words} does nothing",
     cause="{words} is on the kernel's command line, and the kernel ignores it on an AMD host. AMD-Vi is on by "
@@ -60,7 +60,7 @@ IDLE_OPTION = Problem(
     remedy="leave it out; it is harmless",
     warning=True,
 )
-ACS_OVERRIDE = Problem(
+ACS_OVERRIDE = BlockerTemplate(
     kind="acs-override",
     brief="groups may be no groups",
     cause="{words} is on the kernel's command line: where this kernel has the ACS override patch, devices that can "
@@ -68,28 +68,28 @@ ACS_OVERRIDE = Problem(
     remedy="remove it if a guest is not to be trusted with what shares a switch or a card with its device",
     warning=True,
 )
-UNUSED = Problem(
+UNUSED = BlockerTemplate(
     kind="iommu-unused",
     brief="the kernel does not use it",
     cause="AMD-Vi is off: the firmware describes an IOMMU (ACPI table IVRS), but the kernel does not use it",
     remedy="use a kernel with CONFIG_AMD_IOMMU and see dmesg for AMD-Vi",
     commands=("dmesg | grep AMD-Vi", "grep AMD_IOMMU /boot/config-$(uname -r)"),
 )
-NO_GROUPS = Problem(
+NO_GROUPS = BlockerTemplate(
     kind="no-groups",
     brief="no device has one",
     cause="AMD-Vi is there ({iommus}), but no device has an IOMMU group",
     remedy="see dmesg for AMD-Vi: the IOMMU was found and not started, or covers no device",
     commands=("dmesg | grep -e AMD-Vi -e iommu",),
 )
-REMAPPING_OFF = Problem(
+REMAPPING_OFF = BlockerTemplate(
     kind="intremap-off",
     brief="off: {words}",
     cause="interrupt remapping is off: {words} is on the kernel's command line. A device could raise any interrupt "
     "of this host",
     remedy="remove it and reboot; allow_unsafe_interrupts is not accepted instead",
 )
-NO_REMAPPING = Problem(
+NO_REMAPPING = BlockerTemplate(
     kind="no-intremap",
     brief="off: the IOMMU remaps DMA only",
     cause="interrupt remapping is off: a device could raise any interrupt of this host",
@@ -97,7 +97,7 @@ NO_REMAPPING = Problem(
     "on interrupt remapping with the IOMMU in the firmware's setup; allow_unsafe_interrupts is not accepted instead",
     commands=("dmesg | grep AMD-Vi", "grep IRQ_REMAP /boot/config-$(uname -r)"),
 )
-REMAPPING_UNKNOWN = Problem(
+REMAPPING_UNKNOWN = BlockerTemplate(
     kind="intremap-unknown",
     brief="the kernel does not tell",
     cause="the kernel does not tell whether interrupts are remapped",
@@ -105,7 +105,7 @@ REMAPPING_UNKNOWN = Problem(
     commands=("dmesg | grep -i remapping",),
     warning=True,
 )
-UNSAFE = Problem(
+UNSAFE = BlockerTemplate(
     kind="unsafe-interrupts",
     brief="allow_unsafe_interrupts is set",
     cause="vfio_iommu_type1 has allow_unsafe_interrupts: other programs may assign devices without interrupt "
@@ -114,7 +114,7 @@ UNSAFE = Problem(
     commands=(f"echo N > /{UNSAFE_INTERRUPTS}",),
     warning=True,
 )
-NOIOMMU = Problem(
+NOIOMMU = BlockerTemplate(
     kind="noiommu-mode",
     brief="switched on",
     cause="vfio has enable_unsafe_noiommu_mode: a device that no IOMMU confines can be opened, and its DMA reaches "
@@ -123,7 +123,7 @@ NOIOMMU = Problem(
     commands=(f"echo N > /{NOIOMMU_MODE}",),
     warning=True,
 )
-SOME_ONE_TO_ONE = Problem(
+SOME_ONE_TO_ONE = BlockerTemplate(
     kind="one-to-one",
     brief="for {count} devices",
     cause="the firmware wants memory mapped one to one (IVRS IVMD). VFIO refuses these devices since about Linux "
@@ -134,81 +134,83 @@ SOME_ONE_TO_ONE = Problem(
 )
 
 
-def _ivrs(examined: Examined) -> Verdict:
-    sysfs = examined.sysfs
+def _ivrs(context: CheckContext) -> Verdict:
+    sysfs = context.sysfs
     if not sysfs.exists(IVRS):
-        if examined.iommus and examined.groups:  # whatever described it: the kernel drives one
-            return good("the kernel has found one", Reading("/sys/class/iommu", " ".join(examined.iommus)))
-        off = examined.command_line.acpi_off()
+        if context.iommus and context.groups:  # whatever described it: the kernel drives one
+            return passed("the kernel has found one", Reading("/sys/class/iommu", " ".join(context.iommus)))
+        off = context.command_line.acpi_off()
         if off:
-            return bad(ACPI_OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
-        return bad(NO_IVRS, Reading(f"/{IVRS}", "not there"))
+            return failed(ACPI_OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
+        return failed(NO_IVRS, Reading(f"/{IVRS}", "not there"))
     try:
         table = parse_ivrs(sysfs.data(IVRS))
     except OSError:
-        return good("IVRS is there", Reading(f"/{IVRS}", "there; only root can read it"))
+        return passed("IVRS is there", Reading(f"/{IVRS}", "there; only root can read it"))
     except BadTable as error:
-        if examined.iommus and examined.groups:
-            return good("the kernel has found one", Reading(f"/{IVRS}", str(error)))
-        return bad(EMPTY_IVRS, Reading(f"/{IVRS}", str(error)), why=error)
+        if context.iommus and context.groups:
+            return passed("the kernel has found one", Reading(f"/{IVRS}", str(error)))
+        return failed(EMPTY_IVRS, Reading(f"/{IVRS}", str(error)), why=error)
     described = sorted({(iommu.segment, iommu.base) for iommu in table.iommus})  # a unit has an IVHD of each type
     read = Reading(f"/{IVRS}", str(table))
-    if not table.sum_is_right and not examined.iommus:
-        return bad(CHECKSUM, read)
+    if not table.sum_is_right and not context.iommus:
+        return failed(CHECKSUM, read)
     if not described:
-        return bad(EMPTY_IVRS, read, why="it has no IVHD block")
-    return good(f"IVRS, {len(described)} IOMMU{'s' if len(described) > 1 else ''}", read)
+        return failed(EMPTY_IVRS, read, why="it has no IVHD block")
+    return passed(f"IVRS, {len(described)} IOMMU{'s' if len(described) > 1 else ''}", read)
 
 
-def _command_line(examined: Examined) -> Verdict:
-    off = examined.command_line.iommu_off()
-    if off and not examined.iommus:
-        return bad(OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
-    about = [parameter.text for parameter in examined.command_line.parameters if "iommu" in parameter.name]
-    return good(" ".join(about) or "nothing about the IOMMU", Reading("/proc/cmdline", " ".join(about) or "no iommu"))
+def _command_line(context: CheckContext) -> Verdict:
+    off = context.command_line.iommu_off()
+    if off and not context.iommus:
+        return failed(OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
+    about = [parameter.text for parameter in context.command_line.parameters if "iommu" in parameter.name]
+    return passed(
+        " ".join(about) or "nothing about the IOMMU", Reading("/proc/cmdline", " ".join(about) or "no iommu")
+    )
 
 
-def _idle_options(examined: Examined) -> Verdict:
-    idle = dict.fromkeys([*examined.command_line.ignored(), *_unknown_words(examined)])
+def _idle_options(context: CheckContext) -> Verdict:
+    idle = dict.fromkeys([*context.command_line.ignored(), *_unknown_words(context)])
     if idle:
-        return bad(IDLE_OPTION, Reading("/proc/cmdline", " ".join(idle)), words=" and ".join(idle))
-    return good("none", Reading("/proc/cmdline", "nothing about the IOMMU that the kernel ignores"))
+        return failed(IDLE_OPTION, Reading("/proc/cmdline", " ".join(idle)), words=" and ".join(idle))
+    return passed("none", Reading("/proc/cmdline", "nothing about the IOMMU that the kernel ignores"))
 
 
-def _unknown_words(examined: Examined) -> Iterator[str]:
+def _unknown_words(context: CheckContext) -> Iterator[str]:
     """What the kernel itself says that nobody has taken, as far as it is about our subject."""
-    for message in examined.log.having(_UNKNOWN):
+    for message in context.log.having(_UNKNOWN):
         for parameter in CommandLine(message.partition(_UNKNOWN)[2].partition(", will be")[0].strip('"')).parameters:
             # A module's parameter is taken when the module is loaded.
             if any(word in parameter.name for word in _OURS) and "." not in parameter.name:
                 yield parameter.text
 
 
-def _acs_override(examined: Examined) -> Verdict:
-    words = [word for word in examined.command_line.acs_override() if word not in set(_unknown_words(examined))]
-    log = [Reading(LOG, line) for line in examined.log.having("PCIe ACS overrides enabled")[:1]]
+def _acs_override(context: CheckContext) -> Verdict:
+    words = [word for word in context.command_line.acs_override() if word not in set(_unknown_words(context))]
+    log = [Reading(LOG, line) for line in context.log.having("PCIe ACS overrides enabled")[:1]]
     read = Reading("/proc/cmdline", " ".join(words) or "no pcie_acs_override")
-    return bad(ACS_OVERRIDE, read, *log, words=" ".join(words)) if words else good("none", read)
+    return failed(ACS_OVERRIDE, read, *log, words=" ".join(words)) if words else passed("none", read)
 
 
-def _iommu(examined: Examined) -> Verdict:
-    read = Reading("/sys/class/iommu", " ".join(examined.iommus) or "empty")
-    if examined.iommus:
-        return good(" ".join(examined.iommus[:4]) + (" …" if len(examined.iommus) > 4 else ""), read)
-    refusal = iommu_refused(examined, read)
+def _iommu(context: CheckContext) -> Verdict:
+    read = Reading("/sys/class/iommu", " ".join(context.iommus) or "empty")
+    if context.iommus:
+        return passed(" ".join(context.iommus[:4]) + (" …" if len(context.iommus) > 4 else ""), read)
+    refusal = iommu_refused(context, read)
     if refusal is not None:
         return refusal
-    log = [Reading(LOG, line) for line in examined.log.having("AMD-Vi")[:3]]
-    return bad(UNUSED, read, *log, *log_reading(examined))
+    log = [Reading(LOG, line) for line in context.log.having("AMD-Vi")[:3]]
+    return failed(UNUSED, read, *log, *log_reading(context))
 
 
-def _groups(examined: Examined) -> Verdict:
-    real = [group for group in examined.groups if not group.no_iommu]
+def _groups(context: CheckContext) -> Verdict:
+    real = [group for group in context.groups if not group.no_iommu]
     read = Reading("/sys/kernel/iommu_groups", f"{len(real)} groups")
     if real:
-        return good(f"{len(real)}", read)
-    return iommu_refused(examined, read) or bad(
-        NO_GROUPS, read, *log_reading(examined), iommus=" ".join(examined.iommus)
+        return passed(f"{len(real)}", read)
+    return iommu_refused(context, read) or failed(
+        NO_GROUPS, read, *log_reading(context), iommus=" ".join(context.iommus)
     )
 
 
@@ -242,32 +244,34 @@ def interrupt_remapping(sysfs: Sysfs) -> bool | None:
     return False if any(_is_plain(chip) for chip in chips) else None
 
 
-def _remapping(examined: Examined) -> Verdict:
-    source, chips = _chips(examined.sysfs)
+def _remapping(context: CheckContext) -> Verdict:
+    source, chips = _chips(context.sysfs)
     names = sorted(chip for chip in chips if _is_remapped(chip) or _is_plain(chip))
     read = Reading(source, ", ".join(names) or "no chip that tells")
-    remapped = interrupt_remapping(examined.sysfs)
+    remapped = interrupt_remapping(context.sysfs)
     if remapped is None:
-        return bad(REMAPPING_UNKNOWN, read)
+        return failed(REMAPPING_UNKNOWN, read)
     if remapped:
-        return good("on", read)
-    off = examined.command_line.remapping_off()
+        return passed("on", read)
+    off = context.command_line.remapping_off()
     if off:
-        return bad(REMAPPING_OFF, read, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
-    return remapping_refused(examined, read) or bad(NO_REMAPPING, read, *log_reading(examined))
+        return failed(REMAPPING_OFF, read, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
+    return remapping_refused(context, read) or failed(NO_REMAPPING, read, *log_reading(context))
 
 
-def _unsafe_interrupts(examined: Examined) -> Verdict:
-    read = examined.seen(UNSAFE_INTERRUPTS)
-    return bad(UNSAFE, read) if examined.sysfs.text(UNSAFE_INTERRUPTS) in ("Y", "1") else good("not allowed", read)
+def _unsafe_interrupts(context: CheckContext) -> Verdict:
+    read = context.seen(UNSAFE_INTERRUPTS)
+    return (
+        failed(UNSAFE, read) if context.sysfs.text(UNSAFE_INTERRUPTS) in ("Y", "1") else passed("not allowed", read)
+    )
 
 
-def _noiommu(examined: Examined) -> Verdict:
-    exposed = [str(bdf) for group in examined.groups if group.no_iommu for bdf in group.devices]
-    read = examined.seen(NOIOMMU_MODE), Reading("/sys/kernel/iommu_groups/*/name", f"{len(exposed)} without an IOMMU")
-    if examined.sysfs.text(NOIOMMU_MODE) in ("Y", "1") or exposed:
-        return bad(NOIOMMU, *read, devices=f" Now so: {', '.join(exposed)}." if exposed else "")
-    return good("off", *read)
+def _noiommu(context: CheckContext) -> Verdict:
+    exposed = [str(bdf) for group in context.groups if group.no_iommu for bdf in group.devices]
+    read = context.seen(NOIOMMU_MODE), Reading("/sys/kernel/iommu_groups/*/name", f"{len(exposed)} without an IOMMU")
+    if context.sysfs.text(NOIOMMU_MODE) in ("Y", "1") or exposed:
+        return failed(NOIOMMU, *read, devices=f" Now so: {', '.join(exposed)}." if exposed else "")
+    return passed("off", *read)
 
 
 def read_ivrs(sysfs: Sysfs) -> Ivrs:
@@ -278,14 +282,14 @@ def read_ivrs(sysfs: Sysfs) -> Ivrs:
         return Ivrs((), ())
 
 
-def _one_to_one(examined: Examined) -> Verdict:
-    wanted = read_ivrs(examined.sysfs).memory
-    devices = [str(bdf) for group in examined.groups if one_to_one(group) for bdf in group.devices]
+def _one_to_one(context: CheckContext) -> Verdict:
+    wanted = read_ivrs(context.sysfs).memory
+    devices = [str(bdf) for group in context.groups if one_to_one(group) for bdf in group.devices]
     read = [Reading("/sys/kernel/iommu_groups/*/reserved_regions", f"direct for {', '.join(devices) or 'no device'}")]
     read += [Reading(f"/{IVRS}", f"IVMD {block}") for block in wanted]
     if not devices:
-        return good("none", *read)
-    return bad(SOME_ONE_TO_ONE, *read, count=len(devices), devices=", ".join(devices))
+        return passed("none", *read)
+    return failed(SOME_ONE_TO_ONE, *read, count=len(devices), devices=", ".join(devices))
 
 
 CHECKS = (
@@ -325,7 +329,7 @@ CHECKS = (
         "iommu",
         "AMD-Vi",
         "`/sys/class/iommu/ivhd*`; without it the kernel's log",
-        (*IOMMU_PROBLEMS, UNUSED),
+        (*IOMMU_TEMPLATES, UNUSED),
         _iommu,
         ("firmware-iommu", "iommu-off"),
         vital=True,
@@ -336,7 +340,7 @@ CHECKS = (
         "Interrupt remapping",
         "the names of interrupt chips (`/sys/kernel/irq/*/chip_name`, `/proc/interrupts`), which begin with IR-; "
         "`/proc/cmdline` and the kernel's log where they do not",
-        (REMAPPING_OFF, *REMAPPING_PROBLEMS, NO_REMAPPING, REMAPPING_UNKNOWN),
+        (REMAPPING_OFF, *REMAPPING_TEMPLATES, NO_REMAPPING, REMAPPING_UNKNOWN),
         _remapping,
         ("iommu",),
         vital=True,

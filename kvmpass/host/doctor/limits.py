@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.host import limits
-from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.blocker import BlockerTemplate, mib
+from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.limits import Ceiling, rlimit
-from kvmpass.host.problems import Problem, mib
 from kvmpass.layout import MIB
 
 LIMITS = "/proc/self/limits"
@@ -17,7 +17,7 @@ _STACK = 8 * MIB  # of a thread, if nobody chose another size
 _ARENA = 64 * MIB  # what malloc sets aside for a thread that allocates
 _SMALLEST_FILE = MIB  # journal and status file are far smaller
 
-CGROUP_MEMORY = Problem(
+CGROUP_MEMORY = BlockerTemplate(
     kind="cgroup-memory",
     brief="{left} of {size} left in {cgroup}",
     cause="the guest and what it takes to run it need {size} of memory, and {file} leaves {left}: the kernel would "
@@ -27,7 +27,7 @@ CGROUP_MEMORY = Problem(
     commands=("{command}",),
     error=NotEnoughMemory,
 )
-CGROUP_HIGH = Problem(
+CGROUP_HIGH = BlockerTemplate(
     kind="cgroup-memory-high",
     brief="{left} of {size} left in {cgroup}",
     cause="the guest and what it takes to run it need {size} of memory, and {file} leaves {left}: the kernel would "
@@ -36,7 +36,7 @@ CGROUP_HIGH = Problem(
     commands=("{command}",),
     error=NotEnoughMemory,
 )
-CGROUP_HUGE_PAGES = Problem(
+CGROUP_HUGE_PAGES = BlockerTemplate(
     kind="cgroup-huge-pages",
     brief="{left} of {size} left in {cgroup}",
     cause="the guest needs {size} of huge pages, and {file} leaves {left}: a touch beyond would be a SIGBUS",
@@ -44,7 +44,7 @@ CGROUP_HUGE_PAGES = Problem(
     commands=("{command}",),
     error=NotEnoughMemory,
 )
-FEW_TASKS = Problem(
+FEW_TASKS = BlockerTemplate(
     kind="tasks-low",
     brief="{left} of {needed} left",
     cause="an assignment with {cpus} vCPUs has up to {needed} threads and processes, and {file} leaves {left}",
@@ -52,7 +52,7 @@ FEW_TASKS = Problem(
     "LimitNPROC= of a unit, ulimit -u, or nproc in limits.conf",
     commands=("{command}",),
 )
-ADDRESS_SPACE = Problem(
+ADDRESS_SPACE = BlockerTemplate(
     kind="address-space-low",
     brief="{name} {limit}",
     cause="the guest's memory and the threads need {size} more of this process's address space, and {name} is "
@@ -61,14 +61,14 @@ ADDRESS_SPACE = Problem(
     commands=("{command}",),
     error=NotEnoughMemory,
 )
-FEW_DESCRIPTORS = Problem(
+FEW_DESCRIPTORS = BlockerTemplate(
     kind="descriptors-low",
     brief="{limit} of {needed}",
     cause="{needed} file descriptors are needed, {limit} are allowed (RLIMIT_NOFILE, the hard limit)",
     remedy="raise the limit: for a systemd unit LimitNOFILE=, else ulimit -Hn, or nofile in limits.conf",
     commands=("{command}",),
 )
-FILE_SIZE = Problem(
+FILE_SIZE = BlockerTemplate(
     kind="file-size-low",
     brief="{limit} bytes",
     cause="this process may write files of {limit} bytes only (RLIMIT_FSIZE): too little for the journal, by which a "
@@ -76,7 +76,7 @@ FILE_SIZE = Problem(
     remedy="raise the limit: for a systemd unit LimitFSIZE=, else ulimit -f, or fsize in limits.conf",
     commands=("{command}",),
 )
-CPU_TIME = Problem(
+CPU_TIME = BlockerTemplate(
     kind="cpu-time-limited",
     brief="{limit} s of CPU time",
     cause="this process may use {limit} s of CPU time (RLIMIT_CPU), the guest's included: then the kernel ends it "
@@ -87,9 +87,9 @@ CPU_TIME = Problem(
 )
 
 
-def overhead(examined: Examined) -> int:
+def overhead(context: CheckContext) -> int:
     """Bytes that the guest costs beside its memory: page tables; its kernel and initramfs on the way into it."""
-    return 64 * MIB + limits.page_tables(examined.memory) if examined.overhead is None else examined.overhead
+    return 64 * MIB + limits.page_tables(context.memory) if context.overhead is None else context.overhead
 
 
 def _place(ceiling: Ceiling) -> str:
@@ -105,9 +105,9 @@ def _command(ceiling: Ceiling, option: str, value: object) -> str:
     return f"systemctl{mine} set-property --runtime {unit} {option}={value}"
 
 
-def raising(examined: Examined, option: str, ulimit: str, value: int, unit: int = 1) -> str:
+def raising(context: CheckContext, option: str, ulimit: str, value: int, unit: int = 1) -> str:
     """What raises a limit of this process's own: its unit's option, or what a shell does. ``ulimit`` counts units."""
-    service = limits.own_unit(examined.sysfs)
+    service = limits.own_unit(context.sysfs)
     if service is None:
         return f"{ulimit} {-(-value // unit)}"
     place = f"/etc/systemd/{'user' if service.is_users else 'system'}/{service.unit}.d"
@@ -125,20 +125,20 @@ def _readings(ceilings: list[Ceiling], unit: int = MIB, name: str = " MiB") -> l
     ] or [Reading("/proc/self/cgroup", "no limit up to the root")]
 
 
-def _cgroup_memory(examined: Examined) -> Verdict:
-    sysfs = examined.sysfs
+def _cgroup_memory(context: CheckContext) -> Verdict:
+    sysfs = context.sysfs
     ceilings = limits.memory_ceilings(sysfs)
     read = _readings(ceilings)
-    wanted = examined.memory if not examined.huge_page or limits.counts_huge_pages(sysfs) else 0
-    needed = wanted + overhead(examined)
-    for problem, option, chosen in (
+    wanted = context.memory if not context.huge_page or limits.counts_huge_pages(sysfs) else 0
+    needed = wanted + overhead(context)
+    for template, option, chosen in (
         (CGROUP_MEMORY, "MemoryMax", [one for one in ceilings if not one.file.endswith(".high")]),
         (CGROUP_HIGH, "MemoryHigh", [one for one in ceilings if one.file.endswith(".high")]),
     ):
         tightest = _tightest(chosen)
         if tightest is not None and tightest.left < needed:
-            return bad(
-                problem,
+            return failed(
+                template,
                 *read,
                 size=mib(needed),
                 left=mib(tightest.left),
@@ -147,113 +147,113 @@ def _cgroup_memory(examined: Examined) -> Verdict:
                 command=_command(tightest, option, tightest.limit + needed - tightest.left),
             )
     tightest = _tightest(ceilings)
-    return good("no limit" if tightest is None else f"{mib(tightest.left)} left, {mib(needed)} wanted", *read)
+    return passed("no limit" if tightest is None else f"{mib(tightest.left)} left, {mib(needed)} wanted", *read)
 
 
-def _cgroup_huge_pages(examined: Examined) -> Verdict:
-    if not examined.huge_page:
-        return good("not asked for", Reading("/proc/self/cgroup", "not looked at"))
-    ceilings = limits.huge_page_ceilings(examined.sysfs, examined.huge_page)
+def _cgroup_huge_pages(context: CheckContext) -> Verdict:
+    if not context.huge_page:
+        return passed("not asked for", Reading("/proc/self/cgroup", "not looked at"))
+    ceilings = limits.huge_page_ceilings(context.sysfs, context.huge_page)
     tightest = _tightest(ceilings)
-    if tightest is None or tightest.left >= examined.memory:
-        return good("no limit" if tightest is None else f"{mib(tightest.left)} left", *_readings(ceilings))
-    return bad(
+    if tightest is None or tightest.left >= context.memory:
+        return passed("no limit" if tightest is None else f"{mib(tightest.left)} left", *_readings(ceilings))
+    return failed(
         CGROUP_HUGE_PAGES,
         *_readings(ceilings),
-        size=mib(examined.memory),
+        size=mib(context.memory),
         left=mib(tightest.left),
         cgroup=_place(tightest),
         file=tightest.path,
-        command=_command(tightest, "", tightest.limit + examined.memory - tightest.left),
+        command=_command(tightest, "", tightest.limit + context.memory - tightest.left),
     )
 
 
-def _tasks(examined: Examined) -> Verdict:
-    sysfs, needed = examined.sysfs, limits.threads_needed(examined.sysfs, examined.cpus)
+def _tasks(context: CheckContext) -> Verdict:
+    sysfs, needed = context.sysfs, limits.threads_needed(context.sysfs, context.cpus)
     ceilings = limits.task_ceilings(sysfs)
     read = _readings(ceilings, 1, "")
     tightest = _tightest(ceilings)
     if tightest is not None and tightest.left < needed:
-        return bad(
+        return failed(
             FEW_TASKS,
             *read,
-            cpus=examined.cpus,
+            cpus=context.cpus,
             needed=needed,
             left=tightest.left,
             file=tightest.path,
             command=_command(tightest, "TasksMax", tightest.limit + needed - tightest.left),
         )
     own = rlimit(sysfs, "Max processes")
-    if own.soft is not None and not _exempt(examined):
-        left = max(0, own.soft - limits.tasks_of_user(sysfs, examined.user))
+    if own.soft is not None and not _exempt(context):
+        left = max(0, own.soft - limits.tasks_of_user(sysfs, context.user))
         read.append(Reading(LIMITS, f"Max processes {own.soft}, {left} of them left"))
         if left < needed:
-            return bad(
+            return failed(
                 FEW_TASKS,
                 *read,
-                cpus=examined.cpus,
+                cpus=context.cpus,
                 needed=needed,
                 left=left,
                 file="RLIMIT_NPROC",
-                command=raising(examined, "LimitNPROC", "ulimit -u", own.soft + needed - left),
+                command=raising(context, "LimitNPROC", "ulimit -u", own.soft + needed - left),
             )
-    return good(f"{needed} at most", *read)
+    return passed(f"{needed} at most", *read)
 
 
-def _exempt(examined: Examined) -> bool:
+def _exempt(context: CheckContext) -> bool:
     """From RLIMIT_NPROC (kernel/fork.c: copy_process)."""
-    return examined.user == 0 or any(map(examined.capable, (CAP_SYS_ADMIN, CAP_SYS_RESOURCE)))
+    return context.user == 0 or any(map(context.capable, (CAP_SYS_ADMIN, CAP_SYS_RESOURCE)))
 
 
-def _address_space(examined: Examined) -> Verdict:
+def _address_space(context: CheckContext) -> Verdict:
     """Of each limit what the memory, the stacks and the heaps of threads need."""
-    threads = limits.threads_needed(examined.sysfs, examined.cpus)
-    memory = examined.memory + max(2 * MIB, examined.huge_page)
+    threads = limits.threads_needed(context.sysfs, context.cpus)
+    memory = context.memory + max(2 * MIB, context.huge_page)
     read = []
     for line, name, option, flag, item, field, needed in (
         ("Max address space", "RLIMIT_AS", "LimitAS", "-v", "as", "VmSize", memory + threads * (_STACK + _ARENA)),
         ("Max data size", "RLIMIT_DATA", "LimitDATA", "-d", "data", "VmData", memory + threads * _STACK + _ARENA),
     ):
-        limit = rlimit(examined.sysfs, line)
+        limit = rlimit(context.sysfs, line)
         if limit.soft is None:
             read.append(Reading(LIMITS, f"{line} unlimited"))
             continue
-        used = examined.own_memory(field)
+        used = context.own_memory(field)
         read.append(Reading(LIMITS, f"{line} {mib(limit.soft)}, {field} {mib(used)}"))
         if limit.soft - used < needed:
             values = {"name": name, "option": option, "flag": flag, "item": item}
             values |= {"size": mib(needed), "limit": mib(limit.soft), "used": mib(used)}
-            command = raising(examined, option, f"ulimit {flag}", used + needed, 1024)
-            return bad(ADDRESS_SPACE, *read, **values, command=command)
-    return good("enough", *read)
+            command = raising(context, option, f"ulimit {flag}", used + needed, 1024)
+            return failed(ADDRESS_SPACE, *read, **values, command=command)
+    return passed("enough", *read)
 
 
-def _descriptors(examined: Examined) -> Verdict:
-    limit = rlimit(examined.sysfs, "Max open files")
-    devices = {*examined.together, *([examined.bdf] if examined.bdf else [])}
-    found = {examined.look.device(bdf) for bdf in devices}
+def _descriptors(context: CheckContext) -> Verdict:
+    limit = rlimit(context.sysfs, "Max open files")
+    devices = {*context.together, *([context.bdf] if context.bdf else [])}
+    found = {context.look.device(bdf) for bdf in devices}
     groups = {device.group for device in found if device is not None}
-    needed = limits.descriptors_needed(max(1, len(devices)), max(1, len(groups)), examined.cpus)
+    needed = limits.descriptors_needed(max(1, len(devices)), max(1, len(groups)), context.cpus)
     read = Reading(LIMITS, f"Max open files {'unlimited' if limit.hard is None else limit.hard} (hard)")
     if limit.hard is not None and limit.hard < needed:
-        command = raising(examined, "LimitNOFILE", "ulimit -Hn", needed)
-        return bad(FEW_DESCRIPTORS, read, needed=needed, limit=limit.hard, command=command)
-    return good(f"{needed} needed", read)
+        command = raising(context, "LimitNOFILE", "ulimit -Hn", needed)
+        return failed(FEW_DESCRIPTORS, read, needed=needed, limit=limit.hard, command=command)
+    return passed(f"{needed} needed", read)
 
 
-def _file_size(examined: Examined) -> Verdict:
-    limit = rlimit(examined.sysfs, "Max file size")
+def _file_size(context: CheckContext) -> Verdict:
+    limit = rlimit(context.sysfs, "Max file size")
     read = Reading(LIMITS, f"Max file size {'unlimited' if limit.soft is None else limit.soft}")
     if limit.soft is not None and limit.soft < _SMALLEST_FILE:
-        command = raising(examined, "LimitFSIZE", "ulimit -f", _SMALLEST_FILE, 1024)
-        return bad(FILE_SIZE, read, limit=limit.soft, command=command)
-    return good("enough", read)
+        command = raising(context, "LimitFSIZE", "ulimit -f", _SMALLEST_FILE, 1024)
+        return failed(FILE_SIZE, read, limit=limit.soft, command=command)
+    return passed("enough", read)
 
 
-def _cpu_time(examined: Examined) -> Verdict:
-    limit = rlimit(examined.sysfs, "Max cpu time")
+def _cpu_time(context: CheckContext) -> Verdict:
+    limit = rlimit(context.sysfs, "Max cpu time")
     read = Reading(LIMITS, f"Max cpu time {'unlimited' if limit.soft is None else limit.soft}")
-    return good("unlimited", read) if limit.soft is None else bad(CPU_TIME, read, limit=limit.soft)
+    return passed("unlimited", read) if limit.soft is None else failed(CPU_TIME, read, limit=limit.soft)
 
 
 MEMORY_CHECKS = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
+from kvmpass.host.blocker import BlockerTemplate
+from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.kernel.modules import ModuleStatus, module
-from kvmpass.host.problems import Problem
 
 AMD_VENDORS = frozenset({"AuthenticAMD", "HygonGenuine"})
 # arch/x86/kernel/cpu/amd.c and arch/x86/kvm/svm/svm.c; before 6.0 arch/x86/kvm/x86.c
@@ -14,51 +14,51 @@ _LOCKED_OFF = re.compile(
     r"(?:(?:kvm|kvm_amd|SVM|has_svm)(?: \[[^\]]*\])?: )*(?:SVM disabled|disabled by bios)\b.*", re.IGNORECASE
 )
 
-NOT_AMD = Problem(
+NOT_AMD = BlockerTemplate(
     kind="not-amd",
     brief="{vendor}, not AMD",
     cause="this CPU is {vendor}, not AMD: AMD-V is needed",
     remedy="use an AMD host, or the lab (kvmpass lab)",
 )
-SVM_OFF = Problem(
+SVM_OFF = BlockerTemplate(
     kind="svm-off",
     brief="absent, or off in the firmware",
     cause="AMD-V is absent or off: the CPU shows no svm flag",
     remedy="turn on SVM (AMD-V) in the firmware's setup, or nested virtualization where this is a guest",
 )
-SVM_LOCKED = Problem(
+SVM_LOCKED = BlockerTemplate(
     kind="svm-locked",
     brief="off in the firmware",
     cause="AMD-V is off: the firmware has locked it ({message})",
     remedy="turn on SVM (AMD-V) in the firmware's setup",
 )
-OTHER_KVM = Problem(
+OTHER_KVM = BlockerTemplate(
     kind="other-kvm",
     brief="this host's KVM is another one",
     cause="the KVM of this host is not AMD-V: the CPU shows no svm flag (a virtual machine with another KVM)",
     remedy="use real hardware, turn on nested virtualization outside, or use the lab (kvmpass lab)",
 )
-NO_KVM = Problem(
+NO_KVM = BlockerTemplate(
     kind="no-kvm",
     brief="KVM is not loaded",
     cause="there is no /dev/kvm: KVM is not loaded (kvm_amd is {status})",
     remedy="load kvm_amd; if it refuses, the kernel's log says why",
     commands=("modprobe kvm_amd", "dmesg | grep -i -e kvm -e svm"),
 )
-NO_KVM_AMD = Problem(
+NO_KVM_AMD = BlockerTemplate(
     kind="no-kvm-amd",
     brief="kvm_amd is not in use",
     cause="the KVM of this host is not AMD-V: kvm_amd is not loaded (it is {status})",
     remedy="load kvm_amd; if it refuses, the kernel's log says why",
     commands=("modprobe kvm_amd", "dmesg | grep -i -e kvm -e svm"),
 )
-KVM_AMD_MISSING = Problem(
+KVM_AMD_MISSING = BlockerTemplate(
     kind="kvm-amd-missing",
     brief="kvm_amd is {status}",
     cause="there is no /dev/kvm, and kvm_amd cannot be loaded: it is {status} ({seen})",
     remedy="use a kernel with CONFIG_KVM_AMD, with its modules installed, and let it load them",
 )
-NO_NPT = Problem(
+NO_NPT = BlockerTemplate(
     kind="no-npt",
     brief="off: guests are slow",
     cause="KVM does without nested paging: every change of a guest's page tables is an exit",
@@ -69,49 +69,49 @@ NO_NPT = Problem(
 )
 
 
-def _cpu(examined: Examined) -> Verdict:
-    vendor = examined.cpu[0]
+def _cpu(context: CheckContext) -> Verdict:
+    vendor = context.cpu[0]
     read = Reading("/proc/cpuinfo", f"vendor_id {vendor or '(none)'}")
-    return good(vendor, read) if vendor in AMD_VENDORS else bad(NOT_AMD, read, vendor=vendor or "unknown")
+    return passed(vendor, read) if vendor in AMD_VENDORS else failed(NOT_AMD, read, vendor=vendor or "unknown")
 
 
-def _svm(examined: Examined) -> Verdict:
-    has = "svm" in examined.cpu[1]
+def _svm(context: CheckContext) -> Verdict:
+    has = "svm" in context.cpu[1]
     read = Reading("/proc/cpuinfo", "flags with svm" if has else "flags without svm")
     if has:
-        return good("svm", read)
-    if examined.sysfs.path("dev/kvm").exists():
-        return bad(OTHER_KVM, read, Reading("/dev/kvm", "there"))
-    messages = examined.log.matching(_LOCKED_OFF)
+        return passed("svm", read)
+    if context.sysfs.path("dev/kvm").exists():
+        return failed(OTHER_KVM, read, Reading("/dev/kvm", "there"))
+    messages = context.log.matching(_LOCKED_OFF)
     if messages:
-        return bad(SVM_LOCKED, read, Reading("the kernel's log", messages[0]), message=messages[0])
-    return bad(SVM_OFF, read, Reading("/dev/kvm", "not there"))
+        return failed(SVM_LOCKED, read, Reading("the kernel's log", messages[0]), message=messages[0])
+    return failed(SVM_OFF, read, Reading("/dev/kvm", "not there"))
 
 
-def _kvm(examined: Examined) -> Verdict:
-    amd = module(examined.sysfs, "kvm_amd")
-    loaded = examined.sysfs.path("sys/module/kvm_amd").is_dir()
-    node = examined.sysfs.path("dev/kvm").exists()
+def _kvm(context: CheckContext) -> Verdict:
+    amd = module(context.sysfs, "kvm_amd")
+    loaded = context.sysfs.path("sys/module/kvm_amd").is_dir()
+    node = context.sysfs.path("dev/kvm").exists()
     read = Reading("/dev/kvm", "there" if node else "not there"), Reading(amd.seen, amd.value)
     if node and loaded:
-        return good(f"kvm_amd is {amd.status}", *read)
+        return passed(f"kvm_amd is {amd.status}", *read)
     if node:
-        return bad(NO_KVM_AMD, *read, status=amd.status)
-    messages = examined.log.matching(_LOCKED_OFF)
+        return failed(NO_KVM_AMD, *read, status=amd.status)
+    messages = context.log.matching(_LOCKED_OFF)
     if messages:
-        return bad(SVM_LOCKED, *read, Reading("the kernel's log", messages[0]), message=messages[0])
+        return failed(SVM_LOCKED, *read, Reading("the kernel's log", messages[0]), message=messages[0])
     if amd.status in (ModuleStatus.MISSING, ModuleStatus.BLOCKED):
-        return bad(KVM_AMD_MISSING, *read, status=amd.status, seen=f"{amd.seen}: {amd.value}")
-    return bad(NO_KVM, *read, status=amd.status)
+        return failed(KVM_AMD_MISSING, *read, status=amd.status, seen=f"{amd.seen}: {amd.value}")
+    return failed(NO_KVM, *read, status=amd.status)
 
 
-def _npt(examined: Examined) -> Verdict:
-    has = "npt" in examined.cpu[1]
-    used = examined.sysfs.text("sys/module/kvm_amd/parameters/npt")
+def _npt(context: CheckContext) -> Verdict:
+    has = "npt" in context.cpu[1]
+    used = context.sysfs.text("sys/module/kvm_amd/parameters/npt")
     read = [Reading("/proc/cpuinfo", "flags with npt" if has else "flags without npt")]
     if used is not None:
-        read.append(examined.seen("sys/module/kvm_amd/parameters/npt"))
-    return good("npt", *read) if has and used not in ("N", "0") else bad(NO_NPT, *read)
+        read.append(context.seen("sys/module/kvm_amd/parameters/npt"))
+    return passed("npt", *read) if has and used not in ("N", "0") else failed(NO_NPT, *read)
 
 
 CHECKS = (

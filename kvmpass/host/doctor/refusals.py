@@ -10,21 +10,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.problems import Problem
+from kvmpass.host.blocker import BlockerTemplate
+from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 
 LOG = "the kernel's log"
 _UPDATE = "update the firmware"
 _COLD = "switch this machine off and on again (a restart by kexec does not reset the IOMMU)"
 _AT_FORM = (6, 2)  # ivrs_ioapic=ID@BDF; before, and in many stable kernels besides, ivrs_ioapic[ID]=BDF
 
-TABLE_ERROR = Problem(
+TABLE_ERROR = BlockerTemplate(
     kind="ivrs-error",
     brief="the kernel cannot read the table IVRS",
     cause="AMD-Vi is off: the kernel cannot read the ACPI table IVRS ({what})",
     remedy=_UPDATE,
 )
-CHECKSUM = Problem(
+CHECKSUM = BlockerTemplate(
     kind="ivrs-checksum",
     brief="the table IVRS has a wrong checksum",
     cause="AMD-Vi is off: the ACPI table IVRS has a wrong checksum, so that the kernel does not use it",
@@ -32,13 +32,13 @@ CHECKSUM = Problem(
     f"the "
     "table",
 )
-NO_CX16 = Problem(
+NO_CX16 = BlockerTemplate(
     kind="no-cx16",
     brief="the CPU lacks CMPXCHG16B",
     cause="AMD-Vi is off: this kernel wants a CPU with the instruction CMPXCHG16B for it (flag cx16)",
     remedy="in a virtual machine: let the outer host show the flag cx16 (CPU model host, or EPYC)",
 )
-REGISTERS_TAKEN = Problem(
+REGISTERS_TAKEN = BlockerTemplate(
     kind="iommu-registers-taken",
     brief="its registers are claimed",
     cause="AMD-Vi is off: the IOMMU's registers ({what}) lie in memory that something else has claimed: a bug of the "
@@ -46,14 +46,14 @@ REGISTERS_TAKEN = Problem(
     remedy=f"{_UPDATE}; /proc/iomem (as root) shows who has that memory",
     commands=("grep -i -e amd_iommu -e {first} /proc/iomem",),
 )
-IVHD_TYPE = Problem(
+IVHD_TYPE = BlockerTemplate(
     kind="ivhd-type",
     brief="a block that this kernel does not know",
     cause="AMD-Vi is off: the ACPI table IVRS describes the IOMMU in a block of type {what}, which this kernel does "
     "not know",
     remedy=f"use a newer kernel, or {_UPDATE}",
 )
-HARDWARE = Problem(
+HARDWARE = BlockerTemplate(
     kind="iommu-hardware",
     brief="the IOMMU cannot be started",
     cause="AMD-Vi is off: the kernel could not start IOMMU {what}",
@@ -62,20 +62,20 @@ HARDWARE = Problem(
     "is",
     commands=("lspci -nn | grep -i iommu", "dmesg | grep AMD-Vi"),
 )
-STONEY = Problem(
+STONEY = BlockerTemplate(
     kind="stoney-ridge",
     brief="not with Stoney Ridge graphics",
     cause="AMD-Vi is off: the kernel does not use it beside Stoney Ridge graphics (1002:98e4), which fail with it",
     remedy="boot with amd_iommu=force_enable (Linux 5.14 and later), if the host needs no graphics",
 )
-SME = Problem(
+SME = BlockerTemplate(
     kind="sme-active",
     brief="not with memory encryption, by this microcode",
     cause="AMD-Vi is off: memory encryption (SME) is on, and this CPU's microcode cannot do both",
     remedy="update the firmware or the microcode (0x08001205, or 0x08001126 to 0x080011ff), or boot with "
     "mem_encrypt=off",
 )
-NO_HOST_TABLES = Problem(
+NO_HOST_TABLES = BlockerTemplate(
     kind="no-host-translation",
     brief="it does not translate for the host",
     cause="AMD-Vi does not translate: its firmware or hypervisor offers no page tables that the host can use "
@@ -83,13 +83,13 @@ NO_HOST_TABLES = Problem(
     remedy=f"{_UPDATE}; in a virtual machine there is DMA remapping only if the outer host emulates it (QEMU's "
     "amd-iommu: dma-remap=on)",
 )
-TOO_MANY = Problem(
+TOO_MANY = BlockerTemplate(
     kind="too-many-iommus",
     brief="more than the kernel can drive",
     cause="AMD-Vi is off: this host has more IOMMUs than this kernel can drive",
     remedy="use a newer kernel",
 )
-IOAPIC_MISSING = Problem(
+IOAPIC_MISSING = BlockerTemplate(
     kind="ioapic-not-in-ivrs",
     brief="IOAPIC {what} is not in the table IVRS",
     cause="interrupt remapping is off: the firmware's table IVRS does not say where IOAPIC {what} is, so that the "
@@ -99,7 +99,7 @@ IOAPIC_MISSING = Problem(
     "ivrs_ioapic[ID]=00:14.0). allow_unsafe_interrupts is not accepted instead",
     commands=("dmesg | grep -i -e ioapic -e IVRS",),
 )
-SOUTHBRIDGE_MISSING = Problem(
+SOUTHBRIDGE_MISSING = BlockerTemplate(
     kind="no-southbridge-ioapic",
     brief="the southbridge's IOAPIC is not in IVRS",
     cause="interrupt remapping is off: the firmware's table IVRS has no IOAPIC at 00:14.0, where the southbridge's "
@@ -110,20 +110,20 @@ SOUTHBRIDGE_MISSING = Problem(
     "7.0 and later also want an ISA bridge or an SMBus function at that address",
     commands=("dmesg | grep 'IOAPIC.*GSI'", "lspci -nn -s 00:14.0"),
 )
-REMAPPING_REFUSED = Problem(
+REMAPPING_REFUSED = BlockerTemplate(
     kind="remapping-refused",
     brief="the kernel refuses it",
     cause="interrupt remapping is off: the kernel says that it disables it",
     remedy=f"{_UPDATE}; the messages before that one say more",
     commands=("dmesg | grep AMD-Vi",),
 )
-NO_IOAPIC = Problem(
+NO_IOAPIC = BlockerTemplate(
     kind="no-ioapic",
     brief="IOAPICs are off",
     cause="interrupt remapping is off: the kernel uses no IOAPIC ({words})",
     remedy="remove noapic, nolapic or nosmp from the kernel's command line, or let the firmware have APIC mode",
 )
-BAD_OPTION = Problem(
+BAD_OPTION = BlockerTemplate(
     kind="ivrs-option",
     brief="the kernel cannot read {what}",
     cause="the kernel cannot read {what} on its command line, or has no room for it, and goes on without",
@@ -131,14 +131,14 @@ BAD_OPTION = Problem(
     "ivrs_ioapic[ID]=00:14.0, and so on); at most four of each",
     warning=True,
 )
-FIRMWARE = Problem(
+FIRMWARE = BlockerTemplate(
     kind="ivrs-bug",
     brief="the kernel complains of the firmware",
     cause="the kernel has found a bug in the firmware's table IVRS, and goes on: {what}",
     remedy=f"{_UPDATE} if a device does not work",
     warning=True,
 )
-NO_ANSWER = Problem(
+NO_ANSWER = BlockerTemplate(
     kind="iommu-timeout",
     brief="an IOMMU does not answer",
     cause="an IOMMU does not answer, or a device does not answer it: {what}",
@@ -151,9 +151,9 @@ NO_ANSWER = Problem(
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """What the kernel may say: ``text`` is a pattern for what follows ``AMD-Vi:``, whose groups fill the problem."""
+    """What the kernel may say: ``text`` is a pattern for what follows ``AMD-Vi:``, whose groups fill ``template``."""
 
-    problem: Problem
+    template: BlockerTemplate
     text: str
     prefix: bool = True
 
@@ -197,50 +197,52 @@ _COMPLAINTS = (
 )
 
 
-def refused(examined: Examined, messages: tuple[_Message, ...], *read: Reading, **values: str) -> Verdict | None:
+def refused(context: CheckContext, messages: tuple[_Message, ...], *read: Reading, **values: str) -> Verdict | None:
     """The verdict on the most telling of ``messages`` that the kernel's log has; None where it has none.
 
     ``values`` fill what no message fills. All that the log says of the matter is among the readings.
     """
-    found = list(_found(examined, messages))
+    found = list(_found(context, messages))
     if not found:
         return None
-    problem = found[0][0].problem
-    numbers = dict.fromkeys(match["what"] for one, match in found if one.problem is problem and "what" in one.text)
-    values = {**values, **{name: text or "" for name, text in found[0][1].groupdict().items()}}
+    template = found[0][0].template
+    same = [match.groupdict() for message, match in found if message.template is template]
+    numbers = dict.fromkeys(groups["what"] for groups in same if "what" in groups)
+    values = {**values, **{name: text or "" for name, text in same[0].items()}}
     if numbers:
         values["what"] = " and ".join(numbers)
     lines = dict.fromkeys(match.string for _, match in found)
-    return bad(problem, *read, *(Reading(LOG, line) for line in lines), **values)
+    return failed(template, *read, *(Reading(LOG, line) for line in lines), **values)
 
 
-def _found(examined: Examined, messages: tuple[_Message, ...]) -> Iterator[tuple[_Message, re.Match[str]]]:
+def _found(context: CheckContext, messages: tuple[_Message, ...]) -> Iterator[tuple[_Message, re.Match[str]]]:
     """In the order of ``messages``, which have the most telling first."""
-    lines = [record.text for record in examined.log.records if record.by_kernel]
+    lines = [record.text for record in context.log.records if record.by_kernel]
     for message in messages:
         yield from ((message, match) for line in lines if (match := message(line)))
 
 
-def iommu_refused(examined: Examined, *read: Reading) -> Verdict | None:
+def iommu_refused(context: CheckContext, *read: Reading) -> Verdict | None:
     """Why the kernel does not use the IOMMU, by its own words."""
-    return refused(examined, IOMMU_REFUSED, *read)
+    return refused(context, IOMMU_REFUSED, *read)
 
 
-def remapping_refused(examined: Examined, *read: Reading) -> Verdict | None:
+def remapping_refused(context: CheckContext, *read: Reading) -> Verdict | None:
     """Why the kernel does not remap interrupts, by its own words."""
-    ids = [match["what"] for one, match in _found(examined, REMAPPING_REFUSED_BY) if one.problem is IOAPIC_MISSING]
-    form = "ivrs_ioapic={}@00:14.0" if examined.sysfs.kernel() >= _AT_FORM else "ivrs_ioapic[{}]=00:14.0"
-    options = " or ".join(form.format(one) for one in dict.fromkeys(ids or ["ID"]))
-    line = examined.command_line
+    found = _found(context, REMAPPING_REFUSED_BY)
+    ids = [match["what"] for message, match in found if message.template is IOAPIC_MISSING]
+    form = "ivrs_ioapic={}@00:14.0" if context.sysfs.kernel() >= _AT_FORM else "ivrs_ioapic[{}]=00:14.0"
+    options = " or ".join(form.format(number) for number in dict.fromkeys(ids or ["ID"]))
+    line = context.command_line
     given = [parameter.text for parameter in line.parameters if parameter.name.startswith("ivrs_")]
     readings = (*read, *(Reading("/proc/cmdline", text) for text in given))
     words = " ".join(line.remapping_off()) or "none was found"
-    return refused(examined, REMAPPING_REFUSED_BY, *readings, option=options, words=words)
+    return refused(context, REMAPPING_REFUSED_BY, *readings, option=options, words=words)
 
 
-def log_reading(examined: Examined) -> tuple[Reading, ...]:
+def log_reading(context: CheckContext) -> tuple[Reading, ...]:
     """How far the log can be trusted to have the kernel's words of the boot."""
-    log = examined.log
+    log = context.log
     if log.error is not None:
         return (Reading(LOG, f"not readable: {log.error}"),)
     if not log.complete:
@@ -248,21 +250,21 @@ def log_reading(examined: Examined) -> tuple[Reading, ...]:
     return ()
 
 
-def _complaints(examined: Examined) -> Verdict:
-    verdict = refused(examined, _COMPLAINTS)
-    return verdict or good("none", *(log_reading(examined) or (Reading(LOG, "nothing of these"),)))
+def _complaints(context: CheckContext) -> Verdict:
+    verdict = refused(context, _COMPLAINTS)
+    return verdict or passed("none", *(log_reading(context) or (Reading(LOG, "nothing of these"),)))
 
 
-def _problems(messages: tuple[_Message, ...]) -> tuple[Problem, ...]:
-    return tuple({message.problem.kind: message.problem for message in messages}.values())
+def _templates(messages: tuple[_Message, ...]) -> tuple[BlockerTemplate, ...]:
+    return tuple({message.template.kind: message.template for message in messages}.values())
 
 
-IOMMU_PROBLEMS = _problems(IOMMU_REFUSED)
-REMAPPING_PROBLEMS = _problems(REMAPPING_REFUSED_BY)
+IOMMU_TEMPLATES = _templates(IOMMU_REFUSED)
+REMAPPING_TEMPLATES = _templates(REMAPPING_REFUSED_BY)
 COMPLAINTS = Check(
     "iommu-complaints",
     "Complaints about the IOMMU",
     "messages of AMD-Vi in the kernel's log that refuse nothing",
-    _problems(_COMPLAINTS),
+    _templates(_COMPLAINTS),
     _complaints,
 )

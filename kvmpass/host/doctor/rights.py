@@ -6,8 +6,8 @@ import os
 import pwd
 import stat
 
-from kvmpass.host.check import Check, Examined, Reading, Verdict, bad, good
-from kvmpass.host.problems import Problem
+from kvmpass.host.blocker import BlockerTemplate
+from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 from kvmpass.host.usage import VFIO_PCI, vfio_nodes
 
@@ -17,7 +17,7 @@ _KVM_GROUP = (
     f'echo \'SUBSYSTEM=="misc", KERNEL=="kvm", GROUP="kvm", MODE="0660"\' > {_RULES}-kvm.rules',
 )
 
-NO_ACCESS = Problem(
+NO_ACCESS = BlockerTemplate(
     kind="no-access",
     brief="{nodes}",
     cause="this user ({user}) may not open {nodes}",
@@ -33,7 +33,7 @@ NO_ACCESS = Problem(
         "echo '{user} - memlock {kib}' > /etc/security/limits.d/50-kvmpass-{user}.conf",
     ),
 )
-NO_ACCESS_KVM = Problem(
+NO_ACCESS_KVM = BlockerTemplate(
     kind="no-access-kvm",
     brief="/dev/kvm",
     cause="this user ({user}) may not open /dev/kvm",
@@ -41,14 +41,14 @@ NO_ACCESS_KVM = Problem(
     "tells what a device needs besides",
     commands=(*_KVM_GROUP, "udevadm control --reload && udevadm trigger --subsystem-match=misc"),
 )
-NO_DRIVERS = Problem(
+NO_DRIVERS = BlockerTemplate(
     kind="no-driver-rights",
     brief="not as this user",
     cause="this user ({user}) may not change the driver of {bdf}",
     remedy="run as root: borrowing a device changes its driver, and only root may write those files in sysfs. What "
     "root has put on vfio-pci can be assigned without root",
 )
-NO_DRIVERS_YET = Problem(
+NO_DRIVERS_YET = BlockerTemplate(
     kind="drivers-need-root",
     brief="not as this user",
     cause="this user ({user}) may not change drivers: only devices that are on vfio-pci already can be assigned",
@@ -84,24 +84,24 @@ def _user_name() -> str:
         return str(os.geteuid())
 
 
-def _access(examined: Examined) -> Verdict:
-    sysfs = examined.sysfs
+def _access(context: CheckContext) -> Verdict:
+    sysfs = context.sysfs
     nodes = ["dev/kvm", "dev/vfio/vfio"]
-    group = examined.device.group if examined.bdf is not None and examined.present else None
-    if group is not None and examined.bdf is not None:
-        nodes.append(vfio_nodes(sysfs, examined.bdf, group)[0].lstrip("/"))  # the group's
+    group = context.device.group if context.bdf is not None and context.present else None
+    if group is not None and context.bdf is not None:
+        nodes.append(vfio_nodes(sysfs, context.bdf, group)[0].lstrip("/"))  # the group's
     there = [node for node in nodes if sysfs.path(node).exists()]
     read = [Reading(f"/{node}", _owner(sysfs, node)) for node in there]
     if sysfs.path("dev/iommu").exists():
         read.append(Reading("/dev/iommu", f"{_owner(sysfs, 'dev/iommu')}; kvmpass does not use it"))
     closed = [f"/{node}" for node in there if not _may(sysfs, node)]
     if not closed:
-        return good(" ".join(f"/{node}" for node in there) or "nothing to open yet", *read)
+        return passed(" ".join(f"/{node}" for node in there) or "nothing to open yet", *read)
     user = user_name(sysfs)
     if closed == ["/dev/kvm"] and group is None:
-        return bad(NO_ACCESS_KVM, *read, denied=closed[0], user=user)
-    kib = -(-examined.locked // 1024)
-    return bad(
+        return failed(NO_ACCESS_KVM, *read, denied=closed[0], user=user)
+    kib = -(-context.locked // 1024)
+    return failed(
         NO_ACCESS,
         *read,
         denied=closed[0],
@@ -112,20 +112,20 @@ def _access(examined: Examined) -> Verdict:
     )
 
 
-def _drivers(examined: Examined) -> Verdict:
-    sysfs = examined.sysfs
-    if examined.bdf is not None and examined.present:
-        if examined.device.driver == VFIO_PCI:
-            return good("no need: it is on vfio-pci", Reading(f"driver of {examined.bdf}", VFIO_PCI))
-        file = f"{PCI_DEVICES}/{examined.bdf}/driver_override"
+def _drivers(context: CheckContext) -> Verdict:
+    sysfs = context.sysfs
+    if context.bdf is not None and context.present:
+        if context.device.driver == VFIO_PCI:
+            return passed("no need: it is on vfio-pci", Reading(f"driver of {context.bdf}", VFIO_PCI))
+        file = f"{PCI_DEVICES}/{context.bdf}/driver_override"
     else:
         file = "sys/bus/pci/drivers_probe"
     read = Reading(f"/{file}", _owner(sysfs, file))
     if _may(sysfs, file, os.W_OK):
-        return good("yes", read)
-    if examined.bdf is not None and examined.present:
-        return bad(NO_DRIVERS, read, user=user_name(sysfs), bdf=examined.bdf)
-    return bad(NO_DRIVERS_YET, read, user=user_name(sysfs))
+        return passed("yes", read)
+    if context.bdf is not None and context.present:
+        return failed(NO_DRIVERS, read, user=user_name(sysfs), bdf=context.bdf)
+    return failed(NO_DRIVERS_YET, read, user=user_name(sysfs))
 
 
 CHECKS = (

@@ -10,13 +10,13 @@ from typing import Literal
 from kvmpass._signals import deferred
 from kvmpass.errors import DriverPinned
 from kvmpass.host.address import Bdf, parse_distinct
+from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import blockers, users
 from kvmpass.host.drivers.changes import MATCHING, ON_VFIO_PCI, Setting, all_changes
 from kvmpass.host.drivers.driverctl import saved_override
 from kvmpass.host.drivers.journal import Journal, Operation
 from kvmpass.host.drivers.lock import Say
 from kvmpass.host.drivers.transaction import DRIVER_TIMEOUT, OnStep, Transaction, check_privilege
-from kvmpass.host.problems import Blocker
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
+from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import blockers
 from kvmpass.host.doctor import check_host
 from kvmpass.host.drivers.restore import orphaned
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
-from kvmpass.host.problems import Blocker
 from kvmpass.host.sysfs import PCI_DEVICES, IommuGroup, PciDevice, Sysfs
 from kvmpass.host.view.filters import select
 

@@ -106,7 +106,7 @@ def test_a_plan(host: Host) -> None:
 def test_the_whole_group(host: Host) -> None:
     host.add(SOUND, "snd_hda_intel", 7, 0x040300)
     alone = kvmpass.plan([NVME], memory="64M", sysfs=host)
-    assert [one.reason.kind for one in alone.blocks] == ["group-not-viable"]
+    assert [one.blocker.kind for one in alone.blocks] == ["group-not-viable"]
     assert [one.part for one in alone.devices[0].members] == ["blocks"]
     both = kvmpass.plan([NVME, SOUND], memory="64M", sysfs=host)
     assert both.blocks == ()
@@ -118,7 +118,7 @@ def test_everything_that_blocks(host: Host) -> None:
     host.put("sys/bus/pci/devices/0000:02:00.0/boot_vga", "1")
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
     made = kvmpass.plan([NVME, "02:00.0", NVME, "09:00.0"], memory="5G", sysfs=host)
-    assert sorted((str(one.bdf), one.reason.kind) for one in made.blocks) == [
+    assert sorted((str(one.bdf), one.blocker.kind) for one in made.blocks) == [
         ("0000:02:00.0", "in-use"),
         ("0000:09:00.0", "no-device"),
         ("None", "memory-short"),
@@ -136,11 +136,11 @@ def test_what_does_not_fit(host: Host) -> None:
     size = 1 << 30  # the window for 32-bit BARs has half of it
     host.put(f"sys/bus/pci/devices/{NVME}/resource", f"0x40000000 {0x40000000 + size - 1:#x} 0x200")
     [block] = kvmpass.plan([NVME], memory="64M", sysfs=host).blocks
-    assert (str(block.bdf), block.reason.kind) == (NVME, "request")
-    assert "no room for a 32-bit memory BAR" in block.reason.cause
+    assert (str(block.bdf), block.blocker.kind) == (NVME, "request")
+    assert "no room for a 32-bit memory BAR" in block.blocker.cause
     too_small = kvmpass.plan([NVME], memory="4K", sysfs=host)
     assert too_small.memory is None
-    assert "at least 1 MiB" in too_small.blocks[-1].reason.cause
+    assert "at least 1 MiB" in too_small.blocks[-1].blocker.cause
 
 
 def test_a_machine_without_anything(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_machine_without_anything(tmp_path: Path) -> None:
     host.put("proc/self/limits", "Max locked memory  unlimited  unlimited  bytes")
     host.add(NVME, "nvme", None)
     made = kvmpass.plan([NVME], memory="1G", sysfs=host)
-    assert {one.reason.kind for one in made.blocks} == {"not-amd", "no-ivrs", "no-vfio-pci"}
+    assert {one.blocker.kind for one in made.blocks} == {"not-amd", "no-ivrs", "no-vfio-pci"}
     assert (made.phys_bits, made.width_from, made.confined) == (40, "assumed", False)
     assert (made.map_calls, made.locked) == (1, GIB)
 

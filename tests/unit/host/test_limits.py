@@ -47,15 +47,15 @@ def rlimits(host: Host, **values: str) -> None:
 
 def found(host: Host, kind: str, outcome: Outcome = Outcome.FAIL, **options: int) -> Finding:
     """The one finding that is no pass."""
-    wrong = [one for one in diagnose(host, NVME, **options) if one.trouble]
-    assert [(one.trouble.kind, one.outcome) for one in wrong if one.trouble] == [(kind, outcome)]
+    wrong = [one for one in diagnose(host, NVME, **options) if one.blocker]
+    assert [(one.blocker.kind, one.outcome) for one in wrong if one.blocker] == [(kind, outcome)]
     assert host.writes == []
     return wrong[0]
 
 
 def text(finding: Finding) -> str:
-    assert finding.trouble is not None
-    return "\n".join([finding.trouble.cause, finding.trouble.remedy, *finding.trouble.commands])
+    assert finding.blocker is not None
+    return "\n".join([finding.blocker.cause, finding.blocker.remedy, *finding.blocker.commands])
 
 
 def test_without_limits(host: Host) -> None:
@@ -84,7 +84,7 @@ def test_memory_at_every_level(host: Host, directory: str, command: str) -> None
     with pytest.raises(NotEnoughMemory, match=r"memory\.max leaves 300 MiB"):
         library.doctor.check_memory(host, GIB)
     blocks = kvmpass.plan([NVME], memory="1G", sysfs=host).blocks
-    assert [one.reason.kind for one in blocks] == ["cgroup-memory"]
+    assert [one.blocker.kind for one in blocks] == ["cgroup-memory"]
     assert {one.outcome for one in diagnose(host, NVME, memory=128 * MIB)} == {Outcome.PASS}
 
 
@@ -217,7 +217,7 @@ def test_its_own_limits(host: Host, kind: str, values: dict[str, str], words: li
         assert word in text(finding)
     assert "/etc/systemd/system/lab.service.d/kvmpass.conf; systemctl daemon-reload" in text(finding)
     host.put("proc/self/cgroup", "0::/user.slice/user-7.slice/session-1.scope")
-    assert "systemctl" not in "".join(found(host, kind).trouble.commands)  # type: ignore[union-attr]
+    assert "systemctl" not in "".join(found(host, kind).blocker.commands)  # type: ignore[union-attr]
     if kind not in ("memlock-low",):
         with pytest.raises((HostNotReady, NotEnoughMemory)):
             library.doctor.check_limits(host, GIB)

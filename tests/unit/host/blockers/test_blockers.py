@@ -129,7 +129,7 @@ def bars(host: Host, resource: list[str], config: bytes, **options: Any) -> tupl
     host.put(f"{DEVICE}/resource", "\n".join([*resource, *[NOTHING] * (7 - len(resource))]))
     host.put(f"{DEVICE}/config", config)
     [finding] = [one for one in library.diagnose(host, GPU) if one.check == "device-bars"]
-    return kinds(host), finding.trouble.cause if finding.trouble else ""
+    return kinds(host), finding.blocker.cause if finding.blocker else ""
 
 
 @pytest.mark.parametrize(

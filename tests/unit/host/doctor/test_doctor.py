@@ -44,14 +44,14 @@ def change(host: Host, changes: dict[str, str | bytes | None]) -> None:
 
 
 def kinds(findings: list[Finding], outcome: Outcome) -> list[str]:
-    return [one.trouble.kind for one in findings if one.outcome is outcome and one.trouble]
+    return [one.blocker.kind for one in findings if one.outcome is outcome and one.blocker]
 
 
 def found(host: Host, kind: str, bdf: Bdf | None = NVME, **options: Any) -> Finding:
     """The finding of that kind; nothing else is wrong."""
     findings = diagnose(host, bdf, **options)
-    wrong = [one for one in findings if one.trouble]
-    assert [one.trouble.kind for one in wrong if one.trouble] == [kind]
+    wrong = [one for one in findings if one.blocker]
+    assert [one.blocker.kind for one in wrong if one.blocker] == [kind]
     assert host.writes == []
     return wrong[0]
 
@@ -108,8 +108,8 @@ def test_one_failure(host: Host, kind: str, changes: dict[str, str | bytes | Non
     change(host, changes)
     finding = found(host, kind)
     assert finding.outcome is Outcome.FAIL
-    assert finding.trouble is not None
-    assert finding.trouble.remedy
+    assert finding.blocker is not None
+    assert finding.blocker.remedy
     assert finding.read
 
 
@@ -164,12 +164,12 @@ def test_what_is_needed_comes_first() -> None:
 
 def test_templates_can_be_filled() -> None:
     for check in library.doctor.CATALOGUE:
-        for problem in check.problems:
-            texts = [problem.brief, problem.cause, problem.remedy, *problem.commands]
+        for template in check.templates:
+            texts = [template.brief, template.cause, template.remedy, *template.commands]
             names = {name for text in texts for _, name, _, _ in string.Formatter().parse(text) if name}
-            blocker = problem.found(**dict.fromkeys(names, "x"))
+            blocker = template.fill(**dict.fromkeys(names, "x"))
             assert "{" not in blocker.cause + blocker.remedy + "".join(blocker.commands)
-            assert len(problem.brief) <= 48, f"{problem.kind}: too long for a line"
+            assert len(template.brief) <= 48, f"{template.kind}: too long for a line"
 
 
 # --- modules
@@ -212,7 +212,7 @@ def test_a_module(host: Host, files: dict[str, str | bytes | None], kind: str | 
     findings = diagnose(host)
     assert kinds(findings, Outcome.FAIL) == ([kind] if kind else [])
     [finding] = [one for one in findings if one.check == "vfio-pci"]
-    assert word in (finding.trouble.cause + finding.summary if finding.trouble else finding.summary)
+    assert word in (finding.blocker.cause + finding.summary if finding.blocker else finding.summary)
     if kind is None:
         library.doctor.check_host(host)
     else:
@@ -326,7 +326,7 @@ def test_memory_mapped_one_to_one(host: Host) -> None:
     host.put(RELEASE, "6.12.0-amd64")
     finding = found(host, "one-to-one")
     assert finding.outcome is Outcome.WARN
-    assert "0000:02:00.0" in finding.trouble.cause if finding.trouble else False
+    assert "0000:02:00.0" in finding.blocker.cause if finding.blocker else False
     assert "IVMD 0x9f000000-0x9fffffff for 02:00.0" in [reading.value for reading in finding.read]
     findings = diagnose(host, Bdf(0, 2, 0, 0))
     assert kinds(findings, Outcome.FAIL) == ["device-one-to-one"]
@@ -370,8 +370,8 @@ def test_a_device(host: Host, kind: str, outcome: Outcome, changes: dict[str, st
     if kind == "no-iommu":
         host.add("0000:02:00.0", None, 8)  # or the host has no group at all
     change(host, changes)
-    findings = [one for one in diagnose(host, NVME) if one.bdf and one.trouble]
-    assert [(one.trouble.kind, one.outcome) for one in findings if one.trouble] == [(kind, outcome)]
+    findings = [one for one in diagnose(host, NVME) if one.bdf and one.blocker]
+    assert [(one.blocker.kind, one.outcome) for one in findings if one.blocker] == [(kind, outcome)]
 
 
 def test_no_such_device(host: Host) -> None:
@@ -393,7 +393,7 @@ def test_a_sibling(host: Host) -> None:
 
 def test_an_assigned_device(host: Host) -> None:
     host.process(123, "qemu", nodes=("/dev/vfio/7",))
-    assert "process 123 (qemu)" in str(found(host, "assigned").trouble)
+    assert "process 123 (qemu)" in str(found(host, "assigned").blocker)
 
 
 def test_a_framebuffer_elsewhere(host: Host) -> None:
@@ -404,7 +404,7 @@ def test_a_framebuffer_elsewhere(host: Host) -> None:
 def test_a_reset_of_the_whole_bus(host: Host) -> None:
     host.add("0000:01:00.1", None, 8)
     host.put(f"{DEVICE}/reset_method", "")
-    assert "would reset 0000:01:00.1 too" in str(found(host, "no-reset").trouble)
+    assert "would reset 0000:01:00.1 too" in str(found(host, "no-reset").blocker)
 
 
 def test_what_others_have_noted_about_the_driver(host: Host) -> None:
@@ -429,8 +429,8 @@ def test_huge_pages(host: Host) -> None:
     change(host, {f"{pool}/free_hugepages": "512", f"{pool}/nr_hugepages": "600", f"{pool}/resv_hugepages": "12"})
     assert kinds(diagnose(host), Outcome.FAIL) == []
     finding = found(host, "huge-pages-short", None, memory=GIB, huge_page=2 * MIB)
-    assert finding.trouble is not None
-    assert finding.trouble.commands == (f"echo 612 > /{pool}/nr_hugepages",)
+    assert finding.blocker is not None
+    assert finding.blocker.commands == (f"echo 612 > /{pool}/nr_hugepages",)
     assert kinds(diagnose(host, memory=1000 * MIB, huge_page=2 * MIB), Outcome.FAIL) == []
 
 
@@ -450,9 +450,9 @@ def test_an_ordinary_user(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     host.put("dev/vfio/7", "")
     closed(monkeypatch, "dev/kvm", "dev/vfio/7", "driver_override", "drivers_probe")
     finding = found(host, "no-access")
-    assert finding.trouble is not None
-    assert "/dev/kvm, /dev/vfio/7" in finding.trouble.cause
-    typed = "\n".join(finding.trouble.commands)
+    assert finding.blocker is not None
+    assert "/dev/kvm, /dev/vfio/7" in finding.blocker.cause
+    typed = "\n".join(finding.blocker.commands)
     assert 'SUBSYSTEM=="vfio", KERNEL=="7", GROUP="vfio", MODE="0660"' in typed
     assert "- memlock 1048576" in typed
     assert found(host, "no-access-kvm", None).check == "access"

@@ -71,23 +71,23 @@ def log(host: Host, *messages: str, priority: int = 3) -> None:
     host.put("dev/kmsg", "\n".join(f"{priority},{at},1,-;{text}" for at, text in enumerate(messages)))
 
 
-def trouble(host: Host, outcome: Outcome = Outcome.FAIL) -> Finding:
+def found(host: Host, outcome: Outcome = Outcome.FAIL) -> Finding:
     [finding] = [one for one in diagnose(host) if one.outcome is outcome]
-    assert finding.trouble is not None
+    assert finding.blocker is not None
     return finding
 
 
 def words(finding: Finding) -> str:
-    assert finding.trouble is not None
-    return " ".join([finding.trouble.cause, finding.trouble.remedy, *finding.trouble.commands])
+    assert finding.blocker is not None
+    return " ".join([finding.blocker.cause, finding.blocker.remedy, *finding.blocker.commands])
 
 
 @pytest.mark.parametrize(("kind", "message", "word"), IOMMU)
 def test_the_iommu_is_not_used(host: Host, kind: str, message: str, word: str) -> None:
     host.path("sys/class/iommu/ivhd0").rmdir()
     log(host, "Linux version 6.12", message)
-    finding = trouble(host)
-    assert (finding.check, finding.trouble and finding.trouble.kind) == ("iommu", kind)
+    finding = found(host)
+    assert (finding.check, finding.blocker and finding.blocker.kind) == ("iommu", kind)
     assert word in words(finding)
     assert message in [reading.value for reading in finding.read]
     with pytest.raises(HostNotReady, match="AMD-Vi"):
@@ -99,8 +99,8 @@ def test_interrupts_are_not_remapped(host: Host, kind: str, release: str, messag
     host.put("proc/sys/kernel/osrelease", release)
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
     log(host, message, "AMD-Vi: Disabling interrupt remapping")
-    finding = trouble(host)
-    assert (finding.check, finding.trouble and finding.trouble.kind) == ("interrupt-remapping", kind)
+    finding = found(host)
+    assert (finding.check, finding.blocker and finding.blocker.kind) == ("interrupt-remapping", kind)
     assert word in words(finding)
     assert message in [reading.value for reading in finding.read]
 
@@ -108,8 +108,8 @@ def test_interrupts_are_not_remapped(host: Host, kind: str, release: str, messag
 @pytest.mark.parametrize(("kind", "message", "word"), COMPLAINTS)
 def test_complaints(host: Host, kind: str, message: str, word: str) -> None:
     log(host, message)
-    finding = trouble(host, Outcome.WARN)
-    assert (finding.check, finding.trouble and finding.trouble.kind) == ("iommu-complaints", kind)
+    finding = found(host, Outcome.WARN)
+    assert (finding.check, finding.blocker and finding.blocker.kind) == ("iommu-complaints", kind)
     assert word in words(finding)
     library.doctor.check_host(host)
 
@@ -118,7 +118,7 @@ def test_two_ioapics_and_what_is_on_the_command_line(host: Host) -> None:
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
     host.put("proc/cmdline", "ivrs_ioapic=6@00:14.0")
     log(host, *[f"AMD-Vi: {BUG}: IOAPIC[{number}] not in IVRS table" for number in (7, 8, 7)])
-    finding = trouble(host)
+    finding = found(host)
     assert "IOAPIC 7 and 8 is" in words(finding)
     assert "ivrs_ioapic=7@00:14.0 or ivrs_ioapic=8@00:14.0" in words(finding)
     assert "ivrs_ioapic=6@00:14.0" in [reading.value for reading in finding.read]
@@ -128,9 +128,9 @@ def test_the_command_line_comes_first(host: Host) -> None:
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
     host.put("proc/cmdline", "intremap=nosid,off")
     log(host, "AMD-Vi: Disabling interrupt remapping")
-    finding = trouble(host)
-    assert finding.trouble is not None
-    assert finding.trouble.kind == "intremap-off"
+    finding = found(host)
+    assert finding.blocker is not None
+    assert finding.blocker.kind == "intremap-off"
     assert finding.summary == "off: intremap=off in intremap=nosid,off"
 
 
@@ -145,15 +145,15 @@ def test_the_command_line_comes_first(host: Host) -> None:
 def test_what_the_kernel_did_not_say(host: Host, priority: int, message: str) -> None:
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
     log(host, message, priority=priority)
-    finding = trouble(host)
-    assert finding.trouble is not None
-    assert finding.trouble.kind == "no-intremap"
+    finding = found(host)
+    assert finding.blocker is not None
+    assert finding.blocker.kind == "no-intremap"
     assert "intremap=off" not in words(finding), "nothing says that it is on the command line"
 
 
 def test_a_log_whose_beginning_is_lost(host: Host) -> None:
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
     host.put("dev/kmsg", "6,4711,1,-;eth0: link up")
-    assert "its beginning is lost: journalctl -k -b may have it" in [one.value for one in trouble(host).read]
+    assert "its beginning is lost: journalctl -k -b may have it" in [one.value for one in found(host).read]
     host.path("dev/kmsg").unlink()
-    assert "not readable: No such file or directory" in [one.value for one in trouble(host).read]
+    assert "not readable: No such file or directory" in [one.value for one in found(host).read]

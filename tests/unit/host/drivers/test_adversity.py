@@ -163,7 +163,7 @@ def test_a_last_word_that_nobody_hears(host: Host, state: Path) -> None:
 
 def test_virtual_functions_whose_ids_read_as_ones_are_not_silent(host: Host) -> None:
     host.path("sys/bus/pci/devices", NIC, "config").write_bytes(b"\xff" * 4 + bytes(60))
-    kinds = {finding.trouble.kind for finding in diagnose(host, Bdf.parse(NIC)) if finding.trouble and finding.bdf}
+    kinds = {finding.blocker.kind for finding in diagnose(host, Bdf.parse(NIC)) if finding.blocker and finding.bdf}
     assert "device-silent" not in kinds
 
 
@@ -199,8 +199,8 @@ def test_vfio_pci_takes_the_console_off_a_display(host: Host, release: str, kind
     host.put("proc/sys/kernel/osrelease", release)
     host.put("proc/iomem", "fe000000-fe0fffff : efifb\nnot a range : efifb")
     host.put(f"sys/devices/pci0000:00/{NIC}/class", "0x030000")
-    found = [one.trouble for one in diagnose(host, Bdf.parse(NIC)) if one.bdf and one.trouble]
-    assert [trouble.kind for trouble in found if "framebuffer" in trouble.kind] == kinds
+    found = [one.blocker for one in diagnose(host, Bdf.parse(NIC)) if one.bdf and one.blocker]
+    assert [blocker.kind for blocker in found if "framebuffer" in blocker.kind] == kinds
 
 
 def test_another_device_in_the_same_slot_is_not_taken_for_the_first(host: Host, state: Path) -> None:

@@ -370,7 +370,7 @@ def test_named_twice(host: Host, operation: Callable[[str, str], object]) -> Non
     with pytest.raises(BadAddress, match=f"{NVME} is named twice") as refused:
         operation("01:00.0", NVME)
     assert refused.value.__notes__ == ["name each device once"]
-    blocks = [block.reason for block in plan(["01:00.0", NVME], sysfs=host).blocks]
+    blocks = [block.blocker for block in plan(["01:00.0", NVME], sysfs=host).blocks]
     assert (f"{NVME} is named twice", "name each device once") in [(one.cause, one.remedy) for one in blocks]
 
 

@@ -190,8 +190,8 @@ def test_replaced_on_request(host: Host, tmp_path: Path) -> None:
         found = inventory(tree)
         assert [(one.device.bdf, [blocker.kind for blocker in one.blockers]) for one in found.devices] == before
         [finding] = [one for one in diagnose(tree, Bdf.parse(NIC)) if one.check == "device-free"]
-        assert finding.trouble is not None
-        assert "the default route goes through enx0200000000" in finding.trouble.cause
+        assert finding.blocker is not None
+        assert "the default route goes through enx0200000000" in finding.blocker.cause
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Problems of a host or a device in words: described once, filled in where they are found."""
+"""Blockers: why a device, or this host, cannot be used for assignment. Described once, filled in where found."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from kvmpass.layout import MIB
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """One reason why something cannot be done now: ``brief`` for a list, ``cause`` and ``remedy`` in full.
-
-    ``kind`` is a word for programs; :mod:`kvmpass.host.blockers` has those of devices. ``commands`` belong to the
-    remedy: lines to type as root. ``error`` is the exception that a refusal raises for it, unless ``denied`` names a
-    file that this user may not open: then it is a ``PermissionError``. ``devices`` are the siblings that block the
-    group. ``bindable`` and ``forceable`` are those of the :class:`Problem`.
-    """
+    """One reason why something cannot be done now, or a warning about it."""
 
     kind: str
+    """Machine-readable identifier; the checks in :mod:`kvmpass.host.blockers` have those of devices."""
     brief: str
+    """A few words, for a list."""
     cause: str
+    """What is wrong, on what, why: one sentence without a full stop."""
     remedy: str
+    """What to do about it."""
     error: type[KvmpassError]
+    """The exception that :meth:`exception` makes, unless ``denied`` is set."""
     commands: tuple[str, ...] = ()
+    """The remedy as shell commands, to be typed as root."""
     denied: str = ""
+    """A file that this user may not open: :meth:`exception` makes a ``PermissionError``; else empty."""
     devices: tuple[Bdf, ...] = ()
+    """The siblings that keep the IOMMU group from being viable."""
     bindable: bool = False
+    """It blocks assignment, but not binding to vfio-pci."""
     forceable: bool = False
+    """``kvmpass bind --force`` overrides it."""
 
     def exception(self) -> Exception:
-        """To be raised; the remedy is its note."""
+        """Return the exception for a refusal; the remedy is its note."""
         if not self.denied:
             return self.error(self.cause, self.remedy)
         refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES), self.denied)
@@ -42,16 +46,16 @@ class Blocker:
 
 
 def mib(size: int) -> str:
-    """Bytes in words."""
+    """``size`` bytes as text, in whole MiB."""
     return f"{size // MIB} MiB"
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """A problem in general. The texts are templates (``str.format``); docs/troubleshooting.md shows them as they are.
+class BlockerTemplate:
+    """A :class:`Blocker` before its values are known. docs/troubleshooting.md shows the templates as they are.
 
-    ``warning``: it does not keep a device from being assigned. ``bindable``: it keeps a device from being assigned,
-    not from being bound to vfio-pci. ``forceable``: ``kvmpass bind --force`` overrides it.
+    ``brief``, ``cause``, ``remedy`` and ``commands`` are ``str.format`` templates; the other fields are those of the
+    :class:`Blocker`.
     """
 
     kind: str
@@ -61,11 +65,12 @@ class Problem:
     commands: tuple[str, ...] = ()
     error: type[KvmpassError] = HostNotReady
     warning: bool = False
+    """It does not block assignment."""
     bindable: bool = False
     forceable: bool = False
 
-    def found(self, *, denied: str = "", **values: object) -> Blocker:
-        """The problem as it is here."""
+    def fill(self, *, denied: str = "", **values: object) -> Blocker:
+        """Return the blocker with ``values`` in its texts. Raises ``KeyError`` for a value that is missing."""
         brief, cause, remedy = (text.format(**values) for text in (self.brief, self.cause, self.remedy))
         commands = tuple(line.format(**values) for line in self.commands)
         return Blocker(
