@@ -1,4 +1,4 @@
-"""The host's devices and IOMMU groups, as they are shown."""
+"""PCI devices and IOMMU groups of this host, for display: inventory, description, filters, events."""
 
 from kvmpass.host.view.capabilities import (
     Acs,

@@ -1,6 +1,6 @@
-"""What a function's configuration space says of it: interrupts, resets, power, translation services, isolation.
+"""Capabilities of a function, from its configuration space: interrupts, reset, power, ATS/PRI/PASID, ACS.
 
-Read from ``config`` in sysfs, of which only root sees more than the first 64 bytes. Sources of offsets and bits:
+Read from ``config`` in sysfs; non-root users see the first 64 bytes only. Sources of offsets and bits:
 include/uapi/linux/pci_regs.h; PCI Express base specification 5.0, the sections named at each reader.
 """
 
@@ -33,7 +33,7 @@ EXPRESS_TYPES = {
     0xA: "root complex event collector",
 }
 
-# PCI Code and ID Assignment Specification, sections 2 and 3: what is told by its name only.
+# PCI Code and ID Assignment Specification, sections 2 and 3: capabilities that are shown by name only.
 _NAMES = {
     0x02: "AGP",
     pciregs.CAP_VPD: "VPD",
@@ -88,79 +88,110 @@ _READ_EXTENDED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Express:
-    """``kind`` is the device/port type in words; ``flr`` whether it can reset this function alone."""
+    """The PCI Express capability."""
 
     kind: str
+    """Device/port type as text, one of :data:`EXPRESS_TYPES`."""
     flr: bool
+    """Function Level Reset is supported."""
     slot: bool
+    """The port is connected to a slot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Power:
-    """States that the function has, and from which it can wake the host (PME)."""
+    """The power management capability."""
 
     states: tuple[str, ...]
+    """Supported states (``D0`` … ``D3hot``)."""
     wakes_from: tuple[str, ...]
-    keeps_state: bool  # No_Soft_Reset: D3hot to D0 is no reset
+    """States in which the function can assert PME#."""
+    keeps_state: bool
+    """No_Soft_Reset: D3hot to D0 does not reset the function."""
 
 
 @dataclass(frozen=True, slots=True)
 class SriovRegisters:
-    """``first`` and ``stride`` give the routing ids of the virtual functions relative to the physical one."""
+    """The SR-IOV capability of a physical function (PF); VF: virtual function."""
 
     total: int
+    """TotalVFs."""
     initial: int
+    """InitialVFs."""
     enabled: int
+    """NumVFs if VF Enable is set, else 0."""
     first: int
+    """First VF Offset: routing ID of the first VF, relative to the PF's."""
     stride: int
+    """VF Stride: distance between the routing IDs of two VFs."""
     device: int
+    """VF Device ID."""
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A translation service of the device; ``detail`` is the queue depth (ATS) or the width in bits (PASID)."""
+    """One of ATS, PRI and PASID."""
 
     enabled: bool
+    """Whether it is enabled."""
     detail: int | None = None
+    """Invalidate queue depth (ATS: 1 to 32), width in bits (PASID); None for PRI."""
 
 
 @dataclass(frozen=True, slots=True)
 class Acs:
-    """Access control services: the bits that the function has, and those that are on, by their short names."""
+    """Access Control Services, by the short names of :data:`ACS_BITS`."""
 
     supported: tuple[str, ...]
+    """Bits of the ACS Capability register."""
     enabled: tuple[str, ...]
+    """Bits of the ACS Control register."""
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """All None and empty where ``readable`` is false: without root, or a device that does not answer.
-
-    ``answers`` is false where all bytes read as ones: the device is powered off, or gone.
-    """
+    """The capabilities of a function; None for a capability that it does not have."""
 
     readable: bool
+    """False for non-root users, and for a device that does not respond; then the capabilities are unknown."""
     answers: bool
+    """False if all bytes read as ones: the device is powered off, or gone."""
     memory_enabled: bool
+    """Memory Space Enable, in the Command register."""
     io_enabled: bool
+    """I/O Space Enable."""
     bus_master: bool
+    """Bus Master Enable."""
     multifunction: bool
+    """The device has several functions (Header Type, bit 7)."""
     msi: MsiRegisters | None = None
+    """MSI."""
     msix: MsixRegisters | None = None
+    """MSI-X."""
     express: Express | None = None
+    """PCI Express."""
     advanced_flr: bool = False
+    """Function Level Reset by the Advanced Features capability of conventional PCI."""
     power: Power | None = None
+    """Power management."""
     sriov: SriovRegisters | None = None
+    """SR-IOV, of a physical function."""
     ats: Service | None = None
+    """Address Translation Services."""
     pri: Service | None = None
+    """Page Request Interface."""
     pasid: Service | None = None
+    """Process Address Space ID."""
     acs: Acs | None = None
+    """Access Control Services."""
     aer: bool = False
+    """Advanced Error Reporting."""
     others: tuple[str, ...] = ()
+    """Names of all other capabilities; the number for one without a name."""
 
 
 def read_config(sysfs: Sysfs, bdf: Bdf) -> bytes:
-    """The readable part of configuration space: 0, 64, 256 or 4096 bytes."""
+    """Return the readable part of configuration space: 0, 64, 256 or 4096 bytes."""
     try:
         return sysfs.data(PCI_DEVICES, str(bdf), "config")
     except OSError:
@@ -168,11 +199,12 @@ def read_config(sysfs: Sysfs, bdf: Bdf) -> bytes:
 
 
 def capabilities_of(sysfs: Sysfs, bdf: Bdf) -> Capabilities:
+    """Return the capabilities of a function. Reading them resumes a suspended device."""
     return decode(read_config(sysfs, bdf))
 
 
 def decode(space: bytes) -> Capabilities:
-    """Configuration space as values. Never fails: what lies beyond the end reads as zero."""
+    """Decode configuration space. Raises nothing: bytes beyond the end of ``space`` read as zero."""
 
     def read(offset: int, size: int) -> int:
         return int.from_bytes(space[offset : offset + size], "little")
@@ -210,23 +242,21 @@ def decode(space: bytes) -> Capabilities:
         pri=extended(pciregs.EXT_PRI, _pri),
         pasid=extended(pciregs.EXT_PASID, _pasid),
         acs=extended(pciregs.EXT_ACS, _acs),
-        aer=any(one.id == pciregs.EXT_AER for one in more),
+        aer=any(capability.id == pciregs.EXT_AER for capability in more),
         others=_others(found, more),
     )
 
 
 def _first(found: list[Capability], number: int, read: Read, reader: Callable[[Read, int], _T]) -> _T | None:
-    return next((reader(read, one.offset) for one in found if one.id == number), None)
+    return next((reader(read, capability.offset) for capability in found if capability.id == number), None)
 
 
 def _others(found: list[Capability], more: list[Capability]) -> tuple[str, ...]:
-    """Names of what has no reader here; numbers of what has no name."""
-    names = [_NAMES.get(one.id, f"capability {one.id:#04x}") for one in found if one.id not in _READ]
-    names += [
-        _EXTENDED_NAMES.get(one.id, f"extended capability {one.id:#06x}")
-        for one in more
-        if one.id not in _READ_EXTENDED and one.id
-    ]
+    """The names of capabilities that are not decoded."""
+    ids = [capability.id for capability in found if capability.id not in _READ]
+    names = [_NAMES.get(number, f"capability {number:#04x}") for number in ids]
+    ids = [capability.id for capability in more if capability.id and capability.id not in _READ_EXTENDED]
+    names += [_EXTENDED_NAMES.get(number, f"extended capability {number:#06x}") for number in ids]
     return tuple(dict.fromkeys(names))
 
 
@@ -243,7 +273,7 @@ def _advanced_flr(read: Read, at: int) -> bool:
 
 
 def _power(read: Read, at: int) -> Power:
-    """Capabilities: 7.5.2.1; control: 7.5.2.2. D0 and D3hot every function has."""
+    """Capabilities: 7.5.2.1; control: 7.5.2.2. Every function has D0 and D3hot."""
     control = read(at + 2, 2)
     states = ["D0", *(["D1"] if control & 0x200 else []), *(["D2"] if control & 0x400 else []), "D3hot"]
     wakes = [name for bit, name in enumerate(("D0", "D1", "D2", "D3hot", "D3cold")) if control >> (11 + bit) & 1]

@@ -1,4 +1,4 @@
-"""Words for PCI class codes: what kind of device it is, in as few words as will do.
+"""Short names of PCI class codes.
 
 Source: PCI Code and ID Assignment Specification, section 1.
 """
@@ -74,6 +74,6 @@ _BASE_CLASSES = {
 
 
 def class_words(class_code: int) -> str:
-    """What kind of device a class code of 24 bits stands for, in a word or two."""
+    """Return the kind of device for a class code (24 bits), in a word or two; ``class 7701`` if unknown."""
     known = _SUB_CLASSES.get(class_code >> 8) or _BASE_CLASSES.get(class_code >> 16)
     return known or f"class {class_code >> 8:04x}"

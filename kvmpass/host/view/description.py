@@ -1,4 +1,4 @@
-"""Everything about one device: what ``kvmpass show`` tells."""
+"""The full description of one device, as ``kvmpass show`` prints it."""
 
 from __future__ import annotations
 
@@ -34,47 +34,56 @@ _ROM, _VF_BARS, _WINDOWS = BARS, 7, 4
 
 @dataclass(frozen=True, slots=True)
 class BarInfo:
-    """A BAR, the expansion ROM, a BAR for virtual functions (its size is that for all of them), a bridge's window.
-
-    ``name`` is ``bar0``, ``rom``, ``vf-bar0``, ``window0``; ``bits`` 32 or 64, None for I/O ports; ``address`` is
-    host-physical, None where the host has assigned none. ``size`` is in bytes.
-    """
+    """A BAR, the expansion ROM, a VF BAR, or a bridge window."""
 
     name: str
+    """``bar0``, ``rom``, ``vf-bar0``, ``window0``."""
     io: bool
+    """I/O ports, not memory."""
     bits: int | None
+    """Width of its addresses, 32 or 64; None for I/O ports."""
     prefetchable: bool
+    """Prefetchable memory."""
     address: int | None
+    """Host-physical address; None if the kernel has not assigned one."""
     size: int
+    """Bytes; of a VF BAR for all virtual functions together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """One device and its surroundings at one moment.
-
-    ``driverctl`` is the driver that driverctl binds at each boot (``none``: no driver), ``uses`` what the host does
-    with the device, or which process has assigned it, a clause each, ``unseen`` why it may be in use all the same,
-    ``functions`` the other functions of the same physical device (no virtual ones). ``complete``: this user sees the
-    processes and the registers of all.
-    """
+    """One device, its IOMMU group and its upstream bridges at one moment."""
 
     status: DeviceStatus
+    """The device, its names and blockers."""
     host: HostStatus
+    """Whether this host can assign devices."""
     subsystem_name: str | None
+    """The name of the card or board; None if unknown."""
     driverctl: str | None
+    """The driver that driverctl binds at each boot (``none``: no driver); None without driverctl."""
     bars: tuple[BarInfo, ...]
+    """BARs, ROM and windows that are in use."""
     capabilities: Capabilities
+    """The capabilities in configuration space."""
     group: IommuGroup | None
+    """The IOMMU group; None without one."""
     siblings: tuple[Sibling, ...]
+    """The other devices of the group, by address."""
     bridges: tuple[Bridge, ...]
+    """The bridges between the device and the root bus, nearest first."""
     functions: tuple[Bdf, ...]
+    """The other functions of the same physical device, without virtual functions."""
     uses: tuple[str, ...]
+    """What the host uses the device for, or which process has it assigned, one clause each."""
     unseen: tuple[str, ...]
+    """Why the device may be in use although no use is visible, one clause each."""
     complete: bool
+    """Whether this user sees all processes and registers, as root does."""
 
 
 def describe(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> Description:
-    """Only reads. Whoever asks about many devices passes one ``look``. Raises ``NoSuchDevice``."""
+    """Describe a device. Only reads. For many devices, pass one ``look``. Raises ``NoSuchDevice``."""
     device = sysfs.device(bdf)
     look = look or Look(sysfs)
     saved = saved_override(sysfs, bdf)
@@ -97,7 +106,7 @@ def describe(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> Description:
 
 
 def _assigned(status: DeviceStatus) -> Iterator[str]:
-    """Who has it through VFIO, or another device of its group: no use by the host, and the device is not free."""
+    """Which process has the device, or another of its group, open through VFIO."""
     for blocker in status.blockers:
         if blocker.kind == ASSIGNED.kind:
             yield blocker.cause.removeprefix(f"{status.device.bdf} ").removeprefix("is ")
@@ -105,7 +114,7 @@ def _assigned(status: DeviceStatus) -> Iterator[str]:
 
 def _unseen(look: Look, device: PciDevice, found: list[Use]) -> Iterator[str]:
     yield from (use.text for use in found if not use.seen)
-    note = "" if found else untraced(look, device)  # of interest only where nothing else says that it is in use
+    note = "" if found else untraced(look, device)  # only if no use is known
     if note:
         yield note
 
@@ -113,23 +122,23 @@ def _unseen(look: Look, device: PciDevice, found: list[Use]) -> Iterator[str]:
 def _group(sysfs: Sysfs, device: PciDevice) -> IommuGroup | None:
     try:
         return None if device.group is None else sysfs.group(device.group)
-    except NotAssignable:  # it has just vanished
+    except NotAssignable:  # it was removed concurrently
         return None
 
 
 def _functions(sysfs: Sysfs, bdf: Bdf) -> Iterator[Bdf]:
-    """Only function 0 says in its registers that there are others: so this asks which there are."""
+    """The other functions. Only function 0 has the multifunction bit, so each address is tried."""
     if sysfs.link(PCI_DEVICES, str(bdf), "physfn") is not None:
         return
     for number in range(8):
         other = replace(bdf, function=number)
-        there = sysfs.text(PCI_DEVICES, str(other), "vendor") is not None
-        if there and other != bdf and sysfs.link(PCI_DEVICES, str(other), "physfn") is None:
+        present = sysfs.text(PCI_DEVICES, str(other), "vendor") is not None
+        if present and other != bdf and sysfs.link(PCI_DEVICES, str(other), "physfn") is None:
             yield other
 
 
 def bars(device: PciDevice) -> Iterator[BarInfo]:
-    """What ``resource`` in sysfs lists: six BARs, the ROM, six BARs of virtual functions, a bridge's windows last."""
+    """Yield what ``resource`` in sysfs lists: six BARs, the ROM, six VF BARs, the windows of a bridge last."""
     windows = len(device.resources) - _WINDOWS if device.is_pci_bridge else len(device.resources)
     for number, resource in enumerate(device.resources):
         if resource.size and resource.flags & (IORESOURCE_IO | IORESOURCE_MEM):

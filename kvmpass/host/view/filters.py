@@ -1,4 +1,4 @@
-"""What people type for devices: addresses, ids, interfaces, disks, drivers, patterns."""
+"""Device filters: addresses, IDs, network interfaces, disks, drivers, patterns."""
 
 from __future__ import annotations
 
@@ -21,69 +21,79 @@ HELP = (
 )
 
 _SLOT = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([01][0-9a-fA-F])")
-# As lspci -s takes them.
+# The same as lspci -s.
 _PART = re.compile(r"(?:(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):)?([01]?[0-9a-fA-F])\.([0-7])")
 _IDS = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 
 
 class Candidate(Protocol):
-    """What a filter looks at: a :class:`PciDevice`, or what an event says of one that has gone."""
+    """What a filter matches: a :class:`PciDevice`, or the device of an event, which may be removed already."""
 
     @property
-    def bdf(self) -> Bdf: ...
+    def bdf(self) -> Bdf:
+        """Its address."""
+
     @property
-    def vendor(self) -> int: ...
+    def vendor(self) -> int:
+        """Vendor ID, 16 bits."""
+
     @property
-    def device(self) -> int: ...
+    def device(self) -> int:
+        """Device ID, 16 bits."""
+
     @property
-    def driver(self) -> str | None: ...
+    def driver(self) -> str | None:
+        """The driver it is bound to; None without one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """``meaning`` is what a text was taken for, in words; ``matches`` says whether a device is meant."""
+    """A filter as :func:`parse_filter` has read it."""
 
     text: str
+    """The text that was parsed."""
     meaning: str
+    """What the text was interpreted as, for messages."""
     matches: Callable[[Candidate], bool]
+    """Whether the filter selects a device."""
 
 
 def parse_filter(sysfs: Sysfs, text: str, name: Callable[[PciDevice], str] | None = None) -> Filter:
-    """What ``text`` stands for on this host at this moment. Never fails: a word that is nothing else is a driver's.
+    """Parse ``text`` as a filter for this host at this moment. Raises nothing: any other word is a driver's name.
 
-    Bus and device have two digits (``01:00``), vendor and device four (``10de:2204``); before a function one digit is
-    enough, without a bus all are meant (``5.0``). A disk or interface that lies on others (LVM, bond, bridge) stands
-    for all devices below. ``name`` gives patterns the device's name to look at.
+    Bus and device have two digits (``01:00``), vendor and device IDs four (``10de:2204``); before a function one
+    digit is enough, and without a bus all buses match (``5.0``). A disk or interface on top of others (LVM, bond,
+    bridge) selects all devices below it. ``name`` returns a device's name, for patterns.
     """
     text = text.strip()
     try:
-        return Filter(text, f"the address {(bdf := Bdf.parse(text))}", lambda one: one.bdf == bdf)
+        return Filter(text, f"the address {(bdf := Bdf.parse(text))}", lambda device: device.bdf == bdf)
     except BadAddress:
         pass
     if slot := _SLOT.fullmatch(text):
         place = (int(slot[1] or "0", 16), int(slot[2], 16), int(slot[3], 16))
         words = "all functions of slot {:04x}:{:02x}:{:02x}".format(*place)
-        return Filter(text, words, lambda one: (one.bdf.domain, one.bdf.bus, one.bdf.device) == place)
+        return Filter(text, words, lambda device: (device.bdf.domain, device.bdf.bus, device.bdf.device) == place)
     if part := _PART.fullmatch(text):
         return _part(text, *(None if digits is None else int(digits, 16) for digits in part.groups()))
     if ids := _IDS.fullmatch(text):
         pair = (int(ids[1], 16), int(ids[2], 16))
         words = "vendor {:04x}, device {:04x}".format(*pair)
-        return Filter(text, words, lambda one: (one.vendor, one.device) == pair)
+        return Filter(text, words, lambda device: (device.vendor, device.device) == pair)
     if text.startswith("/dev/"):
         return _among(text, f"the device node {text}", _behind_node(sysfs, text))
     if any(character in text for character in "*?["):
-        return Filter(text, "a pattern for addresses, ids, drivers and names", partial(_fits, text.lower(), name))
+        return Filter(text, "a pattern for addresses, IDs, drivers and names", partial(_fits, text.lower(), name))
     plain = text not in ("", ".", "..") and "/" not in text
     if plain and sysfs.path("sys/class/net", text).exists():
         return _among(text, f"the network interface {text}", _behind(sysfs, "sys/class/net", text, "lower_"))
     if plain and sysfs.path("sys/class/block", text).exists():
         return _among(text, f"the block device {text}", _behind(sysfs, "sys/class/block", text, "slaves/"))
-    words = "a driver, as there is no network interface and no disk of that name"
+    words = "a driver: no network interface and no disk has that name"
     if plain and sysfs.path(PCI_DRIVERS, text).is_dir():
         words = f"the driver {text}"
-    return Filter(text, words, lambda one: one.driver is not None and _same(one.driver, text))
+    return Filter(text, words, lambda device: device.driver is not None and _same(device.driver, text))
 
 
 def _part(text: str, *part: int | None) -> Filter:
@@ -91,44 +101,47 @@ def _part(text: str, *part: int | None) -> Filter:
     _, bus, device, function = part
     place = "any bus" if bus is None else f"bus {bus:02x}"
 
-    def matches(one: Candidate) -> bool:
-        there = (one.bdf.domain, one.bdf.bus, one.bdf.device, one.bdf.function)
-        return all(wanted in (None, number) for wanted, number in zip(part, there, strict=True))
+    def matches(candidate: Candidate) -> bool:
+        bdf = candidate.bdf
+        numbers = (bdf.domain, bdf.bus, bdf.device, bdf.function)
+        return all(wanted in (None, number) for wanted, number in zip(part, numbers, strict=True))
 
     return Filter(text, f"device {device:02x}, function {function} of {place}", matches)
 
 
 def select(sysfs: Sysfs, filters: Iterable[str], names: Names | None = None) -> list[PciDevice]:
-    """The devices that any of ``filters`` selects, by address; all devices where there is no filter.
+    """Return the devices that any of ``filters`` selects, by address; all devices without a filter.
 
-    Raises ``NoSuchDevice`` for a filter that selects none, with what it was taken for.
+    Raises ``NoSuchDevice`` for a filter that selects none, with its interpretation.
     """
     names = names or Names(sysfs)
     devices = sysfs.devices()
     wanted = [parse_filter(sysfs, text, names.of) for text in filters]
-    for one in wanted:
-        if not any(one.matches(device) for device in devices):
-            raise NoSuchDevice(f"no PCI device matches {one.text!r}, taken for {one.meaning}", HELP)
-    return [device for device in devices if not wanted or any(one.matches(device) for one in wanted)]
+    for item in wanted:
+        if not any(item.matches(device) for device in devices):
+            raise NoSuchDevice(f"no PCI device matches {item.text!r}, interpreted as {item.meaning}", HELP)
+    return [device for device in devices if not wanted or any(item.matches(device) for item in wanted)]
 
 
 def _among(text: str, meaning: str, bdfs: set[Bdf]) -> Filter:
-    return Filter(text, meaning if bdfs else f"{meaning}, which is not on a PCI device", lambda one: one.bdf in bdfs)
+    return Filter(
+        text, meaning if bdfs else f"{meaning}, which is not on a PCI device", lambda device: device.bdf in bdfs
+    )
 
 
-def _same(one: str, other: str) -> bool:
-    """Drivers are written with dashes or underscores, as modules are."""
-    return one.replace("-", "_") == other.replace("-", "_")
+def _same(first: str, second: str) -> bool:
+    """Whether two driver names are the same: dashes and underscores are equivalent, as in module names."""
+    return first.replace("-", "_") == second.replace("-", "_")
 
 
-def _fits(pattern: str, name: Callable[[PciDevice], str] | None, one: Candidate) -> bool:
-    texts = [str(one.bdf), f"{one.vendor:04x}:{one.device:04x}", one.driver or ""]
-    if name is not None and isinstance(one, PciDevice):
-        texts.append(name(one))
+def _fits(pattern: str, name: Callable[[PciDevice], str] | None, candidate: Candidate) -> bool:
+    texts = [str(candidate.bdf), f"{candidate.vendor:04x}:{candidate.device:04x}", candidate.driver or ""]
+    if name is not None and isinstance(candidate, PciDevice):
+        texts.append(name(candidate))
     return any(fnmatchcase(text.lower(), pattern) for text in texts)
 
 
-# --- from what the kernel makes of a device back to the device
+# --- from a node, an interface or a disk to its PCI functions
 
 
 def _behind_node(sysfs: Sysfs, node: str) -> set[Bdf]:
@@ -147,7 +160,7 @@ def _behind_node(sysfs: Sysfs, node: str) -> set[Bdf]:
 
 
 def _behind(sysfs: Sysfs, listing: str, name: str, below: str) -> set[Bdf]:
-    """The functions behind ``name``, or behind what it lies on: links ``lower_*``, names in ``slaves/``."""
+    """The functions of ``name``, or of what it is on top of: links ``lower_*``, names in ``slaves/``."""
     found, seen, queue = set[Bdf](), {name}, [name]
     while queue:
         current = queue.pop()
@@ -161,10 +174,10 @@ def _behind(sysfs: Sysfs, listing: str, name: str, below: str) -> set[Bdf]:
 def _lower(sysfs: Sysfs, listing: str, name: str, below: str) -> Iterator[str]:
     if below.endswith("/"):
         yield from sysfs.names(listing, name, below)
-        # A partition lies on what its whole disk lies on.
+        # A partition is on top of what its whole disk is on top of.
         yield from sysfs.names(listing, sysfs.path(listing, name).resolve().parent.name, below)
     else:
-        yield from (x.removeprefix(below) for x in sysfs.names(listing, name) if x.startswith(below))
+        yield from (entry.removeprefix(below) for entry in sysfs.names(listing, name) if entry.startswith(below))
 
 
 def _functions(sysfs: Sysfs, link: os.PathLike[str]) -> set[Bdf]:
@@ -173,8 +186,8 @@ def _functions(sysfs: Sysfs, link: os.PathLike[str]) -> set[Bdf]:
     subsystem = next((part for part in parts if re.fullmatch(r"nvme-subsys\d+", part)), None)
     if subsystem is not None:
         controllers = sysfs.names("sys/class/nvme-subsystem", subsystem)
-        links = [sysfs.path("sys/class/nvme-subsystem", subsystem, one) for one in controllers]
-        return {bdf for one in links for bdf in _functions_above(one)}
+        links = [sysfs.path("sys/class/nvme-subsystem", subsystem, controller) for controller in controllers]
+        return {bdf for path in links for bdf in _functions_above(path)}
     return _functions_above(link)
 
 

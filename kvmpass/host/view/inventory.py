@@ -1,4 +1,4 @@
-"""What there is: devices with their names, their state, and whether they can be assigned."""
+"""The inventory: all devices with their names, their state, and whether they can be assigned."""
 
 from __future__ import annotations
 
@@ -20,62 +20,82 @@ from kvmpass.host.view.filters import select
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A PCI Express link: GT/s and lanes, now and at best; None where the kernel does not know."""
+    """A PCI Express link; None for what is unknown."""
 
     speed: float | None
+    """Current speed in GT/s."""
     width: int | None
+    """Current width in lanes."""
     max_speed: float | None
+    """Maximum speed in GT/s."""
     max_width: int | None
+    """Maximum width in lanes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sriov:
-    """A virtual function has ``physical``; a physical one has ``enabled`` of ``total`` virtual functions."""
+    """A virtual function (VF), or a physical function (PF) with the SR-IOV capability."""
 
     physical: Bdf | None
+    """The PF of a VF; None for a PF."""
     virtual: tuple[Bdf, ...]
+    """The VFs of a PF, by address."""
     enabled: int
+    """Number of enabled VFs."""
     total: int
+    """Maximum number of VFs."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostStatus:
-    """Whether this host can assign devices at all, and this user; ``cause`` and ``remedy`` where not."""
+    """Whether this host can assign devices."""
 
     ready: bool
+    """The host can."""
     permitted: bool
+    """This user can."""
     cause: str | None = None
+    """Why not; None if both can."""
     remedy: str | None = None
+    """What to do about it."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatus:
-    """One device at one moment; nothing in ``blockers`` means that it can be assigned, as far as it goes itself."""
+    """One device at one moment."""
 
     device: PciDevice
+    """The device as the kernel shows it."""
     name: str
+    """Vendor and model in full."""
     short_name: str
+    """Vendor and model, with the vendor's brand."""
     blockers: tuple[Blocker, ...]
+    """Why it cannot be assigned; empty if it can on a host that is ready."""
     link: Link | None
+    """Its PCI Express link; None without one."""
     sriov: Sriov | None
+    """None without SR-IOV."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """``devices`` by address; ``groups`` those of these devices, by number. ``complete``: all processes were seen.
-
-    ``orphaned``: what killed processes have left (of all devices of this machine), for ``kvmpass restore``.
-    """
+    """Devices of a host at one moment."""
 
     host: HostStatus
+    """Whether this host can assign devices."""
     devices: tuple[DeviceStatus, ...]
+    """The selected devices, by address."""
     groups: tuple[IommuGroup, ...]
+    """The IOMMU groups of these devices, by number."""
     complete: bool
+    """Whether this user sees all processes, as root does."""
     orphaned: tuple[Bdf, ...] = ()
+    """All devices of this host that killed processes have left for ``kvmpass restore``."""
 
 
 def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
-    """All devices, or those that ``filters`` select. Only reads. Raises what :func:`select` raises."""
+    """List all devices, or those that ``filters`` select. Only reads. Raises what :func:`select` raises."""
     names = Names(sysfs)
     selected = select(sysfs, filters, names)
     look = Look(sysfs, names)
@@ -89,9 +109,9 @@ def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
                 groups[number] = look.group(number)
             devices.append(device_status(look, device))
         except (NoSuchDevice, NotAssignable):
-            if device.bdf in {one.bdf for one in sysfs.devices()}:
+            if device.bdf in {present.bdf for present in sysfs.devices()}:
                 raise
-            # unplugged while we looked
+            # unplugged concurrently
     return Inventory(
         host=host_status(sysfs),
         devices=tuple(devices),
@@ -102,6 +122,7 @@ def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
 
 
 def device_status(look: Look, device: PciDevice) -> DeviceStatus:
+    """Return a device with its names and blockers. Raises ``NotAssignable`` if its group was removed concurrently."""
     return DeviceStatus(
         device=device,
         name=look.names.of(device),
@@ -113,7 +134,7 @@ def device_status(look: Look, device: PciDevice) -> DeviceStatus:
 
 
 def host_status(sysfs: Sysfs) -> HostStatus:
-    """What :func:`check_host` says, as a value."""
+    """Return the result of :func:`check_host`. Raises nothing."""
     try:
         check_host(sysfs)
     except HostNotReady as error:
@@ -129,7 +150,7 @@ def _remedy(error: Exception) -> str | None:
 
 
 def link_of(sysfs: Sysfs, bdf: Bdf) -> Link | None:
-    """None for a function without a link: conventional PCI, or integrated into the root complex."""
+    """Return the link of a function; None for conventional PCI and for root complex integrated endpoints."""
 
     def file(name: str) -> str:
         return sysfs.text(PCI_DEVICES, str(bdf), name) or ""
@@ -142,7 +163,7 @@ def link_of(sysfs: Sysfs, bdf: Bdf) -> Link | None:
 
 
 def _leading(text: str) -> float | None:
-    """The number in ``8.0 GT/s PCIe``; None for ``Unknown``, and for 0 and 255, which stand for it.
+    """The number in ``8.0 GT/s PCIe``; None for ``Unknown``, and for 0 and 255, which mean unknown.
 
     drivers/pci/pci-sysfs.c; a width of 255 is PCIE_LNK_WIDTH_UNKNOWN.
     """
@@ -154,7 +175,7 @@ def _leading(text: str) -> float | None:
 
 
 def sriov_of(sysfs: Sysfs, bdf: Bdf) -> Sriov | None:
-    """None for a function that neither is nor can have a virtual one."""
+    """Return the SR-IOV state of a function; None for one without SR-IOV."""
     base = (PCI_DEVICES, str(bdf))
     physical, total = sysfs.link(*base, "physfn"), sysfs.number(*base, "sriov_totalvfs") or 0
     if physical is None and not total:

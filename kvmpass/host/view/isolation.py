@@ -1,8 +1,8 @@
-"""What keeps a device apart from others: the siblings of its group, and the bridges between it and the root.
+"""Isolation of a device: the siblings in its IOMMU group, and the bridges between it and the root bus.
 
-The kernel's verdict is the IOMMU group itself; what is told here is why it came out so. Source: drivers/iommu/iommu.c
+The kernel's decision is the IOMMU group; this module shows the reasons. Source: drivers/iommu/iommu.c
 (pci_device_group) and drivers/pci/pci.c (pci_acs_enabled). The kernel also has a list of devices that isolate without
-saying so (drivers/pci/quirks.c: pci_dev_specific_acs_enabled), which cannot be read from outside.
+an ACS capability (drivers/pci/quirks.c: pci_dev_specific_acs_enabled), which user space cannot read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvmpass.host.blockers import is_harmless
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 from kvmpass.host.view.capabilities import Acs, Capabilities, capabilities_of
 
-# What the kernel asks for before it tells apart what is behind a port (REQ_ACS_FLAGS).
+# The kernel puts devices below a port into groups of their own only with these bits (REQ_ACS_FLAGS).
 REQUIRED = ("SV", "RR", "CR", "UF")
 
 _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
@@ -28,40 +28,44 @@ Part = Literal["bridge", "no-driver", "left-alone", "vfio", "in-the-way"]
 
 @dataclass(frozen=True, slots=True)
 class Sibling:
-    """Another device of the group. ``part`` in whether the group can be handed out:
-
-    ``bridge`` and ``no-driver`` do no DMA for the host, ``left-alone`` has a driver that does none (pci-stub,
-    pcieport), ``vfio`` is handed out already, ``in-the-way`` is a device that the host uses.
-    """
+    """Another device of the group."""
 
     device: PciDevice
+    """The device."""
     part: Part
+    """Its effect on the group's viability.
+
+    ``bridge`` and ``no-driver`` do no DMA for the host, ``left-alone`` has a driver that does none (pci-stub,
+    pcieport), ``vfio`` is bound to vfio-pci, ``in-the-way`` has a host driver: the group is not viable.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Bridge:
-    """A bridge above a device. ``kind`` is its PCI Express type in words, or ``conventional bridge``.
-
-    ``isolates`` says whether it keeps apart what is behind it; None where its registers cannot be read, or where it
-    has no part in that (a switch's upstream port). ``missing`` are required bits that it has and that are off.
-    """
+    """A bridge upstream of a device."""
 
     bdf: Bdf
+    """Its address."""
     kind: str
+    """Its PCI Express type as text, or ``conventional bridge``."""
     acs: Acs | None
+    """Its ACS capability; None without one."""
     isolates: bool | None
+    """Whether it isolates the devices below it; None if unknown, and for a switch's upstream port."""
     missing: tuple[str, ...]
+    """Required ACS bits that it supports and that are disabled."""
     readable: bool
+    """Whether this user can read its capabilities."""
 
 
 def siblings(sysfs: Sysfs, device: PciDevice, group: IommuGroup) -> list[Sibling]:
-    """The other devices of the group, by address."""
+    """Return the other devices of the group, by address."""
     found = []
     for bdf in group.devices:
         if bdf != device.bdf:
             try:
                 other = sysfs.device(bdf)
-            except NoSuchDevice:  # unplugged meanwhile
+            except NoSuchDevice:  # unplugged concurrently
                 continue
             found.append(Sibling(other, _part(other)))
     return found
@@ -78,7 +82,7 @@ def _part(device: PciDevice) -> Part:
 
 
 def bridges_above(sysfs: Sysfs, bdf: Bdf) -> list[Bridge]:
-    """The bridges from the one next to the device up to the root; empty for a device on a root bus."""
+    """Return the bridges upstream of the device, nearest first; empty for a device on a root bus."""
     path = os.path.realpath(sysfs.device_path(bdf)).split("/")
     return [_bridge(sysfs, Bdf.parse(part)) for part in reversed(path[:-1]) if _ADDRESS.fullmatch(part)]
 
@@ -91,10 +95,10 @@ def _bridge(sysfs: Sysfs, bdf: Bdf) -> Bridge:
 
 
 def acs_state(own: Capabilities) -> tuple[bool | None, tuple[str, ...]]:
-    """Whether a bridge isolates, and the required bits that are off (pci_acs_flags_enabled).
+    """Return whether a bridge isolates, and the required bits that are disabled (pci_acs_flags_enabled).
 
-    A required bit that the bridge does not have counts as always on. What is no PCI Express bridge never isolates:
-    behind it requests carry the bridge's number, or none.
+    A required bit that the bridge does not support counts as enabled. A conventional bridge never isolates: requests
+    from below it have the bridge's requester ID, or none.
     """
     if not own.readable:
         return None, ()

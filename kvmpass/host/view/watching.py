@@ -1,7 +1,7 @@
-"""What happens to devices, drivers and groups, while it happens: the kernel's uevents.
+"""Events of devices, drivers and IOMMU groups: the kernel's uevents.
 
-From the kernel itself (a netlink socket of libudev), because udevd need not run; so nothing of udev's rules has been
-done yet when an event arrives. Sources: drivers/base/core.c (dev_uevent), drivers/base/dd.c (bind, unbind),
+Received from the kernel (a netlink socket of libudev), because udevd need not run; so udev has not processed its
+rules yet when an event arrives. Sources: drivers/base/core.c (dev_uevent), drivers/base/dd.c (bind, unbind),
 drivers/pci/pci-driver.c (pci_uevent, pci_uevent_ers), drivers/vfio/group.c (one device for each group).
 """
 
@@ -40,44 +40,53 @@ _DEVICE_KINDS: Mapping[str, Kind] = {
 }
 _GROUP_KINDS: Mapping[str, Kind] = {"add": "group-appeared", "remove": "group-vanished"}
 
-# What a uevent of any PCI device says, as opposed to what changed (drivers/pci/pci-driver.c: pci_uevent).
+# Properties of every PCI uevent, as opposed to what has changed (drivers/pci/pci-driver.c: pci_uevent).
 _IDENTITY = frozenset({"ACTION", "DEVPATH", "SUBSYSTEM", "SEQNUM", "DRIVER", "MODALIAS", "SYNTH_UUID"})
 
-TICK = 0.5  # seconds between two questions whether to go on
+TICK = 0.5  # seconds between two calls of ``until``
 
 
 class Uevent(NamedTuple):
+    """One uevent of the kernel."""
+
     action: str
+    """``add``, ``remove``, ``change``, ``bind``, ``unbind`` …"""
     subsystem: str
+    """``pci`` or ``vfio``."""
     properties: Mapping[str, str]
+    """Its environment variables."""
 
 
 Source = Callable[[float], Uevent | None]
-"""Waits so many seconds for the next event; None if there is none. Raises ``OSError`` (ENOBUFS: some are lost)."""
+"""Waits that many seconds for the next event; None without one. Raises ``OSError`` (ENOBUFS: events were lost)."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostEvent:
-    """``time`` is when it arrived here, in seconds since 1970; the kernel gives none.
-
-    ``bdf`` is None for groups and lost events. ``driver`` is the one that took the device, or let go of it. ``group``
-    is that of the device; group events tell of its node ``/dev/vfio/GROUP``, which exists while VFIO has a device of
-    it. ``devices`` are the group's. ``detail`` says what changed, as ``KEY=value`` words of the kernel's.
-    """
+    """One event of a device or an IOMMU group."""
 
     time: float
+    """When it was received, in seconds since 1970; the kernel sends no time."""
     kind: Kind
+    """What has happened. The ``group-`` events are those of the node ``/dev/vfio/GROUP``."""
     bdf: Bdf | None = None
+    """The device; None for groups and lost events."""
     vendor: int = 0
+    """Vendor ID; 0 for groups and lost events."""
     device: int = 0
+    """Device ID; 0 for groups and lost events."""
     driver: str | None = None
+    """The driver that was bound or unbound; None if there is none."""
     group: int | None = None
+    """The device's IOMMU group, or the group of a group event."""
     devices: tuple[Bdf, ...] = ()
+    """The devices of the group, of a group event."""
     detail: str | None = None
+    """What has changed (``device-changed``): the kernel's properties, as ``KEY=value``."""
 
 
 class _Known(NamedTuple):
-    """What a filter looks at, of a device that may have gone."""
+    """What a filter matches, of a device that may be removed already."""
 
     bdf: Bdf
     vendor: int
@@ -93,11 +102,14 @@ def watch_events(
     until: Callable[[], bool] | None = None,
     source: Source | None = None,
 ) -> Iterator[HostEvent]:
-    """Every event from the moment of this call on, as an iterator that waits for the next one.
+    """Yield every event from the moment of this call on; the iterator blocks until the next one.
 
-    ``filters`` are those of :func:`select`, looked at when the event arrives: a device that does not exist yet can
-    be named. It ends after ``timeout`` seconds, or when ``until`` (asked about twice a second) says so. ``source``
-    stands in for the kernel in tests. Needs no rights. Raises ``HostNotReady`` without libudev, ``OSError``.
+    ``filters`` are those of :func:`select`, evaluated when an event arrives, so they can name a device that does not
+    exist yet. Ends after ``timeout`` seconds, or when ``until`` (called about twice a second) returns true.
+    ``source`` replaces the kernel in tests. Needs no privileges. Raises ``OSError``, and
+    ``HostNotReady`` without libudev.
+
+    Synchronization: the iterator is for one thread.
     """
     sysfs = sysfs or Sysfs()
     watcher = _Watcher(sysfs, tuple(filters), source or _netlink())
@@ -110,8 +122,8 @@ def _netlink() -> Source:
         import pyudev  # type: ignore[import-untyped]
 
         monitor: Any = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
-    except ImportError as error:  # pyudev's own word for a missing libudev, too
-        raise HostNotReady(f"events cannot be watched: {error}", "install libudev (Debian: libudev1)") from error
+    except ImportError as error:  # pyudev raises it for a missing libudev, too
+        raise HostNotReady(f"cannot receive uevents: {error}", "install libudev (Debian: libudev1)") from error
     for subsystem in ("pci", "vfio"):
         monitor.filter_by(subsystem)
     monitor.start()
@@ -126,7 +138,7 @@ def _netlink() -> Source:
 
 
 class _Watcher:
-    """Remembers of each device what its last event will not say: driver and group are gone by then."""
+    """Keeps each device's driver and group: a ``remove`` or ``unbind`` event does not have them."""
 
     def __init__(self, sysfs: Sysfs, filters: tuple[str, ...], source: Source) -> None:
         self._sysfs = sysfs
@@ -155,7 +167,7 @@ class _Watcher:
                 yield event
 
     def _event(self, uevent: Uevent) -> HostEvent | None:
-        """The event that is meant for whoever asked, or None."""
+        """The event, or None if the filters do not select it."""
         if uevent.subsystem == "vfio":
             return self._group_event(uevent)
         kind = _DEVICE_KINDS.get(uevent.action)
@@ -196,7 +208,7 @@ class _Watcher:
         members = sorted(bdf for bdf, group in self._groups.items() if group == number)
         event = HostEvent(time=time.time(), kind=kind, group=number, devices=tuple(members))
         known = [self._known(bdf) for bdf in members]
-        return event if not self._filters or any(self._wanted(one) for one in known) else None
+        return event if not self._filters or any(self._wanted(device) for device in known) else None
 
     def _known(self, bdf: Bdf) -> _Known:
         base = (PCI_DEVICES, str(bdf))
@@ -204,14 +216,16 @@ class _Watcher:
         return _Known(bdf, vendor or 0, device or 0, self._drivers.get(bdf))
 
     def _parse(self, text: str) -> Filter:
-        return parse_filter(self._sysfs, text, lambda one: self._names.of_ids(one.bdf, one.vendor, one.device))
+        return parse_filter(
+            self._sysfs, text, lambda device: self._names.of_ids(device.bdf, device.vendor, device.device)
+        )
 
-    def _wanted(self, one: _Known) -> bool:
-        """A name (``eth0``) may stand for a device only before the event, or only after it."""
+    def _wanted(self, device: _Known) -> bool:
+        """Whether a filter selects it, parsed before the event or now: ``eth0`` may exist only then, or only now."""
         if not self._filters:
             return True
         now = [self._parse(filter_.text) for filter_ in self._filters]
-        return any(filter_.matches(one) for filter_ in (*self._filters, *now))
+        return any(filter_.matches(device) for filter_ in (*self._filters, *now))
 
 
 def _ids(text: str) -> tuple[int, int]:
