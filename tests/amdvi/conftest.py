@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import outside
 from support.preloaded import commands_start_preloaded
 
-from kvmpass.errors import LabError
-from kvmpass.lab import debian
-from kvmpass.lab.cache import cache_root, new_directory
 from kvmpass.testing import DEFAULT_PROFILES, Profile
 from kvmpass.testing.state import Mode, State
 
@@ -23,40 +20,21 @@ SOAK = bool(os.environ.get("KVMPASS_SOAK"))
 SOAK_SECONDS = 2 * 3600.0  # for each phase of a long form, of which nobody knows how fast its machine is
 
 
-OLDER_KERNEL = "KVMPASS_OLDER_KERNEL"
-OLDER_ROOT = "kernels/older"
+# Fixtures that need something made outside: a function that makes it, and returns what keeps it from being made.
+MADE_OUTSIDE = {"older_kernel": outside.older_kernel, "faulty_module": outside.faulty_module}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    older = [item for item in items if "older_kernel" in getattr(item, "fixturenames", ())]
-    if older and State.of(config).mode is Mode.OUTER and (lacks := fetch_older_kernel()):
-        for item in older:
-            item.add_marker(pytest.mark.skip(f"no kernel 6.1 for a guest ({OLDER_KERNEL}=FILE names one): {lacks}"))
+    for fixture, make in MADE_OUTSIDE.items():
+        needing = [item for item in items if fixture in getattr(item, "fixturenames", ())]
+        if needing and State.of(config).mode is Mode.OUTER and (lacks := make()):
+            for item in needing:
+                item.add_marker(pytest.mark.skip(lacks))
     for item in items:
         if HERE in item.path.parents and item.get_closest_marker("amdvi") is None:
             item.add_marker(pytest.mark.amdvi)
         if SOAK and HERE in item.path.parents:
             item.add_marker(pytest.mark.amdvi(timeout=SOAK_SECONDS), append=False)  # the closest marker wins
-
-
-def fetch_older_kernel() -> str | None:
-    """Debian 12's own kernel, for a guest. Outside: the emulated host has no network. Returns why there is none."""
-    if OLDER_KERNEL in os.environ:
-        return None
-    root = cache_root() / OLDER_ROOT
-    try:
-        if not root.is_dir():
-            package = debian.dependency("linux-image-amd64", r"linux-image-6\.1\.\S*-amd64")
-            with new_directory(root) as draft:
-                debian.download_and_unpack(package, draft, print)
-                for image in (draft / "boot").glob("vmlinuz-*"):
-                    image.rename(draft / image.name)
-                for part in ("boot", "lib", "usr"):
-                    shutil.rmtree(draft / part, ignore_errors=True)
-        os.environ[OLDER_KERNEL] = str(next(root.glob("vmlinuz-*")))
-    except (LabError, OSError, StopIteration) as error:
-        return str(error) or f"{root} has none"
-    return None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,9 +47,19 @@ def preloaded(pytestconfig: pytest.Config) -> Iterator[None]:
 @pytest.fixture
 def older_kernel() -> Path:
     """A kernel before 6.2 that a guest can boot."""
-    if OLDER_KERNEL not in os.environ:
-        pytest.skip(f"no kernel 6.1: apt could not download Debian 12's; {OLDER_KERNEL}=FILE names one")
-    return Path(os.environ[OLDER_KERNEL])
+    return named_by(outside.OLDER_KERNEL, "a kernel 6.1")
+
+
+@pytest.fixture
+def faulty_module() -> Path:
+    """``faulty.ko`` of ``docs/examples/driver``, for the lab's stock kernel, in the directory where it was built."""
+    return named_by(outside.FAULTY_MODULE, "docs/examples/driver/faulty.ko, built for this kernel")
+
+
+def named_by(variable: str, what: str) -> Path:
+    if variable not in os.environ:
+        pytest.skip(f"{variable}=FILE names {what}; outside of the emulated host it is made where it can be")
+    return Path(os.environ[variable])
 
 
 def rom_directory(config: pytest.Config) -> Path:
@@ -97,14 +85,16 @@ def option_rom(directory: Path) -> Path:
 def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
     """Hosts of few tests.
 
-    One drive and nothing else. What hosts seldom have: two devices on one bus, a card with an expansion ROM, a drive
-    with 2048 vectors, a BAR that is too large for any address, a page of 1 GiB. A command line that says the IOAPIC
-    is elsewhere, so that the kernel remaps no interrupt. The plugin's modern host with a device on bus 0, where the
-    emulated IOMMU's events name it, and with leave for vfio-pci to make virtual functions.
+    One drive and nothing else. What the cookbook's driver is for. What hosts seldom have: two devices on one bus, a
+    card with an expansion ROM, a drive with 2048 vectors, a BAR that is too large for any address, a page of 1 GiB.
+    A command line that says the IOAPIC is elsewhere, so that the kernel remaps no interrupt. The plugin's modern host
+    with a device on bus 0, where the emulated IOMMU's events name it, and with leave for vfio-pci to make virtual
+    functions.
     """
     modern = DEFAULT_PROFILES["modern"]
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
+        "driver": Profile(devices=("edu,addr=04.0",), kernel="stock", lab_only=True),
         "odd": Profile(
             devices=(
                 f"e1000e,addr=04.0,romfile={option_rom(rom_directory(config))}",

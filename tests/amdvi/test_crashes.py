@@ -3,38 +3,115 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvmpass import crash, host
+from kvmpass import host
+from kvmpass.crash import excerpt
 from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import Ending
 
-# The system call that `renice` makes becomes a bug, as a driver under test might have it.
+# The system call that `renice` makes becomes a bug, where the kernel then goes on.
 NULL_WRITE = bytes.fromhex("31c0 8900")  # xor eax, eax; mov [rax], eax
-LOOP = bytes.fromhex("ebfe")  # jmp to itself
 SCRIPT = """
     awk '/ _text$/ { print "text", $1 } / __x64_sys_setpriority$/ { print "call", $1 }' /proc/kallsyms
     awk '/Kernel code/ { print "code", $1 }' /proc/iomem
     echo planted?; until [ -e /go ]; do read -r word </dev/ttyS0; >/go; done
     echo going; renice -n 1 -p 1; echo still here"""
+CONSOLE = "  console: "  # before each line that is shown of it
+DRIVER = pytest.mark.amdvi(profile="driver")
 
 
 def driver(bdf: str) -> str | None:
     return host.Sysfs().driver(host.Bdf.parse(bdf))
 
 
-def planted(code: bytes, append: str = "") -> tuple[GuestResult, str, float]:
-    """A guest whose kernel runs ``code`` in that call; how it ended, what it said, and the seconds from there."""
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "kvmpass", *words]
+
+
+# --- a driver under test
+
+
+@pytest.fixture
+def faulty(edu: str, faulty_module: Path) -> Iterator[Path]:
+    """The module, which is the host's driver of the device as well, without its bugs."""
+    subprocess.run(["/sbin/insmod", faulty_module], check=True)
+    assert driver(edu) == "faulty"
+    yield faulty_module
+    subprocess.run(["/sbin/rmmod", "faulty"], check=True)
+
+
+def crash(
+    edu: str, faulty: Path, append: str, timeout: int, status: Path, *more: str
+) -> tuple[int, dict[str, Any], list[str]]:
+    """An assignment of which nothing is expected but its end: its status, its document, the console that it shows."""
+    options = ("--memory", "384M", "--module", str(faulty), "--append", append, "--timeout", str(timeout), *more)
+    result = subprocess.run(
+        command("assign", edu, *options, "--status-file", str(status), "--", "sleep", "1000"),
+        capture_output=True,
+        text=True,
+        timeout=timeout + 60,
+        check=False,
+    )
+    assert (result.stdout, driver(edu)) == ("", "faulty"), result.stderr
+    shown = [line.removeprefix(CONSOLE) for line in result.stderr.splitlines() if line.startswith(CONSOLE)]
+    document = json.loads(status.read_text())
+    assert document["exit_status"] == result.returncode
+    return result.returncode, document, shown
+
+
+@DRIVER
+@pytest.mark.parametrize(
+    ("append", "first", "where"),
+    [
+        ("faulty.fault=oops", r"BUG: kernel NULL pointer dereference, address: 0000000000000000", "faulty_probe"),
+        ("faulty.fault=loop watchdog_thresh=3", r"soft lockup - CPU#0 stuck for \d+s!", "faulty_probe"),
+        ("faulty.fault=panic", r"Kernel panic - not syncing: faulty: the device cannot be", "faulty_work"),
+    ],
+    ids=["oops", "loop", "panic"],
+)
+def test_a_driver_that_crashes_ends_the_guest(
+    edu: str, faulty: Path, tmp_path: Path, append: str, first: str, where: str
+) -> None:
+    status, document, shown = crash(edu, faulty, append, 200, tmp_path / "status.json")
+    assert (status, document["outcome"], document["status"]) == (126, "panic", None), shown
+    assert re.search(first, shown[0]), shown
+    text = "\n".join(shown)
+    assert f"{where}+0x" in text
+    assert "Call Trace:" in text
+
+
+@DRIVER
+def test_the_time_is_up(edu: str, faulty: Path, tmp_path: Path) -> None:
+    """A loop that nothing in the guest ends; what is shown begins with it, what is kept does not."""
+    log = tmp_path / "console.log"
+    append = "faulty.fault=loop watchdog_thresh=3 softlockup_panic=0 loglevel=6"
+    status, document, shown = crash(edu, faulty, append, 60, tmp_path / "status.json", "--console-log", str(log))
+    assert (status, document["outcome"], document["status"]) == (124, "timeout", None), shown
+    assert 60 <= document["seconds"] < 150
+    assert "soft lockup - CPU#0 stuck for" in shown[0], shown
+    assert "faulty_probe+0x" in "\n".join(shown)
+    assert "Linux version" in log.read_text(errors="replace"), "all of the console, from its begin"
+
+
+# --- without one
+
+
+def test_an_oops_is_only_told_of_where_that_is_wanted() -> None:
+    """oops= of --append takes precedence: only the process that ran into it dies."""
     said = bytearray()
-    image = prepare(GuestSpec(command=("sh", "-c", SCRIPT), append=f"nokaslr {append}"), [])
+    image = prepare(GuestSpec(command=("sh", "-c", SCRIPT), append="nokaslr oops=continue"), [])
     with (
         Machine(memory="192M") as machine,
         Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,
@@ -49,70 +126,14 @@ def planted(code: bytes, append: str = "") -> tuple[GuestResult, str, float]:
             time.sleep(0.05)
         words = dict(line.split() for line in said.decode().splitlines() if len(line.split()) == 2)
         offset = int(words["call"], 16) - int(words["text"], 16)
-        machine.memory.write(int(words["code"].split("-")[0], 16) + offset, code)
-        started = time.monotonic()
+        machine.memory.write(int(words["code"].split("-")[0], 16) + offset, NULL_WRITE)
         guest.type(b"go\n")
         thread.join(220)
         assert results
-    return results[0], said.decode(), time.monotonic() - started
-
-
-def test_an_oops_ends_the_guest_and_is_shown_from_its_begin() -> None:
-    result, said, _ = planted(NULL_WRITE)
-    assert (result.ending, result.status) == (Ending.PANIC, None)
-    assert "still here" not in said
-    shown = crash.excerpt(result.console)
-    assert "BUG: kernel NULL pointer dereference, address: 0000000000000000" in shown[0]
-    text = "\n".join(shown)
-    assert "RIP: 0010:__x64_sys_setpriority+0x" in text
-    assert "Call Trace:" in text
-    assert "Kernel panic - not syncing: Fatal exception" in text
-
-
-def test_an_oops_is_only_told_of_where_that_is_wanted() -> None:
-    """oops= of --append takes precedence: only the process that ran into it dies."""
-    result, said, _ = planted(NULL_WRITE, "oops=continue")
+    result = results[0]
     assert (result.ending, result.status) == (Ending.POWEROFF, 0)
-    assert "still here" in said
-    assert "BUG: kernel NULL pointer dereference" in crash.excerpt(result.console)[0]
-
-
-def test_a_busy_loop_in_the_kernel_ends_the_guest() -> None:
-    if not Path("/proc/sys/kernel/softlockup_panic").exists():
-        pytest.skip("this host's kernel, which the guest runs too, has no CONFIG_SOFTLOCKUP_DETECTOR")
-    result, said, seconds = planted(LOOP, "watchdog_thresh=3")
-    assert (result.ending, result.status) == (Ending.PANIC, None)
-    assert "still here" not in said
-    assert seconds > 3
-    shown = crash.excerpt(result.console)
-    assert "soft lockup - CPU#0 stuck for" in shown[0]
-    assert any("RIP: 0010:__x64_sys_setpriority" in line for line in shown)
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "kvmpass", *words]
-
-
-def test_the_time_is_up(edu: str, tmp_path: Path) -> None:
-    status, console = tmp_path / "status.json", tmp_path / "console.log"
-    before = driver(edu)
-    options = ("--memory", "192M", "--timeout", "90", "--status-file", str(status), "--console-log", str(console))
-    started = time.monotonic()
-    result = subprocess.run(
-        command("assign", edu, *options, "--append", "loglevel=7", "--", "sh", "-c", "echo out; sleep 1000"),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert (result.returncode, result.stdout) == (124, "out\n")
-    assert 90 <= time.monotonic() - started < 180
-    assert "the guest was out of time before its command reported a status" in result.stderr
-    assert "  console: " in result.stderr
-    document = json.loads(status.read_text())
-    assert (document["outcome"], document["status"], document["exit_status"]) == ("timeout", None, 124)
-    assert "Linux version" in console.read_text(errors="replace"), "all of the console, from its begin"
-    assert driver(edu) == before
+    assert "still here" in said.decode()
+    assert "BUG: kernel NULL pointer dereference" in excerpt(result.console)[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])

@@ -1,8 +1,9 @@
-"""The Python examples of the documentation, as they stand there."""
+"""The examples of the documentation that are run, as they stand there."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ from support.repository import ROOT
 
 # A block that is run has the name of its profile before it, in a comment that a page does not show.
 _EXAMPLE = re.compile(r"^<!-- run: (?P<profile>[\w-]+) -->\n```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
+# A recipe for the lab, with what it prints. In the lab already, its commands lack the words that start one.
+_RECIPE = re.compile(
+    r"^<!-- run: driver -->\n```sh\n(?P<command>.*?)^```\n\n```text\n(?P<output>.*?)^```", re.MULTILINE | re.DOTALL
+)
+_START = "kvmpass lab run --device edu -- "
+_TIME = re.compile(r"^\[ *\d+\.\d+\]", re.MULTILINE)
 
 
 def examples(profile: str) -> list[pytest.param]:
@@ -28,3 +35,22 @@ def examples(profile: str) -> list[pytest.param]:
 def test_example(path: Path, line: int, code: str) -> None:
     """It runs to its end, and what it asserts holds."""
     exec(compile("\n" * line + code, str(path), "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.amdvi(profile="driver")
+def test_the_recipe_for_a_driver(edu: str, faulty_module: Path) -> None:
+    """Its module is built outside, by its own command; see ``tests/support/outside.py``."""
+    assert edu == "0000:00:04.0"
+    recipes = list(_RECIPE.finditer((ROOT / "docs" / "cookbook.md").read_text()))
+    assert recipes
+    for recipe in recipes:
+        assert _START in recipe["command"]
+        done = subprocess.run(
+            ["sh", "-ec", recipe["command"].replace(_START, "")],
+            cwd=faulty_module.parent,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=200,
+            check=True,
+        )
+        assert _TIME.sub("[]", done.stdout) == _TIME.sub("[]", recipe["output"])

@@ -81,6 +81,15 @@ def test_every_variable_is_in_the_reference() -> None:
             assert variable in named, f"{path.name} knows {variable}"
 
 
+def test_what_is_shown_in_c_stands_in_an_example() -> None:
+    """The examples are built and run: ``tests/support/outside.py``."""
+    sources = "".join(path.read_text() for path in (DOCS / "examples").rglob("*.c"))
+    shown = [code for page in PAGES for code in re.findall(r"^```c\n(.*?)^```", page.read_text(), re.M | re.S)]
+    assert shown
+    for code in shown:
+        assert code in sources
+
+
 def test_python_examples_compile() -> None:
     for page in PAGES:
         for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):

@@ -1,0 +1,72 @@
+"""What tests need and only the machine outside can make: the emulated host has no network, and little CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from kvmpass.errors import LabError
+from kvmpass.lab import debian, headers
+from kvmpass.lab.cache import cache_root, new_directory, run_tool
+from support.repository import ROOT
+
+OLDER_KERNEL = "KVMPASS_OLDER_KERNEL"
+FAULTY_MODULE = "KVMPASS_FAULTY_MODULE"
+
+_DOCS = ROOT / "docs"
+_SOURCES = tuple(_DOCS / "examples" / "driver" / name for name in ("Makefile", "faulty.c"))
+_BUILD = re.compile(r"^<!-- build: driver -->\n```sh\n(?P<command>.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def older_kernel() -> str | None:
+    """Name Debian 12's own kernel, for a guest, by ``OLDER_KERNEL``. Returns why there is none."""
+    if OLDER_KERNEL in os.environ:
+        return None
+    root = cache_root() / "kernels" / "older"
+    try:
+        if not root.is_dir():
+            package = debian.dependency("linux-image-amd64", r"linux-image-6\.1\.\S*-amd64")
+            with new_directory(root) as draft:
+                debian.download_and_unpack(package, draft, print)
+                for image in (draft / "boot").glob("vmlinuz-*"):
+                    image.rename(draft / image.name)
+                for part in ("boot", "lib", "usr"):
+                    shutil.rmtree(draft / part, ignore_errors=True)
+        os.environ[OLDER_KERNEL] = str(next(root.glob("vmlinuz-*")))
+    except (LabError, OSError, StopIteration) as error:
+        return f"no kernel 6.1 for a guest ({OLDER_KERNEL}=FILE names one): {error or root}"
+    return None
+
+
+def faulty_module() -> str | None:
+    """Name the module of the cookbook, built by its command, by ``FAULTY_MODULE``. Returns why there is none.
+
+    One build for each content of its sources and each kernel is kept in the cache.
+    """
+    if FAULTY_MODULE in os.environ:
+        return None
+    try:
+        tree = headers.fetch(print)
+        command = _BUILD.search((_DOCS / "cookbook.md").read_text())
+        assert command is not None, "the cookbook's command"
+        content = b"\0".join([os.fsencode(tree), command["command"].encode(), *(f.read_bytes() for f in _SOURCES)])
+        root = cache_root() / "tests" / f"faulty-{hashlib.sha256(content).hexdigest()[:16]}"
+        if not root.is_dir():
+            with new_directory(root) as draft:
+                for source in _SOURCES:
+                    shutil.copy(source, draft)
+                path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where kvmpass is
+                run_tool(
+                    ["sh", "-ec", command["command"]],
+                    "it could not be built, which needs gcc, make and libelf1",
+                    cwd=draft,
+                    env={**os.environ, "PATH": path},
+                )
+        os.environ[FAULTY_MODULE] = str(root / "faulty.ko")
+    except (LabError, OSError) as error:
+        return f"no faulty.ko for the lab's stock kernel ({FAULTY_MODULE}=FILE names one): {error}"
+    return None
