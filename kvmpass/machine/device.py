@@ -7,7 +7,8 @@ import threading
 
 from kvmpass._signals import deferred
 from kvmpass.events import DeviceReset
-from kvmpass.host import PciDevice
+from kvmpass.host import PciDevice, Sysfs
+from kvmpass.host.kernel.interrupts import interrupt_counts
 from kvmpass.pci import AssignedFunction
 from kvmpass.pciregs import COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
 from kvmpass.vfio import Device, Region
@@ -55,6 +56,18 @@ class AssignedDevice:
     def interrupt(self) -> str:
         """What the guest uses now: ``MSI-X``, ``MSI``, ``INTx`` or ``none``."""
         return self.function.interrupt if self.function else "none"
+
+    def interrupt_counts(self) -> dict[int | str, int]:
+        """The host's count of what the device raised: by MSI or MSI-X vector (from 0), or of ``"INTx"``.
+
+        Only what is set up now: a vector counts from when the guest set it up, and is absent before. VFIO signals KVM
+        inside the kernel, so that these are the lines of ``/proc/interrupts``, and have their limits:
+
+        - What comes while the guest masks a vector, or before it took the last one, counts each time; it handles one.
+        - INTx is the host's line: its count is that of all devices on it, maybe from before.
+        - Where AVIC delivers an interrupt past the host (``avic=1`` of ``kvm_amd``), the host does not count it.
+        """
+        return interrupt_counts(Sysfs(), self.bdf)
 
     def enable(self, *, memory: bool = True, bus_master: bool = True) -> None:
         """Let the device decode its BARs, and do DMA. In a guest its driver does this; a guest sees it, too."""
