@@ -85,6 +85,9 @@ build: venv ## the source archive and an abi3 wheel, in dist/
 	@rm -rf build build.log
 	@ls dist
 	@ls dist/*-cp311-abi3-*.whl > /dev/null
+	@for file in man/man1/kvmpass.1 doc/kvmpass/README.md doc/kvmpass/docs/quickstart.md; do \
+		$(BIN)/python -m zipfile -l dist/*.whl | grep "/data/share/$$file" > /dev/null || { echo "no $$file"; exit 1; }; \
+	done
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) build dist build.log .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -51,7 +51,7 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
             default=1,
             show_default=True,
             metavar="N",
-            help="The host's CPUs. With more than one its guests die now and then: docs/lab.md.",
+            help="The host's CPUs. With more than one its guests die now and then: QEMU's fault.",
         ),
         click.option(
             "--kernel",

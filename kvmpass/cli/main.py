@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -51,7 +52,17 @@ class LazyGroup(click.Group):
         return command
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+def documentation(prefix: Path) -> str | None:
+    """Where the pages are that a wheel brings; ``None`` where kvmpass runs from its source, or in another prefix."""
+    pages = prefix / "share" / "doc" / "kvmpass"
+    return f"Documentation: man kvmpass, and {pages}" if pages.is_dir() else None
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=documentation(Path(sys.prefix)),
+)
 @click.version_option(package_name="kvmpass", prog_name="kvmpass")
 def kvmpass() -> None:
     """Assign PCI devices to virtual machines on AMD hosts (KVM, VFIO, AMD-Vi)."""
