@@ -71,9 +71,9 @@ class InPlace:
             return
         profile = profiles(self.config).get(requirement.profile)
         if profile is not None and profile.lab_only:
-            pytest.skip(f"the profile {requirement.profile!r} exists in the emulated host only")
+            pytest.skip(f"the profile {requirement.profile!r} exists in the emulated host only: unset KVMPASS_TEST_…")
         if requirement.kernel == "full" and not hardware_has_iommufd():
-            pytest.skip("/dev/iommu is missing: this kernel has no iommufd")
+            pytest.skip("/dev/iommu is missing: a kernel with CONFIG_IOMMUFD makes it run")
         if item.get_closest_marker("destructive"):
             refuse_destruction(self.config)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.inside import LAB_ONLY
 from support.recording import Calls, recording
 from support.type1 import container_of
 from support.witness import (
@@ -120,7 +121,7 @@ def test_locked_memory_is_guest_memory(bench: Bench) -> None:
 
 def test_the_emulated_iommu_agrees(bench: Bench, iommu_trace: Path | None) -> None:
     if iommu_trace is None:
-        pytest.skip("real hardware has no translation trace: run in the lab")
+        pytest.skip(f"real hardware has no translation trace: {LAB_ONLY}")
     for region, gpa in edges(bench.memory):
         offset = iommu_trace.stat().st_size
         bench.edu.load(gpa)

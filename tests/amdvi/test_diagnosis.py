@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.inside import LAB_ONLY
 from support.recording import Calls, recording
 from support.witness import locked_bytes
 
@@ -179,7 +180,7 @@ def cgroup() -> Iterator[Path]:
     """A control group of version 2 with the controllers that limit us, for children to move into."""
     root, made = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/kvmpass-test/inner.service")
     if not (root / "cgroup.controllers").exists():
-        pytest.skip("cgroup version 2 is not at /sys/fs/cgroup")
+        pytest.skip("no cgroup version 2 at /sys/fs/cgroup: systemd.unified_cgroup_hierarchy=1 at boot makes it run")
     (root / "cgroup.subtree_control").write_text("+memory +pids")
     made.mkdir(parents=True)
     (made.parent / "cgroup.subtree_control").write_text("+memory +pids")
@@ -262,7 +263,7 @@ def test_an_ordinary_user(edu: str) -> None:
 @pytest.mark.amdvi(profile="single", kernel="stock")  # the full kernel has no modules
 def test_a_module_that_is_kept_from_loading(nvme: str, emulated_host: bool) -> None:
     if not emulated_host:
-        pytest.skip("unloads vfio-pci: only in the lab")
+        pytest.skip(f"unloads vfio-pci: {LAB_ONLY}")
     obstacle = Path("/etc/modprobe.d/kvmpass-test.conf")
     node = Path("/dev/vfio/vfio")
     mode = node.stat().st_mode

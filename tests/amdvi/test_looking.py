@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.inside import LAB_ONLY
 
 from kvmpass import host
 from kvmpass.cli.main import main
@@ -266,7 +267,7 @@ def test_behind_a_root_port(capfd: pytest.CaptureFixture[str], valid: Valid, nvm
 def test_a_device_without_a_group(capfd: pytest.CaptureFixture[str], valid: Valid, virtual_function: str) -> None:
     device = listed(capfd, valid)[virtual_function]
     if device["group"] is not None:
-        pytest.skip("this host's virtual functions have groups: run on the lab's QEMU 7.2")
+        pytest.skip("this host's virtual functions have groups: it runs in the lab under QEMU 7.2")
     assert [blocker["kind"] for blocker in device["blockers"]] == ["no-group"]
     physical = (DEVICES / virtual_function / "physfn").resolve().name
     assert device["sriov"]["physical_function"] == physical
@@ -345,7 +346,7 @@ def test_a_device_comes_and_goes(
     watching: Callable[..., subprocess.Popen[str]], nvme2: str, emulated_host: bool
 ) -> None:
     if not emulated_host:
-        pytest.skip("takes a device out of the host for a moment: only in the lab")
+        pytest.skip(f"takes a device out of the host for a moment: {LAB_ONLY}")
     process = watching("--timeout", "60")
     (DEVICES / nvme2 / "remove").write_text("1")
     Path("/sys/bus/pci/rescan").write_text("1")

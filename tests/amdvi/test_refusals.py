@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.inside import LAB_ONLY
 
 from kvmpass import host
 from kvmpass.cli.main import main
@@ -93,7 +94,7 @@ def test_a_bridge(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.amdvi(profile="sriov")
 def test_a_device_without_a_group(capfd: pytest.CaptureFixture[str], virtual_function: str) -> None:
     if host.Sysfs().device(host.Bdf.parse(virtual_function)).group is not None:
-        pytest.skip("this host's virtual functions have groups: run on the lab's QEMU 7.2")
+        pytest.skip("this host's virtual functions have groups: it runs in the lab under QEMU 7.2")
     assert f"{virtual_function} has no IOMMU group" in refuse(capfd, virtual_function)
 
 
@@ -116,7 +117,7 @@ def test_a_mounted_drive(capfd: pytest.CaptureFixture[str], nvme2: str, tmp_path
 def test_the_device_that_has_the_root_file_system(capfd: pytest.CaptureFixture[str], emulated_host: bool) -> None:
     """A 9p whose only mount is out of sight, below an overlay: unbinding its driver would never return."""
     if not emulated_host:
-        pytest.skip("the emulated host's root is a 9p device")
+        pytest.skip(f"this host's root is no 9p device: {LAB_ONLY}")
     tag = next(one for one in Path("/sys/bus/virtio/devices").glob("*/mount_tag") if "root" in one.read_text())
     root = tag.resolve().parents[1].name
     assert (
@@ -166,7 +167,7 @@ def test_the_same_device_twice(capfd: pytest.CaptureFixture[str], edu: str) -> N
 
 def test_no_kvm(capfd: pytest.CaptureFixture[str], edu: str, emulated_host: bool) -> None:
     if not emulated_host:
-        pytest.skip("takes /dev/kvm away for a moment: only in the lab")
+        pytest.skip(f"takes /dev/kvm away for a moment: {LAB_ONLY}")
     Path("/dev/kvm").rename("/dev/kvm.away")
     try:
         assert "/dev/kvm" in refuse(capfd, edu)

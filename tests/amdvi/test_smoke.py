@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.inside import LAB_ONLY
 
 PCI = Path("/sys/bus/pci/devices")
 
@@ -52,7 +53,7 @@ def test_runs_as_root_with_room_for_logs(tmp_path: Path) -> None:
 def test_the_records_of_the_machine_outside_are_not_there(emulated_host: bool) -> None:
     """They speak of other devices, and an ordinary user's emulated host may not even read them."""
     if not emulated_host:
-        pytest.skip("real hardware has records of its own")
+        pytest.skip(f"real hardware has records of its own: {LAB_ONLY}")
     state = Path("/var/lib/kvmpass")
     assert os.path.ismount(state)
     assert os.access(state, os.W_OK)
@@ -60,7 +61,7 @@ def test_the_records_of_the_machine_outside_are_not_there(emulated_host: bool) -
 
 def test_iommu_trace_grows(iommu_trace: Path | None, nvme: str, emulated_host: bool) -> None:
     if not emulated_host:
-        pytest.skip("real hardware has no translation trace")
+        pytest.skip(f"real hardware has no translation trace: {LAB_ONLY}")
     assert iommu_trace is not None
     # Rescanning the namespace is DMA by the drive, wherever its driver is the host's.
     (rescan,) = (PCI / nvme / "nvme").glob("nvme*/rescan_controller")

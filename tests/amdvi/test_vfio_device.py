@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from support.inside import LAB_ONLY
 from support.type1 import groups_of
 from support.witness import traces
 
@@ -92,7 +93,7 @@ def test_the_host_asks_for_its_device(machine: Machine, assigned: AssignedDevice
 
 def test_a_root_bus_has_no_hot_reset(machine: Machine, assigned: AssignedDevice, emulated_host: bool) -> None:
     if not emulated_host:
-        pytest.skip("where the device sits is known in the lab only")
+        pytest.skip(f"where the device sits is not known: {LAB_ONLY}")
     group = groups_of(machine)[assigned.group]
     for call in (assigned.vfio.get_pci_hot_reset_info, lambda: assigned.vfio.pci_hot_reset([group])):
         with pytest.raises(OSError, match="HOT_RESET") as refused:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 SYSFS = Path("/sys/bus/pci/devices")
 SOAK = os.environ.get("KVMPASS_SOAK") == "1"
+# Ends the reason of a skip on real hardware.
+LAB_ONLY = "it runs in the emulated host, without KVMPASS_TEST_… in the environment"
 GUEST_SECONDS = 3000 if SOAK else 250
 SOURCES = Path(__file__).parents[1] / "amdvi/guest"
 HOST_ADDRESS, GUEST_ADDRESS = "192.0.2.1", "192.0.2.2"  # RFC 5737

@@ -112,7 +112,7 @@ def test_names_and_integers() -> None:
 def test_iasl_disassembles_and_compiles_them_again(tmp_path: Path, mmio64: Range) -> None:
     iasl = shutil.which("iasl")
     if iasl is None:
-        pytest.skip("no iasl (Debian: acpica-tools)")
+        pytest.skip("no iasl: apt-get install acpica-tools makes it run")
     layout = Layout(LAYOUT.ram, LAYOUT.mmio32, mmio64, LAYOUT.ecam, ())
     for signature, (_, data) in by_signature(acpi.build_tables(layout, 255)).items():
         if signature.startswith(b"RSD"):

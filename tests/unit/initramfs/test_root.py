@@ -146,7 +146,7 @@ def test_a_program_brings_its_libraries_and_runs_there(program: str, tmp_path: P
     content = unpack(tree.archive())
     interpreter = elf.dynamic(Path(program).read_bytes()).interpreter
     if interpreter is None:
-        pytest.skip(f"{program} is a static program here")
+        pytest.skip(f"{program} is static here: a dynamically linked one makes it run")
     for name, (mode, data) in content.items():
         place = tmp_path / name
         if stat.S_ISDIR(mode):

@@ -59,7 +59,7 @@ def test_full_is_never_built_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "kvmpass lab kernel" in caught.value.__notes__[0]
 
 
-@pytest.mark.skipif(cache.find_tool("depmod") is None, reason="no depmod")
+@pytest.mark.skipif(cache.find_tool("depmod") is None, reason="no depmod: apt-get install kmod makes it run")
 def test_a_built_kernel_lists_its_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bzImage").write_bytes(bzimage("6.12.1-own"))
     (tmp_path / "modules.builtin").write_text("kernel/drivers/vfio/pci/vfio-pci.ko\n")
@@ -84,7 +84,7 @@ def test_a_kernel_tree_is_found(tmp_path: Path) -> None:
     assert kernel.config is None
 
 
-@pytest.mark.skipif(shutil.which("cpio") is None, reason="no cpio to read it back")
+@pytest.mark.skipif(shutil.which("cpio") is None, reason="no cpio: apt-get install cpio makes it run")
 def test_cpio_reads_the_archive(tmp_path: Path) -> None:
     data = initrd.archive({"d": initrd.folder(), "d/x": initrd.executable(b"five!"), "e": (0o100644, b"")})
     assert len(data) % 4 == 0
