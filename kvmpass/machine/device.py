@@ -10,7 +10,7 @@ from kvmpass.events import DeviceReset
 from kvmpass.host import PciDevice, Sysfs
 from kvmpass.host.kernel.interrupts import interrupt_counts
 from kvmpass.pci import AssignedFunction
-from kvmpass.pciregs import COMMAND, COMMAND_IO, COMMAND_MASTER, COMMAND_MEMORY
+from kvmpass.pciregs import COMMAND, COMMAND_DECODING, COMMAND_MASTER
 from kvmpass.vfio import Device, Region
 
 
@@ -72,7 +72,7 @@ class AssignedDevice:
     def enable(self, *, memory: bool = True, bus_master: bool = True) -> None:
         """Let the device decode its BARs, and do DMA. In a guest its driver does this; a guest sees it, too."""
         command = self.config.read_int(COMMAND, 2)
-        for bits, wanted in ((COMMAND_IO | COMMAND_MEMORY, memory), (COMMAND_MASTER, bus_master)):
+        for bits, wanted in ((COMMAND_DECODING, memory), (COMMAND_MASTER, bus_master)):
             command = command | bits if wanted else command & ~bits
         self._set_command(command)
 

@@ -16,12 +16,12 @@ from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all
 from kvmpass.pci import capabilities
 from kvmpass.pci.bar import Bar, RomBar
+from kvmpass.pci.bars import Bars
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.function import Wiring
 from kvmpass.pci.intx import Intx
 from kvmpass.pci.msi import Msi
 from kvmpass.pci.msix import Msix
-from kvmpass.pci.space import BarKind
 from kvmpass.vfio import Device
 from kvmpass.vfio.device import BAR0, INTX, MSI, MSIX, ROM
 
@@ -30,7 +30,6 @@ log = limited_log(__name__)
 _PMCSR = 4  # in the power management capability: control and status
 _POWER_STATE = 0b11
 _PINS = 4
-_DECODING = pciregs.COMMAND_IO | pciregs.COMMAND_MEMORY
 _GONE = 0xFFFF  # what any register of a device reads that does not answer
 
 
@@ -72,13 +71,11 @@ class AssignedFunction:
     def __init__(self, device: Device, wiring: Wiring) -> None:
         self._device = device
         self._space = ConfigSpace(device.config)
-        self._bars: dict[int, Bar] = {}
-        self._rom: RomBar | None = None
+        self._bars = Bars(self._space)
         self._intx: Intx | None = None
         self._msi: Msi | None = None
         self._msix: Msix | None = None
-        self._decoding = 0  # the bits of the command register that are in effect
-        self._enabled = 0  # the same bits as they were last written: what VFIO goes by
+        self._enabled = 0  # the bits that decode, as they were last written: what VFIO goes by
         self._awake = True  # whether the power state was last written as D0
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -93,8 +90,6 @@ class AssignedFunction:
     def _make_header(self, wiring: Wiring) -> None:
         space = self._space
         space.emulate(pciregs.HEADER_TYPE, bytes([space.device_int(pciregs.HEADER_TYPE, 1) & ~pciregs.MULTIFUNCTION]))
-        space.emulate(pciregs.BAR0, bytes(4 * pciregs.BARS))
-        space.emulate(pciregs.ROM, bytes(4))
         space.emulate(pciregs.INTERRUPT_LINE, b"\xff", b"\xff")
         pin = space.device_int(pciregs.INTERRUPT_PIN, 1)
         sink = VfioInterrupts(self._device, INTX)
@@ -133,14 +128,11 @@ class AssignedFunction:
         for index in range(pciregs.BARS):
             region = self._device.regions.get(BAR0 + index)
             if region is not None:
-                flags = self._space.device_int(pciregs.BAR0 + 4 * index, 4)
+                at = pciregs.BAR0 + 4 * index
                 traps = self._msix.traps(index) if self._msix else ()
-                self._bars[index] = Bar(f"bar{index}", region, flags, wiring, traps)
+                self._bars.add(at, Bar(f"bar{index}", region, self._space.device_int(at, 4), wiring, traps))
         if rom := self._device.regions.get(ROM):
-            self._rom = RomBar(rom, wiring)
-        for index in self._bars:
-            self._show_bar(index)
-        self._show_rom()
+            self._bars.add(pciregs.ROM, RomBar(rom, wiring))
         self._take_over()
 
     def set_multifunction(self, several: bool) -> None:
@@ -156,8 +148,7 @@ class AssignedFunction:
         Raises ``OSError``: what failed stays as it is, and ``close`` can be called again. Idempotent.
         """
         interrupts = (one for one in (self._intx, self._msi, self._msix) if one is not None)
-        bars = (*self._bars.values(), *([self._rom] if self._rom else []))
-        run_all((*(interrupt.disable for interrupt in interrupts), *(bar.close for bar in bars)))
+        run_all((*(interrupt.disable for interrupt in interrupts), self._bars.close))
 
     # --- interrupts
 
@@ -224,11 +215,9 @@ class AssignedFunction:
 
     def _write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)
-        if pciregs.BAR0 <= offset < pciregs.BAR0 + 4 * pciregs.BARS:
-            self._write_bar(offset, data)
-        elif pciregs.ROM <= offset < pciregs.ROM + 4:
-            self._write_rom(offset, data)
-        elif offset < pciregs.COMMAND + 2 and end > pciregs.COMMAND:
+        if self._bars.write(offset, data):
+            return
+        if offset < pciregs.COMMAND + 2 and end > pciregs.COMMAND:
             self._write_command(offset, data)
         elif self._power_at and offset < self._power_at + _PMCSR + 1 <= end:
             self._write_power(offset, data)
@@ -251,31 +240,31 @@ class AssignedFunction:
             command = 0
         with suppress(OSError):
             self._device.config.write(pciregs.COMMAND, command.to_bytes(2, "little"))
-            self._enabled = command & _DECODING
-        self._decode(self._decoded())
+            self._enabled = command & pciregs.COMMAND_DECODING
+        self._bars.decode(self._decoded())
 
     def _write_command(self, offset: int, data: bytes) -> None:
         """Decoding goes off before the device hears of it and on after: its mapping faults while it is off.
 
         What leaves decoding as it is, such as a driver that masks INTx, costs one access of the device.
         """
-        enabled = data[0] & _DECODING if offset == pciregs.COMMAND else self._enabled
-        if enabled == self._enabled == self._decoding:
+        enabled = data[0] & pciregs.COMMAND_DECODING if offset == pciregs.COMMAND else self._enabled
+        if enabled == self._enabled == self._bars.decoding:
             self._space.write(offset, data)
             return
-        self._decode(self._decoding & enabled)  # raises: the write is not done
+        self._bars.decode(self._bars.decoding & enabled)  # raises: the write is not done
         done = self._space.write(offset, data)
         self._enabled = enabled if done else self._enabled & enabled
-        self._decode(self._decoded())
+        self._bars.decode(self._decoded())
 
     def _write_power(self, offset: int, data: bytes) -> None:
         """In any state but D0 the device decodes nothing; its mapping would fault (PCI Power Management, 5.4)."""
         awake = not data[self._power_at + _PMCSR - offset] & _POWER_STATE
         if not awake:
-            self._decode(0)
+            self._bars.decode(0)
         done = self._space.write(offset, data)
         self._awake = awake if done else self._awake and awake
-        self._decode(self._decoded())
+        self._bars.decode(self._decoded())
 
     def _command(self) -> int:
         return self._space.device_int(pciregs.COMMAND, 2)
@@ -287,51 +276,3 @@ class AssignedFunction:
         except OSError:
             return 0
         return self._enabled & self._command() if self._awake and not asleep else 0
-
-    def _decode(self, decoding: int) -> None:
-        """All BARs, or none: raises ``OSError`` where KVM keeps a memslot, and then they decode as before."""
-        try:
-            self._apply(self._decoding & decoding)
-        except OSError:
-            self._apply(self._decoding)  # what is off already comes back; only turning off can fail
-            raise
-        self._apply(decoding)
-        self._decoding = decoding
-
-    def _apply(self, decoding: int) -> None:
-        for bar in self._bars.values():
-            bit = pciregs.COMMAND_IO if bar.kind is BarKind.IO else pciregs.COMMAND_MEMORY
-            bar.decode(bool(decoding & bit))
-        if self._rom is not None:
-            self._rom.decode(bool(decoding & pciregs.COMMAND_MEMORY))
-
-    def _write_bar(self, offset: int, data: bytes) -> None:
-        index = (offset - pciregs.BAR0) // 4
-        bar, high = self._bars.get(index), False
-        if bar is None and (below := self._bars.get(index - 1)) and below.kind is BarKind.MEMORY64:
-            bar, high, index = below, True, index - 1
-        if bar is not None:
-            bar.set_register(_merged(bar.register(high), offset & 3, data), high)
-            self._show_bar(index)
-
-    def _write_rom(self, offset: int, data: bytes) -> None:
-        if self._rom is not None:
-            self._rom.set_register(_merged(self._rom.register(False), offset & 3, data), False)
-            self._rom.decode(bool(self._decoding & pciregs.COMMAND_MEMORY))
-            self._show_rom()
-
-    def _show_bar(self, index: int) -> None:
-        bar = self._bars[index]
-        self._space.set(pciregs.BAR0 + 4 * index, bar.register(False), 4)
-        if bar.kind is BarKind.MEMORY64 and index + 1 < pciregs.BARS:
-            self._space.set(pciregs.BAR0 + 4 * index + 4, bar.register(True), 4)
-
-    def _show_rom(self) -> None:
-        self._space.set(pciregs.ROM, self._rom.register(False) if self._rom else 0, 4)
-
-
-def _merged(value: int, at: int, data: bytes) -> int:
-    """A dword with ``data`` written over its bytes from ``at`` on."""
-    whole = bytearray(value.to_bytes(4, "little"))
-    whole[at : at + len(data)] = data
-    return int.from_bytes(whole, "little")

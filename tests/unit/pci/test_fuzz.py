@@ -207,7 +207,7 @@ class Guest:
         made = {(range_.start, range_.size) for range_ in self.vm.slots.values()}
         assert made <= slots
         for device, function in zip(self.devices, self.functions, strict=True):
-            shown = [region for bar in function._bars.values() for region in bar._shown.values()]
+            shown = [region for bar in function._bars for region in bar._shown.values()]
             assert all(region.hva for region in shown), "unmapped under a memslot"
             if any((region.gpa, region.size) in made for region in shown):
                 assert device.config.memory_enabled, "KVM_RUN would return EFAULT: VFIO refuses these pages"

@@ -105,7 +105,7 @@ def test_another_function_does_not_take_its_place(board: Board, keeper: Keeper) 
     with pytest.raises(OSError, match="KVM_SET_USER_MEMORY_REGION"):
         board.function.close()
     other = board.make_at(2, type(board.device)())
-    mine, theirs = (next(iter(function._bars.values())) for function in (board.function, other))
+    mine, theirs = (next(iter(function._bars)) for function in (board.function, other))
     assert not Range(mine.address, mine.size).overlaps(Range(theirs.address, theirs.size))
     keeper.allowed = 100
     board.pci.unplug(other)
