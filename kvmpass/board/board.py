@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from kvmpass import ports
 from kvmpass._ratelimit import limited_log
@@ -20,10 +21,11 @@ from kvmpass.bus import Bus
 from kvmpass.kvm import IrqRoutes, System
 from kvmpass.layout import Layout
 from kvmpass.memory import GuestMemory
-from kvmpass.pci import AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
-from kvmpass.vfio import Device
+from kvmpass.pci import BarSpace, ConfigPorts, Ecam, PciBus, PciFunction, Wiring
 
 log = limited_log(__name__)
+
+F = TypeVar("F", bound=PciFunction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +76,18 @@ class Board:
         except OSError as error:
             log.warning("%s", error)
 
-    def plug(self, device: Device, slot: int, number: int) -> AssignedFunction:
-        """Show ``device`` to the guest as a function of ``slot``. Raises ``LayoutError``, ``OSError``."""
+    def plug(self, make: Callable[[Wiring], F], slot: int, number: int = 0) -> F:
+        """Put the function that ``make`` returns into a place on the bus. Raises ``LayoutError``, and as ``make``."""
         gsis = tuple(ports.intx_gsi(slot, pin) for pin in range(4))
         wiring = Wiring(self.vm, self.routes, self._memory, self.ports, self.mmio, self._bars, gsis)
         with ExitStack() as undo:
-            function = AssignedFunction(device, wiring)
+            function = make(wiring)
             undo.callback(function.close)
             self.pci.plug(function, slot, number)
             undo.pop_all()
         return function
 
-    def unplug(self, function: AssignedFunction) -> None:
+    def unplug(self, function: PciFunction) -> None:
         """Out of the guest's view. Runs every step even if one fails, and can then be called again."""
         run_all((partial(self.pci.unplug, function), function.close))
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from kvmpass.board.board import Board
 from kvmpass.errors import GuestError
 from kvmpass.machine.device import AssignedDevice
+from kvmpass.pci import AssignedFunction
 
 
 class Slots:
@@ -42,7 +44,7 @@ class Slots:
         else:
             device.slot, device.number = self.board.pci.free_slot(), 0
         with self._lock:
-            device.function = self.board.plug(device.vfio, device.slot, device.number)
+            device.function = self.board.plug(partial(AssignedFunction, device.vfio), device.slot, device.number)
 
     def unplug(self, device: AssignedDevice) -> None:
         """Out of the guest's view. Raises ``OSError``: what KVM keeps stays recorded, to be tried again."""

@@ -2,7 +2,7 @@
 
 from kvmpass.pci.assigned import AssignedFunction
 from kvmpass.pci.bus import ConfigPorts, Ecam, PciBus
-from kvmpass.pci.function import BarSource, InterruptSink, PinSink, Wiring
+from kvmpass.pci.function import BarSource, InterruptSink, PciFunction, PinSink, Wiring
 from kvmpass.pci.preview import BarPreview, Vectors, allocate, preview_bars, preview_vectors
 from kvmpass.pci.space import BarSpace
 
@@ -15,6 +15,7 @@ __all__ = [
     "Ecam",
     "InterruptSink",
     "PciBus",
+    "PciFunction",
     "PinSink",
     "Vectors",
     "Wiring",

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from kvmpass.errors import LayoutError
+from kvmpass.pci.function import PciFunction
 from kvmpass.pciregs import CONVENTIONAL_SIZE, EXTENDED_SIZE
 
 SLOTS = 32
 FUNCTIONS = 8
-
-
-class PciFunction(Protocol):
-    """One function's configuration space, 4096 bytes. Accesses stay inside one aligned dword; never raises."""
-
-    def config_read(self, offset: int, size: int) -> bytes: ...
-
-    def config_write(self, offset: int, data: bytes) -> None: ...
-
-    def set_multifunction(self, several: bool) -> None:
-        """Of function 0: whether its slot holds other functions (header type, bit 7)."""
 
 
 class HostBridge:
@@ -34,6 +22,9 @@ class HostBridge:
         pass
 
     def set_multifunction(self, several: bool) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 

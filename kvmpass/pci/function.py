@@ -1,4 +1,10 @@
-"""What a PCI function is made of: implement these, and ``Bar``, ``Intx``, ``Msi`` and ``Msix`` do the rest."""
+"""What a PCI function is, and what it is made of: whoever adds one implements these.
+
+A ``PciFunction`` is made by a factory from its ``Wiring``. It has a ``ConfigSpace``; its BARs, each a ``Bar`` over a
+``BarSource``, in a ``Bars``; ``Intx``, ``Msi`` and ``Msix`` over an ``InterruptSink`` each. A write of configuration
+space goes to ``Bars.write``, or into the space; after it ``Bars.decode`` is told the command register, and ``update``
+of MSI and MSI-X called. ``AssignedFunction`` is one over a VFIO device.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +30,28 @@ class Wiring:
     mmio: Bus
     bars: BarSpace
     gsis: tuple[int, ...]
+
+
+class PciFunction(Protocol):
+    """One function on the guest's bus. Nothing raises for what a guest does.
+
+    Synchronization: called with the bus lock held.
+    """
+
+    def config_read(self, offset: int, size: int) -> bytes:
+        """Exactly ``size`` bytes of the 4096 of configuration space, inside one aligned dword."""
+
+    def config_write(self, offset: int, data: bytes) -> None:
+        """``data`` is 1 to 4 bytes long, inside one aligned dword."""
+
+    def set_multifunction(self, several: bool) -> None:
+        """Of function 0: whether its slot holds other functions (header type, bit 7)."""
+
+    def close(self) -> None:
+        """Interrupts off, then BARs out of the guest and unmapped. Runs every step even if one fails; idempotent.
+
+        Raises ``OSError``: what failed stays as it is, and ``close`` can be called again.
+        """
 
 
 class BarSource(Protocol):

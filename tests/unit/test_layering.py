@@ -126,6 +126,12 @@ def test_only_the_ioctl_layer_and_memory_use_c() -> None:
     assert {source for _, source, target in EDGES if target == "_native"} == NATIVE_USERS
 
 
+def test_a_pci_function_can_be_of_another_kind_than_vfios() -> None:
+    """What the guest's side of PCI needs are protocols (kvmpass/pci/function.py); one module has VFIO's."""
+    users = {module for module, source, target in EDGES if target == "vfio" and source in ("pci", "board")}
+    assert users == {"kvmpass.pci.assigned"}
+
+
 def test_machine_and_guest_change_no_driver() -> None:
     for module, path in modules():
         if package_of(module) not in ("machine", "guest"):
