@@ -38,9 +38,10 @@ class BoardEvents:
 
 
 class Board:
-    """One VM and its fixed devices. ``close()`` releases it; functions must be unplugged before.
+    """One VM and its fixed devices. ``close()`` releases it, and unplugs the functions that are left.
 
-    Synchronization: ``plug`` and ``unplug`` with the bus lock held; the rest belongs to the machine's lock of moves.
+    Synchronization: ``plug``, ``unplug`` and ``close`` with the bus lock held; the rest belongs to the machine's lock
+    of moves.
     """
 
     def __init__(self, system: System, layout: Layout, memory: GuestMemory, events: BoardEvents) -> None:
@@ -92,4 +93,5 @@ class Board:
         run_all((partial(self.pci.unplug, function), function.close))
 
     def close(self) -> None:
-        self._undo.close()
+        """Idempotent. A function that KVM keeps a memslot of goes with the VM."""
+        run_all((self._undo.close, *(partial(self.unplug, function) for function in self.pci.functions)))

@@ -37,6 +37,7 @@ from kvmpass.machine.slots import Slots
 from kvmpass.machine.vcpus import Ending
 from kvmpass.memory import Backing, GuestMemory, plan_memory
 from kvmpass.memory.audit import Mirrored, compare
+from kvmpass.pci import PciFunction, Wiring
 from kvmpass.vfio.device import ERR, REQ
 
 log = limited_log(__name__)
@@ -144,7 +145,7 @@ class Machine(Execution):
                 (
                     self._deassign_all,
                     partial(self.domain.rebind_kvm, None),
-                    self._board.close,
+                    partial(self._slots.close, self._board),
                     self._deassign_all,
                     self.domain.close,
                     self.memslots.close,
@@ -295,6 +296,19 @@ class Machine(Execution):
         self._notices.tell(event)
         return event
 
+    def add_function(self, make: Callable[[Wiring], PciFunction]) -> None:
+        """Put an emulated PCI function into a slot of its own, for as long as the machine lives. Before ``start()``.
+
+        ``make`` returns it for what it is connected to; ``reset()`` calls it again, and the machine closes what it
+        returned (``kvmpass.pci.function`` says what a function is). Raises ``GuestError`` after ``start()``,
+        ``LayoutError``, and what ``make`` raises; then nothing has changed.
+        """
+        with deferred(), self._moves:
+            self._check_usable()
+            if self._threads is not None:
+                raise GuestError("add functions before the guest is started")
+            self._slots.add(make)
+
     def audit(self) -> None:
         """Guest memory, KVM memslots and DMA mappings agree. Raises ``AuditFailed`` with every difference."""
         with self._lock, self.memory.lock:  # or a guest moves a BAR in between
@@ -375,10 +389,10 @@ class Machine(Execution):
                 self.memslots.move(board.vm)
                 undo.callback(self.domain.rebind_kvm, old.kvm_vfio)
                 self.domain.rebind_kvm(board.kvm_vfio)
-                self._slots.board = board
+                self._slots.use(board)
                 undo.pop_all()
             try:
-                run_all((partial(self.memslots.leave, old.vm), old.close))
+                run_all((partial(self.memslots.leave, old.vm), partial(self._slots.close, old)))
             except OSError as error:  # nobody runs that VM any more
                 log.warning("%s", error)
             for device in devices:

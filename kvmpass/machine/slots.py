@@ -10,11 +10,13 @@ from functools import partial
 from kvmpass.board.board import Board
 from kvmpass.errors import GuestError
 from kvmpass.machine.device import AssignedDevice
-from kvmpass.pci import AssignedFunction
+from kvmpass.pci import AssignedFunction, PciFunction, Wiring
 
 
 class Slots:
     """``board`` is another one after each reset of the machine; ``devices`` are the machine's own list.
+
+    Emulated functions keep their slots, and are made again for each board.
 
     Synchronization: callers hold the machine's lock of moves, except for ``unplug`` from a vCPU's thread and ``ask``.
     ``lock`` is the buses'.
@@ -31,6 +33,26 @@ class Slots:
         self.devices = devices
         self.running = running
         self._lock = lock
+        self._made: dict[int, Callable[[Wiring], PciFunction]] = {}  # what makes emulated functions, by slot
+
+    def use(self, board: Board) -> None:
+        """Take a new board. Raises what making a function raises: the old one is then still in use."""
+        with self._lock:
+            for slot, make in self._made.items():
+                board.plug(make, slot)
+        self.board = board
+
+    def close(self, board: Board) -> None:
+        """Release a board, and what is left on its bus."""
+        with self._lock:
+            board.close()
+
+    def add(self, make: Callable[[Wiring], PciFunction]) -> None:
+        """Plug an emulated function into a slot of its own. Raises ``LayoutError``, and what ``make`` raises."""
+        with self._lock:
+            slot = self.board.pci.free_slot()
+            self.board.plug(make, slot)
+            self._made[slot] = make
 
     def plug(self, device: AssignedDevice) -> None:
         """Show ``device`` to the guest: in the slot of function 0 of the same device, or in one of its own.

@@ -34,6 +34,11 @@ class PciBus:
     def __init__(self) -> None:
         self._functions: dict[int, PciFunction] = {0: HostBridge()}
 
+    @property
+    def functions(self) -> list[PciFunction]:
+        """What is plugged."""
+        return list(self._functions.values())
+
     def free_slot(self) -> int:
         """The first empty slot. Raises ``LayoutError`` if there is none."""
         taken = {devfn >> 3 for devfn in self._functions}

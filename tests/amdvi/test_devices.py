@@ -21,6 +21,7 @@ from support.inside import (
     boot,
     compiled,
     drive_of,
+    edu_script,
     host_interface,
     outcomes,
     script,
@@ -54,13 +55,6 @@ E1000E = (
 dmesg | grep "e1000e.*interrupt test" || true
 """
 )
-EDU = f"""
-echo 1 >/sys/module/vfio/parameters/enable_unsafe_noiommu_mode
-name=${{device##*/}}
-echo vfio-pci >$device/driver_override; echo $name >/sys/bus/pci/drivers_probe
-group=$(readlink $device/iommu_group)
-/edu /dev/vfio/noiommu-${{group##*/}} $name KIND {EDU_RAISES}
-"""
 # A register is named by its offset in the first doubleword and read and written in the second (82574 datasheet, 3.3).
 IO_BAR = """
 cat $device/net/*/address
@@ -152,7 +146,7 @@ def interrupt_guest(roles: dict[str, str], directory: Path, kind: str, mode: int
     if {"legacy_nic", "nic2"} <= roles.keys() and kind == "intx":
         jobs.append(Job("e1000", roles["legacy_nic"], PING))
     if "edu" in roles:
-        jobs.append(Job("edu", roles["edu"], EDU.replace("KIND", kind)))
+        jobs.append(Job("edu", roles["edu"], edu_script(kind, EDU_RAISES)))
     options = ("--copy", f"{compiled('edu', directory)}:/edu", "--append", f"e1000e.IntMode={mode}")
     return boot(jobs, *options)
 
@@ -252,7 +246,7 @@ def test_three_devices_share_one_domain(
     """Each works, and the kernel saw the guest's memory mapped once, not once for each."""
     before = os.urandom(HEAD)
     drive_of(nvme).write_bytes(before)
-    jobs = [Job("nvme", nvme, DRIVE), Job("nic", nic, PING), Job("edu", edu, EDU.replace("KIND", "msi"))]
+    jobs = [Job("nvme", nvme, DRIVE), Job("nic", nic, PING), Job("edu", edu, edu_script("msi", EDU_RAISES))]
     copy = (f"{marker(directory)}:/marker", f"{compiled('edu', directory)}:/edu")
     spec = GuestSpec(command=("sh", "-c", script(jobs)), copy=copy)
     output = bytearray()

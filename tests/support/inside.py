@@ -68,6 +68,17 @@ ip addr flush dev $net; ip link set $net down
 """
 
 
+def edu_script(kind: str, count: int) -> str:
+    """Drive ``$device``, an edu, by ``/edu`` (tests/amdvi/guest/edu.c): ``count`` interrupts of a kind, then DMA."""
+    return f"""
+echo 1 >/sys/module/vfio/parameters/enable_unsafe_noiommu_mode
+name=${{device##*/}}
+echo vfio-pci >$device/driver_override; echo $name >/sys/bus/pci/drivers_probe
+group=$(readlink $device/iommu_group)
+/edu /dev/vfio/noiommu-${{group##*/}} $name {kind} {count}
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a guest does with one device: a shell script in which ``$device`` is its directory in sysfs."""

@@ -1,6 +1,6 @@
 /*
  * Drives QEMU's edu device (docs/specs/edu.rst) from a guest, through the guest's own VFIO without an IOMMU
- * (Documentation/driver-api/vfio.rst): edu GROUP BDF msi|intx COUNT.
+ * (Documentation/driver-api/vfio.rst): edu GROUP BDF msix|msi|intx COUNT. MSI-X has only tests/support/emulated_edu.py.
  *
  * Raises COUNT interrupts, each only after the one before was seen and acknowledged, then copies through the device's
  * buffer by DMA. Exits with 0 if every interrupt came, none is left and the bytes are the same.
@@ -27,7 +27,7 @@ enum { ID = 0x00, STATUS = 0x24, RAISE = 0x60, ACKNOWLEDGE = 0x64, SOURCE = 0x80
        COMMAND = 0x98, BUFFER = 0x40000 };
 enum { START = 1, FROM_DEVICE = 2, INTERRUPT = 4 };
 
-static int device, event, level_triggered;
+static int device, event, level_triggered, irq_index = VFIO_PCI_MSI_IRQ_INDEX;
 static volatile uint8_t *bar;
 
 static void fail(const char *what)
@@ -74,7 +74,7 @@ static void set_irqs(uint32_t flags, const void *data, size_t size)
 {
 	struct { struct vfio_irq_set set; int32_t fd; } irqs = { .set = {
 		.argsz = sizeof(irqs.set) + size, .flags = flags, .count = 1,
-		.index = level_triggered ? VFIO_PCI_INTX_IRQ_INDEX : VFIO_PCI_MSI_IRQ_INDEX,
+		.index = irq_index,
 	} };
 
 	if (size)
@@ -153,6 +153,10 @@ int main(int argc, char **argv)
 	if (argc != 5)
 		return 2;
 	level_triggered = !strcmp(argv[3], "intx");
+	if (level_triggered)
+		irq_index = VFIO_PCI_INTX_IRQ_INDEX;
+	else if (!strcmp(argv[3], "msix"))
+		irq_index = VFIO_PCI_MSIX_IRQ_INDEX;
 	count = atol(argv[4]);
 	open_device(argv[1], argv[2]);
 	CHECK(get(STATUS) == 0);
