@@ -1,9 +1,9 @@
-"""What speaks against assigning a device: one list, by which everything judges.
+"""What blocks the assignment of a device: the one list for all commands.
 
-``list``, ``show``, ``plan``, ``bind`` and ``assign`` ask :func:`blockers`; ``doctor`` shows the same checks,
-with what each of them read. A new reason is a ``Check`` in a module of this package, with its ``BlockerTemplate``.
+``list``, ``show``, ``plan``, ``bind`` and ``assign`` call :func:`blockers`; ``doctor`` shows the same checks, and
+what each of them has read. A new blocker is a ``Check`` in a module of this package, with its ``BlockerTemplate``.
 
-Of bound devices, of what a plan or a user lacks, and of the host the reasons are elsewhere (``doctor``).
+Checks of the host, of the guest's memory and of this user's permissions are in :mod:`kvmpass.host.doctor`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PciDevice, Sysfs
 
 CHECKS: tuple[Check, ...] = tuple(chain(kind.CHECKS, group.CHECKS, use.CHECKS, bars.CHECKS))
-"""In the order in which they are made, the most basic first. They find warnings, too."""
+"""In the order in which they run, the most basic first. Some of their blockers are warnings."""
 
 _REFUSING = tuple(
     check
     for check in CHECKS
-    if check.id != "device" and any(not template.warning for template in check.templates)  # it is there
+    if check.id != "device" and any(not template.warning for template in check.templates)  # the caller has read it
 )
 
 
 def check_assignable(sysfs: Sysfs, bdf: Bdf, together: Iterable[Bdf] = ()) -> PciDevice:
-    """Return the device if it can be taken now; ``together`` names devices that are taken with it.
+    """Return the device if it can be assigned now; ``together`` are devices that are assigned with it.
 
-    Raises ``NoSuchDevice``, or the first of :func:`blockers`: ``NotAssignable`` (bridge, no IOMMU group, no-IOMMU
-    group, and more); ``GroupNotViable`` with the siblings and their drivers; ``DeviceInUse`` with every use that is
-    visible. A device that this very process holds is in use too.
+    Raises ``NoSuchDevice``, or the exception of the first of :func:`blockers`: ``NotAssignable`` (bridge, no IOMMU
+    group, no-IOMMU group, and more); ``GroupNotViable`` with the siblings and their drivers; ``DeviceInUse`` with
+    every visible use. A device that this process has open is in use, too.
     """
     device = sysfs.device(bdf)
     for blocker in blockers(sysfs, device, together, wake=True):
@@ -50,15 +50,15 @@ def blockers(
     *,
     wake: bool = False,
 ) -> Iterator[Blocker]:
-    """Every reason why the device cannot be taken now, the most basic first; none: it can. One of each kind at most.
+    """Yield every blocker of the device, the most basic first, at most one of each kind; none if it can be assigned.
 
-    Whoever asks about many devices passes one ``look``. ``wake``: ask a suspended device, too, which wakes it.
+    Callers that check many devices pass one ``look``. ``wake``: resume a suspended device to read its registers.
     """
     yield from _found(_REFUSING, CheckContext.of(sysfs, device, together, look, wake=wake))
 
 
 def users(sysfs: Sysfs, device: PciDevice, look: Look | None = None) -> Iterator[Blocker]:
-    """Of the reasons against a device those for which somebody must give it up first."""
+    """Yield only the blockers that end when a process or the host stops using the device."""
     yield from _found(use.CHECKS, CheckContext.of(sysfs, device, (), look))
 
 

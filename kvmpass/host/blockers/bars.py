@@ -1,4 +1,4 @@
-"""The device's BARs: whether they have addresses, and who else claims them."""
+"""The device's BARs: whether they have addresses, and whether a boot framebuffer uses them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kvmpass.host.look import Look
 from kvmpass.host.sysfs import BARS, IORESOURCE_MEM_64, PCI_DEVICES, PciDevice, Resource, header_type
 from kvmpass.layout import Range, size_words
 
-# What drivers for the firmware's framebuffer call their part of a BAR in /proc/iomem (drivers/firmware/sysfb*.c,
+# Names of the resources of firmware framebuffer drivers in /proc/iomem (drivers/firmware/sysfb*.c,
 # drivers/video/fbdev, drivers/gpu/drm/sysfb).
 _FRAMEBUFFERS = frozenset(
     {"BOOTFB", "efifb", "vesafb", "simplefb", "simple-framebuffer", "simpledrm", "efidrm", "vesadrm"}
 )
 _DISPLAY = 0x03  # base class
 _VGA = 0x0300
-_TAKES_CONSOLES = (6, 1)  # surely by then: vfio_pci_vga_init (drivers/vfio/pci/vfio_pci_core.c)
+_REMOVES_FRAMEBUFFER = (6, 1)  # at the latest: vfio_pci_vga_init (drivers/vfio/pci/vfio_pci_core.c)
 
 NO_ADDRESS = BlockerTemplate(
     kind="bar-no-address",
     brief="{count} without address",
-    cause="{bdf}: this kernel found no address for {bars}: a guest would get the device without it",
+    cause="{bdf}: the kernel has assigned no address to {bars}: a guest would get the device without it",
     remedy="turn on above-4G decoding in the firmware's setup (and resizable BARs, where it has that), or boot with "
-    "pci=realloc on the kernel's command line; the kernel's log says what did not fit",
+    "pci=realloc on the kernel's command line; the kernel's log says which BARs did not fit",
     commands=("dmesg | grep {bdf}",),
     error=NotAssignable,
     bindable=True,
@@ -36,37 +36,37 @@ NO_ADDRESS = BlockerTemplate(
 NO_PORTS = BlockerTemplate(
     kind="bar-no-ports",
     brief="{count} without ports",
-    cause="{bdf}: this kernel found no I/O ports for {bars}: a guest gets the device without it",
-    remedy="none is needed for most devices, whose drivers do without ports; else turn off other devices in the "
+    cause="{bdf}: the kernel has assigned no I/O ports to {bars}: a guest gets the device without it",
+    remedy="none is needed for most devices: their drivers do not use ports; else disable other devices in the "
     "firmware's setup, or use another slot",
     warning=True,
 )
 FRAMEBUFFER = BlockerTemplate(
     kind="boot-framebuffer",
-    brief="{name} sits on it",
-    cause="the firmware's framebuffer ({name}, {range}) lies in a BAR of {bdf}: vfio-pci cannot claim that BAR",
+    brief="{name} uses a BAR",
+    cause="the firmware's framebuffer ({name}, {range}) is in a BAR of {bdf}: vfio-pci cannot request that BAR",
     remedy="boot with initcall_blacklist=sysfb_init on the kernel's command line; that display then has no console",
     error=NotAssignable,
     bindable=True,
 )
 FRAMEBUFFER_UNKNOWN = BlockerTemplate(
     kind="boot-framebuffer-unknown",
-    brief="only root can tell",
-    cause="there is a framebuffer of the firmware ({name}), and {bdf} is a display: only root sees whether it lies "
-    "in a BAR of it",
-    remedy="ask again as root",
+    brief="only root can see it",
+    cause="there is a framebuffer of the firmware ({name}), and {bdf} is a display controller: only root can see "
+    "whether it is in one of its BARs",
+    remedy="run doctor again as root",
     warning=True,
 )
 
 
 def _memory(device: PciDevice) -> list[Range]:
-    """The BARs in memory that have an address."""
-    return [Range(part.start, part.size) for part in device.bars if part.is_memory and part.is_placed]
+    """The memory BARs that have an address."""
+    return [Range(bar.start, bar.size) for bar in device.bars if bar.is_memory and bar.is_placed]
 
 
 @dataclass(frozen=True, slots=True)
 class _Unplaced:
-    """A BAR that has no address; ``size`` in bytes is None where nobody says."""
+    """A BAR without an address; ``size`` is in bytes, None if unknown."""
 
     index: int
     ports: bool
@@ -77,30 +77,29 @@ class _Unplaced:
 
 
 def unplaced(look: Look, device: PciDevice, header: bytes) -> list[_Unplaced]:
-    """Which BARs of a function (not of a bridge) the kernel could not place.
+    """Return the BARs of a function (not of a bridge) that the kernel has not assigned.
 
-    It keeps their sizes without an address (``IORESOURCE_UNSET``), or forgets them (``0 0 0`` in ``resource``). Then
-    the register tells, which keeps its flags: an implemented one reads as 0 only where it is for 32-bit memory that
-    cannot be prefetched, and of that the kernel's log tells. ``header`` is the beginning of configuration space, or
-    empty.
+    The kernel keeps their sizes without an address (``IORESOURCE_UNSET``), or resets the resource (``0 0 0``). Then
+    the BAR register still has its flags, except for a non-prefetchable 32-bit memory BAR: of these the kernel's log
+    has a message. ``header`` is the first 64 bytes of configuration space, or empty.
     """
     found: list[_Unplaced] = []
-    if not device.resources:  # nobody says
+    if not device.resources:  # unknown
         return found
-    said = look.unplaced_bars.get(device.bdf, {})
+    messages = look.unplaced_bars.get(device.bdf, {})
     registers = struct.unpack_from("<6I", header, 0x10) if len(header) >= 0x28 else (0,) * BARS
     upper = False  # this register is the upper half of the one before
     for index, register in enumerate(registers):
         if upper:
             upper = False
             continue
-        part = device.resources[index] if index < len(device.resources) else Resource(0, 0, 0)
-        if part.size:
-            upper = bool(part.flags & IORESOURCE_MEM_64)
-            if not part.is_placed:
-                found.append(_Unplaced(index, not part.is_memory, part.size))
-        elif register or index in said:
-            text = said.get(index, "")
+        bar = device.resources[index] if index < len(device.resources) else Resource(0, 0, 0)
+        if bar.size:
+            upper = bool(bar.flags & IORESOURCE_MEM_64)
+            if not bar.is_placed:
+                found.append(_Unplaced(index, not bar.is_memory, bar.size))
+        elif register or index in messages:
+            text = messages.get(index, "")
             ports = bool(register & 1) or text.startswith("io")
             upper = "64bit" in text or register & 0b111 == 0b100
             size = re.search(r"size (0x[0-9a-f]+)", text)
@@ -111,27 +110,27 @@ def unplaced(look: Look, device: PciDevice, header: bytes) -> list[_Unplaced]:
 def _addresses(context: CheckContext) -> Verdict:
     device, base = context.device, f"{PCI_DEVICES}/{context.bdf}"
     header = context.header
-    if not header.strip(b"\xff") or header_type(header):  # silent, asleep; a bridge
+    if not header.strip(b"\xff") or header_type(header):  # no response, suspended; a bridge
         header = b""
     found = unplaced(context.look, device, header) if not device.is_bridge else []
     registers = header[0x10:0x28].hex(" ", 4) or "not read"
     read = [
-        Reading(f"/{base}/resource", "; ".join(f"{one.start:#x} {one.end:#x} {one.flags:#x}" for one in device.bars)),
+        Reading(f"/{base}/resource", "; ".join(f"{bar.start:#x} {bar.end:#x} {bar.flags:#x}" for bar in device.bars)),
         Reading(f"/{base}/config", f"BARs {registers}"),
     ]
     for template, ports in ((NO_ADDRESS, False), (NO_PORTS, True)):
-        bars = [one for one in found if one.ports is ports]
+        bars = [bar for bar in found if bar.ports is ports]
         if bars:
-            words, count = " and ".join(map(str, bars)), " ".join(f"BAR {one.index}" for one in bars)
+            words, count = " and ".join(map(str, bars)), " ".join(f"BAR {bar.index}" for bar in bars)
             return failed(template, *read, bdf=device.bdf, bars=words, count=count)
     return passed("all have addresses", *read)
 
 
 def _framebuffers(context: CheckContext) -> Iterator[tuple[str, Range, str]]:
-    """Name, place and line of each; from 0 to 0 where its address is hidden."""
+    """Name, range and line of each; the range ends at 0 if its address is hidden."""
     for line in (context.look.text("proc/iomem") or "").splitlines():
-        place, _, name = line.strip().partition(" : ")
-        low, _, high = place.partition("-")
+        addresses, _, name = line.strip().partition(" : ")
+        low, _, high = addresses.partition("-")
         if name in _FRAMEBUFFERS:
             try:
                 yield name, Range(int(low, 16), int(high, 16) - int(low, 16) + 1), line.strip()
@@ -143,14 +142,14 @@ def _framebuffer(context: CheckContext) -> Verdict:
     device = context.device
     bars = _memory(device) if not device.is_bridge else []
     hidden = ""
-    for name, here, line in _framebuffers(context):
-        if here.last == 0:
+    for name, framebuffer, line in _framebuffers(context):
+        if framebuffer.last == 0:
             hidden = name
-        elif any(bar.overlaps(here) for bar in bars):
+        elif any(bar.overlaps(framebuffer) for bar in bars):
             read = Reading("/proc/iomem", line)
-            if device.class_code >> 8 == _VGA and context.sysfs.kernel() >= _TAKES_CONSOLES:
-                return passed(f"{name} sits on it: vfio-pci takes the console away", read)
-            return failed(FRAMEBUFFER, read, bdf=device.bdf, name=name, range=here)
+            if device.class_code >> 8 == _VGA and context.sysfs.kernel() >= _REMOVES_FRAMEBUFFER:
+                return passed(f"{name} uses a BAR: vfio-pci removes it", read)
+            return failed(FRAMEBUFFER, read, bdf=device.bdf, name=name, range=framebuffer)
     if hidden and device.class_code >> 16 == _DISPLAY:
         read = Reading("/proc/iomem", f"{hidden}, address hidden")
         return failed(FRAMEBUFFER_UNKNOWN, read, bdf=device.bdf, name=hidden)

@@ -1,4 +1,4 @@
-"""What a device is: there, alive, and of a kind that can be assigned."""
+"""Whether a device exists, responds, and is of a kind that can be assigned."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from kvmpass.host.sysfs import PCI_DEVICES, header_type
 
 NO_DEVICE = BlockerTemplate(
     kind="no-device",
-    brief="not there",
+    brief="not found",
     cause="there is no PCI device {bdf}",
-    remedy="kvmpass list shows the devices of this host; one that has fallen off the bus may come back by a rescan",
+    remedy="kvmpass list shows the devices of this host; a rescan of the bus may find it again",
     commands=("echo 1 > /sys/bus/pci/rescan",),
     error=NoSuchDevice,
 )
@@ -25,23 +25,23 @@ BRIDGE = BlockerTemplate(
 NO_GROUP = BlockerTemplate(
     kind="no-group",
     brief="no IOMMU group",
-    cause="{bdf} has no IOMMU group: {what}, so nothing would confine its DMA",
+    cause="{bdf} has no IOMMU group: {what}, so its DMA would not be translated",
     remedy="turn on the IOMMU (AMD-Vi) in the firmware's setup if no device of this host has a group",
     error=NotAssignable,
 )
 NO_IOMMU = BlockerTemplate(
     kind="no-iommu",
     brief="no-IOMMU group",
-    cause="{bdf} is in a no-IOMMU group ({group}): nothing would confine its DMA",
-    remedy="switch off vfio's enable_unsafe_noiommu_mode and turn on the IOMMU (AMD-Vi)",
+    cause="{bdf} is in a no-IOMMU group ({group}): its DMA would not be translated",
+    remedy="disable enable_unsafe_noiommu_mode of vfio and turn on the IOMMU (AMD-Vi)",
     error=NotAssignable,
 )
-SILENT = BlockerTemplate(
+NO_RESPONSE = BlockerTemplate(
     kind="device-silent",
-    brief="does not answer ({power})",
-    cause="{bdf} does not answer: its configuration space reads as ones (power state {power})",
-    remedy="it does not come back from D3cold, or hangs: remove it and rescan the bus; if that does not help, switch "
-    "this machine off and on. If it does so again keep it awake",
+    brief="does not respond ({power})",
+    cause="{bdf} does not respond: its configuration space reads as ones (power state {power})",
+    remedy="it does not resume from D3cold, or hangs: remove it and rescan the bus; if that does not help, "
+    "power-cycle this machine. If it happens again, disable its runtime power management",
     commands=(
         "echo 1 > /sys/bus/pci/devices/{bdf}/remove; echo 1 > /sys/bus/pci/rescan",
         "echo 0 > /sys/bus/pci/devices/{bdf}/d3cold_allowed; echo on > /sys/bus/pci/devices/{bdf}/power/control",
@@ -51,8 +51,8 @@ SILENT = BlockerTemplate(
 COLD = BlockerTemplate(
     kind="device-cold",
     brief="stays in D3cold",
-    cause="{bdf} stays in D3cold after its configuration space was read, which wakes a device",
-    remedy="keep it awake; if it does not wake, switch this machine off and on",
+    cause="{bdf} stays in D3cold after its configuration space was read, which resumes a device",
+    remedy="disable its runtime power management; if it does not resume, power-cycle this machine",
     commands=(
         "echo 0 > /sys/bus/pci/devices/{bdf}/d3cold_allowed; echo on > /sys/bus/pci/devices/{bdf}/power/control",
     ),
@@ -62,14 +62,14 @@ COLD = BlockerTemplate(
 
 def _present(context: CheckContext) -> Verdict:
     if not context.present:
-        return failed(NO_DEVICE, Reading(f"/{PCI_DEVICES}/{context.bdf}", "not there"), bdf=context.bdf)
+        return failed(NO_DEVICE, Reading(f"/{PCI_DEVICES}/{context.bdf}", "not found"), bdf=context.bdf)
     device = context.device
     name = context.names.short(device)
     return passed(f"{name}, driver {device.driver or 'none'}", Reading(f"/{PCI_DEVICES}/{device.bdf}", name))
 
 
 def _kind(context: CheckContext) -> Verdict:
-    """What no driver change would cure."""
+    """What a change of the driver cannot fix."""
     device, bdf = context.device, context.device.bdf
     read = Reading(f"/{PCI_DEVICES}/{bdf}", f"class {device.class_code:06x}, group {device.group}")
     if device.is_bridge or header_type(context.header) in (1, 2):
@@ -84,7 +84,7 @@ def _kind(context: CheckContext) -> Verdict:
 
 def _answers(context: CheckContext) -> Verdict:
     device, base = context.device, f"{PCI_DEVICES}/{context.bdf}"
-    header = context.header  # more than the ids: those of a virtual function read as ones
+    header = context.header  # not only the IDs: those of a virtual function read as ones
     power = context.sysfs.text(base, "power_state") or "unknown"
     read = [Reading(f"/{base}/config", header[:4].hex(" ") or "not read"), Reading(f"/{base}/power_state", power)]
     for name in ("d3cold_allowed", "power/control", "power/runtime_status"):
@@ -92,7 +92,7 @@ def _answers(context: CheckContext) -> Verdict:
         if value is not None:
             read.append(Reading(f"/{base}/{name}", value))
     if header and not header.strip(b"\xff"):
-        return failed(SILENT, *read, bdf=device.bdf, power=power)
+        return failed(NO_RESPONSE, *read, bdf=device.bdf, power=power)
     return failed(COLD, *read, bdf=device.bdf) if power == "D3cold" and context.wake else passed(power, *read)
 
 
@@ -109,9 +109,9 @@ CHECKS = (
     ),
     Check(
         "device-answers",
-        "Answers",
+        "Responds",
         "the first bytes of its configuration space; `power_state`, `d3cold_allowed`, `power/control`",
-        (SILENT, COLD),
+        (NO_RESPONSE, COLD),
         _answers,
         ("device",),
         device=True,

@@ -1,4 +1,4 @@
-"""Who has the device at this moment: another process through VFIO, or the host itself."""
+"""Who uses the device now: a process through VFIO, or the host."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ IN_USE = BlockerTemplate(
     kind="in-use",
     brief="in use here",
     cause="{bdf} is in use: {reasons}",
-    remedy="unmount, switch off or close what uses it, then try again",
+    remedy="unmount, disable or close what uses it, then try again",
     error=DeviceInUse,
     forceable=True,
 )
 HELD = BlockerTemplate(
     kind="mounted",
     brief="mounted here",
-    cause="{bdf} is in use: {reasons}; the kernel would wait for the end of that use while it unbinds the driver",
+    cause="{bdf} is in use: {reasons}; unbinding its driver would block until that use ends",
     remedy="unmount it first",
     error=DeviceInUse,
 )
 MAY_BE_IN_USE = BlockerTemplate(
     kind="use-unknown",
     brief="may be in use here",
-    cause="whether {bdf} is in use cannot be seen: {reasons}",
-    remedy="see that nothing of this host needs it; then hand it over by kvmpass bind --force {bdf}, and assign it",
+    cause="it is unknown whether {bdf} is in use: {reasons}",
+    remedy="make sure that this host does not need it; then bind it by kvmpass bind --force {bdf}, and assign it",
     commands=("kvmpass bind --force {bdf}",),
     error=DeviceInUse,
     forceable=True,
@@ -53,16 +53,16 @@ def _assigned(context: CheckContext) -> Verdict:
     borrower = context.look.remembered("borrowers", borrowers).get(context.device.bdf)
     if borrower is not None and not found:  # just before it opens a node, or just after
         found = [f"is assigned by {borrower}"]
-    read = Reading("open nodes below /dev/vfio, kvmpass's journal", "; ".join(found) or "of this device none")
+    read = Reading("open nodes below /dev/vfio, kvmpass's journal", "; ".join(found) or "none of this device")
     return failed(ASSIGNED, read, bdf=context.bdf, who="; it ".join(found)) if found else passed("no", read)
 
 
 def borrowers(look: Look) -> dict[Bdf, Process]:
-    """The living processes that have borrowed devices, as kvmpass's journal on this machine says."""
+    """Return the running processes that have borrowed devices, from kvmpass's journal on this machine."""
     found: dict[Bdf, Process] = {}
     answer: object = look.sysfs.ask("borrowed", lambda: _borrowed_now(look.sysfs))
     for entry in answer if isinstance(answer, list) else ():
-        with contextlib.suppress(KvmpassError, ValueError, TypeError):  # a recorded answer may be anything
+        with contextlib.suppress(KvmpassError, ValueError, TypeError):  # a recorded answer is not trusted
             bdf, pid, command = entry
             found[Bdf.parse(str(bdf))] = Process(int(pid), str(command))
     return found
@@ -75,7 +75,7 @@ def _borrowed_now(sysfs: Sysfs) -> list[tuple[str, int, str]]:
 
 
 def _holders(context: CheckContext) -> Iterator[str]:
-    """Through its own nodes or its group's; through those of its virtual functions, which vanish with its driver."""
+    """Through its own nodes or its group's; through those of its virtual functions, which its driver removes."""
     sysfs, device, look = context.sysfs, context.device, context.look
     members = () if context.group is None else context.group.devices
     own = vfio_nodes(sysfs, device.bdf, device.group)
@@ -91,33 +91,38 @@ def _holders(context: CheckContext) -> Iterator[str]:
 def _held(context: CheckContext, nodes: list[str], what: str) -> Iterator[str]:
     held = context.look.holders(nodes)
     if held:
-        who = " and ".join(str(process) for process in sorted({one for found in held.values() for one in found}))
+        who = " and ".join(
+            str(process) for process in sorted({holder for found in held.values() for holder in found})
+        )
         yield f"{what} {who}"
 
 
 def _free(context: CheckContext) -> Verdict:
     found = context.uses
     texts = "; ".join(use.text for use in found if use.seen)
-    read = Reading("what uses devices", texts or "nothing that uses this one")
+    read = Reading("uses of devices", texts or "none of this device")
     for template, wanted in ((HELD, any(use.waits for use in found)), (IN_USE, bool(texts))):
         if wanted:
             return failed(template, read, bdf=context.bdf, reasons=texts)
-    return passed("no use of it is seen" if untraced(context.look, context.device) else "nobody uses it", read)
+    return passed("no use is visible" if untraced(context.look, context.device) else "not in use", read)
 
 
 def _known(context: CheckContext) -> Verdict:
     texts = "; ".join(use.text for use in context.uses if not use.seen)
     if texts:
-        return failed(MAY_BE_IN_USE, Reading("what uses devices", texts), bdf=context.bdf, reasons=texts)
+        return failed(MAY_BE_IN_USE, Reading("uses of devices", texts), bdf=context.bdf, reasons=texts)
     note = untraced(context.look, context.device)
-    return passed(f"not all: {note}" if note else "all of it", Reading("its driver", context.device.driver or "none"))
+    return passed(
+        f"not all: {note}" if note else "all visible", Reading("its driver", context.device.driver or "none")
+    )
 
 
 CHECKS = (
     Check(
         "device-assigned",
         "Not assigned",
-        "who has its nodes open: those of its group, its own, those of its virtual functions; kvmpass's journal",
+        "which process has its nodes open: those of its group, its own, those of its virtual functions; kvmpass's "
+        "journal",
         (ASSIGNED,),
         _assigned,
         ("device-kind",),
@@ -136,7 +141,7 @@ CHECKS = (
     ),
     Check(
         "device-use-known",
-        "Its use can be seen",
+        "Its use is visible",
         "storage without disks, network functions without interfaces, vsock, CXL memory",
         (MAY_BE_IN_USE,),
         _known,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvmpass.host.blocker import BlockerTemplate
-from kvmpass.host.blockers.group import one_to_one
+from kvmpass.host.blockers.group import direct_ranges
 from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.doctor.ivrs import BadTable, Ivrs, parse_ivrs
 from kvmpass.host.doctor.refusals import (
@@ -284,7 +284,7 @@ def read_ivrs(sysfs: Sysfs) -> Ivrs:
 
 def _one_to_one(context: CheckContext) -> Verdict:
     wanted = read_ivrs(context.sysfs).memory
-    devices = [str(bdf) for group in context.groups if one_to_one(group) for bdf in group.devices]
+    devices = [str(bdf) for group in context.groups if direct_ranges(group) for bdf in group.devices]
     read = [Reading("/sys/kernel/iommu_groups/*/reserved_regions", f"direct for {', '.join(devices) or 'no device'}")]
     read += [Reading(f"/{IVRS}", f"IVMD {block}") for block in wanted]
     if not devices:

@@ -53,11 +53,11 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 
 def test_a_framebuffer_in_a_bar_is_known_to_every_command(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
     host.put("proc/iomem", "fe001000-fe002fff : BOOTFB")
-    bdf, cause = str(GPU), f"lies in a BAR of {GPU}: vfio-pci cannot claim that BAR"
-    assert "no: BOOTFB sits on it" in run(capsys, "list")[1]
+    bdf, cause = str(GPU), f"is in a BAR of {GPU}: vfio-pci cannot request that BAR"
+    assert "no: BOOTFB uses a BAR" in run(capsys, "list")[1]
     [device] = json.loads(run(capsys, "list", "--json")[1])["devices"]
     assert (device["assignable"], [one["kind"] for one in device["blockers"]]) == (False, ["boot-framebuffer"])
-    assert "no: BOOTFB sits on it" in run(capsys, "show", bdf)[1]
+    assert "no: BOOTFB uses a BAR" in run(capsys, "show", bdf)[1]
     for command in ("doctor", "plan"):
         status, text = run(capsys, command, bdf)
         assert status == 1
@@ -71,7 +71,7 @@ def test_a_framebuffer_in_a_bar_is_known_to_every_command(host: Host, capsys: py
 def test_a_device_that_does_not_answer(host: Host) -> None:
     host.put(f"{DEVICE}/config", b"\xff" * 64)
     assert kinds(host) == ["device-silent"]
-    assert inventory(host).devices[0].blockers[0].brief == "does not answer (D0)"
+    assert inventory(host).devices[0].blockers[0].brief == "does not respond (D0)"
 
 
 def test_looking_wakes_nobody(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def bars(host: Host, resource: list[str], config: bytes, **options: Any) -> tupl
 def test_a_bar_without_an_address(host: Host, resource: list[str], values: tuple[int, ...], words: str) -> None:
     found, cause = bars(host, resource, registers(*values))
     assert found == ["bar-no-address"]
-    assert cause.endswith(f"found no address for {words}{WITHOUT}")
+    assert cause.endswith(f"has assigned no address to {words}{WITHOUT}")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_every_bar_has_its_address(host: Host, resource: list[str], config: byte
 def test_ports_are_no_reason(host: Host) -> None:
     found, cause = bars(host, [PLACED, NOTHING], registers(0xFE000000, 1))
     assert found == []
-    assert "found no I/O ports for BAR 1" in cause
+    assert "has assigned no I/O ports to BAR 1" in cause
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_members_of_an_array_that_is_shown_elsewhere(host: Host, tmp_path: Path,
     kinds, cause = answer(host)
     assert kinds == ["use-unknown"]
     assert "its driver, rcbottom, shows no disk of its own" in cause
-    with pytest.raises(DeviceInUse, match="cannot be seen") as refused:
+    with pytest.raises(DeviceInUse, match="it is unknown whether") as refused:
         check_assignable(host, BDF)
     assert "kvmpass bind --force 0000:01:00.0" in refused.value.__notes__[0]
     assert forced(host, tmp_path)
@@ -122,7 +122,7 @@ def test_a_mounted_9p(host: Host, tmp_path: Path) -> None:
     host.put("proc/self/mountinfo", MOUNT.format("0:40", "/home/a", "9p", "home", "rw,trans=virtio"))
     kinds, cause = answer(host)
     assert kinds == ["mounted"]
-    assert "its 9p (home) is mounted at /home/a; the kernel would wait" in cause
+    assert "its 9p (home) is mounted at /home/a; unbinding its driver would block" in cause
     assert not forced(host, tmp_path)
 
 
