@@ -115,13 +115,13 @@ def test_a_mounted_drive(capfd: pytest.CaptureFixture[str], nvme2: str, tmp_path
 
 
 def test_the_device_that_has_the_root_file_system(capfd: pytest.CaptureFixture[str], emulated_host: bool) -> None:
-    """A 9p whose only mount is out of sight, below an overlay: unbinding its driver would never return."""
+    """A 9p whose only mount is not visible, below an overlay: unbinding its driver would never return."""
     if not emulated_host:
         pytest.skip(f"this host's root is no 9p device: {LAB_ONLY}")
     tag = next(one for one in Path("/sys/bus/virtio/devices").glob("*/mount_tag") if "root" in one.read_text())
     root = tag.resolve().parents[1].name
     assert (
-        f"{root} is in use: its 9p (root) is mounted" in (line := refused_bind(capfd, root)) or "out of sight" in line
+        f"{root} is in use: its 9p (root) is mounted" in (line := refused_bind(capfd, root)) or "not visible" in line
     )
     assert "unbinding its driver would block" in line
 

@@ -1,7 +1,7 @@
-"""What the host does with a device at this moment: the reasons not to take it away.
+"""What the host uses a device for at this moment.
 
-Each module looks for uses of one kind, below the device at any depth (a disk at a SATA port, a USB stick at a
-controller) and, where its driver shows them elsewhere, beside it.
+Each module finds uses of one kind, below the device at any depth (a disk on a SATA port, a USB stick on a controller)
+and, if its driver registers them elsewhere, outside its sysfs directory.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from kvmpass.host.usage.model import Use
 from kvmpass.host.usage.storage import block_devices
 
 VFIO_PCI = "vfio-pci"
-# Drivers that do nothing with a device but keep it.
-_KEEPERS = (None, VFIO_PCI, "pci-stub")
-# Whatever is used of these has a name in sysfs, and a use of it a trace: storage, network, display, multimedia,
-# serial lines, input, USB and FireWire.
+# Drivers that only claim a device.
+_PLACEHOLDERS = (None, VFIO_PCI, "pci-stub")
+# Base classes whose uses are all visible in sysfs or procfs: storage, network, display, multimedia, communication,
+# input, wireless; classes FireWire and USB.
 _TRACED = frozenset({0x01, 0x02, 0x03, 0x04, 0x07, 0x09, 0x0D})
 _TRACED_BUSES = frozenset({0x0C00, 0x0C03})
 _TRACED_VIRTIO = frozenset({"9pnet_virtio", "virtiofs", "virtio_console", kernel.VSOCK})
 
 
 def uses(look: Look, device: PciDevice) -> list[Use]:
-    """Each use the host or another process makes of the device, or may make unseen; empty when it is idle.
+    """Return each use of the device by the host or a process, and each that may exist but is not visible.
 
-    Without root other users' processes and namespaces stay unseen.
+    Processes and namespaces of other users are visible to root only.
     """
     found = [*kernel.virtual_functions(look, device)]
-    if device.driver != VFIO_PCI:  # which its owners have given up already
+    if device.driver != VFIO_PCI:  # the host no longer uses it
         found += chain(
             console.console(look, device),
             kernel.kernel(look, device),
@@ -44,16 +44,16 @@ def uses(look: Look, device: PciDevice) -> list[Use]:
 
 
 def usage(look: Look, device: PciDevice) -> list[str]:
-    """One clause for each use that is seen."""
+    """Return one clause for each visible use."""
     return [use.text for use in uses(look, device) if use.seen]
 
 
 def untraced(look: Look, device: PciDevice) -> str:
-    """Why a device without a use that is seen need not be idle, as a clause; empty where it is.
+    """Return why a device without visible use may still be in use, as a clause; empty if it cannot.
 
-    This is no reason against it.
+    This does not block an assignment.
     """
-    if device.driver in _KEEPERS:
+    if device.driver in _PLACEHOLDERS:
         return ""
     routes = network.idle_routes(look, device)
     if routes:
@@ -67,7 +67,7 @@ def untraced(look: Look, device: PciDevice) -> str:
 
 
 def vfio_nodes(sysfs: Sysfs, bdf: Bdf, group: int | None) -> list[str]:
-    """The nodes through which a process can own the device: its group's, its own character device."""
+    """Return the nodes through which a process can own the device: its group's, and its own character device."""
     nodes = []
     if group is not None:
         no_iommu = sysfs.text(IOMMU_GROUPS, str(group), "name") == NOIOMMU_NAME

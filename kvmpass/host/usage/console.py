@@ -11,16 +11,16 @@ from kvmpass.host.sysfs import PCI_DEVICES, PciDevice
 from kvmpass.host.usage.model import Use
 from kvmpass.host.usage.shares import VIRTIO
 
-_LETTERS = 0xFFFF_FFFE  # keys 1 to 31, which a keyboard has and a power button has not (as udev's input_id asks)
+_LETTERS = 0xFFFF_FFFE  # keys 1 to 31: a keyboard has them, a power button does not (the test of udev's input_id)
 
 
 def console(look: Look, device: PciDevice) -> Iterator[Use]:
-    """Boot display, text console, keyboards that it reads, serial and virtio consoles."""
+    """Yield uses as boot display, text console, console keyboard, serial and virtio console."""
     sysfs, base = look.sysfs, f"{PCI_DEVICES}/{device.bdf}"
     if sysfs.text(base, "boot_vga") == "1" or sysfs.text(base, "boot_display") == "1":
-        yield Use("it is the display this host booted with")
+        yield Use("it is the boot display of this host")
     elif "fb0" in look.below("sys/class/graphics", device.bdf) and _text_console(look):
-        yield Use("the text console is shown on it (fb0)")
+        yield Use("the text console is on it (fb0)")
     for keyboard in _keyboards(look, device.bdf):
         yield Use(f"the console reads the keyboard {keyboard}")
     consoles = _consoles(look)
@@ -29,11 +29,11 @@ def console(look: Look, device: PciDevice) -> Iterator[Use]:
             yield Use(f"the kernel's console is on {name}")
     if any(sysfs.link(VIRTIO, name, "driver") == "virtio_console" for name in look.below(VIRTIO, device.bdf)):
         lines = [name for name in sorted(consoles) if name.startswith("hvc")]
-        yield from (Use(f"the kernel's console is on {name}, by all signs its own") for name in lines)
+        yield from (Use(f"the kernel's console is on {name}, probably on this device") for name in lines)
 
 
 def _text_console(look: Look) -> bool:
-    """Whether consoles are shown on frame buffers (drivers/video/fbdev/core/fbcon.c); the first shows them."""
+    """Whether consoles are on frame buffers (drivers/video/fbdev/core/fbcon.c), which begin with the first."""
     base = "sys/class/vtconsole"
     return any(
         "frame buffer" in (look.sysfs.text(base, name, "name") or "") and look.sysfs.text(base, name, "bind") == "1"
@@ -47,7 +47,7 @@ def _consoles(look: Look) -> set[str]:
 
 
 def _keyboards(look: Look, bdf: Bdf) -> Iterator[str]:
-    """Those that the console's keyboard handler has opened (drivers/tty/vt/keyboard.c: kbd_match)."""
+    """Keyboards that the console's input handler has opened (drivers/tty/vt/keyboard.c: kbd_match)."""
     for block in (look.text("proc/bus/input/devices") or "").split("\n\n"):
         lines = {line[:1] + line[3:].partition("=")[0]: line[3:].partition("=")[2] for line in block.splitlines()}
         keys = lines.get("BKEY", "").split()

@@ -1,4 +1,4 @@
-"""What the kernel itself does with a device: memory, DMA channels, sockets, virtual functions, tunnels."""
+"""Uses by the kernel: memory, DMA channels, sockets, virtual functions, tunnels."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ VSOCK = "vmw_vsock_virtio_transport"
 
 
 def virtual_functions(look: Look, device: PciDevice) -> Iterator[Use]:
-    """They vanish with the driver that made them, whichever that is."""
+    """Yield a use if virtual functions are enabled: the driver of the physical function removes them."""
     count = look.sysfs.number(PCI_DEVICES, str(device.bdf), "sriov_numvfs") or 0
     if count:
-        yield Use(f"{count} virtual functions are enabled on it and would vanish")
+        yield Use(f"{count} virtual functions are enabled on it and would be removed")
 
 
 def kernel(look: Look, device: PciDevice) -> Iterator[Use]:
-    """Each such use; what leaves no trace is one that is not seen."""
+    """Yield each use by the kernel; for CXL memory and vsock it may not be visible."""
     for name in look.below("sys/class/dma", device.bdf):
         if look.sysfs.number("sys/class/dma", name, "in_use"):
             yield Use(f"the kernel uses its DMA channel {name}")
     yield from _virtio(look, device.bdf)
     attached = [name for name in look.below("sys/bus/thunderbolt/devices", device.bdf) if _is_attached(name)]
     if attached:
-        yield Use(f"what is attached through Thunderbolt or USB4 depends on it ({', '.join(attached)})")
+        yield Use(f"devices on Thunderbolt or USB4 depend on it ({', '.join(attached)})")
     if device.class_code >> 8 == _CXL_MEMORY and device.driver is not None:
-        yield Use("its memory may be the kernel's, or a DAX device's", seen=False)
+        yield Use("its memory may be in use by the kernel or a DAX device", seen=False)
 
 
 def _is_attached(name: str) -> bool:
-    """``1-3`` is a device of domain 1; ``1-0`` the host's own router; with a dot or a colon it is no router."""
+    """``1-3`` is a device of domain 1; ``1-0`` the host's own router; names with a dot or a colon are not routers."""
     domain, separator, route = name.partition("-")
     return bool(separator) and domain.isdecimal() and route not in ("", "0") and route.isalnum()
 
@@ -55,20 +55,20 @@ def _virtio(look: Look, bdf: Bdf) -> Iterator[Use]:
 
 def _is_plugged(look: Look, name: str) -> bool:
     """Whether the kernel has memory of a virtio-mem device (drivers/virtio/virtio_mem.c)."""
-    inside = False
+    below = False
     for line in (look.text("proc/iomem") or "").splitlines():
         what = line.partition(" : ")[2]
-        inside = (inside and line.startswith(" ")) or what == name
-        if inside and what.startswith("System RAM"):
+        below = (below and line.startswith(" ")) or what == name
+        if below and what.startswith("System RAM"):
             return True
     return False
 
 
 def _vsock(look: Look) -> Iterator[Use]:
-    """No file lists these sockets; root can ask each socket of each process for its protocol."""
+    """No file lists these sockets; root can read the protocol of each socket of each process."""
     who = look.sysfs.ask("vsock", lambda: _vsock_now(look))
     if who is None:
-        yield Use("sockets over vsock may be open, which leaves no trace here", seen=False)
+        yield Use("sockets over vsock may be open, which only root can see", seen=False)
     elif who:
         yield Use(f"sockets over vsock are open in {' and '.join(who)}")
 

@@ -1,4 +1,4 @@
-"""What one use of a device is, and how sure we are of it."""
+"""One use of a device."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """One use that the host or another process makes of a device, as a clause.
-
-    ``seen`` is false for what cannot be seen: the clause says why the device may be in use. ``waits``: the kernel
-    waits for the end of this use when the driver is unbound, however long that takes.
-    """
+    """One use of a device by the host or by a process."""
 
     text: str
+    """What uses it, or why it may be in use, as a clause."""
     seen: bool = True
+    """Whether the use is visible; if not, it is only possible."""
     waits: bool = False
+    """Whether unbinding the driver blocks until this use ends."""

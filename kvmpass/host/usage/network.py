@@ -1,4 +1,4 @@
-"""Network interfaces below a device: what goes through them, and what they belong to."""
+"""Network interfaces of a device: routes and connections through them, bridges and bonds over them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One of the kernel's main table."""
+    """One route of the main table."""
 
     network: Network
+    """The destination."""
     interface: str
+    """The output interface."""
     metric: int
+    """The lowest wins among routes to the same network."""
 
 
 def network(look: Look, device: PciDevice) -> Iterator[Use]:
-    """Default routes, connections, network file systems, bridges, bonds, VLANs; or its interface is not seen."""
+    """Yield default routes, connections, network file systems, bridges, bonds, VLANs; or a hidden interface."""
     names = look.below("sys/class/net", device.bdf)
     if not names:
         yield from _elsewhere(look, device)
@@ -51,7 +54,7 @@ def network(look: Look, device: PciDevice) -> Iterator[Use]:
 
 
 def idle_routes(look: Look, device: PciDevice) -> list[str]:
-    """Networks that are reached through its interfaces: who uses them without a connection leaves no trace."""
+    """Return the networks behind its interfaces: traffic without connections is not visible."""
     found = []
     for name in look.below("sys/class/net", device.bdf):
         above = _above(look, name)
@@ -62,7 +65,7 @@ def idle_routes(look: Look, device: PciDevice) -> list[str]:
 
 
 def _is_shared(route: Route) -> bool:
-    """Whether others than this machine are there: no address of its own, no network that every interface has."""
+    """Whether other machines are in that network: not a local address, not one that every interface has."""
     own = route.network.num_addresses == 1
     return not (own or route.network.is_link_local or route.network.is_multicast or route.network.is_loopback)
 
@@ -76,7 +79,7 @@ def _via(name: str, other: str) -> str:
 
 
 def _above(look: Look, name: str) -> list[str]:
-    """The interface, and all that lie on it: bonds, bridges, VLANs, at any height."""
+    """The interface, and all on top of it: bonds, bridges, VLANs, at any depth."""
     found, queue = [name], [name]
     while queue:
         for entry in look.sysfs.names("sys/class/net", queue.pop()):
@@ -101,7 +104,7 @@ def _memberships(look: Look, name: str, above: list[str]) -> Iterator[Use]:
 
 
 def _elsewhere(look: Look, device: PciDevice) -> Iterator[Use]:
-    """An interface that was moved into a container is not seen from here, and not whose it is."""
+    """An interface in another network namespace is not visible here, and neither is its device."""
     base = device.class_code >> 16
     if base not in _NETWORK or device.class_code >> 8 == _INFINIBAND or device.driver is None:
         return
@@ -117,12 +120,12 @@ def _elsewhere(look: Look, device: PciDevice) -> Iterator[Use]:
 
 
 def routes(look: Look) -> list[Route]:
-    """Those that are up, most specific first."""
+    """Return the routes of the main table, most specific first."""
     return look.remembered("routes", _routes)
 
 
 def traffic(look: Look) -> list[tuple[Address, str]]:
-    """The far end of every connection, of network file systems and of NVMe over fabrics, and the interface to it."""
+    """Return the peers of connections, network file systems and NVMe over fabrics, each with the interface to it."""
     return look.remembered("traffic", _traffic)
 
 
@@ -144,7 +147,8 @@ def _routes(look: Look) -> list[Route]:
         except (IndexError, ValueError):
             continue
     return sorted(
-        (one for one in found if one.interface != "lo"), key=lambda one: (-one.network.prefixlen, one.metric)
+        (route for route in found if route.interface != "lo"),
+        key=lambda route: (-route.network.prefixlen, route.metric),
     )
 
 
@@ -153,11 +157,11 @@ def _little(text: str) -> int:
 
 
 def _traffic(look: Look) -> list[tuple[Address, str]]:
-    ways, found = routes(look), []
+    table, found = routes(look), []
     for peer in dict.fromkeys(_peers(look)):
-        way = next((route for route in ways if peer in route.network), None)
-        if way is not None:
-            found.append((peer, way.interface))
+        best = next((route for route in table if peer in route.network), None)
+        if best is not None:
+            found.append((peer, best.interface))
     return found
 
 
@@ -166,9 +170,9 @@ def _peers(look: Look) -> Iterator[Address]:
         for line in (look.text(f"proc/net/{name}") or "").splitlines()[1:]:
             fields = line.split()
             if len(fields) > 3 and fields[3] == _ESTABLISHED:
-                here, there = _endpoint(fields[1]), _endpoint(fields[2])
-                if there is not None and there != here and _is_elsewhere(there):
-                    yield there
+                local, remote = _endpoint(fields[1]), _endpoint(fields[2])
+                if remote is not None and remote != local and _is_remote(remote):
+                    yield remote
     for mount in look.mounts:
         yield from _named(mount.options)
     for controller in look.sysfs.names("sys/class/nvme"):
@@ -176,8 +180,8 @@ def _peers(look: Look) -> Iterator[Address]:
             yield from _named(look.sysfs.text("sys/class/nvme", controller, "address") or "")
 
 
-def _is_elsewhere(address: Address) -> bool:
-    """Whether it is one machine's, and its route says which interface leads there (a link-local one is on each)."""
+def _is_remote(address: Address) -> bool:
+    """Whether it is another machine's address with a route over one interface (link-local routes are on each)."""
     local = address.is_unspecified or address.is_loopback
     return not (local or address.is_multicast or (address.version == 6 and address.is_link_local))
 

@@ -1,4 +1,4 @@
-"""Device nodes of a device that processes have open: disks, sound, input, GPUs, USB, serial lines, and any other."""
+"""Device nodes that processes have open: disks, sound, input, GPUs, USB, serial lines, and any other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NVIDIA = "proc/driver/nvidia/gpus"
 
 
 def open_nodes(look: Look, device: PciDevice) -> Iterator[Use]:
-    """Each node that somebody has open, with who; of processes that this user may look into."""
+    """Yield each node that a process has open; of processes that this user may inspect."""
     nodes = {f"/dev/{name}" for name in block_devices(look, device.bdf)}
     for number in look.below("sys/dev/char", device.bdf):
         name = look.node_name(number)
@@ -31,7 +31,7 @@ def open_nodes(look: Look, device: PciDevice) -> Iterator[Use]:
 
 
 def _kind(node: str) -> str:
-    """In words, for what does not say it by its name."""
+    """The kind of node, if its name does not contain it."""
     if node.startswith("/dev/nvidia"):
         return " (GPU)"
     kind = _KINDS.get(node.removeprefix("/dev/").partition("/")[0])
@@ -39,7 +39,7 @@ def _kind(node: str) -> str:
 
 
 def _nvidia(look: Look, device: PciDevice) -> set[str]:
-    """The proprietary driver makes nodes that sysfs does not know."""
+    """The proprietary driver creates nodes that are not in sysfs."""
     if device.driver != "nvidia":
         return set()
     text = look.sysfs.text(_NVIDIA, str(device.bdf), "information") or ""
@@ -48,7 +48,7 @@ def _nvidia(look: Look, device: PciDevice) -> set[str]:
 
 
 def _own_files(look: Look, bdf: Bdf) -> set[str]:
-    """Its BARs in sysfs, by which a driver in user space, or a flash tool, has them."""
+    """Its BARs in sysfs, which a user space driver or a flash tool maps."""
     path = os.path.realpath(look.sysfs.device_path(bdf))
     root = os.path.realpath(look.sysfs.root)
     place = f"/{os.path.relpath(path, root)}" if root != "/" else path

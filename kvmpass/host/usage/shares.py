@@ -1,4 +1,4 @@
-"""File systems that are a device of their own: 9p and virtio-fs, flash memory."""
+"""File systems of a device itself: 9p and virtio-fs, flash memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _TAGS = "sys/fs/virtiofs"  # since Linux 6.9
 
 
 def shares(look: Look, device: PciDevice) -> Iterator[Use]:
-    """Mounts of what the function shares. Unbinding its driver waits for their end (net/9p/trans_virtio.c)."""
+    """Yield mounts of its file systems. Unbinding its driver blocks until they end (net/9p/trans_virtio.c)."""
     for name in look.below(VIRTIO, device.bdf):
         driver = look.sysfs.link(VIRTIO, name, "driver")
         if driver == "9pnet_virtio":
             tag = look.sysfs.text(VIRTIO, name, "mount_tag")
-            yield from _mounts(look, "9p", None if tag is None else tag.rstrip("\0"))  # with its end
+            yield from _mounts(look, "9p", None if tag is None else tag.rstrip("\0"))  # sysfs has its terminator
         elif driver == "virtiofs":
             yield from _mounts(look, "virtiofs", _virtiofs_tag(look, name))
     for name in look.below("sys/class/mtd", device.bdf):
@@ -26,18 +26,18 @@ def shares(look: Look, device: PciDevice) -> Iterator[Use]:
 
 
 def _mounts(look: Look, kind: str, tag: str | None) -> Iterator[Use]:
-    """``tag`` is what the mount names as its source, None where the kernel does not say what it is."""
+    """``tag`` is the source of the mount, None if unknown."""
     mounts = [mount for mount in look.mounts if mount.kind == kind and "trans=tcp" not in mount.options]
     words = {"9p": "9p", "virtiofs": "virtio-fs"}[kind]
     found = [mount for mount in mounts if tag in (None, mount.source)]
     for mount in found[:1]:
-        doubt = "" if tag else ", by all signs (this kernel does not tell the tags)"
+        doubt = "" if tag else ", probably (this kernel does not show tags)"
         yield Use(f"its {words} ({mount.source}) is mounted at {mount.point}{mount.where}{doubt}", waits=True)
     if not found and kind == "9p":
-        # Each superblock has one, wherever it is mounted: below an overlay, in a namespace that we do not see.
+        # Each superblock has one, even if its mount is not visible: below an overlay, in a namespace of another user.
         alive = [name for name in look.sysfs.names("sys/class/bdi") if name.startswith("9p-")]
         if len(alive) > len({mount.number for mount in mounts}):
-            yield Use(f"a {words} is mounted out of sight, by all signs its own ({tag})", waits=True)
+            yield Use(f"a {words} is mounted where it is not visible, probably its own ({tag})", waits=True)
 
 
 def _virtiofs_tag(look: Look, name: str) -> str | None:
@@ -49,7 +49,7 @@ def _virtiofs_tag(look: Look, name: str) -> str | None:
 
 def _flash(look: Look, name: str) -> Iterator[Use]:
     number = name.removeprefix("mtd")
-    if not number.isdecimal():  # the read-only twin
+    if not number.isdecimal():  # the read-only node of the same
         return
     for mount in look.mounts:  # drivers/mtd/mtdsuper.c: by name or by number
         if mount.source in (name, f"/dev/mtdblock{number}") or mount.number == f"31:{number}":

@@ -1,4 +1,4 @@
-"""Disks below a device, and storage functions whose disks are elsewhere."""
+"""Disks of a device, and storage functions whose disks are not visible."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kvmpass.host.sysfs import PciDevice, Sysfs
 from kvmpass.host.usage.model import Use
 
 _STORAGE = 0x01  # base class
-# What a driver of the kernel's own registers below its function, even if no disk is attached.
+# What an in-tree driver registers below its function, even if no disk is attached.
 _SUBSYSTEMS = ("ata_port", "scsi_host", "nvme", "mmc_host", "mtd", "fc_host")
-# Drivers whose disks appear below their functions, as the kernel's do. Others (rcbottom of AMD-RAID, for one) show
-# them elsewhere, or members of arrays not at all.
+# Drivers whose disks are below their functions. Others (rcbottom of AMD-RAID, for example) register them elsewhere,
+# or members of arrays not at all.
 _SHOWS_DISKS = ("ahci", "ata_", "pata_", "sata_", "nvme", "virtio-pci", "vmd", "sdhci", "mpt", "megaraid", "hpsa")
-# Drivers of the kernel's for functions of other kinds: bound by hand, and then idle.
+# In-tree drivers for functions of other kinds: bound by hand, and then idle.
 _NO_STORAGE = ("pci-stub", "uio_", "e1000", "igb", "ixgbe", "xhci_hcd", "ehci", "snd_", "amdgpu")
 
 
 def block_devices(look: Look, bdf: Bdf) -> list[str]:
-    """Disks and partitions below the function, such as ``nvme0n1`` and ``nvme0n1p1``."""
+    """Return the disks and partitions of a function, such as ``nvme0n1`` and ``nvme0n1p1``."""
     found = set(look.below("sys/class/block", bdf))
-    # With native multipath the namespaces hang below the NVMe subsystem, not below the controller.
+    # With native multipath the namespaces are below the NVMe subsystem, not below the controller.
     for controller in look.below("sys/class/nvme", bdf):
         for subsystem in look.nvme_subsystems.get(controller, ()):
             found.update(look.below("sys/class/block", subsystem))
@@ -33,7 +33,7 @@ def block_devices(look: Look, bdf: Bdf) -> list[str]:
 
 
 def storage(look: Look, device: PciDevice) -> Iterator[Use]:
-    """Mounted, swap, held (LVM, md, dm-crypt), a member of a file system, claimed; or its disks are not seen."""
+    """Yield disks that are mounted, swap, held (LVM, md, dm-crypt), members of a btrfs, claimed; or not visible."""
     names = block_devices(look, device.bdf)
     if not names:
         yield from _elsewhere(look, device)
@@ -48,12 +48,12 @@ def storage(look: Look, device: PciDevice) -> Iterator[Use]:
 
 
 def _known(look: Look, names: list[str]) -> Iterator[tuple[str, str]]:
-    """A name and what uses it, for each use that the kernel tells of."""
+    """A name and what uses it, for each use that the kernel shows."""
     sysfs = look.sysfs
     by_number = {number: name for name in names if (number := sysfs.text("sys/class/block", name, "dev"))}
     mounted = set()
     for mount in look.mounts:
-        # btrfs shows a number of its own: then the source tells.
+        # btrfs has a device number of its own: then the source counts.
         name = by_number.get(mount.number)
         if name is None and mount.source.startswith("/dev/"):
             name = Path(mount.source).name
@@ -69,11 +69,11 @@ def _known(look: Look, names: list[str]) -> Iterator[tuple[str, str]]:
             label = sysfs.text("sys/class/block", holder, "dm", "name") or holder
             yield name, f"/dev/{name} is held by {label}"
     for name in sorted(look.btrfs_members.intersection(names) - mounted):  # only one of them is among the mounts
-        yield name, f"/dev/{name} belongs to a btrfs that is mounted"
+        yield name, f"/dev/{name} belongs to a mounted btrfs"
 
 
 def _claimed(sysfs: Sysfs, name: str) -> bool:
-    """Whether somebody has the block device exclusively: mounted in another namespace, ZFS, bcache (open(2))."""
+    """Whether the block device is claimed: mounted in another namespace, ZFS, bcache (O_EXCL in open(2))."""
     return sysfs.ask(f"claimed {name}", lambda: _claimed_now(sysfs, name))
 
 
@@ -95,7 +95,6 @@ def _elsewhere(look: Look, device: PciDevice) -> Iterator[Use]:
     if any(look.below(f"sys/class/{name}", device.bdf) for name in _SUBSYSTEMS):
         return
     yield Use(
-        f"its driver, {device.driver}, shows no disk of its own: disks behind it may be members of an array that is "
-        "shown elsewhere",
+        f"its driver, {device.driver}, shows no disk: its disks may be members of an array that is shown elsewhere",
         seen=False,
     )

@@ -242,7 +242,7 @@ def test_show_for_people(host: Host, capsys: pytest.CaptureFixture[str], monkeyp
         "              0000:01:00.1",
         "Assignable    no: in use here",
         "              - 0000:01:00.0 is in use: see below",
-        "In use        1 virtual functions are enabled on it and would vanish",
+        "In use        1 virtual functions are enabled on it and would be removed",
         "BARs          bar0       16 KiB  64-bit                at 0xfe000000",
         "              bar3        8 GiB  64-bit, prefetchable  at 0x4000000000",
         "              bar5        4 KiB  32-bit                no address",
