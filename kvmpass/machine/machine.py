@@ -24,7 +24,7 @@ from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
 from kvmpass.dma import BackendFactory, Domain, Type1
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceEvent, DeviceReleased, DeviceReset
-from kvmpass.host import Bdf, PciDevice, Sysfs
+from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
 from kvmpass.kvm import Memslots, System
@@ -202,11 +202,14 @@ class Machine(Execution):
         with self._moves:
             self.populate()
             with deferred():
-                return self._attach(found, vf_token)
+                self._notices.follow_faults()
+                vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
+                device = AssignedDevice(found, vfio, self._lock)
+                self._connect(device)
+        return device
 
-    def _attach(self, found: PciDevice, vf_token: uuid.UUID | None) -> AssignedDevice:
-        self._notices.follow_faults()
-        device = AssignedDevice(found, self.domain.attach(str(found.bdf), found.group or 0, vf_token), self._lock)
+    def _connect(self, device: AssignedDevice) -> None:
+        """Follow what the host says of a device that is in the domain, and show it to the guest."""
         try:
             if device.vfio.resettable:  # the kernel does it when a device is opened, and again when it is closed
                 self._notices.tell(device.reset_event(device.vfio.open_seconds, "assign"))
@@ -219,7 +222,6 @@ class Machine(Execution):
             raise
         self.devices.append(device)
         self._slots.announce(device)
-        return device
 
     def _return_steps(self, device: AssignedDevice) -> Iterable[Callable[[], None]]:
         """What happens to a device that no guest sees any more."""
