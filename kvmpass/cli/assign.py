@@ -24,7 +24,7 @@ from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
-from kvmpass.host import Bdf
+from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import Ending
 from kvmpass.memory import Backing
 
@@ -133,7 +133,27 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
     exit_status = ASSIGN_FAILED
     try:
         # Not the argument's type: the status file tells of a wrong address, too.
-        result = _run([BDF.convert(text, None, None) for text in bdf], command, _Options(**options), outcome)
+        bdfs = [BDF.convert(text, None, None) for text in bdf]
+        given = _Options(**options)
+        spec, progress = _spec(command, given), Progress(given.verbose, outcome)
+        with (
+            closing(ConsoleLog(given.console_log)) as log,
+            assigned(
+                bdfs,
+                spec,
+                memory=given.memory,
+                cpus=given.cpus,
+                backing=given.backing,
+                vf_token=given.vf_token,
+                say=progress.say,
+                warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
+                on_event=progress.note,
+            ) as machine,
+        ):
+            result = _run(machine, command, given, log)
+            outcome["status"] = result.status  # true even if giving back the device should fail
+        if command is not None and result.status is None:
+            _explain(result)
         exit_status = _exit_status(result, command is not None)
         outcome.update(outcome=_outcome(result), status=result.status, guest_errors=list(result.failures))
         return exit_status
@@ -152,12 +172,13 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
                 click.echo(f"kvmpass: --status-file: {failure}", err=True)
 
 
-def _run(bdfs: list[Bdf], command: list[str] | None, options: _Options, outcome: dict[str, Any]) -> GuestResult:
+def _spec(command: list[str] | None, options: _Options) -> GuestSpec:
+    """What the guest is made of. Raises ``click.UsageError``."""
     if command is not None and not command:
         raise click.UsageError("there is no COMMAND after --")
     if options.initrd and (command or options.copy or options.modules):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
-    spec = GuestSpec(
+    return GuestSpec(
         kernel=options.kernel,
         initrd=options.initrd,
         append=options.append,
@@ -169,56 +190,45 @@ def _run(bdfs: list[Bdf], command: list[str] | None, options: _Options, outcome:
         terminal_size=terminal_size(),
     )
 
-    def say(line: str) -> None:
-        if options.verbose:
+
+class Progress:
+    """What is said while the guest runs, if ``verbose``; the latest events go into ``outcome``."""
+
+    def __init__(self, verbose: bool, outcome: dict[str, Any]) -> None:
+        self._verbose = verbose
+        self._outcome = outcome
+        outcome["events"], outcome["events_dropped"] = [], 0
+
+    def say(self, line: str) -> None:
+        """A line on standard error."""
+        if self._verbose:
             click.echo(f"kvmpass: {line}", err=True)
 
-    events: list[str] = []
-    outcome["events"], outcome["events_dropped"] = events, 0
+    def note(self, event: DeviceEvent) -> None:
+        """An event of a device. A reader that stalls must not delay its release: it misses this line."""
+        self._outcome["events"].append(str(event))
+        if len(self._outcome["events"]) > _MAX_EVENTS:  # a guest that reboots without end, a device that fails again
+            del self._outcome["events"][0]
+            self._outcome["events_dropped"] += 1
+        if self._verbose and select.select([], [sys.stderr], [], 0)[1]:
+            self.say(f"device {event}")
 
-    def note(event: DeviceEvent) -> None:
-        events.append(str(event))
-        if len(events) > _MAX_EVENTS:  # a guest that reboots without end, a device that fails again and again
-            del events[0]
-            outcome["events_dropped"] += 1
-        # A reader that stalls must not keep a device from its due: it misses this line.
-        if options.verbose and select.select([], [sys.stderr], [], 0)[1]:
-            say(f"device {event}")
 
-    log = ConsoleLog(options.console_log)
+def _run(machine: Machine, command: list[str] | None, options: _Options, log: ConsoleLog) -> GuestResult:
     to_stdout, to_stderr = descriptor_sink(sys.stdout.fileno()), descriptor_sink(sys.stderr.fileno())
     console = to_stdout if command is None else to_stderr if options.verbose else None
-    with (
-        closing(log),
-        assigned(
-            bdfs,
-            spec,
-            memory=options.memory,
-            cpus=options.cpus,
-            backing=options.backing,
-            vf_token=options.vf_token,
-            say=say,
-            warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
-            on_event=note,
-        ) as machine,
-        Guest(machine, console=log.beside(console), output=to_stdout, errors=to_stderr) as guest,
-    ):
+    with Guest(machine, console=log.beside(console), output=to_stdout, errors=to_stderr) as guest:
         if command is None:
             click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
-        keyboard = raw_terminal(guest.type, machine.stop, guest.resize) if command is None else nullcontext()
-        with keyboard:
+        with raw_terminal(guest.type, machine.stop, guest.resize) if command is None else nullcontext():
             try:
-                result = guest.run(restart=options.on_reboot == "restart", timeout=options.timeout)
+                return guest.run(restart=options.on_reboot == "restart", timeout=options.timeout)
             except (KeyboardInterrupt, SystemExit) as error:
                 # A reader that stalls must not delay the devices' return.
                 if command is not None and select.select([], [sys.stderr], [], 0)[1]:
                     click.echo(f"kvmpass: {_cause(error)}; the guest's console:", err=True)
                     _show_console(guest.console)
                 raise
-        outcome["status"] = result.status  # true even if giving back the device should fail
-    if command is not None and result.status is None:
-        _explain(result)
-    return result
 
 
 def descriptor_sink(fd: int) -> Sink:
