@@ -93,8 +93,8 @@ def _record(output: Output, archive: Path, anonymous: bool, tree: host.Sysfs | N
 
 
 def look_at_host(sysfs: host.Sysfs) -> None:
-    """All that the commands ask of a host, whatever their options."""
-    from kvmpass.assignment.plan import plan as make_plan  # with a virtual machine, to record alone
+    """Read everything that the commands read of a host, whatever their options."""
+    from kvmpass.assignment.plan import plan as make_plan  # imports the virtual machine: only to record
 
     host.inventory(sysfs)
     for page in (0, 2 << 20, 1 << 30):
@@ -103,15 +103,15 @@ def look_at_host(sysfs: host.Sysfs) -> None:
 
 
 def look_at_device(sysfs: host.Sysfs, bdf: host.Bdf, look: host.Look) -> None:
-    """All that they ask of a device besides."""
+    """Read everything else that the commands read of a device."""
     host.describe(sysfs, bdf, look)
     host.doctor.diagnose_device(sysfs, bdf, look)
     sysfs.config(bdf)
 
 
 def conclusion(findings: list[Finding]) -> str:
-    """One line for all."""
-    counts = {outcome: sum(one.outcome is outcome for one in findings) for outcome in Outcome}
+    """The last line: how many checks failed, warned, were skipped and passed."""
+    counts = {outcome: sum(finding.outcome is outcome for finding in findings) for outcome in Outcome}
     failed = counts[Outcome.FAIL]
     parts = [f"{failed} check{'s' if failed != 1 else ''} failed" if failed else "nothing failed"]
     if counts[Outcome.WARN]:

@@ -1,4 +1,4 @@
-"""Devices as JSON: what the documents of several commands have in common."""
+"""Devices as JSON: the parts that the documents of several commands share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from kvmpass.layout import Reserved
 
 
 def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
+    """A blocker of a device, for ``list`` and ``show``."""
     return {
         "kind": blocker.kind,
         "brief": blocker.brief,
@@ -20,14 +21,17 @@ def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
 
 
 def host_document(status: view.HostStatus) -> dict[str, Any]:
+    """Whether the host and the user can assign devices."""
     return {"ready": status.ready, "permitted": status.permitted, "cause": status.cause, "remedy": status.remedy}
 
 
 def reserved_document(region: Reserved) -> dict[str, Any]:
+    """A reserved range of IOVAs."""
     return {"start": hex(region.range.start), "last": hex(region.range.last), "kind": region.kind}
 
 
 def link_document(link: view.Link | None) -> dict[str, Any] | None:
+    """Speed (GT/s) and width of a PCI Express link, present and maximal."""
     if link is None:
         return None
     now = {"speed_gts": link.speed, "width": link.width}
@@ -35,6 +39,7 @@ def link_document(link: view.Link | None) -> dict[str, Any] | None:
 
 
 def sriov_document(sriov: view.Sriov | None) -> dict[str, Any] | None:
+    """The physical function of a virtual one, or the virtual functions of a physical one."""
     if sriov is None:
         return None
     return {
@@ -46,7 +51,7 @@ def sriov_document(sriov: view.Sriov | None) -> dict[str, Any] | None:
 
 
 def device_document(status: view.DeviceStatus, whole: view.HostStatus) -> dict[str, Any]:
-    """``assignable`` needs a host that can."""
+    """A device. ``assignable`` is false for every device of a host that is not ready."""
     device = status.device
     return {
         "bdf": str(device.bdf),

@@ -1,4 +1,4 @@
-"""How findings of the doctor look, for ``doctor`` and ``plan``."""
+"""Findings of ``doctor`` and blockers of ``plan``, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from kvmpass.cli.output import Output
 from kvmpass.host import Blocker
 from kvmpass.host.doctor import Finding, Outcome
 
-_WORDS = {Outcome.PASS: "pass", Outcome.WARN: "warn", Outcome.FAIL: "FAIL", Outcome.SKIPPED: "skip"}
+_LABELS = {Outcome.PASS: "pass", Outcome.WARN: "warn", Outcome.FAIL: "FAIL", Outcome.SKIPPED: "skip"}
 _COLOURS = {Outcome.PASS: "green", Outcome.WARN: "yellow", Outcome.FAIL: "red"}
 _MARGIN = 6
 _WIDEST = 100
 
 
 def show(output: Output, findings: Iterable[Finding], titles: dict[str, str], *, details: bool) -> None:
-    """A line for each finding; what was read, the cause and the remedy below those that are no pass, or all."""
+    """Print a line for each finding, and below it the cause and the remedy if the check did not pass.
+
+    What was read is printed for these, and with ``details`` for all.
+    """
     findings = list(findings)
     width = max(map(len, titles.values()))
     for finding in findings:
-        word = _WORDS[finding.outcome]
+        label = _LABELS[finding.outcome]
         colour = _COLOURS.get(finding.outcome)
         summary = finding.summary
         if finding.needs is not None:
             summary = f"needs: {titles[finding.needs]}"
-        word = click.style(word, fg=colour) if colour else click.style(word, dim=True)
-        output.text(f"{word}  {finding.title:<{width}}  {summary}".rstrip())
+        label = click.style(label, fg=colour) if colour else click.style(label, dim=True)
+        output.text(f"{label}  {finding.title:<{width}}  {summary}".rstrip())
         if finding.blocker is not None or details:
             for reading in finding.read:
                 paragraph(output, "read", str(reading))
@@ -39,7 +42,7 @@ def show(output: Output, findings: Iterable[Finding], titles: dict[str, str], *,
 
 
 def show_blocker(output: Output, blocker: Blocker) -> None:
-    """The cause, the remedy, and what to type."""
+    """Print the cause, the remedy, and the commands to type."""
     paragraph(output, "cause", blocker.cause)
     paragraph(output, "remedy", blocker.remedy)
     for number, line in enumerate(blocker.commands):  # whole lines, to be copied
@@ -47,7 +50,7 @@ def show_blocker(output: Output, blocker: Blocker) -> None:
 
 
 def paragraph(output: Output, label: str, text: str) -> None:
-    """``text`` wrapped beside its label."""
+    """Print ``text`` beside ``label``, wrapped to the terminal."""
     columns = min(shutil.get_terminal_size((80, 24)).columns, _WIDEST)
     first = f"{'':{_MARGIN}}{label:<8}"
     lines = textwrap.wrap(text, max(columns, 40), initial_indent=first, subsequent_indent=" " * len(first))
@@ -55,7 +58,7 @@ def paragraph(output: Output, label: str, text: str) -> None:
 
 
 def document(finding: Finding) -> dict[str, Any]:
-    """The same for ``--json``."""
+    """A finding for ``--json``."""
     return {
         "check": finding.check,
         "title": finding.title,
@@ -64,11 +67,12 @@ def document(finding: Finding) -> dict[str, Any]:
         "summary": finding.summary,
         "needs": finding.needs,
         "read": [{"source": reading.source, "value": reading.value} for reading in finding.read],
-        "problem": None if finding.blocker is None else problem(finding.blocker),
+        "problem": None if finding.blocker is None else blocker_fields(finding.blocker),
     }
 
 
-def problem(blocker: Blocker) -> dict[str, Any]:
+def blocker_fields(blocker: Blocker) -> dict[str, Any]:
+    """The fields of a blocker that ``doctor`` and ``plan`` have in common, for ``--json``."""
     return {
         "kind": blocker.kind,
         "cause": blocker.cause,

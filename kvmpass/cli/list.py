@@ -11,10 +11,10 @@ import click
 from kvmpass import host
 from kvmpass.cli import layout
 from kvmpass.cli.documents import device_document, host_document
+from kvmpass.cli.format import format_link, format_resets, format_sriov, format_verdict, group_blockers
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import FILTER
 from kvmpass.cli.tree import tree_option
-from kvmpass.cli.words import in_the_way, link_words, reset_words, sriov_words, verdict
 from kvmpass.host import view
 
 _HEADING = ("Group", "Device", "Class", "Driver", "Assignable", "Name")
@@ -118,7 +118,7 @@ def _group(
         if last and not first:
             branch, stem = "└ ", "  "
         row = _row(found, status, str(group.id) if first else "", branch if tree else "", stem if tree else "", wide)
-        reason = in_the_way(members) if last else None
+        reason = group_blockers(members) if last else None
         yield row._replace(below=[*row.below, reason]) if reason else row
 
 
@@ -126,13 +126,13 @@ def _row(found: view.Inventory, status: view.DeviceStatus, group: str, branch: s
     device = status.device
     cells = (group, f"{branch}{device.bdf}", view.class_words(device.class_code), device.driver or "-")
     facts = [
-        link_words(status.link),
+        format_link(status.link),
         f"NUMA node {device.numa_node}" if device.numa_node is not None else None,
-        None if device.is_bridge else reset_words(device),
-        sriov_words(status.sriov),
+        None if device.is_bridge else format_resets(device),
+        format_sriov(status.sriov),
     ]
     below = [" · ".join(known)] if wide and (known := [fact for fact in facts if fact]) else []
-    return _Row((*cells, verdict(status, found.host)), status.short_name, stem, below)
+    return _Row((*cells, format_verdict(status, found.host)), status.short_name, stem, below)
 
 
 class _Table:

@@ -15,7 +15,7 @@ from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import FILTER
 from kvmpass.host import view
 
-_WORDS = {
+_LABELS = {
     "device-added": "added",
     "device-removed": "removed",
     "device-changed": "changed",
@@ -60,7 +60,7 @@ def monitor(output: Output, filters: tuple[str, ...], count: int | None, timeout
     """
     sysfs = host.Sysfs()
     names = host.Names(sysfs)
-    events = host.watch_events(sysfs, filters, timeout=timeout, until=_reader_has_gone)
+    events = host.watch_events(sysfs, filters, timeout=timeout, until=_output_closed)
     output.note("watching")
     seen = 0
     try:
@@ -72,18 +72,18 @@ def monitor(output: Output, filters: tuple[str, ...], count: int | None, timeout
                 return 0
     except BrokenPipeError:
         return 0
-    if count is not None and not _reader_has_gone():
+    if count is not None and not _output_closed():
         output.note(f"{seen} of {count} events in {timeout:g} seconds")
         return FAILED
     return 0
 
 
-def _reader_has_gone() -> bool:
-    """Whether nobody can read standard output any more: a pipe tells before it is written to."""
+def _output_closed() -> bool:
+    """Whether the reader of standard output has closed it. A pipe shows this before it is written to."""
     poll = select.poll()
     try:
         poll.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError):  # no file at all
+    except (OSError, ValueError):  # not a descriptor
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
@@ -101,9 +101,9 @@ def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: view.Hos
         detail=event.detail,
     )
     moment = time.strftime("%H:%M:%S", time.localtime(event.time)) + f".{int(event.time * 1000) % 1000:03d}"
-    word = click.style(f"{_WORDS[event.kind]:8}", fg=_COLOURS.get(event.kind))
+    label = click.style(f"{_LABELS[event.kind]:8}", fg=_COLOURS.get(event.kind))
     what = f"/dev/vfio/{event.group}" if event.bdf is None and event.group is not None else str(event.bdf or "")
-    output.text(f"{moment}  {word}  {what:12}  {_about(sysfs, names, event)}".rstrip())
+    output.text(f"{moment}  {label}  {what:12}  {_about(sysfs, names, event)}".rstrip())
 
 
 def _about(sysfs: host.Sysfs, names: host.Names, event: view.HostEvent) -> str:

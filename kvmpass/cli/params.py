@@ -1,4 +1,4 @@
-"""Arguments that name devices: exact addresses for what changes something, filters for what looks."""
+"""Arguments that name devices: exact addresses for commands that change something, filters for others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ else:
 
 
 class WrongDevice(click.BadParameter):
-    """A usage error (exit status 2) with a cause and a hint, printed as kvmpass prints its own."""
+    """A usage error (exit status 2) with a cause and a hint, printed like kvmpass's other errors."""
 
     shows_hints = True
 
@@ -42,10 +42,10 @@ class WrongDevice(click.BadParameter):
 
 
 class BdfType(_OfBdf):
-    """The exact address of one function, as a :class:`kvmpass.host.Bdf`: nothing that could mean another device.
+    """The exact address of one function, as a :class:`kvmpass.host.Bdf`.
 
-    For a text that :func:`kvmpass.host.select` understands the error names the addresses that it stands for. Whether
-    there is such a device is for the command to find out.
+    If :func:`kvmpass.host.select` matches other text, the error names the addresses that match. Whether there is
+    such a device is not checked here.
     """
 
     name = "BDF"
@@ -56,16 +56,16 @@ class BdfType(_OfBdf):
         try:
             return host.Bdf.parse(value)
         except BadAddress as error:
-            raise WrongDevice(str(error), _meant(value, ctx) or error.__notes__[0], ctx, param) from None
+            raise WrongDevice(str(error), _matching(value, ctx) or error.__notes__[0], ctx, param) from None
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         given = ctx.params.get(param.name or "")
-        taken = {str(one) for one in given} if isinstance(given, tuple) else set[str]()
-        return addresses(incomplete, lambda device: str(device.bdf) not in taken)
+        named = {str(bdf) for bdf in given} if isinstance(given, tuple) else set[str]()
+        return addresses(incomplete, lambda device: str(device.bdf) not in named)
 
 
 class FilterType(_OfText):
-    """What people type for devices; a text, for :func:`kvmpass.host.select`."""
+    """Text that selects devices, for :func:`kvmpass.host.select`."""
 
     name = "FILTER"
 
@@ -77,7 +77,7 @@ class FilterType(_OfText):
 
 
 class SizeType(_OfSize):
-    """Bytes, from a number with K, M, G or T."""
+    """A size in bytes, from a number with K, M, G or T."""
 
     name = "SIZE"
 
@@ -93,9 +93,9 @@ SIZE = SizeType()
 FILTER = FilterType()
 
 
-def _meant(text: str, ctx: click.Context | None) -> str | None:
-    """The addresses that ``text`` stands for, on the host that the command looks at (``--sysfs``)."""
-    from kvmpass.host.record import open_recorded  # with what reads archives
+def _matching(text: str, ctx: click.Context | None) -> str | None:
+    """A hint with the addresses that ``text`` matches, on the host that the command reads (``--sysfs``)."""
+    from kvmpass.host.record import open_recorded  # imports the reader of archives: only for a wrong address
 
     place = ctx.params.get("place") if ctx is not None else None
     try:
@@ -108,7 +108,7 @@ def _meant(text: str, ctx: click.Context | None) -> str | None:
 
 
 def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None = None) -> list[CompletionItem]:
-    """The host's addresses that begin with ``incomplete``, with or without their domain, each with its name."""
+    """The host's addresses that begin with ``incomplete``, with or without the domain, and their names."""
     sysfs = host.Sysfs()
     names = host.Names(sysfs)
     items = []
@@ -121,7 +121,7 @@ def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None =
 
 
 def _drivers(incomplete: str) -> list[CompletionItem]:
-    if not incomplete:  # the addresses are many enough
+    if not incomplete:  # all addresses are offered already
         return []
     used = sorted({device.driver for device in host.Sysfs().devices() if device.driver})
     return [CompletionItem(name, help="driver") for name in used if name.startswith(incomplete)]

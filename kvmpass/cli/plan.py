@@ -55,8 +55,8 @@ def plan(
     for title, objections, colour in (("warnings", made.warnings, "yellow"), ("what blocks", made.blocks, "red")):
         if objections:
             output.text(click.style(title, fg=colour, bold=True))
-        for one in objections:
-            findings.show_blocker(output, one.blocker)
+        for objection in objections:
+            findings.show_blocker(output, objection.blocker)
     output.text()
     verdict = (
         f"kvmpass assign would refuse, for {_count(len(made.blocks), 'reason')}" if made.blocks else "nothing blocks"
@@ -169,13 +169,14 @@ def _document(made: Plan) -> dict[str, Any]:
             "vectors": made.descriptors.vectors,
             "limit": made.descriptors.limit,
         },
-        "blocks": [_objection(one) for one in made.blocks],
-        "warnings": [_objection(one) for one in made.warnings],
+        "blocks": [_blocker_document(objection) for objection in made.blocks],
+        "warnings": [_blocker_document(objection) for objection in made.warnings],
     }
 
 
-def _objection(one: Objection) -> dict[str, Any]:
-    return {"bdf": None if one.bdf is None else str(one.bdf), **findings.problem(one.blocker)}
+def _blocker_document(objection: Objection) -> dict[str, Any]:
+    bdf = None if objection.bdf is None else str(objection.bdf)
+    return {"bdf": bdf, **findings.blocker_fields(objection.blocker)}
 
 
 def _device_document(device: DevicePlan) -> dict[str, Any]:
@@ -186,7 +187,8 @@ def _device_document(device: DevicePlan) -> dict[str, Any]:
         "driver": device.driver,
         "group": device.group,
         "members": [
-            {"bdf": str(one.bdf), "name": one.name, "driver": one.driver, "part": one.part} for one in device.members
+            {"bdf": str(member.bdf), "name": member.name, "driver": member.driver, "part": member.part}
+            for member in device.members
         ],
         "reset_methods": list(device.reset_methods),
         "vectors": {"msix": vectors.msix, "msi": vectors.msi, "intx": vectors.intx},

@@ -11,20 +11,20 @@ import click
 from kvmpass import host
 from kvmpass.cli import layout
 from kvmpass.cli.documents import device_document, host_document, reserved_document
+from kvmpass.cli.format import (
+    format_acs,
+    format_bars,
+    format_bridge,
+    format_capabilities,
+    format_link,
+    format_reserved,
+    format_sibling,
+    format_sriov,
+    format_verdict,
+)
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF
 from kvmpass.cli.tree import tree_option
-from kvmpass.cli.words import (
-    acs_words,
-    bar_words,
-    bridge_words,
-    capability_words,
-    link_words,
-    reserved_words,
-    sibling_words,
-    sriov_words,
-    verdict,
-)
 from kvmpass.host import view
 from kvmpass.host.drivers.driverctl import NO_DRIVER
 
@@ -70,7 +70,7 @@ def _lines(found: view.Description) -> Iterator[str]:
     yield from _facts(_verdict(found))
     if found.bars:
         yield ""
-        yield from _facts([("BARs", list(bar_words(found.bars)))])
+        yield from _facts([("BARs", list(format_bars(found.bars)))])
     yield ""
     yield from _facts([("Capabilities", _capabilities(found))])
     yield ""
@@ -104,18 +104,18 @@ def _identity(found: view.Description) -> Iterator[tuple[str, list[str]]]:
     boot = [f"{kept} at each boot"] if found.driverctl else []
     yield "Driver", [", ".join([device.driver or "none", *override, *boot])]
     yield "Power", [device.power_state]
-    if link := link_words(status.link):
+    if link := format_link(status.link):
         yield "Link", [link]
     if device.numa_node is not None:
         yield "NUMA node", [str(device.numa_node)]
     yield "Reset", [", ".join(device.reset_methods) or "no method"]
-    if sriov := sriov_words(status.sriov):
+    if sriov := format_sriov(status.sriov):
         virtual = " ".join(map(str, status.sriov.virtual)) if status.sriov else ""
         yield "SR-IOV", [sriov, *([virtual] if virtual else [])]
 
 
 def _verdict(found: view.Description) -> Iterator[tuple[str, list[str]]]:
-    answer = [verdict(found.status, found.host)]
+    answer = [format_verdict(found.status, found.host)]
     for blocker in found.status.blockers:
         cause = f"{found.status.device.bdf} is in use: see below" if blocker.kind == "in-use" else blocker.cause
         answer += [f"- {cause}", f"  hint: {blocker.remedy}"]
@@ -139,7 +139,7 @@ def _capabilities(found: view.Description) -> list[str]:
         return ["the device does not answer: it is powered off, or gone"]
     if not own.readable:
         return ["unknown: without root the kernel shows only 64 bytes of configuration space"]
-    return list(capability_words(own)) or ["none"]
+    return list(format_capabilities(own)) or ["none"]
 
 
 def _surroundings(found: view.Description) -> Iterator[tuple[str, list[str]]]:
@@ -151,15 +151,15 @@ def _surroundings(found: view.Description) -> Iterator[tuple[str, list[str]]]:
             "IOMMU group",
             [
                 f"{found.group.id}{alone}, default domain {found.group.type or 'unknown'}",
-                *map(sibling_words, found.siblings),
+                *map(format_sibling, found.siblings),
             ],
         )
-    yield "Above it", [*map(bridge_words, found.bridges)] or ["no bridge: it is on a root bus"]
+    yield "Above it", [*map(format_bridge, found.bridges)] or ["no bridge: it is on a root bus"]
     if found.functions:
         others = ", ".join(map(str, found.functions))
-        yield "Functions", [f"one of {len(found.functions) + 1}, with {others}", *acs_words(found.capabilities)]
+        yield "Functions", [f"one of {len(found.functions) + 1}, with {others}", *format_acs(found.capabilities)]
     if found.group is not None and found.group.reserved:
-        yield "Reserved", [*map(reserved_words, found.group.reserved)]
+        yield "Reserved", [*map(format_reserved, found.group.reserved)]
 
 
 # --- for programs
@@ -183,7 +183,8 @@ def _document(found: view.Description) -> dict[str, Any]:
             "type": group.type,
             "no_iommu": group.no_iommu,
             "siblings": [
-                {"bdf": str(one.device.bdf), "driver": one.device.driver, "part": one.part} for one in found.siblings
+                {"bdf": str(sibling.device.bdf), "driver": sibling.device.driver, "part": sibling.part}
+                for sibling in found.siblings
             ],
             "reserved_regions": [*map(reserved_document, group.reserved)],
         },

@@ -156,7 +156,7 @@ def test_a_real_bash(tmp_path: Path) -> None:
 def test_an_address_in_a_real_bash(tmp_path: Path) -> None:
     """Readline splits at colons: what it inserts must still be the one address."""
     present = [path.name for path in Path("/sys/bus/pci/devices").glob("*")]
-    typed = {name: name[:-2] for name in present if sum(one.startswith(name[:-2]) for one in present) == 1}
+    typed = {name: name[:-2] for name in present if sum(other.startswith(name[:-2]) for other in present) == 1}
     if not typed:
         pytest.skip("no PCI device of this machine is alone in its slot: one that is makes it run")
     bdf = max(typed)

@@ -1,4 +1,4 @@
-"""Facts about devices in words, as ``list`` and ``show`` say them."""
+"""Text for facts about devices, for ``list`` and ``show``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from kvmpass.host import view
 from kvmpass.layout import Reserved, size_words
 
 
-def verdict(status: view.DeviceStatus, whole: view.HostStatus) -> str:
-    """``yes``, or ``no`` and the first reason: the device's own, else the host's."""
+def format_verdict(status: view.DeviceStatus, whole: view.HostStatus) -> str:
+    """``yes``, or ``no`` and the first blocker: the device's own, else the host's."""
     if status.blockers:
         return click.style(f"no: {status.blockers[0].brief}", fg="yellow")
     if not whole.ready:
@@ -21,14 +21,14 @@ def verdict(status: view.DeviceStatus, whole: view.HostStatus) -> str:
     return click.style("yes, on vfio-pci" if status.device.driver == "vfio-pci" else "yes", fg="green")
 
 
-def in_the_way(members: Sequence[view.DeviceStatus]) -> str | None:
-    """Which devices of a group the host uses, so that others of it cannot be assigned."""
-    blocking = sorted({bdf for status in members for blocker in status.blockers for bdf in blocker.devices})
-    return f"the host uses {', '.join(map(str, blocking))} of this group" if blocking else None
+def group_blockers(members: Sequence[view.DeviceStatus]) -> str | None:
+    """The devices of a group that the host uses, which block the whole group; None if there are none."""
+    used = sorted({bdf for status in members for blocker in status.blockers for bdf in blocker.devices})
+    return f"the host uses {', '.join(map(str, used))} of this group" if used else None
 
 
-def link_words(link: view.Link | None) -> str | None:
-    """``PCIe 8 GT/s x4``, with what would be possible if that is more."""
+def format_link(link: view.Link | None) -> str | None:
+    """``PCIe 8 GT/s x4``, with the maximum if it is higher; None if the device has no link."""
     if link is None:
         return None
     now, best = _lanes(link.speed, link.width), _lanes(link.max_speed, link.max_width)
@@ -42,7 +42,8 @@ def _lanes(speed: float | None, width: int | None) -> str:
     return " ".join(part for part in parts if part)
 
 
-def sriov_words(sriov: view.Sriov | None) -> str | None:
+def format_sriov(sriov: view.Sriov | None) -> str | None:
+    """The physical function of a virtual one, else how many virtual functions are enabled."""
     if sriov is None:
         return None
     if sriov.physical is not None:
@@ -50,15 +51,16 @@ def sriov_words(sriov: view.Sriov | None) -> str | None:
     return f"{sriov.enabled} of {sriov.total} VFs enabled"
 
 
-def reset_words(device: host.PciDevice) -> str:
+def format_resets(device: host.PciDevice) -> str:
+    """The reset methods, in the order in which the kernel tries them."""
     return f"reset: {', '.join(device.reset_methods)}" if device.reset_methods else "no reset method"
 
 
 # --- show
 
 
-def bar_words(bars: Sequence[view.BarInfo]) -> Iterator[str]:
-    """Aligned: name, size, kind, address."""
+def format_bars(bars: Sequence[view.BarInfo]) -> Iterator[str]:
+    """A line for each BAR, in columns: name, size, kind, address."""
     rows = []
     for bar in bars:
         kind = "I/O ports" if bar.io else f"{bar.bits}-bit" + (", prefetchable" if bar.prefetchable else "")
@@ -69,13 +71,13 @@ def bar_words(bars: Sequence[view.BarInfo]) -> Iterator[str]:
         yield layout.columns(row, sizes, frozenset({1}))
 
 
-def capability_words(own: view.Capabilities) -> Iterator[str]:
-    """One line for each capability that matters to an assignment, one for all others."""
+def format_capabilities(own: view.Capabilities) -> Iterator[str]:
+    """A line for each capability that matters to an assignment, and one that names all others."""
     switches = (("memory", own.memory_enabled), ("I/O", own.io_enabled), ("bus mastering", own.bus_master))
     yield f"on: {', '.join(name for name, value in switches if value) or 'nothing'}"
     if own.msi:
-        more = ", each can be masked" if own.msi.maskable else ""
-        yield f"MSI: {_count(own.msi.vectors, 'vector')}{more}{_on(own.msi.enabled)}"
+        masking = ", each can be masked" if own.msi.maskable else ""
+        yield f"MSI: {_count(own.msi.vectors, 'vector')}{masking}{_on(own.msi.enabled)}"
     if own.msix:
         where = f"table in BAR {own.msix.table_bar} at {own.msix.table_offset:#x}"
         yield f"MSI-X: {_count(own.msix.vectors, 'vector')}, {where}{_on(own.msix.enabled)}"
@@ -98,9 +100,9 @@ def capability_words(own: view.Capabilities) -> Iterator[str]:
         yield f"PASID: {own.pasid.detail} bits{_on(own.pasid.enabled)}"
     if own.acs:
         yield f"ACS: has {' '.join(own.acs.supported) or 'nothing'}; on: {' '.join(own.acs.enabled) or 'nothing'}"
-    rest = [*(["AER"] if own.aer else []), *own.others]
-    if rest:
-        yield f"also: {', '.join(rest)}"
+    others = [*(["AER"] if own.aer else []), *own.others]
+    if others:
+        yield f"also: {', '.join(others)}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -120,14 +122,15 @@ _PARTS = {
 }
 
 
-def sibling_words(sibling: view.Sibling) -> str:
+def format_sibling(sibling: view.Sibling) -> str:
+    """Another device of the group, and whether it blocks the group."""
     device = sibling.device
     driver = f" ({device.driver})" if device.driver else ""
     return f"with {device.bdf}{driver}, {_PARTS[sibling.part]}"
 
 
-def bridge_words(bridge: view.Bridge) -> str:
-    """What a bridge means for the isolation of what is behind it."""
+def format_bridge(bridge: view.Bridge) -> str:
+    """A bridge, and whether it isolates the devices behind it."""
     if not bridge.readable:
         means = "its registers are not readable without root"
     elif bridge.kind == "switch upstream port":
@@ -143,8 +146,8 @@ def bridge_words(bridge: view.Bridge) -> str:
     return f"{bridge.bdf} {bridge.kind}: {means}"
 
 
-def acs_words(own: view.Capabilities) -> Sequence[str]:
-    """What the ACS of a function means for the other functions of its device."""
+def format_acs(own: view.Capabilities) -> Sequence[str]:
+    """The ACS capability of a function, which isolates the functions of one device; empty if unknown."""
     if not own.readable:
         return []
     if own.acs is None:
@@ -160,6 +163,7 @@ _RESERVED = {
 }
 
 
-def reserved_words(reserved: Reserved) -> str:
+def format_reserved(reserved: Reserved) -> str:
+    """A reserved range, and why it is reserved."""
     meaning = _RESERVED.get(reserved.kind, reserved.kind)
     return f"{reserved.range.start:#x}-{reserved.range.last:#x}: {meaning}"
