@@ -190,6 +190,6 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     host.put("sys/bus/pci/devices/0000:01:00.0/boot_vga", "1")
     text, status = run(NVME, "--memory", "64M")
     assert status == 1
-    assert "what blocks\n      cause   0000:01:00.0 is in use: it is the display" in text
+    assert "what blocks\n      cause   0000:01:00.0 is in use: it is the boot display" in text
     text, status = run(NVME, "--memory", "64M", "--json")
     assert (status, valid("plan", text)["blocks"][0]["kind"]) == (1, "in-use")
