@@ -57,13 +57,13 @@ class _Options:
 @click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T.")
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
 @click.option("--kernel", type=click.Path(path_type=Path), help="A bzImage.  [default: the running kernel's]")
-@click.option("--initrd", type=click.Path(path_type=Path), help="An initramfs of yours, instead of one made here.")
-@click.option("--append", default="", help="More words for the guest kernel's command line.")
+@click.option("--initrd", type=click.Path(path_type=Path), help="An initramfs to use instead of the generated one.")
+@click.option("--append", default="", help="Append to the guest kernel's command line.")
 @click.option(
     "--copy",
     multiple=True,
     metavar="SRC:DST",
-    help="Put a file, a directory, or a program with its libraries into the guest, at DST; into DST if it ends in a "
+    help="Copy a file, a directory, or a program with its libraries to DST in the guest; into DST if it ends with a "
     "slash.  [repeatable]",
 )
 @click.option(
@@ -72,54 +72,54 @@ class _Options:
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE.ko",
-    help="A driver under test: loaded instead of the kernel's own for the device.  [repeatable]",
+    help="A driver to load instead of the kernel's own for the device.  [repeatable]",
 )
-@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Guest memory from the host's pool of such pages.")
-@click.option("--vf-token", type=click.UUID, help="The secret that a virtual and its physical function share.")
+@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
+@click.option("--vf-token", type=click.UUID, help="VF token (UUID) of a virtual function and its physical function.")
 @click.option(
     "--on-reboot",
     type=click.Choice(["end", "restart"]),
     default="end",
     show_default=True,
-    help="What a guest that reboots does; with restart its devices stay, and COMMAND runs again.",
+    help="On guest reboot: end, or restart with the same devices and run COMMAND again.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="End the guest after this time, boot included; status 124.",
+    help="End the guest after this time, boot included; exit status 124.",
 )
-@click.option("--console-log", type=click.Path(path_type=Path), help="Keep the whole console in this file.")
-@click.option("--status-file", type=click.Path(path_type=Path), help="Write how it ended there, as JSON.")
+@click.option("--console-log", type=click.Path(path_type=Path), help="Write the whole console to this file.")
+@click.option("--status-file", type=click.Path(path_type=Path), help="Write the result to this file, as JSON.")
 @click.option(
     "-v",
     "--verbose",
     is_flag=True,
-    help="Say what is mapped; show the kernel's messages, with a command the whole console.",
+    help="Print mappings and device events; show the kernel's messages, with COMMAND the whole console.",
 )
 @click.pass_obj
 def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path | None, **options: Any) -> int:
-    """Boot a Linux guest that has the PCI devices BDF to itself.
+    """Boot a Linux guest and assign the PCI devices BDF to it.
 
     \b
     kvmpass assign [OPTIONS] BDF...                 a shell in the guest, on this terminal
     kvmpass assign [OPTIONS] BDF... -- COMMAND...   run COMMAND in the guest
 
-    Each device is bound to vfio-pci for as long as the guest runs and given back afterwards, whatever happens (after
-    a SIGKILL: kvmpass restore). Its DMA reaches the guest's memory and nothing else. Needs
-    root, or devices that root has bound (kvmpass bind) and the rights that kvmpass doctor asks for.
+    Each device is bound to vfio-pci while the guest runs. When the guest ends, for any reason, the device is rebound
+    to its driver (after a SIGKILL of kvmpass: kvmpass restore). Its DMA reaches the guest's memory and nothing else.
+    Needs root; or devices that root has bound (kvmpass bind), and the permissions that kvmpass doctor lists.
 
-    With COMMAND its standard output and standard error are those of kvmpass, its input is empty, and its status is
-    that of kvmpass. Without, the console is on this terminal in raw mode: every key goes to the guest, and Ctrl-]
-    ends it; the terminal's size is the guest's, also when it changes. Where standard input is no terminal, the shell
-    runs what it reads there and ends at its end.
+    With COMMAND, kvmpass has the standard output, standard error and exit status of COMMAND, whose input is empty.
+    Without COMMAND, this terminal is the guest's console, in raw mode: every key goes to the guest, and Ctrl-] ends
+    the guest. The guest follows changes of the terminal's size. If standard input is not a terminal, the shell reads
+    commands from it and ends at its end.
 
-    With COMMAND a crash or a lockup of the guest's kernel ends the guest, and its console is shown from there on.
-    Words of --append take precedence: oops=, softlockup_panic=, hung_task_panic=, watchdog_thresh=.
+    With COMMAND, a crash or a lockup of the guest's kernel ends the guest, and its console is printed from there on.
+    Parameters of --append take precedence: oops=, softlockup_panic=, hung_task_panic=, watchdog_thresh=.
 
     \b
-    Exit status, with COMMAND its own, or:
-      124  the time of --timeout was up
+    Exit status: with COMMAND its own, or:
+      124  --timeout expired
       125  kvmpass failed, or was called wrongly
       126  the guest ended without reporting a status
       130, 143  interrupted by Ctrl-C, by SIGTERM (129, 131: SIGHUP, SIGQUIT)

@@ -16,8 +16,8 @@ from kvmpass.host.drivers.changes import MATCHING
 
 def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     for decorate in (
-        click.option("-n", "--dry-run", is_flag=True, help="Say each step and change nothing."),
-        click.option("--group", is_flag=True, help="All devices of their IOMMU groups, bridges excluded."),
+        click.option("-n", "--dry-run", is_flag=True, help="Print each step and change nothing."),
+        click.option("--group", is_flag=True, help="All devices of these IOMMU groups, except bridges."),
         click.argument("bdfs", metavar="BDF...", nargs=-1, required=True, type=BDF),
     ):
         function = decorate(function)
@@ -26,48 +26,48 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @_options
-@click.option("--force", is_flag=True, help="Also what the host uses, or driverctl keeps elsewhere.")
+@click.option("--force", is_flag=True, help="Also devices that the host uses, or with a driverctl override.")
 @host_command
 def bind(output: Output, bdfs: tuple[host.Bdf, ...], **options: Any) -> None:
-    """Hand devices over to vfio-pci, until unbind or reboot.
+    """Bind devices to vfio-pci, until unbind or reboot.
 
     \b
       kvmpass bind 0000:01:00.0               one function
       kvmpass bind --group 0000:01:00.0       with its whole IOMMU group
       kvmpass bind --dry-run 0000:01:00.0     each step, and nothing is changed
 
-    For a device that a guest is to have again and again: kvmpass assign uses a bound device as it is and leaves it
-    bound. (A device that is not bound need not be: assign does that, and undoes it.) All of the devices are bound, or
-    none. A device that is on vfio-pci already is left there.
+    For a device that is assigned repeatedly: kvmpass assign uses a bound device and leaves it bound. For a single run
+    this is not needed, because assign binds and rebinds devices itself. Either all of the devices are bound, or none.
+    A device that is already bound to vfio-pci stays so.
 
-    Refused is what the host uses (a mounted drive, swap, the default route, a bridge's port, a connection, an open
-    node, the console, the display), and what it may use unseen (members of a RAID that is shown elsewhere). --force
-    takes it all the same. Refused for good are bridges, devices without an IOMMU group, devices that a process has
-    open through VFIO or kvmpass assign has, and a 9p or virtio-fs that is mounted.
+    Without --force, bind refuses devices that the host uses (a mounted drive, swap, the default route, a port of a
+    bridge, a connection, an open device node, the console, the display), and devices whose use it cannot detect
+    (members of a RAID that is shown elsewhere). Always refused are bridges, devices without an IOMMU group, devices
+    that a process has open through VFIO or that kvmpass assign uses, and a 9p or virtio-fs that is mounted.
 
-    What was there is remembered (in /var/lib/kvmpass, or $KVMPASS_STATE_DIR). After a SIGKILL on the way kvmpass
-    restore brings it back. Needs root.
+    The previous driver is recorded in /var/lib/kvmpass, or $KVMPASS_STATE_DIR. If bind is ended by SIGKILL, kvmpass
+    restore rebinds it. Needs root.
     """
     _print(output, options["dry_run"], host.bind(bdfs, say=output.note, **options))
 
 
 @click.command()
 @_options
-@click.option("--force", is_flag=True, help="Also what driverctl keeps on vfio-pci.")
+@click.option("--force", is_flag=True, help="Also devices that driverctl binds to vfio-pci.")
 @host_command
 def unbind(output: Output, bdfs: tuple[host.Bdf, ...], **options: Any) -> None:
-    """Give devices back from vfio-pci to their drivers.
+    """Unbind devices from vfio-pci and rebind them to their drivers.
 
     \b
-      kvmpass unbind 0000:01:00.0             to the driver that kvmpass bind found
+      kvmpass unbind 0000:01:00.0             to the driver that it had before kvmpass bind
       kvmpass unbind --group 0000:01:00.0     with its whole IOMMU group
       kvmpass unbind --dry-run 0000:01:00.0   each step, and nothing is changed
 
-    A device that somebody else has bound goes to the driver that the kernel finds for it. All of the devices are
-    given back, or none. A device that is not on vfio-pci is left where it is.
+    For a device that was not bound by kvmpass, the kernel chooses the driver. Either all of the devices are rebound,
+    or none. A device that is not bound to vfio-pci is not changed.
 
-    Refused, for good, is a device that a process has open through VFIO: the kernel would wait for that process.
-    Needs root.
+    A device that a process has open through VFIO is always refused: the kernel would wait for that process. Needs
+    root.
     """
     _print(output, options["dry_run"], host.unbind(bdfs, say=output.note, **options))
 

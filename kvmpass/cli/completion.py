@@ -126,24 +126,24 @@ def answer(command: click.Command, request: str) -> int:
 @click.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> int:
-    """Print what makes SHELL complete commands, options and devices.
+    """Print the completion script for SHELL.
 
-    Addresses are offered with the names of their devices: zsh and fish show them beside each candidate, bash where it
-    lists them.
+    It completes commands, options and devices. Addresses are completed with the names of their devices. zsh and fish
+    show the name beside each candidate, bash in its list of candidates.
 
     \b
-    To have it in each new shell:
+    For each new shell:
       bash  kvmpass completion bash > ~/.local/share/bash-completion/completions/kvmpass
       zsh   kvmpass completion zsh > "${fpath[1]}/_kvmpass"
       fish  kvmpass completion fish > ~/.config/fish/completions/kvmpass.fish
 
     \b
-    To have it in this one:
+    For this shell:
       bash  eval "$(kvmpass completion bash)"
       zsh   eval "$(kvmpass completion zsh)"
       fish  kvmpass completion fish | source
 
-    bash needs the package bash-completion for the former, and version 4.4.
+    Needs bash 4.4; the first form also needs the package bash-completion.
     """
     click.echo(SHELLS[shell](kvmpass, {}, PROGRAM, COMPLETE).source(), nl=False)
     return 0

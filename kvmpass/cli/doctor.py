@@ -21,15 +21,15 @@ from kvmpass.layout import parse_size
 @click.option(
     "--memory", default="1G", show_default=True, type=SIZE, help="The guest's memory: a number with K, M, G or T."
 )
-@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="It must come from the host's pool of such pages.")
+@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Guest memory comes from the host's pool.")
 @click.option(
     "--record",
     "archive",
     metavar="FILE.tar",
     type=click.Path(path_type=Path),
-    help="Write what can be seen of this host to an archive, for --sysfs.",
+    help="Record this host in an archive, for --sysfs.",
 )
-@click.option("--anonymous", is_flag=True, help="With --record: addresses and serial numbers are replaced in it.")
+@click.option("--anonymous", is_flag=True, help="With --record: replace addresses and serial numbers.")
 @host_command
 @tree_option
 def doctor(
@@ -41,20 +41,21 @@ def doctor(
     anonymous: bool,
     tree: host.Sysfs | None,
 ) -> int:
-    """Check everything that an assignment needs, from the firmware to the permissions of files.
+    """Check everything that an assignment needs.
 
-    With BDF, a PCI address, that device too: its group, who uses it, its reset, its memory. Nothing is changed and no
-    module is loaded. What is not as it should be is shown with what was read, the cause and the remedy; with -v what
-    was read for everything. What depends on an earlier failure is skipped: cure the cause, then ask again.
+    The checks go from the firmware to file permissions. With BDF, a PCI address, that device is checked, too: its
+    group, its current use, its reset, its memory. doctor changes nothing and loads no module. For a check that did
+    not pass it prints what was read, the cause and the remedy; with -v what was read for every check. Checks that
+    depend on a failed one are skipped: fix it and run doctor again.
 
-    The checks are those by which kvmpass assign refuses, and more. As root it sees more. Exit status: 0 if nothing
-    fails (warnings are none), else 1.
+    The checks include all that kvmpass assign makes. Root can read more. Exit status: 0 if no check failed (warnings
+    do not count), else 1.
 
     \b
     Examples:
-      kvmpass doctor 0000:01:00.0                 a host and a device of it
-      kvmpass doctor --record host.tar.gz         all that list, show, doctor and plan read here
-      kvmpass doctor --sysfs host.tar.gz          the same answers, anywhere
+      kvmpass doctor 0000:01:00.0                 this host and one of its devices
+      kvmpass doctor --record host.tar.gz         record all that list, show, doctor and plan read
+      kvmpass doctor --sysfs host.tar.gz          the same answers, on any machine
     """
     if archive is not None:
         return _record(output, archive, anonymous, tree)

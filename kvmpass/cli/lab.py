@@ -1,4 +1,4 @@
-"""``kvmpass lab``: an emulated AMD host for a command, a shell, and the pieces it is made of."""
+"""``kvmpass lab``: run a command or a shell in an emulated AMD host, and manage its kernels and QEMU."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from kvmpass.lab.lab import Lab
 
 
 def say(text: str) -> None:
-    """Progress, where it does not mix with output."""
+    """Print progress on standard error."""
     click.echo(f"kvmpass lab: {text}", err=True)
 
 
 def complete_device(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Those of QEMU's devices that the lab knows more of than their name."""
+    """Complete QEMU's devices for which the lab has defaults."""
     return [CompletionItem(name) for name in sorted(devices.KNOWN) if name.startswith(incomplete)]
 
 
 def complete_kernel(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """The names, and files."""
+    """Complete the kernels' names, else files."""
     names = [CompletionItem(name) for name in ("stock", "full") if name.startswith(incomplete)]
     return names or [CompletionItem(incomplete, type="file")]
 
 
 def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that describe an emulated host."""
+    """Add the options that describe an emulated host."""
     options = [
         click.option(
             "--device",
@@ -43,7 +43,7 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
             multiple=True,
             metavar="NAME[,PROPERTY=VALUE…]",
             shell_complete=complete_device,
-            help="A PCI device of the host: nvme, e1000e, edu, or any other of QEMU's. Repeatable.",
+            help="A PCI device of the host: nvme, e1000e, edu, or any other device of QEMU.  [repeatable]",
         ),
         click.option("--memory", default="4G", show_default=True, metavar="SIZE", help="The host's memory."),
         click.option(
@@ -51,7 +51,7 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
             default=1,
             show_default=True,
             metavar="N",
-            help="The host's CPUs. With more than one its guests die now and then: QEMU's fault.",
+            help="The host's CPUs. With more than one, guests sometimes die because of a bug in QEMU.",
         ),
         click.option(
             "--kernel",
@@ -59,33 +59,33 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             metavar="stock|full|PATH",
             shell_complete=complete_kernel,
-            help="The host's kernel: Debian's, the one with iommufd, or a bzImage.",
+            help="The host's kernel: stock (Debian's), full (with iommufd), or a bzImage.",
         ),
-        click.option("--append", default="", metavar="TEXT", help="More for the host kernel's command line."),
+        click.option("--append", default="", metavar="TEXT", help="Append to the host kernel's command line."),
         click.option(
             "--without",
             multiple=True,
             metavar="FEATURE[,…]",
-            help="A host that lacks svm, iommu or intremap. Repeatable.",
+            help="A host without svm, iommu or intremap.  [repeatable]",
         ),
         click.option(
-            "--accel", default="auto", show_default=True, type=click.Choice(ACCELERATORS), help="How QEMU runs."
+            "--accel", default="auto", show_default=True, type=click.Choice(ACCELERATORS), help="QEMU's accelerator."
         ),
         click.option(
-            "--qemu", default="system", show_default=True, metavar="system|modern|PATH", help="Which QEMU runs."
+            "--qemu", default="system", show_default=True, metavar="system|modern|PATH", help="The QEMU to use."
         ),
         click.option(
             "--writable",
             multiple=True,
             metavar="DIR",
             type=click.Path(exists=True, file_okay=False, path_type=Path),
-            help="A directory that the command may write to for good. Repeatable.",
+            help="A directory of this machine that the command may write to.  [repeatable]",
         ),
         click.option(
             "--iommu-trace",
             metavar="FILE",
             type=click.Path(dir_okay=False, path_type=Path),
-            help="Where the IOMMU's translations are written, a line each.",
+            help="Write each translation of the IOMMU to FILE, one a line.",
         ),
         click.option("--timeout", type=float, metavar="SECONDS", help="End the run after this time, boot included."),
     ]
@@ -95,11 +95,12 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def configuration(options: dict[str, Any]) -> LabConfig:
+    """The configuration that the options of ``host_options`` describe. Raises ``LabError``."""
     return LabConfig(**options | {"without": split_features(options["without"])})
 
 
 def conclude(result: LabResult) -> int:
-    """Tell about an end that was not the command's; returns the exit status."""
+    """Return the exit status; print the reason if the host ended before the command."""
     if result.outcome != "exited":
         say(result.describe())
         for line in result.console_tail.splitlines():
@@ -109,7 +110,10 @@ def conclude(result: LabResult) -> int:
 
 @click.group()
 def lab() -> None:
-    """An emulated AMD host: AMD-V, AMD-Vi, interrupt remapping and PCI devices, without any of them at hand."""
+    """Run a command or a shell in an emulated AMD host.
+
+    The host has AMD-V, AMD-Vi, interrupt remapping and PCI devices. It runs on any x86-64 machine.
+    """
 
 
 @lab.command(options_metavar="[OPTIONS] -- COMMAND…")
@@ -118,7 +122,7 @@ def lab() -> None:
 def run(command: list[str] | None, /, **options: Any) -> int:
     """Run COMMAND as root inside an emulated host, and exit with its status.
 
-    124: the time was up. 125: the host could not be started. 126: it ended without reporting a status.
+    Exit status 124: --timeout expired. 125: the host could not be started. 126: it ended without reporting a status.
     """
     if not command:
         raise LabError("no command to run in the lab", "kvmpass lab run [OPTIONS] -- COMMAND…")
@@ -134,7 +138,7 @@ def shell(**options: Any) -> int:
 
 @lab.command()
 def status() -> int:
-    """Show what is installed, cached and missing. Fails if a plain run would."""
+    """Show what is installed, cached and missing. Exit status 1 if a run without options would fail."""
     rows = state.rows()
     width = max(len(row.part) for row in rows)
     for row in rows:
@@ -147,11 +151,11 @@ def status() -> int:
 
 @lab.command()
 @click.option("--again", is_flag=True, help="Build it even if it is in the cache.")
-@click.option("--jobs", default=0, metavar="N", help="Compilers at once; one for each CPU by default.")
+@click.option("--jobs", default=0, metavar="N", help="Parallel compiler processes.  [default: one for each CPU]")
 def kernel(again: bool, jobs: int) -> None:
-    """Build the full kernel, the one with iommufd (about 8 minutes on 2 cores).
+    """Build the full kernel, which has iommufd (about 8 minutes on 2 cores).
 
-    It loads no modules. The stock kernel does: kvmpass lab headers.
+    It cannot load modules. To build modules for the stock kernel, see kvmpass lab headers.
     """
     live = sys.stderr.isatty()
 
@@ -172,7 +176,7 @@ def kernel(again: bool, jobs: int) -> None:
 def headers(again: bool) -> None:
     """Fetch the stock kernel's headers, and print their directory.
 
-    A module for the lab's hosts, and for guests in them, is built with it:
+    To build a module for the lab's hosts, and for guests in them:
 
     \b
       make -C "$(kvmpass lab headers)" M="$PWD" modules
@@ -183,13 +187,13 @@ def headers(again: bool) -> None:
 @lab.command()
 @click.option("--again", is_flag=True, help="Fetch it even if it is in the cache.")
 def qemu(again: bool) -> None:
-    """Fetch the modern QEMU: root ports, virtual functions, fault events."""
+    """Fetch the modern QEMU, which has root ports, virtual functions and fault events."""
     emulator = modern.fetch(say, again=again)
     click.echo(f"QEMU {emulator.version_text}: {emulator.path}")
 
 
 @lab.command()
 def clean() -> None:
-    """Remove the cache: kernels, headers, initial file systems, the modern QEMU."""
+    """Remove the cache: kernels, headers, initramfs images, the modern QEMU."""
     freed = cache.clean()
     click.echo(f"{cache.cache_root()}: {freed / 1e6:.0f} MB freed")

@@ -23,14 +23,14 @@ _GROUP_ALIGNED = frozenset({0})
 
 @click.command()
 @click.argument("filters", metavar="[FILTER]...", nargs=-1, type=FILTER)
-@click.option("-w", "--wide", is_flag=True, help="NUMA node, link, resets and virtual functions too.")
+@click.option("-w", "--wide", is_flag=True, help="Also show NUMA node, link, reset methods and virtual functions.")
 @host_command
 @tree_option
 def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs | None) -> int:
-    """Show PCI devices by IOMMU group, and which of them can be assigned.
+    """Show PCI devices by IOMMU group, and which can be assigned.
 
-    A group is the smallest set of devices that the IOMMU can tell apart; it is assigned as a whole. Without FILTER
-    all devices are shown, else those that any FILTER selects:
+    An IOMMU group is the smallest set of devices that the IOMMU can isolate. It is assigned as a whole. FILTER
+    selects devices; without it, all are shown:
 
     \b
       0000:01:00.0  01:00.0     an address
@@ -42,7 +42,7 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
       nvme                      a driver
       '0000:01:*'  '*geforce*'  a pattern for address, ids, driver, name
 
-    Needs no rights; without root what other users' processes have open is not seen.
+    Needs no root. Without root, devices that other users' processes have open are not detected.
 
     \b
     Examples:
@@ -50,7 +50,7 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
       kvmpass list eth0 nvme        the card behind eth0, and all NVMe drives
       kvmpass list --json | jq -r '.devices[] | select(.assignable) | .bdf'
 
-    The exit status is 1 if a FILTER selects nothing, else 0, whatever can be assigned.
+    The exit status is 1 if a FILTER selects nothing, else 0, whether or not devices can be assigned.
     """
     found = host.inventory(tree or host.Sysfs(), filters)
     output.document(

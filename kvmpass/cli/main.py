@@ -31,9 +31,9 @@ COMMANDS = {
     "unbind": "kvmpass.cli.bind",
 }
 
-COMPLETE = "_KVMPASS_COMPLETE"  # set by a shell's function: what it wants to know
+COMPLETE = "_KVMPASS_COMPLETE"  # set by the completion function of a shell: its request
 FAILED = 1
-ASSIGN_FAILED = 125  # as with `docker run`: ours, not the command's
+ASSIGN_FAILED = 125  # as with `docker run`: kvmpass failed, not the command
 TIME_UP = 124  # as with timeout(1)
 GUEST_SILENT = 126  # the guest ended without reporting a status
 
@@ -53,7 +53,7 @@ class LazyGroup(click.Group):
 
 
 def documentation(prefix: Path) -> str | None:
-    """Where the pages are that a wheel brings; ``None`` where kvmpass runs from its source, or in another prefix."""
+    """Where the wheel's documentation is; ``None`` if kvmpass runs from its source, or in another prefix."""
     pages = prefix / "share" / "doc" / "kvmpass"
     return f"Documentation: man kvmpass, and {pages}" if pages.is_dir() else None
 
@@ -77,19 +77,19 @@ def split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def report(error: BaseException) -> None:
-    """One line for the cause, one hint for each note."""
+    """Print one line for the cause, and a hint for each note."""
     click.echo(f"kvmpass: {error_text(error)}", err=True)
     show_hints(error)
 
 
 def show_hints(error: BaseException) -> None:
-    """A line for each note of ``error``."""
+    """Print a line for each note of ``error``."""
     for note in getattr(error, "__notes__", ()):
         click.echo(f"  hint: {note}", err=True)
 
 
 def hint_separator(words: list[str], command: list[str] | None, error: BaseException) -> None:
-    """Who wrote a command without ``--`` before it is told."""
+    """Add a hint to a usage error that may come from a missing ``--`` before COMMAND."""
     missing = isinstance(error, click.MissingParameter)
     if command is None and isinstance(error, (click.UsageError, BadAddress)) and not missing:
         first = words[: 2 if words[:1] == ["lab"] else 1]
@@ -97,7 +97,7 @@ def hint_separator(words: list[str], command: list[str] | None, error: BaseExcep
 
 
 def fail(command: str, error: BaseException, as_json: bool) -> None:
-    """A document where one was asked for and can be written, else lines on standard error."""
+    """Print the error: a document with ``--json``, if it can be written, else lines on standard error."""
     if as_json:
         try:
             click.echo(error_document(command, error))
@@ -113,12 +113,12 @@ def fail(command: str, error: BaseException, as_json: bool) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """As an exception, so that everything is released and given back on the way out."""
+    """Raise an exception, so that everything is released and devices are rebound."""
     raise SystemExit(128 + number)
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null where the caller has closed a standard stream: else the next file takes its number."""
+    """Open /dev/null for each standard stream that the caller has closed: else the next file takes its number."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -177,6 +177,6 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
-    except OSError:  # the reader has gone: nobody is left to tell
+    except OSError:  # output closed by its reader
         sys.stdout = None
     sys.exit(status)

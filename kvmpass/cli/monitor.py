@@ -30,24 +30,24 @@ _COLOURS = {"driver-bound": "green", "driver-unbound": "yellow", "device-removed
 
 @click.command()
 @click.argument("filters", metavar="[FILTER]...", nargs=-1, type=FILTER)
-@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after so many events.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N events.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="End after so many seconds."
+    "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="End after this time."
 )
 @host_command
 def monitor(output: Output, filters: tuple[str, ...], count: int | None, timeout: float | None) -> int:
-    """Show what happens to PCI devices, their drivers and VFIO groups, while it happens.
+    """Show events of PCI devices, drivers and VFIO groups.
 
     \b
-      added, removed       a device came or went
-      bound, unbound       a driver took a device, or let go of it
+      added, removed       a device was added or removed
+      bound, unbound       a device was bound to or unbound from a driver
       changed              something else: an error, virtual functions
       appeared, vanished   a group's node /dev/vfio/N
-      lost                 events came faster than they were read
+      lost                 events arrived faster than they were read
 
-    FILTER selects devices as in kvmpass list. It is looked at when something happens, so that it may name a device
-    that is not there yet. Needs no rights, and no udevd. Each event is one line, written at once; with --json one
-    JSON document on a line (JSON Lines).
+    FILTER selects devices as in kvmpass list. It is evaluated at each event, so it may name a device that is added
+    later. Needs neither root nor udevd. Each event is one line, written as it happens; with --json it is a JSON
+    document (JSON Lines).
 
     \b
     Examples:
@@ -55,8 +55,8 @@ def monitor(output: Output, filters: tuple[str, ...], count: int | None, timeout
       kvmpass monitor --json 0000:01:00.0 | jq --unbuffered -r .event
       kvmpass monitor --count 1 --timeout 10 eth0
 
-    Ctrl-C ends it (exit status 130), SIGTERM (143), or a reader that has gone (0). The exit status is 1 if --timeout
-    ends it before --count.
+    It ends at Ctrl-C (exit status 130), at SIGTERM (143), or when the reader closes its output (0). The exit status
+    is 1 if --timeout expires before --count is reached.
     """
     sysfs = host.Sysfs()
     names = host.Names(sysfs)

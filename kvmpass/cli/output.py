@@ -1,7 +1,7 @@
-"""What the commands of the host's side share: ``--json``, ``-v`` and ``-q``, and where their words go.
+"""The options ``--json``, ``-v`` and ``-q`` of the commands for the host, and their output.
 
 Standard output has the answer: text, or with ``--json`` one document and nothing else. Standard error has everything
-else. Colour only on a terminal, and not where ``NO_COLOR`` is set (no-color.org).
+else. Colour is used on a terminal only, and not if ``NO_COLOR`` is set (no-color.org).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCHEMA = 1
 
 
 class Output:
-    """One command's words. Made by :func:`host_command`."""
+    """The output of one command. Made by :func:`host_command`."""
 
     def __init__(self, command: str, *, as_json: bool, verbose: bool, quiet: bool) -> None:
         self.command = command
@@ -30,22 +30,22 @@ class Output:
         self.quiet = quiet
 
     def document(self, **body: Any) -> None:
-        """With ``--json``, the answer. Addresses and bit masks are hex strings, absent values null."""
+        """Print the answer, if ``--json`` is set. Addresses and bit masks are hex strings, absent values null."""
         if self.as_json:
             click.echo(json.dumps({"schema": SCHEMA, "command": self.command, **body}, indent=2))
 
     def record(self, **body: Any) -> None:
-        """With ``--json``, one line of an answer without end (JSON Lines)."""
+        """Print one line of an answer that has no end (JSON Lines), if ``--json`` is set."""
         if self.as_json:
             click.echo(json.dumps({"schema": SCHEMA, "command": self.command, **body}))
 
     def text(self, line: str = "") -> None:
-        """One line of the answer for people; nothing with ``--json``. May hold ``click.style``."""
+        """Print one line of the answer, unless ``--json`` is set. May have ``click.style``."""
         if not self.as_json:
             click.echo(line)
 
     def note(self, line: str) -> None:
-        """Progress, and what is no answer: on standard error, unless ``--quiet``."""
+        """Print progress and remarks on standard error, unless ``--quiet`` is set."""
         if not self.quiet:
             click.echo(f"kvmpass: {line}", err=True)
 
@@ -53,16 +53,16 @@ class Output:
 def host_command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the shared options; its function gets an :class:`Output` first."""
 
-    @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-    @click.option("-v", "--verbose", is_flag=True, help="Say more.")
-    @click.option("-q", "--quiet", is_flag=True, help="Nothing on standard error but errors.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on standard output.")
+    @click.option("-v", "--verbose", is_flag=True, help="Print more.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors on standard error.")
     @functools.wraps(function)
     def command(*arguments: Any, as_json: bool, verbose: bool, quiet: bool, **options: Any) -> Any:
         name = click.get_current_context().command.name or ""
         if verbose and not quiet:
             logging.basicConfig(level=logging.INFO, format="kvmpass: %(message)s")
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a locale without the characters of a name, or of a tree
+            sys.stdout.reconfigure(errors="replace")  # the locale may lack characters of names or of the tree
         output = Output(name, as_json=as_json, verbose=verbose, quiet=quiet)
         return function(output, *arguments, **options)
 
@@ -70,12 +70,12 @@ def host_command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def colour() -> bool | None:
-    """For click: never with ``NO_COLOR``, else what it finds out about the terminal."""
+    """The colour argument for click: never with ``NO_COLOR``, else click asks the terminal."""
     return False if os.environ.get("NO_COLOR") else None
 
 
 def error_document(command: str, error: BaseException) -> str:
-    """What ``--json`` prints instead of an answer when a command fails."""
+    """The document that ``--json`` prints when a command fails."""
     return json.dumps(
         {
             "schema": SCHEMA,
@@ -91,7 +91,7 @@ def error_document(command: str, error: BaseException) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """One line for the cause."""
+    """The cause in one line."""
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, OSError) and error.strerror:

@@ -26,20 +26,20 @@ from kvmpass.pci import BarPreview, Vectors
     "--memory", default="1G", show_default=True, type=SIZE, help="Guest memory: a number with K, M, G or T."
 )
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
-@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Guest memory from the host's pool of such pages.")
+@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
 @host_command
 @tree_option
 def plan(
     output: Output, bdf: tuple[Bdf, ...], memory: int, cpus: int, hugepages: str | None, tree: Sysfs | None
 ) -> int:
-    """Show what kvmpass assign would do with the PCI devices BDF, and change nothing.
+    """Show what kvmpass assign would do, and change nothing.
 
-    Which drivers change hands; each device's group, reset, interrupts and BARs; the guest's memory, region by region,
-    at the addresses that KVM and the IOMMU get; locked memory and file descriptors; and everything that would be
-    refused, all of it and not only the first. The addresses come from the code that assign uses.
+    The plan has the changes of drivers; each device's group, reset, interrupts and BARs; each region of the guest's
+    memory with its address for KVM and the IOMMU; locked memory and file descriptors; and every blocker, not only the
+    first. The addresses are computed by the same code as in assign.
 
     It works on any machine: without KVM the CPU's own address width is used, without an IOMMU no address is reserved.
-    As root it sees more. Exit status: 0 if nothing blocks, else 1.
+    Root can read more. Exit status: 0 if nothing blocks the assignment, else 1.
     """
     backing = Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS
     made = make_plan(bdf, memory=memory, cpus=cpus, backing=backing, sysfs=tree)

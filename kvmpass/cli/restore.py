@@ -13,22 +13,23 @@ from kvmpass.cli.output import Output, host_command
 @click.command()
 @host_command
 def restore(output: Output) -> int:
-    """Put devices back that a killed kvmpass has left.
+    """Rebind devices that a killed kvmpass left on vfio-pci.
 
-    While a device is borrowed, bound or unbound, a journal (in /var/lib/kvmpass, or $KVMPASS_STATE_DIR) says what was
-    there. A process that ends in any normal way puts the device back itself. After a SIGKILL this command does:
-    original driver bound, driver_override and power settings as they were. What kvmpass bind has finished stays
-    bound. One line is printed for each entry:
+    Before assign, bind or unbind changes a device, it records the driver and settings in a journal (in
+    /var/lib/kvmpass, or $KVMPASS_STATE_DIR), and it restores them itself unless it is ended by SIGKILL. In that case
+    this command does: driver, driver_override and power settings. A device for which kvmpass bind succeeded stays
+    bound. One line is printed for each entry of the journal:
 
     \b
-      restored     the device is as it was before
-      stale        of an earlier boot or another device: dropped
+      restored     driver and settings are as before
+      stale        the entry is of an earlier boot or of another device: dropped
       gone         the device is not on this host any more: dropped
-      owner-alive  its process still runs: left alone
-      corrupt      the entry cannot be read: put aside
-      failed       the device could not be given back: run the command again
+      owner-alive  the process of the entry still runs: not changed
+      corrupt      the entry cannot be read: renamed
+      failed       the device could not be rebound: run the command again
 
-    It can be run at any time, and again. The exit status is 1 if an entry is corrupt or failed, else 0.
+    The command is idempotent and can be run at any time. The exit status is 1 if an entry is corrupt or failed, else
+    0.
     """
     results = host.restore(say=output.note)
     output.document(results=[asdict(result) for result in results])

@@ -38,11 +38,11 @@ _LABEL = 14
 def show(output: Output, bdf: host.Bdf, tree: host.Sysfs | None) -> int:
     """Show everything about one device and its IOMMU group.
 
-    What it is; which driver it has; whether it can be assigned, and if not every reason with its remedy; its BARs and
-    capabilities; what else is in its group, and why; what the host does with it.
+    Its identity and driver; whether it can be assigned, and every blocker with its remedy; its BARs and capabilities;
+    the other devices of its group, and why they share it; how the host uses it.
 
-    Needs no rights. Without root the kernel shows only 64 bytes of configuration space, so that capabilities stay
-    unknown, and what other users' processes have open is not seen.
+    Needs no root. Without root, the kernel shows only 64 bytes of configuration space, so capabilities are unknown,
+    and a device that another user's process has open is not detected.
 
     \b
     Examples:
@@ -78,7 +78,7 @@ def _lines(found: view.Description) -> Iterator[str]:
 
 
 def _facts(facts: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
-    """A label, and its texts below one another."""
+    """A label, and beside it the texts, one below the other."""
     for label, texts in facts:
         begin = click.style(f"{label:<{_LABEL}}", bold=True)
         for text in texts:

@@ -1,4 +1,4 @@
-"""``--sysfs``: commands that only look can look at a recorded host instead of this one."""
+"""``--sysfs``: commands that change nothing can read a recorded host instead of this one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VARIABLE = "KVMPASS_SYSFS"
 
 
 def tree_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the option; its function gets ``tree``, a :class:`host.Sysfs`, or None for this host."""
+    """Add the option to a command; its function gets ``tree``, a :class:`host.Sysfs`, or None for this host."""
 
     @click.option(
         "--sysfs",
@@ -22,19 +22,19 @@ def tree_option(function: Callable[..., Any]) -> Callable[..., Any]:
         metavar="PLACE",
         type=click.Path(exists=True, path_type=Path),
         envvar=VARIABLE,
-        is_eager=True,  # a wrong BDF is looked for there
-        help="Look at a recorded host, a directory or an archive (doctor --record), not at this one.",
+        is_eager=True,  # the error for a wrong BDF reads it
+        help="Read a recorded host (an archive of doctor --record, or a directory) instead of this one.",
     )
     @functools.wraps(function)
     def command(*arguments: Any, place: Path | None, **options: Any) -> Any:
         if place is None:
             return function(*arguments, tree=None, **options)
-        from kvmpass.host.record import BadRecord, open_recorded  # with what reads archives
+        from kvmpass.host.record import BadRecord, open_recorded  # imports the reader of archives
 
         tree = click.get_current_context().with_resource(open_recorded(place))
         try:
             return function(*arguments, tree=tree, **options)
-        except _DAMAGE as error:  # of a kernel's files they would be bugs of ours
+        except _DAMAGE as error:  # with a real kernel's files they would be bugs in kvmpass
             raise BadRecord(f"{place} is not what a kernel or kvmpass writes: {error!r}") from error
 
     return command

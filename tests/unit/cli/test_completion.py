@@ -45,7 +45,7 @@ def candidates(shell: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: p
 @pytest.mark.parametrize(
     "shell, line, expected",
     [
-        ("bash", "kvmpass mon", "plain\tmonitor\tShow what happens to PCI devices,"),
+        ("bash", "kvmpass mon", "plain\tmonitor\tShow events of PCI devices,"),
         ("bash", "kvmpass show 0000:01", "plain\t0000:01:00.0\tNVMe: AMD Fast: Drive\n"),
         ("bash", "kvmpass show 0000:01:00.0 --js", "plain\t--json\t"),
         ("bash", "kvmpass list nv", "plain\tnvme\tdriver\n"),
