@@ -7,7 +7,7 @@ MSI and MSI-X, the lists of capabilities.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -82,7 +82,7 @@ class AssignedFunction:
             self._make_header(wiring)
             self._make_messages(wiring, self._make_capabilities())
             self._make_bars(wiring)
-            self._update_intx()
+            self._update_interrupts()
             undo.pop_all()
 
     # --- construction
@@ -161,44 +161,25 @@ class AssignedFunction:
             return "MSI"
         return "INTx" if self._intx and self._intx.active else "none"
 
-    def _update_intx(self) -> None:
-        """VFIO drives one of the three kinds at a time: the pin works while no message is enabled."""
-        if self._intx is not None:
-            try:
-                if self.interrupt in ("MSI-X", "MSI"):
-                    self._intx.disable()
-                else:
-                    self._intx.enable()
-            except OSError as error:
-                log.warning("%s INTx: %s", self._device.name, error)
-
-    def _update_msi(self) -> None:
-        assert self._msi is not None
-        if self._msi.enabled and self.interrupt == "MSI":
-            self._update_intx()
+    def _update_interrupts(self) -> None:
+        """VFIO drives one of the three kinds at a time: the others go off first. The pin is on without a message."""
+        kind = self.interrupt
+        if self._msix and kind != "MSI-X":
+            self._msix.update()
+        if self._msi and kind != "MSI":
+            self._attempt("MSI", self._msi.disable)
+        if self._intx:
+            self._attempt("INTx", self._intx.disable if kind in ("MSI-X", "MSI") else self._intx.enable)
+        if self._msix and kind == "MSI-X":
+            self._msix.update()
+        elif self._msi and kind == "MSI":
             self._msi.update()
-        else:
-            self._stop_msi()
-            self._update_intx()
 
-    def _stop_msi(self) -> None:
-        if self._msi is not None:
-            try:
-                self._msi.disable()
-            except OSError as error:
-                log.warning("%s MSI: %s", self._device.name, error)
-
-    def _update_msix(self) -> None:
-        assert self._msix is not None
-        if self._msix.enabled:
-            self._stop_msi()
-            self._update_intx()
-            self._msix.update()
-        else:
-            self._msix.update()
-            if self._msi and self._msi.enabled:
-                self._update_msi()
-            self._update_intx()
+    def _attempt(self, kind: str, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except OSError as error:
+            log.warning("%s %s: %s", self._device.name, kind, error)
 
     # --- configuration space
 
@@ -223,10 +204,8 @@ class AssignedFunction:
             self._write_power(offset, data)
         else:
             self._space.write(offset, data)
-            if self._msi and offset < self._msi.end and end > self._msi.start:
-                self._update_msi()
-            if self._msix and offset <= self._msix.start + 3 < end:
-                self._update_msix()
+            if any(own and offset < own.end and end > own.start for own in (self._msi, self._msix)):
+                self._update_interrupts()
 
     # VFIO lets an access of the device's memory pass while the command register was last *written* with decoding on
     # and the device is in D0 (__vfio_pci_memory_enabled, drivers/vfio/pci/vfio_pci_config.c). What it *reads* can

@@ -37,7 +37,7 @@ class Msix:
         self._sink = sink
         self._space = space
         self._own = own
-        self.start = at
+        self.start, self.end = at, at + 12
         self._table = bytearray(_RESET_ENTRY * own.vectors)
         self._vectors = [MessageVector(vm, routes) for _ in range(own.vectors)]
         self._signalled: set[int] = set()  # what the sink signals
