@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from support.configuring import CONFIGURE
-from support.emulated_edu import EmulatedEdu
+from support.emulated_edu import BUFFER, EmulatedEdu
 from support.inside import PRELUDE, SOAK, Done, compiled, edu_script
 
 from kvmpass.errors import GuestError
 from kvmpass.guest import Guest, GuestSpec, prepare
+from kvmpass.layout import PAGE
 from kvmpass.machine import Machine
+from kvmpass.memory import RegionKind
 from kvmpass.pci import Wiring
 
 RAISES = 20_000 if SOAK else 500
@@ -47,7 +49,8 @@ def test_linux_finds_it_and_reads_its_registers() -> None:
         + """
         cd /sys/bus/pci/devices/$first; echo $(cat vendor device class); head -n 1 resource
         echo 1 >enable; at=$(($(get $first 16) & ~15)); devmem $at 32
-        devmem $((at + 4)) 32 0x11223344; devmem $((at + 4)) 32; ls -1 /sys/bus/pci/devices"""
+        devmem $((at + 4)) 32 0x11223344; devmem $((at + 4)) 32; devmem $((at + 0x40000)) 32 0xCAFE0000
+        ls -1 /sys/bus/pci/devices"""
     )
     with Machine(memory="192M") as machine:
         emulated = Emulated(machine)
@@ -59,10 +62,14 @@ def test_linux_finds_it_and_reads_its_registers() -> None:
             assert last - start + 1 == 1 << 20
             assert (identity, liveness) == ("0x010000ED", "0xEEDDCCBB")
             assert devices == ["0000:00:00.0", "0000:00:01.0"]
+            assert bytes(emulated.made[-1].registers.buffer[:4]) == bytes.fromhex("0000feca")
+            [bar] = [region for region in machine.memory if region.kind is RegionKind.BAR]
+            assert (bar.gpa, bar.size) == (start + BUFFER, PAGE), "ordinary memory, and the reset takes it out"
             machine.audit()
             with pytest.raises(GuestError, match="before the guest is started"):
                 machine.add_function(EmulatedEdu)
             machine.reset()
+            assert all(region.kind is not RegionKind.BAR for region in machine.memory)
     assert len(emulated.made) == 3
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from kvmpass import pciregs
+from kvmpass._fd import OwnedFd
 from kvmpass._teardown import run_all
-from kvmpass.layout import Range
+from kvmpass.layout import PAGE, Range
 from kvmpass.memory import HostMapping
 from kvmpass.pci import Wiring
 from kvmpass.pci.bar import Bar
@@ -25,28 +26,36 @@ _MSIX_AT = 0x40
 
 
 class Registers:
-    """What is behind BAR 0: a ``BarSource`` all of which traps, and the ``InterruptSink`` of its one vector."""
+    """What is behind BAR 0: a ``BarSource`` that traps but for its buffer, the ``InterruptSink`` of its one vector.
+
+    The buffer is ordinary memory of this process, which the guest reaches without an exit.
+    """
 
     name = "edu"
     size = SIZE
-    mmap_areas: tuple[Range, ...] = ()
+    mmap_areas = (Range(BUFFER, PAGE),)
     count, resizable = 1, True
 
     def __init__(self, wiring: Wiring) -> None:
         self._memory = wiring.memory
         self._values = {ID: 0x010000ED, LIVENESS: 0, STATUS: 0}
-        self._buffer = bytearray(4096)
+        self._file = OwnedFd(os.memfd_create("edu"))
+        os.ftruncate(self._file.fd, PAGE)
+        self._mapping = HostMapping(PAGE, fd=self._file.fd)
+        self.buffer = self._mapping.view(0, PAGE)
         self._eventfd = -1
         self.raised = 0
 
     # --- BarSource
 
     def mmap(self, area: Range) -> HostMapping:
-        raise AssertionError("nothing can be mapped")
+        return HostMapping(area.size, fd=self._file.fd, offset=area.start - BUFFER)
+
+    def close(self) -> None:
+        self._mapping.close()
+        self._file.close()
 
     def read(self, offset: int, size: int) -> bytes:
-        if BUFFER <= offset < BUFFER + len(self._buffer):
-            return bytes(self._buffer[offset - BUFFER : offset - BUFFER + size]).ljust(size, b"\0")
         return (self._values.get(offset, 0) & (1 << 8 * size) - 1).to_bytes(size, "little")
 
     def write(self, offset: int, data: bytes) -> None:
@@ -68,11 +77,11 @@ class Registers:
     def _transfer(self, from_device: bool) -> None:
         source, target, count = (self._values.get(register, 0) for register in (SOURCE, TARGET, COUNT))
         at = (source if from_device else target) - BUFFER
-        if 0 <= at <= at + count <= len(self._buffer):
+        if 0 <= at <= at + count <= PAGE:
             if from_device:
-                self._memory.write(target, self._buffer[at : at + count])
+                self._memory.write(target, self.buffer[at : at + count])
             else:
-                self._buffer[at : at + count] = self._memory.read(source, count)
+                self.buffer[at : at + count] = self._memory.read(source, count)
 
     # --- InterruptSink
 
@@ -120,4 +129,4 @@ class EmulatedEdu:
         self._space.set(pciregs.HEADER_TYPE, pciregs.MULTIFUNCTION if several else 0, 1)
 
     def close(self) -> None:
-        run_all((self._msix.disable, self._bars.close))
+        run_all((self._msix.disable, self._bars.close, self.registers.close))

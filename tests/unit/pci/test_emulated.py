@@ -12,7 +12,7 @@ from support.fake_interrupts import FakeKvm
 from kvmpass import pciregs
 from kvmpass.bus import Bus
 from kvmpass.layout import MIB, plan_layout
-from kvmpass.memory import GuestMemory
+from kvmpass.memory import GuestMemory, RegionKind
 from kvmpass.pci import BarSpace, PciBus, PciFunction, Wiring
 
 MESSAGE = (0xFEE0_1000, 0x41)
@@ -125,6 +125,8 @@ def test_it_reaches_the_guests_memory(guest: Guest) -> None:
             guest.write(register, value, 8)
         guest.write(edu.COMMAND, edu.START | edu.INTERRUPT | command, 8)
     assert guest.memory.read(0x2000, 14) == b"there and back"
+    [shown] = [region for region in guest.memory if region.kind is RegionKind.BAR]
+    assert (shown.gpa, bytes(shown.mapping.view(0, 14))) == (guest.bar + edu.BUFFER, b"there and back"), "no exit"
     guest.write(edu.TARGET, 8 * MIB, 8)
     guest.write(edu.COMMAND, edu.START | edu.FROM_DEVICE, 8)
     assert guest.read(edu.STATUS) == edu.DMA_DONE
