@@ -1,6 +1,7 @@
-"""What every assignment needs, from the firmware to the permissions of files: one catalogue of checks.
+"""Preconditions of assignment, from firmware to file permissions: one catalogue of checks.
 
-``kvmpass doctor`` shows all of it; :func:`check_host` and :func:`check_memory` refuse by it.
+``kvmpass doctor`` shows all of them; :func:`check_host`, :func:`check_memory` and :func:`check_limits` raise for
+those that fail.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ CATALOGUE: tuple[Check, ...] = tuple(
         *(limits.MEMORY_CHECKS, limits.PROCESS_CHECKS),
     )
 )
-"""In the order in which they are made: what others need comes before them."""
+"""In the order in which they run: a check comes after those it depends on."""
 
 
 def diagnose(
@@ -36,10 +37,10 @@ def diagnose(
     look: Look | None = None,
     cpus: int = 1,
 ) -> list[Finding]:
-    """Make every check; those that ask about a device only with ``bdf``. Changes nothing, and raises nothing.
+    """Run every check; those of a device only with ``bdf``. Changes nothing, and raises nothing.
 
-    ``memory`` is the guest's in bytes, ``huge_page`` the page size in bytes that it must have, or 0; ``together`` are
-    devices that are taken with ``bdf``, ``cpus`` the guest's. Whoever asks about many devices passes one ``look``.
+    ``memory`` is the guest's size in bytes, ``huge_page`` the size of its pages in bytes or 0, ``cpus`` its number of
+    vCPUs; ``together`` are devices that are assigned with ``bdf``. Callers that check many devices pass one ``look``.
     """
     checks = [check for check in CATALOGUE if bdf is not None or not check.device]
     context = CheckContext(sysfs, bdf, together=together, memory=memory, huge_page=huge_page, look=look, cpus=cpus)
@@ -47,15 +48,15 @@ def diagnose(
 
 
 def diagnose_device(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> list[Finding]:
-    """Make the checks that ask about one device, and what this user may do with it: for whoever asks about many."""
+    """Run only the checks of one device and of this user's permissions: for callers that check many devices."""
     return list(run_checks([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], CheckContext(sysfs, bdf, look=look)))
 
 
 def check_host(sysfs: Sysfs) -> None:
-    """Check what every assignment needs: AMD-V, KVM, AMD-Vi with interrupt remapping, VFIO, the right to use them.
+    """Check what every assignment needs: AMD-V, KVM, AMD-Vi with interrupt remapping, VFIO, permission to use them.
 
     Raises ``HostNotReady`` or ``PermissionError`` for the first of the catalogue's vital checks that fails. Loads no
-    module: it is enough that vfio-pci can be loaded.
+    module: it is sufficient that vfio-pci can be loaded.
     """
     _refuse([check for check in CATALOGUE if check.vital], CheckContext(sysfs))
 
@@ -69,13 +70,12 @@ def check_memory(
     memlock: int | None = None,
     overhead: int | None = None,
 ) -> None:
-    """Check that ``size_bytes`` of guest memory exist, for this process's cgroups, too, and may be locked.
+    """Check that the host and this process's cgroups have ``size_bytes`` of guest memory, and that it may be locked.
 
-    ``locked`` is more if there is more to lock, ``overhead`` what is needed beside it, in bytes, if that is known.
-
-    ``huge_page`` is the page size in bytes when the memory comes from hugetlbfs, else 0. ``memlock`` replaces
-    RLIMIT_MEMLOCK (bytes, -1 without limit), which does not count under CAP_IPC_LOCK. Raises ``NotEnoughMemory``:
-    pinning more than there is would wake the out-of-memory killer instead.
+    ``locked`` is the number of bytes to lock if it differs, ``overhead`` the bytes that the guest needs besides its
+    memory, if known. ``huge_page`` is the page size in bytes if the memory comes from hugetlbfs, else 0. ``memlock``
+    replaces RLIMIT_MEMLOCK (bytes, -1: unlimited), which has no effect with CAP_IPC_LOCK. Raises
+    ``NotEnoughMemory``: pinning more than is available would invoke the OOM killer instead.
     """
     context = CheckContext(
         sysfs, memory=size_bytes, huge_page=huge_page, locked=locked, memlock=memlock, overhead=overhead
@@ -86,7 +86,7 @@ def check_memory(
 def check_limits(
     sysfs: Sysfs, size_bytes: int, *, huge_page: int = 0, cpus: int = 1, together: Iterable[Bdf] = ()
 ) -> None:
-    """Check this process's limits before a machine of ``size_bytes`` with ``cpus`` and devices ``together`` is made.
+    """Check this process's resource limits for a machine of ``size_bytes`` with ``cpus`` and devices ``together``.
 
     Raises ``NotEnoughMemory`` (address space) or ``HostNotReady`` (threads, descriptors, file size).
     """

@@ -1,4 +1,4 @@
-"""What makes trouble when a device changes hands, and does not keep it from being assigned."""
+"""Warnings about one device: its reset, and settings that change its driver."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ from kvmpass.host.usage import VFIO_PCI
 NO_RESET = BlockerTemplate(
     kind="no-reset",
     brief="none",
-    cause="{bdf} has no reset of its own: after a guest it keeps its state, what the guest wrote included{others}",
-    remedy="give it only to guests that may see one another's data; a reboot of this host resets it",
+    cause="{bdf} has no function-level reset: after a guest it keeps its state, including what the guest "
+    "wrote{others}",
+    remedy="assign it only to guests that may see one another's data; a reboot of this host resets it",
     warning=True,
 )
 WEAK_RESET = BlockerTemplate(
     kind="weak-reset",
     brief="by power management only",
-    cause="{bdf} is reset by power management only (D3hot and back), which some devices survive with their state",
-    remedy="if a second guest does not find it as the first did, reboot this host in between",
+    cause="{bdf} is reset by power management only (D3hot and back), which does not reset the state of some devices",
+    remedy="if it works only for the first guest, reboot this host in between",
     warning=True,
 )
 OVERRIDDEN = BlockerTemplate(
     kind="override-ignored",
-    brief="{driver}, in spite of vfio-pci",
-    cause="{bdf} is bound to {driver} while its driver_override says vfio-pci: something has bound it first, or anew",
-    remedy="kvmpass takes it all the same, and it goes back to {driver} afterwards. To settle it, clear the override",
+    brief="{driver}, despite the override",
+    cause="{bdf} is bound to {driver} although its driver_override is vfio-pci: something bound it before the "
+    "override was set, or has rebound it",
+    remedy="kvmpass can assign it, and rebinds it to {driver} afterwards. To remove this warning, clear the override",
     commands=("echo > /sys/bus/pci/devices/{bdf}/driver_override",),
     warning=True,
 )
 IDS_IGNORED = BlockerTemplate(
     kind="ids-ignored",
-    brief="{driver}, in spite of vfio-pci's ids",
-    cause="{bdf} is bound to {driver}, though {source} tells vfio-pci to take it ({entry}): {driver} was there first",
-    remedy="kvmpass takes it all the same, and it goes back to {driver} afterwards. To let vfio-pci be first: this "
-    "line, and update-initramfs -u",
+    brief="{driver}, despite the ids of vfio-pci",
+    cause="{bdf} is bound to {driver}, although {source} has its ID for vfio-pci ({entry}): {driver} was loaded "
+    "first",
+    remedy="kvmpass can assign it, and rebinds it to {driver} afterwards. To load vfio-pci first: this line, and "
+    "update-initramfs -u",
     commands=("echo 'softdep {driver} pre: vfio-pci' > /etc/modprobe.d/kvmpass-{driver}.conf",),
     warning=True,
 )
@@ -44,7 +47,7 @@ RULE = BlockerTemplate(
     kind="driver-rule",
     brief="a udev rule sets it",
     cause="a udev rule changes the driver of {bdf}: {rule}",
-    remedy="take the rule out, or keep in mind that it acts when the device appears or changes",
+    remedy="remove the rule, or expect it to run when the device is added or changed",
     warning=True,
 )
 
@@ -57,15 +60,15 @@ def _reset(context: CheckContext) -> Verdict:
     if device.reset_methods:
         return failed(WEAK_RESET, read, bdf=device.bdf)
     if context.sysfs.path(base, "reset").exists() and context.sysfs.text(base, "reset_method") is None:
-        return passed("there is one", read, Reading(f"/{base}/reset", "there (before Linux 5.15)"))
+        return passed("supported", read, Reading(f"/{base}/reset", "present (before Linux 5.15)"))
     bus = [
-        str(one.bdf)
-        for one in context.sysfs.devices()
-        if (one.bdf.domain, one.bdf.bus) == (device.bdf.domain, device.bdf.bus) and one.bdf != device.bdf
+        str(other.bdf)
+        for other in context.sysfs.devices()
+        if (other.bdf.domain, other.bdf.bus) == (device.bdf.domain, device.bdf.bus) and other.bdf != device.bdf
     ]
     others = ""
-    if bus and device.bdf.bus:  # bus 0 hangs at no bridge that could reset it
-        others = f". A reset of its bus would reset {', '.join(bus)} too: done only if all of them are the guest's"
+    if bus and device.bdf.bus:  # no bridge can reset a root bus
+        others = f". A bus reset would reset {', '.join(bus)} too: VFIO does it only if the guest has all of them"
     return failed(NO_RESET, read, bdf=device.bdf, others=others)
 
 

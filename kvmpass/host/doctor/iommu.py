@@ -1,4 +1,4 @@
-"""The IOMMU: firmware, command line, kernel, groups, interrupt remapping, and what weakens it."""
+"""The IOMMU: firmware, command line, kernel, groups, interrupt remapping, and settings that bypass it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _UNKNOWN = "Unknown kernel command line parameters "  # init/main.c: print_unkno
 _OURS = ("iommu", "ivrs", "intremap", "vfio", "kvm", "acs_override")
 UNSAFE_INTERRUPTS = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
 NOIOMMU_MODE = "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
-_FIRMWARE = "turn on the IOMMU (AMD-Vi) in the firmware's setup"
+_FIRMWARE = "enable the IOMMU (AMD-Vi) in the firmware's setup"
 
 NO_IVRS = BlockerTemplate(
     kind="no-ivrs",
     brief="the firmware describes no IOMMU",
-    cause="AMD-Vi is off: the firmware describes no IOMMU (there is no ACPI table IVRS)",
+    cause="AMD-Vi is off: the firmware describes no IOMMU (no ACPI table IVRS)",
     remedy=f"{_FIRMWARE}; in a virtual machine there is one only if the outer host emulates it",
 )
 ACPI_OFF = BlockerTemplate(
@@ -62,10 +62,10 @@ IDLE_OPTION = BlockerTemplate(
 )
 ACS_OVERRIDE = BlockerTemplate(
     kind="acs-override",
-    brief="groups may be no groups",
-    cause="{words} is on the kernel's command line: where this kernel has the ACS override patch, devices that can "
-    "reach one another past the IOMMU are in groups of their own, and kvmpass cannot see it",
-    remedy="remove it if a guest is not to be trusted with what shares a switch or a card with its device",
+    brief="groups may not be isolated",
+    cause="{words} is on the kernel's command line: if this kernel has the ACS override patch, devices that can "
+    "access one another without the IOMMU are in groups of their own, and kvmpass cannot detect it",
+    remedy="remove it if the guest must be isolated from devices on the same switch or card",
     warning=True,
 )
 UNUSED = BlockerTemplate(
@@ -78,8 +78,8 @@ UNUSED = BlockerTemplate(
 NO_GROUPS = BlockerTemplate(
     kind="no-groups",
     brief="no device has one",
-    cause="AMD-Vi is there ({iommus}), but no device has an IOMMU group",
-    remedy="see dmesg for AMD-Vi: the IOMMU was found and not started, or covers no device",
+    cause="AMD-Vi is present ({iommus}), but no device has an IOMMU group",
+    remedy="see dmesg for AMD-Vi: the IOMMU was found and not enabled, or has no devices",
     commands=("dmesg | grep -e AMD-Vi -e iommu",),
 )
 REMAPPING_OFF = BlockerTemplate(
@@ -93,15 +93,15 @@ NO_REMAPPING = BlockerTemplate(
     kind="no-intremap",
     brief="off: the IOMMU remaps DMA only",
     cause="interrupt remapping is off: a device could raise any interrupt of this host",
-    remedy="see the kernel's log for AMD-Vi: it says what is missing. Use a kernel with CONFIG_IRQ_REMAP, and turn "
+    remedy="see the kernel's log for AMD-Vi: it has the reason. Use a kernel with CONFIG_IRQ_REMAP, and turn "
     "on interrupt remapping with the IOMMU in the firmware's setup; allow_unsafe_interrupts is not accepted instead",
     commands=("dmesg | grep AMD-Vi", "grep IRQ_REMAP /boot/config-$(uname -r)"),
 )
 REMAPPING_UNKNOWN = BlockerTemplate(
     kind="intremap-unknown",
-    brief="the kernel does not tell",
-    cause="the kernel does not tell whether interrupts are remapped",
-    remedy="see its log; where they are not, VFIO_SET_IOMMU refuses with EPERM",
+    brief="unknown",
+    cause="it is unknown whether interrupts are remapped",
+    remedy="see the kernel's log; if they are not, VFIO_SET_IOMMU fails with EPERM",
     commands=("dmesg | grep -i remapping",),
     warning=True,
 )
@@ -109,24 +109,24 @@ UNSAFE = BlockerTemplate(
     kind="unsafe-interrupts",
     brief="allow_unsafe_interrupts is set",
     cause="vfio_iommu_type1 has allow_unsafe_interrupts: other programs may assign devices without interrupt "
-    "remapping. kvmpass refuses all the same",
+    "remapping. kvmpass refuses anyway",
     remedy="set it back, and remove it from modprobe.d and the kernel's command line",
     commands=(f"echo N > /{UNSAFE_INTERRUPTS}",),
     warning=True,
 )
 NOIOMMU = BlockerTemplate(
     kind="noiommu-mode",
-    brief="switched on",
-    cause="vfio has enable_unsafe_noiommu_mode: a device that no IOMMU confines can be opened, and its DMA reaches "
-    "all of this host's memory.{devices} kvmpass refuses such devices",
-    remedy="switch it off, and remove it from modprobe.d and the kernel's command line",
+    brief="enabled",
+    cause="vfio has enable_unsafe_noiommu_mode: a device without IOMMU translation can be opened, and its DMA "
+    "reaches all of this host's memory.{devices} kvmpass refuses such devices",
+    remedy="disable it, and remove it from modprobe.d and the kernel's command line",
     commands=(f"echo N > /{NOIOMMU_MODE}",),
     warning=True,
 )
-SOME_ONE_TO_ONE = BlockerTemplate(
+SOME_DIRECT = BlockerTemplate(
     kind="one-to-one",
     brief="for {count} devices",
-    cause="the firmware wants memory mapped one to one (IVRS IVMD). VFIO refuses these devices since about Linux "
+    cause="the firmware wants memory direct-mapped (IVRS IVMD). VFIO refuses these devices since about Linux "
     "6.6: {devices}",
     remedy="if you want to assign one of them: turn off pre-boot DMA protection (kernel DMA protection) in the "
     "firmware's setup",
@@ -137,21 +137,23 @@ SOME_ONE_TO_ONE = BlockerTemplate(
 def _ivrs(context: CheckContext) -> Verdict:
     sysfs = context.sysfs
     if not sysfs.exists(IVRS):
-        if context.iommus and context.groups:  # whatever described it: the kernel drives one
+        if context.iommus and context.groups:  # the kernel uses one, whatever described it
             return passed("the kernel has found one", Reading("/sys/class/iommu", " ".join(context.iommus)))
         off = context.command_line.acpi_off()
         if off:
             return failed(ACPI_OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
-        return failed(NO_IVRS, Reading(f"/{IVRS}", "not there"))
+        return failed(NO_IVRS, Reading(f"/{IVRS}", "not found"))
     try:
         table = parse_ivrs(sysfs.data(IVRS))
     except OSError:
-        return passed("IVRS is there", Reading(f"/{IVRS}", "there; only root can read it"))
+        return passed("IVRS is present", Reading(f"/{IVRS}", "present; only root can read it"))
     except BadTable as error:
         if context.iommus and context.groups:
             return passed("the kernel has found one", Reading(f"/{IVRS}", str(error)))
         return failed(EMPTY_IVRS, Reading(f"/{IVRS}", str(error)), why=error)
-    described = sorted({(iommu.segment, iommu.base) for iommu in table.iommus})  # a unit has an IVHD of each type
+    described = sorted(
+        {(iommu.segment, iommu.base) for iommu in table.iommus}
+    )  # an IOMMU has an IVHD block of each type
     read = Reading(f"/{IVRS}", str(table))
     if not table.sum_is_right and not context.iommus:
         return failed(CHECKSUM, read)
@@ -178,10 +180,10 @@ def _idle_options(context: CheckContext) -> Verdict:
 
 
 def _unknown_words(context: CheckContext) -> Iterator[str]:
-    """What the kernel itself says that nobody has taken, as far as it is about our subject."""
+    """Parameters that the kernel reports as unknown, as far as they are about IOMMU, VFIO or KVM."""
     for message in context.log.having(_UNKNOWN):
         for parameter in CommandLine(message.partition(_UNKNOWN)[2].partition(", will be")[0].strip('"')).parameters:
-            # A module's parameter is taken when the module is loaded.
+            # A module's parameter is parsed when the module is loaded.
             if any(word in parameter.name for word in _OURS) and "." not in parameter.name:
                 yield parameter.text
 
@@ -215,7 +217,7 @@ def _groups(context: CheckContext) -> Verdict:
 
 
 def _chips(sysfs: Sysfs) -> tuple[str, set[str]]:
-    """The interrupt chips' names, and where they stand."""
+    """The file with the names of interrupt chips, and the names."""
     names = [sysfs.text("sys/kernel/irq", number, "chip_name") or "" for number in sysfs.names("sys/kernel/irq")]
     if any(names):
         return "/sys/kernel/irq/*/chip_name", set(names) - {""}
@@ -232,11 +234,10 @@ def _is_plain(chip: str) -> bool:
 
 
 def interrupt_remapping(sysfs: Sysfs) -> bool | None:
-    """Whether the IOMMU remaps interrupts; None where the kernel does not tell.
+    """Return whether the IOMMU remaps interrupts; None if unknown.
 
-    The kernel puts ``IR-`` before the name of every interrupt chip behind a remapping domain
-    (arch/x86/kernel/apic/msi.c and io_apic.c, drivers/iommu/amd/iommu.c).
-    Where it does not tell, ``VFIO_SET_IOMMU`` has the last word (EPERM).
+    The name of every interrupt chip behind a remapping domain begins with ``IR-`` (arch/x86/kernel/apic/msi.c and
+    io_apic.c, drivers/iommu/amd/iommu.c). If unknown, ``VFIO_SET_IOMMU`` decides (EPERM).
     """
     _, chips = _chips(sysfs)
     if any(_is_remapped(chip) for chip in chips):
@@ -247,7 +248,7 @@ def interrupt_remapping(sysfs: Sysfs) -> bool | None:
 def _remapping(context: CheckContext) -> Verdict:
     source, chips = _chips(context.sysfs)
     names = sorted(chip for chip in chips if _is_remapped(chip) or _is_plain(chip))
-    read = Reading(source, ", ".join(names) or "no chip that tells")
+    read = Reading(source, ", ".join(names) or "no known chip")
     remapped = interrupt_remapping(context.sysfs)
     if remapped is None:
         return failed(REMAPPING_UNKNOWN, read)
@@ -270,26 +271,26 @@ def _noiommu(context: CheckContext) -> Verdict:
     exposed = [str(bdf) for group in context.groups if group.no_iommu for bdf in group.devices]
     read = context.seen(NOIOMMU_MODE), Reading("/sys/kernel/iommu_groups/*/name", f"{len(exposed)} without an IOMMU")
     if context.sysfs.text(NOIOMMU_MODE) in ("Y", "1") or exposed:
-        return failed(NOIOMMU, *read, devices=f" Now so: {', '.join(exposed)}." if exposed else "")
+        return failed(NOIOMMU, *read, devices=f" Now: {', '.join(exposed)}." if exposed else "")
     return passed("off", *read)
 
 
 def read_ivrs(sysfs: Sysfs) -> Ivrs:
-    """The host's table; an empty one where it is absent, broken, or out of this user's reach."""
+    """Return the host's table; an empty one if it is missing, invalid, or not readable for this user."""
     try:
         return parse_ivrs(sysfs.data(IVRS))
     except (OSError, BadTable):
         return Ivrs((), ())
 
 
-def _one_to_one(context: CheckContext) -> Verdict:
+def _direct(context: CheckContext) -> Verdict:
     wanted = read_ivrs(context.sysfs).memory
     devices = [str(bdf) for group in context.groups if direct_ranges(group) for bdf in group.devices]
     read = [Reading("/sys/kernel/iommu_groups/*/reserved_regions", f"direct for {', '.join(devices) or 'no device'}")]
     read += [Reading(f"/{IVRS}", f"IVMD {block}") for block in wanted]
     if not devices:
         return passed("none", *read)
-    return failed(SOME_ONE_TO_ONE, *read, count=len(devices), devices=", ".join(devices))
+    return failed(SOME_DIRECT, *read, count=len(devices), devices=", ".join(devices))
 
 
 CHECKS = (
@@ -303,8 +304,8 @@ CHECKS = (
     ),
     Check(
         "iommu-off",
-        "IOMMU switched off",
-        "`off` in the lists of `iommu=` and `amd_iommu=` in `/proc/cmdline`; `iommu=pt` is fine",
+        "IOMMU not disabled",
+        "`off` in `iommu=` and `amd_iommu=` in `/proc/cmdline`; `iommu=pt` is fine",
         (OFF,),
         _command_line,
         ("firmware-iommu",),
@@ -314,7 +315,7 @@ CHECKS = (
         "idle-options",
         "Options without effect",
         "words of `amd_iommu=`, `iommu=`, `intremap=` and `intel_iommu=` in `/proc/cmdline` that the kernel ignores "
-        "(`amd_iommu=on`, `amd_iommu=pt`), and what its log calls unknown",
+        "(`amd_iommu=on`, `amd_iommu=pt`), and those that its log reports as unknown",
         (IDLE_OPTION,),
         _idle_options,
     ),
@@ -352,10 +353,10 @@ CHECKS = (
     ),
     Check(
         "one-to-one",
-        "One-to-one memory",
-        f"ranges of the kind direct in `/sys/kernel/iommu_groups/*/reserved_regions`, IVMD blocks of `/{IVRS}`",
-        (SOME_ONE_TO_ONE,),
-        _one_to_one,
+        "Direct-mapped memory",
+        f"ranges of the type direct in `/sys/kernel/iommu_groups/*/reserved_regions`, IVMD blocks of `/{IVRS}`",
+        (SOME_DIRECT,),
+        _direct,
         ("groups",),
     ),
 )

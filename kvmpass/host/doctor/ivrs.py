@@ -1,6 +1,6 @@
-"""The ACPI table IVRS: which IOMMUs the firmware describes, and which memory it wants direct-mapped.
+"""The ACPI table IVRS: the IOMMUs that the firmware describes, and the memory that it wants direct-mapped.
 
-Sources: AMD I/O Virtualization Technology (IOMMU) Specification, 48882, section 5.2; what Linux makes of it:
+Sources: AMD I/O Virtualization Technology (IOMMU) Specification, 48882, section 5.2; how Linux reads it:
 drivers/iommu/amd/init.c (check_ivrs_checksum, get_highest_supported_ivhd_type, init_unity_map_range).
 """
 
@@ -21,36 +21,43 @@ _UNITY, _READ, _WRITE, _EXCLUSION = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 
 
 class BadTable(KvmpassError):
-    """The bytes are no IVRS."""
+    """The data is not a valid IVRS."""
 
 
 @dataclass(frozen=True, slots=True)
 class Iommu:
-    """An IVHD block: ``device_id`` is the IOMMU's own bus, device and function, ``base`` its registers' address."""
+    """An IVHD block."""
 
     type: int
+    """0x10, 0x11 or 0x40."""
     device_id: int
+    """Bus, device and function of the IOMMU, 16 bits."""
     base: int
+    """Physical address of its registers."""
     segment: int = 0
+    """Its PCI segment."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBlock:
-    """An IVMD block as it stands: memory that ``first`` to ``last`` (device identifiers) find at its own address.
-
-    ``start`` and ``length`` are in bytes, and neither need be of whole pages; ``flags`` as in the specification.
-    """
+    """An IVMD block: memory that devices must find at its own address."""
 
     start: int
+    """Physical address in bytes; need not be page-aligned."""
     length: int
+    """Bytes; need not be a multiple of a page."""
     first: int
+    """The first device ID, 16 bits."""
     last: int
+    """The last device ID, inclusive."""
     flags: int
+    """Bits 0 to 3: unity map, read, write, exclusion range."""
     segment: int = 0
+    """The PCI segment of the devices."""
 
     @property
     def direct(self) -> bool:
-        """Whether the kernel maps it one to one, and calls it ``direct``. It ignores a block with neither flag.
+        """Whether the kernel direct-maps it, as a reserved region of type ``direct``; it ignores other blocks.
 
         Exclusion ranges are read-write unity maps since Linux 5.5; before, the IOMMU did not translate them.
         """
@@ -58,7 +65,7 @@ class MemoryBlock:
 
     @property
     def range(self) -> Range:
-        """What the kernel makes of it: whole pages. Nothing where the length is 0."""
+        """The range that the kernel maps: whole pages; empty if the length is 0."""
         return Range(-(-self.start // PAGE) * PAGE, -(-self.length // PAGE) * PAGE)
 
     @property
@@ -86,26 +93,27 @@ class MemoryBlock:
 
 @dataclass(frozen=True, slots=True)
 class Ivrs:
-    """What is of interest here, block by block. ``damage`` says which block could not be read, None if all could.
-
-    ``sum_is_right``: all bytes add up to 0; Linux does without the IOMMU where they do not.
-    """
+    """The IVHD and IVMD blocks of a table."""
 
     iommus: tuple[Iommu, ...]
+    """The IVHD blocks, in their order."""
     memory: tuple[MemoryBlock, ...]
+    """The IVMD blocks, in their order."""
     sum_is_right: bool = True
+    """Whether all bytes add up to 0; if not, Linux does not use the IOMMU."""
     damage: str | None = None
+    """Which block is invalid; None if none is."""
 
     @property
     def direct(self) -> tuple[MemoryBlock, ...]:
-        """The IVMD blocks that the kernel maps one to one."""
+        """The IVMD blocks that the kernel direct-maps."""
         return tuple(block for block in self.memory if block.direct)
 
     @property
     def used_type(self) -> int | None:
-        """The type of IVHD that Linux reads: the highest that it knows, of the first IOMMU's blocks."""
+        """The type of IVHD that Linux uses: the highest that it supports, of the first IOMMU's blocks."""
         first = next(iter(self.iommus), None)
-        known = [one.type for one in self.iommus if first and one.device_id == first.device_id]
+        known = [iommu.type for iommu in self.iommus if first and iommu.device_id == first.device_id]
         return max(known, default=None)
 
     def __str__(self) -> str:
@@ -122,12 +130,12 @@ def _text(device_id: int) -> str:
 
 
 def parse_ivrs(data: bytes) -> Ivrs:
-    """Read a whole table. Raises ``BadTable`` where not even its first block can be read."""
+    """Parse a whole table. Raises ``BadTable`` if the header or the first block is invalid."""
     if len(data) < _HEADER or data[:4] != b"IVRS":
-        raise BadTable(f"{len(data)} bytes that do not begin as an IVRS does")
+        raise BadTable(f"{len(data)} bytes without the header of an IVRS")
     end = struct.unpack_from("<I", data, 4)[0]
     if not _HEADER <= end <= len(data):
-        raise BadTable(f"the table says that it has {end} bytes, {len(data)} are there")
+        raise BadTable(f"the table has a length of {end} bytes, {len(data)} are present")
     iommus: list[Iommu] = []
     memory: list[MemoryBlock] = []
     at = _HEADER

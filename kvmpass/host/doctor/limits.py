@@ -1,4 +1,4 @@
-"""What this process, not the host, may not have: every limit that would end an assignment half-way, or kill it."""
+"""Resource limits of this process and its cgroups that would make an assignment fail half-way, or kill it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kvmpass.layout import MIB
 
 LIMITS = "/proc/self/limits"
 CAP_SYS_ADMIN, CAP_SYS_RESOURCE = 21, 24  # include/uapi/linux/capability.h
-_STACK = 8 * MIB  # of a thread, if nobody chose another size
-_ARENA = 64 * MIB  # what malloc sets aside for a thread that allocates
+_STACK = 8 * MIB  # of a thread, by default
+_ARENA = 64 * MIB  # reserved by malloc for a thread that allocates
 _SMALLEST_FILE = MIB  # journal and status file are far smaller
 
 CGROUP_MEMORY = BlockerTemplate(
@@ -31,7 +31,7 @@ CGROUP_HIGH = BlockerTemplate(
     kind="cgroup-memory-high",
     brief="{left} of {size} left in {cgroup}",
     cause="the guest and what it takes to run it need {size} of memory, and {file} leaves {left}: the kernel would "
-    "stall kvmpass for as long as it is above, and a guest's pinned memory never goes below",
+    "throttle kvmpass while it is above, and a guest's pinned memory cannot be reclaimed",
     remedy="give the guest less memory, or the cgroup more: for a systemd unit MemoryHigh=",
     commands=("{command}",),
     error=NotEnoughMemory,
@@ -39,8 +39,9 @@ CGROUP_HIGH = BlockerTemplate(
 CGROUP_HUGE_PAGES = BlockerTemplate(
     kind="cgroup-huge-pages",
     brief="{left} of {size} left in {cgroup}",
-    cause="the guest needs {size} of huge pages, and {file} leaves {left}: a touch beyond would be a SIGBUS",
-    remedy="give the guest less memory, or the cgroup more (systemd has no option for it: a container has its own)",
+    cause="the guest needs {size} of huge pages, and {file} leaves {left}: an access beyond would be a SIGBUS",
+    remedy="give the guest less memory, or the cgroup more (systemd has no option for it; a container runtime may "
+    "have)",
     commands=("{command}",),
     error=NotEnoughMemory,
 )
@@ -71,8 +72,8 @@ FEW_DESCRIPTORS = BlockerTemplate(
 FILE_SIZE = BlockerTemplate(
     kind="file-size-low",
     brief="{limit} bytes",
-    cause="this process may write files of {limit} bytes only (RLIMIT_FSIZE): too little for the journal, by which a "
-    "killed assignment is undone",
+    cause="this process may write files of {limit} bytes only (RLIMIT_FSIZE): too little for the journal, from "
+    "which a killed assignment is restored",
     remedy="raise the limit: for a systemd unit LimitFSIZE=, else ulimit -f, or fsize in limits.conf",
     commands=("{command}",),
 )
@@ -80,15 +81,15 @@ CPU_TIME = BlockerTemplate(
     kind="cpu-time-limited",
     brief="{limit} s of CPU time",
     cause="this process may use {limit} s of CPU time (RLIMIT_CPU), the guest's included: then the kernel ends it "
-    "with SIGXCPU, wherever it is",
-    remedy="lift the limit for long guests: for a systemd unit LimitCPU=infinity, else ulimit -t unlimited. What is "
-    "left over then kvmpass restore gives back",
+    "with SIGXCPU, at any point",
+    remedy="raise the limit for long-running guests: for a systemd unit LimitCPU=infinity, else ulimit -t unlimited. "
+    "kvmpass restore rebinds devices that a killed process has left",
     warning=True,
 )
 
 
 def overhead(context: CheckContext) -> int:
-    """Bytes that the guest costs beside its memory: page tables; its kernel and initramfs on the way into it."""
+    """Return the bytes that the guest needs besides its memory: page tables, and copies of kernel and initramfs."""
     return 64 * MIB + limits.page_tables(context.memory) if context.overhead is None else context.overhead
 
 
@@ -97,16 +98,16 @@ def _place(ceiling: Ceiling) -> str:
 
 
 def _command(ceiling: Ceiling, option: str, value: object) -> str:
-    """What raises a cgroup's limit, whoever made the cgroup."""
+    """The command that raises a cgroup's limit."""
     unit = ceiling.cgroup.unit
     if unit is None or option == "" or unit.startswith(("docker-", "libpod-", "cri-")):
         return f"echo {value} > {ceiling.path}"
-    mine = " --user" if ceiling.cgroup.is_users else ""
-    return f"systemctl{mine} set-property --runtime {unit} {option}={value}"
+    manager = " --user" if ceiling.cgroup.is_users else ""
+    return f"systemctl{manager} set-property --runtime {unit} {option}={value}"
 
 
 def raising(context: CheckContext, option: str, ulimit: str, value: int, unit: int = 1) -> str:
-    """What raises a limit of this process's own: its unit's option, or what a shell does. ``ulimit`` counts units."""
+    """Return the command that raises a limit of this process: its unit's option, or ``ulimit`` (in units)."""
     service = limits.own_unit(context.sysfs)
     if service is None:
         return f"{ulimit} {-(-value // unit)}"
@@ -116,12 +117,13 @@ def raising(context: CheckContext, option: str, ulimit: str, value: int, unit: i
 
 
 def _tightest(ceilings: Iterable[Ceiling]) -> Ceiling | None:
-    return min(ceilings, key=lambda one: one.left, default=None)
+    return min(ceilings, key=lambda ceiling: ceiling.left, default=None)
 
 
 def _readings(ceilings: list[Ceiling], unit: int = MIB, name: str = " MiB") -> list[Reading]:
     return [
-        Reading(one.path, f"{one.limit // unit}{name}, {one.left // unit}{name} of it left") for one in ceilings
+        Reading(ceiling.path, f"{ceiling.limit // unit}{name}, {ceiling.left // unit}{name} of it left")
+        for ceiling in ceilings
     ] or [Reading("/proc/self/cgroup", "no limit up to the root")]
 
 
@@ -132,8 +134,8 @@ def _cgroup_memory(context: CheckContext) -> Verdict:
     wanted = context.memory if not context.huge_page or limits.counts_huge_pages(sysfs) else 0
     needed = wanted + overhead(context)
     for template, option, chosen in (
-        (CGROUP_MEMORY, "MemoryMax", [one for one in ceilings if not one.file.endswith(".high")]),
-        (CGROUP_HIGH, "MemoryHigh", [one for one in ceilings if one.file.endswith(".high")]),
+        (CGROUP_MEMORY, "MemoryMax", [ceiling for ceiling in ceilings if not ceiling.file.endswith(".high")]),
+        (CGROUP_HIGH, "MemoryHigh", [ceiling for ceiling in ceilings if ceiling.file.endswith(".high")]),
     ):
         tightest = _tightest(chosen)
         if tightest is not None and tightest.left < needed:
@@ -152,7 +154,7 @@ def _cgroup_memory(context: CheckContext) -> Verdict:
 
 def _cgroup_huge_pages(context: CheckContext) -> Verdict:
     if not context.huge_page:
-        return passed("not asked for", Reading("/proc/self/cgroup", "not looked at"))
+        return passed("not requested", Reading("/proc/self/cgroup", "not read"))
     ceilings = limits.huge_page_ceilings(context.sysfs, context.huge_page)
     tightest = _tightest(ceilings)
     if tightest is None or tightest.left >= context.memory:
@@ -201,12 +203,12 @@ def _tasks(context: CheckContext) -> Verdict:
 
 
 def _exempt(context: CheckContext) -> bool:
-    """From RLIMIT_NPROC (kernel/fork.c: copy_process)."""
+    """Whether RLIMIT_NPROC has no effect (kernel/fork.c: copy_process)."""
     return context.user == 0 or any(map(context.capable, (CAP_SYS_ADMIN, CAP_SYS_RESOURCE)))
 
 
 def _address_space(context: CheckContext) -> Verdict:
-    """Of each limit what the memory, the stacks and the heaps of threads need."""
+    """RLIMIT_AS counts memory, stacks and heaps of threads, RLIMIT_DATA memory and stacks."""
     threads = limits.threads_needed(context.sysfs, context.cpus)
     memory = context.memory + max(2 * MIB, context.huge_page)
     read = []
@@ -274,7 +276,7 @@ MEMORY_CHECKS = (
         _cgroup_huge_pages,
     ),
 )
-"""What populating memory meets."""
+"""Limits for populating memory."""
 
 PROCESS_CHECKS = (
     Check(
@@ -287,7 +289,7 @@ PROCESS_CHECKS = (
     Check(
         "tasks",
         "Threads and processes",
-        f"`pids.max` of its cgroups up to the root; Max processes in `{LIMITS}`, which does not count for root",
+        f"`pids.max` of its cgroups up to the root; Max processes in `{LIMITS}`, which has no effect for root",
         (FEW_TASKS,),
         _tasks,
     ),
@@ -295,4 +297,4 @@ PROCESS_CHECKS = (
     Check("file-size", "File size", f"Max file size in `{LIMITS}`", (FILE_SIZE,), _file_size),
     Check("cpu-time", "CPU time", f"Max cpu time in `{LIMITS}`", (CPU_TIME,), _cpu_time),
 )
-"""What the rest of an assignment meets."""
+"""Limits for the rest of an assignment."""

@@ -1,4 +1,4 @@
-"""The guest's memory: whether the host has it, and whether this process may lock it."""
+"""The guest's memory: whether the host has enough, and whether this process may lock it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ FEW_HUGE_PAGES = BlockerTemplate(
 FEW_ON_NODES = BlockerTemplate(
     kind="memory-nodes-short",
     brief="{available} of {size} on NUMA node {nodes}",
-    cause="the guest needs {size} of memory, and this process may have memory of NUMA node {nodes} only, where "
-    "{available} are available",
+    cause="the guest needs {size} of memory, and this process may use memory of NUMA node {nodes} only, which has "
+    "{available} available",
     remedy="give the guest less memory, or this process more nodes: for a systemd unit AllowedMemoryNodes=, "
     "cpuset.mems of its cgroups",
     error=NotEnoughMemory,
@@ -58,21 +58,21 @@ def _available(context: CheckContext) -> Verdict:
         if line.startswith("MemAvailable:"):
             found = int(line.split()[1]) * 1024
     if context.huge_page:
-        return passed("not needed: huge pages", Reading("/proc/meminfo", "not looked at"))
+        return passed("not needed: huge pages", Reading("/proc/meminfo", "not read"))
     if found is None:  # before Linux 3.14
-        return passed("the kernel does not tell", Reading("/proc/meminfo", "no MemAvailable"))
+        return passed("unknown", Reading("/proc/meminfo", "no MemAvailable"))
     read = Reading("/proc/meminfo", f"MemAvailable {mib(found)}")
     if found < context.memory:
         return failed(SHORT, read, size=mib(context.memory), available=mib(found))
-    nodes, there = _on_nodes(context)
-    if there is not None and there < context.memory:
-        nearby = Reading("/proc/self/status", f"Mems_allowed_list {nodes}")
-        return failed(FEW_ON_NODES, read, nearby, size=mib(context.memory), available=mib(there), nodes=nodes)
+    nodes, nearby = _on_nodes(context)
+    if nearby is not None and nearby < context.memory:
+        allowed = Reading("/proc/self/status", f"Mems_allowed_list {nodes}")
+        return failed(FEW_ON_NODES, read, allowed, size=mib(context.memory), available=mib(nearby), nodes=nodes)
     return passed(f"{mib(found)} available, {mib(context.memory)} wanted", read)
 
 
 def _on_nodes(context: CheckContext) -> tuple[str, int | None]:
-    """The NUMA nodes of which this process may have memory, and how many bytes they have; None for all nodes."""
+    """The NUMA nodes that this process may use, and their available bytes; None if it may use all nodes."""
     allowed = context.status.get("Mems_allowed_list", "")
     numbers = {
         number
@@ -97,12 +97,12 @@ def _huge_pages(context: CheckContext) -> Verdict:
     if not page:
         pools = sysfs.names(POOLS)
         read = [Reading(f"/{POOLS}/{name}", _pool(sysfs, name)) for name in pools]
-        return passed("not asked for", *read)
+        return passed("not requested", *read)
     name = pool_name(page)
     base = f"{POOLS}/{name}"
     pool = HugePagePool.read(page, lambda file: sysfs.number(base, file) or 0)
     left = max(0, pool.available) * page
-    read = [Reading(f"/{base}", _pool(sysfs, name) if sysfs.path(base).is_dir() else "not there")]
+    read = [Reading(f"/{base}", _pool(sysfs, name) if sysfs.path(base).is_dir() else "not found")]
     if left < context.memory:
         return failed(
             FEW_HUGE_PAGES,
@@ -141,7 +141,7 @@ def _memlock(context: CheckContext) -> Verdict:
 MEMORY = Check(
     "memory",
     "Memory",
-    "MemAvailable in `/proc/meminfo`; of its NUMA nodes, if not of all",
+    "MemAvailable in `/proc/meminfo`; that of the allowed NUMA nodes, if not all",
     (SHORT, FEW_ON_NODES),
     _available,
 )
@@ -149,7 +149,7 @@ HUGE_PAGES = Check("huge-pages", "Huge pages", f"`/{POOLS}`, with `--hugepages`"
 LOCKED = Check(
     "memlock",
     "Locked memory",
-    "Max locked memory in `/proc/self/limits`, which does not count with CAP_IPC_LOCK (`/proc/self/status`)",
+    "Max locked memory in `/proc/self/limits`, which has no effect with CAP_IPC_LOCK (`/proc/self/status`)",
     (MEMLOCK,),
     _memlock,
     ("access",),

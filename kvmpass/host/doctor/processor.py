@@ -24,46 +24,46 @@ SVM_OFF = BlockerTemplate(
     kind="svm-off",
     brief="absent, or off in the firmware",
     cause="AMD-V is absent or off: the CPU shows no svm flag",
-    remedy="turn on SVM (AMD-V) in the firmware's setup, or nested virtualization where this is a guest",
+    remedy="enable SVM (AMD-V) in the firmware's setup, or nested virtualization if this is a guest",
 )
 SVM_LOCKED = BlockerTemplate(
     kind="svm-locked",
     brief="off in the firmware",
     cause="AMD-V is off: the firmware has locked it ({message})",
-    remedy="turn on SVM (AMD-V) in the firmware's setup",
+    remedy="enable SVM (AMD-V) in the firmware's setup",
 )
 OTHER_KVM = BlockerTemplate(
     kind="other-kvm",
-    brief="this host's KVM is another one",
+    brief="this host's KVM is not AMD-V",
     cause="the KVM of this host is not AMD-V: the CPU shows no svm flag (a virtual machine with another KVM)",
-    remedy="use real hardware, turn on nested virtualization outside, or use the lab (kvmpass lab)",
+    remedy="use real hardware, enable nested virtualization in the outer host, or use the lab (kvmpass lab)",
 )
 NO_KVM = BlockerTemplate(
     kind="no-kvm",
     brief="KVM is not loaded",
-    cause="there is no /dev/kvm: KVM is not loaded (kvm_amd is {status})",
-    remedy="load kvm_amd; if it refuses, the kernel's log says why",
+    cause="/dev/kvm not found: KVM is not loaded (kvm_amd is {status})",
+    remedy="load kvm_amd; if that fails, the kernel's log has the reason",
     commands=("modprobe kvm_amd", "dmesg | grep -i -e kvm -e svm"),
 )
 NO_KVM_AMD = BlockerTemplate(
     kind="no-kvm-amd",
     brief="kvm_amd is not in use",
     cause="the KVM of this host is not AMD-V: kvm_amd is not loaded (it is {status})",
-    remedy="load kvm_amd; if it refuses, the kernel's log says why",
+    remedy="load kvm_amd; if that fails, the kernel's log has the reason",
     commands=("modprobe kvm_amd", "dmesg | grep -i -e kvm -e svm"),
 )
 KVM_AMD_MISSING = BlockerTemplate(
     kind="kvm-amd-missing",
     brief="kvm_amd is {status}",
-    cause="there is no /dev/kvm, and kvm_amd cannot be loaded: it is {status} ({seen})",
+    cause="/dev/kvm not found, and kvm_amd cannot be loaded: it is {status} ({seen})",
     remedy="use a kernel with CONFIG_KVM_AMD, with its modules installed, and let it load them",
 )
 NO_NPT = BlockerTemplate(
     kind="no-npt",
-    brief="off: guests are slow",
-    cause="KVM does without nested paging: every change of a guest's page tables is an exit",
-    remedy="remove kvm_amd.npt=0 from the kernel's command line or modprobe.d, then load kvm_amd anew; where this is "
-    "a guest, have nested paging turned on outside",
+    brief="disabled: guests are slow",
+    cause="KVM does not use nested paging: every change of a guest's page tables is an exit",
+    remedy="remove kvm_amd.npt=0 from the kernel's command line or modprobe.d, then reload kvm_amd; if this is a "
+    "guest, enable nested paging in the outer host",
     commands=("modprobe -r kvm_amd", "modprobe kvm_amd npt=1"),
     warning=True,
 )
@@ -76,23 +76,23 @@ def _cpu(context: CheckContext) -> Verdict:
 
 
 def _svm(context: CheckContext) -> Verdict:
-    has = "svm" in context.cpu[1]
-    read = Reading("/proc/cpuinfo", "flags with svm" if has else "flags without svm")
-    if has:
+    supported = "svm" in context.cpu[1]
+    read = Reading("/proc/cpuinfo", "flags with svm" if supported else "flags without svm")
+    if supported:
         return passed("svm", read)
     if context.sysfs.path("dev/kvm").exists():
-        return failed(OTHER_KVM, read, Reading("/dev/kvm", "there"))
+        return failed(OTHER_KVM, read, Reading("/dev/kvm", "present"))
     messages = context.log.matching(_LOCKED_OFF)
     if messages:
         return failed(SVM_LOCKED, read, Reading("the kernel's log", messages[0]), message=messages[0])
-    return failed(SVM_OFF, read, Reading("/dev/kvm", "not there"))
+    return failed(SVM_OFF, read, Reading("/dev/kvm", "not found"))
 
 
 def _kvm(context: CheckContext) -> Verdict:
     amd = module(context.sysfs, "kvm_amd")
     loaded = context.sysfs.path("sys/module/kvm_amd").is_dir()
     node = context.sysfs.path("dev/kvm").exists()
-    read = Reading("/dev/kvm", "there" if node else "not there"), Reading(amd.seen, amd.value)
+    read = Reading("/dev/kvm", "present" if node else "not found"), Reading(amd.seen, amd.value)
     if node and loaded:
         return passed(f"kvm_amd is {amd.status}", *read)
     if node:
@@ -106,12 +106,12 @@ def _kvm(context: CheckContext) -> Verdict:
 
 
 def _npt(context: CheckContext) -> Verdict:
-    has = "npt" in context.cpu[1]
+    supported = "npt" in context.cpu[1]
     used = context.sysfs.text("sys/module/kvm_amd/parameters/npt")
-    read = [Reading("/proc/cpuinfo", "flags with npt" if has else "flags without npt")]
+    read = [Reading("/proc/cpuinfo", "flags with npt" if supported else "flags without npt")]
     if used is not None:
         read.append(context.seen("sys/module/kvm_amd/parameters/npt"))
-    return passed("npt", *read) if has and used not in ("N", "0") else failed(NO_NPT, *read)
+    return passed("npt", *read) if supported and used not in ("N", "0") else failed(NO_NPT, *read)
 
 
 CHECKS = (

@@ -1,7 +1,7 @@
-"""Why the kernel does without an IOMMU that is there, or without its interrupt remapping: its own words, with a cure.
+"""Why the kernel does not use an IOMMU, or its interrupt remapping: the kernel's messages, each with a remedy.
 
-All that drivers/iommu/amd/init.c of Linux 4.9 to 6.18 can refuse with, and what arch/x86/kernel/apic/apic.c says of
-interrupt remapping. Messages are matched from their first character to their last, and only the kernel's own.
+All error messages of drivers/iommu/amd/init.c in Linux 4.9 to 6.18, and those of arch/x86/kernel/apic/apic.c about
+interrupt remapping. Only messages of the kernel count, and a pattern must match the whole message.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, pa
 
 LOG = "the kernel's log"
 _UPDATE = "update the firmware"
-_COLD = "switch this machine off and on again (a restart by kexec does not reset the IOMMU)"
-_AT_FORM = (6, 2)  # ivrs_ioapic=ID@BDF; before, and in many stable kernels besides, ivrs_ioapic[ID]=BDF
+_COLD = "power-cycle this machine (a restart by kexec does not reset the IOMMU)"
+_AT_FORM = (6, 2)  # ivrs_ioapic=ID@BDF; before, and also in many stable kernels, ivrs_ioapic[ID]=BDF
 
 TABLE_ERROR = BlockerTemplate(
     kind="ivrs-error",
@@ -28,50 +28,48 @@ CHECKSUM = BlockerTemplate(
     kind="ivrs-checksum",
     brief="the table IVRS has a wrong checksum",
     cause="AMD-Vi is off: the ACPI table IVRS has a wrong checksum, so that the kernel does not use it",
-    remedy=f"{_UPDATE}. Where the kernel was started by kexec from Linux 5.5 to 5.8: {_COLD}, these kernels damage "
-    f"the "
-    "table",
+    remedy=f"{_UPDATE}. If the kernel was started by kexec from Linux 5.5 to 5.8, {_COLD}: these kernels damage "
+    "the table",
 )
 NO_CX16 = BlockerTemplate(
     kind="no-cx16",
     brief="the CPU lacks CMPXCHG16B",
-    cause="AMD-Vi is off: this kernel wants a CPU with the instruction CMPXCHG16B for it (flag cx16)",
-    remedy="in a virtual machine: let the outer host show the flag cx16 (CPU model host, or EPYC)",
+    cause="AMD-Vi is off: this kernel needs a CPU with the instruction CMPXCHG16B for it (flag cx16)",
+    remedy="in a virtual machine: let the outer host expose the flag cx16 (CPU model host, or EPYC)",
 )
 REGISTERS_TAKEN = BlockerTemplate(
     kind="iommu-registers-taken",
     brief="its registers are claimed",
-    cause="AMD-Vi is off: the IOMMU's registers ({what}) lie in memory that something else has claimed: a bug of the "
-    "firmware",
-    remedy=f"{_UPDATE}; /proc/iomem (as root) shows who has that memory",
+    cause="AMD-Vi is off: the IOMMU's registers ({what}) are in memory that something else has claimed: a firmware "
+    "bug",
+    remedy=f"{_UPDATE}; /proc/iomem (as root) shows what has claimed that memory",
     commands=("grep -i -e amd_iommu -e {first} /proc/iomem",),
 )
 IVHD_TYPE = BlockerTemplate(
     kind="ivhd-type",
-    brief="a block that this kernel does not know",
+    brief="a block that this kernel does not support",
     cause="AMD-Vi is off: the ACPI table IVRS describes the IOMMU in a block of type {what}, which this kernel does "
-    "not know",
+    "not support",
     remedy=f"use a newer kernel, or {_UPDATE}",
 )
 HARDWARE = BlockerTemplate(
     kind="iommu-hardware",
-    brief="the IOMMU cannot be started",
-    cause="AMD-Vi is off: the kernel could not start IOMMU {what}",
-    remedy=f"{_UPDATE}, {_COLD}; error -19 means that there is no PCI function where the table IVRS says that the "
-    f"IOMMU "
-    "is",
+    brief="the IOMMU cannot be initialized",
+    cause="AMD-Vi is off: the kernel cannot initialize IOMMU {what}",
+    remedy=f"{_UPDATE}, {_COLD}; error -19 means that the table IVRS has an address for the IOMMU at which there is "
+    "no PCI function",
     commands=("lspci -nn | grep -i iommu", "dmesg | grep AMD-Vi"),
 )
 STONEY = BlockerTemplate(
     kind="stoney-ridge",
     brief="not with Stoney Ridge graphics",
-    cause="AMD-Vi is off: the kernel does not use it beside Stoney Ridge graphics (1002:98e4), which fail with it",
+    cause="AMD-Vi is off: the kernel does not use it with Stoney Ridge graphics (1002:98e4), which fail with it",
     remedy="boot with amd_iommu=force_enable (Linux 5.14 and later), if the host needs no graphics",
 )
 SME = BlockerTemplate(
     kind="sme-active",
     brief="not with memory encryption, by this microcode",
-    cause="AMD-Vi is off: memory encryption (SME) is on, and this CPU's microcode cannot do both",
+    cause="AMD-Vi is off: memory encryption (SME) is on, and this CPU's microcode does not support both",
     remedy="update the firmware or the microcode (0x08001205, or 0x08001126 to 0x080011ff), or boot with "
     "mem_encrypt=off",
 )
@@ -85,8 +83,8 @@ NO_HOST_TABLES = BlockerTemplate(
 )
 TOO_MANY = BlockerTemplate(
     kind="too-many-iommus",
-    brief="more than the kernel can drive",
-    cause="AMD-Vi is off: this host has more IOMMUs than this kernel can drive",
+    brief="more than the kernel supports",
+    cause="AMD-Vi is off: this host has more IOMMUs than this kernel supports",
     remedy="use a newer kernel",
 )
 IOAPIC_MISSING = BlockerTemplate(
@@ -94,7 +92,7 @@ IOAPIC_MISSING = BlockerTemplate(
     brief="IOAPIC {what} is not in the table IVRS",
     cause="interrupt remapping is off: the firmware's table IVRS does not say where IOAPIC {what} is, so that the "
     "kernel cannot remap its interrupts",
-    remedy=f"{_UPDATE}. Until then name its place on the kernel's command line: {{option}} (the IOAPIC of the "
+    remedy=f"{_UPDATE}. Until then give its address on the kernel's command line: {{option}} (the IOAPIC of the "
     "southbridge is at 00:14.0; from Linux 6.2 on the form is ivrs_ioapic=ID@00:14.0, before "
     "ivrs_ioapic[ID]=00:14.0). allow_unsafe_interrupts is not accepted instead",
     commands=("dmesg | grep -i -e ioapic -e IVRS",),
@@ -104,29 +102,28 @@ SOUTHBRIDGE_MISSING = BlockerTemplate(
     brief="the southbridge's IOAPIC is not in IVRS",
     cause="interrupt remapping is off: the firmware's table IVRS has no IOAPIC at 00:14.0, where the southbridge's "
     "must be",
-    remedy=f"{_UPDATE}. Until then name its place on the kernel's command line: {{option}}, with the ID of the "
-    f"IOAPIC "
-    "that has the GSIs from 0 on (from Linux 6.2 on ivrs_ioapic=ID@00:14.0, before ivrs_ioapic[ID]=00:14.0). Linux "
-    "7.0 and later also want an ISA bridge or an SMBus function at that address",
+    remedy=f"{_UPDATE}. Until then give its address on the kernel's command line: {{option}}, with the ID of the "
+    "IOAPIC that has the GSIs from 0 on (from Linux 6.2 on ivrs_ioapic=ID@00:14.0, before ivrs_ioapic[ID]=00:14.0). "
+    "Linux 7.0 and later also need an ISA bridge or an SMBus function at that address",
     commands=("dmesg | grep 'IOAPIC.*GSI'", "lspci -nn -s 00:14.0"),
 )
 REMAPPING_REFUSED = BlockerTemplate(
     kind="remapping-refused",
     brief="the kernel refuses it",
-    cause="interrupt remapping is off: the kernel says that it disables it",
-    remedy=f"{_UPDATE}; the messages before that one say more",
+    cause="interrupt remapping is off: the kernel's log says that it was disabled",
+    remedy=f"{_UPDATE}; the messages before that one have details",
     commands=("dmesg | grep AMD-Vi",),
 )
 NO_IOAPIC = BlockerTemplate(
     kind="no-ioapic",
     brief="IOAPICs are off",
     cause="interrupt remapping is off: the kernel uses no IOAPIC ({words})",
-    remedy="remove noapic, nolapic or nosmp from the kernel's command line, or let the firmware have APIC mode",
+    remedy="remove noapic, nolapic or nosmp from the kernel's command line, or set the firmware to APIC mode",
 )
 BAD_OPTION = BlockerTemplate(
     kind="ivrs-option",
-    brief="the kernel cannot read {what}",
-    cause="the kernel cannot read {what} on its command line, or has no room for it, and goes on without",
+    brief="the kernel cannot parse {what}",
+    cause="the kernel cannot parse {what} on its command line, or has too many of them, and ignores it",
     remedy="write ivrs_ioapic=ID@00:14.0, ivrs_hpet=ID@00:14.0, ivrs_acpihid=HID:UID@BDF (before Linux 6.2 "
     "ivrs_ioapic[ID]=00:14.0, and so on); at most four of each",
     warning=True,
@@ -134,16 +131,16 @@ BAD_OPTION = BlockerTemplate(
 FIRMWARE = BlockerTemplate(
     kind="ivrs-bug",
     brief="the kernel complains of the firmware",
-    cause="the kernel has found a bug in the firmware's table IVRS, and goes on: {what}",
+    cause="the kernel has found a bug in the firmware's table IVRS, and continues: {what}",
     remedy=f"{_UPDATE} if a device does not work",
     warning=True,
 )
 NO_ANSWER = BlockerTemplate(
     kind="iommu-timeout",
-    brief="an IOMMU does not answer",
-    cause="an IOMMU does not answer, or a device does not answer it: {what}",
+    brief="an IOMMU does not respond",
+    cause="an IOMMU, or a device that it waits for, does not respond: {what}",
     remedy="look for IOTLB_INV_TIMEOUT in the kernel's log: it names the device. Reset that device, or boot with "
-    "pci=noats; if it goes on, switch this machine off and on",
+    "pci=noats; if that does not help, power-cycle this machine",
     commands=("dmesg | grep -e IOTLB_INV -e Completion-Wait",),
     warning=True,
 )
@@ -151,7 +148,7 @@ NO_ANSWER = BlockerTemplate(
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """What the kernel may say: ``text`` is a pattern for what follows ``AMD-Vi:``, whose groups fill ``template``."""
+    """A message of the kernel: ``text`` is a pattern for what follows ``AMD-Vi:``, whose groups fill ``template``."""
 
     template: BlockerTemplate
     text: str
@@ -198,9 +195,9 @@ _COMPLAINTS = (
 
 
 def refused(context: CheckContext, messages: tuple[_Message, ...], *read: Reading, **values: str) -> Verdict | None:
-    """The verdict on the most telling of ``messages`` that the kernel's log has; None where it has none.
+    """Return the verdict for the most specific of ``messages`` in the kernel's log; None if the log has none.
 
-    ``values`` fill what no message fills. All that the log says of the matter is among the readings.
+    ``values`` fill the fields of the template that the message does not. All matching messages are readings.
     """
     found = list(_found(context, messages))
     if not found:
@@ -216,19 +213,19 @@ def refused(context: CheckContext, messages: tuple[_Message, ...], *read: Readin
 
 
 def _found(context: CheckContext, messages: tuple[_Message, ...]) -> Iterator[tuple[_Message, re.Match[str]]]:
-    """In the order of ``messages``, which have the most telling first."""
+    """In the order of ``messages``, the most specific first."""
     lines = [record.text for record in context.log.records if record.by_kernel]
     for message in messages:
         yield from ((message, match) for line in lines if (match := message(line)))
 
 
 def iommu_refused(context: CheckContext, *read: Reading) -> Verdict | None:
-    """Why the kernel does not use the IOMMU, by its own words."""
+    """Return why the kernel does not use the IOMMU, from its log; None if unknown."""
     return refused(context, IOMMU_REFUSED, *read)
 
 
 def remapping_refused(context: CheckContext, *read: Reading) -> Verdict | None:
-    """Why the kernel does not remap interrupts, by its own words."""
+    """Return why the kernel does not remap interrupts, from its log; None if unknown."""
     found = _found(context, REMAPPING_REFUSED_BY)
     ids = [match["what"] for message, match in found if message.template is IOAPIC_MISSING]
     form = "ivrs_ioapic={}@00:14.0" if context.sysfs.kernel() >= _AT_FORM else "ivrs_ioapic[{}]=00:14.0"
@@ -241,7 +238,7 @@ def remapping_refused(context: CheckContext, *read: Reading) -> Verdict | None:
 
 
 def log_reading(context: CheckContext) -> tuple[Reading, ...]:
-    """How far the log can be trusted to have the kernel's words of the boot."""
+    """Return a reading if the log does not reach back to boot, or cannot be read; else nothing."""
     log = context.log
     if log.error is not None:
         return (Reading(LOG, f"not readable: {log.error}"),)
@@ -252,7 +249,7 @@ def log_reading(context: CheckContext) -> tuple[Reading, ...]:
 
 def _complaints(context: CheckContext) -> Verdict:
     verdict = refused(context, _COMPLAINTS)
-    return verdict or passed("none", *(log_reading(context) or (Reading(LOG, "nothing of these"),)))
+    return verdict or passed("none", *(log_reading(context) or (Reading(LOG, "none of these"),)))
 
 
 def _templates(messages: tuple[_Message, ...]) -> tuple[BlockerTemplate, ...]:
@@ -263,8 +260,8 @@ IOMMU_TEMPLATES = _templates(IOMMU_REFUSED)
 REMAPPING_TEMPLATES = _templates(REMAPPING_REFUSED_BY)
 COMPLAINTS = Check(
     "iommu-complaints",
-    "Complaints about the IOMMU",
-    "messages of AMD-Vi in the kernel's log that refuse nothing",
+    "Other messages of the IOMMU",
+    "messages of AMD-Vi in the kernel's log after which it continues",
     _templates(_COMPLAINTS),
     _complaints,
 )

@@ -1,4 +1,4 @@
-"""What this user may do: open the nodes, change drivers."""
+"""Permissions of this user: to open the device nodes, to change drivers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, pa
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 from kvmpass.host.usage import VFIO_PCI, vfio_nodes
 
-_RULES = "/etc/udev/rules.d/70-kvmpass"  # a file for each node: no remedy undoes another
+_RULES = "/etc/udev/rules.d/70-kvmpass"  # one file for each node: remedies do not overwrite one another
 _KVM_GROUP = (
     "groupadd --system --force kvm; usermod -aG kvm {user}",
     f'echo \'SUBSYSTEM=="misc", KERNEL=="kvm", GROUP="kvm", MODE="0660"\' > {_RULES}-kvm.rules',
@@ -22,8 +22,8 @@ NO_ACCESS = BlockerTemplate(
     brief="{nodes}",
     cause="this user ({user}) may not open {nodes}",
     remedy="run as root; or join the group that owns /dev/kvm (often kvm), get the VFIO nodes by a udev rule, get a "
-    "limit for locked memory, log in anew, and let root put the device on vfio-pci. Whoever may open a group's node "
-    "rules its devices: give it to one user, or to a group of its own, not to everybody in kvm",
+    "limit for locked memory, log in again, and let root bind the device to vfio-pci. A user who may open a group's "
+    "node controls its devices: give it to one user, or to a group of its own, not to everybody in kvm",
     commands=(
         "usermod -aG kvm {user}",
         "groupadd --system vfio && usermod -aG vfio {user}",
@@ -37,22 +37,22 @@ NO_ACCESS_KVM = BlockerTemplate(
     kind="no-access-kvm",
     brief="/dev/kvm",
     cause="this user ({user}) may not open /dev/kvm",
-    remedy="run as root, or join the group that owns /dev/kvm (often kvm) and log in anew; `kvmpass doctor BDF` "
-    "tells what a device needs besides",
+    remedy="run as root, or join the group that owns /dev/kvm (often kvm) and log in again; `kvmpass doctor BDF` "
+    "shows what a device needs in addition",
     commands=(*_KVM_GROUP, "udevadm control --reload && udevadm trigger --subsystem-match=misc"),
 )
 NO_DRIVERS = BlockerTemplate(
     kind="no-driver-rights",
     brief="not as this user",
     cause="this user ({user}) may not change the driver of {bdf}",
-    remedy="run as root: borrowing a device changes its driver, and only root may write those files in sysfs. What "
-    "root has put on vfio-pci can be assigned without root",
+    remedy="run as root: borrowing a device changes its driver, and only root may write those files in sysfs. A "
+    "device that root has bound to vfio-pci can be assigned without root",
 )
 NO_DRIVERS_YET = BlockerTemplate(
     kind="drivers-need-root",
     brief="not as this user",
-    cause="this user ({user}) may not change drivers: only devices that are on vfio-pci already can be assigned",
-    remedy="run as root, or let root put the device on vfio-pci",
+    cause="this user ({user}) may not change drivers: only devices that are bound to vfio-pci can be assigned",
+    remedy="run as root, or let root bind the device to vfio-pci",
     warning=True,
 )
 
@@ -69,11 +69,12 @@ def _owner_now(sysfs: Sysfs, node: str) -> str:
     try:
         found = sysfs.path(node).stat()
     except OSError as error:
-        return error.strerror or "not there"
+        return error.strerror or "not found"
     return f"{stat.filemode(found.st_mode)}, user {found.st_uid}, group {found.st_gid}"
 
 
 def user_name(sysfs: Sysfs) -> str:
+    """Return the name of the effective user; its ID without a name."""
     return sysfs.ask("user name", _user_name)
 
 
@@ -90,13 +91,13 @@ def _access(context: CheckContext) -> Verdict:
     group = context.device.group if context.bdf is not None and context.present else None
     if group is not None and context.bdf is not None:
         nodes.append(vfio_nodes(sysfs, context.bdf, group)[0].lstrip("/"))  # the group's
-    there = [node for node in nodes if sysfs.path(node).exists()]
-    read = [Reading(f"/{node}", _owner(sysfs, node)) for node in there]
+    present = [node for node in nodes if sysfs.path(node).exists()]
+    read = [Reading(f"/{node}", _owner(sysfs, node)) for node in present]
     if sysfs.path("dev/iommu").exists():
         read.append(Reading("/dev/iommu", f"{_owner(sysfs, 'dev/iommu')}; kvmpass does not use it"))
-    closed = [f"/{node}" for node in there if not _may(sysfs, node)]
+    closed = [f"/{node}" for node in present if not _may(sysfs, node)]
     if not closed:
-        return passed(" ".join(f"/{node}" for node in there) or "nothing to open yet", *read)
+        return passed(" ".join(f"/{node}" for node in present) or "no node exists yet", *read)
     user = user_name(sysfs)
     if closed == ["/dev/kvm"] and group is None:
         return failed(NO_ACCESS_KVM, *read, denied=closed[0], user=user)
@@ -116,7 +117,7 @@ def _drivers(context: CheckContext) -> Verdict:
     sysfs = context.sysfs
     if context.bdf is not None and context.present:
         if context.device.driver == VFIO_PCI:
-            return passed("no need: it is on vfio-pci", Reading(f"driver of {context.bdf}", VFIO_PCI))
+            return passed("not needed: bound to vfio-pci", Reading(f"driver of {context.bdf}", VFIO_PCI))
         file = f"{PCI_DEVICES}/{context.bdf}/driver_override"
     else:
         file = "sys/bus/pci/drivers_probe"
@@ -131,7 +132,7 @@ def _drivers(context: CheckContext) -> Verdict:
 CHECKS = (
     Check(
         "access",
-        "Right to open the nodes",
+        "Permission to open the nodes",
         "`/dev/kvm`, `/dev/vfio/vfio`, and of a device its `/dev/vfio/GROUP`",
         (NO_ACCESS, NO_ACCESS_KVM),
         _access,
@@ -139,7 +140,7 @@ CHECKS = (
     ),
     Check(
         "drivers",
-        "Right to change drivers",
+        "Permission to change drivers",
         "`driver_override` of the device, else `/sys/bus/pci/drivers_probe`",
         (NO_DRIVERS, NO_DRIVERS_YET),
         _drivers,

@@ -273,7 +273,7 @@ IVRS = ivrs(ivhd())
         ({"proc/cpuinfo": CPU.format("GenuineIntel", "vmx")}, "this CPU is GenuineIntel"),
         ({"proc/cpuinfo": CPU.format("AuthenticAMD", "")}, "KVM of this host is not AMD-V: the CPU shows no svm"),
         ({"proc/cpuinfo": CPU.format("AuthenticAMD", ""), "dev/kvm": None}, "AMD-V is absent or off"),
-        ({"dev/kvm": None}, "no /dev/kvm"),
+        ({"dev/kvm": None}, "/dev/kvm not found"),
         ({"sys/module/kvm_amd": None}, "not AMD-V: kvm_amd is not loaded"),
         ({"sys/class/iommu/ivhd0": None}, "AMD-Vi is off: the firmware describes no IOMMU"),
         (

@@ -247,7 +247,7 @@ def test_memory_of_some_nodes(host: Host) -> None:
     host.put("proc/self/status", "Uid:\t7\nMems_allowed_list:\t0-1")
     assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
     host.put("proc/self/status", "Uid:\t7\nMems_allowed_list:\t0")
-    assert "NUMA node 0 only, where 110 MiB" in text(found(host, "memory-nodes-short"))
+    assert "NUMA node 0 only, which has 110 MiB" in text(found(host, "memory-nodes-short"))
 
 
 def test_this_very_process() -> None:
