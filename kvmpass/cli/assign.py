@@ -31,7 +31,7 @@ from kvmpass.memory import Backing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Options:
-    """What the command line says, beside devices, COMMAND and --status-file."""
+    """The options, except devices, COMMAND and --status-file."""
 
     memory: str
     cpus: int
@@ -127,12 +127,12 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
     if status_file is not None and not os.access(status_file.absolute().parent, os.W_OK):
         raise click.UsageError(f"--status-file: {status_file.absolute().parent} is not a directory to write to")
     if status_file is not None:
-        status_file.unlink(missing_ok=True)  # a killed run must not leave an earlier one's
+        status_file.unlink(missing_ok=True)  # if this run is killed, no earlier result must remain
     outcome: dict[str, Any] = {"schema": 1, "devices": list(bdf), "outcome": "failed", "status": None}
     started = time.monotonic()
     exit_status = ASSIGN_FAILED
     try:
-        # Not the argument's type: the status file tells of a wrong address, too.
+        # Not the argument's type: the status file must report a wrong address, too.
         bdfs = [BDF.convert(text, None, None) for text in bdf]
         given = _Options(**options)
         spec, progress = _spec(command, given), Progress(given.verbose, outcome)
@@ -151,7 +151,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
             ) as machine,
         ):
             result = _run(machine, command, given, log)
-            outcome["status"] = result.status  # true even if giving back the device should fail
+            outcome["status"] = result.status  # valid even if rebinding a device fails
         if command is not None and result.status is None:
             _explain(result)
         exit_status = _exit_status(result, command is not None)
@@ -175,7 +175,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
 def _spec(command: list[str] | None, options: _Options) -> GuestSpec:
     """What the guest is made of. Raises ``click.UsageError``."""
     if command is not None and not command:
-        raise click.UsageError("there is no COMMAND after --")
+        raise click.UsageError("missing COMMAND after --")
     if options.initrd and (command or options.copy or options.modules):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
     return GuestSpec(
@@ -192,7 +192,7 @@ def _spec(command: list[str] | None, options: _Options) -> GuestSpec:
 
 
 class Progress:
-    """What is said while the guest runs, if ``verbose``; the latest events go into ``outcome``."""
+    """Progress, printed if ``verbose``; the latest events are stored in ``outcome``."""
 
     def __init__(self, verbose: bool, outcome: dict[str, Any]) -> None:
         self._verbose = verbose
@@ -200,14 +200,14 @@ class Progress:
         outcome["events"], outcome["events_dropped"] = [], 0
 
     def say(self, line: str) -> None:
-        """A line on standard error."""
+        """Print a line on standard error."""
         if self._verbose:
             click.echo(f"kvmpass: {line}", err=True)
 
     def note(self, event: DeviceEvent) -> None:
-        """An event of a device. A reader that stalls must not delay its release: it misses this line."""
+        """Record an event. A stalled reader of standard error misses it: it must not delay a device's release."""
         self._outcome["events"].append(str(event))
-        if len(self._outcome["events"]) > _MAX_EVENTS:  # a guest that reboots without end, a device that fails again
+        if len(self._outcome["events"]) > _MAX_EVENTS:  # a guest may reboot, or a device fail, again and again
             del self._outcome["events"][0]
             self._outcome["events_dropped"] += 1
         if self._verbose and select.select([], [sys.stderr], [], 0)[1]:
@@ -224,7 +224,7 @@ def _run(machine: Machine, command: list[str] | None, options: _Options, log: Co
             try:
                 return guest.run(restart=options.on_reboot == "restart", timeout=options.timeout)
             except (KeyboardInterrupt, SystemExit) as error:
-                # A reader that stalls must not delay the devices' return.
+                # A stalled reader must not delay the devices' release.
                 if command is not None and select.select([], [sys.stderr], [], 0)[1]:
                     click.echo(f"kvmpass: {_cause(error)}; the guest's console:", err=True)
                     _show_console(guest.console)
@@ -232,7 +232,7 @@ def _run(machine: Machine, command: list[str] | None, options: _Options, log: Co
 
 
 def descriptor_sink(fd: int) -> Sink:
-    """Writes straight to ``fd``: no buffer whose lock a stalled reader could hold."""
+    """A sink that writes to ``fd`` without a buffer, whose lock a stalled reader could hold."""
 
     def write(data: bytes) -> None:
         view = memoryview(data)
@@ -240,7 +240,7 @@ def descriptor_sink(fd: int) -> Sink:
             while view:
                 view = view[os.write(fd, view) :]
         except BrokenPipeError as error:
-            raise KvmpassError("whoever read the output has closed it: the guest was stopped") from error
+            raise KvmpassError("output closed by its reader: the guest was stopped") from error
 
     return write
 
@@ -248,18 +248,18 @@ def descriptor_sink(fd: int) -> Sink:
 def _explain(result: GuestResult) -> None:
     click.echo(f"kvmpass: the guest {_ENDED[result.ending]} before its command reported a status", err=True)
     for failure in result.failures:
-        click.echo(f"  the guest says: {failure}", err=True)
+        click.echo(f"  error in the guest: {failure}", err=True)
     _show_console(result.console)
 
 
 def _show_console(console: str) -> None:
-    """From where its trouble begins, if it has any."""
+    """Print the console, from the first sign of a crash on if there is one."""
     for line in crash.excerpt(console):
         click.echo(f"  console: {''.join(c if c.isprintable() else ' ' for c in line)}", err=True)
 
 
 def _cause(error: BaseException) -> str:
-    """In words, for the status file too: what an exception of this process's own means."""
+    """The text for an exception, also for the status file."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted by SIGINT"
     if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
@@ -268,9 +268,9 @@ def _cause(error: BaseException) -> str:
 
 
 class ConsoleLog:
-    """``--console-log``: the whole console in a file. Opened before anything else; raises ``OSError``.
+    """``--console-log``: the whole console in a file, which the constructor opens. Raises ``OSError``.
 
-    A disk that is full then is said, and does not end the guest.
+    A later write error is reported once and does not end the guest.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -310,9 +310,9 @@ _ENDED = {
     Ending.REBOOT: "rebooted",
     Ending.PANIC: "panicked",
     Ending.TRIPLE_FAULT: "died of a triple fault",
-    Ending.FAULT: "was ended by KVM, which could not run it",
+    Ending.FAULT: "was ended because KVM_RUN failed",
     Ending.DEVICE_ERROR: "was ended because a device failed",
-    Ending.TIMEOUT: "was out of time",
+    Ending.TIMEOUT: "was ended by --timeout",
     Ending.STOPPED: "was stopped",
 }
 
@@ -331,7 +331,7 @@ def _outcome(result: GuestResult) -> str:
 
 
 def _write_status(path: Path, outcome: dict[str, Any]) -> None:
-    """All or nothing: whoever waits for the file never reads half of it."""
+    """Write atomically: a reader never sees a part of the file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(outcome, indent=2) + "\n")
     temporary.replace(path)

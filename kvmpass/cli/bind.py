@@ -101,8 +101,8 @@ def _print(output: Output, dry_run: bool, results: list[Handover]) -> None:
 def _describe(result: Handover) -> str:
     before = result.before or "no driver"
     if result.outcome == "excluded":
-        return f"a bridge, left alone ({before})"
+        return f"a bridge, not changed ({before})"
     if result.outcome == "already":
         return f"already on {before}" if result.before else "already without a driver"
-    after = "the driver that matches" if result.after == MATCHING else result.after or "no driver"
+    after = "the matching driver" if result.after == MATCHING else result.after or "no driver"
     return f"{before} -> {after}"

@@ -1,4 +1,4 @@
-"""``kvmpass completion``, and what the shells call to complete."""
+"""``kvmpass completion``, and the requests of the shells' completion functions."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ else:
 
 PROGRAM = "kvmpass"
 
-# Readline splits words at colons, and so would split every address: the function takes the words apart at blanks
-# instead, and drops what stands before the last colon from what it answers. A list of candidates (the second Tab:
-# COMP_TYPE 63, bash(1)) shows the help beside each, which must never get into the line itself.
+# Readline splits words at colons, and so would split every address. So the function splits the line at blanks, and
+# removes everything up to the last colon from its candidates. A list of candidates (the second Tab: COMP_TYPE 63,
+# bash(1)) shows the help beside each; the help must never be inserted in the line.
 _BASH = """\
 %(complete_func)s() {
     local typed="${COMP_LINE:0:COMP_POINT}" cut="" type value help answer
@@ -48,14 +48,14 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 
 
 def _without_command(complete: Callable[[list[str], str], _Items], args: list[str], incomplete: str) -> _Items:
-    """After ``--`` stands a command of the guest's: files may be meant, options and devices are not."""
+    """After ``--`` is a command for the guest: complete files, not options or devices."""
     if "--" in args:
         return [CompletionItem(incomplete, type="file")]
     return complete(args, incomplete)
 
 
 class Bash(ShellComplete):
-    """Addresses with colons; click's own function cannot have them. Needs bash 4.4."""
+    """Completes addresses, whose colons click's own function does not support. Needs bash 4.4."""
 
     name: ClassVar[str] = "bash"
     source_template: ClassVar[str] = _BASH
@@ -104,9 +104,9 @@ def _one_line(text: str | None) -> str:
 
 
 def answer(command: click.Command, request: str) -> int:
-    """What a shell's function asks for by its environment: candidates on standard output. Never a traceback.
+    """Print the candidates that a completion function requests through its environment; return an exit status.
 
-    ``request`` is ``bash_complete`` and the like, ``bash_source`` for the script.
+    ``request`` is ``bash_complete`` (or zsh, fish) for candidates, ``bash_source`` for the script. Raises nothing.
     """
     shell, _, instruction = request.partition("_")
     if shell not in SHELLS or instruction not in ("complete", "source"):
@@ -118,7 +118,7 @@ def answer(command: click.Command, request: str) -> int:
     except (
         Exception,
         KeyboardInterrupt,
-    ):  # somebody is typing: no answer is better than an error in the middle of the line
+    ):  # the user is typing: an error would appear in the middle of the line
         return 1
     return 0
 

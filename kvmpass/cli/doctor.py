@@ -60,7 +60,7 @@ def doctor(
     if archive is not None:
         return _record(output, archive, anonymous, tree)
     if anonymous:
-        raise click.UsageError("--anonymous is for --record")
+        raise click.UsageError("--anonymous needs --record")
     page = parse_size(hugepages) if hugepages else 0
     findings = host.diagnose(tree or host.Sysfs(), bdf, memory=memory, huge_page=page)
     failed = [finding for finding in findings if finding.outcome is Outcome.FAIL]
@@ -79,7 +79,7 @@ def doctor(
 
 def _record(output: Output, archive: Path, anonymous: bool, tree: host.Sysfs | None) -> int:
     if tree is not None:
-        raise click.UsageError("--record is of this host, --sysfs of another one")
+        raise click.UsageError("--record cannot be used with --sysfs: it records this host")
     recorder = Recorder()
     look_at_host(recorder)
     record(recorder, look_at_device)
@@ -87,9 +87,9 @@ def _record(output: Output, archive: Path, anonymous: bool, tree: host.Sysfs | N
     size = archive.stat().st_size
     output.document(file=str(archive), entries=entries, bytes=size, anonymous=anonymous)
     output.text(f"{archive}: {entries} entries, {size} bytes")
-    replaced = "are replaced" if anonymous else "are in it (--anonymous replaces them)"
-    output.note(f"addresses and serial numbers {replaced}; names of interfaces, mount points and processes are in it")
-    output.note("look through it before you give it away")
+    replaced = "are replaced" if anonymous else "are included (--anonymous replaces them)"
+    output.note(f"addresses and serial numbers {replaced}; names of interfaces, mount points and processes are kept")
+    output.note("check the archive before you publish it")
     return 0
 
 

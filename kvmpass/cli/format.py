@@ -114,11 +114,11 @@ def _on(enabled: bool) -> str:
 
 
 _PARTS = {
-    "bridge": "a bridge: does not stand in the way",
-    "no-driver": "no driver: does not stand in the way",
-    "left-alone": "its driver does no DMA: does not stand in the way",
-    "vfio": "handed to VFIO already",
-    "in-the-way": "the host uses it: stands in the way",
+    "bridge": "a bridge: does not block the group",
+    "no-driver": "no driver: does not block the group",
+    "left-alone": "its driver does no DMA: does not block the group",
+    "vfio": "bound to a VFIO driver",
+    "in-the-way": "the host uses it: blocks the group",
 }
 
 
@@ -136,13 +136,13 @@ def format_bridge(bridge: view.Bridge) -> str:
     elif bridge.kind == "switch upstream port":
         means = "isolates nothing by itself; its downstream ports do"
     elif bridge.kind not in ("root port", "switch downstream port"):
-        means = "devices behind it share one group: the IOMMU cannot tell them apart"
+        means = "devices behind it share one group: the IOMMU cannot distinguish them"
     elif bridge.acs is None:
-        means = "no ACS: devices behind it may reach their neighbours past the IOMMU"
+        means = "no ACS: DMA between the devices behind it may bypass the IOMMU"
     elif bridge.missing:
-        means = f"ACS without {' '.join(bridge.missing)}: devices behind it may reach neighbours past the IOMMU"
+        means = f"ACS without {' '.join(bridge.missing)}: DMA between the devices behind it may bypass the IOMMU"
     else:
-        means = f"isolates what is behind it (ACS {' '.join(bridge.acs.enabled)})"
+        means = f"isolates the devices behind it (ACS {' '.join(bridge.acs.enabled)})"
     return f"{bridge.bdf} {bridge.kind}: {means}"
 
 
@@ -151,15 +151,15 @@ def format_acs(own: view.Capabilities) -> Sequence[str]:
     if not own.readable:
         return []
     if own.acs is None:
-        return ["no ACS in its registers; the group says what the kernel makes of it"]
+        return ["no ACS capability; the group shows whether the kernel isolates it nevertheless"]
     return [f"ACS on: {' '.join(own.acs.enabled) or 'nothing'}"]
 
 
 _RESERVED = {
     "msi": "interrupt messages",
     "reserved": "not translated by this host's IOMMU",
-    "direct": "mapped one to one on the firmware's demand: Linux 6.6 and later refuses to assign the device",
-    "direct-relaxable": "mapped one to one until a guest has the device",
+    "direct": "direct-mapped, as the firmware requires: Linux 6.6 and later refuses to assign the device",
+    "direct-relaxable": "direct-mapped until the device is assigned",
 }
 
 

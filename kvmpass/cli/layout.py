@@ -1,4 +1,4 @@
-"""Text for people: columns and labelled facts that fit the terminal."""
+"""Tables and folded lines that fit the terminal."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ GAP = "  "
 
 
 def width() -> int | None:
-    """Columns of the terminal on standard output, or ``$COLUMNS``; None in a pipe: lines of any length."""
+    """``$COLUMNS``, else the columns of the terminal on standard output; None (no limit) if there is no terminal."""
     text = os.environ.get("COLUMNS", "")
     if text.isdecimal() and int(text):
         return int(text)
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or None  # a serial line says 0
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None  # 0 on a serial line
     except (OSError, ValueError):
         return None
 
 
 def length(text: str) -> int:
-    """How many columns ``text`` takes, without its colours."""
+    """The width of ``text`` in columns, without its escape sequences for colour."""
     return len(click.unstyle(text))
 
 
@@ -34,7 +34,7 @@ def widths(rows: Iterable[Sequence[str]]) -> list[int]:
 
 
 def columns(row: Sequence[str], sizes: Sequence[int], right: frozenset[int] = frozenset()) -> str:
-    """One line of a table; ``right`` names the columns that are aligned to the right."""
+    """One line of a table; ``right`` has the numbers of the columns that are aligned to the right."""
     cells = []
     for number, (cell, size) in enumerate(zip(row, sizes, strict=True)):
         pad = " " * (size - length(cell))
@@ -43,9 +43,9 @@ def columns(row: Sequence[str], sizes: Sequence[int], right: frozenset[int] = fr
 
 
 def fold(text: str, first: str, rest: str) -> list[str]:
-    """``text`` over as many lines as the terminal needs; ``first`` and ``rest`` begin its lines.
+    """Fold ``text`` to the terminal's width; the first line begins with ``first``, the others with ``rest``.
 
-    Blanks and ``- `` at the beginning of the text indent the lines that follow, too.
+    Blanks and ``- `` at the beginning of the text also indent the lines that follow.
     """
     limit = width()
     if limit is None or length(first) + length(text) <= limit:
@@ -58,4 +58,5 @@ def fold(text: str, first: str, rest: str) -> list[str]:
 
 
 def dim(text: str) -> str:
+    """The text in a dim colour."""
     return click.style(text, dim=True)

@@ -70,13 +70,11 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
         hint = f"\n  hint: {found.host.remedy}" if found.host.remedy else ""
         output.note(f"{who}: {found.host.cause}{hint}")
     if found.orphaned:
-        what = "it" if len(found.orphaned) == 1 else "them"
         output.note(
-            f"a kvmpass that was killed has left {', '.join(map(str, found.orphaned))}\n"
-            f"  hint: kvmpass restore gives {what} back"
+            f"a killed kvmpass did not restore {', '.join(map(str, found.orphaned))}\n  hint: run kvmpass restore"
         )
     if not found.complete:
-        output.note("without root, what other users' processes have open is not seen")
+        output.note("without root, devices that other users' processes have open are not detected")
     return 0
 
 

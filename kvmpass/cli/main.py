@@ -93,7 +93,7 @@ def hint_separator(words: list[str], command: list[str] | None, error: BaseExcep
     missing = isinstance(error, click.MissingParameter)
     if command is None and isinstance(error, (click.UsageError, BadAddress)) and not missing:
         first = words[: 2 if words[:1] == ["lab"] else 1]
-        error.add_note(f"a COMMAND comes after --: kvmpass {' '.join(first)} … -- COMMAND")
+        error.add_note(f"write -- before a COMMAND: kvmpass {' '.join(first)} … -- COMMAND")
 
 
 def fail(command: str, error: BaseException, as_json: bool) -> None:

@@ -108,7 +108,7 @@ def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: view.Hos
 
 def _about(sysfs: host.Sysfs, names: host.Names, event: view.HostEvent) -> str:
     if event.kind == "events-lost":
-        return "some events: they came faster than they were read"
+        return "some events: they arrived faster than they were read"
     if event.bdf is None:
         return " ".join(map(str, event.devices))
     if event.kind == "driver-bound":

@@ -104,7 +104,7 @@ def _matching(text: str, ctx: click.Context | None) -> str | None:
     except NoSuchDevice:
         return None
     names = " ".join(str(device.bdf) for device in devices[:4]) + (" …" if len(devices) > 4 else "")
-    return f"this command takes exact addresses only; {text} would be: {names}"
+    return f"this command accepts exact addresses only; {text} matches: {names}"
 
 
 def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None = None) -> list[CompletionItem]:

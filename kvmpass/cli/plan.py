@@ -73,10 +73,10 @@ def _show_device(output: Output, device: DevicePlan) -> None:
     group = "no IOMMU group" if device.group is None else f"IOMMU group {device.group}"
     output.text(click.style(f"{device.bdf}  {device.name}, {group}", bold=True))
     driver = device.driver or "(none)"
-    hands = "vfio-pci, stays there" if driver == "vfio-pci" else f"{driver} -> vfio-pci -> {driver}"
+    hands = "vfio-pci, not changed" if driver == "vfio-pci" else f"{driver} -> vfio-pci -> {driver}"
     rows = [("driver", hands)]
     for member in device.members:
-        part = {"taken": "is assigned, too", "stays": "stays as it is", "blocks": "blocks"}[member.part]
+        part = {"taken": "is assigned, too", "stays": "is not changed", "blocks": "blocks the group"}[member.part]
         rows.append(("group", f"{member.bdf} {member.name} ({member.driver or 'no driver'}): {part}"))
     rows.append(("reset", _resets(device.reset_methods)))
     rows.append(("vectors", _vectors(device.vectors)))
@@ -91,17 +91,17 @@ def _resets(methods: tuple[str, ...]) -> str:
     return methods[0] + (f", then {', '.join(methods[1:])}" if methods[1:] else "")
 
 
-def _vectors(found: Vectors) -> str:
-    if found.msix is None:
-        return "only root can see them"
-    kinds = ((f"{found.msix} MSI-X", found.msix), (f"{found.msi} MSI", found.msi), ("INTx", found.intx))
-    return ", ".join(text for text, there in kinds if there) or "none"
+def _vectors(vectors: Vectors) -> str:
+    if vectors.msix is None:
+        return "unknown without root"
+    kinds = ((f"{vectors.msix} MSI-X", vectors.msix), (f"{vectors.msi} MSI", vectors.msi), ("INTx", vectors.intx))
+    return ", ".join(text for text, present in kinds if present) or "none"
 
 
 def _bar(bar: BarPreview) -> str:
     kind = f"{size_words(bar.size)}, {bar.kind.value.replace('io', 'ports')}"
     if bar.mapped is None:
-        return f"{kind}: memslots, no DMA; how many only root can see"
+        return f"{kind}: memslots, no DMA; their number is unknown without root"
     how = f"{_count(len(bar.mapped), 'memslot')}, no DMA" if bar.mapped else "by system call"
     rest = bar.size - sum(part.size for part in bar.mapped)
     trapped = f", {size_words(rest)} by system call" if bar.mapped and rest else ""
@@ -118,7 +118,7 @@ def _show_memory(output: Output, made: Plan) -> None:
         output.text(f"  {_count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_words(made.locked)})")
     output.text(f"  laid out in {made.phys_bits} bits of physical address ({made.width_from})")
     if not made.confined:
-        output.text("  this host has no IOMMU groups: no range is known as reserved")
+        output.text("  this host has no IOMMU groups: reserved ranges are unknown")
         return
     reserved = made.memory.layout.reserved if made.memory else ()
     output.text("  around these reserved ranges:")
@@ -126,7 +126,7 @@ def _show_memory(output: Output, made: Plan) -> None:
         if not translated(line):
             output.text(f"    {line}")
     if any(map(translated, reserved)):
-        output.text("  not around these, which the kernel maps itself, or for which it refuses a device:")
+        output.text("  not around these, which the kernel maps itself, or for which it refuses to assign a device:")
     for line in filter(translated, reserved):
         output.text(f"    {line}")
 

@@ -13,7 +13,7 @@ from kvmpass.cli.output import Output, host_command
 @click.command()
 @host_command
 def restore(output: Output) -> int:
-    """Rebind devices that a killed kvmpass left on vfio-pci.
+    """Restore the drivers that a killed kvmpass changed.
 
     Before assign, bind or unbind changes a device, it records the driver and settings in a journal (in
     /var/lib/kvmpass, or $KVMPASS_STATE_DIR), and it restores them itself unless it is ended by SIGKILL. In that case

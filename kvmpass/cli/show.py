@@ -54,7 +54,7 @@ def show(output: Output, bdf: host.Bdf, tree: host.Sysfs | None) -> int:
     for line in _lines(found):
         output.text(line)
     if not found.complete:
-        output.note("without root, what other users' processes have open is not seen")
+        output.note("without root, devices that other users' processes have open are not detected")
     return 0
 
 
@@ -120,7 +120,7 @@ def _verdict(found: view.Description) -> Iterator[tuple[str, list[str]]]:
         cause = f"{found.status.device.bdf} is in use: see below" if blocker.kind == "in-use" else blocker.cause
         answer += [f"- {cause}", f"  hint: {blocker.remedy}"]
     if found.host.cause is not None:
-        who = "this user may not assign devices" if found.host.ready else "no device of this host can be assigned"
+        who = "this user cannot assign devices" if found.host.ready else "no device of this host can be assigned"
         answer.append(f"- {who}: {found.host.cause}")
         answer += [f"  hint: {found.host.remedy}"] if found.host.remedy else []
     yield "Assignable", answer
@@ -129,14 +129,14 @@ def _verdict(found: view.Description) -> Iterator[tuple[str, list[str]]]:
 
 def _uses(found: view.Description) -> list[str]:
     if found.uses or found.unseen:
-        return [*found.uses, *(f"cannot be seen: {why}" for why in found.unseen)]
-    return ["no" if found.complete else "no, as far as can be seen"]
+        return [*found.uses, *(f"cannot be detected: {why}" for why in found.unseen)]
+    return ["no" if found.complete else "no, as far as this user can see"]
 
 
 def _capabilities(found: view.Description) -> list[str]:
     own = found.capabilities
     if not own.answers:
-        return ["the device does not answer: it is powered off, or gone"]
+        return ["the device does not respond: it is powered off or removed"]
     if not own.readable:
         return ["unknown: without root the kernel shows only 64 bytes of configuration space"]
     return list(format_capabilities(own)) or ["none"]
@@ -154,7 +154,7 @@ def _surroundings(found: view.Description) -> Iterator[tuple[str, list[str]]]:
                 *map(format_sibling, found.siblings),
             ],
         )
-    yield "Above it", [*map(format_bridge, found.bridges)] or ["no bridge: it is on a root bus"]
+    yield "Above it", [*map(format_bridge, found.bridges)] or ["no bridge: the device is on a root bus"]
     if found.functions:
         others = ", ".join(map(str, found.functions))
         yield "Functions", [f"one of {len(found.functions) + 1}, with {others}", *format_acs(found.capabilities)]

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
-ESCAPE = b"\x1d"  # Ctrl-], as telnet and virsh have it
+ESCAPE = b"\x1d"  # Ctrl-], as in telnet and virsh
 ESCAPE_NAME = "Ctrl-]"
 END_OF_INPUT = b"\x04"  # Ctrl-D
 _END_SECONDS = 1.0
 _BACKLOG = 1 << 16
-_PIPE = 1 << 16  # bytes that it holds
+_PIPE = 1 << 16  # capacity of a pipe in bytes
 
 
 @contextmanager
@@ -27,13 +27,15 @@ def raw_terminal(
     on_escape: Callable[[], object],
     on_size: Callable[[int, int], object] = lambda rows, columns: None,
 ) -> Iterator[None]:
-    """Every key goes to ``on_input``, Ctrl-C too, until the escape; the terminal is restored afterwards.
+    """Pass every key, including Ctrl-C, to ``on_input`` until the escape; restore the terminal afterwards.
 
-    ``on_size`` gets its rows and columns, at the start and whenever they change (in the main thread only).
+    ``on_input`` returns how many bytes the guest has not read yet. ``on_size`` gets rows and columns of the terminal,
+    at the start and at each change (in the main thread only).
 
-    Where standard input is no terminal it is passed on as fast as the guest takes it; its end is the end of the
-    shell's input: Ctrl-D, typed each second, since a program that runs in the shell may take one. ``on_input``
-    returns how many bytes wait.
+    If standard input is not a terminal, it is passed on as fast as the guest reads it. At its end Ctrl-D is typed
+    once a second, because a program that runs in the shell may read one.
+
+    Synchronization: all three callbacks run in the thread ``keyboard``.
     """
     fd = sys.stdin.fileno()
     saved = termios.tcgetattr(fd) if os.isatty(fd) else None
@@ -85,7 +87,7 @@ def raw_terminal(
 
 @contextmanager
 def _on_resize(pipe: int) -> Iterator[None]:
-    """A byte into ``pipe`` for each SIGWINCH, while it has room. Signals are the main thread's."""
+    """Write a byte to ``pipe`` for each SIGWINCH, unless the pipe is full. Only the main thread handles signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -103,7 +105,7 @@ def _on_resize(pipe: int) -> Iterator[None]:
 
 
 def terminal_size() -> tuple[int, int]:
-    """Rows and columns of the terminal on standard output; 24 and 80 where there is none, or it does not know."""
+    """Rows and columns of the terminal on standard output; 24 and 80 if there is none, or its size is unknown."""
     try:
         size = os.get_terminal_size(sys.stdout.fileno())
     except OSError:

@@ -35,6 +35,6 @@ def tree_option(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*arguments, tree=tree, **options)
         except _DAMAGE as error:  # with a real kernel's files they would be bugs in kvmpass
-            raise BadRecord(f"{place} is not what a kernel or kvmpass writes: {error!r}") from error
+            raise BadRecord(f"{place} is not a valid record of a host: {error!r}") from error
 
     return command

@@ -206,7 +206,7 @@ def test_killed_and_the_command_restores(nvme: str) -> None:
     assert (status, output.startswith(f"{nvme}: owner-alive: in use by process {child.pid} (")) == (0, True)
     assert listed() == ""
     child.kill()
-    left = f"kvmpass: a kvmpass that was killed has left {nvme}\n  hint: kvmpass restore gives it back\n"
+    left = f"kvmpass: a killed kvmpass did not restore {nvme}\n  hint: run kvmpass restore\n"
     assert listed() == left
     assert command() == (0, f"{nvme}: restored: driver nvme\n")
     assert listed() == ""

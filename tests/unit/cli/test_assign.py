@@ -85,14 +85,14 @@ def test_a_command_without_its_separator(words: str, first: str) -> None:
         [sys.executable, "-m", "kvmpass", *words.split()], capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.returncode, result.stdout) == (125, "")
-    assert result.stderr.endswith(f"  hint: a COMMAND comes after --: {first}\n")
+    assert result.stderr.endswith(f"  hint: write -- before a COMMAND: {first}\n")
 
 
 @pytest.mark.parametrize("address", ["nvme", "ffff:ff:1f.7"])
 def test_a_wrong_address_is_told_by_the_status_file(
     tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever reads it must not find an earlier run's."""
+    """An earlier run's result is replaced."""
     status = tmp_path / "status.json"
     status.write_text('{"outcome": "exited"}')
     with pytest.raises(SystemExit) as ended:

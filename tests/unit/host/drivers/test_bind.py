@@ -256,7 +256,7 @@ def test_commands(cli: Callable[..., int], capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr() == (f"{NVME}  already on vfio-pci\n", "")
     assert cli("bind", "--group", FIRST) == 0
     assert capfd.readouterr().out == (
-        f"{FIRST}  nvme -> vfio-pci\n{SECOND}  nvme -> vfio-pci\n{BRIDGE}  a bridge, left alone (pcieport)\n"
+        f"{FIRST}  nvme -> vfio-pci\n{SECOND}  nvme -> vfio-pci\n{BRIDGE}  a bridge, not changed (pcieport)\n"
     )
     assert cli("unbind", NVME, EDU) == 0
     assert capfd.readouterr() == (f"{NVME}  vfio-pci -> nvme\n{EDU}  vfio-pci -> no driver\n", "")

@@ -430,9 +430,9 @@ def test_the_command(invoke: Callable[..., tuple[int, str]], tmp_path: Path, hos
     document = json.loads(output)
     assert [one["problem"]["kind"] for one in document["findings"] if one["outcome"] == "fail"] == ["in-use"]
     assert invoke("--json", NVME, KVMPASS_SYSFS=archive) == (status, output)
-    with pytest.raises(Exception, match="--record is of this host"):
+    with pytest.raises(Exception, match="--record cannot be used with --sysfs"):
         invoke("--record", str(tmp_path / "y.tar"), "--sysfs", archive)
-    with pytest.raises(Exception, match="--anonymous is for --record"):
+    with pytest.raises(Exception, match="--anonymous needs --record"):
         invoke("--anonymous")
     with pytest.raises(FileExistsError):
         invoke("--record", archive)

@@ -199,10 +199,10 @@ def test_an_exact_address(taking: click.Command) -> None:
 @pytest.mark.parametrize(
     "text, hint",
     [
-        ("eth0", "eth0 would be: 0000:03:00.0"),
-        ("01:00", "01:00 would be: 0000:01:00.0 0000:01:00.1"),
-        ("01.0", "01.0 would be: 0000:00:01.0"),
-        ("0.1", "0.1 would be: 0000:01:00.1"),
+        ("eth0", "eth0 matches: 0000:03:00.0"),
+        ("01:00", "01:00 matches: 0000:01:00.0 0000:01:00.1"),
+        ("01.0", "01.0 matches: 0000:00:01.0"),
+        ("0.1", "0.1 matches: 0000:01:00.1"),
         ("1f.7", "kvmpass list shows"),
         ("*", "0000:01:00.1 0000:02:00.0 …"),
         ("zz:zz", "kvmpass list shows"),
@@ -224,7 +224,7 @@ def test_each_command_offers_the_address_in_full(
     with pytest.raises(SystemExit) as ended:
         main([command, "03:00"])
     assert ended.value.code == (125 if command == "assign" else 2)
-    assert "03:00 would be: 0000:03:00.0" in capsys.readouterr().err
+    assert "03:00 matches: 0000:03:00.0" in capsys.readouterr().err
 
 
 def test_an_address_is_looked_for_on_the_recorded_host(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +233,7 @@ def test_an_address_is_looked_for_on_the_recorded_host(host: Host, capsys: pytes
         with pytest.raises(SystemExit) as ended:
             main(words)
         assert ended.value.code == 2
-        assert "02.0 would be: ffff:05:02.0" in capsys.readouterr().err
+        assert "02.0 matches: ffff:05:02.0" in capsys.readouterr().err
 
 
 def test_completion_gives_addresses_with_names(taking: click.Command) -> None:
