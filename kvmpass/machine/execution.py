@@ -1,4 +1,4 @@
-"""The part of a machine that runs a guest: its serial ports, and its vCPUs from one start to the end."""
+"""The part of a machine that runs a guest: its serial ports, its kernel, and its vCPUs from start to end."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from collections.abc import Callable, Mapping
 from kvmpass import ports
 from kvmpass._teardown import run_all
 from kvmpass.board.board import Board
+from kvmpass.board.power import PowerEvent
 from kvmpass.board.serial import Serial16550
-from kvmpass.boot import mtrr
+from kvmpass.boot import acpi, mtrr
 from kvmpass.boot.cpuid import guest_cpuid
-from kvmpass.boot.linux import LinuxEntry
+from kvmpass.boot.e820 import e820_map
+from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
 from kvmpass.errors import GuestError
 from kvmpass.kvm import IrqRoutes, System, Vcpu, Vm
-from kvmpass.layout import LOCAL_APIC_BASE
+from kvmpass.layout import LOCAL_APIC_BASE, Layout
 from kvmpass.machine.slots import Slots
 from kvmpass.machine.vcpus import Ending, VcpuThreads
+from kvmpass.memory import GuestMemory
 
 _NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
 Output = Callable[[bytes], None]
@@ -37,6 +40,8 @@ class Execution:
     """
 
     _slots: Slots
+    layout: Layout
+    memory: GuestMemory
 
     def __init__(self, cpus: int) -> None:
         self.cpus = cpus
@@ -44,6 +49,8 @@ class Execution:
         self._moves = threading.RLock()
         self._outputs: dict[int, Output] = {}
         self._pace: Callable[[], None] = lambda: None
+        self._linux: tuple[KernelImage, bytes | None, str] | None = None
+        self._entry: LinuxEntry | None = None
         self._threads: VcpuThreads | None = None
         self._vcpus: list[Vcpu] = []
 
@@ -92,7 +99,25 @@ class Execution:
             raise IndexError(f"serial port {number}: a machine has 0 to {len(ports.SERIAL_LINES) - 1}, COM1 to COM4")
         return self._board.serials[number]
 
-    # --- vCPUs
+    # --- from loading to the end
+
+    def load_linux(self, kernel: KernelImage, initrd: bytes | None, cmdline: str) -> None:
+        """Put a kernel and what it needs to know into memory (64-bit boot protocol). ``reset()`` does it again.
+
+        Raises ``BadKernel``, ``LayoutError``, ``NotEnoughMemory``.
+        """
+        tables = acpi.build_tables(self.layout, self.cpus)
+        self._entry = load_linux(
+            self.memory,
+            kernel,
+            initrd=initrd,
+            cmdline=cmdline,
+            e820=e820_map(self.layout),
+            rsdp=tables.rsdp,
+        )
+        for gpa, data in tables.tables:
+            self.memory.write(gpa, data)
+        self._linux = (kernel, initrd, cmdline)
 
     def _start_vcpus(self, system: System, entry: LinuxEntry) -> None:
         """Let the guest run from ``entry`` on. Raises ``OSError`` if KVM refuses: then none runs."""
@@ -195,3 +220,10 @@ class Execution:
     def exit_reasons(self) -> dict[str, int]:
         """The same by reason (``Port``, ``Mmio``, ``Interrupted`` …; ``kvmpass.kvm.exits``)."""
         return self._threads.reasons if self._threads else {}
+
+    def _power_event(self, event: PowerEvent) -> None:
+        if event is PowerEvent.POWEROFF:
+            self.stop(Ending.POWEROFF)
+            return
+        word = int.from_bytes(self.memory.read(ports.WARM_RESET_WORD, 2), "little")
+        self.stop(Ending.PANIC if word == ports.WARM_RESET_MAGIC else Ending.REBOOT)

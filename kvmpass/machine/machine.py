@@ -17,10 +17,6 @@ from kvmpass._ratelimit import limited_log
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all
 from kvmpass.board.board import Board, BoardEvents
-from kvmpass.board.power import PowerEvent
-from kvmpass.boot import acpi
-from kvmpass.boot.e820 import e820_map
-from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
 from kvmpass.dma import BackendFactory, Domain, Type1
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceEvent, DeviceReleased, DeviceReset
@@ -90,8 +86,6 @@ class Machine(Execution):
         self._closed = False
         self._broken = False  # by a reset that failed half-way
         self._populated = False
-        self._linux: tuple[KernelImage, bytes | None, str] | None = None
-        self._entry: LinuxEntry | None = None
         self.devices: list[AssignedDevice] = []
         with ExitStack() as undo:
             allow_descriptors()
@@ -322,24 +316,6 @@ class Machine(Execution):
 
     # --- the guest
 
-    def load_linux(self, kernel: KernelImage, initrd: bytes | None, cmdline: str) -> None:
-        """Put a kernel and what it needs to know into memory (64-bit boot protocol). ``reset()`` does it again.
-
-        Raises ``BadKernel``, ``LayoutError``, ``NotEnoughMemory``.
-        """
-        tables = acpi.build_tables(self.layout, self.cpus)
-        self._entry = load_linux(
-            self.memory,
-            kernel,
-            initrd=initrd,
-            cmdline=cmdline,
-            e820=e820_map(self.layout),
-            rsdp=tables.rsdp,
-        )
-        for gpa, data in tables.tables:
-            self.memory.write(gpa, data)
-        self._linux = (kernel, initrd, cmdline)
-
     def start(self) -> None:
         """Make the vCPUs and let the guest run. Raises ``GuestError`` if nothing was loaded or it runs already.
 
@@ -406,13 +382,6 @@ class Machine(Execution):
     def _end_for_error(self) -> None:
         if self._stop_on_error:
             self.stop(Ending.DEVICE_ERROR)
-
-    def _power_event(self, event: PowerEvent) -> None:
-        if event is PowerEvent.POWEROFF:
-            self.stop(Ending.POWEROFF)
-            return
-        word = int.from_bytes(self.memory.read(ports.WARM_RESET_WORD, 2), "little")
-        self.stop(Ending.PANIC if word == ports.WARM_RESET_MAGIC else Ending.REBOOT)
 
 
 __all__ = ["AssignedDevice", "DeviceState", "Ending", "Machine"]
