@@ -78,12 +78,12 @@ class DeviceReset(DeviceEvent):
 
 @dataclass(frozen=True, slots=True)
 class DeviceReleased(DeviceEvent):
-    """The device left a running machine. ``by``: ``guest`` (ejected) or ``host`` (taken without the guest's word)."""
+    """The device left a running machine. ``by``: ``guest`` (ejected) or ``host`` (removed without an eject)."""
 
     by: str
 
     def __str__(self) -> str:
-        how = "the guest has let go of it" if self.by == "guest" else "taken out of the running guest"
+        how = "ejected by the guest" if self.by == "guest" else "removed from the running guest"
         return f"{self.bdf}: {how}"
 
 

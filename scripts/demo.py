@@ -102,7 +102,7 @@ def in_lab() -> bool:
                 check("the guest's marker is in the drive file", contents[MARKER_AT:].startswith(MARKER)),
                 check("every other byte is as it was", hashlib.sha256(contents[:READ]).hexdigest() == expected),
                 check("audit: ok, before the guest ran", b"audit: ok" in seen.data),
-                check("the drive is back under nvme", b"driver nvme" in seen.data),
+                check("the drive is rebound to nvme", b"driver nvme" in seen.data),
             ]
         )
 
@@ -123,7 +123,7 @@ def on_hardware(bdf: str) -> bool:
         [
             check("the guest's command succeeded", result.returncode == 0),
             check("sha256 in the guest equals the host's", told_by_guest(result.stdout, expected)),
-            check("the drive is back under nvme", driver == "nvme"),
+            check("the drive is rebound to nvme", driver == "nvme"),
         ]
     )
 

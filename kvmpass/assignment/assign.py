@@ -67,21 +67,21 @@ def assigned(
             warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: they take turns")
         machine.populate()  # the last step that the out-of-memory killer can answer
         image.load(machine)
-        # Nothing has changed on the host so far. The machine lets go of the devices before they are given back.
+        # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
         with host.borrow(*bdfs, sysfs=sysfs, say=say), closing(machine):
             for device in sorted(devices, key=lambda device: device.bdf):  # a slot begins with its function 0
                 # VFIO refuses a token where it has no use.
                 machine.assign(device.bdf, vf_token=vf_token if sysfs.has_sriov(device.bdf) else None)
                 name = names.of(device)
                 driver = device.driver or "no driver"
-                say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was under {driver}")
+                say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was bound to {driver}")
             describe(machine, say)
             machine.audit()
             say("audit: ok")
             yield machine
             machine.audit()
     for device in devices:
-        say(f"device {device.bdf}: back under {sysfs.driver(device.bdf) or 'no driver'}")
+        say(f"device {device.bdf}: rebound to {sysfs.driver(device.bdf) or 'no driver'}")
 
 
 def describe(machine: Machine, say: Say) -> None:
