@@ -1,4 +1,4 @@
-"""What `kvmpass assign` says of an end, and what it keeps of the console."""
+"""`kvmpass assign`: exit statuses, errors and the console log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvmpass.machine.vcpus import Ending
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "text"),
     [
         (KeyboardInterrupt(), "interrupted by SIGINT"),
         (SystemExit(143), "interrupted by SIGTERM"),
@@ -26,8 +26,8 @@ from kvmpass.machine.vcpus import Ending
         (ValueError(), "ValueError"),
     ],
 )
-def test_a_cause_in_words(error: BaseException, words: str) -> None:
-    assert _cause(error) == words
+def test_the_text_of_a_cause(error: BaseException, text: str) -> None:
+    assert _cause(error) == text
 
 
 @pytest.mark.parametrize("command", [True, False])
@@ -43,12 +43,12 @@ def test_exit_statuses(command: bool) -> None:
         assert status(Ending.TIMEOUT, 3) == 3
 
 
-def test_the_console_is_shown_from_its_trouble_on_without_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_console_is_shown_from_the_crash_on_without_escapes(capsys: pytest.CaptureFixture[str]) -> None:
     _show_console("boot\n" * 100 + "BUG: \x1b[31mbad\n[end]\n")
     assert capsys.readouterr().err == "  console: BUG:  [31mbad\n  console: [end]\n"
 
 
-def test_the_whole_console_goes_to_the_log_beside_the_sink(tmp_path: Path) -> None:
+def test_the_whole_console_goes_to_the_log_and_the_sink(tmp_path: Path) -> None:
     seen: list[bytes] = []
     log = ConsoleLog(tmp_path / "log")
     write = log.beside(seen.append)
@@ -61,15 +61,15 @@ def test_the_whole_console_goes_to_the_log_beside_the_sink(tmp_path: Path) -> No
     assert ConsoleLog(None).beside(None) is None
 
 
-def test_a_full_disk_is_said_once_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_reported_once_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[bytes] = []
     write = ConsoleLog(Path("/dev/full")).beside(seen.append)
     assert write is not None
     write(b"one")
     write(b"two")
     assert seen == [b"one", b"two"]
-    told = "kvmpass: --console-log: /dev/full: No space left on device: the rest is missing\n"
-    assert capsys.readouterr().err == told
+    expected = "kvmpass: --console-log: /dev/full: No space left on device: the rest is missing\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_command_without_its_separator(words: str, first: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["nvme", "ffff:ff:1f.7"])
-def test_a_wrong_address_is_told_by_the_status_file(
+def test_the_status_file_reports_a_wrong_address(
     tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An earlier run's result is replaced."""
@@ -97,11 +97,11 @@ def test_a_wrong_address_is_told_by_the_status_file(
     status.write_text('{"outcome": "exited"}')
     with pytest.raises(SystemExit) as ended:
         main(["assign", address, "--status-file", str(status), "--", "true"])
-    told = json.loads(status.read_text())
-    assert (ended.value.code, told["exit_status"], told["outcome"], told["devices"]) == (
+    document = json.loads(status.read_text())
+    assert (ended.value.code, document["exit_status"], document["outcome"], document["devices"]) == (
         125,
         125,
         "failed",
         [address],
     )
-    assert told["error"] in capsys.readouterr().err
+    assert document["error"] in capsys.readouterr().err

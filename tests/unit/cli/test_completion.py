@@ -1,4 +1,4 @@
-"""Completion: the candidates, and a real bash that is typed at."""
+"""Completion: the candidates, and completion in a real bash."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_every_command_is_offered(
     assert {line.split("\t")[1] for line in lines} == set(COMMANDS)
 
 
-def test_nothing_ever_breaks_the_line_that_is_typed(
+def test_an_error_prints_nothing(
     host: Host, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for line in ("", "kvmpass 'half a word", "kvmpass nonsense ", "kvmpass show --nonsense x "):
@@ -110,7 +110,7 @@ def test_an_unknown_shell_is_wrong_usage() -> None:
 
 
 class Bash:
-    """An interactive bash on a terminal of its own, with the completion in it."""
+    """An interactive bash on its own terminal, with completion enabled."""
 
     def __init__(self, directory: Path) -> None:
         program = directory / "kvmpass"
@@ -154,7 +154,7 @@ def test_a_real_bash(tmp_path: Path) -> None:
 
 
 def test_an_address_in_a_real_bash(tmp_path: Path) -> None:
-    """Readline splits at colons: what it inserts must still be the one address."""
+    """Readline splits words at colons: the result must still be one address."""
     present = [path.name for path in Path("/sys/bus/pci/devices").glob("*")]
     typed = {name: name[:-2] for name in present if sum(other.startswith(name[:-2]) for other in present) == 1}
     if not typed:
@@ -168,8 +168,8 @@ def test_an_address_in_a_real_bash(tmp_path: Path) -> None:
         bash.close()
 
 
-def test_what_a_shell_asks_for_needs_no_arguments() -> None:
-    """Through the real entry: the environment alone says what is wanted."""
+def test_a_request_of_a_shell_needs_no_arguments() -> None:
+    """Through the real entry point: the request is in the environment only."""
     environment = {COMPLETE: "bash_complete", "COMP_WORDS": "kvmpass li", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [sys.executable, "-m", "kvmpass"], env=environment, capture_output=True, text=True, timeout=60, check=False

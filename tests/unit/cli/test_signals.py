@@ -1,4 +1,4 @@
-"""A signal that the command line was told to ignore stays ignored; any other ends it."""
+"""A signal that was ignored at the start stays ignored; any other signal ends the command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# In place of the emulated host: the signal that comes while it runs, then the status of a program that fails.
+# Replaces the emulated host: sends the signal while it runs, then returns the status of a program that fails.
 PROGRAM = """
 import os, subprocess, sys
 import kvmpass.cli.lab
@@ -30,7 +30,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def status(sent: signal.Signals, *ignored: signal.Signals) -> int:
-    """Of ``kvmpass lab run``, started with some signals ignored, that is sent one while it runs."""
+    """The exit status of ``kvmpass lab run``, started with ``ignored`` signals, after ``sent``."""
 
     def prepare() -> None:
         for number in (*ENDING, signal.SIGCHLD):
@@ -48,10 +48,10 @@ def test_a_signal_ends_it(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", ENDING)
 @pytest.mark.usefixtures("usual_signals")
-def test_one_that_it_was_told_to_ignore_does_not(number: signal.Signals) -> None:
+def test_a_signal_that_was_ignored_does_not(number: signal.Signals) -> None:
     assert status(number, number) == 7
 
 
 @pytest.mark.usefixtures("usual_signals")
-def test_how_its_children_end_is_seen_where_that_was_ignored() -> None:
+def test_the_end_of_a_child_is_seen_if_sigchld_was_ignored() -> None:
     assert status(signal.SIGHUP, signal.SIGHUP, signal.SIGCHLD) == 7

@@ -33,7 +33,7 @@ def run(words: str, closed: str, directory: Path) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_closed_stream_changes_nothing_else(words: str, tmp_path: Path) -> None:
-    """Neither a traceback nor another status; what goes to the other streams is the same."""
+    """No traceback; status and output on the other streams are the same."""
     usual = run(words, "", tmp_path)
     for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
         result = run(words, closed, tmp_path)
@@ -45,7 +45,7 @@ def test_a_closed_stream_changes_nothing_else(words: str, tmp_path: Path) -> Non
             assert result.stdout == usual.stdout
 
 
-def test_what_is_opened_next_is_not_the_output(tmp_path: Path) -> None:
+def test_the_next_file_does_not_become_the_output(tmp_path: Path) -> None:
     """A file that kvmpass writes must not become its standard output."""
     status = tmp_path / "status.json"
     result = run(f"assign ffff:ff:1f.7 --status-file {status} -- true", "<&- >&- 2>&-", tmp_path)

@@ -1,4 +1,4 @@
-"""The terminal of a guest's shell: its size, and standard input where it is no terminal."""
+"""The terminal of a guest's shell: its size, and standard input that is not a terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 def test_the_end_of_a_pipe_ends_the_shell(pipe: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it arrives, then Ctrl-D, again and again: a program in the shell may have taken the first one."""
+    """All input arrives, then Ctrl-D repeatedly: a program in the shell may have read the first one."""
     monkeypatch.setattr(terminal, "_END_SECONDS", 0.01)
     typed, thrice = bytearray(), threading.Event()
 
@@ -53,29 +53,29 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     os.close(master)
 
 
-def test_the_size_is_told_at_the_start_and_when_it_changes(screen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_is_passed_on_at_the_start_and_at_each_change(screen: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", sys.stdin)
     sizes: queue.Queue[tuple[int, int]] = queue.Queue()
 
-    def told() -> tuple[int, int]:
+    def received() -> tuple[int, int]:
         return sizes.get(timeout=10)
 
-    assert terminal.terminal_size() == (24, 80), "a terminal that does not know its own"
+    assert terminal.terminal_size() == (24, 80), "a terminal without a size"
     termios.tcsetwinsize(screen, (30, 100))
     before = signal.getsignal(signal.SIGWINCH)
     with terminal.raw_terminal(lambda data: 0, lambda: None, lambda rows, columns: sizes.put((rows, columns))):
-        assert told() == (30, 100)
+        assert received() == (30, 100)
         for size in ((50, 132), (10, 20)):
             termios.tcsetwinsize(screen, size)
             signal.raise_signal(signal.SIGWINCH)
-            assert told() == size
+            assert received() == size
     assert signal.getsignal(signal.SIGWINCH) is before
     signal.raise_signal(signal.SIGWINCH)
     assert sizes.empty()
 
 
-def test_resizes_that_nobody_takes_up_hold_nothing(screen: int) -> None:
-    """The keyboard's thread has ended at the escape; the terminal may still be pulled about."""
+def test_resizes_without_a_reader_do_not_block(screen: int) -> None:
+    """The keyboard's thread has ended at the escape; the terminal may still change its size."""
     escaped = threading.Event()
     with terminal.raw_terminal(lambda data: 0, escaped.set):
         os.write(screen, terminal.ESCAPE)
