@@ -141,7 +141,7 @@ def test_vfio_pci_was_told_to_take_all_of_that_kind(edu: str) -> None:
     (PCI / "drivers/vfio-pci/new_id").write_text(identity)
     try:
         assert driver(edu) == "vfio-pci"
-        with pytest.raises(RestoreFailed, match=f"vfio-pci takes {edu} again") as caught:
+        with pytest.raises(RestoreFailed, match=f"vfio-pci has bound {edu} again") as caught:
             host.unbind([edu])
         assert f"echo {identity} > /sys/bus/pci/drivers/vfio-pci/remove_id" in caught.value.__notes__[0]
         assert driver(edu) == "vfio-pci"

@@ -1,4 +1,4 @@
-"""Bind devices to vfio-pci until they are unbound, or until the next boot."""
+"""Bind devices to vfio-pci until :func:`unbind` or the next boot."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from kvmpass.host.drivers.transaction import DRIVER_TIMEOUT, OnStep, Transaction
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI
 
-FORCE_HINT = "--force takes it all the same: what uses it will fail"
+FORCE_HINT = "--force binds it anyway: what uses it will fail"
 
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """What became of one device; in a dry run, what would.
-
-    ``outcome``: ``changed``; ``already``: as wished before; ``planned``: by a dry run; ``excluded``: a bridge of the
-    group, left alone. ``before`` and ``after`` are drivers, None for none; ``after`` of a dry run is ``*`` where the
-    kernel is to choose. ``steps`` are the writes, as a shell has them.
-    """
+    """The result for one device; that of a dry run is a plan."""
 
     bdf: Bdf
+    """The device."""
     outcome: Literal["changed", "already", "planned", "excluded"]
+    """``already``: it had the driver; ``planned``: by a dry run; ``excluded``: a bridge of the group, unchanged."""
     before: str | None
+    """The driver before; None without one."""
     after: str | None
+    """The driver after; None without one; ``*`` in a dry run: whichever matches."""
     steps: tuple[str, ...] = ()
+    """The writes to sysfs, as shell commands."""
     warnings: tuple[str, ...] = ()
+    """Causes of blockers that do not block this operation."""
 
 
 def bind(
@@ -54,16 +55,16 @@ def bind(
 ) -> list[Handover]:
     """Bind devices to vfio-pci, all or none, until :func:`unbind` or the next boot. Returns one result for each.
 
-    ``group``: with all other devices of their IOMMU groups, bridges excluded. What was there is remembered in
-    ``state_dir`` (as for :func:`borrow`). Whoever borrows a bound device leaves it bound. A process that is killed
-    on the way leaves an entry for :func:`restore`. ``force`` takes devices that the host uses, or that driverctl
-    keeps on another driver; never one that a process has open through VFIO, or has borrowed. ``timeout``, ``say``
-    and ``on_step`` as for :func:`borrow`.
+    ``group``: with all other devices of their IOMMU groups, bridges excluded. The driver before is
+    recorded in ``state_dir`` (as for :func:`borrow`). Borrowing a bound device leaves it bound. A process that is
+    killed in between leaves an entry for :func:`restore`. ``force`` also binds devices that the host uses, or for
+    which driverctl has saved another driver; never one that a process has open through VFIO, or has borrowed.
+    ``timeout``, ``say`` and ``on_step`` as for :func:`borrow`.
 
     Raises, before any change, ``BadAddress``, ``NoSuchDevice``, ``NotAssignable`` (bridge, no IOMMU group),
     ``DeviceInUse``, ``DriverPinned``, ``PermissionError``, ``JournalError``; ``HostNotReady``, ``NotAssignable``,
-    ``OSError`` after everything has been put back, with a note if it could not be. A sibling on a host driver, which
-    keeps the group from being assigned, is only a warning.
+    ``OSError`` after all changes are reverted, with a note if that failed. A sibling with a host driver, which makes
+    the group not viable, is only a warning.
     """
     transaction = Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step)
     return _Work(Operation.BIND, group, force, transaction).run(parse_distinct(bdfs), dry_run)
@@ -81,11 +82,11 @@ def unbind(
     say: Say | None = None,
     on_step: OnStep | None = None,
 ) -> list[Handover]:
-    """Give devices that are on vfio-pci back to the drivers that :func:`bind` took them from, all or none.
+    """Rebind devices from vfio-pci to the drivers that they had before :func:`bind`, all or none.
 
-    Where no record of this boot says so, somebody else bound them: then the kernel finds the driver, if there is one.
-    Parameters and errors as for :func:`bind`; ``RestoreFailed`` where a driver does not take its device. ``force`` is
-    for a device that driverctl keeps on vfio-pci.
+    Without a record of this boot another program has bound them: then the kernel probes for a matching driver.
+    Parameters and errors as for :func:`bind`; ``RestoreFailed`` if a driver does not bind its device. ``force`` is
+    for a device for which driverctl has saved vfio-pci.
     """
     transaction = Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step)
     return _Work(Operation.UNBIND, group, force, transaction).run(parse_distinct(bdfs), dry_run)
@@ -93,7 +94,7 @@ def unbind(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One device, looked at. ``wanted`` is None where nothing is to be done."""
+    """One device and its wanted setting, None if nothing is to be changed."""
 
     bdf: Bdf
     now: Setting
@@ -101,7 +102,7 @@ class _Job:
     warnings: tuple[str, ...] = ()
 
     def planned(self, sysfs: Sysfs) -> Handover:
-        """What a dry run says."""
+        """The result of a dry run."""
         if self.wanted is None:
             return Handover(self.bdf, "already", self.now.driver, self.now.driver)
         steps = [str(change) for change in all_changes(self.bdf, self.now, self.wanted)]
@@ -124,7 +125,7 @@ class _Work:
         return self.transaction.sysfs
 
     def run(self, bdfs: tuple[Bdf, ...], dry_run: bool) -> list[Handover]:
-        """Change all devices, look whether they stayed where they belong, and complete; or put all of them back."""
+        """Change all devices, check that none was changed again, and commit; or revert all."""
         chosen, results = self._choose(bdfs)
         transaction = self.transaction
         if dry_run:
@@ -142,13 +143,13 @@ class _Work:
                     for job in jobs:
                         if job.wanted is not None:
                             transaction.change(job.bdf, self.operation, job.wanted)
-                    for job in jobs:  # the first may have been taken while the last was changed
+                    for job in jobs:  # the first may have been rebound while the last was changed
                         transaction.confirm(job.bdf, job.wanted or job.now)
-                # A signal that came until now is raised here: everything goes back. One that comes later is late.
+                # A signal received until now is raised here: all changes are reverted. A later one has no effect.
                 with deferred():
                     transaction.commit()
                     if self.operation is Operation.UNBIND:
-                        # Last: a record of a device that is not on vfio-pci misleads nobody, the reverse would.
+                        # Last: the record of a device that is not on vfio-pci is harmless, a missing one is not.
                         for job in jobs:
                             transaction.journal.bound.remove(job.bdf)
             except BaseException as error:
@@ -171,7 +172,7 @@ class _Work:
         return sorted(results, key=lambda result: result.bdf) if self.group else results
 
     def _choose(self, given: tuple[Bdf, ...]) -> tuple[list[Bdf], list[Handover]]:
-        """The devices to change, and the bridges in their groups, which stay."""
+        """The devices to change, and the bridges of their groups, which are excluded."""
         devices = {bdf: self.sysfs.device(bdf) for bdf in given}
         excluded = {}
         for number in sorted({device.group for device in devices.values() if device.group is not None}):
@@ -189,7 +190,7 @@ class _Work:
         steps = tuple(str(change) for change in all_changes(job.bdf, job.now, job.wanted))
         return Handover(job.bdf, "changed", job.now.driver, self.sysfs.driver(job.bdf), steps, job.warnings)
 
-    # --- what speaks against it
+    # --- blockers
 
     def _look(self, chosen: Sequence[Bdf]) -> list[_Job]:
         look = self._look_bind if self.operation is Operation.BIND else self._look_unbind
@@ -217,11 +218,11 @@ class _Work:
         )
 
     def _weigh(self, found: Iterable[Blocker]) -> list[str]:
-        """Raise the first that forbids it; the causes of the others are warnings."""
+        """Raise the first blocker of this operation; return the causes of the others as warnings."""
         warnings = []
         for blocker in found:
             if blocker.bindable or (blocker.forceable and self.force):
-                more = "; --group takes them too" if blocker.devices and not self.group else ""
+                more = "; --group binds them too" if blocker.devices and not self.group else ""
                 warnings.append(blocker.cause + more)
                 continue
             error = blocker.exception()
@@ -231,11 +232,11 @@ class _Work:
         return warnings
 
     def _pinned(self, bdf: Bdf, *, on_vfio_pci: bool) -> list[str]:
-        """Refuse what driverctl would undo at the next boot; with ``force`` that is a warning."""
+        """Raise ``DriverPinned`` if driverctl has saved another driver; with ``force`` return a warning."""
         saved = saved_override(self.sysfs, bdf)
         if saved is None or (saved.driver == VFIO_PCI) is not on_vfio_pci:
             return []
-        cause = f"driverctl keeps {bdf} on {saved.words}, and will at the next boot"
+        cause = f"driverctl sets {bdf} to {saved.words} at each boot"
         if self.force:
             return [cause]
         error = DriverPinned(cause, f"driverctl unset-override {bdf}")

@@ -1,4 +1,4 @@
-"""Borrow devices from the host for a while."""
+"""Borrow devices: bind them to vfio-pci for the length of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from kvmpass.host.usage import VFIO_PCI
 
 
 class Borrow:
-    """Devices of the host on vfio-pci for as long as the ``with`` block runs. Made by :func:`borrow`.
+    """Devices that are bound to vfio-pci while the ``with`` block runs. Made by :func:`borrow`; used once.
 
-    Used once, by one thread; in the main thread Ctrl-C, SIGTERM and SIGHUP wait while a device is between
-    two drivers (tens to hundreds of milliseconds; a driver that hangs is given up after ``timeout`` seconds).
+    Synchronization: for one thread. In the main thread Ctrl-C, SIGTERM and SIGHUP are deferred while a device has no
+    driver (tens to hundreds of milliseconds; at most ``timeout`` seconds for a driver that hangs).
     """
 
     def __init__(self, bdfs: tuple[Bdf, ...], transaction: Transaction) -> None:
@@ -34,10 +34,10 @@ class Borrow:
         self._transaction = transaction
 
     def __enter__(self) -> list[PciDevice]:
-        """Take the devices, all or none. Returns them as they are now, in the order of the arguments.
+        """Bind the devices to vfio-pci, all or none. Returns them as they are then, in the order of the arguments.
 
         Raises what :func:`check_assignable` raises, before any change; ``PermissionError``; ``HostNotReady``,
-        ``NotAssignable``, ``OSError``, ``JournalError`` after everything has been given back.
+        ``NotAssignable``, ``OSError``, ``JournalError`` after all devices are rebound to their drivers.
         """
         transaction, sysfs = self._transaction, self._transaction.sysfs
         devices = [check_assignable(sysfs, bdf, together=self.bdfs) for bdf in self.bdfs]
@@ -46,13 +46,13 @@ class Borrow:
             if device.driver != VFIO_PCI:
                 check_privilege(sysfs, device.bdf)
         if not any(may_change_driver(sysfs, bdf) for bdf in self.bdfs):
-            self.devices += devices  # bound for a user without that right: nothing to do, nothing to put back
+            self.devices += devices  # bound by root for this user: nothing to change or to restore
             return list(self.devices)
         try:
             with transaction.lock(), deferred():
                 for bdf in self.bdfs:
                     transaction.recover(bdf)
-                for bdf in self.bdfs:  # again: it may have come into use while this waited for the lock
+                for bdf in self.bdfs:  # again: it may be in use since this waited for the lock
                     check_assignable(sysfs, bdf, together=self.bdfs)
                 for bdf in self.bdfs:
                     self.devices.append(transaction.change(bdf, Operation.ASSIGN))
@@ -64,11 +64,11 @@ class Borrow:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give all devices back. Raises ``RestoreFailed``; with an error under way that becomes its note."""
+        """Rebind all devices. Raises ``RestoreFailed``; if ``error`` is set, it becomes a note of ``error``."""
         self._transaction.put_back(error)
 
     def close(self) -> None:
-        """Give back what is still borrowed; idempotent. Raises ``RestoreFailed`` naming the devices."""
+        """Rebind what is still borrowed; idempotent. Raises ``RestoreFailed`` with the devices."""
         self._transaction.put_back()
 
 
@@ -80,16 +80,16 @@ def borrow(
     say: Say | None = None,
     on_step: OnStep | None = None,
 ) -> Borrow:
-    """Have devices on vfio-pci for a while: ``with host.borrow("0000:01:00.0") as [device]: …``.
+    """Bind devices to vfio-pci for a while: ``with host.borrow("0000:01:00.0") as [device]: …``.
 
     Only these functions change, never their siblings. Before each change the journal (``state_dir``, default
-    ``$KVMPASS_STATE_DIR`` or ``/var/lib/kvmpass``) says on disk what was there. On every way out the original driver
-    is bound again and the original ``driver_override`` set; :func:`restore` does it for a process that was killed.
-    A device that is on vfio-pci already is used as it is and stays there; a user who may not change drivers can
-    borrow such devices only, and nothing is written. The module vfio-pci, if it had to be loaded, stays loaded. Close
-    all VFIO descriptors of a device before the block ends: the kernel waits for them. ``timeout`` is in seconds, for
-    each driver that is unbound or bound; ``say`` is called with a line when another process changes drivers for more
-    than a second, ``on_step`` with each step and its device, just before that change.
-    What a driver alone remembers (addresses of a network interface, for one) is the host's to set again.
+    ``$KVMPASS_STATE_DIR`` or ``/var/lib/kvmpass``) records the driver on disk. When the block ends, for any reason,
+    the original driver is bound and the original ``driver_override`` set; :func:`restore` does it for a process that
+    was killed. A device that is bound to vfio-pci already stays so; a user who may not change drivers can borrow such
+    devices only, and nothing is written. If the module vfio-pci had to be loaded, it stays loaded. Close all VFIO
+    descriptors of a device before the block ends: unbinding blocks until they are closed. ``timeout`` is in seconds,
+    for each driver that is unbound or bound; ``say`` receives a line when another process changes drivers for more
+    than a second, ``on_step`` each step and its device, just before that change. The state of a driver (addresses of
+    a network interface, for example) is not restored.
     """
     return Borrow(parse_distinct(bdfs), Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step))

@@ -1,7 +1,7 @@
-"""What it takes to give a PCI device another driver: the writes, in their order, computed and not done.
+"""The writes to sysfs that change the driver of a PCI device, in their order: computed, not made.
 
 :class:`kvmpass.host.drivers.transaction.Transaction` makes them, a dry run shows them. Sources:
-drivers/pci/pci-driver.c (``new_id`` is never used: it would grab siblings), drivers/base/bus.c (``unbind``,
+drivers/pci/pci-driver.c (``new_id`` is never used: it would bind siblings), drivers/base/bus.c (``unbind``,
 ``drivers_probe``), Documentation/ABI/testing/sysfs-bus-pci (``driver_override``).
 """
 
@@ -16,13 +16,13 @@ from kvmpass.host.address import Bdf
 from kvmpass.host.sysfs import PCI_DEVICES, PCI_DRIVERS, Sysfs
 from kvmpass.host.usage import VFIO_PCI
 
-MATCHING = "*"  # as a wanted driver: the one that the kernel finds, if it finds one
+MATCHING = "*"  # as a wanted driver: whichever matches, if any does
 
 
 class Step(StrEnum):
-    """What an owner is about to do when its entry says so. Putting back looks at the device, not at the step.
+    """The change that an entry in the journal announces. Restoring depends on the device's state, not on the step.
 
-    Those without ``RETURN`` lead to vfio-pci, the others to any other driver.
+    Steps without ``RETURN`` lead to vfio-pci, the others to any other driver.
     """
 
     RECORDED = "recorded"
@@ -40,16 +40,20 @@ class Step(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A device's driver (None: none), and what belongs to it. None for a power setting: whatever it is."""
+    """A device's driver and the attributes that change with it."""
 
     driver: str | None
+    """The driver; None without one; :data:`MATCHING` as a wanted driver."""
     override: str | None
+    """``driver_override``; None if it is not set."""
     power_control: str | None = None
+    """``power/control``: ``auto`` or ``on``; None for unknown or any."""
     d3cold_allowed: str | None = None
+    """``d3cold_allowed``: ``0`` or ``1``; None for unknown or any."""
 
     @classmethod
     def of(cls, sysfs: Sysfs, bdf: Bdf) -> Self:
-        """As it is at this moment."""
+        """Return the setting of a device at this moment."""
         base = (PCI_DEVICES, str(bdf))
         return cls(
             driver=sysfs.driver(bdf),
@@ -70,15 +74,18 @@ PROBES = frozenset({Step.PROBE, Step.RETURN_PROBE})
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One write: ``path`` is below the root of the tree. As text, the shell's word for it."""
+    """One write to sysfs; as text, the shell command for it."""
 
     step: Step
+    """The step that it belongs to."""
     path: str
+    """The file, without a leading slash."""
     text: str
+    """What is written."""
 
     @property
     def may_wait(self) -> bool:
-        """Whether the kernel may keep the writer waiting: in files of drivers, not in attributes of devices."""
+        """Whether the write may block: to files of drivers, not to attributes of devices."""
         return self.step in UNBINDS | PROBES
 
     def __str__(self) -> str:
@@ -86,42 +93,42 @@ class Change:
 
 
 def driver_changes(bdf: Bdf, now: Setting, wanted: Setting) -> Iterator[Change]:
-    """The writes that lead to the wanted driver; none where the device has it.
+    """Yield the writes that bind the wanted driver; none if it is bound.
 
-    The override comes first: there is no moment at which a third driver that matches could take the device.
+    The override comes first, so that no third driver can bind the device in between.
     """
     if now.driver == wanted.driver:
         return
-    there = wanted.driver == VFIO_PCI
+    to_vfio = wanted.driver == VFIO_PCI
     if wanted.driver is not None:
         override = wanted.override if wanted.driver == MATCHING else wanted.driver
         if now.override != override:
-            yield Change(Step.OVERRIDE if there else Step.RETURN_PREPARE, _override(bdf), override or "")
+            yield Change(Step.OVERRIDE if to_vfio else Step.RETURN_PREPARE, _override(bdf), override or "")
     if now.driver is not None:
         unbind = f"{PCI_DRIVERS}/{now.driver}/unbind"
-        yield Change(Step.UNBIND if there else Step.RETURN_UNBIND, unbind, str(bdf))
+        yield Change(Step.UNBIND if to_vfio else Step.RETURN_UNBIND, unbind, str(bdf))
     if wanted.driver is not None:
-        yield Change(Step.PROBE if there else Step.RETURN_PROBE, "sys/bus/pci/drivers_probe", str(bdf))
+        yield Change(Step.PROBE if to_vfio else Step.RETURN_PROBE, "sys/bus/pci/drivers_probe", str(bdf))
 
 
 def override_changes(bdf: Bdf, now: Setting, wanted: Setting) -> Iterator[Change]:
-    """The write that sets the wanted override once the device has its driver; none where it has it."""
+    """Yield the write that sets the wanted override after the driver is bound; none if it is set."""
     if now.override != wanted.override:
         yield Change(Step.RETURN_OVERRIDE, _override(bdf), wanted.override or "")
 
 
 def power_changes(bdf: Bdf, now: Setting, wanted: Setting) -> Iterator[Change]:
-    """The writes that set the wanted power settings once the device has its driver."""
-    for name, is_now, wish in (
+    """Yield the writes that set the wanted power settings after the driver is bound."""
+    for name, current, value in (
         ("power/control", now.power_control, wanted.power_control),
         ("d3cold_allowed", now.d3cold_allowed, wanted.d3cold_allowed),
     ):
-        if wish is not None and is_now not in (wish, None):
-            yield Change(Step.RETURN_POWER, f"{PCI_DEVICES}/{bdf}/{name}", wish)
+        if value is not None and current not in (value, None):
+            yield Change(Step.RETURN_POWER, f"{PCI_DEVICES}/{bdf}/{name}", value)
 
 
 def all_changes(bdf: Bdf, now: Setting, wanted: Setting) -> list[Change]:
-    """All of them, as far as they are known before: a power setting is named even if it turns out right."""
+    """Return all writes as far as they are known before: power settings are listed even if they turn out right."""
     first = list(driver_changes(bdf, now, wanted))
     override = first[0].text or None if first and first[0].path == _override(bdf) else now.override
     # vfio-pci allows runtime suspend while a device is bound to it, and forbids it when it is unbound.

@@ -1,4 +1,4 @@
-"""What driverctl does to devices at each boot (driverctl(8)): a file for each, which holds a driver's name."""
+"""Overrides that driverctl(8) has saved: for each device a file with the driver to bind at each boot."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ NO_DRIVER = "none"
 
 @dataclass(frozen=True, slots=True)
 class SavedOverride:
-    """``file`` is its path; ``driver`` the driver that the device gets at each boot, ``none`` for no driver."""
+    """A saved override."""
 
     file: str
+    """The path of its file."""
     driver: str
+    """The driver that is bound at each boot; ``none`` for no driver."""
 
     @property
     def words(self) -> str:
@@ -25,7 +27,7 @@ class SavedOverride:
 
 
 def saved_override(sysfs: Sysfs, bdf: Bdf) -> SavedOverride | None:
-    """None where driverctl leaves the device alone.
+    """Return the saved override of a device; None without one.
 
     The file has the device's name; some releases put the bus before it. Its first line counts.
     """

@@ -1,10 +1,9 @@
-"""The journal: what was there before, on disk, before anything is changed.
+"""The journal: the drivers of devices before a change, on disk.
 
 One JSON file for each device in ``$KVMPASS_STATE_DIR/journal`` (default ``/var/lib/kvmpass/journal``) while its
-driver is being changed, or while it is borrowed. A file is replaced in one step, so a reader finds the old or the new
-text and never half of one. An entry belongs to a boot (bindings vanish with it) and to a process (while a borrower
-lives, nobody else touches the device). The entry of a completed bind moves to ``bound`` beside it: the record by
-which the device is given back one day.
+driver is being changed, or while it is borrowed. A file is replaced atomically (rename(2)). An entry belongs to a
+boot, because bindings do not survive one, and to a process: while a borrower runs, no other process changes the
+device. The entry of a completed bind moves to the directory ``bound``: the record for a later unbind.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SCHEMA = 1
 
 
 class Operation(StrEnum):
-    """What an entry was written for."""
+    """The operation that has written an entry."""
 
     ASSIGN = "assign"  # borrowed: the entry stays for as long as the owner has the device
     BIND = "bind"
@@ -45,32 +44,42 @@ _NAME = re.compile(r"(?!\.)[^/\x00-\x1f\ud800-\udfff]{1,100}")
 
 @dataclass(slots=True)
 class Entry:
-    """One device. ``driver``, ``override``, ``power_control`` and ``d3cold_allowed`` are what was there.
-
-    ``target`` is the driver that the operation gives the device to (``*``: whichever matches), ``target_override``
-    the override that it leaves. ``ids`` are the device's (vendor, device, subsystem), None where they were not noted.
-    """
+    """The entry of one device."""
 
     bdf: Bdf
+    """The device."""
     boot_id: str
+    """The boot in which it was written."""
     pid: int
+    """The owner: the process that has written it."""
     start_time: int
+    """The owner's start time, in clock ticks since boot."""
     command: str
+    """The owner's name (``comm``)."""
     driver: str | None
+    """The driver before the operation; None without one."""
     override: str | None
+    """``driver_override`` before."""
     power_control: str | None
+    """``power/control`` before."""
     d3cold_allowed: str | None
+    """``d3cold_allowed`` before."""
     step: Step = Step.RECORDED
+    """The last step that was begun."""
     operation: Operation = Operation.ASSIGN
+    """The operation."""
     target: str | None = VFIO_PCI
+    """The driver that the operation binds; ``*``: whichever matches."""
     target_override: str | None = VFIO_PCI
+    """``driver_override`` after the operation."""
     ids: str | None = None
+    """``vendor:device:subvendor:subdevice``; None in entries of older versions."""
 
     @classmethod
     def of(
         cls, sysfs: Sysfs, bdf: Bdf, operation: Operation = Operation.ASSIGN, target: Setting = ON_VFIO_PCI
     ) -> Self:
-        """Look at the device before the operation; this process becomes the owner. Raises ``NoSuchDevice``."""
+        """Return an entry for the device as it is now, owned by this process. Raises ``NoSuchDevice``."""
         pid = os.getpid()
         device = sysfs.device(bdf)
         now = Setting.of(sysfs, bdf)
@@ -92,19 +101,20 @@ class Entry:
 
     @property
     def before(self) -> Setting:
-        """What was there."""
+        """The setting before the operation."""
         return Setting(self.driver, self.override, self.power_control, self.d3cold_allowed)
 
     def to_json(self) -> str:
+        """Return the entry as JSON text."""
         return json.dumps({"schema": SCHEMA, **asdict(self), "bdf": str(self.bdf)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Raises ``ValueError`` with what is wrong."""
+        """Parse JSON text. Raises ``ValueError`` with the reason."""
         try:
             content = json.loads(text)
         except RecursionError:
-            raise ValueError("nested without end") from None
+            raise ValueError("nested too deeply") from None
         if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
             raise ValueError(f"not an entry of schema {SCHEMA}")
         optional = ("driver", "override", "power_control", "d3cold_allowed")
@@ -112,13 +122,13 @@ class Entry:
             if not isinstance(content.get(name), kind):
                 raise ValueError(f"no valid {name}")
         if not all(name in content and isinstance(content[name], str | None) for name in optional):
-            raise ValueError("no valid record of what was there")
+            raise ValueError("no valid driver, override or power setting")
         if not all(isinstance(content.get(name), str | None) for name in ("target", "target_override", "ids")):
             raise ValueError("no valid target")
         for name in (*optional, "target", "target_override", "ids"):
             word = content.get(name)
             if word is not None and not _NAME.fullmatch(word):
-                raise ValueError(f"{name} is no name: {word!a}")
+                raise ValueError(f"invalid {name}: {word!a}")
         try:
             content["bdf"] = Bdf.parse(str(content.get("bdf")))
             content["step"] = Step(str(content.get("step")))
@@ -128,27 +138,27 @@ class Entry:
             raise ValueError(str(error)) from None
 
     def is_stale(self, sysfs: Sysfs) -> bool:
-        """Written before the last reboot, or of a device that was replaced: the binding it speaks of is gone."""
+        """Whether it is of an earlier boot or of a device that was replaced: its binding no longer exists."""
         return self.boot_id != boot_id(sysfs) or self.is_of_another(sysfs)
 
     def is_of_another(self, sysfs: Sysfs) -> bool:
-        """Whether another device is at that address by now."""
+        """Whether another device is at that address now."""
         try:
             return self.ids not in (None, _ids(sysfs.device(self.bdf)))
         except NoSuchDevice:
             return False
 
     def is_owned(self, sysfs: Sysfs) -> bool:
-        """Whether the very process that borrowed the device still runs (not another one with its number).
+        """Whether the process that borrowed the device still runs (not another one with its PID).
 
-        Only of use under the lock. Who binds and unbinds has it from the first change to the last: what is found
-        under the lock was left, even if that process still runs.
+        Call under the lock. ``bind`` and ``unbind`` hold it from the first change to the last: an entry of theirs
+        that is found under the lock was left, even if the process still runs.
         """
         borrowed = self.operation is Operation.ASSIGN and not self.is_stale(sysfs)
         return borrowed and self.has_living_owner(sysfs)
 
     def has_living_owner(self, sysfs: Sysfs) -> bool:
-        """Whether the process that wrote the entry still runs, whatever for. The entry must be of this boot."""
+        """Whether the process that has written the entry still runs. The entry must be of this boot."""
         return start_time(sysfs, self.pid) == self.start_time
 
 
@@ -158,28 +168,34 @@ def _ids(device: PciDevice) -> str:
 
 
 def boot_id(sysfs: Sysfs) -> str:
+    """Return the ID of this boot (random(4)). Raises ``JournalError`` without one."""
     text = sysfs.text("proc/sys/kernel/random/boot_id")
     if not text:
-        raise JournalError("this host tells no boot_id (/proc/sys/kernel/random/boot_id)")
+        raise JournalError("this host has no boot_id (/proc/sys/kernel/random/boot_id)")
     return text
 
 
 def default_state_dir() -> Path:
+    """Return ``$KVMPASS_STATE_DIR``, or ``/var/lib/kvmpass``."""
     return Path(os.environ.get("KVMPASS_STATE_DIR") or "/var/lib/kvmpass")
 
 
 class Entries:
-    """A directory of entries, one file for each device."""
+    """A directory of entries, one file for each device.
+
+    Synchronization: changes under the lock of :class:`Journal` only; reading is safe at any time.
+    """
 
     def __init__(self, directory: Path, what: str) -> None:
         self.directory = directory
         self._what = what
 
     def path(self, bdf: Bdf) -> Path:
+        """Return the file of a device's entry, which need not exist."""
         return self.directory / f"{bdf}.json"
 
     def write(self, entry: Entry) -> None:
-        """Put the entry on disk, old or new but never half (rename(2)). Raises ``OSError``."""
+        """Write the entry to disk, atomically (rename(2)). Raises ``OSError``."""
         path = self.path(entry.bdf)
         scratch = path.with_suffix(".tmp")
         fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -191,7 +207,7 @@ class Entries:
         self._sync()
 
     def read(self, bdf: Bdf) -> Entry | None:
-        """The entry of a device, None without one. Raises ``JournalError`` for a text that is no entry."""
+        """Return the entry of a device, None without one. Raises ``JournalError`` for an invalid file."""
         try:
             text = self.path(bdf).read_text()
         except FileNotFoundError:
@@ -201,16 +217,16 @@ class Entries:
         try:
             entry = Entry.from_json(text)
             if entry.bdf != bdf:
-                raise ValueError(f"it speaks of {entry.bdf}")
+                raise ValueError(f"it refers to {entry.bdf}")
         except ValueError as error:
             raise JournalError(
                 f"the {self._what} {self.path(bdf)} cannot be read: {error}",
-                "kvmpass restore puts it aside; look at the device's driver before it is used again",
+                "kvmpass restore renames it; check the device's driver before using the device",
             ) from None
         return entry
 
     def find(self, wanted: Callable[[Entry], bool]) -> list[Entry]:
-        """The entries that are wanted, by address, as far as this user may read them and they can be read."""
+        """Return the entries for which ``wanted`` is true, by address, without those that cannot be read."""
         found = []
         with contextlib.suppress(OSError):
             for path in self.files():
@@ -221,14 +237,14 @@ class Entries:
         return found
 
     def remove(self, bdf: Bdf) -> None:
-        """Drop the entry of a device, if there is one. Raises ``OSError``."""
+        """Remove the entry of a device, if there is one. Raises ``OSError``."""
         path = self.path(bdf)
         if path.exists():
             path.unlink(missing_ok=True)
             self._sync()
 
     def set_aside(self, path: Path) -> Path:
-        """Keep an unreadable entry under a name that is not looked at again."""
+        """Rename an invalid entry so that it is ignored; return its new path. Raises ``OSError``."""
         aside = path.with_suffix(".corrupt")
         number = 1
         while aside.exists():
@@ -239,14 +255,14 @@ class Entries:
         return aside
 
     def files(self) -> list[Path]:
-        """The entries' files, by name; empty without a directory. Raises ``PermissionError``."""
+        """Return the files of entries, by name; empty without a directory. Raises ``PermissionError``."""
         try:
             return sorted(path for path in self.directory.iterdir() if path.suffix == ".json")
         except FileNotFoundError:
             return []
 
     def scratch(self) -> list[Path]:
-        """What processes killed in :meth:`write` left; only to be removed under the lock."""
+        """Return the temporary files of processes killed in :meth:`write`; remove them under the lock only."""
         return sorted(self.directory.glob("*.tmp"))
 
     def _sync(self) -> None:
@@ -268,7 +284,7 @@ class Journal(Entries):
 
     @contextlib.contextmanager
     def lock(self, say: Say | None = None) -> Iterator[None]:
-        """One process at a time changes drivers on this host; see :meth:`HostLock.hold`. Raises as ``check`` does."""
+        """Hold the lock for changes of drivers on this host; see :meth:`HostLock.hold`. Raises as ``check`` does."""
         self.check()
         with self._lock.hold(say):
             for entries in (self, self.bound):
@@ -276,21 +292,21 @@ class Journal(Entries):
             yield
 
     def check(self) -> None:
-        """Raises ``NotADirectoryError`` for what has the place of one of the journal's directories."""
+        """Check the journal's directories. Raises ``NotADirectoryError`` if a file is in the place of one."""
         own = (self.state_dir, self.directory, self.bound.directory)
         for place in map(str, (*reversed(self.state_dir.parents), *own)):
             if os.path.lexists(place) and not os.path.isdir(place):  # noqa: PTH112 - false where this may not look
                 error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), place)
                 error.add_note(
-                    f"kvmpass keeps its journal in {self.state_dir}: move {place} away, or name another directory "
-                    "by KVMPASS_STATE_DIR"
+                    f"the journal is in {self.state_dir}: move {place} away, or set KVMPASS_STATE_DIR to another "
+                    f"directory"
                 )
                 raise error
 
     def read_unowned(self, sysfs: Sysfs, bdf: Bdf) -> Entry | None:
-        """The entry that a process has left; None without one. Raises as ``read`` does.
+        """Return the entry that a process has left; None without one. Raises as ``read`` does.
 
-        Raises ``DeviceInUse`` for the entry of a living process that has borrowed the device.
+        Raises ``DeviceInUse`` for the entry of a running process that has borrowed the device.
         """
         entry = self.read(bdf)
         if entry is not None and entry.is_owned(sysfs):
@@ -301,7 +317,7 @@ class Journal(Entries):
         return entry
 
     def keep(self, bdf: Bdf) -> None:
-        """The bind is complete: its entry becomes the record of it, in one step (rename(2))."""
+        """Turn the entry of a completed bind into its record, atomically (rename(2)). Raises ``OSError``."""
         self.path(bdf).rename(self.bound.path(bdf))
         self._sync()
         self.bound._sync()

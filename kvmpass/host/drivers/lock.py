@@ -1,4 +1,4 @@
-"""The locks under which drivers change: one for the host, which says who holds it, and one for each device."""
+"""Locks for changes of drivers: one for the host, which names its holder, and one for each device."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from kvmpass.host.address import Bdf
 from kvmpass.host.sysfs import Sysfs
 
 LOCK_TIMEOUT = 90.0  # seconds: longer than one holder's worst case for a device or two
-PATIENCE = 1.0  # seconds of waiting without a word
+PATIENCE = 1.0  # seconds to wait before ``say`` is called
 
 Say = Callable[[str], object]
+"""Receives a line for the user when a lock is held by another process for longer than a second."""
 
 
 class HostLock:
-    """flock(2) on a file that names its holder. The same object may take it again while it has it."""
+    """A lock by flock(2) on a file that names its holder; recursive.
+
+    Synchronization: for one thread.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,9 +34,9 @@ class HostLock:
 
     @contextlib.contextmanager
     def hold(self, say: Say | None = None, timeout: float | None = None) -> Iterator[None]:
-        """Hold the lock. ``say`` is told for whom it waits, if that takes longer than a second.
+        """Hold the lock. After a second of waiting ``say`` receives the holder.
 
-        Raises ``JournalError`` after ``timeout`` seconds, ``PermissionError``.
+        Raises ``JournalError`` after ``timeout`` seconds (default :data:`LOCK_TIMEOUT`), ``PermissionError``.
         """
         if self._depth:
             yield
@@ -41,14 +45,14 @@ class HostLock:
             self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except PermissionError as error:
-            error.add_note("run as root: taking and giving back devices changes drivers")
+            error.add_note("run as root: this changes drivers of devices")
             raise
         try:
             self._wait(fd, LOCK_TIMEOUT if timeout is None else timeout, say)
             text = f"{os.getpid()} {_own_command()}\n".encode()
-            with contextlib.suppress(OSError):  # a full disk: others do not learn the name, the lock holds
+            with contextlib.suppress(OSError):  # a full disk: the file does not name the holder, the lock is held
                 os.pwrite(fd, text, 0)
-                os.ftruncate(fd, len(text))  # afterwards: whoever reads it meanwhile finds a whole first line
+                os.ftruncate(fd, len(text))  # last: a concurrent reader finds a whole first line
             self._depth += 1
             try:
                 yield
@@ -65,10 +69,10 @@ class HostLock:
             if waited > timeout:
                 raise JournalError(
                     f"{_holder(fd)} has been changing drivers for {timeout:g} s (lock {self.path})",
-                    "see what hangs: ps, dmesg; then try again",
+                    "see why it hangs: ps, dmesg; then try again",
                 )
             if say is not None and waited > PATIENCE and told != (holder := _holder(fd)):
-                with contextlib.suppress(OSError):  # a terminal that has gone must not keep a device from its driver
+                with contextlib.suppress(OSError):  # a closed terminal must not abort the operation
                     say(f"waiting for {holder}, which changes drivers")
                 told = holder
             time.sleep(0.02)
@@ -76,11 +80,11 @@ class HostLock:
 
 @contextlib.contextmanager
 def device_lock(sysfs: Sysfs, bdf: Bdf, timeout: float) -> Iterator[int]:
-    """Wait until no earlier change of the device's driver is under way in the kernel, then keep others waiting.
+    """Wait until no earlier change of the device's driver is in progress in the kernel, and block other processes.
 
-    A write outlives the process that was killed while it waited for it: what we saw now would not last. Yields the
-    descriptor that is locked; who writes keeps it open. Raises ``TimeoutError`` after ``timeout`` seconds;
-    ``NoSuchDevice`` instead of whatever fails because the device has gone.
+    A write to sysfs outlives the process that is killed during it: the driver could change again after it was read.
+    Yields the locked descriptor, which the writing process keeps open. Raises ``TimeoutError`` after ``timeout``
+    seconds; ``NoSuchDevice`` instead of any error if the device was removed.
     """
     gone = f"there is no PCI device {bdf} any more"
     path = sysfs.device_path(bdf)
@@ -96,7 +100,7 @@ def device_lock(sysfs: Sysfs, bdf: Bdf, timeout: float) -> Iterator[int]:
         while not _try_lock(fd):
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    errno.ETIMEDOUT, "an earlier change of its driver still hangs in the kernel", str(bdf)
+                    errno.ETIMEDOUT, "an earlier change of its driver is still in progress in the kernel", str(bdf)
                 )
             time.sleep(0.01)
         yield fd
@@ -119,7 +123,7 @@ def _try_lock(fd: int) -> bool:
 
 
 def _holder(fd: int) -> str:
-    """Who has the lock, as the file says; its last holder where the new one has not said so yet."""
+    """The holder named by the file; the previous one if the new one has not written its name yet."""
     pid, _, command = os.pread(fd, 200, 0).decode(errors="replace").partition("\n")[0].partition(" ")
     return f"process {pid} ({command})" if pid.isdecimal() else "another kvmpass"
 

@@ -1,4 +1,4 @@
-"""Finish what processes that were killed have left."""
+"""Restore devices that killed processes have left."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from kvmpass.host.kernel.processes import Process
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.host.usage import VFIO_PCI
 
-Outcome = Literal["restored", "stale", "owner-alive", "corrupt", "gone", "failed"]
+RestoreOutcome = Literal["restored", "stale", "owner-alive", "corrupt", "gone", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What became of one entry. ``bdf`` is the file's name without suffix where the entry is ``corrupt``.
-
-    ``operation`` is what was not finished (``assign``, ``bind``, ``unbind``); ``bound`` for the record of a completed
-    bind; None where it is unknown.
-    """
+    """The result for one entry of the journal."""
 
     bdf: str
-    outcome: Outcome
+    """The device's address; the file's name without suffix if the entry is ``corrupt``."""
+    outcome: RestoreOutcome
+    """See :func:`restore`."""
     detail: str
+    """What was done, or why not."""
     operation: str | None = None
+    """``assign``, ``bind``, ``unbind``: interrupted; ``bound``: a completed bind; None if unknown."""
 
 
 def restore(
@@ -42,13 +42,13 @@ def restore(
     say: Say | None = None,
     on_step: OnStep | None = None,
 ) -> list[Restored]:
-    """Put devices back as they were before what killed processes have begun: one result for each, by address.
+    """Rebind the devices that killed processes have left to their drivers: one result for each, by address.
 
-    ``restored``: as it was before; ``stale``: of another boot or device, dropped; ``owner-alive``: borrowed by
-    a living process, left alone; ``corrupt``: unreadable, put aside; ``gone``: no such device any more, dropped;
-    ``failed``: the entry stays, try again. A device whose bind is complete stays bound; of such records only those
-    that are stale, corrupt or of a device that has gone are reported, after the others. Safe to repeat. ``say`` is
-    told when another process changes drivers for longer than a second. Raises ``PermissionError``,
+    ``restored``: as before the operation; ``stale``: of another boot or device, removed; ``owner-alive``: borrowed by
+    a running process, unchanged; ``corrupt``: invalid, renamed; ``gone``: the device was removed, and so is the
+    entry; ``failed``: the entry stays, try again. A device whose bind is complete stays bound; of such records only
+    those that are stale, corrupt or of a removed device are reported, after the others. Idempotent. ``say`` receives
+    a line when another process changes drivers for longer than a second. Raises ``PermissionError``,
     ``NotADirectoryError`` (as ``Journal.check``), ``JournalError`` (that process does not end).
     """
     sysfs = sysfs or Sysfs()
@@ -66,14 +66,14 @@ def restore(
             return [result for result in results if result is not None]
     except PermissionError as error:
         if not getattr(error, "__notes__", None):
-            error.add_note("run as root: giving back devices changes drivers")
+            error.add_note("run as root: this changes drivers of devices")
         raise
 
 
 def orphaned(sysfs: Sysfs, state_dir: Path | None = None) -> list[Bdf]:
-    """The devices that killed processes have left and :func:`restore` would give back, by address. Only reads.
+    """Return the devices that :func:`restore` would restore, by address. Only reads.
 
-    As far as this user may read the journal: that is root.
+    Only root may read the journal: for other users the list is empty.
     """
 
     def is_orphaned(entry: Entry) -> bool:
@@ -85,7 +85,7 @@ def orphaned(sysfs: Sysfs, state_dir: Path | None = None) -> list[Bdf]:
 
 
 def _safely(path: Path, work: Callable[[Path], Restored | None]) -> Restored | None:
-    """One entry that cannot be dealt with must not keep the others from it."""
+    """Turn an error into a result, so that the other entries are processed."""
     try:
         return work(path)
     except OSError as error:
@@ -96,16 +96,16 @@ def _safely(path: Path, work: Callable[[Path], Restored | None]) -> Restored | N
 
 
 def _read(entries: Entries, path: Path) -> Entry | Restored:
-    """An entry by its file, or what to say of it."""
+    """The entry in a file, or the result for an invalid one."""
     try:
         bdf = Bdf.parse(path.stem)
         if str(bdf) != path.stem:
-            raise BadAddress(f"{path} is not named after an address in full")
+            raise BadAddress(f"{path} is not named after a full address")
         entry = entries.read(bdf)
     except (BadAddress, JournalError) as error:
         aside = entries.set_aside(path)
-        return Restored(path.stem, "corrupt", f"{error}; put aside as {aside.name}")
-    assert entry is not None  # nobody removes one without the lock
+        return Restored(path.stem, "corrupt", f"{error}; renamed to {aside.name}")
+    assert entry is not None  # entries are removed under the lock only
     return entry
 
 
@@ -118,13 +118,13 @@ def _restore_one(transaction: Transaction, path: Path) -> Restored:
     if entry.is_stale(sysfs):
         journal.remove(entry.bdf)
         why = "of another device at that address" if entry.is_of_another(sysfs) else "of another boot"
-        return Restored(name, "stale", f"{why}: bindings end with it, nothing to do", operation)
+        return Restored(name, "stale", f"{why}: its bindings no longer exist, nothing to do", operation)
     if entry.is_owned(sysfs):
         return Restored(name, "owner-alive", f"in use by {Process(entry.pid, entry.command)}", operation)
     try:
         return Restored(name, "restored", transaction.give_back(entry), operation)
     except NoSuchDevice:
-        return Restored(name, "gone", "there is no such device any more", operation)
+        return Restored(name, "gone", "the device was removed", operation)
     except OSError as error:
         detail = f"{error.filename or ''}: {error.strerror or error}".removeprefix(": ")
         return Restored(name, "failed", detail, operation)
@@ -133,16 +133,16 @@ def _restore_one(transaction: Transaction, path: Path) -> Restored:
 
 
 def _check_record(sysfs: Sysfs, journal: Journal, path: Path) -> Restored | None:
-    """Drop the record of a binding that is no more; None where there is nothing to say."""
+    """Remove the record of a binding that no longer exists; None if there is nothing to report."""
     record = _read(journal.bound, path)
     if isinstance(record, Restored):
         return record
     result = None
     if record.is_stale(sysfs):
         why = "another device at that address was bound" if record.is_of_another(sysfs) else "bound in another boot"
-        result = Restored(str(record.bdf), "stale", f"{why}: bindings end with it", "bound")
+        result = Restored(str(record.bdf), "stale", f"{why}: its bindings no longer exist", "bound")
     elif not sysfs.device_path(record.bdf).exists():
-        result = Restored(str(record.bdf), "gone", "was bound, and is not on this host any more", "bound")
+        result = Restored(str(record.bdf), "gone", "was bound, and was removed", "bound")
     elif sysfs.driver(record.bdf) == VFIO_PCI or journal.path(record.bdf).exists():
         return None
     journal.bound.remove(record.bdf)

@@ -1,4 +1,4 @@
-"""What happens to a device whose driver is changed: it is looked at, recorded, changed, confirmed or put back."""
+"""Transactions over the drivers of devices: record, change, confirm, and commit or revert."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from kvmpass.host.usage import VFIO_PCI, usage, vfio_nodes
 log = logging.getLogger(__name__)
 
 DRIVER_TIMEOUT = 30.0  # seconds a driver may take to be unbound from a device, or bound to it
-NODE_TIMEOUT = 5.0  # seconds until /dev/vfio/GROUP exists, and until a bound driver shows
+NODE_TIMEOUT = 5.0  # seconds until /dev/vfio/GROUP exists, and until the driver link does
 RESTORE_HINT = "kvmpass restore tries again"
 
 OnStep = Callable[[Step, Bdf], object]
+"""Called with each step and its device once the journal has it, just before the change."""
 
 
 class Transaction:
-    """Devices that get other drivers together. What is not committed is put back, at the latest when Python exits.
+    """Changes the drivers of several devices together. Without a commit they are reverted, at the latest at exit.
 
     The order is that of the methods: ``recover`` and ``change`` each device, ``confirm`` each, then ``commit`` or
-    ``put_back``. The caller holds the :meth:`lock`, except for ``put_back``, which takes it if need be.
+    ``put_back``. The caller holds the :meth:`lock`, except for ``put_back``, which takes it if necessary.
 
-    ``timeout`` is in seconds, for each write that the kernel may keep waiting; ``say`` is for the lock. ``on_step``
-    is called with each step and its device once the journal says so, just before the change: to show progress, and
-    for tests to fail there.
+    ``timeout`` is in seconds, for each write that may block; ``say`` is for the lock; ``on_step`` is called before
+    each step, to show progress, and for tests to fail there.
 
     Synchronization: for one thread. In a forked child ``put_back`` does nothing: the devices are the parent's.
     """
@@ -64,20 +64,20 @@ class Transaction:
     ) -> None:
         self.sysfs = sysfs
         self.journal = journal
-        self.entries: list[Entry] = []  # of the devices to put back
+        self.entries: list[Entry] = []  # of the devices to revert
         self._timeout = timeout
         self._say = say
         self._on_step = on_step
         self._pid = os.getpid()
 
     def lock(self) -> AbstractContextManager[None]:
-        """One process at a time changes drivers; see :meth:`Journal.lock`."""
+        """Return the lock for changes of drivers; see :meth:`Journal.lock`."""
         return self.journal.lock(self._say)
 
     def recover(self, bdf: Bdf) -> None:
-        """Put back first what a process that was killed has left of the device.
+        """Restore the device first if a killed process has left it.
 
-        Raises ``DeviceInUse`` if a living process has borrowed it, and what :meth:`give_back` raises.
+        Raises ``DeviceInUse`` if a running process has borrowed it, and what :meth:`give_back` raises.
         """
         left = self.journal.read_unowned(self.sysfs, bdf)
         if left is None:
@@ -85,14 +85,14 @@ class Transaction:
         if left.is_stale(self.sysfs):
             self.journal.remove(bdf)
         else:
-            log.info("%s was left by process %d, giving it back first", bdf, left.pid)
+            log.info("%s was left by process %d, restoring it first", bdf, left.pid)
             self.give_back(left)
 
     def change(self, bdf: Bdf, operation: Operation, wanted: Setting = ON_VFIO_PCI) -> PciDevice:
-        """Record the device as it is at this moment, then give it the wanted driver. Returns it as it is then.
+        """Record the device, then bind the wanted driver. Returns the device as it is then.
 
-        Raises ``OSError``, ``HostNotReady``, ``NoSuchDevice``; ``NotAssignable`` where vfio-pci does not take the
-        device, ``RestoreFailed`` where another driver does not. Whatever it raises: :meth:`put_back` is to follow.
+        Raises ``OSError``, ``HostNotReady``, ``NoSuchDevice``; ``NotAssignable`` if vfio-pci does not bind the
+        device, ``RestoreFailed`` if another driver does not. After any exception, call :meth:`put_back`.
         """
         if wanted.driver == VFIO_PCI and not self.sysfs.path(PCI_DRIVERS, VFIO_PCI).is_dir():
             self.sysfs.load_module(VFIO_PCI)
@@ -109,17 +109,19 @@ class Transaction:
                 self._wait_for_node(bdf)
                 self._record(entry, Step.BOUND)
             self.confirm(bdf, wanted)
-            log.debug("%s is as wanted (%s), before: %s", bdf, wanted, entry.before)
+            log.debug("%s: %s, before: %s", bdf, wanted, entry.before)
             return self.sysfs.device(bdf)
 
     def confirm(self, bdf: Bdf, wanted: Setting) -> None:
-        """Check that nobody else has changed the driver since. Raises ``NotAssignable`` or ``RestoreFailed``."""
+        """Check that no other program has changed the driver. Raises ``NotAssignable`` or ``RestoreFailed``."""
         now = self.sysfs.driver(bdf)
         if now != wanted.driver and (wanted.driver != MATCHING or now == VFIO_PCI):
-            raise _refused(wanted)(f"{bdf} is on {now or 'no driver'} by now: somebody else changes its driver too")
+            raise _refused(wanted)(
+                f"{bdf} is bound to {now or 'no driver'} now: another program changes its driver, too"
+            )
 
     def commit(self) -> None:
-        """Say on disk that all devices are where they belong: then nothing is put back. Raises ``OSError``."""
+        """Complete the entries on disk: no device is reverted any more. Raises ``OSError``."""
         for entry in self.entries:
             if entry.operation is Operation.BIND:
                 self.journal.keep(entry.bdf)
@@ -129,10 +131,10 @@ class Transaction:
         _open.discard(self)
 
     def put_back(self, error: BaseException | None = None) -> None:
-        """Put back what is still changed, the last device first; idempotent, and tries each device.
+        """Revert what is still changed, the last device first; idempotent, and tries each device even if one fails.
 
-        Raises ``RestoreFailed`` naming the devices, ``JournalError``, ``OSError``; with an ``error`` under way that
-        becomes its note. ``entries`` are those that remain changed.
+        Raises ``RestoreFailed`` with the devices, ``JournalError``, ``OSError``; if ``error`` is set, they become its
+        note. ``entries`` are those that remain changed.
         """
         if self._pid != os.getpid():
             return
@@ -142,26 +144,26 @@ class Transaction:
                 if self.entries:
                     with self.lock():
                         for entry in reversed(self.entries[:]):
-                            problem = self._try_twice(entry)
-                            if problem is None:
+                            failure = self._try_twice(entry)
+                            if failure is None:
                                 self.entries.remove(entry)
                             else:
-                                failed.append(problem)
+                                failed.append(failure)
             if failed:
-                raise RestoreFailed(f"could not give back {'; '.join(failed)}", RESTORE_HINT)
-        except (RestoreFailed, JournalError, OSError) as failure:
+                raise RestoreFailed(f"cannot restore {'; '.join(failed)}", RESTORE_HINT)
+        except (RestoreFailed, JournalError, OSError) as raised:
             if not isinstance(error, Exception):
                 raise
-            error.add_note(f"{failure}; {RESTORE_HINT}")
+            error.add_note(f"{raised}; {RESTORE_HINT}")
         finally:
             if not self.entries:
                 _open.discard(self)
 
     def give_back(self, entry: Entry) -> str:
-        """Make the device as the entry says, from whatever state it is in, and drop the entry.
+        """Restore the setting in the entry, from any state, and remove the entry; idempotent.
 
-        Returns what was done, in words. Safe to call again after a failure at any point. Raises ``RestoreFailed``,
-        ``OSError``; ``NoSuchDevice`` (after dropping the entry) when the device has gone.
+        Returns what was done, as text. Raises ``RestoreFailed``, ``OSError``; ``NoSuchDevice`` (after removing the
+        entry) if the device was removed.
         """
         try:
             with device_lock(self.sysfs, entry.bdf, self._timeout) as held:
@@ -174,48 +176,48 @@ class Transaction:
         log.debug("%s: %s", entry.bdf, done)
         return done
 
-    # --- one device, back
+    # --- one device, reverted
 
     def _try_twice(self, entry: Entry) -> str | None:
-        """Give the device back; what is wrong if that fails, the second time from the state that the first left."""
-        problem: Exception | None = None
+        """Restore the device; the reason if that fails twice, the second time from the state that the first left."""
+        failure: Exception | None = None
         for _attempt in range(2):
             try:
                 self.give_back(entry)
             except NoSuchDevice:
-                log.warning("%s has gone from this host", entry.bdf)
+                log.warning("%s was removed from this host", entry.bdf)
                 return None
             except TimeoutError as error:  # once is long enough
                 return f"{entry.bdf}: {error.strerror}"
             except Exception as error:
-                log.warning("giving back %s: %s", entry.bdf, error)
-                problem = error
+                log.warning("cannot restore %s: %s", entry.bdf, error)
+                failure = error
             else:
                 return None
-        return f"{entry.bdf}: {problem}"
+        return f"{entry.bdf}: {failure}"
 
     def _give_back(self, entry: Entry, held: int) -> str:
         bdf = entry.bdf
         now = Setting.of(self.sysfs, bdf)
         if now.driver not in (None, entry.driver, entry.target) and entry.target != MATCHING:
-            # Somebody has bound it to another driver since: to take it from that one would be a second surprise.
+            # Another program has bound it to a third driver since, and may be using it.
             if now.override in (VFIO_PCI, entry.target):
                 self._write(override_changes(bdf, now, entry.before))
-            return f"bound to {now.driver} by someone else meanwhile, left there"
+            return f"bound to {now.driver} by another program, unchanged"
         if entry.operation is Operation.UNBIND and now.driver not in (None, VFIO_PCI):
             uses = usage(Look(self.sysfs), self.sysfs.device(bdf))
-            if uses:  # the unbind was all but done, and the host has begun to use the device
+            if uses:  # the unbind was almost complete, and the host uses the device already
                 self._set_attributes(entry, Setting(now.driver, entry.target_override))
-                return f"driver {now.driver}, in use there by now, left there: {'; '.join(uses)}"
+                return f"bound to {now.driver} and in use already, unchanged: {'; '.join(uses)}"
         if now == entry.before and now.driver == VFIO_PCI:
-            return "it was on vfio-pci before and stays there"
+            return "was bound to vfio-pci before, unchanged"
         self._set_driver(entry, entry.before, held)
         self._set_attributes(entry, entry.before)
         return str(entry.before)
 
     def _drop(self, entry: Entry) -> None:
         self.journal.remove(entry.bdf)
-        if entry.operation is Operation.BIND:  # the first may have its record when the last cannot get one
+        if entry.operation is Operation.BIND:  # the first may have a record when the last cannot get one
             self.journal.bound.remove(entry.bdf)
 
     # --- step by step
@@ -227,8 +229,8 @@ class Transaction:
         except OSError as error:
             if step is Step.RECORDED:
                 raise
-            # What was there is on disk; a full disk must not keep the device from going where it belongs.
-            log.warning("the journal of %s: %s", entry.bdf, error)
+            # The setting before is on disk; a full disk must not prevent restoring it.
+            log.warning("cannot write the journal entry of %s: %s", entry.bdf, error)
         if self._on_step is not None:
             self._on_step(step, entry.bdf)
 
@@ -246,14 +248,14 @@ class Transaction:
             except OSError as error:
                 if isinstance(error, TimeoutError) or not change.may_wait:
                     raise
-                refusal = error  # the driver link tells whether it worked: somebody else may have done it
+                refusal = error  # the driver link shows whether it worked: another program may have done it
             if change.step in UNBINDS:
                 self._check_unbound(entry.bdf, now.driver, refusal)
             elif change.step in PROBES:
                 self._check_bound(entry.bdf, wanted, refusal, held)
 
     def _set_attributes(self, entry: Entry, wanted: Setting) -> None:
-        """Override and power settings, once the device has its driver. Raises ``OSError``, ``RestoreFailed``."""
+        """Set override and power settings after the driver is bound. Raises ``OSError``, ``RestoreFailed``."""
         bdf = entry.bdf
         changes = list(override_changes(bdf, Setting.of(self.sysfs, bdf), wanted))
         if changes:
@@ -263,7 +265,7 @@ class Transaction:
         self._write(power_changes(bdf, Setting.of(self.sysfs, bdf), wanted))
         now = Setting.of(self.sysfs, bdf)
         if wanted.driver not in (now.driver, MATCHING) or now.override != wanted.override:
-            raise RestoreFailed(f"{bdf} has driver {now.driver or 'none'} and override {now.override or 'none'} now")
+            raise RestoreFailed(f"{bdf} has driver {now.driver or 'none'} and override {now.override or 'none'}")
 
     def _write(self, changes: Iterable[Change]) -> None:
         for change in changes:
@@ -272,14 +274,14 @@ class Transaction:
     # --- checked
 
     def _check_closed(self, bdf: Bdf) -> None:
-        # The kernel would wait for the holder, and for ever if the holder is this process.
+        # Unbinding would block until the holder closes it: for ever if the holder is this process.
         device = self.sysfs.device(bdf)
         found = holders(self.sysfs, vfio_nodes(self.sysfs, bdf, None))
         held = {who for processes in found.values() for who in processes}
         if device.group is not None:
             shared = len(self.sysfs.group(device.group).devices) > 1
             for processes in holders(self.sysfs, vfio_nodes(self.sysfs, bdf, device.group)).values():
-                # A group that is shared may be open in this process for a sibling.
+                # This process may have a shared group open for a sibling.
                 held.update(who for who in processes if not shared or who.pid != os.getpid())
         if held:
             raise RestoreFailed(f"{bdf} is still open in {' and '.join(map(str, sorted(held)))}")
@@ -287,19 +289,19 @@ class Transaction:
     def _check_unbound(self, bdf: Bdf, driver: str | None, refusal: OSError | None) -> None:
         now = self.sysfs.driver(bdf)
         if now == driver:
-            raise refusal or RestoreFailed(f"{driver} does not let go of {bdf}")
+            raise refusal or RestoreFailed(f"{bdf} is still bound to {driver}")
         if now is not None:
-            raise RestoreFailed(f"{bdf} went from {driver} to {now}: somebody else changes its driver too")
+            raise RestoreFailed(f"{bdf} was rebound from {driver} to {now}: another program changes its driver, too")
 
     def _check_bound(self, bdf: Bdf, wanted: Setting, refusal: OSError | None, held: int) -> None:
-        """The driver that the override names has taken the device, if need be told to; or with ``MATCHING`` any."""
+        """Check that the wanted driver is bound; bind it if probing did not. ``MATCHING``: any but vfio-pci."""
         driver = wanted.driver or MATCHING
         now = self._await_driver(bdf, 0.2)
         if driver == MATCHING:
             if now == VFIO_PCI:
                 device = self.sysfs.device(bdf)
                 raise RestoreFailed(
-                    f"vfio-pci takes {bdf} again: it was told to take all devices of that kind",
+                    f"vfio-pci has bound {bdf} again: its IDs are among those of vfio-pci",
                     f"echo {device.vendor:04x} {device.device:04x} > /sys/bus/pci/drivers/vfio-pci/remove_id, "
                     "or remove vfio-pci.ids from the kernel's command line or from modprobe.d",
                 )
@@ -309,24 +311,24 @@ class Transaction:
                 self.sysfs.write(self.sysfs.path(PCI_DRIVERS, driver, "bind"), f"{bdf}\n", self._timeout, held)
             except TimeoutError:
                 raise
-            except OSError as error:  # which says why, other than the probe's
+            except OSError as error:  # has the reason; that of the probe does not
                 refusal = error
             now = self._await_driver(bdf, NODE_TIMEOUT)
         if now == driver:
             return
         kind = _refused(wanted)
         if now is not None:
-            raise kind(f"{bdf} went to {now} instead of {driver}: somebody else changes its driver too")
+            raise kind(f"{bdf} was bound to {now} instead of {driver}: another program changes its driver, too")
         if not self.sysfs.path(PCI_DRIVERS, driver).is_dir():
-            raise kind(f"{bdf} cannot go to {driver}: there is no such driver in this kernel now", "load its module")
+            raise kind(f"{bdf} cannot be bound to {driver}: this kernel has no such driver now", "load its module")
         raise kind(
-            f"{driver} does not take {bdf}: it has no driver now"
+            f"{driver} does not bind {bdf}: it has no driver now"
             + (f" ({refusal.strerror or refusal})" if refusal else ""),
-            f"the kernel's log says why: dmesg | grep {bdf}",
+            f"see the kernel's log: dmesg | grep {bdf}",
         )
 
     def _await_driver(self, bdf: Bdf, seconds: float) -> str | None:
-        # Probing is done when the write returns, except for drivers that ask for it to be asynchronous.
+        # Probing is complete when the write returns, except for drivers that probe asynchronously.
         _wait(lambda: self.sysfs.driver(bdf) is not None or not self.sysfs.device_path(bdf).exists(), seconds)
         return self.sysfs.driver(bdf)
 
@@ -339,8 +341,8 @@ class Transaction:
 
         if not _wait(appeared, NODE_TIMEOUT):
             raise HostNotReady(
-                f"{bdf} is on vfio-pci, but {' or '.join(vfio_nodes(self.sysfs, bdf, group))} does not appear",
-                "is /dev a devtmpfs, or does udev run?",
+                f"{bdf} is bound to vfio-pci, but {' or '.join(vfio_nodes(self.sysfs, bdf, group))} does not exist",
+                "make sure that /dev is a devtmpfs, or that udev runs",
             )
 
 
@@ -358,7 +360,7 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def check_privilege(sysfs: Sysfs, bdf: Bdf) -> None:
-    """Raises ``PermissionError`` where this user may not change the device's driver."""
+    """Check that this user may change the device's driver. Raises ``PermissionError``."""
     if not may_change_driver(sysfs, bdf):
         path = sysfs.device_path(bdf) / "driver_override"
         error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -367,7 +369,7 @@ def check_privilege(sysfs: Sysfs, bdf: Bdf) -> None:
 
 
 def may_change_driver(sysfs: Sysfs, bdf: Bdf) -> bool:
-    """Whether this user may write the device's ``driver_override``."""
+    """Return whether this user may write the device's ``driver_override``."""
     return os.access(sysfs.device_path(bdf) / "driver_override", os.W_OK, effective_ids=True)
 
 
@@ -375,7 +377,7 @@ _open: set[Transaction] = set()
 
 
 def _put_back_open() -> None:
-    # An interrupt can strike between the last statement of a `with` block and the first of `__exit__`.
+    # An interrupt can arrive between the last statement of a `with` block and the first of `__exit__`.
     for transaction in list(_open):
         try:
             transaction.put_back()

@@ -92,7 +92,7 @@ def test_success_is_said_of_no_device_that_was_taken_meanwhile(host: Host, state
             host.path("sys/bus/pci/devices", NIC, "driver").unlink()
             host._bind(NIC, "e1000e")
 
-    with pytest.raises(NotAssignable, match=f"{NIC} is on e1000e by now"):
+    with pytest.raises(NotAssignable, match=f"{NIC} is bound to e1000e now"):
         bind([NIC, NVME], sysfs=host, state_dir=state, on_step=rebind)
     assert (host.state(NVME), host.state(NIC)) == (("nvme", None), ("e1000e", None))
     assert unbind([NVME], sysfs=host, state_dir=state)[0].outcome == "already"

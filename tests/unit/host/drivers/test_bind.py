@@ -117,7 +117,7 @@ def test_vfio_pci_takes_it_again(one: Stage) -> None:
     one.host.natural[EDU] = "vfio-pci"
     one.host._bind(EDU, "vfio-pci")
     before = one.snapshot()
-    with pytest.raises(RestoreFailed, match=f"takes {EDU} again") as caught:
+    with pytest.raises(RestoreFailed, match=f"has bound {EDU} again") as caught:
         one.unbind(EDU)
     assert "remove_id" in caught.value.__notes__[0]
     assert one.snapshot() == before
@@ -197,12 +197,12 @@ def test_a_virtual_function_in_a_guest_is_never_forced(one: Stage) -> None:
 def test_driverctl(one: Stage, name: str) -> None:
     before = one.snapshot()
     one.host.put(f"etc/driverctl.d/{name}", "nvme")
-    hints = one.refused(DriverPinned, f"driverctl keeps {NVME} on nvme", NVME)
+    hints = one.refused(DriverPinned, f"driverctl sets {NVME} to nvme", NVME)
     assert hints == [f"driverctl unset-override {NVME}", "--force binds it until then"]
     [result] = one.bind(NVME, force=True)
     assert "driverctl" in result.warnings[0]
     one.host.put(f"etc/driverctl.d/{name}", "vfio-pci")
-    hints = one.refused(DriverPinned, f"driverctl keeps {NVME} on vfio-pci", NVME, of="unbind")
+    hints = one.refused(DriverPinned, f"driverctl sets {NVME} to vfio-pci", NVME, of="unbind")
     assert hints[1] == "--force unbinds it until then"
     one.unbind(NVME, force=True)
     assert one.snapshot() == before

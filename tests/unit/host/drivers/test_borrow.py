@@ -170,7 +170,7 @@ def test_an_error_in_the_block_keeps_its_place(host: Host, state: Path) -> None:
     with pytest.raises(ValueError, match="mine") as caught, borrowed:
         host.refuses.add("nvme")
         raise ValueError("mine")
-    assert any("could not give back" in note for note in caught.value.__notes__)
+    assert any("cannot restore" in note for note in caught.value.__notes__)
     host.refuses.clear()
     borrowed.close()
     assert as_before(host, state)
@@ -194,7 +194,7 @@ def test_all_or_none(host: Host, state: Path) -> None:
 
 def test_vfio_pci_refuses(host: Host, state: Path) -> None:
     host.refuses.add("vfio-pci")
-    with pytest.raises(NotAssignable, match="does not take"), borrow(NVME, sysfs=host, state_dir=state):
+    with pytest.raises(NotAssignable, match="does not bind"), borrow(NVME, sysfs=host, state_dir=state):
         pytest.fail("the block must not run")
     assert as_before(host, state)
 
@@ -203,7 +203,7 @@ def test_no_node_appears(host: Host, state: Path, monkeypatch: pytest.MonkeyPatc
     host.path("dev/vfio").rename(host.path("dev/elsewhere"))
     host.put("dev/vfio", "not a directory")
     monkeypatch.setattr(host, "put", lambda *_: None)
-    with pytest.raises(HostNotReady, match="does not appear"), borrow(NVME, sysfs=host, state_dir=state):
+    with pytest.raises(HostNotReady, match="does not exist"), borrow(NVME, sysfs=host, state_dir=state):
         pytest.fail("the block must not run")
     assert as_before(host, state)
 
@@ -385,7 +385,7 @@ def test_a_file_in_the_place_of_a_directory_is_named(host: Host, tmp_path: Path,
         with pytest.raises(NotADirectoryError) as refused:
             action()
         assert refused.value.filename == str(blocked)
-        assert f"move {blocked} away, or name another directory by KVMPASS_STATE_DIR" in refused.value.__notes__[0]
+        assert f"move {blocked} away, or set KVMPASS_STATE_DIR to another directory" in refused.value.__notes__[0]
     assert as_before(host, tmp_path / "state")
 
 

@@ -159,7 +159,7 @@ def test_from_one_write_on_all_fail(made: Made, operation: str) -> None:
             one.run()
         notes = " ".join(caught.value.__notes__)
         if f"as before again: {NVME}" not in notes:
-            assert f"could not give back {NVME}" in notes
+            assert f"cannot restore {NVME}" in notes
             assert "kvmpass restore" in notes
             broken = False
             assert one.restore() == [(NVME, "restored")]
@@ -273,7 +273,7 @@ def test_all_or_none(one: Stage) -> None:
         original(bdf, driver)
 
     one.host._bind = picky  # type: ignore[method-assign]
-    with pytest.raises(NotAssignable, match=f"vfio-pci does not take {NIC}") as caught:
+    with pytest.raises(NotAssignable, match=f"vfio-pci does not bind {NIC}") as caught:
         one.bind(NVME, EDU, NIC)
     assert f"as before again: {NVME}, {EDU}, {NIC}" in caught.value.__notes__
     assert one.snapshot() == before
@@ -314,6 +314,6 @@ def test_a_driver_that_does_not_take_it_back(made: Callable[[str], Stage]) -> No
     one = made("unbind")
     before = one.snapshot()
     one.host.refuses.add("nvme")
-    with pytest.raises(RestoreFailed, match=f"nvme does not take {NVME}: it has no driver now"):
+    with pytest.raises(RestoreFailed, match=f"nvme does not bind {NVME}: it has no driver now"):
         one.run()
     assert one.snapshot() == before

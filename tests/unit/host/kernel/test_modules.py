@@ -130,7 +130,7 @@ def test_both_names_of_its_files(host: Host, tmp_path: Path, name: str, text: st
     [finding] = [one for one in diagnose(host, NVME) if one.check == "device-driver"]
     assert f"/etc/driverctl.d/{name}: {driver}" in [str(reading) for reading in finding.read]
     if driver == "none":
-        with pytest.raises(DriverPinned, match=r"keeps 0000:01:00\.0 on no driver"):
+        with pytest.raises(DriverPinned, match=r"sets 0000:01:00\.0 to no driver"):
             bind([NVME], dry_run=True, sysfs=host, state_dir=tmp_path / "state")
 
 
