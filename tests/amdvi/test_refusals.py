@@ -210,7 +210,7 @@ def test_no_command_after_the_dashes(capfd: pytest.CaptureFixture[str], edu: str
     with pytest.raises(SystemExit) as ended:
         main(["assign", edu, "--"])
     assert ended.value.code == 125
-    assert "no COMMAND after --" in capfd.readouterr().err
+    assert "missing COMMAND after --" in capfd.readouterr().err
 
 
 @pytest.mark.amdvi(profile="no-svm")

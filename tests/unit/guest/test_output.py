@@ -79,5 +79,5 @@ def test_a_reader_that_has_gone_stops_the_guest() -> None:
     os.close(writer)
     assert vm.over
     assert isinstance(pump.failure, KvmpassError)
-    with pytest.raises(KvmpassError, match="has closed it"):
+    with pytest.raises(KvmpassError, match="output closed by its reader"):
         raise pump.failure
