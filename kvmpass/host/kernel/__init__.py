@@ -1,1 +1,1 @@
-"""What the kernel says of the host beside sysfs: its log, its command line, processes and mounts."""
+"""Sources besides sysfs: the kernel's log and command line, modules, processes and mounts."""

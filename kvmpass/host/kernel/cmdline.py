@@ -1,4 +1,4 @@
-"""The kernel's command line, taken apart as the kernel does it.
+"""The kernel's command line, parsed as the kernel parses it.
 
 Sources: kernel/params.c and lib/cmdline.c (``next_arg``, ``parameq``, ``parse_args``), and for the options that take
 lists arch/x86/kernel/pci-dma.c (``iommu_setup``), drivers/iommu/amd/init.c (``parse_amd_iommu_options``),
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# What each list knows. The kernel compares beginnings: ``offload`` is ``off``.
+# The words of each list. The kernel compares prefixes: ``offload`` is ``off``.
 LISTS: dict[str, tuple[str, ...]] = {
     "iommu": (
         *("off", "force", "noforce", "biomerge", "panic", "nopanic", "merge", "nomerge", "forcesac", "allowdac"),
@@ -31,58 +31,62 @@ _SPACE = " \t\n\r\v\f"
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """``name`` has underscores where it was written with dashes: to the kernel they are the same.
-
-    ``value`` is None without an equals sign; ``text`` is the parameter as it was written.
-    """
+    """One parameter."""
 
     name: str
+    """With underscores for dashes: to the kernel they are the same."""
     value: str | None
+    """None without an equals sign."""
     text: str
+    """The parameter as it was written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One word of a list such as that of ``iommu=``. ``known`` is what the kernel takes it for, None for nothing."""
+    """One word of a list parameter such as ``iommu=``."""
 
     parameter: Parameter
+    """The parameter."""
     text: str
+    """The word as it was written."""
     known: str | None
+    """The option that the kernel parses it as; None if it ignores it."""
 
     def __str__(self) -> str:
         """``iommu=off``; with its list where it is one of several: ``iommu=off in iommu=pt,off``."""
-        one = f"{self.parameter.text.partition('=')[0]}={self.text}"
-        return one if self.parameter.value == self.text else f"{one} in {self.parameter.text}"
+        option = f"{self.parameter.text.partition('=')[0]}={self.text}"
+        return option if self.parameter.value == self.text else f"{option} in {self.parameter.text}"
 
 
 class CommandLine:
-    """The parameters up to ``--``, after which all is init's, in their order."""
+    """The parameters up to ``--``, in their order; what follows is for init."""
 
     def __init__(self, text: str) -> None:
         self.text = text
         self.parameters: tuple[Parameter, ...] = tuple(_parameters(text))
 
     def of(self, *names: str) -> list[Parameter]:
-        """Those of these names, with underscores."""
+        """Return the parameters with these names, written with underscores."""
         return [parameter for parameter in self.parameters if parameter.name in names]
 
     def has(self, name: str) -> bool:
+        """Whether there is a parameter of that name."""
         return bool(self.of(name))
 
     def items(self, name: str) -> list[Item]:
-        """Every word of the list option ``name``, a key of :data:`LISTS`, over all its occurrences."""
+        """Return every word of the list parameter ``name``, a key of :data:`LISTS`, over all its occurrences."""
         return [item for parameter in self.of(name) for item in _items(parameter)]
 
-    # --- what the IOMMU's drivers make of it
+    # --- as the IOMMU drivers parse it
 
     def iommu_off(self) -> list[str]:
-        """What switches AMD-Vi off."""
+        """Return what disables AMD-Vi."""
         found = [str(item) for name in ("iommu", "amd_iommu") for item in self.items(name) if item.known == "off"]
-        # Until about Linux 6.2 amd_iommu= was searched for its words, wherever they began.
+        # Until about Linux 6.2 amd_iommu= was searched for its words at any position.
         return found + [str(item) for item in self.items("amd_iommu") if item.known is None and "off" in item.text]
 
     def remapping_off(self) -> list[str]:
-        """What switches interrupt remapping off."""
+        """Return what disables interrupt remapping."""
         last = [item for item in self.items("intremap") if item.known in ("on", "off")][-1:]
         found = [str(item) for item in last if item.known == "off"]
         # Without IOAPICs nothing is remapped (arch/x86/kernel/apic/apic.c: enable_IR_x2apic).
@@ -91,30 +95,30 @@ class CommandLine:
         return found + [parameter.text for parameter in off]
 
     def acpi_off(self) -> list[str]:
-        """What keeps the kernel from reading any ACPI table (arch/x86/kernel/acpi/boot.c: parse_acpi)."""
+        """Return what disables ACPI (arch/x86/kernel/acpi/boot.c: parse_acpi)."""
         return [parameter.text for parameter in self.of("acpi") if parameter.value == "off"]
 
     def ignored(self) -> list[str]:
-        """Words about the IOMMU that AMD's driver and the kernel's core take for nothing."""
+        """Return options about the IOMMU that the AMD driver and the IOMMU core ignore."""
         found = [str(item) for name in LISTS for item in self.items(name) if item.known is None and item.text]
         found = [word for word in found if word not in self.iommu_off()]
         found += [parameter.text for parameter in self.of("intel_iommu")]
         return found
 
     def acs_override(self) -> list[str]:
-        """What asks for groups that the hardware does not isolate; only kernels with the ACS override patch know it.
+        """Return what requests groups that the hardware does not isolate, on kernels with the ACS override patch.
 
-        ``pci=config_acs=`` and ``pci=disable_acs_redir=`` are none: they change the hardware, and groups follow.
+        ``pci=config_acs=`` and ``pci=disable_acs_redir=`` do not: they configure the hardware, and groups follow it.
         """
         return [parameter.text for parameter in self.of("pcie_acs_override") if parameter.value]
 
     def vfio_ids(self) -> list[str]:
-        """The ids that vfio-pci is told to take, as they were written."""
+        """Return the entries of ``vfio_pci.ids``, as they were written."""
         return [
-            one
+            entry
             for parameter in self.of("vfio_pci.ids")
-            for one in re.split("[,;]", parameter.value or "")
-            if one.strip()
+            for entry in re.split("[,;]", parameter.value or "")
+            if entry.strip()
         ]
 
 
@@ -148,10 +152,10 @@ def _items(parameter: Parameter) -> Iterator[Item]:
 
 
 def matches_ids(pattern: str, vendor: int, device: int, subsystem: tuple[int, int], class_code: int) -> bool:
-    """Whether one entry of ``vfio-pci.ids=`` means this device.
+    """Return whether an entry of ``vfio-pci.ids=`` matches this device.
 
-    ``vendor:device[:subvendor[:subdevice[:class[:class mask]]]]``, hexadecimal; what is left out, or all ones, is
-    any. An entry without a device is ignored by the kernel.
+    ``vendor:device[:subvendor[:subdevice[:class[:class mask]]]]``, hexadecimal; a missing value, or
+    all ones, matches any. An entry without a device is ignored by the kernel.
     """
     parts = pattern.strip().split(":")
     try:

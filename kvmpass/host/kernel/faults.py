@@ -1,10 +1,10 @@
-"""What the AMD IOMMU has to say about devices, as the kernel's log tells it while it happens: blocked DMA, and more.
+"""Events of the AMD IOMMU from the kernel's log: blocked DMA and others.
 
-The log, not the tracepoint ``iommu:io_page_fault``: it is there on every kernel, needs nothing switched on that a
-killed process would leave on, and names the domain. Its price: the kernel prints at most ten faults of a device in
-five seconds (drivers/iommu/amd/iommu.c: amd_iommu_report_page_fault), so that a count is a lower bound.
+The log, not the tracepoint ``iommu:io_page_fault``: every kernel has it, nothing must be enabled that a killed
+process would leave enabled, and it has the domain. But the kernel prints at most ten faults of a device in five
+seconds (drivers/iommu/amd/iommu.c: amd_iommu_report_page_fault): a count is a lower bound.
 
-The dialects, all of ``iommu_print_event`` and ``amd_iommu_report_page_fault`` (drivers/iommu/amd_iommu.c until 5.7,
+The formats, all of ``iommu_print_event`` and ``amd_iommu_report_page_fault`` (drivers/iommu/amd_iommu.c until 5.7,
 drivers/iommu/amd/iommu.c since):
 
 ====================  ==========================================================================================
@@ -29,14 +29,14 @@ from kvmpass.host.kernel.kmsg import PATH, Record, parse_records, read_pieces
 
 KMSG = f"/{PATH}"
 PAGE_FAULT = "IO_PAGE_FAULT"
-UNATTACHED = "DEVICE_NOT_ATTACHED"  # our word: the kernel has a sentence
+UNATTACHED = "DEVICE_NOT_ATTACHED"  # not the kernel's name: it prints a sentence
 # AMD IOMMU specification, 2.5.3
 _INTERRUPT, _PRESENT, _WRITE, _PERMISSION, _TRANSLATION = 0x8, 0x10, 0x20, 0x40, 0x100
-_PATIENCE = 16  # records of other CPUs that may lie between the halves of one event
+_PATIENCE = 16  # records of other CPUs that may be between the two records of one event
 
 _FUNCTION = r"(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]"
 # The kernel begins a message about a device with its driver's name (or its bus's), its address and a colon. No other
-# colon may stand before the words: what a device says of itself comes after one (``usb 1-1: Product: …``).
+# colon may precede the event: strings from a device follow one (``usb 1-1: Product: …``).
 _HEAD = re.compile(
     r"(?:iommu (?P<iommu>ivhd\d{1,4}): |"
     r"(?:[^:\[\]]{1,64} )?(?P<speaker>[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]): )?"
@@ -56,28 +56,30 @@ _UNATTACHED_DEVICE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class IommuEvent:
-    """One event of an IOMMU. ``bdf`` is the device that it is about, None where the kernel names none.
+    """One event of an IOMMU; a field that the event does not have is None.
 
-    ``kind`` is the kernel's word: ``IO_PAGE_FAULT`` for an access that was blocked, ``INVALID_DEVICE_REQUEST``,
-    ``ILLEGAL_DEV_TABLE_ENTRY``, ``IOTLB_INV_TIMEOUT`` … ``address`` is the I/O virtual address in bytes, ``domain``
-    the IOMMU's number for the translation, ``flags`` those of the event (AMD IOMMU specification, 2.5); None where an
-    event has no such field. ``text`` is the kernel's message. An emulated IOMMU says less: QEMU's has 0 for address
-    and domain, and device 00:00.0 for those that are not on bus 0.
+    QEMU's IOMMU reports 0 for address and domain, and device 00:00.0 for devices that are not on bus 0.
     """
 
     bdf: Bdf | None
+    """The device."""
     kind: str
+    """The kernel's name: ``IO_PAGE_FAULT`` for a blocked access, ``IOTLB_INV_TIMEOUT`` …"""
     address: int | None
+    """The I/O virtual address, in bytes."""
     domain: int | None
+    """The domain ID."""
     flags: int | None
+    """The flags of the event (AMD IOMMU specification, 2.5)."""
     text: str
+    """The kernel's message."""
 
     @property
     def access(self) -> str:
-        """Of a page fault what was blocked: ``read``, ``write``, ``interrupt``, ``translation request``; else empty.
+        """What a page fault blocked: ``read``, ``write``, ``interrupt``, ``translation request``; else empty.
 
-        The specification vouches for read and write only where the page was present; the hardware seen so far says
-        it otherwise, too, and so does the kernel (IS_WRITE_REQUEST).
+        The specification defines the write flag only for a present page; hardware sets it for others, too, and the
+        kernel relies on it (IS_WRITE_REQUEST).
         """
         if self.kind != PAGE_FAULT or self.flags is None:
             return ""
@@ -89,12 +91,12 @@ class IommuEvent:
 
     @property
     def write(self) -> bool:
-        """Whether the device wanted to write to memory."""
+        """Whether a write to memory was blocked."""
         return self.access == "write"
 
     @property
     def reason(self) -> str:
-        """Why a page fault was one: ``not mapped``, ``not permitted``; empty where the flags do not say."""
+        """The cause of a page fault: ``not mapped``, ``not permitted``; empty if unknown."""
         if self.kind != PAGE_FAULT or self.flags is None:
             return ""
         if not self.flags & _PRESENT:
@@ -103,15 +105,18 @@ class IommuEvent:
 
 
 class EventParser:
-    """Puts events together from the kernel's records, in their order."""
+    """Parses events from the kernel's records, in their order.
+
+    Synchronization: for one thread.
+    """
 
     def __init__(self) -> None:
-        self._begun: str | None = None  # an event whose second record is still to come
+        self._begun: str | None = None  # an event whose second record is missing so far
         self._speaker: Bdf | None = None
         self._left = 0
 
     def feed(self, record: Record) -> IommuEvent | None:
-        """The event that ``record`` tells of or completes; None for any other. Raises nothing."""
+        """Return the event that ``record`` contains or completes; None for any other. Raises nothing."""
         if not record.by_kernel:
             return None
         head = _HEAD.fullmatch(record.text)
@@ -156,7 +161,7 @@ def _event(body: str, speaker: Bdf | None, text: str) -> IommuEvent | None:
     fields = {name: int(value, 16) for name, value in _FIELD.findall(match["fields"])}
     kind = match["kind"]
     if device is None and kind in (PAGE_FAULT, "RMP_PAGE_FAULT", "RMP_HW_ERROR"):
-        device = speaker  # these are told by the device itself; the others by the IOMMU, about the device they name
+        device = speaker  # printed for the device itself; the others are printed for the IOMMU
     address = fields.get("address", fields.get("gpa", fields.get("spa")))
     return IommuEvent(device, kind, address, fields.get("domain"), fields.get("flags"), text)
 
@@ -164,8 +169,10 @@ def _event(body: str, speaker: Bdf | None, text: str) -> IommuEvent | None:
 class FaultLog(OwnedFd):
     """The IOMMU events of the whole host from now on. The descriptor can be polled for reading; nothing blocks.
 
-    Raises ``OSError``: ``EPERM`` or ``EACCES`` without CAP_SYSLOG (where ``kernel.dmesg_restrict`` is set),
-    ``ENOENT`` without the node. ``lost`` counts how often the log ran over before it was read.
+    Raises ``OSError``: ``EPERM`` or ``EACCES`` without CAP_SYSLOG (if ``kernel.dmesg_restrict`` is set), ``ENOENT``
+    without the node. ``lost`` counts how often records were overwritten before they were read.
+
+    Synchronization: for one thread.
     """
 
     def __init__(self, path: str = KMSG) -> None:
@@ -175,7 +182,7 @@ class FaultLog(OwnedFd):
         os.lseek(self.fd, 0, os.SEEK_END)
 
     def read(self) -> list[IommuEvent]:
-        """Every event since the last call, in order; empty if there was none. Each message of the log is one read."""
+        """Return every event since the last call, in order. Raises ``OSError``."""
         events: list[IommuEvent] = []
         for piece in read_pieces(self.fd):
             if piece is None:
@@ -187,7 +194,7 @@ class FaultLog(OwnedFd):
 
 
 def open_fault_log(path: str = KMSG) -> FaultLog | str:
-    """The log, or why this process cannot have it: it is worth having, and no reason to fail."""
+    """Return the log, or why it cannot be opened, as a message with a remedy: a machine works without it."""
     try:
         return FaultLog(path)
     except OSError as error:

@@ -1,9 +1,9 @@
-"""The records of the kernel's log, ``/dev/kmsg``, and who wrote them.
+"""Records of the kernel's log, ``/dev/kmsg``, and who has written them.
 
 A record is one line, ``priority,sequence,microseconds,flags;message``, and below it lines that begin with a blank:
-what ``dev_printk`` adds (``SUBSYSTEM=pci``, ``DEVICE=+pci:0000:01:00.0``). The kernel writes with facility 0, and
-nobody else can: what user space puts there becomes facility 1. A line break in a message is written as ``\\x0a``, so
-that a message cannot make a record. Source: Documentation/ABI/testing/dev-kmsg, kernel/printk/printk.c
+what ``dev_printk`` adds (``SUBSYSTEM=pci``, ``DEVICE=+pci:0000:01:00.0``). Only the kernel writes with
+facility 0: what user space writes has facility 1. A line break in a message is written as ``\\x0a``, so
+that a message cannot forge a record. Source: Documentation/ABI/testing/dev-kmsg, kernel/printk/printk.c
 (devkmsg_write, msg_print_ext_body).
 """
 
@@ -19,46 +19,55 @@ from kvmpass.host.address import Bdf
 
 PATH = "dev/kmsg"
 _RECORD_LIMIT = 8192  # no record is longer (kernel/printk/printk.c: PRINTK_MESSAGE_MAX)
-_BIGGEST_LOG = 64 << 20  # bytes: more than log_buf_len may make it, and an end for a file that has none
+_BIGGEST_LOG = 64 << 20  # bytes: more than the maximum of log_buf_len; limits files that do not end
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """``text`` is the message; ``device`` the PCI function that the kernel says it is about, as ``dev_printk`` does.
-
-    ``structured``: the kernel says about which device it is, of whatever bus.
-    """
+    """One record."""
 
     facility: int
+    """Its syslog facility; 0: the kernel."""
     sequence: int
+    """Its sequence number, 0 for the first after boot."""
     text: str
+    """The message."""
     structured: bool = False
+    """Whether the kernel has added a device of any bus (``dev_printk``)."""
     device: Bdf | None = None
+    """That device, if it is a PCI function."""
 
     @property
     def by_kernel(self) -> bool:
+        """Whether the kernel has written it."""
         return self.facility == 0
 
 
 @dataclass(frozen=True, slots=True)
 class KernelLog:
-    """What is in the log now. ``complete``: it reaches back to the boot. ``error`` says why it cannot be read."""
+    """The content of the log at one moment."""
 
     records: tuple[Record, ...] = ()
+    """The records, oldest first."""
     complete: bool = True
+    """Whether it reaches back to boot."""
     error: str | None = None
+    """Why it cannot be read; None if it can."""
 
     def having(self, *words: str) -> list[str]:
-        """The kernel's own messages that hold one of ``words``."""
-        return [one.text for one in self.records if one.by_kernel and any(word in one.text for word in words)]
+        """Return the kernel's messages that contain one of ``words``."""
+        return [text for text in self._own() if any(word in text for word in words)]
 
     def matching(self, pattern: re.Pattern[str]) -> list[str]:
-        """The kernel's own messages that are such from the first character to the last."""
-        return [one.text for one in self.records if one.by_kernel and pattern.fullmatch(one.text)]
+        """Return the kernel's messages that match ``pattern`` as a whole."""
+        return [text for text in self._own() if pattern.fullmatch(text)]
+
+    def _own(self) -> Iterator[str]:
+        return (record.text for record in self.records if record.by_kernel)
 
 
 def parse_records(data: bytes) -> Iterator[Record]:
-    """Whole records; lines that are none are left out. Raises nothing."""
+    """Yield whole records; other lines are skipped. Raises nothing."""
     lines: list[str] = []
     for line in data.decode(errors="replace").split("\n"):
         if lines and not line.startswith(" "):
@@ -90,7 +99,7 @@ def _function(device: str) -> Bdf | None:
 
 
 def read_pieces(fd: int) -> Iterator[bytes | None]:
-    """What a descriptor (``O_NONBLOCK``) of the log has now: of ``/dev/kmsg`` a record each, of a file any bytes.
+    """Yield what a descriptor (``O_NONBLOCK``) of the log has now: one record of ``/dev/kmsg``, any bytes of a file.
 
     None stands for records that were overwritten before they were read. Raises ``OSError``.
     """
@@ -108,9 +117,9 @@ def read_pieces(fd: int) -> Iterator[bytes | None]:
 
 
 def read_log(path: str | os.PathLike[str]) -> KernelLog:
-    """All that the log has now. Raises nothing: ``error`` says what is in the way.
+    """Return the content of the log. Raises nothing: see ``KernelLog.error``.
 
-    Of a regular file, as a recorded host has it, all lines are read.
+    ``path`` is ``/dev/kmsg``, or the regular file of a recording.
     """
     data = bytearray()
     try:

@@ -1,7 +1,7 @@
-"""Kernel modules: in the kernel, loaded, or what loading them would meet.
+"""Kernel modules: built in, loaded, or whether they can be loaded.
 
-On this machine modprobe is asked, which knows where its modules are. For a recorded tree the files are read that
-modprobe reads (modules.dep(5), modprobe.d(5)).
+On this machine from the output of modprobe. For a recorded tree from the files that modprobe reads (modules.dep(5),
+modprobe.d(5)).
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ MODPROBE_DIRECTORIES = (
     "usr/lib/modprobe.d",
     "lib/modprobe.d",
 )
-# The kernel's own, a distribution's whose /lib is no link, NixOS's.
+# The kernel's default, for distributions without the link /lib, for NixOS.
 MODULE_PLACES = ("lib/modules", "usr/lib/modules", "run/booted-system/kernel-modules/lib/modules")
 _ASK_SECONDS = 10.0
 
 
 class ModuleStatus(enum.StrEnum):
+    """The state of a module."""
+
     LOADED = "loaded"
     BUILT_IN = "built in"
     LOADABLE = "loadable"
@@ -38,26 +40,30 @@ class ModuleStatus(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """``seen`` is the file that tells, ``value`` what it says."""
+    """A module and where its state was read."""
 
     name: str
+    """Its name, with underscores."""
     status: ModuleStatus
+    """Its state."""
     seen: str
+    """The file or command that was read."""
     value: str
+    """The relevant line."""
 
     @property
     def usable(self) -> bool:
-        """It works, or will once somebody asks for it."""
+        """Whether it is loaded, built in, or loadable on demand."""
         return self.status not in (ModuleStatus.BLOCKED, ModuleStatus.MISSING)
 
 
 def module(sysfs: Sysfs, name: str) -> Module:
-    """How things stand with the module ``name`` (``-`` and ``_`` are the same). Loads nothing."""
+    """Return the state of the module ``name`` (``-`` and ``_`` are equivalent). Loads nothing."""
     name = name.replace("-", "_")
     directory = f"sys/module/{name}"
     if sysfs.path(directory).is_dir():
         loaded = sysfs.path(directory, "initstate").exists()  # a built-in one has none (kernel/module/sysfs.c)
-        return Module(name, ModuleStatus.LOADED if loaded else ModuleStatus.BUILT_IN, f"/{directory}", "there")
+        return Module(name, ModuleStatus.LOADED if loaded else ModuleStatus.BUILT_IN, f"/{directory}", "present")
     told = sysfs.ask(f"module {name}", lambda: _told(sysfs, name))
     found = _listed(sysfs, name) if told is None else Module(name, ModuleStatus(told[0]), told[1], told[2])
     if found.status is ModuleStatus.LOADABLE:
@@ -66,13 +72,13 @@ def module(sysfs: Sysfs, name: str) -> Module:
 
 
 def _told(sysfs: Sysfs, name: str) -> list[str] | None:
-    """The same for a record: what modprobe says, of this machine only."""
+    """The output of modprobe as JSON values, on this machine only."""
     found = _asked(name) if str(sysfs.root) == "/" else None
     return None if found is None else [str(found.status), found.seen, found.value]
 
 
 def _asked(name: str) -> Module | None:
-    """What ``modprobe --show-depends`` says; None where it cannot be asked. It loads nothing."""
+    """The output of ``modprobe --show-depends``, which loads nothing; None if it cannot be run."""
     tool = modprobe_tool()
     if tool is None:
         return None
@@ -91,9 +97,9 @@ def _asked(name: str) -> Module | None:
     seen = f"modprobe --show-depends {name}"
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode or not lines:
-        said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
-        return Module(name, ModuleStatus.MISSING, seen, said[-1].removeprefix("modprobe: FATAL: "))
-    action, _, what = lines[-1].partition(" ")  # the last is the module's own, the others are what it needs
+        errors = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        return Module(name, ModuleStatus.MISSING, seen, errors[-1].removeprefix("modprobe: FATAL: "))
+    action, _, what = lines[-1].partition(" ")  # the last is the module itself, the others are its dependencies
     if action == "builtin":
         return Module(name, ModuleStatus.BUILT_IN, seen, lines[-1])
     if action == "install" and _is_stub(what.split()):
@@ -102,23 +108,23 @@ def _asked(name: str) -> Module | None:
 
 
 def _listed(sysfs: Sysfs, name: str) -> Module:
-    """What the lists say that depmod and the kernel's build have left."""
+    """The state by the lists of depmod and of the kernel build."""
     base = module_directory(sysfs)
     spelling = re.escape(name).replace("_", "[-_]")
     own = rf"((?:[\w./+-]*/)?{spelling}\.ko(?:\.\w+)?)"
     for listing, status, end in (
         ("modules.builtin", ModuleStatus.BUILT_IN, "$"),
         ("modules.dep", ModuleStatus.LOADABLE, ":"),
-        ("modules.dep.bin", ModuleStatus.LOADABLE, ":"),  # the one that modprobe reads; some systems keep no other
+        ("modules.dep.bin", ModuleStatus.LOADABLE, ":"),  # the one that modprobe reads; some systems have no other
     ):
         match = re.search(rf"(?:^|[^\w./+-]){own}{end}", sysfs.text(base, listing) or "", re.MULTILINE)
         if match:
             return Module(name, status, f"/{base}/{listing}", match[1])
-    return Module(name, ModuleStatus.MISSING, f"/{base}/modules.dep", f"no {name}")
+    return Module(name, ModuleStatus.MISSING, f"/{base}/modules.dep", f"{name} not found")
 
 
 def module_directory(sysfs: Sysfs) -> str:
-    """Where the running kernel's modules are, without a leading slash; the usual place if nowhere."""
+    """Return the directory of the running kernel's modules, without a leading slash; the default if none exists."""
     release = sysfs.text("proc/sys/kernel/osrelease") or "unknown"
     places = [f"{place}/{release}" for place in MODULE_PLACES]
     lists = ("modules.dep", "modules.dep.bin", "modules.builtin")
@@ -126,10 +132,10 @@ def module_directory(sysfs: Sysfs) -> str:
 
 
 def modprobe_lines(sysfs: Sysfs) -> list[tuple[str, list[str]]]:
-    """Every line of modprobe's configuration: its file, its words.
+    """Return every line of modprobe's configuration: its file, its words.
 
-    Files count in the order of their names, wherever they are; of one name only the first directory's counts.
-    A line that ends with a backslash goes on in the next.
+    Files are sorted by name over all directories; of files with the same name only that in the first directory
+    counts. A backslash at the end of a line continues it.
     """
     places: dict[str, str] = {}
     for directory in MODPROBE_DIRECTORIES:
@@ -145,17 +151,17 @@ def modprobe_lines(sysfs: Sysfs) -> list[tuple[str, list[str]]]:
 
 
 def _is_stub(words: Sequence[str]) -> bool:
-    """Whether an ``install`` line's command is one that only keeps the module out."""
+    """Whether an ``install`` line's command only prevents loading."""
     return bool(words) and words[0].rpartition("/")[2] in ("true", "false", ":")
 
 
 def vfio_ids(sysfs: Sysfs, device: PciDevice) -> Iterator[tuple[str, str]]:
-    """Where vfio-pci is told to take this device by its ids, and the entry that does it."""
-    entries = [("/proc/cmdline", one) for one in CommandLine(sysfs.text("proc/cmdline") or "").vfio_ids()]
+    """Yield each entry of vfio-pci's ids that matches this device, and the file that has it."""
+    entries = [("/proc/cmdline", entry) for entry in CommandLine(sysfs.text("proc/cmdline") or "").vfio_ids()]
     for file, words in modprobe_lines(sysfs):
         if words[0] == "options" and words[1:2] and words[1].replace("-", "_") == "vfio_pci":
             options = [word.removeprefix("ids=") for word in words[2:] if word.startswith("ids=")]
-            entries += [(file, one) for option in options for one in option.strip('"').split(",")]
+            entries += [(file, entry) for option in options for entry in option.strip('"').split(",")]
     ids = device.vendor, device.device, (device.subsystem_vendor, device.subsystem_device), device.class_code
     for source, entry in entries:
         if matches_ids(entry, *ids):
@@ -163,7 +169,7 @@ def vfio_ids(sysfs: Sysfs, device: PciDevice) -> Iterator[tuple[str, str]]:
 
 
 def _obstacle(sysfs: Sysfs, name: str) -> Module | None:
-    """What keeps modprobe from loading it. ``blacklist`` does not: it only hides aliases."""
+    """What prevents loading it. ``blacklist`` does not: it only hides aliases."""
     for file, words in modprobe_lines(sysfs):
         if words[0] == "install" and words[1:2] and words[1].replace("-", "_") == name and _is_stub(words[2:]):
             return Module(name, ModuleStatus.BLOCKED, file, " ".join(words))

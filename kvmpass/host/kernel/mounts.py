@@ -1,4 +1,4 @@
-"""What is mounted, in every mount namespace that this user may look into (proc(5), /proc/PID/mountinfo)."""
+"""Mounts in every mount namespace that this user may inspect (proc(5), /proc/PID/mountinfo)."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from kvmpass.host.sysfs import Sysfs
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """``number`` is ``major:minor`` of the device, made up by the kernel for file systems without one.
-
-    ``options`` are those of the file system (comma-separated). ``where`` is empty in this process's own namespace,
-    else words that name another one.
-    """
+    """One mount."""
 
     number: str
+    """``major:minor`` of the device; an anonymous number for a file system without one."""
     point: str
+    """The mount point."""
     kind: str
+    """The file system type."""
     source: str
+    """The source, such as a device node."""
     options: str
+    """Options of the file system, separated by commas."""
     where: str = ""
+    """The mount namespace, as a suffix for messages; empty for this process's own."""
 
 
 def mounts(sysfs: Sysfs) -> list[Mount]:
-    """Those of this process first, then what only others have: one of each device and source."""
+    """Return the mounts of this process first, then those only in other namespaces: one of each device and source."""
     found = list(_read(sysfs, "self", ""))
-    known = {(one.number, one.source) for one in found}
+    known = {(mount.number, mount.source) for mount in found}
     for pid in namespaces(sysfs, "mnt"):
         for mount in _read(sysfs, str(pid), f" for {process(sysfs, pid)}"):
             if (mount.number, mount.source) not in known:

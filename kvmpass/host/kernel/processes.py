@@ -1,4 +1,4 @@
-"""Processes: who holds a device node, and whether a process of the past is still the same one."""
+"""Processes: which of them have a device node open, and whether a PID still is the same process."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from dataclasses import dataclass
 
 from kvmpass.host.sysfs import Sysfs
 
-# They open each new node for an instant and let go when it vanishes.
+# They open each new node for a moment, and close it when it is removed.
 _PASSERS_BY = frozenset({"systemd-udevd", "(udev-worker)", "udevd", "eudevd", "mdevd"})
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Process:
-    """A process by its id and the kernel's short name of it (``comm``, 15 characters)."""
+    """A process."""
 
     pid: int
+    """Its PID."""
     name: str
+    """Its name (``comm``, up to 15 characters)."""
 
     def __str__(self) -> str:
         own = ", this very process" if self.pid == os.getpid() else ""
@@ -26,13 +28,14 @@ class Process:
 
 
 def process(sysfs: Sysfs, pid: int) -> Process:
+    """Return the process with its name; ``?`` if it has exited."""
     return Process(pid, sysfs.text("proc", str(pid), "comm") or "?")
 
 
 def start_time(sysfs: Sysfs, pid: int) -> int | None:
-    """When the process started, in clock ticks since boot (proc(5), stat field 22); None without process.
+    """Return when the process started, in clock ticks since boot (proc(5), stat field 22); None without process.
 
-    A process that has exited and only waits for its parent counts as none: it holds nothing any more.
+    A zombie counts as none: it has no open files.
     """
     text = sysfs.text("proc", str(pid), "stat")
     if text is None or ")" not in text:
@@ -44,20 +47,17 @@ def start_time(sysfs: Sysfs, pid: int) -> int | None:
 
 
 Holders = Callable[[Iterable[str]], dict[str, list[Process]]]
-"""Tells who has which of some nodes (paths such as ``/dev/vfio/7``) open; nodes that nobody has are left out."""
+"""Returns the processes that have some nodes (paths such as ``/dev/vfio/7``) open, without nodes that none has."""
 
 
 def holders(sysfs: Sysfs, nodes: Iterable[str]) -> dict[str, list[Process]]:
-    """Who has which of ``nodes`` (paths such as ``/dev/vfio/7``) open, as far as this user may look."""
+    """Return which processes have ``nodes`` (such as ``/dev/vfio/7``) open, as far as this user may inspect them."""
     wanted = frozenset(nodes)
     return _open_files(sysfs, wanted.__contains__) if wanted else {}
 
 
 class OpenNodes:
-    """One look at what all processes have open, for many questions; a :data:`Holders`.
-
-    Device nodes, and files of devices in sysfs.
-    """
+    """The device nodes and sysfs files that all processes have open at one moment; a :data:`Holders`."""
 
     def __init__(self, sysfs: Sysfs) -> None:
         self._found = _open_files(sysfs, lambda target: target.startswith(("/dev/", "/sys/devices/")))
@@ -68,9 +68,9 @@ class OpenNodes:
 
 
 def namespaces(sysfs: Sysfs, kind: str) -> dict[int, str]:
-    """A process of each other namespace of a kind (``mnt``, ``net``), and the kernel's name of it (``net:[number]``).
+    """Return a process of each other namespace of a kind (``mnt``, ``net``), with the name (``net:[number]``).
 
-    Of those that this user may look into.
+    Only of namespaces that this user may inspect.
     """
     seen = {sysfs.link("proc/self/ns", kind)}
     found = {}
@@ -84,9 +84,9 @@ def namespaces(sysfs: Sysfs, kind: str) -> dict[int, str]:
 
 
 def sockets_of(sysfs: Sysfs, protocol: str) -> list[Process]:
-    """Who has sockets of a protocol open, by the kernel's name of it (``AF_VSOCK``), as far as this user may look.
+    """Return the processes with sockets of a protocol (``AF_VSOCK``), as far as this user may inspect them.
 
-    Only of this machine's processes: each socket is asked (net/socket.c: sockfs_xattr_get).
+    Only on this machine: it reads an attribute of each socket (net/socket.c: sockfs_xattr_get).
     """
     found = set()
     for name in sysfs.names("proc"):

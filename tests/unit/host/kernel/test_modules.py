@@ -89,7 +89,7 @@ def asked(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Modu
         ("echo insmod /odd/a.ko; echo 'install /bin/false '", ModuleStatus.BLOCKED, "install /bin/false"),
         ("echo 'install /sbin/modprobe -i x'", ModuleStatus.LOADABLE, "install /sbin/modprobe -i x"),
         ("echo 'modprobe: FATAL: Module x not found in directory /y' >&2; exit 1", ModuleStatus.MISSING, "Module x"),
-        ("exit 0", ModuleStatus.MISSING, "it ended with 0"),
+        ("exit 0", ModuleStatus.MISSING, "exit status 0"),
     ],
 )
 def test_modprobe_is_asked(
@@ -103,7 +103,7 @@ def test_modprobe_is_asked(
 def test_without_modprobe_the_files_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvmpass.host.kernel.modules.modprobe_tool", lambda: None)
     found = module(Sysfs(), "no-such-module")
-    assert (found.status, found.value) == (ModuleStatus.MISSING, "no no_such_module")
+    assert (found.status, found.value) == (ModuleStatus.MISSING, "no_such_module not found")
 
 
 @pytest.mark.parametrize("answer", [None, 5, [], ["x"], {"a": 1}, [0, 5, None], [None, None, None]])
