@@ -14,6 +14,7 @@ from kvmpass.host.usage.shares import VIRTIO
 
 _CXL_MEMORY = 0x0502
 VSOCK = "vmw_vsock_virtio_transport"
+PROTOCOL = "AF_VSOCK"  # net/vmw_vsock/af_vsock.c: vsock_proto
 
 
 def virtual_functions(look: Look, device: PciDevice) -> Iterator[Use]:
@@ -76,4 +77,4 @@ def _vsock(look: Look) -> Iterator[Use]:
 def _vsock_now(look: Look) -> list[str] | None:
     if str(look.sysfs.root) != "/" or os.geteuid() != 0:
         return None
-    return [str(process) for process in sockets_of(look.sysfs, "AFVSOCK")]
+    return [str(process) for process in sockets_of(look.sysfs, PROTOCOL)]

@@ -16,6 +16,7 @@ from kvmpass.host.blockers.use import borrowers
 from kvmpass.host.drivers.journal import Entry, boot_id
 from kvmpass.host.kernel import processes
 from kvmpass.host.kernel.processes import sockets_of, start_time
+from kvmpass.host.usage.kernel import PROTOCOL
 
 BDF = Bdf(0, 1, 0, 0)
 DEVICE = f"sys/bus/pci/devices/{BDF}"
@@ -448,8 +449,14 @@ def test_each_socket_is_asked_for_its_protocol(monkeypatch: pytest.MonkeyPatch) 
     with one, other:
         protocol = os.getxattr(f"/proc/self/fd/{one.fileno()}", "system.sockprotoname").rstrip(b"\0").decode()
         assert own in [process.pid for process in sockets_of(Sysfs(), protocol)]
-        assert sockets_of(Sysfs(), "AF_VSOCK") == []
+        assert sockets_of(Sysfs(), PROTOCOL) == []
     assert processes.process(Sysfs(), own).pid == own
+    try:
+        vsock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    except OSError:
+        pytest.skip("this kernel has no AF_VSOCK")
+    with vsock:
+        assert own in [process.pid for process in sockets_of(Sysfs(), PROTOCOL)]
 
 
 def test_what_is_borrowed_is_known_before_a_node_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
