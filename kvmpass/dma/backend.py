@@ -1,9 +1,14 @@
 """What a DMA domain needs of an IOMMU. Another back end implements ``Backend``; nothing else knows which one it is.
 
 A back end is one translation: devices are attached to it and reach what is mapped in it. It hides the order of its
-kernel interface. Type 1: the group joins a container, memory is mapped, the device is opened; mappings vanish with
-the last group. IOAS: the device is opened, bound and attached to the empty IOAS, then memory is mapped. So only the
-back end knows when mappings can exist: it calls its ``Mapper`` then.
+kernel interface, and registers with KVM the files that its interface has (groups, or devices' own):
+
+- Type 1: the group joins a container, memory is mapped, KVM is told of the group, the device is opened. Mappings
+  vanish with the last group.
+- IOAS: the device's character device is opened, KVM is told of it, it is bound and attached to the empty IOAS, memory
+  is mapped. VFIO tells nothing of a device that is not bound (``Device`` asks), and resets it when it is bound.
+
+So only the back end knows when mappings can exist: it calls its ``Mapper`` then. ``Machine(backend=…)`` takes one.
 """
 
 from __future__ import annotations
@@ -40,9 +45,9 @@ class Mapper(Protocol):
         """
 
     def unmap_all(self) -> None:
-        """Before the last device leaves the translation, when it is closed. Raises ``OSError``, ``AuditFailed``.
+        """Called when the last device is closed, before it leaves the translation.
 
-        The back end goes on where this fails: what is left vanishes with the translation.
+        Raises ``OSError``, ``AuditFailed``: the back end goes on, and what is left vanishes with the translation.
         """
 
 
@@ -60,12 +65,14 @@ class Backend(Protocol):
     def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
         """Put a device into the translation and open it: ``name`` is its PCI address, ``group`` its IOMMU group.
 
-        ``vf_token``: see ``Group.get_device_fd``. KVM is told of its file before the device's driver asks for the VM.
-        Raises ``OSError``, ``GroupNotViable`` or what ``map_all`` raises; then nothing has changed.
+        ``vf_token``: see ``Group.get_device_fd``. KVM knows its file before the device's driver in VFIO looks for a
+        VM, which it does when the device is opened (type 1) or bound (IOAS). Raises ``GroupNotViable`` where the
+        kernel refuses the group (an interface that says so by ``EBUSY`` or ``EINVAL`` alone is translated),
+        ``OSError``, or what ``map_all`` raises; then nothing has changed.
         """
 
     def detach(self, device: Device) -> None:
-        """Close ``device`` and take it out. Runs every step even if one fails.
+        """Let KVM drop its file, close ``device`` and take it out. It is open until then. Runs every step.
 
         What cannot leave the translation stays in it until ``close``, or until something of its group is attached.
         """
@@ -77,7 +84,10 @@ class Backend(Protocol):
         """
 
     def unmap(self, region: MemoryRegion) -> int:
-        """Undo ``map``; returns how many bytes were mapped there: 0 if none. Raises ``OSError``."""
+        """Undo ``map``; returns how many bytes were mapped there. Raises ``OSError``.
+
+        0 if none were, also where the kernel says so by ``ENOENT``.
+        """
 
     def unmap_rest(self) -> int:
         """Undo every mapping that there may still be; returns how many bytes there were. Raises ``OSError``."""

@@ -221,15 +221,13 @@ class Machine(Execution):
         """What happens to a device that no guest sees any more."""
         return (
             partial(self._notices.unwatch, device.vfio),
-            partial(self._close_device, device),
             partial(self.domain.detach, device.vfio),
+            partial(self._tell_closed, device),
         )
 
-    def _close_device(self, device: AssignedDevice) -> None:
-        started = time.monotonic()
-        device.vfio.close()
+    def _tell_closed(self, device: AssignedDevice) -> None:
         if device.vfio.resettable:
-            self._notices.tell(device.reset_event(time.monotonic() - started, "deassign"))
+            self._notices.tell(device.reset_event(device.vfio.close_seconds, "deassign"))
 
     def unplug(self, device: AssignedDevice, timeout: float = EJECT_SECONDS) -> None:
         """Ask the running guest to let go of ``device``, wait until it has, and take it out.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -143,14 +144,15 @@ class Device(OwnedFd):
     """One function. ``regions`` and ``irqs`` are keyed by VFIO's index.
 
     Regions that the device lacks are absent. INTx, MSI and MSI-X have a count of 0 where the device lacks them; ERR
-    and REQ are absent where the kernel cannot signal them (ERR: the device is not PCI Express). ``open_seconds``: how
-    long opening took, most of it the reset that the kernel does then if it can.
+    and REQ are absent where the kernel cannot signal them (ERR: the device is not PCI Express). ``open_seconds`` and
+    ``close_seconds``: how long it took, most of it the reset that the kernel does then if it can.
     """
 
     def __init__(self, fd: int, name: str, open_seconds: float = 0.0) -> None:
         super().__init__(fd)
         self.name = name
         self.open_seconds = open_seconds
+        self.close_seconds = 0.0
         with closing_on_error(self):
             info = ffi.new("struct kvmpass_device_info *")
             check(lib.vfio_device_get_info(self.fd, info), "VFIO_DEVICE_GET_INFO", name)
@@ -161,6 +163,13 @@ class Device(OwnedFd):
             self.regions = {region.index: Region(self, region) for region in found if region is not None}
             interrupts = (self._irq_info(index) for index in range(min(info.num_irqs, REQ + 1)))
             self.irqs = {irq.index: irq for irq in interrupts if irq is not None}
+
+    def close(self) -> None:
+        """Close the descriptor; idempotent."""
+        if not self.closed:
+            started = time.monotonic()
+            super().close()
+            self.close_seconds = time.monotonic() - started
 
     @property
     def config(self) -> Region:

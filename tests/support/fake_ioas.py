@@ -68,20 +68,26 @@ class IoasDevice:
         self.vf_token = vf_token
         self.fd = 200 + [*itertools.chain(*kernel.members.values())].index(name)
         self.kvm: str | None = None
-        self.attached = False
+        self.bound = self.attached = False
         self.resets: list[list[int]] = []
 
+    def bind(self) -> None:
+        """VFIO_DEVICE_BIND_IOMMUFD: before it the device tells nothing, and can be attached to nothing."""
+        self.kernel.call("bind", lambda: setattr(self, "bound", True))
+
     def attach(self) -> None:
+        assert self.bound
         self.kernel.call("attach", lambda: setattr(self, "attached", True))
 
     def close(self) -> None:
         def work() -> None:
-            self.attached = False
+            self.bound = self.attached = False
             self.kernel.devices.pop(self.name, None)
 
         self.kernel.call("device.close", work)
 
     def get_pci_hot_reset_info(self) -> list[DependentDevice]:
+        assert self.bound
         return self.kernel.dependent[self.name]
 
     def pci_hot_reset(self, groups: Sequence[Any]) -> None:
@@ -109,6 +115,7 @@ class DictBackend:
             undo.callback(self.detach, device)
             if self._kvm_vfio:
                 self._kvm_vfio.file_add(device.fd)
+            device.bind()
             device.attach()
             self._mapper.map_all()
             undo.pop_all()

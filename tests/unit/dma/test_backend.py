@@ -13,10 +13,10 @@ from kvmpass.vfio.device import DependentDevice
 
 def test_a_back_end_may_open_the_device_before_memory_is_mapped(ioas: Stage) -> None:
     device = ioas.domain.attach(NIC, 1)
-    assert ioas.kernel.log == ["get_device_fd", "file_add", "attach", "map", "map"]
+    assert ioas.kernel.log == ["get_device_fd", "file_add", "bind", "attach", "map", "map"]
     ioas.kernel.log.clear()
     other = ioas.domain.attach(DISK, 2)
-    assert ioas.kernel.log == ["get_device_fd", "file_add", "attach"]
+    assert ioas.kernel.log == ["get_device_fd", "file_add", "bind", "attach"]
     ioas.kernel.log.clear()
     ioas.domain.detach(device)
     assert ioas.kernel.log == ["file_del", "device.close"]
