@@ -3,7 +3,12 @@
 A ``PciFunction`` is made by a factory from its ``Wiring``. It has a ``ConfigSpace``; its BARs, each a ``Bar`` over a
 ``BarSource``, in a ``Bars``; ``Intx``, ``Msi`` and ``Msix`` over an ``InterruptSink`` each. A write of configuration
 space goes to ``Bars.write``, or into the space; after it ``Bars.decode`` is told the command register, and ``update``
-of MSI and MSI-X called. ``AssignedFunction`` is one over a VFIO device.
+of MSI and MSI-X called. The function writes the header and links its capabilities; it looks at the command register
+itself before it does DMA or interrupts. ``Bars`` raises ``OSError`` where KVM keeps a memslot: the function logs it,
+and shows the guest the registers as they are.
+
+``AssignedFunction`` is one over a VFIO device. ``Machine.add_function`` plugs any other: a function that ships is a
+module of this package, one for tests is like ``tests/support/emulated_edu.py``.
 """
 
 from __future__ import annotations

@@ -65,10 +65,12 @@ class Msi:
             self._space.set(self._mask_at + 4, bits, 4)
 
     def update(self) -> None:
-        """The guest has written the enabled capability: as many vectors as it asks for, at its message."""
+        """The guest has written the capability: as many vectors as it asks for, at its message; off, none."""
         control = self._space.get(self.start + 2, 2)
         asked = min(1 << (control >> pciregs.MSI_MULTIPLE_ENABLE_SHIFT & 7), len(self._vectors))
         try:
+            if not self.enabled:
+                return self.disable()
             if asked != self._asked:
                 self.disable()
                 self._asked = asked

@@ -60,10 +60,7 @@ class Capability:
 
     def write(self, offset: int, value: int, size: int) -> None:
         self.space.write(AT + offset, value.to_bytes(size, "little"))
-        if self.msi.enabled:
-            self.msi.update()
-        else:
-            self.msi.disable()
+        self.msi.update()
 
     def program(self, multiple: int = 0, address: int = ADDRESS, data: int = 0x40) -> None:
         self.write(4, address & 0xFFFF_FFFF, 4)
