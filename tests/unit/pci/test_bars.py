@@ -59,6 +59,7 @@ def test_each_has_its_register(function: Function) -> None:
     ]
     assert function.read(BAR0 + 4) == wide.address >> 32 != 0
     assert [function.read(at) for at in (BAR2 + 4, BAR5)] == [0, 0]
+    assert function.bars.decoding == 0
 
 
 def test_what_is_no_bars_register_is_left_to_others(function: Function) -> None:
@@ -74,6 +75,8 @@ def test_registers_are_written_in_pieces(function: Function) -> None:
     before = memory.address
     assert function.write(BAR4 + 2, 0xD123, 2)
     assert function.read(BAR4) == memory.address == before & 0xFFFF | 0xD123 << 16
+    assert function.write(BAR4 + 1, 0x50, 1)
+    assert function.read(BAR4) == memory.address == 0xD123_5000
     assert function.write(BAR0 + 4, 0x12)
     assert function.read(BAR0 + 4) == 0x12
 
