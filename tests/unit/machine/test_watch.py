@@ -115,12 +115,12 @@ def test_what_waits_for_its_time_comes_in_the_order_of_times(watch: Watch) -> No
 def test_what_comes_after_the_end_is_dropped() -> None:
     """Its descriptors may be somebody else's by then."""
     watch, called = Watch("own"), threading.Event()
-    watch.call_later(0.05, called.set)
+    watch.call_later(0.5, called.set)
     watch.close()
     reused = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     watch.call(called.set)
     watch.call_later(0.0, called.set)
-    assert not called.wait(0.2)
+    assert not called.wait(0.8)
     with pytest.raises(BlockingIOError):
         os.eventfd_read(reused)
     os.close(reused)
