@@ -1,4 +1,4 @@
-"""A recording of what this host shows of itself, and the host that is read from one."""
+"""Recordings of a host, and :class:`Sysfs` over a recording."""
 
 from kvmpass.host.record.anonymity import Anonymity
 from kvmpass.host.record.recorded import BadRecord, RecordedSysfs, open_recorded

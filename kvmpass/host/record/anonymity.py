@@ -1,8 +1,8 @@
-"""Addresses and serial numbers of a recorded host, replaced: the same one by the same one, wherever it stands.
+"""Pseudonyms for addresses and serial numbers in a recording: the same value gets the same one everywhere.
 
 Replaced: addresses of network interfaces (MAC) and of the network (IPv4, IPv6, in text and in the tables of
-``/proc/net``), serial numbers, UUIDs and world-wide names, this machine's name, names of users in paths. What lies in
-one network still does, so that routes lead where they led. Everything else stays as it is: PCI addresses, models,
+``/proc/net``), serial numbers, UUIDs and world-wide names, this machine's name, names of users in paths. Addresses
+of one network stay in one network, so that routes keep their meaning. Everything else stays: PCI addresses, models,
 interface names, mount points, names of processes.
 """
 
@@ -44,7 +44,10 @@ _SERIAL_CAPABILITY = 0x0003  # PCI Express 5.0, 7.9.3
 
 
 class Anonymity:
-    """Replaces. Two objects replace the same by different things."""
+    """One set of pseudonyms: each object has its own.
+
+    Synchronization: for one thread.
+    """
 
     def __init__(self, host: str | None = None) -> None:
         self._key = secrets.token_bytes(16)
@@ -53,11 +56,11 @@ class Anonymity:
         self._host = re.compile(rf"\b{re.escape(host)}\b") if len(host) > 2 and host != "localhost" else None
 
     def name(self, path: str) -> str:
-        """A path of the tree."""
+        """Return a path of the tree with pseudonyms."""
         return "/".join(self.text(part) for part in path.split("/"))
 
     def content(self, path: str, kind: str, data: bytes) -> bytes:
-        """What a file holds, or a link's target (``kind`` is ``link``)."""
+        """Return the content of a file, or the target of a link (``kind`` is ``link``), with pseudonyms."""
         file = path.rpartition("/")[2]
         if kind == "link":
             return self.name(data.decode(errors="surrogateescape")).encode(errors="surrogateescape")
@@ -75,7 +78,7 @@ class Anonymity:
         return text.encode(errors="surrogateescape")
 
     def text(self, text: str) -> str:
-        """Any text."""
+        """Return any text with pseudonyms."""
         for pattern in (_USB_SERIAL, _SERIAL, _WORLD_WIDE, _NQN):
             text = pattern.sub(lambda found: found["before"] + self._number("serial", found["number"]), text)
         text = _HOME.sub(lambda found: found["before"] + self._number("user", found["number"]), text)
@@ -92,7 +95,7 @@ class Anonymity:
     def _once(self, kind: str, value: str, make: Callable[[int], str]) -> str:
         key = kind, value.lower()
         if key not in self._known:
-            self._known[key] = make(sum(one == kind for one, _ in self._known) + 1)
+            self._known[key] = make(sum(known == kind for known, _ in self._known) + 1)
         return self._known[key]
 
     def _number(self, kind: str, value: str) -> str:
@@ -122,7 +125,7 @@ class Anonymity:
         return str(ipaddress.IPv6Address(self._ipv6(int(found))))
 
     def _hex(self, value: str, table: str) -> str:
-        """As ``/proc/net`` has them: IPv4 as it lies in memory, IPv6 in routes as it is said, else word by word."""
+        """The formats of ``/proc/net``: IPv4 in host order, IPv6 routes in network order, else host-order words."""
         swapped = bytes.fromhex(value)
         if len(value) == 8:
             if table == "ipv6_route":  # metrics and flags
@@ -146,7 +149,7 @@ class Anonymity:
         return value if value < 1 << 16 else self._bits(value, 128, 16)
 
     def _bits(self, value: int, width: int, kept: int) -> int:
-        """Each bit after the first ``kept`` turned or not as those before it say: what begins alike still does."""
+        """Flip each bit after the first ``kept`` by a hash of those before it: common prefixes stay common."""
         result = value
         for at in range(width - kept - 1, -1, -1):
             prefix = f"{width}:{at}:{value >> (at + 1):x}".encode()

@@ -1,11 +1,12 @@
-"""A recorded host, from a directory or an archive that a stranger may have made: read, and never trusted.
+"""A recorded host, from a directory or an archive, which is not trusted.
 
-An archive is unpacked into a directory of its own: plain files, directories and links that stay inside, and no more
-of them than a host has. A directory is held to the same before anything of it is read.
+An archive is unpacked into a directory of its own: only plain files, directories and links that stay inside, and only
+up to limits of number and size. A directory is checked in the same way before anything of it is read.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import posixpath
@@ -29,21 +30,21 @@ VERSION = 1
 _MOST_ENTRIES = 1_000_000
 _BIGGEST_FILE = 64 << 20
 _MOST_BYTES = 1 << 30
-# Links that are only ever read, never followed: what a process has open, its namespaces.
+# Links that are read, never followed: open files and namespaces of processes.
 _ONLY_READ = re.compile(r"proc/(?:\d+|self)/(?:fd|ns)/[^/]+")
 _CONTROLS: dict[int, str | None] = dict.fromkeys([*set(range(32)) - {9, 10}, *range(0x7F, 0xA0)], "?")
-_CONTROLS[0] = None  # some of the kernel's files end so
+_CONTROLS[0] = None  # the end of some of the kernel's files
 _T = TypeVar("_T")
 
 
 class BadRecord(KvmpassError):
-    """Not a recorded host, or one that was made to do harm."""
+    """The directory or archive is not a valid recording."""
 
 
 class RecordedSysfs(Sysfs):
-    """A recorded tree. What its maker could not read cannot be read here; what is no file was answered there.
+    """A recorded tree. Files that could not be read on the host cannot be read here; :meth:`ask` has its answers.
 
-    A tree without ``kvmpass-record.json`` is read as it is.
+    A tree without ``kvmpass-record.json`` is read as it is. Raises ``BadRecord``.
     """
 
     recorded = True
@@ -60,7 +61,7 @@ class RecordedSysfs(Sysfs):
     def data(self, *parts: str, size: int = -1) -> bytes:
         place = self.place(*parts)
         if self._closed and os.path.realpath(place) in self._closed:
-            raise PermissionError(13, "was not read when it was recorded", place)
+            raise PermissionError(errno.EACCES, "not readable when it was recorded", place)
         return super().data(*parts, size=size)
 
     def text(self, *parts: str) -> str | None:
@@ -79,7 +80,9 @@ class RecordedSysfs(Sysfs):
         if error is not None:
             return KernelLog((), False, _printable(str(error)))
         found = super().log()
-        return replace(found, records=tuple(replace(one, text=_printable(one.text)) for one in found.records))
+        return replace(
+            found, records=tuple(replace(record, text=_printable(record.text)) for record in found.records)
+        )
 
     def ask(self, question: str, answer: Callable[[], _T]) -> _T:
         if question not in self._answers:
@@ -88,11 +91,11 @@ class RecordedSysfs(Sysfs):
         return found
 
     def write(self, path: Path, text: str, timeout: float | None = None, held: int | None = None) -> None:
-        raise BadRecord(f"{path} is of a recorded host: nothing can be changed there")
+        raise BadRecord(f"{path} is part of a recording: it cannot be written")
 
 
 def _printable(text: str) -> str:
-    """Without what a terminal would obey."""
+    """Without control characters."""
     return text.translate(_CONTROLS)
 
 
@@ -100,8 +103,8 @@ def _all_printable(value: Any) -> Any:
     if isinstance(value, str):
         return _printable(value)
     if isinstance(value, dict):
-        return {key: _all_printable(one) for key, one in value.items()}
-    return [_all_printable(one) for one in value] if isinstance(value, list) else value
+        return {key: _all_printable(item) for key, item in value.items()}
+    return [_all_printable(item) for item in value] if isinstance(value, list) else value
 
 
 def _manifest(file: Path) -> dict[str, Any]:
@@ -115,14 +118,14 @@ def _manifest(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("version") != VERSION:
         raise BadRecord(
             f"this is a record of another version ({found.get('version') if isinstance(found, dict) else '?'})",
-            "use the kvmpass that has made it, or a newer one",
+            "use the version of kvmpass that has recorded it, or a newer one",
         )
     return found
 
 
 @contextmanager
 def open_recorded(place: Path) -> Iterator[RecordedSysfs]:
-    """The recorded host in the directory or the archive ``place``; what was unpacked is removed afterwards.
+    """Open the recording in the directory or archive ``place``; unpacked files are removed afterwards.
 
     Raises ``BadRecord``, ``OSError``.
     """
@@ -148,10 +151,10 @@ def _unpack(file: Path, directory: Path) -> None:
             for member in archive:
                 entries, total = entries + 1, total + max(member.size, 0)
                 if entries > _MOST_ENTRIES or member.size > _BIGGEST_FILE or total > _MOST_BYTES:
-                    raise BadRecord(f"{file} is larger than any host's record")
+                    raise BadRecord(f"{file} is too large for a recording")
                 _unpack_one(archive, member, directory)
     except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
-        raise BadRecord(f"{file} is no archive of a recorded host: {error}") from None
+        raise BadRecord(f"{file} is not an archive of a recorded host: {error}") from None
     if not entries:
         raise BadRecord(f"{file} is empty")
 
@@ -185,7 +188,7 @@ def _unpack_one(archive: tarfile.TarFile, member: tarfile.TarInfo, directory: Pa
 
 
 def _inside(name: str) -> str | None:
-    """A name as a path below the tree; None where it leads out."""
+    """A name as a path below the tree; None if it is outside."""
     if name.startswith("/") or "\0" in name:
         return None
     plain = posixpath.normpath(name)
@@ -193,7 +196,7 @@ def _inside(name: str) -> str | None:
 
 
 def _make_parents(directory: Path, name: str) -> None:
-    """Directories, none of them through a link."""
+    """Create directories, none of them through a link."""
     at = directory
     for part in name.split("/"):
         at = at / part
@@ -201,24 +204,24 @@ def _make_parents(directory: Path, name: str) -> None:
             at.mkdir(mode=0o700)
         except FileExistsError:
             if not stat.S_ISDIR(os.lstat(at).st_mode):
-                raise BadRecord(f"the archive has entries below {part}, which is no directory") from None
+                raise BadRecord(f"the archive has entries below {part}, which is not a directory") from None
 
 
 def _check_tree(directory: Path) -> None:
-    """Plain files, directories, and links that stay inside: nothing that blocks, acts or shows something else."""
+    """Raise ``BadRecord`` unless there are only plain files, directories, and links that stay inside."""
     root = os.path.realpath(directory)
     count, left = 0, [""]
     while left:
         here = left.pop()
         try:
             entries = list(os.scandir(f"{root}/{here}"))
-        except PermissionError:  # and so nothing below it is read
+        except PermissionError:  # nothing below it can be read
             continue
         for entry in entries:
             count += 1
             relative = f"{here}/{entry.name}".lstrip("/")
             if count > _MOST_ENTRIES:
-                raise BadRecord(f"{directory} is larger than any host's record")
+                raise BadRecord(f"{directory} is too large for a recording")
             if entry.is_symlink():
                 if not (_ONLY_READ.fullmatch(relative) or _stays_inside(root, relative)):
                     raise BadRecord(f"{relative} is a link that leads out of the tree")
@@ -229,9 +232,9 @@ def _check_tree(directory: Path) -> None:
 
 
 def _stays_inside(root: str, relative: str) -> bool:
-    """Whether a link does not lead out of the tree, as long as the others do not.
+    """Whether a link stays in the tree, as long as all others do.
 
-    As sysfs makes them, a link climbs first and descends then, which needs no look at where others lead.
+    Links of sysfs have ``..`` at the beginning only: then other links need not be resolved.
     """
     parts = os.readlink(f"{root}/{relative}").split("/")  # noqa: PTH115 - a host has tens of thousands
     climbs = next((number for number, part in enumerate(parts) if part != ".."), len(parts))

@@ -1,9 +1,8 @@
-"""A host in a file: a recorded tree is what the commands that look have read of a host, and nothing else.
+"""Recording of a host: the files that the read-only commands read, and nothing else.
 
-What is recorded is found out by looking: a :class:`Recorder` is a :class:`~kvmpass.host.sysfs.Sysfs` that keeps what
-it is asked for. So nothing is read that ``list``, ``show``, ``doctor`` and ``plan`` would not read themselves, and
-what they will read in a later version is recorded by that version. What is no file (who may open a node, what KVM
-says) goes through :meth:`~kvmpass.host.sysfs.Sysfs.ask`, and its answers into ``kvmpass-record.json``.
+A :class:`Recorder` is a :class:`~kvmpass.host.sysfs.Sysfs` that keeps what it reads while ``list``, ``show``,
+``doctor`` and ``plan`` run over it. Facts that are not in files (permissions of nodes, capabilities of KVM) go
+through :meth:`~kvmpass.host.sysfs.Sysfs.ask`, and into ``kvmpass-record.json``.
 """
 
 from __future__ import annotations
@@ -31,28 +30,28 @@ from kvmpass.host.record.anonymity import Anonymity
 from kvmpass.host.record.recorded import MANIFEST, VERSION
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 
-_BIGGEST_FILE = 4 << 20  # bytes; /proc/iomem of the largest hosts has a tenth of it
+_BIGGEST_FILE = 4 << 20  # bytes; /proc/iomem of the largest hosts is a tenth of it
 _DATABASES = ("usr/share/", "run/udev/")  # their answers are recorded
-_NOBODYS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/pts/", "/dev/ptmx")
+_IGNORED_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/pts/", "/dev/ptmx")
 _DESCRIPTORS = re.compile(r"proc/(?:\d+|self)/fd")
 _ONLY_READ = re.compile(r"proc/(?:\d+|self)/(?:fd|ns)/[^/]+")
 _T = TypeVar("_T")
 
 
 class Recorder(Sysfs):
-    """The host at ``root``, looked at, and kept. Changes nothing, and wakes no device.
+    """Reads the host at ``root``, and keeps what was read. Changes nothing, and resumes no device.
 
     Synchronization: for one thread.
     """
 
     def __init__(self, root: Path = Path("/")) -> None:
         super().__init__(root)
-        self._seen: dict[str, bytes | None] = {}  # what was read; None: only whether it is there
+        self._seen: dict[str, bytes | None] = {}  # what was read; None: only whether it exists
         self._links: set[str] = set()
         self._listed: dict[str, list[str]] = {}
         self._answers: dict[str, Any] = {}
 
-    # --- looking
+    # --- reading
 
     def place(self, *parts: str) -> str:
         self._seen.setdefault(_name(*parts), None)
@@ -61,7 +60,7 @@ class Recorder(Sysfs):
     def data(self, *parts: str, size: int = -1) -> bytes:
         name = _name(*parts)
         if parts[0] == PCI_DEVICES and parts[-1] == "config" and self.is_asleep(Bdf.parse(parts[1])):
-            raise OSError(errno.EIO, "it is suspended, and is not woken to be recorded", name)
+            raise OSError(errno.EIO, "suspended, and not resumed for a recording", name)
         content = super().data(*parts, size=size)
         if len(content) <= _BIGGEST_FILE and not name.startswith(_DATABASES):
             before = self._seen.get(name)
@@ -83,7 +82,7 @@ class Recorder(Sysfs):
         self._answers["kernel log error"] = found.error
         lines = []
         for record in found.records:
-            if record.by_kernel:  # what programs wrote there is none of our business
+            if record.by_kernel:  # messages of programs may be private
                 lines.append(f"6,{record.sequence},0,-;{record.text}")
                 if record.structured:
                     lines.append(f" DEVICE={'other' if record.device is None else f'+pci:{record.device}'}")
@@ -94,12 +93,12 @@ class Recorder(Sysfs):
         self._answers[question] = found = super().ask(question, answer)
         return found
 
-    # --- keeping
+    # --- writing
 
     def write_tar(self, file: Path, anonymity: Anonymity | None = None) -> int:
-        """Write what was seen to a new archive; the ending of its name chooses the compression. Returns the entries.
+        """Write what was read to a new archive, compressed by its suffix. Returns the number of entries.
 
-        Raises ``FileExistsError``, ``OSError``; then there is no file.
+        Raises ``FileExistsError``, ``OSError``; an incomplete file is removed.
         """
         entries = _Entries(self.root)
         for name, content in self._seen.items():
@@ -107,14 +106,14 @@ class Recorder(Sysfs):
         for name in self._links:
             entries.link(name)
         for directory, names in self._listed.items():
-            if directory == "proc":  # processes are there if something of them was read
+            if directory == "proc":  # a process is included if something of it was read
                 continue
             for name in names:
                 entries.listed(directory, name)
         members = entries.members(anonymity)
         manifest = {
             "version": VERSION,
-            "closed": sorted(anonymity.name(one) if anonymity else one for one in entries.unread),
+            "closed": sorted(anonymity.name(name) if anonymity else name for name in entries.unread),
             "answers": _replaced(self._answers, anonymity) if anonymity else self._answers,
         }
         members[MANIFEST] = ("file", json.dumps(manifest, indent=1, sort_keys=True).encode())
@@ -153,12 +152,12 @@ def _replaced(value: Any, anonymity: Anonymity) -> Any:
     if isinstance(value, str):
         return anonymity.text(value)
     if isinstance(value, dict):
-        return {anonymity.name(str(key)): _replaced(one, anonymity) for key, one in value.items()}
-    return [_replaced(one, anonymity) for one in value] if isinstance(value, (list, tuple)) else value
+        return {anonymity.name(str(key)): _replaced(item, anonymity) for key, item in value.items()}
+    return [_replaced(item, anonymity) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class _Entries:
-    """Paths as they were asked for become entries at their real places, with the links on the way."""
+    """The entries of the archive: requested paths at their resolved places, with the links in between."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -169,11 +168,11 @@ class _Entries:
 
     @property
     def unread(self) -> set[str]:
-        """Files that are there, of which nothing is known."""
+        """Files that exist and were not read."""
         return self._only_there - self._read
 
     def add(self, name: str, content: bytes | None) -> None:
-        """A file's content, or that there is such a file or directory."""
+        """Add a file with its content, or (None) the existence of a file or directory."""
         place = self._place(name)
         if place is None:
             return
@@ -196,7 +195,7 @@ class _Entries:
             self._parents(place)
 
     def link(self, name: str) -> None:
-        """A link, wherever it leads."""
+        """Add a link and its target."""
         above, _, last = name.rpartition("/")
         place = self._place(above)
         try:
@@ -208,12 +207,12 @@ class _Entries:
             self._found[f"{place}/{last}"] = ("link", os.fsencode(target))
 
     def listed(self, directory: str, name: str) -> None:
-        """What is in a directory. Of what a process has open only what is a device's."""
+        """Add an entry of a directory; of a process's open files only those of devices."""
         path = f"{directory}/{name}"
         if _DESCRIPTORS.fullmatch(directory):
             with contextlib.suppress(OSError):
                 target = str((self._root / path).readlink())
-                if target.startswith(("/dev/", "/sys/devices/")) and not target.startswith(_NOBODYS):
+                if target.startswith(("/dev/", "/sys/devices/")) and not target.startswith(_IGNORED_NODES):
                     self.link(path)
             return
         self.add(path, None)
@@ -231,7 +230,7 @@ class _Entries:
         return None if parent is None else self._resolved(last, parent)
 
     def _resolved(self, name: str, below: str = "") -> str | None:
-        """Where it really is below the root, all links on the way added; None where it leads out, or nowhere."""
+        """The resolved path below the root; adds all links in between. None if it is outside, or a loop."""
         done = below.split("/") if below else []
         todo = [part for part in name.split("/") if part not in ("", ".")]
         for _ in range(4096):
@@ -255,7 +254,7 @@ class _Entries:
                 target = posixpath.relpath(os.path.relpath(target, "/"), "/".join(done) or ".")
             self._parents(here)
             self._found[here] = ("link", os.fsencode(target))
-            todo = [*(one for one in target.split("/") if one not in ("", ".")), *todo]
+            todo = [*(name for name in target.split("/") if name not in ("", ".")), *todo]
         return None
 
     def _parents(self, place: str) -> None:
@@ -264,6 +263,7 @@ class _Entries:
                 self._found.setdefault(str(parent), ("directory", b""))
 
     def members(self, anonymity: Anonymity | None) -> dict[str, tuple[str, bytes]]:
+        """Return the entries by path, each with its kind (``file``, ``directory``, ``link``) and content."""
         if anonymity is None:
             return dict(self._found)
         found = {}
@@ -273,7 +273,7 @@ class _Entries:
 
 
 def record(recorder: Recorder, ask: Callable[[Recorder, Bdf, Look], object]) -> None:
-    """``ask`` about each device of the host. What vanishes meanwhile is left out."""
+    """Call ``ask`` for each device of the host; a device that is removed concurrently is left out."""
     look = Look(recorder)
     for name in recorder.names(PCI_DEVICES):
         with contextlib.suppress(KvmpassError, OSError):
