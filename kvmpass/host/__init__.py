@@ -1,7 +1,6 @@
-"""The host's own view: its PCI devices and IOMMU groups, what keeps a device from being assigned, how to borrow one
-or to bind it for good.
+"""The host: its PCI devices and IOMMU groups, what blocks an assignment, and changes of drivers.
 
-The packages below are the whole of it: ``view``, ``blockers``, ``doctor``, ``drivers``, ``record``.
+Packages: ``view``, ``blockers``, ``doctor``, ``usage``, ``drivers``, ``record``, ``kernel``.
 """
 
 from kvmpass.host.address import Bdf

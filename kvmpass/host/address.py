@@ -14,16 +14,20 @@ _FORM = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([0-9a-fA-F]{2})\.
 
 @dataclass(frozen=True, slots=True, order=True)
 class Bdf:
-    """Domain (16 bit; 32 on hosts with VMD), bus (8 bit), device (5 bit), function (3 bit) of a PCI function."""
+    """The address of a PCI function."""
 
     domain: int
+    """16 bits; 32 on hosts with VMD."""
     bus: int
+    """8 bits."""
     device: int
+    """5 bits."""
     function: int
+    """3 bits."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read ``dddd:bb:dd.f`` or ``bb:dd.f`` (domain 0), hexadecimal. Raises ``BadAddress``."""
+        """Parse ``dddd:bb:dd.f`` or ``bb:dd.f`` (domain 0), hexadecimal. Raises ``BadAddress``."""
         match = _FORM.fullmatch(text.strip())
         device = int(match[3], 16) if match else 0
         if match is None or device > 0x1F:
@@ -43,7 +47,7 @@ class Bdf:
 
 
 def parse_distinct(addresses: Iterable[Bdf | str]) -> tuple[Bdf, ...]:
-    """Addresses as values, each at most once. Raises ``BadAddress``, for one that is repeated too."""
+    """Parse addresses. Raises ``BadAddress``, also for a duplicate."""
     bdfs = tuple(Bdf.parse(address) if isinstance(address, str) else address for address in addresses)
     for bdf in bdfs:
         if bdfs.count(bdf) > 1:

@@ -1,6 +1,6 @@
-"""The limits that this process is under: its own (getrlimit(2)), and those of its cgroups up to the root.
+"""Resource limits of this process (getrlimit(2)) and of its cgroups up to the root.
 
-Read from ``/proc/self`` and ``/sys/fs/cgroup``, so that recorded trees can be asked, too. Sources:
+Read from ``/proc/self`` and ``/sys/fs/cgroup``, so that it works for recorded trees, too. Sources:
 Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, hugetlb.rst, pids.rst; mm/memcontrol.c.
 """
 
@@ -18,18 +18,22 @@ _UNITS = (".service", ".scope", ".slice")
 
 @dataclass(frozen=True, slots=True)
 class Rlimit:
-    """``soft`` and ``hard`` as the kernel counts them (bytes, descriptors …), None without limit."""
+    """A resource limit, in the kernel's unit (bytes, descriptors …)."""
 
     soft: int | None
+    """The soft limit; None: unlimited."""
     hard: int | None
+    """The hard limit; None: unlimited."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
-    """One control group that this process is in. ``directory`` is below the tree's root, without a leading slash."""
+    """One control group of this process."""
 
     directory: str
+    """Its directory, without a leading slash."""
     version: int
+    """1 or 2."""
 
     @property
     def unit(self) -> str | None:
@@ -39,32 +43,39 @@ class Cgroup:
 
     @property
     def is_users(self) -> bool:
-        """Whether a user's own systemd made it, not the system's."""
+        """Whether it belongs to a user's systemd instance."""
         above = self.directory.split("/")[:-1]
         return any(part.startswith("user@") and part.endswith(".service") for part in above)
 
 
 @dataclass(frozen=True, slots=True)
 class Ceiling:
-    """One limit of a cgroup: ``limit`` of which ``used`` is taken; ``reclaimable`` of that comes back if need be."""
+    """One limit of a cgroup."""
 
     cgroup: Cgroup
+    """The cgroup."""
     file: str
+    """The file of the limit in the cgroup's directory."""
     limit: int
+    """The limit: bytes, or tasks."""
     used: int
+    """The usage."""
     reclaimable: int = 0
+    """The part of ``used`` that the kernel can reclaim."""
 
     @property
     def left(self) -> int:
+        """What is left below the limit."""
         return max(0, self.limit - max(0, self.used - self.reclaimable))
 
     @property
     def path(self) -> str:
+        """The file of the limit, with a leading slash."""
         return f"/{self.cgroup.directory}/{self.file}"
 
 
 def rlimit(sysfs: Sysfs, name: str) -> Rlimit:
-    """One line of ``/proc/self/limits``, such as ``Max locked memory``; without limits where there is none."""
+    """Return one line of ``/proc/self/limits``, such as ``Max locked memory``; unlimited without it."""
     for line in (sysfs.text(_LIMITS) or "").splitlines():
         if line.startswith(f"{name} "):
             words = [*line.removeprefix(name).split(), "", ""]
@@ -73,7 +84,7 @@ def rlimit(sysfs: Sysfs, name: str) -> Rlimit:
 
 
 def _mounts(sysfs: Sysfs) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Of each cgroup file system: its type, the cgroup that is its root, where it is, its own options."""
+    """Of each cgroup file system: its type, its root cgroup, its mount point, its options."""
     for line in (sysfs.text("proc/self/mountinfo") or "").splitlines():
         head, separator, tail = line.partition(" - ")
         fields, kind = head.split(), tail.split()
@@ -86,9 +97,9 @@ def _plain(text: str) -> str:
 
 
 def cgroups(sysfs: Sysfs, controller: str) -> list[Cgroup]:
-    """Those that limit this process by ``controller`` (``memory``, ``pids`` …), its own first, up to the root.
+    """Return this process's cgroups with ``controller`` (``memory``, ``pids`` …), innermost first, up to the root.
 
-    As far as this process sees them: in a container those above its own root stay unseen.
+    In a container, those above its root are not visible.
     """
     paths = {}
     for line in (sysfs.text("proc/self/cgroup") or "").splitlines():
@@ -104,7 +115,7 @@ def cgroups(sysfs: Sysfs, controller: str) -> list[Cgroup]:
         if own is None:
             continue
         inside = own.removeprefix(root.rstrip("/")) if own == root or own.startswith(root.rstrip("/") + "/") else ""
-        if ".." in inside.split("/"):  # outside of what this process may see
+        if ".." in inside.split("/"):  # outside of the visible hierarchy
             inside = ""
         at = f"{place}{inside}".strip("/")
         top = place.strip("/")
@@ -132,9 +143,9 @@ def _ceiling(sysfs: Sysfs, cgroup: Cgroup, limit: str, used: str, reclaimable: i
 
 
 def memory_ceilings(sysfs: Sysfs) -> list[Ceiling]:
-    """Bytes that its cgroups may have: over them the kernel kills (``memory.max``) or stalls (``memory.high``).
+    """Return limits of memory in bytes: above, the kernel kills (``memory.max``) or throttles (``memory.high``).
 
-    Swap is no help: a guest's memory is pinned. Of version 1 what is swapped out counts in ``memory.memsw``.
+    Swap does not help: a guest's memory is pinned. In version 1 ``memory.memsw`` includes swap.
     """
     found: list[Ceiling] = []
     for cgroup in cgroups(sysfs, "memory"):
@@ -149,7 +160,7 @@ def memory_ceilings(sysfs: Sysfs) -> list[Ceiling]:
 
 
 def _file_cache(sysfs: Sysfs, cgroup: Cgroup) -> int:
-    """Bytes of files in memory, which the kernel drops before it kills."""
+    """Bytes of page cache, which the kernel reclaims before it kills."""
     prefix = "" if cgroup.version == 2 else "total_"  # with what is below it
     wanted = {f"{prefix}active_file", f"{prefix}inactive_file", f"{prefix}slab_reclaimable"}
     total = 0
@@ -161,7 +172,7 @@ def _file_cache(sysfs: Sysfs, cgroup: Cgroup) -> int:
 
 
 def huge_page_ceilings(sysfs: Sysfs, page: int) -> list[Ceiling]:
-    """Bytes of huge pages of ``page`` bytes: a touch over the limit is a SIGBUS."""
+    """Return limits in bytes for huge pages of ``page`` bytes: an access above is a SIGBUS."""
     size = f"{page >> 30}GB" if page >= 1 << 30 else f"{page >> 20}MB"
     found: list[Ceiling] = []
     for cgroup in cgroups(sysfs, "hugetlb"):
@@ -176,12 +187,12 @@ def huge_page_ceilings(sysfs: Sysfs, page: int) -> list[Ceiling]:
 
 
 def counts_huge_pages(sysfs: Sysfs) -> bool:
-    """Whether huge pages count as memory, too (Linux 6.7, mount option ``memory_hugetlb_accounting``)."""
+    """Return whether huge pages count as memory, too (Linux 6.7, option ``memory_hugetlb_accounting``)."""
     return any("memory_hugetlb_accounting" in options for kind, _, _, options in _mounts(sysfs) if kind == "cgroup2")
 
 
 def task_ceilings(sysfs: Sysfs) -> list[Ceiling]:
-    """Processes and threads that its cgroups may have."""
+    """Return limits of processes and threads."""
     found: list[Ceiling] = []
     for cgroup in cgroups(sysfs, "pids"):
         found += _ceiling(sysfs, cgroup, "pids.max", "pids.current")
@@ -189,7 +200,7 @@ def task_ceilings(sysfs: Sysfs) -> list[Ceiling]:
 
 
 def own_unit(sysfs: Sysfs) -> Cgroup | None:
-    """The systemd service that this process runs in; None where a login or something else started it."""
+    """Return the systemd service that this process runs in; None for a login session or any other scope."""
     for controller in ("", "memory", "pids", "name=systemd"):
         for cgroup in cgroups(sysfs, controller):
             unit = cgroup.unit or ""
@@ -201,7 +212,7 @@ def own_unit(sysfs: Sysfs) -> Cgroup | None:
 
 
 def tasks_of_user(sysfs: Sysfs, uid: int) -> int:
-    """Threads of all processes whose real user is ``uid``: what RLIMIT_NPROC counts."""
+    """Return the number of threads of all processes with the real user ID ``uid``, as RLIMIT_NPROC counts."""
     total = 0
     for name in sysfs.names("proc"):
         if name.isdecimal():
@@ -215,18 +226,18 @@ def tasks_of_user(sysfs: Sysfs, uid: int) -> int:
 
 
 def page_tables(memory: int) -> int:
-    """Bytes of page tables that KVM and the IOMMU have for a guest of ``memory`` bytes, at most.
+    """Return the maximum size in bytes of the page tables of KVM and IOMMU for a guest of ``memory`` bytes.
 
-    A 512th each, where pages are small, and what lies above them.
+    With 4 KiB pages 1/512 each, and the upper levels.
     """
     return memory // 128
 
 
 def threads_needed(sysfs: Sysfs, cpus: int) -> int:
-    """Threads and processes that an assignment has at the same time, at most.
+    """Return the maximum number of concurrent threads and processes of an assignment.
 
-    vCPUs; those that populate memory, one for each CPU of the host; the watches over devices and their interrupts,
-    the guest's output, the main thread, helpers that write to sysfs or load modules.
+    vCPUs; threads that populate memory, one for each host CPU; those for device events, interrupts and the guest's
+    output, the main thread, helpers that write to sysfs or load modules.
     """
     host = (sysfs.text("proc/cpuinfo") or "").count("\nprocessor") + 1
     return cpus + host + 8
@@ -240,5 +251,5 @@ _DEVICE_DESCRIPTORS = 1 + 2 + 2
 
 
 def descriptors_needed(devices: int, groups: int, cpus: int) -> int:
-    """File descriptors of a machine with these devices before a guest unmasks a vector."""
+    """Return the number of file descriptors of a machine with these devices before a guest unmasks a vector."""
     return _MACHINE_DESCRIPTORS + cpus + groups + _DEVICE_DESCRIPTORS * devices

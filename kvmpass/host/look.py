@@ -1,4 +1,4 @@
-"""One look at a host: what several questions about its devices need is read once."""
+"""A cached view of a host: what several questions about its devices need is read once."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from kvmpass.host.kernel.processes import OpenNodes, namespaces, process
 from kvmpass.host.names import Names
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 
-# What is looked for in the paths of devices: PCI addresses, NVMe subsystems.
+# Components in the paths of devices that identify them: PCI addresses, NVMe subsystems.
 _COMPONENT = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]|nvme-subsys\d+")
 
 T = TypeVar("T")
 
-# What the kernel puts into each new network namespace: loopback, and fallback devices of tunnels.
+# Interfaces of every new network namespace: loopback, and fallback devices of tunnels.
 _IN_EVERY_NAMESPACE = frozenset(
     {"lo", "sit0", "tunl0", "ip6tnl0", "gre0", "gretap0", "erspan0", "ip6gre0", "ip_vti0", "ip6_vti0"}
 )
 _NAMED_NAMESPACES = ("run/netns", "run/docker/netns")  # ip-netns(8)
 
-# drivers/pci/setup-res.c: pci_assign_resource; the words before Linux 6.10, and since.
+# drivers/pci/setup-res.c: pci_assign_resource; the messages before Linux 6.10, and since.
 _BAR = re.compile(
     r"(?:pci|[\w-]+) (?P<bdf>[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]): BAR (?P<index>\d+)"
     r"(?: \[(?P<new>[^\]]*)\])?: (?:(?P<refused>can't assign; no space|failed to assign|no space for)|assigned)"
@@ -37,9 +37,11 @@ _BAR = re.compile(
 
 
 class Look:
-    """A host at one moment, for questions about one device or all of them. Reads what it is asked for, once.
+    """A host at one moment, for questions about one device or all of them. Reads each file once.
 
-    What is to be judged after a change needs another look. Synchronization: for one thread.
+    After a change, use a new one.
+
+    Synchronization: for one thread.
     """
 
     def __init__(self, sysfs: Sysfs, names: Names | None = None) -> None:
@@ -52,11 +54,11 @@ class Look:
         self._found: dict[str, object] = {}
 
     def know(self, devices: Iterable[PciDevice]) -> None:
-        """They were read just now."""
+        """Store devices that were just read."""
         self._devices.update((device.bdf, device) for device in devices)
 
     def device(self, bdf: Bdf) -> PciDevice | None:
-        """One function; None where it is gone."""
+        """Return one function; None if it does not exist."""
         if bdf not in self._devices:
             self._devices[bdf] = None
             with contextlib.suppress(NoSuchDevice):
@@ -64,21 +66,21 @@ class Look:
         return self._devices[bdf]
 
     def group(self, number: int) -> IommuGroup:
-        """One IOMMU group. Raises ``NotAssignable`` where the kernel has no such group."""
+        """Return one IOMMU group. Raises ``NotAssignable`` if the kernel has no such group."""
         if number not in self._groups:
             self._groups[number] = self.sysfs.group(number)
         return self._groups[number]
 
     def text(self, path: str) -> str | None:
-        """A file's text, for what is large and not one device's; None where it is missing or cannot be read."""
+        """Return the text of a large file that is not of one device; None if it cannot be read."""
         if path not in self._texts:
             self._texts[path] = self.sysfs.text(path)
         return self._texts[path]
 
     def below(self, listing: str, component: Bdf | str) -> list[str]:
-        """The sorted names in a class directory such as ``sys/class/block`` that belong to a device.
+        """Return the sorted names in a class directory such as ``sys/class/block`` that belong to a device.
 
-        ``component`` is a PCI function or an NVMe subsystem; what is below it at any depth belongs to it.
+        ``component`` is a PCI function or an NVMe subsystem; entries below it at any depth belong to it.
         """
         if listing not in self._listings:
             index: dict[str, list[str]] = {}
@@ -92,39 +94,39 @@ class Look:
         directory = self.sysfs.path(listing)
         for name in self.sysfs.names(listing):
             with contextlib.suppress(OSError):
-                # Links hold the whole device path: no need to resolve hundreds of them.
+                # Links have the whole device path: no need to resolve hundreds of them.
                 yield name, os.readlink(f"{directory}/{name}")  # noqa: PTH115
 
     @cached_property
     def log(self) -> KernelLog:
-        """The kernel's, as far as it reaches back."""
+        """The kernel's log, as far as it reaches back."""
         return self.sysfs.log()
 
     @cached_property
     def unplaced_bars(self) -> dict[Bdf, dict[int, str]]:
-        """The BARs that the kernel found no address for, by index, with what it says of them (``mem size 0x…``)."""
+        """The BARs without an assigned address, by index, with the kernel's description (``mem size 0x…``)."""
         found: dict[Bdf, dict[int, str]] = {}
         for record in self.log.records:
             match = _BAR.match(record.text) if record.by_kernel else None
             if match is None:
                 continue
             bars, index = found.setdefault(Bdf.parse(match["bdf"]), {}), int(match["index"])
-            bars.pop(index, None)  # the last word counts
+            bars.pop(index, None)  # the last message counts
             if match["refused"]:
                 bars[index] = match["new"] or match["old"] or ""
         return found
 
     def remembered(self, key: str, find: Callable[[Look], T]) -> T:
-        """What ``find`` finds, once."""
+        """Return the result of ``find``, which is called once for each ``key``."""
         if key not in self._found:
             self._found[key] = find(self)
         return cast(T, self._found[key])
 
-    # --- what has to do with several devices
+    # --- of several devices
 
     @cached_property
     def mounts(self) -> list[Mount]:
-        """In all namespaces, this process's first."""
+        """The mounts of all namespaces, this process's first."""
         return mounts(self.sysfs)
 
     @cached_property
@@ -138,13 +140,13 @@ class Look:
 
     @cached_property
     def btrfs_members(self) -> frozenset[str]:
-        """The disks and partitions of every btrfs that is mounted, of which mountinfo names one."""
+        """The disks and partitions of every mounted btrfs, of which mountinfo has only one."""
         base = "sys/fs/btrfs"
         volumes = self.sysfs.names(base)
         return frozenset(name for volume in volumes for name in self.sysfs.names(base, volume, "devices"))
 
     def node_name(self, number: str) -> str:
-        """The name below ``/dev`` of a character device ``major:minor``; empty where it has none."""
+        """Return the name below ``/dev`` of a character device ``major:minor``; empty without one."""
         for line in (self.sysfs.text("sys/dev/char", number, "uevent") or "").splitlines():
             key, _, value = line.partition("=")
             if key == "DEVNAME":
@@ -153,7 +155,7 @@ class Look:
 
     @cached_property
     def foreign_interfaces(self) -> list[str]:
-        """Network interfaces of other namespaces, with a process of each; by name those without a process."""
+        """Network interfaces of other namespaces, with a process; of a namespace without process, its name."""
         found, seen = [], {self.sysfs.link("proc/self/ns/net")}
         for pid, namespace in namespaces(self.sysfs, "net").items():
             seen.add(namespace)
@@ -171,7 +173,7 @@ class Look:
 
     @cached_property
     def holders(self) -> OpenNodes:
-        """Who has which device nodes open."""
+        """Which processes have which device nodes open."""
         return OpenNodes(self.sysfs)
 
 

@@ -1,6 +1,6 @@
-"""Names of devices. A courtesy: everything works without.
+"""Names of devices, which are cosmetic.
 
-Sources: udev's hardware database; else ``pci.ids`` of pciutils or hwdata, whose format its own head describes.
+Sources: udev's hardware database; else ``pci.ids`` of pciutils or hwdata, whose format its header describes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PCI_IDS = ("usr/share/misc/pci.ids", "usr/share/hwdata/pci.ids")
 
 _NEXT_VENDOR = re.compile(rb"\n[^\t#\n]")
 _NEXT_MODEL = re.compile(rb"\n\t?[^\t#\n]")
-_BRAND = re.compile(r"\[([^\[\]]+)\]$")  # pci.ids has the name that people use in brackets
+_BRAND = re.compile(r"\[([^\[\]]+)\]$")  # pci.ids has the common name in brackets
 _LEGAL_FORM = re.compile(
     r",? +(?:Co\.?,? *Ltd|Corporation|Corp|Company|Incorporated|Inc|Limited|Ltd|LLC|GmbH|AG|S\.?A)\.?$", re.IGNORECASE
 )
@@ -36,7 +36,10 @@ def _from_udev(bdf: Bdf) -> tuple[str | None, str | None]:
 
 
 class Names:
-    """The names of a host's devices. Reads ``pci.ids`` once, when the first name asks for it."""
+    """The names of a host's devices. Reads ``pci.ids`` once, for the first name.
+
+    Synchronization: for one thread.
+    """
 
     def __init__(self, sysfs: Sysfs) -> None:
         self._sysfs = sysfs
@@ -47,26 +50,26 @@ class Names:
         self._udev = sysfs.root == Path("/") and sysfs.path("run/udev/data").is_dir()
 
     def of(self, device: PciDevice) -> str:
-        """Vendor and model in full; for what no database knows the number, in the end ``vendor:device``."""
+        """Return vendor and model in full; the ID for an unknown model, ``vendor:device`` for an unknown vendor."""
         return self.of_ids(device.bdf, device.vendor, device.device)
 
     def of_ids(self, bdf: Bdf, vendor: int, device: int) -> str:
-        """The same for a device that may have gone."""
+        """Return the same for a device that may be removed."""
         vendor_name, model = self._parts(bdf, vendor, device)
         if vendor_name is None:
             return f"{vendor:04x}:{device:04x}"
         return f"{vendor_name} {model or f'device {device:04x}'}"
 
     def short(self, device: PciDevice) -> str:
-        """The same with the vendor's brand instead of its full name."""
+        """Return the same with the vendor's brand instead of its full name."""
         full = self.of(device)
         vendor, _ = self._parts(device.bdf, device.vendor, device.device)
         return f"{_brand(vendor)}{full.removeprefix(vendor)}" if vendor else full
 
     def subsystem(self, device: PciDevice) -> str | None:
-        """The name of the card or board that carries the device, where ``pci.ids`` has one."""
+        """Return the name of the card or board from ``pci.ids``; None if unknown."""
         ids = (device.vendor, device.device, device.subsystem_vendor, device.subsystem_device)
-        question = "subsystem " + ":".join(f"{one:04x}" for one in ids)
+        question = "subsystem " + ":".join(f"{number:04x}" for number in ids)
         return self._sysfs.ask(question, lambda: _subsystem(self._pci_ids(), *ids))
 
     def _parts(self, bdf: Bdf, vendor: int, device: int) -> tuple[str | None, str | None]:

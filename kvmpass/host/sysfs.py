@@ -1,4 +1,4 @@
-"""The host's PCI devices and IOMMU groups, as the kernel shows them in a real or a recorded tree.
+"""PCI devices and IOMMU groups in ``/sys``, ``/proc`` and ``/dev``, real or recorded.
 
 Sources: drivers/pci/pci-sysfs.c, drivers/iommu/iommu.c, Documentation/ABI/testing/sysfs-bus-pci and
 sysfs-kernel-iommu_groups.
@@ -39,11 +39,14 @@ _WRITE = 'printf "%s" "$2" >"$1"'
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """One line of ``resource``: ``start`` and ``end`` (inclusive) are host-physical, ``flags`` IORESOURCE_*."""
+    """One line of ``resource`` in sysfs."""
 
     start: int
+    """Host-physical address."""
     end: int
+    """The last address, inclusive."""
     flags: int
+    """IORESOURCE_* of include/linux/ioport.h."""
 
     @property
     def size(self) -> int:
@@ -52,39 +55,49 @@ class Resource:
 
     @property
     def is_memory(self) -> bool:
+        """Whether it is memory, not I/O ports."""
         return bool(self.flags & IORESOURCE_MEM)
 
     @property
     def is_placed(self) -> bool:
-        """Whether ``start`` and ``end`` are addresses: the kernel keeps sizes there of what it could not place."""
+        """Whether an address is assigned: if not, the kernel keeps only the size in ``start`` and ``end``."""
         return bool(self.size and self.start and not self.flags & IORESOURCE_UNSET)
 
 
 @dataclass(frozen=True, slots=True)
 class PciDevice:
-    """What the kernel says of one PCI function at one moment.
-
-    ``class_code`` has 24 bits (base, sub-class, interface). ``driver_override`` is None where there is none,
-    ``numa_node`` None where unknown, ``power_state`` the kernel's word (``D0``, ``D3hot``, ``unknown`` …).
-    ``reset_methods`` are the kernel's words too (``flr``, ``pm``, ``bus`` …), in the order in which it tries; empty
-    where it has no way, or does not say (before Linux 5.15).
-    """
+    """One PCI function at one moment."""
 
     bdf: Bdf
+    """Its address."""
     vendor: int
+    """Vendor ID, 16 bits."""
     device: int
+    """Device ID, 16 bits."""
     subsystem_vendor: int
+    """Subsystem vendor ID, 16 bits."""
     subsystem_device: int
+    """Subsystem ID, 16 bits."""
     class_code: int
+    """24 bits: base class, sub-class, programming interface."""
     revision: int
+    """Revision ID, 8 bits."""
     driver: str | None
+    """The driver it is bound to; None without one."""
     driver_override: str | None
+    """``driver_override``; None if it is not set."""
     group: int | None
+    """The number of its IOMMU group; None without one."""
     numa_node: int | None
+    """Its NUMA node; None if unknown."""
     modalias: str
+    """``modalias``; empty if unknown."""
     resources: tuple[Resource, ...]
+    """BARs, ROM, VF BARs, windows: the lines of ``resource``."""
     power_state: str
+    """The kernel's name: ``D0``, ``D3hot``, ``unknown`` …"""
     reset_methods: tuple[str, ...]
+    """The kernel's names (``flr``, ``pm``, ``bus`` …) in order; empty without one, and before Linux 5.15."""
 
     @property
     def bars(self) -> tuple[Resource, ...]:
@@ -98,7 +111,7 @@ class PciDevice:
 
     @property
     def is_pci_bridge(self) -> bool:
-        """PCI-to-PCI bridges and root ports, whose own driver does no DMA."""
+        """PCI-to-PCI bridges and root ports, whose driver does no DMA."""
         return self.class_code >> 8 == 0x0604
 
     def __str__(self) -> str:
@@ -107,37 +120,38 @@ class PciDevice:
 
 @dataclass(frozen=True, slots=True)
 class IommuGroup:
-    """The smallest set of devices the IOMMU can tell apart.
-
-    ``type`` is the default domain's (``DMA``, ``DMA-FQ``, ``identity``). ``no_iommu`` marks the groups that
-    VFIO makes up where no IOMMU protects anything.
-    """
+    """An IOMMU group: the smallest set of devices that the IOMMU can isolate."""
 
     id: int
+    """Its number."""
     devices: tuple[Bdf, ...]
+    """Its devices, by address."""
     type: str
+    """The type of its default domain: ``DMA``, ``DMA-FQ``, ``identity``."""
     reserved: tuple[Reserved, ...]
+    """Its reserved regions."""
     no_iommu: bool = False
+    """A group that VFIO has created in no-IOMMU mode: its DMA is not translated."""
 
 
 def header_type(header: bytes) -> int | None:
-    """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1); None where unknown."""
+    """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1); None if unknown."""
     return header[0x0E] & 0x7F if len(header) > 0x0E else None
 
 
 def modprobe_tool() -> str | None:
-    """The program, also where the path of an ordinary user leaves it out."""
+    """Return the path of modprobe, also if it is not in the PATH of a non-root user; None without it."""
     return shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
 class Sysfs:
-    """Reads ``/sys``, ``/proc`` and ``/dev`` under ``root``; :meth:`write` is the only place that writes there.
+    """Reads ``/sys``, ``/proc`` and ``/dev`` under ``root``, again for every call; only :meth:`write` writes there.
 
-    Stateless: every call reads anew. Safe to share between threads.
+    Synchronization: any thread.
     """
 
     recorded = False
-    """Whether it is a recording: of another host, or of another time."""
+    """Whether it is a recording of another host, or of another time."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = Path(root)
@@ -146,25 +160,22 @@ class Sysfs:
     # --- files
 
     def path(self, *parts: str) -> Path:
-        """A path of this tree from parts without a leading slash."""
+        """Return a path of this tree from parts without a leading slash."""
         return Path(self.place(*parts))
 
     def place(self, *parts: str) -> str:
-        """The same as text. Whatever is read is read by this name."""
+        """Return the same as text. All reads use it."""
         return "/".join((self._prefix, *parts))
 
     def text(self, *parts: str) -> str | None:
-        """A file's text without surrounding blanks, or None where it is missing or cannot be read."""
+        """Return a file's text without surrounding whitespace; None if it cannot be read."""
         try:
             return self.data(*parts).decode(errors="replace").strip()
         except OSError:
             return None
 
     def data(self, *parts: str, size: int = -1) -> bytes:
-        """A file's bytes, ``size`` of them at most. Raises ``OSError``.
-
-        A host with thousands of functions has a hundred thousand files: no objects for paths, no buffers.
-        """
+        """Return a file's bytes, at most ``size``, without path objects or buffers, for speed. Raises ``OSError``."""
         fd = os.open(self.place(*parts), os.O_RDONLY | os.O_CLOEXEC)
         try:
             pieces = []
@@ -176,47 +187,45 @@ class Sysfs:
             os.close(fd)
 
     def exists(self, *parts: str) -> bool:
-        """Whether there is such a file or directory; a link without a target is none."""
+        """Return whether a file or directory exists; false for a dangling link."""
         return os.path.exists(self.place(*parts))  # noqa: PTH110 - as for data()
 
     def number(self, *parts: str) -> int | None:
-        """A file's number, decimal or ``0x``; None where there is none."""
+        """Return the number in a file, decimal or ``0x``; None without one."""
         with contextlib.suppress(ValueError, TypeError):
             return int(self.text(*parts) or "", 0)
         return None
 
     def link(self, *parts: str) -> str | None:
-        """The last component of a link's target, or None where there is no link."""
+        """Return the last component of a link's target; None without a link."""
         try:
             return os.readlink(self.place(*parts)).rpartition("/")[2]  # noqa: PTH115 - as for data()
         except OSError:
             return None
 
     def names(self, *parts: str) -> list[str]:
-        """The sorted names in a directory; empty where it is missing or closed to us."""
+        """Return the sorted names in a directory; empty if it cannot be read."""
         try:
             return sorted(os.listdir(self.place(*parts)))  # noqa: PTH208 - as for data()
         except OSError:
             return []
 
     def log(self) -> KernelLog:
-        """The kernel's, as far as it reaches back."""
+        """Return the kernel's log, as far as it reaches back."""
         return read_log(self.place(kmsg.PATH))
 
     def ask(self, question: str, answer: Callable[[], _T]) -> _T:
-        """What no file says: ``answer`` finds it out now. A recorded tree has the answers of its own host.
+        """Return the result of ``answer``, for a fact that is not in a file. A recorded tree has its host's result.
 
-        ``question`` names it there; the answer must be what JSON has.
+        ``question`` is its key there; the result must be a JSON value.
         """
         return answer()
 
     def write(self, path: Path, text: str, timeout: float | None = None, held: int | None = None) -> None:
         """Write ``text`` in one call. Raises ``OSError``, ``TimeoutError`` after ``timeout`` seconds.
 
-        With a timeout another process writes: unbinding sleeps in the kernel for as long as anybody holds the
-        device, and were it a thread of ours, this process could never exit and let go of it
-        (drivers/vfio/vfio_main.c: vfio_unregister_group_dev). That process keeps ``held``, a
-        descriptor, open to its end.
+        With a timeout another process writes, and keeps the descriptor ``held`` open until it exits: a thread that
+        waits in vfio_unregister_group_dev would keep this process from exiting and closing the device.
         """
         if timeout is None:
             fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -234,26 +243,28 @@ class Sysfs:
             start_new_session=True,  # out of reach of the terminal's Ctrl-C
         )
         assert helper.stderr is not None
-        with helper.stderr as complaints:
+        with helper.stderr as errors:
             try:
                 status = helper.wait(timeout)
             except subprocess.TimeoutExpired:
-                helper.returncode = 0  # left to finish on its own: it cannot be killed there
+                helper.returncode = 0  # it exits by itself: it cannot be killed there
                 raise TimeoutError(
                     errno.ETIMEDOUT, f"no answer from the kernel in {timeout:g} s", str(path)
                 ) from None
             if status:
-                said = complaints.read().decode(errors="replace").strip()
-                raise OSError(errno.EIO, said.rpartition(": ")[2] or f"helper ended with {status}", str(path))
+                message = errors.read().decode(errors="replace").strip()
+                raise OSError(
+                    errno.EIO, message.rpartition(": ")[2] or f"helper exited with status {status}", str(path)
+                )
 
     def kernel(self) -> tuple[int, int]:
-        """The running kernel's version, as far as it matters: ``(6, 12)``; zeros where it is unknown."""
+        """Return major and minor of the running kernel's version: ``(6, 12)``; zeros if unknown."""
         parts = (self.text("proc/sys/kernel/osrelease") or "0.0").replace("-", ".").split(".")
         numbers = [int(part) if part.isdecimal() else 0 for part in [*parts, "0"][:2]]
         return numbers[0], numbers[1]
 
     def load_module(self, name: str) -> None:
-        """``modprobe name``; it stays loaded. Raises ``HostNotReady``."""
+        """Load a module by modprobe. Raises ``HostNotReady``."""
         tool = modprobe_tool()
         reason = "modprobe is not installed"
         if tool is not None:
@@ -269,18 +280,19 @@ class Sysfs:
     # --- PCI devices
 
     def device_path(self, bdf: Bdf) -> Path:
+        """Return the directory of a PCI function."""
         return self.path(PCI_DEVICES, str(bdf))
 
     def devices(self) -> list[PciDevice]:
-        """All PCI functions, by address."""
+        """Return all PCI functions, by address."""
         found = []
         for name in self.names(PCI_DEVICES):
-            with contextlib.suppress(NoSuchDevice):  # unplugged while we read
+            with contextlib.suppress(NoSuchDevice):  # unplugged concurrently
                 found.append(self.device(Bdf.parse(name)))
         return sorted(found, key=lambda device: device.bdf)
 
     def device(self, bdf: Bdf) -> PciDevice:
-        """One function. Raises ``NoSuchDevice``."""
+        """Return one function. Raises ``NoSuchDevice``."""
         base = f"{PCI_DEVICES}/{bdf}"
         vendor = self.number(base, "vendor")
         group = self.link(base, "iommu_group") if self.exists(base, "iommu_group") else None
@@ -302,38 +314,39 @@ class Sysfs:
             power_state=self.text(base, "power_state") or "unknown",
             reset_methods=tuple((self.text(base, "reset_method") or "").split()),
         )
-        if vendor is None or not self.exists(base, "vendor"):  # or it went while we read: the rest is void
+        if vendor is None or not self.exists(base, "vendor"):  # or it was removed concurrently
             raise NoSuchDevice(f"there is no PCI device {bdf}", "kvmpass list shows the devices of this host")
         return found
 
     def driver(self, bdf: Bdf) -> str | None:
-        """The name of the driver bound at this moment."""
+        """Return the name of the driver that is bound at this moment; None without one."""
         return self.link(PCI_DEVICES, str(bdf), "driver")
 
     def driver_override(self, bdf: Bdf) -> str | None:
+        """Return ``driver_override``; None if it is not set."""
         text = self.text(PCI_DEVICES, str(bdf), "driver_override")
         return None if text in (None, "", "(null)") else text
 
     def has_sriov(self, bdf: Bdf) -> bool:
-        """Whether it is a physical function that can have virtual ones, or a virtual one."""
+        """Return whether it is a physical function with SR-IOV, or a virtual function."""
         base = f"{PCI_DEVICES}/{bdf}"
         return bool(self.number(base, "sriov_totalvfs")) or self.link(base, "physfn") is not None
 
     def virtual_functions(self, bdf: Bdf) -> list[Bdf]:
-        """The virtual functions that are enabled on a physical one, by address."""
+        """Return the enabled virtual functions of a physical one, by address."""
         base = (PCI_DEVICES, str(bdf))
         links = [self.link(*base, name) for name in self.names(*base) if name.startswith("virtfn")]
         return sorted(Bdf.parse(link) for link in links if link is not None)
 
     def header_type(self, bdf: Bdf) -> int | None:
-        """That of :func:`header_type`."""
+        """Return the header type, as :func:`header_type` does, without resuming a suspended device."""
         return header_type(self.config(bdf, 0x40, wake=False))
 
     def config(self, bdf: Bdf, size: int = 0x100, *, wake: bool = True) -> bytes:
-        """The first bytes of configuration space: 64 at most without root; none where they cannot be read.
+        """Return the first ``size`` bytes of configuration space: at most 64 for non-root users; empty on errors.
 
-        No byte more: some registers do not like to be read. Reading wakes a device that is suspended without power,
-        unless ``wake`` is false: then nothing is read of it.
+        Not more: reading some registers has side effects. Reading resumes a device in D3cold, unless ``wake`` is
+        false: then the result is empty.
         """
         if not wake and self.is_asleep(bdf):
             return b""
@@ -343,7 +356,7 @@ class Sysfs:
             return b""
 
     def is_asleep(self, bdf: Bdf) -> bool:
-        """Whether the kernel has taken its power away for as long as nobody needs it (runtime power management)."""
+        """Return whether it is in D3cold by runtime power management."""
         base = (PCI_DEVICES, str(bdf))
         return self.text(*base, "power_state") == "D3cold" and self.text(*base, "power/runtime_status") == "suspended"
 
@@ -356,12 +369,12 @@ class Sysfs:
     # --- IOMMU groups
 
     def groups(self) -> list[IommuGroup]:
-        """All IOMMU groups, by number."""
+        """Return all IOMMU groups, by number."""
         numbers = sorted(int(name) for name in self.names(IOMMU_GROUPS) if name.isdecimal())
         return [self.group(number) for number in numbers]
 
     def group(self, number: int) -> IommuGroup:
-        """One group. Raises ``NotAssignable`` where the kernel has no such group."""
+        """Return one group. Raises ``NotAssignable`` if the kernel has no such group."""
         base = f"{IOMMU_GROUPS}/{number}"
         if not self.exists(base):
             raise NotAssignable(f"there is no IOMMU group {number}")
@@ -370,7 +383,7 @@ class Sysfs:
             with contextlib.suppress(ValueError):
                 start, last, kind = line.split()
                 low = int(start, 16)
-                # A region of no bytes ends before it begins, at 0 with all ones.
+                # An empty region ends before it begins; one at 0 ends at all ones.
                 reserved.append(Reserved(Range(low, (int(last, 16) - low + 1) % (1 << 64)), kind))
         members = [Bdf.parse(name) for name in self.names(base, "devices") if name.count(":") == 2]
         return IommuGroup(
@@ -382,6 +395,6 @@ class Sysfs:
         )
 
     def reserved_regions(self) -> list[Reserved]:
-        """The union over all groups, without doubles, by address."""
+        """Return the reserved regions of all groups, without duplicates, by address."""
         found = {reserved for group in self.groups() for reserved in group.reserved}
         return sorted(found, key=lambda reserved: (reserved.range, reserved.kind))
