@@ -47,8 +47,8 @@ def rlimits(host: Host, **values: str) -> None:
 
 def found(host: Host, kind: str, outcome: Outcome = Outcome.FAIL, **options: int) -> Finding:
     """The one finding that is no pass."""
-    wrong = [one for one in diagnose(host, NVME, **options) if one.blocker]
-    assert [(one.blocker.kind, one.outcome) for one in wrong if one.blocker] == [(kind, outcome)]
+    wrong = [finding for finding in diagnose(host, NVME, **options) if finding.blocker]
+    assert [(finding.blocker.kind, finding.outcome) for finding in wrong if finding.blocker] == [(kind, outcome)]
     assert host.writes == []
     return wrong[0]
 
@@ -59,9 +59,9 @@ def text(finding: Finding) -> str:
 
 
 def test_without_limits(host: Host) -> None:
-    assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
     host.put("proc/self/cgroup", "0::/")
-    assert {one.outcome for one in diagnose(host, NVME, huge_page=0)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME, huge_page=0)} == {Outcome.PASS}
 
 
 # --- cgroups
@@ -85,7 +85,7 @@ def test_memory_at_every_level(host: Host, directory: str, command: str) -> None
         library.doctor.check_memory(host, GIB)
     blocks = kvmpass.plan([NVME], memory="1G", sysfs=host).blocks
     assert [one.blocker.kind for one in blocks] == ["cgroup-memory"]
-    assert {one.outcome for one in diagnose(host, NVME, memory=128 * MIB)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME, memory=128 * MIB)} == {Outcome.PASS}
 
 
 def test_what_the_cgroup_uses_counts_and_its_files_do_not(host: Host) -> None:
@@ -93,7 +93,7 @@ def test_what_the_cgroup_uses_counts_and_its_files_do_not(host: Host) -> None:
     host.put(f"{SERVICE}/memory.current", str(100 * MIB))
     found(host, "cgroup-memory")  # 1090 MiB are left: 20 of the 100 are files
     host.put(f"{SERVICE}/memory.stat", f"active_file {50 * MIB}\ninactive_file {50 * MIB}\nshmem 7")
-    assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
     [ceiling] = limits.memory_ceilings(host)
     assert ceiling.left == 1170 * MIB
     library.doctor.check_memory(host, 1162 * MIB, overhead=8 * MIB)
@@ -118,7 +118,7 @@ def test_version_1(host: Host, file: str) -> None:
         host.put(f"{base}/{name}.limit_in_bytes", "9223372036854771712")
         host.put(f"{base}/{name}.usage_in_bytes", str(10 * MIB))
     host.put(f"{base}/memory.stat", f"inactive_file 0\ntotal_inactive_file {4 * MIB}")
-    assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
     host.put(f"{base}/{file}", str(300 * MIB))
     assert f"/{base}/{file} leaves 294 MiB" in text(found(host, "cgroup-memory"))
 
@@ -150,7 +150,7 @@ def test_huge_pages(host: Host) -> None:
         host.put(f"{pool}/{name}", "1000")
     host.put(f"{SERVICE}/memory.max", str(300 * MIB))  # huge pages are none of its business
     options = {"memory": GIB, "huge_page": 2 * MIB}
-    assert {one.outcome for one in diagnose(host, NVME, **options)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME, **options)} == {Outcome.PASS}
     host.put("proc/self/mountinfo", f"{V2},memory_hugetlb_accounting")
     found(host, "cgroup-memory", **options)
     host.put("proc/self/mountinfo", V2)
@@ -170,7 +170,7 @@ def test_tasks(host: Host) -> None:
     with pytest.raises(HostNotReady, match="up to 10 threads"):
         library.doctor.check_limits(host, 64 * MIB)
     host.put(f"{ABOVE}/pids.current", "2")
-    assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
     found(host, "tasks-low", cpus=32)
 
 
@@ -190,7 +190,7 @@ def test_tasks(host: Host) -> None:
 def test_damaged_files(host: Host, damage: dict[str, str]) -> None:
     for path, content in damage.items():
         host.put(path, content)
-    assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
 
 
 # --- the process's own
@@ -226,9 +226,9 @@ def test_its_own_limits(host: Host, kind: str, values: dict[str, str], words: li
 def test_root_has_as_many_processes_as_it_likes(host: Host) -> None:
     rlimits(host, nproc="1")
     host.put("proc/self/status", "Uid:\t0\t0\t0\t0\nCapEff: 0")
-    assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
     host.put("proc/self/status", "Uid:\t7\t7\t7\t7\nCapEff: 1000000")  # CAP_SYS_RESOURCE
-    assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
 
 
 def test_cpu_time_is_a_warning(host: Host) -> None:
@@ -245,7 +245,7 @@ def test_memory_of_some_nodes(host: Host) -> None:
             f"Node {node} MemFree: {free * 1024} kB\nNode {node} Inactive(file): {10 * 1024} kB",
         )
     host.put("proc/self/status", "Uid:\t7\nMems_allowed_list:\t0-1")
-    assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
     host.put("proc/self/status", "Uid:\t7\nMems_allowed_list:\t0")
     assert "NUMA node 0 only, which has 110 MiB" in text(found(host, "memory-nodes-short"))
 

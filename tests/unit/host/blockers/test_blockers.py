@@ -128,7 +128,7 @@ def bars(host: Host, resource: list[str], config: bytes, **options: Any) -> tupl
     """The kinds of what blocks, and the causes of that and of warnings about BARs."""
     host.put(f"{DEVICE}/resource", "\n".join([*resource, *[NOTHING] * (7 - len(resource))]))
     host.put(f"{DEVICE}/config", config)
-    [finding] = [one for one in library.diagnose(host, GPU) if one.check == "device-bars"]
+    [finding] = [finding for finding in library.diagnose(host, GPU) if finding.check == "device-bars"]
     return kinds(host), finding.blocker.cause if finding.blocker else ""
 
 

@@ -44,24 +44,24 @@ def change(host: Host, changes: dict[str, str | bytes | None]) -> None:
 
 
 def kinds(findings: list[Finding], outcome: Outcome) -> list[str]:
-    return [one.blocker.kind for one in findings if one.outcome is outcome and one.blocker]
+    return [finding.blocker.kind for finding in findings if finding.outcome is outcome and finding.blocker]
 
 
 def found(host: Host, kind: str, bdf: Bdf | None = NVME, **options: Any) -> Finding:
     """The finding of that kind; nothing else is wrong."""
     findings = diagnose(host, bdf, **options)
-    wrong = [one for one in findings if one.blocker]
-    assert [one.blocker.kind for one in wrong if one.blocker] == [kind]
+    wrong = [finding for finding in findings if finding.blocker]
+    assert [finding.blocker.kind for finding in wrong if finding.blocker] == [kind]
     assert host.writes == []
     return wrong[0]
 
 
 def test_a_host_that_is_ready(host: Host) -> None:
     findings = diagnose(host, NVME)
-    assert {one.outcome for one in findings} == {Outcome.PASS}
-    assert {one.check for one in findings} == {check.id for check in library.doctor.CATALOGUE}
-    assert all(one.read or one.check == "huge-pages" for one in findings), "each says what it looked at"
-    assert [one for one in diagnose(host) if one.bdf] == []
+    assert {finding.outcome for finding in findings} == {Outcome.PASS}
+    assert {finding.check for finding in findings} == {check.id for check in library.doctor.CATALOGUE}
+    assert all(finding.read or finding.check == "huge-pages" for finding in findings), "each says what it looked at"
+    assert [finding for finding in diagnose(host) if finding.bdf] == []
     assert host.writes == []
 
 
@@ -142,13 +142,13 @@ def test_one_warning(host: Host, kind: str, changes: dict[str, str | bytes | Non
 
 def test_iommu_pt_is_fine(host: Host) -> None:
     host.put("proc/cmdline", "iommu=pt amd_iommu=force_isolation")
-    [finding] = [one for one in diagnose(host) if one.check == "iommu-off"]
+    [finding] = [finding for finding in diagnose(host) if finding.check == "iommu-off"]
     assert (finding.outcome, finding.summary) == (Outcome.PASS, "iommu=pt amd_iommu=force_isolation")
 
 
 def test_what_depends_is_skipped_and_says_on_what(host: Host) -> None:
     change(host, {"sys/class/iommu/ivhd0": None})
-    needs = {one.check: one.needs for one in diagnose(host, NVME) if one.outcome is Outcome.SKIPPED}
+    needs = {finding.check: finding.needs for finding in diagnose(host, NVME) if finding.outcome is Outcome.SKIPPED}
     assert set(needs.values()) == {"firmware-iommu"}
     assert {"iommu-off", "iommu", "groups", "interrupt-remapping", "device-kind", "device-free"} <= set(needs)
 
@@ -211,7 +211,7 @@ def test_a_module(host: Host, files: dict[str, str | bytes | None], kind: str | 
     change(host, {"sys/bus/pci/drivers/vfio-pci": None, **files})
     findings = diagnose(host)
     assert kinds(findings, Outcome.FAIL) == ([kind] if kind else [])
-    [finding] = [one for one in findings if one.check == "vfio-pci"]
+    [finding] = [finding for finding in findings if finding.check == "vfio-pci"]
     assert word in (finding.blocker.cause + finding.summary if finding.blocker else finding.summary)
     if kind is None:
         library.doctor.check_host(host)
@@ -238,7 +238,7 @@ def test_the_table() -> None:
             ivmd(0x21, 0x0100, 0, 0, 0, flags=0b0110),
         )
     )
-    assert [(one.type, one.base) for one in table.iommus] == [
+    assert [(iommu.type, iommu.base) for iommu in table.iommus] == [
         (0x10, 0xFD00_0000),
         (0x11, 0xFD00_0000),
         (0x40, 0xFD20_0000),
@@ -247,7 +247,7 @@ def test_the_table() -> None:
     assert table.memory[0].range == Range(0x8000_0000, 0x1000)
     assert table.memory[5].range == Range(0xC000_1000, 0x1000), "whole pages, as the kernel makes them"
     assert table.direct == table.memory[:6]
-    assert [str(one) for one in table.memory] == [
+    assert [str(block) for block in table.memory] == [
         "0x80000000-0x80000fff for all devices",
         "0x90000000-0x90001fff for 01:00.0, read-only",
         "0xa0000000-0xa0000fff for 01:00.0 to 01:1f.7, exclusion range: read-write since Linux 5.5",
@@ -265,7 +265,7 @@ def test_a_table_that_ends_badly(host: Host) -> None:
     assert (len(table.iommus), len(table.memory)) == (1, 1)
     assert "the block at 0x68 (type 0x40) has an impossible size, 0" in str(table)
     host.put(IVRS, data)
-    [finding] = [one for one in diagnose(host) if one.check == "firmware-iommu"]
+    [finding] = [finding for finding in diagnose(host) if finding.check == "firmware-iommu"]
     assert finding.outcome is Outcome.PASS
     assert "impossible size" in str(finding.read[0])
 
@@ -280,7 +280,7 @@ def test_a_block_that_is_too_short() -> None:
 
 def test_a_wrong_checksum(host: Host) -> None:
     host.put(IVRS, ivrs(ivhd(), wrong=0x5C))
-    [finding] = [one for one in diagnose(host) if one.check == "firmware-iommu"]
+    [finding] = [finding for finding in diagnose(host) if finding.check == "firmware-iommu"]
     assert (finding.outcome, "wrong checksum" in str(finding.read[0])) == (Outcome.PASS, True), "it is in use"
     host.path("sys/class/iommu/ivhd0").rmdir()
     assert found(host, "ivrs-checksum").check == "firmware-iommu"
@@ -294,7 +294,7 @@ def test_blocks_and_groups_agree(host: Host, flags: int) -> None:
     host.put(IVRS, ivrs(ivhd(), ivmd(0x21, 0x0200, 0, 0x9F00_0000, 0x100_0000, flags)))
     finding = found(host, "one-to-one")
     assert any("IVMD 0x9f000000-0x9fffffff for 02:00.0" in str(reading) for reading in finding.read)
-    assert "1 IVMD" in str(next(one for one in diagnose(host) if one.check == "firmware-iommu").read[0])
+    assert "1 IVMD" in str(next(finding for finding in diagnose(host) if finding.check == "firmware-iommu").read[0])
 
 
 @pytest.mark.parametrize(
@@ -370,8 +370,8 @@ def test_a_device(host: Host, kind: str, outcome: Outcome, changes: dict[str, st
     if kind == "no-iommu":
         host.add("0000:02:00.0", None, 8)  # or the host has no group at all
     change(host, changes)
-    findings = [one for one in diagnose(host, NVME) if one.bdf and one.blocker]
-    assert [(one.blocker.kind, one.outcome) for one in findings if one.blocker] == [(kind, outcome)]
+    findings = [finding for finding in diagnose(host, NVME) if finding.bdf and finding.blocker]
+    assert [(finding.blocker.kind, finding.outcome) for finding in findings if finding.blocker] == [(kind, outcome)]
 
 
 def test_no_such_device(host: Host) -> None:
@@ -413,7 +413,7 @@ def test_what_others_have_noted_about_the_driver(host: Host) -> None:
     host.put(f"etc/driverctl.d/{NVME}", "vfio-pci")
     host.put("etc/modprobe.d/vfio.conf", "options vfio-pci ids=1022:1234")
     host.put("proc/cmdline", "vfio_pci.ids=1022:1234:0:0 vfio-pci.ids=1022:4321")
-    [finding] = [one for one in diagnose(host, NVME) if one.check == "device-driver"]
+    [finding] = [finding for finding in diagnose(host, NVME) if finding.check == "device-driver"]
     texts = [str(reading) for reading in finding.read]
     assert f"/etc/driverctl.d/{NVME}: vfio-pci" in texts
     assert "/etc/modprobe.d/vfio.conf: vfio-pci ids 1022:1234" in texts
@@ -463,7 +463,7 @@ def test_the_node_that_is_for_iommufd_is_not_asked_for(host: Host, monkeypatch: 
     host.put("dev/vfio/7", "")
     host.put("dev/vfio/devices/vfio0", "")
     closed(monkeypatch, "dev/vfio/devices/vfio0")
-    assert {one.outcome for one in diagnose(host, NVME)} == {Outcome.PASS}
+    assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
 
 
 def test_an_ordinary_user_with_every_node(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:

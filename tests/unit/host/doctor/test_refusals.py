@@ -72,7 +72,7 @@ def log(host: Host, *messages: str, priority: int = 3) -> None:
 
 
 def found(host: Host, outcome: Outcome = Outcome.FAIL) -> Finding:
-    [finding] = [one for one in diagnose(host) if one.outcome is outcome]
+    [finding] = [finding for finding in diagnose(host) if finding.outcome is outcome]
     assert finding.blocker is not None
     return finding
 

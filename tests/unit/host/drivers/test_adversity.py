@@ -171,16 +171,16 @@ def test_virtual_functions_whose_ids_read_as_ones_are_not_silent(host: Host) -> 
 def test_what_is_a_bridge(host: Host, class_code: int, bridge: bool) -> None:
     host.add("0000:03:00.0", None, 11, class_code)
     device = host.device(Bdf(0, 3, 0, 0))
-    assert [one.kind for one in blockers(host, device)] == (["bridge"] if bridge else [])
+    assert [blocker.kind for blocker in blockers(host, device)] == (["bridge"] if bridge else [])
 
 
 def test_a_restore_that_fails_says_so_and_tries_again(host: Host, state: Path) -> None:
     host.refuses.add("e1000e")
     left_by_another(host, state, NIC)
     host.path("sys/bus/pci/devices", NIC, "driver").unlink()
-    assert [one.outcome for one in restore(host, state)] == ["failed"]
+    assert [result.outcome for result in restore(host, state)] == ["failed"]
     host.refuses.clear()
-    assert [one.outcome for one in restore(host, state)] == ["restored"]
+    assert [result.outcome for result in restore(host, state)] == ["restored"]
     assert host.state(NIC) == ("e1000e", None)
 
 
@@ -189,7 +189,7 @@ def test_memory_that_the_firmware_wants_one_to_one(host: Host, state: Path, rele
     """VFIO refuses such a device from Linux 6.6 on: known before its driver is touched."""
     host.put("proc/sys/kernel/osrelease", release)
     host.put("sys/kernel/iommu_groups/9/reserved_regions", "0x00000000fd000000 0x00000000fd0fffff direct")
-    assert [one.kind for one in blockers(host, host.device(Bdf.parse(NIC)))] == kinds
+    assert [blocker.kind for blocker in blockers(host, host.device(Bdf.parse(NIC)))] == kinds
     [bound] = bind([NIC], sysfs=host, state_dir=state)  # that it can be
     assert (bound.outcome, len(bound.warnings)) == ("changed", len(kinds))
 
@@ -199,7 +199,7 @@ def test_vfio_pci_takes_the_console_off_a_display(host: Host, release: str, kind
     host.put("proc/sys/kernel/osrelease", release)
     host.put("proc/iomem", "fe000000-fe0fffff : efifb\nnot a range : efifb")
     host.put(f"sys/devices/pci0000:00/{NIC}/class", "0x030000")
-    found = [one.blocker for one in diagnose(host, Bdf.parse(NIC)) if one.bdf and one.blocker]
+    found = [finding.blocker for finding in diagnose(host, Bdf.parse(NIC)) if finding.bdf and finding.blocker]
     assert [blocker.kind for blocker in found if "framebuffer" in blocker.kind] == kinds
 
 
@@ -212,7 +212,7 @@ def test_another_device_in_the_same_slot_is_not_taken_for_the_first(host: Host, 
     assert (result.outcome, result.after) == ("changed", "ahci")  # not e1000e, which the first had
     left_by_another(host, state, NIC, ids="8086:0001:0000:0000")
     host.writes.clear()
-    assert [(one.outcome, one.detail.partition(":")[0]) for one in restore(host, state)] == [
+    assert [(result.outcome, result.detail.partition(":")[0]) for result in restore(host, state)] == [
         ("stale", "of another device at that address")
     ]
     assert host.writes == []

@@ -161,7 +161,7 @@ def test_one_that_cannot_be_given_back_does_not_keep_the_others(host: Host, stat
     assert host.state(NVME)[0] is None
     host.refuses.clear()
     host.process(os.getpid(), "pytest")  # another start time: the owner has died
-    assert [(one.bdf, one.outcome) for one in restore(host, state)] == [(NVME, "restored")]
+    assert [(result.bdf, result.outcome) for result in restore(host, state)] == [(NVME, "restored")]
     assert as_before(host, state)
 
 
@@ -262,7 +262,9 @@ def test_killed(host: Host, state: Path, step: Step, at_step: AtStep) -> None:
     for name in host.names("proc"):
         if name.isdecimal() and int(name) != os.getpid():
             host.path("proc", name, "stat").unlink()
-    assert [(one.bdf, one.outcome) for one in restore(host, state, on_step=at_step.hook)] == [(NVME, "restored")]
+    assert [(result.bdf, result.outcome) for result in restore(host, state, on_step=at_step.hook)] == [
+        (NVME, "restored")
+    ]
     assert as_before(host, state)
     assert restore(host, state) == []
 
@@ -283,7 +285,7 @@ def test_what_a_killed_process_left_is_no_obstacle(host: Host, state: Path) -> N
 
 def test_a_living_owner_is_left_alone(host: Host, state: Path) -> None:
     with borrow(NVME, sysfs=host, state_dir=state):
-        assert [one.outcome for one in restore(host, state)] == ["owner-alive"]
+        assert [result.outcome for result in restore(host, state)] == ["owner-alive"]
         with pytest.raises(DeviceInUse, match=rf"process {os.getpid()} \(pytest\)"):
             borrow(NVME, sysfs=host, state_dir=state).__enter__()
         assert host.state(NVME)[0] == "vfio-pci"
@@ -310,7 +312,7 @@ def test_entries(host: Host, state: Path, change: dict[str, object], outcome: st
     file.write_text(json.dumps(content | change))
     host.writes.clear()
     with_nothing_to_do = restore(host, state)
-    assert [(one.bdf, one.outcome) for one in with_nothing_to_do] == [(NVME, outcome)]
+    assert [(result.bdf, result.outcome) for result in with_nothing_to_do] == [(NVME, outcome)]
     assert host.writes == []
     assert restore(host, state) == []
 
@@ -322,7 +324,7 @@ def test_a_half_written_entry_does_not_stop_the_rest(host: Host, state: Path) ->
         file.write_text(content[:40])
         other = state / "journal" / f"{NIC}.json"
         other.write_text(other.read_text().replace(f'"pid": {os.getpid()}', '"pid": 999999'))
-        assert [one.outcome for one in restore(host, state)] == ["corrupt", "restored"]
+        assert [result.outcome for result in restore(host, state)] == ["corrupt", "restored"]
         assert host.state(NIC) == BEFORE[NIC]
         file.write_text("")
         with pytest.raises(JournalError, match="cannot be read"):
@@ -343,7 +345,7 @@ def test_a_device_that_has_gone(host: Host, state: Path) -> None:
         host.remove(NVME)
     assert not list((state / "journal").glob("*"))
     (state / "journal" / f"{NVME}.json").write_text(text)
-    assert [one.outcome for one in restore(host, state)] == ["gone"]
+    assert [result.outcome for result in restore(host, state)] == ["gone"]
 
 
 def test_bound_by_someone_else_meanwhile(host: Host, state: Path) -> None:
@@ -371,7 +373,9 @@ def test_named_twice(host: Host, operation: Callable[[str, str], object]) -> Non
         operation("01:00.0", NVME)
     assert refused.value.__notes__ == ["name each device once"]
     blocks = [block.blocker for block in plan(["01:00.0", NVME], sysfs=host).blocks]
-    assert (f"{NVME} is named twice", "name each device once") in [(one.cause, one.remedy) for one in blocks]
+    assert (f"{NVME} is named twice", "name each device once") in [
+        (blocker.cause, blocker.remedy) for blocker in blocks
+    ]
 
 
 @pytest.mark.parametrize("place", ["", "..", "journal", "bound"])

@@ -325,7 +325,7 @@ def test_other_errors_and_bytes_that_are_no_text(log: Log) -> None:
 def test_the_whole_log(log: Log) -> None:
     log.records = [record("one"), BrokenPipeError(errno.EPIPE, "lost"), b"14,1043,1,-;of a program\n", record("two")]
     found = read_log(log.path)
-    assert [one.text for one in found.records] == ["one", "of a program", "two"]
+    assert [record.text for record in found.records] == ["one", "of a program", "two"]
     assert found.having("o") == ["one", "two"]
     assert not found.complete, "its first record is not the boot's"
     log.records = [b"6,0,0,-;Linux version 6.12\n"]

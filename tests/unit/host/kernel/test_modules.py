@@ -127,7 +127,7 @@ def test_both_names_of_its_files(host: Host, tmp_path: Path, name: str, text: st
     assert saved == SavedOverride(f"/etc/driverctl.d/{name}", driver)
     assert saved.words == words
     assert describe(host, NVME).driverctl == driver
-    [finding] = [one for one in diagnose(host, NVME) if one.check == "device-driver"]
+    [finding] = [finding for finding in diagnose(host, NVME) if finding.check == "device-driver"]
     assert f"/etc/driverctl.d/{name}: {driver}" in [str(reading) for reading in finding.read]
     if driver == "none":
         with pytest.raises(DriverPinned, match=r"sets 0000:01:00\.0 to no driver"):

@@ -189,7 +189,7 @@ def test_replaced_on_request(host: Host, tmp_path: Path) -> None:
     with open_recorded(tmp_path / "x.tar") as tree:
         found = inventory(tree)
         assert [(one.device.bdf, [blocker.kind for blocker in one.blockers]) for one in found.devices] == before
-        [finding] = [one for one in diagnose(tree, Bdf.parse(NIC)) if one.check == "device-free"]
+        [finding] = [finding for finding in diagnose(tree, Bdf.parse(NIC)) if finding.check == "device-free"]
         assert finding.blocker is not None
         assert "the default route goes through enx0200000000" in finding.blocker.cause
 

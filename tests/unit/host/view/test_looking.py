@@ -134,10 +134,12 @@ def test_bars(host: Host) -> None:
 
 def test_surroundings(host: Host) -> None:
     drive = describe(host, Bdf.parse(NVME_BDF))
-    assert [(str(one.bdf), one.kind, one.isolates) for one in drive.bridges] == [(PORT, "root port", True)]
+    assert [(str(bridge.bdf), bridge.kind, bridge.isolates) for bridge in drive.bridges] == [
+        (PORT, "root port", True)
+    ]
     assert drive.functions == () and drive.siblings == (), "a virtual function is no part of the device"
     card = describe(host, Bdf.parse("02:01.0"))
-    assert [(str(one.device.bdf), one.part) for one in card.siblings] == [
+    assert [(str(sibling.device.bdf), sibling.part) for sibling in card.siblings] == [
         (BRIDGE, "bridge"),
         ("0000:02:00.0", "in-the-way"),
     ]
