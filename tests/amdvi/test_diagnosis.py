@@ -229,8 +229,9 @@ def test_killed_while_populating(nvme: str, cgroup: Path) -> None:
     (cgroup / "memory.max").write_text(str(200 * MIB))
     script = """if True:
         import sys
-        from kvmpass import host, machine
+        from kvmpass import host
         from kvmpass.cli.main import main
+        from kvmpass.machine import machine
         host.doctor.check_memory = machine.check_memory = lambda *_, **__: None
         sys.argv[1:] = ["assign", "-v", sys.argv[1], "--memory", "512M", "--", "true"]
         main()
