@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from kvmpass.guest import Guest, GuestSpec, prepare
     from kvmpass.host import Bdf, bind, borrow, restore, unbind
     from kvmpass.machine import AssignedDevice, Machine
-    from kvmpass.machine.vcpus import Ending
+    from kvmpass.machine.vcpus import GuestOutcome
     from kvmpass.memory import GuestMemory
 
 _HOMES = {
     "AssignedDevice": "kvmpass.machine",
     "Bdf": "kvmpass.host",
     "Domain": "kvmpass.dma.domain",
-    "Ending": "kvmpass.machine.vcpus",
+    "GuestOutcome": "kvmpass.machine.vcpus",
     "Guest": "kvmpass.guest",
     "GuestMemory": "kvmpass.memory",
     "GuestSpec": "kvmpass.guest",
@@ -41,9 +41,9 @@ __all__ = [
     "AssignedDevice",
     "Bdf",
     "Domain",
-    "Ending",
     "Guest",
     "GuestMemory",
+    "GuestOutcome",
     "GuestSpec",
     "KvmpassError",
     "Machine",

@@ -25,7 +25,7 @@ from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
 from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import Ending
+from kvmpass.machine.vcpus import GuestOutcome
 from kvmpass.memory import Backing
 
 
@@ -246,7 +246,7 @@ def descriptor_sink(fd: int) -> Sink:
 
 
 def _explain(result: GuestResult) -> None:
-    click.echo(f"kvmpass: the guest {_ENDED[result.ending]} before its command reported a status", err=True)
+    click.echo(f"kvmpass: the guest {_ENDED[result.outcome]} before its command reported a status", err=True)
     for failure in result.failures:
         click.echo(f"  error in the guest: {failure}", err=True)
     _show_console(result.console)
@@ -306,28 +306,28 @@ class ConsoleLog:
 
 _MAX_EVENTS = 256
 _ENDED = {
-    Ending.POWEROFF: "powered off",
-    Ending.REBOOT: "rebooted",
-    Ending.PANIC: "panicked",
-    Ending.TRIPLE_FAULT: "died of a triple fault",
-    Ending.FAULT: "was ended because KVM_RUN failed",
-    Ending.DEVICE_ERROR: "was ended because a device failed",
-    Ending.TIMEOUT: "was ended by --timeout",
-    Ending.STOPPED: "was stopped",
+    GuestOutcome.POWEROFF: "powered off",
+    GuestOutcome.REBOOT: "rebooted",
+    GuestOutcome.PANIC: "panicked",
+    GuestOutcome.TRIPLE_FAULT: "died of a triple fault",
+    GuestOutcome.FAULT: "was ended because KVM_RUN failed",
+    GuestOutcome.DEVICE_ERROR: "was ended because a device failed",
+    GuestOutcome.TIMEOUT: "was ended by --timeout",
+    GuestOutcome.STOPPED: "was stopped",
 }
 
 
 def _exit_status(result: GuestResult, command: bool) -> int:
-    if result.ending is Ending.TIMEOUT and result.status is None:
+    if result.outcome is GuestOutcome.TIMEOUT and result.status is None:
         return TIME_UP
     if command:
         return GUEST_SILENT if result.status is None else result.status
-    failed = (Ending.PANIC, Ending.TRIPLE_FAULT, Ending.FAULT, Ending.DEVICE_ERROR)
-    return GUEST_SILENT if result.ending in failed else 0
+    failed = (GuestOutcome.PANIC, GuestOutcome.TRIPLE_FAULT, GuestOutcome.FAULT, GuestOutcome.DEVICE_ERROR)
+    return GUEST_SILENT if result.outcome in failed else 0
 
 
 def _outcome(result: GuestResult) -> str:
-    return "exited" if result.status is not None else result.ending.name.lower().replace("_", "-")
+    return "exited" if result.status is not None else result.outcome.name.lower().replace("_", "-")
 
 
 def _write_status(path: Path, outcome: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, S
 from kvmpass.guest.output import Pump, Sink
 from kvmpass.guest.size import ConsoleSize
 from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import Ending
+from kvmpass.machine.vcpus import GuestOutcome
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 1 << 16
@@ -31,7 +31,7 @@ class GuestResult:
     (``kvmpass.crash.excerpt`` finds where a crash begins in it).
     """
 
-    ending: Ending
+    outcome: GuestOutcome
     status: int | None
     failures: tuple[str, ...]
     console: str
@@ -58,7 +58,7 @@ class Guest:
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
         self._tail: deque[int] = deque(maxlen=_TAIL_BYTES)
         self._reported = threading.Event()
-        self._pump = Pump(machine.stop, lambda: machine.over)
+        self._pump = Pump(machine.stop, lambda: machine.ended)
         to_console = self._pump.to(console) if console else None
 
         def on_console(data: bytes) -> None:
@@ -73,7 +73,7 @@ class Guest:
                 ERRORS: self._pump.to(errors),
                 CONTROL: self._on_control,
             }
-            machine.connect(outputs, self._pump.pace)
+            machine.connect(outputs, self._pump.throttle)
         except BaseException:
             self._pump.close()
             raise
@@ -126,24 +126,24 @@ class Guest:
         """
         deadline = time.monotonic() + timeout if timeout is not None else math.inf
         self._machine.start()
-        ending = None
-        while ending is None:
+        outcome = None
+        while outcome is None:
             reported = self._reported.is_set()  # before the wait: a report that comes during it starts the minute
             left = deadline - time.monotonic()
-            ending = self._machine.wait(max(0.0, min(_POWEROFF_SECONDS if reported else 1.0, left)))
-            if ending is None and time.monotonic() >= deadline:
-                self._machine.stop(Ending.TIMEOUT)
-            elif ending is None and reported:
+            outcome = self._machine.wait(max(0.0, min(_POWEROFF_SECONDS if reported else 1.0, left)))
+            if outcome is None and time.monotonic() >= deadline:
+                self._machine.stop(GuestOutcome.TIMEOUT)
+            elif outcome is None and reported:
                 self._machine.stop()
-            if ending is Ending.REBOOT and restart and not self._reported.is_set():
+            if outcome is GuestOutcome.REBOOT and restart and not self._reported.is_set():
                 self._report.ready = False
                 self._machine.reset()
                 self._control = ControlChannel()  # a line that the last boot did not end is not this one's
                 self._size.forget()
                 self._machine.start()
-                ending = None
+                outcome = None
         self._pump.close()
         if self._pump.failure is not None:
             raise self._pump.failure
         failures = [*self._report.failures, *([self._machine.fault] if self._machine.fault else [])]
-        return GuestResult(ending, self._report.status, tuple(failures), self.console)
+        return GuestResult(outcome, self._report.status, tuple(failures), self.console)

@@ -11,9 +11,9 @@ Sink = Callable[[bytes], None]
 class Pump:
     """Writes what the guest's serial ports send in larger pieces, from a thread of its own.
 
-    The sinks take everything at once; a guest that sends more than ``PENDING_LIMIT`` bytes ahead of a slow reader is
-    held up by ``pace``, as at a slow line, until ``stopped`` says that nobody waits for it any more. ``failure`` is
-    what a sink raised.
+    The sinks take everything at once; a guest that sends more than ``PENDING_LIMIT`` bytes ahead of a slow reader
+    blocks in ``throttle``, as at a slow line, until ``stopped`` says that nobody waits for it any more. ``failure``
+    is what a sink raised.
     """
 
     PENDING_LIMIT = 1 << 20
@@ -42,7 +42,7 @@ class Pump:
 
         return put
 
-    def pace(self) -> None:
+    def throttle(self) -> None:
         """Comes back when there is room again. Cheap while there is."""
         if self._full:
             with self._changed:

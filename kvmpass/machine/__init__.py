@@ -2,11 +2,11 @@
 
 from kvmpass.machine.device import AssignedDevice, DeviceState
 from kvmpass.machine.machine import Machine
-from kvmpass.machine.vcpus import Ending
+from kvmpass.machine.vcpus import GuestOutcome
 
 __all__ = [
     "AssignedDevice",
     "DeviceState",
-    "Ending",
+    "GuestOutcome",
     "Machine",
 ]

@@ -18,7 +18,7 @@ from kvmpass.errors import GuestError
 from kvmpass.kvm import IrqRoutes, System, Vcpu, Vm
 from kvmpass.layout import LOCAL_APIC_BASE, Layout
 from kvmpass.machine.slots import Slots
-from kvmpass.machine.vcpus import Ending, VcpuThreads
+from kvmpass.machine.vcpus import GuestOutcome, VcpuThreads
 from kvmpass.memory import GuestMemory
 
 _NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
@@ -36,7 +36,7 @@ class Execution:
     - ``_lock`` guards the buses, the functions on them and the hot plug controller. A vCPU holds it for each exit.
     - ``memory.lock`` guards the list of regions and what mirrors it.
 
-    ``stop``, ``over`` and ``wait`` take none of them: an error of a device ends the guest whatever else goes on.
+    ``stop``, ``ended`` and ``wait`` take none of them: an error of a device ends the guest whatever else goes on.
     """
 
     _slots: Slots
@@ -48,7 +48,7 @@ class Execution:
         self._lock = threading.RLock()
         self._moves = threading.RLock()
         self._outputs: dict[int, Output] = {}
-        self._pace: Callable[[], None] = lambda: None
+        self._throttle: Callable[[], None] = lambda: None
         self._linux: tuple[KernelImage, bytes | None, str] | None = None
         self._entry: LinuxEntry | None = None
         self._threads: VcpuThreads | None = None
@@ -74,24 +74,24 @@ class Execution:
         if output := self._outputs.get(number):
             output(data)
 
-    def connect(self, outputs: Mapping[int, Output], pace: Callable[[], None] = lambda: None) -> None:
-        """Where COM1 to COM4 (0 to 3) send what the guest writes until ``disconnect()``; the others' is dropped.
+    def connect(self, outputs: Mapping[int, Output], throttle: Callable[[], None] = lambda: None) -> None:
+        """Send what the guest writes to COM1 to COM4 (0 to 3) to ``outputs`` until ``disconnect()``; drop the rest.
 
-        Outputs are called from a vCPU's thread, which must not be kept waiting; ``pace`` is called between accesses
-        to ports, where it may be. Both stay over ``reset()``. Raises ``GuestError`` while somebody is connected,
-        ``IndexError`` for a port that the machine does not have.
+        Outputs are called from a vCPU's thread and must not block; ``throttle``, called between accesses to ports,
+        may. Both survive ``reset()``. Raises ``GuestError`` while somebody is connected, ``IndexError`` for a port
+        that the machine does not have.
         """
         for number in outputs:
             self.serial(number)
         with self._moves:
             if self._outputs:
                 raise GuestError("this machine's serial ports are connected", "one guest at a time: leave the other")
-            self._outputs, self._pace = dict(outputs), pace
+            self._outputs, self._throttle = dict(outputs), throttle
 
     def disconnect(self) -> None:
         """Drop what the guest writes from now on; idempotent."""
         with self._moves:
-            self._outputs, self._pace = {}, lambda: None
+            self._outputs, self._throttle = {}, lambda: None
 
     def serial(self, number: int) -> Serial16550:
         """COM ``number`` + 1, to push input into: another one after each ``reset()``. Raises ``IndexError``."""
@@ -127,7 +127,7 @@ class Execution:
             self._close_vcpus()
             raise
         board = self._board
-        self._threads = VcpuThreads(self._vcpus, board.ports, board.mmio, self._lock, lambda: self._pace())
+        self._threads = VcpuThreads(self._vcpus, board.ports, board.mmio, self._lock, lambda: self._throttle())
         self._threads.start()
 
     def _make_vcpus(self, system: System, entry: LinuxEntry) -> None:
@@ -154,18 +154,18 @@ class Execution:
         vcpus, self._vcpus = self._vcpus, []
         run_all(vcpu.close for vcpu in vcpus)
 
-    def wait(self, timeout: float | None = None) -> Ending | None:
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
         """How the guest ended; None if it runs on after ``timeout`` seconds. Raises what made a vCPU fail."""
         threads = self._threads
         if threads is None:
             raise GuestError("the guest was not started")
         return threads.wait(timeout)
 
-    def stop(self, ending: Ending = Ending.STOPPED) -> None:
-        """End the guest: no vCPU goes on. ``wait()`` then returns ``ending``. Does not wait for anything."""
+    def stop(self, outcome: GuestOutcome = GuestOutcome.STOPPED) -> None:
+        """End the guest: no vCPU goes on. ``wait()`` then returns ``outcome``. Does not wait for anything."""
         threads = self._threads
         if threads is not None:
-            threads.end(ending)
+            threads.end(outcome)
 
     def pause(self, timeout: float = 5.0) -> None:
         """Keep every vCPU out of the guest until ``resume``: its state and memory stand still, devices' DMA does not.
@@ -173,7 +173,7 @@ class Execution:
         Raises ``GuestError`` if it does not run, or a vCPU does not leave the guest within ``timeout`` seconds.
         """
         threads = self._threads
-        if threads is None or threads.over:
+        if threads is None or threads.ended:
             raise GuestError("the guest does not run")
         if not threads.pause(timeout):
             raise GuestError(f"a vCPU has not left the guest within {timeout:g} seconds", "read the guest's output")
@@ -196,15 +196,15 @@ class Execution:
         self._board.vm.signal_msi(LOCAL_APIC_BASE | cpu << 12, _NMI)
 
     @property
-    def over(self) -> bool:
+    def ended(self) -> bool:
         """Whether a guest that was started has ended."""
         threads = self._threads
-        return threads is not None and threads.over
+        return threads is not None and threads.ended
 
     @property
     def _running(self) -> bool:
         threads = self._threads
-        return threads is not None and not threads.over
+        return threads is not None and not threads.ended
 
     @property
     def fault(self) -> str:
@@ -223,7 +223,7 @@ class Execution:
 
     def _power_event(self, event: PowerEvent) -> None:
         if event is PowerEvent.POWEROFF:
-            self.stop(Ending.POWEROFF)
+            self.stop(GuestOutcome.POWEROFF)
             return
         word = int.from_bytes(self.memory.read(ports.WARM_RESET_WORD, 2), "little")
-        self.stop(Ending.PANIC if word == ports.WARM_RESET_MAGIC else Ending.REBOOT)
+        self.stop(GuestOutcome.PANIC if word == ports.WARM_RESET_MAGIC else GuestOutcome.REBOOT)

@@ -30,7 +30,7 @@ from kvmpass.machine.execution import Execution
 from kvmpass.machine.notices import Notices
 from kvmpass.machine.requests import EJECT_SECONDS, Requests
 from kvmpass.machine.slots import Slots
-from kvmpass.machine.vcpus import Ending
+from kvmpass.machine.vcpus import GuestOutcome
 from kvmpass.memory import Backing, GuestMemory, plan_memory
 from kvmpass.memory.audit import Mirrored, compare
 from kvmpass.pci import PciFunction, Wiring
@@ -379,7 +379,7 @@ class Machine(Execution):
 
     def _end_for_error(self) -> None:
         if self._stop_on_error:
-            self.stop(Ending.DEVICE_ERROR)
+            self.stop(GuestOutcome.DEVICE_ERROR)
 
 
-__all__ = ["AssignedDevice", "DeviceState", "Ending", "Machine"]
+__all__ = ["AssignedDevice", "DeviceState", "GuestOutcome", "Machine"]

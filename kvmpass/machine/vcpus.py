@@ -36,7 +36,7 @@ _REFUSALS = {
 }
 
 
-class Ending(enum.Enum):
+class GuestOutcome(enum.Enum):
     """How a guest came to its end."""
 
     POWEROFF = "powered off"
@@ -50,31 +50,31 @@ class Ending(enum.Enum):
 
 
 class VcpuThreads:
-    """Runs vCPUs until one of them, or ``end()``, says that it is over.
+    """Run vCPUs until one of them, or ``end()``, ends the guest.
 
-    ``lock`` is held for each dispatched exit: devices on the buses see one access at a time. ``pace`` is called after
-    each access to a port, without the lock: there a guest may be kept waiting, and nobody else with it.
+    ``lock`` is held for each dispatched exit: devices on the buses see one access at a time. ``throttle`` is called
+    after each access to a port, without the lock: it may block, which delays this vCPU only.
 
-    Synchronization: ``end``, ``wait``, ``over``, ``stop``, ``pause`` and ``resume`` from any thread. ``_state``
+    Synchronization: ``end``, ``wait``, ``ended``, ``stop``, ``pause`` and ``resume`` from any thread. ``_state``
     guards how it ended, whether it is paused, and which threads are inside their loop, so that none is signalled
     after its end; it is held for moments only, and nothing else is locked under it.
     """
 
     def __init__(
-        self, vcpus: Sequence[Vcpu], ports: Bus, mmio: Bus, lock: threading.RLock, pace: Callable[[], None]
+        self, vcpus: Sequence[Vcpu], ports: Bus, mmio: Bus, lock: threading.RLock, throttle: Callable[[], None]
     ) -> None:
         self._vcpus = list(vcpus)
         self._ports = ports
         self._mmio = mmio
         self._lock = lock
-        self._pace = pace
-        self._over = threading.Event()
+        self._throttle = throttle
+        self._ended = threading.Event()
         self._state = threading.RLock()  # reentrant: a signal handler may call end()
         self._changed = threading.Condition(self._state)
         self._inside: dict[threading.Thread, Vcpu] = {}
         self._paused = False
         self._parked = 0
-        self._ending: Ending | None = None
+        self._outcome: GuestOutcome | None = None
         self._failure: BaseException | None = None
         self.fault = ""
         self._threads: list[threading.Thread] = []
@@ -89,12 +89,12 @@ class VcpuThreads:
             self._threads.append(thread)
             thread.start()
 
-    def end(self, ending: Ending) -> None:
+    def end(self, outcome: GuestOutcome) -> None:
         """Say how it ended (the first call wins), and take every vCPU out of the guest at once. Does not wait."""
         with self._state:
-            if self._ending is None:
-                self._ending = ending
-            self._over.set()
+            if self._outcome is None:
+                self._outcome = outcome
+            self._ended.set()
             self._kick()
             self._changed.notify_all()
 
@@ -113,7 +113,7 @@ class VcpuThreads:
         with self._changed:
             self._paused = True
             self._kick()
-            stopped = self._changed.wait_for(lambda: self._parked == len(self._inside) or self.over, timeout)
+            stopped = self._changed.wait_for(lambda: self._parked == len(self._inside) or self.ended, timeout)
             if not stopped:
                 self.resume()
             return stopped
@@ -122,7 +122,7 @@ class VcpuThreads:
         """Let them go on; idempotent."""
         with self._changed:
             self._paused = False
-            if not self.over:
+            if not self.ended:
                 for vcpu in self._inside.values():
                     vcpu.request_exit(False)
             self._changed.notify_all()
@@ -139,23 +139,23 @@ class VcpuThreads:
         return self._paused
 
     @property
-    def over(self) -> bool:
-        return self._over.is_set()
+    def ended(self) -> bool:
+        return self._ended.is_set()
 
-    def wait(self, timeout: float | None = None) -> Ending | None:
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
         """Wait for the end; None after ``timeout`` seconds. Raises what made a vCPU's thread fail.
 
-        What the guest itself made KVM refuse is an ending (``FAULT``, with ``fault`` saying what), not an error.
+        What the guest itself made KVM refuse is an outcome (``FAULT``, with ``fault`` saying what), not an error.
         """
-        if not self._over.wait(timeout):
+        if not self._ended.wait(timeout):
             return None
         if self._failure is not None:
             raise self._failure
-        return self._ending
+        return self._outcome
 
     def stop(self) -> None:
         """Take every vCPU out of the guest and wait for its thread; idempotent. Not from a vCPU's thread."""
-        self.end(Ending.STOPPED)
+        self.end(GuestOutcome.STOPPED)
         for thread in self._threads:
             thread.join()
         self._threads.clear()
@@ -169,7 +169,7 @@ class VcpuThreads:
             if self._paused:  # before this thread was known
                 vcpu.request_exit()
         try:
-            while not self._over.is_set():
+            while not self._ended.is_set():
                 exit_ = vcpu.run()
                 # What was dispatched before has been completed by this entry (api.rst, 5: kvm_run).
                 if self._paused and isinstance(exit_, InterruptedExit):
@@ -177,11 +177,11 @@ class VcpuThreads:
                 self._dispatch(vcpu, exit_)
         except GuestError as error:
             self.fault = self.fault or str(error)
-            self.end(Ending.FAULT)
+            self.end(GuestOutcome.FAULT)
         except BaseException as error:
-            if self._ending is None:  # later ones are of a guest that is gone
+            if self._outcome is None:  # later ones are of a guest that is gone
                 self._failure = self._failure or error
-            self.end(Ending.STOPPED)
+            self.end(GuestOutcome.STOPPED)
         finally:
             with self._changed:
                 del self._inside[threading.current_thread()]
@@ -191,7 +191,7 @@ class VcpuThreads:
         with self._changed:
             self._parked += 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._paused or self.over)
+            self._changed.wait_for(lambda: not self._paused or self.ended)
             self._parked -= 1
 
     def _dispatch(self, vcpu: Vcpu, exit_: Exit) -> None:
@@ -201,7 +201,7 @@ class VcpuThreads:
                 with self._lock:
                     self.exits += 1
                     self._port(vcpu, exit_)
-                self._pace()
+                self._throttle()
             case MmioExit(address, size, is_write, data):
                 with self._lock:
                     self.exits += 1
@@ -212,7 +212,7 @@ class VcpuThreads:
             case InterruptedExit():
                 pass
             case ShutdownExit():
-                self.end(Ending.TRIPLE_FAULT)
+                self.end(GuestOutcome.TRIPLE_FAULT)
             case HaltExit():
                 time.sleep(0.01)
             case SystemEventExit(kind):

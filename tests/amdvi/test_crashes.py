@@ -19,7 +19,7 @@ from kvmpass import host
 from kvmpass.crash import excerpt
 from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
 from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import Ending
+from kvmpass.machine.vcpus import GuestOutcome
 
 # The system call that `renice` makes becomes a bug, where the kernel then goes on.
 NULL_WRITE = bytes.fromhex("31c0 8900")  # xor eax, eax; mov [rax], eax
@@ -131,7 +131,7 @@ def test_an_oops_is_only_told_of_where_that_is_wanted() -> None:
         thread.join(220)
         assert results
     result = results[0]
-    assert (result.ending, result.status) == (Ending.POWEROFF, 0)
+    assert (result.outcome, result.status) == (GuestOutcome.POWEROFF, 0)
     assert "still here" in said.decode()
     assert "BUG: kernel NULL pointer dereference" in excerpt(result.console)[0]
 

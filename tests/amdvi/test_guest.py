@@ -24,7 +24,7 @@ from kvmpass.cli.main import main
 from kvmpass.errors import GuestError
 from kvmpass.guest import Guest, GuestSpec, prepare
 from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import Ending
+from kvmpass.machine.vcpus import GuestOutcome
 
 Valid = Callable[[str, str | bytes], Any]
 
@@ -222,18 +222,18 @@ def test_the_console_is_a_terminal(nvme: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "append", "ending"),
+    ("command", "append", "outcome"),
     [
-        ("poweroff -f", "", Ending.POWEROFF),
-        ("reboot -f", "", Ending.REBOOT),
-        ("echo c > /proc/sysrq-trigger", "", Ending.PANIC),
-        ("reboot -f", "reboot=t", Ending.TRIPLE_FAULT),
+        ("poweroff -f", "", GuestOutcome.POWEROFF),
+        ("reboot -f", "", GuestOutcome.REBOOT),
+        ("echo c > /proc/sysrq-trigger", "", GuestOutcome.PANIC),
+        ("reboot -f", "reboot=t", GuestOutcome.TRIPLE_FAULT),
     ],
     ids=["poweroff", "reboot", "panic", "triple-fault"],
 )
-def test_each_ending_is_told_from_the_others(command: str, append: str, ending: Ending) -> None:
+def test_each_outcome_is_told_from_the_others(command: str, append: str, outcome: GuestOutcome) -> None:
     result, output = boot("sh", "-c", f"cat /proc/sys/kernel/osrelease; {command}; sleep 30", append=append)
-    assert (result.ending, result.status) == (ending, None)
+    assert (result.outcome, result.status) == (outcome, None)
     assert output.decode().strip() == os.uname().release
 
 

@@ -29,7 +29,7 @@ from kvmpass.kvm import System, Vcpu, install_kick
 from kvmpass.kvm.exits import InterruptedExit, PortExit
 from kvmpass.layout import MIB
 from kvmpass.machine import DeviceState, Machine
-from kvmpass.machine.vcpus import KICK, Ending, VcpuThreads
+from kvmpass.machine.vcpus import KICK, GuestOutcome, VcpuThreads
 from kvmpass.pciregs import BAR0, CAP_POWER, COMMAND, capabilities
 from kvmpass.vfio.device import ERR
 
@@ -97,7 +97,7 @@ def test_memory_that_goes_away_ends_the_guest_with_its_reason() -> None:
             threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._lock, lambda: None)
             threads.start()
             try:
-                assert threads.wait(20) is Ending.FAULT
+                assert threads.wait(20) is GuestOutcome.FAULT
             finally:
                 threads.stop()
             assert threads.fault.startswith("vCPU 0: KVM_RUN: Bad address: the guest's access")
@@ -122,7 +122,7 @@ def test_an_error_of_one_device_does_not_wait_for_a_guest_that_keeps_another(nvm
         wait_until(lambda: kept.requested)
         started = time.monotonic()
         failing.vfio.trigger_irq(ERR)
-        assert machine.wait(5) is Ending.DEVICE_ERROR
+        assert machine.wait(5) is GuestOutcome.DEVICE_ERROR
         assert time.monotonic() - started < 3
         assert kept.state is DeviceState.ASSIGNED, "it is still being waited for"
         exits = machine.exits

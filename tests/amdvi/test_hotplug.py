@@ -20,7 +20,7 @@ from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceReque
 from kvmpass.guest.guest import OUTPUT
 from kvmpass.layout import MIB, Range
 from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import Ending
+from kvmpass.machine.vcpus import GuestOutcome
 from kvmpass.pci.space import IO_WINDOW
 from kvmpass.vfio.device import ERR
 
@@ -139,13 +139,13 @@ def test_an_error_of_the_device_ends_the_guest_or_calls_python(nvme: str) -> Non
             device = guest.machine.assign(nvme)
             guest.expect("up")
             device.vfio.trigger_irq(ERR)
-            assert guest.end().ending is Ending.DEVICE_ERROR
+            assert guest.end().outcome is GuestOutcome.DEVICE_ERROR
         with running("echo up; sleep 1000", events=(events := [])) as guest:
             device = guest.machine.assign(nvme)
             guest.expect("up")
             device.vfio.trigger_irq(ERR)
             wait_until(lambda: DeviceError(nvme) in events)
-            assert not guest.machine.over
+            assert not guest.machine.ended
 
 
 @pytest.mark.amdvi(profile="modern", qemu="modern", kernel="full")

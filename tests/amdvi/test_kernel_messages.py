@@ -19,7 +19,7 @@ from support.inside import SOAK
 from kvmpass import host
 from kvmpass.assignment.assign import assigned
 from kvmpass.guest import Guest, GuestImage, GuestSpec, prepare
-from kvmpass.machine.vcpus import Ending
+from kvmpass.machine.vcpus import GuestOutcome
 from kvmpass.ports import SERIAL_LINES
 from kvmpass.testing.state import Mode, State
 
@@ -127,7 +127,7 @@ def under_kvmpass(bdfs: Sequence[str], spec: GuestSpec) -> Talk:
         Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
     ):
         result = guest.run()
-    assert (result.ending, result.status, result.failures) == (Ending.POWEROFF, 0, ()), result.console
+    assert (result.outcome, result.status, result.failures) == (GuestOutcome.POWEROFF, 0, ()), result.console
     return Talk.of(bytes(output))
 
 

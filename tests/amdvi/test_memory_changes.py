@@ -71,11 +71,11 @@ class Worker(threading.Thread):
         self.bench = bench
         self.copies = 0
         self.error: BaseException | None = None
-        self._over = threading.Event()
+        self._ended = threading.Event()
 
     def run(self) -> None:
         try:
-            while not self._over.is_set():
+            while not self._ended.is_set():
                 data = pattern()
                 self.bench.memory.write(ECHO, data)
                 self.bench.device_copies(ECHO, ECHO + PAGE)
@@ -90,7 +90,7 @@ class Worker(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._ended.set()
         self.join(60)
         assert not self.is_alive()
         if self.error is not None:

@@ -31,7 +31,7 @@ class Crowd:
         self.done: Counter[str] = Counter()
         self.errors: list[BaseException] = []
         self._choose = random.Random(seed)
-        self._over = threading.Event()
+        self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def send(self, *jobs: Callable[[], object]) -> None:
@@ -41,7 +41,7 @@ class Crowd:
         thread.start()
 
     def _work(self, *jobs: Callable[[], object]) -> None:
-        while not self._over.is_set():
+        while not self._ended.is_set():
             job = self._choose.choice(jobs)
             try:
                 job()
@@ -57,7 +57,7 @@ class Crowd:
     def end(self) -> None:
         """Close the machine under them, then let them go."""
         self.machine.close()
-        self._over.set()
+        self._ended.set()
         for thread in self._threads:
             thread.join(60)
             assert not thread.is_alive(), "somebody waits for somebody"

@@ -12,7 +12,7 @@ import pytest
 from kvmpass.cli.assign import ConsoleLog, _cause, _exit_status, _show_console
 from kvmpass.cli.main import main
 from kvmpass.guest import GuestResult
-from kvmpass.machine.vcpus import Ending
+from kvmpass.machine.vcpus import GuestOutcome
 
 
 @pytest.mark.parametrize(
@@ -32,15 +32,15 @@ def test_the_text_of_a_cause(error: BaseException, text: str) -> None:
 
 @pytest.mark.parametrize("command", [True, False])
 def test_exit_statuses(command: bool) -> None:
-    def status(ending: Ending, reported: int | None = None) -> int:
-        return _exit_status(GuestResult(ending, reported, (), ""), command)
+    def status(outcome: GuestOutcome, reported: int | None = None) -> int:
+        return _exit_status(GuestResult(outcome, reported, (), ""), command)
 
-    assert status(Ending.TIMEOUT) == 124
-    assert status(Ending.PANIC) == 126
-    assert status(Ending.FAULT) == 126
-    assert status(Ending.POWEROFF) == (126 if command else 0)
+    assert status(GuestOutcome.TIMEOUT) == 124
+    assert status(GuestOutcome.PANIC) == 126
+    assert status(GuestOutcome.FAULT) == 126
+    assert status(GuestOutcome.POWEROFF) == (126 if command else 0)
     if command:
-        assert status(Ending.TIMEOUT, 3) == 3
+        assert status(GuestOutcome.TIMEOUT, 3) == 3
 
 
 def test_the_console_is_shown_from_the_crash_on_without_escapes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,13 +17,13 @@ class Vm:
     """What a pump knows of a machine."""
 
     def __init__(self) -> None:
-        self.over = False
+        self.ended = False
 
     def stop(self) -> None:
-        self.over = True
+        self.ended = True
 
     def pump(self) -> Pump:
-        return Pump(self.stop, lambda: self.over)
+        return Pump(self.stop, lambda: self.ended)
 
 
 def test_everything_arrives_in_order() -> None:
@@ -47,9 +47,9 @@ def test_a_stalled_reader_holds_the_guest_and_not_the_end() -> None:
 
     def guest() -> None:
         nonlocal sent
-        while not vm.over:
+        while not vm.ended:
             put(bytes(4096))
-            pump.pace()
+            pump.throttle()
             sent += 4096
 
     thread = threading.Thread(target=guest)
@@ -77,7 +77,7 @@ def test_a_reader_that_has_gone_stops_the_guest() -> None:
     pump.to(descriptor_sink(writer))(b"x")
     pump.close()
     os.close(writer)
-    assert vm.over
+    assert vm.ended
     assert isinstance(pump.failure, KvmpassError)
     with pytest.raises(KvmpassError, match="output closed by its reader"):
         raise pump.failure

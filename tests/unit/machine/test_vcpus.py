@@ -13,7 +13,7 @@ import pytest
 from kvmpass.bus import Bus
 from kvmpass.kvm import Vcpu
 from kvmpass.kvm.exits import Exit, InterruptedExit, PortExit, RefusedExit, ShutdownExit
-from kvmpass.machine.vcpus import Ending, VcpuThreads
+from kvmpass.machine.vcpus import GuestOutcome, VcpuThreads
 
 
 class Fake:
@@ -50,11 +50,11 @@ class Stage:
         self.waiting = threading.Event()
         self.waiting.set()
         self.threads = VcpuThreads(
-            cast(list[Vcpu], self.vcpus), Bus("port"), Bus("memory"), threading.RLock(), self.pace
+            cast(list[Vcpu], self.vcpus), Bus("port"), Bus("memory"), threading.RLock(), self.throttle
         )
         self.threads.start()
 
-    def pace(self) -> None:
+    def throttle(self) -> None:
         assert self.waiting.wait(20)
 
 
@@ -78,26 +78,26 @@ def settle(condition: Any) -> None:
 
 
 def test_the_first_word_about_the_end_counts_and_everyone_leaves_at_once(stage: Stage) -> None:
-    stage.threads.end(Ending.DEVICE_ERROR)
-    stage.threads.end(Ending.POWEROFF)
-    assert stage.threads.wait(5) is Ending.DEVICE_ERROR
+    stage.threads.end(GuestOutcome.DEVICE_ERROR)
+    stage.threads.end(GuestOutcome.POWEROFF)
+    assert stage.threads.wait(5) is GuestOutcome.DEVICE_ERROR
     settle(lambda: not any(thread.name.startswith("vcpu") for thread in threading.enumerate()))
 
 
 @pytest.mark.parametrize(
-    ("says", "ending", "words"),
+    ("says", "outcome", "words"),
     [
-        (ShutdownExit(), Ending.TRIPLE_FAULT, ""),
-        (RefusedExit(errno.EFAULT), Ending.FAULT, "vCPU 0: KVM_RUN: Bad address: the guest's access"),
-        (RefusedExit(errno.EIO), Ending.FAULT, "vCPU 0: KVM_RUN: Input/output error: KVM has ended this VM"),
-        (RefusedExit(errno.ENOMEM), Ending.FAULT, "vCPU 0: KVM_RUN: Cannot allocate memory"),
+        (ShutdownExit(), GuestOutcome.TRIPLE_FAULT, ""),
+        (RefusedExit(errno.EFAULT), GuestOutcome.FAULT, "vCPU 0: KVM_RUN: Bad address: the guest's access"),
+        (RefusedExit(errno.EIO), GuestOutcome.FAULT, "vCPU 0: KVM_RUN: Input/output error: KVM has ended this VM"),
+        (RefusedExit(errno.ENOMEM), GuestOutcome.FAULT, "vCPU 0: KVM_RUN: Cannot allocate memory"),
     ],
 )
 def test_what_kvm_run_refuses_is_an_end_and_no_exception(
-    stage: Stage, says: Exit, ending: Ending, words: str
+    stage: Stage, says: Exit, outcome: GuestOutcome, words: str
 ) -> None:
     stage.vcpus[0].says.append(says)
-    assert stage.threads.wait(5) is ending
+    assert stage.threads.wait(5) is outcome
     assert stage.threads.fault.startswith(words) and bool(stage.threads.fault) == bool(words)
 
 
@@ -127,7 +127,7 @@ def test_a_pause_that_comes_before_the_threads_do() -> None:
     stage.waiting = threading.Event()
     stage.waiting.set()
     stage.threads = VcpuThreads(
-        cast(list[Vcpu], stage.vcpus), Bus("port"), Bus("memory"), threading.RLock(), stage.pace
+        cast(list[Vcpu], stage.vcpus), Bus("port"), Bus("memory"), threading.RLock(), stage.throttle
     )
     assert stage.threads.pause(5)
     stage.threads.start()
@@ -140,8 +140,8 @@ def test_a_pause_that_comes_before_the_threads_do() -> None:
 
 def test_an_end_during_a_pause(stage: Stage) -> None:
     assert stage.threads.pause(5)
-    stage.threads.end(Ending.STOPPED)
-    assert stage.threads.wait(5) is Ending.STOPPED
+    stage.threads.end(GuestOutcome.STOPPED)
+    assert stage.threads.wait(5) is GuestOutcome.STOPPED
     assert stage.threads.pause(5), "nobody is left that could run"
 
 

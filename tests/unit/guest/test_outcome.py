@@ -9,23 +9,23 @@ from typing import cast
 from kvmpass.guest import Guest, GuestResult
 from kvmpass.guest.guest import CONTROL
 from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import Ending
+from kvmpass.machine.vcpus import GuestOutcome
 
 REPORT = b"kvmpass 1 ready 1.0\nkvmpass 1 exit 3\n"
 
 
 class Vm:
-    """A machine whose guest reports during the second of its waits, and ends as ``ending`` in the third."""
+    """A machine whose guest reports during the second of its waits, and ends as ``outcome`` in the third."""
 
-    def __init__(self, ending: Ending | None) -> None:
+    def __init__(self, outcome: GuestOutcome | None) -> None:
         self.sinks: dict[int, Callable[[bytes], None]] = {}
         self.waits: list[float | None] = []
         self.stopped_after: list[int] = []
         self.stopped_in_run: list[int] = []
-        self.over, self.fault = False, ""
-        self._ending = ending
+        self.ended, self.fault = False, ""
+        self._outcome = outcome
 
-    def connect(self, outputs: Mapping[int, Callable[[bytes], None]], pace: Callable[[], None]) -> None:
+    def connect(self, outputs: Mapping[int, Callable[[bytes], None]], throttle: Callable[[], None]) -> None:
         self.sinks = dict(outputs)
 
     def disconnect(self) -> None:
@@ -37,13 +37,13 @@ class Vm:
     def stop(self) -> None:
         self.stopped_after.append(len(self.waits))
 
-    def wait(self, timeout: float | None = None) -> Ending | None:
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
         if self.stopped_after:
-            return Ending.STOPPED
+            return GuestOutcome.STOPPED
         self.waits.append(timeout)
         if len(self.waits) == 2:
             self.sinks[CONTROL](REPORT)
-        return self._ending if len(self.waits) == 3 else None
+        return self._outcome if len(self.waits) == 3 else None
 
 
 def run(vm: Vm) -> GuestResult:
@@ -56,9 +56,9 @@ def run(vm: Vm) -> GuestResult:
 
 def test_a_guest_has_its_minute_whenever_it_reports() -> None:
     """What it wrote to a disk may not have reached it yet: its init's power-off is what writes it."""
-    vm = Vm(Ending.POWEROFF)
+    vm = Vm(GuestOutcome.POWEROFF)
     result = run(vm)
-    assert (result.ending, result.status) == (Ending.POWEROFF, 3)
+    assert (result.outcome, result.status) == (GuestOutcome.POWEROFF, 3)
     assert vm.waits == [1.0, 1.0, 60.0]
     assert vm.stopped_in_run == []
 
@@ -66,7 +66,7 @@ def test_a_guest_has_its_minute_whenever_it_reports() -> None:
 def test_a_guest_that_does_not_power_off_is_stopped() -> None:
     vm = Vm(None)
     result = run(vm)
-    assert (result.ending, result.status) == (Ending.STOPPED, 3)
+    assert (result.outcome, result.status) == (GuestOutcome.STOPPED, 3)
     assert vm.waits == [1.0, 1.0, 60.0]
     assert vm.stopped_in_run == [3]
 
@@ -81,15 +81,15 @@ class RebootingVm(Vm):
     def reset(self) -> None:
         self.resets += 1
 
-    def wait(self, timeout: float | None = None) -> Ending | None:
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
         self.waits.append(timeout)
         if self.resets == 0:
             self.sinks[CONTROL](b"kvmpass 1 ready 1.0\nkvmpass 1 err")
-            return Ending.REBOOT
+            return GuestOutcome.REBOOT
         if len(self.waits) == 2:
             self.sinks[CONTROL](REPORT)
             return None
-        return Ending.POWEROFF
+        return GuestOutcome.POWEROFF
 
 
 def test_a_line_that_a_boot_did_not_end_is_not_the_next_ones() -> None:
@@ -105,15 +105,15 @@ class HangingVm(Vm):
 
     def __init__(self, reports: bool = False) -> None:
         super().__init__(None)
-        self.endings: list[Ending] = []
+        self.outcomes: list[GuestOutcome] = []
         self._reports = reports
 
-    def stop(self, ending: Ending = Ending.STOPPED) -> None:
-        self.endings.append(ending)
+    def stop(self, outcome: GuestOutcome = GuestOutcome.STOPPED) -> None:
+        self.outcomes.append(outcome)
 
-    def wait(self, timeout: float | None = None) -> Ending | None:
-        if self.endings:
-            return self.endings[0]
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
+        if self.outcomes:
+            return self.outcomes[0]
         assert timeout is not None and 0 <= timeout <= 60
         self.waits.append(timeout)
         if self._reports:
@@ -126,7 +126,7 @@ def test_a_guest_that_never_ends_is_ended_when_its_time_is_up() -> None:
     vm = HangingVm()
     with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
         result = guest.run(timeout=0.05)
-    assert (result.ending, result.status) == (Ending.TIMEOUT, None)
+    assert (result.outcome, result.status) == (GuestOutcome.TIMEOUT, None)
     assert max(vm.waits) <= 0.05
 
 
@@ -135,4 +135,4 @@ def test_a_status_that_came_in_time_counts() -> None:
     vm = HangingVm(reports=True)
     with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
         result = guest.run(timeout=0.05)
-    assert (result.ending, result.status) == (Ending.TIMEOUT, 3)
+    assert (result.outcome, result.status) == (GuestOutcome.TIMEOUT, 3)
