@@ -75,7 +75,7 @@ def assigned(
                 name = names.of(device)
                 driver = device.driver or "no driver"
                 say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was bound to {driver}")
-            describe(machine, say)
+            say_mappings(machine, say)
             machine.audit()
             say("audit: ok")
             yield machine
@@ -84,7 +84,7 @@ def assigned(
         say(f"device {device.bdf}: rebound to {sysfs.driver(device.bdf) or 'no driver'}")
 
 
-def describe(machine: Machine, say: Say) -> None:
+def say_mappings(machine: Machine, say: Say) -> None:
     """The reserved ranges of this host, and each mapping of the domain."""
     for line in machine.layout.reserved:
         say(f"reserved {line}")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import click
 
 from kvmpass import host
-from kvmpass.cli import layout
+from kvmpass.cli import tables
 from kvmpass.host import view
 from kvmpass.layout import Reserved, size_words
 
@@ -66,9 +66,9 @@ def format_bars(bars: Sequence[view.BarInfo]) -> Iterator[str]:
         kind = "I/O ports" if bar.io else f"{bar.bits}-bit" + (", prefetchable" if bar.prefetchable else "")
         address = "no address" if bar.address is None else f"at {bar.address:#x}"
         rows.append((bar.name, size_words(bar.size), kind, address))
-    sizes = layout.widths(rows)
+    sizes = tables.widths(rows)
     for row in rows:
-        yield layout.columns(row, sizes, frozenset({1}))
+        yield tables.columns(row, sizes, frozenset({1}))
 
 
 def format_capabilities(own: view.Capabilities) -> Iterator[str]:

@@ -102,7 +102,7 @@ def configuration(options: dict[str, Any]) -> LabConfig:
 def conclude(result: LabResult) -> int:
     """Return the exit status; print the reason if the host ended before the command."""
     if result.outcome != "exited":
-        say(result.describe())
+        say(result.summary)
         for line in result.console_tail.splitlines():
             click.echo(f"  | {line}", err=True)
     return result.exit_status

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import click
 
 from kvmpass import host
-from kvmpass.cli import layout
+from kvmpass.cli import tables
 from kvmpass.cli.documents import device_document, host_document
 from kvmpass.cli.format import format_link, format_resets, format_sriov, format_verdict, group_blockers
 from kvmpass.cli.output import Output, host_command
@@ -137,11 +137,11 @@ class _Table:
     """The name has a column where the terminal is wide enough for all of them, else a line of its own."""
 
     def __init__(self, rows: Sequence[_Row]) -> None:
-        sizes = layout.widths([_HEADING[:-1], *(row.cells for row in rows)])
+        sizes = tables.widths([_HEADING[:-1], *(row.cells for row in rows)])
         names = max((len(row.name) for row in rows), default=0)
-        limit = layout.width()
+        limit = tables.width()
         self._group = sizes[0]
-        self._beside = limit is None or sum(sizes) + names + len(layout.GAP) * len(sizes) <= limit
+        self._beside = limit is None or sum(sizes) + names + len(tables.GAP) * len(sizes) <= limit
         self._sizes = [*sizes, names] if self._beside else sizes
 
     @property
@@ -151,9 +151,9 @@ class _Table:
     def lines(self, rows: Sequence[_Row]) -> Iterator[str]:
         for row in rows:
             yield self._line((*row.cells, row.name) if self._beside else row.cells)
-            begin = " " * self._group + layout.GAP + row.stem + layout.GAP
+            begin = " " * self._group + tables.GAP + row.stem + tables.GAP
             for text in row.below if self._beside else (row.name, *row.below):
-                yield from map(layout.dim, layout.fold(text, begin, begin))
+                yield from map(tables.dim, tables.fold(text, begin, begin))
 
     def _line(self, cells: Sequence[str]) -> str:
-        return layout.columns(cells, self._sizes, _GROUP_ALIGNED)
+        return tables.columns(cells, self._sizes, _GROUP_ALIGNED)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kvmpass import host
-from kvmpass.cli import layout
+from kvmpass.cli import tables
 from kvmpass.cli.documents import device_document, host_document, reserved_document
 from kvmpass.cli.format import (
     format_acs,
@@ -82,7 +82,7 @@ def _facts(facts: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
     for label, texts in facts:
         begin = click.style(f"{label:<{_LABEL}}", bold=True)
         for text in texts:
-            yield from layout.fold(text, begin, " " * _LABEL)
+            yield from tables.fold(text, begin, " " * _LABEL)
             begin = " " * _LABEL
 
 

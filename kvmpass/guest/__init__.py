@@ -2,14 +2,14 @@
 
 from kvmpass.guest.guest import Guest, GuestResult
 from kvmpass.guest.image import GuestImage, GuestSpec, host_kernel, prepare
-from kvmpass.guest.output import Pump, Sink
+from kvmpass.guest.output import OutputWriter, Sink
 
 __all__ = [
     "Guest",
     "GuestImage",
     "GuestResult",
     "GuestSpec",
-    "Pump",
+    "OutputWriter",
     "Sink",
     "host_kernel",
     "prepare",

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeWanted
-from kvmpass.guest.output import Pump, Sink
+from kvmpass.guest.output import OutputWriter, Sink
 from kvmpass.guest.size import ConsoleSize
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import GuestOutcome
@@ -58,8 +58,8 @@ class Guest:
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
         self._tail: deque[int] = deque(maxlen=_TAIL_BYTES)
         self._reported = threading.Event()
-        self._pump = Pump(machine.stop, lambda: machine.ended)
-        to_console = self._pump.to(console) if console else None
+        self._writer = OutputWriter(machine.stop, lambda: machine.ended)
+        to_console = self._writer.to(console) if console else None
 
         def on_console(data: bytes) -> None:
             self._tail.extend(data)
@@ -69,13 +69,13 @@ class Guest:
         try:
             outputs = {
                 CONSOLE: on_console,
-                OUTPUT: self._pump.to(output),
-                ERRORS: self._pump.to(errors),
+                OUTPUT: self._writer.to(output),
+                ERRORS: self._writer.to(errors),
                 CONTROL: self._on_control,
             }
-            machine.connect(outputs, self._pump.throttle)
+            machine.connect(outputs, self._writer.throttle)
         except BaseException:
-            self._pump.close()
+            self._writer.close()
             raise
 
     def __enter__(self) -> Self:
@@ -85,7 +85,7 @@ class Guest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._machine.stop()
-        self._pump.close(None if error is None else _ABANDON_SECONDS)
+        self._writer.close(None if error is None else _ABANDON_SECONDS)
         self._machine.disconnect()
 
     def type(self, data: bytes) -> int:
@@ -142,8 +142,8 @@ class Guest:
                 self._size.forget()
                 self._machine.start()
                 outcome = None
-        self._pump.close()
-        if self._pump.failure is not None:
-            raise self._pump.failure
+        self._writer.close()
+        if self._writer.failure is not None:
+            raise self._writer.failure
         failures = [*self._report.failures, *([self._machine.fault] if self._machine.fault else [])]
         return GuestResult(outcome, self._report.status, tuple(failures), self.console)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 Sink = Callable[[bytes], None]
 
 
-class Pump:
+class OutputWriter:
     """Writes what the guest's serial ports send in larger pieces, from a thread of its own.
 
     The sinks take everything at once; a guest that sends more than ``PENDING_LIMIT`` bytes ahead of a slow reader

@@ -17,7 +17,7 @@ WRITABLE_LIMIT = 8  # the functions of one PCI slot
 TIMED_OUT = 124
 NOT_REPORTED = 126
 
-Outcome = Literal["exited", "timeout", "panic", "silent"]
+LabOutcome = Literal["exited", "timeout", "panic", "silent"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class LabResult:
     """
 
     status: int | None
-    outcome: Outcome
+    outcome: LabOutcome
     console_tail: str
     seconds: float
     started: bool = True
@@ -86,7 +86,8 @@ class LabResult:
             return self.status
         return TIMED_OUT if self.outcome == "timeout" else NOT_REPORTED
 
-    def describe(self) -> str:
+    @property
+    def summary(self) -> str:
         """One line on an end that was not the command's."""
         reason = {
             "exited": f"the command exited with {self.status}",

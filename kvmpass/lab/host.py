@@ -19,7 +19,7 @@ from kvmpass.lab import devices, initrd, kernels, proof, qemu
 from kvmpass.lab.cache import Say, cache_errors, need_tool, run_directory
 from kvmpass.lab.channels import Channels, Lines, Pump, Writer
 from kvmpass.lab.command import CONTROL, command_line
-from kvmpass.lab.config import LabConfig, LabResult, Outcome
+from kvmpass.lab.config import LabConfig, LabOutcome, LabResult
 from kvmpass.lab.script import Job, overlay
 
 BOOT_SECONDS = 240.0
@@ -197,7 +197,7 @@ class Host:
             pump.join(END_SECONDS)
         return self._result("panic" if "Kernel panic" in self._console_text() else "silent")
 
-    def _result(self, outcome: Outcome, status: int | None = None) -> LabResult:
+    def _result(self, outcome: LabOutcome, status: int | None = None) -> LabResult:
         lines = crash.excerpt(self._console_text())
         if outcome == "silent":
             lines += [f"QEMU: {line}" for line in self._complaints()]

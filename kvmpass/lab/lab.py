@@ -70,7 +70,7 @@ class Lab:
         if result.started or out_of_time or self._stopped:
             return result
         # An emulated host dies or hangs now and then while it starts; nothing of the command has run yet.
-        self._say(f"{result.describe()}; its console ended with:")
+        self._say(f"{result.summary}; its console ended with:")
         for line in result.console_tail.splitlines():
             self._say(f"  | {line}")
         self._say("starting the host once more")

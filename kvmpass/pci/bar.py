@@ -62,7 +62,7 @@ class Bar:
         self._source = source
         self._memory = wiring.memory
         self._bus = wiring.ports if flags & FLAG_IO else wiring.mmio
-        self._space = wiring.bars
+        self._windows = wiring.bars
         self._traps = tuple(traps)
         self.size = 1 << (source.size - 1).bit_length()
         self.flags = flags & (0b11 if flags & FLAG_IO else 0b1111)
@@ -76,7 +76,7 @@ class Bar:
         self._mappings: list[tuple[Range, HostMapping]] = []
         self._shown: dict[HostMapping, MemoryRegion] = {}  # which of them the guest reaches, and where
         self._closed = False
-        self._home = self._space.allocate(self.kind, self.size)
+        self._home = self._windows.allocate(self.kind, self.size)
         self.address = self._home.start
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -93,7 +93,7 @@ class Bar:
         self.decode(False)
         if not self._closed:
             run_all(mapping.close for _, mapping in self._mappings)
-            self._space.free(self.kind, self._home)
+            self._windows.free(self.kind, self._home)
             self._closed = True
 
     # --- registers
@@ -140,7 +140,7 @@ class Bar:
             return
         if not wanted:
             self._disconnect()
-            self._space.forget(self)
+            self._windows.forget(self)
         self._wanted = wanted
         if wanted:
             self._connect()
@@ -153,17 +153,17 @@ class Bar:
     def _connect(self) -> None:
         """Decode at ``address``, if a guest may use it; otherwise the BAR reaches nobody. Does not raise."""
         here = Range(self.address, self.size)
-        if self._sizing or not self._space.allows(self.kind, here):
+        if self._sizing or not self._windows.allows(self.kind, here):
             log.debug("%s at %s: not decoded there", self.name, here)
             return
         try:
             self._bus.add(here.start, here.size, self)
             self._connected = True
-            self._space.forget(self)
+            self._windows.forget(self)
             self._show()
         except LayoutError as error:
             log.debug("%s at %s: waits: %s", self.name, here, error)
-            self._space.wait(self)
+            self._windows.wait(self)
             try:
                 self._withdraw()
             except OSError as left:
@@ -194,7 +194,7 @@ class Bar:
         """Raises ``OSError`` where KVM keeps a memslot: the BAR then decodes as before."""
         if self._connected:
             self._withdraw()
-            self._space.released()
+            self._windows.released()
 
     def _withdraw(self) -> None:
         """Give up what is held of the place. Nobody else is asked to take it. Raises as ``_disconnect`` does."""

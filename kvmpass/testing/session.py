@@ -198,7 +198,7 @@ class LabSession:
         elif hung:
             text = f"the emulated host was silent for {waited:.0f} s {during} and was ended"
         elif self._result is not None:
-            text = f"the emulated host died {during}: {self._result.describe()}"
+            text = f"the emulated host died {during}: {self._result.summary}"
         else:
             text = f"the emulated host died {during}"
         sections = []

@@ -10,11 +10,11 @@ import pytest
 
 from kvmpass.cli.assign import descriptor_sink
 from kvmpass.errors import KvmpassError
-from kvmpass.guest import Pump
+from kvmpass.guest import OutputWriter
 
 
 class Vm:
-    """What a pump knows of a machine."""
+    """What a writer knows of a machine."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -22,62 +22,62 @@ class Vm:
     def stop(self) -> None:
         self.ended = True
 
-    def pump(self) -> Pump:
-        return Pump(self.stop, lambda: self.ended)
+    def writer(self) -> OutputWriter:
+        return OutputWriter(self.stop, lambda: self.ended)
 
 
 def test_everything_arrives_in_order() -> None:
     vm, out, err = Vm(), bytearray(), bytearray()
-    pump = vm.pump()
-    to_out, to_err = pump.to(out.extend), pump.to(err.extend)
+    writer = vm.writer()
+    to_out, to_err = writer.to(out.extend), writer.to(err.extend)
     for number in range(5000):
         to_out(b"%d," % number)
         to_err(b"e")
-    pump.close()
-    pump.close()
+    writer.close()
+    writer.close()
     assert out == b"".join(b"%d," % number for number in range(5000))
     assert err == b"e" * 5000
 
 
 def test_a_stalled_reader_holds_the_guest_and_not_the_end() -> None:
     vm, go = Vm(), threading.Event()
-    pump = vm.pump()
-    put = pump.to(lambda data: go.wait(60) and None)
+    writer = vm.writer()
+    put = writer.to(lambda data: go.wait(60) and None)
     sent = 0
 
     def guest() -> None:
         nonlocal sent
         while not vm.ended:
             put(bytes(4096))
-            pump.throttle()
+            writer.throttle()
             sent += 4096
 
     thread = threading.Thread(target=guest)
     thread.start()
     deadline = time.monotonic() + 20
-    while sent < Pump.PENDING_LIMIT:
+    while sent < OutputWriter.PENDING_LIMIT:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(0.2)
-    assert sent <= 2 * Pump.PENDING_LIMIT + 8192, "bounded, however fast the guest is"
+    assert sent <= 2 * OutputWriter.PENDING_LIMIT + 8192, "bounded, however fast the guest is"
     vm.stop()
     thread.join(10)
     assert not thread.is_alive()
     started = time.monotonic()
-    pump.close(0.2)
+    writer.close(0.2)
     assert time.monotonic() - started < 5
     go.set()
 
 
 def test_a_reader_that_has_gone_stops_the_guest() -> None:
-    reader, writer = os.pipe()
+    reader, output = os.pipe()
     os.close(reader)
     vm = Vm()
-    pump = vm.pump()
-    pump.to(descriptor_sink(writer))(b"x")
-    pump.close()
-    os.close(writer)
+    writer = vm.writer()
+    writer.to(descriptor_sink(output))(b"x")
+    writer.close()
+    os.close(output)
     assert vm.ended
-    assert isinstance(pump.failure, KvmpassError)
+    assert isinstance(writer.failure, KvmpassError)
     with pytest.raises(KvmpassError, match="output closed by its reader"):
-        raise pump.failure
+        raise writer.failure
