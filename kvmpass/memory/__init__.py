@@ -1,4 +1,4 @@
-"""Guest memory: one list of regions, from which KVM memslots and IOMMU mappings are both derived."""
+"""Guest memory: one list of regions, from which KVM memslots and DMA mappings are derived."""
 
 from kvmpass.memory.mapping import HUGE, Backing, HostMapping
 from kvmpass.memory.plan import MemoryPlan, PlannedRegion, plan_memory

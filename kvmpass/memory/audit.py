@@ -1,4 +1,4 @@
-"""Mirrors of guest memory held against the list of regions."""
+"""Audit of what is derived from guest memory: memslots and DMA mappings must equal the list of regions."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from kvmpass.layout import Range
 
 
 class Mirrored(NamedTuple):
-    """A region as a mirror has it: its place, its host address in bytes, and whether it can be written there."""
+    """A region as a memslot or DMA mapping."""
 
     range: Range
+    """Guest-physical addresses, or I/O virtual addresses."""
     hva: int
+    """The host virtual address."""
     writable: bool
+    """Whether the guest, or a device, can write it."""
 
     def __str__(self) -> str:
         return f"{self.range} {'rw' if self.writable else 'ro'}"
 
 
 def compare(what: str, wanted: set[Mirrored], found: set[Mirrored]) -> None:
-    """Raise ``AuditFailed`` with everything that is missing or should not be there; ``what`` names the mirror."""
+    """Raise ``AuditFailed`` with every missing and every unexpected entry of ``what``, such as memslots."""
     if wanted != found:
-        lines = [f"missing {one}" for one in sorted(wanted - found)]
-        lines += [f"unexpected {one}" for one in sorted(found - wanted)]
+        lines = [f"missing {entry}" for entry in sorted(wanted - found)]
+        lines += [f"unexpected {entry}" for entry in sorted(found - wanted)]
         raise AuditFailed(f"{what} differ from guest memory: " + "; ".join(lines))

@@ -1,4 +1,4 @@
-"""Mappings in this process whose addresses matter, and what can lie behind them."""
+"""Host virtual mappings of guest memory, and their backings."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ _POPULATE_CHUNK = 256 * MIB
 
 
 class Backing(enum.StrEnum):
-    """What holds a region's bytes."""
+    """The memory behind a region."""
 
     ANONYMOUS = "anonymous"
     """Private pages; transparent huge pages where the kernel has them."""
     HUGETLB_2M = "hugetlb-2M"
+    """Private huge pages of 2 MiB from the host's pool (Documentation/admin-guide/mm/hugetlbpage.rst)."""
     HUGETLB_1G = "hugetlb-1G"
-    """Private pages from the host's pools of huge pages (Documentation/admin-guide/mm/hugetlbpage.rst)."""
+    """Private huge pages of 1 GiB from the host's pool."""
     SHARED = "shared"
-    """A file or memfd that other processes may have too."""
+    """A file or memfd that other processes may map too."""
     DEVICE = "device"
     """An assigned device's BAR."""
 
     @property
     def page_size(self) -> int:
-        """Bytes; addresses and sizes must be multiples of it."""
+        """The page size in bytes; addresses and sizes must be multiples of it."""
         return {Backing.HUGETLB_2M: HUGE, Backing.HUGETLB_1G: GIB}.get(self, PAGE)
 
 
 class HostMapping:
-    """A mapping in this process whose address is chosen: equal to ``congruent`` modulo ``align``.
+    """A mapping in this process, at an address equal to ``congruent`` modulo ``align``; all are bytes.
 
-    Of ``fd`` from ``offset`` on, shared, or anonymous; with a ``page`` above 4096 bytes anonymous memory comes from
-    the pool of such pages. Not inherited over ``fork``. ``close()`` unmaps; nothing may use the address afterwards.
+    It maps ``fd`` from ``offset`` on, shared, or anonymous memory; with a ``page`` above 4096 bytes anonymous memory
+    comes from the pool of such pages. Not inherited over ``fork``. ``close()`` unmaps. Raises ``OSError`` (``mmap``:
+    ``ENOMEM``, ``EACCES``, ``EPERM``).
     """
 
     def __init__(
@@ -80,14 +82,14 @@ class HostMapping:
         return self._address
 
     def advise_huge(self) -> None:
-        """Ask for transparent huge pages; a kernel without them ignores it."""
+        """Request transparent huge pages (``MADV_HUGEPAGE``); a kernel without them ignores it."""
         lib.kvmpass_madvise(self.address, self._span, lib.MADV_HUGEPAGE)
 
     def populate(self) -> None:
         """Allocate and zero every page now, in parallel (``MADV_POPULATE_WRITE``, without the GIL).
 
-        Raises ``OSError``: ``ENOMEM`` without memory, ``EFAULT`` where a file has no page for it; kernels older than
-        5.14 (``EINVAL``) fill it on first use.
+        Raises ``OSError``: ``ENOMEM``; ``EFAULT`` beyond the end of a file. On kernels older than 5.14 (``EINVAL``)
+        pages are allocated on first use.
         """
         address, size = self.address, self._span
         advice = lib.MADV_POPULATE_WRITE if self.writable else lib.MADV_POPULATE_READ
@@ -105,14 +107,14 @@ class HostMapping:
                     check(result, "madvise(MADV_POPULATE_WRITE)" if self.writable else "madvise(MADV_POPULATE_READ)")
 
     def view(self, offset: int, size: int) -> memoryview:
-        """``size`` bytes at ``offset`` as a buffer, writable if the mapping is. Raises ``IndexError`` outside it."""
+        """Return ``size`` bytes at ``offset``, writable if the mapping is. Raises ``IndexError`` outside it."""
         if offset < 0 or size < 0 or offset + size > self.size:
             raise IndexError(f"{offset:#x}+{size:#x} is outside a mapping of {self.size:#x} bytes")
         view = memoryview(ffi.buffer(ffi.cast("char *", self.address + offset), size)).cast("B")
         return view if self.writable else view.toreadonly()
 
     def close(self) -> None:
-        """Unmap; idempotent. Raises ``OSError`` (``ENOMEM``: too many mappings); then it is still there."""
+        """Unmap; idempotent. Raises ``OSError`` (``ENOMEM``: too many mappings), and remains mapped then."""
         if self._address:
             check(lib.kvmpass_munmap(self._address, self._span), "munmap")
             self._address = 0
@@ -130,7 +132,7 @@ def _hugetlb(page: int) -> int:
 
 
 def check_huge_pages(page: int, size: int) -> None:
-    """Refuse (``NotEnoughMemory``) what this host's pool of pages of ``page`` bytes cannot give now."""
+    """Raise ``NotEnoughMemory`` if this host's pool of pages of ``page`` bytes has less than ``size`` bytes free."""
     directory, text = HUGE_PAGE_POOLS / pool_name(page), size_words(page)
     try:
         pool = HugePagePool.read(page, lambda name: int((directory / name).read_text()))
@@ -149,10 +151,10 @@ def check_huge_pages(page: int, size: int) -> None:
 
 
 def check_file(fd: int, offset: int, size: int, name: str) -> int:
-    """Refuse what is not ``size`` bytes of a file that can be mapped; returns the file's page size in bytes.
+    """Check that ``fd`` is a file with ``size`` bytes at ``offset``; return its page size in bytes.
 
-    Only for this moment: a peer that shrinks the file later takes the pages away. ``F_SEAL_SHRINK`` prevents that.
-    Raises ``LayoutError``, ``OSError`` (``EBADF``).
+    A process that truncates the file later removes the pages; ``F_SEAL_SHRINK`` prevents that. ``name`` is the
+    region's, for messages. Raises ``LayoutError``, ``OSError`` (``EBADF``).
     """
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):

@@ -1,4 +1,4 @@
-"""Which regions a machine's memory is made of, before there is any memory: for machines, and for who only asks."""
+"""Which regions a machine has, before they are allocated: for machines, and for callers that only need numbers."""
 
 from __future__ import annotations
 
@@ -12,24 +12,30 @@ from kvmpass.memory.regions import RegionKind
 
 @dataclass(frozen=True, slots=True)
 class PlannedRegion:
-    """What ``MemoryRegion`` is going to be: guest-physical addresses, which are also the devices'."""
+    """A ``MemoryRegion`` to be."""
 
     kind: RegionKind
+    """RAM; ROM and BARs are not planned."""
     range: Range
+    """Guest-physical addresses, which are the devices' I/O virtual addresses too."""
     name: str
+    """Its name in messages."""
     backing: Backing
+    """What holds its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """A machine's layout, and its regions by address."""
+    """A machine's layout and regions."""
 
     layout: Layout
+    """The guest-physical address space."""
     regions: tuple[PlannedRegion, ...]
+    """The regions, by address."""
 
     @property
     def mapped(self) -> tuple[PlannedRegion, ...]:
-        """Those that devices reach: one map call each when the first device comes."""
+        """The regions that devices reach: one map call each when the first device is attached."""
         return tuple(region for region in self.regions if region.kind.dma)
 
     @property
@@ -41,7 +47,7 @@ class MemoryPlan:
 def plan_memory(
     size: int, reserved: Iterable[Reserved] = (), phys_bits: int = 40, backing: Backing = Backing.ANONYMOUS
 ) -> MemoryPlan:
-    """The layout and the regions of a machine with ``size`` bytes of RAM. Raises as ``plan_layout`` does."""
+    """Plan the layout and the regions of a machine with ``size`` bytes of RAM. Raises as ``plan_layout`` does."""
     layout = plan_layout(size, reserved, phys_bits, backing.page_size)
     ram = (PlannedRegion(RegionKind.RAM, part, f"ram{n}", backing) for n, part in enumerate(layout.ram))
     return MemoryPlan(layout, tuple(ram))

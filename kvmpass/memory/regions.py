@@ -1,7 +1,7 @@
-"""The list of regions.
+"""Guest memory: the list of regions, and access to their bytes.
 
-A region is RAM, ROM (the device and the guest may read it) or BAR (an assigned device's own memory, which the
-guest reaches by a memslot and no device reaches by DMA). Whoever mirrors the list registers a listener.
+A region is RAM, ROM (guest and devices read it) or BAR (memory of an assigned device, which the guest reaches by a
+memslot and no device by DMA). Memslots and DMA mappings follow the list as its listeners.
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ ADDRESS_BITS = 52  # of a physical address (AMD64 manual volume 2, section 5.3)
 
 
 class RegionKind(enum.Enum):
+    """The kind of a region."""
+
     RAM = "ram"
+    """Guest and devices read and write it."""
     ROM = "rom"
+    """Guest and devices read it."""
     BAR = "bar"
+    """The guest reads and writes it."""
 
     @property
     def guest_writable(self) -> bool:
+        """Whether the guest can write it."""
         return self is not RegionKind.ROM
 
     @property
@@ -39,11 +45,15 @@ class RegionKind(enum.Enum):
 
     @property
     def dma_writable(self) -> bool:
+        """Whether devices can write it."""
         return self is RegionKind.RAM
 
 
 class MemoryRegion:
-    """Contiguous guest-physical pages with one backing. Identity matters; compare with ``is``."""
+    """Contiguous guest-physical pages with one backing. Compared by identity.
+
+    ``range``: guest-physical; the region begins ``offset`` bytes into ``mapping``. ``name``: for messages.
+    """
 
     def __init__(
         self,
@@ -64,18 +74,22 @@ class MemoryRegion:
 
     @property
     def gpa(self) -> int:
+        """The guest-physical address."""
         return self.range.start
 
     @property
     def size(self) -> int:
+        """Bytes."""
         return self.range.size
 
     @property
     def hva(self) -> int:
+        """The host virtual address. Raises ``Closed`` after ``release()``."""
         return self.mapping.address + self.offset
 
     @property
     def guest_writable(self) -> bool:
+        """Whether the guest can write it."""
         return self.kind.guest_writable
 
     @property
@@ -84,7 +98,7 @@ class MemoryRegion:
         return self.kind.dma
 
     def release(self) -> None:
-        """Give up the region's own memory; a BAR's mapping is its device's."""
+        """Unmap RAM and ROM; a BAR's mapping belongs to its device."""
         if self.kind is not RegionKind.BAR:
             self.mapping.close()
 
@@ -93,18 +107,22 @@ class MemoryRegion:
 
 
 class RegionListener(Protocol):
-    """Mirrors the list somewhere. The first two may refuse by raising, and then have changed nothing."""
+    """Follows the list. ``region_wanted`` and ``region_added`` may raise, and must have changed nothing then.
+
+    Synchronization: called with ``GuestMemory.lock`` held.
+    """
 
     def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None:
-        """Before anything is mapped for a new region."""
+        """Called before a new region is mapped. Raise to refuse it."""
 
-    def region_added(self, region: MemoryRegion) -> None: ...
+    def region_added(self, region: MemoryRegion) -> None:
+        """Called when the region is mapped. Raise to refuse it."""
 
     def region_removed(self, region: MemoryRegion) -> None:
-        """Before the region's memory goes. If this raises, the region stays."""
+        """Called before the region is unmapped. If this raises, the region stays."""
 
     def holds(self, region: MemoryRegion) -> bool:
-        """Whether the region's memory may still be reached through this mirror."""
+        """Return whether guest or devices may still reach the region through this listener."""
 
 
 def _whole_pages(range_: Range, name: str, page: int = PAGE) -> Range:
@@ -112,21 +130,23 @@ def _whole_pages(range_: Range, name: str, page: int = PAGE) -> Range:
         size = f"{page} bytes" if page == PAGE else f"{page >> 20} MiB"
         raise LayoutError(f"{name}: {range_} is not made of whole pages of {size}")
     if range_.end > 1 << ADDRESS_BITS:
-        raise LayoutError(f"{name}: {range_} is beyond {ADDRESS_BITS} bits, what a physical address can have")
+        raise LayoutError(f"{name}: {range_} is beyond {ADDRESS_BITS} bits, the width of a physical address")
     return range_
 
 
 class GuestMemory:
-    """The list. ``read`` and ``write`` reach RAM and ROM by guest-physical address.
+    """The list of regions. ``read`` and ``write`` access RAM and ROM by guest-physical address.
 
-    Adding and removing is serialised by a lock; reading and writing are as unsynchronised as any CPU's.
+    Synchronization: from any thread; ``lock`` guards the list, which can be iterated without it. Accesses to memory
+    are not synchronized, as those of a CPU.
     """
 
     def __init__(self) -> None:
-        # Replaced, never changed: whoever walks it without the lock sees one state of the list.
+        # Replaced, never changed: an iteration without the lock sees one state of the list.
         self._regions: tuple[MemoryRegion, ...] = ()
         self._listeners: list[RegionListener] = []
-        self.lock = threading.RLock()  # for whoever must not see the list change in between
+        self.lock = threading.RLock()
+        """Held while the list changes; hold it to keep the list as it is."""
 
     def __iter__(self) -> Iterator[MemoryRegion]:
         return iter(sorted(self._regions, key=lambda region: region.gpa))
@@ -135,7 +155,7 @@ class GuestMemory:
         return len(self._regions)
 
     def listen(self, listener: RegionListener) -> None:
-        """Register ``listener``; it is told of the regions that are there already. All or nothing."""
+        """Register ``listener``, and add all present regions to it, or none if it raises."""
         with self.lock, ExitStack() as undo:
             for region in self:
                 listener.region_wanted(region.kind, region.range, region.name)
@@ -149,10 +169,11 @@ class GuestMemory:
     def add_ram(
         self, gpa: int, size: int, name: str = "ram", *, backing: Backing = Backing.ANONYMOUS
     ) -> MemoryRegion:
-        """``size`` bytes of zeroed private memory, congruent to ``gpa`` modulo 2 MiB (1 GiB for pages of that size).
+        """Add ``size`` bytes of zeroed private memory, at a host virtual address congruent to ``gpa`` modulo 2 MiB.
 
-        ``backing``: anonymous or one of the pools of huge pages. Raises ``LayoutError`` (not whole pages, overlap),
-        ``NotEnoughMemory`` (huge pages), what a listener refuses with (``ReservedRange``), ``OSError``.
+        ``backing``: anonymous, or a pool of huge pages (1 GiB pages: congruent modulo 1 GiB). Raises ``LayoutError``
+        (not whole pages, overlap), ``NotEnoughMemory`` (huge pages), ``OSError``, and what a listener raises
+        (``ReservedRange``).
         """
         if backing not in (Backing.ANONYMOUS, Backing.HUGETLB_2M, Backing.HUGETLB_1G):
             raise LayoutError(f"{name}: {backing} memory is not made here: see add_shared and add_bar")
@@ -168,13 +189,13 @@ class GuestMemory:
     def add_shared(
         self, gpa: int, fd: int, size: int, offset: int = 0, name: str = "shared", *, writable: bool = True
     ) -> MemoryRegion:
-        """``size`` bytes of a file or memfd from ``offset`` on, which other processes may map too.
+        """Add ``size`` bytes of a file or memfd from ``offset`` on, which other processes may map too.
 
-        RAM, or ROM if not ``writable``: then ``fd`` may be open for reading only, and others can change what guest
-        and devices read. The descriptor stays the caller's, who may close it. Seal a memfd against shrinking
-        (``F_SEAL_SHRINK``): a process that truncates it takes the pages away from this one.
+        RAM, or ROM if not ``writable``: then ``fd`` may be open for reading only, and other processes can change what
+        guest and devices read. ``fd`` is not kept; the caller may close it. Seal a memfd against shrinking
+        (``F_SEAL_SHRINK``): a process that truncates it removes the pages.
 
-        Raises ``LayoutError`` (not whole pages of this file, behind its end, overlap), what a listener refuses with,
+        Raises ``LayoutError`` (not whole pages of this file, beyond its end, overlap), what a listener raises, and
         ``OSError``: ``EBADF``, ``EACCES`` (not open for that), ``EPERM`` (sealed). Files whose pages the kernel
         writes back to a disk cannot be pinned for writing: assigning a device fails with ``EFAULT`` then.
         """
@@ -188,9 +209,9 @@ class GuestMemory:
             return self._add(kind, Range(gpa, size), mapping, name, Backing.SHARED)
 
     def add_rom(self, gpa: int, data: bytes, name: str = "rom") -> MemoryRegion:
-        """Pages that start with ``data``: neither the guest nor a device can change them.
+        """Add pages with ``data``, rounded up to pages, which neither guest nor devices can write.
 
-        The size is that of ``data``, rounded up to pages. Raises as ``add_ram`` does.
+        Raises as ``add_ram`` does.
         """
         size = -(-len(data) // PAGE) * PAGE
         with self._claim(RegionKind.ROM, _whole_pages(Range(gpa, size), name), name):
@@ -199,13 +220,13 @@ class GuestMemory:
             return self._add(RegionKind.ROM, Range(gpa, size), mapping, name, Backing.ANONYMOUS)
 
     def add_bar(self, gpa: int, size: int, mapping: HostMapping, offset: int, name: str) -> MemoryRegion:
-        """Part of a device's BAR. The mapping stays the caller's: remove the region first, then close it."""
+        """Add part of a device's BAR. The mapping remains the caller's: remove the region, then close it."""
         with self._claim(RegionKind.BAR, _whole_pages(Range(gpa, size), name), name):
             return self._add(RegionKind.BAR, Range(gpa, size), mapping, name, Backing.DEVICE, offset)
 
     @contextmanager
     def _claim(self, kind: RegionKind, range_: Range, name: str) -> Iterator[None]:
-        """Keep others from changing the list; whoever can refuse ``range_`` does so before anything is mapped."""
+        """Hold the lock. Raises, before anything is mapped, if another region or a listener refuses ``range_``."""
         with self.lock:
             for other in self._regions:
                 if other.range.overlaps(range_):
@@ -217,15 +238,15 @@ class GuestMemory:
     def _add(
         self, kind: RegionKind, range_: Range, mapping: HostMapping, name: str, backing: Backing, offset: int = 0
     ) -> MemoryRegion:
-        """Tell every listener, or none. A region that one of them cannot give up again stays in the list."""
+        """Add a region to every listener, or to none. A region that cannot be removed again stays in the list."""
         region = MemoryRegion(kind, range_, mapping, offset=offset, name=name, backing=backing)
-        told: list[RegionListener] = []
+        done: list[RegionListener] = []
         try:
             for listener in self._listeners:
                 listener.region_added(region)
-                told.append(listener)
+                done.append(listener)
         except BaseException as error:
-            run_all((partial(listener.region_removed, region) for listener in reversed(told)), error)
+            run_all((partial(listener.region_removed, region) for listener in reversed(done)), error)
             if self._held(region):
                 self._regions = (*self._regions, region)
             else:
@@ -235,32 +256,33 @@ class GuestMemory:
         return region
 
     def _held(self, region: MemoryRegion) -> bool:
-        """Whether the region may still be in use: then it is never unmapped."""
+        """Return whether the region may still be in use: then it is never unmapped."""
         return any(listener.holds(region) for listener in self._listeners)
 
     def remove(self, region: MemoryRegion) -> None:
-        """Take the region out of every mirror, then out of the list; its own memory is released.
+        """Remove the region from every listener, then from the list, and unmap it (a BAR's mapping remains).
 
-        If a mirror does not let go, the others get it back and the region stays.
+        If a listener raises, the region is added to the others again, and stays.
         """
         with self.lock:
             if region not in self._regions:
                 raise LayoutError(f"{region.name} {region.range} is not in this memory")
-            told: list[RegionListener] = []
+            done: list[RegionListener] = []
             try:
                 for listener in reversed(self._listeners):
                     listener.region_removed(region)
-                    told.append(listener)
+                    done.append(listener)
             except BaseException as error:
-                run_all((partial(listener.region_added, region) for listener in reversed(told)), error)
+                run_all((partial(listener.region_added, region) for listener in reversed(done)), error)
                 raise
             self._regions = tuple(other for other in self._regions if other is not region)
         region.release()
 
     def close(self) -> None:
-        """Release all memory. Mirrors must be closed before; they are not told.
+        """Unmap all memory. Close the listeners first: their methods are not called.
 
-        Raises ``AuditFailed`` if one of them still holds a region: that one stays, and ``close`` can be called again.
+        Raises ``AuditFailed`` if one of them still holds a region: the region stays, and ``close`` can be called
+        again.
         """
         with self.lock:
             held = tuple(region for region in self._regions if self._held(region))
@@ -281,7 +303,7 @@ class GuestMemory:
 
     @property
     def anonymous_size(self) -> int:
-        """Bytes that the host's free memory must have for them: not those of huge page pools and shared files."""
+        """Bytes of anonymous regions, which the host's free memory must provide."""
         return sum(region.size for region in self._regions if region.backing is Backing.ANONYMOUS)
 
     def populate(self) -> None:
@@ -291,16 +313,16 @@ class GuestMemory:
                 region.mapping.populate()
 
     def find(self, gpa: int) -> MemoryRegion | None:
-        """The RAM or ROM region that holds ``gpa``."""
+        """Return the RAM or ROM region that contains ``gpa``."""
         for region in self._regions:
             if region.dma and region.gpa <= gpa < region.range.end:
                 return region
         return None
 
     def view(self, gpa: int, size: int) -> memoryview:
-        """A buffer of guest memory inside one region. Raises ``IndexError`` where there is none.
+        """Return ``size`` bytes from ``gpa`` on, writable unless the region is a file mapped for reading only.
 
-        Writable, unless the region is a file that is mapped for reading only.
+        Raises ``IndexError`` unless they are in one region of RAM or ROM.
         """
         region = self.find(gpa)
         if region is None or gpa + size > region.range.end:
@@ -308,11 +330,11 @@ class GuestMemory:
         return region.mapping.view(region.offset + gpa - region.gpa, size)
 
     def read(self, gpa: int, size: int) -> bytes:
-        """``size`` bytes from ``gpa`` on. Raises ``IndexError`` outside guest memory."""
+        """Read ``size`` bytes from ``gpa`` on. Raises ``IndexError`` outside guest memory."""
         return bytes(self.view(gpa, size))
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
-        """Put ``data`` at ``gpa``, in ROM too.
+        """Write ``data`` to ``gpa``, ROM too.
 
         Raises ``IndexError`` outside guest memory, ``OSError`` (``EACCES``) in a file mapped for reading only.
         """

@@ -1,4 +1,4 @@
-"""A mirror that is held against the list: what is missing, what should not be there."""
+"""Audits: missing and unexpected entries."""
 
 from __future__ import annotations
 

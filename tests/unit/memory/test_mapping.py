@@ -1,4 +1,4 @@
-"""Mappings in this process as the kernel shows them (/proc/self/smaps), and what is refused before there is one."""
+"""Mappings of this process as in /proc/self/smaps, and refusals before mapping."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_file_is_shared_from_its_offset_on(memfd: int) -> None:
     mapping.close()
 
 
-def test_read_only_is_read_only_for_us_too(memfd: int) -> None:
+def test_a_read_only_mapping_is_read_only_for_the_host(memfd: int) -> None:
     mapping = HostMapping(PAGE, fd=memfd, writable=False)
     assert smaps(mapping.address).mode == "r--s"
     assert mapping.view(0, 8).readonly
@@ -100,7 +100,7 @@ def test_the_address_is_congruent(align: int) -> None:
         mapping.close()
 
 
-def test_only_what_was_asked_for_stays_mapped() -> None:
+def test_alignment_leaves_no_other_mapping() -> None:
     """The search for an aligned address maps more for a moment."""
     before = len(Path("/proc/self/maps").read_text().splitlines())
     mapping = HostMapping(PAGE, align=GIB)
@@ -124,7 +124,7 @@ def test_a_view_is_inside_or_refused() -> None:
     mapping.close()
 
 
-def test_a_closed_mapping_says_so() -> None:
+def test_a_closed_mapping_raises() -> None:
     mapping = HostMapping(PAGE)
     mapping.close()
     mapping.close()
@@ -154,7 +154,7 @@ def test_populate_of_a_read_only_file(monkeypatch: pytest.MonkeyPatch, memfd: in
     mapping.close()
 
 
-def test_populate_says_where_a_file_has_no_page(memfd: int) -> None:
+def test_populate_beyond_the_end_of_a_file(memfd: int) -> None:
     for writable, name in ((True, "MADV_POPULATE_WRITE"), (False, "MADV_POPULATE_READ")):
         mapping = HostMapping(9 * PAGE, fd=memfd, writable=writable)
         with pytest.raises(OSError, match=rf"madvise\({name}\)") as refused:
@@ -212,7 +212,7 @@ def test_small_pages_and_files_never_come_from_a_pool(fake: FakeLib) -> None:
     assert fake.calls[-2][4:] == (lib.MAP_SHARED, 0, 0), "0 is a descriptor like any other"
 
 
-def test_what_is_unmapped_is_whole_pages(fake: FakeLib) -> None:
+def test_unmapping_covers_whole_pages(fake: FakeLib) -> None:
     """The kernel unmaps huge pages only as a whole (EINVAL)."""
     for size, page, span in (
         (PAGE + 1, PAGE, 2 * PAGE),
@@ -253,7 +253,7 @@ def test_a_kernel_that_cannot_populate_fills_on_first_use(fake: FakeLib) -> None
     "code, remedy",
     [(errno.ENOMEM, "too few huge pages"), (errno.EACCES, "open for reading"), (errno.EPERM, "F_SEAL_WRITE")],
 )
-def test_why_nothing_could_be_mapped(fake: FakeLib, code: int, remedy: str) -> None:
+def test_remedies_of_a_failed_mmap(fake: FakeLib, code: int, remedy: str) -> None:
     fake.mmap = -code
     with pytest.raises(OSError, match=r"mmap.*0x1000 bytes") as refused:
         HostMapping(PAGE)
@@ -274,7 +274,7 @@ def test_page_sizes_of_backings() -> None:
     }
 
 
-# --- pools of huge pages: free, promised to someone, more on demand
+# --- pools of huge pages: free, reserved, overcommitted
 
 
 def pool(directory: Path, page: int, **values: int) -> None:
@@ -295,7 +295,7 @@ def pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "free, resv, overcommit, surplus, available",
     [(4, 0, 0, 0, 4), (4, 1, 0, 0, 3), (0, 0, 3, 1, 2), (2, 1, 5, 2, 4), (3, 0, 1, 2, 3), (1, 1, 0, 0, 0)],
 )
-def test_what_a_pool_can_give(
+def test_free_pages_of_a_pool(
     pools: Path, free: int, resv: int, overcommit: int, surplus: int, available: int
 ) -> None:
     """A pool whose surplus exceeds what it may have on demand gives none of that."""
@@ -318,8 +318,8 @@ def test_gigantic_pages_are_best_reserved_at_boot(pools: Path) -> None:
     ]
 
 
-def test_promises_beyond_what_is_free(pools: Path) -> None:
-    """Never less than nothing is free."""
+def test_more_pages_reserved_than_free(pools: Path) -> None:
+    """Zero is the least in the message."""
     pool(pools, HUGE, free=1, resv=3)
     with pytest.raises(NotEnoughMemory, match="1 huge pages of 2 MiB are needed, 0 are free"):
         check_huge_pages(HUGE, HUGE)
@@ -333,7 +333,7 @@ def test_a_host_without_such_pages(pools: Path) -> None:
 # --- files
 
 
-def test_a_file_is_as_large_as_it_must_be(memfd: int) -> None:
+def test_size_and_alignment_of_a_file(memfd: int) -> None:
     assert check_file(memfd, 0, 8 * PAGE, "it") == PAGE
     assert check_file(memfd, 7 * PAGE, PAGE, "it") == PAGE
     for offset, size, end in ((0, 9 * PAGE, "0x9000"), (8 * PAGE, PAGE, "0x9000"), (7 * PAGE, 2 * PAGE, "0x9000")):
@@ -347,7 +347,7 @@ def test_a_file_is_as_large_as_it_must_be(memfd: int) -> None:
             check_file(memfd, offset, size, "it")
 
 
-def test_a_file_of_huge_pages_has_theirs(monkeypatch: pytest.MonkeyPatch, memfd: int) -> None:
+def test_page_size_of_a_hugetlbfs_file(monkeypatch: pytest.MonkeyPatch, memfd: int) -> None:
     """On hugetlbfs: what fstatfs calls the block's size."""
     os.truncate(memfd, 4 * MIB)
     fake = FakeLib()
@@ -360,7 +360,7 @@ def test_a_file_of_huge_pages_has_theirs(monkeypatch: pytest.MonkeyPatch, memfd:
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "/proc"])
-def test_what_is_no_file(path: str) -> None:
+def test_a_descriptor_that_is_not_a_file(path: str) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         with pytest.raises(LayoutError, match=f"it: descriptor {fd} is neither a file nor a memfd"):
@@ -371,7 +371,7 @@ def test_what_is_no_file(path: str) -> None:
 
 @pytest.mark.parametrize("processors", [None, 1, 64])
 def test_populate_works_on_any_number_of_processors(monkeypatch: pytest.MonkeyPatch, processors: int | None) -> None:
-    """Also where Python cannot tell."""
+    """Also where their number is unknown."""
     monkeypatch.setattr(kvmpass.memory.mapping, "_POPULATE_CHUNK", PAGE)
     monkeypatch.setattr(os, "cpu_count", lambda: processors)
     mapping = HostMapping(3 * PAGE, align=GIB)

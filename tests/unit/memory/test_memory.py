@@ -1,4 +1,4 @@
-"""The list of regions, its bytes, what lies behind them, and its listeners."""
+"""The list of regions, its bytes, backings and listeners."""
 
 import errno
 import fcntl
@@ -83,7 +83,7 @@ def test_overlaps_and_fractions_are_refused(memory: GuestMemory) -> None:
     assert len(memory) == 1
 
 
-def test_listeners_are_told_in_order_and_rolled_back_in_reverse(memory: GuestMemory) -> None:
+def test_listeners_are_called_in_order_and_undone_in_reverse(memory: GuestMemory) -> None:
     log: list[str] = []
     first, second = Listener("a", log), Listener("b", log)
     memory.add_ram(0, PAGE, "r0")
@@ -105,7 +105,7 @@ def test_listeners_are_told_in_order_and_rolled_back_in_reverse(memory: GuestMem
     second.held.clear()
 
 
-def test_a_bars_mapping_stays_its_owners(memory: GuestMemory) -> None:
+def test_a_bars_mapping_remains_the_callers(memory: GuestMemory) -> None:
     mapping = HostMapping(2 * PAGE)
     region = memory.add_bar(GIB, PAGE, mapping, PAGE, "bar0")
     assert (region.kind, region.dma, region.hva) == (RegionKind.BAR, False, mapping.address + PAGE)
@@ -128,7 +128,7 @@ def test_populate_and_size(memory: GuestMemory) -> None:
     assert Range(0, PAGE).last == PAGE - 1
 
 
-# --- what lies behind a region
+# --- backings
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def memfd() -> Iterator[int]:
 
 @pytest.fixture
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A host with four huge pages of 2 MiB, one of them promised to someone else."""
+    """A host with four huge pages of 2 MiB, one of them reserved by another process."""
     path = tmp_path / "hugepages-2048kB"
     path.mkdir()
     values = {"free": 4, "resv": 1, "nr": 6, "nr_overcommit": 0, "surplus": 0}
@@ -151,7 +151,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_what_a_region_is_made_of(memory: GuestMemory, memfd: int) -> None:
+def test_backings_and_kinds_of_regions(memory: GuestMemory, memfd: int) -> None:
     mapping = HostMapping(PAGE)
     regions = [
         memory.add_ram(0, PAGE),
@@ -166,7 +166,7 @@ def test_what_a_region_is_made_of(memory: GuestMemory, memfd: int) -> None:
     mapping.close()
 
 
-def test_a_file_is_shared_with_whoever_maps_it(memory: GuestMemory, memfd: int) -> None:
+def test_a_file_is_shared_with_its_other_mappings(memory: GuestMemory, memfd: int) -> None:
     region = memory.add_shared(GIB + MIB, memfd, MIB, offset=2 * MIB)
     assert (region.hva - region.gpa) % HUGE == 0
     memory.populate()
@@ -233,7 +233,7 @@ def test_parts_of_a_file_that_are_refused(
     assert len(memory) == 0
 
 
-def test_descriptors_that_are_no_files(memory: GuestMemory) -> None:
+def test_descriptors_that_are_not_files(memory: GuestMemory) -> None:
     reader, writer = os.pipe()
     try:
         with pytest.raises(LayoutError, match="neither a file nor a memfd"):
@@ -247,7 +247,7 @@ def test_descriptors_that_are_no_files(memory: GuestMemory) -> None:
 
 
 @pytest.mark.usefixtures("pool")
-def test_too_few_huge_pages_are_said_before_anything_is_mapped(
+def test_too_few_huge_pages_are_refused_before_anything_is_mapped(
     memory: GuestMemory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(HostMapping, "__init__", lambda *_, **__: pytest.fail("something was mapped"))
@@ -259,7 +259,7 @@ def test_too_few_huge_pages_are_said_before_anything_is_mapped(
     assert "pdpe1gb" in refused.value.__notes__[0]
 
 
-def test_huge_pages_on_demand_count(pool: Path) -> None:
+def test_overcommitted_huge_pages_count(pool: Path) -> None:
     (pool / "nr_overcommit_hugepages").write_text("3")
     (pool / "surplus_hugepages").write_text("1")
     kvmpass.memory.mapping.check_huge_pages(HUGE, 5 * HUGE)
@@ -281,7 +281,7 @@ def test_huge_regions_are_made_of_huge_pages(memory: GuestMemory) -> None:
             memory.add_ram(0, PAGE, backing=backing)
 
 
-def test_who_refuses_is_asked_before_anything_is_mapped(memory: GuestMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listeners_refuse_before_anything_is_mapped(memory: GuestMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     memory.listen(Listener("a", log))
     fd = os.memfd_create("kvmpass-test")

@@ -1,4 +1,4 @@
-"""The list of regions: who may come, who is told and in which order, whose memory stays when something fails."""
+"""The list of regions: refusals, the order of listeners, and which memory stays mapped after a failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvmpass.memory import HUGE, Backing, GuestMemory, HostMapping, MemoryRegion
 
 
 class Mirror:
-    """Keeps what it is told; refuses the calls whose names are in ``refusing``."""
+    """A listener that keeps its regions, and refuses the calls named in ``refusing``."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
@@ -84,7 +84,7 @@ def mirrors(memory: GuestMemory, log: list[str]) -> list[Mirror]:
 # --- kinds
 
 
-def test_who_reaches_what() -> None:
+def test_access_by_kind() -> None:
     """The guest writes RAM and BARs, devices write RAM and read ROM; no device reaches another's BAR."""
     kinds = {kind.value: (kind.guest_writable, kind.dma, kind.dma_writable) for kind in RegionKind}
     assert kinds == {"ram": (True, True, True), "rom": (False, True, False), "bar": (True, False, False)}
@@ -97,11 +97,11 @@ def test_a_region_is_its_mapping_from_its_offset_on(bar: HostMapping) -> None:
     assert whole.backing is Backing.ANONYMOUS
 
 
-def test_a_region_in_words(memory: GuestMemory) -> None:
+def test_repr_of_a_region(memory: GuestMemory) -> None:
     assert repr(memory.add_ram(MIB, PAGE, "low")) == "<low ram 0x100000-0x100fff>"
 
 
-# --- what may come
+# --- alignment and overlaps
 
 
 @pytest.mark.parametrize("start", [1, PAGE - 1, PAGE + 1, -PAGE, -1])
@@ -153,17 +153,17 @@ def test_neighbours_touch_and_never_overlap(memory: GuestMemory) -> None:
     assert len(memory) == 3
 
 
-def test_what_only_some_backings_can_be(memory: GuestMemory) -> None:
+def test_ram_has_no_shared_or_device_backing(memory: GuestMemory) -> None:
     for backing in (Backing.SHARED, Backing.DEVICE):
         with pytest.raises(LayoutError, match=f"{backing} memory is not made here"):
             memory.add_ram(0, PAGE, backing=backing)
 
 
-# --- what it is made of
+# --- backings
 
 
 def test_host_addresses_suit_large_pages_of_the_iommu(memory: GuestMemory, memfd: int, bar: HostMapping) -> None:
-    """Congruent modulo 2 MiB, whatever lies behind."""
+    """Congruent modulo 2 MiB, for each backing."""
     regions = [
         memory.add_ram(GIB + 3 * PAGE, PAGE),
         memory.add_rom(GIB + MIB + PAGE, b"x"),
@@ -215,10 +215,10 @@ def test_a_part_of_a_file(memory: GuestMemory, memfd: int) -> None:
     assert memory.read(MIB, 6) == b"change" == os.pread(memfd, 6, 2 * MIB)
 
 
-# --- who is told
+# --- listeners
 
 
-def test_everyone_is_asked_first_then_told(memory: GuestMemory, mirrors: list[Mirror], log: list[str]) -> None:
+def test_all_listeners_are_asked_then_called(memory: GuestMemory, mirrors: list[Mirror], log: list[str]) -> None:
     region = memory.add_rom(MIB, b"x", "it")
     names = ("first", "second", "third")
     assert log == [f"{n} wanted rom 0x100000-0x100fff it" for n in names] + [f"{n} added it" for n in names]
@@ -228,7 +228,7 @@ def test_everyone_is_asked_first_then_told(memory: GuestMemory, mirrors: list[Mi
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_who_does_not_want_it_keeps_it_out(
+def test_a_listener_refuses_a_region_before_it_is_mapped(
     memory: GuestMemory, mirrors: list[Mirror], log: list[str], monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     mirrors[at].refusing = {"wanted"}
@@ -249,7 +249,7 @@ def tracked(monkeypatch: pytest.MonkeyPatch) -> list[HostMapping]:
 
     def close(self: HostMapping) -> None:
         closed(self)
-        alive[:] = [one for one in alive if one is not self]
+        alive[:] = [mapping for mapping in alive if mapping is not self]
 
     monkeypatch.setattr(HostMapping, "__init__", init)
     monkeypatch.setattr(HostMapping, "close", close)
@@ -265,7 +265,7 @@ ADDS: dict[str, Callable[[GuestMemory, int], MemoryRegion]] = {
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 @pytest.mark.parametrize("add", ADDS.values(), ids=ADDS)
-def test_who_cannot_mirror_it_undoes_it_everywhere(
+def test_a_failing_listener_undoes_the_others(
     memory: GuestMemory,
     mirrors: list[Mirror],
     log: list[str],
@@ -278,8 +278,8 @@ def test_who_cannot_mirror_it_undoes_it_everywhere(
     mirrors[at].refusing = {"added"}
     with pytest.raises(OSError, match=f"{mirrors[at].name} refuses it"):
         add(memory, memfd)
-    told = [mirror.name for mirror in mirrors[:at]]
-    assert log[3:] == [f"{name} added it" for name in told] + [f"{name} removed it" for name in reversed(told)]
+    done = [mirror.name for mirror in mirrors[:at]]
+    assert log[3:] == [f"{name} added it" for name in done] + [f"{name} removed it" for name in reversed(done)]
     assert (len(memory), alive, [mirror.regions for mirror in mirrors]) == (0, [], [[], [], []])
     mirrors[at].refusing = set()
     region = add(memory, memfd)
@@ -289,10 +289,10 @@ def test_who_cannot_mirror_it_undoes_it_everywhere(
 
 
 def alive_region(alive: list[HostMapping], region: MemoryRegion) -> list[MemoryRegion]:
-    return [region] if [one.address for one in alive] == [region.hva] else []
+    return [region] if [mapping.address for mapping in alive] == [region.hva] else []
 
 
-def test_memory_that_a_mirror_may_still_use_stays_mapped(
+def test_memory_that_a_listener_may_still_use_stays_mapped(
     memory: GuestMemory, mirrors: list[Mirror], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive = tracked(monkeypatch)
@@ -314,7 +314,7 @@ def test_memory_that_a_mirror_may_still_use_stays_mapped(
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_who_keeps_it_gets_the_others_back(
+def test_a_failing_removal_adds_the_region_again(
     memory: GuestMemory, mirrors: list[Mirror], log: list[str], at: int
 ) -> None:
     region = memory.add_ram(0, PAGE, "it")
@@ -322,8 +322,8 @@ def test_who_keeps_it_gets_the_others_back(
     log.clear()
     with pytest.raises(OSError, match=f"{mirrors[at].name} refuses it"):
         memory.remove(region)
-    told = [mirror.name for mirror in mirrors[:at:-1]]
-    assert log == [f"{name} removed it" for name in told] + [f"{name} added it" for name in reversed(told)]
+    done = [mirror.name for mirror in mirrors[:at:-1]]
+    assert log == [f"{name} removed it" for name in done] + [f"{name} added it" for name in reversed(done)]
     assert list(memory) == [region]
     assert all(mirror.regions == [region] for mirror in mirrors)
     memory.write(0, b"still there")
@@ -343,10 +343,10 @@ def test_a_region_of_another_memory(memory: GuestMemory) -> None:
     other.remove(region)
     with pytest.raises(LayoutError, match="is not in this memory"):
         other.remove(region)
-    assert [one.name for one in memory] == ["ours"]
+    assert [kept.name for kept in memory] == ["ours"]
 
 
-def test_who_comes_later_is_told_of_all_by_address(memory: GuestMemory, log: list[str]) -> None:
+def test_a_new_listener_gets_all_regions_by_address(memory: GuestMemory, log: list[str]) -> None:
     memory.add_ram(GIB, PAGE, "high")
     memory.add_rom(MIB, b"x", "low")
     memory.listen(late := Mirror("late", log))
@@ -361,7 +361,7 @@ def test_who_comes_later_is_told_of_all_by_address(memory: GuestMemory, log: lis
 
 
 @pytest.mark.parametrize("refusing", ["wanted", "added"])
-def test_who_refuses_at_first_is_no_listener(memory: GuestMemory, log: list[str], refusing: str) -> None:
+def test_a_listener_that_refuses_is_not_registered(memory: GuestMemory, log: list[str], refusing: str) -> None:
     memory.add_ram(0, PAGE, "low")
     mirror = Mirror("late", log)
     real = mirror._step
@@ -383,7 +383,7 @@ def test_who_refuses_at_first_is_no_listener(memory: GuestMemory, log: list[str]
     assert log == []
 
 
-def test_close_releases_all_and_tells_nobody(
+def test_close_unmaps_all_and_calls_no_listener(
     memory: GuestMemory, mirrors: list[Mirror], log: list[str], bar: HostMapping
 ) -> None:
     ram = memory.add_ram(0, PAGE)
@@ -431,14 +431,14 @@ def test_accesses_end_where_the_region_does(memory: GuestMemory, bar: HostMappin
     assert memory.read(end - 4, 4) == b"last"
 
 
-def test_what_is_where(memory: GuestMemory, bar: HostMapping) -> None:
+def test_find_by_address(memory: GuestMemory, bar: HostMapping) -> None:
     ram, rom = memory.add_ram(MIB, PAGE), memory.add_rom(2 * MIB, b"x")
     memory.add_bar(GIB, PAGE, bar, 0, "bar")
     wanted = {MIB - 1: None, MIB: ram, MIB + PAGE - 1: ram, MIB + PAGE: None, 2 * MIB: rom, GIB: None}
     assert {gpa: memory.find(gpa) for gpa in wanted} == wanted
 
 
-def test_we_write_rom_and_nobody_writes_a_read_only_file(memory: GuestMemory, memfd: int) -> None:
+def test_the_host_writes_rom_but_no_read_only_file(memory: GuestMemory, memfd: int) -> None:
     memory.add_rom(0, b"old")
     memory.write(0, b"new")
     assert memory.read(0, 3) == b"new"
@@ -447,9 +447,7 @@ def test_we_write_rom_and_nobody_writes_a_read_only_file(memory: GuestMemory, me
         memory.write(MIB + 4, b"x")
 
 
-def test_populate_is_for_what_devices_reach(
-    memory: GuestMemory, bar: HostMapping, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_populate_skips_bars(memory: GuestMemory, bar: HostMapping, monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[HostMapping] = []
     monkeypatch.setattr(HostMapping, "populate", lambda self: filled.append(self))
     ram, rom = memory.add_ram(0, PAGE), memory.add_rom(MIB, b"x")
@@ -458,7 +456,7 @@ def test_populate_is_for_what_devices_reach(
     assert filled == [ram.mapping, rom.mapping]
 
 
-def test_how_much_there_is(memory: GuestMemory, memfd: int, bar: HostMapping) -> None:
+def test_sizes_by_backing(memory: GuestMemory, memfd: int, bar: HostMapping) -> None:
     """The host's free memory must hold the anonymous regions, ROM too."""
     memory.add_ram(0, 3 * PAGE)
     memory.add_ram(MIB, 2 * PAGE)
@@ -469,7 +467,7 @@ def test_how_much_there_is(memory: GuestMemory, memfd: int, bar: HostMapping) ->
     assert (memory.ram_size, memory.anonymous_size) == (6 * PAGE, 6 * PAGE)
 
 
-def test_the_list_may_change_while_somebody_walks_it(memory: GuestMemory) -> None:
+def test_the_list_may_change_during_an_iteration(memory: GuestMemory) -> None:
     regions = [memory.add_ram(n * MIB, PAGE) for n in range(4)]
     seen = []
     for region in memory:
@@ -479,7 +477,7 @@ def test_the_list_may_change_while_somebody_walks_it(memory: GuestMemory) -> Non
     assert seen == regions
 
 
-def test_nothing_is_left_of_what_was_here(memory: GuestMemory) -> None:
+def test_removed_regions_leave_no_descriptors(memory: GuestMemory) -> None:
     descriptors = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
         memory.remove(memory.add_ram(0, HUGE))
