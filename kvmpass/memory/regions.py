@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -49,28 +50,22 @@ class RegionKind(enum.Enum):
         return self is RegionKind.RAM
 
 
+@dataclass(eq=False, repr=False, slots=True)
 class MemoryRegion:
-    """Contiguous guest-physical pages with one backing. Compared by identity.
+    """Contiguous guest-physical pages with one backing. Compared by identity."""
 
-    ``range``: guest-physical; the region begins ``offset`` bytes into ``mapping``. ``name``: for messages.
-    """
-
-    def __init__(
-        self,
-        kind: RegionKind,
-        range_: Range,
-        mapping: HostMapping,
-        *,
-        offset: int = 0,
-        name: str,
-        backing: Backing = Backing.ANONYMOUS,
-    ) -> None:
-        self.kind = kind
-        self.range = range_
-        self.mapping = mapping
-        self.offset = offset
-        self.name = name
-        self.backing = backing
+    kind: RegionKind
+    """RAM, ROM or BAR."""
+    range: Range
+    """Guest-physical addresses."""
+    mapping: HostMapping
+    """The host virtual mapping that contains it. Released by ``release()``; a BAR's belongs to its device."""
+    name: str
+    """Its name in messages."""
+    backing: Backing = Backing.ANONYMOUS
+    """What holds its bytes."""
+    offset: int = 0
+    """Bytes from the start of ``mapping``."""
 
     @property
     def gpa(self) -> int:
@@ -125,13 +120,12 @@ class RegionListener(Protocol):
         """Return whether guest or devices may still reach the region through this listener."""
 
 
-def _whole_pages(range_: Range, name: str, page: int = PAGE) -> Range:
+def _check_pages(range_: Range, name: str, page: int) -> None:
     if range_.start % page or range_.size % page or range_.size <= 0 or range_.start < 0:
         size = f"{page} bytes" if page == PAGE else f"{page >> 20} MiB"
         raise LayoutError(f"{name}: {range_} is not made of whole pages of {size}")
     if range_.end > 1 << ADDRESS_BITS:
         raise LayoutError(f"{name}: {range_} is beyond {ADDRESS_BITS} bits, the width of a physical address")
-    return range_
 
 
 class GuestMemory:
@@ -178,13 +172,13 @@ class GuestMemory:
         if backing not in (Backing.ANONYMOUS, Backing.HUGETLB_2M, Backing.HUGETLB_1G):
             raise LayoutError(f"{name}: {backing} memory is not made here: see add_shared and add_bar")
         page = backing.page_size
-        with self._claim(RegionKind.RAM, _whole_pages(Range(gpa, size), name, page), name):
+        with self._claim(RegionKind.RAM, gpa, size, name, page) as range_:
             if page > PAGE:
                 check_huge_pages(page, size)
             mapping = HostMapping(size, align=max(HUGE, page), congruent=gpa, page=page)
             if page == PAGE and size >= HUGE:
                 mapping.advise_huge()
-            return self._add(RegionKind.RAM, Range(gpa, size), mapping, name, backing)
+            return self._add(MemoryRegion(RegionKind.RAM, range_, mapping, name, backing))
 
     def add_shared(
         self, gpa: int, fd: int, size: int, offset: int = 0, name: str = "shared", *, writable: bool = True
@@ -200,13 +194,13 @@ class GuestMemory:
         writes back to a disk cannot be pinned for writing: assigning a device fails with ``EFAULT`` then.
         """
         kind = RegionKind.RAM if writable else RegionKind.ROM
-        with self._claim(kind, _whole_pages(Range(gpa, size), name), name):
+        with self._claim(kind, gpa, size, name) as range_:
             page = check_file(fd, offset, size, name)
-            _whole_pages(Range(gpa, size), name, page)
+            _check_pages(range_, name, page)
             mapping = HostMapping(
                 size, align=max(HUGE, page), congruent=gpa, fd=fd, offset=offset, writable=writable, page=page
             )
-            return self._add(kind, Range(gpa, size), mapping, name, Backing.SHARED)
+            return self._add(MemoryRegion(kind, range_, mapping, name, Backing.SHARED))
 
     def add_rom(self, gpa: int, data: bytes, name: str = "rom") -> MemoryRegion:
         """Add pages with ``data``, rounded up to pages, which neither guest nor devices can write.
@@ -214,32 +208,31 @@ class GuestMemory:
         Raises as ``add_ram`` does.
         """
         size = -(-len(data) // PAGE) * PAGE
-        with self._claim(RegionKind.ROM, _whole_pages(Range(gpa, size), name), name):
+        with self._claim(RegionKind.ROM, gpa, size, name) as range_:
             mapping = HostMapping(size, align=HUGE, congruent=gpa)
             mapping.view(0, len(data))[:] = data
-            return self._add(RegionKind.ROM, Range(gpa, size), mapping, name, Backing.ANONYMOUS)
+            return self._add(MemoryRegion(RegionKind.ROM, range_, mapping, name))
 
     def add_bar(self, gpa: int, size: int, mapping: HostMapping, offset: int, name: str) -> MemoryRegion:
         """Add part of a device's BAR. The mapping remains the caller's: remove the region, then close it."""
-        with self._claim(RegionKind.BAR, _whole_pages(Range(gpa, size), name), name):
-            return self._add(RegionKind.BAR, Range(gpa, size), mapping, name, Backing.DEVICE, offset)
+        with self._claim(RegionKind.BAR, gpa, size, name) as range_:
+            return self._add(MemoryRegion(RegionKind.BAR, range_, mapping, name, Backing.DEVICE, offset))
 
     @contextmanager
-    def _claim(self, kind: RegionKind, range_: Range, name: str) -> Iterator[None]:
-        """Hold the lock. Raises, before anything is mapped, if another region or a listener refuses ``range_``."""
+    def _claim(self, kind: RegionKind, gpa: int, size: int, name: str, page: int = PAGE) -> Iterator[Range]:
+        """Hold the lock. Raises, before anything is mapped, if another region or a listener refuses the range."""
+        range_ = Range(gpa, size)
+        _check_pages(range_, name, page)
         with self.lock:
             for other in self._regions:
                 if other.range.overlaps(range_):
                     raise LayoutError(f"{name} {range_} overlaps {other.name} {other.range}")
             for listener in self._listeners:
                 listener.region_wanted(kind, range_, name)
-            yield
+            yield range_
 
-    def _add(
-        self, kind: RegionKind, range_: Range, mapping: HostMapping, name: str, backing: Backing, offset: int = 0
-    ) -> MemoryRegion:
-        """Add a region to every listener, or to none. A region that cannot be removed again stays in the list."""
-        region = MemoryRegion(kind, range_, mapping, offset=offset, name=name, backing=backing)
+    def _add(self, region: MemoryRegion) -> MemoryRegion:
+        """Add ``region`` to every listener, or to none. If it cannot be removed again, it stays in the list."""
         done: list[RegionListener] = []
         try:
             for listener in self._listeners:
