@@ -1,4 +1,4 @@
-"""An assigned device, seen from Python, and what the host says about it while it is assigned."""
+"""An assigned device: its registers, its slot on the guest's bus, and its state."""
 
 from __future__ import annotations
 
@@ -15,81 +15,98 @@ from kvmpass.vfio import Device, Region
 
 
 class DeviceState(enum.Enum):
+    """Whether a device is in its machine's domain."""
+
     ASSIGNED = "assigned"
+    """It is open, and in the domain."""
     RELEASED = "released"
+    """It has left the guest; its registers are unusable."""
 
 
 class AssignedDevice:
-    """A device in a machine's domain. Made by ``Machine.assign``; gone after ``Machine.deassign``.
-
-    Synchronization: its registers from any thread (the bus lock); its place and state belong to the machine.
+    """A device in a machine's domain, from ``Machine.assign`` to ``Machine.deassign``.
 
     Its registers are usable from Python: ``regions[0].read_int(0)``. Turn decoding and DMA on first: ``enable()``.
-    ``slot`` and ``number`` are its place on the guest's PCI bus 0; ``reset_methods`` how the kernel resets it, in the
-    order in which it tries.
+
+    Synchronization: its registers from any thread (the bus lock); slot and state are the machine's (its device lock).
     """
 
     def __init__(self, found: PciDevice, device: Device, lock: threading.RLock) -> None:
         self.bdf = found.bdf
+        """Its address on the host."""
         self.group = found.group
+        """Its IOMMU group's number."""
         self.vfio = device
+        """The open VFIO device."""
         self.reset_methods = found.reset_methods
-        self._lock = lock  # the buses'
+        """How the kernel resets it, in the order in which it tries (``reset_method`` in sysfs)."""
+        self._bus_lock = lock
         self.slot = 0
+        """Its device number on the guest's bus 0, from 1."""
         self.number = 0
+        """Its function number in that slot, 0 to 7."""
         self.state = DeviceState.ASSIGNED
-        self.function: AssignedFunction | None = None  # what the guest sees of it now
-        self.failed = False  # an uncorrected error since the last reset
-        self.ejected = threading.Event()  # set when the guest has let go of it
-        self.requested = False  # the host wants it back, and the guest was asked
+        """Whether it is in the machine's domain."""
+        self.function: AssignedFunction | None = None
+        """What the guest sees of it; None while it is unplugged."""
+        self.failed = False
+        """Whether the host has reported an uncorrected error since the last reset."""
+        self.ejected = threading.Event()
+        """Set when the guest has ejected it."""
+        self.requested = False
+        """Whether the host has requested its release, and the guest was asked to eject it."""
 
     @property
     def regions(self) -> dict[int, Region]:
-        """By VFIO index: 0 to 5 the BARs, 6 the ROM, 7 configuration space; absent ones are absent."""
+        """The regions that the device has, by VFIO index: 0 to 5 the BARs, 6 the ROM, 7 configuration space."""
         return self.vfio.regions
 
     @property
     def config(self) -> Region:
+        """Configuration space."""
         return self.vfio.config
 
     @property
     def interrupt(self) -> str:
-        """What the guest uses now: ``MSI-X``, ``MSI``, ``INTx`` or ``none``."""
+        """The kind that the guest has enabled: ``MSI-X``, ``MSI``, ``INTx`` or ``none``."""
         return self.function.interrupt if self.function else "none"
 
     def interrupt_counts(self) -> dict[int | str, int]:
-        """The host's count of what the device raised: by MSI or MSI-X vector (from 0), or of ``"INTx"``.
+        """The host's interrupt counts, by MSI or MSI-X vector (from 0), or of ``"INTx"``.
 
-        Only what is set up now: a vector counts from when the guest set it up, and is absent before. VFIO signals KVM
-        inside the kernel, so that these are the lines of ``/proc/interrupts``, and have their limits:
+        A vector is counted from when the guest enabled it, and absent before. VFIO signals KVM inside the kernel:
+        these are the lines of ``/proc/interrupts``, with their limits:
 
-        - What comes while the guest masks a vector, or before it took the last one, counts each time; it handles one.
-        - INTx is the host's line: its count is that of all devices on it, maybe from before.
-        - Where AVIC delivers an interrupt past the host (``avic=1`` of ``kvm_amd``), the host does not count it.
+        - Interrupts of a vector that the guest masks, or has not acknowledged, are counted; the guest handles one.
+        - INTx is the host's line: its count is that of all devices on it, and may include earlier interrupts.
+        - The host does not count interrupts that AVIC delivers without it (``avic=1`` of ``kvm_amd``).
         """
         return interrupt_counts(Sysfs(), self.bdf)
 
     def enable(self, *, memory: bool = True, bus_master: bool = True) -> None:
-        """Let the device decode its BARs, and do DMA. In a guest its driver does this; a guest sees it, too."""
+        """Set or clear memory and I/O decoding, and bus mastering (DMA). A running guest sees the change."""
         command = self.config.read_int(COMMAND, 2)
         for bits, wanted in ((COMMAND_DECODING, memory), (COMMAND_MASTER, bus_master)):
             command = command | bits if wanted else command & ~bits
         self._set_command(command)
 
     def quiesce(self) -> None:
-        """No DMA, no decoding: the command register as after power on, whatever anyone left in it."""
+        """Turn DMA and decoding off: clear the command register, as after power-on."""
         self._set_command(0)
 
     def _set_command(self, command: int) -> None:
         data = command.to_bytes(2, "little")
-        with deferred(), self._lock:
+        with deferred(), self._bus_lock:
             if self.function is not None:
                 self.function.config_write(COMMAND, data)
             else:
                 self.config.write(COMMAND, data)
 
     def reset_event(self, seconds: float, reason: str, method: str | None = None) -> DeviceReset:
-        """VFIO does not say which method it took: the kernel takes the first of the device's list that works."""
+        """The event of a reset that took ``seconds``.
+
+        ``method``: by default the first of ``reset_methods``, as VFIO does not report which method the kernel used.
+        """
         if method is None:
             method = next(iter(self.reset_methods), "unknown")
         return DeviceReset(str(self.bdf), method, seconds, reason)

@@ -1,4 +1,4 @@
-"""The part of a machine that runs a guest: its serial ports, its kernel, and its vCPUs from start to end."""
+"""The part of a machine that runs a guest: serial ports, loading of the kernel, lifetime of the vCPUs."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from kvmpass.memory import GuestMemory
 
 _NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
 Output = Callable[[bytes], None]
-"""Gets what the guest writes to a serial port."""
+"""Receives what the guest writes to a serial port."""
 
 
 class Execution:
-    """What one does with the guest of a machine. The base of ``Machine``, which makes the board and loads the guest.
+    """The base of ``Machine`` that runs its guest.
 
     Synchronization: from any thread. Three locks, taken in this order:
 
-    - ``_moves`` guards which devices there are, their places and states, the board and whether the guest was started.
-      It is held while a device comes or goes, for as long as that takes.
-    - ``_lock`` guards the buses, the functions on them and the hot plug controller. A vCPU holds it for each exit.
+    - ``_device_lock`` guards the set of devices, their slots and states, the board, and whether the guest was
+      started. It is held while a device is added or removed, for as long as that takes.
+    - ``_bus_lock`` guards the buses, their functions and the hot plug controller. A vCPU holds it for each exit.
     - ``memory.lock`` guards the list of regions and what mirrors it.
 
-    ``stop``, ``ended`` and ``wait`` take none of them: an error of a device ends the guest whatever else goes on.
+    ``stop``, ``ended`` and ``wait`` take none of them: a device's error ends the guest without delay.
     """
 
     _slots: Slots
@@ -45,8 +45,9 @@ class Execution:
 
     def __init__(self, cpus: int) -> None:
         self.cpus = cpus
-        self._lock = threading.RLock()
-        self._moves = threading.RLock()
+        """Number of vCPUs."""
+        self._bus_lock = threading.RLock()
+        self._device_lock = threading.RLock()
         self._outputs: dict[int, Output] = {}
         self._throttle: Callable[[], None] = lambda: None
         self._linux: tuple[KernelImage, bytes | None, str] | None = None
@@ -60,12 +61,12 @@ class Execution:
 
     @property
     def vm(self) -> Vm:
-        """KVM's virtual machine: another one after each ``reset()``."""
+        """The KVM VM; ``reset()`` replaces it."""
         return self._board.vm
 
     @property
     def routes(self) -> IrqRoutes:
-        """Its table of interrupt routes."""
+        """The VM's table of interrupt routes."""
         return self._board.routes
 
     # --- serial ports
@@ -83,18 +84,18 @@ class Execution:
         """
         for number in outputs:
             self.serial(number)
-        with self._moves:
+        with self._device_lock:
             if self._outputs:
                 raise GuestError("this machine's serial ports are connected", "one guest at a time: leave the other")
             self._outputs, self._throttle = dict(outputs), throttle
 
     def disconnect(self) -> None:
-        """Drop what the guest writes from now on; idempotent."""
-        with self._moves:
+        """Drop what the guest writes after this. Idempotent."""
+        with self._device_lock:
             self._outputs, self._throttle = {}, lambda: None
 
     def serial(self, number: int) -> Serial16550:
-        """COM ``number`` + 1, to push input into: another one after each ``reset()``. Raises ``IndexError``."""
+        """The UART of COM ``number`` + 1, which takes input; ``reset()`` replaces it. Raises ``IndexError``."""
         if not 0 <= number < len(ports.SERIAL_LINES):
             raise IndexError(f"serial port {number}: a machine has 0 to {len(ports.SERIAL_LINES) - 1}, COM1 to COM4")
         return self._board.serials[number]
@@ -102,7 +103,9 @@ class Execution:
     # --- from loading to the end
 
     def load_linux(self, kernel: KernelImage, initrd: bytes | None, cmdline: str) -> None:
-        """Put a kernel and what it needs to know into memory (64-bit boot protocol). ``reset()`` does it again.
+        """Load a kernel, its initrd, command line and tables into memory (64-bit boot protocol).
+
+        ``reset()`` loads them again.
 
         Raises ``BadKernel``, ``LayoutError``, ``NotEnoughMemory``.
         """
@@ -120,14 +123,14 @@ class Execution:
         self._linux = (kernel, initrd, cmdline)
 
     def _start_vcpus(self, system: System, entry: LinuxEntry) -> None:
-        """Let the guest run from ``entry`` on. Raises ``OSError`` if KVM refuses: then none runs."""
+        """Run the guest from ``entry`` on. Raises ``OSError`` if KVM refuses: then no vCPU runs."""
         try:
             self._make_vcpus(system, entry)
         except BaseException:
             self._close_vcpus()
             raise
         board = self._board
-        self._threads = VcpuThreads(self._vcpus, board.ports, board.mmio, self._lock, lambda: self._throttle())
+        self._threads = VcpuThreads(self._vcpus, board.ports, board.mmio, self._bus_lock, lambda: self._throttle())
         self._threads.start()
 
     def _make_vcpus(self, system: System, entry: LinuxEntry) -> None:
@@ -148,29 +151,32 @@ class Execution:
         first.set_regs(rip=entry.rip, rsi=entry.rsi, rflags=2)
 
     def _close_vcpus(self) -> None:
-        """Take every vCPU out of the guest and close it; how the guest ended stays known. Idempotent."""
+        """Stop every vCPU and close it; ``wait()`` still returns the outcome. Idempotent."""
         if self._threads is not None:
             self._threads.stop()
         vcpus, self._vcpus = self._vcpus, []
         run_all(vcpu.close for vcpu in vcpus)
 
     def wait(self, timeout: float | None = None) -> GuestOutcome | None:
-        """How the guest ended; None if it runs on after ``timeout`` seconds. Raises what made a vCPU fail."""
+        """Wait until the guest has ended, and return how; None after ``timeout`` seconds.
+
+        Raises ``GuestError`` if it was not started, and the exception that ended a vCPU's thread.
+        """
         threads = self._threads
         if threads is None:
             raise GuestError("the guest was not started")
         return threads.wait(timeout)
 
     def stop(self, outcome: GuestOutcome = GuestOutcome.STOPPED) -> None:
-        """End the guest: no vCPU goes on. ``wait()`` then returns ``outcome``. Does not wait for anything."""
+        """End the guest without waiting for its vCPUs; ``wait()`` returns ``outcome`` if this is the first end."""
         threads = self._threads
         if threads is not None:
             threads.end(outcome)
 
     def pause(self, timeout: float = 5.0) -> None:
-        """Keep every vCPU out of the guest until ``resume``: its state and memory stand still, devices' DMA does not.
+        """Stop every vCPU until ``resume``: registers and memory keep their values, but for devices' DMA.
 
-        Raises ``GuestError`` if it does not run, or a vCPU does not leave the guest within ``timeout`` seconds.
+        Raises ``GuestError`` if the guest does not run, or a vCPU does not leave it within ``timeout`` seconds.
         """
         threads = self._threads
         if threads is None or threads.ended:
@@ -179,25 +185,25 @@ class Execution:
             raise GuestError(f"a vCPU has not left the guest within {timeout:g} seconds", "read the guest's output")
 
     def resume(self) -> None:
-        """Let a paused guest go on; idempotent."""
+        """Resume a paused guest. Idempotent."""
         threads = self._threads
         if threads is not None:
             threads.resume()
 
     @property
     def vcpus(self) -> tuple[Vcpu, ...]:
-        """The vCPUs of a guest that was started, by number. Their registers are readable while it is paused."""
+        """The vCPUs of a started guest, by number. Their registers are readable while it is paused."""
         return tuple(self._vcpus)
 
     def inject_nmi(self, cpu: int = 0) -> None:
-        """Give vCPU number ``cpu`` a non-maskable interrupt. Raises ``IndexError``, ``OSError``."""
+        """Inject a non-maskable interrupt into vCPU number ``cpu``. Raises ``IndexError``, ``OSError``."""
         if not 0 <= cpu < self.cpus:
             raise IndexError(f"CPU {cpu}: this machine has {self.cpus}")
         self._board.vm.signal_msi(LOCAL_APIC_BASE | cpu << 12, _NMI)
 
     @property
     def ended(self) -> bool:
-        """Whether a guest that was started has ended."""
+        """Whether a started guest has ended."""
         threads = self._threads
         return threads is not None and threads.ended
 
@@ -208,17 +214,17 @@ class Execution:
 
     @property
     def fault(self) -> str:
-        """What KVM could not do for the guest, if that was its end."""
+        """Why KVM could not run the guest (``GuestOutcome.FAULT``); empty otherwise."""
         return self._threads.fault if self._threads else ""
 
     @property
     def exits(self) -> int:
-        """How often the guest left KVM for a device of ours, since it was last started."""
+        """Number of exits that the emulated devices have handled since the guest was last started."""
         return self._threads.exits if self._threads else 0
 
     @property
     def exit_reasons(self) -> dict[str, int]:
-        """The same by reason (``Port``, ``Mmio``, ``Interrupted`` …; ``kvmpass.kvm.exits``)."""
+        """Number of exits by reason (``Port``, ``Mmio``, ``Interrupted`` …; see ``kvmpass.kvm.exits``)."""
         return self._threads.reasons if self._threads else {}
 
     def _power_event(self, event: PowerEvent) -> None:

@@ -1,4 +1,4 @@
-"""A virtual machine that devices can be assigned to: its parts, put together and taken apart in order."""
+"""A virtual machine that devices can be assigned to: construction, assignment, reset, teardown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kvmpass.kvm import Memslots, System
 from kvmpass.layout import Layout, Range, parse_size
 from kvmpass.machine.device import AssignedDevice, DeviceState
 from kvmpass.machine.execution import Execution
-from kvmpass.machine.notices import Notices
+from kvmpass.machine.monitor import DeviceMonitor
 from kvmpass.machine.requests import EJECT_SECONDS, Requests
 from kvmpass.machine.slots import Slots
 from kvmpass.machine.vcpus import GuestOutcome
@@ -39,8 +39,8 @@ from kvmpass.vfio.device import ERR, REQ
 log = limited_log(__name__)
 
 
-# An interrupt may come between the end of a ``with`` body and ``__exit__``: what is open then is closed at exit,
-# before host.borrow gives its devices back at exit (last registered, first called).
+# An interrupt may come between the end of a ``with`` body and ``__exit__``: machines that are still open are closed
+# at exit, before host.borrow rebinds its devices at exit (last registered, first called).
 _open: WeakSet[Machine] = WeakSet()
 
 
@@ -53,18 +53,18 @@ def _close_all() -> None:
 class Machine(Execution):
     """One VM: memory, vCPUs, a DMA domain, a PCI bus. ``with Machine(memory="1G", cpus=2) as m:`` is its lifetime.
 
-    ``memory``: bytes or text; ``cpus``: 1 to what KVM allows. Usable without a guest: ``memory`` reads and writes
-    guest pages, assigned devices do DMA to them. Raises ``OSError`` (no ``/dev/kvm``), ``LayoutError``,
-    ``ReservedRange``; then nothing is left behind.
+    ``memory``: bytes, or text such as ``512M``; ``cpus``: 1 to KVM's limit. Usable without a guest: ``memory`` reads
+    and writes guest pages, and assigned devices do DMA to them. Raises ``OSError`` (no ``/dev/kvm``),
+    ``LayoutError``, ``ReservedRange``; then nothing is left behind.
 
     ``backing``: huge pages of the host's pools instead of anonymous memory (``NotEnoughMemory`` if they are too few).
     ``backend``: the kernel's interface to the IOMMU (``kvmpass.dma.Backend``), VFIO's type 1 container by default.
-    ``on_event`` gets a ``kvmpass.events.DeviceEvent`` for what happens to devices: errors, faults, resets, leaving.
-    It is called from a thread of the machine's own, or from the one whose call made it happen; events are logged in
-    any case. It must not wait for the machine. An uncorrected error of a device ends the guest, unless
-    ``stop_on_error`` is false.
+    ``on_event`` receives a ``kvmpass.events.DeviceEvent`` for each error, fault, reset and removal of a device. It is
+    called from a thread of the machine, or from the one whose call caused the event; events are logged in any case.
+    It must not wait for the machine. An uncorrected error of a device ends the guest, unless ``stop_on_error`` is
+    false.
 
-    In the main thread Ctrl-C, SIGTERM and SIGHUP wait while a device goes in or out.
+    In the main thread SIGINT, SIGTERM, SIGHUP and SIGQUIT are deferred while a device is added or removed.
 
     Synchronization: from any thread; ``Execution`` says which lock guards what.
     """
@@ -84,9 +84,10 @@ class Machine(Execution):
         self._sysfs = sysfs or Sysfs()
         self._stop_on_error = stop_on_error
         self._closed = False
-        self._broken = False  # by a reset that failed half-way
+        self._broken = False  # a reset has failed half-way
         self._populated = False
         self.devices: list[AssignedDevice] = []
+        """The assigned devices, in the order of their assignment."""
         with ExitStack() as undo:
             allow_descriptors()
             self._system = undo.enter_context(System())
@@ -95,20 +96,24 @@ class Machine(Execution):
                 parse_size(memory), self._sysfs.reserved_regions(), self._system.physical_bits, backing
             )
             self.layout: Layout = planned.layout
+            """Guest-physical addresses of RAM and of the BAR windows."""
             self.memory = GuestMemory()
+            """The list of the guest's memory regions."""
             undo.callback(self.memory.close)
-            self._slots = Slots(self._make_board(), self.devices, self._lock, lambda: self._running)
+            self._slots = Slots(self._make_board(), self.devices, self._bus_lock, lambda: self._running)
             undo.callback(lambda: self._board.close())
             self.memslots = Memslots(self._board.vm)
+            """The regions as KVM memslots."""
             undo.callback(self.memslots.close)
             self.memory.listen(self.memslots)
             self.domain = Domain(self.memory, backend, self._board.kvm_vfio, self.layout.reserved)
+            """The DMA domain of all assigned devices."""
             undo.callback(self.domain.close)
             for part in planned.regions:
                 self.memory.add_ram(part.range.start, part.range.size, part.name, backing=part.backing)
-            self._notices = Notices(on_event, lambda: {device.bdf for device in list(self.devices)})
+            self._monitor = DeviceMonitor(on_event, lambda: {device.bdf for device in list(self.devices)})
             self._requests = Requests(
-                self._slots, self._notices, self._moves, self._deassign_unless_closed, self._end_for_error
+                self._slots, self._monitor, self._device_lock, self._deassign_unless_closed, self._end_for_error
             )
             undo.pop_all()
         _open.add(self)
@@ -121,20 +126,20 @@ class Machine(Execution):
     def close(self) -> None:
         """Stop the guest and release everything, in order. Runs every step even if one fails; idempotent.
 
-        A memslot that KVM does not delete goes with the VM: its pages are unmapped after that, and its device closed.
+        A memslot that KVM does not delete ends with the VM: only then its pages are unmapped and its device closed.
         """
         with deferred():
-            with self._moves:
+            with self._device_lock:
                 closed, self._closed = self._closed, True
             if closed:
                 return
             _open.discard(self)
-            # The first two without the lock, which what runs in the machine's own threads may wait for.
-            run_all((self._close_vcpus, self._notices.stop, self._release))
+            # The first two without the lock: the machine's own threads, which they join, may wait for it.
+            run_all((self._close_vcpus, self._monitor.stop, self._release))
 
     def _release(self) -> None:
-        """Devices, the VM, what of the devices only the VM's end makes possible, mappings, memory."""
-        with self._moves:
+        """Devices; the VM; devices whose removal failed while the VM existed; mappings; memory."""
+        with self._device_lock:
             run_all(
                 (
                     self._deassign_all,
@@ -161,12 +166,12 @@ class Machine(Execution):
         self.close()
 
     def populate(self) -> None:
-        """Allocate all of the memory now: afterwards a device that is assigned takes little more. Idempotent.
+        """Allocate all of the guest's memory now. Idempotent.
 
-        ``assign`` does it if nobody has. Whoever does it before devices change drivers leaves the host as it was,
-        even if this process is killed for want of memory. Raises ``NotEnoughMemory`` or ``OSError``.
+        ``assign`` does it otherwise. Done before any device is rebound, it leaves the host unchanged even if this
+        process is killed for lack of memory. Raises ``NotEnoughMemory`` or ``OSError``.
         """
-        with self._moves:
+        with self._device_lock:
             self._check_usable()
             if not self._populated:
                 size = self.memory.anonymous_size
@@ -177,14 +182,14 @@ class Machine(Execution):
     # --- devices
 
     def assign(self, bdf: str | Bdf, *, vf_token: uuid.UUID | None = None) -> AssignedDevice:
-        """Put a device that is bound to vfio-pci into this machine (``kvmpass.host.borrow`` binds it).
+        """Assign a device that is bound to vfio-pci (``kvmpass.host.borrow`` binds it) to this machine.
 
-        The first device pins and maps all memory; more cost no mapping. A running guest is told and finds it
-        (ACPI hot plug). A function joins its device's function 0 where that is in this machine and no guest has seen
-        it yet, else it gets a slot of its own. ``vf_token``: the secret that a virtual function and its physical
-        function, if that is on vfio-pci too, must share. Raises ``BadAddress``, ``NoSuchDevice``,
-        ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``ReservedRange``, ``NotEnoughMemory`` or ``OSError``;
-        then nothing has changed.
+        The first device pins and maps all memory; further devices add no mappings. A running guest is notified
+        (ACPI hot plug). A function shares the slot of its device's function 0 if that is assigned to this machine
+        and no guest has enumerated it yet; otherwise it gets a slot of its own. ``vf_token``: the VF token (UUID) of
+        a virtual function whose physical function is bound to vfio-pci too, or of that physical function. Raises
+        ``BadAddress``, ``NoSuchDevice``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``ReservedRange``,
+        ``NotEnoughMemory`` or ``OSError``; then nothing has changed.
         """
         self._check_usable()
         found = self._sysfs.device(Bdf.parse(bdf) if isinstance(bdf, str) else bdf)
@@ -193,23 +198,23 @@ class Machine(Execution):
                 f"{found.bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
                 "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
             )
-        with self._moves:
+        with self._device_lock:
             self.populate()
             with deferred():
-                self._notices.follow_faults()
+                self._monitor.follow_faults()
                 vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
-                device = AssignedDevice(found, vfio, self._lock)
+                device = AssignedDevice(found, vfio, self._bus_lock)
                 self._connect(device)
         return device
 
     def _connect(self, device: AssignedDevice) -> None:
-        """Follow what the host says of a device that is in the domain, and show it to the guest."""
+        """Monitor a device that is in the domain, and plug it into the guest's bus."""
         try:
-            if device.vfio.resettable:  # the kernel does it when a device is opened, and again when it is closed
-                self._notices.tell(device.reset_event(device.vfio.open_seconds, "assign"))
+            if device.vfio.resettable:  # the kernel resets a device when it is opened, and again when it is closed
+                self._monitor.emit(device.reset_event(device.vfio.open_seconds, "assign"))
             device.quiesce()
-            self._notices.watch(device.vfio, ERR, partial(self._requests.on_error, device))
-            self._notices.watch(device.vfio, REQ, partial(self._requests.on_request, device))
+            self._monitor.watch(device.vfio, ERR, partial(self._requests.on_error, device))
+            self._monitor.watch(device.vfio, REQ, partial(self._requests.on_request, device))
             self._slots.plug(device)
         except BaseException as error:
             run_all(self._return_steps(device), error)
@@ -218,34 +223,34 @@ class Machine(Execution):
         self._slots.announce(device)
 
     def _return_steps(self, device: AssignedDevice) -> Iterable[Callable[[], None]]:
-        """What happens to a device that no guest sees any more."""
+        """The steps for a device that is unplugged from the guest's bus."""
         return (
-            partial(self._notices.unwatch, device.vfio),
+            partial(self._monitor.unwatch, device.vfio),
             partial(self.domain.detach, device.vfio),
-            partial(self._tell_closed, device),
+            partial(self._emit_closed, device),
         )
 
-    def _tell_closed(self, device: AssignedDevice) -> None:
+    def _emit_closed(self, device: AssignedDevice) -> None:
         if device.vfio.resettable:
-            self._notices.tell(device.reset_event(device.vfio.close_seconds, "deassign"))
+            self._monitor.emit(device.reset_event(device.vfio.close_seconds, "deassign"))
 
     def unplug(self, device: AssignedDevice, timeout: float = EJECT_SECONDS) -> None:
-        """Ask the running guest to let go of ``device``, wait until it has, and take it out.
+        """Ask the running guest to eject ``device``, wait until it has, and deassign it.
 
-        A guest lets go of a slot, so that what shares it goes, too. Raises ``GuestError`` if it does not answer
-        within ``timeout`` seconds: the device is still assigned then, and ``deassign`` takes it without asking.
+        A guest ejects a slot: devices that share it are deassigned, too. Raises ``GuestError`` if the guest does not
+        eject it within ``timeout`` seconds: it is still assigned then, and ``deassign`` removes it without asking.
         """
         if self._has(device):
-            leaving = self._slots.ask(device, timeout) if self._running else [device]
-            run_all(partial(self.deassign, one) for one in leaving)
+            ejected = self._slots.eject(device, timeout) if self._running else [device]
+            run_all(partial(self.deassign, device) for device in ejected)
 
     def deassign(self, device: AssignedDevice) -> None:
-        """Take the device out again, backwards. A running guest is not asked. Idempotent.
+        """Undo ``assign``, without asking a running guest. Idempotent.
 
-        Raises ``OSError`` where KVM keeps a memslot over the device's pages: it stays assigned, its pages mapped, and
-        ``deassign`` can be called again; ``close`` finishes it. After that every step runs even if one fails.
+        Raises ``OSError`` where KVM keeps a memslot over the device's pages: it stays assigned and its pages mapped,
+        and ``deassign`` can be repeated; ``close`` finishes it. After that every step runs even if one fails.
         """
-        with deferred(), self._moves:
+        with deferred(), self._device_lock:
             if not self._has(device):
                 return
             self._slots.unplug(device)
@@ -254,15 +259,15 @@ class Machine(Execution):
             by = "guest" if device.ejected.is_set() else "host"
             run_all(self._return_steps(device))
             if self._running:
-                self._notices.tell(DeviceReleased(str(device.bdf), by))
+                self._monitor.emit(DeviceReleased(str(device.bdf), by))
 
     def _deassign_unless_closed(self, device: AssignedDevice) -> None:
-        with self._moves:
+        with self._device_lock:
             if not self._closed:
                 self.deassign(device)
 
     def _has(self, device: AssignedDevice) -> bool:
-        """False for a device that has left. Raises ``NotAssignable`` for one of another machine."""
+        """Whether ``device`` is still assigned. Raises ``NotAssignable`` for one of another machine."""
         if device.state is DeviceState.ASSIGNED and device not in self.devices:
             raise NotAssignable(f"{device.bdf} is not assigned to this machine")
         return device.state is DeviceState.ASSIGNED
@@ -271,13 +276,13 @@ class Machine(Execution):
         run_all(partial(self.deassign, device) for device in list(self.devices))
 
     def reset_device(self, device: AssignedDevice, reason: str = "request") -> DeviceReset:
-        """Reset the device by what it has: a reset of the function, else of its bus if all on it is ours.
+        """Reset the function, or else its slot or bus if all devices there are assigned to this machine.
 
-        Raises ``OSError`` where neither is possible.
+        Raises ``NotAssignable`` where others are affected, ``OSError`` where there is no reset.
         """
-        with self._moves:
+        with self._device_lock:
             if not self._has(device):
-                raise Closed(f"{device.bdf} is not assigned any more")
+                raise Closed(f"{device.bdf} is no longer assigned")
             started = time.monotonic()
             method = None
             if device.vfio.resettable:
@@ -287,25 +292,28 @@ class Machine(Execution):
                 method = "bus"
             device.failed = False
         event = device.reset_event(time.monotonic() - started, reason, method)
-        self._notices.tell(event)
+        self._monitor.emit(event)
         return event
 
     def add_function(self, make: Callable[[Wiring], PciFunction]) -> None:
-        """Put an emulated PCI function into a slot of its own, for as long as the machine lives. Before ``start()``.
+        """Plug an emulated PCI function into a slot of its own until the machine is closed. Before ``start()``.
 
-        ``make`` returns it for what it is connected to; ``reset()`` calls it again, and the machine closes what it
-        returned (``kvmpass.pci.function`` says what a function is). Raises ``GuestError`` after ``start()``,
-        ``LayoutError``, and what ``make`` raises; then nothing has changed.
+        ``make`` constructs it (``kvmpass.pci.function``); ``reset()`` calls it again, and the machine closes each
+        function that it returned. Raises ``GuestError`` after ``start()``, ``LayoutError``, and what ``make``
+        raises; then nothing has changed.
         """
-        with deferred(), self._moves:
+        with deferred(), self._device_lock:
             self._check_usable()
             if self._threads is not None:
                 raise GuestError("add functions before the guest is started")
             self._slots.add(make)
 
     def audit(self) -> None:
-        """Guest memory, KVM memslots and DMA mappings agree. Raises ``AuditFailed`` with every difference."""
-        with self._lock, self.memory.lock:  # or a guest moves a BAR in between
+        """Compare KVM's memslots and the DMA mappings with the guest's memory.
+
+        Raises ``AuditFailed`` with every difference.
+        """
+        with self._bus_lock, self.memory.lock:  # else a guest may move a BAR in between
             self.domain.audit()
             wanted = {Mirrored(region.range, region.hva, region.guest_writable) for region in self.memory}
             slots = self.memslots.ledger
@@ -315,11 +323,12 @@ class Machine(Execution):
     # --- the guest
 
     def start(self) -> None:
-        """Make the vCPUs and let the guest run. Raises ``GuestError`` if nothing was loaded or it runs already.
+        """Create the vCPUs and run the guest.
 
-        Raises ``OSError`` if KVM refuses; then ``reset()`` before the next try.
+        Raises ``GuestError`` if no kernel was loaded, or the guest was started before. Raises ``OSError`` if KVM
+        refuses; then call ``reset()`` before the next try.
         """
-        with self._moves:
+        with self._device_lock:
             self._check_usable()
             if self._entry is None or self._threads is not None:
                 raise GuestError("load a kernel first, and start it once")
@@ -328,31 +337,31 @@ class Machine(Execution):
                     raise GuestError(
                         f"{device.bdf} has had an uncorrected error", "Machine.reset_device may bring it back"
                     )
-                if device.number and all(one.number or one.slot != device.slot for one in self.devices):
-                    self._slots.unplug(device)  # its function 0 has left: a guest would not look for it there
+                if device.number and all(other.number or other.slot != device.slot for other in self.devices):
+                    self._slots.unplug(device)  # without function 0 a guest does not enumerate the slot
                     self._slots.plug(device)
             self._start_vcpus(self._system, self._entry)
 
     def reset(self) -> None:
-        """As the reset button: stop the guest, reset its devices, load the kernel again; ``start()`` boots it.
+        """Reset the machine: stop the guest, reset its devices, load the kernel again. ``start()`` boots it.
 
-        A new VM over the same memory: mappings, open devices and their places stay. Interrupts go before a device is
-        reset. KVM keeps the VM that a device was opened for, without memory and vCPUs, until the device is closed.
-        Raises ``OSError``: the machine can then only be closed.
+        A new VM replaces the old one over the same memory: mappings, open devices and their slots stay. Interrupts
+        are disabled before a device is reset. KVM keeps the VM that a device was opened for, without memory and
+        vCPUs, until the device is closed. Raises ``OSError``: the machine can then only be closed.
         """
-        with deferred(), self._moves:
+        with deferred(), self._device_lock:
             self._check_usable()
             self._close_vcpus()
             self._threads = None
             self._broken = True
             for device in list(self.devices):
-                if device.ejected.is_set():  # it was on its way out
+                if device.ejected.is_set():  # its removal is pending
                     self.deassign(device)
             devices = sorted(self.devices, key=lambda device: device.bdf)
             for device in devices:
                 self._slots.unplug(device)
             for step in (AssignedDevice.quiesce, partial(self.reset_device, reason="guest reset")):
-                for device in devices:  # all of them are quiet before the first reset: it may be that of a bus
+                for device in devices:  # all are quiesced before the first reset, which may be a bus reset
                     try:
                         step(device)
                     except (OSError, NotAssignable) as error:
@@ -369,7 +378,7 @@ class Machine(Execution):
                 undo.pop_all()
             try:
                 run_all((partial(self.memslots.leave, old.vm), partial(self._slots.close, old)))
-            except OSError as error:  # nobody runs that VM any more
+            except OSError as error:  # no vCPU runs in the old VM
                 log.warning("%s", error)
             for device in devices:
                 self._slots.plug(device)

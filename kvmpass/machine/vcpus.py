@@ -27,8 +27,8 @@ from kvmpass.kvm.exits import (
     SystemEventExit,
 )
 
-KICK = signal.SIGRTMIN + 4  # its handler does nothing; installed by C, since Python's work in the main thread only
-
+KICK = signal.SIGRTMIN + 4
+"""Makes a vCPU leave the guest. The handler does nothing, and is C's: Python's run in the main thread only."""
 
 _REFUSALS = {
     errno.EFAULT: ": the guest's access to its memory or to a device's cannot be resolved",
@@ -37,16 +37,24 @@ _REFUSALS = {
 
 
 class GuestOutcome(enum.Enum):
-    """How a guest came to its end."""
+    """How a guest ended."""
 
     POWEROFF = "powered off"
+    """It entered ACPI's S5 state."""
     REBOOT = "rebooted"
+    """It wrote ACPI's reset register."""
     PANIC = "panicked"
+    """Its kernel panicked and reset the machine (``panic=`` with ``reboot=warm``)."""
     TRIPLE_FAULT = "triple fault"
+    """A triple fault, such as an exception without a handler."""
     FAULT = "KVM could not run it"
+    """``KVM_RUN`` failed, or returned an exit that is not handled; ``Machine.fault`` says why."""
     DEVICE_ERROR = "a device failed"
+    """The host reported an uncorrected error of an assigned device."""
     TIMEOUT = "out of time"
+    """It ran longer than its time limit."""
     STOPPED = "stopped"
+    """``Machine.stop`` was called, or the machine was closed."""
 
 
 class VcpuThreads:
@@ -56,8 +64,8 @@ class VcpuThreads:
     after each access to a port, without the lock: it may block, which delays this vCPU only.
 
     Synchronization: ``end``, ``wait``, ``ended``, ``stop``, ``pause`` and ``resume`` from any thread. ``_state``
-    guards how it ended, whether it is paused, and which threads are inside their loop, so that none is signalled
-    after its end; it is held for moments only, and nothing else is locked under it.
+    guards the outcome, whether it is paused, and which threads are inside their loop, so that none is signalled
+    after its end; it is held briefly, and no other lock is taken under it.
     """
 
     def __init__(
@@ -66,7 +74,7 @@ class VcpuThreads:
         self._vcpus = list(vcpus)
         self._ports = ports
         self._mmio = mmio
-        self._lock = lock
+        self._bus_lock = lock
         self._throttle = throttle
         self._ended = threading.Event()
         self._state = threading.RLock()  # reentrant: a signal handler may call end()
@@ -77,8 +85,10 @@ class VcpuThreads:
         self._outcome: GuestOutcome | None = None
         self._failure: BaseException | None = None
         self.fault = ""
+        """Why KVM could not run the guest; empty otherwise."""
         self._threads: list[threading.Thread] = []
         self.exits = 0
+        """Number of exits that were dispatched to a bus."""
         self._reasons: list[Counter[type[Exit]]] = [Counter() for _ in vcpus]  # each thread has its own
 
     def start(self) -> None:
@@ -90,7 +100,7 @@ class VcpuThreads:
             thread.start()
 
     def end(self, outcome: GuestOutcome) -> None:
-        """Say how it ended (the first call wins), and take every vCPU out of the guest at once. Does not wait."""
+        """End the guest with ``outcome`` (the first call wins), without waiting for its vCPUs."""
         with self._state:
             if self._outcome is None:
                 self._outcome = outcome
@@ -99,16 +109,16 @@ class VcpuThreads:
             self._changed.notify_all()
 
     def _kick(self) -> None:
-        """Every vCPU out of the guest; called with ``_state`` held."""
+        """Make every vCPU leave the guest; called with ``_state`` held."""
         for thread, vcpu in self._inside.items():
             vcpu.request_exit()
             if thread is not threading.current_thread():
                 signal.pthread_kill(thread.ident or 0, KICK)
 
     def pause(self, timeout: float) -> bool:
-        """Take every vCPU out of the guest and keep it there; whether all were within ``timeout`` seconds.
+        """Stop every vCPU until ``resume``; return whether all left the guest within ``timeout`` seconds.
 
-        Where not (one waits for a slow reader of its output) they go on. Not from a vCPU's thread.
+        If not (one blocks in ``throttle``) they are resumed. Not from a vCPU's thread.
         """
         with self._changed:
             self._paused = True
@@ -119,7 +129,7 @@ class VcpuThreads:
             return stopped
 
     def resume(self) -> None:
-        """Let them go on; idempotent."""
+        """Undo ``pause``. Idempotent."""
         with self._changed:
             self._paused = False
             if not self.ended:
@@ -129,23 +139,25 @@ class VcpuThreads:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How often the vCPUs left the guest, by the names of ``kvmpass.kvm.exits`` without ``Exit``."""
+        """Number of exits by class of ``kvmpass.kvm.exits``, named without ``Exit``."""
         total = sum(self._reasons, Counter[type[Exit]]())
         return {kind.__name__.removesuffix("Exit"): count for kind, count in total.items()}
 
     @property
     def paused(self) -> bool:
-        """Whether ``pause`` holds them."""
+        """Whether the vCPUs are paused."""
         return self._paused
 
     @property
     def ended(self) -> bool:
+        """Whether the guest has ended."""
         return self._ended.is_set()
 
     def wait(self, timeout: float | None = None) -> GuestOutcome | None:
-        """Wait for the end; None after ``timeout`` seconds. Raises what made a vCPU's thread fail.
+        """Wait until the guest has ended, and return how; None after ``timeout`` seconds.
 
-        What the guest itself made KVM refuse is an outcome (``FAULT``, with ``fault`` saying what), not an error.
+        Raises the exception that ended a vCPU's thread. What the guest can make KVM refuse is an outcome instead
+        (``FAULT``; ``fault`` says why).
         """
         if not self._ended.wait(timeout):
             return None
@@ -154,7 +166,7 @@ class VcpuThreads:
         return self._outcome
 
     def stop(self) -> None:
-        """Take every vCPU out of the guest and wait for its thread; idempotent. Not from a vCPU's thread."""
+        """End the guest and wait for the threads. Idempotent. Not from a vCPU's thread."""
         self.end(GuestOutcome.STOPPED)
         for thread in self._threads:
             thread.join()
@@ -163,15 +175,15 @@ class VcpuThreads:
     # --- in the vCPU's thread
 
     def _loop(self, vcpu: Vcpu) -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (KICK,))  # whatever the thread inherited
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (KICK,))  # a thread inherits its creator's mask
         with self._state:
             self._inside[threading.current_thread()] = vcpu
-            if self._paused:  # before this thread was known
+            if self._paused:  # before this thread was in _inside
                 vcpu.request_exit()
         try:
             while not self._ended.is_set():
                 exit_ = vcpu.run()
-                # What was dispatched before has been completed by this entry (api.rst, 5: kvm_run).
+                # This entry has completed the exit that was dispatched before (api.rst, 5: kvm_run).
                 if self._paused and isinstance(exit_, InterruptedExit):
                     self._park()
                 self._dispatch(vcpu, exit_)
@@ -179,7 +191,7 @@ class VcpuThreads:
             self.fault = self.fault or str(error)
             self.end(GuestOutcome.FAULT)
         except BaseException as error:
-            if self._outcome is None:  # later ones are of a guest that is gone
+            if self._outcome is None:  # else the guest has ended already
                 self._failure = self._failure or error
             self.end(GuestOutcome.STOPPED)
         finally:
@@ -198,12 +210,12 @@ class VcpuThreads:
         self._reasons[vcpu.index][type(exit_)] += 1
         match exit_:
             case PortExit():
-                with self._lock:
+                with self._bus_lock:
                     self.exits += 1
                     self._port(vcpu, exit_)
                 self._throttle()
             case MmioExit(address, size, is_write, data):
-                with self._lock:
+                with self._bus_lock:
                     self.exits += 1
                     if is_write:
                         self._mmio.write(address, data)
@@ -225,7 +237,7 @@ class VcpuThreads:
                 raise GuestError(f"vCPU {vcpu.index}: KVM_RUN: {os.strerror(code)}{_REFUSALS.get(code, '')}")
 
     def _port(self, vcpu: Vcpu, exit_: PortExit) -> None:
-        """String instructions come as ``repeat`` items of one port."""
+        """Dispatch each of the ``repeat`` accesses of a string instruction."""
         port, size = exit_.port, exit_.size
         if exit_.is_write:
             for at in range(0, size * exit_.repeat, size):

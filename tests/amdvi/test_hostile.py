@@ -94,7 +94,7 @@ def test_memory_that_goes_away_ends_the_guest_with_its_reason() -> None:
         with bare_metal(machine, code) as vcpu:
             assert vcpu.run() == PortExit(0x80, 1, 1, True, b"\0", vcpu.run().offset)  # type: ignore[union-attr]
             os.truncate(fd, 0)
-            threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._lock, lambda: None)
+            threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._bus_lock, lambda: None)
             threads.start()
             try:
                 assert threads.wait(20) is GuestOutcome.FAULT
@@ -162,14 +162,14 @@ def test_a_guest_that_ejects_without_end(edu: str) -> None:
         code = bytes.fromhex(f"b8 ffffffff 66ba {port} ef ebfd")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with bare_metal(machine, code) as vcpu:
-            threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._lock, lambda: None)
+            threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._bus_lock, lambda: None)
             machine._threads = threads
-            with machine._moves:  # the worst: whoever should take it out cannot go on
+            with machine._device_lock:  # the worst: whoever should take it out cannot go on
                 threads.start()
                 wait_until(device.ejected.is_set)
                 waiting = []
                 for _ in range(300 if SOAK else 30):
-                    waiting.append(machine._notices._jobs._calls.qsize())
+                    waiting.append(machine._monitor._jobs._calls.qsize())
                     time.sleep(0.1)
             wait_until(lambda: DeviceReleased(edu, "guest") in events)
             threads.stop()

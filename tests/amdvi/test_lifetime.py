@@ -20,7 +20,7 @@ from kvmpass.errors import DeviceInUse
 from kvmpass.kvm import VfioDevice, Vm
 from kvmpass.layout import MIB
 from kvmpass.machine import AssignedDevice, Machine
-from kvmpass.machine.watch import Watch
+from kvmpass.machine.eventloop import EventLoop
 from kvmpass.memory import HostMapping
 from kvmpass.pci import AssignedFunction, PciBus
 from kvmpass.pci.bar import Bar
@@ -44,7 +44,7 @@ ASSIGN_STEPS: list[tuple[type, str]] = [
     (Device, "_region_info"),
     (Device, "_irq_info"),
     (AssignedDevice, "quiesce"),
-    (Watch, "add"),
+    (EventLoop, "add_reader"),
     (Device, "set_irqs"),
     (AssignedFunction, "__init__"),
     (BarSpace, "allocate"),

@@ -74,7 +74,7 @@ class Crowd:
 
     def eject(self) -> None:
         """As a guest does it, for the first two slots."""
-        with self.machine._lock:
+        with self.machine._bus_lock:
             self.machine._board.ports.write(ports.HOTPLUG_BASE + 8, (0b110).to_bytes(4, "little"))
 
     def start(self) -> None:
@@ -84,7 +84,7 @@ class Crowd:
         self.machine.reset()
 
     def audit(self) -> None:
-        with self.machine._moves:
+        with self.machine._device_lock:
             if not self.machine._closed:
                 self.machine.audit()
 

@@ -1,4 +1,4 @@
-"""Asking a guest for a device: it answers, it does not, it ends meanwhile."""
+"""Asking a guest to eject a device: it does, it does not, or it ends."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def later(seconds: float, action: Any) -> None:
     threading.Timer(seconds, action).start()
 
 
-def test_a_guest_that_answers_gives_up_the_whole_slot(machine: Stub) -> None:
+def test_an_eject_releases_the_whole_slot(machine: Stub) -> None:
     later(0.05, machine.devices[0].ejected.set)
     started = time.monotonic()
     machine.unplug(machine.devices[0], 30)
@@ -71,10 +71,10 @@ def test_a_guest_that_answers_gives_up_the_whole_slot(machine: Stub) -> None:
     assert machine.hotplug.calls == [("request", 1)]
 
 
-def test_a_guest_that_does_not_answer_keeps_it(machine: Stub) -> None:
-    """Not before the time is up, and not much later; then the request does not stay."""
+def test_a_guest_that_does_not_eject_keeps_the_device(machine: Stub) -> None:
+    """It fails when the time is up, not much later, and the request is withdrawn."""
     started = time.monotonic()
-    with pytest.raises(GuestError, match=r"has not let go of 0000:02:00\.0 within 0\.2 seconds") as failed:
+    with pytest.raises(GuestError, match=r"did not eject 0000:02:00\.0 within 0\.2 seconds") as failed:
         machine.unplug(machine.devices[2], 0.2)
     assert 0.2 <= time.monotonic() - started < 5
     assert "deassign" in failed.value.__notes__[0]
@@ -82,7 +82,7 @@ def test_a_guest_that_does_not_answer_keeps_it(machine: Stub) -> None:
     assert machine.hotplug.calls == [("request", 2), ("withdraw", 2)]
 
 
-def test_no_time_at_all_is_a_question_without_a_wait(machine: Stub) -> None:
+def test_a_timeout_of_zero_does_not_wait(machine: Stub) -> None:
     with pytest.raises(GuestError):
         machine.unplug(machine.devices[2], 0)
     machine.devices[2].ejected.set()
@@ -90,20 +90,20 @@ def test_no_time_at_all_is_a_question_without_a_wait(machine: Stub) -> None:
     assert machine.released == ["0000:02:00.0"]
 
 
-def test_a_guest_that_ends_meanwhile_has_given_it_up(machine: Stub) -> None:
+def test_the_guests_end_ends_the_wait(machine: Stub) -> None:
     later(0.05, lambda: setattr(machine, "alive", False))
     machine.unplug(machine.devices[2], 60)
     assert machine.released == ["0000:02:00.0"]
     assert ("withdraw", 2) not in machine.hotplug.calls
 
 
-def test_where_no_guest_runs_nobody_is_asked(machine: Stub) -> None:
+def test_without_a_running_guest_nothing_is_requested(machine: Stub) -> None:
     machine.alive = False
     machine.unplug(machine.devices[0])
     assert (machine.released, machine.hotplug.calls) == (["0000:01:00.0"], [])
 
 
-def test_a_device_that_is_gone_already(machine: Stub) -> None:
+def test_a_removed_device_is_ignored(machine: Stub) -> None:
     [*_, gone] = machine.devices
     machine.devices.remove(gone)
     machine.unplug(gone, 0)

@@ -1,4 +1,4 @@
-"""The run loop over vCPUs that are made up: how it ends, pauses and goes on."""
+"""The run loop over fake vCPUs: how it ends, pauses and resumes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kvmpass.kvm.exits import Exit, InterruptedExit, PortExit, RefusedExit, Shut
 from kvmpass.machine.vcpus import GuestOutcome, VcpuThreads
 
 
-class Fake:
-    """Runs until it is asked to leave; ``says`` is what its next entries come back with, one each."""
+class FakeVcpu:
+    """Runs until an exit is requested; ``exits`` are the results of its next entries."""
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.says: list[Exit] = []
+        self.exits: list[Exit] = []
         self.entries = 0
         self._asked = threading.Event()
 
@@ -35,8 +35,8 @@ class Fake:
         self.entries += 1
         deadline = time.monotonic() + 20
         while not self._asked.is_set():
-            if self.says:
-                return self.says.pop(0)
+            if self.exits:
+                return self.exits.pop(0)
             assert time.monotonic() < deadline
             time.sleep(0.001)
         return InterruptedExit()
@@ -46,7 +46,7 @@ class Fake:
 
 class Stage:
     def __init__(self, count: int = 2) -> None:
-        self.vcpus = [Fake(index) for index in range(count)]
+        self.vcpus = [FakeVcpu(index) for index in range(count)]
         self.waiting = threading.Event()
         self.waiting.set()
         self.threads = VcpuThreads(
@@ -77,7 +77,7 @@ def settle(condition: Any) -> None:
         time.sleep(0.001)
 
 
-def test_the_first_word_about_the_end_counts_and_everyone_leaves_at_once(stage: Stage) -> None:
+def test_the_first_outcome_wins_and_all_vcpus_leave(stage: Stage) -> None:
     stage.threads.end(GuestOutcome.DEVICE_ERROR)
     stage.threads.end(GuestOutcome.POWEROFF)
     assert stage.threads.wait(5) is GuestOutcome.DEVICE_ERROR
@@ -85,7 +85,7 @@ def test_the_first_word_about_the_end_counts_and_everyone_leaves_at_once(stage: 
 
 
 @pytest.mark.parametrize(
-    ("says", "outcome", "words"),
+    ("exit_", "outcome", "fault"),
     [
         (ShutdownExit(), GuestOutcome.TRIPLE_FAULT, ""),
         (RefusedExit(errno.EFAULT), GuestOutcome.FAULT, "vCPU 0: KVM_RUN: Bad address: the guest's access"),
@@ -93,37 +93,37 @@ def test_the_first_word_about_the_end_counts_and_everyone_leaves_at_once(stage: 
         (RefusedExit(errno.ENOMEM), GuestOutcome.FAULT, "vCPU 0: KVM_RUN: Cannot allocate memory"),
     ],
 )
-def test_what_kvm_run_refuses_is_an_end_and_no_exception(
-    stage: Stage, says: Exit, outcome: GuestOutcome, words: str
+def test_a_failed_kvm_run_is_an_outcome_and_no_exception(
+    stage: Stage, exit_: Exit, outcome: GuestOutcome, fault: str
 ) -> None:
-    stage.vcpus[0].says.append(says)
+    stage.vcpus[0].exits.append(exit_)
     assert stage.threads.wait(5) is outcome
-    assert stage.threads.fault.startswith(words) and bool(stage.threads.fault) == bool(words)
+    assert stage.threads.fault.startswith(fault) and bool(stage.threads.fault) == bool(fault)
 
 
-def test_a_pause_keeps_all_of_them_out_until_they_go_on(stage: Stage) -> None:
+def test_a_pause_stops_all_vcpus_until_resume(stage: Stage) -> None:
     settle(lambda: all(vcpu.entries for vcpu in stage.vcpus))
     assert stage.threads.pause(5)
     assert stage.threads.paused
     entries = [vcpu.entries for vcpu in stage.vcpus]
-    stage.vcpus[0].says.append(PORT)
+    stage.vcpus[0].exits.append(PORT)
     time.sleep(0.05)
     assert [vcpu.entries for vcpu in stage.vcpus] == entries
     assert stage.threads.pause(5), "idempotent"
     stage.threads.resume()
     stage.threads.resume()
-    settle(lambda: not stage.vcpus[0].says)
+    settle(lambda: not stage.vcpus[0].exits)
     settle(lambda: stage.threads.reasons.get("Port") == 1)
     assert stage.threads.exits == 1
     settle(lambda: stage.threads.reasons["Interrupted"] >= 2)  # a thread counts once it goes on
     assert not stage.threads.paused
 
 
-def test_a_pause_that_comes_before_the_threads_do() -> None:
-    """A thread that is known only later stays outside, too."""
+def test_a_pause_before_the_threads_start() -> None:
+    """A thread that starts later does not enter the guest either."""
     stage = Stage.__new__(Stage)
-    stage.vcpus = [Fake(0)]
-    stage.vcpus[0].says = [PORT] * 1000
+    stage.vcpus = [FakeVcpu(0)]
+    stage.vcpus[0].exits = [PORT] * 1000
     stage.waiting = threading.Event()
     stage.waiting.set()
     stage.threads = VcpuThreads(
@@ -142,16 +142,16 @@ def test_an_end_during_a_pause(stage: Stage) -> None:
     assert stage.threads.pause(5)
     stage.threads.end(GuestOutcome.STOPPED)
     assert stage.threads.wait(5) is GuestOutcome.STOPPED
-    assert stage.threads.pause(5), "nobody is left that could run"
+    assert stage.threads.pause(5), "no vCPU is left to stop"
 
 
-def test_who_waits_for_its_reader_cannot_be_paused_and_nobody_is_held(stage: Stage) -> None:
+def test_a_throttled_vcpu_cannot_be_paused_and_the_others_resume(stage: Stage) -> None:
     stage.waiting.clear()
-    stage.vcpus[1].says.append(PORT)
-    settle(lambda: not stage.vcpus[1].says)
+    stage.vcpus[1].exits.append(PORT)
+    settle(lambda: not stage.vcpus[1].exits)
     assert not stage.threads.pause(0.05)
     assert not stage.threads.paused
-    stage.vcpus[0].says.append(PORT)
+    stage.vcpus[0].exits.append(PORT)
     settle(lambda: stage.threads.exits == 2)
     stage.waiting.set()
     assert stage.threads.pause(5)

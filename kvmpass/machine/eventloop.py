@@ -1,4 +1,4 @@
-"""A thread that waits for descriptors, and does what must not be done in a vCPU's thread."""
+"""A thread with an event loop, for work that must not be done in a vCPU's thread."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 
-class Watch:
-    """Calls back when a descriptor becomes readable, and runs functions given to it, one at a time.
+class EventLoop:
+    """Calls back when a descriptor becomes readable, and runs functions, one at a time, in a thread of its own.
 
-    The thread starts with the first use. A callback that raises is logged; the watch goes on. Functions wait in a
-    queue without limit: whoever gives them sees to it that no guest can repeat that.
+    The thread starts with the first use. An exception of a callback is logged, and the loop goes on. The queue of
+    functions has no limit: callers ensure that no guest can fill it.
 
-    Synchronization: from any thread; what comes after ``close`` is dropped. ``_lock`` guards the thread's start and
-    end, and what waits for its time; it is never held while a callback runs.
+    Synchronization: from any thread; calls after ``close`` are dropped. ``_lock`` guards the thread's start and end,
+    and the heap of delayed functions; it is never held while a callback runs.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._selector = selectors.DefaultSelector()
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._later: list[tuple[float, int, Callable[[], None]]] = []  # a heap: when, which first, what
+        self._later: list[tuple[float, int, Callable[[], None]]] = []  # a heap: time, sequence number
         self._given = itertools.count()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector.register(self._wake, selectors.EVENT_READ)
@@ -37,30 +37,30 @@ class Watch:
         self._thread: threading.Thread | None = None
         self._closing = False
 
-    def add(self, fd: int, callback: Callable[[], None]) -> None:
-        """``callback`` reads the descriptor, or removes it."""
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` while ``fd`` is readable: it reads the descriptor, or removes it."""
         self._selector.register(fd, selectors.EVENT_READ, callback)
-        self.call(lambda: None)
+        self.call_soon(lambda: None)
 
-    def remove(self, fd: int) -> None:
-        """No callback for ``fd`` begins after this. Harmless if it is not watched."""
+    def remove_reader(self, fd: int) -> None:
+        """Begin no callback for ``fd`` after this. Idempotent."""
         try:
             self._selector.unregister(fd)
         except KeyError:
             return
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Run ``function`` in the watch's thread, soon."""
+    def call_soon(self, function: Callable[[], None]) -> None:
+        """Run ``function`` in the loop's thread."""
         self._calls.put(function)
-        self._notice()
+        self._wake_up()
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> None:
-        """Run ``function`` in the watch's thread in ``seconds``, or as soon as what runs then has ended."""
+        """Run ``function`` in the loop's thread after ``seconds``, or when the function that runs then returns."""
         with self._lock:
             heapq.heappush(self._later, (time.monotonic() + seconds, next(self._given), function))
-        self._notice()
+        self._wake_up()
 
-    def _notice(self) -> None:
+    def _wake_up(self) -> None:
         with self._lock:
             if self._closing:
                 return
@@ -70,7 +70,7 @@ class Watch:
             os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
-        """Wait for what runs, drop what waits. From a callback it does not wait for itself."""
+        """Wait for the callback that runs, and drop the others. A callback may call this."""
         with self._lock:
             self._closing = True
             os.eventfd_write(self._wake, 1)
@@ -83,26 +83,26 @@ class Watch:
         while not self._closing:
             ready = [key for key, _ in self._selector.select(self._until_due())]
             for key in ready:
-                if self._closing:  # by a callback: the descriptors may be somebody else's by now
+                if self._closing:  # by a callback: the descriptors may have been reused
                     return
                 if key.fd == self._wake:
                     os.eventfd_read(self._wake)
                 elif key.fd in self._selector.get_map():
-                    self._guarded(key.data)
+                    self._run_logged(key.data)
             while not self._closing and not self._calls.empty():
-                self._guarded(self._calls.get())
+                self._run_logged(self._calls.get())
             while not self._closing and self._until_due() == 0:
                 with self._lock:
                     _, _, function = heapq.heappop(self._later)
-                self._guarded(function)
+                self._run_logged(function)
 
     def _until_due(self) -> float | None:
-        """Seconds until the first function's time; None if none waits."""
+        """Seconds until the first delayed function is due; None without one."""
         with self._lock:
             return max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
 
     @staticmethod
-    def _guarded(function: Callable[[], None]) -> None:
+    def _run_logged(function: Callable[[], None]) -> None:
         try:
             function()
         except Exception:

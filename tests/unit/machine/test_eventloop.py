@@ -1,4 +1,4 @@
-"""The thread that waits for descriptors."""
+"""The event loop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpass.machine.watch import Watch
+from kvmpass.machine.eventloop import EventLoop
 
 
 @pytest.fixture
-def watch() -> Iterator[Watch]:
-    watch = Watch("test")
-    yield watch
-    watch.close()
+def loop() -> Iterator[EventLoop]:
+    loop = EventLoop("test")
+    yield loop
+    loop.close()
     assert not any(thread.name == "test" for thread in threading.enumerate())
 
 
@@ -27,21 +27,23 @@ def eventfd() -> Iterator[int]:
     os.close(fd)
 
 
-def test_no_thread_before_it_is_used(watch: Watch) -> None:
+def test_the_thread_starts_with_the_first_use(loop: EventLoop) -> None:
     assert not any(thread.name == "test" for thread in threading.enumerate())
 
 
-def test_calls_run_in_order_in_the_watchs_thread(watch: Watch) -> None:
+def test_functions_run_in_order_in_the_loops_thread(loop: EventLoop) -> None:
     seen: list[tuple[int, str]] = []
     done = threading.Event()
     for number in range(3):
-        watch.call(lambda number=number: seen.append((number, threading.current_thread().name)))  # type: ignore[misc]
-    watch.call(done.set)
+        loop.call_soon(lambda number=number: seen.append((number, threading.current_thread().name)))  # type: ignore[misc]
+    loop.call_soon(done.set)
     assert done.wait(10)
     assert seen == [(0, "test"), (1, "test"), (2, "test")]
 
 
-def test_a_callback_that_raises_does_not_end_it(watch: Watch, eventfd: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_callback_that_raises_does_not_end_the_loop(
+    loop: EventLoop, eventfd: int, caplog: pytest.LogCaptureFixture
+) -> None:
     seen = threading.Semaphore(0)
 
     def callback() -> None:
@@ -49,38 +51,38 @@ def test_a_callback_that_raises_does_not_end_it(watch: Watch, eventfd: int, capl
         seen.release()
         raise RuntimeError("of the test")
 
-    watch.add(eventfd, callback)
+    loop.add_reader(eventfd, callback)
     for _ in range(2):
         os.eventfd_write(eventfd, 1)
         assert seen.acquire(timeout=10)
     done = threading.Event()
-    watch.call(done.set)
+    loop.call_soon(done.set)
     assert done.wait(10)
     assert "of the test" in caplog.text
 
 
-def test_what_is_removed_is_not_called(watch: Watch, eventfd: int) -> None:
+def test_a_removed_callback_is_not_called(loop: EventLoop, eventfd: int) -> None:
     called = threading.Event()
-    watch.add(eventfd, called.set)
-    watch.remove(eventfd)
-    watch.remove(eventfd)
+    loop.add_reader(eventfd, called.set)
+    loop.remove_reader(eventfd)
+    loop.remove_reader(eventfd)
     os.eventfd_write(eventfd, 1)
     done = threading.Event()
-    watch.call(done.set)
+    loop.call_soon(done.set)
     assert done.wait(10)
     assert not called.is_set()
 
 
 def test_closing_from_a_descriptors_callback(eventfd: int) -> None:
-    """Of what is ready beside it nothing is touched any more."""
-    watch, done = Watch("own"), threading.Event()
+    """Other ready descriptors are not read after it."""
+    loop, done = EventLoop("own"), threading.Event()
     other = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def close() -> None:
-        watch.close()
+        loop.close()
         done.set()
 
-    watch.add(eventfd, close)
+    loop.add_reader(eventfd, close)
     os.eventfd_write(eventfd, 1)
     assert done.wait(10)
     time.sleep(0.05)
@@ -89,37 +91,37 @@ def test_closing_from_a_descriptors_callback(eventfd: int) -> None:
 
 
 def test_closing_from_a_callback() -> None:
-    watch, done = Watch("own"), threading.Event()
+    loop, done = EventLoop("own"), threading.Event()
 
     def close() -> None:
-        watch.close()
+        loop.close()
         done.set()
 
-    watch.call(close)
+    loop.call_soon(close)
     assert done.wait(10)
 
 
-def test_what_waits_for_its_time_comes_in_the_order_of_times(watch: Watch) -> None:
+def test_delayed_functions_run_in_the_order_of_their_times(loop: EventLoop) -> None:
     seen: list[str] = []
     done = threading.Event()
     started = time.monotonic()
-    watch.call_later(0.2, done.set)
-    watch.call_later(0.1, lambda: seen.append("later"))
-    watch.call_later(0.0, lambda: seen.append("now"))
-    watch.call(lambda: seen.append("called"))
+    loop.call_later(0.2, done.set)
+    loop.call_later(0.1, lambda: seen.append("later"))
+    loop.call_later(0.0, lambda: seen.append("now"))
+    loop.call_soon(lambda: seen.append("called"))
     assert done.wait(10)
     assert seen[-1] == "later" and set(seen) == {"now", "called", "later"}
     assert 0.2 <= time.monotonic() - started < 5
 
 
-def test_what_comes_after_the_end_is_dropped() -> None:
-    """Its descriptors may be somebody else's by then."""
-    watch, called = Watch("own"), threading.Event()
-    watch.call_later(0.5, called.set)
-    watch.close()
+def test_calls_after_close_are_dropped() -> None:
+    """Its descriptors may have been reused by then."""
+    loop, called = EventLoop("own"), threading.Event()
+    loop.call_later(0.5, called.set)
+    loop.close()
     reused = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    watch.call(called.set)
-    watch.call_later(0.0, called.set)
+    loop.call_soon(called.set)
+    loop.call_later(0.0, called.set)
     assert not called.wait(0.8)
     with pytest.raises(BlockingIOError):
         os.eventfd_read(reused)
