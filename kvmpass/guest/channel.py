@@ -1,7 +1,7 @@
-"""The control channel: what the guest's init says about the command it runs, line by line.
+"""The control channel: the guest's init reports on the command that it runs, in lines.
 
-The guest side is the init of :mod:`kvmpass.initramfs`. A line is ``kvmpass 1 WORD …``; everything else is ignored,
-and so is what does not parse: nothing here trusts the guest.
+The guest's end is the init of :mod:`kvmpass.initramfs`. A line is ``kvmpass 1 WORD …``. The guest is not trusted:
+everything else is ignored.
 """
 
 from __future__ import annotations
@@ -14,31 +14,34 @@ MAX_LINE = 512
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The command is about to start; ``uptime`` of the guest in seconds, if it told."""
+    """The command is about to start."""
 
     uptime: float | None
+    """The guest's uptime in seconds; None: not reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """The command ended with ``status`` (0-255) and its output has been sent."""
+    """The command has ended, and all of its output has been sent."""
 
     status: int
+    """Its exit status, 0-255."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuestFailure:
-    """The guest could not do something before the command: a module that did not load, a port that is not there."""
+    """The guest's init has failed before the command: a module that did not load, a missing serial port."""
 
     text: str
+    """The reason, printable ASCII."""
 
 
 @dataclass(frozen=True, slots=True)
-class SizeWanted:
-    """The guest waits for the size of its console (:mod:`kvmpass.guest.size`)."""
+class SizeRequest:
+    """The guest requests the size of its console (:mod:`kvmpass.guest.size`)."""
 
 
-ControlEvent = Ready | Exited | GuestFailure | SizeWanted
+ControlEvent = Ready | Exited | GuestFailure | SizeRequest
 
 _READY = re.compile(r"kvmpass 1 ready(?: ([0-9]{1,9}(?:\.[0-9]{1,3})?))?")
 _EXIT = re.compile(r"kvmpass 1 exit ([0-9]{1,3})")
@@ -46,14 +49,17 @@ _ERROR = re.compile(r"kvmpass 1 error ([ -~]+)")
 
 
 class ControlChannel:
-    """Turns bytes, in pieces of any size, into events. Not thread-safe: feed it from one callback."""
+    """Decode a stream of bytes into events.
+
+    Synchronization: one thread at a time.
+    """
 
     def __init__(self) -> None:
         self._line = bytearray()
         self._overlong = False
 
     def feed(self, data: bytes) -> list[ControlEvent]:
-        """The events that ``data`` completes, in order."""
+        """Return the events that ``data`` completes, in order."""
         events: list[ControlEvent] = []
         for byte in data:
             if byte != 0x0A:
@@ -71,10 +77,10 @@ class ControlChannel:
 
 
 def parse_line(line: bytes) -> ControlEvent | None:
-    """The event of one line without its end; ``None`` if it is none."""
+    """Return the event of a line without its newline; None if there is none."""
     text = line.rstrip(b"\r").decode("ascii", "replace")
     if text == "kvmpass 1 size":
-        return SizeWanted()
+        return SizeRequest()
     if match := _READY.fullmatch(text):
         return Ready(float(match[1]) if match[1] else None)
     if (match := _EXIT.fullmatch(text)) and int(match[1]) <= 255:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeWanted
+from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeRequest
 from kvmpass.guest.output import OutputWriter, Sink
 from kvmpass.guest.size import ConsoleSize
 from kvmpass.machine import Machine
@@ -19,22 +19,22 @@ from kvmpass.machine.vcpus import GuestOutcome
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 1 << 16
 _MAX_FAILURES = 64
-_ABANDON_SECONDS = 2.0  # for a reader of the output that does not read, when all is over anyway
+_ABANDON_SECONDS = 2.0  # for a reader that does not read, once an exception ends the run
 _POWEROFF_SECONDS = 60.0  # from the command's status to power off; the init script does nothing in between
 
 
 @dataclass(frozen=True, slots=True)
 class GuestResult:
-    """How a guest ended. ``status`` is the command's, None if it did not report one.
-
-    ``failures``: what the guest's init could not do, and what KVM could not. ``console``: its last 64 KiB
-    (``kvmpass.crash.excerpt`` finds where a crash begins in it).
-    """
+    """The result of a guest's run."""
 
     outcome: GuestOutcome
+    """How the guest ended."""
     status: int | None
+    """The command's exit status, 0-255; None: not reported."""
     failures: tuple[str, ...]
+    """Failures of the guest's init, and of KVM."""
     console: str
+    """The last 64 KiB of its console (``kvmpass.crash.excerpt`` finds a crash in it)."""
 
 
 @dataclass(slots=True)
@@ -45,10 +45,12 @@ class _Report:
 
 
 class Guest:
-    """One run of what was loaded (``GuestImage.load``): connects the serial ports, starts the vCPUs, waits.
+    """Run what ``GuestImage.load`` has loaded, with the machine's serial ports connected.
 
-    ``console``, ``output`` and ``errors`` get bytes from a thread of this object. ``with`` stops the output thread
-    and leaves the serial ports. Raises ``GuestError`` where another guest of this machine has not been left.
+    ``console``, ``output`` and ``errors`` are called with bytes from a thread of this object. ``with`` stops the
+    machine, ends the thread and disconnects the serial ports. Raises ``GuestError`` while another guest is connected.
+
+    Synchronization: ``type``, ``resize`` and ``console`` from any thread.
     """
 
     def __init__(self, machine: Machine, *, console: Sink | None, output: Sink, errors: Sink) -> None:
@@ -89,14 +91,13 @@ class Guest:
         self._machine.disconnect()
 
     def type(self, data: bytes) -> int:
-        """Keystrokes for the console. From any thread. Returns how many bytes the guest has yet to take."""
+        """Send keystrokes to the console. Return how many bytes the guest has not read yet."""
         return self._machine.serial(CONSOLE).push(data)
 
     def resize(self, rows: int, columns: int) -> None:
-        """The size of the terminal that shows the console, also while the guest runs. From any thread.
+        """Set the size of the terminal that shows the console, also while the guest runs.
 
-        It reaches a guest whose init runs a shell on the console. One that does not ask or does not read gets the
-        latest once it does.
+        For a guest whose init runs a shell on the console. It gets the latest size when its init requests it.
         """
         self._size.set(rows, columns)
 
@@ -107,22 +108,22 @@ class Guest:
                     self._report.ready = True
                 case GuestFailure(text) if len(self._report.failures) < _MAX_FAILURES:
                     self._report.failures.append(text)
-                case SizeWanted():
-                    self._size.asked()
+                case SizeRequest():
+                    self._size.requested()
                 case Exited(status) if self._report.ready and self._report.status is None:
                     self._report.status = status
                     self._reported.set()
 
     @property
     def console(self) -> str:
-        """What its console has printed so far: the last 64 KiB."""
+        """The last 64 KiB that the console has printed."""
         return bytes(self._tail).decode(errors="replace").replace("\r", "")
 
     def run(self, *, restart: bool = False, timeout: float | None = None) -> GuestResult:
-        """Start and wait for the end: ``timeout`` seconds at most. Raises what a sink or a vCPU raised.
+        """Start the guest and wait until it ends, ``timeout`` seconds at most, reboots included.
 
-        ``restart``: a guest that reboots without having reported its command's status starts again, with its devices
-        reset. A guest that has reported it is given a minute to power off. The time includes every boot.
+        ``restart``: on guest reboot before its command's status, reset the machine and start again. A guest that has
+        reported the status has a minute to power off. Raises what a sink or a vCPU raised.
         """
         deadline = time.monotonic() + timeout if timeout is not None else math.inf
         self._machine.start()
@@ -138,8 +139,8 @@ class Guest:
             if outcome is GuestOutcome.REBOOT and restart and not self._reported.is_set():
                 self._report.ready = False
                 self._machine.reset()
-                self._control = ControlChannel()  # a line that the last boot did not end is not this one's
-                self._size.forget()
+                self._control = ControlChannel()  # drops an unfinished line
+                self._size.reset()
                 self._machine.start()
                 outcome = None
         self._writer.close()

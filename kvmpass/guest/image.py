@@ -1,4 +1,4 @@
-"""What a guest boots: a kernel, the initramfs that is made for its devices, the kernel command line."""
+"""The image that a guest boots: kernel, initramfs and kernel command line."""
 
 from __future__ import annotations
 
@@ -15,46 +15,55 @@ from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 
 _START = 8 * MIB  # what a kernel allocates before it unpacks: Debian's 6.1 panics with 3 MiB, and works with 5
-_SLACK = 32 * MIB  # beyond the least, in advice
+_SLACK = 32 * MIB  # beyond the minimum, in the hint
 
 
 @dataclass(frozen=True, slots=True)
 class GuestSpec:
-    """What to boot. Without ``kernel`` the host's own, without ``initrd`` one made for the devices' modaliases.
-
-    ``command``: argument list to run instead of a shell on the console; it needs the made initramfs.
-    """
+    """What to boot. ``command`` and the fields from ``copy`` on need the initramfs that ``prepare`` makes."""
 
     kernel: Path | None = None
+    """A bzImage; None: the host's kernel."""
     initrd: Path | None = None
+    """An initramfs; None: one made for the devices' modaliases."""
     append: str = ""
+    """Words to append to the kernel command line."""
     copy: tuple[str, ...] = ()
+    """Files to copy into the guest, as ``SRC:DST``."""
     modules: tuple[Path, ...] = ()
+    """Kernel modules to load, which replace the kernel's own."""
     command: tuple[str, ...] | None = None
+    """The arguments of a command to run instead of a shell on the console."""
     verbose: bool = False
+    """Whether the kernel prints its messages."""
     terminal: str = "linux"
+    """``TERM`` of the shell on the console."""
     terminal_size: tuple[int, int] = (24, 80)
+    """Rows and columns of its terminal."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuestImage:
-    """A checked kernel, its initramfs and its command line: nothing of the host has been touched for it."""
+    """A kernel, its initramfs and its command line."""
 
     kernel: KernelImage
+    """The kernel, checked."""
     initrd: bytes
+    """The initramfs."""
     cmdline: str
+    """The kernel command line."""
     unpacked: int = 0
     """Bytes of memory that the initramfs takes in the guest once it is unpacked; 0: unknown."""
     warnings: tuple[str, ...] = ()
-    """What could not be copied as it should be."""
+    """Files that could not be copied completely, and modules for none of the devices."""
 
     @property
     def needed(self) -> int:
-        """Bytes of memory without which the kernel cannot start, or cannot unpack the initramfs.
+        """Bytes of memory that the kernel needs to start, and to unpack the initramfs.
 
-        It runs at its preferred address or above, and takes ``init_size`` from there on before it looks at its memory
-        (Documentation/arch/x86/boot.rst). It unpacks into a tmpfs, which takes half of the memory beside the kernel
-        and the archive (``shmem_default_max_blocks``, mm/shmem.c;
+        It runs at its preferred address or above, and uses ``init_size`` bytes from there on before it reads the
+        memory map (Documentation/arch/x86/boot.rst). It unpacks into a tmpfs, which is limited to half of the memory
+        beside the kernel and the archive (``shmem_default_max_blocks``, mm/shmem.c;
         Documentation/filesystems/ramfs-rootfs-initramfs.rst).
         """
         return self.kernel.init_size + max(self._before_files, self._for_files)
@@ -68,7 +77,7 @@ class GuestImage:
         return 2 * self.unpacked + len(self.initrd)
 
     def load(self, machine: Machine) -> None:
-        """Into the memory of a machine that has not started. Raises ``NotEnoughMemory`` if it does not fit."""
+        """Load it into the memory of a machine that has not started. Raises ``NotEnoughMemory``."""
         if machine.memory.ram_size < self.needed:
             least = -(-(self.needed + _SLACK) // (16 * MIB)) * 16
             what, more = f"the guest's kernel takes {self.needed / MIB:.0f} MiB to start", ""
@@ -83,10 +92,10 @@ class GuestImage:
 
 
 def host_kernel() -> Path:
-    """The kernel this host runs, where Debian puts it. Raises ``BadKernel`` if it is not there."""
+    """Return the path of the running kernel's image in ``/boot``. Raises ``BadKernel`` if it is not found."""
     path = Path("/boot") / f"vmlinuz-{os.uname().release}"
     if not path.exists():
-        raise BadKernel(f"the running kernel's image {path} is not there", "name a bzImage with --kernel")
+        raise BadKernel(f"the running kernel's image {path} was not found", "name a bzImage with --kernel")
     return path
 
 

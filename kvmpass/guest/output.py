@@ -1,4 +1,4 @@
-"""What the guest sends through its serial ports, on its way to somebody who may read slowly."""
+"""The output of the guest's serial ports, written to readers that may be slow."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ Sink = Callable[[bytes], None]
 
 
 class OutputWriter:
-    """Writes what the guest's serial ports send in larger pieces, from a thread of its own.
+    """Write the output of serial ports from a thread of its own.
 
-    The sinks take everything at once; a guest that sends more than ``PENDING_LIMIT`` bytes ahead of a slow reader
-    blocks in ``throttle``, as at a slow line, until ``stopped`` says that nobody waits for it any more. ``failure``
-    is what a sink raised.
+    The sinks of ``to`` return at once. ``throttle`` blocks while more than ``PENDING_LIMIT`` bytes are pending for a
+    reader, until ``stopped`` returns True. ``on_failure`` is called from the thread when a reader's sink has raised.
+
+    Synchronization: from any thread.
     """
 
     PENDING_LIMIT = 1 << 20
+    """Bytes pending for one reader."""
 
     def __init__(self, on_failure: Callable[[], None], stopped: Callable[[], bool]) -> None:
         self._pending: dict[Sink, bytearray] = {}
@@ -26,11 +28,12 @@ class OutputWriter:
         self._on_failure = on_failure
         self._stopped = stopped
         self.failure: BaseException | None = None
+        """What a reader's sink raised."""
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
         self._thread.start()
 
     def to(self, sink: Sink) -> Sink:
-        """A sink that hands over to ``sink`` later."""
+        """Return a sink that queues bytes for ``sink``."""
 
         def put(data: bytes) -> None:
             with self._changed:
@@ -43,7 +46,7 @@ class OutputWriter:
         return put
 
     def throttle(self) -> None:
-        """Comes back when there is room again. Cheap while there is."""
+        """Block until fewer bytes are pending. Cheap while they are."""
         if self._full:
             with self._changed:
                 while self._full and not self._given_up():
@@ -68,7 +71,7 @@ class OutputWriter:
             self._on_failure()
 
     def close(self, timeout: float | None = None) -> None:
-        """Write out what is left and end the thread; after ``timeout`` seconds leave it to its slow reader."""
+        """Write what is pending, and end the thread; wait for it ``timeout`` seconds at most. Idempotent."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()

@@ -1,7 +1,8 @@
-"""The size of the console's terminal, on its way to the guest.
+"""The size of the console's terminal, sent to the guest.
 
-The guest's init asks for it (``kvmpass 1 size`` on the control channel) and gets one line, ``ROWS COLUMNS``: at once
-if it is new, else when it changes. Then it asks again. So no more than one line waits for a guest, whatever it does.
+The guest's init requests it (``kvmpass 1 size`` on the control channel) and gets one line, ``ROWS COLUMNS``: at once
+if the size is new, else when it changes. Then it requests again. So at most one line is pending, whatever a guest
+does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 
 
 class ConsoleSize:
-    """``push`` hands bytes to the guest's side of the channel and returns how many it has yet to take.
+    """Answer the guest's requests. ``push`` sends bytes to the guest and returns how many it has not read yet.
 
     Synchronization: from any thread; ``push`` is called with the object's lock held.
     """
@@ -20,29 +21,29 @@ class ConsoleSize:
         self._push = push
         self._lock = threading.Lock()
         self._size: tuple[int, int] | None = None
-        self._told: tuple[int, int] | None = None
-        self._asked = False
+        self._sent: tuple[int, int] | None = None
+        self._requested = False
 
     def set(self, rows: int, columns: int) -> None:
-        """The terminal has this size now."""
+        """Set the size."""
         with self._lock:
             self._size = rows, columns
             self._answer()
 
-    def asked(self) -> None:
-        """The guest waits for a size that it has not been told."""
+    def requested(self) -> None:
+        """Answer a request of the guest, now or when the size changes."""
         with self._lock:
-            self._asked = True
+            self._requested = True
             self._answer()
 
-    def forget(self) -> None:
-        """The guest starts again: it has neither asked nor been told anything."""
+    def reset(self) -> None:
+        """Drop the guest's request, and what was sent, on guest reboot."""
         with self._lock:
-            self._asked, self._told = False, None
+            self._requested, self._sent = False, None
 
     def _answer(self) -> None:
-        if not self._asked or self._size in (None, self._told) or self._push(b""):
+        if not self._requested or self._size in (None, self._sent) or self._push(b""):
             return
-        self._asked, self._told = False, self._size
+        self._requested, self._sent = False, self._size
         assert self._size is not None
         self._push(b"%d %d\n" % self._size)

@@ -1,4 +1,4 @@
-"""Real guests: what they see, how they end, what comes out of them."""
+"""Linux guests: hardware, outcomes, output."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_two_guests_at_once_and_a_third_is_refused(nvme: str, nvme2: str, capfd:
         assert line.split()[0] == hashlib.sha256(head(bdf)).hexdigest()
 
 
-def test_a_guest_that_panics_is_no_answer(nvme: str, tmp_path: Path, valid: Valid) -> None:
+def test_a_guest_that_panics_has_no_status(nvme: str, tmp_path: Path, valid: Valid) -> None:
     status = tmp_path / "status.json"
     crash = "echo before; echo c > /proc/sysrq-trigger"
     result = run("assign", nvme, "--memory", "192M", "--status-file", str(status), "--", "sh", "-c", crash)
@@ -170,7 +170,7 @@ def test_two_cpus_and_memory_above_4_gib(nvme: str) -> None:
 def test_the_console_is_a_terminal(nvme: str) -> None:
     """A shell on a pseudo-terminal: Ctrl-C reaches the guest, Ctrl-] ends it, the terminal is restored.
 
-    Its size is the guest's; when it changes, the program in the guest's foreground is told as it would be here.
+    Its size is the guest's; when it changes, the guest's foreground process gets SIGWINCH.
     """
     master, slave = pty.openpty()
     before = termios.tcgetattr(slave)
@@ -231,13 +231,13 @@ def test_the_console_is_a_terminal(nvme: str) -> None:
     ],
     ids=["poweroff", "reboot", "panic", "triple-fault"],
 )
-def test_each_outcome_is_told_from_the_others(command: str, append: str, outcome: GuestOutcome) -> None:
+def test_each_outcome_is_recognized(command: str, append: str, outcome: GuestOutcome) -> None:
     result, output = boot("sh", "-c", f"cat /proc/sys/kernel/osrelease; {command}; sleep 30", append=append)
     assert (result.outcome, result.status) == (outcome, None)
     assert output.decode().strip() == os.uname().release
 
 
-def test_the_end_of_input_ends_a_shell(nvme: str) -> None:
+def test_end_of_input_ends_a_shell(nvme: str) -> None:
     """Commands in a pipe, without an `exit`; a program among them reads to the end, too. The boot is quiet."""
     command = kvmpass("assign", nvme, "--memory", "192M")
     for commands in ("", "echo sum $((40 + 2)); cat\nof cat\n"):
@@ -262,8 +262,8 @@ def test_programs_find_their_streams_and_the_kernels_own_file_systems() -> None:
     assert sorted(output.decode().splitlines()) == ["3", "err", "in", "out"]
 
 
-def test_what_the_guest_finds() -> None:
-    """Two CPUs, kvm-clock, no PIT and no 8259, four serial ports, a PCI root and nothing it complains about."""
+def test_hardware_of_the_guest() -> None:
+    """Two CPUs, kvm-clock, no PIT and no 8259, four serial ports, a PCI root; the kernel reports no error."""
     script = """nproc; cat /sys/devices/system/clocksource/clocksource0/current_clocksource
         cat /proc/interrupts; ls /sys/bus/pci/devices; dmesg -r | grep '^<[0-3]>'; true"""
     result, output = boot("sh", "-c", script, cpus=2)
@@ -277,8 +277,8 @@ def test_what_the_guest_finds() -> None:
     assert [line for line in errors if not re.search(r"SVM not supported", line)] == []
 
 
-def test_a_guest_is_paused_looked_at_and_interrupted() -> None:
-    """It counts; while it is paused it does not. An NMI that was sent meanwhile is there when it goes on."""
+def test_pause_registers_and_nmi() -> None:
+    """A guest that counts stops while it is paused. An NMI injected then is delivered when it resumes."""
     said = bytearray()
     script = "n=0; while [ $n -lt 100000 ]; do n=$((n + 1)); echo $n; grep NMI /proc/interrupts; done"
     image = prepare(GuestSpec(command=("sh", "-c", script), append="nmi_watchdog=0"), [])
@@ -301,7 +301,9 @@ def test_a_guest_is_paused_looked_at_and_interrupted() -> None:
         time.sleep(0.5)  # what it has sent is on its way
         length, exits = len(said), machine.exits
         control = [vcpu.get_sregs() for vcpu in machine.vcpus]
-        assert len(control) == 2 and all(one["cr0"] >> 31 and one["efer"] >> 10 & 1 for one in control), "long mode"
+        assert len(control) == 2 and all(sregs["cr0"] >> 31 and sregs["efer"] >> 10 & 1 for sregs in control), (
+            "long mode"
+        )
         assert any(vcpu.get_regs()["rip"] for vcpu in machine.vcpus)
         machine.inject_nmi(1)
         with pytest.raises(IndexError):

@@ -1,4 +1,4 @@
-"""What is put into a guest: drivers under test and their parameters, files, and the memory for them."""
+"""The contents of a guest: modules under test and their parameters, files, and the memory for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvmpass.machine import Machine
 
 @pytest.mark.amdvi(profile="single", kernel="stock")
 def test_a_driver_under_test_replaces_the_kernels_own(nvme: str, tmp_path: Path) -> None:
-    """Debian's own module, made ours by a byte after its signature: the kernel then marks it as unsigned."""
+    """Debian's module with a byte after its signature: the kernel then marks it as unsigned."""
     module = next(Path(f"/lib/modules/{os.uname().release}").rglob("nvme.ko*"), None)
     if module is None:
         pytest.skip("this host's nvme driver is no module: run with --lab-kernel=stock")
@@ -39,7 +39,7 @@ def test_a_driver_under_test_replaces_the_kernels_own(nvme: str, tmp_path: Path)
 
 
 @pytest.mark.amdvi(profile="single", kernel="stock")
-def test_parameters_with_blanks_and_a_module_for_no_device(nvme: str) -> None:
+def test_parameters_with_spaces_and_a_module_for_no_device(nvme: str) -> None:
     module = next(Path(f"/lib/modules/{os.uname().release}").rglob("scsi_debug.ko*"), None)
     if module is None:
         pytest.skip("this host has no scsi_debug module: run with --lab-kernel=stock")
@@ -53,7 +53,7 @@ def test_parameters_with_blanks_and_a_module_for_no_device(nvme: str) -> None:
     assert f"kvmpass: warning: --module {module}: no alias of it matches a device" in result.stderr.decode()
 
 
-def test_a_tree_is_where_cp_would_put_it(tmp_path: Path) -> None:
+def test_copied_trees_are_where_cp_puts_them(tmp_path: Path) -> None:
     """``TREE:/``, ``TREE/.:/``, into a directory of the guest's; the root of the guest works on."""
     (tmp_path / "tree/sub").mkdir(parents=True)
     (tmp_path / "tree/sub/file").write_text("content\n")
@@ -64,8 +64,8 @@ def test_a_tree_is_where_cp_would_put_it(tmp_path: Path) -> None:
     assert (result.status, output) == (0, b"content\n" * 4)
 
 
-def test_files_that_do_not_fit_into_the_guest(tmp_path: Path) -> None:
-    """Refused by arithmetic; what that lets pass the guest notices itself, instead of going on with half of them."""
+def test_files_that_exceed_the_guests_memory(tmp_path: Path) -> None:
+    """Refused on the host, by their size; an incomplete root file system is an error in the guest, too."""
     with (tmp_path / "large").open("wb") as file:
         for _ in range(110):
             file.write(os.urandom(1 << 20))
@@ -85,7 +85,7 @@ def test_files_that_do_not_fit_into_the_guest(tmp_path: Path) -> None:
 
 
 def check_refusals(directory: Path, *words: str) -> None:
-    """Of a kernel alone, and with a large file: refused, not dead of a triple fault; with the hint it works."""
+    """Check that too little memory is refused, for the kernel and for a large file, and that the hint works."""
     (directory / "large").write_bytes(os.urandom(40 << 20))
     for memory, copy in (("32M", ()), ("64M", ("--copy", f"{directory}/large:/")), ("2M", ())):
         assign = ("assign", *words, *copy, "--memory")
@@ -98,11 +98,9 @@ def check_refusals(directory: Path, *words: str) -> None:
         assert result.stdout.split() == [b"/init", b"/large"][: len(copy) or 1]
 
 
-def test_the_memory_that_a_refusal_names_is_enough(nvme: str, tmp_path: Path) -> None:
+def test_the_memory_of_a_hint_is_enough(nvme: str, tmp_path: Path) -> None:
     check_refusals(tmp_path, nvme)
 
 
-def test_the_memory_that_a_refusal_names_is_enough_for_an_older_kernel(
-    nvme: str, tmp_path: Path, older_kernel: Path
-) -> None:
+def test_the_memory_of_a_hint_is_enough_for_an_older_kernel(nvme: str, tmp_path: Path, older_kernel: Path) -> None:
     check_refusals(tmp_path, nvme, "--kernel", str(older_kernel))

@@ -1,4 +1,4 @@
-"""The control channel's lines, and what is none."""
+"""The lines of the control channel, and garbage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpass.guest.channel import MAX_LINE, ControlChannel, Exited, GuestFailure, Ready, SizeWanted, parse_line
+from kvmpass.guest.channel import MAX_LINE, ControlChannel, Exited, GuestFailure, Ready, SizeRequest, parse_line
 
 
 def test_a_run() -> None:
@@ -26,7 +26,7 @@ def test_a_run() -> None:
         (b"kvmpass 1 exit 255", Exited(255)),
         (b"kvmpass 1 error module e1000e did not load", GuestFailure("module e1000e did not load")),
         (b"kvmpass 1 error \x1b[2J", None),
-        (b"kvmpass 1 size", SizeWanted()),
+        (b"kvmpass 1 size", SizeRequest()),
         (b"kvmpass 1 size 24 80", None),
         (b"kvmpass 1 exit 256", None),
         (b"kvmpass 1 exit -1", None),

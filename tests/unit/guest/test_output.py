@@ -39,7 +39,7 @@ def test_everything_arrives_in_order() -> None:
     assert err == b"e" * 5000
 
 
-def test_a_stalled_reader_holds_the_guest_and_not_the_end() -> None:
+def test_a_stalled_reader_throttles_the_guest_until_it_ends() -> None:
     vm, go = Vm(), threading.Event()
     writer = vm.writer()
     put = writer.to(lambda data: go.wait(60) and None)
@@ -69,7 +69,7 @@ def test_a_stalled_reader_holds_the_guest_and_not_the_end() -> None:
     go.set()
 
 
-def test_a_reader_that_has_gone_stops_the_guest() -> None:
+def test_a_closed_reader_stops_the_guest() -> None:
     reader, output = os.pipe()
     os.close(reader)
     vm = Vm()

@@ -1,4 +1,4 @@
-"""The size of the console: one line for each question, and no more, whatever the guest does."""
+"""The size of the console: one line for each request."""
 
 from __future__ import annotations
 
@@ -23,45 +23,45 @@ class Line:
         return data
 
 
-def test_it_is_told_at_once_and_when_it_changes() -> None:
+def test_a_request_is_answered_at_once_or_when_the_size_changes() -> None:
     line = Line()
     size = ConsoleSize(line.push)
     size.set(24, 80)
-    assert line.read() == b"", "nobody asked"
-    size.asked()
+    assert line.read() == b"", "not requested"
+    size.requested()
     assert line.read() == b"24 80\n"
-    size.asked()
+    size.requested()
     size.set(24, 80)
-    assert line.read() == b"", "it knows that"
+    assert line.read() == b"", "not new"
     size.set(50, 132)
     size.set(51, 132)
     assert line.read() == b"50 132\n"
-    size.asked()
-    assert line.read() == b"51 132\n", "the latest, of what it missed"
+    size.requested()
+    assert line.read() == b"51 132\n", "the latest"
 
 
-def test_a_guest_that_starts_again_is_told_again() -> None:
+def test_a_reset_guest_gets_the_size_again() -> None:
     line = Line()
     size = ConsoleSize(line.push)
-    size.asked()
+    size.requested()
     size.set(24, 80)
-    size.asked()
-    size.forget()
+    size.requested()
+    size.reset()
     assert line.read() == b"24 80\n"
     size.set(30, 80)
-    assert line.read() == b"", "it has not asked"
-    size.asked()
+    assert line.read() == b"", "not requested"
+    size.requested()
     assert line.read() == b"30 80\n"
 
 
-def test_a_guest_that_asks_without_end_and_reads_nothing_gets_one_line() -> None:
+def test_requests_of_a_guest_that_reads_nothing_queue_one_line() -> None:
     line, chance = Line(), random.Random(1)
     size = ConsoleSize(line.push)
     for number in range(10_000):
-        chance.choice((size.asked, size.forget, lambda number=number: size.set(number, 80)))()
+        chance.choice((size.requested, size.reset, lambda number=number: size.set(number, 80)))()
         assert len(line.waiting) <= len("99999 80\n")
     last = number
     size.set(last, 80)
     line.read()
-    size.asked()
+    size.requested()
     assert line.read() == b"%d 80\n" % last

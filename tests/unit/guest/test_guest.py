@@ -1,4 +1,4 @@
-"""From a guest's report of its command's status to its end."""
+"""Runs of a guest, from the report of its command's status to its end."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def run(vm: Vm) -> GuestResult:
     return result
 
 
-def test_a_guest_has_its_minute_whenever_it_reports() -> None:
-    """What it wrote to a disk may not have reached it yet: its init's power-off is what writes it."""
+def test_a_guest_has_a_minute_from_its_report_on() -> None:
+    """Its init writes the page cache to disks when it powers off."""
     vm = Vm(GuestOutcome.POWEROFF)
     result = run(vm)
     assert (result.outcome, result.status) == (GuestOutcome.POWEROFF, 3)
@@ -72,7 +72,7 @@ def test_a_guest_that_does_not_power_off_is_stopped() -> None:
 
 
 class RebootingVm(Vm):
-    """Its guest is cut off in the middle of a line, reboots, and reports in the next boot."""
+    """Its guest reboots in the middle of a line, and reports in the next boot."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -92,8 +92,8 @@ class RebootingVm(Vm):
         return GuestOutcome.POWEROFF
 
 
-def test_a_line_that_a_boot_did_not_end_is_not_the_next_ones() -> None:
-    """It swallowed the next boot's first line, and with it the command's status."""
+def test_an_unfinished_line_is_dropped_on_reboot() -> None:
+    """Else it would hide the first line of the next boot."""
     vm = RebootingVm()
     with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
         result = guest.run(restart=True)
@@ -122,7 +122,7 @@ class HangingVm(Vm):
         return None
 
 
-def test_a_guest_that_never_ends_is_ended_when_its_time_is_up() -> None:
+def test_a_guest_that_never_ends_is_stopped_after_its_timeout() -> None:
     vm = HangingVm()
     with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
         result = guest.run(timeout=0.05)
@@ -130,8 +130,8 @@ def test_a_guest_that_never_ends_is_ended_when_its_time_is_up() -> None:
     assert max(vm.waits) <= 0.05
 
 
-def test_a_status_that_came_in_time_counts() -> None:
-    """It hangs only in its power-off: the command's status is known."""
+def test_a_status_before_the_timeout_counts() -> None:
+    """It hangs while it powers off: the command's status is known."""
     vm = HangingVm(reports=True)
     with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
         result = guest.run(timeout=0.05)
