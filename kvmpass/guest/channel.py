@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-MAX_LINE = 512
+MAX_LINE = 512  # bytes, with the newline; longer lines are ignored
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +55,13 @@ class ControlChannel:
     """
 
     def __init__(self) -> None:
-        self._line = bytearray()
-        self._overlong = False
+        self._line = b""
 
     def feed(self, data: bytes) -> list[ControlEvent]:
         """Return the events that ``data`` completes, in order."""
-        events: list[ControlEvent] = []
-        for byte in data:
-            if byte != 0x0A:
-                if len(self._line) < MAX_LINE:
-                    self._line.append(byte)
-                else:
-                    self._overlong = True
-                continue
-            event = None if self._overlong else parse_line(bytes(self._line))
-            self._line.clear()
-            self._overlong = False
-            if event is not None:
-                events.append(event)
-        return events
+        *lines, rest = (self._line + data).split(b"\n")
+        self._line = rest[:MAX_LINE]
+        return [event for line in lines if len(line) < MAX_LINE and (event := parse_line(line))]
 
 
 def parse_line(line: bytes) -> ControlEvent | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -37,13 +36,6 @@ class GuestResult:
     """The last 64 KiB of its console (``kvmpass.crash.excerpt`` finds a crash in it)."""
 
 
-@dataclass(slots=True)
-class _Report:
-    status: int | None = None
-    ready: bool = False
-    failures: list[str] = field(default_factory=list)
-
-
 class Guest:
     """Run what ``GuestImage.load`` has loaded, with the machine's serial ports connected.
 
@@ -55,11 +47,12 @@ class Guest:
 
     def __init__(self, machine: Machine, *, console: Sink | None, output: Sink, errors: Sink) -> None:
         self._machine = machine
-        self._report = _Report()
+        self._status: int | None = None
+        self._ready = False
+        self._failures: list[str] = []
         self._control = ControlChannel()
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
         self._tail: deque[int] = deque(maxlen=_TAIL_BYTES)
-        self._reported = threading.Event()
         self._writer = OutputWriter(machine.stop, lambda: machine.ended)
         to_console = self._writer.to(console) if console else None
 
@@ -105,14 +98,13 @@ class Guest:
         for event in self._control.feed(data):
             match event:
                 case Ready():
-                    self._report.ready = True
-                case GuestFailure(text) if len(self._report.failures) < _MAX_FAILURES:
-                    self._report.failures.append(text)
+                    self._ready = True
+                case GuestFailure(text) if len(self._failures) < _MAX_FAILURES:
+                    self._failures.append(text)
                 case SizeRequest():
                     self._size.requested()
-                case Exited(status) if self._report.ready and self._report.status is None:
-                    self._report.status = status
-                    self._reported.set()
+                case Exited(status) if self._ready and self._status is None:
+                    self._status = status
 
     @property
     def console(self) -> str:
@@ -129,15 +121,15 @@ class Guest:
         self._machine.start()
         outcome = None
         while outcome is None:
-            reported = self._reported.is_set()  # before the wait: a report that comes during it starts the minute
+            reported = self._status is not None  # before the wait: a report that comes during it starts the minute
             left = deadline - time.monotonic()
             outcome = self._machine.wait(max(0.0, min(_POWEROFF_SECONDS if reported else 1.0, left)))
             if outcome is None and time.monotonic() >= deadline:
                 self._machine.stop(GuestOutcome.TIMEOUT)
             elif outcome is None and reported:
                 self._machine.stop()
-            if outcome is GuestOutcome.REBOOT and restart and not self._reported.is_set():
-                self._report.ready = False
+            if outcome is GuestOutcome.REBOOT and restart and self._status is None:
+                self._ready = False
                 self._machine.reset()
                 self._control = ControlChannel()  # drops an unfinished line
                 self._size.reset()
@@ -146,5 +138,5 @@ class Guest:
         self._writer.close()
         if self._writer.failure is not None:
             raise self._writer.failure
-        failures = [*self._report.failures, *([self._machine.fault] if self._machine.fault else [])]
-        return GuestResult(outcome, self._report.status, tuple(failures), self.console)
+        failures = filter(None, (*self._failures, self._machine.fault))
+        return GuestResult(outcome, self._status, tuple(failures), self.console)

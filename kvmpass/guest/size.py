@@ -20,14 +20,13 @@ class ConsoleSize:
     def __init__(self, push: Callable[[bytes], int]) -> None:
         self._push = push
         self._lock = threading.Lock()
-        self._size: tuple[int, int] | None = None
-        self._sent: tuple[int, int] | None = None
+        self._line = self._sent = b""
         self._requested = False
 
     def set(self, rows: int, columns: int) -> None:
         """Set the size."""
         with self._lock:
-            self._size = rows, columns
+            self._line = b"%d %d\n" % (rows, columns)
             self._answer()
 
     def requested(self) -> None:
@@ -39,11 +38,9 @@ class ConsoleSize:
     def reset(self) -> None:
         """Drop the guest's request, and what was sent, on guest reboot."""
         with self._lock:
-            self._requested, self._sent = False, None
+            self._requested, self._sent = False, b""
 
     def _answer(self) -> None:
-        if not self._requested or self._size in (None, self._sent) or self._push(b""):
-            return
-        self._requested, self._sent = False, self._size
-        assert self._size is not None
-        self._push(b"%d %d\n" % self._size)
+        if self._requested and self._line != self._sent and not self._push(b""):
+            self._requested, self._sent = False, self._line
+            self._push(self._line)

@@ -45,6 +45,8 @@ def test_an_overlong_line_is_dropped_as_a_whole() -> None:
     assert channel.feed(b"x" * (MAX_LINE * 10)) == []
     assert channel.feed(b"kvmpass 1 exit 1\n") == []
     assert channel.feed(b"kvmpass 1 exit 2\n") == [Exited(2)]
+    text = "x" * (MAX_LINE - len("kvmpass 1 error \n"))
+    assert channel.feed(f"kvmpass 1 error {text}\nkvmpass 1 error {text}x\n".encode()) == [GuestFailure(text)]
 
 
 @given(st.lists(st.binary()))
