@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -59,6 +60,7 @@ class Host:
         """Start QEMU with the job's ports. Raises ``LabError`` if something for it is missing."""
         config = self._config
         self._emulator = qemu.find(config.qemu)
+        self._accelerator = qemu.accelerator(config.accel)
         self._kernel = kernels.find(config.kernel, self._say)
         plan = devices.plan(
             config.devices,
@@ -214,6 +216,21 @@ class Host:
         text = self._errors.read_bytes().decode("utf-8", "replace")
         lines = [line.split(": ", 1)[-1] for line in text.splitlines()]
         return [line for line in lines if line.strip() and not any(noise in line for noise in NOISE)]
+
+    def cpu_time(self) -> float | None:
+        """Seconds of CPU time that QEMU has used (``/proc/PID/stat``: utime and stime, in ticks of 10 ms).
+
+        ``None`` until the command starts, after QEMU's end, and with KVM, where an idle host uses next to none.
+        Synchronization: any thread.
+        """
+        if not self._started or self._accelerator == "kvm":
+            return None
+        try:
+            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        except OSError:
+            return None
+        fields = stat.rpartition(")")[2].split()  # the program's name, in parentheses, may have spaces
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         """End QEMU, gently if it listens."""

@@ -42,6 +42,14 @@ class Lab:
         if host is not None:
             host.stop()
 
+    def cpu_time(self) -> float | None:
+        """Seconds of CPU time that the emulator has used; ``None`` with KVM, and while no command runs inside.
+
+        Even an idle host under emulation uses some, because its timers tick.
+        """
+        host = self._host
+        return host.cpu_time() if host is not None else None
+
     def run(
         self,
         command: Sequence[str],

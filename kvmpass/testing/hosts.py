@@ -18,6 +18,8 @@ from kvmpass.testing.session import LabSession
 BOOT_LIMIT = 900.0  # a first boot downloads its kernel
 GRACE = 90.0
 END_LIMIT = 90.0
+# Seconds without any CPU time for an emulator: the timers of an idle host use 0.03 s in 10 s.
+STALL_LIMIT = 60.0
 
 Start = Callable[[list[pytest.Item]], LabSession]
 """Starts an emulated host that runs these tests, in their order."""
@@ -48,6 +50,28 @@ class Record:
         return {"setup": "call", "call": "teardown", "teardown": "teardown"}[told[-1]] if told else "setup"
 
 
+class CpuWatch:
+    """How long an emulator has used no CPU time.
+
+    Each look adds at most a second: while this process is suspended, so is the emulator.
+    """
+
+    def __init__(self) -> None:
+        self.stalled = 0.0
+        """Seconds without CPU time, up to the last look."""
+        self._cpu_time: float | None = None
+        self._looked = time.monotonic()
+
+    def look(self, cpu_time: float | None) -> None:
+        """Take in the CPU time used until now, in seconds; ``None`` (unknown) is no stall."""
+        now = time.monotonic()
+        if cpu_time is None or cpu_time != self._cpu_time:
+            self.stalled = 0.0
+        else:
+            self.stalled += min(now - self._looked, 1.0)
+        self._cpu_time, self._looked = cpu_time, now
+
+
 class HostRun:
     """Tests that share an emulated host: one host after another runs them, where those that die are replaced.
 
@@ -69,6 +93,7 @@ class HostRun:
         self._slowdown = slowdown
         self._session: LabSession | None = None
         self._heard = 0.0
+        self._watch = CpuWatch()
 
     @property
     def left(self) -> bool:
@@ -82,6 +107,7 @@ class HostRun:
 
     def _boot(self) -> None:
         self._heard = time.monotonic()
+        self._watch = CpuWatch()
         try:
             self._session = self._start(list(self._left))
         except (KvmpassError, OSError) as error:
@@ -102,10 +128,13 @@ class HostRun:
         if events:
             self._heard = time.monotonic()
             return True
+        self._watch.look(session.cpu_time())
+        stalled = self._watch.stalled > STALL_LIMIT
         silence, patience = time.monotonic() - self._heard, self._patience(session)
-        if not alive or silence > patience or (session.finished and self._left):
+        if not alive or stalled or silence > patience or (session.finished and self._left):
             if self._left:
-                self._died(session, patience)
+                reason = f"used no CPU time for {STALL_LIMIT:g} s" if stalled else f"was silent for {patience:.0f} s"
+                self._died(session, reason)
             else:
                 self._close(session)
                 self.over = True
@@ -147,11 +176,11 @@ class HostRun:
         while self._left and (nodeid := self._left[0].nodeid) not in session.collected:
             self._end(nodeid, Failure("setup", session.why_missing(nodeid)))
 
-    def _died(self, session: LabSession, waited: float) -> None:
+    def _died(self, session: LabSession, reason: str) -> None:
         nodeid = self._left[0].nodeid
         record = self.records[nodeid]
         reached = session.collected is not None
-        death = session.died(nodeid if reached else None, waited)
+        death = session.died(nodeid if reached else None, reason)
         if self._spares:
             self._spares -= 1
             evidence = "\n".join(f"--- {title}\n{content}" for title, content in death.sections)

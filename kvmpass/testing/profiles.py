@@ -140,6 +140,9 @@ class LabLike(Protocol):
     ) -> LabResult:
         """Boot, run one command as root inside, power off. Blocks."""
 
+    def cpu_time(self) -> float | None:
+        """Seconds of CPU time that the emulator has used, ``None`` if unknown. Called from another thread."""
+
     def stop(self) -> None:
         """End the emulated host at once; ``run`` returns. Called from another thread, harmless when it is over."""
 

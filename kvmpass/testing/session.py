@@ -184,10 +184,14 @@ class LabSession:
                 return f"could not be collected inside the emulated host:\n{text}"
         return "is not there inside the emulated host: do its parameters depend on the host?"
 
+    def cpu_time(self) -> float | None:
+        """Seconds of CPU time that the emulator has used; ``None`` if unknown."""
+        return self.lab.cpu_time()
+
     # --- the end
 
-    def died(self, victim: str | None, waited: float) -> Death:
-        """The lab is gone, or silent for ``waited`` seconds: end it and describe what is known."""
+    def died(self, victim: str | None, reason: str) -> Death:
+        """The lab is gone, or no longer responds (``reason``): end it and describe what is known."""
         hung = self.running and not self.finished
         self.stop()
         self._victim = victim
@@ -196,7 +200,7 @@ class LabSession:
             text = f"the emulated host failed {during}: {type(self._error).__name__}: {self._error}"
             text += "".join(f"\n  hint: {note}" for note in getattr(self._error, "__notes__", ()))
         elif hung:
-            text = f"the emulated host was silent for {waited:.0f} s {during} and was ended"
+            text = f"the emulated host {reason} {during} and was ended"
         elif self._result is not None:
             text = f"the emulated host died {during}: {self._result.summary}"
         else:

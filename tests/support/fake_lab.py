@@ -28,10 +28,18 @@ class FakeLab:
             return LabResult(None, "panic", "Kernel panic - not syncing: fake", seconds)
         return LabResult(status, "exited", "the console", seconds)
 
+    def cpu_time(self):
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except (AttributeError, OSError):
+            return None
+        return float(fields[11]) + float(fields[12])
+
     def stop(self):
         with Path("stopped").open("a") as file:
             file.write(f"{self.config.memory}\\n")
         self.process.terminate()
+        self.process.send_signal(signal.SIGCONT)
 
 def pytest_kvmpass_lab(lab):
     return FakeLab(lab)

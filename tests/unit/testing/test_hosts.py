@@ -9,6 +9,7 @@ import pytest
 from support.fake_lab import FAKE_LAB, boots, write
 
 from kvmpass.testing import capacity
+from kvmpass.testing.hosts import CpuWatch
 
 pytest_plugins = ["pytester"]
 
@@ -331,6 +332,26 @@ def pytest_kvmpass_profiles():
     result = lab.runpytest_inprocess()
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["*could not be made: LabError: not a memory size: 'lots'*", "*hint: a number with*"])
+
+
+@pytest.mark.parametrize(
+    ("looks", "stalled"),
+    [
+        ([(0.5, 7.0), (0.5, 7.0), (0.5, 7.0)], 1.0),
+        ([(0.5, 7.0), (0.5, 7.0), (0.5, 7.01)], 0.0),
+        ([(0.5, 7.0), (3600.0, 7.0)], 1.0),
+        ([(0.5, None), (0.5, None)], 0.0),
+    ],
+    ids=["no CPU time", "some", "this process was suspended", "unknown"],
+)
+def test_stalled(monkeypatch: pytest.MonkeyPatch, looks: list[tuple[float, float | None]], stalled: float) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    watch = CpuWatch()
+    for seconds, cpu_time in looks:
+        now += seconds
+        watch.look(cpu_time)
+    assert watch.stalled == stalled
 
 
 # --- what there is room for

@@ -298,6 +298,7 @@ def test_a_lab_that_cannot_be_made(lab: pytest.Pytester) -> None:
 from kvmpass.errors import LabError
 class Lab:
     def run(self, *args, **kwargs): raise LabError("there is no QEMU", "install it")
+    def cpu_time(self): return None
     def stop(self): pass
 def pytest_kvmpass_lab(lab): return Lab()
 """
@@ -363,6 +364,25 @@ def test_hangs():
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*was silent for 2 s during *::test_hangs and was ended*"])
     assert (lab.path / "stopped").exists()
+
+
+def test_an_emulator_that_uses_no_cpu_time_is_ended(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long before the test's own limit."""
+    monkeypatch.setattr("kvmpass.testing.hosts.STALL_LIMIT", 1.0)
+    write(
+        lab,
+        """
+@pytest.mark.amdvi
+def test_stalls():
+    if not pathlib.Path("first life").exists():
+        pathlib.Path("first life").touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+""",
+    )
+    result = lab.runpytest_inprocess("-o", "kvmpass_spare_hosts=1")
+    result.assert_outcomes(passed=1, warnings=1)
+    result.stdout.fnmatch_lines(["*used no CPU time for 1 s during *::test_stalls and was ended*"])
+    result.stdout.fnmatch_lines(["base (*: 0 tests*DIED*REPLACED", "base (*: 1 tests*"], consecutive=True)
 
 
 def test_warnings_come_out(lab: pytest.Pytester) -> None:
