@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from referencing import Registry, Resource
 
 # Whoever ignores it inherits no child's exit status; nobody asks for that on purpose.
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -20,10 +21,12 @@ SCHEMAS = Path(__file__).parents[1] / "docs/schemas"
 @pytest.fixture(scope="session")
 def valid() -> Callable[[str, str | bytes], Any]:
     """``valid("list", text)`` reads a JSON document and holds it against docs/schemas/list.json."""
+    files = {path.name: json.loads(path.read_text()) for path in SCHEMAS.glob("*.json")}
+    registry = Registry().with_resources((name, Resource.from_contents(schema)) for name, schema in files.items())
 
     def read(schema: str, text: str | bytes) -> Any:
         document = json.loads(text)
-        jsonschema.Draft202012Validator(json.loads((SCHEMAS / f"{schema}.json").read_text())).validate(document)
+        jsonschema.Draft202012Validator(files[f"{schema}.json"], registry=registry).validate(document)
         return document
 
     return read

@@ -10,6 +10,7 @@ from kvmpass.errors import BadAddress, KvmpassError, NoSuchDevice
 from kvmpass.host import Bdf, Blocker, PciDevice, Sysfs, limits
 from kvmpass.host.address import parse_distinct
 from kvmpass.host.doctor import Finding, Outcome
+from kvmpass.host.view import Sibling, siblings
 from kvmpass.kvm import System
 from kvmpass.kvm.system import check_vcpus
 from kvmpass.layout import Layout, parse_size
@@ -18,24 +19,14 @@ from kvmpass.pci import BarPreview, BarSpace, Vectors, allocate, preview_bars, p
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """Another device of the group. ``part``: ``taken`` (it is assigned, too), ``stays`` or ``blocks``."""
-
-    bdf: Bdf
-    name: str
-    driver: str | None
-    part: str
-
-
-@dataclass(frozen=True, slots=True)
 class DevicePlan:
     """One device: ``driver`` is what it has now and gets back; ``reset_methods`` as in ``PciDevice``."""
 
     bdf: Bdf
-    name: str
+    short_name: str
     driver: str | None
     group: int | None
-    members: tuple[Member, ...]
+    siblings: tuple[Sibling, ...]
     reset_methods: tuple[str, ...]
     vectors: Vectors
     bars: tuple[BarPreview, ...]
@@ -54,30 +45,22 @@ class Descriptors:
 
 
 @dataclass(frozen=True, slots=True)
-class Objection:
-    """Why it would be refused, or what to mind; ``bdf`` is None where it is not one device's."""
-
-    bdf: Bdf | None
-    blocker: Blocker
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """``memory`` is None where it cannot be laid out; ``blocks`` says why.
+    """``memory`` is None where it cannot be laid out; ``blockers`` says why.
 
-    ``phys_bits`` is the CPU's physical width, from ``width_from`` (``KVM`` or ``/proc/cpuinfo``). ``confined``: this
-    host has IOMMU groups, so that its reserved ranges are known.
+    ``phys_bits`` is the CPU's physical width, from ``phys_bits_source`` (``KVM`` or ``/proc/cpuinfo``). ``confined``:
+    this host has IOMMU groups, so that its reserved ranges are known.
     """
 
     devices: tuple[DevicePlan, ...]
     memory: MemoryPlan | None
     cpus: int
     phys_bits: int
-    width_from: str
+    phys_bits_source: str
     confined: bool
     descriptors: Descriptors
-    blocks: tuple[Objection, ...]
-    warnings: tuple[Objection, ...]
+    blockers: tuple[Blocker, ...]
+    warnings: tuple[Blocker, ...]
 
     @property
     def map_calls(self) -> int:
@@ -99,20 +82,21 @@ def plan(
 ) -> Plan:
     """Work out what assigning these devices to one machine would do. Changes nothing, on any machine.
 
-    Everything that would be refused is in ``blocks``, all of it and not only the first. Raises only for what is no
+    Everything that would be refused is in ``blockers``, all of it and not only the first. Raises only for what is no
     question: ``BadAddress``, ``LayoutError`` for a ``memory`` that is no size.
     """
     sysfs = sysfs or Sysfs()
     bdfs = [Bdf.parse(address) if isinstance(address, str) else address for address in addresses]
     size = parse_size(memory)
-    blocks: list[Objection] = []
+    blockers: list[Blocker] = []
+    look = host.Look(sysfs)
     try:
         parse_distinct(bdfs)
     except BadAddress as error:
-        blocks.append(_impossible(error))
+        blockers.append(_impossible(error))
         bdfs = list(dict.fromkeys(bdfs))
-    findings = list(_findings(sysfs, bdfs, size, backing, cpus))
-    blocks += _objections(findings, Outcome.FAIL)
+    findings = list(_findings(look, bdfs, size, backing, cpus))
+    blockers += _blockers(findings, Outcome.FAIL)
     devices = list(_present(sysfs, bdfs))
     groups = sysfs.groups()
     bits, source = _physical_bits(sysfs)
@@ -121,39 +105,40 @@ def plan(
         memory_plan = plan_memory(size, sysfs.reserved_regions(), bits, backing)
         _check_cpus(sysfs, cpus)
     except KvmpassError as error:
-        blocks.append(_impossible(error))
-    planned = tuple(_device(sysfs, device, bdfs) for device in devices)
+        blockers.append(_impossible(error))
+    planned = tuple(_device(look, device, bdfs) for device in devices)
     if memory_plan is not None:
-        blocks += _unfitting(planned, memory_plan.layout)
+        blockers += _unfitting(planned, memory_plan.layout)
     descriptors = _descriptors(sysfs, planned, cpus)
     return Plan(
         devices=planned,
         memory=memory_plan,
         cpus=cpus,
         phys_bits=bits,
-        width_from=source,
+        phys_bits_source=source,
         confined=any(not group.no_iommu for group in groups),
         descriptors=descriptors,
-        blocks=tuple(blocks),
-        warnings=tuple(_objections(findings, Outcome.WARN)),
+        blockers=tuple(blockers),
+        warnings=tuple(_blockers(findings, Outcome.WARN)),
     )
 
 
-def _findings(sysfs: Sysfs, bdfs: Sequence[Bdf], size: int, backing: Backing, cpus: int) -> Iterator[Finding]:
+def _findings(look: host.Look, bdfs: Sequence[Bdf], size: int, backing: Backing, cpus: int) -> Iterator[Finding]:
     """The doctor's, of the host once and of each device."""
     page = backing.page_size if backing is not Backing.ANONYMOUS else 0
-    look = host.Look(sysfs)
     seen: set[tuple[str, str]] = set()
     for bdf in bdfs:
-        for finding in host.diagnose(sysfs, bdf, memory=size, huge_page=page, together=bdfs, look=look, cpus=cpus):
+        for finding in host.diagnose(
+            look.sysfs, bdf, memory=size, huge_page=page, together=bdfs, look=look, cpus=cpus
+        ):
             key = finding.check, finding.blocker.cause if finding.blocker else ""
             if key not in seen:
                 seen.add(key)
                 yield finding
 
 
-def _objections(findings: Sequence[Finding], outcome: Outcome) -> list[Objection]:
-    return [Objection(one.bdf, one.blocker) for one in findings if one.outcome is outcome and one.blocker]
+def _blockers(findings: Sequence[Finding], outcome: Outcome) -> list[Blocker]:
+    return [finding.blocker for finding in findings if finding.outcome is outcome and finding.blocker]
 
 
 def _present(sysfs: Sysfs, bdfs: Sequence[Bdf]) -> Iterator[PciDevice]:
@@ -164,31 +149,22 @@ def _present(sysfs: Sysfs, bdfs: Sequence[Bdf]) -> Iterator[PciDevice]:
             continue
 
 
-def _device(sysfs: Sysfs, device: PciDevice, together: Sequence[Bdf]) -> DevicePlan:
-    others = sysfs.group(device.group).devices if device.group is not None else ()
-    members = [sysfs.device(bdf) for bdf in others if bdf != device.bdf]
-    found, names = preview_vectors(sysfs.config(device.bdf)), host.Names(sysfs)
+def _device(look: host.Look, device: PciDevice, together: Sequence[Bdf]) -> DevicePlan:
+    group = None if device.group is None else look.group(device.group)
+    found = preview_vectors(look.sysfs.config(device.bdf))
     return DevicePlan(
         bdf=device.bdf,
-        name=names.short(device),
+        short_name=look.names.short(device),
         driver=device.driver,
         group=device.group,
-        members=tuple(
-            Member(
-                one.bdf,
-                names.short(one),
-                one.driver,
-                "taken" if one.bdf in together else "stays" if host.blockers.is_harmless(one) else "blocks",
-            )
-            for one in members
-        ),
+        siblings=tuple(siblings(look, device, group, together)) if group else (),
         reset_methods=device.reset_methods,
         vectors=found,
         bars=preview_bars([(part.size, part.flags) for part in device.resources], found),
     )
 
 
-def _unfitting(devices: Sequence[DevicePlan], layout: Layout) -> Iterator[Objection]:
+def _unfitting(devices: Sequence[DevicePlan], layout: Layout) -> Iterator[Blocker]:
     space = BarSpace(layout)
     for device in devices:
         try:
@@ -197,9 +173,9 @@ def _unfitting(devices: Sequence[DevicePlan], layout: Layout) -> Iterator[Object
             yield _impossible(error, device.bdf)
 
 
-def _impossible(error: KvmpassError, bdf: Bdf | None = None) -> Objection:
+def _impossible(error: KvmpassError, bdf: Bdf | None = None) -> Blocker:
     remedy = "; ".join(getattr(error, "__notes__", ()))
-    return Objection(bdf, Blocker("request", "impossible", str(error), remedy, type(error)))
+    return Blocker("request", "impossible", str(error), remedy, type(error), bdf=bdf)
 
 
 def _on_this_machine(sysfs: Sysfs) -> bool:

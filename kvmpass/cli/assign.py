@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import sys
 import time
 import uuid
@@ -19,6 +18,7 @@ import click
 from kvmpass import crash
 from kvmpass.assignment.assign import assigned
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
+from kvmpass.cli.output import SCHEMA, error_fields, error_text
 from kvmpass.cli.params import BDF
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
@@ -128,7 +128,17 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
         raise click.UsageError(f"--status-file: {status_file.absolute().parent} is not a directory to write to")
     if status_file is not None:
         status_file.unlink(missing_ok=True)  # if this run is killed, no earlier result must remain
-    outcome: dict[str, Any] = {"schema": 1, "devices": list(bdf), "outcome": "failed", "status": None}
+    outcome: dict[str, Any] = {
+        "schema": SCHEMA,
+        "command": "assign",
+        "bdfs": list(bdf),
+        "outcome": "failed",
+        "guest_exit_status": None,
+        "events": [],
+        "events_dropped": 0,
+        "guest_errors": [],
+        "error": None,
+    }
     started = time.monotonic()
     exit_status = ASSIGN_FAILED
     try:
@@ -151,17 +161,17 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
             ) as machine,
         ):
             result = _run(machine, command, given, log)
-            outcome["status"] = result.status  # valid even if rebinding a device fails
+            outcome["guest_exit_status"] = result.status  # valid even if rebinding a device fails
         if command is not None and result.status is None:
             _explain(result)
         exit_status = _exit_status(result, command is not None)
-        outcome.update(outcome=_outcome(result), status=result.status, guest_errors=list(result.failures))
+        outcome.update(outcome=_outcome(result), guest_errors=list(result.failures))
         return exit_status
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             exit_status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
             outcome.update(outcome="interrupted")
-        outcome.update(error=_cause(error), hints=list(getattr(error, "__notes__", ())))
+        outcome["error"] = error_fields(error)
         raise
     finally:
         if status_file is not None:
@@ -197,7 +207,6 @@ class Progress:
     def __init__(self, verbose: bool, outcome: dict[str, Any]) -> None:
         self._verbose = verbose
         self._outcome = outcome
-        outcome["events"], outcome["events_dropped"] = [], 0
 
     def say(self, line: str) -> None:
         """Print a line on standard error."""
@@ -226,7 +235,7 @@ def _run(machine: Machine, command: list[str] | None, options: _Options, log: Co
             except (KeyboardInterrupt, SystemExit) as error:
                 # A stalled reader must not delay the devices' release.
                 if command is not None and select.select([], [sys.stderr], [], 0)[1]:
-                    click.echo(f"kvmpass: {_cause(error)}; the guest's console:", err=True)
+                    click.echo(f"kvmpass: {error_text(error)}; the guest's console:", err=True)
                     _show_console(guest.console)
                 raise
 
@@ -256,15 +265,6 @@ def _show_console(console: str) -> None:
     """Print the console, from the first sign of a crash on if there is one."""
     for line in crash.excerpt(console):
         click.echo(f"  console: {''.join(c if c.isprintable() else ' ' for c in line)}", err=True)
-
-
-def _cause(error: BaseException) -> str:
-    """The text for an exception, also for the status file."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted by SIGINT"
-    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
-        return f"interrupted by {signal.Signals(error.code - 128).name}"
-    return str(error) or type(error).__name__
 
 
 class ConsoleLog:

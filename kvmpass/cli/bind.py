@@ -77,8 +77,8 @@ def _print(output: Output, dry_run: bool, results: list[Handover]) -> None:
         {
             "bdf": str(result.bdf),
             "outcome": result.outcome,
-            "from": result.before,
-            "to": result.after,
+            "driver_before": result.before,
+            "driver_after": result.after,
             "steps": result.steps,
             "warnings": result.warnings,
         }

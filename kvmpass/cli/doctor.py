@@ -85,7 +85,7 @@ def _record(output: Output, archive: Path, anonymous: bool, tree: host.Sysfs | N
     record(recorder, look_at_device)
     entries = recorder.write_tar(archive, Anonymity() if anonymous else None)
     size = archive.stat().st_size
-    output.document(file=str(archive), entries=entries, bytes=size, anonymous=anonymous)
+    output.document(file=str(archive), entries=entries, size=size, anonymous=anonymous)
     output.text(f"{archive}: {entries} entries, {size} bytes")
     replaced = "are replaced" if anonymous else "are included (--anonymous replaces them)"
     output.note(f"addresses and serial numbers {replaced}; names of interfaces, mount points and processes are kept")

@@ -10,19 +10,37 @@ from kvmpass.layout import Reserved
 
 
 def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
-    """A blocker of a device, for ``list`` and ``show``."""
+    """A blocker, the same in every document."""
     return {
+        "bdf": None if blocker.bdf is None else str(blocker.bdf),
         "kind": blocker.kind,
         "brief": blocker.brief,
         "cause": blocker.cause,
         "remedy": blocker.remedy,
-        "devices": [str(bdf) for bdf in blocker.devices],
+        "commands": list(blocker.commands),
+        "blocked_by": [*map(str, blocker.blocked_by)],
     }
 
 
 def host_document(status: view.HostStatus) -> dict[str, Any]:
     """Whether the host and the user can assign devices."""
-    return {"ready": status.ready, "permitted": status.permitted, "cause": status.cause, "remedy": status.remedy}
+    blocker = status.blocker and blocker_document(status.blocker)
+    return {"ready": status.ready, "permitted": status.permitted, "blocker": blocker}
+
+
+def group_document(group: host.IommuGroup) -> dict[str, Any]:
+    """An IOMMU group, without its devices."""
+    return {"group": group.id, "type": group.type, "no_iommu": group.no_iommu}
+
+
+def sibling_document(sibling: view.Sibling) -> dict[str, Any]:
+    """Another device of an IOMMU group."""
+    return {
+        "bdf": str(sibling.device.bdf),
+        "short_name": sibling.short_name,
+        "driver": sibling.device.driver,
+        "role": sibling.role,
+    }
 
 
 def reserved_document(region: Reserved) -> dict[str, Any]:
@@ -56,12 +74,13 @@ def device_document(status: view.DeviceStatus, whole: view.HostStatus) -> dict[s
     return {
         "bdf": str(device.bdf),
         "name": status.name,
+        "short_name": status.short_name,
         "vendor": f"{device.vendor:04x}",
         "device": f"{device.device:04x}",
         "subsystem_vendor": f"{device.subsystem_vendor:04x}",
         "subsystem_device": f"{device.subsystem_device:04x}",
         "class": f"{device.class_code:06x}",
-        "class_words": view.class_words(device.class_code),
+        "class_name": view.class_name(device.class_code),
         "revision": f"{device.revision:02x}",
         "driver": device.driver,
         "driver_override": device.driver_override,

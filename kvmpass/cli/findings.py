@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from kvmpass.cli.documents import blocker_document
 from kvmpass.cli.output import Output
 from kvmpass.host import Blocker
 from kvmpass.host.doctor import Finding, Outcome
@@ -67,15 +68,5 @@ def document(finding: Finding) -> dict[str, Any]:
         "summary": finding.summary,
         "needs": finding.needs,
         "read": [{"source": reading.source, "value": reading.value} for reading in finding.read],
-        "problem": None if finding.blocker is None else blocker_fields(finding.blocker),
-    }
-
-
-def blocker_fields(blocker: Blocker) -> dict[str, Any]:
-    """The fields of a blocker that ``doctor`` and ``plan`` have in common, for ``--json``."""
-    return {
-        "kind": blocker.kind,
-        "cause": blocker.cause,
-        "remedy": blocker.remedy,
-        "commands": list(blocker.commands),
+        "blocker": finding.blocker and blocker_document(finding.blocker),
     }

@@ -23,7 +23,7 @@ def format_verdict(status: view.DeviceStatus, whole: view.HostStatus) -> str:
 
 def group_blockers(members: Sequence[view.DeviceStatus]) -> str | None:
     """The devices of a group that the host uses, which block the whole group; None if there are none."""
-    used = sorted({bdf for status in members for blocker in status.blockers for bdf in blocker.devices})
+    used = sorted({bdf for status in members for blocker in status.blockers for bdf in blocker.blocked_by})
     return f"the host uses {', '.join(map(str, used))} of this group" if used else None
 
 
@@ -87,17 +87,17 @@ def format_capabilities(own: view.Capabilities) -> Iterator[str]:
     if own.advanced_flr:
         yield "function level reset (advanced features)"
     if own.power:
-        keeps = "; keeps its state in D3hot" if own.power.keeps_state else ""
-        wakes = f"; wakes the host from {', '.join(own.power.wakes_from)}" if own.power.wakes_from else ""
+        keeps = "; keeps its state in D3hot" if own.power.no_soft_reset else ""
+        wakes = f"; wakes the host from {', '.join(own.power.pme_states)}" if own.power.pme_states else ""
         yield f"power: {', '.join(own.power.states)}{keeps}{wakes}"
     if own.sriov:
         yield f"SR-IOV: {own.sriov.enabled} of {own.sriov.total} virtual functions, id {own.sriov.device:04x}"
     if own.ats:
-        yield f"ATS: translations cached in the device, queue of {own.ats.detail}{_on(own.ats.enabled)}"
+        yield f"ATS: translations cached in the device, queue of {own.ats.queue_depth}{_on(own.ats.enabled)}"
     if own.pri:
         yield f"PRI: page requests{_on(own.pri.enabled)}"
     if own.pasid:
-        yield f"PASID: {own.pasid.detail} bits{_on(own.pasid.enabled)}"
+        yield f"PASID: {own.pasid.width} bits{_on(own.pasid.enabled)}"
     if own.acs:
         yield f"ACS: has {' '.join(own.acs.supported) or 'nothing'}; on: {' '.join(own.acs.enabled) or 'nothing'}"
     others = [*(["AER"] if own.aer else []), *own.others]
@@ -113,12 +113,12 @@ def _on(enabled: bool) -> str:
     return ", on" if enabled else ", off"
 
 
-_PARTS = {
+_ROLES = {
     "bridge": "a bridge: does not block the group",
     "no-driver": "no driver: does not block the group",
-    "left-alone": "its driver does no DMA: does not block the group",
+    "no-dma": "its driver does no DMA: does not block the group",
     "vfio": "bound to a VFIO driver",
-    "in-the-way": "the host uses it: blocks the group",
+    "blocks": "the host uses it: blocks the group",
 }
 
 
@@ -126,7 +126,7 @@ def format_sibling(sibling: view.Sibling) -> str:
     """Another device of the group, and whether it blocks the group."""
     device = sibling.device
     driver = f" ({device.driver})" if device.driver else ""
-    return f"with {device.bdf}{driver}, {_PARTS[sibling.part]}"
+    return f"with {device.bdf}{driver}, {_ROLES[sibling.role]}"
 
 
 def format_bridge(bridge: view.Bridge) -> str:

@@ -10,7 +10,7 @@ import click
 
 from kvmpass import host
 from kvmpass.cli import tables
-from kvmpass.cli.documents import device_document, host_document
+from kvmpass.cli.documents import device_document, group_document, host_document
 from kvmpass.cli.format import format_link, format_resets, format_sriov, format_verdict, group_blockers
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import FILTER
@@ -56,19 +56,15 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
     output.document(
         host=host_document(found.host),
         complete=found.complete,
-        groups=[
-            {"id": group.id, "type": group.type, "no_iommu": group.no_iommu, "devices": [*map(str, group.devices)]}
-            for group in found.groups
-        ],
+        iommu_groups=[{**group_document(group), "bdfs": [*map(str, group.devices)]} for group in found.groups],
         devices=[device_document(status, found.host) for status in found.devices],
         orphaned=[*map(str, found.orphaned)],
     )
     for line in _lines(found, wide):
         output.text(line)
-    if found.host.cause is not None:
+    if blocker := found.host.blocker:
         who = "this user cannot assign devices" if found.host.ready else "this host cannot assign devices"
-        hint = f"\n  hint: {found.host.remedy}" if found.host.remedy else ""
-        output.note(f"{who}: {found.host.cause}{hint}")
+        output.note(f"{who}: {blocker.cause}\n  hint: {blocker.remedy}")
     if found.orphaned:
         output.note(
             f"a killed kvmpass did not restore {', '.join(map(str, found.orphaned))}\n  hint: run kvmpass restore"
@@ -122,7 +118,7 @@ def _group(
 
 def _row(found: view.Inventory, status: view.DeviceStatus, group: str, branch: str, stem: str, wide: bool) -> _Row:
     device = status.device
-    cells = (group, f"{branch}{device.bdf}", view.class_words(device.class_code), device.driver or "-")
+    cells = (group, f"{branch}{device.bdf}", view.class_name(device.class_code), device.driver or "-")
     facts = [
         format_link(status.link),
         f"NUMA node {device.numa_node}" if device.numa_node is not None else None,

@@ -97,7 +97,7 @@ def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: view.Hos
         device=None if event.bdf is None else f"{event.device:04x}",
         driver=event.driver,
         group=event.group,
-        devices=[*map(str, event.devices)],
+        bdfs=[*map(str, event.devices)],
         detail=event.detail,
     )
     moment = time.strftime("%H:%M:%S", time.localtime(event.time)) + f".{int(event.time * 1000) % 1000:03d}"

@@ -11,13 +11,14 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Output:
@@ -80,20 +81,26 @@ def error_document(command: str, error: BaseException) -> str:
         {
             "schema": SCHEMA,
             "command": command,
-            "error": {
-                "type": type(error).__name__,
-                "message": error_text(error),
-                "hints": list(getattr(error, "__notes__", ())),
-            },
+            "error": error_fields(error),
         },
         indent=2,
     )
+
+
+def error_fields(error: BaseException) -> dict[str, Any]:
+    """An exception, for documents."""
+    remedies = list(getattr(error, "__notes__", ()))
+    return {"type": type(error).__name__, "cause": error_text(error), "remedies": remedies}
 
 
 def error_text(error: BaseException) -> str:
     """The cause in one line."""
     if isinstance(error, click.ClickException):
         return error.format_message()
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by SIGINT"
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+        return f"interrupted by {signal.Signals(error.code - 128).name}"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__

@@ -116,7 +116,7 @@ def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None =
         full = str(device.bdf)
         text = full if full.startswith(incomplete) else full.partition(":")[2]
         if text.startswith(incomplete) and (wanted is None or wanted(device)):
-            items.append(CompletionItem(text, help=f"{view.class_words(device.class_code)}: {names.short(device)}"))
+            items.append(CompletionItem(text, help=f"{view.class_name(device.class_code)}: {names.short(device)}"))
     return items
 
 

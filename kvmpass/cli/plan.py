@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from kvmpass.assignment.plan import DevicePlan, Objection, Plan
+from kvmpass.assignment.plan import DevicePlan, Plan
 from kvmpass.assignment.plan import plan as make_plan
 from kvmpass.cli import findings
-from kvmpass.cli.documents import reserved_document
+from kvmpass.cli.documents import blocker_document, reserved_document, sibling_document
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
 from kvmpass.cli.tree import tree_option
@@ -18,6 +18,7 @@ from kvmpass.host import Bdf, Sysfs
 from kvmpass.layout import size_words, translated
 from kvmpass.memory import Backing
 from kvmpass.pci import BarPreview, Vectors
+from kvmpass.pci.space import BarKind
 
 
 @click.command()
@@ -52,17 +53,17 @@ def plan(
     output.text(f"  {descriptors.fixed} for the machine, its {_count(made.cpus, 'vCPU')} and its devices")
     output.text(f"  {descriptors.vectors} more at most, one for each MSI or MSI-X vector that the guest unmasks")
     output.text(f"  {'any number' if descriptors.limit is None else descriptors.limit} are allowed")
-    for title, objections, colour in (("warnings", made.warnings, "yellow"), ("what blocks", made.blocks, "red")):
-        if objections:
+    for title, blockers, colour in (("warnings", made.warnings, "yellow"), ("blockers", made.blockers, "red")):
+        if blockers:
             output.text(click.style(title, fg=colour, bold=True))
-        for objection in objections:
-            findings.show_blocker(output, objection.blocker)
+        for blocker in blockers:
+            findings.show_blocker(output, blocker)
     output.text()
     verdict = (
-        f"kvmpass assign would refuse, for {_count(len(made.blocks), 'reason')}" if made.blocks else "nothing blocks"
+        f"kvmpass assign would refuse: {_count(len(made.blockers), 'blocker')}" if made.blockers else "no blockers"
     )
     output.text(f"{verdict}; nothing was changed")
-    return 1 if made.blocks else 0
+    return 1 if made.blockers else 0
 
 
 def _count(number: int, what: str) -> str:
@@ -71,13 +72,14 @@ def _count(number: int, what: str) -> str:
 
 def _show_device(output: Output, device: DevicePlan) -> None:
     group = "no IOMMU group" if device.group is None else f"IOMMU group {device.group}"
-    output.text(click.style(f"{device.bdf}  {device.name}, {group}", bold=True))
+    output.text(click.style(f"{device.bdf}  {device.short_name}, {group}", bold=True))
     driver = device.driver or "(none)"
     hands = "vfio-pci, not changed" if driver == "vfio-pci" else f"{driver} -> vfio-pci -> {driver}"
     rows = [("driver", hands)]
-    for member in device.members:
-        part = {"taken": "is assigned, too", "stays": "is not changed", "blocks": "blocks the group"}[member.part]
-        rows.append(("group", f"{member.bdf} {member.name} ({member.driver or 'no driver'}): {part}"))
+    for sibling in device.siblings:
+        role = {"assigned": "is assigned, too", "blocks": "blocks the group"}.get(sibling.role, "is not changed")
+        other = f"{sibling.device.bdf} {sibling.short_name} ({sibling.device.driver or 'no driver'})"
+        rows.append(("group", f"{other}: {role}"))
     rows.append(("reset", _resets(device.reset_methods)))
     rows.append(("vectors", _vectors(device.vectors)))
     rows += [(bar.name, _bar(bar)) for bar in device.bars]
@@ -116,7 +118,7 @@ def _show_memory(output: Output, made: Plan) -> None:
         output.text("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     if made.memory:
         output.text(f"  {_count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_words(made.locked)})")
-    output.text(f"  laid out in {made.phys_bits} bits of physical address ({made.width_from})")
+    output.text(f"  laid out in {made.phys_bits} bits of physical address ({made.phys_bits_source})")
     if not made.confined:
         output.text("  this host has no IOMMU groups: reserved ranges are unknown")
         return
@@ -142,7 +144,7 @@ def _document(made: Plan) -> dict[str, Any]:
     return {
         "devices": [_device_document(device) for device in made.devices],
         "cpus": made.cpus,
-        "memory": None
+        "memory_regions": None
         if memory is None
         else [
             {
@@ -160,7 +162,7 @@ def _document(made: Plan) -> dict[str, Any]:
         "map_calls": made.map_calls,
         "locked": made.locked,
         "phys_bits": made.phys_bits,
-        "phys_bits_from": made.width_from,
+        "phys_bits_source": made.phys_bits_source,
         "reserved_regions": None
         if not made.confined or memory is None
         else [*map(reserved_document, memory.layout.reserved)],
@@ -169,35 +171,28 @@ def _document(made: Plan) -> dict[str, Any]:
             "vectors": made.descriptors.vectors,
             "limit": made.descriptors.limit,
         },
-        "blocks": [_blocker_document(objection) for objection in made.blocks],
-        "warnings": [_blocker_document(objection) for objection in made.warnings],
+        "blockers": [*map(blocker_document, made.blockers)],
+        "warnings": [*map(blocker_document, made.warnings)],
     }
-
-
-def _blocker_document(objection: Objection) -> dict[str, Any]:
-    bdf = None if objection.bdf is None else str(objection.bdf)
-    return {"bdf": bdf, **findings.blocker_fields(objection.blocker)}
 
 
 def _device_document(device: DevicePlan) -> dict[str, Any]:
     vectors = device.vectors
     return {
         "bdf": str(device.bdf),
-        "name": device.name,
+        "short_name": device.short_name,
         "driver": device.driver,
         "group": device.group,
-        "members": [
-            {"bdf": str(member.bdf), "name": member.name, "driver": member.driver, "part": member.part}
-            for member in device.members
-        ],
+        "siblings": [*map(sibling_document, device.siblings)],
         "reset_methods": list(device.reset_methods),
-        "vectors": {"msix": vectors.msix, "msi": vectors.msi, "intx": vectors.intx},
+        "interrupts": {"msix": vectors.msix, "msi": vectors.msi, "intx": vectors.intx},
         "bars": [
             {
                 "name": bar.name,
-                "kind": bar.kind.value,
+                "io": bar.kind is BarKind.IO,
+                "bits": {BarKind.MEMORY32: 32, BarKind.MEMORY64: 64}.get(bar.kind),
                 "size": bar.size,
-                "mapped": None
+                "memslots": None
                 if bar.mapped is None
                 else [{"offset": hex(part.start), "size": part.size} for part in bar.mapped],
             }

@@ -32,7 +32,7 @@ def restore(output: Output) -> int:
     0.
     """
     results = host.restore(say=output.note)
-    output.document(results=[asdict(result) for result in results])
+    output.document(devices=[asdict(result) for result in results])
     if not results:
         output.text("nothing to restore")
     for result in results:

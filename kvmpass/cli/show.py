@@ -10,7 +10,13 @@ import click
 
 from kvmpass import host
 from kvmpass.cli import tables
-from kvmpass.cli.documents import device_document, host_document, reserved_document
+from kvmpass.cli.documents import (
+    device_document,
+    group_document,
+    host_document,
+    reserved_document,
+    sibling_document,
+)
 from kvmpass.cli.format import (
     format_acs,
     format_bars,
@@ -88,7 +94,7 @@ def _facts(facts: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
 
 def _identity(found: view.Description) -> Iterator[tuple[str, list[str]]]:
     status, device = found.status, found.status.device
-    words = view.class_words(device.class_code)
+    words = view.class_name(device.class_code)
     ids = f"{device.vendor:04x}:{device.device:04x}, revision {device.revision:02x}"
     yield "Class", [f"{words} ({device.class_code:06x})"]
     yield "Ids", [ids]
@@ -119,23 +125,22 @@ def _verdict(found: view.Description) -> Iterator[tuple[str, list[str]]]:
     for blocker in found.status.blockers:
         cause = f"{found.status.device.bdf} is in use: see below" if blocker.kind == "in-use" else blocker.cause
         answer += [f"- {cause}", f"  hint: {blocker.remedy}"]
-    if found.host.cause is not None:
+    if host_blocker := found.host.blocker:
         who = "this user cannot assign devices" if found.host.ready else "no device of this host can be assigned"
-        answer.append(f"- {who}: {found.host.cause}")
-        answer += [f"  hint: {found.host.remedy}"] if found.host.remedy else []
+        answer += [f"- {who}: {host_blocker.cause}", f"  hint: {host_blocker.remedy}"]
     yield "Assignable", answer
     yield "In use", _uses(found)
 
 
 def _uses(found: view.Description) -> list[str]:
-    if found.uses or found.unseen:
-        return [*found.uses, *(f"cannot be detected: {why}" for why in found.unseen)]
+    if found.uses or found.possible_uses:
+        return [*found.uses, *(f"cannot be detected: {why}" for why in found.possible_uses)]
     return ["no" if found.complete else "no, as far as this user can see"]
 
 
 def _capabilities(found: view.Description) -> list[str]:
     own = found.capabilities
-    if not own.answers:
+    if not own.responds:
         return ["the device does not respond: it is powered off or removed"]
     if not own.readable:
         return ["unknown: without root the kernel shows only 64 bytes of configuration space"]
@@ -174,18 +179,13 @@ def _document(found: view.Description) -> dict[str, Any]:
         "subsystem_name": found.subsystem_name,
         "driverctl": found.driverctl,
         "uses": [*found.uses],
-        "unseen": [*found.unseen],
+        "possible_uses": [*found.possible_uses],
         "bars": [{**asdict(bar), "address": None if bar.address is None else hex(bar.address)} for bar in found.bars],
         "capabilities": _capability_document(found.capabilities),
-        "group": group
+        "iommu_group": group
         and {
-            "id": group.id,
-            "type": group.type,
-            "no_iommu": group.no_iommu,
-            "siblings": [
-                {"bdf": str(sibling.device.bdf), "driver": sibling.device.driver, "part": sibling.part}
-                for sibling in found.siblings
-            ],
+            **group_document(group),
+            "siblings": [*map(sibling_document, found.siblings)],
             "reserved_regions": [*map(reserved_document, group.reserved)],
         },
         "functions": [*map(str, found.functions)],

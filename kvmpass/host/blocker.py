@@ -29,7 +29,9 @@ class Blocker:
     """The remedy as shell commands, to be typed as root."""
     denied: str = ""
     """A file that this user may not open: :meth:`exception` makes a ``PermissionError``; else empty."""
-    devices: tuple[Bdf, ...] = ()
+    bdf: Bdf | None = None
+    """The device; None if it concerns the host."""
+    blocked_by: tuple[Bdf, ...] = ()
     """The siblings that keep the IOMMU group from being viable."""
     bindable: bool = False
     """It blocks assignment, but not binding to vfio-pci."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
@@ -266,7 +266,7 @@ class CheckContext:
         return None if self.device.group is None else self.look.group(self.device.group)
 
 
-def run_checks(checks: Sequence[Check], context: CheckContext) -> Iterator[Finding]:
+def run_checks(checks: Iterable[Check], context: CheckContext) -> Iterator[Finding]:
     """Run ``checks`` in order, each when the caller asks for its finding; skip those that depend on a failed one."""
     causes: dict[str, str] = {}  # of each check that failed or was skipped: the check that failed first
     for check in checks:
@@ -282,5 +282,13 @@ def run_checks(checks: Sequence[Check], context: CheckContext) -> Iterator[Findi
             outcome = Outcome.WARN if verdict.warning else Outcome.FAIL
         if outcome is Outcome.FAIL:
             causes[check.id] = check.id
-        summary = verdict.blocker.brief if verdict.blocker else verdict.summary
-        yield Finding(check.id, check.title, outcome, summary, verdict.read, verdict.blocker, bdf=bdf)
+        blocker = replace(verdict.blocker, bdf=bdf) if verdict.blocker else None
+        summary = blocker.brief if blocker else verdict.summary
+        yield Finding(check.id, check.title, outcome, summary, verdict.read, blocker, bdf=bdf)
+
+
+def failures(checks: Iterable[Check], context: CheckContext) -> Iterator[Blocker]:
+    """Run ``checks`` as :func:`run_checks`; yield the blockers of those that fail, without warnings."""
+    for finding in run_checks(checks, context):
+        if finding.outcome is Outcome.FAIL and finding.blocker is not None:
+            yield finding.blocker

@@ -108,7 +108,10 @@ def test_the_commands(nvme: str, edu: str) -> None:
         return done.stdout
 
     devices = json.loads(command("bind", "--json", nvme, edu))["devices"]
-    assert [(device["from"], device["to"]) for device in devices] == [("nvme", "vfio-pci"), (None, "vfio-pci")]
+    assert [(device["driver_before"], device["driver_after"]) for device in devices] == [
+        ("nvme", "vfio-pci"),
+        (None, "vfio-pci"),
+    ]
     assert command("unbind", nvme, edu) == f"{nvme}  vfio-pci -> nvme\n{edu}  vfio-pci -> no driver\n"
     namespace(nvme)
 

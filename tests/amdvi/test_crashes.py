@@ -85,7 +85,7 @@ def test_a_driver_that_crashes_ends_the_guest(
     edu: str, faulty: Path, tmp_path: Path, append: str, first: str, where: str
 ) -> None:
     status, document, shown = crash(edu, faulty, append, 200, tmp_path / "status.json")
-    assert (status, document["outcome"], document["status"]) == (126, "panic", None), shown
+    assert (status, document["outcome"], document["guest_exit_status"]) == (126, "panic", None), shown
     assert re.search(first, shown[0]), shown
     text = "\n".join(shown)
     assert f"{where}+0x" in text
@@ -98,7 +98,7 @@ def test_the_time_is_up(edu: str, faulty: Path, tmp_path: Path) -> None:
     log = tmp_path / "console.log"
     append = "faulty.fault=loop watchdog_thresh=3 softlockup_panic=0 loglevel=6"
     status, document, shown = crash(edu, faulty, append, 60, tmp_path / "status.json", "--console-log", str(log))
-    assert (status, document["outcome"], document["status"]) == (124, "timeout", None), shown
+    assert (status, document["outcome"], document["guest_exit_status"]) == (124, "timeout", None), shown
     assert 60 <= document["seconds"] < 150
     assert "soft lockup - CPU#0 stuck for" in shown[0], shown
     assert "faulty_probe+0x" in "\n".join(shown)
@@ -158,7 +158,7 @@ def test_an_interruption_shows_the_console_and_is_told_in_words(edu: str, tmp_pa
     assert f"kvmpass: interrupted by {name}; the guest's console:" in errors
     assert "of the console" in errors
     document = json.loads(status.read_text())
-    assert (document["outcome"], document["error"]) == ("interrupted", f"interrupted by {name}")
+    assert (document["outcome"], document["error"]["cause"]) == ("interrupted", f"interrupted by {name}")
 
 
 def test_a_console_log_that_cannot_be_written(edu: str, tmp_path: Path) -> None:

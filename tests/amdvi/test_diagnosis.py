@@ -77,7 +77,7 @@ def test_the_commands(nvme: str, valid: Callable[..., Any], emulated_host: bool)
         [*words, "plan", nvme, "--memory", "64M", "--json"], capture_output=True, text=True, timeout=60, check=False
     )
     document = valid("plan", done.stdout)
-    assert (done.returncode, done.stderr, document["blocks"]) == (0, "", [])
+    assert (done.returncode, done.stderr, document["blockers"]) == (0, "", [])
     assert document["devices"][0]["driver"] == "nvme"
 
 
@@ -92,7 +92,7 @@ def test_the_commands(nvme: str, valid: Callable[..., Any], emulated_host: bool)
 )
 def test_a_host_that_lacks_something(kind: str, edu: str) -> None:
     assert failures(edu) == [kind]
-    assert [one.blocker.kind for one in kvmpass.plan([edu], memory="64M").blocks] == [kind]
+    assert [blocker.kind for blocker in kvmpass.plan([edu], memory="64M").blockers] == [kind]
 
 
 @pytest.mark.amdvi(profile="wrong-ioapic", kernel="full")
@@ -136,18 +136,18 @@ def test_no_iommu_mode(edu: str) -> None:
 def test_a_sibling_in_use(multifunction: str) -> None:
     assert failures(multifunction) == ["group-not-viable"]
     made = kvmpass.plan([multifunction], memory="64M")
-    assert [one.part for one in made.devices[0].members] == ["blocks"]
+    assert [one.role for one in made.devices[0].siblings] == ["blocks"]
     group = SYSFS.device(Bdf.parse(multifunction)).group
     assert group is not None
     whole = kvmpass.plan(SYSFS.group(group).devices, memory="64M")
-    assert whole.blocks == ()
-    assert {member.part for device in whole.devices for member in device.members} == {"taken"}
+    assert whole.blockers == ()
+    assert {sibling.role for device in whole.devices for sibling in device.siblings} == {"assigned"}
 
 
 def test_beside_a_bridge(bridged: str) -> None:
     made = kvmpass.plan([bridged], memory="64M")
-    assert made.blocks == ()
-    assert {one.part for one in made.devices[0].members} == {"stays"}
+    assert made.blockers == ()
+    assert {one.role for one in made.devices[0].siblings} == {"bridge"}
 
 
 @pytest.mark.destructive
@@ -206,8 +206,8 @@ def test_the_memory_of_a_cgroup(nvme: str, cgroup: Path) -> None:
         for command in ("doctor", "plan"):
             done = in_cgroup(cgroup, "-m", "kvmpass", command, nvme, "--memory", "1G", "--json")
             document = json.loads(done.stdout)
-            kinds = [one["problem"]["kind"] for one in document.get("findings", ()) if one["outcome"] == "fail"]
-            assert (done.returncode, [*kinds, *[one["kind"] for one in document.get("blocks", ())]]) == (
+            kinds = [one["blocker"]["kind"] for one in document.get("findings", ()) if one["outcome"] == "fail"]
+            assert (done.returncode, [*kinds, *[one["kind"] for one in document.get("blockers", ())]]) == (
                 1,
                 ["cgroup-memory"],
             )
@@ -219,7 +219,7 @@ def test_the_memory_of_a_cgroup(nvme: str, cgroup: Path) -> None:
     (cgroup.parent / "pids.max").write_text("5")
     done = in_cgroup(cgroup, "-m", "kvmpass", "doctor", "--json")
     (cgroup.parent / "pids.max").write_text("max")
-    kinds = [one["problem"]["kind"] for one in json.loads(done.stdout)["findings"] if one["outcome"] == "fail"]
+    kinds = [one["blocker"]["kind"] for one in json.loads(done.stdout)["findings"] if one["outcome"] == "fail"]
     assert kinds == ["tasks-low"]
 
 
@@ -293,7 +293,7 @@ class Holed(Sysfs):
 def test_a_plan_comes_true(nvme: str, edu: str, sysfs: Sysfs) -> None:
     """Its table is the machine's, its counts are those of the kernel, and making it changed nothing."""
     made = kvmpass.plan([nvme, edu], memory="64M", cpus=2, sysfs=sysfs)
-    assert made.blocks == ()
+    assert made.blockers == ()
     assert made.memory is not None
     regions = made.memory.regions
     assert len(regions) == made.map_calls == (1 if sysfs is SYSFS else 2)

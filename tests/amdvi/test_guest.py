@@ -78,8 +78,13 @@ def test_the_guest_reads_and_writes_the_drive(nvme: str, tmp_path: Path, destruc
     assert result.stdout.split()[0].decode() == hashlib.sha256(before).hexdigest()
     assert head(nvme) == before[: 3 * 4096] + marker + before[4 * 4096 :]
     report = valid("status-file", (tmp_path / "status.json").read_text())
-    assert (report["schema"], report["outcome"], report["status"], report["exit_status"]) == (1, "exited", 0, 0)
-    assert report["devices"] == [nvme]
+    assert (report["schema"], report["outcome"], report["guest_exit_status"], report["exit_status"]) == (
+        2,
+        "exited",
+        0,
+        0,
+    )
+    assert report["bdfs"] == [nvme]
 
 
 def test_interrupts_are_msi_x(nvme: str) -> None:
@@ -151,7 +156,7 @@ def test_a_guest_that_panics_has_no_status(nvme: str, tmp_path: Path, valid: Val
     assert b"the guest panicked before its command reported a status" in result.stderr
     assert b"Kernel panic - not syncing: sysrq triggered crash" in result.stderr
     report = valid("status-file", status.read_text())
-    assert (report["outcome"], report["status"], report["exit_status"]) == ("panic", None, 126)
+    assert (report["outcome"], report["guest_exit_status"], report["exit_status"]) == ("panic", None, 126)
     assert driver(nvme) == "nvme"
 
 

@@ -81,12 +81,12 @@ def listed(capfd: pytest.CaptureFixture[str], valid: Valid, *filters: str) -> di
 def test_every_device_in_its_group(capfd: pytest.CaptureFixture[str], valid: Valid) -> None:
     document = valid("list", run(capfd, "list", "--json"))
     assert [device["bdf"] for device in document["devices"]] == sorted(path.name for path in DEVICES.iterdir())
-    groups = {group["id"]: group["devices"] for group in document["groups"]}
+    groups = {group["group"]: group["bdfs"] for group in document["iommu_groups"]}
     assert groups == {number: members for number, members in kernel_groups().items() if members}
     for device in document["devices"]:
         number = next((number for number, members in groups.items() if device["bdf"] in members), None)
         assert device["group"] == number
-    assert document["host"] == {"ready": True, "permitted": True, "cause": None, "remedy": None}
+    assert document["host"] == {"ready": True, "permitted": True, "blocker": None}
 
 
 def test_what_can_be_assigned(
@@ -104,7 +104,7 @@ def test_what_can_be_assigned(
     def sibling(bdf: str) -> dict[str, Any]:
         return next(one for one in found.values() if one["group"] == found[bdf]["group"] and one["bdf"] != bdf)
 
-    assert sibling(multifunction)["blockers"][0]["devices"] == [multifunction]
+    assert sibling(multifunction)["blockers"][0]["blocked_by"] == [multifunction]
     assert [blocker["kind"] for blocker in sibling(bridged)["blockers"]] == ["bridge"]
 
 
@@ -221,12 +221,12 @@ def test_the_surroundings(
     bridge = behind["bridges"][0]
     if emulated_host:
         assert (bridge["kind"], bridge["isolates"]) == ("conventional bridge", False)
-    assert (bridge["bdf"], "bridge") in [(one["bdf"], one["part"]) for one in behind["group"]["siblings"]]
-    kinds = {region["kind"]: region for region in behind["group"]["reserved_regions"]}
+    assert (bridge["bdf"], "bridge") in [(one["bdf"], one["role"]) for one in behind["iommu_group"]["siblings"]]
+    kinds = {region["kind"]: region for region in behind["iommu_group"]["reserved_regions"]}
     assert (kinds["msi"]["start"], kinds["msi"]["last"]) == ("0xfee00000", "0xfeefffff")
     one = valid("show", run(capfd, "show", "--json", multifunction))
-    assert "in-the-way" in [sibling["part"] for sibling in one["group"]["siblings"]]
-    assert set(one["functions"]) & {sibling["bdf"] for sibling in one["group"]["siblings"]}
+    assert "blocks" in [sibling["role"] for sibling in one["iommu_group"]["siblings"]]
+    assert set(one["functions"]) & {sibling["bdf"] for sibling in one["iommu_group"]["siblings"]}
 
 
 @pytest.mark.amdvi(qemu="modern", profile="modern")
@@ -253,7 +253,7 @@ def test_behind_a_root_port(capfd: pytest.CaptureFixture[str], valid: Valid, nvm
     )
     assert virtual is not None
     own = document["capabilities"]["sriov"]
-    assert (own["total"], own["first"], own["stride"], own["device"]) == (
+    assert (own["total"], own["first_offset"], own["stride"], own["device"]) == (
         int(virtual[1]),
         int(virtual[2]),
         int(virtual[3]),
@@ -289,7 +289,7 @@ def test_a_user_without_rights(tmp_path: Path, nvme: str, valid: Valid, emulated
     document = valid("show", as_nobody(tmp_path, "show", "--json", nvme)[0])
     assert (document["complete"], document["capabilities"]["readable"]) == (False, False)
     assert (
-        document["capabilities"]["answers"]
+        document["capabilities"]["responds"]
         and document["bars"][0]["size"] == (DEVICES / nvme / "resource0").stat().st_size
     )
 
@@ -338,7 +338,7 @@ def test_a_device_there_and_back(
     assert {record["bdf"] for record in records} == {nic, None}
     nodes = [record for record in records if record["bdf"] is None]
     assert [record["event"] for record in nodes] == ["group-appeared", "group-vanished"]
-    assert all((record["group"], record["devices"]) == (group, [nic]) for record in nodes)
+    assert all((record["group"], record["bdfs"]) == (group, [nic]) for record in nodes)
 
 
 @pytest.mark.usefixtures("usual_signals")

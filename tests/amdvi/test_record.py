@@ -34,7 +34,7 @@ def answers(sysfs: host.Sysfs, addresses: list[str]) -> dict[str, str]:
         found[f"show {bdf}"] = repr(host.describe(sysfs, bdf))
         found[f"doctor {bdf}"] = repr(findings(bdf))
         made = kvmpass.plan([bdf], memory="64M", sysfs=sysfs)
-        reasons = [(one.bdf, one.blocker) for one in (*made.blocks, *made.warnings)]
+        reasons = [*made.blockers, *made.warnings]
         found[f"plan {bdf}"] = repr((made.devices, made.memory, made.phys_bits, made.descriptors, reasons))
     return found
 

@@ -60,7 +60,7 @@ def _compare(host: Host, device: PciDevice, found: list[Blocker], look: Look, wh
     seen = [pair for pair in answer if pair[0] not in skipped]  # what fails the host hides what follows from it
     failed = [one.blocker for one in findings if one.outcome is Outcome.FAIL and one.blocker]
     assert [pair for pair in _answer(failed) if pair[0] in KINDS] == seen, "doctor"
-    planned = [one.blocker for one in plan([bdf], sysfs=host).blocks if one.bdf is not None]
+    planned = [blocker for blocker in plan([bdf], sysfs=host).blockers if blocker.bdf is not None]
     assert [pair for pair in _answer(planned) if pair[0] in KINDS] == seen, "plan"
 
     _assign(host, device, found)

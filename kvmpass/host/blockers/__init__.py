@@ -15,7 +15,7 @@ from kvmpass.host.address import Bdf
 from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import bars, group, kind, use
 from kvmpass.host.blockers.group import is_harmless
-from kvmpass.host.check import Check, CheckContext, Outcome, run_checks
+from kvmpass.host.check import Check, CheckContext, failures
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PciDevice, Sysfs
 
@@ -54,18 +54,12 @@ def blockers(
 
     Callers that check many devices pass one ``look``. ``wake``: resume a suspended device to read its registers.
     """
-    yield from _found(_REFUSING, CheckContext.of(sysfs, device, together, look, wake=wake))
+    yield from failures(_REFUSING, CheckContext.of(sysfs, device, together, look, wake=wake))
 
 
 def users(sysfs: Sysfs, device: PciDevice, look: Look | None = None) -> Iterator[Blocker]:
     """Yield only the blockers that end when a process or the host stops using the device."""
-    yield from _found(use.CHECKS, CheckContext.of(sysfs, device, (), look))
-
-
-def _found(checks: Iterable[Check], context: CheckContext) -> Iterator[Blocker]:
-    for finding in run_checks(tuple(checks), context):
-        if finding.outcome is Outcome.FAIL and finding.blocker is not None:
-            yield finding.blocker
+    yield from failures(use.CHECKS, CheckContext.of(sysfs, device, (), look))
 
 
 __all__ = ["CHECKS", "blockers", "check_assignable", "is_harmless", "users"]

@@ -25,7 +25,7 @@ NOT_VIABLE = BlockerTemplate(
 )
 REFUSES_DIRECT = (6, 6)  # the first Linux that does (drivers/iommu/iommu.c: require_direct)
 DIRECT = BlockerTemplate(
-    kind="device-one-to-one",
+    kind="device-direct-mapped",
     brief="VFIO refuses it",
     cause="the firmware wants memory direct-mapped for {bdf} or its group, {group} ({ranges}): VFIO refuses it",
     remedy="turn off pre-boot DMA protection (kernel DMA protection) in the firmware's setup, or update the firmware",
@@ -33,7 +33,7 @@ DIRECT = BlockerTemplate(
     bindable=True,
 )
 DIRECT_OLD = BlockerTemplate(
-    kind="device-one-to-one-old",
+    kind="device-direct-mapped-old",
     brief="newer kernels refuse the device",
     cause="the firmware wants memory direct-mapped for {bdf} or its group, {group} ({ranges}): VFIO refuses it "
     "from Linux 6.6 on; this kernel removes the mapping",
@@ -69,7 +69,7 @@ def _viable(context: CheckContext) -> Verdict:
         return passed(f"{len(others)} others" if others else "alone", read)
     who = ", ".join(f"{other.bdf} (driver {other.driver})" for other in busy)
     found = NOT_VIABLE.fill(bdf=bdf, group=group.id, busy=who)
-    return Verdict((read,), "", replace(found, devices=tuple(other.bdf for other in busy)))
+    return Verdict((read,), "", replace(found, blocked_by=tuple(other.bdf for other in busy)))
 
 
 def _direct(context: CheckContext) -> Verdict:
@@ -87,7 +87,7 @@ def _direct(context: CheckContext) -> Verdict:
 
 CHECKS = (
     Check(
-        "device-one-to-one",
+        "device-direct-mapped",
         "Its direct-mapped memory",
         "ranges of the type direct in the group's `reserved_regions` (from IVMD blocks of "
         "`/sys/firmware/acpi/tables/IVRS`)",

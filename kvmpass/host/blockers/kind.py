@@ -37,7 +37,7 @@ NO_IOMMU = BlockerTemplate(
     error=NotAssignable,
 )
 NO_RESPONSE = BlockerTemplate(
-    kind="device-silent",
+    kind="device-no-response",
     brief="does not respond ({power})",
     cause="{bdf} does not respond: its configuration space reads as ones (power state {power})",
     remedy="it does not resume from D3cold, or hangs: remove it and rescan the bus; if that does not help, "
@@ -82,7 +82,7 @@ def _kind(context: CheckContext) -> Verdict:
     return passed(f"group {device.group}", read)
 
 
-def _answers(context: CheckContext) -> Verdict:
+def _responds(context: CheckContext) -> Verdict:
     device, base = context.device, f"{PCI_DEVICES}/{context.bdf}"
     header = context.header  # not only the IDs: those of a virtual function read as ones
     power = context.sysfs.text(base, "power_state") or "unknown"
@@ -108,11 +108,11 @@ CHECKS = (
         device=True,
     ),
     Check(
-        "device-answers",
+        "device-responds",
         "Responds",
         "the first bytes of its configuration space; `power_state`, `d3cold_allowed`, `power/control`",
         (NO_RESPONSE, COLD),
-        _answers,
+        _responds,
         ("device",),
         device=True,
     ),

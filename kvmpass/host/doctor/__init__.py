@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from itertools import chain
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import CHECKS as DEVICE_CHECKS
-from kvmpass.host.check import Check, CheckContext, Finding, Outcome, Reading, run_checks
+from kvmpass.host.check import Check, CheckContext, Finding, Outcome, Reading, failures, run_checks
 from kvmpass.host.doctor import device, iommu, limits, memory, processor, rights, vfio
 from kvmpass.host.doctor.iommu import interrupt_remapping
 from kvmpass.host.look import Look
@@ -58,7 +59,13 @@ def check_host(sysfs: Sysfs) -> None:
     Raises ``HostNotReady`` or ``PermissionError`` for the first of the catalogue's vital checks that fails. Loads no
     module: it is sufficient that vfio-pci can be loaded.
     """
-    _refuse([check for check in CATALOGUE if check.vital], CheckContext(sysfs))
+    if blocker := host_blocker(sysfs):
+        raise blocker.exception()
+
+
+def host_blocker(sysfs: Sysfs) -> Blocker | None:
+    """Return the blocker for which :func:`check_host` raises; None if this host and this user can assign devices."""
+    return next(failures((check for check in CATALOGUE if check.vital), CheckContext(sysfs)), None)
 
 
 def check_memory(
@@ -95,9 +102,8 @@ def check_limits(
 
 
 def _refuse(checks: Iterable[Check], context: CheckContext) -> None:
-    for finding in run_checks(list(checks), context):
-        if finding.outcome is Outcome.FAIL and finding.blocker is not None:
-            raise finding.blocker.exception()
+    for blocker in failures(checks, context):
+        raise blocker.exception()
 
 
 __all__ = [
@@ -111,5 +117,6 @@ __all__ = [
     "check_memory",
     "diagnose",
     "diagnose_device",
+    "host_blocker",
     "interrupt_remapping",
 ]

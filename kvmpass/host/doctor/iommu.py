@@ -124,7 +124,7 @@ NOIOMMU = BlockerTemplate(
     warning=True,
 )
 SOME_DIRECT = BlockerTemplate(
-    kind="one-to-one",
+    kind="direct-mapped",
     brief="for {count} devices",
     cause="the firmware wants memory direct-mapped (IVRS IVMD). VFIO refuses these devices since about Linux "
     "6.6: {devices}",
@@ -352,7 +352,7 @@ CHECKS = (
         "noiommu-mode", "No-IOMMU mode", f"`/{NOIOMMU_MODE}`, groups of the name vfio-noiommu", (NOIOMMU,), _noiommu
     ),
     Check(
-        "one-to-one",
+        "direct-mapped",
         "Direct-mapped memory",
         f"ranges of the type direct in `/sys/kernel/iommu_groups/*/reserved_regions`, IVMD blocks of `/{IVRS}`",
         (SOME_DIRECT,),

@@ -222,7 +222,7 @@ class _Work:
         warnings = []
         for blocker in found:
             if blocker.bindable or (blocker.forceable and self.force):
-                more = "; --group binds them too" if blocker.devices and not self.group else ""
+                more = "; --group binds them too" if blocker.blocked_by and not self.group else ""
                 warnings.append(blocker.cause + more)
                 continue
             error = blocker.exception()

@@ -2,14 +2,16 @@
 
 from kvmpass.host.view.capabilities import (
     Acs,
+    Ats,
     Capabilities,
     Express,
+    Pasid,
     Power,
-    Service,
+    Pri,
     SriovRegisters,
     capabilities_of,
 )
-from kvmpass.host.view.classes import class_words
+from kvmpass.host.view.classes import class_name
 from kvmpass.host.view.description import BarInfo, Description, describe
 from kvmpass.host.view.filters import Filter, parse_filter, select
 from kvmpass.host.view.inventory import (
@@ -29,6 +31,7 @@ from kvmpass.host.view.watching import HostEvent, Uevent, watch_events
 
 __all__ = [
     "Acs",
+    "Ats",
     "BarInfo",
     "Bridge",
     "Capabilities",
@@ -40,15 +43,16 @@ __all__ = [
     "HostStatus",
     "Inventory",
     "Link",
+    "Pasid",
     "Power",
-    "Service",
+    "Pri",
     "Sibling",
     "Sriov",
     "SriovRegisters",
     "Uevent",
     "bridges_above",
     "capabilities_of",
-    "class_words",
+    "class_name",
     "describe",
     "device_status",
     "host_status",

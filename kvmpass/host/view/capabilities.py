@@ -104,10 +104,10 @@ class Power:
 
     states: tuple[str, ...]
     """Supported states (``D0`` … ``D3hot``)."""
-    wakes_from: tuple[str, ...]
+    pme_states: tuple[str, ...]
     """States in which the function can assert PME#."""
-    keeps_state: bool
-    """No_Soft_Reset: D3hot to D0 does not reset the function."""
+    no_soft_reset: bool
+    """D3hot to D0 does not reset the function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class SriovRegisters:
     """InitialVFs."""
     enabled: int
     """NumVFs if VF Enable is set, else 0."""
-    first: int
+    first_offset: int
     """First VF Offset: routing ID of the first VF, relative to the PF's."""
     stride: int
     """VF Stride: distance between the routing IDs of two VFs."""
@@ -129,13 +129,31 @@ class SriovRegisters:
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
-    """One of ATS, PRI and PASID."""
+class Ats:
+    """Address Translation Services."""
 
     enabled: bool
     """Whether it is enabled."""
-    detail: int | None = None
-    """Invalidate queue depth (ATS: 1 to 32), width in bits (PASID); None for PRI."""
+    queue_depth: int
+    """Invalidate Queue Depth: 1 to 32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pri:
+    """Page Request Interface."""
+
+    enabled: bool
+    """Whether it is enabled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pasid:
+    """Process Address Space ID."""
+
+    enabled: bool
+    """Whether it is enabled."""
+    width: int
+    """Max PASID Width, in bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +172,7 @@ class Capabilities:
 
     readable: bool
     """False for non-root users, and for a device that does not respond; then the capabilities are unknown."""
-    answers: bool
+    responds: bool
     """False if all bytes read as ones: the device is powered off, or gone."""
     memory_enabled: bool
     """Memory Space Enable, in the Command register."""
@@ -176,11 +194,11 @@ class Capabilities:
     """Power management."""
     sriov: SriovRegisters | None = None
     """SR-IOV, of a physical function."""
-    ats: Service | None = None
+    ats: Ats | None = None
     """Address Translation Services."""
-    pri: Service | None = None
+    pri: Pri | None = None
     """Page Request Interface."""
-    pasid: Service | None = None
+    pasid: Pasid | None = None
     """Process Address Space ID."""
     acs: Acs | None = None
     """Access Control Services."""
@@ -209,15 +227,15 @@ def decode(space: bytes) -> Capabilities:
     def read(offset: int, size: int) -> int:
         return int.from_bytes(space[offset : offset + size], "little")
 
-    answers = bool(space.strip(b"\xff"))
-    command = read(pciregs.COMMAND, 2) if answers else 0
+    responds = bool(space.strip(b"\xff"))
+    command = read(pciregs.COMMAND, 2) if responds else 0
     header = Capabilities(
-        readable=answers and len(space) > pciregs.HEADER_SIZE,
-        answers=answers,
+        readable=responds and len(space) > pciregs.HEADER_SIZE,
+        responds=responds,
         memory_enabled=bool(command & pciregs.COMMAND_MEMORY),
         io_enabled=bool(command & pciregs.COMMAND_IO),
         bus_master=bool(command & pciregs.COMMAND_MASTER),
-        multifunction=answers and bool(read(pciregs.HEADER_TYPE, 1) & pciregs.MULTIFUNCTION),
+        multifunction=responds and bool(read(pciregs.HEADER_TYPE, 1) & pciregs.MULTIFUNCTION),
     )
     if not header.readable:
         return header
@@ -287,25 +305,25 @@ def _sriov(read: Read, at: int) -> SriovRegisters:
         total=read(at + 0x0E, 2),
         initial=read(at + 0x0C, 2),
         enabled=enabled,
-        first=read(at + 0x14, 2),
+        first_offset=read(at + 0x14, 2),
         stride=read(at + 0x16, 2),
         device=read(at + 0x1A, 2),
     )
 
 
-def _ats(read: Read, at: int) -> Service:
+def _ats(read: Read, at: int) -> Ats:
     """10.5.1. A queue depth of 0 stands for 32."""
-    return Service(bool(read(at + 6, 2) & 0x8000), read(at + 4, 2) & 0x1F or 32)
+    return Ats(bool(read(at + 6, 2) & 0x8000), read(at + 4, 2) & 0x1F or 32)
 
 
-def _pri(read: Read, at: int) -> Service:
+def _pri(read: Read, at: int) -> Pri:
     """10.5.2."""
-    return Service(bool(read(at + 4, 2) & 1))
+    return Pri(bool(read(at + 4, 2) & 1))
 
 
-def _pasid(read: Read, at: int) -> Service:
+def _pasid(read: Read, at: int) -> Pasid:
     """7.8.8."""
-    return Service(bool(read(at + 6, 2) & 1), read(at + 4, 2) >> 8 & 0x1F)
+    return Pasid(bool(read(at + 6, 2) & 1), read(at + 4, 2) >> 8 & 0x1F)
 
 
 def _acs(read: Read, at: int) -> Acs:

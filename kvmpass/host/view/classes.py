@@ -73,7 +73,7 @@ _BASE_CLASSES = {
 }
 
 
-def class_words(class_code: int) -> str:
+def class_name(class_code: int) -> str:
     """Return the kind of device for a class code (24 bits), in a word or two; ``class 7701`` if unknown."""
     known = _SUB_CLASSES.get(class_code >> 8) or _BASE_CLASSES.get(class_code >> 16)
     return known or f"class {class_code >> 8:04x}"

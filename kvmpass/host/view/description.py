@@ -76,7 +76,7 @@ class Description:
     """The other functions of the same physical device, without virtual functions."""
     uses: tuple[str, ...]
     """What the host uses the device for, or which process has it assigned, one clause each."""
-    unseen: tuple[str, ...]
+    possible_uses: tuple[str, ...]
     """Why the device may be in use although no use is visible, one clause each."""
     complete: bool
     """Whether this user sees all processes and registers, as root does."""
@@ -96,11 +96,11 @@ def describe(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> Description:
         bars=tuple(bars(device)),
         capabilities=capabilities_of(sysfs, bdf),
         group=group,
-        siblings=tuple(siblings(sysfs, device, group)) if group else (),
+        siblings=tuple(siblings(look, device, group)) if group else (),
         bridges=tuple(bridges_above(sysfs, bdf)),
         functions=tuple(_functions(sysfs, bdf)),
         uses=(*_assigned(status), *(use.text for use in found if use.seen)),
-        unseen=tuple(_unseen(look, device, found)),
+        possible_uses=tuple(_possible_uses(look, device, found)),
         complete=sysfs.ask("privileged", lambda: os.geteuid() == 0),
     )
 
@@ -112,7 +112,7 @@ def _assigned(status: DeviceStatus) -> Iterator[str]:
             yield blocker.cause.removeprefix(f"{status.device.bdf} ").removeprefix("is ")
 
 
-def _unseen(look: Look, device: PciDevice, found: list[Use]) -> Iterator[str]:
+def _possible_uses(look: Look, device: PciDevice, found: list[Use]) -> Iterator[str]:
     yield from (use.text for use in found if not use.seen)
     note = "" if found else untraced(look, device)  # only if no use is known
     if note:

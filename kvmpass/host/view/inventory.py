@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
+from kvmpass.errors import NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import blockers
-from kvmpass.host.doctor import check_host
+from kvmpass.host.doctor import host_blocker
 from kvmpass.host.drivers.restore import orphaned
 from kvmpass.host.look import Look
 from kvmpass.host.names import Names
@@ -50,14 +50,18 @@ class Sriov:
 class HostStatus:
     """Whether this host can assign devices."""
 
-    ready: bool
-    """The host can."""
-    permitted: bool
-    """This user can."""
-    cause: str | None = None
-    """Why not; None if both can."""
-    remedy: str | None = None
-    """What to do about it."""
+    blocker: Blocker | None = None
+    """Why this host, or this user, cannot; None if both can."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the host can."""
+        return self.blocker is None or bool(self.blocker.denied)
+
+    @property
+    def permitted(self) -> bool:
+        """Whether this user can."""
+        return self.blocker is None or not self.blocker.denied
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,19 +138,8 @@ def device_status(look: Look, device: PciDevice) -> DeviceStatus:
 
 
 def host_status(sysfs: Sysfs) -> HostStatus:
-    """Return the result of :func:`check_host`. Raises nothing."""
-    try:
-        check_host(sysfs)
-    except HostNotReady as error:
-        return HostStatus(False, True, str(error), _remedy(error))
-    except PermissionError as error:
-        return HostStatus(True, False, f"{error.filename}: {error.strerror}", _remedy(error))
-    return HostStatus(True, True)
-
-
-def _remedy(error: Exception) -> str | None:
-    notes: list[str] = getattr(error, "__notes__", [])
-    return notes[0] if notes else None
+    """Return whether this host can assign devices. Raises nothing."""
+    return HostStatus(host_blocker(sysfs))
 
 
 def link_of(sysfs: Sysfs, bdf: Bdf) -> Link | None:

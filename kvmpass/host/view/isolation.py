@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from kvmpass.errors import NoSuchDevice
 from kvmpass.host.address import Bdf
 from kvmpass.host.blockers import is_harmless
+from kvmpass.host.look import Look
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 from kvmpass.host.view.capabilities import Acs, Capabilities, capabilities_of
 
@@ -23,7 +24,7 @@ REQUIRED = ("SV", "RR", "CR", "UF")
 
 _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 
-Part = Literal["bridge", "no-driver", "left-alone", "vfio", "in-the-way"]
+Role = Literal["assigned", "bridge", "no-driver", "no-dma", "vfio", "blocks"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,14 @@ class Sibling:
 
     device: PciDevice
     """The device."""
-    part: Part
+    short_name: str
+    """Vendor and model, with the vendor's brand."""
+    role: Role
     """Its effect on the group's viability.
 
-    ``bridge`` and ``no-driver`` do no DMA for the host, ``left-alone`` has a driver that does none (pci-stub,
-    pcieport), ``vfio`` is bound to vfio-pci, ``in-the-way`` has a host driver: the group is not viable.
+    ``bridge`` and ``no-driver`` do no DMA for the host, ``no-dma`` has a driver that does none (pci-stub, pcieport),
+    ``vfio`` is bound to vfio-pci, ``blocks`` has a host driver: the group is not viable. ``assigned`` is assigned,
+    too.
     """
 
 
@@ -58,27 +62,22 @@ class Bridge:
     """Whether this user can read its capabilities."""
 
 
-def siblings(sysfs: Sysfs, device: PciDevice, group: IommuGroup) -> list[Sibling]:
-    """Return the other devices of the group, by address."""
-    found = []
-    for bdf in group.devices:
-        if bdf != device.bdf:
-            try:
-                other = sysfs.device(bdf)
-            except NoSuchDevice:  # unplugged concurrently
-                continue
-            found.append(Sibling(other, _part(other)))
-    return found
+def siblings(look: Look, device: PciDevice, group: IommuGroup, together: Iterable[Bdf] = ()) -> list[Sibling]:
+    """Return the other devices of the group, by address; ``together`` are assigned with ``device``."""
+    others = [other for bdf in group.devices if bdf != device.bdf and (other := look.device(bdf))]
+    return [Sibling(other, look.names.short(other), _role(other, together)) for other in others]
 
 
-def _part(device: PciDevice) -> Part:
+def _role(device: PciDevice, together: Iterable[Bdf]) -> Role:
+    if device.bdf in together:
+        return "assigned"
     if device.is_pci_bridge:
         return "bridge"
     if device.driver is None:
         return "no-driver"
     if device.driver == "vfio-pci":
         return "vfio"
-    return "left-alone" if is_harmless(device) else "in-the-way"
+    return "no-dma" if is_harmless(device) else "blocks"
 
 
 def bridges_above(sysfs: Sysfs, bdf: Bdf) -> list[Bridge]:

@@ -91,12 +91,12 @@ def test_bars() -> None:
 def test_a_plan(host: Host) -> None:
     host.add(BRIDGE, "pcieport", 7, 0x060400)
     made = kvmpass.plan([NVME], memory="4G", cpus=3, sysfs=host)
-    assert made.blocks == ()
+    assert made.blockers == ()
     [device] = made.devices
     assert (device.driver, device.group, device.reset_methods, device.vectors.msix) == ("nvme", 7, ("flr", "bus"), 17)
-    assert [(str(one.bdf), one.part) for one in device.members] == [(BRIDGE, "stays")]
+    assert [(str(one.device.bdf), one.role) for one in device.siblings] == [(BRIDGE, "bridge")]
     assert (made.map_calls, made.locked, made.confined) == (2, 4 * GIB, True)
-    assert (made.phys_bits, made.width_from) == (43, "/proc/cpuinfo")
+    assert (made.phys_bits, made.phys_bits_source) == (43, "/proc/cpuinfo")
     assert made.memory is not None
     assert made.memory == plan_memory(4 * GIB, host.reserved_regions(), 43)
     assert (made.descriptors.fixed, made.descriptors.vectors) == (10 + 3 + 1 + 5, 17)
@@ -106,11 +106,11 @@ def test_a_plan(host: Host) -> None:
 def test_the_whole_group(host: Host) -> None:
     host.add(SOUND, "snd_hda_intel", 7, 0x040300)
     alone = kvmpass.plan([NVME], memory="64M", sysfs=host)
-    assert [one.blocker.kind for one in alone.blocks] == ["group-not-viable"]
-    assert [one.part for one in alone.devices[0].members] == ["blocks"]
+    assert [blocker.kind for blocker in alone.blockers] == ["group-not-viable"]
+    assert [one.role for one in alone.devices[0].siblings] == ["blocks"]
     both = kvmpass.plan([NVME, SOUND], memory="64M", sysfs=host)
-    assert both.blocks == ()
-    assert [one.members[0].part for one in both.devices] == ["taken", "taken"]
+    assert both.blockers == ()
+    assert [one.siblings[0].role for one in both.devices] == ["assigned", "assigned"]
 
 
 def test_everything_that_blocks(host: Host) -> None:
@@ -118,7 +118,7 @@ def test_everything_that_blocks(host: Host) -> None:
     host.put("sys/bus/pci/devices/0000:02:00.0/boot_vga", "1")
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
     made = kvmpass.plan([NVME, "02:00.0", NVME, "09:00.0"], memory="5G", sysfs=host)
-    assert sorted((str(one.bdf), one.blocker.kind) for one in made.blocks) == [
+    assert sorted((str(blocker.bdf), blocker.kind) for blocker in made.blockers) == [
         ("0000:02:00.0", "in-use"),
         ("0000:09:00.0", "no-device"),
         ("None", "memory-short"),
@@ -135,12 +135,12 @@ def test_everything_that_blocks(host: Host) -> None:
 def test_what_does_not_fit(host: Host) -> None:
     size = 1 << 30  # the window for 32-bit BARs has half of it
     host.put(f"sys/bus/pci/devices/{NVME}/resource", f"0x40000000 {0x40000000 + size - 1:#x} 0x200")
-    [block] = kvmpass.plan([NVME], memory="64M", sysfs=host).blocks
-    assert (str(block.bdf), block.blocker.kind) == (NVME, "request")
-    assert "no room for a 32-bit memory BAR" in block.blocker.cause
+    [blocker] = kvmpass.plan([NVME], memory="64M", sysfs=host).blockers
+    assert (str(blocker.bdf), blocker.kind) == (NVME, "request")
+    assert "no room for a 32-bit memory BAR" in blocker.cause
     too_small = kvmpass.plan([NVME], memory="4K", sysfs=host)
     assert too_small.memory is None
-    assert "at least 1 MiB" in too_small.blocks[-1].blocker.cause
+    assert "at least 1 MiB" in too_small.blockers[-1].cause
 
 
 def test_a_machine_without_anything(tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_a_machine_without_anything(tmp_path: Path) -> None:
     host.put("proc/self/limits", "Max locked memory  unlimited  unlimited  bytes")
     host.add(NVME, "nvme", None)
     made = kvmpass.plan([NVME], memory="1G", sysfs=host)
-    assert {one.blocker.kind for one in made.blocks} == {"not-amd", "no-ivrs", "no-vfio-pci"}
-    assert (made.phys_bits, made.width_from, made.confined) == (40, "assumed", False)
+    assert {blocker.kind for blocker in made.blockers} == {"not-amd", "no-ivrs", "no-vfio-pci"}
+    assert (made.phys_bits, made.phys_bits_source, made.confined) == (40, "assumed", False)
     assert (made.map_calls, made.locked) == (1, GIB)
 
 
@@ -183,13 +183,15 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     assert "    0x1000000-0x1ffffff direct\n" in beside
     assert next(line for line in around.splitlines() if "ram0" in line).split()[1] == "0x0-0xbfffffff", "across it"
     host.put(regions, before)
-    assert text.endswith("\nnothing blocks; nothing was changed\n")
+    assert text.endswith("\nno blockers; nothing was changed\n")
     assert all(len(line) <= 80 for line in text.splitlines()), text
     document = valid("plan", run(NVME, "--memory", "64M", "--json")[0])
-    assert [(one["gpa"], one["iova"], one["size"]) for one in document["memory"]] == [("0x0", "0x0", 64 * MIB)]
+    assert [(one["gpa"], one["iova"], one["size"]) for one in document["memory_regions"]] == [
+        ("0x0", "0x0", 64 * MIB)
+    ]
     host.put("sys/bus/pci/devices/0000:01:00.0/boot_vga", "1")
     text, status = run(NVME, "--memory", "64M")
     assert status == 1
-    assert "what blocks\n      cause   0000:01:00.0 is in use: it is the boot display" in text
+    assert "blockers\n      cause   0000:01:00.0 is in use: it is the boot display" in text
     text, status = run(NVME, "--memory", "64M", "--json")
-    assert (status, valid("plan", text)["blocks"][0]["kind"]) == (1, "in-use")
+    assert (status, valid("plan", text)["blockers"][0]["kind"]) == (1, "in-use")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvmpass.cli.assign import ConsoleLog, _cause, _exit_status, _show_console
+from kvmpass.cli.assign import ConsoleLog, _exit_status, _show_console
 from kvmpass.cli.main import main
+from kvmpass.cli.output import error_text
 from kvmpass.guest import GuestResult
 from kvmpass.machine.vcpus import GuestOutcome
 
@@ -22,12 +24,12 @@ from kvmpass.machine.vcpus import GuestOutcome
         (SystemExit(143), "interrupted by SIGTERM"),
         (SystemExit(129), "interrupted by SIGHUP"),
         (SystemExit(2), "2"),
-        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), "No space left on device"),
         (ValueError(), "ValueError"),
     ],
 )
-def test_the_text_of_a_cause(error: BaseException, text: str) -> None:
-    assert _cause(error) == text
+def test_the_text_of_an_error(error: BaseException, text: str) -> None:
+    assert error_text(error) == text
 
 
 @pytest.mark.parametrize("command", [True, False])
@@ -90,18 +92,18 @@ def test_a_command_without_its_separator(words: str, first: str) -> None:
 
 @pytest.mark.parametrize("address", ["nvme", "ffff:ff:1f.7"])
 def test_the_status_file_reports_a_wrong_address(
-    tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str], valid: Callable[..., Any]
 ) -> None:
     """An earlier run's result is replaced."""
     status = tmp_path / "status.json"
     status.write_text('{"outcome": "exited"}')
     with pytest.raises(SystemExit) as ended:
         main(["assign", address, "--status-file", str(status), "--", "true"])
-    document = json.loads(status.read_text())
-    assert (ended.value.code, document["exit_status"], document["outcome"], document["devices"]) == (
+    document = valid("status-file", status.read_text())
+    assert (ended.value.code, document["exit_status"], document["outcome"], document["bdfs"]) == (
         125,
         125,
         "failed",
         [address],
     )
-    assert document["error"] in capsys.readouterr().err
+    assert document["error"]["cause"] in capsys.readouterr().err

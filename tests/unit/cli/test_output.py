@@ -30,7 +30,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 def test_a_document_and_nothing_else(run: Callable[..., subprocess.CompletedProcess[str]], valid: Valid) -> None:
     done = run("restore", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    assert valid("restore", done.stdout)["results"] == []
+    assert valid("restore", done.stdout)["devices"] == []
     assert run("restore").stdout == "nothing to restore\n"
 
 
@@ -39,7 +39,7 @@ def test_wrong_usage_is_a_document_too(run: Callable[..., subprocess.CompletedPr
     assert (done.returncode, done.stderr) == (2, "")
     error = valid("error", done.stdout)["error"]
     assert error["type"] == "UsageError"
-    assert "surplus" in error["message"]
+    assert "surplus" in error["cause"]
 
 
 def test_a_failure_is_a_document_too(
@@ -49,5 +49,5 @@ def test_a_failure_is_a_document_too(
     done = run("restore", "--json")
     assert (done.returncode, done.stderr) == (1, "")
     error = valid("error", done.stdout)["error"]
-    assert (error["type"], error["message"]) == ("NotADirectoryError", f"{tmp_path}/journal: Not a directory")
-    assert "KVMPASS_STATE_DIR" in error["hints"][0]
+    assert (error["type"], error["cause"]) == ("NotADirectoryError", f"{tmp_path}/journal: Not a directory")
+    assert "KVMPASS_STATE_DIR" in error["remedies"][0]

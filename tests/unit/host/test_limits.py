@@ -83,8 +83,8 @@ def test_memory_at_every_level(host: Host, directory: str, command: str) -> None
     assert f"/{directory}/memory.max: 300 MiB, 300 MiB of it left" in [str(reading) for reading in finding.read]
     with pytest.raises(NotEnoughMemory, match=r"memory\.max leaves 300 MiB"):
         library.doctor.check_memory(host, GIB)
-    blocks = kvmpass.plan([NVME], memory="1G", sysfs=host).blocks
-    assert [one.blocker.kind for one in blocks] == ["cgroup-memory"]
+    blockers = kvmpass.plan([NVME], memory="1G", sysfs=host).blockers
+    assert [blocker.kind for blocker in blockers] == ["cgroup-memory"]
     assert {finding.outcome for finding in diagnose(host, NVME, memory=128 * MIB)} == {Outcome.PASS}
 
 

@@ -292,7 +292,7 @@ def test_blocks_and_groups_agree(host: Host, flags: int) -> None:
     host.add("0000:02:00.0", "xhci_hcd", 9)
     host.put("sys/kernel/iommu_groups/9/reserved_regions", "0x000000009f000000 0x000000009fffffff direct")
     host.put(IVRS, ivrs(ivhd(), ivmd(0x21, 0x0200, 0, 0x9F00_0000, 0x100_0000, flags)))
-    finding = found(host, "one-to-one")
+    finding = found(host, "direct-mapped")
     assert any("IVMD 0x9f000000-0x9fffffff for 02:00.0" in str(reading) for reading in finding.read)
     assert "1 IVMD" in str(next(finding for finding in diagnose(host) if finding.check == "firmware-iommu").read[0])
 
@@ -304,7 +304,7 @@ def test_regions_of_no_bytes(host: Host, line: str) -> None:
     """The kernel makes them of a block of length 0, and refuses the device."""
     host.put("sys/kernel/iommu_groups/7/reserved_regions", f"{line}\n0xfee00000 0xfeefffff msi")
     host.put(RELEASE, "6.12.0")
-    wanted = ["device-one-to-one"] if "direct" in line else []
+    wanted = ["device-direct-mapped"] if "direct" in line else []
     findings = diagnose(host, NVME)
     assert kinds(findings, Outcome.FAIL) == wanted
     assert not wanted or "(0 bytes)" in "".join(str(one) for find in findings for one in find.read)
@@ -324,16 +324,16 @@ def test_memory_mapped_one_to_one(host: Host) -> None:
     host.put("sys/kernel/iommu_groups/9/reserved_regions", lines)
     host.put(IVRS, ivrs(ivhd(), ivmd(0x21, 0x0200, 0, 0x9F00_0000, 0x100_0000)))
     host.put(RELEASE, "6.12.0-amd64")
-    finding = found(host, "one-to-one")
+    finding = found(host, "direct-mapped")
     assert finding.outcome is Outcome.WARN
     assert "0000:02:00.0" in finding.blocker.cause if finding.blocker else False
     assert "IVMD 0x9f000000-0x9fffffff for 02:00.0" in [reading.value for reading in finding.read]
     findings = diagnose(host, Bdf(0, 2, 0, 0))
-    assert kinds(findings, Outcome.FAIL) == ["device-one-to-one"]
+    assert kinds(findings, Outcome.FAIL) == ["device-direct-mapped"]
     host.put(RELEASE, "6.1.0-9-amd64")
     findings = diagnose(host, Bdf(0, 2, 0, 0))
     assert kinds(findings, Outcome.FAIL) == []
-    assert kinds(findings, Outcome.WARN) == ["one-to-one", "device-one-to-one-old"]
+    assert kinds(findings, Outcome.WARN) == ["direct-mapped", "device-direct-mapped-old"]
 
 
 # --- the device
@@ -342,7 +342,7 @@ def test_memory_mapped_one_to_one(host: Host) -> None:
 @pytest.mark.parametrize(
     ("kind", "outcome", "changes"),
     [
-        ("device-silent", Outcome.FAIL, {f"{DEVICE}/config": b"\xff" * 64, f"{DEVICE}/power_state": "D3cold"}),
+        ("device-no-response", Outcome.FAIL, {f"{DEVICE}/config": b"\xff" * 64, f"{DEVICE}/power_state": "D3cold"}),
         ("device-cold", Outcome.WARN, {f"{DEVICE}/power_state": "D3cold"}),
         ("bridge", Outcome.FAIL, {f"{DEVICE}/class": "0x060400"}),
         ("no-iommu", Outcome.FAIL, {"sys/kernel/iommu_groups/7/name": "vfio-noiommu"}),
@@ -505,5 +505,5 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     text, status = run("--json", "--memory", "64M", str(NVME))
     document = valid("doctor", text)
     assert (status, document["ok"], document["memory"], document["bdf"]) == (1, False, 64 * MIB, str(NVME))
-    [problem] = [one["problem"] for one in document["findings"] if one["outcome"] == "fail"]
-    assert problem["kind"] == "no-intremap"
+    [blocker] = [one["blocker"] for one in document["findings"] if one["outcome"] == "fail"]
+    assert blocker["kind"] == "no-intremap"

@@ -282,8 +282,8 @@ def test_documents(
     assert [device["outcome"] for device in document["devices"]] == ["planned", "planned", "excluded"]
     assert cli("bind", "--json", FIRST, EDU) == 0
     first, edu = valid("bind", capfd.readouterr().out)["devices"]
-    assert (first["from"], first["to"], len(first["warnings"])) == ("nvme", "vfio-pci", 1)
-    assert (edu["from"], edu["to"]) == (None, "vfio-pci")
+    assert (first["driver_before"], first["driver_after"], len(first["warnings"])) == ("nvme", "vfio-pci", 1)
+    assert (edu["driver_before"], edu["driver_after"]) == (None, "vfio-pci")
     assert cli("unbind", "--json", FIRST, NVME) == 0
     assert [d["outcome"] for d in valid("unbind", capfd.readouterr().out)["devices"]] == ["changed", "already"]
     assert cli("bind", "--json", BRIDGE) == 1

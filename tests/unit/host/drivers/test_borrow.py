@@ -372,7 +372,7 @@ def test_named_twice(host: Host, operation: Callable[[str, str], object]) -> Non
     with pytest.raises(BadAddress, match=f"{NVME} is named twice") as refused:
         operation("01:00.0", NVME)
     assert refused.value.__notes__ == ["name each device once"]
-    blocks = [block.blocker for block in plan(["01:00.0", NVME], sysfs=host).blocks]
+    blocks = plan(["01:00.0", NVME], sysfs=host).blockers
     assert (f"{NVME} is named twice", "name each device once") in [
         (blocker.cause, blocker.remedy) for blocker in blocks
     ]

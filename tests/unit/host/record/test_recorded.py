@@ -428,7 +428,7 @@ def test_the_command(invoke: Callable[..., tuple[int, str]], tmp_path: Path, hos
     assert (status, json.loads(output[: output.rindex("}") + 1])["file"]) == (0, archive)
     status, output = invoke("--sysfs", archive, "--json", NVME)
     document = json.loads(output)
-    assert [one["problem"]["kind"] for one in document["findings"] if one["outcome"] == "fail"] == ["in-use"]
+    assert [one["blocker"]["kind"] for one in document["findings"] if one["outcome"] == "fail"] == ["in-use"]
     assert invoke("--json", NVME, KVMPASS_SYSFS=archive) == (status, output)
     with pytest.raises(Exception, match="--record cannot be used with --sysfs"):
         invoke("--record", str(tmp_path / "y.tar"), "--sysfs", archive)

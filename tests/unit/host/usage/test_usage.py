@@ -66,7 +66,7 @@ def test_members_of_an_array_that_is_shown_elsewhere(host: Host, tmp_path: Path,
     assert "kvmpass bind --force 0000:01:00.0" in refused.value.__notes__[0]
     assert forced(host, tmp_path)
     found = describe(host, BDF)
-    assert (found.uses, len(found.unseen)) == ((), 1)
+    assert (found.uses, len(found.possible_uses)) == ((), 1)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_controller_without_disks_is_idle(host: Host, driver: str | None, belo
     if below:
         host.add_below(str(BDF), f"sys/class/{below}", "host3")
     assert answer(host) == ([], "")
-    assert describe(host, BDF).unseen == ()
+    assert describe(host, BDF).possible_uses == ()
 
 
 def test_a_member_of_a_btrfs(host: Host) -> None:
@@ -265,7 +265,7 @@ def test_a_route_that_nobody_is_seen_to_use(host: Host) -> None:
     nic(host, "eth1")
     host.put("proc/net/route", ROUTE + CONNECTED + "eth1\t0000FEA9\t0\t1\t0\t0\t0\t0000FFFF\t0")
     assert answer(host)[0] == []
-    assert describe(host, BDF).unseen == ("eth1 reaches 192.168.2.0/24: datagrams leave no trace",)
+    assert describe(host, BDF).possible_uses == ("eth1 reaches 192.168.2.0/24: datagrams leave no trace",)
 
 
 def test_an_interface_in_another_namespace(host: Host, tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_what_a_driver_does_for_the_kernel(host: Host, driver: str | None, unsee
     """Not refused, and not said to be idle."""
     add(host, driver, 0x108000)
     assert answer(host)[0] == []
-    found = describe(host, BDF).unseen
+    found = describe(host, BDF).possible_uses
     assert len(found) == unseen
     assert all("what ccp does for the kernel leaves no trace" in text for text in found)
 
@@ -430,14 +430,14 @@ def test_what_a_driver_does_for_the_kernel(host: Host, driver: str | None, unsee
 @pytest.mark.parametrize(("driver", "unseen"), [("virtio_balloon", 1), ("virtiofs", 0), ("virtio_rng", 1)])
 def test_of_a_virtio_function_its_own_driver_is_named(host: Host, driver: str, unseen: int) -> None:
     virtio(host, driver)
-    assert describe(host, BDF).unseen == (f"what {driver} does for the kernel leaves no trace",) * unseen
+    assert describe(host, BDF).possible_uses == (f"what {driver} does for the kernel leaves no trace",) * unseen
 
 
 def test_nothing_is_added_where_a_use_is_seen(host: Host) -> None:
     nic(host, "eth1")
     host.put("proc/net/route", ROUTE + CONNECTED + "eth1\t00000000\t0102A8C0\t3\t0\t0\t0\t00000000\t0\n")
     found = describe(host, BDF)
-    assert (found.uses, found.unseen) == (("the default route goes through eth1",), ())
+    assert (found.uses, found.possible_uses) == (("the default route goes through eth1",), ())
 
 
 def test_each_socket_is_asked_for_its_protocol(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.config_spaces import IGB, NVME, ROOT_PORT
 
-from kvmpass.host.view import Acs, Capabilities, Express, Power, Service, SriovRegisters
+from kvmpass.host.view import Acs, Ats, Capabilities, Express, Pasid, Power, Pri, SriovRegisters
 from kvmpass.host.view.capabilities import decode
 from kvmpass.host.view.isolation import acs_state
 from kvmpass.pciregs import MsiRegisters, MsixRegisters
@@ -17,12 +17,12 @@ from kvmpass.pciregs import MsiRegisters, MsixRegisters
 
 def test_a_drive() -> None:
     own = decode(NVME)
-    assert (own.readable, own.answers, own.memory_enabled, own.bus_master) == (True, True, True, True)
+    assert (own.readable, own.responds, own.memory_enabled, own.bus_master) == (True, True, True, True)
     assert own.msi is None
     assert own.msix == MsixRegisters(63, True, 0, 0x2000, 0, 0x3000)
     assert own.express == Express("endpoint", flr=True, slot=False)
-    assert own.power == Power(("D0", "D3hot"), (), keeps_state=True)
-    assert own.sriov == SriovRegisters(total=2, initial=2, enabled=0, first=1, stride=1, device=0x0010)
+    assert own.power == Power(("D0", "D3hot"), (), no_soft_reset=True)
+    assert own.sriov == SriovRegisters(total=2, initial=2, enabled=0, first_offset=1, stride=1, device=0x0010)
     assert (own.aer, own.acs, own.others) == (False, None, ("ARI",))
 
 
@@ -30,8 +30,8 @@ def test_a_network_card() -> None:
     own = decode(IGB)
     assert own.msi == MsiRegisters(1, enabled=False, address64=True, maskable=True)
     assert own.msix == MsixRegisters(10, True, 3, 0, 3, 0x2000)
-    assert own.power == Power(("D0", "D3hot"), (), keeps_state=False)
-    assert own.sriov == SriovRegisters(total=8, initial=8, enabled=0, first=128, stride=2, device=0x10CA)
+    assert own.power == Power(("D0", "D3hot"), (), no_soft_reset=False)
+    assert own.sriov == SriovRegisters(total=8, initial=8, enabled=0, first_offset=128, stride=2, device=0x10CA)
     assert own.aer
 
 
@@ -49,12 +49,12 @@ def test_what_a_user_without_rights_reads(size: int) -> None:
     assert not own.readable
     assert own.msix is None and own.express is None and own.others == ()
     assert own.memory_enabled == (size == 64), "the header is there"
-    assert own.answers == (size == 64)
+    assert own.responds == (size == 64)
 
 
 def test_a_device_that_is_off() -> None:
     own = decode(b"\xff" * 4096)
-    assert not own.answers and not own.readable and not own.bus_master and not own.multifunction
+    assert not own.responds and not own.readable and not own.bus_master and not own.multifunction
 
 
 def test_conventional_space_only() -> None:
@@ -88,9 +88,9 @@ def test_translation_services() -> None:
     pri = struct.pack("<HH", 0x0001, 0)
     pasid = struct.pack("<HH", 0x1006, 0x0000)
     own = decode(build(extended=((0x0F, ats), (0x13, pri), (0x1B, pasid))))
-    assert own.ats == Service(True, 32)
-    assert own.pri == Service(True)
-    assert own.pasid == Service(False, 16)
+    assert own.ats == Ats(True, 32)
+    assert own.pri == Pri(True)
+    assert own.pasid == Pasid(False, 16)
 
 
 def test_a_conventional_function() -> None:
@@ -100,7 +100,7 @@ def test_a_conventional_function() -> None:
     af = bytes([6, 0b11, 0, 0])
     own = decode(build((0x05, msi), (0x01, power), (0x13, af), (0x42, b"\0\0"), extended=((0x77, b""),)))
     assert own.msi == MsiRegisters(32, enabled=True, address64=False, maskable=False)
-    assert own.power == Power(("D0", "D1", "D3hot"), ("D0", "D3hot", "D3cold"), keeps_state=False)
+    assert own.power == Power(("D0", "D1", "D3hot"), ("D0", "D3hot", "D3cold"), no_soft_reset=False)
     assert own.advanced_flr
     assert own.express is None
     assert own.others == ("capability 0x42", "extended capability 0x0077")

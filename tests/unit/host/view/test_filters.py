@@ -14,7 +14,7 @@ from kvmpass.cli import params
 from kvmpass.cli.main import main
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host import Bdf, Names
-from kvmpass.host.view import class_words, parse_filter, select
+from kvmpass.host.view import class_name, parse_filter, select
 
 PCI_IDS = """\
 # a comment
@@ -167,14 +167,14 @@ def test_without_a_database_names_are_numbers(tmp_path: Path) -> None:
     assert Names(bare).of(bare.device(Bdf.parse("01:00.0"))) == "1022:1234"
 
 
-def test_class_words() -> None:
-    assert [class_words(code) for code in (0x010802, 0x0C0330, 0x038000, 0x060400)] == [
+def test_class_name() -> None:
+    assert [class_name(code) for code in (0x010802, 0x0C0330, 0x038000, 0x060400)] == [
         "NVMe",
         "USB",
         "display",
         "PCI bridge",
     ]
-    assert class_words(0x770100) == "class 7701"
+    assert class_name(0x770100) == "class 7701"
 
 
 # --- arguments of commands

@@ -212,7 +212,7 @@ def test_json_lines(
         "driver-bound",
         "device-added",
     ]
-    assert records[1]["devices"] == [NVME] and records[1]["bdf"] is None
+    assert records[1]["bdfs"] == [NVME] and records[1]["bdf"] is None
     assert records[2]["driver"] == "vfio-pci"
 
 
