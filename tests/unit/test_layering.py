@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "events", "crash", "hugepages", "ports", "pciregs", "_native", "_teardown", "_ratelimit"}),
     frozenset({"_fd", "_signals", "layout", "bus"}),
     frozenset({"memory", "initramfs"}),
-    frozenset({"kvm", "vfio"}),
+    frozenset({"kvm", "vfio", "iommufd"}),
     frozenset({"boot", "pci", "dma"}),
     frozenset({"board", "host"}),
     frozenset({"machine"}),
@@ -33,12 +33,25 @@ LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for packag
 
 # What a package may not import although it is in a lower layer, and why.
 APART = {
-    "vfio": {"kvm"},  # they meet through file descriptors
-    "kvm": {"vfio"},
-    "host": {"kvm", "vfio", "pci", "dma", "memory"},  # what looks at devices loads no VMM
-    "lab": {"memory", "kvm", "vfio", "boot", "pci", "dma", "board", "host", "machine", "guest"},  # runs anywhere
+    "vfio": {"kvm", "iommufd"},  # they meet through file descriptors
+    "kvm": {"vfio", "iommufd"},
+    "iommufd": {"kvm", "vfio"},
+    "host": {"kvm", "vfio", "iommufd", "pci", "dma", "memory"},  # what looks at devices loads no VMM
+    "lab": {
+        "memory",
+        "kvm",
+        "vfio",
+        "iommufd",
+        "boot",
+        "pci",
+        "dma",
+        "board",
+        "host",
+        "machine",
+        "guest",
+    },  # runs anywhere
 }
-NATIVE_USERS = {"kvm", "vfio", "memory"}
+NATIVE_USERS = {"kvm", "vfio", "iommufd", "memory"}
 DRIVER_CHANGES = {"bind", "unbind", "borrow", "restore"}
 
 
@@ -149,7 +162,7 @@ def test_looking_loads_no_virtual_machine() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = {package_of(name) for name in done.stdout.split() if name.startswith("kvmpass.")}
     assert "host" in loaded
-    assert not loaded & {"kvm", "vfio", "pci", "dma", "board", "machine", "guest", "memory", "_native"}
+    assert not loaded & {"kvm", "vfio", "iommufd", "pci", "dma", "board", "machine", "guest", "memory", "_native"}
 
 
 @pytest.mark.parametrize(

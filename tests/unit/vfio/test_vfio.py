@@ -8,31 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support.bare import FakeLib, bare
 
 import kvmpass.vfio.device
 import kvmpass.vfio.group
 from kvmpass._native import lib
 from kvmpass.vfio import Container, DependentDevice, Device, Group
 from kvmpass.vfio.device import ERR, MSI, REQ, IrqInfo
-
-
-class FakeLib:
-    """The compiled module with some functions replaced."""
-
-    def __init__(self, **functions: Callable[..., int]) -> None:
-        self.__dict__.update(functions)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(lib, name)
-
-
-def bare(kind: type, **attributes: Any) -> Any:
-    """An object of the VFIO layer that its constructor did not make; it owns no descriptor, and is not missed."""
-    quiet = type(kind.__name__, (kind,), {"__del__": lambda self: None})
-    one = quiet.__new__(quiet)
-    one._fd = 1000
-    one.__dict__.update(attributes)
-    return one
 
 
 @pytest.fixture

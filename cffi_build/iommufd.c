@@ -1,0 +1,128 @@
+/* One function for each ioctl of /dev/iommu, and of VFIO's devices with it: -errno or the result out (iommufd.h). */
+#include "iommufd.h"
+
+struct kvmpass_iova_ranges {
+	uint64_t alignment;
+	uint32_t count; /* of ranges: first and last I/O virtual address */
+	struct kvmpass_range ranges[KVMPASS_MAX_RANGES];
+};
+
+static int iommufd_destroy(int iommufd, uint32_t id)
+{
+	struct kvmpass_iommu_destroy destroy = { sizeof(destroy), id };
+
+	return RESULT(ioctl(iommufd, KVMPASS_IOMMU_DESTROY, &destroy));
+}
+
+static int iommufd_ioas_alloc(int iommufd, uint32_t *ioas)
+{
+	struct kvmpass_ioas_alloc alloc = { .size = sizeof(alloc) };
+	int result = RESULT(ioctl(iommufd, KVMPASS_IOMMU_IOAS_ALLOC, &alloc));
+
+	*ioas = alloc.out_ioas_id;
+	return result;
+}
+
+static int iommufd_ioas_iova_ranges(int iommufd, uint32_t ioas, struct kvmpass_iova_ranges *out)
+{
+	struct kvmpass_iova_range found[KVMPASS_MAX_RANGES];
+	struct kvmpass_ioas_iova_ranges ranges = {
+		.size = sizeof(ranges),
+		.ioas_id = ioas,
+		.num_iovas = KVMPASS_MAX_RANGES,
+		.allowed_iovas = (uintptr_t)found,
+	};
+	int result = RESULT(ioctl(iommufd, KVMPASS_IOMMU_IOAS_IOVA_RANGES, &ranges));
+
+	if (result < 0)
+		return result;
+	out->alignment = ranges.out_iova_alignment;
+	out->count = ranges.num_iovas;
+	for (uint32_t i = 0; i < ranges.num_iovas; i++)
+		out->ranges[i] = (struct kvmpass_range){ found[i].start, found[i].last };
+	return 0;
+}
+
+static int iommufd_ioas_map(int iommufd, uint32_t flags, uint32_t ioas, uint64_t hva, uint64_t length, uint64_t iova)
+{
+	struct kvmpass_ioas_map map = {
+		.size = sizeof(map),
+		.flags = flags,
+		.ioas_id = ioas,
+		.user_va = hva,
+		.length = length,
+		.iova = iova,
+	};
+
+	return RESULT(ioctl(iommufd, KVMPASS_IOMMU_IOAS_MAP, &map));
+}
+
+static int iommufd_ioas_map_file(int iommufd, uint32_t flags, uint32_t ioas, int fd, uint64_t start, uint64_t length,
+                                 uint64_t iova)
+{
+	struct kvmpass_ioas_map_file map = {
+		.size = sizeof(map),
+		.flags = flags,
+		.ioas_id = ioas,
+		.fd = fd,
+		.start = start,
+		.length = length,
+		.iova = iova,
+	};
+
+	return RESULT(ioctl(iommufd, KVMPASS_IOMMU_IOAS_MAP_FILE, &map));
+}
+
+static int iommufd_ioas_copy(int iommufd, uint32_t flags, uint32_t target, uint32_t source, uint64_t length,
+                             uint64_t target_iova, uint64_t source_iova)
+{
+	struct kvmpass_ioas_copy copy = {
+		.size = sizeof(copy),
+		.flags = flags,
+		.dst_ioas_id = target,
+		.src_ioas_id = source,
+		.length = length,
+		.dst_iova = target_iova,
+		.src_iova = source_iova,
+	};
+
+	return RESULT(ioctl(iommufd, KVMPASS_IOMMU_IOAS_COPY, &copy));
+}
+
+static int iommufd_ioas_unmap(int iommufd, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t *unmapped)
+{
+	struct kvmpass_ioas_unmap unmap = { sizeof(unmap), ioas, iova, length };
+	int result = RESULT(ioctl(iommufd, KVMPASS_IOMMU_IOAS_UNMAP, &unmap));
+
+	*unmapped = unmap.length;
+	return result;
+}
+
+/* `token`: 16 bytes, or NULL. */
+static int vfio_device_bind_iommufd(int device, int iommufd, const uint8_t *token, uint32_t *devid)
+{
+	struct kvmpass_vfio_bind bind = {
+		.argsz = sizeof(bind),
+		.flags = token ? KVMPASS_VFIO_BIND_TOKEN : 0,
+		.iommufd = iommufd,
+		.token_uuid_ptr = (uintptr_t)token,
+	};
+	int result = RESULT(ioctl(device, KVMPASS_VFIO_DEVICE_BIND_IOMMUFD, &bind));
+
+	*devid = bind.out_devid;
+	return result;
+}
+
+static int vfio_device_attach_iommufd_pt(int device, uint32_t ioas)
+{
+	struct kvmpass_vfio_attach attach = { .argsz = sizeof(attach), .pt_id = ioas };
+
+	return RESULT(ioctl(device, KVMPASS_VFIO_DEVICE_ATTACH_IOMMUFD_PT, &attach));
+}
+
+static int vfio_device_detach_iommufd_pt(int device)
+{
+	struct kvmpass_vfio_detach detach = { .argsz = sizeof(detach) };
+
+	return RESULT(ioctl(device, KVMPASS_VFIO_DEVICE_DETACH_IOMMUFD_PT, &detach));
+}

@@ -1,0 +1,116 @@
+/*
+ * The ABI of /dev/iommu, and of VFIO's character devices over it, declared here: Linux 6.2 and 6.6 brought them, and the
+ * headers of the build machine may be older. Layouts and numbers are those of include/uapi/linux/iommufd.h and vfio.h,
+ * which tests/unit/iommufd/test_abi.py compares where they are installed.
+ */
+#ifndef KVMPASS_IOMMUFD_H
+#define KVMPASS_IOMMUFD_H
+
+#include <stdint.h>
+#include <linux/ioctl.h>
+
+#define KVMPASS_IOMMUFD(number) _IO(';', number)
+#define KVMPASS_IOMMU_DESTROY KVMPASS_IOMMUFD(0x80)
+#define KVMPASS_IOMMU_IOAS_ALLOC KVMPASS_IOMMUFD(0x81)
+#define KVMPASS_IOMMU_IOAS_COPY KVMPASS_IOMMUFD(0x83)
+#define KVMPASS_IOMMU_IOAS_IOVA_RANGES KVMPASS_IOMMUFD(0x84)
+#define KVMPASS_IOMMU_IOAS_MAP KVMPASS_IOMMUFD(0x85)
+#define KVMPASS_IOMMU_IOAS_UNMAP KVMPASS_IOMMUFD(0x86)
+#define KVMPASS_IOMMU_IOAS_MAP_FILE KVMPASS_IOMMUFD(0x8f) /* Linux 6.13 */
+
+/* Flags of map, map file and copy. */
+#define KVMPASS_IOAS_FIXED_IOVA (1u << 0)
+#define KVMPASS_IOAS_WRITEABLE (1u << 1)
+#define KVMPASS_IOAS_READABLE (1u << 2)
+
+/* In each of iommufd's: `size` is the size of the structure in bytes. */
+struct kvmpass_iommu_destroy {
+	uint32_t size;
+	uint32_t id;
+};
+
+struct kvmpass_ioas_alloc {
+	uint32_t size;
+	uint32_t flags; /* 0 */
+	uint32_t out_ioas_id;
+};
+
+struct kvmpass_iova_range {
+	uint64_t start;
+	uint64_t last;
+};
+
+struct kvmpass_ioas_iova_ranges {
+	uint32_t size;
+	uint32_t ioas_id;
+	uint32_t num_iovas; /* in: room in the array; out: ranges that there are */
+	uint32_t reserved; /* 0 */
+	uint64_t allowed_iovas; /* address of an array of struct kvmpass_iova_range */
+	uint64_t out_iova_alignment;
+};
+
+struct kvmpass_ioas_map {
+	uint32_t size;
+	uint32_t flags;
+	uint32_t ioas_id;
+	uint32_t reserved; /* 0 */
+	uint64_t user_va;
+	uint64_t length;
+	uint64_t iova;
+};
+
+struct kvmpass_ioas_map_file {
+	uint32_t size;
+	uint32_t flags;
+	uint32_t ioas_id;
+	int32_t fd;
+	uint64_t start; /* in the file */
+	uint64_t length;
+	uint64_t iova;
+};
+
+struct kvmpass_ioas_copy {
+	uint32_t size;
+	uint32_t flags;
+	uint32_t dst_ioas_id;
+	uint32_t src_ioas_id;
+	uint64_t length;
+	uint64_t dst_iova;
+	uint64_t src_iova;
+};
+
+struct kvmpass_ioas_unmap {
+	uint32_t size;
+	uint32_t ioas_id;
+	uint64_t iova;
+	uint64_t length; /* out: bytes that were mapped */
+};
+
+#define KVMPASS_VFIO(number) _IO(';', 100 + (number))
+#define KVMPASS_VFIO_DEVICE_BIND_IOMMUFD KVMPASS_VFIO(18)
+#define KVMPASS_VFIO_DEVICE_ATTACH_IOMMUFD_PT KVMPASS_VFIO(19)
+#define KVMPASS_VFIO_DEVICE_DETACH_IOMMUFD_PT KVMPASS_VFIO(20)
+
+#define KVMPASS_VFIO_BIND_TOKEN (1u << 0) /* Linux 6.17 */
+
+/* In each of VFIO's: `argsz` is the size of the structure in bytes. */
+struct kvmpass_vfio_bind {
+	uint32_t argsz;
+	uint32_t flags;
+	int32_t iommufd;
+	uint32_t out_devid;
+	uint64_t token_uuid_ptr; /* 16 bytes; Linux 6.17, unless the flag is set not read */
+};
+
+struct kvmpass_vfio_attach {
+	uint32_t argsz;
+	uint32_t flags; /* 0 */
+	uint32_t pt_id; /* in: an IOAS; out: what the device was attached to */
+};
+
+struct kvmpass_vfio_detach {
+	uint32_t argsz;
+	uint32_t flags; /* 0 */
+};
+
+#endif

@@ -1,0 +1,117 @@
+"""/dev/iommu: I/O address spaces (IOAS), and what is mapped in them."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+
+from kvmpass._fd import OwnedFd, check, failure, open_node
+from kvmpass._native import ffi, lib
+from kvmpass.layout import Range
+
+NODE = "/dev/iommu"
+
+_EVERYTHING = (1 << 64) - 1
+_MAP_REMEDY = {
+    errno.EFAULT: "these pages cannot be pinned: nothing is mapped there, or a file that is written back to a disk "
+    "(memfd, tmpfs and hugetlbfs can be pinned; others read-only)",
+    errno.ENOMEM: "the memlock limit, which iommufd counts for each user over all of its processes, is too low, or "
+    "memory is short: raise it (ulimit -l) or run with CAP_IPC_LOCK",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class IovaRanges:
+    """What an IOAS can translate now; every device that is attached can narrow it."""
+
+    allowed: tuple[Range, ...]
+    """The I/O virtual addresses that can be mapped, in order."""
+    alignment: int
+    """Bytes: addresses and lengths of mappings are multiples of it."""
+
+    @property
+    def reserved(self) -> tuple[Range, ...]:
+        """What lies between the allowed ranges, before the first one, and after the last up to 2^64."""
+        ends = [0, *(range_.end for range_ in self.allowed)]
+        starts = [*(range_.start for range_ in self.allowed), 1 << 64]
+        return tuple(Range(end, start - end) for end, start in zip(ends, starts, strict=True) if start > end)
+
+
+class Iommufd(OwnedFd):
+    """One context of /dev/iommu. Its objects have numbers, and go with the last descriptor and the last device.
+
+    Raises ``OSError``: ``ENOENT`` and ``ENODEV`` where the kernel lacks iommufd, ``EACCES``.
+
+    Synchronization: the kernel's own; any thread.
+    """
+
+    def __init__(self, path: str = NODE) -> None:
+        super().__init__(open_node(path))
+
+    def ioas_alloc(self) -> int:
+        """Make an empty I/O address space; returns its number."""
+        ioas = ffi.new("uint32_t *")
+        check(lib.iommufd_ioas_alloc(self.fd, ioas), "IOMMU_IOAS_ALLOC")
+        return int(ioas[0])
+
+    def destroy(self, number: int) -> None:
+        """Destroy an object; every mapping of an IOAS goes with it. Raises ``OSError``: ``EBUSY`` while it is used.
+
+        A device that is attached uses an IOAS.
+        """
+        check(lib.iommufd_destroy(self.fd, number), "IOMMU_DESTROY", f"object {number}")
+
+    def ioas_iova_ranges(self, ioas: int) -> IovaRanges:
+        """What the IOAS can translate. Before a device is attached that is everything."""
+        found = ffi.new("struct kvmpass_iova_ranges *")
+        check(lib.iommufd_ioas_iova_ranges(self.fd, ioas, found), "IOMMU_IOAS_IOVA_RANGES", f"IOAS {ioas}")
+        ranges = (found.ranges[i] for i in range(found.count))
+        return IovaRanges(tuple(Range(one.first, one.second - one.first + 1) for one in ranges), int(found.alignment))
+
+    def ioas_map(self, ioas: int, iova: int, hva: int, size: int, *, writable: bool) -> None:
+        """Let the devices of the IOAS reach ``size`` bytes of this process at ``hva`` at ``iova``.
+
+        The memory is pinned once a device is attached. Raises ``OSError``: ``EEXIST`` overlap, ``EINVAL`` a reserved
+        range or alignment, ``ENOMEM`` over the memlock limit, ``EFAULT`` pages that cannot be pinned.
+        """
+        result = lib.iommufd_ioas_map(self.fd, _flags(writable), ioas, hva, size, iova)
+        check(result, "IOMMU_IOAS_MAP", f"iova {Range(iova, size)}", _MAP_REMEDY.get(-result))
+
+    def ioas_map_file(self, ioas: int, iova: int, fd: int, offset: int, size: int, *, writable: bool) -> None:
+        """Map ``size`` bytes of the file ``fd`` (a memfd) from ``offset`` on; else as ``ioas_map``.
+
+        Raises ``OSError``: ``EOPNOTSUPP`` where the running kernel lacks it (before Linux 6.13).
+        """
+        result = lib.iommufd_ioas_map_file(self.fd, _flags(writable), ioas, fd, offset, size, iova)
+        if result == -errno.ENOTTY:
+            raise failure(errno.EOPNOTSUPP, "IOMMU_IOAS_MAP_FILE", "Linux 6.13 and later have it")
+        check(result, "IOMMU_IOAS_MAP_FILE", f"iova {Range(iova, size)}", _MAP_REMEDY.get(-result))
+
+    def ioas_copy(self, source: int, source_iova: int, target: int, iova: int, size: int, *, writable: bool) -> None:
+        """Map in the IOAS ``target`` what ``source`` has mapped; both share the pinned pages.
+
+        Raises ``OSError``: ``ENOENT`` where ``source`` does not map all of it, else as ``ioas_map``.
+        """
+        result = lib.iommufd_ioas_copy(self.fd, _flags(writable), target, source, size, iova, source_iova)
+        check(result, "IOMMU_IOAS_COPY", f"iova {Range(iova, size)}", _MAP_REMEDY.get(-result))
+
+    def ioas_unmap(self, ioas: int, iova: int, size: int) -> int:
+        """Undo the mappings in a range, which must contain them whole; returns how many bytes they had.
+
+        Raises ``OSError``: ``ENOENT`` where none is there.
+        """
+        return self._unmap(ioas, iova, size, f"iova {Range(iova, size)}")
+
+    def ioas_unmap_all(self, ioas: int) -> int:
+        """Undo every mapping of the IOAS; returns how many bytes there were."""
+        return self._unmap(ioas, 0, _EVERYTHING, "everything")
+
+    def _unmap(self, ioas: int, iova: int, size: int, detail: str) -> int:
+        unmapped = ffi.new("uint64_t *")
+        check(lib.iommufd_ioas_unmap(self.fd, ioas, iova, size, unmapped), "IOMMU_IOAS_UNMAP", detail)
+        return int(unmapped[0])
+
+
+def _flags(writable: bool) -> int:
+    flags = lib.KVMPASS_IOAS_FIXED_IOVA | lib.KVMPASS_IOAS_READABLE
+    return flags | lib.KVMPASS_IOAS_WRITEABLE if writable else flags
