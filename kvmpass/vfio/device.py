@@ -154,15 +154,18 @@ class Device(OwnedFd):
         self.open_seconds = open_seconds
         self.close_seconds = 0.0
         with closing_on_error(self):
-            info = ffi.new("struct kvmpass_device_info *")
-            check(lib.vfio_device_get_info(self.fd, info), "VFIO_DEVICE_GET_INFO", name)
-            if not info.flags & lib.VFIO_DEVICE_FLAGS_PCI:
-                raise OSError(errno.ENODEV, f"{name} is not a PCI device for VFIO")
-            self.resettable = bool(info.flags & lib.VFIO_DEVICE_FLAGS_RESET)
-            found = (self._region_info(index) for index in range(min(info.num_regions, CONFIG + 1)))
-            self.regions = {region.index: Region(self, region) for region in found if region is not None}
-            interrupts = (self._irq_info(index) for index in range(min(info.num_irqs, REQ + 1)))
-            self.irqs = {irq.index: irq for irq in interrupts if irq is not None}
+            self._read_info()
+
+    def _read_info(self) -> None:
+        info = ffi.new("struct kvmpass_device_info *")
+        check(lib.vfio_device_get_info(self.fd, info), "VFIO_DEVICE_GET_INFO", self.name)
+        if not info.flags & lib.VFIO_DEVICE_FLAGS_PCI:
+            raise OSError(errno.ENODEV, f"{self.name} is not a PCI device for VFIO")
+        self.resettable = bool(info.flags & lib.VFIO_DEVICE_FLAGS_RESET)
+        found = (self._region_info(index) for index in range(min(info.num_regions, CONFIG + 1)))
+        self.regions = {region.index: Region(self, region) for region in found if region is not None}
+        interrupts = (self._irq_info(index) for index in range(min(info.num_irqs, REQ + 1)))
+        self.irqs = {irq.index: irq for irq in interrupts if irq is not None}
 
     def close(self) -> None:
         """Close the descriptor; idempotent."""

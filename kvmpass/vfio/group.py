@@ -154,11 +154,12 @@ class Group(OwnedFd):
         started = time.monotonic()
         result = lib.vfio_group_get_device_fd(self.fd, text.encode())
         taken = time.monotonic() - started
-        fd = check(result, "VFIO_GROUP_GET_DEVICE_FD", name, _device_remedy(-result, vf_token))
+        fd = check(result, "VFIO_GROUP_GET_DEVICE_FD", name, token_remedy(-result, vf_token))
         return Device(fd, name, taken)
 
 
-def _device_remedy(code: int, vf_token: uuid.UUID | None) -> str | None:
+def token_remedy(code: int, vf_token: uuid.UUID | None) -> str | None:
+    """What may help where a device is not opened for want of the right VF token."""
     if code == errno.EACCES:
         return (
             "the VF token is not the one that the physical function was opened with"

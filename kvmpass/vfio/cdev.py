@@ -1,0 +1,94 @@
+"""A VFIO device that is opened by its own character device (drivers/vfio/device_cdev.c), for an iommufd."""
+
+from __future__ import annotations
+
+import errno
+import time
+import uuid
+from pathlib import Path
+
+from kvmpass._fd import OwnedFd, check, open_node
+from kvmpass._native import ffi, lib
+from kvmpass.errors import NotAssignable
+from kvmpass.vfio.device import Device
+from kvmpass.vfio.group import token_remedy
+
+_PCI_DEVICES = "/sys/bus/pci/devices"
+_UNTRANSLATED = "noiommu-"  # begins the names of devices without an IOMMU
+
+_BIND_REMEDY = {
+    errno.EPERM: "the DMA of its IOMMU group is owned elsewhere: a host driver or a process uses one of its devices; "
+    "or there is no interrupt remapping: enable it in the firmware, or it is not safe to assign devices here",
+    errno.EBUSY: "a process has the node of its IOMMU group open (/dev/vfio/GROUP)",
+    errno.EINVAL: "a process has the device open; or the firmware asks for one-to-one mapped memory for it (IVRS "
+    "IVMD): turning off pre-boot DMA protection in the firmware often removes it",
+}
+_TOKEN_UNKNOWN = (
+    "character devices take VF tokens since Linux 6.17: use the type 1 back end; or the function has no use for one"
+)
+_ATTACH_REMEDY = {
+    errno.EADDRINUSE: "memory is mapped where this device cannot reach it: a reserved region of its IOMMU group",
+    errno.ENOMEM: "the memlock limit, which iommufd counts for each user over all of its processes, is too low, or "
+    "memory is short: raise it (ulimit -l) or run with CAP_IPC_LOCK",
+}
+
+
+class Cdev(Device):
+    """One function, opened by /dev/vfio/devices/vfioN. The other attributes of a ``Device`` exist once it is bound.
+
+    ``name`` is its PCI address. Raises ``OSError``: ``ENOENT`` where it is not on vfio-pci or the kernel has no such
+    nodes; ``NotAssignable`` for a node without an IOMMU behind it.
+    """
+
+    def __init__(self, name: str, devices: str = _PCI_DEVICES, nodes: str = "/dev/vfio/devices") -> None:
+        OwnedFd.__init__(self, open_node(f"{nodes}/{node_name(name, devices)}"))
+        self.name = name
+        self.open_seconds = self.close_seconds = 0.0
+
+    def bind(self, iommufd: int, vf_token: uuid.UUID | None = None) -> int:
+        """Give it to the iommufd with this descriptor; returns its number there. The kernel resets it if it can.
+
+        KVM must know the descriptor before (``KVM_DEV_VFIO_FILE_ADD``). It is bound until it is closed.
+        ``vf_token``: see ``Group.get_device_fd``. Raises ``OSError``: ``EPERM`` its DMA is owned elsewhere, or
+        interrupts are not remapped, ``EBUSY`` its group is open, ``EINVAL`` it is open, ``EACCES`` a token is needed.
+        """
+        devid = ffi.new("uint32_t *")
+        token = vf_token.bytes if vf_token else ffi.NULL
+        started = time.monotonic()
+        result = lib.vfio_device_bind_iommufd(self.fd, iommufd, token, devid)
+        self.open_seconds = time.monotonic() - started
+        if result == -errno.EINVAL and vf_token:
+            remedy: str | None = _TOKEN_UNKNOWN
+        else:
+            remedy = token_remedy(-result, vf_token) or _BIND_REMEDY.get(-result)
+        check(result, "VFIO_DEVICE_BIND_IOMMUFD", self.name, remedy)
+        self._read_info()
+        return int(devid[0])
+
+    def attach(self, ioas: int) -> None:
+        """Let it do DMA to what is mapped in the IOAS, in place of one that it was attached to.
+
+        Raises ``OSError``: ``EADDRINUSE`` something is mapped where it cannot reach, ``EINVAL`` its IOMMU group is
+        attached elsewhere, ``ENOMEM`` over the memlock limit.
+        """
+        result = lib.vfio_device_attach_iommufd_pt(self.fd, ioas)
+        check(result, "VFIO_DEVICE_ATTACH_IOMMUFD_PT", self.name, _ATTACH_REMEDY.get(-result))
+
+    def detach(self) -> None:
+        """Block its DMA. Closing it does that, too."""
+        check(lib.vfio_device_detach_iommufd_pt(self.fd), "VFIO_DEVICE_DETACH_IOMMUFD_PT", self.name)
+
+
+def node_name(name: str, devices: str = _PCI_DEVICES) -> str:
+    """The name of its node below /dev/vfio/devices. Raises ``FileNotFoundError``, ``NotAssignable``."""
+    directory = Path(devices, name, "vfio-dev")
+    try:
+        (node,) = (path.name for path in directory.iterdir())
+    except (OSError, ValueError):
+        raise FileNotFoundError(errno.ENOENT, f"{name} has no VFIO device", str(directory)) from None
+    if node.startswith(_UNTRANSLATED):
+        raise NotAssignable(
+            f"{name} is {node} for VFIO, which has no IOMMU: its DMA would not be translated",
+            "disable enable_unsafe_noiommu_mode of vfio and turn on the IOMMU (AMD-Vi)",
+        )
+    return node
