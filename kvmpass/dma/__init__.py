@@ -2,6 +2,7 @@
 
 from kvmpass.dma.backend import Backend, BackendFactory, Mapper
 from kvmpass.dma.domain import DmaMapping, Domain
+from kvmpass.dma.iommufd import IommufdBackend
 from kvmpass.dma.type1 import Type1
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "BackendFactory",
     "DmaMapping",
     "Domain",
+    "IommufdBackend",
     "Mapper",
     "Type1",
 ]

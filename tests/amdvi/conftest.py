@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from support import outside
+from support.modes import mode
 from support.preloaded import commands_start_preloaded
 
 from kvmpass.testing import DEFAULT_PROFILES, Profile
 from kvmpass.testing.state import Mode, State
+
+__all__ = ["mode"]
 
 HERE = Path(__file__).parent
 SOAK = bool(os.environ.get("KVMPASS_SOAK"))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-from kvmpass.dma import BackendFactory, Domain, Type1
+from kvmpass.dma import BackendFactory, Domain, IommufdBackend, Type1
 from kvmpass.layout import GIB, MIB, Range, Reserved
 from kvmpass.memory import GuestMemory
-from support.fake_ioas import DictBackend
 from support.fake_vfio import FakeKvmVfio, FakeVfio
 from support.recording import Calls, recording
 
@@ -22,7 +20,7 @@ class Stage:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self.backend: BackendFactory = Type1 if isinstance(kernel, FakeVfio) else partial(DictBackend, kernel)
+        self.backend: BackendFactory = Type1 if isinstance(kernel, FakeVfio) else IommufdBackend
         self.calls: Calls = []
         self.kvm = FakeKvmVfio(self.kernel, "vm")
         self.memory = GuestMemory()
@@ -40,6 +38,8 @@ class Stage:
         if isinstance(self.kernel, FakeVfio):
             assert self.domain.active == bool(self.kernel.containers)
             assert sorted(self.kernel.groups) == sorted(self.domain.backend._groups)
+        else:
+            assert self.domain.active == bool(self.kernel.contexts)
 
     @property
     def registered(self) -> set[str | None]:

@@ -1,6 +1,7 @@
-"""A second back end, small and made up: mappings in a dict, and the order that an I/O address space wants.
+"""iommufd and VFIO's character devices, made up, with the kernel's rules.
 
-The device is opened, made known to KVM and attached, and only then is memory mapped.
+(drivers/iommu/iommufd/ioas.c, device.c; drivers/vfio/device_cdev.c; virt/kvm/vfio.c.) What a caller must not do is an
+assertion here, what the kernel refuses is an ``OSError``.
 """
 
 from __future__ import annotations
@@ -9,16 +10,11 @@ import errno
 import itertools
 import uuid
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-from kvmpass._teardown import run_all
-from kvmpass.dma import Mapper
-from kvmpass.dma.backend import KvmVfio
-from kvmpass.layout import Range
-from kvmpass.memory import MemoryRegion
+from kvmpass.iommufd import IovaRanges
+from kvmpass.layout import PAGE, Range
 from kvmpass.vfio import DependentDevice
 from support.fake_vfio import FakeKernel, refuse
 
@@ -27,64 +23,182 @@ from support.fake_vfio import FakeKernel, refuse
 class FakeIoas(FakeKernel):
     """The kernel: what is open, what is attached, what is mapped."""
 
-    devices: dict[str, IoasDevice] = field(default_factory=dict)
-    mappings: dict[Range, tuple[int, bool]] = field(default_factory=dict)
+    devices: dict[str, FakeCdev] = field(default_factory=dict)
+    contexts: list[FakeIommufd] = field(default_factory=list)
 
     def state(self) -> tuple[Any, ...]:
         """All that a caller can leave behind."""
-        devices = {name: (device.attached, device.kvm) for name, device in self.devices.items()}
-        return devices, list(self.mappings.items())
+        devices = {name: (device.ioas, device.kvm) for name, device in self.devices.items()}
+        return devices, [(number, dict(one)) for context in self.contexts for number, one in context.spaces.items()]
+
+    @property
+    def mappings(self) -> dict[Range, tuple[int, bool]]:
+        """Of the only IOAS that there may be: host address and whether it is writable."""
+        spaces = [space for context in self.contexts for space in context.spaces.values()]
+        assert len(spaces) <= 1
+        return spaces[0] if spaces else {}
 
     @property
     def files(self) -> set[int]:
         """What KVM is to know."""
         return {device.fd for device in self.devices.values()}
 
-    def file(self, fd: int) -> IoasDevice:
-        return next(device for device in self.devices.values() if device.fd == fd)
+    def file(self, fd: int) -> FakeCdev:
+        found = next((device for device in self.devices.values() if device.fd == fd), None)
+        assert found is not None, "the descriptor is open"
+        return found
 
-    def open(self, name: str, group: int, vf_token: uuid.UUID | None) -> IoasDevice:
-        def work() -> IoasDevice:
-            if name not in self.members.get(group, ()):
-                raise refuse(errno.ENODEV, name)
-            device = self.devices[name] = IoasDevice(self, name, vf_token)
-            return device
+    # --- what a back end makes
 
-        device = self.call("get_device_fd", work)
-        assert isinstance(device, IoasDevice)
+    def cdev(self, name: str) -> FakeCdev:
+        if name not in itertools.chain(*self.members.values()):
+            raise FileNotFoundError(errno.ENOENT, f"{name} has no VFIO device")
+        device = self.devices[name] = FakeCdev(self, name)
         return device
 
-    def destroy(self) -> None:
-        """The address space goes, and every mapping with it."""
-        self.call("destroy", self.mappings.clear)
+    def iommufd(self) -> FakeIommufd:
+        context = FakeIommufd(self)
+        self.contexts.append(context)
+        return context
 
 
-class IoasDevice:
-    """A device that was opened by its own character device."""
+class FakeIommufd:
+    """An open /dev/iommu: its address spaces by number."""
 
-    def __init__(self, kernel: FakeIoas, name: str, vf_token: uuid.UUID | None) -> None:
+    def __init__(self, kernel: FakeIoas) -> None:
         self.kernel = kernel
-        self.name = name
-        self.vf_token = vf_token
-        self.fd = 200 + [*itertools.chain(*kernel.members.values())].index(name)
-        self.kvm: str | None = None
-        self.bound = self.attached = False
-        self.resets: list[list[int]] = []
+        self.fd = 300 + len(kernel.contexts)
+        self.spaces: dict[int, dict[Range, tuple[int, bool]]] = {}
+        self.closed = False
 
-    def bind(self) -> None:
-        """VFIO_DEVICE_BIND_IOMMUFD: before it the device tells nothing, and can be attached to nothing."""
-        self.kernel.call("bind", lambda: setattr(self, "bound", True))
+    def attached(self, ioas: int) -> bool:
+        return any(device.ioas == ioas for device in self.kernel.devices.values() if device.bound is self)
 
-    def attach(self) -> None:
-        assert self.bound
-        self.kernel.call("attach", lambda: setattr(self, "attached", True))
+    def ioas_alloc(self) -> int:
+        def work() -> int:
+            self.spaces[7] = {}
+            return 7
+
+        return int(self.kernel.call("ioas_alloc", work))
+
+    def destroy(self, number: int) -> None:
+        def work() -> None:
+            if number not in self.spaces:
+                raise refuse(errno.ENOENT, "IOMMU_DESTROY")
+            if self.attached(number):
+                raise refuse(errno.EBUSY, "IOMMU_DESTROY")
+            del self.spaces[number]
+
+        self.kernel.call("destroy", work)
+
+    def ioas_iova_ranges(self, ioas: int) -> IovaRanges:
+        assert self.attached(ioas), "before a device is attached everything is allowed"
+        return IovaRanges(self.kernel.ranges, PAGE)
+
+    def ioas_map(self, ioas: int, iova: int, hva: int, size: int, *, writable: bool) -> None:
+        def work() -> None:
+            assert self.attached(ioas), "mapped earlier nothing is pinned"
+            wanted = Range(iova, size)
+            if not size or (iova | hva | size) % PAGE:
+                raise refuse(errno.EINVAL, "IOMMU_IOAS_MAP")
+            if any(wanted.overlaps(other) for other in self.spaces[ioas]):
+                raise refuse(errno.EEXIST, "IOMMU_IOAS_MAP")
+            self.spaces[ioas][wanted] = (hva, writable)
+
+        self.kernel.call("map", work)
+
+    def ioas_unmap(self, ioas: int, iova: int, size: int) -> int:
+        def work() -> int:
+            inside = [one for one in self.spaces[ioas] if Range(iova, size).contains(one)]
+            if not inside:
+                raise refuse(errno.ENOENT, "IOMMU_IOAS_UNMAP")
+            return sum(self.spaces[ioas].pop(one) and one.size for one in inside)
+
+        return int(self.kernel.call("unmap", work))
+
+    def ioas_unmap_all(self, ioas: int) -> int:
+        def work() -> int:
+            size = sum(one.size for one in self.spaces[ioas])
+            self.spaces[ioas].clear()
+            return size
+
+        return int(self.kernel.call("unmap_all", work))
 
     def close(self) -> None:
         def work() -> None:
-            self.bound = self.attached = False
-            self.kernel.devices.pop(self.name, None)
+            self.closed = True
+            self.release()
+
+        self.kernel.call("iommufd.close", work)
+
+    def release(self) -> None:
+        """A bound device keeps the context alive, without a descriptor too."""
+        if self.closed and not any(device.bound is self for device in self.kernel.devices.values()):
+            self.spaces.clear()
+            if self in self.kernel.contexts:
+                self.kernel.contexts.remove(self)
+
+
+class FakeCdev:
+    """A device that was opened by its own character device. ``vm``: who was registered when it was bound."""
+
+    def __init__(self, kernel: FakeIoas, name: str) -> None:
+        self.kernel = kernel
+        self.name = name
+        self.fd = 200 + [*itertools.chain(*kernel.members.values())].index(name)
+        self.vf_token: uuid.UUID | None = None
+        self.vm: str | None = None
+        self.bound: FakeIommufd | None = None
+        self.ioas: int | None = None
+        self.closed = False
+        self.resets: list[list[int]] = []
+        self._kvm: str | None = None
+
+    @property
+    def kvm(self) -> str | None:
+        """The VM that knows the file."""
+        return self._kvm
+
+    @kvm.setter
+    def kvm(self, name: str | None) -> None:
+        self._kvm = name
+        self._release()
+
+    def bind(self, iommufd: int, vf_token: uuid.UUID | None = None) -> int:
+        """Before it the device says nothing, and can be attached to nothing."""
+
+        def work() -> int:
+            if self.bound is not None:
+                raise refuse(errno.EINVAL, "VFIO_DEVICE_BIND_IOMMUFD")
+            self.bound = next(context for context in self.kernel.contexts if context.fd == iommufd)
+            self.vm, self.vf_token = self.kvm, vf_token
+            return 1
+
+        return int(self.kernel.call("bind", work))
+
+    def attach(self, ioas: int) -> None:
+        def work() -> None:
+            assert self.bound is not None
+            if ioas not in self.bound.spaces:
+                raise refuse(errno.ENOENT, "VFIO_DEVICE_ATTACH_IOMMUFD_PT")
+            self.ioas = ioas
+
+        self.kernel.call("attach", work)
+
+    def close(self) -> None:
+        def work() -> None:
+            self.closed = True
+            self._release()
 
         self.kernel.call("device.close", work)
+
+    def _release(self) -> None:
+        """KVM keeps the file open that it knows."""
+        if self.closed and self._kvm is None and self.kernel.devices.get(self.name) is self:
+            context, self.bound, self.ioas = self.bound, None, None
+            del self.kernel.devices[self.name]
+            if context is not None:
+                context.release()
 
     def get_pci_hot_reset_info(self) -> list[DependentDevice]:
         assert self.bound
@@ -93,80 +207,3 @@ class IoasDevice:
     def pci_hot_reset(self, groups: Sequence[Any]) -> None:
         assert not groups, "every device is bound: VFIO knows them without"
         self.resets.append([])
-
-
-class DictBackend:
-    """A ``Backend`` over ``FakeIoas``: all that a back end has to do."""
-
-    def __init__(self, kernel: FakeIoas, mapper: Mapper, kvm_vfio: KvmVfio | None) -> None:
-        self._kernel = kernel
-        self._mapper = mapper
-        self._kvm_vfio = kvm_vfio
-        self._devices: list[IoasDevice] = []
-
-    @property
-    def active(self) -> bool:
-        return bool(self._devices)
-
-    def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Any:
-        with ExitStack() as undo:
-            device = self._kernel.open(name, group, vf_token)
-            self._devices.append(device)
-            undo.callback(self.detach, device)
-            if self._kvm_vfio:
-                self._kvm_vfio.file_add(device.fd)
-            device.bind()
-            device.attach()
-            self._mapper.map_all()
-            undo.pop_all()
-        return device
-
-    def detach(self, device: Any) -> None:
-        """KVM's entry goes first: this fake's descriptors are open for as long as KVM knows them."""
-        last = [self._mapper.unmap_all, self._kernel.destroy] if self._devices == [device] else []
-        run_all((partial(self._unregister, device), device.close, *last, partial(self._devices.remove, device)))
-
-    def _unregister(self, device: IoasDevice) -> None:
-        if self._kvm_vfio:
-            with suppress(FileNotFoundError):
-                self._kvm_vfio.file_del(device.fd)
-
-    def map(self, region: MemoryRegion) -> None:
-        def work() -> None:
-            assert any(device.attached for device in self._devices), "mapped earlier nothing is pinned"
-            if any(region.range.overlaps(other) for other in self._kernel.mappings):
-                raise refuse(errno.EEXIST, "IOMMU_IOAS_MAP")
-            self._kernel.mappings[region.range] = (region.hva, region.kind.dma_writable)
-
-        self._kernel.call("map", work)
-
-    def unmap(self, region: MemoryRegion) -> int:
-        return int(
-            self._kernel.call(
-                "unmap", lambda: region.size if self._kernel.mappings.pop(region.range, None) is not None else 0
-            )
-        )
-
-    def unmap_rest(self) -> int:
-        def work() -> int:
-            size = sum(range_.size for range_ in self._kernel.mappings)
-            self._kernel.mappings.clear()
-            return size
-
-        return int(self._kernel.call("unmap_all", work))
-
-    def ranges(self) -> tuple[Range, ...]:
-        return self._kernel.ranges
-
-    def hot_reset(self, device: Any, dependent: Sequence[DependentDevice]) -> None:
-        device.pci_hot_reset(())
-
-    def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
-        for device in self._devices:
-            self._unregister(device)
-        self._kvm_vfio = kvm_vfio
-        for device in self._devices:
-            if kvm_vfio:
-                kvm_vfio.file_add(device.fd)
-
-    def close(self) -> None: ...

@@ -58,10 +58,10 @@ def physical(pid: int | str, address: int) -> int:
     return (entry & (1 << 55) - 1) * PAGE + address % PAGE
 
 
-def locked_bytes() -> int:
-    """VmLck of this process."""
+def locked_bytes(field: str = "VmLck") -> int:
+    """What the kernel has locked for this process; iommufd counts it as ``VmPin``."""
     status = Path("/proc/self/status").read_text()
-    match = re.search(r"^VmLck:\s+(\d+) kB", status, re.MULTILINE)
+    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
 
 

@@ -9,6 +9,7 @@ from support.dma_stage import MEMBERS, Stage
 from support.fake_ioas import FakeIoas
 from support.fake_vfio import FakeVfio
 
+import kvmpass.dma.iommufd
 import kvmpass.dma.type1
 
 
@@ -24,9 +25,12 @@ def type1(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
 
 
 @pytest.fixture
-def ioas() -> Iterator[Stage]:
-    """Over mappings in a dict."""
-    stage = Stage(FakeIoas(MEMBERS))
+def ioas(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    """Over a made-up iommufd."""
+    kernel = FakeIoas(MEMBERS)
+    monkeypatch.setattr(kvmpass.dma.iommufd, "Iommufd", kernel.iommufd)
+    monkeypatch.setattr(kvmpass.dma.iommufd, "Cdev", kernel.cdev)
+    stage = Stage(kernel)
     yield stage
     stage.close()
 

@@ -1,0 +1,135 @@
+"""iommufd as a back end: one I/O address space (IOAS), which devices are attached to by their character devices.
+
+Its order: open the device → tell KVM of it → bind it to the iommufd → attach it to the IOAS → map all memory (the
+first device). Memory that is mapped earlier is not pinned until the attach, where what is refused has no name.
+The IOAS is there from the first device until after the last one.
+"""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+
+from kvmpass._teardown import run_all
+from kvmpass.dma.backend import KvmVfio, Mapper
+from kvmpass.iommufd import Iommufd
+from kvmpass.layout import Range
+from kvmpass.memory import MemoryRegion
+from kvmpass.vfio import Cdev, DependentDevice, Device
+
+
+class IommufdBackend:
+    """A ``Backend``: one iommufd with one IOAS, made for the first device and closed after the last."""
+
+    def __init__(self, mapper: Mapper, kvm_vfio: KvmVfio | None = None) -> None:
+        self._mapper = mapper
+        self._kvm_vfio = kvm_vfio
+        self._iommufd: Iommufd | None = None
+        self._ioas = 0
+        self._devices: list[Device] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether there is an IOAS."""
+        return self._iommufd is not None
+
+    def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
+        """Every device maps what is not mapped yet: for all but the first one, nothing."""
+        with ExitStack() as undo:
+            if not self._devices:
+                undo.callback(self._close_ioas)
+            if self._iommufd is None:
+                self._open()
+            device = Cdev(name)
+            undo.callback(device.close)
+            undo.callback(self._unregister, device)
+            self._register(device)
+            device.bind(self.iommufd.fd, vf_token)
+            device.attach(self._ioas)
+            self._mapper.map_all()
+            self._devices.append(device)
+            undo.pop_all()
+        return device
+
+    def detach(self, device: Device) -> None:
+        """The kernel detaches it when it is closed, which is when KVM has dropped it."""
+        steps: list[Callable[[], object]] = [partial(self._unregister, device), device.close]
+        steps.append(partial(self._devices.remove, device))
+        if self._devices == [device]:
+            steps += [self._mapper.unmap_all, self._close_ioas]
+        run_all(steps)
+
+    def _open(self) -> None:
+        iommufd = Iommufd()
+        with ExitStack() as undo:
+            undo.callback(iommufd.close)
+            self._ioas = iommufd.ioas_alloc()
+            undo.pop_all()
+        self._iommufd = iommufd
+
+    def _close_ioas(self) -> None:
+        """Refused (``EBUSY``) while a device is attached whose file somebody else has: then it stays."""
+        if self._iommufd is not None:
+            self._iommufd.destroy(self._ioas)
+            iommufd, self._iommufd = self._iommufd, None
+            iommufd.close()
+
+    def close(self) -> None:
+        """Destroy the IOAS that could not go before, with what is still mapped in it."""
+        self._close_ioas()
+
+    # --- KVM
+
+    def _register(self, device: Device) -> None:
+        if self._kvm_vfio:
+            self._kvm_vfio.file_add(device.fd)
+
+    def _unregister(self, device: Device) -> None:
+        """Whether KVM has the device or not."""
+        if self._kvm_vfio:
+            with suppress(FileNotFoundError):
+                self._kvm_vfio.file_del(device.fd)
+
+    def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
+        """A device keeps the VM for which it was bound; the register decides on cache coherency alone."""
+        for device in self._devices:
+            self._unregister(device)
+        self._kvm_vfio = kvm_vfio
+        for device in self._devices:
+            self._register(device)
+
+    # --- mappings
+
+    @property
+    def iommufd(self) -> Iommufd:
+        """There is one only while ``active``."""
+        assert self._iommufd is not None
+        return self._iommufd
+
+    def map(self, region: MemoryRegion) -> None:
+        """See ``Iommufd.ioas_map``."""
+        self.iommufd.ioas_map(self._ioas, region.gpa, region.hva, region.size, writable=region.kind.dma_writable)
+
+    def unmap(self, region: MemoryRegion) -> int:
+        """See ``Iommufd.ioas_unmap``."""
+        try:
+            return self.iommufd.ioas_unmap(self._ioas, region.gpa, region.size)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        return 0
+
+    def unmap_rest(self) -> int:
+        """See ``Iommufd.ioas_unmap_all``."""
+        return self.iommufd.ioas_unmap_all(self._ioas)
+
+    def ranges(self) -> tuple[Range, ...]:
+        """They can shrink with each device."""
+        return self.iommufd.ioas_iova_ranges(self._ioas).allowed
+
+    def hot_reset(self, device: Device, dependent: Sequence[DependentDevice]) -> None:
+        """VFIO knows what is bound to the same iommufd as the device, and needs no groups."""
+        device.pci_hot_reset(())

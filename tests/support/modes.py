@@ -1,0 +1,44 @@
+"""The kernel's interfaces to the IOMMU, as a table: tests of DMA run through all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+
+import kvmpass.dma.type1
+from kvmpass.dma import BackendFactory, IommufdBackend, Type1
+from kvmpass.iommufd.iommufd import NODE
+from kvmpass.vfio import Container
+from support.witness import locked_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One interface: what a machine takes, and how its pinned memory is counted."""
+
+    name: str
+    backend: BackendFactory
+    locked: Callable[[], int]
+
+
+MODES = {
+    "type1": Mode("type1", Type1, locked_bytes),
+    "iommufd": Mode("iommufd", IommufdBackend, partial(locked_bytes, "VmPin")),
+    # The container's ioctls over /dev/iommu (drivers/iommu/iommufd/vfio_compat.c).
+    "compat": Mode("compat", Type1, partial(locked_bytes, "VmPin")),
+}
+FULL = pytest.mark.amdvi(kernel="full")
+through_all_modes = pytest.mark.parametrize(
+    "mode", ["type1", *(pytest.param(name, marks=FULL) for name in MODES if name != "type1")], indirect=True
+)
+
+
+@pytest.fixture
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mode:
+    """The mode that ``through_all_modes`` names."""
+    if request.param == "compat":
+        monkeypatch.setattr(kvmpass.dma.type1, "Container", partial(Container, NODE))
+    return MODES[request.param]
