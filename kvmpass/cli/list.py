@@ -63,8 +63,8 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
     for line in _lines(found, wide):
         output.text(line)
     if blocker := found.host.blocker:
-        who = "this user cannot assign devices" if found.host.ready else "this host cannot assign devices"
-        output.note(f"{who}: {blocker.cause}\n  hint: {blocker.remedy}")
+        whose = "" if found.host.ready else "this host cannot assign devices: "
+        output.note(f"{whose}{blocker.cause}\n  hint: {blocker.remedy}")
     if found.orphaned:
         output.note(
             f"a killed kvmpass did not restore {', '.join(map(str, found.orphaned))}\n  hint: run kvmpass restore"

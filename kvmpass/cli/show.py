@@ -126,8 +126,8 @@ def _verdict(found: view.Description) -> Iterator[tuple[str, list[str]]]:
         cause = f"{found.status.device.bdf} is in use: see below" if blocker.kind == "in-use" else blocker.cause
         answer += [f"- {cause}", f"  hint: {blocker.remedy}"]
     if host_blocker := found.host.blocker:
-        who = "this user cannot assign devices" if found.host.ready else "no device of this host can be assigned"
-        answer += [f"- {who}: {host_blocker.cause}", f"  hint: {host_blocker.remedy}"]
+        whose = "" if found.host.ready else "no device of this host can be assigned: "
+        answer += [f"- {whose}{host_blocker.cause}", f"  hint: {host_blocker.remedy}"]
     yield "Assignable", answer
     yield "In use", _uses(found)
 
