@@ -1,4 +1,4 @@
-"""The VM's table of GSI routes, which KVM takes only as a whole."""
+"""The VM's table of GSI routes, which KVM replaces only as a whole (``KVM_SET_GSI_ROUTING``)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from kvmpass.ports import IOAPIC_PINS
 
 
 class IrqRoutes:
-    """The IOAPIC's pins, and GSIs above them for message-signalled interrupts. No line leads to the PIC.
+    """The IOAPIC's pins, and GSIs above them for message-signalled interrupts. No route leads to the PIC.
 
-    A change takes effect at once; one that KVM refuses leaves the table as it was. The table is kept as KVM reads it:
-    a change costs one entry and one call, however many routes there are. Synchronization: from any thread.
+    A change takes effect at once; one that KVM refuses leaves the table unchanged. The table is kept as KVM reads it:
+    a change costs one entry and one call, however many routes there are.
+
+    Synchronization: from any thread.
     """
 
     def __init__(self, vm: Vm) -> None:
@@ -23,8 +25,8 @@ class IrqRoutes:
         self._limit = vm.check_extension(Capability.IRQ_ROUTING)
         self._table = ffi.new("struct kvmpass_route[]", self._limit)
         self._count = 0
-        self._index: dict[int, int] = {}  # of a message's GSI in the table
-        self._free = list(range(self._limit - 1, IOAPIC_PINS - 1, -1))  # the lowest comes last
+        self._index: dict[int, int] = {}  # where a message's GSI is in the table
+        self._free = list(range(self._limit - 1, IOAPIC_PINS - 1, -1))  # the lowest is last
         self._lock = threading.Lock()
         for pin in range(IOAPIC_PINS):
             entry = self._table[pin]
@@ -38,7 +40,7 @@ class IrqRoutes:
 
     @property
     def msi(self) -> list[MsiRoute]:
-        """The routes above the chips' pins, by GSI."""
+        """The routes of message-signalled interrupts, by GSI."""
         with self._lock:
             entries = [self._table[at] for at in self._index.values()]
             return sorted(
@@ -46,9 +48,9 @@ class IrqRoutes:
             )
 
     def add(self, address: int, data: int) -> int:
-        """Route a new GSI to a message of 64 and 32 bits; returns the GSI.
+        """Route a new GSI to a message (``address``: 64 bits, ``data``: 32 bits). Return the GSI.
 
-        Raises ``OSError`` if KVM refuses or none is left, ``OverflowError`` for a number with more bits.
+        Raises ``OSError`` if KVM refuses or no GSI is free (``ENOSPC``), ``OverflowError`` for a larger number.
         """
         with self._lock:
             if not self._free or self._count == self._limit:
@@ -63,9 +65,9 @@ class IrqRoutes:
             return gsi
 
     def remove(self, gsi: int) -> None:
-        """The last entry takes the removed one's place. Raises ``OSError`` if KVM refuses, ``KeyError``: not routed.
+        """Remove a route; the table's last entry replaces it. A closed VM is not called.
 
-        A VM that is closed has no routes any more: nothing is asked of it.
+        Raises ``OSError`` if KVM refuses, ``KeyError`` for a GSI without a route.
         """
         with self._lock:
             at, last = self._index[gsi], self._count - 1

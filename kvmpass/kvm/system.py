@@ -1,4 +1,4 @@
-"""/dev/kvm."""
+"""``/dev/kvm``: the KVM subsystem."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ from kvmpass.kvm.types import Capability, CpuidEntry
 from kvmpass.kvm.vm import Vm
 
 _MAX_CPUID = 256
-MAX_APIC_IDS = 255  # 8 bits, all ones being a broadcast (AMD64 manual volume 2, 16.11)
+MAX_APIC_IDS = 255
+"""APIC ids of 8 bits; all ones are a broadcast (AMD64 manual volume 2, 16.11)."""
 
 
 def check_apic_ids(count: int) -> None:
-    """Refuse (``LayoutError``) more CPUs than the interrupts of a guest's devices reach."""
+    """Raise ``LayoutError`` for more CPUs than the interrupts of a guest's devices reach."""
     if count > MAX_APIC_IDS:
         raise LayoutError(
             f"{count} CPUs: a guest takes {MAX_APIC_IDS}",
-            "devices' interrupts reach APIC ids of 8 bits, 0 to 254: more would need a remapping unit in the guest",
+            "devices' interrupts reach APIC ids of 8 bits, 0 to 254; more need interrupt remapping in the guest",
         )
 
 
 class System(OwnedFd):
     """The KVM subsystem: capabilities, and virtual machines to make.
 
-    Raises ``OSError`` where the node is absent or may not be opened, and for an API version other than 12.
+    Raises ``OSError`` where the node is absent or access is denied, and for an API version other than 12.
+
+    Synchronization: from any thread.
     """
 
     def __init__(self, path: str = "/dev/kvm") -> None:
@@ -35,20 +38,20 @@ class System(OwnedFd):
                 raise OSError(f"{path}: KVM API version {version}, not {lib.KVM_API_VERSION}")
 
     def check_extension(self, capability: Capability) -> int:
-        """Zero where the capability is absent; its meaning otherwise is the capability's."""
+        """The value of a capability (``KVM_CHECK_EXTENSION``); 0 where it is absent."""
         return check(lib.kvm_check_extension(self.fd, capability), "KVM_CHECK_EXTENSION")
 
     @property
     def max_vcpus(self) -> int:
-        """How many vCPUs one VM may have."""
+        """Number of vCPUs that a VM can have."""
         return self.check_extension(Capability.MAX_VCPUS) or 4
 
     def check_vcpus(self, count: int) -> None:
-        """Refuse (``LayoutError``) a VM with ``count`` vCPUs if this host, or a guest, cannot have them."""
+        """Raise ``LayoutError`` if a VM cannot have ``count`` vCPUs on this host."""
         check_vcpus(count, self.max_vcpus)
 
     def get_supported_cpuid(self) -> list[CpuidEntry]:
-        """What KVM can give a guest on this host."""
+        """The CPUID leaves that KVM supports on this host (``KVM_GET_SUPPORTED_CPUID``). Raises ``OSError``."""
         entries = ffi.new("struct kvm_cpuid_entry2[]", _MAX_CPUID)
         count = check(lib.kvm_get_supported_cpuid(self.fd, entries, _MAX_CPUID), "KVM_GET_SUPPORTED_CPUID")
         return [
@@ -63,12 +66,13 @@ class System(OwnedFd):
         return leaves[0x8000_0008].eax & 0xFF if 0x8000_0008 in leaves else 40
 
     def create_vm(self) -> Vm:
+        """Create a VM without memory and vCPUs (``KVM_CREATE_VM``). Raises ``OSError``."""
         run_size = check(lib.kvm_get_vcpu_mmap_size(self.fd), "KVM_GET_VCPU_MMAP_SIZE")
         return Vm(check(lib.kvm_create_vm(self.fd), "KVM_CREATE_VM"), run_size)
 
 
 def check_vcpus(count: int, most: int) -> None:
-    """Refuse (``LayoutError``) more vCPUs than ``most``, or none."""
+    """Raise ``LayoutError`` for more vCPUs than ``most``, or none."""
     if not 1 <= count <= most:
         raise LayoutError(f"{count} CPUs: this host's KVM takes 1 to {most}")
     check_apic_ids(count)

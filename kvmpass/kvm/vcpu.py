@@ -1,4 +1,4 @@
-"""One virtual processor."""
+"""A virtual CPU: registers, and the ioctl that runs it."""
 
 from __future__ import annotations
 
@@ -27,37 +27,38 @@ _INTERRUPTED = InterruptedExit()
 
 
 def install_kick(signal_number: int) -> None:
-    """Give a signal a handler that does nothing, so that it takes a thread out of ``Vcpu.run``."""
+    """Install a handler that does nothing, so that the signal ends ``Vcpu.run``. Raises ``OSError``."""
     check(lib.kvmpass_install_kick(signal_number), "sigaction")
 
 
 class Vcpu(OwnedFd):
-    """Registers, and ``run()``.
+    """One vCPU of a VM.
 
     Synchronization: ``request_exit`` from any thread; everything else from the thread that runs it, or from any while
-    that one is outside ``run()``: before the start, or while the machine is paused.
+    that one is outside of ``run()``: before the start, or while the machine is paused.
     """
 
     def __init__(self, fd: int, index: int, run_size: int) -> None:
         super().__init__(fd)
         self.index = index
+        """Its number and APIC id, from 0."""
         with closing_on_error(self):
             self._run = HostMapping(run_size, fd=fd)
             self._page = self._run.view(0, run_size)
         self._exit = ffi.new("struct kvmpass_exit *")
 
     def close(self) -> None:
-        """Only when no thread is inside ``run()``: KVM reads ``kvm_run`` there."""
+        """Close the vCPU, while no thread is inside ``run()``, which reads ``kvm_run``. Idempotent."""
         if hasattr(self, "_run"):
             self._run.close()
         super().close()
 
     def run(self) -> Exit:
-        """Enter the guest once. What makes the call itself fail is an exit, too: a guest can bring it about.
+        """Enter the guest once (``KVM_RUN``). A failure of the ioctl is an exit, too, as guests can cause it.
 
-        ``EFAULT``, for one, is its access to memory that the host refuses; before Linux 6.8, and for a device's
-        pages later too, it comes without ``KVM_EXIT_MEMORY_FAULT``. ``EIO``: KVM found a bug of its own and ended the
-        VM. Raises ``Closed`` after ``close()``.
+        ``EFAULT`` is the guest's access to memory that the host cannot provide: before Linux 6.8, and for a device's
+        pages later too, without ``KVM_EXIT_MEMORY_FAULT``. ``EIO``: KVM found a bug of its own and ended the VM.
+        Raises ``Closed`` after ``close()``.
         """
         out = self._exit
         result = lib.kvm_run(self.fd, self._run.address, out)
@@ -94,17 +95,21 @@ class Vcpu(OwnedFd):
         return FailedExit("an exit that is not handled", reason, 0)
 
     def complete(self, exit_: PortExit | MmioExit, data: bytes) -> None:
-        """The value of a read: exactly the bytes asked for. Takes effect at the next ``run()``."""
+        """Set the result of a read, of exactly the requested size. It takes effect at the next ``run()``."""
         wanted = exit_.size * (exit_.repeat if isinstance(exit_, PortExit) else 1)
         self._page[exit_.offset : exit_.offset + wanted] = data
 
     def request_exit(self, wanted: bool = True) -> None:
-        """From any thread: the next or current ``run()`` comes back (with a signal to its thread)."""
+        """Make the next ``run()`` return at once, and the current one at a signal to its thread (``immediate_exit``).
+
+        Synchronization: from any thread.
+        """
         lib.kvm_run_set_immediate_exit(self._run.address, int(wanted))
 
     # --- state, before the first run
 
     def set_cpuid2(self, entries: Sequence[CpuidEntry]) -> None:
+        """Set the CPUID leaves that the guest sees (``KVM_SET_CPUID2``). Raises ``OSError``."""
         table = ffi.new("struct kvm_cpuid_entry2[]", max(1, len(entries)))
         for out, entry in zip(table, entries, strict=False):
             out.function, out.index, out.flags = entry.function, entry.index, entry.flags
@@ -112,20 +117,26 @@ class Vcpu(OwnedFd):
         check(lib.kvm_set_cpuid2(self.fd, table, len(entries)), "KVM_SET_CPUID2")
 
     def get_regs(self) -> dict[str, int]:
-        """General registers by name (``rax`` … ``rip``, ``rflags``)."""
+        """General registers by name: ``rax`` … ``rip``, ``rflags`` (``KVM_GET_REGS``). Raises ``OSError``."""
         regs = ffi.new("struct kvm_regs *")
         check(lib.kvm_get_regs(self.fd, regs), "KVM_GET_REGS")
         return {name: getattr(regs, name) for name in dir(regs)}
 
     def get_sregs(self) -> dict[str, int]:
-        """Control registers (``cr0`` … ``cr8``, ``efer``, ``apic_base``), and selectors of the segments."""
+        """Control registers (``cr0`` … ``cr8``, ``efer``, ``apic_base``) and segment selectors (``KVM_GET_SREGS``).
+
+        Raises ``OSError``.
+        """
         sregs = ffi.new("struct kvm_sregs *")
         check(lib.kvm_get_sregs(self.fd, sregs), "KVM_GET_SREGS")
         controls = {name: getattr(sregs, name) for name in _CONTROL_REGISTERS}
         return controls | {name: getattr(sregs, name).selector for name in _SEGMENTS}
 
     def set_regs(self, **values: int) -> None:
-        """Set the named general registers; the others keep their values. ``AttributeError`` for a wrong name."""
+        """Set the named general registers; the others keep their values (``KVM_SET_REGS``).
+
+        Raises ``OSError``, ``AttributeError`` for an unknown name.
+        """
         regs = ffi.new("struct kvm_regs *")
         check(lib.kvm_get_regs(self.fd, regs), "KVM_GET_REGS")
         for name, value in values.items():
@@ -133,7 +144,10 @@ class Vcpu(OwnedFd):
         check(lib.kvm_set_regs(self.fd, regs), "KVM_SET_REGS")
 
     def get_msrs(self, indexes: Sequence[int]) -> dict[int, int]:
-        """Model-specific registers by index, at most 64. Raises ``OSError`` (``EINVAL``) where KVM refuses one."""
+        """At most 64 model-specific registers by index (``KVM_GET_MSRS``).
+
+        Raises ``OSError`` (``EINVAL``: KVM refuses one).
+        """
         table = ffi.new("struct kvm_msr_entry[]", [(index, 0) for index in indexes])
         done = check(lib.kvm_get_msrs(self.fd, table, len(indexes)), "KVM_GET_MSRS", f"vCPU {self.index}")
         if done < len(indexes):
@@ -141,16 +155,20 @@ class Vcpu(OwnedFd):
         return {entry.index: entry.data for entry in table}
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
-        """Write model-specific registers by index, in order. Raises as ``get_msrs`` does: those before are set."""
+        """Set at most 64 model-specific registers by index, in order (``KVM_SET_MSRS``).
+
+        Raises ``OSError`` (``EINVAL``: KVM refuses one; those before it are set).
+        """
         table = ffi.new("struct kvm_msr_entry[]", list(values.items()))
         done = check(lib.kvm_set_msrs(self.fd, table, len(values)), "KVM_SET_MSRS", f"vCPU {self.index}")
         if done < len(values):
             raise failure(errno.EINVAL, "KVM_SET_MSRS", f"vCPU {self.index}, MSR {list(values)[done]:#x}")
 
     def enter_long_mode(self, *, cr3: int, gdt: int, gdt_limit: int, code: int, data: int) -> None:
-        """64-bit mode with paging by ``cr3``, flat segments, interrupts off (AMD64 manual volume 2, chapter 14).
+        """Enter 64-bit mode with the page tables at ``cr3``, flat segments and interrupts disabled.
 
-        ``gdt`` is the guest-physical address of a descriptor table that has ``code`` and ``data`` as selectors.
+        ``gdt``: guest-physical address of a descriptor table with the selectors ``code`` and ``data``;
+        ``gdt_limit``: its size in bytes, minus 1. Raises ``OSError``. (AMD64 manual volume 2, chapter 14.)
         """
         sregs = ffi.new("struct kvm_sregs *")
         check(lib.kvm_get_sregs(self.fd, sregs), "KVM_GET_SREGS")

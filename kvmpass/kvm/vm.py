@@ -1,4 +1,4 @@
-"""One virtual machine's descriptor."""
+"""A virtual machine of KVM."""
 
 from __future__ import annotations
 
@@ -13,21 +13,31 @@ from kvmpass.kvm.vcpu import Vcpu
 
 @dataclass(frozen=True, slots=True)
 class MsiRoute:
-    """A GSI that delivers a message-signalled interrupt."""
+    """The route of a GSI to a message-signalled interrupt."""
 
     gsi: int
+    """Global system interrupt, above the IOAPIC's pins."""
     address: int
+    """Address of the message, 64 bits."""
     data: int
+    """Data of the message, 32 bits."""
 
 
 class VfioDevice(OwnedFd):
-    """KVM's view of VFIO (KVM_DEV_TYPE_VFIO): which VFIO files this VM uses (devices/vfio.rst)."""
+    """KVM's VFIO device (KVM_DEV_TYPE_VFIO): the VFIO files that this VM uses (virt/kvm/devices/vfio.rst).
+
+    Synchronization: from any thread.
+    """
 
     def file_add(self, fd: int) -> None:
-        """Register a group or a device. Call before the group's devices are opened."""
+        """Register a group or a device (``KVM_DEV_VFIO_FILE_ADD``), before its devices are opened.
+
+        Raises ``OSError`` (``EEXIST``).
+        """
         self._set(lib.KVM_DEV_VFIO_FILE_ADD, fd, "KVM_DEV_VFIO_FILE_ADD")
 
     def file_del(self, fd: int) -> None:
+        """Unregister a group or a device (``KVM_DEV_VFIO_FILE_DEL``). Raises ``OSError`` (``ENOENT``)."""
         self._set(lib.KVM_DEV_VFIO_FILE_DEL, fd, "KVM_DEV_VFIO_FILE_DEL")
 
     def _set(self, attribute: int, fd: int, name: str) -> None:
@@ -35,7 +45,10 @@ class VfioDevice(OwnedFd):
 
 
 class Vm(OwnedFd):
-    """Memory slots, interrupt controllers and vCPUs of one VM."""
+    """Memslots, interrupt controllers and vCPUs of one VM.
+
+    Synchronization: from any thread.
+    """
 
     def __init__(self, fd: int, run_size: int) -> None:
         super().__init__(fd)
@@ -45,10 +58,14 @@ class Vm(OwnedFd):
         return "<Vm closed>" if self.closed else f"<Vm fd {self.fd}>"
 
     def check_extension(self, capability: Capability) -> int:
+        """The value of a capability for this VM (``KVM_CHECK_EXTENSION``); 0 where it is absent."""
         return check(lib.kvm_check_extension(self.fd, capability), "KVM_CHECK_EXTENSION")
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:
-        """Show ``size`` bytes of this process at ``hva`` to the guest at ``gpa``. Size 0 deletes the slot."""
+        """Map ``size`` bytes at ``hva`` into the guest at ``gpa``, all multiples of a page; size 0 deletes the slot.
+
+        Raises ``OSError`` (``KVM_SET_USER_MEMORY_REGION``: ``EEXIST`` overlap, ``EINVAL``).
+        """
         flags = lib.KVM_MEM_READONLY if readonly else 0
         check(
             lib.kvm_set_user_memory_region(self.fd, slot, flags, gpa, size, hva),
@@ -57,11 +74,17 @@ class Vm(OwnedFd):
         )
 
     def create_irqchip(self) -> None:
-        """PIC, IOAPIC and a local APIC for each vCPU, in the kernel. Before the first vCPU."""
+        """Create PIC, IOAPIC and a local APIC for each vCPU in the kernel, before the first vCPU.
+
+        Raises ``OSError`` (``KVM_CREATE_IRQCHIP``).
+        """
         check(lib.kvm_create_irqchip(self.fd), "KVM_CREATE_IRQCHIP")
 
     def mask_pic(self) -> None:
-        """Mask every input of both 8259s, which KVM makes with all of them unmasked (arch/x86/kvm/i8259.c)."""
+        """Mask every input of both 8259s, which KVM creates unmasked (``KVM_SET_IRQCHIP``; arch/x86/kvm/i8259.c).
+
+        Raises ``OSError``.
+        """
         pic = ffi.new("struct kvm_pic_state *")
         for chip in (lib.KVM_IRQCHIP_PIC_MASTER, lib.KVM_IRQCHIP_PIC_SLAVE):
             check(lib.kvm_get_irqchip_pic(self.fd, chip, pic), "KVM_GET_IRQCHIP", f"chip {chip}")
@@ -69,38 +92,45 @@ class Vm(OwnedFd):
             check(lib.kvm_set_irqchip_pic(self.fd, chip, pic), "KVM_SET_IRQCHIP", f"chip {chip}")
 
     def set_gsi_routing(self, table: Any, count: int) -> None:
-        """Replace the whole table: ``count`` of ``struct kvmpass_route``.
+        """Replace the routing table by ``count`` entries of ``struct kvmpass_route`` (``KVM_SET_GSI_ROUTING``).
 
-        ``OSError`` ``EINVAL`` if an entry's address or pin is not acceptable.
+        Raises ``OSError`` (``EINVAL``: KVM refuses an entry).
         """
         check(lib.kvm_set_gsi_routing(self.fd, table, count), "KVM_SET_GSI_ROUTING")
 
     def irqfd(self, eventfd: int, gsi: int) -> None:
-        """Let ``eventfd`` raise ``gsi`` without leaving the kernel."""
+        """Raise ``gsi`` inside the kernel when ``eventfd`` is signalled (``KVM_IRQFD``). Raises ``OSError``."""
         check(lib.kvm_irqfd(self.fd, eventfd, gsi, 0, -1), "KVM_IRQFD", f"gsi {gsi}")
 
     def irqfd_resample(self, eventfd: int, gsi: int, resamplefd: int) -> None:
-        """Let ``eventfd`` raise the level-triggered ``gsi``; ``resamplefd`` is signalled when the guest ends it.
+        """Assert the level-triggered ``gsi`` when ``eventfd`` is signalled, until the guest's EOI.
 
-        ``KVM_IRQFD_FLAG_RESAMPLE``: the line goes down with the guest's EOI, and whoever reads ``resamplefd`` says
-        whether it comes up again. End it with ``irqfd_deassign``.
+        KVM then deasserts it and signals ``resamplefd``, whose reader asserts it again if the device still does
+        (``KVM_IRQFD_FLAG_RESAMPLE``). Undo it with ``irqfd_deassign``. Raises ``OSError``.
         """
         flags = lib.KVM_IRQFD_FLAG_RESAMPLE
         check(lib.kvm_irqfd(self.fd, eventfd, gsi, flags, resamplefd), "KVM_IRQFD", f"gsi {gsi}, resample")
 
     def irqfd_deassign(self, eventfd: int, gsi: int) -> None:
+        """Undo ``irqfd`` or ``irqfd_resample`` (``KVM_IRQFD_FLAG_DEASSIGN``). Raises ``OSError``."""
         check(lib.kvm_irqfd(self.fd, eventfd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN, -1), "KVM_IRQFD", f"gsi {gsi}")
 
     def irq_line(self, gsi: int, level: bool) -> None:
+        """Set the level of an interrupt line (``KVM_IRQ_LINE``). Raises ``OSError``."""
         check(lib.kvm_irq_line(self.fd, gsi, int(level)), "KVM_IRQ_LINE", f"gsi {gsi}")
 
     def signal_msi(self, address: int, data: int) -> bool:
-        """Deliver a message at once; whether a vCPU took it. Needs no route, and does not wait for a vCPU."""
+        """Deliver a message without a route (``KVM_SIGNAL_MSI``). Return whether a vCPU accepted it.
+
+        Raises ``OSError``.
+        """
         detail = f"address {address:#x}, data {data:#x}"
         return check(lib.kvm_signal_msi(self.fd, address, data), "KVM_SIGNAL_MSI", detail) > 0
 
     def create_vcpu(self, index: int) -> Vcpu:
+        """Create vCPU number ``index`` (``KVM_CREATE_VCPU``). Raises ``OSError``."""
         return Vcpu(check(lib.kvm_create_vcpu(self.fd, index), "KVM_CREATE_VCPU"), index, self._run_size)
 
     def create_vfio_device(self) -> VfioDevice:
+        """Create the VM's VFIO device (``KVM_CREATE_DEVICE``), one for each VM. Raises ``OSError``."""
         return VfioDevice(check(lib.kvm_create_device(self.fd, lib.KVM_DEV_TYPE_VFIO), "KVM_CREATE_DEVICE"))

@@ -95,7 +95,7 @@ def test_a_slot_for_each_region_by_kind(stage: Stage) -> None:
     mapping.close()
 
 
-def test_numbers_are_used_again_lowest_first(stage: Stage) -> None:
+def test_slot_numbers_are_reused_lowest_first(stage: Stage) -> None:
     """KVM has 32764 of them: hot plug must not use them up."""
     regions = [stage.memory.add_ram(n * MIB, PAGE) for n in range(4)]
     stage.memory.remove(regions[2])
@@ -111,7 +111,7 @@ def test_numbers_are_used_again_lowest_first(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_slot_that_is_refused_leaves_none(stage: Stage, after: bool) -> None:
+def test_a_refused_slot_is_not_recorded(stage: Stage, after: bool) -> None:
     stage.memory.add_ram(0, PAGE)
     stage.vm.fail, stage.vm.after = 1, after
     with pytest.raises(Refused):
@@ -131,7 +131,7 @@ def test_a_slot_that_kvm_does_not_delete_stays_recorded(stage: Stage) -> None:
     assert len(stage.memslots.ledger) == 1
 
 
-def test_close_tries_every_slot(stage: Stage) -> None:
+def test_close_deletes_every_slot(stage: Stage) -> None:
     for n in range(3):
         stage.memory.add_ram(n * MIB, PAGE)
     stage.vm.calls = 0
@@ -159,7 +159,7 @@ def test_another_vm_gets_the_same_slots(stage: Stage) -> None:
     stage.check()
 
 
-def test_a_vm_that_refuses_does_not_take_over(stage: Stage) -> None:
+def test_a_vm_that_refuses_does_not_replace_the_old_one(stage: Stage) -> None:
     stage.memory.add_ram(0, MIB)
     stage.memory.add_ram(GIB, MIB)
     new = FakeVm()
@@ -170,7 +170,7 @@ def test_a_vm_that_refuses_does_not_take_over(stage: Stage) -> None:
     stage.check()
 
 
-def test_every_range_of_the_list_is_taken(stage: Stage) -> None:
+def test_every_range_of_the_list_is_accepted(stage: Stage) -> None:
     stage.memslots.region_wanted(RegionKind.BAR, Range(0xFEE0_0000, PAGE), "anything")
     assert stage.vm.calls == 0
 
@@ -178,7 +178,7 @@ def test_every_range_of_the_list_is_taken(stage: Stage) -> None:
 # --- what KVM does not undo
 
 
-def test_a_slot_of_which_kvm_may_have_one_is_deleted_if_it_has(stage: Stage) -> None:
+def test_a_slot_that_kvm_may_have_is_deleted_if_it_exists(stage: Stage) -> None:
     """Creating it fails, then deleting it: EINVAL would say that there is none, anything else does not."""
     real = stage.vm.set_user_memory_region
     answers: list[int] = []
@@ -206,7 +206,7 @@ def test_a_slot_of_which_kvm_may_have_one_is_deleted_if_it_has(stage: Stage) -> 
     stage.vm.set_user_memory_region = real  # type: ignore[method-assign]
 
 
-def test_a_slot_that_is_there_for_sure_is_not_forgotten_for_einval(stage: Stage) -> None:
+def test_einval_keeps_the_record_of_an_acknowledged_slot(stage: Stage) -> None:
     region = stage.memory.add_ram(0, PAGE)
     slots, stage.vm.slots = stage.vm.slots, {}
     with pytest.raises(OSError) as refused:
@@ -239,7 +239,7 @@ def test_a_number_that_the_kernel_cannot_be_asked_for(stage: Stage, monkeypatch:
     stage.check()
 
 
-def test_a_vm_that_is_left_loses_its_slots(stage: Stage) -> None:
+def test_a_replaced_vm_loses_its_slots(stage: Stage) -> None:
     for n in range(3):
         stage.memory.add_ram(n * MIB, PAGE)
     old, new = stage.vm, FakeVm()
@@ -255,7 +255,7 @@ def test_a_vm_that_is_left_loses_its_slots(stage: Stage) -> None:
     assert old.calls == 3
 
 
-def test_a_region_that_comes_back_is_doubtful_no_more(stage: Stage) -> None:
+def test_a_region_added_again_is_no_longer_doubtful(stage: Stage) -> None:
     """As when another mirror keeps it: it is the same region that is added again."""
     memory = GuestMemory()
     region = memory.add_ram(0, PAGE)

@@ -45,14 +45,14 @@ def routes_on(vm: FakeVm) -> IrqRoutes:
     return IrqRoutes(vm)  # type: ignore[arg-type]
 
 
-def test_the_ioapics_pins_are_there_from_the_start_and_none_of_the_pic() -> None:
+def test_the_table_starts_with_the_ioapics_pins_and_none_of_the_pic() -> None:
     routes_on(vm := FakeVm())
     assert {entry[1] for entry in vm.seen} == {lib.KVM_IRQCHIP_IOAPIC}
     assert len(vm.seen) == IOAPIC_PINS
     assert {entry[0] for entry in vm.seen if entry[1] == lib.KVM_IRQCHIP_IOAPIC} == set(range(IOAPIC_PINS))
 
 
-def test_random_changes_leave_what_was_asked_for() -> None:
+def test_random_changes_leave_the_requested_routes() -> None:
     routes, choose, wanted = routes_on(vm := FakeVm()), random.Random(1), {}
     for step in range(500):
         if wanted and (choose.random() < 0.5 or len(wanted) == vm.limit - IOAPIC_PINS):
@@ -82,7 +82,7 @@ def test_a_refused_change_changes_nothing() -> None:
     assert [route.data for route in routes.msi] == [1, 2]
 
 
-def test_a_full_table_says_so() -> None:
+def test_a_full_table_is_enospc() -> None:
     routes = routes_on(vm := FakeVm())
     for data in range(vm.limit - IOAPIC_PINS):
         routes.add(0xFEE0_0000, data)
@@ -91,7 +91,7 @@ def test_a_full_table_says_so() -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_a_closed_vm_is_asked_for_nothing() -> None:
+def test_a_closed_vm_is_not_called() -> None:
     """Its routes have gone with it."""
     routes = routes_on(vm := FakeVm())
     gsi = routes.add(0xFEE0_0000, 1)
@@ -139,7 +139,7 @@ def test_whichever_is_removed_the_others_can_be_removed_after_it(victim: int) ->
         routes.remove(gsi)
 
 
-def test_a_table_says_how_full_it_is() -> None:
+def test_the_repr_counts_routes_and_free_gsis() -> None:
     routes = routes_on(FakeVm())
     routes.add(0xFEE0_0000, 1)
     assert repr(routes) == "<IrqRoutes 24 pins, 1 messages, 39 GSIs free>"
