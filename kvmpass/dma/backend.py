@@ -1,12 +1,12 @@
-"""What a DMA domain needs of an IOMMU. Another back end implements ``Backend``; nothing else knows which one it is.
+"""What a DMA domain needs of the kernel's IOMMU interface: ``Backend``. Only a back end knows which interface it is.
 
-A back end is one translation: devices are attached to it and reach what is mapped in it. It hides the order of its
-kernel interface, and registers with KVM the files that its interface has (groups, or devices' own):
+A back end is one translation: devices are attached to it and reach the memory that is mapped in it. It hides the
+order of its kernel interface, and registers VFIO's files (groups, or devices) with KVM:
 
-- Type 1: the group joins a container, memory is mapped, KVM is told of the group, the device is opened. Mappings
-  vanish with the last group.
-- IOAS: the device's character device is opened, KVM is told of it, it is bound and attached to the empty IOAS, memory
-  is mapped. VFIO tells nothing of a device that is not bound (``Device`` asks), and resets it when it is bound.
+- Type 1: the group joins a container, memory is mapped, the group is registered with KVM, the device is opened. The
+  kernel unmaps everything when the last group leaves.
+- IOAS: the device's character device is opened, registered with KVM, bound and attached to the empty IOAS, memory is
+  mapped. VFIO answers ``Device``'s ioctls only after the bind, which resets the device.
 
 So only the back end knows when mappings can exist: it calls its ``Mapper`` then. ``Machine(backend=…)`` takes one.
 """
@@ -23,31 +23,31 @@ from kvmpass.vfio import DependentDevice, Device
 
 
 class KvmVfio(Protocol):
-    """KVM's register of VFIO files (``kvmpass.kvm.VfioDevice``): groups, or devices that were opened on their own."""
+    """KVM's VFIO device (``kvmpass.kvm.VfioDevice``): the groups, or character devices, that a VM uses."""
 
     def file_add(self, fd: int) -> None:
-        """Let KVM know the file. Raises ``OSError`` (``EEXIST``)."""
+        """Register the file (``KVM_DEV_VFIO_FILE_ADD``). Raises ``OSError`` (``EEXIST``)."""
 
     def file_del(self, fd: int) -> None:
-        """Let KVM forget the file. Raises ``OSError`` (``ENOENT``)."""
+        """Unregister the file (``KVM_DEV_VFIO_FILE_DEL``). Raises ``OSError`` (``ENOENT``)."""
 
 
 class Mapper(Protocol):
-    """Who fills the translation: ``Domain``. A back end calls it from ``attach``, ``detach`` and ``close``.
+    """Maps memory in the translation: ``Domain``. A back end calls it in ``attach``, ``detach`` and ``close``.
 
-    Synchronization: it takes the lock of the memory itself.
+    Synchronization: without the memory's lock, which it takes.
     """
 
     def map_all(self) -> None:
-        """A device is in the translation, and ``ranges`` counts it: check all memory, map what is not mapped yet.
+        """Check all memory against ``ranges`` and map what is not mapped, once the new device counts in ``ranges``.
 
-        All or nothing. What it raises (``ReservedRange``, ``OSError``) refuses the device.
+        All or nothing. Raises ``ReservedRange``, ``OSError``: ``attach`` fails with it.
         """
 
     def unmap_all(self) -> None:
-        """Called when the last device is closed, before it leaves the translation.
+        """Unmap everything, after the last device is closed and before it leaves the translation.
 
-        Raises ``OSError``, ``AuditFailed``: the back end goes on, and what is left vanishes with the translation.
+        Raises ``OSError``, ``AuditFailed``: the back end continues; the rest is unmapped with the translation.
         """
 
 
@@ -60,52 +60,53 @@ class Backend(Protocol):
 
     @property
     def active(self) -> bool:
-        """Whether mappings can exist. Once it is false, none does."""
+        """Whether mappings can exist."""
 
     def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
-        """Put a device into the translation and open it: ``name`` is its PCI address, ``group`` its IOMMU group.
+        """Attach a device to the translation and open it: ``name`` is its PCI address, ``group`` its IOMMU group.
 
-        ``vf_token``: see ``Group.get_device_fd``. KVM knows its file before the device's driver in VFIO looks for a
-        VM, which it does when the device is opened (type 1) or bound (IOAS). Raises ``GroupNotViable`` where the
-        kernel refuses the group (an interface that says so by ``EBUSY`` or ``EINVAL`` alone is translated),
-        ``OSError``, or what ``map_all`` raises; then nothing has changed.
+        ``vf_token``: see ``Group.get_device_fd``. The file is registered with KVM before VFIO looks for a VM, which
+        it does when the device is opened (type 1) or bound (IOAS). Raises ``GroupNotViable`` where the kernel refuses
+        the group, also where its interface reports only ``EBUSY`` or ``EINVAL``; ``OSError``; or what ``map_all``
+        raises; then nothing has changed.
         """
 
     def detach(self, device: Device) -> None:
-        """Let KVM drop its file, close ``device`` and take it out. It is open until then. Runs every step.
+        """Unregister the open ``device`` from KVM, close it and detach it. Runs every step even if one fails.
 
-        What cannot leave the translation stays in it until ``close``, or until something of its group is attached.
+        A group that cannot leave the translation stays in it until ``close``, or until a device of it is attached.
         """
 
     def map(self, region: MemoryRegion) -> None:
-        """Pin the region's memory; devices reach it at ``region.gpa``, RAM for writing too. Raises ``OSError``.
+        """Pin the region's memory and map it at ``region.gpa``: ROM read-only, RAM for reading and writing.
 
-        Raises ``OverflowError`` only before the kernel is asked. After any other failure it may be mapped.
+        Raises ``OSError``. Raises ``OverflowError`` only before the ioctl; after any other failure it may be mapped.
         """
 
     def unmap(self, region: MemoryRegion) -> int:
-        """Undo ``map``; returns how many bytes were mapped there. Raises ``OSError``.
+        """Undo ``map``. Return the number of bytes that were mapped there; 0 where the kernel reports ``ENOENT``.
 
-        0 if none were, also where the kernel says so by ``ENOENT``.
+        Raises ``OSError``.
         """
 
     def unmap_rest(self) -> int:
-        """Undo every mapping that there may still be; returns how many bytes there were. Raises ``OSError``."""
+        """Undo all mappings. Return the number of bytes that were mapped. Raises ``OSError``."""
 
     def ranges(self) -> tuple[Range, ...]:
-        """The I/O virtual addresses that every device here can be given; none where the kernel does not list them."""
+        """The usable I/O virtual addresses of the attached devices; empty where the kernel does not list them."""
 
     def hot_reset(self, device: Device, dependent: Sequence[DependentDevice]) -> None:
-        """Reset the slot or bus of ``device``. ``dependent``: all that this resets, each attached here.
+        """Reset the slot or bus of ``device``. ``dependent``: all devices that this resets, each attached here.
 
-        Raises ``OSError`` (``ENODEV``) where there is no such reset.
+        Raises ``OSError`` (``ENODEV``: neither slot nor bus can be reset).
         """
 
     def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
-        """Register the attached files with another VM, or none, after the old one has dropped them."""
+        """Unregister all files from the old VM, then register them with another one, or with none."""
 
     def close(self) -> None:
-        """Take out what could not leave before; every device is detached. Idempotent."""
+        """Remove what could not leave before, after every device is detached. Idempotent."""
 
 
 BackendFactory = Callable[[Mapper, KvmVfio | None], Backend]
+"""Constructs a back end for the domain that maps memory in it, and the VM that its files are registered with."""

@@ -1,7 +1,7 @@
-"""The VM's one DMA domain: what virt/kvm/iommu.c was in the kernel, over a back end (``kvmpass.dma.backend``).
+"""The VM's one DMA domain over a back end (``kvmpass.dma.backend``): what virt/kvm/iommu.c did in the kernel.
 
-Guest memory is mirrored into the AMD IOMMU at the guest's own physical addresses, once for all devices of the VM.
-Mappings exist while a device is attached: the first one maps everything, the last one takes everything with it.
+Guest memory is mapped in the IOMMU at the guest's own physical addresses, once for all devices of the VM. Mappings
+exist while a device is attached: the first attach maps everything, the last detach unmaps it.
 """
 
 from __future__ import annotations
@@ -26,22 +26,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DmaMapping:
-    """What the IOMMU acknowledged: I/O virtual address, size and host address in bytes."""
+    """A mapping that the kernel acknowledged."""
 
     iova: int
+    """I/O virtual address."""
     size: int
+    """Bytes."""
     hva: int
+    """Address in this process."""
     writable: bool
+    """Whether devices may write."""
 
 
 class Domain:
     """One translation for all of the VM's devices: a listener of ``GuestMemory``, and the ``Mapper`` of its back end.
 
-    ``backend`` makes that; ``reserved``: what this host does not translate, by name.
+    ``backend`` constructs the back end; ``reserved``: the ranges that this host's IOMMU does not translate.
 
-    Synchronization: regions come and go from any thread (the memory's lock, which ``map_all`` and ``unmap_all`` take
-    too); ``attach``, ``detach``, ``hot_reset``, ``rebind_kvm`` and ``close`` from one thread at a time (``Machine``
-    holds its lock of moves).
+    Synchronization: regions are added and removed from any thread (the memory's lock, which ``map_all`` and
+    ``unmap_all`` take too); ``attach``, ``detach``, ``hot_reset``, ``rebind_kvm`` and ``close`` from one thread at a
+    time (``Machine`` holds its device lock).
     """
 
     def __init__(
@@ -57,22 +61,23 @@ class Domain:
         self._ledger: dict[MemoryRegion, DmaMapping] = {}
         self._mapped = False  # whether a region that is added is mapped; guarded by the memory's lock
         self.backend = backend(self, kvm_vfio)
+        """What maps memory in the IOMMU."""
         memory.listen(self)
 
     @property
     def active(self) -> bool:
-        """Whether mappings can exist: a device is attached, or one could not leave."""
+        """Whether mappings can exist: a device is attached, or one could not be detached."""
         return self.backend.active
 
     @property
     def ledger(self) -> list[DmaMapping]:
-        """The mappings that the kernel acknowledged and that were not undone, by address."""
+        """The current mappings, as the kernel acknowledged them, by address."""
         return sorted(self._ledger.values(), key=lambda mapping: mapping.iova)
 
     # --- devices
 
     def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
-        """Put the device called ``name`` (its PCI address; bound to vfio-pci) into the domain and open it.
+        """Attach the device at PCI address ``name``, which is bound to vfio-pci, and open it.
 
         ``vf_token``: see ``Group.get_device_fd``. The first device maps all memory.
         Raises ``OSError``, ``DeviceInUse``, ``GroupNotViable``, ``ReservedRange``; then nothing has changed.
@@ -85,9 +90,9 @@ class Domain:
         return device
 
     def detach(self, device: Device) -> None:
-        """Close ``device``; all mappings go with the last one. Idempotent.
+        """Close ``device`` and detach it; the last detach unmaps everything. Idempotent.
 
-        Runs every step even if one fails. Mappings of a translation that it cannot leave stay recorded.
+        Runs every step even if one fails. If it cannot leave the translation its mappings stay recorded.
         """
         if device in self._devices:
             with self._until_inactive():
@@ -95,7 +100,7 @@ class Domain:
 
     @contextmanager
     def _until_inactive(self) -> Iterator[None]:
-        """Mappings vanish with their translation, whatever failed before."""
+        """Clear the ledger once the translation is gone: the kernel has then unmapped everything."""
         try:
             yield
         finally:
@@ -104,19 +109,19 @@ class Domain:
                     self._ledger.clear()
 
     def hot_reset(self, device: Device) -> None:
-        """Reset the slot or bus of ``device``, if all that it resets is in this domain.
+        """Reset the slot or bus of ``device``, if all devices that this resets are in this domain.
 
-        Raises ``NotAssignable`` if not, ``OSError`` (``ENODEV``) where there is no such reset.
+        Raises ``NotAssignable`` if not, ``OSError`` (``ENODEV``: neither slot nor bus can be reset).
         """
-        ours = {one.name for one in self._devices}
+        attached = {attached.name for attached in self._devices}
         dependent = device.get_pci_hot_reset_info()
-        others = [one.name for one in dependent if one.name not in ours]
+        others = [other.name for other in dependent if other.name not in attached]
         if others:
             raise NotAssignable(f"a reset of {device.name}'s bus would reset {', '.join(others)} too")
         self.backend.hot_reset(device, dependent)
 
     def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
-        """From now on another VM, or none, runs over these devices."""
+        """Register the devices' files with another VM, or with none. Raises ``OSError``."""
         self.backend.rebind_kvm(kvm_vfio)
 
     def close(self) -> None:
@@ -127,20 +132,20 @@ class Domain:
     # --- memory
 
     def _check_range(self, range_: Range, name: str, usable: tuple[Range, ...]) -> None:
-        """Refuse what this host cannot translate: by its list, which knows names, and by ``usable``, if not empty."""
+        """Raise ``ReservedRange`` for a range in ``reserved``, or outside of ``usable`` unless that is empty."""
         line = find_reserved(range_, self._reserved)
         if line:
             raise ReservedRange(
                 f"{name} {range_} falls into this host's reserved range {line}",
                 "put it elsewhere: cat /sys/kernel/iommu_groups/*/reserved_regions lists what devices cannot reach",
             )
-        if usable and not any(one.contains(range_) for one in usable):
+        if usable and not any(window.contains(range_) for window in usable):
             raise ReservedRange(f"{name} {range_} falls into addresses that the IOMMU of this host cannot translate")
 
     def map_all(self) -> None:
-        """Walk all regions and map each that is not mapped (``kvm_iommu_map_memslots``). All or nothing.
+        """Map all regions that are not mapped (``kvm_iommu_map_memslots``). All or nothing. For the back end.
 
-        For the back end. Raises ``ReservedRange`` before anything is mapped, ``OSError``.
+        Raises ``ReservedRange`` before anything is mapped, ``OSError``.
         """
         with self._memory.lock, ExitStack() as undo:
             usable = self.backend.ranges()
@@ -155,26 +160,26 @@ class Domain:
             undo.pop_all()
 
     def map_region(self, region: MemoryRegion) -> None:
-        """Map one region, by one call, at its guest-physical address (``kvm_iommu_map_pages``); ROM is read-only."""
+        """Map one region by one call at its guest-physical address, ROM read-only (``kvm_iommu_map_pages``)."""
         mapping = DmaMapping(region.gpa, region.size, region.hva, region.kind.dma_writable)
         self._ledger[region] = mapping
         try:
             self.backend.map(region)
-        except OverflowError:  # no number that the kernel could have been asked for
+        except OverflowError:  # raised before the ioctl
             del self._ledger[region]
             raise
-        except BaseException as error:  # an interrupt may come after the call
+        except BaseException as error:  # KeyboardInterrupt may be raised after the ioctl
             run_all((partial(self._unmap_doubtful, region),), error)
             raise
         log.info("map %s -> iova %#x, %s", region, mapping.iova, "rw" if mapping.writable else "ro")
 
     def _unmap_doubtful(self, region: MemoryRegion) -> None:
-        """What is not mapped is no error here. If this fails the region stays in the ledger, its memory mapped."""
+        """Unmap a region that may not be mapped. If this fails it stays in the ledger, and its memory mapped."""
         self.backend.unmap(region)
         del self._ledger[region]
 
     def unmap_region(self, region: MemoryRegion) -> None:
-        """Undo ``map_region``. Raises ``AuditFailed`` if the kernel had not mapped what the ledger says."""
+        """Undo ``map_region``. Raises ``OSError``, ``AuditFailed`` if the kernel unmapped another size."""
         mapping = self._ledger[region]
         unmapped = self.backend.unmap(region)
         del self._ledger[region]
@@ -185,9 +190,9 @@ class Domain:
             )
 
     def unmap_all(self) -> None:
-        """Undo every mapping, then let the kernel say whether there were more. For the back end.
+        """Unmap every region, then all that the ledger does not have. For the back end.
 
-        Runs every step even if one fails. Raises ``AuditFailed``, ``OSError``.
+        Runs every step even if one fails. Raises ``AuditFailed`` if there was more than the ledger has, ``OSError``.
         """
         with self._memory.lock:
             self._mapped = False
@@ -198,17 +203,17 @@ class Domain:
             raise AuditFailed(f"{left:#x} bytes were mapped that the ledger does not have")
 
     def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None:
-        """Listener: refused before anything is mapped, even while the domain is inactive."""
+        """Listener: refuse reserved ranges before anything is mapped, also while no device is attached."""
         if kind is not RegionKind.BAR:
             self._check_range(range_, name, self.backend.ranges() if self._mapped else ())
 
     def region_added(self, region: MemoryRegion) -> None:
-        """Listener: a region of an active domain is mapped before anyone can use it."""
+        """Listener: map a region of an active domain before it is used."""
         if self._mapped and region.dma:
             self.map_region(region)
 
     def region_removed(self, region: MemoryRegion) -> None:
-        """Listener: unmapped before its memory goes."""
+        """Listener: unmap a region before its memory is unmapped in this process."""
         if region in self._ledger:
             self.unmap_region(region)
 
@@ -219,9 +224,9 @@ class Domain:
     # --- the invariant
 
     def audit(self) -> None:
-        """RAM regions are exactly the writable mappings, ROM exactly the read-only ones, at their own address.
+        """Check that RAM is mapped writable, ROM read-only, each at its own address, and nothing else.
 
-        Raises ``AuditFailed`` naming every difference. Nothing is mapped while no device is attached.
+        Raises ``AuditFailed`` naming every difference. Without an attached device nothing may be mapped.
         """
         regions = [region for region in self._memory if region.dma and self._mapped]
         wanted = {Mirrored(region.range, region.hva, region.kind.dma_writable) for region in regions}

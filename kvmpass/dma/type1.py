@@ -1,8 +1,8 @@
 """VFIO's type 1 container as a back end: IOMMU groups join it, and memory is mapped in it.
 
-Its order: open the group → join the container → make it an IOMMU (the first group) → map all memory → tell KVM of the
-group → open the device. There is an IOMMU only while a group is in the container; the last one takes every mapping
-with it.
+The order: open the group, join the container, set its IOMMU (the first group), map all memory, register the group
+with KVM, open the device. The container has an IOMMU only while a group is in it: the kernel unmaps everything when
+the last group leaves.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class _Joined:
 
 
 class Type1:
-    """A ``Backend``: one container, made for the first group and closed after the last."""
+    """A ``Backend``: one container, opened for the first group and closed after the last.
+
+    Synchronization: see ``Backend``.
+    """
 
     def __init__(self, mapper: Mapper, kvm_vfio: KvmVfio | None = None) -> None:
         self._mapper = mapper
@@ -44,7 +47,7 @@ class Type1:
         return bool(self._groups)
 
     def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
-        """The first device of a group lets it join, and only the first group maps."""
+        """See ``Backend``. A group joins with its first device; only the first group maps memory."""
         with ExitStack() as undo:
             if group not in self._groups or not self._groups[group].devices:
                 joined = self._join(group)
@@ -58,8 +61,8 @@ class Type1:
         return device
 
     def detach(self, device: Device) -> None:
-        """The group leaves with its last device. One that cannot stays recorded."""
-        number, devices = next((n, one.devices) for n, one in self._groups.items() if device in one.devices)
+        """See ``Backend``. A group leaves with its last device."""
+        number, devices = next((n, joined.devices) for n, joined in self._groups.items() if device in joined.devices)
         steps: list[Callable[[], object]] = [device.close, partial(devices.remove, device)]
         if len(devices) == 1:
             steps.append(partial(self._leave, number))
@@ -86,23 +89,23 @@ class Type1:
         group, last = self._groups[number].group, len(self._groups) == 1
 
         def leave_container() -> None:
-            self._unless_taken(group, group.unset_container)
+            self._unless_removed(group, group.unset_container)
             del self._groups[number]
             run_all((group.close, *([self._close_container] if last else [])))
 
-        unmap = [partial(self._unless_taken, group, self._mapper.unmap_all)] if last else []
+        unmap = [partial(self._unless_removed, group, self._mapper.unmap_all)] if last else []
         run_all((partial(self._unregister, group), *unmap, leave_container))
 
     @staticmethod
-    def _unless_taken(group: Group, step: Callable[[], None]) -> None:
-        """Do ``step``; it may fail where the host has taken the group, and all mappings with it.
+    def _unless_removed(group: Group, step: Callable[[], None]) -> None:
+        """Run ``step``, which may fail where VFIO has removed the group, and all mappings with it.
 
-        It does when somebody unbinds the device and waited for us to close it (vfio_device_remove_group).
+        It does so when the last device of the group is unbound, once that device is closed.
         """
         try:
             step()
         except (OSError, AuditFailed):
-            if not group.taken:
+            if not group.removed:
                 raise
 
     def _close_container(self) -> None:
@@ -111,7 +114,7 @@ class Type1:
             container.close()
 
     def close(self) -> None:
-        """Let the groups leave that could not before."""
+        """See ``Backend``: remove the groups that could not leave before."""
         run_all(partial(self._leave, number) for number in list(self._groups))
 
     # --- KVM
@@ -121,13 +124,13 @@ class Type1:
             self._kvm_vfio.file_add(group.fd)
 
     def _unregister(self, group: Group) -> None:
-        """Whether KVM has the group or not."""
+        """Unregister ``group``, if it is registered."""
         if self._kvm_vfio:
             with suppress(FileNotFoundError):
                 self._kvm_vfio.file_del(group.fd)
 
     def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
-        """The other way round VFIO would take the group from whoever has it (kvm_vfio_file_del, virt/kvm/vfio.c)."""
+        """See ``Backend``. ``file_del`` after ``file_add`` would clear the group's VM (virt/kvm/vfio.c)."""
         for joined in self._groups.values():
             self._unregister(joined.group)
         self._kvm_vfio = kvm_vfio
@@ -138,7 +141,7 @@ class Type1:
 
     @property
     def container(self) -> Container:
-        """There is one only while ``active``."""
+        """The container; only while ``active``."""
         assert self._container is not None
         return self._container
 
@@ -155,10 +158,10 @@ class Type1:
         return self.container.unmap_all()
 
     def ranges(self) -> tuple[Range, ...]:
-        """They can shrink with each group that joins."""
+        """See ``Container.get_info``. They can shrink with each group that joins."""
         return self.container.get_info().ranges
 
     def hot_reset(self, device: Device, dependent: Sequence[DependentDevice]) -> None:
-        """Show VFIO that we hold the groups of all that it resets; more groups than that are refused."""
-        numbers = {one.group for one in dependent}
+        """See ``Device.pci_hot_reset``. VFIO refuses groups without a dependent device."""
+        numbers = {other.group for other in dependent}
         device.pci_hot_reset([joined.group for number, joined in self._groups.items() if number in numbers])

@@ -18,60 +18,85 @@ if TYPE_CHECKING:
     from kvmpass.vfio.group import Group
 
 BAR0 = lib.VFIO_PCI_BAR0_REGION_INDEX
+"""Region index of BAR 0; the others follow."""
 ROM = lib.VFIO_PCI_ROM_REGION_INDEX
+"""Region index of the expansion ROM."""
 CONFIG = lib.VFIO_PCI_CONFIG_REGION_INDEX
+"""Region index of configuration space."""
 INTX = lib.VFIO_PCI_INTX_IRQ_INDEX
+"""Interrupt index of INTx."""
 MSI = lib.VFIO_PCI_MSI_IRQ_INDEX
+"""Interrupt index of MSI."""
 MSIX = lib.VFIO_PCI_MSIX_IRQ_INDEX
-ERR = lib.VFIO_PCI_ERR_IRQ_INDEX  # an uncorrectable error, on PCI Express
-REQ = lib.VFIO_PCI_REQ_IRQ_INDEX  # the host wants the device back
+"""Interrupt index of MSI-X."""
+ERR = lib.VFIO_PCI_ERR_IRQ_INDEX
+"""Interrupt index of uncorrected errors, on PCI Express."""
+REQ = lib.VFIO_PCI_REQ_IRQ_INDEX
+"""Interrupt index of the host's requests to release the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class RegionInfo:
-    """``mmap_areas``: the parts (offset in the region) that may be mapped; all of it where none is named."""
+    """A region, as ``VFIO_DEVICE_GET_REGION_INFO`` describes it."""
 
     index: int
+    """VFIO's region index."""
     size: int
+    """Bytes."""
     offset: int
+    """Where the region begins in the device's file."""
     readable: bool
+    """Whether ``read`` is allowed."""
     writable: bool
+    """Whether ``write`` is allowed."""
     mmap_areas: tuple[Range, ...]
+    """The parts that can be mapped, relative to the region."""
     msix_mappable: bool
+    """Whether the page with the MSI-X table can be mapped (``VFIO_REGION_INFO_CAP_MSIX_MAPPABLE``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class IrqInfo:
+    """One kind of interrupts, as ``VFIO_DEVICE_GET_IRQ_INFO`` describes it."""
+
     index: int
+    """VFIO's interrupt index."""
     count: int
+    """Number of vectors; 0 where the device lacks this kind."""
     eventfd: bool
+    """Whether they can signal eventfds."""
     maskable: bool
+    """Whether they can be masked."""
     automasked: bool
+    """Whether an interrupt masks itself until it is unmasked (INTx)."""
     resizable: bool
+    """Whether vectors can be added while others are enabled."""
 
 
 @dataclass(frozen=True, slots=True)
 class DependentDevice:
-    """A function that a bus or slot reset of another one resets too.
-
-    ``name`` is its PCI address. ``group`` is its IOMMU group, where the device that was asked was opened through its
-    group; else ``devid`` is its number in the iommufd: 0 if it is ours by its group, -1 if it is not ours.
-    """
+    """A function that a slot or bus reset of another function resets too."""
 
     name: str
+    """Its PCI address."""
     group: int | None
+    """Its IOMMU group; None where the other function was opened by its character device."""
     devid: int | None
+    """Else its device ID in the iommufd: 0 where it is owned through its group, -1 where it is not owned."""
 
 
 class Region:
-    """A BAR, the ROM or configuration space, reached by system calls.
+    """A BAR, the ROM or configuration space, accessed by system calls.
 
     ``read`` and ``write`` check the range; an access of 1, 2, 4 or 8 aligned bytes is one access of the device.
+
+    Synchronization: from any thread.
     """
 
     def __init__(self, device: Device, info: RegionInfo) -> None:
         self._device = device
         self.info = info
+        """Size, flags and mappable parts."""
 
     def __repr__(self) -> str:
         access = "r" * self.info.readable + "w" * self.info.writable + "m" * bool(self.info.mmap_areas)
@@ -79,11 +104,12 @@ class Region:
 
     @property
     def size(self) -> int:
+        """Bytes."""
         return self.info.size
 
     @property
     def mmap_areas(self) -> tuple[Range, ...]:
-        """The parts of it that may be mapped."""
+        """The parts that can be mapped, relative to the region."""
         return self.info.mmap_areas
 
     def _check(self, offset: int, size: int) -> int:
@@ -92,9 +118,9 @@ class Region:
         return self.info.offset + offset
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes. Raises ``IndexError`` outside the region, ``OSError`` where VFIO refuses.
+        """Read ``size`` bytes. Raises ``IndexError`` outside of the region, ``OSError`` where VFIO refuses.
 
-        ``EIO``: the device does not decode its memory (or I/O) now.
+        ``EIO``: the device does not decode memory (or I/O) now.
         """
         at = self._check(offset, size)
         try:
@@ -106,7 +132,7 @@ class Region:
         return data
 
     def write(self, offset: int, data: bytes) -> None:
-        """All of ``data``; raises as ``read`` does."""
+        """Write all of ``data``. Raises as ``read`` does."""
         at = self._check(offset, len(data))
         try:
             written = os.pwrite(self._device.fd, data, at)
@@ -116,22 +142,23 @@ class Region:
             raise self._refused("pwrite", None, offset, len(data))
 
     def _refused(self, call: str, code: int | None, offset: int, size: int) -> OSError:
-        """The error for an access; without a code for one that was done in part."""
+        """The error for a failed access; without ``code`` for a short one."""
         where = f"{self._device.name} region {self.info.index}, {offset:#x}+{size:#x}"
         if code is None:
-            return failure(errno.EIO, call, f"{where}: only a part was done")
+            return failure(errno.EIO, call, f"{where}: short access")
         remedy = "turn on the device's decoding (AssignedDevice.enable, or its driver)" if code == errno.EIO else None
         return failure(code, call, where, remedy)
 
     def read_int(self, offset: int, size: int = 4) -> int:
-        """A little-endian register."""
+        """Read a little-endian register of ``size`` bytes. Raises as ``read`` does."""
         return int.from_bytes(self.read(offset, size), "little")
 
     def write_int(self, offset: int, value: int, size: int = 4) -> None:
+        """Write a little-endian register of ``size`` bytes. Raises as ``read`` does, and ``OverflowError``."""
         self.write(offset, value.to_bytes(size, "little"))
 
     def mmap(self, area: Range) -> HostMapping:
-        """Map one of ``mmap_areas``; a mapping keeps the device busy until it is closed.
+        """Map one of ``mmap_areas``. The mapping keeps the device open until it is closed. Raises ``OSError``.
 
         Aligned to the region's size, so that the kernel can use huge PFN maps.
         """
@@ -141,18 +168,22 @@ class Region:
 
 
 class Device(OwnedFd):
-    """One function. ``regions`` and ``irqs`` are keyed by VFIO's index.
+    """One open PCI function (``VFIO_DEVICE_GET_INFO``).
 
-    Regions that the device lacks are absent. INTx, MSI and MSI-X have a count of 0 where the device lacks them; ERR
-    and REQ are absent where the kernel cannot signal them (ERR: the device is not PCI Express). ``open_seconds`` and
-    ``close_seconds``: how long it took, most of it the reset that the kernel does then if it can.
+    Opening and closing take most of their time for the reset that the kernel then does, if it can. Raises
+    ``OSError``.
+
+    Synchronization: ``close`` while no other thread uses the device; everything else from any thread.
     """
 
     def __init__(self, fd: int, name: str, open_seconds: float = 0.0) -> None:
         super().__init__(fd)
         self.name = name
+        """Its PCI address."""
         self.open_seconds = open_seconds
+        """How long opening it took."""
         self.close_seconds = 0.0
+        """How long closing it took; 0 before."""
         with closing_on_error(self):
             self._read_info()
 
@@ -162,10 +193,13 @@ class Device(OwnedFd):
         if not info.flags & lib.VFIO_DEVICE_FLAGS_PCI:
             raise OSError(errno.ENODEV, f"{self.name} is not a PCI device for VFIO")
         self.resettable = bool(info.flags & lib.VFIO_DEVICE_FLAGS_RESET)
+        """Whether ``reset`` is possible."""
         found = (self._region_info(index) for index in range(min(info.num_regions, CONFIG + 1)))
         self.regions = {region.index: Region(self, region) for region in found if region is not None}
+        """The regions that the device has, by VFIO's index."""
         interrupts = (self._irq_info(index) for index in range(min(info.num_irqs, REQ + 1)))
         self.irqs = {irq.index: irq for irq in interrupts if irq is not None}
+        """Interrupts by VFIO's index. ERR and REQ are absent where the kernel cannot signal them."""
 
     def close(self) -> None:
         """Close the descriptor; idempotent."""
@@ -218,70 +252,71 @@ class Device(OwnedFd):
         )
 
     def set_irqs(self, index: int, start: int, eventfds: Sequence[int]) -> None:
-        """Let the device's interrupts ``start``… signal ``eventfds``; -1 detaches one.
+        """Signal ``eventfds`` for the vectors from ``start`` on (``VFIO_DEVICE_SET_IRQS``); -1 removes one.
 
-        The first call for MSI-X enables it in the device. ERR and REQ have one vector, 0. Raises ``OSError``
-        (``ENOSPC`` too few host vectors, ``EINVAL`` an index or vector that the device has not).
+        The first call for MSI or MSI-X enables it in the device. ERR and REQ have one vector, 0. Raises ``OSError``:
+        ``ENOSPC`` too few vectors of the host, ``EINVAL`` an index or vector that the device does not have.
         """
         array = ffi.new("int32_t[]", list(eventfds) or 1)
         flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_TRIGGER
         result = lib.vfio_device_set_irqs(self.fd, flags, index, start, len(eventfds), array)
         detail = f"{self.name} interrupt {index}, vectors {start}-{start + len(eventfds) - 1}"
-        if result > 0:  # fewer vectors than asked for: vfio_msi_enable() in vfio_pci_intrs.c
+        if result > 0:  # the number of vectors that are possible: vfio_msi_enable() in vfio_pci_intrs.c
             result = -errno.ENOSPC
             detail += ": the host has no free interrupt vectors"
         check(result, "VFIO_DEVICE_SET_IRQS", detail)
 
     def set_unmask_eventfd(self, index: int, eventfd: int) -> None:
-        """Let a signal on ``eventfd`` unmask an automasked interrupt (INTx) in the kernel; -1 ends that."""
+        """Unmask an automasked interrupt (INTx) when ``eventfd`` is signalled; -1 undoes it. Raises ``OSError``."""
         flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_UNMASK
         result = lib.vfio_device_set_irqs(self.fd, flags, index, 0, 1, ffi.new("int32_t[]", [eventfd]))
         check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}, unmask")
 
     def trigger_irq(self, index: int, vector: int = 0) -> None:
-        """Signal the eventfd of ``vector`` as if the device had raised it: the kernel's own loopback.
+        """Signal the eventfd of ``vector`` as if the device had raised it (``VFIO_IRQ_SET_DATA_NONE``).
 
-        For tests and diagnosis. Nothing happens where the vector has no eventfd; ``OSError`` (``EINVAL``) where the
-        index is off.
+        For tests and diagnosis. Does nothing where the vector has no eventfd. Raises ``OSError`` (``EINVAL``: the
+        index is disabled).
         """
         flags = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
         result = lib.vfio_device_set_irqs(self.fd, flags, index, vector, 1, ffi.NULL)
         check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}, trigger vector {vector}")
 
     def disable_irqs(self, index: int) -> None:
-        """Turn the whole index off; harmless where it is off."""
+        """Disable all vectors of an index. Idempotent. Raises ``OSError``."""
         flags = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
         result = lib.vfio_device_set_irqs(self.fd, flags, index, 0, 0, ffi.NULL)
         if result == -errno.EINVAL and index in self.irqs and self.irqs[index].count:
-            return  # it is off: nothing else is refused of an index that the device has (vfio_pci_intrs.c)
+            return  # it is disabled: VFIO has no other reason for an index that exists (vfio_pci_intrs.c)
         check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}")
 
     def reset(self) -> None:
-        """Function or power-management reset, as VFIO chooses. ``OSError`` (``EINVAL``) where it has none."""
+        """Reset the function (``VFIO_DEVICE_RESET``). Raises ``OSError`` (``EINVAL``: not ``resettable``)."""
         check(lib.vfio_device_reset(self.fd), "VFIO_DEVICE_RESET", self.name)
 
     def get_pci_hot_reset_info(self) -> list[DependentDevice]:
-        """The functions that a reset of this device's slot or bus resets, itself included.
+        """The functions that a reset of this device's slot or bus resets, this device included.
 
-        Not the IOMMU group: it can be more or fewer. Raises ``OSError``: ``ENODEV`` where neither slot nor bus can be
-        reset (a device on a root bus, for one), ``EPERM`` where a function of the bus is in no group.
+        Not the IOMMU group: there can be more or fewer. Raises ``OSError``: ``ENODEV`` where neither slot nor bus can
+        be reset, such as on a root bus; ``EPERM`` where a function of the bus is in no group.
+        (``VFIO_DEVICE_GET_PCI_HOT_RESET_INFO``.)
         """
         info = ffi.new("struct kvmpass_hot_reset_info *")
         check(lib.vfio_device_get_pci_hot_reset_info(self.fd, info), "VFIO_DEVICE_GET_PCI_HOT_RESET_INFO", self.name)
         by_devid = bool(info.flags & lib.VFIO_PCI_HOT_RESET_FLAG_DEV_ID)
         found = []
-        for one in info.devices[0 : info.count]:
-            name = f"{one.segment:04x}:{one.bus:02x}:{one.devfn >> 3:02x}.{one.devfn & 7}"
-            signed = int(ffi.cast("int32_t", one.id))
+        for device in info.devices[0 : info.count]:
+            name = f"{device.segment:04x}:{device.bus:02x}:{device.devfn >> 3:02x}.{device.devfn & 7}"
+            signed = int(ffi.cast("int32_t", device.id))
             found.append(DependentDevice(name, None if by_devid else signed, signed if by_devid else None))
         return found
 
     def pci_hot_reset(self, groups: Sequence[Group]) -> None:
-        """Reset the slot or bus of this device, and with it every dependent device.
+        """Reset the slot or bus of this device, and all dependent devices (``VFIO_DEVICE_PCI_HOT_RESET``).
 
-        ``groups``: those of all dependent devices that are open; none where they were opened for an iommufd.
-        Raises ``OSError``: ``ENODEV`` without such a reset; ``EINVAL`` where a device that it resets is in none of
-        the groups, or on no VFIO driver.
+        ``groups``: those of all open dependent devices; empty where the devices were opened for an iommufd.
+        Raises ``OSError``: ``ENODEV`` neither slot nor bus can be reset; ``EINVAL`` a dependent device is in none of
+        the groups, or not bound to a VFIO driver.
         """
         array = ffi.new("int32_t[]", [group.fd for group in groups] or 1)
         result = lib.vfio_device_pci_hot_reset(self.fd, len(groups), array)

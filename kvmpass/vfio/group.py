@@ -15,22 +15,30 @@ from kvmpass.vfio.device import Device
 
 _IOMMU_REMEDY = {
     errno.EPERM: "no interrupt remapping: enable it in the firmware, or it is not safe to assign devices here",
-    errno.EINVAL: "the firmware asks for one-to-one mapped memory for this device (IVRS IVMD); "
+    errno.EINVAL: "the firmware requires a direct-mapped region for this device (IVRS IVMD); "
     "turning off pre-boot DMA protection in the firmware often removes it",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class IommuInfo:
-    """``page_sizes``: bit mask of sizes in bytes; ``ranges``: usable I/O virtual addresses, in order."""
+    """What a container can translate (``VFIO_IOMMU_GET_INFO``)."""
 
     page_sizes: int
+    """Page sizes in bytes, as a bit mask."""
     dma_available: int | None
+    """Number of further mappings; None where the kernel does not report it."""
     ranges: tuple[Range, ...]
+    """Usable I/O virtual addresses, in order."""
 
 
 class Container(OwnedFd):
-    """A type 1 (version 2) IOMMU domain for the groups that join it. It works once a group has joined."""
+    """A type 1 (version 2) container: one IOMMU domain for the groups that join it.
+
+    Raises ``OSError`` (``ENODEV``: no type 1 driver).
+
+    Synchronization: ``close`` while no other thread uses the container; everything else from any thread.
+    """
 
     def __init__(self, path: str = "/dev/vfio/vfio") -> None:
         super().__init__(open_node(path))
@@ -44,12 +52,12 @@ class Container(OwnedFd):
                 )
 
     def set_iommu(self) -> None:
-        """Make the domain. Needs a group; once for each time that the first group joins."""
+        """Create the domain (``VFIO_SET_IOMMU``), after the first group has joined. Raises ``OSError``."""
         result = lib.vfio_set_iommu(self.fd, lib.VFIO_TYPE1v2_IOMMU)
         check(result, "VFIO_SET_IOMMU", remedy=_IOMMU_REMEDY.get(-result))
 
     def get_info(self) -> IommuInfo:
-        """What the domain can translate; ranges can shrink with every group that joins."""
+        """What the domain can translate; ranges can shrink with each group that joins. Raises ``OSError``."""
         info = ffi.new("struct kvmpass_iommu_info *")
         check(lib.vfio_iommu_get_info(self.fd, info), "VFIO_IOMMU_GET_INFO")
         ranges = tuple(
@@ -58,24 +66,22 @@ class Container(OwnedFd):
         return IommuInfo(info.page_sizes, info.dma_available if info.has_dma_available else None, ranges)
 
     def map_dma(self, iova: int, hva: int, size: int, *, writable: bool) -> None:
-        """Pin ``size`` bytes of this process at ``hva`` and let the domain's devices reach them at ``iova``.
+        """Pin ``size`` bytes at ``hva`` and map them at ``iova``, all multiples of a page (``VFIO_IOMMU_MAP_DMA``).
 
         Raises ``OSError``: ``ENOMEM`` over the memlock limit, ``ENOSPC`` no entries left (dma_entry_limit),
         ``EEXIST`` overlap, ``EINVAL`` alignment or a reserved range, ``EFAULT`` pages that cannot be pinned.
         """
         if iova + size == 1 << 64:
-            # Linux 6.12 maps the last page of the address space and can neither find nor unpin it again.
-            raise failure(
-                errno.EINVAL, "VFIO_IOMMU_MAP_DMA", f"iova {Range(iova, size)}", "leave the last page alone"
-            )
+            # Linux 6.12 maps the last page of the address space, and can then neither find nor unpin it.
+            raise failure(errno.EINVAL, "VFIO_IOMMU_MAP_DMA", f"iova {Range(iova, size)}", "do not map the last page")
         flags = lib.VFIO_DMA_MAP_FLAG_READ | (lib.VFIO_DMA_MAP_FLAG_WRITE if writable else 0)
         result = lib.vfio_iommu_map_dma(self.fd, flags, hva, iova, size)
         check(result, "VFIO_IOMMU_MAP_DMA", f"iova {Range(iova, size)}", _MAP_REMEDY.get(-result))
 
     def unmap_all(self) -> int:
-        """Undo every mapping of the container (``VFIO_DMA_UNMAP_FLAG_ALL``); returns how many bytes there were.
+        """Undo all mappings (``VFIO_DMA_UNMAP_FLAG_ALL``). Return the number of bytes that were mapped.
 
-        Kernels older than 5.12 lack the flag: ``OSError`` (``EINVAL``).
+        Raises ``OSError`` (``EINVAL``: Linux before 5.12).
         """
         unmapped = ffi.new("uint64_t *")
         result = lib.vfio_iommu_unmap_dma(self.fd, lib.VFIO_DMA_UNMAP_FLAG_ALL, 0, 0, unmapped)
@@ -83,7 +89,7 @@ class Container(OwnedFd):
         return int(unmapped[0])
 
     def unmap_dma(self, iova: int, size: int) -> int:
-        """Undo a mapping; returns how many bytes were mapped there."""
+        """Undo a mapping (``VFIO_IOMMU_UNMAP_DMA``). Return the number of bytes that were mapped there."""
         unmapped = ffi.new("uint64_t *")
         result = lib.vfio_iommu_unmap_dma(self.fd, 0, iova, size, unmapped)
         check(result, "VFIO_IOMMU_UNMAP_DMA", f"iova {Range(iova, size)}")
@@ -99,15 +105,18 @@ _MAP_REMEDY = {
 
 
 class Group(OwnedFd):
-    """One IOMMU group, held exclusively. ``number`` is that of /dev/vfio/NUMBER.
+    """One IOMMU group, opened exclusively by its file ``/dev/vfio/NUMBER``.
 
-    Raises ``OSError`` (``EBUSY``: another process holds it; ``ENOENT``: no device of it is on vfio-pci) and
-    ``GroupNotViable``.
+    Raises ``OSError`` (``EBUSY``: another process has it open; ``ENOENT``: no device of it is bound to a VFIO
+    driver) and ``GroupNotViable``.
+
+    Synchronization: ``close`` while no other thread uses the group; everything else from any thread.
     """
 
     def __init__(self, number: int, directory: str = "/dev/vfio") -> None:
         path = f"{directory}/{number}"
         self.number = number
+        """Its number in ``/sys/kernel/iommu_groups``."""
         super().__init__(open_node(path))
         with closing_on_error(self):
             if not self.get_status() & lib.VFIO_GROUP_FLAGS_VIABLE:
@@ -117,12 +126,12 @@ class Group(OwnedFd):
                 )
 
     def get_status(self) -> int:
-        """VFIO_GROUP_FLAGS_…"""
+        """The group's flags, ``VFIO_GROUP_FLAGS_…`` (``VFIO_GROUP_GET_STATUS``). Raises ``OSError``."""
         return check(lib.vfio_group_get_status(self.fd), "VFIO_GROUP_GET_STATUS")
 
     @property
-    def taken(self) -> bool:
-        """Whether the host has unbound the group's last device from vfio-pci: what is left is an empty shell."""
+    def removed(self) -> bool:
+        """Whether VFIO has removed the group, as its last device was unbound (``vfio_device_remove_group``)."""
         try:
             self.get_status()
         except OSError as error:
@@ -130,32 +139,38 @@ class Group(OwnedFd):
         return False
 
     def set_container(self, container: Container) -> None:
-        """Join. The group's devices leave the host's own domain and can reach nothing until something is mapped."""
+        """Join a container (``VFIO_GROUP_SET_CONTAINER``). Raises ``OSError``.
+
+        The group's devices leave the host's domain and reach no memory until something is mapped.
+        """
         result = lib.vfio_group_set_container(self.fd, container.fd)
         remedies = {
-            errno.EPERM: "the group's DMA is owned elsewhere: a host driver or a process uses one of its devices",
+            errno.EPERM: "the group's DMA has another owner: a host driver or a process uses one of its devices",
             errno.EINVAL: _IOMMU_REMEDY[errno.EINVAL],
         }
         check(result, "VFIO_GROUP_SET_CONTAINER", f"group {self.number}", remedies.get(-result))
 
     def unset_container(self) -> None:
-        """Leave. All of the group's devices must be closed; the last group takes all mappings with it."""
+        """Leave the container, after the group's devices are closed (``VFIO_GROUP_UNSET_CONTAINER``).
+
+        The kernel unmaps everything when the last group leaves. Raises ``OSError``.
+        """
         check(lib.vfio_group_unset_container(self.fd), "VFIO_GROUP_UNSET_CONTAINER", f"group {self.number}")
 
     def get_device_fd(self, name: str, vf_token: uuid.UUID | None = None) -> Device:
-        """Open the device called ``name`` (its PCI address). The kernel resets it if it can.
+        """Open the device at PCI address ``name`` (``VFIO_GROUP_GET_DEVICE_FD``). The kernel resets it if it can.
 
-        ``vf_token``: the secret that a virtual function and its physical function share while the latter is on
-        vfio-pci too; whoever opens the physical function first sets it (vfio_pci_core.c, vfio_pci_validate_vf_token).
-        Raises ``OSError``: ``EACCES`` a token is needed or wrong, ``EINVAL`` one was given where none is used,
-        ``ENODEV`` no device of this group has that name.
+        ``vf_token``: the VF token (UUID) that a virtual function and its physical function share while the latter is
+        bound to vfio-pci, too; the first open of the physical function sets it (vfio_pci_core.c,
+        vfio_pci_validate_vf_token). Raises ``OSError``: ``EACCES`` a token is missing or wrong, ``EINVAL`` there is
+        one where none is used, ``ENODEV`` no device of this group has that name.
         """
         text = f"{name} vf_token={vf_token}" if vf_token else name
         started = time.monotonic()
         result = lib.vfio_group_get_device_fd(self.fd, text.encode())
-        taken = time.monotonic() - started
+        seconds = time.monotonic() - started
         fd = check(result, "VFIO_GROUP_GET_DEVICE_FD", name, token_remedy(-result, vf_token))
-        return Device(fd, name, taken)
+        return Device(fd, name, seconds)
 
 
 def token_remedy(code: int, vf_token: uuid.UUID | None) -> str | None:

@@ -82,7 +82,7 @@ def test_an_address_that_is_none(capfd: pytest.CaptureFixture[str]) -> None:
     assert "'zz:zz' is not a PCI address" in refuse(capfd, "zz:zz")
 
 
-def test_a_device_that_is_not_there(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_device_that_does_not_exist(capfd: pytest.CaptureFixture[str]) -> None:
     assert refuse(capfd, "0000:7f:1f.7") == "there is no PCI device 0000:7f:1f.7"
 
 

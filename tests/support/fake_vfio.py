@@ -56,7 +56,7 @@ class FakeVfio(FakeKernel):
 
     groups: dict[int, FakeGroup] = field(default_factory=dict)
     containers: list[FakeContainer] = field(default_factory=list)
-    taken: bool = False
+    removed: bool = False
 
     def state(self) -> tuple[Any, ...]:
         """All that a caller can leave behind."""
@@ -177,8 +177,8 @@ class FakeGroup:
         self.kvm: str | None = None
 
     @property
-    def taken(self) -> bool:
-        return self.kernel.taken
+    def removed(self) -> bool:
+        return self.kernel.removed
 
     def set_container(self, container: FakeContainer) -> None:
         def work() -> None:

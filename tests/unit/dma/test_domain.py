@@ -38,7 +38,7 @@ def test_a_token_reaches_vfio(stage: Stage) -> None:
     assert stage.domain.attach(DISK, 2, token).vf_token == token  # type: ignore[attr-defined]
 
 
-def test_a_device_that_is_in_already(stage: Stage) -> None:
+def test_a_device_that_is_attached_already(stage: Stage) -> None:
     stage.domain.attach(NIC, 1)
     before = stage.kernel.state()
     with pytest.raises(DeviceInUse, match=f"{NIC} is in this domain already"):
@@ -59,9 +59,7 @@ def test_a_domain_without_kvm(stage: Stage) -> None:
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("present", [(), ((SOUND, 1),), ((DISK, 2),)], ids=["first", "same group", "other group"])
-def test_whatever_fails_while_a_device_joins_nothing_is_left(
-    stage: Stage, present: tuple[tuple[str, int], ...], after: bool
-) -> None:
+def test_a_failed_attach_leaves_nothing(stage: Stage, present: tuple[tuple[str, int], ...], after: bool) -> None:
     """A call that failed after its work: a signal's exception between the system call and its caller."""
     for name, group in present:
         stage.domain.attach(name, group)
@@ -107,7 +105,7 @@ def test_an_iommu_that_lists_no_ranges_is_not_asked(stage: Stage) -> None:
 # --- detach
 
 
-def test_close_is_for_all_and_idempotent(stage: Stage) -> None:
+def test_close_detaches_all_devices_and_is_idempotent(stage: Stage) -> None:
     for what in ((NIC, 1), (SOUND, 1), (DISK, 2)):
         stage.domain.attach(*what)
     stage.domain.close()
@@ -117,7 +115,7 @@ def test_close_is_for_all_and_idempotent(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_device_that_does_not_close_does_not_keep_the_others(stage: Stage, number: int) -> None:
+def test_a_failed_detach_does_not_stop_the_others(stage: Stage, number: int) -> None:
     for what in ((NIC, 1), (DISK, 2)):
         stage.domain.attach(*what)
     stage.kernel.fail(number, after=True)
@@ -127,9 +125,7 @@ def test_a_device_that_does_not_close_does_not_keep_the_others(stage: Stage, num
 
 
 @pytest.mark.parametrize("size", [0, 2 * PAGE])
-def test_what_the_kernel_had_mapped_otherwise_is_an_error(
-    stage: Stage, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mapping_of_another_size_fails_the_audit(stage: Stage, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.domain.attach(NIC, 1)
     region = stage.memory.add_ram(4 * GIB, PAGE, "extra")
     stage.kernel.mappings.pop(Range(4 * GIB, PAGE))
@@ -143,7 +139,7 @@ def test_what_the_kernel_had_mapped_otherwise_is_an_error(
 # --- memory
 
 
-def test_regions_come_and_go_with_one_call_each(stage: Stage) -> None:
+def test_regions_are_mapped_and_unmapped_by_one_call_each(stage: Stage) -> None:
     stage.domain.attach(NIC, 1)
     stage.kernel.log.clear()
     stage.calls.clear()
@@ -169,7 +165,7 @@ def test_all_regions_are_mapped_or_none(stage: Stage) -> None:
     stage.check()
 
 
-def test_a_bar_is_nothing_for_devices(stage: Stage) -> None:
+def test_a_bar_is_not_mapped_for_devices(stage: Stage) -> None:
     stage.domain.attach(NIC, 1)
     before, mapping = dict(stage.kernel.mappings), HostMapping(PAGE)
     region = stage.memory.add_bar(0xFEE0_0000, PAGE, mapping, 0, "bar")
@@ -210,8 +206,8 @@ def test_an_audit_names_every_difference(stage: Stage, change: str) -> None:
 # --- other VMs, resets
 
 
-def test_another_vm_takes_the_devices_over(stage: Stage) -> None:
-    """The old one lets go first: the other way round the file would belong to nobody (kvm_vfio_file_del)."""
+def test_the_devices_are_registered_with_another_vm(stage: Stage) -> None:
+    """It is unregistered from the old VM first: file_del after file_add would clear its VM (virt/kvm/vfio.c)."""
     for what in ((NIC, 1), (DISK, 2)):
         stage.domain.attach(*what)
     successor = FakeKvmVfio(stage.kernel, "successor")
@@ -232,7 +228,7 @@ def test_a_first_vm_for_a_domain_that_had_none(stage: Stage) -> None:
     domain.close()
 
 
-def test_a_reset_that_would_hit_others_is_refused(stage: Stage) -> None:
+def test_a_reset_that_affects_other_devices_is_refused(stage: Stage) -> None:
     nic = stage.domain.attach(NIC, 1)
     names = (NIC, SOUND, "0000:01:00.2")
     stage.kernel.dependent = {NIC: [DependentDevice(name, 1, None) for name in names]}
@@ -241,7 +237,7 @@ def test_a_reset_that_would_hit_others_is_refused(stage: Stage) -> None:
     assert nic.resets == []  # type: ignore[attr-defined]
 
 
-def test_a_vm_that_is_refused_changes_nothing(stage: Stage) -> None:
+def test_a_refused_vm_changes_nothing(stage: Stage) -> None:
     """Whichever call fails: the old one can be put back, as after a reset of the machine that failed."""
     for what in ((NIC, 1), (DISK, 2)):
         stage.domain.attach(*what)
@@ -255,7 +251,7 @@ def test_a_vm_that_is_refused_changes_nothing(stage: Stage) -> None:
         stage.check()
 
 
-def test_nobody_runs_over_the_devices_for_a_while(stage: Stage) -> None:
+def test_the_devices_can_be_without_a_vm(stage: Stage) -> None:
     stage.domain.attach(NIC, 1)
     stage.domain.rebind_kvm(None)
     assert (stage.kvm.files, stage.registered) == (set(), {None})

@@ -101,7 +101,7 @@ class FakeContainer:
 class FakeGroup:
     """A group with one device."""
 
-    taken = False
+    removed = False
 
     def __init__(self, number: int) -> None:
         self.fd = self.number = number
@@ -123,7 +123,7 @@ class FakeDevice:
     def close(self) -> None: ...
 
 
-class House:
+class FakeMachine:
     """Guest memory with both mirrors, and RAM and ROM in it."""
 
     def __init__(self) -> None:
@@ -154,16 +154,16 @@ class House:
 
 
 @pytest.fixture
-def house(monkeypatch: pytest.MonkeyPatch) -> Iterator[House]:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMachine]:
     monkeypatch.setattr(kvmpass.dma.type1, "Container", FakeContainer)
     monkeypatch.setattr(kvmpass.dma.type1, "Group", FakeGroup)
-    house = House()
-    yield house
-    house.kernel.fail(0)
-    house.domain.close()
-    house.memslots.close()
-    assert (house.kernel.slots, house.kernel.mappings) == ({}, {})
-    house.memory.close()
+    machine = FakeMachine()
+    yield machine
+    machine.kernel.fail(0)
+    machine.domain.close()
+    machine.memslots.close()
+    assert (machine.kernel.slots, machine.kernel.mappings) == ({}, {})
+    machine.memory.close()
 
 
 @pytest.fixture
@@ -212,75 +212,75 @@ ACTIVE = pytest.mark.parametrize("active", [False, True], ids=["inactive", "acti
 @AFTER
 @ACTIVE
 def test_a_region_that_is_refused_leaves_nothing(
-    house: House,
+    machine: FakeMachine,
     open_mappings: list[HostMapping],
     add: Callable[[GuestMemory], MemoryRegion],
     after: bool,
     active: bool,
 ) -> None:
     if active:
-        house.domain.attach("device", 1)
-    before = house.state()
+        machine.domain.attach("device", 1)
+    before = machine.state()
     for number, call in enumerate(["slot+", "map"] if active else ["slot+"], start=1):
-        house.kernel.fail(number, after=after)
+        machine.kernel.fail(number, after=after)
         with pytest.raises(Refused, match=re.escape(call)):
-            add(house.memory)
-        assert house.state() == before
+            add(machine.memory)
+        assert machine.state() == before
         assert open_mappings == []
-        house.check()
-    region = add(house.memory)
-    house.check()
-    house.memory.remove(region)
-    assert house.state() == before
+        machine.check()
+    region = add(machine.memory)
+    machine.check()
+    machine.memory.remove(region)
+    assert machine.state() == before
     assert open_mappings == []
 
 
 @ACTIVE
 def test_a_region_that_cannot_be_removed_stays_whole(
-    house: House, open_mappings: list[HostMapping], active: bool
+    machine: FakeMachine, open_mappings: list[HostMapping], active: bool
 ) -> None:
     if active:
-        house.domain.attach("device", 1)
-    region = add_ram(house.memory)
-    before = house.state()
+        machine.domain.attach("device", 1)
+    region = add_ram(machine.memory)
+    before = machine.state()
     for number, call in enumerate(["unmap", "slot-"] if active else ["slot-"], start=1):
-        house.kernel.fail(number)
+        machine.kernel.fail(number)
         with pytest.raises(Refused, match=call):
-            house.memory.remove(region)
-        assert house.state() == before
+            machine.memory.remove(region)
+        assert machine.state() == before
         assert [mapping.address for mapping in open_mappings] == [region.hva]
-        house.check()
-    house.memory.remove(region)
-    house.check()
+        machine.check()
+    machine.memory.remove(region)
+    machine.check()
     assert open_mappings == []
 
 
 @AFTER
-def test_a_device_that_cannot_join_leaves_nothing_mapped(house: House, after: bool) -> None:
+def test_a_device_that_cannot_join_leaves_nothing_mapped(machine: FakeMachine, after: bool) -> None:
     for number in (1, 2):
-        house.kernel.fail(number, after=after)
+        machine.kernel.fail(number, after=after)
         with pytest.raises(Refused, match="map"):
-            house.domain.attach("device", 1)
-        assert not house.domain.active
-        assert (house.domain.ledger, house.kernel.mappings) == ([], {})
-        house.check()
-    house.domain.attach("device", 1)
-    assert len(house.domain.ledger) == 2
-    house.check()
+            machine.domain.attach("device", 1)
+        assert not machine.domain.active
+        assert (machine.domain.ledger, machine.kernel.mappings) == ([], {})
+        machine.check()
+    machine.domain.attach("device", 1)
+    assert len(machine.domain.ledger) == 2
+    machine.check()
 
 
-def test_memslots_come_first_and_go_last(house: House) -> None:
-    house.domain.attach("device", 1)
-    house.kernel.log.clear()
-    house.memory.remove(add_ram(house.memory))
-    assert house.kernel.log == ["slot+", "map", "unmap", "slot-"]
+def test_memslots_are_created_first_and_deleted_last(machine: FakeMachine) -> None:
+    machine.domain.attach("device", 1)
+    machine.kernel.log.clear()
+    machine.memory.remove(add_ram(machine.memory))
+    assert machine.kernel.log == ["slot+", "map", "unmap", "slot-"]
 
 
-def test_memory_that_a_mirror_does_not_give_up_stays_mapped(
-    house: House, open_mappings: list[HostMapping], monkeypatch: pytest.MonkeyPatch
+def test_memory_that_a_listener_still_holds_stays_mapped(
+    machine: FakeMachine, open_mappings: list[HostMapping], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The map fails, and then deleting the slot fails too: the guest may still reach these pages."""
-    house.domain.attach("device", 1)
+    machine.domain.attach("device", 1)
     real = Kernel.set_user_memory_region
 
     def stuck(self: Kernel, slot: int, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:
@@ -288,42 +288,42 @@ def test_memory_that_a_mirror_does_not_give_up_stays_mapped(
             raise Refused(errno.ENOMEM, "slot-")
         real(self, slot, gpa, size, hva, readonly=readonly)
 
-    house.kernel.fail(2)
+    machine.kernel.fail(2)
     with monkeypatch.context() as patch:
         patch.setattr(Kernel, "set_user_memory_region", stuck)
         with pytest.raises(Refused, match="map") as refused:
-            add_ram(house.memory)
+            add_ram(machine.memory)
         assert any("slot-" in note for note in refused.value.__notes__)
-        region = next(region for region in house.memory if region.name == "extra")
-        assert (region.hva, len(house.memslots.ledger)) == (open_mappings[0].address, 3)
+        region = next(region for region in machine.memory if region.name == "extra")
+        assert (region.hva, len(machine.memslots.ledger)) == (open_mappings[0].address, 3)
         with pytest.raises(AuditFailed, match="missing"):
-            house.domain.audit()
+            machine.domain.audit()
         with pytest.raises(Refused, match="slot-"):
-            house.memory.remove(region)
+            machine.memory.remove(region)
         with pytest.raises(AuditFailed, match=r"still in use, and therefore not unmapped: .*extra"):
-            house.memory.close()
+            machine.memory.close()
     assert open_mappings == [region.mapping]
-    house.memory.remove(region)
+    machine.memory.remove(region)
     assert open_mappings == []
 
 
 @ACTIVE
-def test_a_bad_argument_changes_nothing(house: House, open_mappings: list[HostMapping], active: bool) -> None:
+def test_a_bad_argument_changes_nothing(machine: FakeMachine, open_mappings: list[HostMapping], active: bool) -> None:
     if active:
-        house.domain.attach("device", 1)
-    before = house.state()
+        machine.domain.attach("device", 1)
+    before = machine.state()
     for gpa, size in ((1 << 64, PAGE), ((1 << 64) - PAGE, PAGE), (GIB, 1 << 64), (-PAGE, PAGE), (0, MIB), (1, PAGE)):
         with pytest.raises(LayoutError):
-            house.memory.add_ram(gpa, size)
+            machine.memory.add_ram(gpa, size)
         with pytest.raises(LayoutError):
-            house.memory.add_bar(gpa, size, HostMapping.__new__(HostMapping), 0, "bar")
-    assert (house.state(), open_mappings) == (before, [])
+            machine.memory.add_bar(gpa, size, HostMapping.__new__(HostMapping), 0, "bar")
+    assert (machine.state(), open_mappings) == (before, [])
 
 
-def test_a_number_that_no_ioctl_takes_changes_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused before a call is made: whoever uses a mirror by itself finds it as it was."""
-    house.domain.attach("device", 1)
-    before = house.state()
+def test_a_number_that_no_ioctl_takes_changes_nothing(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused before the ioctl: a listener that is used alone is unchanged."""
+    machine.domain.attach("device", 1)
+    before = machine.state()
     region = MemoryRegion(RegionKind.RAM, Range(1 << 64, PAGE), mapping := HostMapping(PAGE), name="huge")
 
     def overflowing(*_: Any, **__: Any) -> None:
@@ -333,105 +333,105 @@ def test_a_number_that_no_ioctl_takes_changes_nothing(house: House, monkeypatch:
         patch.setattr(Kernel, "set_user_memory_region", overflowing)
         for name in ("map_dma", "unmap_dma"):
             patch.setattr(FakeContainer, name, overflowing)
-        for mirror in (house.memslots, house.domain):
+        for mirror in (machine.memslots, machine.domain):
             with pytest.raises(OverflowError):
                 mirror.region_added(region)
             assert not mirror.holds(region)
-    assert house.state() == before
+    assert machine.state() == before
     mapping.close()
 
 
 @ACTIVE
 @ADDS
 def test_reserved_ranges_are_refused_before_anything_is_touched(
-    house: House,
+    machine: FakeMachine,
     monkeypatch: pytest.MonkeyPatch,
     add: Callable[[GuestMemory], MemoryRegion],
     active: bool,
 ) -> None:
     if active:
-        house.domain.attach("device", 1)
-    before = house.state()
-    log = list(house.kernel.log)
+        machine.domain.attach("device", 1)
+    before = machine.state()
+    log = list(machine.kernel.log)
     monkeypatch.setattr(HostMapping, "__init__", lambda *_, **__: pytest.fail("something was mapped"))
     monkeypatch.setitem(add.__globals__, "GIB", 0xFEE0_0000 // 2)
     with pytest.raises(ReservedRange, match="0xfee00000-0xfeefffff msi") as refused:
-        add(house.memory)
+        add(machine.memory)
     assert "reserved_regions" in refused.value.__notes__[0]
-    assert (house.kernel.log, house.state()) == (log, before)
+    assert (machine.kernel.log, machine.state()) == (log, before)
 
 
-def test_what_only_the_container_knows(house: House) -> None:
+def test_ranges_that_only_the_container_reports(machine: FakeMachine) -> None:
     beyond = 1 << 41
-    house.memory.remove(house.memory.add_ram(beyond, PAGE))
-    house.domain.attach("device", 1)
+    machine.memory.remove(machine.memory.add_ram(beyond, PAGE))
+    machine.domain.attach("device", 1)
     with pytest.raises(ReservedRange, match="cannot translate"):
-        house.memory.add_ram(beyond, PAGE)
-    house.check()
+        machine.memory.add_ram(beyond, PAGE)
+    machine.check()
 
 
-def test_a_bar_may_lie_in_a_range_that_devices_do_not_reach(house: House) -> None:
+def test_a_bar_may_lie_in_a_range_that_devices_do_not_reach(machine: FakeMachine) -> None:
     mapping = HostMapping(PAGE)
-    region = house.memory.add_bar(0xFEE0_0000, PAGE, mapping, 0, "bar")
-    house.memory.remove(region)
+    region = machine.memory.add_bar(0xFEE0_0000, PAGE, mapping, 0, "bar")
+    machine.memory.remove(region)
     mapping.close()
 
 
-def test_regions_that_were_there_before_are_checked_and_taken_back(house: House) -> None:
-    house.memory.add_bar(0xFEE0_0000, PAGE, (mapping := HostMapping(PAGE)), 0, "bar")
+def test_existing_regions_are_checked_and_unmapped_again(machine: FakeMachine) -> None:
+    machine.memory.add_bar(0xFEE0_0000, PAGE, (mapping := HostMapping(PAGE)), 0, "bar")
     late = Kernel()
     late.fail(3)
     with pytest.raises(Refused):
-        house.memory.listen(Memslots(late))  # type: ignore[arg-type]
+        machine.memory.listen(Memslots(late))  # type: ignore[arg-type]
     assert late.slots == {}
     other = GuestMemory()
     other.add_ram(0xFEE0_0000, PAGE, "early")
     with pytest.raises(ReservedRange, match="early"):
         Domain(other, Type1, None, [MSI])
     other.close()
-    house.memory.remove(next(region for region in house.memory if region.name == "bar"))
+    machine.memory.remove(next(region for region in machine.memory if region.name == "bar"))
     mapping.close()
 
 
-def test_what_the_ledger_does_not_know_is_found_at_the_end(house: House) -> None:
-    device = house.domain.attach("device", 1)
-    house.kernel.mappings[Range(5 * GIB, PAGE)] = True
+def test_a_mapping_outside_the_ledger_is_found_by_the_last_detach(machine: FakeMachine) -> None:
+    device = machine.domain.attach("device", 1)
+    machine.kernel.mappings[Range(5 * GIB, PAGE)] = True
     with pytest.raises(AuditFailed, match="0x1000 bytes were mapped that the ledger does not have"):
-        house.domain.detach(device)
-    assert not house.domain.active
+        machine.domain.detach(device)
+    assert not machine.domain.active
 
 
-@pytest.mark.parametrize("taken", [False, True])
+@pytest.mark.parametrize("removed", [False, True])
 @pytest.mark.parametrize("step", ["unmap_dma", "unset_container"])
-def test_a_group_that_the_host_took_back(
-    house: House, monkeypatch: pytest.MonkeyPatch, taken: bool, step: str
+def test_a_group_that_the_host_removed(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, removed: bool, step: str
 ) -> None:
     """With the group went all mappings: that is no failure. The same refusal is one while the group is ours."""
-    device = house.domain.attach("device", 1)
+    device = machine.domain.attach("device", 1)
 
     def refuse(*_: object) -> int:
         raise Refused(errno.EINVAL, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FakeGroup, "taken", taken)
+        patch.setattr(FakeGroup, "removed", removed)
         patch.setattr(FakeContainer if step == "unmap_dma" else FakeGroup, step, refuse)
-        if taken:
-            house.domain.detach(device)
+        if removed:
+            machine.domain.detach(device)
         else:
             with pytest.raises(Refused, match=step):
-                house.domain.detach(device)
+                machine.domain.detach(device)
     # A group that cannot leave stays recorded; its mappings are its own.
-    assert house.domain.active == (step == "unset_container" and not taken)
-    assert house.domain.ledger == []
-    house.kernel.mappings.clear()
-    house.domain.close()
-    assert not house.domain.active
-    house.domain.audit()
+    assert machine.domain.active == (step == "unset_container" and not removed)
+    assert machine.domain.ledger == []
+    machine.kernel.mappings.clear()
+    machine.domain.close()
+    assert not machine.domain.active
+    machine.domain.audit()
 
 
-def test_mappings_that_stay_keep_their_memory(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mappings_that_stay_keep_their_memory(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither unmapped nor left: the device may still reach the memory, which is not given up before that ends."""
-    device = house.domain.attach("device", 1)
+    device = machine.domain.attach("device", 1)
 
     def refuse(*_: object) -> int:
         raise Refused(errno.EBUSY, "refused")
@@ -440,22 +440,22 @@ def test_mappings_that_stay_keep_their_memory(house: House, monkeypatch: pytest.
         patch.setattr(FakeContainer, "unmap_dma", refuse)
         patch.setattr(FakeContainer, "unmap_all", refuse)
         patch.setattr(FakeGroup, "unset_container", refuse)
-        for attempt in (lambda: house.domain.detach(device), house.domain.close):
+        for attempt in (lambda: machine.domain.detach(device), machine.domain.close):
             with pytest.raises(Refused):
                 attempt()
-            assert len(house.domain.ledger) == 2
-        house.memslots.close()
+            assert len(machine.domain.ledger) == 2
+        machine.memslots.close()
         with pytest.raises(AuditFailed, match="still in use"):
-            house.memory.close()
-        assert house.memory.read(0, 4) == bytes(4)
+            machine.memory.close()
+        assert machine.memory.read(0, 4) == bytes(4)
 
 
-def test_the_process_has_its_mappings_back(house: House) -> None:
+def test_the_process_unmaps_all_memory(machine: FakeMachine) -> None:
     def count() -> int:
         return len(Path("/proc/self/maps").read_text().splitlines())
 
-    house.memory.remove(add_shared(house.memory))
+    machine.memory.remove(add_shared(machine.memory))
     before = count()
     for _ in range(50):
-        house.memory.remove(add_shared(house.memory))
+        machine.memory.remove(add_shared(machine.memory))
     assert count() <= before + 1

@@ -13,7 +13,7 @@ from kvmpass.layout import GIB, MIB, PAGE, Range
 from kvmpass.vfio.device import DependentDevice
 
 
-def test_the_order_in_which_the_kernel_wants_it(type1: Stage) -> None:
+def test_attach_has_the_kernels_order(type1: Stage) -> None:
     """KVM knows the group before its device is opened: some drivers ask then (vfio_device_get_kvm_safe)."""
     device = type1.domain.attach(DISK, 2)
     assert device.vm == "vm"  # type: ignore[attr-defined]
@@ -27,14 +27,14 @@ def test_the_order_in_which_the_kernel_wants_it(type1: Stage) -> None:
 
 
 @pytest.mark.parametrize("group, name, code", [(2, NIC, errno.ENODEV), (3, NIC, errno.ENOENT)])
-def test_a_device_that_is_not_there(type1: Stage, group: int, name: str, code: int) -> None:
+def test_a_device_that_does_not_exist(type1: Stage, group: int, name: str, code: int) -> None:
     with pytest.raises(OSError) as refused:
         type1.domain.attach(name, group)
     assert refused.value.errno == code
     assert type1.kernel.state() == ({}, [])
 
 
-def test_the_end_goes_the_other_way_round(type1: Stage) -> None:
+def test_detach_has_the_reverse_order(type1: Stage) -> None:
     nic, sound, disk = (type1.domain.attach(*what) for what in ((NIC, 1), (SOUND, 1), (DISK, 2)))
     type1.kernel.log.clear()
     type1.domain.detach(nic)
@@ -58,7 +58,7 @@ def test_the_end_goes_the_other_way_round(type1: Stage) -> None:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_whatever_fails_at_the_end_the_rest_is_done(type1: Stage, several: bool) -> None:
+def test_a_failed_step_of_detach_does_not_stop_the_others(type1: Stage, several: bool) -> None:
     """Each call fails once: every other one is still made, and the domain says what holds."""
     if several:
         type1.domain.attach(DISK, 2)
@@ -82,7 +82,7 @@ def test_whatever_fails_at_the_end_the_rest_is_done(type1: Stage, several: bool)
         type1.check()
 
 
-def test_a_reset_of_the_bus_names_the_groups_that_it_hits(type1: Stage) -> None:
+def test_a_bus_reset_names_the_groups_of_the_dependent_devices(type1: Stage) -> None:
     nic, _, disk = (type1.domain.attach(*what) for what in ((NIC, 1), (SOUND, 1), (DISK, 2)))
     type1.kernel.dependent = {
         NIC: [DependentDevice(NIC, 1, None), DependentDevice(SOUND, 1, None)],
@@ -114,7 +114,7 @@ def test_a_group_that_could_not_leave_leaves_at_the_end(type1: Stage) -> None:
 
 
 @pytest.mark.parametrize("other", [(SOUND, 1), (DISK, 2)], ids=["same group", "other group"])
-def test_a_device_beside_a_group_that_could_not_leave_has_all_memory(type1: Stage, other: tuple[str, int]) -> None:
+def test_after_a_group_could_not_leave_the_next_device_has_all_memory(type1: Stage, other: tuple[str, int]) -> None:
     """The group's mappings are gone; its container is still there."""
     device = type1.domain.attach(NIC, 1)
     type1.kernel.log.clear()
@@ -130,7 +130,7 @@ def test_a_device_beside_a_group_that_could_not_leave_has_all_memory(type1: Stag
     assert set(type1.kernel.mappings) == {Range(0, MIB), Range(GIB, PAGE), extra.range}
 
 
-def test_mappings_that_went_with_the_container_are_made_again(type1: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mappings_lost_with_the_container_are_mapped_again(type1: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one of them could be undone, and yet the group left."""
     device = type1.domain.attach(NIC, 1)
 

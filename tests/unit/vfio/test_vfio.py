@@ -28,7 +28,7 @@ def use(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., int]) -> Non
         monkeypatch.setattr(module, "lib", FakeLib(**functions))
 
 
-def test_devices_that_a_reset_takes_along(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dependent_devices_of_a_hot_reset(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(flags: int) -> Callable[..., int]:
         def fill(fd: int, out: Any) -> int:
             out.flags, out.count = flags, 3
@@ -51,7 +51,7 @@ def test_devices_that_a_reset_takes_along(device: Device, monkeypatch: pytest.Mo
     ]
 
 
-def test_turning_off_what_is_off(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabling_irqs_is_idempotent(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, vfio_device_set_irqs=lambda *_: -errno.EINVAL)
     device.disable_irqs(MSI)
     for index in (ERR, REQ):  # not among this device's
@@ -72,7 +72,7 @@ def test_turning_off_what_is_off(device: Device, monkeypatch: pytest.MonkeyPatch
         (errno.ENODEV, True, None),
     ],
 )
-def test_the_name_that_carries_a_token(
+def test_the_vf_token_is_part_of_the_name(
     monkeypatch: pytest.MonkeyPatch, code: int, with_token: bool, hint: str | None
 ) -> None:
     token = uuid.UUID("bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3")
@@ -93,7 +93,7 @@ def test_the_name_that_carries_a_token(
     assert names == [b"0000:04:10.0 vf_token=bd8d9d2b-5a5f-4f5a-a211-f591514ba1f3" if with_token else b"0000:04:10.0"]
 
 
-def test_the_last_page_never_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_page_is_refused_before_the_ioctl(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, vfio_iommu_map_dma=lambda *_: pytest.fail("the kernel was asked"))
     container: Container = bare(Container)
     with pytest.raises(OSError, match="VFIO_IOMMU_MAP_DMA: Invalid argument") as refused:
