@@ -44,7 +44,7 @@ class GuestOutcome(enum.Enum):
     REBOOT = "rebooted"
     """It wrote ACPI's reset register."""
     PANIC = "panicked"
-    """Its kernel panicked and reset the machine (``panic=`` with ``reboot=warm``)."""
+    """Its kernel panicked and reset the machine (``panic=-1 reboot=panic_warm``)."""
     TRIPLE_FAULT = "triple fault"
     """A triple fault, such as an exception without a handler."""
     FAULT = "KVM could not run it"
