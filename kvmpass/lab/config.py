@@ -70,7 +70,8 @@ class LabResult:
     ``status`` is the command's own exit status, 128 + the signal's number if one ended it, ``None`` unless
     ``outcome`` is ``exited``. ``silent`` is a host that went away (power-off, reset) without a word.
     ``console_tail`` holds the last lines of the host kernel's console, ``seconds`` the time from start to end.
-    ``started`` tells whether the command was reached at all.
+    ``started`` tells whether the command was reached at all, ``woken`` how often the emulator used no CPU time for
+    20 s and was sent an interrupt.
     """
 
     status: int | None
@@ -78,6 +79,7 @@ class LabResult:
     console_tail: str
     seconds: float
     started: bool = True
+    woken: int = 0
 
     @property
     def exit_status(self) -> int:

@@ -247,6 +247,8 @@ class LabSession:
         if self.death is None:
             shutil.rmtree(self.directory, ignore_errors=True)
         line = f"{self._tests} tests, {self._boot_seconds:.0f} s to the first, {seconds:.0f} s in all"
+        if self._result is not None and self._result.woken:
+            line += f", stalled and woken {self._result.woken} times"
         if self.death is not None:
             return f"{line}, DIED, files in {self.directory}"
         return f"{line}, ended early" if self._forced else line
