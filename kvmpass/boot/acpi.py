@@ -1,8 +1,8 @@
-"""The guest's ACPI tables, made for one layout and one number of CPUs.
+"""The guest's ACPI tables for a layout and a number of CPUs.
 
-The machine is *hardware-reduced* (ACPI 6.5, section 3.11.1): no PM timer, no SCI, no 8259, no PIT. What is left is
-what Linux needs to find its CPUs (MADT), its PCI bus (MCFG, DSDT), its serial ports (DSDT), and to power off and
-reset (FADT: sleep registers and reset register, all in port space).
+The platform is *hardware-reduced* (ACPI 6.5, section 3.11.1): no PM timer, no SCI, no 8259, no PIT. The tables
+describe the CPUs (MADT), the PCI bus (MCFG, DSDT), the serial ports (DSDT), and how to power off and reset (FADT:
+sleep registers and reset register, all in port space).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvmpass.errors import LayoutError
 from kvmpass.kvm.system import check_apic_ids
 from kvmpass.layout import IO_WINDOW_BASE, IO_WINDOW_SIZE, IOAPIC_BASE, LOCAL_APIC_BASE, MIB, Layout
 
-RSDP_BASE = 0xF0000  # the area that is searched for it, for kernels that ignore boot_params.acpi_rsdp_addr
+RSDP_BASE = 0xF0000  # where kernels search for it that ignore boot_params.acpi_rsdp_addr
 TABLES_BASE, TABLES_END = 0xE0000, 0xF0000
 
 OEM_ID = b"KVMPAS"
@@ -35,10 +35,12 @@ OSC_GRANTED = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5
 
 @dataclass(frozen=True, slots=True)
 class AcpiTables:
-    """Bytes to write into guest memory: ``tables`` as (guest-physical address, bytes), the RSDP among them."""
+    """The tables, to be written into guest memory."""
 
     tables: tuple[tuple[int, bytes], ...]
+    """Guest-physical address and bytes of each table, the RSDP included."""
     rsdp: int
+    """The RSDP's guest-physical address."""
 
 
 def _checksum(data: bytes | bytearray) -> int:
@@ -46,7 +48,7 @@ def _checksum(data: bytes | bytearray) -> int:
 
 
 def table(signature: bytes, revision: int, body: bytes) -> bytes:
-    """A system description table: the 36-byte header with its checksum, then ``body``."""
+    """Encode a system description table: the 36-byte header with its checksum, then ``body``."""
     header = struct.pack("<4sIBB6s8sI4sI", signature, 36 + len(body), revision, 0, OEM_ID, OEM_TABLE, 1, CREATOR, 1)
     whole = bytearray(header + body)
     whole[9] = _checksum(whole)
@@ -54,12 +56,12 @@ def table(signature: bytes, revision: int, body: bytes) -> bytes:
 
 
 def _generic_address(port: int) -> bytes:
-    """A Generic Address Structure for one byte of port space."""
+    """Encode a Generic Address Structure for one byte of port space."""
     return struct.pack("<BBBBQ", 1, 8, 0, 1, port)
 
 
 def fadt(dsdt: int) -> bytes:
-    """Fixed ACPI Description Table, revision 6.3; registers of full ACPI hardware stay zero."""
+    """Encode the Fixed ACPI Description Table, revision 6.3, with the DSDT's address."""
     body = bytearray(276 - 36)
 
     def put(offset: int, data: bytes) -> None:
@@ -80,7 +82,7 @@ def fadt(dsdt: int) -> bytes:
 
 
 def madt(cpus: int) -> bytes:
-    """Multiple APIC Description Table: APIC id == CPU number, one IOAPIC with its inputs from GSI 0 on.
+    """Encode the Multiple APIC Description Table: APIC ID = CPU number, one IOAPIC with inputs from GSI 0 on.
 
     PCAT_COMPAT is clear: there is no 8259 to disable.
     """
@@ -92,16 +94,16 @@ def madt(cpus: int) -> bytes:
 
 
 def mcfg(layout: Layout) -> bytes:
-    """The ECAM window of segment 0, for as many buses as it holds."""
+    """Encode the MCFG: the ECAM window of segment 0, for as many buses as it holds."""
     last_bus = layout.ecam.size // MIB - 1
     return table(b"MCFG", 1, bytes(8) + struct.pack("<QHBBI", layout.ecam.start, 0, 0, last_bus, 0))
 
 
-SLOTS = range(1, 32)  # the host bridge's own cannot be unplugged
+SLOTS = range(1, 32)  # the host bridge, in slot 0, cannot be unplugged
 
 
 def _hotplug() -> list[bytes]:
-    """Inside the PCI root: the controller's registers, a device for each slot, and the scan that notifies them.
+    """Encode the PCI root's hotplug: the controller's registers, a device for each slot, and the method that scans.
 
     Notifications (ACPI 6.5, table 5.186): 1 device check, 3 eject request.
     """
@@ -130,7 +132,7 @@ def _hotplug() -> list[bytes]:
 
 
 def _event_device() -> bytes:
-    """The generic event device (ACPI 6.5, section 5.6.9): its one interrupt means that slots have changed."""
+    """Encode the generic event device (ACPI 6.5, section 5.6.9): its interrupt signals changed slots."""
     return aml.device(
         "GED0",
         aml.name("_HID", aml.string("ACPI0013")),
@@ -175,7 +177,7 @@ def _pci_root(layout: Layout) -> bytes:
 
 
 def _osc() -> bytes:
-    """Operating System Capabilities of the PCI host bridge: hand over ``OSC_GRANTED``, keep the rest."""
+    """Encode the host bridge's Operating System Capabilities: grant ``OSC_GRANTED`` only."""
     status, control = aml.name_string("CDW1"), aml.name_string("CDW3")
     wanted = aml.local(0)
     granted = aml.if_(
@@ -201,7 +203,7 @@ def _serial(number: int, line: ports.SerialLine) -> bytes:
 
 
 def dsdt(layout: Layout) -> bytes:
-    r"""Differentiated System Description Table: PCI root, motherboard's ranges, events, COM1 to COM4, ``\_S5``."""
+    r"""Encode the DSDT: PCI root, the motherboard's resources, generic event device, COM1 to COM4, ``\_S5``."""
     board = aml.device(
         "MBRD",
         aml.name("_HID", aml.eisa_id("PNP0C02")),
@@ -221,7 +223,7 @@ def dsdt(layout: Layout) -> bytes:
 
 
 def rsdp(xsdt: int) -> bytes:
-    """Root System Description Pointer, revision 2: XSDT only."""
+    """Encode the Root System Description Pointer, revision 2, with the XSDT's address."""
     head = bytearray(struct.pack("<8sB6sBI", b"RSD PTR ", 0, OEM_ID, 2, 0))
     head[8] = _checksum(head)
     whole = bytearray(bytes(head) + struct.pack("<IQB3x", 36, xsdt, 0))
@@ -230,7 +232,7 @@ def rsdp(xsdt: int) -> bytes:
 
 
 def build_tables(layout: Layout, cpus: int) -> AcpiTables:
-    """All tables of a machine with ``cpus`` CPUs, placed in ``TABLES_BASE``-``TABLES_END`` and at ``RSDP_BASE``.
+    """Encode all tables of a machine, placed in ``TABLES_BASE``-``TABLES_END`` and at ``RSDP_BASE``.
 
     Raises ``LayoutError`` for more than 255 CPUs.
     """

@@ -1,7 +1,7 @@
-"""A small encoder of AML, the byte code of ACPI tables (ACPI 6.5, chapter 20; resources: section 6.4).
+"""An encoder of AML, the byte code of ACPI tables (ACPI 6.5, chapter 20; resources: section 6.4).
 
-Only the terms that our DSDT needs. Every function returns the encoded bytes of its term, so that nesting calls
-builds a tree. Names are paths as ASL writes them.
+It has the terms that the DSDT needs. Each function returns the bytes of the term in its docstring, written as in ASL
+(chapter 19); calls are nested as in ASL.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ ONE: Final = b"\x01"
 
 
 def name_string(path: str) -> bytes:
-    r"""A NameString: optional ``\`` or ``^``, then segments of up to four characters."""
+    r"""Encode a NameString: optional ``\`` or ``^``, then segments of up to four characters."""
     prefix = ""
     while path and path[0] in "\\^":
         prefix, path = prefix + path[0], path[1:]
     segments = [segment.ljust(4, "_") for segment in path.split(".")] if path else []
     if len(segments) > 255 or any(len(segment) != 4 for segment in segments):
-        raise ValueError(f"not a name this encoder knows: {path!r}")
+        raise ValueError(f"invalid name: {path!r}")
     body = "".join(segments).encode("ascii")
     if not segments:
         body = b"\x00"
@@ -32,7 +32,7 @@ def name_string(path: str) -> bytes:
 
 
 def pkg_length(size: int) -> bytes:
-    """The PkgLength of a package whose content is ``size`` bytes; the length counts its own bytes."""
+    """Encode the PkgLength of a package with ``size`` bytes of content; it includes its own bytes."""
     if size + 1 < 0x40:
         return bytes([size + 1])
     for extra in (1, 2, 3):
@@ -47,7 +47,7 @@ def _package(opcode: bytes, content: bytes) -> bytes:
 
 
 def integer(value: int) -> bytes:
-    """The shortest encoding of an unsigned integer of up to 64 bits."""
+    """Encode an unsigned integer of up to 64 bits, in the shortest form."""
     if value in (0, 1):
         return bytes([value])
     for prefix, size in ((0x0A, 1), (0x0B, 2), (0x0C, 4), (0x0E, 8)):
@@ -57,87 +57,105 @@ def integer(value: int) -> bytes:
 
 
 def string(text: str) -> bytes:
+    """Encode a string (ASCII)."""
     return b"\x0d" + text.encode("ascii") + b"\x00"
 
 
 def eisa_id(text: str) -> bytes:
-    """A compressed EISA identifier such as ``PNP0A08`` (ACPI 6.5, section 19.3.4)."""
+    """Encode an EISA ID such as ``PNP0A08`` (ACPI 6.5, section 19.3.4)."""
     letters = [ord(letter) - 0x40 for letter in text[:3]]
     packed = letters[0] << 26 | letters[1] << 21 | letters[2] << 16 | int(text[3:], 16)
     return b"\x0c" + packed.to_bytes(4, "big")
 
 
 def buffer(data: bytes) -> bytes:
+    """``Buffer () {data}``."""
     return _package(b"\x11", integer(len(data)) + data)
 
 
 def uuid_buffer(text: str) -> bytes:
-    """What ASL's ``ToUUID`` makes: 16 bytes, the first three fields little-endian."""
+    """``ToUUID (text)``: 16 bytes, the first three fields little-endian."""
     return buffer(uuid.UUID(text).bytes_le)
 
 
 def package(*elements: bytes) -> bytes:
+    """``Package () {elements}``, at most 255."""
     return _package(b"\x12", bytes([len(elements)]) + b"".join(elements))
 
 
 def name(path: str, value: bytes) -> bytes:
+    """``Name (path, value)``."""
     return b"\x08" + name_string(path) + value
 
 
 def scope(path: str, *terms: bytes) -> bytes:
+    """``Scope (path) {terms}``."""
     return _package(b"\x10", name_string(path) + b"".join(terms))
 
 
 def device(path: str, *terms: bytes) -> bytes:
+    """``Device (path) {terms}``."""
     return _package(b"\x5b\x82", name_string(path) + b"".join(terms))
 
 
 def method(path: str, arguments: int, *terms: bytes, serialized: bool = False) -> bytes:
+    """``Method (path, arguments, serialized) {terms}``; up to 7 arguments."""
     flags = arguments | (0x08 if serialized else 0)
     return _package(b"\x14", name_string(path) + bytes([flags]) + b"".join(terms))
 
 
 def arg(number: int) -> bytes:
+    """``ArgN``, from 0 to 6."""
     return bytes([0x68 + number])
 
 
 def local(number: int) -> bytes:
+    """``LocalN``, from 0 to 7."""
     return bytes([0x60 + number])
 
 
 def store(value: bytes, target: bytes) -> bytes:
+    """``Store (value, target)``."""
     return b"\x70" + value + target
 
 
 def and_(left: bytes, right: bytes, target: bytes = ZERO) -> bytes:
+    """``And (left, right, target)``; without a target the result only."""
     return b"\x7b" + left + right + target
 
 
 def or_(left: bytes, right: bytes, target: bytes = ZERO) -> bytes:
+    """``Or (left, right, target)``; without a target the result only."""
     return b"\x7d" + left + right + target
 
 
 def equal(left: bytes, right: bytes) -> bytes:
+    """``LEqual (left, right)``."""
     return b"\x93" + left + right
 
 
 def not_equal(left: bytes, right: bytes) -> bytes:
+    """``LNotEqual (left, right)``."""
     return b"\x92" + equal(left, right)
 
 
 def if_(condition: bytes, *terms: bytes) -> bytes:
+    """``If (condition) {terms}``."""
     return _package(b"\xa0", condition + b"".join(terms))
 
 
 def else_(*terms: bytes) -> bytes:
+    """``Else {terms}``, after ``If``."""
     return _package(b"\xa1", b"".join(terms))
 
 
 def return_(value: bytes) -> bytes:
+    """``Return (value)``."""
     return b"\xa4" + value
 
 
 def notify(path: str, value: int) -> bytes:
+    """``Notify (path, value)``."""
     return b"\x86" + name_string(path) + integer(value)
 
 
@@ -147,7 +165,7 @@ def port_region(path: str, base: int, size: int) -> bytes:
 
 
 def dword_fields(region: str, *names: str) -> bytes:
-    """``Field (region, DWordAcc, NoLock, WriteAsZeros)`` of 32-bit registers, one after the other."""
+    """``Field (region, DWordAcc, NoLock, WriteAsZeros)`` of adjacent 32-bit registers."""
     fields = b"".join(name_string(name) + b"\x20" for name in names)  # a PkgLength that counts 32 bits
     return _package(b"\x5b\x81", name_string(region) + b"\x43" + fields)
 
@@ -161,26 +179,27 @@ def dword_field(source: bytes, offset: int, path: str) -> bytes:
 
 
 def resources(*descriptors: bytes) -> bytes:
-    """A ``ResourceTemplate``: the descriptors in a buffer, closed by an end tag without a checksum."""
+    """``ResourceTemplate () {descriptors}``: a buffer that ends with an end tag without a checksum."""
     return buffer(b"".join(descriptors) + b"\x79\x00")
 
 
 def io(base: int, size: int) -> bytes:
-    """Fixed ports, 16-bit decoding."""
+    """Fixed I/O ports, 16-bit decoding (``IO``)."""
     return b"\x47\x01" + base.to_bytes(2, "little") * 2 + bytes([1, size])
 
 
 def irq_edge(line: int) -> bytes:
-    """One edge-triggered, active-high, exclusive interrupt line below 16."""
+    """An edge-triggered, active-high, exclusive IRQ below 16 (``IRQ``)."""
     return b"\x22" + (1 << line).to_bytes(2, "little")
 
 
 def interrupt_level(gsi: int) -> bytes:
-    """One level-triggered, active-high, exclusive interrupt of any number (extended interrupt descriptor)."""
+    """A level-triggered, active-high, exclusive GSI (``Interrupt``)."""
     return b"\x89\x06\x00\x01\x01" + gsi.to_bytes(4, "little")
 
 
 def memory32_fixed(base: int, size: int, writable: bool = True) -> bytes:
+    """A fixed range below 4 GiB (``Memory32Fixed``)."""
     return b"\x86\x09\x00" + bytes([writable]) + base.to_bytes(4, "little") + size.to_bytes(4, "little")
 
 
@@ -194,13 +213,15 @@ def _address_space(kind: int, specific: int, base: int, size: int, width: int) -
 
 
 def bus_numbers(first: int, count: int) -> bytes:
+    """Bus numbers that a host bridge decodes (``WordBusNumber``)."""
     return _address_space(2, 0, first, count, 2)
 
 
 def io_window(base: int, size: int) -> bytes:
+    """A window for I/O BARs (``WordIO``)."""
     return _address_space(1, 3, base, size, 2)
 
 
 def memory_window(base: int, size: int) -> bytes:
-    """A window for BARs, not cacheable and writable: 32 bits wide if it ends below 4 GiB, else 64."""
+    """A window for memory BARs: ``DWordMemory`` if it ends below 4 GiB, else ``QWordMemory``."""
     return _address_space(0, 1, base, size, 4 if base + size <= 1 << 32 else 8)

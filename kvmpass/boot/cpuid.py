@@ -1,7 +1,7 @@
-"""The guest's CPUID: what KVM supports, with this machine's topology (AMD APM volume 3, appendix E).
+"""The guest's CPUID: the leaves that KVM supports, with the guest's topology (AMD64 manual volume 3, appendix E).
 
-One socket, ``cpus`` cores, one thread each; APIC id == CPU number. Everything KVM reports and that says nothing about
-topology stays as it is, KVM's own leaves (Documentation/virt/kvm/x86/cpuid.rst) among it.
+One socket, ``cpus`` cores, one thread each; APIC ID = CPU number. Leaves without topology are KVM's, its own
+(Documentation/virt/kvm/x86/cpuid.rst) among them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ HTT = 1 << 28  # 1.EDX: more than one logical processor
 ARAT = 1 << 2  # 6.EAX: the APIC timer never stops
 CMP_LEGACY, SVM, NODEID_MSR = 1 << 1, 1 << 2, 1 << 19  # 8000_0001.ECX
 
-# Leaves that describe the host's topology, or things a guest of ours does not have: nested SVM, encrypted memory.
-# The topology leaves are made anew or fall back to ones that are: 8000_0026 and 1F extend B, which we write.
+# Leaves with the host's topology, and encrypted memory, which the guest does not have. Leaves B and 8000_001E are
+# written again; 1F and 8000_0026 extend B.
 DROPPED = frozenset({0x0B, 0x1F, 0x8000_001E, 0x8000_001F, 0x8000_0026})
 SVM_LEAF = 0x8000_000A
 
@@ -35,12 +35,11 @@ def guest_cpuid(
     phys_bits: int | None = None,
     nested: bool = False,
 ) -> list[CpuidEntry]:
-    """The entries for KVM_SET_CPUID2 of CPU ``cpu`` of ``cpus``, from what KVM_GET_SUPPORTED_CPUID returned.
+    """Return the entries for KVM_SET_CPUID2 of CPU ``cpu`` (from 0) of ``cpus``.
 
-    ``phys_bits`` narrows the guest's physical address width (never widens it). ``nested`` leaves SVM in.
-
-    The TSC-deadline timer is announced although KVM_GET_SUPPORTED_CPUID never lists it: KVM_CAP_TSC_DEADLINE_TIMER
-    and an in-kernel APIC are the caller's part. Raises ``HostNotReady`` if the list lacks KVM's signature.
+    ``supported``: from KVM_GET_SUPPORTED_CPUID. ``phys_bits`` limits the guest's physical address width. ``nested``
+    keeps SVM. The TSC-deadline timer is set although KVM_GET_SUPPORTED_CPUID never lists it; the caller provides an
+    in-kernel APIC and KVM_CAP_TSC_DEADLINE_TIMER. Raises ``HostNotReady`` without KVM's signature.
     """
     width = (cpus - 1).bit_length()
     leaves = {(entry.function, entry.index): entry for entry in supported if entry.function not in DROPPED}
@@ -85,7 +84,7 @@ def guest_cpuid(
         )
     highest = leaves.get((0x8000_0000, 0))
     if highest is not None and highest.eax >= 0x8000_001E:
-        # Core id, one thread in it; node 0 of one.
+        # Core ID, one thread; node 0 of one.
         leaves[0x8000_001E, 0] = CpuidEntry(0x8000_001E, 0, 0, cpu, cpu & 0xFF, 0, 0)
     top = leaves.get((0, 0))
     if top is not None:
@@ -94,7 +93,7 @@ def guest_cpuid(
 
 
 def _cache(entry: CpuidEntry, cpus: int, width: int) -> CpuidEntry:
-    """One cache of leaf 4 or 8000_001D: the third level is everyone's, the others belong to a core."""
+    """Return a cache of leaf 4 or 8000_001D: all CPUs share the third level, others belong to a core."""
     level = entry.eax >> 5 & 7
     if not entry.eax & 0x1F:
         return entry

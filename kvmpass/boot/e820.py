@@ -1,4 +1,4 @@
-"""The guest's memory map as the boot protocol hands it over (E820)."""
+"""The guest's memory map in the boot protocol (E820)."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from enum import IntEnum
 from kvmpass.errors import LayoutError
 from kvmpass.layout import GIB, MIB, Layout, Range
 
-LOW_MEMORY_END = 0x9FC00  # above it the PC has its extended BIOS data, the VGA window and firmware
-TABLE_LIMIT = 128  # struct boot_params holds no more (E820_MAX_ENTRIES_ZEROPAGE)
+LOW_MEMORY_END = 0x9FC00  # extended BIOS data area, VGA window and firmware follow
+TABLE_LIMIT = 128  # entries in struct boot_params (E820_MAX_ENTRIES_ZEROPAGE)
 
 
 class E820Type(IntEnum):
-    """ACPI 6.5, table 15.2: the two kinds we need."""
+    """The type of an entry (ACPI 6.5, table 15.2)."""
 
     USABLE = 1
+    """RAM."""
     RESERVED = 2
+    """Not to be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class E820Entry:
-    """One range of the map."""
+    """An entry of the map."""
 
     range: Range
+    """Guest-physical addresses."""
     type: E820Type
+    """Usable or reserved."""
 
     def pack(self) -> bytes:
-        """The 20 bytes of ``struct boot_e820_entry``."""
+        """Encode ``struct boot_e820_entry``, 20 bytes."""
         return struct.pack("<QQI", self.range.start, self.range.size, self.type)
 
 
@@ -45,12 +49,12 @@ def _merge(ranges: Iterable[Range]) -> list[Range]:
 
 
 def e820_map(layout: Layout) -> list[E820Entry]:
-    """The map of ``layout``, sorted and free of overlaps.
+    """Return the map of ``layout``, sorted, without overlaps.
 
-    RAM is usable but for the last part of the first MiB. Reserved: the ECAM window (Linux uses ECAM only where the
-    map or ACPI reserves it), and the layout's reserved ranges below 4 GiB or in between RAM.
+    RAM is usable, except the last part of the first MiB. Reserved: the ECAM window (Linux uses ECAM only if the map
+    or ACPI reserves it), and the layout's reserved ranges below 4 GiB or between RAM.
 
-    Raises ``LayoutError`` if there is less than 2 MiB of RAM from address 0, or too many ranges for boot_params.
+    Raises ``LayoutError`` for less than 2 MiB of RAM from address 0 on, and for too many ranges for boot_params.
     """
     ram = sorted(layout.ram)
     if not ram or ram[0].start != 0 or ram[0].size < 2 * MIB:

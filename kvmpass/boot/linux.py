@@ -1,12 +1,12 @@
-"""Linux by the 64-bit boot protocol, from a bzImage (Documentation/arch/x86/boot.rst).
+"""Load Linux from a bzImage, with the 64-bit boot protocol (Documentation/arch/x86/boot.rst).
 
-Guest-physical memory before the first instruction, below 1 MiB::
+Guest-physical memory below 1 MiB at the kernel's entry::
 
     0x06000  GDT                    0x20000  command line
     0x07000  boot_params            0xe0000  ACPI tables (kvmpass.boot.acpi)
     0x09000  page tables            0xf0000  RSDP
 
-The kernel goes where it prefers to run (16 MiB as a rule), the initrd as high as it may in the RAM below 4 GiB.
+The kernel is at its preferred address (usually 16 MiB), the initrd as high as possible in the RAM below 4 GiB.
 """
 
 from __future__ import annotations
@@ -41,46 +41,62 @@ _WANTED = "Give a bzImage of a 64-bit x86 kernel, such as /boot/vmlinuz-$(uname 
 
 
 class GuestWrites(Protocol):
-    """Guest memory as far as loading needs it. Raises for addresses outside RAM."""
+    """Guest memory for loading."""
 
-    def write(self, gpa: int, data: bytes | memoryview, /) -> object: ...
+    def write(self, gpa: int, data: bytes | memoryview, /) -> object:
+        """Write ``data`` to ``gpa``. Raises for addresses outside RAM."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinuxEntry:
-    """The first CPU's state at startup_64: 64-bit mode, paging on with memory identity-mapped below 4 GiB.
-
-    ``rsi`` is the address of boot_params. Interrupts must be off. ``gdt_limit`` is the last byte's offset.
-    """
+    """The first CPU's state at startup_64: 64-bit mode, the first 4 GiB identity-mapped, interrupts disabled."""
 
     rip: int
+    """The entry point."""
     rsi: int
+    """The address of boot_params."""
     cr3: int
+    """The address of the page tables."""
     gdt_base: int
+    """The address of the GDT."""
     gdt_limit: int
+    """The offset of the GDT's last byte."""
     code_selector: int = CODE_SELECTOR
+    """The selector for CS."""
     data_selector: int = DATA_SELECTOR
+    """The selector for the other segments."""
 
 
 @dataclass(frozen=True, slots=True)
 class KernelImage:
-    """A bzImage and the fields of its setup header that loading needs. ``path`` is for messages."""
+    """A bzImage and the fields of its setup header that loading needs."""
 
     path: str
-    header: bytes  # the setup header, from file offset HEADER_START to its end
-    payload: bytes  # the protected-mode code
+    """Its path, for messages."""
+    header: bytes
+    """The setup header, from file offset ``HEADER_START`` on."""
+    payload: bytes
+    """The protected-mode code."""
     protocol: int
-    preferred: int  # pref_address
-    init_size: int  # bytes from the load address on that the kernel uses before it reads the memory map
+    """The boot protocol's version, such as 0x20f."""
+    preferred: int
+    """``pref_address``: the preferred load address."""
+    init_size: int
+    """Bytes that the kernel uses from its load address on before it reads the memory map."""
     alignment: int
+    """``kernel_alignment``: bytes, a power of two."""
     relocatable: bool
-    initrd_max: int  # highest address an initrd may have
-    cmdline_max: int  # bytes, without the terminating zero
-    version: str  # e.g. "6.1.0-28-amd64 (…) #1 SMP …"; empty if the file has none
+    """Whether it can be loaded at another address."""
+    initrd_max: int
+    """``initrd_addr_max``: the highest address of an initrd."""
+    cmdline_max: int
+    """``cmdline_size``: bytes, without the terminating zero."""
+    version: str
+    """Such as ``6.1.0-28-amd64 (…) #1 SMP …``; empty: unknown."""
 
     @property
     def release(self) -> str:
-        """What ``uname -r`` will say in the guest; empty if the file does not tell."""
+        """The kernel's release, as in ``uname -r``; empty: unknown."""
         return self.version.split(" ", 1)[0]
 
     @classmethod
@@ -90,7 +106,7 @@ class KernelImage:
 
     @classmethod
     def parse(cls, data: bytes, path: str = "kernel") -> Self:
-        """Check the bytes of a bzImage. Raises ``BadKernel`` with the reason."""
+        """Check and parse a bzImage. Raises ``BadKernel`` with the reason."""
 
         def bad(reason: str) -> BadKernel:
             return BadKernel(f"{path}: {reason}", _WANTED)
@@ -153,12 +169,12 @@ _KINDS = (
 
 
 def _other_kind(data: bytes) -> str | None:
-    """What a file is that people take for a bzImage (arm64: Documentation/arch/arm64/booting.rst)."""
+    """Return what a file is that is often mistaken for a bzImage (arm64: Documentation/arch/arm64/booting.rst)."""
     return next((text for at, magic, text in _KINDS if data[at : at + len(magic)] == magic), None)
 
 
 def _version(data: bytes, setup_size: int) -> str:
-    """The text that ``kernel_version`` points to, at most 1 KiB."""
+    """Return the text that ``kernel_version`` points to, at most 1 KiB."""
     (pointer,) = struct.unpack_from("<H", data, 0x20E)
     if not pointer or pointer + 0x200 >= setup_size:
         return ""
@@ -170,10 +186,11 @@ def _align_up(value: int, alignment: int) -> int:
 
 
 def place_kernel(kernel: KernelImage, ram: Sequence[Range]) -> Range:
-    """Where the kernel runs: its preferred address, else the lowest aligned one above it, below 4 GiB.
+    """Place the kernel at its preferred address, else at the lowest aligned address above it, below 4 GiB.
 
-    A relocatable kernel that is loaded below its preferred address moves there (Documentation/arch/x86/boot.rst,
-    ``init_size``). Raises ``NotEnoughMemory`` if no range of ``ram`` holds ``init_size`` bytes there.
+    A relocatable kernel that is loaded below its preferred address relocates itself to it
+    (Documentation/arch/x86/boot.rst, ``init_size``). Raises ``NotEnoughMemory`` if no range of ``ram`` has
+    ``init_size`` bytes there.
     """
     candidates = [kernel.preferred]
     if kernel.relocatable:
@@ -192,13 +209,13 @@ def place_kernel(kernel: KernelImage, ram: Sequence[Range]) -> Range:
 
 
 def place_initrd(kernel: KernelImage, code: Range, size: int, ram: Sequence[Range]) -> Range:
-    """Page-aligned, as high as RAM below 4 GiB and the kernel's own limit allow, clear of ``code``.
+    """Place an initrd of ``size`` bytes at a page, as high as RAM below 4 GiB and the kernel's limit allow.
 
-    Raises ``NotEnoughMemory``.
+    Not in ``code``, the kernel's range. Raises ``NotEnoughMemory``.
     """
     limit = min(kernel.initrd_max + 1, 4 * GIB)
     for part in sorted(ram, reverse=True):
-        # Below the kernel only the first MiB is spoken for, and E820 leaves that out of `part`.
+        # Below the kernel only the first MiB is in use.
         for floor, top in ((max(part.start, code.end), part.end), (part.start, min(part.end, code.start))):
             start = (min(top, limit) - size) & -PAGE
             if start >= max(floor, MIB):
@@ -212,7 +229,7 @@ def place_initrd(kernel: KernelImage, code: Range, size: int, ram: Sequence[Rang
 
 
 def page_tables(base: int = PAGE_TABLES) -> bytes:
-    """PML4, PDPT and four page directories that map the first 4 GiB to themselves in 2 MiB pages."""
+    """Return PML4, PDPT and four page directories that identity-map the first 4 GiB in 2 MiB pages."""
     present_writable = 0x3
     pml4 = [base + PAGE | present_writable] + [0] * 511
     pdpt = [base + (2 + index) * PAGE | present_writable for index in range(4)] + [0] * 508
@@ -221,7 +238,7 @@ def page_tables(base: int = PAGE_TABLES) -> bytes:
 
 
 def boot_params(kernel: KernelImage, code: Range, initrd: Range, e820: Sequence[E820Entry], rsdp: int) -> bytes:
-    """The 4 KiB ``struct boot_params``: zero but for the setup header and what the loader must fill in."""
+    """Return ``struct boot_params``, 4 KiB: zero, except the setup header and the loader's fields."""
     page = bytearray(PAGE)
     page[HEADER_START : HEADER_START + len(kernel.header)] = kernel.header
     page[0x210] = LOADER_UNDEFINED
@@ -244,12 +261,10 @@ def load_linux(
     e820: Sequence[E820Entry],
     rsdp: int,
 ) -> LinuxEntry:
-    """Write the kernel and all that it expects into guest memory; return the first CPU's state.
+    """Write kernel, initrd, command line and boot_params into guest memory; return the first CPU's state.
 
-    ``rsdp`` is the RSDP's guest-physical address; the ACPI tables are written by the caller. The memory written to
-    must be zero before: a fresh machine's is.
-
-    Raises ``BadKernel`` if the kernel takes no such command line, ``NotEnoughMemory`` if something does not fit.
+    ``rsdp``: the RSDP's guest-physical address; the caller writes the ACPI tables. Raises ``BadKernel`` for an
+    invalid command line, ``NotEnoughMemory``.
     """
     text = cmdline.encode("utf-8", "surrogateescape")
     limit = min(kernel.cmdline_max, CMDLINE_END - CMDLINE_BASE - 1)

@@ -1,8 +1,8 @@
-"""Memory types as firmware leaves them: the MTRRs (AMD64 manual volume 2, section 7.7).
+"""Memory types as set by firmware: the MTRRs (AMD64 manual volume 2, section 7.7).
 
-All memory is write-back but for the VGA window, firmware's area below 1 MiB and what lies between the 32-bit window
-for BARs and 4 GiB. BARs above that need no range: a driver's page attributes (PAT) decide. With the MTRRs off, as
-after a processor's reset, Linux before 6.2 gives up PAT too and maps write-combining BARs uncached.
+Memory is write-back, except the VGA window, the firmware area below 1 MiB, and the range from the 32-bit window for
+BARs to 4 GiB. BARs above 4 GiB need no range: a driver's page attributes (PAT) decide. With the MTRRs disabled, as
+after a processor's reset, Linux before 6.2 disables PAT too, and maps write-combining BARs uncached.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FIX4K_C0000 = range(0x268, 0x270)  # eight of them, to 0xFFFFF
 
 
 def mtrrs(phys_bits: int) -> dict[int, int]:
-    """Values by MSR, for each CPU alike, in the order to be written. ``phys_bits``: of the guest's CPUID."""
+    """Return values by MSR, the same for each CPU, in the order of writing. ``phys_bits``: of the guest's CPUID."""
     every = 0x0101_0101_0101_0101  # a type for each eighth of a fixed range
     return {
         FIX64K_00000: WRITE_BACK * every,

@@ -1,4 +1,4 @@
-"""The ACPI tables: their own arithmetic, and Intel's compiler as the second opinion."""
+"""The ACPI tables: pointers, lengths and checksums, and Intel's compiler as the oracle."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_fadt_is_hardware_reduced_with_reset_and_sleep_registers() -> None:
 
 
 def test_too_many_cpus_are_refused() -> None:
-    """An 8-bit APIC id of all ones is a broadcast; ids beyond need what this board lacks."""
+    """The 8-bit APIC ID 255 is broadcast; higher IDs need x2APIC."""
     for cpus in (256, 10000):
         with pytest.raises(LayoutError, match=f"{cpus} CPUs: a guest takes 255"):
             acpi.build_tables(LAYOUT, cpus)
@@ -104,12 +104,12 @@ def test_names_and_integers() -> None:
     with pytest.raises(ValueError, match="64 bits"):
         aml.integer(1 << 64)
     assert aml.name_string("\\_SB.PC00.S01") == b"\\\x2f\x03_SB_PC00S01_"
-    with pytest.raises(ValueError, match="not a name"):
+    with pytest.raises(ValueError, match="invalid name"):
         aml.name_string("A.LONGNAME")
 
 
 @pytest.mark.parametrize("mmio64", [Range(512 * GIB, 64 * GIB), Range(0, 0)])
-def test_iasl_disassembles_and_compiles_them_again(tmp_path: Path, mmio64: Range) -> None:
+def test_iasl_disassembles_and_recompiles_the_tables(tmp_path: Path, mmio64: Range) -> None:
     iasl = shutil.which("iasl")
     if iasl is None:
         pytest.skip("no iasl: apt-get install acpica-tools makes it run")
@@ -136,5 +136,5 @@ def test_iasl_disassembles_and_compiles_them_again(tmp_path: Path, mmio64: Range
             assert [int(number, 16) for number in ports_for_bars.groups()] == [IO_WINDOW.start, IO_WINDOW.last]
             assert text.count("WordIO") == 1
             assert "Unknown" not in text
-            # What iasl makes of its own disassembly is our byte stream, but for the header's compiler fields.
+            # Recompiled bytes are the same, except the compiler fields in the header.
             assert source.with_suffix(".aml").read_bytes()[36:] == data[36:]

@@ -61,7 +61,7 @@ def test_topology_agrees_in_every_leaf(cpus: int) -> None:
     assert len(identifiers) == cpus
 
 
-def test_caches_third_level_is_shared() -> None:
+def test_cpus_share_the_third_level_of_cache() -> None:
     leaves = made(0, 4)
     assert leaves[0x8000001D, 0].eax >> 14 & 0xFFF == 0
     assert leaves[0x8000001D, 3].eax >> 14 & 0xFFF == 3
@@ -78,7 +78,7 @@ def test_timers_and_hypervisor() -> None:
     assert leaves[7, 0] == SUPPORTED[2]
 
 
-def test_what_is_hidden() -> None:
+def test_hidden_leaves() -> None:
     leaves = made(0, 2)
     assert not leaves[0x80000001, 0].ecx & 1 << 2
     assert not {(0x8000000A, 0), (0x8000001F, 0), (0x80000026, 0)} & set(leaves)
@@ -87,12 +87,12 @@ def test_what_is_hidden() -> None:
     assert (0x8000000A, 0) in nested
 
 
-def test_physical_bits_narrow_only() -> None:
+def test_physical_bits_are_only_reduced() -> None:
     assert made(0, 1)[0x80000008, 0].eax == 0x3030
     assert made(0, 1, phys_bits=40)[0x80000008, 0].eax == 0x3028
     assert made(0, 1, phys_bits=52)[0x80000008, 0].eax == 0x3030
 
 
-def test_not_kvm() -> None:
+def test_a_list_without_kvms_leaves_is_refused() -> None:
     with pytest.raises(HostNotReady):
         guest_cpuid([leaf(0), leaf(1)], cpu=0, cpus=1)

@@ -1,4 +1,4 @@
-"""The memory map: no overlap, nothing forgotten."""
+"""The memory map: sorted, without overlaps, complete."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_sorted_disjoint_and_complete(low: int, high: int) -> None:
         assert any(entry.range.contains(needed) for entry in entries if entry.type is E820Type.RESERVED)
 
 
-def test_a_hole_in_between_ram_is_reserved_and_one_above_is_not_mentioned() -> None:
+def test_a_hole_between_ram_is_reserved_and_one_above_is_left_out() -> None:
     below = Range(HIGH_RAM_BASE, HOLE.range.start - HIGH_RAM_BASE)
     above = Range(HOLE.range.end, GIB)
     between = [entry.range for entry in e820_map(layout(Range(0, GIB), below, above))]

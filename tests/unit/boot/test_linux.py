@@ -1,4 +1,4 @@
-"""Loading a kernel: a header made here, field by field from the boot protocol's table, and what must come of it."""
+"""Loading a kernel: a bzImage made from the boot protocol's table of fields."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bzimage(**fields: tuple[int, str, int]) -> bytes:
 
 
 class Memory:
-    """Guest memory that remembers what was written, and complains of overlaps and of addresses outside RAM."""
+    """Guest memory that records writes, and fails for overlaps and addresses outside RAM."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -98,7 +98,7 @@ def translate(memory: Memory, cr3: int, address: int) -> int:
     raise AssertionError("no 2 MiB page")
 
 
-def test_entry_state_and_what_it_points_to() -> None:
+def test_entry_state() -> None:
     memory, entry = load()
     assert entry.rip == 16 * MIB + 0x200
     assert memory.read(16 * MIB, len(CODE)) == CODE
@@ -122,7 +122,7 @@ def test_boot_params() -> None:
     assert memory.read(cmdline, 14) == b"console=ttyS0\0"
     assert struct.unpack_from("<Q", page, 0x70) == (0xF0000,)
     assert page[0x210] == 0xFF
-    assert page[0x1EF] == 0, "the sentinel: not zero means that the rest is garbage"
+    assert page[0x1EF] == 0, "sentinel: not zero invalidates other fields"
     assert page[0x1E8] == 3
     assert struct.unpack_from("<QQI", page, 0x2D0 + 40) == (MIB, 63 * MIB, 1)
     assert page[0x202:0x206] == b"HdrS"
@@ -133,15 +133,15 @@ def test_without_initrd() -> None:
     assert struct.unpack_from("<II", memory.read(entry.rsi, 4096), 0x218) == (0, 0)
 
 
-def test_the_initrd_stays_below_the_kernels_limit_and_out_of_its_way() -> None:
+def test_the_initrd_is_below_the_kernels_limit_and_outside_its_range() -> None:
     low_limit = bzimage(initrd_addr_max=(0x22C, "<I", 20 * MIB - 1))
     memory, entry = load(initrd=bytes(8 * MIB), data=low_limit)
     (initrd,) = struct.unpack_from("<I", memory.read(entry.rsi, 4096), 0x218)
     assert initrd + 8 * MIB <= 16 * MIB
 
 
-def test_a_kernel_moves_upwards_when_its_place_does_not_fit() -> None:
-    """Not downwards: it would go back to its preferred address by itself, and past the end of memory there."""
+def test_a_relocatable_kernel_is_loaded_above_its_preferred_address() -> None:
+    """Not below: it would relocate itself to its preferred address, beyond the end of memory there."""
     ram = [Range(MIB, 19 * MIB), Range(33 * MIB, 31 * MIB)]
     assert place_kernel(KernelImage.parse(bzimage()), ram) == Range(34 * MIB, 8 * MIB)
     for relocatable in (0, 1):
@@ -180,7 +180,7 @@ def _set(offset: int, form: str, value: int) -> Callable[[], bytes]:
         (lambda: bzimage()[:-1024], "truncated"),
     ],
 )
-def test_what_is_no_kernel_is_refused(data: Callable[[], bytes], reason: str) -> None:
+def test_invalid_kernels_are_refused(data: Callable[[], bytes], reason: str) -> None:
     with pytest.raises(BadKernel, match=reason) as caught:
         KernelImage.parse(data(), "/boot/x")
     assert str(caught.value).startswith("/boot/x: ")
@@ -188,7 +188,7 @@ def test_what_is_no_kernel_is_refused(data: Callable[[], bytes], reason: str) ->
 
 
 @pytest.mark.parametrize("size", range(0, 16 * 1024, 509))
-def test_no_cut_raises_anything_else(size: int) -> None:
+def test_truncated_kernels_are_refused(size: int) -> None:
     with pytest.raises(BadKernel):
         KernelImage.parse(bzimage()[:size])
 
