@@ -21,74 +21,48 @@ HTT = 1 << 28  # 1.EDX: more than one logical processor
 ARAT = 1 << 2  # 6.EAX: the APIC timer never stops
 CMP_LEGACY, SVM, NODEID_MSR = 1 << 1, 1 << 2, 1 << 19  # 8000_0001.ECX
 
-# Leaves with the host's topology, and encrypted memory, which the guest does not have. Leaves B and 8000_001E are
+# Leaves with the host's topology; SVM and encrypted memory, which the guest does not have. Leaves B and 8000_001E are
 # written again; 1F and 8000_0026 extend B.
-DROPPED = frozenset({0x0B, 0x1F, 0x8000_001E, 0x8000_001F, 0x8000_0026})
-SVM_LEAF = 0x8000_000A
+DROPPED = frozenset({0x0B, 0x1F, 0x8000_000A, 0x8000_001E, 0x8000_001F, 0x8000_0026})
 
 
-def guest_cpuid(
-    supported: Sequence[CpuidEntry],
-    *,
-    cpu: int,
-    cpus: int,
-    phys_bits: int | None = None,
-    nested: bool = False,
-) -> list[CpuidEntry]:
+def guest_cpuid(supported: Sequence[CpuidEntry], *, cpu: int, cpus: int) -> list[CpuidEntry]:
     """Return the entries for KVM_SET_CPUID2 of CPU ``cpu`` (from 0) of ``cpus``.
 
-    ``supported``: from KVM_GET_SUPPORTED_CPUID. ``phys_bits`` limits the guest's physical address width. ``nested``
-    keeps SVM. The TSC-deadline timer is set although KVM_GET_SUPPORTED_CPUID never lists it; the caller provides an
-    in-kernel APIC and KVM_CAP_TSC_DEADLINE_TIMER. Raises ``HostNotReady`` without KVM's signature.
+    ``supported``: from KVM_GET_SUPPORTED_CPUID. The TSC-deadline timer is set although that never lists it; the
+    caller provides an in-kernel APIC and KVM_CAP_TSC_DEADLINE_TIMER. Raises ``HostNotReady`` without KVM's signature.
     """
     width = (cpus - 1).bit_length()
     leaves = {(entry.function, entry.index): entry for entry in supported if entry.function not in DROPPED}
     if (KVM_SIGNATURE_LEAF, 0) not in leaves or (1, 0) not in leaves:
         raise HostNotReady("KVM reports no CPUID leaves of its own: this is no KVM that Linux would recognise")
-    if not nested:
-        leaves.pop((SVM_LEAF, 0), None)
-
-    def update(function: int, **registers: int) -> None:
-        entry = leaves.get((function, 0))
-        if entry is not None:
-            leaves[function, 0] = replace(entry, **registers)
-
-    first = leaves[1, 0]
-    update(
-        1,
-        ebx=first.ebx & 0xFFFF | min(cpus, 255) << 16 | (cpu & 0xFF) << 24,
-        ecx=first.ecx | X2APIC | TSC_DEADLINE | HYPERVISOR,
-        edx=first.edx | HTT if cpus > 1 else first.edx & ~HTT,
-    )
-    if (6, 0) in leaves:
-        update(6, eax=leaves[6, 0].eax | ARAT)
-    else:
-        leaves[6, 0] = CpuidEntry(6, 0, 0, ARAT, 0, 0, 0)
-    for index, registers in enumerate(((0, 1, 0x100), (width, cpus, 0x201), (0, 0, 2))):
-        eax, ebx, ecx = registers
+    leaves.setdefault((6, 0), CpuidEntry(6, 0, 0, 0, 0, 0, 0))
+    for key, entry in leaves.items():
+        match entry.function:
+            case 0:
+                leaves[key] = replace(entry, eax=max(entry.eax, 0xB))
+            case 1:
+                leaves[key] = replace(
+                    entry,
+                    ebx=entry.ebx & 0xFFFF | min(cpus, 255) << 16 | (cpu & 0xFF) << 24,
+                    ecx=entry.ecx | X2APIC | TSC_DEADLINE | HYPERVISOR,
+                    edx=entry.edx | HTT if cpus > 1 else entry.edx & ~HTT,
+                )
+            case 4 | 0x8000_001D:
+                leaves[key] = _cache(entry, cpus, width)
+            case 6:
+                leaves[key] = replace(entry, eax=entry.eax | ARAT)
+            case 0x8000_0001:
+                hidden = NODEID_MSR | CMP_LEGACY | SVM
+                leaves[key] = replace(entry, ecx=entry.ecx & ~hidden | (CMP_LEGACY if cpus > 1 else 0))
+            case 0x8000_0008:
+                leaves[key] = replace(entry, ecx=entry.ecx & ~0xF0FF | min(cpus - 1, 255) | width << 12)
+    for index, (eax, ebx, ecx) in enumerate(((0, 1, 0x100), (width, cpus, 0x201), (0, 0, 2))):
         leaves[0xB, index] = CpuidEntry(0xB, index, SIGNIFICANT_INDEX, eax, ebx, ecx, cpu)
-    for key in [key for key in leaves if key[0] in (4, 0x8000_001D)]:
-        leaves[key] = _cache(leaves[key], cpus, width)
-
-    extended = leaves.get((0x8000_0001, 0))
-    if extended is not None:
-        hidden = NODEID_MSR | CMP_LEGACY | (0 if nested else SVM)
-        update(0x8000_0001, ecx=extended.ecx & ~hidden | (CMP_LEGACY if cpus > 1 else 0))
-    sizes = leaves.get((0x8000_0008, 0))
-    if sizes is not None:
-        bits = sizes.eax & 0xFF
-        update(
-            0x8000_0008,
-            eax=sizes.eax & ~0xFF | min(bits, phys_bits or bits),
-            ecx=sizes.ecx & ~0xF0FF | min(cpus - 1, 255) | width << 12,
-        )
     highest = leaves.get((0x8000_0000, 0))
     if highest is not None and highest.eax >= 0x8000_001E:
         # Core ID, one thread; node 0 of one.
         leaves[0x8000_001E, 0] = CpuidEntry(0x8000_001E, 0, 0, cpu, cpu & 0xFF, 0, 0)
-    top = leaves.get((0, 0))
-    if top is not None:
-        update(0, eax=max(top.eax, 0xB))
     return [leaves[key] for key in sorted(leaves)]
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-from kvmpass.boot.e820 import TABLE_LIMIT, E820Entry, E820Type
+from kvmpass.boot.e820 import E820Entry, E820Type
 from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.layout import GIB, MIB, PAGE, Range
 
@@ -53,13 +53,13 @@ class LinuxEntry:
 
     rip: int
     """The entry point."""
-    rsi: int
+    rsi: int = BOOT_PARAMS
     """The address of boot_params."""
-    cr3: int
+    cr3: int = PAGE_TABLES
     """The address of the page tables."""
-    gdt_base: int
+    gdt_base: int = GDT_BASE
     """The address of the GDT."""
-    gdt_limit: int
+    gdt_limit: int = len(GDT) * 8 - 1
     """The offset of the GDT's last byte."""
     code_selector: int = CODE_SELECTOR
     """The selector for CS."""
@@ -77,8 +77,6 @@ class KernelImage:
     """The setup header, from file offset ``HEADER_START`` on."""
     payload: bytes
     """The protected-mode code."""
-    protocol: int
-    """The boot protocol's version, such as 0x20f."""
     preferred: int
     """``pref_address``: the preferred load address."""
     init_size: int
@@ -91,13 +89,8 @@ class KernelImage:
     """``initrd_addr_max``: the highest address of an initrd."""
     cmdline_max: int
     """``cmdline_size``: bytes, without the terminating zero."""
-    version: str
-    """Such as ``6.1.0-28-amd64 (…) #1 SMP …``; empty: unknown."""
-
-    @property
-    def release(self) -> str:
-        """The kernel's release, as in ``uname -r``; empty: unknown."""
-        return self.version.split(" ", 1)[0]
+    release: str
+    """Its release, as in ``uname -r``; empty: unknown."""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -145,14 +138,13 @@ class KernelImage:
             path,
             data[HEADER_START:header_end],
             payload,
-            protocol,
             preferred,
             init_size,
             alignment,
             bool(data[0x234]),
             initrd_max,
             cmdline_max,
-            _version(data, start),
+            _release(data, start),
         )
 
 
@@ -173,16 +165,12 @@ def _other_kind(data: bytes) -> str | None:
     return next((text for at, magic, text in _KINDS if data[at : at + len(magic)] == magic), None)
 
 
-def _version(data: bytes, setup_size: int) -> str:
-    """Return the text that ``kernel_version`` points to, at most 1 KiB."""
+def _release(data: bytes, setup_size: int) -> str:
+    """Return the first word of ``kernel_version``, such as ``6.1.0-28-amd64 (…) #1 SMP …``."""
     (pointer,) = struct.unpack_from("<H", data, 0x20E)
     if not pointer or pointer + 0x200 >= setup_size:
         return ""
-    return data[pointer + 0x200 : pointer + 0x600].split(b"\0", 1)[0].decode("latin-1")
-
-
-def _align_up(value: int, alignment: int) -> int:
-    return (value + alignment - 1) & -alignment
+    return data[pointer + 0x200 : pointer + 0x600].split(b"\0", 1)[0].decode("latin-1").split(" ", 1)[0]
 
 
 def place_kernel(kernel: KernelImage, ram: Sequence[Range]) -> Range:
@@ -194,7 +182,8 @@ def place_kernel(kernel: KernelImage, ram: Sequence[Range]) -> Range:
     """
     candidates = [kernel.preferred]
     if kernel.relocatable:
-        candidates += [_align_up(max(part.start, kernel.preferred), kernel.alignment) for part in ram]
+        lowest = [max(part.start, kernel.preferred) for part in ram]
+        candidates += [(start + kernel.alignment - 1) & -kernel.alignment for start in lowest]
     for start in candidates:
         wanted = Range(start, kernel.init_size)
         if wanted.end <= 4 * GIB and any(part.contains(wanted) for part in ram):
@@ -228,11 +217,11 @@ def place_initrd(kernel: KernelImage, code: Range, size: int, ram: Sequence[Rang
     )
 
 
-def page_tables(base: int = PAGE_TABLES) -> bytes:
+def page_tables() -> bytes:
     """Return PML4, PDPT and four page directories that identity-map the first 4 GiB in 2 MiB pages."""
     present_writable = 0x3
-    pml4 = [base + PAGE | present_writable] + [0] * 511
-    pdpt = [base + (2 + index) * PAGE | present_writable for index in range(4)] + [0] * 508
+    pml4 = [PAGE_TABLES + PAGE | present_writable] + [0] * 511
+    pdpt = [PAGE_TABLES + (2 + index) * PAGE | present_writable for index in range(4)] + [0] * 508
     directories = [index * 2 * MIB | present_writable | 0x80 for index in range(4 * 512)]
     return struct.pack(f"<{6 * 512}Q", *pml4, *pdpt, *directories)
 
@@ -272,8 +261,6 @@ def load_linux(
         raise BadKernel(f"a command line of {len(text)} bytes; {kernel.path} takes {limit}")
     if b"\0" in text:
         raise BadKernel("a kernel command line cannot contain a zero byte")
-    if len(e820) > TABLE_LIMIT:
-        raise BadKernel(f"a memory map of {len(e820)} ranges; the boot protocol takes {TABLE_LIMIT}")
     ram = [entry.range for entry in e820 if entry.type is E820Type.USABLE]
     code = place_kernel(kernel, ram)
     image = initrd or b""
@@ -286,10 +273,4 @@ def load_linux(
     memory.write(code.start, kernel.payload)
     if image:
         memory.write(place.start, image)
-    return LinuxEntry(
-        rip=code.start + ENTRY_64,
-        rsi=BOOT_PARAMS,
-        cr3=PAGE_TABLES,
-        gdt_base=GDT_BASE,
-        gdt_limit=len(GDT) * 8 - 1,
-    )
+    return LinuxEntry(code.start + ENTRY_64)

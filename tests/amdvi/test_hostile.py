@@ -190,7 +190,7 @@ def bare_metal(machine: Machine, code: bytes) -> Iterator[Vcpu]:
     machine.memory.write(0x1000, code)
     machine.memory.write(linux.GDT_BASE, struct.pack(f"<{len(linux.GDT)}Q", *linux.GDT))
     machine.memory.write(linux.PAGE_TABLES, linux.page_tables())
-    entry = LinuxEntry(0x1000, 0, linux.PAGE_TABLES, linux.GDT_BASE, len(linux.GDT) * 8 - 1)
+    entry = LinuxEntry(0x1000)
     with machine.vm.create_vcpu(0) as vcpu:
         vcpu.set_cpuid2(guest_cpuid(machine._system.get_supported_cpuid(), cpu=0, cpus=1))
         vcpu.enter_long_mode(
