@@ -13,6 +13,7 @@ real hardware; tests for roles that have no device are skipped, and so are tests
 ``KVMPASS_TEST_DESTRUCTIVE=1``.
 
 Arguments of the marker, each of them optional: ``profile`` (which lab), ``timeout`` (seconds for each phase),
+``duration`` (expected seconds for all phases: which hosts start first),
 ``kernel`` (``"full"``: needs iommufd; ``"stock"``: needs the distribution's kernel), ``qemu`` (``"system"``,
 ``"modern"``). Markers of module and class are merged, the closest wins. A test whose kernel or QEMU is another than
 the run's own (``--lab-kernel``, ``--lab-qemu``) gets a host of its own, in the same run; it is skipped where that

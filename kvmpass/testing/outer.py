@@ -7,7 +7,7 @@ import itertools
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kvmpass.testing.session import SPARES, LabSession, Plan, temporary_director
 
 POLL = 0.05
 XDIST_OUTPUT = "kvmpass_hosts"
-SHARE = 20  # tests at least, for a host of their own beside another one of the same kind
+SHARE = 60.0  # expected seconds at least, for a host of their own beside another one of the same kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,31 +38,40 @@ class Boot:
         return f"{self.profile} ({self.kernel} kernel, {self.qemu} QEMU{self.part})"
 
 
+def expected(items: Iterable[pytest.Item]) -> float:
+    """Expected duration of marked tests, in seconds."""
+    return sum(requirement.duration for item in items if (requirement := Requirement.of(item)))
+
+
 def split(plans: Mapping[Boot, list[pytest.Item]], jobs: int) -> dict[Boot, list[pytest.Item]]:
     """Give what would keep one host busy when the others have long ended several hosts, file by file.
 
-    Those with the most tests come first: the last to start should be short. The order is otherwise kept.
+    The longest come first: the last to start should be short. The order is otherwise kept.
     """
     if jobs == 1:
         return dict(plans)
-    total = sum(map(len, plans.values()))
+    total = sum(map(expected, plans.values()))
     done: dict[Boot, list[pytest.Item]] = {}
-    for boot, items in sorted(plans.items(), key=lambda plan: -len(plan[1])):
-        # Tests take a second or a minute: parts of a third of a host's share leave the others something to even out.
-        parts = partition(items, min(round(3 * jobs * len(items) / total), len(items) // SHARE))
+    for boot, items in plans.items():
+        # Parts of a third of a host's share leave the others something to even out.
+        seconds = expected(items)
+        parts = partition(items, min(round(3 * jobs * seconds / total), int(seconds // SHARE)))
         for number, part in enumerate(parts, start=1):
             name = f", part {number} of {len(parts)}" if len(parts) > 1 else ""
             done[replace(boot, part=name)] = part
-    return done
+    return dict(sorted(done.items(), key=lambda plan: -expected(plan[1])))
 
 
 def partition(items: list[pytest.Item], count: int) -> list[list[pytest.Item]]:
-    """At most ``count`` parts, about as large, one after the other; the tests of a file stay together."""
+    """At most ``count`` parts, about as long, one after the other; the tests of a file stay together."""
     parts: list[list[pytest.Item]] = [[]]
+    total, seconds = expected(items), 0.0
     for _, group in itertools.groupby(items, key=lambda item: item.path):
-        if len(parts) < count and sum(map(len, parts)) >= len(items) * len(parts) / count:
+        if len(parts) < count and seconds >= total * len(parts) / count:
             parts.append([])
-        parts[-1] += group
+        tests = list(group)
+        parts[-1] += tests
+        seconds += expected(tests)
     return parts
 
 

@@ -58,7 +58,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        f"{MARKER}(profile, timeout, kernel, qemu): needs AMD-V, AMD-Vi and VFIO; runs in the lab or on hardware",
+        f"{MARKER}(profile, timeout, duration, kernel, qemu): needs AMD-V, AMD-Vi and VFIO; "
+        "runs in the lab or on hardware",
     )
     config.addinivalue_line(
         "markers", "destructive: destroys what is on a device; on hardware only if KVMPASS_TEST_DESTRUCTIVE=1"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MARKER = "amdvi"
 DEFAULT_PROFILE = "base"
 DEFAULT_TIMEOUT = 300.0
+DEFAULT_DURATION = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ class Requirement:
 
     profile: str = DEFAULT_PROFILE
     timeout: float = DEFAULT_TIMEOUT
+    duration: float = DEFAULT_DURATION
     kernel: str | None = None
     qemu: str | None = None
 

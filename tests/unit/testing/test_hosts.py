@@ -122,7 +122,7 @@ def test_last(): pathlib.Path("last").touch()
     )
 
 
-def test_the_host_with_the_most_tests_starts_first(lab: pytest.Pytester) -> None:
+def test_the_host_with_the_longest_expected_duration_starts_first(lab: pytest.Pytester) -> None:
     write(
         lab,
         """
@@ -136,11 +136,14 @@ def test_b(n): pass
 @pytest.mark.amdvi(profile="devices")
 @pytest.mark.parametrize("n", range(2))
 def test_c(n): pass
+
+@pytest.mark.amdvi(profile="sriov", duration=9.5)
+def test_d(): pass
 """,
     )
     result = lab.runpytest_inprocess("-v", *SIDE_BY_SIDE)
-    result.assert_outcomes(passed=6)
-    result.stdout.fnmatch_lines(["large (*", "devices (*", "base (*"], consecutive=True)
+    result.assert_outcomes(passed=7)
+    result.stdout.fnmatch_lines(["sriov (*", "large (*", "devices (*", "base (*"], consecutive=True)
 
 
 def test_a_host_that_dies_disturbs_no_other(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +302,16 @@ def test_many_tests_of_one_kind_share_several_hosts(
     result.assert_outcomes(passed=len(ids))
     assert [line.split()[0] for line in result.outlines if " PASSED" in line] == ids
     result.stdout.fnmatch_lines([*lines, "*passed*"], consecutive=True)
+
+
+def test_long_tests_are_divided_by_their_expected_duration(lab: pytest.Pytester) -> None:
+    many(lab, 1, 1, 4)
+    for name, duration in (("test_part0.py", 90), ("test_part1.py", 60)):
+        path = lab.path / name
+        path.write_text(path.read_text().replace("mark.amdvi", f"mark.amdvi(duration={duration})"))
+    lab.runpytest_inprocess(*SIDE_BY_SIDE).stdout.fnmatch_lines(
+        ["*, part 1 of 2): 1 tests*", "*, part 2 of 2): 5 tests*"], consecutive=True
+    )
 
 
 @pytest.mark.parametrize("words", [("--lab-jobs=0",), ("--lab-jobs=many",), ("-o", "kvmpass_lab_jobs=-1")])
