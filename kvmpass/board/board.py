@@ -1,6 +1,6 @@
-"""What a machine's reset makes anew: the VM, its interrupt controllers, its buses and its emulated devices.
+"""The part of a machine that a reset rebuilds: the VM, its interrupt controllers, its buses and its emulated devices.
 
-Memory, the DMA domain and the open devices live longer (``kvmpass.machine``).
+Memory, the DMA domain and the open devices remain (``kvmpass.machine``).
 """
 
 from __future__ import annotations
@@ -30,37 +30,51 @@ F = TypeVar("F", bound=PciFunction)
 
 @dataclass(frozen=True, slots=True)
 class BoardEvents:
-    """What a board calls from vCPU threads, with the bus lock held: ``outputs`` by serial port."""
+    """The callbacks of a board.
+
+    Synchronization: called from vCPU threads, with the bus lock held.
+    """
 
     power: Callable[[PowerEvent], None]
+    """Called when the guest powers off or resets."""
     eject: Callable[[int], None]
+    """Called with the number of a slot that the guest ejects."""
     outputs: Sequence[Callable[[bytes], None]]
+    """Called with the output of each serial port, COM1 first."""
 
 
 class Board:
-    """One VM and its fixed devices. ``close()`` releases it, and unplugs the functions that are left.
+    """A VM and its fixed devices. ``close()`` unplugs the remaining functions, and closes the VM.
 
-    Synchronization: ``plug``, ``unplug`` and ``close`` with the bus lock held; the rest belongs to the machine's lock
-    of moves.
+    Synchronization: ``plug``, ``unplug`` and ``close`` with the bus lock held; the rest with the machine's device
+    lock.
     """
 
     def __init__(self, system: System, layout: Layout, memory: GuestMemory, events: BoardEvents) -> None:
         self._memory = memory
         with ExitStack() as undo:
             self.vm = undo.enter_context(system.create_vm())
+            """The VM."""
             self.vm.create_irqchip()
             self.vm.mask_pic()  # the ACPI tables say that there is none
             self.routes = IrqRoutes(self.vm)
+            """Its GSI routes."""
             self.kvm_vfio = undo.enter_context(self.vm.create_vfio_device())
+            """Its KVM-VFIO device (Documentation/virt/kvm/devices/vfio.rst)."""
             self.ports = Bus("port")
+            """The port space."""
             self.mmio = Bus("memory")
+            """Guest-physical addresses without a memslot."""
             self.pci = PciBus()
+            """The PCI bus."""
             self.ports.add(ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE, ConfigPorts(self.pci))
             self.mmio.add(layout.ecam.start, layout.ecam.size, Ecam(self.pci))
             self._bars = BarSpace(layout)
             self.serials = [self._add_serial(line, events, n) for n, line in enumerate(ports.SERIAL_LINES)]
+            """COM1 to COM4."""
             self.ports.add(ports.POWER_BASE, ports.POWER_SIZE, PowerControl(events.power))
             self.hotplug = HotplugController(partial(self._drive, ports.EVENT_GSI), events.eject)
+            """The ACPI hotplug controller."""
             self.ports.add(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE, self.hotplug)
             self._undo = undo.pop_all()
 
@@ -70,7 +84,7 @@ class Board:
         return serial
 
     def _drive(self, gsi: int, level: bool) -> None:
-        """An emulated device's line. What KVM refuses costs the guest an interrupt, not the run."""
+        """Set the level of an emulated device's interrupt. If KVM fails, the guest misses it, and runs on."""
         try:
             if not self.vm.closed:
                 self.vm.irq_line(gsi, level)
@@ -78,7 +92,7 @@ class Board:
             log.warning("%s", error)
 
     def plug(self, make: Callable[[Wiring], F], slot: int, number: int = 0) -> F:
-        """Put the function that ``make`` returns into a place on the bus. Raises ``LayoutError``, and as ``make``."""
+        """Plug the function that ``make`` returns into ``slot`` as function ``number``. Raises ``LayoutError``."""
         gsis = tuple(ports.intx_gsi(slot, pin) for pin in range(4))
         wiring = Wiring(self.vm, self.routes, self._memory, self.ports, self.mmio, self._bars, gsis)
         with ExitStack() as undo:
@@ -89,9 +103,9 @@ class Board:
         return function
 
     def unplug(self, function: PciFunction) -> None:
-        """Out of the guest's view. Runs every step even if one fails, and can then be called again."""
+        """Unplug and close a function. Runs every step even if one fails, and can then be called again."""
         run_all((partial(self.pci.unplug, function), function.close))
 
     def close(self) -> None:
-        """Idempotent. A function that KVM keeps a memslot of goes with the VM."""
+        """Unplug all functions, and close the VM. Idempotent."""
         run_all((self._undo.close, *(partial(self.unplug, function) for function in self.pci.functions)))

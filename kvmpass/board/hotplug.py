@@ -1,8 +1,8 @@
-"""Plugging and unplugging as the guest hears of it: three registers that the DSDT's methods read and write.
+"""ACPI hotplug of PCI slots: three registers that the DSDT's methods read and write.
 
-The ACPI event device (ACPI 6.5, section 5.6.9) has a level-triggered interrupt that lasts until its ``_EVT`` method
-has read which slots have got a device (a device check each) and which should let go of theirs (an eject request
-each): a guest whose driver comes later misses nothing. A slot's ``_EJ0`` writes its bit when the guest has let go.
+The generic event device (ACPI 6.5, section 5.6.9) has a level-triggered interrupt, asserted until its ``_EVT`` method
+has read the slots to notify: device check after a device was added, eject request to eject one. So a driver that is
+loaded later misses no event. When the guest ejects, the slot's ``_EJ0`` method writes its bit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ SLOTS = 32
 class HotplugController:
     """A bus device of twelve bytes. Reading ``UP`` or ``DOWN`` clears it.
 
-    ``set_irq`` drives the event's line, when its level changes; ``on_eject`` is called with a slot from the vCPU
-    thread whose guest ejects it. All methods are called with the bus lock held.
+    ``set_irq`` is called when the interrupt's level changes; ``on_eject`` with the number of a slot, from the vCPU
+    thread that ejects it.
+
+    Synchronization: the bus lock is held in all methods.
     """
 
     def __init__(self, set_irq: Callable[[bool], None], on_eject: Callable[[int], None]) -> None:
@@ -27,22 +29,22 @@ class HotplugController:
         self._level = False
 
     def announce(self, slot: int) -> None:
-        """A device has come to ``slot``."""
+        """Notify the guest of a device added to ``slot``."""
         self._up |= 1 << slot
         self._update()
 
     def request_eject(self, slot: int) -> None:
-        """The guest should let go of what is in ``slot``."""
+        """Request that the guest ejects the device in ``slot``."""
         self._down |= 1 << slot
         self._update()
 
     def withdraw(self, slot: int) -> None:
-        """The guest need not let go any more."""
+        """Withdraw the eject request of ``slot``."""
         self._down &= ~(1 << slot)
         self._update()
 
     def forget(self, slot: int) -> None:
-        """The slot is empty: nothing is wanted of the guest any more."""
+        """Withdraw all notifications of ``slot``, whose device was removed."""
         self._up &= ~(1 << slot)
         self._down &= ~(1 << slot)
         self._update()
@@ -54,6 +56,7 @@ class HotplugController:
             self._set_irq(level)
 
     def read(self, offset: int, size: int) -> bytes:
+        """Read and clear ``UP`` or ``DOWN``; anything else reads as zero."""
         if size != 4 or offset not in (UP, DOWN):
             return bytes(size)
         value = self._up if offset == UP else self._down
@@ -65,6 +68,7 @@ class HotplugController:
         return value.to_bytes(4, "little")
 
     def write(self, offset: int, data: bytes) -> None:
+        """Write ``EJECT``; anything else is ignored."""
         if offset == EJECT and len(data) == 4:
             value = int.from_bytes(data, "little")
             for slot in range(SLOTS):

@@ -1,9 +1,8 @@
-"""A 16550A UART, as far as software can tell (TL16C550D data sheet; Linux drivers/tty/serial/8250).
+"""A 16550A UART (TL16C550D data sheet; Linux drivers/tty/serial/8250).
 
-It transmits in no time: what is written to the transmitter is handed on at once and the transmitter is empty again.
-What the host pushes waits in a queue without limit, behind a receive FIFO of 16 bytes; as behind a modem that honours
-RTS, nothing moves into the FIFO while the guest has RTS off, so that nothing is lost when a driver clears the FIFO on
-opening the port.
+The transmitter is always empty: a byte is sent when it is written. Input waits in an unlimited queue before a receive
+FIFO of 16 bytes. With RTS off, as with hardware flow control, no input moves into the FIFO, so that none is lost when
+a driver clears the FIFO as it opens the port.
 """
 
 from __future__ import annotations
@@ -25,18 +24,17 @@ LCR_DLAB = 0x80
 MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 1, 2, 4, 8, 0x10
 LSR_DATA, LSR_OVERRUN, LSR_TX_EMPTY = 0x01, 0x02, 0x60
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
-RI_ENDED = 4  # the "delta" of RI marks its trailing edge only
+RI_ENDED = 4  # TERI: the delta of RI is its trailing edge only
 
 
 class Serial16550:
     """A bus device of eight byte-wide registers.
 
-    ``on_output`` gets the bytes that the guest sends, from the vCPU thread that sends them. ``set_irq`` drives the
-    interrupt line: it is called when the level changes, True while any enabled condition holds. Wired to an
-    edge-triggered input this is one interrupt for each time that the guest has seen and cleared everything.
+    ``on_output`` is called with the bytes that the guest sends, from the vCPU thread that sends them. ``set_irq`` is
+    called when the interrupt's level changes: high while any enabled condition is pending.
 
-    Thread-safe. ``set_irq`` is called with the device's lock held (levels must not overtake each other) and must not
-    call back; ``on_output`` is called without it. No access raises.
+    Synchronization: from any thread. ``set_irq`` is called with the device's lock held, so that levels stay in order,
+    and must not call back; ``on_output`` is called without it.
     """
 
     def __init__(self, on_output: Callable[[bytes], None], set_irq: Callable[[bool], None]) -> None:
@@ -53,7 +51,7 @@ class Serial16550:
         self._level = False
 
     def push(self, data: bytes) -> int:
-        """Bytes for the guest to receive. Returns how many have not reached its FIFO yet; from any thread."""
+        """Queue bytes for the guest to receive. Return how many are not in its FIFO yet."""
         with self._lock:
             self._waiting.extend(data)
             self._refill()
@@ -61,12 +59,14 @@ class Serial16550:
             return len(self._waiting)
 
     def read(self, offset: int, size: int) -> bytes:
+        """Read registers; ones beyond the last."""
         with self._lock:
             data = bytes(self._read(at) if at <= SCR else 0xFF for at in range(offset, offset + size))
             self._update()
         return data
 
     def write(self, offset: int, data: bytes) -> None:
+        """Write registers; ignored beyond the last."""
         sent = bytearray()
         with self._lock:
             for at, value in enumerate(data, offset):
@@ -164,11 +164,11 @@ class Serial16550:
         return sum(line for output, line in pairs if self._mcr & output)
 
     def _reason(self) -> int:
-        """The pending interrupt of highest priority, as IIR shows it."""
+        """Return the pending interrupt of highest priority, as in IIR."""
         if self._ier & IER_LINE and self._errors:
             return IIR_LINE
         if self._ier & IER_RX and self._fifo:
-            # Below the trigger level a real chip waits four characters' time; here no time passes.
+            # Hardware waits for the time of four characters below the trigger level.
             full = not self._fcr & FCR_ENABLE or len(self._fifo) >= TRIGGER_LEVELS[self._fcr >> 6]
             return IIR_RX if full else IIR_TIMEOUT
         if self._ier & IER_TX and self._tx_pending:

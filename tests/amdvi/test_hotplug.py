@@ -1,4 +1,4 @@
-"""Devices that come to a running guest and leave it: by our wish, by the guest's, by the host's."""
+"""Hotplug: devices added to a running guest, and removed by the machine, by the guest and by the host."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from kvmpass.vfio.device import ERR
 PLUGS = 100 if SOAK else 5
 
 
-def test_a_drive_comes_and_goes(nvme: str) -> None:
-    """Each time the guest reads it, and nothing is left: mappings, memslots, routes, descriptors, locked memory."""
+def test_hotplug_of_a_drive(nvme: str) -> None:
+    """The guest reads it; no mapping, memslot, route, descriptor or locked memory remains."""
     script = f"""n=0; while [ $n -lt {PLUGS} ]; do
         wait_for drive; dd if=$drive of=/dev/null bs=64k count=4 && echo "read it"
         wait_for '! present'; echo gone; n=$((n + 1)); done"""
@@ -53,8 +53,8 @@ def test_a_drive_comes_and_goes(nvme: str) -> None:
         assert guest.end().status == 0
 
 
-def test_a_guest_that_does_not_let_go_keeps_the_device(edu: str) -> None:
-    """A guest that has not come up yet cannot answer; taking the device without asking always works."""
+def test_a_guest_that_does_not_eject_keeps_the_device(edu: str) -> None:
+    """A guest that has not booted yet cannot eject; ``deassign`` does not ask."""
     with host.borrow(edu), running("sleep 1000", events=(events := [])) as guest:
         device = guest.machine.assign(edu)
         with pytest.raises(GuestError, match="did not eject"):
@@ -76,7 +76,7 @@ def test_the_guest_ejects_a_device(edu: str) -> None:
         guest.machine.audit()
 
 
-def test_a_card_with_an_io_bar_comes(nic: str) -> None:
+def test_hotplug_of_a_card_with_an_io_bar(nic: str) -> None:
     """The guest finds ports for it, and reads a register through them: the receive address that every card has."""
     script = """wait_for '[ -e /sys/bus/pci/devices/0000:00:01.0/net ]'; cd /sys/bus/pci/devices/0000:00:01.0
         echo 0000:00:01.0 >driver/unbind; echo 1 >enable
@@ -97,8 +97,8 @@ def test_a_card_with_an_io_bar_comes(nic: str) -> None:
         assert guest.end().status == 0
 
 
-def test_a_second_function_comes_to_a_guest_that_knows_the_first(multifunction: str) -> None:
-    """The guest would not look beside a function that said it was alone: the other gets a slot of its own."""
+def test_hotplug_of_a_second_function(multifunction: str) -> None:
+    """A guest does not scan a slot again whose function 0 is not multifunction: the other gets its own slot."""
     group = (Path("/sys/bus/pci/devices") / multifunction / "iommu_group/devices").iterdir()
     functions = sorted(path.name for path in group)
     script = "wait_for present; echo one; wait_for '[ -e /sys/bus/pci/devices/0000:00:02.0 ]'; echo two; sleep 1000"
@@ -113,8 +113,8 @@ def test_a_second_function_comes_to_a_guest_that_knows_the_first(multifunction: 
         guest.machine.audit()
 
 
-def test_the_host_takes_a_device_back(edu: str, nvme: str) -> None:
-    """Somebody unbinds it: the guest is asked, lets go, and goes on with what it has left."""
+def test_the_host_requests_a_devices_release(edu: str, nvme: str) -> None:
+    """The device is unbound: the guest ejects it, and keeps the other one."""
     script = "wait_for drive; echo up; wait_for '[ ! -e /sys/bus/pci/devices/0000:00:02.0 ]'; "
     script += "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=4 2>/dev/null && echo 'read it'; sleep 1000"
     with host.borrow(nvme, edu), running(script, events=(events := [])) as guest:
@@ -133,7 +133,7 @@ def test_the_host_takes_a_device_back(edu: str, nvme: str) -> None:
 
 
 def test_an_error_of_the_device_ends_the_guest_or_calls_python(nvme: str) -> None:
-    """The kernel's own loopback raises the interrupt that an uncorrected error would."""
+    """The interrupt of an uncorrected error, raised by VFIO's loopback."""
     with host.borrow(nvme):
         with running("echo up; sleep 1000") as guest:
             device = guest.machine.assign(nvme)
@@ -166,8 +166,8 @@ def test_an_error_that_the_root_port_reports(nic: str) -> None:
         machine.audit()
 
 
-def test_a_guest_that_reboots_keeps_its_drive(nvme: str, destructive: None) -> None:
-    """It counts its boots on the drive; the machine is the same, the VM another one each time."""
+def test_a_drive_after_guest_reboot(nvme: str, destructive: None) -> None:
+    """The guest counts its boots on the drive; each boot has a new VM."""
     boots = 20 if SOAK else 3
     script = f"""n=$(dd if=/dev/nvme0n1 bs=512 count=1 2>/dev/null | tr -d '\\0'); n=$((${{n:-0}} + 1))
         printf %s $n | dd of=/dev/nvme0n1 bs=512 conv=sync,fsync 2>/dev/null
@@ -186,7 +186,7 @@ def test_a_guest_that_reboots_keeps_its_drive(nvme: str, destructive: None) -> N
     assert result.stdout.splitlines() == ["2"] * boots + [f"boot {boots}"]
 
 
-def test_a_reset_leaves_nothing_of_the_former_life(nvme: str) -> None:
+def test_a_reset_clears_all_state(nvme: str) -> None:
     said, events, calls = bytearray(), list[DeviceEvent](), Calls()
     options: dict[str, Any] = {"on_event": events.append, "backend": recording(calls)}
     with host.borrow(nvme), Machine(memory="192M", **options) as machine:
@@ -199,7 +199,7 @@ def test_a_reset_leaves_nothing_of_the_former_life(nvme: str) -> None:
         assert device.interrupt == "MSI-X"
         mapped, former, open_before = list(calls), machine.vm, descriptors()
         machine.reset()
-        assert calls == mapped, "nothing is mapped anew"
+        assert calls == mapped, "nothing is mapped again"
         assert machine.vm is not former and former.closed
         assert machine.routes.msi == []
         assert (device.interrupt, machine.devices) == ("INTx", [device])

@@ -1,4 +1,4 @@
-"""The hot plug controller: what the guest reads, and that nothing it writes does harm."""
+"""The hotplug controller: notifications, ejects, and other accesses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def wires() -> Wires:
     return Wires()
 
 
-def test_the_line_is_high_until_everything_was_read(wires: Wires) -> None:
+def test_the_interrupt_is_high_until_both_registers_are_read(wires: Wires) -> None:
     wires.controller.announce(3)
     wires.controller.announce(31)
     wires.controller.request_eject(5)
@@ -32,14 +32,14 @@ def test_the_line_is_high_until_everything_was_read(wires: Wires) -> None:
     assert wires.levels == [True, False]
 
 
-def test_a_slot_that_is_empty_again_is_forgotten(wires: Wires) -> None:
+def test_a_removed_device_withdraws_its_notifications(wires: Wires) -> None:
     wires.controller.announce(3)
     wires.controller.forget(3)
     assert wires.levels == [True, False]
     assert wires.controller.read(UP, 4) == bytes(4)
 
 
-def test_a_request_that_is_withdrawn_takes_no_announcement_with_it(wires: Wires) -> None:
+def test_a_withdrawn_eject_request_leaves_the_device_check(wires: Wires) -> None:
     wires.controller.announce(3)
     wires.controller.request_eject(3)
     wires.controller.withdraw(3)

@@ -14,7 +14,7 @@ def control() -> tuple[PowerControl, list[PowerEvent]]:
     return PowerControl(events.append), events
 
 
-def test_it_is_what_the_fadt_and_the_dsdt_name() -> None:
+def test_s5_and_reset_through_the_registers_of_the_fadt() -> None:
     device, events = control()
     device.write(ports.SLEEP_STATUS - ports.POWER_BASE, b"\x80")
     assert events == []

@@ -1,4 +1,4 @@
-"""The 16550: what drivers do to it, in the order in which they do it."""
+"""The 16550A, accessed as drivers do."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_linux_sees_a_16550a(port: Port) -> None:
 
 
 def test_enabling_the_transmitter_interrupt_raises_it_each_time(port: Port) -> None:
-    """The two looks of serial8250_do_startup() that find UARTs with UART_BUG_THRE."""
+    """As tested twice by serial8250_do_startup() for UART_BUG_THRE."""
     for _ in range(2):
         port.put(IER, 2)
         assert port.line
@@ -125,7 +125,7 @@ def test_receiving(port: Port) -> None:
     assert port.get(IIR) & 0xF == RX
 
 
-def test_more_than_the_fifo_holds_arrives_complete(port: Port) -> None:
+def test_input_larger_than_the_fifo_arrives_complete(port: Port) -> None:
     open_port(port)
     data = bytes(range(256)) * 3
     assert port.uart.push(data) == len(data) - 16
@@ -136,7 +136,7 @@ def test_more_than_the_fifo_holds_arrives_complete(port: Port) -> None:
     assert port.edges == [True, False]
 
 
-def test_input_waits_for_rts_and_survives_the_clearing_of_the_fifo(port: Port) -> None:
+def test_input_waits_for_rts_and_is_not_cleared_with_the_fifo(port: Port) -> None:
     assert port.uart.push(b"early") == 5
     port.put(FCR, 0x07)
     assert not port.get(LSR) & 1
@@ -150,7 +150,7 @@ def test_receive_comes_before_transmit(port: Port) -> None:
     port.uart.push(b"z")
     assert port.get(IIR) & 0xF == TIMEOUT
     assert port.get(RBR) == ord("z")
-    assert port.line, "the transmitter still waits"
+    assert port.line, "the transmitter is pending"
     assert port.get(IIR) & 0xF == TX
     assert port.edges == [True, False]
 
@@ -163,7 +163,7 @@ def test_loopback_keeps_bytes_inside(port: Port) -> None:
         port.put(THR, byte)
     assert port.output == b""
     assert port.get(LSR) & 2, "an overrun"
-    assert not port.get(LSR) & 2, "which reading clears"
+    assert not port.get(LSR) & 2, "cleared by the read"
     assert [port.get(RBR) for _ in range(16)] == list(range(16))
     port.put(IER, 8)
     port.put(MCR, 0x12)
@@ -184,7 +184,7 @@ def test_divisor_latch(port: Port) -> None:
     assert port.output == b""
 
 
-def test_output_may_push_back() -> None:
+def test_the_output_callback_may_push_input() -> None:
     """An echo in the callback: it runs without the device's lock."""
     echo: deque[bytes] = deque()
 
@@ -208,7 +208,7 @@ ACCESS = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(ACCESS, max_size=80))
-def test_nothing_a_guest_does_raises(accesses: list[tuple[str, int, int | bytes]]) -> None:
+def test_no_access_raises(accesses: list[tuple[str, int, int | bytes]]) -> None:
     port = Port()
     for kind, offset, argument in accesses:
         if kind == "read":
@@ -221,7 +221,7 @@ def test_nothing_a_guest_does_raises(accesses: list[tuple[str, int, int | bytes]
             assert isinstance(argument, bytes)
             port.uart.push(argument)
     assert all(a != b for a, b in zip(port.edges, port.edges[1:], strict=False)), "a level reported twice"
-    # Whatever the state: all reasons off means a low line, and the transmitter's makes an edge.
+    # In any state: low without enabled conditions, and an edge when the transmitter's is enabled.
     port.put(LCR, 3)
     port.put(IER, 0)
     assert not port.line
