@@ -59,11 +59,10 @@ class HotplugController:
         """Read and clear ``UP`` or ``DOWN``; anything else reads as zero."""
         if size != 4 or offset not in (UP, DOWN):
             return bytes(size)
-        value = self._up if offset == UP else self._down
         if offset == UP:
-            self._up = 0
+            value, self._up = self._up, 0
         else:
-            self._down = 0
+            value, self._down = self._down, 0
         self._update()
         return value.to_bytes(4, "little")
 

@@ -91,17 +91,11 @@ class Serial16550:
             value = self._fifo.popleft() if self._fifo else 0
             self._refill()
             return value
-        if at == IER:
-            return self._ier
         if at == IIR_FCR:
             reason = self._reason()
             if reason == IIR_TX:
                 self._tx_pending = False
             return reason | (IIR_FIFO if self._fcr & FCR_ENABLE else 0)
-        if at == LCR:
-            return self._lcr
-        if at == MCR:
-            return self._mcr
         if at == LSR:
             value = self._errors | LSR_TX_EMPTY | (LSR_DATA if self._fifo else 0)
             self._errors = 0
@@ -110,7 +104,7 @@ class Serial16550:
             value = self._modem_lines() | self._deltas
             self._deltas = 0
             return value
-        return self._scratch
+        return {IER: self._ier, LCR: self._lcr, MCR: self._mcr, SCR: self._scratch}[at]
 
     def _write(self, at: int, value: int) -> None:
         if self._lcr & LCR_DLAB and at in (RBR_THR, IER):
