@@ -9,6 +9,7 @@ import click
 from kvmpass import host
 from kvmpass.cli import tables
 from kvmpass.host import view
+from kvmpass.host.usage import VFIO_PCI
 from kvmpass.layout import Reserved, size_words
 
 
@@ -18,7 +19,7 @@ def format_verdict(status: view.DeviceStatus, whole: view.HostStatus) -> str:
         return click.style(f"no: {status.blockers[0].brief}", fg="yellow")
     if not whole.ready:
         return click.style("no: host not ready", fg="yellow")
-    return click.style("yes, on vfio-pci" if status.device.driver == "vfio-pci" else "yes", fg="green")
+    return click.style("yes, on vfio-pci" if status.device.driver == VFIO_PCI else "yes", fg="green")
 
 
 def group_blockers(members: Sequence[view.DeviceStatus]) -> str | None:

@@ -15,6 +15,7 @@ from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
 from kvmpass.cli.tree import tree_option
 from kvmpass.host import Bdf, Sysfs
+from kvmpass.host.usage import VFIO_PCI
 from kvmpass.layout import size_words, translated
 from kvmpass.memory import Backing
 from kvmpass.pci import BarPreview, Vectors
@@ -74,7 +75,7 @@ def _show_device(output: Output, device: DevicePlan) -> None:
     group = "no IOMMU group" if device.group is None else f"IOMMU group {device.group}"
     output.text(click.style(f"{device.bdf}  {device.short_name}, {group}", bold=True))
     driver = device.driver or "(none)"
-    hands = "vfio-pci, not changed" if driver == "vfio-pci" else f"{driver} -> vfio-pci -> {driver}"
+    hands = "vfio-pci, not changed" if driver == VFIO_PCI else f"{driver} -> vfio-pci -> {driver}"
     rows = [("driver", hands)]
     for sibling in device.siblings:
         role = {"assigned": "is assigned, too", "blocks": "blocks the group"}.get(sibling.role, "is not changed")

@@ -23,6 +23,7 @@ from kvmpass.events import DeviceEvent, DeviceReleased, DeviceReset
 from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
+from kvmpass.host.usage import VFIO_PCI
 from kvmpass.kvm import Memslots, System
 from kvmpass.layout import Layout, Range, parse_size
 from kvmpass.machine.device import AssignedDevice, DeviceState
@@ -193,7 +194,7 @@ class Machine(Execution):
         """
         self._check_usable()
         found = self._sysfs.device(Bdf.parse(bdf) if isinstance(bdf, str) else bdf)
-        if found.driver != "vfio-pci" or found.group is None:
+        if found.driver != VFIO_PCI or found.group is None:
             raise NotAssignable(
                 f"{found.bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
                 "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",

@@ -17,6 +17,7 @@ from kvmpass.host.address import Bdf
 from kvmpass.host.blockers import is_harmless
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
+from kvmpass.host.usage import VFIO_PCI
 from kvmpass.host.view.capabilities import Acs, Capabilities, capabilities_of
 
 # The kernel puts devices below a port into groups of their own only with these bits (REQ_ACS_FLAGS).
@@ -75,7 +76,7 @@ def _role(device: PciDevice, together: Iterable[Bdf]) -> Role:
         return "bridge"
     if device.driver is None:
         return "no-driver"
-    if device.driver == "vfio-pci":
+    if device.driver == VFIO_PCI:
         return "vfio"
     return "no-dma" if is_harmless(device) else "blocks"
 
