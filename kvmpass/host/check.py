@@ -119,10 +119,10 @@ class CheckContext:
     """What checks work on: the host, a device, and the planned guest. Reads each file once.
 
     ``memory`` is the guest's size in bytes, ``huge_page`` the size of its pages in bytes (0: ordinary pages),
-    ``locked`` the bytes to lock if they differ from ``memory``, ``memlock`` replaces this process's RLIMIT_MEMLOCK
-    (bytes, -1: unlimited), ``overhead`` is what the guest needs besides its memory, in bytes, if known. ``together``
-    are devices that are assigned with ``bdf``; ``cpus`` is the guest's number of vCPUs. ``wake``: a suspended device
-    may be resumed to read its configuration space. Callers that check many devices pass one ``look``.
+    ``locked`` the bytes to lock if they differ from ``memory``, ``overhead`` is what the guest needs besides its
+    memory, in bytes, if known. ``together`` are devices that are assigned with ``bdf``; ``cpus`` is the guest's
+    number of vCPUs. ``wake``: a suspended device may be resumed to read its configuration space. Callers that check
+    many devices pass one ``look``.
 
     Synchronization: for one thread.
     """
@@ -136,7 +136,6 @@ class CheckContext:
         memory: int = GIB,
         huge_page: int = 0,
         locked: int | None = None,
-        memlock: int | None = None,
         look: Look | None = None,
         wake: bool = True,
         cpus: int = 1,
@@ -150,7 +149,6 @@ class CheckContext:
         self.memory = memory
         self.huge_page = huge_page if huge_page > PAGE else 0
         self.locked = memory if locked is None else locked
-        self.memlock = memlock
         self.look = look or Look(sysfs)
         self.wake = wake
 

@@ -74,19 +74,15 @@ def check_memory(
     *,
     huge_page: int = 0,
     locked: int | None = None,
-    memlock: int | None = None,
     overhead: int | None = None,
 ) -> None:
     """Check that the host and this process's cgroups have ``size_bytes`` of guest memory, and that it may be locked.
 
     ``locked`` is the number of bytes to lock if it differs, ``overhead`` the bytes that the guest needs besides its
-    memory, if known. ``huge_page`` is the page size in bytes if the memory comes from hugetlbfs, else 0. ``memlock``
-    replaces RLIMIT_MEMLOCK (bytes, -1: unlimited), which has no effect with CAP_IPC_LOCK. Raises
+    memory, if known. ``huge_page`` is the page size in bytes if the memory comes from hugetlbfs, else 0. Raises
     ``NotEnoughMemory``: pinning more than is available would invoke the OOM killer instead.
     """
-    context = CheckContext(
-        sysfs, memory=size_bytes, huge_page=huge_page, locked=locked, memlock=memlock, overhead=overhead
-    )
+    context = CheckContext(sysfs, memory=size_bytes, huge_page=huge_page, locked=locked, overhead=overhead)
     _refuse((*memory.CHECKS, *limits.MEMORY_CHECKS), context)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.host.blocker import BlockerTemplate, mib
@@ -125,8 +124,6 @@ def _memlock(context: CheckContext) -> Verdict:
     if context.capable(CAP_IPC_LOCK):
         return passed("no limit: CAP_IPC_LOCK", capable)
     limit = rlimit(context.sysfs, "Max locked memory").soft
-    if context.memlock is not None:
-        limit = None if context.memlock == resource.RLIM_INFINITY else context.memlock
     text = "unlimited" if limit is None else mib(limit)
     read = Reading("/proc/self/limits", f"Max locked memory {text}"), Reading("/proc/self/status", "no CAP_IPC_LOCK")
     if limit is not None and limit < context.locked:
