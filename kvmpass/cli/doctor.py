@@ -106,7 +106,7 @@ def look_at_host(sysfs: host.Sysfs) -> None:
 def look_at_device(sysfs: host.Sysfs, bdf: host.Bdf, look: host.Look) -> None:
     """Read everything else that the commands read of a device."""
     host.describe(sysfs, bdf, look)
-    host.doctor.diagnose_device(sysfs, bdf, look)
+    host.doctor.diagnose_device(look, bdf)
     sysfs.config(bdf)
 
 

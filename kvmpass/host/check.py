@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
-from typing import Self
 
-from kvmpass.errors import NoSuchDevice
 from kvmpass.host.address import Bdf
 from kvmpass.host.blocker import Blocker, BlockerTemplate
 from kvmpass.host.kernel.cmdline import CommandLine
 from kvmpass.host.kernel.kmsg import KernelLog
 from kvmpass.host.look import Look
-from kvmpass.host.names import Names
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 from kvmpass.host.usage import Use, uses
-from kvmpass.layout import GIB, PAGE
+from kvmpass.layout import GIB
 
 
 class Outcome(enum.StrEnum):
@@ -115,56 +112,42 @@ class Check:
     """Whether :func:`kvmpass.host.doctor.check_host` refuses if the check fails."""
 
 
+@dataclass(eq=False)
 class CheckContext:
     """What checks work on: the host, a device, and the planned guest. Reads each file once.
-
-    ``memory`` is the guest's size in bytes, ``huge_page`` the size of its pages in bytes (0: ordinary pages),
-    ``locked`` the bytes to lock if they differ from ``memory``, ``overhead`` is what the guest needs besides its
-    memory, in bytes, if known. ``together`` are devices that are assigned with ``bdf``; ``cpus`` is the guest's
-    number of vCPUs. ``wake``: a suspended device may be resumed to read its configuration space. Callers that check
-    many devices pass one ``look``.
 
     Synchronization: for one thread.
     """
 
-    def __init__(
-        self,
-        sysfs: Sysfs,
-        bdf: Bdf | None = None,
-        *,
-        together: Iterable[Bdf] = (),
-        memory: int = GIB,
-        huge_page: int = 0,
-        locked: int | None = None,
-        look: Look | None = None,
-        wake: bool = True,
-        cpus: int = 1,
-        overhead: int | None = None,
-    ) -> None:
-        self.sysfs = sysfs
-        self.overhead = overhead
-        self.cpus = cpus
-        self.bdf = bdf
-        self.together = tuple(together)
-        self.memory = memory
-        self.huge_page = huge_page if huge_page > PAGE else 0
-        self.locked = memory if locked is None else locked
-        self.look = look or Look(sysfs)
-        self.wake = wake
-
-    @classmethod
-    def of(
-        cls, sysfs: Sysfs, device: PciDevice, together: Iterable[Bdf], look: Look | None, *, wake: bool = False
-    ) -> Self:
-        """Return the context for a ``device`` that was just read."""
-        context = cls(sysfs, device.bdf, together=together, look=look, wake=wake)
-        context.__dict__["device"] = device  # fills the cached property
-        return context
+    look: Look
+    """The host; callers that check many devices pass the same."""
+    bdf: Bdf | None = None
+    """The device; None for checks of the host only."""
+    _: KW_ONLY
+    together: Collection[Bdf] = ()
+    """Devices that are assigned with ``bdf``."""
+    memory: int = GIB
+    """The guest's memory, in bytes."""
+    huge_page: int = 0
+    """The size of its pages in bytes; 0: ordinary pages."""
+    locked: int | None = None
+    """The bytes to lock if they differ from ``memory``."""
+    overhead: int | None = None
+    """What the guest needs besides its memory, in bytes; None if unknown."""
+    cpus: int = 1
+    """Its number of vCPUs."""
+    wake: bool = True
+    """Whether a suspended device may be resumed to read its configuration space."""
 
     @property
-    def names(self) -> Names:
-        """The names of devices."""
-        return self.look.names
+    def sysfs(self) -> Sysfs:
+        """The files of the host."""
+        return self.look.sysfs
+
+    @property
+    def to_lock(self) -> int:
+        """The bytes to lock."""
+        return self.memory if self.locked is None else self.locked
 
     # --- the host
 
@@ -238,15 +221,12 @@ class CheckContext:
     def device(self) -> PciDevice:
         """The device. Raises ``NoSuchDevice``: checks that use it depend on the check ``device``."""
         assert self.bdf is not None
-        return self.sysfs.device(self.bdf)
+        return self.look.device(self.bdf) or self.sysfs.device(self.bdf)
 
     @property
     def present(self) -> bool:
-        """Whether the device exists."""
-        try:
-            return self.device.bdf == self.bdf
-        except NoSuchDevice:
-            return False
+        """Whether there is a device, and it exists."""
+        return self.bdf is not None and self.look.device(self.bdf) is not None
 
     @cached_property
     def header(self) -> bytes:

@@ -8,7 +8,7 @@ Checks of the host, of the guest's memory and of this user's permissions are in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 
 from kvmpass.host.address import Bdf
@@ -29,7 +29,7 @@ _REFUSING = tuple(
 )
 
 
-def check_assignable(sysfs: Sysfs, bdf: Bdf, together: Iterable[Bdf] = ()) -> PciDevice:
+def check_assignable(sysfs: Sysfs, bdf: Bdf, together: Collection[Bdf] = ()) -> PciDevice:
     """Return the device if it can be assigned now; ``together`` are devices that are assigned with it.
 
     Raises ``NoSuchDevice``, or the exception of the first of :func:`blockers`: ``NotAssignable`` (bridge, no IOMMU
@@ -45,7 +45,7 @@ def check_assignable(sysfs: Sysfs, bdf: Bdf, together: Iterable[Bdf] = ()) -> Pc
 def blockers(
     sysfs: Sysfs,
     device: PciDevice,
-    together: Iterable[Bdf] = (),
+    together: Collection[Bdf] = (),
     look: Look | None = None,
     *,
     wake: bool = False,
@@ -54,12 +54,16 @@ def blockers(
 
     Callers that check many devices pass one ``look``. ``wake``: resume a suspended device to read its registers.
     """
-    yield from failures(_REFUSING, CheckContext.of(sysfs, device, together, look, wake=wake))
+    look = look or Look(sysfs)
+    look.know([device])
+    yield from failures(_REFUSING, CheckContext(look, device.bdf, together=together, wake=wake))
 
 
-def users(sysfs: Sysfs, device: PciDevice, look: Look | None = None) -> Iterator[Blocker]:
+def users(sysfs: Sysfs, device: PciDevice) -> Iterator[Blocker]:
     """Yield only the blockers that end when a process or the host stops using the device."""
-    yield from failures(use.CHECKS, CheckContext.of(sysfs, device, (), look))
+    look = Look(sysfs)
+    look.know([device])
+    yield from failures(use.CHECKS, CheckContext(look, device.bdf, wake=False))
 
 
 __all__ = ["CHECKS", "blockers", "check_assignable", "is_harmless", "users"]

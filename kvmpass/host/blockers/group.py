@@ -62,7 +62,7 @@ def _viable(context: CheckContext) -> Verdict:
     bdf, group = context.device.bdf, context.group
     assert group is not None
     others = _others(context, {bdf})
-    words = [f"{other.bdf} {context.names.short(other)} ({other.driver or 'no driver'})" for other in others]
+    words = [f"{other.bdf} {context.look.names.short(other)} ({other.driver or 'no driver'})" for other in others]
     read = Reading(f"/sys/kernel/iommu_groups/{group.id}/devices", "; ".join(words) or "nothing else")
     busy = [other for other in others if other.bdf not in context.together and not is_harmless(other)]
     if not busy:

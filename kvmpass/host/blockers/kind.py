@@ -64,7 +64,7 @@ def _present(context: CheckContext) -> Verdict:
     if not context.present:
         return failed(NO_DEVICE, Reading(f"/{PCI_DEVICES}/{context.bdf}", "not found"), bdf=context.bdf)
     device = context.device
-    name = context.names.short(device)
+    name = context.look.names.short(device)
     return passed(f"{name}, driver {device.driver or 'none'}", Reading(f"/{PCI_DEVICES}/{device.bdf}", name))
 
 

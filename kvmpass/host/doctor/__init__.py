@@ -6,7 +6,7 @@ those that fail.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import chain
 
 from kvmpass.host.address import Bdf
@@ -34,7 +34,7 @@ def diagnose(
     *,
     memory: int = GIB,
     huge_page: int = 0,
-    together: Iterable[Bdf] = (),
+    together: Collection[Bdf] = (),
     look: Look | None = None,
     cpus: int = 1,
 ) -> list[Finding]:
@@ -44,13 +44,13 @@ def diagnose(
     vCPUs; ``together`` are devices that are assigned with ``bdf``. Callers that check many devices pass one ``look``.
     """
     checks = [check for check in CATALOGUE if bdf is not None or not check.device]
-    context = CheckContext(sysfs, bdf, together=together, memory=memory, huge_page=huge_page, look=look, cpus=cpus)
-    return list(run_checks(checks, context))
+    guest = CheckContext(look or Look(sysfs), bdf, together=together, memory=memory, huge_page=huge_page, cpus=cpus)
+    return list(run_checks(checks, guest))
 
 
-def diagnose_device(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> list[Finding]:
+def diagnose_device(look: Look, bdf: Bdf) -> list[Finding]:
     """Run only the checks of one device and of this user's permissions: for callers that check many devices."""
-    return list(run_checks([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], CheckContext(sysfs, bdf, look=look)))
+    return list(run_checks([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], CheckContext(look, bdf)))
 
 
 def check_host(sysfs: Sysfs) -> None:
@@ -65,7 +65,7 @@ def check_host(sysfs: Sysfs) -> None:
 
 def host_blocker(sysfs: Sysfs) -> Blocker | None:
     """Return the blocker for which :func:`check_host` raises; None if this host and this user can assign devices."""
-    return next(failures((check for check in CATALOGUE if check.vital), CheckContext(sysfs)), None)
+    return next(failures((check for check in CATALOGUE if check.vital), CheckContext(Look(sysfs))), None)
 
 
 def check_memory(
@@ -82,18 +82,18 @@ def check_memory(
     memory, if known. ``huge_page`` is the page size in bytes if the memory comes from hugetlbfs, else 0. Raises
     ``NotEnoughMemory``: pinning more than is available would invoke the OOM killer instead.
     """
-    context = CheckContext(sysfs, memory=size_bytes, huge_page=huge_page, locked=locked, overhead=overhead)
+    context = CheckContext(Look(sysfs), memory=size_bytes, huge_page=huge_page, locked=locked, overhead=overhead)
     _refuse((*memory.CHECKS, *limits.MEMORY_CHECKS), context)
 
 
 def check_limits(
-    sysfs: Sysfs, size_bytes: int, *, huge_page: int = 0, cpus: int = 1, together: Iterable[Bdf] = ()
+    sysfs: Sysfs, size_bytes: int, *, huge_page: int = 0, cpus: int = 1, together: Collection[Bdf] = ()
 ) -> None:
     """Check this process's resource limits for a machine of ``size_bytes`` with ``cpus`` and devices ``together``.
 
     Raises ``NotEnoughMemory`` (address space) or ``HostNotReady`` (threads, descriptors, file size).
     """
-    context = CheckContext(sysfs, memory=size_bytes, huge_page=huge_page, cpus=cpus, together=together)
+    context = CheckContext(Look(sysfs), memory=size_bytes, huge_page=huge_page, cpus=cpus, together=together)
     _refuse(limits.PROCESS_CHECKS, context)
 
 

@@ -126,12 +126,12 @@ def _memlock(context: CheckContext) -> Verdict:
     limit = rlimit(context.sysfs, "Max locked memory").soft
     text = "unlimited" if limit is None else mib(limit)
     read = Reading("/proc/self/limits", f"Max locked memory {text}"), Reading("/proc/self/status", "no CAP_IPC_LOCK")
-    if limit is not None and limit < context.locked:
-        kib = -(-context.locked // 1024)
+    if limit is not None and limit < context.to_lock:
+        kib = -(-context.to_lock // 1024)
         command = f"echo 'USER - memlock {kib}' > /etc/security/limits.d/50-kvmpass-USER.conf"
         if own_unit(context.sysfs) is not None:
-            command = raising(context, "LimitMEMLOCK", "ulimit -l", context.locked, 1024)
-        return failed(MEMLOCK, *read, size=mib(context.locked), limit=text, kib=kib, command=command)
+            command = raising(context, "LimitMEMLOCK", "ulimit -l", context.to_lock, 1024)
+        return failed(MEMLOCK, *read, size=mib(context.to_lock), limit=text, kib=kib, command=command)
     return passed(text, *read)
 
 

@@ -88,9 +88,9 @@ def _user_name() -> str:
 def _access(context: CheckContext) -> Verdict:
     sysfs = context.sysfs
     nodes = ["dev/kvm", "dev/vfio/vfio"]
-    group = context.device.group if context.bdf is not None and context.present else None
-    if group is not None and context.bdf is not None:
-        nodes.append(vfio_nodes(sysfs, context.bdf, group)[0].lstrip("/"))  # the group's
+    group = context.device.group if context.present else None
+    if group is not None:
+        nodes.append(vfio_nodes(sysfs, context.device.bdf, group)[0].lstrip("/"))  # the group's
     present = [node for node in nodes if sysfs.path(node).exists()]
     read = [Reading(f"/{node}", _owner(sysfs, node)) for node in present]
     if sysfs.path("dev/iommu").exists():
@@ -101,7 +101,7 @@ def _access(context: CheckContext) -> Verdict:
     user = user_name(sysfs)
     if closed == ["/dev/kvm"] and group is None:
         return failed(NO_ACCESS_KVM, *read, denied=closed[0], user=user)
-    kib = -(-context.locked // 1024)
+    kib = -(-context.to_lock // 1024)
     return failed(
         NO_ACCESS,
         *read,
@@ -115,7 +115,7 @@ def _access(context: CheckContext) -> Verdict:
 
 def _drivers(context: CheckContext) -> Verdict:
     sysfs = context.sysfs
-    if context.bdf is not None and context.present:
+    if context.present:
         if context.device.driver == VFIO_PCI:
             return passed("not needed: bound to vfio-pci", Reading(f"driver of {context.bdf}", VFIO_PCI))
         file = f"{PCI_DEVICES}/{context.bdf}/driver_override"
@@ -124,7 +124,7 @@ def _drivers(context: CheckContext) -> Verdict:
     read = Reading(f"/{file}", _owner(sysfs, file))
     if _may(sysfs, file, os.W_OK):
         return passed("yes", read)
-    if context.bdf is not None and context.present:
+    if context.present:
         return failed(NO_DRIVERS, read, user=user_name(sysfs), bdf=context.bdf)
     return failed(NO_DRIVERS_YET, read, user=user_name(sysfs))
 

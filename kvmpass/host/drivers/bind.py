@@ -196,7 +196,7 @@ class _Work:
         look = self._look_bind if self.operation is Operation.BIND else self._look_unbind
         return [look(self.sysfs.device(bdf), chosen) for bdf in chosen]
 
-    def _look_bind(self, device: PciDevice, together: Iterable[Bdf]) -> _Job:
+    def _look_bind(self, device: PciDevice, together: Sequence[Bdf]) -> _Job:
         now = Setting.of(self.sysfs, device.bdf)
         if now.driver == VFIO_PCI:
             return _Job(device.bdf, now)
@@ -204,7 +204,7 @@ class _Work:
         warnings += self._pinned(device.bdf, on_vfio_pci=False)
         return _Job(device.bdf, now, ON_VFIO_PCI, tuple(warnings))
 
-    def _look_unbind(self, device: PciDevice, together: Iterable[Bdf]) -> _Job:
+    def _look_unbind(self, device: PciDevice, together: Sequence[Bdf]) -> _Job:
         now = Setting.of(self.sysfs, device.bdf)
         if now.driver != VFIO_PCI:
             return _Job(device.bdf, now)
