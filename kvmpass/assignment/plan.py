@@ -175,7 +175,7 @@ def _unfitting(devices: Sequence[DevicePlan], layout: Layout) -> Iterator[Blocke
 
 def _impossible(error: KvmpassError, bdf: Bdf | None = None) -> Blocker:
     remedy = "; ".join(getattr(error, "__notes__", ()))
-    return Blocker("request", "impossible", str(error), remedy, type(error), bdf=bdf)
+    return Blocker("request", "impossible", str(error), remedy, error=type(error), bdf=bdf)
 
 
 def _on_this_machine(sysfs: Sysfs) -> bool:

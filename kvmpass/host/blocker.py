@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmpass.errors import HostNotReady, KvmpassError
 from kvmpass.host.address import Bdf
@@ -23,16 +23,18 @@ class Blocker:
     """What is wrong, on what, why: one sentence without a full stop."""
     remedy: str
     """What to do about it."""
-    error: type[KvmpassError]
-    """The exception that :meth:`exception` makes, unless ``denied`` is set."""
     commands: tuple[str, ...] = ()
     """The remedy as shell commands, to be typed as root."""
+    error: type[KvmpassError] = HostNotReady
+    """The exception that :meth:`exception` makes, unless ``denied`` is set."""
     denied: str = ""
     """A file that this user may not open: :meth:`exception` makes a ``PermissionError``; else empty."""
     bdf: Bdf | None = None
     """The device; None if it concerns the host."""
     blocked_by: tuple[Bdf, ...] = ()
     """The siblings that keep the IOMMU group from being viable."""
+    warning: bool = False
+    """It does not block assignment."""
     bindable: bool = False
     """It blocks assignment, but not binding to vfio-pci."""
     forceable: bool = False
@@ -47,42 +49,22 @@ class Blocker:
         return refused
 
 
-def mib(size: int) -> str:
-    """``size`` bytes as text, in whole MiB."""
-    return f"{size // MIB} MiB"
-
-
 @dataclass(frozen=True, slots=True)
-class BlockerTemplate:
+class BlockerTemplate(Blocker):
     """A :class:`Blocker` before its values are known. docs/troubleshooting.md shows the templates as they are.
 
     ``brief``, ``cause``, ``remedy`` and ``commands`` are ``str.format`` templates; the other fields are those of the
     :class:`Blocker`.
     """
 
-    kind: str
-    brief: str
-    cause: str
-    remedy: str
-    commands: tuple[str, ...] = ()
-    error: type[KvmpassError] = HostNotReady
-    warning: bool = False
-    """It does not block assignment."""
-    bindable: bool = False
-    forceable: bool = False
-
-    def fill(self, *, denied: str = "", **values: object) -> Blocker:
+    def fill(self, *, denied: str = "", blocked_by: tuple[Bdf, ...] = (), **values: object) -> Blocker:
         """Return the blocker with ``values`` in its texts. Raises ``KeyError`` for a value that is missing."""
         brief, cause, remedy = (text.format(**values) for text in (self.brief, self.cause, self.remedy))
         commands = tuple(line.format(**values) for line in self.commands)
-        return Blocker(
-            self.kind,
-            brief,
-            cause,
-            remedy,
-            self.error,
-            commands,
-            denied,
-            bindable=self.bindable,
-            forceable=self.forceable,
-        )
+        found = replace(self, brief=brief, cause=cause, remedy=remedy, commands=commands)
+        return replace(found, denied=denied, blocked_by=blocked_by)
+
+
+def mib(size: int) -> str:
+    """``size`` bytes as text, in whole MiB."""
+    return f"{size // MIB} MiB"

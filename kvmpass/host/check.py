@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from kvmpass.host.address import Bdf
 from kvmpass.host.blocker import Blocker, BlockerTemplate
@@ -76,8 +77,6 @@ class Verdict:
     """A few words for a check that passed."""
     blocker: Blocker | None = None
     """None for a check that passed."""
-    warning: bool = False
-    """Whether ``blocker`` is only a warning."""
 
 
 def passed(summary: str, *read: Reading) -> Verdict:
@@ -85,9 +84,9 @@ def passed(summary: str, *read: Reading) -> Verdict:
     return Verdict(read, summary)
 
 
-def failed(template: BlockerTemplate, *read: Reading, denied: str = "", **values: object) -> Verdict:
-    """Return the verdict of a check that found ``template``, filled with ``values``."""
-    return Verdict(read, "", template.fill(denied=denied, **values), template.warning)
+def failed(template: BlockerTemplate, *read: Reading, **values: Any) -> Verdict:
+    """Return the verdict of a check that found ``template``; ``values`` are those of :meth:`BlockerTemplate.fill`."""
+    return Verdict(read, "", template.fill(**values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,13 +254,12 @@ def run_checks(checks: Iterable[Check], context: CheckContext) -> Iterator[Findi
             yield Finding(check.id, check.title, Outcome.SKIPPED, "", needs=cause, bdf=bdf)
             continue
         verdict = check.run(context)
-        outcome = Outcome.PASS
+        outcome, summary = Outcome.PASS, verdict.summary
         if verdict.blocker is not None:
-            outcome = Outcome.WARN if verdict.warning else Outcome.FAIL
+            outcome, summary = Outcome.WARN if verdict.blocker.warning else Outcome.FAIL, verdict.blocker.brief
         if outcome is Outcome.FAIL:
             causes[check.id] = check.id
         blocker = replace(verdict.blocker, bdf=bdf) if verdict.blocker else None
-        summary = blocker.brief if blocker else verdict.summary
         yield Finding(check.id, check.title, outcome, summary, verdict.read, blocker, bdf=bdf)
 
 

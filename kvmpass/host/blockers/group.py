@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from kvmpass.errors import GroupNotViable, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.blocker import BlockerTemplate
@@ -68,8 +66,8 @@ def _viable(context: CheckContext) -> Verdict:
     if not busy:
         return passed(f"{len(others)} others" if others else "alone", read)
     who = ", ".join(f"{other.bdf} (driver {other.driver})" for other in busy)
-    found = NOT_VIABLE.fill(bdf=bdf, group=group.id, busy=who)
-    return Verdict((read,), "", replace(found, blocked_by=tuple(other.bdf for other in busy)))
+    blocked_by = tuple(other.bdf for other in busy)
+    return failed(NOT_VIABLE, read, bdf=bdf, group=group.id, busy=who, blocked_by=blocked_by)
 
 
 def _direct(context: CheckContext) -> Verdict:
