@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 from kvmpass import pciregs
 from kvmpass.host.address import Bdf
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
-from kvmpass.pciregs import Capability, MsiRegisters, MsixRegisters, Read
-
-_T = TypeVar("_T")
+from kvmpass.pciregs import MsiRegisters, MsixRegisters, Read
 
 # Source validation, translation blocking, request and completion redirect, upstream forwarding, egress control,
 # direct translated; from bit 0 on.
@@ -72,18 +70,6 @@ _EXTENDED_NAMES = {
     0x2A: "32 GT/s",
     0x2E: "DOE",
 }
-_READ = frozenset(
-    {
-        pciregs.CAP_MSI,
-        pciregs.CAP_MSIX,
-        pciregs.CAP_EXPRESS,
-        pciregs.CAP_ADVANCED_FEATURES,
-        pciregs.CAP_POWER,
-    }
-)
-_READ_EXTENDED = frozenset(
-    {pciregs.EXT_SRIOV, pciregs.EXT_ATS, pciregs.EXT_PRI, pciregs.EXT_PASID, pciregs.EXT_ACS, pciregs.EXT_AER}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,43 +225,20 @@ def decode(space: bytes) -> Capabilities:
     )
     if not header.readable:
         return header
-    found = pciregs.capabilities(read)
-    more = pciregs.extended_capabilities(read) if len(space) > pciregs.CONVENTIONAL_SIZE else []
-
-    def plain(number: int, reader: Callable[[Read, int], _T]) -> _T | None:
-        return _first(found, number, read, reader)
-
-    def extended(number: int, reader: Callable[[Read, int], _T]) -> _T | None:
-        return _first(more, number, read, reader)
-
-    return replace(
-        header,
-        msi=plain(pciregs.CAP_MSI, pciregs.msi),
-        msix=plain(pciregs.CAP_MSIX, pciregs.msix),
-        express=plain(pciregs.CAP_EXPRESS, _express),
-        advanced_flr=plain(pciregs.CAP_ADVANCED_FEATURES, _advanced_flr) or False,
-        power=plain(pciregs.CAP_POWER, _power),
-        sriov=extended(pciregs.EXT_SRIOV, _sriov),
-        ats=extended(pciregs.EXT_ATS, _ats),
-        pri=extended(pciregs.EXT_PRI, _pri),
-        pasid=extended(pciregs.EXT_PASID, _pasid),
-        acs=extended(pciregs.EXT_ACS, _acs),
-        aer=any(capability.id == pciregs.EXT_AER for capability in more),
-        others=_others(found, more),
-    )
-
-
-def _first(found: list[Capability], number: int, read: Read, reader: Callable[[Read, int], _T]) -> _T | None:
-    return next((reader(read, capability.offset) for capability in found if capability.id == number), None)
-
-
-def _others(found: list[Capability], more: list[Capability]) -> tuple[str, ...]:
-    """The names of capabilities that are not decoded."""
-    ids = [capability.id for capability in found if capability.id not in _READ]
-    names = [_NAMES.get(number, f"capability {number:#04x}") for number in ids]
-    ids = [capability.id for capability in more if capability.id and capability.id not in _READ_EXTENDED]
-    names += [_EXTENDED_NAMES.get(number, f"extended capability {number:#06x}") for number in ids]
-    return tuple(dict.fromkeys(names))
+    lists = [(pciregs.capabilities(read), _DECODED, _NAMES, "capability {:#04x}")]
+    if len(space) > pciregs.CONVENTIONAL_SIZE:
+        more = [capability for capability in pciregs.extended_capabilities(read) if capability.id]
+        lists.append((more, _EXTENDED, _EXTENDED_NAMES, "extended capability {:#06x}"))
+    decoded: dict[str, Any] = {}
+    others = []
+    for found, readers, names, unknown in lists:
+        for capability in found:
+            if capability.id in readers:
+                name, reader = readers[capability.id]
+                decoded.setdefault(name, reader(read, capability.offset))  # of several the first counts
+            else:
+                others.append(names.get(capability.id, unknown.format(capability.id)))
+    return replace(header, **decoded, others=tuple(dict.fromkeys(others)))
 
 
 def _express(read: Read, at: int) -> Express:
@@ -333,3 +296,21 @@ def _acs(read: Read, at: int) -> Acs:
         return tuple(name for bit, name in enumerate(ACS_BITS) if value >> bit & 1)
 
     return Acs(bits(read(at + 4, 2)), bits(read(at + 6, 2)))
+
+
+# The field of Capabilities for each capability that is decoded, and what decodes it.
+_DECODED: dict[int, tuple[str, Callable[[Read, int], Any]]] = {
+    pciregs.CAP_MSI: ("msi", pciregs.msi),
+    pciregs.CAP_MSIX: ("msix", pciregs.msix),
+    pciregs.CAP_EXPRESS: ("express", _express),
+    pciregs.CAP_ADVANCED_FEATURES: ("advanced_flr", _advanced_flr),
+    pciregs.CAP_POWER: ("power", _power),
+}
+_EXTENDED: dict[int, tuple[str, Callable[[Read, int], Any]]] = {
+    pciregs.EXT_SRIOV: ("sriov", _sriov),
+    pciregs.EXT_ATS: ("ats", _ats),
+    pciregs.EXT_PRI: ("pri", _pri),
+    pciregs.EXT_PASID: ("pasid", _pasid),
+    pciregs.EXT_ACS: ("acs", _acs),
+    pciregs.EXT_AER: ("aer", lambda read, at: True),
+}
