@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property, partial
 from typing import TypeVar, cast
 
@@ -48,10 +48,7 @@ class Look:
         self.sysfs = sysfs
         self.names = names or Names(sysfs)
         self._devices: dict[Bdf, PciDevice | None] = {}
-        self._groups: dict[int, IommuGroup] = {}
-        self._listings: dict[str, dict[str, list[str]]] = {}
-        self._texts: dict[str, str | None] = {}
-        self._found: dict[str, object] = {}
+        self._found: dict[Hashable, object] = {}
 
     def know(self, devices: Iterable[PciDevice]) -> None:
         """Store devices that were just read."""
@@ -67,35 +64,29 @@ class Look:
 
     def group(self, number: int) -> IommuGroup:
         """Return one IOMMU group. Raises ``NotAssignable`` if the kernel has no such group."""
-        if number not in self._groups:
-            self._groups[number] = self.sysfs.group(number)
-        return self._groups[number]
+        return self.remembered(("group", number), lambda look: look.sysfs.group(number))
 
     def text(self, path: str) -> str | None:
         """Return the text of a large file that is not of one device; None if it cannot be read."""
-        if path not in self._texts:
-            self._texts[path] = self.sysfs.text(path)
-        return self._texts[path]
+        return self.remembered(("text", path), lambda look: look.sysfs.text(path))
 
     def below(self, listing: str, component: Bdf | str) -> list[str]:
         """Return the sorted names in a class directory such as ``sys/class/block`` that belong to a device.
 
         ``component`` is a PCI function or an NVMe subsystem; entries below it at any depth belong to it.
         """
-        if listing not in self._listings:
-            index: dict[str, list[str]] = {}
-            self._listings[listing] = index
-            for name, path in self._links(listing):
-                for found in {part for part in path.split("/") if _COMPONENT.fullmatch(part)}:
-                    index.setdefault(found, []).append(name)
-        return self._listings[listing].get(str(component), [])
+        return self.remembered(("listing", listing), lambda look: look._by_component(listing)).get(str(component), [])
 
-    def _links(self, listing: str) -> Iterator[tuple[str, str]]:
+    def _by_component(self, listing: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
         directory = self.sysfs.path(listing)
         for name in self.sysfs.names(listing):
             with contextlib.suppress(OSError):
                 # Links have the whole device path: no need to resolve hundreds of them.
-                yield name, os.readlink(f"{directory}/{name}")  # noqa: PTH115
+                path = os.readlink(f"{directory}/{name}")  # noqa: PTH115
+                for component in {part for part in path.split("/") if _COMPONENT.fullmatch(part)}:
+                    found.setdefault(component, []).append(name)
+        return found
 
     @cached_property
     def log(self) -> KernelLog:
@@ -116,7 +107,7 @@ class Look:
                 bars[index] = match["new"] or match["old"] or ""
         return found
 
-    def remembered(self, key: str, find: Callable[[Look], T]) -> T:
+    def remembered(self, key: Hashable, find: Callable[[Look], T]) -> T:
         """Return the result of ``find``, which is called once for each ``key``."""
         if key not in self._found:
             self._found[key] = find(self)
