@@ -19,7 +19,7 @@ from kvmpass.host.usage import VFIO_PCI
 from kvmpass.layout import size_words, translated
 from kvmpass.memory import Backing
 from kvmpass.pci import BarPreview, Vectors
-from kvmpass.pci.space import BarKind
+from kvmpass.pci.barspace import BarKind
 
 
 @click.command()

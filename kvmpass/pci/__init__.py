@@ -1,10 +1,10 @@
 """The guest's view of PCI: bus, configuration space, BARs, INTx, MSI, MSI-X, the assigned function."""
 
 from kvmpass.pci.assigned import AssignedFunction
+from kvmpass.pci.barspace import BarSpace
 from kvmpass.pci.bus import ConfigPorts, Ecam, PciBus
 from kvmpass.pci.function import BarSource, InterruptSink, PciFunction, PinSink, Wiring
 from kvmpass.pci.preview import BarPreview, Vectors, allocate, preview_bars, preview_vectors
-from kvmpass.pci.space import BarSpace
 
 __all__ = [
     "AssignedFunction",

@@ -1,8 +1,8 @@
-"""An assigned function as the guest sees it: the device's own registers where they are harmless, ours elsewhere.
+"""An assigned function as the guest sees it: the device's registers where they are harmless, emulated ones elsewhere.
 
 Passed through (VFIO virtualises and protects them, drivers/vfio/pci/vfio_pci_config.c): identity, command and status,
-power management, the PCI Express capability's device registers, vendors' own. Ours: BARs, the expansion ROM's, INTx,
-MSI and MSI-X, the lists of capabilities.
+power management, the PCI Express capability's device registers, vendor-specific ones. Emulated: BARs, the expansion
+ROM's, INTx, MSI and MSI-X, the lists of capabilities.
 """
 
 from __future__ import annotations
@@ -30,42 +30,52 @@ log = limited_log(__name__)
 _PMCSR = 4  # in the power management capability: control and status
 _POWER_STATE = 0b11
 _PINS = 4
-_GONE = 0xFFFF  # what any register of a device reads that does not answer
+_NO_RESPONSE = 0xFFFF  # what any register reads of a device that does not respond
 
 
 @dataclass(frozen=True, slots=True)
 class VfioInterrupts:
-    """An ``InterruptSink`` (``PinSink`` for INTx): one kind of a device's interrupts, by VFIO's index."""
+    """An ``InterruptSink`` (``PinSink`` for INTx): one kind of a device's interrupts."""
 
     device: Device
+    """The open device."""
     index: int
+    """VFIO's interrupt index."""
 
     @property
     def name(self) -> str:
+        """See ``InterruptSink``."""
         return self.device.name
 
     @property
     def count(self) -> int:
+        """See ``InterruptSink``; 0 where the device lacks this kind."""
         return self.device.irqs[self.index].count if self.index in self.device.irqs else 0
 
     @property
     def resizable(self) -> bool:
+        """See ``InterruptSink``."""
         return self.device.irqs[self.index].resizable
 
     def set_irqs(self, start: int, eventfds: Sequence[int]) -> None:
+        """See ``Device.set_irqs``."""
         self.device.set_irqs(self.index, start, eventfds)
 
     def set_unmask_eventfd(self, eventfd: int) -> None:
+        """See ``Device.set_unmask_eventfd``."""
         self.device.set_unmask_eventfd(self.index, eventfd)
 
     def disable_irqs(self) -> None:
+        """See ``Device.disable_irqs``."""
         self.device.disable_irqs(self.index)
 
 
 class AssignedFunction:
-    """Configuration space, BARs and interrupts. ``close()`` takes it out of the guest; the device stays open.
+    """A ``PciFunction`` over an open VFIO device: configuration space, BARs and interrupts.
 
-    Nothing raises for what a guest writes. Synchronization: everything is called with the bus lock held.
+    ``close()`` removes it from the guest; the device stays open. Nothing raises for what a guest writes.
+
+    Synchronization: with the bus lock held.
     """
 
     def __init__(self, device: Device, wiring: Wiring) -> None:
@@ -75,7 +85,7 @@ class AssignedFunction:
         self._intx: Intx | None = None
         self._msi: Msi | None = None
         self._msix: Msix | None = None
-        self._enabled = 0  # the bits that decode, as they were last written: what VFIO goes by
+        self._enabled = 0  # the decoding bits as last written, which VFIO checks
         self._awake = True  # whether the power state was last written as D0
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -100,7 +110,7 @@ class AssignedFunction:
             self._intx = Intx(wiring.vm, sink, wiring.gsis[pin - 1])
 
     def _make_capabilities(self) -> dict[int, int]:
-        """Offsets of the conventional ones that are shown, by identifier."""
+        """Link the capabilities; return the offsets of the conventional ones that are shown, by identifier."""
         space, read = self._space, self._device.config.read_int
         absent = {
             number
@@ -136,25 +146,25 @@ class AssignedFunction:
         self._take_over()
 
     def set_multifunction(self, several: bool) -> None:
-        """Function 0 says whether its slot holds others."""
+        """Set header type, bit 7: whether the slot of this function 0 has other functions."""
         kept = self._space.get(pciregs.HEADER_TYPE, 1) & ~pciregs.MULTIFUNCTION
         self._space.set(pciregs.HEADER_TYPE, kept | (pciregs.MULTIFUNCTION if several else 0), 1)
 
     # --- the end
 
     def close(self) -> None:
-        """Interrupts off, then BARs out of the guest and unmapped. Runs every step even if one fails.
+        """Disable the interrupts, remove the BARs from the guest and unmap them. Runs every step even if one fails.
 
         Raises ``OSError``: what failed stays as it is, and ``close`` can be called again. Idempotent.
         """
-        interrupts = (one for one in (self._intx, self._msi, self._msix) if one is not None)
-        run_all((*(interrupt.disable for interrupt in interrupts), self._bars.close))
+        kinds = (self._intx, self._msi, self._msix)
+        run_all((*(interrupt.disable for interrupt in kinds if interrupt), self._bars.close))
 
     # --- interrupts
 
     @property
     def interrupt(self) -> str:
-        """What the guest uses now: ``MSI-X``, ``MSI``, ``INTx`` or ``none``."""
+        """The kind that the guest has enabled: ``MSI-X``, ``MSI``, ``INTx`` or ``none``."""
         if self._msix and self._msix.enabled:
             return "MSI-X"
         if self._msi and self._msi.enabled:
@@ -162,7 +172,7 @@ class AssignedFunction:
         return "INTx" if self._intx and self._intx.active else "none"
 
     def _update_interrupts(self) -> None:
-        """VFIO drives one of the three kinds at a time: the others go off first. The pin is on without a message."""
+        """Enable the kind that the guest uses: after the others are disabled, as VFIO allows one at a time."""
         kind = self.interrupt
         if self._msix and kind != "MSI-X":
             self._msix.update()
@@ -184,14 +194,16 @@ class AssignedFunction:
     # --- configuration space
 
     def config_read(self, offset: int, size: int) -> bytes:
+        """See ``PciFunction``."""
         if self._msi is not None and self._msi.start <= offset < self._msi.end:
             self._msi.refresh_pending()
         return self._space.read(offset, size)
 
     def config_write(self, offset: int, data: bytes) -> None:
+        """See ``PciFunction``."""
         try:
             self._write(offset, data)
-        except OSError as error:  # of KVM: a memslot that it does not delete, for one
+        except OSError as error:  # KVM keeps a memslot
             log.warning("%s: write of configuration space at %#x: %s", self._device.name, offset, error)
 
     def _write(self, offset: int, data: bytes) -> None:
@@ -207,15 +219,15 @@ class AssignedFunction:
             if any(own and offset < own.end and end > own.start for own in (self._msi, self._msix)):
                 self._update_interrupts()
 
-    # VFIO lets an access of the device's memory pass while the command register was last *written* with decoding on
-    # and the device is in D0 (__vfio_pci_memory_enabled, drivers/vfio/pci/vfio_pci_config.c). What it *reads* can
-    # differ: a device that D3hot resets comes back with what it had before, one that is gone reads as ones. A BAR
-    # decodes while both agree: anything else ends in a fault, or shows a BAR that the guest turned off.
+    # VFIO allows accesses of the device's memory while the command register was last *written* with decoding on and
+    # the device is in D0 (__vfio_pci_memory_enabled, drivers/vfio/pci/vfio_pci_config.c). What the register *reads*
+    # can differ: a device that D3hot resets returns with its earlier value, an unplugged one reads as ones. A BAR
+    # decodes while both agree: otherwise an access faults, or reaches a BAR that the guest has disabled.
 
     def _take_over(self) -> None:
-        """A device may come with decoding on: let VFIO know it, by writing what is read."""
+        """Write the command register as it reads, so that VFIO knows of decoding that is on already."""
         command = self._command()
-        if command == _GONE:
+        if command == _NO_RESPONSE:
             command = 0
         with suppress(OSError):
             self._device.config.write(pciregs.COMMAND, command.to_bytes(2, "little"))
@@ -223,9 +235,9 @@ class AssignedFunction:
         self._bars.decode(self._decoded())
 
     def _write_command(self, offset: int, data: bytes) -> None:
-        """Decoding goes off before the device hears of it and on after: its mapping faults while it is off.
+        """Turn decoding off before the write reaches the device and on after it: its mapping faults while it is off.
 
-        What leaves decoding as it is, such as a driver that masks INTx, costs one access of the device.
+        A write that does not change decoding, such as one that masks INTx, is one access of the device.
         """
         enabled = data[0] & pciregs.COMMAND_DECODING if offset == pciregs.COMMAND else self._enabled
         if enabled == self._enabled == self._bars.decoding:
@@ -237,7 +249,7 @@ class AssignedFunction:
         self._bars.decode(self._decoded())
 
     def _write_power(self, offset: int, data: bytes) -> None:
-        """In any state but D0 the device decodes nothing; its mapping would fault (PCI Power Management, 5.4)."""
+        """Turn decoding off in any state but D0, where the mapping faults (PCI Power Management, 5.4)."""
         awake = not data[self._power_at + _PMCSR - offset] & _POWER_STATE
         if not awake:
             self._bars.decode(0)
@@ -249,7 +261,7 @@ class AssignedFunction:
         return self._space.device_int(pciregs.COMMAND, 2)
 
     def _decoded(self) -> int:
-        """What is decoded by what the device says and by what it was told."""
+        """The decoding bits on which the device's registers and the last write agree; 0 outside of D0."""
         try:
             asleep = self._power_at and self._device.config.read_int(self._power_at + _PMCSR, 1) & _POWER_STATE
         except OSError:

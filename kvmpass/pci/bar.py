@@ -1,4 +1,4 @@
-"""A BAR in the guest: memslots over what can be mapped, and traps for the rest."""
+"""A BAR in the guest: memslots over what can be mapped, exits for the rest."""
 
 from __future__ import annotations
 
@@ -11,35 +11,40 @@ from kvmpass._teardown import run_all
 from kvmpass.errors import LayoutError
 from kvmpass.layout import PAGE, Range
 from kvmpass.memory import HostMapping, MemoryRegion
+from kvmpass.pci.barspace import BarKind
 from kvmpass.pci.configspace import guarded
 from kvmpass.pci.function import BarSource, Wiring
-from kvmpass.pci.space import BarKind
 
 log = limited_log(__name__)
 
 FLAG_IO = 1
+"""Bit 0 of a BAR's register: I/O ports, not memory."""
 _FLAGS_MEMORY64 = 0b100
 _ROM_ENABLE = 1
 _ROM_GRANULE = 0x800  # the lowest address bit of the expansion ROM's register is bit 11
 
 
 class Trapped(Protocol):
-    """A part of a BAR that never reaches its source: the MSI-X table, its pending bits."""
+    """Emulated registers inside a BAR, such as the MSI-X table. Offsets are relative to them, accesses inside."""
 
-    def read(self, offset: int, size: int) -> bytes: ...
+    def read(self, offset: int, size: int) -> bytes:
+        """Read ``size`` bytes."""
 
-    def write(self, offset: int, data: bytes) -> None: ...
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of ``data``."""
 
 
 class Trap(NamedTuple):
-    """``range`` is relative to the BAR."""
+    """Emulated registers and their place."""
 
     range: Range
+    """Where they are, relative to the BAR."""
     device: Trapped
+    """The registers."""
 
 
 def mappable(areas: Sequence[Range], trapped: Sequence[Range] = ()) -> list[Range]:
-    """Whole pages of ``areas`` without the pages that ``trapped`` ranges touch."""
+    """The whole pages of ``areas`` without those that ``trapped`` ranges touch, in order."""
     cuts = [Range(-(-a.start // PAGE) * PAGE, a.end // PAGE * PAGE - -(-a.start // PAGE) * PAGE) for a in areas]
     for trap in trapped:
         low, high = trap.start // PAGE * PAGE, -(-trap.end // PAGE) * PAGE
@@ -49,35 +54,40 @@ def mappable(areas: Sequence[Range], trapped: Sequence[Range] = ()) -> list[Rang
 
 
 class Bar:
-    """One BAR: the registers' value, and what is connected to the guest's address space while it decodes.
+    """One BAR: its register, and its ranges in the guest's address space while it decodes.
 
-    ``size`` is a power of two; ``flags`` are the register's low bits; ``name`` is for the list of regions. A bus
-    device: accesses that no memslot takes come here and go to the source, or to a trap.
+    ``name``: of its memory regions; ``flags``: the register's low bits. A ``BusDevice``: accesses without a memslot
+    go to a trap or to the source. Raises ``LayoutError`` where no address is free, ``OSError``.
 
-    Synchronization: called with the bus lock held.
+    Synchronization: with the bus lock held.
     """
 
     def __init__(self, name: str, source: BarSource, flags: int, wiring: Wiring, traps: Sequence[Trap] = ()) -> None:
         self.name = name
+        """The name of its memory regions, such as ``bar0``."""
         self._source = source
         self._memory = wiring.memory
         self._bus = wiring.ports if flags & FLAG_IO else wiring.mmio
         self._windows = wiring.bars
         self._traps = tuple(traps)
         self.size = 1 << (source.size - 1).bit_length()
+        """Bytes, a power of two."""
         self.flags = flags & (0b11 if flags & FLAG_IO else 0b1111)
+        """Low bits of the register: kind, prefetchable."""
         if flags & FLAG_IO:
             self.kind = BarKind.IO
+            """What it decodes."""
         else:
             self.kind = BarKind.MEMORY64 if flags & 0b110 == _FLAGS_MEMORY64 else BarKind.MEMORY32
         self._wanted = False
         self._sizing = False
-        self._connected = False  # whether it is on the bus
+        self._connected = False  # on the bus
         self._mappings: list[tuple[Range, HostMapping]] = []
-        self._shown: dict[HostMapping, MemoryRegion] = {}  # which of them the guest reaches, and where
+        self._shown: dict[HostMapping, MemoryRegion] = {}  # those that have a memslot
         self._closed = False
         self._home = self._windows.allocate(self.kind, self.size)
         self.address = self._home.start
+        """Where it decodes, as the guest last wrote it."""
         with ExitStack() as undo:
             undo.callback(self.close)
             if self.kind is not BarKind.IO:
@@ -86,7 +96,7 @@ class Bar:
             undo.pop_all()
 
     def close(self) -> None:
-        """Out of the guest's reach, then unmapped here: a mapping keeps the device busy. Idempotent.
+        """Stop decoding, then unmap the BAR in this process: a mapping keeps the device open. Idempotent.
 
         Raises ``OSError`` where KVM keeps a memslot: its pages stay mapped, and ``close`` can be called again.
         """
@@ -100,19 +110,18 @@ class Bar:
 
     @property
     def enabled(self) -> bool:
-        """Whether the BAR's own register lets it decode: an expansion ROM has a bit for that."""
+        """Whether the BAR's own register enables it; always but for an expansion ROM."""
         return True
 
     def register(self, high: bool) -> int:
-        """What the guest reads: the address with the flags, or its upper half."""
+        """The register's value: address and flags, or the upper half (``high``) of a 64-bit address."""
         return self.address >> 32 if high else self.address & 0xFFFF_FFFF | self.flags
 
     def set_register(self, value: int, high: bool) -> None:
-        """The guest wrote a dword. Address bits below the size do not exist: that is how it is sized.
+        """Handle the guest's write of a dword. Address bits below the size read as zeroes.
 
-        While its lower half was last written as all ones the guest is asking for the size: nothing is decoded. An
-        upper half of all ones is outside of every window. Raises ``OSError`` as ``decode`` does; then the register is
-        as it was.
+        A lower half of all ones sizes the BAR: nothing is decoded then. An upper half of all ones is outside of every
+        window. Raises ``OSError`` as ``decode`` does; the register is then unchanged.
         """
         shift = 32 if high else 0
         kept = self.address & ~(0xFFFF_FFFF << shift)
@@ -131,7 +140,7 @@ class Bar:
     # --- decoding
 
     def decode(self, wanted: bool) -> None:
-        """Whether the command register (and the power state) let the BAR decode.
+        """Decode, or stop decoding, as command register and power state say.
 
         Raises ``OSError`` where KVM keeps a memslot: the BAR then decodes as before.
         """
@@ -146,12 +155,12 @@ class Bar:
             self._connect()
 
     def retry(self) -> None:
-        """Addresses have become free."""
+        """Decode after all, if the addresses are free now."""
         if self._wanted and not self._connected:
             self._connect()
 
     def _connect(self) -> None:
-        """Decode at ``address``, if a guest may use it; otherwise the BAR reaches nobody. Does not raise."""
+        """Decode at ``address`` if it is in a window and free; otherwise do nothing. Does not raise."""
         here = Range(self.address, self.size)
         if self._sizing or not self._windows.allows(self.kind, here):
             log.debug("%s at %s: not decoded there", self.name, here)
@@ -169,10 +178,10 @@ class Bar:
             except OSError as left:
                 log.warning("%s at %s: decoded in part: %s", self.name, here, left)
 
-    # --- what is connected while it decodes: the memslots, and whatever else has to follow the BAR when it moves
+    # --- the memslots, while it decodes
 
     def _show(self) -> None:
-        """Show the guest every mapping that it does not reach. What KVM refuses traps: slower, and as right."""
+        """Create the missing memslots. Where KVM refuses one, accesses exit: slower, but correct."""
         for area, mapping in self._mappings:
             if mapping not in self._shown:
                 at = self.address + area.start
@@ -180,13 +189,13 @@ class Bar:
                     self._shown[mapping] = self._memory.add_bar(at, area.size, mapping, 0, self.name)
                 except OSError as error:
                     log.warning("%s at %s: by system call: %s", self.name, Range(at, area.size), error)
-                    # Where KVM may have the slot all the same, the region is in the list.
+                    # If KVM may have the slot nevertheless, the region is in the list.
                     left = next((region for region in self._memory if region.mapping is mapping), None)
                     if left is not None:
                         self._shown[mapping] = left
 
     def _show_again(self) -> None:
-        """What KVM refused before, or has just given back; where others are now it traps."""
+        """Create memslots that KVM has refused or deleted; where another region overlaps, accesses exit."""
         with suppress(LayoutError):
             self._show()
 
@@ -197,7 +206,7 @@ class Bar:
             self._windows.released()
 
     def _withdraw(self) -> None:
-        """Give up what is held of the place. Nobody else is asked to take it. Raises as ``_disconnect`` does."""
+        """Delete the memslots and leave the bus, without a retry of waiting BARs. Raises as ``_disconnect`` does."""
         try:
             while self._shown:
                 mapping, region = next(reversed(self._shown.items()))
@@ -209,9 +218,10 @@ class Bar:
         self._bus.remove(self)
         self._connected = False
 
-    # --- what traps
+    # --- accesses without a memslot
 
     def read(self, offset: int, size: int) -> bytes:
+        """Read from a trap or from the source; ones outside of it, or where it fails."""
         for trap in self._traps:
             if trap.range.contains(Range(offset, size)):
                 return trap.device.read(offset - trap.range.start, size)
@@ -220,6 +230,7 @@ class Bar:
         return guarded(lambda: self._source.read(offset, size), b"\xff" * size)
 
     def write(self, offset: int, data: bytes) -> None:
+        """Write to a trap or to the source; dropped outside of it, across a trap's end, or where it fails."""
         here = Range(offset, len(data))
         for trap in self._traps:
             if trap.range.overlaps(here):
@@ -231,7 +242,7 @@ class Bar:
 
 
 class RomBar(Bar):
-    """The expansion ROM: a BAR that decodes only while bit 0 of its own register is set, and that is never written.
+    """The expansion ROM: a read-only BAR that decodes while bit 0 of its register is set.
 
     (PCI Local Bus 3.0, section 6.2.5.2.)
     """
@@ -243,14 +254,17 @@ class RomBar(Bar):
 
     @property
     def enabled(self) -> bool:
+        """Bit 0 of the register."""
         return self._enable
 
     def register(self, high: bool) -> int:
+        """The register's value: address and enable bit."""
         return self.address | (_ROM_ENABLE if self._enable else 0)
 
     def set_register(self, value: int, high: bool) -> None:
+        """Handle the guest's write of the register. Raises as ``Bar.set_register`` does."""
         self._move(value & ~(self.size - 1) & 0xFFFF_FFFF, False)
         self._enable = bool(value & _ROM_ENABLE)
 
     def write(self, offset: int, data: bytes) -> None:
-        pass
+        """Drop the write."""

@@ -1,4 +1,4 @@
-"""A function's BARs and its expansion ROM together: their registers, and which of them decode."""
+"""A function's BARs and its expansion ROM: their registers, and which of them decode."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Iterator
 from kvmpass import pciregs
 from kvmpass._teardown import run_all
 from kvmpass.pci.bar import Bar
+from kvmpass.pci.barspace import BarKind
 from kvmpass.pci.configspace import ConfigSpace
-from kvmpass.pci.space import BarKind
 
 _END = pciregs.BAR0 + 4 * pciregs.BARS
 
 
 class Bars:
-    """The registers in ``space``: zeroes but for the BARs that were added. Iterates over these.
+    """The BARs of a function, with their registers in ``space``; absent ones read as zeroes.
 
-    ``decoding``: the bits of the command register that are in effect. Synchronization: called with the bus lock held.
+    Synchronization: with the bus lock held.
     """
 
     def __init__(self, space: ConfigSpace) -> None:
         self._space = space
-        self._registers: dict[int, tuple[Bar, bool]] = {}  # the BAR, and whether it is the upper half of the address
+        self._registers: dict[int, tuple[Bar, bool]] = {}  # the BAR; whether it is its upper half
         self.decoding = 0
+        """The decoding bits of the command register that are in effect."""
         space.emulate(pciregs.BAR0, bytes(_END - pciregs.BAR0))
         space.emulate(pciregs.ROM, bytes(4))
 
@@ -30,7 +31,7 @@ class Bars:
         return (bar for bar, high in self._registers.values() if not high)
 
     def add(self, at: int, bar: Bar) -> None:
-        """``bar``, with its register at ``at``: in the order of their registers, the ROM last."""
+        """Add ``bar`` with its register at ``at``: in the order of the registers, the ROM last."""
         self._registers[at] = bar, False
         if bar.kind is BarKind.MEMORY64 and at + 4 < _END:
             self._registers[at + 4] = bar, True
@@ -41,26 +42,29 @@ class Bars:
             self._space.set(at, bar.register(high), 4)
 
     def write(self, offset: int, data: bytes) -> bool:
-        """A write of configuration space, in one dword; whether it was for a BAR. Raises as ``decode`` does."""
+        """Handle a write inside a dword of configuration space. Return whether it was a BAR's register.
+
+        Raises as ``decode`` does.
+        """
         bar, high = self._registers.get(offset & ~3, (None, False))
         if bar is None:
             return False
         register = bytearray(bar.register(high).to_bytes(4, "little"))
         register[offset & 3 : (offset & 3) + len(data)] = data
         bar.set_register(int.from_bytes(register, "little"), high)
-        self._decode(bar, self.decoding)  # a ROM has its own bit for that
+        self._decode(bar, self.decoding)  # the ROM's register has an enable bit
         self._show()
         return True
 
     def decode(self, command: int) -> None:
-        """Decode what these bits of the command register turn on: all BARs, or none.
+        """Decode what these bits of the command register enable.
 
-        Raises ``OSError`` where KVM keeps a memslot, and then they decode as before.
+        Raises ``OSError`` where KVM keeps a memslot; then all BARs decode as before.
         """
         try:
             self._apply(self.decoding & command)
         except OSError:
-            self._apply(self.decoding)  # what is off already comes back; only turning off can fail
+            self._apply(self.decoding)  # only turning off can fail: turn the others on again
             raise
         self._apply(command)
         self.decoding = command & pciregs.COMMAND_DECODING
@@ -75,5 +79,5 @@ class Bars:
         bar.decode(bool(command & bit))
 
     def close(self) -> None:
-        """Out of the guest and unmapped. Runs every step even if one fails; idempotent. Raises as ``Bar.close``."""
+        """Close every BAR. Runs every step even if one fails; idempotent. Raises as ``Bar.close`` does."""
         run_all(bar.close for bar in self)

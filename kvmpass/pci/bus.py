@@ -7,56 +7,62 @@ from kvmpass.pci.function import PciFunction
 from kvmpass.pciregs import CONVENTIONAL_SIZE, EXTENDED_SIZE
 
 SLOTS = 32
+"""Device numbers of a bus."""
 FUNCTIONS = 8
+"""Functions of a device."""
 
 
 class HostBridge:
-    """A host bridge that has nothing but a name: vendor 1b36, device 0008 (a generic PCI Express host bridge)."""
+    """A ``PciFunction`` with an identity only: vendor 1b36, device 0008 (a generic PCI Express host bridge)."""
 
     _HEADER = bytes.fromhex("361b0800 00000000 00000006 00000000".replace(" ", ""))
 
     def config_read(self, offset: int, size: int) -> bytes:
+        """See ``PciFunction``."""
         return self._HEADER.ljust(EXTENDED_SIZE, b"\0")[offset : offset + size]
 
     def config_write(self, offset: int, data: bytes) -> None:
-        pass
+        """Drop the write."""
 
     def set_multifunction(self, several: bool) -> None:
-        pass
+        """Do nothing: the slot has one function."""
 
     def close(self) -> None:
-        pass
+        """Do nothing."""
 
 
 class PciBus:
-    """Bus 0 with the host bridge in slot 0. Absent functions read as all ones."""
+    """Bus 0 with the host bridge in slot 0. Absent functions read as ones.
+
+    Synchronization: with the bus lock held.
+    """
 
     def __init__(self) -> None:
         self._functions: dict[int, PciFunction] = {0: HostBridge()}
 
     @property
     def functions(self) -> list[PciFunction]:
-        """What is plugged."""
+        """The functions on the bus."""
         return list(self._functions.values())
 
     def free_slot(self) -> int:
         """The first empty slot. Raises ``LayoutError`` if there is none."""
-        taken = {devfn >> 3 for devfn in self._functions}
-        slot = next((n for n in range(SLOTS) if n not in taken), None)
+        used = {devfn >> 3 for devfn in self._functions}
+        slot = next((n for n in range(SLOTS) if n not in used), None)
         if slot is None:
-            raise LayoutError(f"all {SLOTS} slots of the guest's PCI bus are taken", "unplug a device first")
+            raise LayoutError(f"all {SLOTS} slots of the guest's PCI bus are in use", "unplug a device first")
         return slot
 
     def plug(self, function: PciFunction, slot: int, number: int = 0) -> None:
-        """Put ``function`` into a place. Raises ``LayoutError`` if it is taken."""
+        """Add ``function`` at a device and function number. Raises ``LayoutError`` if that is in use or invalid."""
         devfn = slot << 3 | number
         if not (0 <= slot < SLOTS and 0 <= number < FUNCTIONS) or devfn in self._functions:
-            raise LayoutError(f"slot {slot}, function {number} of the guest's PCI bus cannot be had")
+            raise LayoutError(f"slot {slot}, function {number} of the guest's PCI bus is unavailable")
         self._functions = {**self._functions, devfn: function}
         self._count(slot)
 
     def unplug(self, function: PciFunction) -> None:
-        """Take ``function`` out, if it is in."""
+        """Remove ``function``. Idempotent."""
         slots = {devfn >> 3 for devfn, other in self._functions.items() if other is function}
         self._functions = {devfn: other for devfn, other in self._functions.items() if other is not function}
         for slot in slots:
@@ -71,13 +77,14 @@ class PciBus:
         return self._functions.get(devfn) if bus == 0 else None
 
     def read(self, bus: int, devfn: int, offset: int, size: int) -> bytes:
-        """Any access that stays inside the function's 4096 bytes; split at dwords, as hardware does."""
+        """Read configuration space, dword by dword; ones outside of a function's 4096 bytes."""
         function = self._find(bus, devfn)
         if function is None or offset + size > EXTENDED_SIZE:
             return b"\xff" * size
         return b"".join(function.config_read(at, length) for at, length in _dwords(offset, size))
 
     def write(self, bus: int, devfn: int, offset: int, data: bytes) -> None:
+        """Write configuration space, dword by dword; dropped outside of a function's 4096 bytes."""
         function = self._find(bus, devfn)
         if function is None or offset + len(data) > EXTENDED_SIZE:
             return
@@ -95,13 +102,17 @@ def _dwords(offset: int, size: int) -> list[tuple[int, int]]:
 
 
 class ConfigPorts:
-    """Ports 0xcf8 (address) and 0xcfc (data): 256 bytes of each function."""
+    """Ports 0xcf8 (address) and 0xcfc (data): 256 bytes of each function (PCI Local Bus 3.0, section 3.2.2.3.2).
+
+    Synchronization: with the bus lock held.
+    """
 
     def __init__(self, bus: PciBus) -> None:
         self._bus = bus
         self._address = 0
 
     def read(self, offset: int, size: int) -> bytes:
+        """Read the address, or the register that it selects."""
         if offset < 4:
             return self._address.to_bytes(4, "little")[offset : offset + size].ljust(size, b"\xff")
         if not self._enabled:
@@ -112,8 +123,9 @@ class ConfigPorts:
         return self._bus.read(self._address >> 16 & 0xFF, self._address >> 8 & 0xFF, register, size)
 
     def write(self, offset: int, data: bytes) -> None:
+        """Write the address, or the register that it selects."""
         if offset < 4:
-            if offset == 0 and len(data) == 4:  # narrower accesses do not reach the register
+            if offset == 0 and len(data) == 4:  # narrower accesses are not for this register
                 self._address = int.from_bytes(data, "little") & 0x80FF_FFFC
             return
         register = (self._address & 0xFC) + offset - 4
@@ -126,13 +138,18 @@ class ConfigPorts:
 
 
 class Ecam:
-    """The enhanced mechanism: 4096 bytes of each function, memory mapped (PCI Express base, section 7.2.2)."""
+    """The enhanced mechanism: 4096 bytes of each function, memory mapped (PCI Express base, section 7.2.2).
+
+    Synchronization: with the bus lock held.
+    """
 
     def __init__(self, bus: PciBus) -> None:
         self._bus = bus
 
     def read(self, offset: int, size: int) -> bytes:
+        """Read a function's configuration space."""
         return self._bus.read(offset >> 20, offset >> 12 & 0xFF, offset & 0xFFF, size)
 
     def write(self, offset: int, data: bytes) -> None:
+        """Write a function's configuration space."""
         self._bus.write(offset >> 20, offset >> 12 & 0xFF, offset & 0xFFF, data)

@@ -1,9 +1,9 @@
-"""Which capabilities of an assigned function its guest sees, and the lists linked anew around the others.
+"""Which capabilities of an assigned function the guest sees, and their lists without the hidden ones.
 
-Shown as the device's own: what VFIO virtualises or protects by itself. Emulated: MSI and MSI-X, whose messages are
-the guest's. Hidden: what belongs to the host (SR-IOV, ATS, PRI, PASID: translation is the host's), what describes a
-place in a fabric that the guest does not see (ACS, ARI, VC, L1 substates, LTR, DPC, PTM), what moves BARs behind our
-back (EA, resizable BARs), and whatever is not known.
+Passed through: what VFIO virtualises or protects. Emulated: MSI and MSI-X, whose messages are the guest's. Hidden:
+what belongs to the host (SR-IOV, ATS, PRI, PASID: translation is the host's), what describes the device's place in a
+fabric that the guest does not see (ACS, ARI, VC, L1 substates, LTR, DPC, PTM), what moves or resizes BARs (EA,
+resizable BARs), and unknown ones.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _EXPRESS_LINK_REGISTERS = (Range(0x0C, 8), Range(0x2C, 8))  # capabilities, cont
 
 
 def link(space: ConfigSpace, found: list[Capability], absent: frozenset[int] = frozenset()) -> dict[int, int]:
-    """Link the shown ones of ``found`` in their order, hide the others; returns offsets by identifier.
+    """Link the shown capabilities in the order of ``found`` and hide the others. Return offsets by identifier.
 
-    ``absent``: identifiers that this function cannot have. A list without entries leaves the pointer zero. One whose
-    registers would reach into the next one, or beyond the space, is hidden: a device may say anything.
+    ``absent``: identifiers that this function cannot have. Without an entry the pointer is zero. A capability whose
+    registers overlap the next one, or the end of the space, is hidden, as devices may have any contents.
     """
     shown: dict[int, int] = {}
     pointer = pciregs.CAPABILITIES
@@ -65,7 +65,7 @@ def link(space: ConfigSpace, found: list[Capability], absent: frozenset[int] = f
 
 
 def _size(space: ConfigSpace, capability: Capability) -> int:
-    """Bytes of the registers that are emulated or read here; those of the others are the device's own affair."""
+    """Bytes of the registers that are emulated or read here; 2 for capabilities that are passed through."""
     if capability.id != pciregs.CAP_MSI:
         return _SIZES.get(capability.id, 2)
     if capability.offset + 4 > pciregs.CONVENTIONAL_SIZE:
@@ -74,7 +74,7 @@ def _size(space: ConfigSpace, capability: Capability) -> int:
 
 
 def link_extended(space: ConfigSpace, found: list[Capability]) -> None:
-    """The same from 0x100 on. The first one has a fixed place: where it is hidden a null capability stands there."""
+    """Link the shown extended capabilities and hide the others; a null capability replaces a hidden one at 0x100."""
     shown = [cap for cap in found if cap.id in _SHOWN_EXTENDED]
     for capability in found:
         if capability not in shown:
@@ -94,9 +94,9 @@ _NULL = Capability(0, pciregs.CONVENTIONAL_SIZE, pciregs.CONVENTIONAL_SIZE + 4, 
 
 
 def unlink_express(space: ConfigSpace, at: int) -> None:
-    """The device's own, but without a link: on the guest's root bus an endpoint is an integrated one.
+    """Hide the link registers of the capability at ``at``: on the root bus an endpoint is an integrated one.
 
-    PCI Express base, section 7.5.3: registers of version 2 capabilities reach to 0x3c.
+    PCI Express base, section 7.5.3: registers of version 2 capabilities end at 0x3c.
     """
     flags = space.device_int(at + 2, 2)
     size = min(0x3C if flags & 0xF >= 2 else 0x14, pciregs.CONVENTIONAL_SIZE - at)

@@ -1,4 +1,4 @@
-"""Configuration space as the guest reads and writes it: the device's own bytes, and emulated ones in between."""
+"""Configuration space as the guest reads and writes it: bytes of the device, and emulated ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def guarded(access: Callable[[], T], otherwise: T) -> T:
-    """An access of the device on the guest's behalf: what VFIO refuses is answered like an empty bus."""
+    """Access the device for the guest; return ``otherwise`` where VFIO refuses, as an empty bus would."""
     try:
         return access()
     except OSError as error:
@@ -23,36 +23,42 @@ def guarded(access: Callable[[], T], otherwise: T) -> T:
 
 
 class Registers(Protocol):
-    """The device's configuration space (``vfio.Region``): 256 or 4096 bytes."""
+    """A device's configuration space, such as ``vfio.Region``. Its accesses raise ``OSError``."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Bytes: 256 or 4096."""
 
-    def read(self, offset: int, size: int) -> bytes: ...
+    def read(self, offset: int, size: int) -> bytes:
+        """Read ``size`` bytes."""
 
-    def write(self, offset: int, data: bytes) -> None: ...
+    def write(self, offset: int, data: bytes) -> None:
+        """Write all of ``data``."""
 
-    def read_int(self, offset: int, size: int = 4) -> int: ...
+    def read_int(self, offset: int, size: int = 4) -> int:
+        """Read a little-endian register."""
 
 
 class ConfigSpace:
-    """4096 bytes, each the device's or emulated. Of an emulated byte the guest changes its writable bits only.
+    """4096 bytes, each the device's or emulated. A guest's write changes only the writable bits of an emulated byte.
 
-    Without a device all of them are emulated, as zeroes; of one with 256 bytes those above. Which bytes of a device
-    can be written, and what a write does to them, VFIO decides (drivers/vfio/pci/vfio_pci_config.c). Offsets and
-    sizes are inside the space.
+    Without a device all bytes are emulated, as zeroes; with a device of 256 bytes the others are. VFIO decides which
+    bytes of a device can be written, and what a write does (drivers/vfio/pci/vfio_pci_config.c). Offsets and sizes
+    are inside the space.
+
+    Synchronization: with the bus lock held.
     """
 
     def __init__(self, device: Registers | None = None) -> None:
         self._device = device
         self._value = bytearray(EXTENDED_SIZE)
-        self._emulated = bytearray(EXTENDED_SIZE)  # 0xff for each byte that the device is not asked for
+        self._emulated = bytearray(EXTENDED_SIZE)  # 0xff for each emulated byte
         self._writable = bytearray(EXTENDED_SIZE)
         if self.device_size < EXTENDED_SIZE:
             self.emulate(self.device_size, bytes(EXTENDED_SIZE - self.device_size))
 
     def emulate(self, offset: int, data: bytes, writable: bytes = b"") -> None:
-        """From now on the bytes at ``offset`` are ours; ``writable`` masks the bits that the guest may change."""
+        """Emulate the bytes at ``offset`` as ``data``; ``writable`` masks the bits that the guest can change."""
         end = offset + len(data)
         self._value[offset:end] = data
         self._emulated[offset:end] = b"\xff" * len(data)
@@ -60,44 +66,45 @@ class ConfigSpace:
 
     @property
     def device_size(self) -> int:
-        """Bytes that the device itself has."""
+        """Bytes of the device's own space; 0 without a device."""
         return self._device.size if self._device else 0
 
     def get(self, offset: int, size: int) -> int:
-        """An emulated register's value."""
+        """The value of an emulated register."""
         return int.from_bytes(self._value[offset : offset + size], "little")
 
     def set(self, offset: int, value: int, size: int) -> None:
-        """Change an emulated register, whatever the guest may write."""
+        """Set an emulated register, read-only bits included."""
         self._value[offset : offset + size] = value.to_bytes(size, "little")
 
     def device_int(self, offset: int, size: int) -> int:
-        """A register of the device; 0 where VFIO refuses, or without one."""
+        """Read a register of the device; 0 where VFIO refuses, or without a device."""
         device = self._device
         return guarded(lambda: device.read_int(offset, size), 0) if device else 0
 
     def read(self, offset: int, size: int) -> bytes:
-        end = offset + size
-        own, ours, device = bytes(self._value[offset:end]), self._emulated[offset:end], self._device
-        if device is None or all(ours):
-            return own
-        theirs = guarded(lambda: device.read(offset, size), b"\xff" * size)
-        return bytes(a if mine else b for a, b, mine in zip(own, theirs, ours, strict=True))
+        """Read what the guest sees; ones for the device's bytes where VFIO refuses."""
+        end, device = offset + size, self._device
+        values, emulated = bytes(self._value[offset:end]), self._emulated[offset:end]
+        if device is None or all(emulated):
+            return values
+        read = guarded(lambda: device.read(offset, size), b"\xff" * size)
+        return bytes(a if mask else b for a, b, mask in zip(values, read, emulated, strict=True))
 
     def write(self, offset: int, data: bytes) -> bool:
-        """Emulated bytes change at once; each run of the device's own goes to the device as one access.
+        """Write what the guest writes: each run of the device's bytes is one access of the device.
 
-        Returns whether VFIO took them all.
+        Return whether VFIO accepted them all.
         """
-        run, taken = bytearray(), True
+        run, accepted = bytearray(), True
         for at, byte in enumerate(data, offset):
             if self._emulated[at]:
-                taken &= self._pass(at - len(run), run)
+                accepted &= self._pass(at - len(run), run)
                 mask = self._writable[at]
                 self._value[at] = self._value[at] & ~mask | byte & mask
             else:
                 run.append(byte)
-        return taken & self._pass(offset + len(data) - len(run), run)
+        return accepted & self._pass(offset + len(data) - len(run), run)
 
     def _pass(self, offset: int, run: bytearray) -> bool:
         data, device = bytes(run), self._device

@@ -1,14 +1,14 @@
-"""What a PCI function is, and what it is made of: whoever adds one implements these.
+"""The interfaces of a PCI function and its parts, which a new kind of function implements.
 
-A ``PciFunction`` is made by a factory from its ``Wiring``. It has a ``ConfigSpace``; its BARs, each a ``Bar`` over a
+A factory constructs a ``PciFunction`` from its ``Wiring``. It has a ``ConfigSpace``; its BARs, each a ``Bar`` over a
 ``BarSource``, in a ``Bars``; ``Intx``, ``Msi`` and ``Msix`` over an ``InterruptSink`` each. A write of configuration
-space goes to ``Bars.write``, or into the space; after it ``Bars.decode`` is told the command register, and ``update``
-of MSI and MSI-X called. The function writes the header and links its capabilities; it looks at the command register
-itself before it does DMA or interrupts. ``Bars`` raises ``OSError`` where KVM keeps a memslot: the function logs it,
-and shows the guest the registers as they are.
+space goes to ``Bars.write`` or into the space; then ``Bars.decode`` receives the command register, and ``update`` of
+MSI and MSI-X is called. The function writes the header and links its capabilities; it checks the command register
+itself before DMA and interrupts. ``Bars`` raises ``OSError`` where KVM keeps a memslot: the function logs it, and the
+guest reads the registers as they are.
 
-``AssignedFunction`` is one over a VFIO device. ``Machine.add_function`` plugs any other: a function that ships is a
-module of this package, one for tests is like ``tests/support/emulated_edu.py``.
+``AssignedFunction`` is one over a VFIO device. ``Machine.add_function`` plugs any other: a function of the product is
+a module of this package, one for tests is like ``tests/support/emulated_edu.py``.
 """
 
 from __future__ import annotations
@@ -21,99 +21,106 @@ from kvmpass.bus import Bus
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory, HostMapping
-from kvmpass.pci.space import BarSpace
+from kvmpass.pci.barspace import BarSpace
 
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """What a function is connected to: the VM's interrupts, its memory, its buses. ``gsis``: of INTA to INTD."""
+    """What a function is connected to: the VM's interrupts, its memory, its buses."""
 
     vm: Vm
+    """The VM, for irqfds."""
     routes: IrqRoutes
+    """Its routes, for message-signalled interrupts."""
     memory: GuestMemory
+    """The guest's memory, for memslots and DMA."""
     ports: Bus
+    """The bus of I/O ports."""
     mmio: Bus
+    """The bus of guest-physical addresses without a memslot."""
     bars: BarSpace
+    """The address windows for BARs."""
     gsis: tuple[int, ...]
+    """The GSIs of INTA to INTD."""
 
 
 class PciFunction(Protocol):
     """One function on the guest's bus. Nothing raises for what a guest does.
 
-    Synchronization: called with the bus lock held.
+    Synchronization: with the bus lock held.
     """
 
     def config_read(self, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes of the 4096 of configuration space, inside one aligned dword."""
+        """Read ``size`` bytes of the 4096 of configuration space, inside one aligned dword."""
 
     def config_write(self, offset: int, data: bytes) -> None:
-        """``data`` is 1 to 4 bytes long, inside one aligned dword."""
+        """Write ``data``, 1 to 4 bytes inside one aligned dword."""
 
     def set_multifunction(self, several: bool) -> None:
-        """Of function 0: whether its slot holds other functions (header type, bit 7)."""
+        """Set whether the slot of this function 0 has other functions (header type, bit 7)."""
 
     def close(self) -> None:
-        """Interrupts off, then BARs out of the guest and unmapped. Runs every step even if one fails; idempotent.
+        """Disable the interrupts, remove the BARs from the guest and unmap them. Runs every step even if one fails.
 
-        Raises ``OSError``: what failed stays as it is, and ``close`` can be called again.
+        Raises ``OSError``: what failed stays as it is, and ``close`` can be called again. Idempotent.
         """
 
 
 class BarSource(Protocol):
-    """What is behind a BAR: registers, memory, or both. ``vfio.Region`` is one.
+    """The registers or memory behind a BAR, such as ``vfio.Region``.
 
-    Synchronization: called with the bus lock held.
+    Synchronization: with the bus lock held.
     """
 
     @property
     def size(self) -> int:
-        """Bytes. The BAR has the next power of two; what lies behind the end reads as ones."""
+        """Bytes. The BAR's size is the next power of two; beyond the end it reads as ones."""
 
     @property
     def mmap_areas(self) -> tuple[Range, ...]:
-        """The parts that the guest may reach without an exit, relative to the BAR; only whole pages of them count."""
+        """The parts that the guest may access without an exit, relative to the BAR. Only whole pages count."""
 
     def mmap(self, area: Range) -> HostMapping:
-        """Pages that show ``area``, a part of ``mmap_areas``; the BAR closes the mapping. Raises ``OSError``."""
+        """Map ``area``, a part of ``mmap_areas``; the BAR closes the mapping. Raises ``OSError``."""
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly ``size`` bytes; all of the access is inside. ``OSError``: the guest reads ones."""
+        """Read ``size`` bytes; all of the access is inside. After ``OSError`` the guest reads ones."""
 
     def write(self, offset: int, data: bytes) -> None:
-        """``data`` is 1, 2, 4 or 8 bytes long, all of it inside. ``OSError``: the write is lost."""
+        """Write 1, 2, 4 or 8 bytes, all of them inside. After ``OSError`` the write is lost."""
 
 
 class InterruptSink(Protocol):
-    """What raises a function's MSI or MSI-X vectors: it is told which eventfd to signal for each.
+    """The source of a function's MSI or MSI-X interrupts: signals an eventfd for each vector.
 
-    Synchronization: called with the bus lock held; eventfds may be signalled from anywhere, until they are replaced
-    or ``disable_irqs`` has returned.
+    Synchronization: with the bus lock held; eventfds may be signalled from any thread, until they are replaced or
+    ``disable_irqs`` has returned.
     """
 
     @property
     def name(self) -> str:
-        """For the log."""
+        """The device, for the log."""
 
     @property
     def count(self) -> int:
-        """How many vectors there are."""
+        """Number of vectors."""
 
     @property
     def resizable(self) -> bool:
-        """Whether ``set_irqs`` can add vectors to those that are on; else all are turned off and on again."""
+        """Whether ``set_irqs`` can add vectors while others are enabled; otherwise all are disabled first."""
 
     def set_irqs(self, start: int, eventfds: Sequence[int]) -> None:
-        """Signal ``eventfds`` for the vectors from ``start`` on; -1: for none. The first call turns them on.
+        """Signal ``eventfds`` for the vectors from ``start`` on, -1: none. The first call enables them.
 
-        Raises ``OSError`` (``ENOSPC``: fewer may be possible); then everything is as before.
+        Raises ``OSError`` (``ENOSPC``: fewer may be possible); then nothing has changed.
         """
 
     def disable_irqs(self) -> None:
-        """Turn them off: no eventfd is signalled any more. Harmless where they are. Raises ``OSError``."""
+        """Disable all vectors: no eventfd is signalled after this. Idempotent. Raises ``OSError``."""
 
 
 class PinSink(InterruptSink, Protocol):
-    """What drives INTx: one vector, of a line that stays masked from when it is signalled until it is unmasked."""
+    """The source of INTx: one vector, which masks itself when it is signalled."""
 
     def set_unmask_eventfd(self, eventfd: int) -> None:
-        """Unmask the line whenever ``eventfd`` is signalled. Raises ``OSError``."""
+        """Unmask the vector whenever ``eventfd`` is signalled. Raises ``OSError``."""

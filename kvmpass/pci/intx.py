@@ -1,8 +1,8 @@
-"""INTx in the guest: one level-triggered line, without an exit to us.
+"""INTx in the guest: one level-triggered line, without exits.
 
-VFIO masks the line in the device and signals an eventfd; KVM raises the guest's IOAPIC input. When the guest ends the
-interrupt KVM signals the resample descriptor, on which VFIO unmasks: a device that still asserts its pin interrupts
-again (Documentation/virt/kvm/api.rst, KVM_IRQFD_FLAG_RESAMPLE).
+VFIO masks INTx in the device and signals an eventfd; KVM asserts the guest's IOAPIC input. At the guest's EOI KVM
+signals the resample eventfd, on which VFIO unmasks INTx: a device that still asserts it interrupts again
+(Documentation/virt/kvm/api.rst, KVM_IRQFD_FLAG_RESAMPLE).
 """
 
 from __future__ import annotations
@@ -19,23 +19,29 @@ log = limited_log(__name__)
 
 
 class Intx:
-    """The function's pin, routed to ``gsi``. Synchronization: called with the bus lock held."""
+    """The function's INTx, routed to ``gsi``.
+
+    Synchronization: with the bus lock held.
+    """
 
     def __init__(self, vm: Vm, sink: PinSink, gsi: int) -> None:
         self._vm = vm
         self._sink = sink
         self._gsi = gsi
-        self._eventfds: tuple[int, int] | None = None  # what the sink signals, and what makes it unmask the pin
-        self._heard = False  # whether KVM has them
-        self._signalled = False  # whether the sink has them
+        self._eventfds: tuple[int, int] | None = None  # what the sink signals; what unmasks INTx
+        self._assigned = False  # the irqfd, in KVM
+        self._signalled = False  # the eventfds, in the sink
 
     @property
     def active(self) -> bool:
         """Whether an interrupt of the device reaches the guest."""
-        return self._heard and self._signalled
+        return self._assigned and self._signalled
 
     def enable(self) -> None:
-        """Raises ``OSError`` (``EBUSY``: a host driver shares the line and the device cannot mask its own)."""
+        """Connect INTx. Idempotent.
+
+        Raises ``OSError`` (``EBUSY``: a host driver shares the line, and the device cannot mask its INTx).
+        """
         if self.active:
             return
         self.disable()  # what an earlier failure may have left
@@ -44,19 +50,19 @@ class Intx:
             undo.pop_all()
             undo.callback(self.disable)
             self._vm.irqfd_resample(trigger, self._gsi, unmask)
-            self._heard = True
-            self._signalled = True  # turning it off is harmless if the next step fails
+            self._assigned = True
+            self._signalled = True  # disabling is idempotent if the next step fails
             self._sink.set_irqs(0, [trigger])
-            # An interrupt that came in between has signalled the descriptor: the sink looks when it gets it.
+            # KVM may have signalled the descriptor already: the sink checks it now.
             self._sink.set_unmask_eventfd(unmask)
             undo.pop_all()
 
     def disable(self) -> None:
-        """The sink first, then KVM. Runs every step even if one fails; idempotent.
+        """Disable the sink, then remove the irqfd. Runs every step even if one fails; idempotent.
 
         Raises ``OSError``: what failed stays as it is, and ``disable`` can be called again.
         """
-        run_all((self._stop_signalling, self._stop_hearing))
+        run_all((self._stop_signalling, self._deassign))
         eventfds, self._eventfds = self._eventfds, None
         for eventfd in eventfds or ():
             os.close(eventfd)
@@ -66,11 +72,11 @@ class Intx:
             self._sink.disable_irqs()
             self._signalled = False
 
-    def _stop_hearing(self) -> None:
-        if self._heard and self._eventfds:
-            if not self._vm.closed:  # a VM takes its irqfds with it
+    def _deassign(self) -> None:
+        if self._assigned and self._eventfds:
+            if not self._vm.closed:  # a closed VM has no irqfds
                 self._vm.irqfd_deassign(self._eventfds[0], self._gsi)
-            self._heard = False
+            self._assigned = False
 
 
 def _eventfd(undo: ExitStack) -> int:

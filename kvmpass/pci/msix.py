@@ -1,8 +1,8 @@
-"""MSI-X in the guest: the table that it sees, and its vectors (PCI Local Bus 3.0, 6.8.2).
+"""MSI-X in the guest: the emulated table, and its vectors (PCI Local Bus 3.0, 6.8.2).
 
-An assigned device's own table belongs to the host (VFIO programs it, through the interrupt remapping tables); the
-guest's is here. A vector costs nothing until the guest unmasks it; a masked one keeps its eventfd, which remembers
-what the device raised until then.
+VFIO programs an assigned device's own table, for the host's interrupt remapping; the guest's is emulated here. A
+vector uses no resources until the guest unmasks it. When the guest masks it again its eventfd is kept, and counts the
+interrupts that the device raises: the pending bit.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ _VECTOR_MASKED = 1
 
 
 class Msix:
-    """The capability at ``at`` of ``space``, which is ``own``'s. ``write`` and ``update`` never raise for a guest.
+    """The MSI-X capability at ``at`` of ``space``; ``own`` are the device's registers.
 
-    The function links the capability and gives its BARs their ``traps``.
+    The function links the capability, and passes ``traps`` to its BARs. Nothing but ``disable`` raises, whatever a
+    guest writes.
 
-    Synchronization: called with the bus lock held.
+    Synchronization: with the bus lock held.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class Msix:
         self._space = space
         self._own = own
         self.start, self.end = at, at + 12
+        """Where the capability begins and ends."""
         self._table = bytearray(_RESET_ENTRY * own.vectors)
         self._vectors = [MessageVector(vm, routes) for _ in range(own.vectors)]
-        self._signalled: set[int] = set()  # what the sink signals
+        self._signalled: set[int] = set()  # by the sink
         self._resizable = sink.resizable
         self._enabled = False
         self._mask_all = False
@@ -50,7 +52,7 @@ class Msix:
             space.emulate(at + offset, place.to_bytes(4, "little"))
 
     def traps(self, bar: int) -> list[Trap]:
-        """The table and the pending bits, as far as they are in the BAR of this number."""
+        """The table and the pending bits, if they are in BAR number ``bar``."""
         own = self._own
         table = Trap(Range(own.table_offset, own.table_size), self)
         pending = Trap(Range(own.pba_offset, own.pba_size), PendingBits(self._vectors))
@@ -58,15 +60,15 @@ class Msix:
 
     @property
     def enabled(self) -> bool:
-        """Whether the guest has turned it on."""
+        """Whether the guest has enabled MSI-X."""
         return bool(self._space.get(self.start + 2, 2) & MSIX_ENABLE)
 
     def read(self, offset: int, size: int) -> bytes:
-        """Of the table. ``offset + size`` is inside it."""
+        """Read the table. ``offset + size`` is inside it."""
         return bytes(self._table[offset : offset + size])
 
     def write(self, offset: int, data: bytes) -> None:
-        """To the table; only aligned dwords and quadwords are defined, others are dropped."""
+        """Write the table; other accesses than aligned dwords and quadwords are undefined, and dropped."""
         if len(data) not in (4, 8) or offset % len(data):
             return
         self._table[offset : offset + len(data)] = data
@@ -78,7 +80,7 @@ class Msix:
             self._update(offset // MSIX_ENTRY_SIZE)
 
     def update(self) -> None:
-        """The guest has written message control."""
+        """Connect the vectors as the guest has written message control."""
         self._mask_all = bool(self._space.get(self.start + 2, 2) & MSIX_MASK_ALL)
         enable = self.enabled
         if self._enabled and not enable:
@@ -91,13 +93,13 @@ class Msix:
             numbers = range(len(self._vectors))
             wanted = {number for number in numbers if self._message(number)}
             if not wanted and not self._signalled:
-                wanted = {0}  # turns MSI-X on in the device
+                wanted = {0}  # enables MSI-X in the device
             self._signal(wanted)
             for number in numbers:
                 self._connect(number)
 
     def disable(self) -> None:
-        """Irqfds and routes go, then the device's MSI-X, then the eventfds. Runs every step even if one fails.
+        """Remove irqfds and routes, disable the sink, close the eventfds. Runs every step even if one fails.
 
         Raises ``OSError``: what failed stays as it is, and ``disable`` can be called again. Idempotent.
         """
@@ -117,7 +119,7 @@ class Msix:
     # --- one vector
 
     def _message(self, number: int) -> tuple[int, int] | None:
-        """Address and data of the vector's interrupt; None while it is masked or is none."""
+        """Address and data of the vector's message; None while it is masked, or where they are no interrupt."""
         at = number * MSIX_ENTRY_SIZE
         if not self._enabled or self._mask_all or self._table[at + 12] & _VECTOR_MASKED:
             return None
@@ -142,9 +144,9 @@ class Msix:
     # --- what the sink signals
 
     def _signal(self, numbers: set[int]) -> None:
-        """Let the sink signal these vectors' eventfds too. Where the host has too few vectors the lowest get them.
+        """Let the sink signal these vectors, too. If the host has too few vectors the lowest numbers are signalled.
 
-        A sink that is not resizable (VFIO before Linux 6.5) is turned off and on again: once, however many are new.
+        A sink that is not resizable (VFIO before Linux 6.5) is disabled and enabled again, once for all new vectors.
         """
         new = sorted(numbers - self._signalled)
         if self._resizable and self._signalled:
@@ -169,7 +171,7 @@ class Msix:
             return False
 
     def _set(self, new: list[int]) -> None:
-        """Raises ``OSError``: then the others are signalled as before."""
+        """Signal these vectors, too. Raises ``OSError``: the others are signalled as before."""
         if self._resizable and self._signalled:
             self._sink.set_irqs(new[0], [self._vectors[new[0]].eventfd])
         else:
@@ -184,7 +186,7 @@ class Msix:
         self._signalled.update(new)
 
     def _set_all(self, numbers: list[int]) -> None:
-        """Vectors that nobody asked for yet get no eventfd (-1)."""
+        """Signal exactly these vectors; those in between have no eventfd (-1)."""
         wanted = set(numbers)
         eventfds = [self._vectors[n].eventfd if n in wanted else -1 for n in range(max(numbers) + 1)]
         self._sink.set_irqs(0, eventfds)
@@ -192,14 +194,18 @@ class Msix:
 
 
 class PendingBits:
-    """The pending bit array: one bit for each vector, read-only."""
+    """The pending bit array: one bit for each vector, read-only.
+
+    Synchronization: with the bus lock held.
+    """
 
     def __init__(self, vectors: list[MessageVector]) -> None:
         self._vectors = vectors
 
     def read(self, offset: int, size: int) -> bytes:
+        """Read ``size`` bytes of pending bits."""
         vectors = self._vectors[offset * 8 : (offset + size) * 8]
         return sum(vector.pending << bit for bit, vector in enumerate(vectors)).to_bytes(size, "little")
 
     def write(self, offset: int, data: bytes) -> None:
-        pass
+        """Drop the write."""

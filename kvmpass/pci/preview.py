@@ -1,4 +1,4 @@
-"""What a guest is going to see of a device that the host still has: its interrupts and BARs, as sysfs shows them."""
+"""What a guest will see of a device, its interrupts and BARs, as the host's sysfs shows them before."""
 
 from __future__ import annotations
 
@@ -8,44 +8,48 @@ from dataclasses import dataclass
 from kvmpass import pciregs
 from kvmpass.layout import PAGE, Range
 from kvmpass.pci.bar import mappable
-from kvmpass.pci.space import BarKind, BarSpace
+from kvmpass.pci.barspace import BarKind, BarSpace
 
 ROM_INDEX = pciregs.BARS
+"""The expansion ROM's number, after the BARs."""
 _IO, _MEMORY, _MEMORY64 = 0x100, 0x200, 0x100000  # IORESOURCE_… (include/linux/ioport.h)
 
 
 @dataclass(frozen=True, slots=True)
 class Vectors:
-    """How many interrupts of each kind the device has; None where its configuration space is out of reach.
-
-    ``trapped``: the MSI-X table and its pending bits, by the index of their BAR: pages that the guest is not given.
-    """
+    """The interrupts of a device; None where configuration space is unreadable."""
 
     msix: int | None
+    """Number of MSI-X vectors."""
     msi: int | None
+    """Number of MSI vectors."""
     intx: bool | None
+    """Whether it has an interrupt pin."""
     trapped: tuple[tuple[int, Range], ...] = ()
+    """The MSI-X table and its pending bits, which are emulated, with the index of their BAR."""
 
 
 @dataclass(frozen=True, slots=True)
 class BarPreview:
-    """``index`` 6 is the expansion ROM. ``mapped``: parts of it that become memslots; the rest traps.
-
-    None where configuration space, and with it the place of the MSI-X table, is out of reach.
-    """
+    """A BAR, or the expansion ROM."""
 
     index: int
+    """0 to 5: a BAR; 6: the expansion ROM."""
     kind: BarKind
+    """What it decodes."""
     size: int
+    """Bytes."""
     mapped: tuple[Range, ...] | None
+    """The parts that become memslots; None where the place of the MSI-X table is unknown."""
 
     @property
     def name(self) -> str:
+        """``bar0`` to ``bar5``, ``rom``."""
         return "rom" if self.index == ROM_INDEX else f"bar{self.index}"
 
 
 def preview_vectors(space: bytes) -> Vectors:
-    """From the first 256 bytes of configuration space; the kernel gives only 64 to who is not root."""
+    """Read them from the first 256 bytes of configuration space, of which non-root users can read 64."""
     if len(space) < pciregs.CONVENTIONAL_SIZE:
         return Vectors(None, None, bool(space[pciregs.INTERRUPT_PIN]) if len(space) >= pciregs.HEADER_SIZE else None)
 
@@ -66,7 +70,7 @@ def preview_vectors(space: bytes) -> Vectors:
 
 
 def preview_bars(resources: Iterable[tuple[int, int]], vectors: Vectors) -> tuple[BarPreview, ...]:
-    """From size and flags of each line of ``resource`` (BARs, then the ROM)."""
+    """Read them from size and flags of each line of ``resource`` in sysfs: BARs, then the ROM."""
     bars = []
     for index, (size, flags) in enumerate(resources):
         if index > ROM_INDEX or not size or not flags & (_IO | _MEMORY):
@@ -81,6 +85,6 @@ def preview_bars(resources: Iterable[tuple[int, int]], vectors: Vectors) -> tupl
 
 
 def allocate(space: BarSpace, bars: Sequence[BarPreview]) -> None:
-    """Find room for them as an assigned function does. Raises ``LayoutError`` where there is none."""
+    """Allocate addresses as an assigned function does. Raises ``LayoutError`` where a window is full."""
     for bar in bars:
         space.allocate(bar.kind, 1 << (bar.size - 1).bit_length())

@@ -21,7 +21,7 @@ from kvmpass.guest.guest import OUTPUT
 from kvmpass.layout import MIB, Range
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import GuestOutcome
-from kvmpass.pci.space import IO_WINDOW
+from kvmpass.pci.barspace import IO_WINDOW
 from kvmpass.vfio.device import ERR
 
 PLUGS = 100 if SOAK else 5

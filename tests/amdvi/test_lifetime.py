@@ -24,8 +24,8 @@ from kvmpass.machine.eventloop import EventLoop
 from kvmpass.memory import HostMapping
 from kvmpass.pci import AssignedFunction, PciBus
 from kvmpass.pci.bar import Bar
+from kvmpass.pci.barspace import BarSpace
 from kvmpass.pci.intx import Intx
-from kvmpass.pci.space import BarSpace
 from kvmpass.vfio import Container, Device, Group, Region
 
 Valid = Callable[[str, str | bytes], Any]

@@ -1,4 +1,4 @@
-"""What a BAR is over, made up: the device's region, a trapped part, KVM's memslots; and a plant of them all."""
+"""What a BAR is over, made up: the device's region, a trapped part, KVM's memslots; and a guest of them all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvmpass.layout import MIB, PAGE, Range, plan_layout
 from kvmpass.memory import GuestMemory, HostMapping, RegionKind
 from kvmpass.pci import BarSpace, Wiring
 from kvmpass.pci.bar import Bar, RomBar, Trap
-from kvmpass.pci.space import BarKind
+from kvmpass.pci.barspace import BarKind
 from kvmpass.vfio.device import RegionInfo
 
 IO, IO_RESERVED, MEMORY32, MEMORY64, PREFETCHABLE = 0b01, 0b11, 0b0000, 0b0100, 0b1000
@@ -104,7 +104,7 @@ class Listener:
         return region in self.slots
 
 
-class Plant:
+class GuestSpace:
     """Guest memory, a bus and the windows; bars made here are closed at the end."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from kvmpass.errors import BadAddress, LayoutError
 from kvmpass.layout import GIB, MIB, Range, Reserved
 from kvmpass.memory import Backing, RegionKind, plan_memory
 from kvmpass.pci import preview_bars, preview_vectors
-from kvmpass.pci.space import BarKind
+from kvmpass.pci.barspace import BarKind
 
 NVME, SOUND, BRIDGE = "0000:01:00.0", "0000:01:00.1", "0000:00:01.0"
 IO, MEMORY, MEMORY64 = 0x100, 0x200, 0x100200

@@ -15,7 +15,7 @@ from kvmpass import ports
 from kvmpass.boot import acpi, aml
 from kvmpass.errors import LayoutError
 from kvmpass.layout import ECAM_BASE, ECAM_SIZE, GIB, MIB, MMIO32_BASE, MMIO32_SIZE, Layout, Range
-from kvmpass.pci.space import IO_WINDOW
+from kvmpass.pci.barspace import IO_WINDOW
 
 LAYOUT = Layout(
     (Range(0, 512 * MIB),),

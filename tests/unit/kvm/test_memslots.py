@@ -227,7 +227,7 @@ def test_a_vm_that_is_closed_has_no_slots(stage: Stage) -> None:
     stage.vm.slots.clear()
 
 
-def test_a_number_that_the_kernel_cannot_be_asked_for(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_that_no_ioctl_accepts(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     def overflow(*_: object, **__: object) -> None:
         raise OverflowError
 

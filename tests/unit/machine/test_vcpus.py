@@ -23,18 +23,18 @@ class FakeVcpu:
         self.index = index
         self.exits: list[Exit] = []
         self.entries = 0
-        self._asked = threading.Event()
+        self._exit_requested = threading.Event()
 
     def request_exit(self, wanted: bool = True) -> None:
         if wanted:
-            self._asked.set()
+            self._exit_requested.set()
         else:
-            self._asked.clear()
+            self._exit_requested.clear()
 
     def run(self) -> Exit:
         self.entries += 1
         deadline = time.monotonic() + 20
-        while not self._asked.is_set():
+        while not self._exit_requested.is_set():
             if self.exits:
                 return self.exits.pop(0)
             assert time.monotonic() < deadline

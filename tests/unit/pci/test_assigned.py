@@ -60,7 +60,7 @@ def pin(value: int) -> Callable[[FakeDevice], None]:
 
 
 @pytest.mark.parametrize("change", [pin(0), pin(5), pin(0xFF), without(INTX), none_of(INTX)])
-def test_without_a_pin_that_vfio_drives_there_is_none(change: Callable[[FakeDevice], None]) -> None:
+def test_a_pin_without_vfio_interrupts_reads_as_none(change: Callable[[FakeDevice], None]) -> None:
     board = made(change)
     assert board.config_read(0x3D, 1) == 0
     assert (board.function.interrupt, board.kvm.pins, board.device.active) == ("none", {}, None)
@@ -82,7 +82,7 @@ def test_a_capability_without_its_interrupts_is_hidden(change: Callable[[int], C
         board.close()
 
 
-def test_without_msix_nothing_is_cut_out_of_its_bar() -> None:
+def test_without_msix_the_whole_bar_is_mapped() -> None:
     board = made(without(MSIX))
     board.config_write(COMMAND, 2, 2)
     assert board.bars() == [Range(board.layout.mmio64.start, 4 * PAGE)]
@@ -97,7 +97,7 @@ def test_the_interrupt_line_is_the_guests_to_write(board: Board) -> None:
     assert board.device.config.data[0x3C] == 0, "the device's own stays the host's"
 
 
-def test_whether_the_slot_holds_others_is_the_buss_to_say(board: Board) -> None:
+def test_the_multifunction_bit_is_set_by_the_bus(board: Board) -> None:
     assert board.config_read(0x0E, 1) == 0x00
     board.function.set_multifunction(True)
     assert board.config_read(0x0E, 1) == 0x80
@@ -116,7 +116,7 @@ def test_identity_is_the_devices(board: Board) -> None:
 # --- BARs
 
 
-def test_bars_that_there_are_not_read_as_zero(board: Board) -> None:
+def test_absent_bars_read_as_zero(board: Board) -> None:
     for at in (0x1C, 0x24):
         board.config_write(at, 0xFFFF_FFFF)
         assert board.config_read(at) == 0, hex(at)
@@ -136,7 +136,7 @@ def test_a_bar_is_written_byte_by_byte(board: Board) -> None:
     assert board.config_read(ROM_BAR) == before & 0x00FF_FFFF | 0xC100_0000
 
 
-def test_each_bar_answers_to_its_own_bit(board: Board) -> None:
+def test_each_bar_decodes_by_its_own_command_bit(board: Board) -> None:
     io, memory = board.config_read(BAR2) & ~3, board.config_read(BAR4)
     for command, ports, mmio in ((0, False, False), (1, True, False), (2, False, True), (3, True, True)):
         board.config_write(COMMAND, command, 2)
@@ -154,7 +154,7 @@ def test_the_upper_half_belongs_to_the_bar_below(board: Board) -> None:
     assert board.config_read(BAR0) == home & 0xFFFF_FFFF | 4
 
 
-def test_a_64_bit_bar_in_the_last_place_has_no_upper_half() -> None:
+def test_a_64_bit_bar_in_the_last_register_has_no_upper_half() -> None:
     """Such a device is broken: nothing behind its BARs may change for it."""
 
     def change(device: FakeDevice) -> None:
@@ -189,7 +189,7 @@ def test_a_rom_needs_memory_decoding_and_its_own_bit(board: Board) -> None:
 # --- MSI-X in configuration space
 
 
-def test_message_control_has_two_bits_for_the_guest(board: Board) -> None:
+def test_two_bits_of_message_control_are_writable(board: Board) -> None:
     """The table's size and place are ours to say."""
     size, table, pending = (board.config_read(MSIX_AT + at, n) for at, n in ((2, 2), (4, 4), (8, 4)))
     assert (size, table, pending) == (VECTORS - 1, TABLE_AT, PENDING_AT)
@@ -200,7 +200,7 @@ def test_message_control_has_two_bits_for_the_guest(board: Board) -> None:
     assert board.device.active == INTX
 
 
-def test_enabled_bits_of_the_device_are_not_the_guests() -> None:
+def test_enable_bits_of_the_device_are_hidden() -> None:
     """What a host's driver has left there."""
 
     def change(device: FakeDevice) -> None:
@@ -213,14 +213,14 @@ def test_enabled_bits_of_the_device_are_not_the_guests() -> None:
 
 
 @pytest.mark.parametrize("at, size, value", [(2, 2, 0x8000), (3, 1, 0x80), (0, 4, 0x8000_0000)])
-def test_any_write_of_the_enable_bit_counts(board: Board, at: int, size: int, value: int) -> None:
+def test_any_write_of_the_enable_bit_takes_effect(board: Board, at: int, size: int, value: int) -> None:
     board.config_write(MSIX_AT + at, value, size)
     assert (board.function.interrupt, board.device.active, board.kvm.pins) == ("MSI-X", MSIX, {})
     board.config_write(MSIX_AT + 3, 0, 1)
     assert (board.function.interrupt, board.device.active) == ("INTx", INTX)
 
 
-def test_writes_beside_it_do_not(board: Board) -> None:
+def test_writes_beside_the_enable_bit_have_no_effect(board: Board) -> None:
     board.config_write(MSIX_AT + 2, 0xFF, 1)
     board.config_write(MSIX_AT + 4, 0x8000_8000)
     assert board.function.interrupt == "INTx"
@@ -252,7 +252,7 @@ def test_table_and_pending_bits_trap_in_the_bar_that_holds_them(bar: int) -> Non
 # --- which kind of interrupt is on
 
 
-def test_messages_take_turns_with_the_pin(board: Board) -> None:
+def test_messages_and_the_pin_are_exclusive(board: Board) -> None:
     """MSI-X before MSI before the pin, as the guest's bits say."""
     seen = []
     for msi, msix in ((0, 0), (1, 0), (1, 1), (0, 1), (0, 0), (0, 1), (1, 1), (1, 0), (0, 0)):
@@ -295,7 +295,7 @@ def test_status_is_the_devices(board: Board) -> None:
     assert board.bars() != []
 
 
-def test_a_device_that_vfio_lets_nobody_read(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_vfio_does_not_read(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unplugged from the host, for one: no exception, no memslots, no decoding."""
     board.config_write(COMMAND, 2, 2)
 
@@ -310,7 +310,7 @@ def test_a_device_that_vfio_lets_nobody_read(board: Board, monkeypatch: pytest.M
         assert board.bars() == []
 
 
-def test_the_end_of_a_function_in_use(board: Board) -> None:
+def test_closing_a_function_in_use(board: Board) -> None:
     """Interrupts off, memslots gone, mappings closed: Board.close looks."""
     board.config_write(COMMAND, 3, 2)
     board.config_write(MSIX_AT + 2, 0x8000, 2)
@@ -322,7 +322,7 @@ def test_the_end_of_a_function_in_use(board: Board) -> None:
     assert (board.kvm.irqfds, board.bars(), board.device.active) == ({}, [], None)
 
 
-def test_no_vectors_is_not_many() -> None:
+def test_zero_vectors_hide_the_capability() -> None:
     """A function of MSI-X with one vector, the least there is."""
 
     def change(device: FakeDevice) -> None:
@@ -338,7 +338,7 @@ def test_no_vectors_is_not_many() -> None:
     board.close()
 
 
-def test_addresses_of_two_boards_do_not_meet(board: Board) -> None:
+def test_two_functions_have_separate_addresses(board: Board) -> None:
     """A second function finds room beside the first, in all three windows."""
     other = board.make_at(2, FakeDevice())
 

@@ -20,7 +20,7 @@ def board() -> Iterator[Board]:
     board.close()
 
 
-# --- nothing happens that was not asked for
+# --- writes have no other effects
 
 
 class Changes:
@@ -38,7 +38,7 @@ class Changes:
         self.count += 1
 
 
-def test_writes_beside_the_power_state_move_no_memslot(board: Board) -> None:
+def test_writes_beside_the_power_state_change_no_memslot(board: Board) -> None:
     """Nor do writes of COMMAND and of the state that leave both as they are."""
     board.config_write(COMMAND, 3, 2)
     changes = Changes()
@@ -54,7 +54,7 @@ def test_writes_beside_the_power_state_move_no_memslot(board: Board) -> None:
     board.memory._listeners.remove(changes)
 
 
-def test_registers_beside_a_bars_and_a_roms_leave_them_alone(board: Board) -> None:
+def test_registers_beside_bars_and_rom_do_not_change_them(board: Board) -> None:
     at = (BAR0, BAR0 + 4, BAR2, BAR4, ROM_BAR)
     before = [board.config_read(offset) for offset in at]
     for offset in (0x0C, 0x28, 0x2C, 0x34, 0x38):
@@ -63,7 +63,7 @@ def test_registers_beside_a_bars_and_a_roms_leave_them_alone(board: Board) -> No
     assert [board.config_read(offset) for offset in at] == before
 
 
-def test_a_device_without_power_management_is_always_awake() -> None:
+def test_a_device_without_power_management_is_always_in_d0() -> None:
     def change(device: FakeDevice) -> None:
         device.config.data[PM_AT] = 0x09  # a vendor's own instead
         device.config.data[0:4] = b"\xff" * 4
@@ -79,7 +79,7 @@ def test_a_device_without_power_management_is_always_awake() -> None:
 
 
 @pytest.mark.parametrize("kind", [INTX, MSI])
-def test_an_interrupt_that_vfio_does_not_turn_off_ends_no_guest(
+def test_an_interrupt_that_vfio_does_not_disable_ends_no_guest(
     board: Board, monkeypatch: pytest.MonkeyPatch, kind: int
 ) -> None:
     if kind == MSI:
@@ -101,7 +101,7 @@ def test_an_interrupt_that_vfio_does_not_turn_off_ends_no_guest(
     board.device.signals.clear()
 
 
-def test_before_a_device_sleeps_its_guest_has_lost_its_memory(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memslots_are_deleted_before_a_device_leaves_d0(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mapping faults in any state but D0."""
     board.config_write(COMMAND, 2, 2)
     seen: list[tuple[int, int]] = []
@@ -230,7 +230,7 @@ def io_first(device: FakeDevice) -> None:
     del device.irqs[MSIX]
 
 
-def test_a_write_of_command_is_done_whole_or_not_at_all() -> None:
+def test_a_write_of_command_is_atomic() -> None:
     """Memory off and ports on, with one memslot that stays: nothing goes on, and what was off already comes back."""
     board = made(io_first)
     board.config_write(COMMAND, 2, 2)
@@ -248,7 +248,7 @@ def test_a_write_of_command_is_done_whole_or_not_at_all() -> None:
     board.close()
 
 
-def test_a_device_is_not_put_to_sleep_under_a_memslot() -> None:
+def test_a_device_with_a_memslot_stays_in_d0() -> None:
     board = made(io_first)
     board.config_write(COMMAND, 3, 2)
     before, state = board.bars(), board.config_read(PM_AT + 4, 1)
@@ -261,7 +261,7 @@ def test_a_device_is_not_put_to_sleep_under_a_memslot() -> None:
     board.close()
 
 
-def test_a_bar_that_cannot_leave_its_place_keeps_its_register(board: Board) -> None:
+def test_a_bar_that_cannot_move_keeps_its_register(board: Board) -> None:
     board.config_write(COMMAND, 2, 2)
     before, low, high = board.bars(), board.config_read(BAR0), board.config_read(BAR0 + 4)
     board.memory.listen(kvm := Keeping())
@@ -273,7 +273,7 @@ def test_a_bar_that_cannot_leave_its_place_keeps_its_register(board: Board) -> N
     assert [range_.start for range_ in board.bars()] == [range_.start + (1 << 32) for range_ in before]
 
 
-def test_the_end_can_be_tried_again(board: Board) -> None:
+def test_a_failed_close_can_be_repeated(board: Board) -> None:
     board.config_write(COMMAND, 2, 2)
     before = board.bars()
     board.memory.listen(kvm := Keeping())
@@ -290,7 +290,7 @@ def test_the_end_can_be_tried_again(board: Board) -> None:
 
 
 @pytest.mark.parametrize("command", [0, 1, 2, 3, 0x0407, 0xFFFF])
-def test_a_device_may_come_with_decoding_on(command: int) -> None:
+def test_a_device_may_be_opened_with_decoding_on(command: int) -> None:
     """VFIO is told by writing it; one that reads as ones is gone."""
     board = made(lambda device: device.config.data.__setitem__(slice(4, 6), command.to_bytes(2, "little")))
     writes = [at for kind, at, _ in board.device.config.accesses if kind == "write"]
@@ -301,7 +301,7 @@ def test_a_device_may_come_with_decoding_on(command: int) -> None:
     board.close()
 
 
-def test_a_device_whose_state_nobody_can_read_decodes_nothing(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_an_unreadable_power_state_nothing_is_decoded(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     board.config_write(COMMAND, 3, 2)
     ports = board.config_read(BAR2) & ~3
 
@@ -316,7 +316,7 @@ def test_a_device_whose_state_nobody_can_read_decodes_nothing(board: Board, monk
     assert board.bars() != []
 
 
-def test_a_device_that_vfio_lets_nobody_write_decodes_nothing() -> None:
+def test_a_device_that_vfio_does_not_write_decodes_nothing() -> None:
     """It comes with decoding on, but VFIO does not know of it: its pages would fault."""
     writable = False
     device = FakeDevice()

@@ -7,20 +7,20 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from support.fake_bar import IO, IO_RESERVED, MEMORY32, MEMORY64, ONES, PREFETCHABLE, Plant, Region, Register
+from support.fake_bar import IO, IO_RESERVED, MEMORY32, MEMORY64, ONES, PREFETCHABLE, GuestSpace, Region, Register
 
 from kvmpass.errors import LayoutError
 from kvmpass.layout import GIB, MIB, PAGE, Range
 from kvmpass.memory import RegionKind
 from kvmpass.pci.bar import Bar, Trap, mappable
-from kvmpass.pci.space import BarKind
+from kvmpass.pci.barspace import BarKind
 
 
 @pytest.fixture
-def plant() -> Iterator[Plant]:
-    plant = Plant()
-    yield plant
-    plant.close()
+def guest() -> Iterator[GuestSpace]:
+    guest = GuestSpace()
+    yield guest
+    guest.close()
 
 
 # --- what can be mapped
@@ -71,9 +71,9 @@ def test_nothing_to_map() -> None:
         (MEMORY32 | 0xFFFF_F000, PAGE, 0xFFFF_F000, None),
     ],
 )
-def test_a_guest_sizes_it(plant: Plant, flags: int, size: int, low: int, high: int | None) -> None:
+def test_a_guest_sizes_it(guest: GuestSpace, flags: int, size: int, low: int, high: int | None) -> None:
     """All ones written: the size's bits and the flags read back (PCI Local Bus 3.0, section 6.2.5.1)."""
-    bar = plant.bar(Region(size), flags)
+    bar = guest.bar(Region(size), flags)
     home = bar.address
     assert bar.register(False) == home & 0xFFFF_FFFF | low & (0b11 if flags & 1 else 0b1111)
     bar.set_register(0xFFFF_FFFF, False)
@@ -101,14 +101,14 @@ def test_a_guest_sizes_it(plant: Plant, flags: int, size: int, low: int, high: i
         (0b1111, BarKind.IO),
     ],
 )
-def test_kinds(plant: Plant, flags: int, kind: BarKind) -> None:
-    bar = plant.bar(Region(PAGE), flags)
+def test_kinds(guest: GuestSpace, flags: int, kind: BarKind) -> None:
+    bar = guest.bar(Region(PAGE), flags)
     assert bar.kind is kind
-    assert plant.space.allows(kind, Range(bar.address, bar.size))
+    assert guest.space.allows(kind, Range(bar.address, bar.size))
 
 
-def test_each_half_is_written_alone(plant: Plant) -> None:
-    bar = plant.bar(Region(PAGE), MEMORY64)
+def test_each_half_is_written_alone(guest: GuestSpace) -> None:
+    bar = guest.bar(Region(PAGE), MEMORY64)
     bar.set_register(0x1234_5678, False)
     assert (bar.register(False), bar.register(True)) == (0x1234_5004, bar.address >> 32)
     bar.set_register(0x9ABC_DEF0, True)
@@ -120,88 +120,88 @@ def test_each_half_is_written_alone(plant: Plant) -> None:
 # --- decoding
 
 
-def test_it_decodes_where_it_is_and_only_while_asked_to(plant: Plant) -> None:
+def test_it_decodes_at_its_address_and_only_while_enabled(guest: GuestSpace) -> None:
     region = Region(4 * PAGE, [Range(0, 4 * PAGE)])
-    bar = plant.bar(region, MEMORY64)
-    assert (plant.slots, plant.bus.read(bar.address, 4)) == ([], ONES[:4])
+    bar = guest.bar(region, MEMORY64)
+    assert (guest.slots, guest.bus.read(bar.address, 4)) == ([], ONES[:4])
     bar.decode(True)
-    assert plant.slots == [Range(bar.address, 4 * PAGE)]
-    [slot] = [r for r in plant.memory if r.kind is RegionKind.BAR]
+    assert guest.slots == [Range(bar.address, 4 * PAGE)]
+    [slot] = [r for r in guest.memory if r.kind is RegionKind.BAR]
     assert (slot.hva, slot.name) == (region.mappings[Range(0, 4 * PAGE)].address, "bar2")
     bar.decode(True)
-    assert plant.bus.read(bar.address + 5, 2) == bytes(region.data[5:7])
-    assert plant.bus.read(bar.address - 1, 1) == ONES[:1] == plant.bus.read(bar.address + 4 * PAGE, 1)
+    assert guest.bus.read(bar.address + 5, 2) == bytes(region.data[5:7])
+    assert guest.bus.read(bar.address - 1, 1) == ONES[:1] == guest.bus.read(bar.address + 4 * PAGE, 1)
     bar.decode(False)
-    assert (plant.slots, plant.bus.read(bar.address, 4)) == ([], ONES[:4])
+    assert (guest.slots, guest.bus.read(bar.address, 4)) == ([], ONES[:4])
     bar.decode(False)
 
 
-def test_ports_are_trapped_as_a_whole(plant: Plant) -> None:
+def test_ports_are_trapped_as_a_whole(guest: GuestSpace) -> None:
     region = Region(32, [Range(0, 32)])
-    bar = plant.bar(region, IO)
+    bar = guest.bar(region, IO)
     bar.decode(True)
-    assert region.mappings == {} and plant.slots == []
-    assert plant.bus.read(0xC000 + 30, 2) == bytes(region.data[30:32])
-    plant.bus.write(0xC000 + 31, b"\x5a")
+    assert region.mappings == {} and guest.slots == []
+    assert guest.bus.read(0xC000 + 30, 2) == bytes(region.data[30:32])
+    guest.bus.write(0xC000 + 31, b"\x5a")
     assert region.writes == [(31, b"\x5a")]
 
 
-def test_it_moves_with_its_memslots(plant: Plant) -> None:
-    bar = plant.bar(Region(2 * PAGE, [Range(0, PAGE), Range(PAGE, PAGE)]), MEMORY32)
+def test_it_moves_with_its_memslots(guest: GuestSpace) -> None:
+    bar = guest.bar(Region(2 * PAGE, [Range(0, PAGE), Range(PAGE, PAGE)]), MEMORY32)
     bar.decode(True)
     home = bar.address
     bar.set_register(home + 64 * PAGE, False)
-    assert plant.slots == [Range(home + 64 * PAGE, PAGE), Range(home + 65 * PAGE, PAGE)]
-    assert plant.bus.read(home, 4) == ONES[:4]
+    assert guest.slots == [Range(home + 64 * PAGE, PAGE), Range(home + 65 * PAGE, PAGE)]
+    assert guest.bus.read(home, 4) == ONES[:4]
     bar.set_register(home + 64 * PAGE, False)
-    assert len(plant.slots) == 2
-    for outside in (0, PAGE, plant.layout.ecam.start, 0xFEE0_0000, plant.layout.mmio32.end):
+    assert len(guest.slots) == 2
+    for outside in (0, PAGE, guest.layout.ecam.start, 0xFEE0_0000, guest.layout.mmio32.end):
         bar.set_register(outside, False)
-        assert plant.slots == [], hex(outside)
-        assert plant.bus.read(outside & -2 * PAGE, 4) == ONES[:4]
-    bar.set_register(plant.layout.mmio32.end - 2 * PAGE, False)
-    assert len(plant.slots) == 2, "the last place"
+        assert guest.slots == [], hex(outside)
+        assert guest.bus.read(outside & -2 * PAGE, 4) == ONES[:4]
+    bar.set_register(guest.layout.mmio32.end - 2 * PAGE, False)
+    assert len(guest.slots) == 2, "the last place"
 
 
-def test_nothing_is_decoded_while_it_is_sized(plant: Plant) -> None:
+def test_nothing_is_decoded_while_it_is_sized(guest: GuestSpace) -> None:
     """Also where all ones are a place like any other: the upper end of a window of ports."""
-    bar = plant.bar(Region(64), IO)
+    bar = guest.bar(Region(64), IO)
     bar.decode(True)
     home = bar.address
     bar.set_register(0xFFFF_FFFF, False)
-    assert plant.bus._ranges == []
+    assert guest.bus._ranges == []
     bar.set_register(home, False)
-    assert plant.bus.read(home, 1) == b"\1"
-    wide = plant.bar(Region(PAGE, [Range(0, PAGE)]), MEMORY64)
+    assert guest.bus.read(home, 1) == b"\1"
+    wide = guest.bar(Region(PAGE, [Range(0, PAGE)]), MEMORY64)
     wide.decode(True)
     wide.set_register(0xFFFF_FFFF, False)
-    assert plant.slots == []
+    assert guest.slots == []
     wide.set_register(wide.address >> 32, True)
-    assert plant.slots == [], "it still is"
+    assert guest.slots == [], "it still is"
 
 
-def test_a_place_that_is_taken_is_waited_for(plant: Plant) -> None:
-    first, second = (plant.bar(Region(PAGE, [Range(0, PAGE)], index), MEMORY32) for index in (0, 1))
+def test_a_bar_waits_for_addresses_in_use(guest: GuestSpace) -> None:
+    first, second = (guest.bar(Region(PAGE, [Range(0, PAGE)], index), MEMORY32) for index in (0, 1))
     first.decode(True)
     home, other = first.address, second.address
     second.set_register(home, False)
     second.decode(True)
-    assert [r.name for r in plant.memory] == ["bar0"], "who came first keeps it"
+    assert [r.name for r in guest.memory] == ["bar0"], "who came first keeps it"
     first.set_register(other, False)
-    assert {r.name: r.gpa for r in plant.memory} == {"bar0": other, "bar1": home}
+    assert {r.name: r.gpa for r in guest.memory} == {"bar0": other, "bar1": home}
     second.decode(False)
     first.set_register(home, False)
-    assert [r.name for r in plant.memory] == ["bar0"]
+    assert [r.name for r in guest.memory] == ["bar0"]
     second.decode(True)
     second.decode(False)
     first.decode(False)
-    assert plant.slots == [], "who does not decode any more does not wait"
+    assert guest.slots == [], "who does not decode any more does not wait"
     second.retry()
-    assert plant.slots == []
+    assert guest.slots == []
 
 
-def test_who_stops_waiting_loses_its_place_in_the_queue(plant: Plant) -> None:
-    holder, first, second = (plant.bar(Region(PAGE, [Range(0, PAGE)], index), MEMORY32) for index in (0, 1, 2))
+def test_a_bar_that_stops_waiting_leaves_the_queue(guest: GuestSpace) -> None:
+    holder, first, second = (guest.bar(Region(PAGE, [Range(0, PAGE)], index), MEMORY32) for index in (0, 1, 2))
     home = holder.address
     holder.decode(True)
     for bar in (first, second):
@@ -211,64 +211,64 @@ def test_who_stops_waiting_loses_its_place_in_the_queue(plant: Plant) -> None:
     second.decode(True)
     first.decode(True)
     holder.decode(False)
-    assert [r.name for r in plant.memory] == ["bar2"]
+    assert [r.name for r in guest.memory] == ["bar2"]
     second.decode(False)
-    assert [r.name for r in plant.memory] == ["bar1"]
+    assert [r.name for r in guest.memory] == ["bar1"]
 
 
-def test_what_kvm_refuses_a_memslot_for_traps(plant: Plant) -> None:
-    bar = plant.bar(Region(PAGE, [Range(0, PAGE)]), MEMORY32)
-    plant.kvm.refusing = "added"
+def test_without_a_memslot_accesses_exit(guest: GuestSpace) -> None:
+    bar = guest.bar(Region(PAGE, [Range(0, PAGE)]), MEMORY32)
+    guest.kvm.refusing = "added"
     bar.decode(True)
-    assert (plant.slots, len(plant.bus._ranges)) == ([], 1)
-    plant.kvm.refusing = ""
+    assert (guest.slots, len(guest.bus._ranges)) == ([], 1)
+    guest.kvm.refusing = ""
     bar.set_register(bar.address, False)
-    assert plant.slots == [Range(bar.address, PAGE)], "written again, it is tried again"
+    assert guest.slots == [Range(bar.address, PAGE)], "written again, it is tried again"
 
 
-def test_pages_without_a_mapping_trap(plant: Plant) -> None:
+def test_pages_without_a_mapping_exit(guest: GuestSpace) -> None:
     region = Region(4 * PAGE, [Range(0, 4 * PAGE)])
     table = Register(64)
-    bar = plant.bar(region, MEMORY32, [Trap(Range(2 * PAGE + 8, 64), table)])
+    bar = guest.bar(region, MEMORY32, [Trap(Range(2 * PAGE + 8, 64), table)])
     bar.decode(True)
-    assert plant.slots == [Range(bar.address, 2 * PAGE), Range(bar.address + 3 * PAGE, PAGE)]
+    assert guest.slots == [Range(bar.address, 2 * PAGE), Range(bar.address + 3 * PAGE, PAGE)]
     assert sorted(region.mappings) == [Range(0, 2 * PAGE), Range(3 * PAGE, PAGE)]
 
 
-def test_the_end_unmaps_after_the_guest_has_lost_it(plant: Plant) -> None:
+def test_close_deletes_memslots_then_unmaps(guest: GuestSpace) -> None:
     region = Region(PAGE, [Range(0, PAGE)])
-    bar = plant.bar(region, MEMORY32)
+    bar = guest.bar(region, MEMORY32)
     bar.decode(True)
     order: list[str] = []
     mapping = region.mappings[Range(0, PAGE)]
     close = mapping.close
-    mapping.close = lambda: (order.append(f"unmapped with {len(plant.slots)} slots"), close())[1]  # type: ignore[method-assign]
+    mapping.close = lambda: (order.append(f"unmapped with {len(guest.slots)} slots"), close())[1]  # type: ignore[method-assign]
     bar.close()
-    plant.bars.remove(bar)
+    guest.bars.remove(bar)
     assert (order, region.unmapped) == (["unmapped with 0 slots"], True)
-    assert plant.space.allocate(BarKind.MEMORY32, PAGE).start == bar.address, "its address is free"
-    plant.space.free(BarKind.MEMORY32, Range(bar.address, PAGE))
+    assert guest.space.allocate(BarKind.MEMORY32, PAGE).start == bar.address, "its address is free"
+    guest.space.free(BarKind.MEMORY32, Range(bar.address, PAGE))
 
 
-def test_one_that_cannot_be_made_leaves_nothing(plant: Plant) -> None:
+def test_a_failed_constructor_leaves_nothing(guest: GuestSpace) -> None:
     region = Region(PAGE, [Range(0, PAGE)])
     region.refusing_mmap = True
     with pytest.raises(OSError, match="mmap"):
-        Bar("bar2", region, MEMORY32, plant.wiring)
-    assert plant.space.allocate(BarKind.MEMORY32, PAGE).start == plant.layout.mmio32.start
-    plant.space.free(BarKind.MEMORY32, Range(plant.layout.mmio32.start, PAGE))
+        Bar("bar2", region, MEMORY32, guest.wiring)
+    assert guest.space.allocate(BarKind.MEMORY32, PAGE).start == guest.layout.mmio32.start
+    guest.space.free(BarKind.MEMORY32, Range(guest.layout.mmio32.start, PAGE))
     with pytest.raises(LayoutError, match="no room"):
-        Bar("bar2", Region(GIB), MEMORY32, plant.wiring)
+        Bar("bar2", Region(GIB), MEMORY32, guest.wiring)
 
 
 # --- accesses that trap
 
 
 @pytest.mark.parametrize("size", [1, 16, 100, 256, 0x1800])
-def test_accesses_up_to_the_last_byte_reach_the_device(plant: Plant, size: int) -> None:
+def test_accesses_up_to_the_last_byte_reach_the_device(guest: GuestSpace, size: int) -> None:
     """A BAR is a power of two, what the device has of it may be less: behind that there is nothing."""
     region = Region(size)
-    bar = plant.bar(region, MEMORY32)
+    bar = guest.bar(region, MEMORY32)
     for length in range(1, 9):
         for offset in range(max(0, size - 9), size + 2):
             inside = offset + length <= size
@@ -279,19 +279,19 @@ def test_accesses_up_to_the_last_byte_reach_the_device(plant: Plant, size: int) 
             assert region.writes == ([(offset, expected)] if inside else []), (offset, length)
 
 
-def test_what_vfio_refuses(plant: Plant) -> None:
+def test_what_vfio_refuses(guest: GuestSpace) -> None:
     region = Region(PAGE)
-    bar = plant.bar(region, MEMORY32)
+    bar = guest.bar(region, MEMORY32)
     region.refusing = True
     assert bar.read(0, 8) == ONES[:8]
     bar.write(0, bytes(8))
     assert region.writes == []
 
 
-def test_trapped_parts_are_relative_and_never_reach_the_device(plant: Plant) -> None:
+def test_trapped_parts_are_relative_and_never_reach_the_device(guest: GuestSpace) -> None:
     region, table, pending = Region(2 * PAGE), Register(80), Register(8)
     traps = [Trap(Range(0x800, 80), table), Trap(Range(0x1000, 8), pending)]
-    bar = plant.bar(region, MEMORY32, traps)
+    bar = guest.bar(region, MEMORY32, traps)
     bar.write(0x800, b"abcd")
     bar.write(0x800 + 76, b"last")
     bar.write(0x1004, b"bits")
@@ -312,27 +312,27 @@ def test_trapped_parts_are_relative_and_never_reach_the_device(plant: Plant) -> 
 # --- the expansion ROM (PCI Local Bus 3.0, section 6.2.5.2)
 
 
-def test_a_rom_has_its_own_enable_bit(plant: Plant) -> None:
+def test_a_rom_has_its_own_enable_bit(guest: GuestSpace) -> None:
     region = Region(2 * PAGE)
-    rom = plant.rom(region)
+    rom = guest.rom(region)
     home = rom.address
     assert (rom.register(False), rom.enabled) == (home, False)
     rom.decode(True)
-    assert plant.bus.read(home, 2) == ONES[:2]
+    assert guest.bus.read(home, 2) == ONES[:2]
     rom.set_register(home | 1, False)
     assert (rom.register(False), rom.enabled) == (home | 1, True)
     rom.decode(True)
-    assert plant.bus.read(home, 2) == bytes(region.data[:2])
-    plant.bus.write(home, b"\0\0")
+    assert guest.bus.read(home, 2) == bytes(region.data[:2])
+    guest.bus.write(home, b"\0\0")
     assert region.writes == []
     rom.set_register(home, False)
     rom.decode(True)
-    assert (rom.register(False), plant.bus.read(home, 2)) == (home, ONES[:2])
+    assert (rom.register(False), guest.bus.read(home, 2)) == (home, ONES[:2])
 
 
 @pytest.mark.parametrize("size, mask", [(1, 0xFFFF_F800), (PAGE, 0xFFFF_F000), (64 * 1024, 0xFFFF_0000)])
-def test_a_rom_is_sized_above_bit_10(plant: Plant, size: int, mask: int) -> None:
-    rom = plant.rom(Region(size))
+def test_a_rom_is_sized_above_bit_10(guest: GuestSpace, size: int, mask: int) -> None:
+    rom = guest.rom(Region(size))
     home = rom.address
     rom.set_register(0xFFFF_FFFE, False)
     assert rom.register(False) == mask
@@ -342,36 +342,36 @@ def test_a_rom_is_sized_above_bit_10(plant: Plant, size: int, mask: int) -> None
     assert rom.register(False) == home
 
 
-def test_a_rom_that_is_enabled_moves(plant: Plant) -> None:
+def test_a_rom_that_is_enabled_moves(guest: GuestSpace) -> None:
     region = Region(PAGE)
-    rom = plant.rom(region)
+    rom = guest.rom(region)
     home = rom.address
     rom.set_register(home | 1, False)
     rom.decode(True)
     rom.set_register(home + 16 * PAGE | 1, False)
-    assert plant.bus.read(home, 2) == ONES[:2]
-    assert plant.bus.read(home + 16 * PAGE, 2) == bytes(region.data[:2])
+    assert guest.bus.read(home, 2) == ONES[:2]
+    assert guest.bus.read(home + 16 * PAGE, 2) == bytes(region.data[:2])
     rom.set_register(0xFFFF_F801, False)
-    assert plant.bus._ranges == [], "outside of the window"
+    assert guest.bus._ranges == [], "outside of the window"
 
 
-def test_a_bar_that_has_waited_does_not_come_back_by_itself(plant: Plant) -> None:
+def test_a_disabled_bar_no_longer_waits(guest: GuestSpace) -> None:
     """It got its place, is turned off, or moves: what it gives up is not offered to itself."""
-    first, second = (plant.bar(Region(PAGE, [Range(0, PAGE)]), MEMORY32) for _ in range(2))
+    first, second = (guest.bar(Region(PAGE, [Range(0, PAGE)]), MEMORY32) for _ in range(2))
     first.decode(True)
     second.decode(True)
     home, place = second.address, first.address
     second.set_register(place, False)
-    assert plant.slots == [Range(place, PAGE)], "it waits"
+    assert guest.slots == [Range(place, PAGE)], "it waits"
     second.set_register(home, False)
-    assert len(plant.slots) == 2
+    assert len(guest.slots) == 2
     second.decode(False)
-    assert plant.slots == [Range(place, PAGE)]
+    assert guest.slots == [Range(place, PAGE)]
     second.set_register(place, False)
     second.decode(True)
     first.decode(False)
-    assert plant.slots == [Range(place, PAGE)], "it got the place"
+    assert guest.slots == [Range(place, PAGE)], "it got the place"
     second.set_register(home, False)
-    assert plant.slots == [Range(home, PAGE)]
+    assert guest.slots == [Range(home, PAGE)]
     second.decode(False)
-    assert plant.slots == []
+    assert guest.slots == []

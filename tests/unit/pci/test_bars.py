@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from support.fake_bar import IO, MEMORY32, MEMORY64, Plant, Region
+from support.fake_bar import IO, MEMORY32, MEMORY64, GuestSpace, Region
 
 from kvmpass.layout import PAGE, Range
 from kvmpass.pci.bars import Bars
@@ -19,15 +19,15 @@ class Function:
     """Nothing but BARs: 64-bit memory in 0, ports in 2, memory in 4, a ROM."""
 
     def __init__(self) -> None:
-        self.plant = plant = Plant()
+        self.guest = guest = GuestSpace()
         self.space = ConfigSpace()
         self.bars = Bars(self.space)
         self.regions = [Region(PAGE, [Range(0, PAGE)]), Region(16), Region(PAGE, [Range(0, PAGE)]), Region(PAGE)]
         wide, ports, memory, rom = self.regions
-        self.bars.add(BAR0, plant.bar(wide, MEMORY64))
-        self.bars.add(BAR2, plant.bar(ports, IO))
-        self.bars.add(BAR4, plant.bar(memory, MEMORY32))
-        self.bars.add(ROM, plant.rom(rom))
+        self.bars.add(BAR0, guest.bar(wide, MEMORY64))
+        self.bars.add(BAR2, guest.bar(ports, IO))
+        self.bars.add(BAR4, guest.bar(memory, MEMORY32))
+        self.bars.add(ROM, guest.rom(rom))
 
     def read(self, at: int) -> int:
         return int.from_bytes(self.space.read(at, 4), "little")
@@ -46,7 +46,7 @@ def function() -> Iterator[Function]:
     yield function
     function.bars.close()
     function.bars.close()
-    function.plant.close()
+    function.guest.close()
 
 
 def test_each_has_its_register(function: Function) -> None:
@@ -62,10 +62,10 @@ def test_each_has_its_register(function: Function) -> None:
     assert function.bars.decoding == 0
 
 
-def test_what_is_no_bars_register_is_left_to_others(function: Function) -> None:
+def test_writes_outside_of_bar_registers_are_not_handled(function: Function) -> None:
     for at in (0x04, BAR0 - 4, BAR2 + 4, BAR5, BEHIND, ROM + 4):
         assert not function.write(at, 0xFFFF_FFFF), hex(at)
-    function.bars.add(BAR5, function.plant.bar(Region(PAGE), MEMORY64))
+    function.bars.add(BAR5, function.guest.bar(Region(PAGE), MEMORY64))
     assert function.write(BAR5, 0)
     assert not function.write(BEHIND, 0), "the upper half would be there"
 
@@ -92,7 +92,7 @@ def test_they_decode_by_their_kind(function: Function) -> None:
         assert (function.decoded, function.bars.decoding) == (decoded, command & 3)
 
 
-def test_a_rom_has_a_bit_of_its_own(function: Function) -> None:
+def test_a_rom_has_its_own_enable_bit_too(function: Function) -> None:
     function.write(ROM, function.read(ROM) | 1)
     assert function.decoded[3] is False
     function.bars.decode(COMMAND_MEMORY)
@@ -106,10 +106,10 @@ def test_a_rom_has_a_bit_of_its_own(function: Function) -> None:
 def test_where_kvm_keeps_a_memslot_all_decode_as_before(function: Function) -> None:
     function.bars.decode(COMMAND_IO | COMMAND_MEMORY)
     last = list(function.bars)[2]
-    function.plant.kvm.refusing, function.plant.kvm.which = "removed", lambda address: address == last.address
+    function.guest.kvm.refusing, function.guest.kvm.which = "removed", lambda address: address == last.address
     with pytest.raises(OSError, match="KVM_SET_USER_MEMORY_REGION"):
         function.bars.decode(0)
     assert (function.decoded, function.bars.decoding) == ([True, True, True, False], 3)
-    function.plant.kvm.refusing = ""
+    function.guest.kvm.refusing = ""
     function.bars.decode(0)
-    assert (function.decoded, function.plant.slots) == ([False] * 4, [])
+    assert (function.decoded, function.guest.slots) == ([False] * 4, [])

@@ -14,7 +14,7 @@ ONES = b"\xff" * 8
 
 
 class Function:
-    """4096 bytes, and what was asked of them: accesses inside one aligned dword."""
+    """4096 bytes, and the accesses to them, inside one aligned dword."""
 
     def __init__(self, tag: int) -> None:
         self.space = bytearray((tag + at // 256) & 0xFF for at in range(4096))
@@ -64,7 +64,7 @@ def test_the_host_bridge_is_in_slot_0(bus: PciBus) -> None:
     assert bus.read(0, 0, 0, 4) == bytes.fromhex("361b0800")
 
 
-def test_slots_are_handed_out_in_order_and_come_back(bus: PciBus) -> None:
+def test_slots_are_allocated_in_order_and_reused(bus: PciBus) -> None:
     functions = [Function(n) for n in range(31)]
     for slot, function in enumerate(functions, start=1):
         assert bus.free_slot() == slot
@@ -84,7 +84,7 @@ def test_a_slot_with_any_function_is_not_free(bus: PciBus) -> None:
 
 
 @pytest.mark.parametrize("slot, number", [(0, 0), (32, 0), (-1, 0), (1, 8), (1, -1)])
-def test_places_that_there_are_not(bus: PciBus, slot: int, number: int) -> None:
+def test_invalid_slots_and_functions(bus: PciBus, slot: int, number: int) -> None:
     with pytest.raises(LayoutError, match=f"slot {slot}, function {number} of the guest's PCI bus"):
         bus.plug(Function(1), slot, number)
     bus.plug(Function(1), 31, 7)
@@ -92,7 +92,7 @@ def test_places_that_there_are_not(bus: PciBus, slot: int, number: int) -> None:
     bus.plug(Function(1), 0, 1)
 
 
-def test_function_0_says_whether_it_is_alone(bus: PciBus) -> None:
+def test_function_0_has_the_multifunction_bit(bus: PciBus) -> None:
     first, other, third, far = (Function(n) for n in range(4))
     bus.plug(far, 2)
     bus.plug(first, 1)
@@ -135,7 +135,7 @@ def test_an_access_is_split_at_dwords(bus: PciBus) -> None:
         assert function.space[offset : offset + size] == data
 
 
-def test_what_does_not_end_inside_the_function_reaches_nothing(bus: PciBus) -> None:
+def test_accesses_beyond_the_end_of_a_function_are_dropped(bus: PciBus) -> None:
     bus.plug(function := Function(1), 1)
     before = bytes(function.space)
     for offset, size in ((4093, 4), (4095, 2), (4092, 8)):
@@ -227,7 +227,7 @@ def test_only_a_whole_dword_reaches_the_address_register(offset: int, size: int)
     assert ports.read(0, 4) == before
 
 
-def test_data_is_out_of_reach_while_the_enable_bit_is_clear() -> None:
+def test_data_is_unreachable_while_the_enable_bit_is_clear() -> None:
     bus, functions = filled()
     ports = ConfigPorts(bus)
     select(ports, 1, enable=0)

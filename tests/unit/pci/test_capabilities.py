@@ -90,7 +90,7 @@ def test_registers_of_a_hidden_one_are_zero_up_to_the_next_and_cannot_be_written
             assert guest.space.read(at, 1) == (b"\0" if hidden else b"\x5a"), hex(at)
 
 
-def test_the_pointers_of_shown_ones_are_ours() -> None:
+def test_the_pointers_of_shown_ones_are_emulated() -> None:
     guest = Guest([(0x40, POWER), (0x60, EA), (0x80, VPD)])
     before = bytes(guest.device.data)
     for at in (0x34, 0x40, 0x41, 0x80, 0x81):
@@ -146,7 +146,7 @@ class Extended:
 
 
 def test_extended_ones_that_are_known_are_shown() -> None:
-    """Every identifier up to 0x40, and a few that nobody has handed out."""
+    """Every identifier up to 0x40, and a few that are not assigned."""
     numbers = [*range(0x01, 0x40), 0x100, 0x0123, 0xFFFF]
     chain = [(0x100 + 0x20 * at, n, 1 + n % 3) for at, n in enumerate(numbers)]
     guest = Extended(chain)
@@ -173,7 +173,7 @@ def test_a_hidden_one_in_the_middle_is_blank() -> None:
     assert guest.chain() == [(0x100, 0x0001, 2), (0x200, 0x0003, 1)]
 
 
-def test_a_null_capability_stands_where_the_first_is_hidden() -> None:
+def test_a_null_capability_replaces_a_hidden_first_one() -> None:
     """The list begins at 0x100: there must be something with a version and a pointer."""
     guest = Extended([(0x100, 0x000E, 1), (0x140, 0x0003, 1), (0x150, 0x000D, 1)])
     assert guest.chain() == [(0x100, 0, 1), (0x140, 0x0003, 1)]
@@ -227,7 +227,7 @@ def test_the_first_version_has_no_second_link_registers(version: int) -> None:
 
 
 @pytest.mark.parametrize("kind", [0x40, 0x90, 0xA0])
-def test_other_types_stay_what_they_are(kind: int) -> None:
+def test_other_types_are_unchanged(kind: int) -> None:
     guest = express(kind | 2)
     assert guest.int(0x62, 2) == kind | 2
     assert guest.space.read(0x6C, 8) == b"\xee" * 8

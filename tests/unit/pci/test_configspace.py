@@ -1,4 +1,4 @@
-"""Configuration space whose bytes are the device's or ours: who is asked for what, and who is told."""
+"""Configuration space whose bytes are the device's or emulated: which accesses reach the device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def space(device: Device) -> ConfigSpace:
     return ConfigSpace(device)
 
 
-def test_what_nobody_emulates_is_the_devices(device: Device, space: ConfigSpace) -> None:
+def test_bytes_that_are_not_emulated_are_the_devices(device: Device, space: ConfigSpace) -> None:
     assert space.read(0x40, 4) == b"\x40\x41\x42\x43"
     space.write(0x40, b"new!")
     assert device.accesses == [("read", 0x40, b"\x40\x41\x42\x43"), ("write", 0x40, b"new!")]
@@ -80,14 +80,14 @@ def test_only_writable_bits_change(space: ConfigSpace) -> None:
     assert space.get(0x40, 4) == 0, "emulated again, without writable bits"
 
 
-def test_we_change_what_the_guest_cannot(space: ConfigSpace) -> None:
+def test_set_changes_read_only_bits(space: ConfigSpace) -> None:
     space.emulate(0x40, bytes(4))
     space.set(0x40, 0x1234, 2)
     assert space.read(0x40, 4) == b"\x34\x12\0\0"
     assert (space.get(0x40, 2), space.get(0x41, 2)) == (0x1234, 0x12)
 
 
-def test_a_mixed_read_takes_each_byte_from_its_owner(device: Device, space: ConfigSpace) -> None:
+def test_a_mixed_read_combines_both_sources(device: Device, space: ConfigSpace) -> None:
     space.emulate(0x41, b"X")
     space.emulate(0x43, b"Y")
     assert space.read(0x40, 4) == b"\x40X\x42Y"
@@ -110,7 +110,7 @@ def test_a_mixed_write_goes_to_the_device_in_runs(device: Device, space: ConfigS
     assert device.accesses[1:] == [("write", 0x4E, b"pq")]
 
 
-def test_random_accesses_keep_both_apart(device: Device, space: ConfigSpace) -> None:
+def test_random_accesses_do_not_mix_both(device: Device, space: ConfigSpace) -> None:
     """Against a model of one byte at a time."""
     rng = random.Random(7)
     ours: dict[int, tuple[int, int]] = {}
@@ -158,7 +158,7 @@ def test_a_device_of_256_bytes_has_zeroes_above_them() -> None:
     assert space.device_size == 256
 
 
-def test_only_a_refusal_is_answered_for_the_device() -> None:
+def test_only_oserror_is_handled_for_the_device() -> None:
     def refused() -> bytes:
         raise OSError(errno.EIO, "pread")
 
@@ -171,7 +171,7 @@ def test_only_a_refusal_is_answered_for_the_device() -> None:
         guarded(broken, b"\xff")
 
 
-def test_a_write_says_whether_vfio_took_all_of_it(device: Device, space: ConfigSpace) -> None:
+def test_a_write_returns_whether_vfio_accepted_it(device: Device, space: ConfigSpace) -> None:
     space.emulate(0x41, b"\0", b"\xff")
     assert space.write(0x40, b"abc") is True
     assert space.write(0x41, b"x") is True
@@ -196,5 +196,5 @@ def test_without_a_device_all_is_emulated() -> None:
     space = ConfigSpace()
     assert (space.device_size, space.device_int(0, 4), space.read(0, 4096)) == (0, 0, bytes(4096))
     space.emulate(0x40, b"\1\2", b"\xf0")
-    assert space.write(0x3F, b"\xff" * 4), "nobody else is asked"
+    assert space.write(0x3F, b"\xff" * 4), "no other device is accessed"
     assert space.read(0x3F, 4) == b"\0\xf1\2\0"

@@ -84,7 +84,7 @@ def test_it_is_enumerated(guest: Guest) -> None:
     assert guest.read(edu.ID) == 0xFFFF_FFFF, "nothing decodes yet"
 
 
-def test_its_registers_answer_where_the_bar_is(guest: Guest) -> None:
+def test_its_registers_are_at_the_bars_address(guest: Guest) -> None:
     guest.enable()
     assert guest.read(edu.ID) == 0x0100_00ED
     guest.write(edu.LIVENESS, 0x1234_5678)
@@ -108,7 +108,7 @@ def test_each_interrupt_is_a_message(guest: Guest) -> None:
         assert guest.read(edu.STATUS) == 0
 
 
-def test_what_comes_while_the_vector_is_masked_is_pending(guest: Guest) -> None:
+def test_an_interrupt_of_a_masked_vector_is_pending(guest: Guest) -> None:
     guest.enable()
     guest.mask(1)
     guest.raise_interrupt()

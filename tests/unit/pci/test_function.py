@@ -29,7 +29,7 @@ from kvmpass.layout import GIB, MIB, PAGE, Range, plan_layout
 from kvmpass.memory import HostMapping
 from kvmpass.pci import BarSpace
 from kvmpass.pci.bar import mappable
-from kvmpass.pci.space import BarKind
+from kvmpass.pci.barspace import BarKind
 from kvmpass.pciregs import capabilities, extended_capabilities
 from kvmpass.vfio.device import INTX, MSI, MSIX
 
@@ -98,7 +98,7 @@ def test_bars_are_sized_and_placed(board: Board) -> None:
     assert board.bars() == []
 
 
-def test_decoding_connects_what_may_be_mapped_and_traps_the_rest(board: Board) -> None:
+def test_decoding_maps_the_mappable_areas_and_traps_the_rest(board: Board) -> None:
     base = board.layout.mmio64.start
     board.config_write(0x04, 0x3, 2)
     assert board.bars() == [Range(base, 2 * PAGE), Range(base + 3 * PAGE, PAGE)]
@@ -127,7 +127,7 @@ def test_a_bar_moves_while_it_decodes_and_only_inside_the_windows(board: Board) 
         assert board.bars() == [], hex(bad)
 
 
-def test_decoding_is_off_in_the_guest_before_the_device_hears_of_it(board: Board) -> None:
+def test_decoding_is_off_in_the_guest_before_the_device_is_written(board: Board) -> None:
     states = []
     real = board.device.config.write
 
@@ -174,7 +174,7 @@ def test_vectors_get_routes_when_unmasked_and_lose_them_when_masked(board: Board
     assert board.device.irq_calls[-1] == ("disable",)
 
 
-def test_older_kernels_take_new_vectors_only_all_at_once(board: Board) -> None:
+def test_older_kernels_add_vectors_only_by_a_restart(board: Board) -> None:
     board.function._msix._resizable = False  # type: ignore[union-attr]
     table = enable(board)
     program(board, table, 2)
@@ -225,7 +225,7 @@ def test_two_functions_have_their_own_ranges() -> None:
     assert space.allocate(BarKind.IO, 32).start == 0xC000
 
 
-def test_the_tables_pages_are_cut_out() -> None:
+def test_the_msix_tables_pages_are_not_mapped() -> None:
     whole = (Range(0, 16 * PAGE),)
     assert mappable(whole) == [Range(0, 16 * PAGE)]
     assert mappable(whole, [Range(PAGE + 8, 16)]) == [Range(0, PAGE), Range(2 * PAGE, 14 * PAGE)]
@@ -310,7 +310,7 @@ def test_the_expansion_rom_decodes_only_when_enabled(board: Board) -> None:
     assert board.mmio.read(board.layout.mmio32.start + MIB, 4) == b"\xff" * 4
 
 
-def test_a_device_that_sleeps_decodes_nothing(board: Board) -> None:
+def test_a_device_outside_of_d0_decodes_nothing(board: Board) -> None:
     board.config_write(0x04, 0x2, 2)
     assert board.bars()
     board.config_write(PM_AT + 4, 3, 2)
@@ -368,7 +368,7 @@ def test_msi_vectors_share_an_address_and_number_their_data(board: Board) -> Non
     assert (board.function.interrupt, board.device.active) == ("INTx", INTX)
 
 
-def test_a_host_with_fewer_vectors_gives_what_it_has(board: Board) -> None:
+def test_a_host_with_fewer_vectors_enables_those(board: Board) -> None:
     real = board.device.set_irqs
 
     def few(index: int, start: int, eventfds: list[int]) -> None:
@@ -382,10 +382,10 @@ def test_a_host_with_fewer_vectors_gives_what_it_has(board: Board) -> None:
     calls = list(board.device.irq_calls)
     board.config_write(MSI_AT + 12, 0x60, 2)
     assert list(board.kvm.routes.values()) == [(0xFEE0_2000, 0x60)]
-    assert board.device.irq_calls == calls, "and is not asked again for the same"
+    assert board.device.irq_calls == calls, "and it is not called again for the same"
 
 
-def test_one_kind_of_interrupt_is_on_at_a_time(board: Board) -> None:
+def test_one_kind_of_interrupt_is_enabled_at_a_time(board: Board) -> None:
     assert (board.device.active, list(board.kvm.pins.values())) == (INTX, [GSIS[0]])
     program_msi(board)
     assert (board.device.active, board.kvm.pins) == (MSI, {})

@@ -21,7 +21,7 @@ from kvmpass.kvm import Memslots
 from kvmpass.layout import GIB, PAGE, Range
 from kvmpass.memory import RegionKind
 from kvmpass.pci import AssignedFunction
-from kvmpass.pci.space import IO_WINDOW
+from kvmpass.pci.barspace import IO_WINDOW
 from kvmpass.pci.vector import MessageVector
 from kvmpass.vfio.device import INTX, RegionInfo
 
@@ -121,7 +121,7 @@ class Guest:
         return self.random.getrandbits(8 * size)
 
     def place(self) -> tuple[Bus, int]:
-        """A bus and an address that somebody may answer at."""
+        """A bus and an address at which a device may be."""
         choice, board = self.random.randrange(10), self.board
         if choice < 5:
             register = self.random.choice(REGISTERS) if choice < 4 else self.random.randrange(0x1000)
@@ -241,7 +241,7 @@ class Guest:
 def test_a_hostile_guest(seed: int, refusals: int) -> None:
     """No exception, no wrong size, no memslot outside of the windows, no two at one place, nothing left behind.
 
-    No memslot over pages that VFIO refuses, or that are not mapped here any more; whoever refuses what.
+    No memslot over pages that VFIO refuses, or that are no longer mapped here, whatever is refused.
     """
     guest = Guest(seed, refusals)
     count = ACCESSES // len(SEEDS) // 3

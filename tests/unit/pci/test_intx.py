@@ -52,7 +52,7 @@ def test_the_device_raises_and_the_guests_end_of_interrupt_unmasks(line: Line) -
     assert not os.get_inheritable(trigger) and not os.get_blocking(trigger) and not os.get_blocking(resample)
 
 
-def test_on_and_off_are_idempotent(line: Line) -> None:
+def test_enable_and_disable_are_idempotent(line: Line) -> None:
     line.intx.disable()
     assert line.device.calls == [] == line.kvm.log
     line.intx.enable()
@@ -65,7 +65,7 @@ def test_on_and_off_are_idempotent(line: Line) -> None:
     assert line.intx.active
 
 
-def test_the_device_is_silent_before_kvm_stops_listening(line: Line) -> None:
+def test_the_sink_is_disabled_before_the_irqfd_is_removed(line: Line) -> None:
     line.intx.enable()
     order: list[str] = []
     line.device.calls, line.kvm.log = order, order  # type: ignore[assignment]
@@ -74,7 +74,7 @@ def test_the_device_is_silent_before_kvm_stops_listening(line: Line) -> None:
 
 
 @pytest.mark.parametrize("who, call", [("kvm", "irqfd_resample"), ("device", "set"), ("device", "unmask")])
-def test_whatever_refuses_nothing_is_left(line: Line, who: str, call: str) -> None:
+def test_a_failed_enable_leaves_nothing(line: Line, who: str, call: str) -> None:
     getattr(line, who).refusing = {call}
     with pytest.raises(OSError, match=call):
         line.intx.enable()
@@ -85,8 +85,8 @@ def test_whatever_refuses_nothing_is_left(line: Line, who: str, call: str) -> No
 
 
 @pytest.mark.parametrize("who, call", [("device", "disable"), ("kvm", "irqfd_deassign")])
-def test_what_does_not_go_off_stays_wired_and_is_tried_again(line: Line, who: str, call: str) -> None:
-    """The other step is done; the eventfds stay open for whoever still has them."""
+def test_a_failed_disable_stays_recorded_and_can_be_repeated(line: Line, who: str, call: str) -> None:
+    """The other step is done; the eventfds stay open for the side that still uses them."""
     line.intx.enable()
     [(trigger, (_, resample))] = line.kvm.pins.items()
     getattr(line, who).refusing = {call}
@@ -104,7 +104,7 @@ def test_what_does_not_go_off_stays_wired_and_is_tried_again(line: Line, who: st
 
 
 @pytest.mark.parametrize("who, call", [("device", "disable"), ("kvm", "irqfd_deassign")])
-def test_it_is_on_again_only_after_the_rest_is_off(line: Line, who: str, call: str) -> None:
+def test_enable_first_finishes_a_failed_disable(line: Line, who: str, call: str) -> None:
     line.intx.enable()
     getattr(line, who).refusing = {call}
     for _ in range(2):
@@ -117,7 +117,7 @@ def test_it_is_on_again_only_after_the_rest_is_off(line: Line, who: str, call: s
     assert line.intx.active and len(line.kvm.pins) == 1
 
 
-def test_a_vm_that_is_closed_has_taken_its_irqfds_with_it(line: Line) -> None:
+def test_a_closed_vm_has_no_irqfds(line: Line) -> None:
     line.intx.enable()
     line.kvm.closed = True
     line.kvm.pins.clear()

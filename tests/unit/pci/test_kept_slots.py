@@ -66,7 +66,7 @@ WRITES: dict[str, Callable[[Board], None]] = {
 
 @pytest.mark.parametrize("allowed", [0, 1])
 @pytest.mark.parametrize("name", WRITES)
-def test_a_write_is_done_whole_or_not_at_all(board: Board, keeper: Keeper, name: str, allowed: int) -> None:
+def test_a_write_is_atomic(board: Board, keeper: Keeper, name: str, allowed: int) -> None:
     before = shown(keeper)
     registers = [board.config_read(at) for at in (0x04, 0x10, 0x14, PM_AT + 4)]
     keeper.allowed = allowed
@@ -84,7 +84,7 @@ def test_a_write_is_done_whole_or_not_at_all(board: Board, keeper: Keeper, name:
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
-def test_what_cannot_be_closed_stays_mapped(board: Board, keeper: Keeper, allowed: int) -> None:
+def test_a_bar_that_cannot_be_closed_stays_mapped(board: Board, keeper: Keeper, allowed: int) -> None:
     before = shown(keeper)
     keeper.allowed = allowed
     for _ in range(2):
@@ -99,7 +99,7 @@ def test_what_cannot_be_closed_stays_mapped(board: Board, keeper: Keeper, allowe
     board.function.close()
 
 
-def test_another_function_does_not_take_its_place(board: Board, keeper: Keeper) -> None:
+def test_another_function_gets_other_addresses(board: Board, keeper: Keeper) -> None:
     """The range is not free while the guest may still reach pages there."""
     keeper.allowed = 0
     with pytest.raises(OSError, match="KVM_SET_USER_MEMORY_REGION"):

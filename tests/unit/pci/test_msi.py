@@ -48,7 +48,7 @@ class Capability:
         self.kvm, self.device = FakeKvm(), FakeDevice(msi=vfio, host=host)
         self.registers = Registers(capable << 1 | flags)
         self.space = ConfigSpace(self.registers)
-        self.space.emulate(0xF0, b"\x12\x34", b"\xff\0")  # somebody else's, above it
+        self.space.emulate(0xF0, b"\x12\x34", b"\xff\0")  # another capability's, above it
         sink, own = VfioInterrupts(self.device, MSI), pciregs.msi(self.space.device_int, AT)  # type: ignore[arg-type]
         self.msi = Msi(self.kvm, self.kvm, sink, self.space, AT, own)  # type: ignore[arg-type]
         self.data_at = 12 if flags & WIDE else 8
@@ -94,7 +94,7 @@ def msi() -> Iterator[Capability]:
 
 
 @pytest.mark.parametrize("flags, size", [(0, 12), (WIDE, 16), (MASKABLE, 20), (WIDE | MASKABLE, 24)])
-def test_its_registers_and_what_of_them_can_be_written(flags: int, size: int) -> None:
+def test_the_registers_and_their_writable_bits(flags: int, size: int) -> None:
     capability = Capability(2, flags)
     data_at = 12 if flags & WIDE else 8
     assert (capability.msi.start, capability.msi.end) == (AT, AT + size)
@@ -153,21 +153,21 @@ def test_low_bits_of_the_data_are_the_vectors(msi: Capability) -> None:
     assert msi.messages == [(ADDRESS, 0xFFFC + n) for n in range(4)], "no more than it is capable of"
 
 
-def test_off_it_costs_nothing(msi: Capability) -> None:
+def test_disabled_it_uses_no_resources(msi: Capability) -> None:
     msi.write(4, ADDRESS, 4)
     msi.write(2, 0x70, 2)
     assert not msi.msi.enabled
     assert msi.kvm.log == [] == msi.device.calls
 
 
-def test_another_message_moves_all(msi: Capability) -> None:
+def test_another_message_reroutes_all_vectors(msi: Capability) -> None:
     msi.program(1)
     msi.write(4, ADDRESS + 0x1000, 4)
     assert msi.messages == [(ADDRESS + 0x1000, 0x40), (ADDRESS + 0x1000, 0x41)]
     msi.write(12, 0x60, 2)
     assert msi.messages == [(ADDRESS + 0x1000, 0x60), (ADDRESS + 0x1000, 0x61)]
     calls = len(msi.device.calls)
-    assert calls == 1, "VFIO is not asked again"
+    assert calls == 1, "VFIO is not called again"
 
 
 def test_only_messages_are_routed(msi: Capability) -> None:
@@ -196,7 +196,7 @@ def test_another_number_of_vectors_restarts_it(msi: Capability) -> None:
 # --- masks
 
 
-def test_masked_vectors_remember(msi: Capability) -> None:
+def test_masked_vectors_are_pending(msi: Capability) -> None:
     msi.program(2)
     msi.write(16, 0b1010, 4)
     assert msi.messages == [(ADDRESS, 0x40), (ADDRESS, 0x42)]
@@ -247,9 +247,7 @@ def test_without_masks_nothing_is_pending(flags: int) -> None:
 
 
 @pytest.mark.parametrize("host, signalled", [(1, 1), (2, 2), (3, 2), (4, 4), (31, 16), (32, 32)])
-def test_a_host_with_fewer_vectors_gives_what_it_has(
-    host: int, signalled: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_host_with_fewer_vectors_enables_those(host: int, signalled: int, caplog: pytest.LogCaptureFixture) -> None:
     """In powers of two: the device then raises those that it has been given."""
     capability = Capability(5, host=host)
     capability.program(5, data=0x40)
@@ -259,7 +257,7 @@ def test_a_host_with_fewer_vectors_gives_what_it_has(
     assert capability.messages == [(ADDRESS, 0x40 + n) for n in range(signalled)]
     calls = list(capability.device.calls)
     capability.write(12, 0x80, 2)
-    assert capability.device.calls == calls, "and is not asked again"
+    assert capability.device.calls == calls, "and it is not called again"
     capability.close()
 
 
@@ -267,12 +265,12 @@ def test_a_host_without_any_vector() -> None:
     capability = Capability(2, host=0)
     capability.program(2)
     assert (capability.messages, capability.device.active) == ([], None)
-    asked = [count for name, *_, count in capability.device.calls if name == "set"]
-    assert asked == [4, 2, 1]
+    requested = [count for name, *_, count in capability.device.calls if name == "set"]
+    assert requested == [4, 2, 1]
     capability.close()
 
 
-def test_other_refusals_are_not_tried_with_fewer(msi: Capability) -> None:
+def test_other_errors_are_not_retried_with_fewer(msi: Capability) -> None:
     msi.device.refusing = {"set"}
     msi.program(2)
     assert [call[0] for call in msi.device.calls].count("set") == 1
@@ -280,7 +278,7 @@ def test_other_refusals_are_not_tried_with_fewer(msi: Capability) -> None:
 
 
 @pytest.mark.parametrize("call", ["add", "irqfd"])
-def test_what_kvm_refuses_ends_no_guest(msi: Capability, call: str) -> None:
+def test_a_refusal_of_kvm_ends_no_guest(msi: Capability, call: str) -> None:
     msi.kvm.refusing = {call}
     msi.program(1)
     assert msi.kvm.irqfds == {} == msi.kvm.routes
@@ -289,7 +287,7 @@ def test_what_kvm_refuses_ends_no_guest(msi: Capability, call: str) -> None:
     assert len(msi.messages) == 2
 
 
-def test_the_order_of_the_end(msi: Capability) -> None:
+def test_the_order_of_disable(msi: Capability) -> None:
     msi.program(0)
     order: list[object] = []
     msi.kvm.log = msi.device.calls = order  # type: ignore[assignment]

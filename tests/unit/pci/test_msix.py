@@ -109,7 +109,7 @@ def test_after_a_reset_every_vector_is_masked(table: Table) -> None:
     assert table.msix.read(0, 80) == (bytes(12) + b"\1\0\0\0") * 5
 
 
-def test_dwords_and_quadwords_are_kept_where_they_were_written(table: Table) -> None:
+def test_dwords_and_quadwords_are_stored(table: Table) -> None:
     model = bytearray(table.msix.read(0, 80))
     rng = random.Random(5)
     for _ in range(200):
@@ -211,7 +211,7 @@ def test_masks_of_vector_and_function(table: Table) -> None:
     assert table.connected == [1, 2, 3], "only bit 0 masks"
 
 
-def test_what_a_mask_held_back_comes_when_it_goes(table: Table) -> None:
+def test_pending_interrupts_are_delivered_when_unmasked(table: Table) -> None:
     table.set_control(ON)
     table.program(2)
     table.mask(2)
@@ -226,7 +226,7 @@ def test_what_a_mask_held_back_comes_when_it_goes(table: Table) -> None:
     assert table.delivered == [0x42]
 
 
-def test_disabled_nothing_is_left(table: Table) -> None:
+def test_disable_leaves_nothing(table: Table) -> None:
     table.set_control(ON)
     table.program(1)
     table.set_control(0)
@@ -238,14 +238,14 @@ def test_disabled_nothing_is_left(table: Table) -> None:
     assert table.connected == [1, 3], "the table is kept"
 
 
-def test_disabling_what_is_off_asks_nobody(table: Table) -> None:
+def test_disable_is_idempotent(table: Table) -> None:
     table.set_control(0)
     table.set_control(MSIX_MASK_ALL)
     table.msix.disable()
     assert table.device.calls == [] == table.kvm.log
 
 
-def test_kvm_stops_listening_before_the_device_is_off(table: Table) -> None:
+def test_the_irqfds_are_removed_before_the_sink_is_disabled(table: Table) -> None:
     table.set_control(ON)
     table.program(0)
     order: list[object] = []
@@ -257,7 +257,7 @@ def test_kvm_stops_listening_before_the_device_is_off(table: Table) -> None:
 # --- refusals
 
 
-def test_a_vector_that_vfio_refuses_is_alone(table: Table) -> None:
+def test_a_vector_that_vfio_refuses_does_not_affect_others(table: Table) -> None:
     table.set_control(ON)
     table.program(1)
     table.device.refusing = {"set"}
@@ -282,7 +282,7 @@ def test_routes_that_run_out(table: Table) -> None:
 
 
 @pytest.mark.parametrize("call", ["add", "irqfd"])
-def test_a_vector_that_kvm_refuses_is_alone(table: Table, call: str) -> None:
+def test_a_vector_that_kvm_refuses_does_not_affect_others(table: Table, call: str) -> None:
     table.set_control(ON)
     table.program(1)
     table.kvm.refusing = {call}
@@ -293,7 +293,7 @@ def test_a_vector_that_kvm_refuses_is_alone(table: Table, call: str) -> None:
     assert table.connected == [1, 2]
 
 
-def test_a_device_that_is_not_turned_off_ends_no_guest(table: Table) -> None:
+def test_a_failed_disable_ends_no_guest(table: Table) -> None:
     table.set_control(ON)
     table.program(1)
     table.device.refusing = {"disable"}
@@ -319,7 +319,7 @@ def test_new_vectors_restart_the_device_with_all_so_far() -> None:
     table.close()
 
 
-def test_where_the_restart_is_refused_the_others_come_back() -> None:
+def test_a_refused_restart_restores_the_others() -> None:
     table = old_kernel()
     table.set_control(ON)
     table.program(1)
@@ -397,7 +397,7 @@ def test_old_kernels_restart_once_for_all_that_one_write_unmasks(monkeypatch: py
     table.close()
 
 
-def test_old_kernels_with_too_few_vectors_give_the_lowest() -> None:
+def test_old_kernels_with_too_few_vectors_enable_the_lowest() -> None:
     """Found in a few tries, and the guest goes on with those."""
     table = Table(64, resizable=False)
     table.device.host = 21

@@ -12,7 +12,7 @@ from kvmpass.errors import LayoutError
 from kvmpass.layout import GIB, MIB, PAGE, Range, plan_layout
 from kvmpass.memory import RegionKind
 from kvmpass.pci import BarPreview, BarSpace, Vectors, allocate, preview_bars, preview_vectors
-from kvmpass.pci.space import BarKind
+from kvmpass.pci.barspace import BarKind
 
 IO, MEMORY, MEMORY64 = 0x100, 0x200, 0x100200  # IORESOURCE_IO, _MEM, _MEM | _MEM_64
 NONE: list[tuple[int, int]] = [(0, 0)]
@@ -74,7 +74,7 @@ def test_neither_and_a_pin() -> None:
         assert preview_vectors(space(pin=pin)) == Vectors(0, 0, True, ())
 
 
-def test_what_is_out_of_reach_is_unknown() -> None:
+def test_unreadable_configuration_space_is_unknown() -> None:
     """The kernel gives 64 bytes to non-root users: the pin is among them, the capabilities are not."""
     whole = space((0x50, 0x05, msi(2)), pin=1)
     assert preview_vectors(whole[:64]) == Vectors(None, None, True)
@@ -115,7 +115,7 @@ def test_kinds_names_and_order() -> None:
     assert [bar.mapped for bar in bars] == [(Range(0, PAGE),), (), (Range(0, PAGE),), (), ()]
 
 
-def test_what_shares_its_page_is_not_mapped() -> None:
+def test_a_bar_smaller_than_a_page_is_not_mapped() -> None:
     for size, mapped in ((16, ()), (PAGE // 2, ()), (PAGE, (Range(0, PAGE),)), (16 * MIB, (Range(0, 16 * MIB),))):
         assert preview_bars([(size, MEMORY)], Vectors(0, 0, None))[0].mapped == mapped
 
@@ -167,7 +167,7 @@ def test_the_preview_is_what_the_guest_gets() -> None:
     board.close()
 
 
-def test_room_is_found_as_an_assigned_function_does() -> None:
+def test_addresses_are_allocated_as_an_assigned_function_does() -> None:
     """In powers of two: a BAR of 0x1800 bytes takes 0x2000."""
     bar_space = BarSpace(plan_layout(GIB))
     odd = BarPreview(0, BarKind.MEMORY32, 0x1800, ())

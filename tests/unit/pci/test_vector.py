@@ -46,14 +46,14 @@ def test_everything_else_is_memory(address: int) -> None:
     assert not is_message(address)
 
 
-def test_it_costs_nothing_until_it_is_used(vector: MessageVector, kvm: FakeKvm) -> None:
+def test_it_uses_no_resources_until_it_is_used(vector: MessageVector, kvm: FakeKvm) -> None:
     assert (vector.open, vector.connected, vector.pending) == (False, False, False)
     vector.disconnect()
     vector.close()
     assert kvm.log == []
 
 
-def test_the_eventfd_is_made_once_and_not_inherited(vector: MessageVector) -> None:
+def test_the_eventfd_is_created_once_and_not_inherited(vector: MessageVector) -> None:
     fd = vector.eventfd
     assert (vector.eventfd, vector.open, os.get_inheritable(fd), os.get_blocking(fd)) == (fd, True, False, False)
 
@@ -67,20 +67,20 @@ def test_what_is_raised_is_delivered(vector: MessageVector, kvm: FakeKvm) -> Non
     assert kvm.log == ["add", "irqfd"]
 
 
-def test_the_same_message_again_costs_nothing(vector: MessageVector, kvm: FakeKvm) -> None:
+def test_the_same_message_again_makes_no_call(vector: MessageVector, kvm: FakeKvm) -> None:
     vector.connect(*FIRST)
     vector.connect(*FIRST)
     assert kvm.log == ["add", "irqfd"]
 
 
 @pytest.mark.parametrize("other", [SECOND, (FIRST[0], SECOND[1]), (SECOND[0], FIRST[1])])
-def test_another_message_takes_its_place(vector: MessageVector, kvm: FakeKvm, other: tuple[int, int]) -> None:
+def test_another_message_replaces_it(vector: MessageVector, kvm: FakeKvm, other: tuple[int, int]) -> None:
     vector.connect(*FIRST)
     vector.connect(*other)
     assert (kvm.messages, len(kvm.routes)) == ({other}, 1)
 
 
-def test_what_is_raised_while_masked_is_pending_and_delivered_later(vector: MessageVector, kvm: FakeKvm) -> None:
+def test_a_masked_interrupt_is_pending_and_delivered_later(vector: MessageVector, kvm: FakeKvm) -> None:
     vector.connect(*FIRST)
     vector.disconnect()
     assert (vector.connected, vector.open, vector.pending, kvm.routes) == (False, True, False, {})
@@ -92,7 +92,7 @@ def test_what_is_raised_while_masked_is_pending_and_delivered_later(vector: Mess
 
 
 def test_connected_it_is_never_pending(vector: MessageVector, kvm: FakeKvm) -> None:
-    """KVM takes it at once; between the two nobody calls it masked."""
+    """KVM delivers it at once; in between it is not masked."""
     vector.connect(*FIRST)
     os.eventfd_write(vector.eventfd, 1)
     assert not vector.pending
@@ -110,7 +110,7 @@ def test_what_kvm_refuses_leaves_nothing(vector: MessageVector, kvm: FakeKvm, ca
     assert kvm.messages == {FIRST}
 
 
-def test_the_irqfd_goes_before_its_route(vector: MessageVector, kvm: FakeKvm) -> None:
+def test_the_irqfd_is_removed_before_its_route(vector: MessageVector, kvm: FakeKvm) -> None:
     vector.connect(*FIRST)
     kvm.log.clear()
     vector.disconnect()
@@ -119,7 +119,7 @@ def test_the_irqfd_goes_before_its_route(vector: MessageVector, kvm: FakeKvm) ->
     assert kvm.log == ["irqfd_deassign", "remove"]
 
 
-def test_close_ends_all_of_it(vector: MessageVector, kvm: FakeKvm) -> None:
+def test_close_releases_everything(vector: MessageVector, kvm: FakeKvm) -> None:
     vector.connect(*FIRST)
     fd = vector.eventfd
     vector.close()
@@ -179,10 +179,10 @@ def test_a_route_that_kvm_keeps_is_removed_later(vector: MessageVector, kvm: Fak
     kvm.refusing = {"remove"}
     with pytest.raises(OSError, match="remove"):
         vector.close()
-    assert (vector.open, kvm.irqfds) == (False, {}), "nobody listens: the eventfd can go"
+    assert (vector.open, kvm.irqfds) == (False, {}), "no irqfd: the eventfd can be closed"
 
 
-def test_a_vm_that_is_closed_has_taken_its_irqfds_with_it(vector: MessageVector, kvm: FakeKvm) -> None:
+def test_a_closed_vm_has_no_irqfds(vector: MessageVector, kvm: FakeKvm) -> None:
     vector.connect(*FIRST)
     kvm.closed = True
     kvm.irqfds.clear()

@@ -9,7 +9,7 @@ import pytest
 from kvmpass.errors import LayoutError
 from kvmpass.layout import GIB, MIB, PAGE, Layout, Range, plan_layout
 from kvmpass.pci import BarSpace
-from kvmpass.pci.space import IO_WINDOW, BarKind
+from kvmpass.pci.barspace import IO_WINDOW, BarKind
 
 KINDS = list(BarKind)
 
@@ -37,7 +37,7 @@ def test_the_first_of_each_kind_is_where_its_window_begins(space: BarSpace, layo
         assert space.allocate(kind, PAGE) == Range(window.start, PAGE)
 
 
-def test_first_fit_between_what_is_taken(space: BarSpace) -> None:
+def test_first_fit_between_allocated_ranges(space: BarSpace) -> None:
     taken = [space.allocate(BarKind.IO, 32) for _ in range(4)]
     assert [range_.start for range_ in taken] == [0xC000, 0xC020, 0xC040, 0xC060]
     space.free(BarKind.IO, taken[1])
@@ -123,7 +123,7 @@ def test_ports_are_no_memory(space: BarSpace, layout: Layout) -> None:
     assert not space.allows(BarKind.IO, Range(layout.mmio32.start, 16))
 
 
-def test_memory_of_a_guest_and_its_chips_are_no_place_for_a_bar(space: BarSpace, layout: Layout) -> None:
+def test_a_bar_cannot_overlap_ram_or_chips(space: BarSpace, layout: Layout) -> None:
     for start in (0, MIB, layout.ecam.start, 0xFEC0_0000, 0xFEE0_0000):
         for kind in KINDS:
             assert not space.allows(kind, Range(start, PAGE)), (kind, hex(start))
@@ -141,7 +141,7 @@ class Waiting:
             self.space.wait(self)
 
 
-def test_who_waits_is_asked_once_and_in_order(space: BarSpace) -> None:
+def test_waiting_decoders_are_retried_once_in_order(space: BarSpace) -> None:
     log: list[str] = []
     first, second, gone = (Waiting(name, space, log) for name in ("first", "second", "gone"))
     for decoder in (first, gone, second, first):
@@ -154,7 +154,7 @@ def test_who_waits_is_asked_once_and_in_order(space: BarSpace) -> None:
     assert log == ["first", "second"], "they do not wait any more"
 
 
-def test_who_still_gets_nothing_waits_on(space: BarSpace) -> None:
+def test_a_decoder_that_fails_again_waits_on(space: BarSpace) -> None:
     log: list[str] = []
     space.wait(Waiting("stubborn", space, log, stubborn=True))
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Guest address space for BARs: what firmware would hand out, and what a guest may choose."""
+"""Guest address space for BARs: the addresses that firmware would assign, and those that a guest may choose."""
 
 from __future__ import annotations
 
@@ -9,25 +9,34 @@ from kvmpass.errors import LayoutError
 from kvmpass.layout import IO_WINDOW_BASE, IO_WINDOW_SIZE, PAGE, Layout, Range
 
 IO_WINDOW = Range(IO_WINDOW_BASE, IO_WINDOW_SIZE)
+"""Ports for BARs."""
 
 
 class BarKind(enum.Enum):
+    """What a BAR decodes."""
+
     IO = "io"
+    """I/O ports."""
     MEMORY32 = "32-bit memory"
+    """Memory below 4 GiB."""
     MEMORY64 = "64-bit memory"
+    """Memory at 64-bit addresses."""
 
 
 class Decoder(Protocol):
-    """A BAR that wants to decode addresses another one holds."""
+    """A BAR that waits for addresses which another BAR decodes."""
 
-    def retry(self) -> None: ...
+    def retry(self) -> None:
+        """Decode, if the addresses are free now."""
 
 
 class BarSpace:
-    """The three windows. First fit, naturally aligned; memory BARs never share a page.
+    """The windows for each kind of BAR. First fit, naturally aligned; memory BARs never share a page.
 
-    A guest may put one BAR on top of another while it moves them: the first keeps the addresses, the other waits
-    until some BAR lets go.
+    A guest may write overlapping addresses while it moves BARs: the first BAR decodes them, the other one waits until
+    a BAR stops decoding.
+
+    Synchronization: with the bus lock held.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -40,7 +49,7 @@ class BarSpace:
         self._waiting: list[Decoder] = []
 
     def allocate(self, kind: BarKind, size: int) -> Range:
-        """A free range for a BAR of ``size`` bytes (a power of two). Raises ``LayoutError`` when full."""
+        """Allocate addresses for a BAR of ``size`` bytes (a power of two). Raises ``LayoutError`` when full."""
         window = self._windows[kind]
         if kind is not BarKind.IO:
             size = max(size, PAGE)
@@ -56,26 +65,27 @@ class BarSpace:
         return range_
 
     def free(self, kind: BarKind, range_: Range) -> None:
+        """Undo ``allocate``. Raises ``ValueError`` for a range that is not allocated."""
         self._used.remove((kind, range_))
 
     def allows(self, kind: BarKind, range_: Range) -> bool:
-        """Whether a guest may put a BAR there: wholly inside a window of its kind."""
+        """Whether a guest may move a BAR there: wholly inside a window of its kind."""
         if kind is BarKind.IO:
             return IO_WINDOW.contains(range_)
         return any(self._windows[k].contains(range_) for k in (BarKind.MEMORY32, BarKind.MEMORY64))
 
     def wait(self, decoder: Decoder) -> None:
-        """``decoder`` is asked to try again when addresses become free."""
+        """Retry ``decoder`` when a BAR stops decoding. Idempotent."""
         if decoder not in self._waiting:
             self._waiting.append(decoder)
 
     def forget(self, decoder: Decoder) -> None:
-        """It no longer wants to decode."""
+        """Undo ``wait``. Idempotent."""
         if decoder in self._waiting:
             self._waiting.remove(decoder)
 
     def released(self) -> None:
-        """Some BAR has let go of its addresses: the first that fits takes them."""
+        """Retry the waiting decoders, in their order, after a BAR has stopped decoding."""
         waiting, self._waiting = self._waiting, []
         for decoder in waiting:
             decoder.retry()
