@@ -28,112 +28,32 @@ def device(config: pytest.Config, role: str) -> str:
     return bdf
 
 
-@pytest.fixture(scope="session")
-def nvme(pytestconfig: pytest.Config) -> str:
-    """PCI address of an NVMe drive."""
-    return device(pytestconfig, "nvme")
+def _role_fixture(role: str, what: str) -> object:
+    def address(pytestconfig: pytest.Config) -> str:
+        return device(pytestconfig, role)
+
+    address.__doc__ = f"PCI address of {what}."  # pytest --fixtures shows it
+    return pytest.fixture(scope="session", name=role)(address)
 
 
-@pytest.fixture(scope="session")
-def nvme2(pytestconfig: pytest.Config) -> str:
-    """PCI address of a second NVMe drive."""
-    return device(pytestconfig, "nvme2")
-
-
-@pytest.fixture(scope="session")
-def edu(pytestconfig: pytest.Config) -> str:
-    """PCI address of QEMU's ``edu`` device, alone in its group."""
-    return device(pytestconfig, "edu")
-
-
-@pytest.fixture(scope="session")
-def edu2(pytestconfig: pytest.Config) -> str:
-    """PCI address of a second ``edu`` device, alone in its group."""
-    return device(pytestconfig, "edu2")
-
-
-@pytest.fixture(scope="session")
-def nic(pytestconfig: pytest.Config) -> str:
-    """PCI address of a network card (e1000e in the lab)."""
-    return device(pytestconfig, "nic")
-
-
-@pytest.fixture(scope="session")
-def nic2(pytestconfig: pytest.Config) -> str:
-    """PCI address of a second network card."""
-    return device(pytestconfig, "nic2")
-
-
-@pytest.fixture(scope="session")
-def legacy_nic(pytestconfig: pytest.Config) -> str:
-    """PCI address of a network card that knows INTx only (e1000 in the lab)."""
-    return device(pytestconfig, "legacy_nic")
-
-
-@pytest.fixture(scope="session")
-def ahci(pytestconfig: pytest.Config) -> str:
-    """PCI address of a SATA controller with a disk."""
-    return device(pytestconfig, "ahci")
-
-
-@pytest.fixture(scope="session")
-def virtio_blk(pytestconfig: pytest.Config) -> str:
-    """PCI address of a virtio drive."""
-    return device(pytestconfig, "virtio_blk")
-
-
-@pytest.fixture(scope="session")
-def xhci(pytestconfig: pytest.Config) -> str:
-    """PCI address of a USB controller."""
-    return device(pytestconfig, "xhci")
-
-
-@pytest.fixture(scope="session")
-def ivshmem(pytestconfig: pytest.Config) -> str:
-    """PCI address of a device whose BAR 2 is nothing but memory."""
-    return device(pytestconfig, "ivshmem")
-
-
-@pytest.fixture(scope="session")
-def ivshmem2(pytestconfig: pytest.Config) -> str:
-    """PCI address of a second device whose BAR 2 is nothing but memory, larger than the first."""
-    return device(pytestconfig, "ivshmem2")
-
-
-@pytest.fixture(scope="session")
-def nvme_pf(pytestconfig: pytest.Config) -> str:
-    """PCI address of an NVMe controller with virtual functions."""
-    return device(pytestconfig, "nvme_pf")
-
-
-@pytest.fixture(scope="session")
-def igb(pytestconfig: pytest.Config) -> str:
-    """PCI address of an igb network card, which has virtual functions."""
-    return device(pytestconfig, "igb")
-
-
-@pytest.fixture(scope="session")
-def multifunction(pytestconfig: pytest.Config) -> str:
-    """PCI address of a function that shares its IOMMU group with another function."""
-    return device(pytestconfig, "multifunction")
-
-
-@pytest.fixture(scope="session")
-def bridged(pytestconfig: pytest.Config) -> str:
-    """PCI address of a device that shares its IOMMU group with a bridge."""
-    return device(pytestconfig, "bridged")
-
-
-@pytest.fixture(scope="session")
-def bridged2(pytestconfig: pytest.Config) -> str:
-    """PCI address of a second device that shares its IOMMU group with a bridge."""
-    return device(pytestconfig, "bridged2")
-
-
-@pytest.fixture(scope="session")
-def sriov(pytestconfig: pytest.Config) -> str:
-    """PCI address of a physical function with SR-IOV."""
-    return device(pytestconfig, "sriov")
+nvme = _role_fixture("nvme", "an NVMe drive")
+nvme2 = _role_fixture("nvme2", "a second NVMe drive")
+edu = _role_fixture("edu", "QEMU's ``edu`` device, alone in its group")
+edu2 = _role_fixture("edu2", "a second ``edu`` device, alone in its group")
+nic = _role_fixture("nic", "a network card (e1000e in the lab)")
+nic2 = _role_fixture("nic2", "a second network card")
+legacy_nic = _role_fixture("legacy_nic", "a network card that has INTx only (e1000 in the lab)")
+ahci = _role_fixture("ahci", "a SATA controller with a disk")
+virtio_blk = _role_fixture("virtio_blk", "a virtio drive")
+xhci = _role_fixture("xhci", "a USB controller")
+ivshmem = _role_fixture("ivshmem", "a device whose BAR 2 is memory")
+ivshmem2 = _role_fixture("ivshmem2", "a second device whose BAR 2 is memory, larger than the first")
+nvme_pf = _role_fixture("nvme_pf", "an NVMe controller with virtual functions")
+igb = _role_fixture("igb", "an igb network card, which has virtual functions")
+multifunction = _role_fixture("multifunction", "a function that shares its IOMMU group with another function")
+bridged = _role_fixture("bridged", "a device that shares its IOMMU group with a bridge")
+bridged2 = _role_fixture("bridged2", "a second device that shares its IOMMU group with a bridge")
+sriov = _role_fixture("sriov", "a physical function with SR-IOV")
 
 
 @pytest.fixture
