@@ -69,10 +69,7 @@ def pack_report(config: pytest.Config, report: pytest.TestReport) -> dict[str, A
 
 def unpack_report(config: pytest.Config, data: dict[str, Any]) -> pytest.TestReport:
     """The report of :func:`pack_report`, with the tuples that JSON made lists of."""
-    data = dict(data)
-    for name in ("location", "sections", "user_properties"):
-        if isinstance(data.get(name), list):
-            data[name] = [tuple(entry) if isinstance(entry, list) else entry for entry in data[name]]
+    data = data | {name: [tuple(pair) for pair in data[name]] for name in ("sections", "user_properties")}
     data["location"] = tuple(data["location"])
     if data["outcome"] == "skipped" and isinstance(data["longrepr"], list):
         data["longrepr"] = tuple(data["longrepr"])
@@ -96,10 +93,8 @@ def replay(config: pytest.Config, event: Event) -> None:
 
 def replay_warning(config: pytest.Config, event: Event) -> None:
     """Show a warning from inside in the summary outside; unknown categories become ``UserWarning``."""
-    category: type[Warning] = UserWarning
-    for known in (ResourceWarning, DeprecationWarning, RuntimeWarning, pytest.PytestWarning):
-        if event["category"] == known.__name__:
-            category = known
+    known = (ResourceWarning, DeprecationWarning, RuntimeWarning, pytest.PytestWarning)
+    category = {kind.__name__: kind for kind in known}.get(event["category"], UserWarning)
     message = warnings.WarningMessage(
         message=category(event["message"]), category=category, filename=event["file"], lineno=event["line"]
     )

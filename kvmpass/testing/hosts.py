@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from kvmpass.errors import KvmpassError
 from kvmpass.testing.events import Event
 from kvmpass.testing.profiles import Requirement
-from kvmpass.testing.session import LabSession
+from kvmpass.testing.session import Failure, LabSession, Phase
 
 # Seconds without any event: until the tests are collected inside; beyond a phase's own limit; after the last test.
 BOOT_LIMIT = 900.0  # a first boot downloads its kernel
@@ -25,15 +25,6 @@ Start = Callable[[list[pytest.Item]], LabSession]
 """Starts an emulated host that runs these tests, in their order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a test could not speak for itself, and the phase (``setup``, ``call``, ``teardown``) that it was in."""
-
-    phase: str
-    text: str
-    sections: tuple[tuple[str, str], ...] = ()
-
-
 @dataclass(slots=True)
 class Record:
     """What one test came to: events from inside, hosts that died under it and were replaced, why it has no end."""
@@ -44,10 +35,10 @@ class Record:
     over: bool = False
 
     @property
-    def phase(self) -> str:
+    def phase(self) -> Phase:
         """The phase that comes next, by the reports so far."""
-        told = [event["data"]["when"] for event in self.events if event["event"] == "report"]
-        return {"setup": "call", "call": "teardown", "teardown": "teardown"}[told[-1]] if told else "setup"
+        reported = {event["data"]["when"] for event in self.events if event["event"] == "report"}
+        return "teardown" if reported - {"setup"} else "call" if reported else "setup"
 
 
 class CpuWatch:
@@ -174,7 +165,7 @@ class HostRun:
     def _pass_over_missing(self, session: LabSession) -> None:
         assert session.collected is not None
         while self._left and (nodeid := self._left[0].nodeid) not in session.collected:
-            self._end(nodeid, Failure("setup", session.why_missing(nodeid)))
+            self._end(nodeid, Failure(session.why_missing(nodeid)))
 
     def _died(self, session: LabSession, reason: str) -> None:
         nodeid = self._left[0].nodeid
@@ -183,21 +174,20 @@ class HostRun:
         death = session.died(nodeid if reached else None, reason)
         if self._spares:
             self._spares -= 1
-            evidence = "\n".join(f"--- {title}\n{content}" for title, content in death.sections)
-            record.deaths.append(f"{death.text}\nIt was replaced.\n{evidence}")
+            record.deaths.append(f"{death.text}\nIt was replaced.\n{death.evidence}")
             record.events.clear()
             self._close(session, ", REPLACED")
             self._boot()
             return
         if reached:
-            self._end(nodeid, Failure(record.phase, death.text, death.sections))
+            self._end(nodeid, replace(death, phase=record.phase))
         self._give_up(session.not_run)
         self._close(session)
         self.over = True
 
     def _give_up(self, why: Callable[[], str]) -> None:
         while self._left:
-            self._end(self._left[0].nodeid, Failure("setup", why()))
+            self._end(self._left[0].nodeid, Failure(why()))
 
     def _close(self, session: LabSession, remark: str = "") -> None:
         self.lines.append(session.close() + remark)

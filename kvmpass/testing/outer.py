@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from kvmpass.testing import capacity
 from kvmpass.testing.events import replay, unpack_report
-from kvmpass.testing.hosts import Failure, HostRun, Hosts, Record
+from kvmpass.testing.hosts import HostRun, Hosts, Record
 from kvmpass.testing.profiles import Profile, Requirement, profiles
-from kvmpass.testing.session import SPARES, LabSession, Plan, temporary_directory
+from kvmpass.testing.session import SPARES, Failure, HostSpec, LabSession, temporary_directory
 
 POLL = 0.05
 XDIST_OUTPUT = "kvmpass_hosts"
 SHARE = 60.0  # expected seconds at least, for a host of their own beside another one of the same kind
-
-
-@dataclass(frozen=True, slots=True)
-class Boot:
-    """What one boot of a lab has: tests that agree on it share it, or each ``part`` of them has a boot of its own."""
-
-    profile: str
-    kernel: str
-    qemu: str
-    part: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.profile} ({self.kernel} kernel, {self.qemu} QEMU{self.part})"
 
 
 def expected(items: Iterable[pytest.Item]) -> float:
@@ -43,7 +30,7 @@ def expected(items: Iterable[pytest.Item]) -> float:
     return sum(requirement.duration for item in items if (requirement := Requirement.of(item)))
 
 
-def split(plans: Mapping[Boot, list[pytest.Item]], jobs: int) -> dict[Boot, list[pytest.Item]]:
+def split(plans: Mapping[HostSpec, list[pytest.Item]], jobs: int) -> dict[HostSpec, list[pytest.Item]]:
     """Give what would keep one host busy when the others have long ended several hosts, file by file.
 
     The longest come first: the last to start should be short. The order is otherwise kept.
@@ -51,7 +38,7 @@ def split(plans: Mapping[Boot, list[pytest.Item]], jobs: int) -> dict[Boot, list
     if jobs == 1:
         return dict(plans)
     total = sum(map(expected, plans.values()))
-    done: dict[Boot, list[pytest.Item]] = {}
+    done: dict[HostSpec, list[pytest.Item]] = {}
     for boot, items in plans.items():
         # Parts of a third of a host's share leave the others something to even out.
         seconds = expected(items)
@@ -105,14 +92,14 @@ class Outer:
         self.qemu = qemu
         self.worker = hasattr(config, "workerinput")  # of pytest-xdist
         self.jobs = 1 if self.worker else jobs
-        self.plans: dict[Boot, list[pytest.Item]] = {}
-        self.boots: dict[str, Boot] = {}
+        self.plans: dict[HostSpec, list[pytest.Item]] = {}
+        self.boots: dict[str, HostSpec] = {}
         self.skips: dict[str, str] = {}
-        self.runs: dict[Boot, HostRun] = {}
+        self.runs: dict[HostSpec, HostRun] = {}
         self.hosts: Hosts | None = None
         self.elsewhere: list[str] = []
 
-    def boot_for(self, requirement: Requirement, known: dict[str, Profile]) -> Boot | str:
+    def boot_for(self, requirement: Requirement, known: dict[str, Profile]) -> HostSpec | str:
         """The boot a test needs, or why this run cannot have it."""
         profile = known.get(requirement.profile)
         if profile is None:
@@ -125,7 +112,7 @@ class Outer:
         lacks = (kernel != self.kernel and lacks_kernel(kernel)) or (emulator != self.qemu and lacks_qemu(emulator))
         if lacks:
             return lacks
-        return Boot(requirement.profile, kernel, emulator)
+        return HostSpec(requirement.profile, kernel, emulator)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -136,11 +123,11 @@ class Outer:
         """
         known = profiles(self.config)
         here: list[pytest.Item] = []
-        plans: defaultdict[Boot, list[pytest.Item]] = defaultdict(list)
+        plans: defaultdict[HostSpec, list[pytest.Item]] = defaultdict(list)
         for item in items:
             requirement = Requirement.of(item) if item.get_closest_marker("skip") is None else None
             boot = self.boot_for(requirement, known) if requirement else None
-            if isinstance(boot, Boot):
+            if isinstance(boot, HostSpec):
                 plans[boot].append(item)
                 continue
             if boot:
@@ -195,7 +182,7 @@ class Outer:
         if not self.hosts.poll():
             time.sleep(POLL)
 
-    def start(self, plans: Mapping[Boot, list[pytest.Item]]) -> Hosts:
+    def start(self, plans: Mapping[HostSpec, list[pytest.Item]]) -> Hosts:
         """Make the run of each boot; the first of them start with the next look at them."""
         known = profiles(self.config)
         slowdown = capacity.slowdown(min(self.jobs, len(plans)), capacity.cpus())
@@ -206,16 +193,10 @@ class Outer:
             profile = known[boot.profile]
             number = sum(other.profile == boot.profile for other in self.runs) + 1
             directory = temporary / f"{boot.profile}{number if number > 1 else ''}"
-            start = functools.partial(self.boot, boot, profile, directory, slowdown)
+            start = functools.partial(LabSession.boot, self.config, boot, profile, directory, slowdown)
             run = self.runs[boot] = HostRun(start, items, spares, slowdown)
             needs[run] = capacity.size(profile.memory) + capacity.OVERHEAD
         return Hosts(needs, self.jobs, capacity.memory())
-
-    def boot(
-        self, boot: Boot, profile: Profile, temporary: Path, slowdown: float, items: list[pytest.Item]
-    ) -> LabSession:
-        plan = Plan(boot.profile, profile, boot.kernel, boot.qemu, items, temporary, slowdown)
-        return LabSession.boot(self.config, plan)
 
     # --- one test
 
@@ -233,24 +214,20 @@ class Outer:
 
     def fail(self, item: pytest.Item, failure: Failure) -> None:
         """Report a test that could not speak for itself, and that it is over."""
-        now = time.time()
-        for when, outcome in ((failure.phase, "failed"), ("teardown", "passed")):
-            if when == outcome == "teardown":
-                continue
-            report = pytest.TestReport(
-                nodeid=item.nodeid,
-                location=item.location,
-                keywords=dict.fromkeys(item.keywords, 1),
-                outcome="failed" if outcome == "failed" else "passed",
-                longrepr=failure.text if outcome == "failed" else None,
-                when="setup" if when == "setup" else "call" if when == "call" else "teardown",
-                sections=failure.sections if outcome == "failed" else (),
-                start=now,
-                stop=now,
-            )
-            item.ihook.pytest_runtest_logreport(report=report)
-            if when == "teardown":
-                return
+        failed = pytest.TestReport(
+            nodeid=item.nodeid,
+            location=item.location,
+            keywords=dict.fromkeys(item.keywords, 1),
+            outcome="failed",
+            longrepr=failure.text,
+            when=failure.phase,
+            sections=failure.sections,
+        )
+        item.ihook.pytest_runtest_logreport(report=failed)
+        if failure.phase != "teardown":
+            passed = copy.copy(failed)
+            passed.when, passed.outcome, passed.longrepr, passed.sections = "teardown", "passed", None, []
+            item.ihook.pytest_runtest_logreport(report=passed)
 
     # --- the end
 

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -29,33 +29,36 @@ ENVIRONMENT = "kvmpass_environment"
 SPARES = "kvmpass_spare_hosts"
 FILES = "files"  # what tests leave, in the directory of a session
 TAIL_LINES = 60
+Phase = Literal["setup", "call", "teardown"]
 # pytest's own plugins that are of use outside only; what was last failed, or new, is known there.
 NOT_INSIDE = ("doctest", "lfplugin", "nfplugin", "pastebin", "stepwise")
 
 
 @dataclass(frozen=True, slots=True)
-class Death:
-    """The failure of the test during which a lab died."""
+class HostSpec:
+    """One emulated host: tests that agree on it share it, or each ``part`` of them has a host of its own."""
 
-    text: str
-    sections: tuple[tuple[str, str], ...]
+    profile: str
+    kernel: str
+    qemu: str
+    part: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.profile} ({self.kernel} kernel, {self.qemu} QEMU{self.part})"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What an emulated host is to be, and to do.
+class Failure:
+    """Why a test could not speak for itself, and the phase (``setup``, ``call``, ``teardown``) that it was in."""
 
-    ``name`` is the profile's. Temporary files of the tests are below ``temporary``, inside as well as, afterwards,
-    outside. Time limits are stretched by ``slowdown``.
-    """
+    text: str
+    sections: tuple[tuple[str, str], ...] = ()
+    phase: Phase = "setup"
 
-    name: str
-    profile: Profile
-    kernel: str
-    qemu: str
-    items: list[pytest.Item]
-    temporary: Path
-    slowdown: float = 1.0
+    @property
+    def evidence(self) -> str:
+        """The sections as one text."""
+        return "\n\n".join(f"--- {title}\n{content}" for title, content in self.sections)
 
 
 class LabSession:
@@ -69,7 +72,7 @@ class LabSession:
         self.directory = directory
         self.temporary = temporary
         self.collected: set[str] | None = None
-        self.death: Death | None = None
+        self.death: Failure | None = None
         self.finished = False
         """Whether the pytest inside has said that it is over."""
         self._forced = False
@@ -85,22 +88,33 @@ class LabSession:
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def boot(cls, config: pytest.Config, plan: Plan) -> LabSession:
-        """Write the plan down and start the lab; returns at once. Raises ``LabError`` for what no lab can be."""
+    def boot(
+        cls,
+        config: pytest.Config,
+        spec: HostSpec,
+        profile: Profile,
+        temporary: Path,
+        slowdown: float,
+        items: list[pytest.Item],
+    ) -> LabSession:
+        """Write the plan down and start the lab; returns at once. Raises ``LabError`` for what no lab can be.
+
+        Temporary files of the tests are below ``temporary``, inside as well as, afterwards, outside. Time limits are
+        stretched by ``slowdown``.
+        """
         from kvmpass.lab.config import LabConfig
 
-        profile = plan.profile
         directory = Path(tempfile.mkdtemp(prefix="kvmpass-test-"))
         directory.chmod(0o777)
         trace = directory / "iommu.trace" if "iommu" not in profile.without else None
         content = {
-            "ids": [item.nodeid for item in plan.items],
+            "ids": [item.nodeid for item in items],
             "events": str(directory / "events.jsonl"),
-            "profile": plan.name,
+            "profile": spec.profile,
             "roles": dict(profile.roles),
             "trace": str(trace) if trace else None,
-            "slowdown": plan.slowdown,
-            "temporary": str(plan.temporary),
+            "slowdown": slowdown,
+            "temporary": str(temporary),
             "files": str(directory / FILES),
         }
         (directory / "plan.json").write_text(json.dumps(content))
@@ -110,18 +124,18 @@ class LabSession:
                 devices=profile.devices,
                 memory=profile.memory,
                 cpus=profile.cpus,
-                kernel=plan.kernel,
-                qemu=plan.qemu,
+                kernel=spec.kernel,
+                qemu=spec.qemu,
                 append=profile.append,
                 without=profile.without,
                 writable=(directory, *shared(config, profile)),
                 iommu_trace=trace,
-                timeout=profile.timeout and profile.timeout * plan.slowdown,
+                timeout=profile.timeout and profile.timeout * slowdown,
             ),
         )
-        session = cls(lab, directory, plan.temporary)
-        files = list(dict.fromkeys(str(item.path) for item in plan.items))
-        command = inner_command(config, files, plan.temporary)
+        session = cls(lab, directory, temporary)
+        files = list(dict.fromkeys(str(item.path) for item in items))
+        command = inner_command(config, files, temporary)
         session._start(command, config.invocation_params.dir, config.getini(ENVIRONMENT))
         return session
 
@@ -142,7 +156,7 @@ class LabSession:
                     (self.directory / "stdout").open("wb") as stdout,
                     (self.directory / "stderr").open("wb") as stderr,
                 ):
-                    self._result = self._run(command, cwd, environment, stdout, stderr)
+                    self._result = self.lab.run(command, cwd=cwd, env=environment, stdout=stdout, stderr=stderr)
             except BaseException as error:  # told by the main thread
                 self._error = error
             finally:
@@ -150,11 +164,6 @@ class LabSession:
 
         self._thread = threading.Thread(target=run, name="kvmpass-lab", daemon=True)
         self._thread.start()
-
-    def _run(
-        self, command: list[str], cwd: Path, env: dict[str, str], stdout: BinaryIO, stderr: BinaryIO
-    ) -> LabResult:
-        return self.lab.run(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr)
 
     @property
     def running(self) -> bool:
@@ -190,7 +199,7 @@ class LabSession:
 
     # --- the end
 
-    def died(self, victim: str | None, reason: str) -> Death:
+    def died(self, victim: str | None, reason: str) -> Failure:
         """The lab is gone, or no longer responds (``reason``): end it and describe what is known."""
         hung = self.running and not self.finished
         self.stop()
@@ -213,10 +222,9 @@ class LabSession:
             content = file.read_text(errors="replace") if file.exists() else ""
             if content.strip():
                 sections.append((f"{name} of the pytest inside", tail(content)))
-        self.death = Death(f"{text}\nIts files are kept in {self.directory}", tuple(sections))
-        if victim is None:  # nobody was running: the first to be told carries the evidence
-            evidence = "\n\n".join(f"--- {title}\n{content}" for title, content in sections)
-            self.death = Death(f"{self.death.text}\n{evidence}", ())
+        death = Failure(f"{text}\nIts files are kept in {self.directory}", tuple(sections))
+        # Without a test that ran the first one that did not carries the evidence, in its text.
+        self.death = death if victim else Failure(f"{death.text}\n{death.evidence}")
         return self.death
 
     def not_run(self) -> str:
