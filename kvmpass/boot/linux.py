@@ -37,7 +37,7 @@ LOADED_HIGH, QUIET = 1 << 0, 1 << 5
 LOADER_UNDEFINED = 0xFF
 
 HEADER_START = 0x1F1
-_WANTED = "Give a bzImage of a 64-bit x86 kernel, such as /boot/vmlinuz-$(uname -r)."
+_WANTED = "name a bzImage of a 64-bit x86 kernel, such as /boot/vmlinuz-$(uname -r)"
 
 
 class GuestWrites(Protocol):
@@ -193,7 +193,7 @@ def place_kernel(kernel: KernelImage, ram: Sequence[Range]) -> Range:
     raise NotEnoughMemory(
         f"{kernel.path} needs {kernel.init_size // MIB} MiB of guest memory from {kernel.preferred:#x} on; "
         f"the largest range has {low} MiB",
-        f"Give the guest {need} MiB or more.",
+        f"give the guest {need} MiB or more",
     )
 
 
@@ -213,7 +213,7 @@ def place_initrd(kernel: KernelImage, code: Range, size: int, ram: Sequence[Rang
     raise NotEnoughMemory(
         f"an initrd of {(size + MIB - 1) // MIB} MiB does not fit beside the kernel ({kernel.init_size // MIB} MiB) "
         f"in {available} MiB of guest memory below {limit:#x}",
-        "Give the guest more memory, or copy less into it.",
+        "give the guest more memory, or copy less into it",
     )
 
 

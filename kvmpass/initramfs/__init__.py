@@ -35,7 +35,7 @@ def find_busybox() -> Path:
     if found is None:
         raise KvmpassError(
             "no busybox on this host: the guest's root file system is made from it",
-            "Install it (Debian: apt install busybox-static).",
+            "install it (Debian: apt-get install busybox-static)",
         )
     return Path(found)
 

@@ -211,7 +211,7 @@ def plan(
         if built_for and built_for != tree.release and "modversions" not in info.vermagic and tree.release:
             raise KvmpassError(
                 f"{path} was built for kernel {built_for}, the guest's is {tree.release}",
-                "Build it for the guest's kernel, or give that kernel with --kernel.",
+                "build it for the guest's kernel, or name its kernel with --kernel",
             )
         infos[module_name(path)] = info
     patterns = [pattern for info in infos.values() for pattern in info.aliases]
@@ -239,7 +239,7 @@ def plan(
                 if tree.exists and not known:
                     raise KvmpassError(
                         f"module {name} depends on {other}, which kernel {tree.release} does not have",
-                        "Give it with another --module.",
+                        "name it with another --module",
                     )
                 need(other)
         elif (stock := tree.lookup(name)) is None:

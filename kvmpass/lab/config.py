@@ -52,7 +52,7 @@ class LabConfig:
         if self.accel not in ACCELERATORS:
             raise LabError(f"unknown accelerator {self.accel!r}", f"one of {', '.join(ACCELERATORS)}")
         if not re.fullmatch(r"[1-9]\d*[KMGTkmgt]?", self.memory):
-            raise LabError(f"not a memory size: {self.memory!r}", "a number with K, M or G behind it, such as 4G")
+            raise LabError(f"{self.memory!r} is not a memory size", "write a number and K, M or G, such as 4G")
         if self.cpus < 1:
             raise LabError(f"a host needs at least one CPU, not {self.cpus}")
         if len(self.writable) > WRITABLE_LIMIT:

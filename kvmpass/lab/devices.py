@@ -84,7 +84,7 @@ def plan(specs: Sequence[str], directory: Path, *, root_ports: bool, is_pci: Cal
 def _parse(spec: str) -> _Device:
     name, *words = re.split(r"(?<!,),(?!,)", spec)
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        raise LabError(f"not a device: {spec!r}", "NAME[,PROPERTY=VALUE…], as in edu or nvme,size=1G")
+        raise LabError(f"{spec!r} is not a device", "write NAME[,PROPERTY=VALUE…], such as edu or nvme,size=1G")
     properties: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -176,7 +176,7 @@ def parse_size(text: str) -> int:
     """Bytes in ``64M``, ``1G`` and the like."""
     found = re.fullmatch(r"([1-9]\d*)([KMGT]?)", text.upper())
     if found is None:
-        raise LabError(f"not a size: {text!r}", "a number with K, M or G behind it, such as 64M")
+        raise LabError(f"{text!r} is not a size", "write a number and K, M or G, such as 64M")
     return int(found[1]) * _SUFFIXES[found[2]]
 
 

@@ -148,7 +148,7 @@ def test_a_relocatable_kernel_is_loaded_above_its_preferred_address() -> None:
         data = bzimage(relocatable=(0x234, "<B", relocatable))
         with pytest.raises(NotEnoughMemory, match="8 MiB of guest memory") as caught:
             load(size=20 * MIB, data=data)
-        assert caught.value.__notes__ == ["Give the guest 24 MiB or more."]
+        assert caught.value.__notes__ == ["give the guest 24 MiB or more"]
         load(size=24 * MIB, data=data)
 
 

@@ -344,7 +344,9 @@ def pytest_kvmpass_profiles():
     write(lab, "@pytest.mark.amdvi(profile='odd')\ndef test_a(): pass\n\n@pytest.mark.amdvi\ndef test_b(): pass")
     result = lab.runpytest_inprocess()
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["*could not be made: LabError: not a memory size: 'lots'*", "*hint: a number with*"])
+    result.stdout.fnmatch_lines(
+        ["*could not be made: LabError: 'lots' is not a memory size*", "*hint: write a number*"]
+    )
 
 
 @pytest.mark.parametrize(
