@@ -1,8 +1,8 @@
-"""A root file system for a guest, made on the spot: busybox, the modules its device needs, the user's files.
+"""The initramfs of a guest: busybox, modules for its devices, the user's files.
 
-The guest's init mounts what a Linux program expects, loads the modules, waits for the drivers, and then runs a shell
-on the console, or one command. A command's standard output, standard error and status leave on serial ports of their
-own (ttyS1, ttyS2, ttyS3), read on the host by :mod:`kvmpass.guest.channel`.
+The guest's init mounts the usual file systems, loads the modules, waits for the drivers, and runs a shell on the
+console, or a command. The command's standard output, its standard error and its status are sent through ttyS1, ttyS2
+and ttyS3; on the host :mod:`kvmpass.guest.channel` reads the status.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvmpass.initramfs.modules import ModulePlan, ModuleTree, plan
 
 __all__ = ["GuestRoot", "ModulePlan", "ModuleTree", "find_busybox"]
 
-APPLETS_ABSENT = ("busybox", "init", "linuxrc")  # the program itself, and names with a meaning of their own
+APPLETS_ABSENT = ("busybox", "init", "linuxrc")  # the program itself, and names that the kernel runs
 
 _PASSWD = b"root:x:0:0:root:/root:/bin/sh\n"
 _GROUP = b"root:x:0:\n"
@@ -30,7 +30,7 @@ _PROFILE = b"PS1='guest# '\n"
 
 
 def find_busybox() -> Path:
-    """The host's busybox. Raises ``KvmpassError`` if it has none."""
+    """Return the path of the host's busybox. Raises ``KvmpassError`` if it is not installed."""
     found = shutil.which("busybox", path="/bin:/usr/bin:/sbin:/usr/sbin:/usr/local/bin")
     if found is None:
         raise KvmpassError(
@@ -46,13 +46,14 @@ def _pci_id(modalias: str) -> str | None:
 
 
 class GuestRoot:
-    """Collects what a guest's root file system shall have; ``build()`` gives the initramfs.
+    """The builder of a guest's initramfs.
 
-    The methods may be called in any order. Every error is a ``KvmpassError``, or the ``OSError`` of reading a file.
+    Call its methods in any order, then ``build``. All raise ``KvmpassError``, and the ``OSError`` of reading a file.
     """
 
     def __init__(self, busybox: Path | None = None) -> None:
         self.tree = Tree()
+        """The files."""
         self._plan = ModulePlan((), frozenset())
         self._parameters: dict[str, str] = {}
         self._expected: list[str] = []
@@ -60,7 +61,8 @@ class GuestRoot:
         self._term = "linux"
         self._size = (24, 80)
         self._copied: frozenset[str] = frozenset()
-        self.warnings: list[str] = []  # what may not be as it was meant
+        self.warnings: list[str] = []
+        """Files that could not be copied completely, and modules for none of the devices."""
         for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/etc", init.DIRECTORY):
             self.tree.directory(path)
         self.tree.directory("/root", 0o700)
@@ -96,11 +98,11 @@ class GuestRoot:
         parameters: Mapping[str, str] | None = None,
         root: Path = Path("/lib/modules"),
     ) -> ModulePlan:
-        """Load kernel ``release``'s drivers for ``modaliases`` and what is behind them, and ``files`` of the user.
+        """Load the drivers of kernel ``release`` for ``modaliases`` and their companions, and the user's ``files``.
 
-        ``extra`` names further modules of that kernel. ``parameters``, by the name of a module, is what the kernel
-        gets for it (:func:`kvmpass.initramfs.parameters.module_parameters`). A kernel whose ``root/release`` does not
-        exist has nothing to load but ``files``. Call it once. Returns what will be loaded.
+        ``extra`` names further modules of that kernel. ``parameters``: by the name of a module, as from
+        :func:`kvmpass.initramfs.parameters.module_parameters`. If ``root/release`` does not exist, only ``files`` are
+        loaded. Call it once. Returns the modules to load.
         """
         aliases = list(modaliases)
         behind = companions(aliases)
@@ -118,14 +120,14 @@ class GuestRoot:
         return self._plan
 
     def copy(self, spec: str) -> None:
-        """``SRC:DST`` as on the command line; see :func:`kvmpass.initramfs.files.copy_into`."""
+        """Copy ``SRC:DST``, as on the command line; see :func:`kvmpass.initramfs.files.copy_into`."""
         source, target = files.split_spec(spec)
         before = self.tree.names
         files.copy_into(self.tree, source, target, self.warnings.append)
         self._copied |= self.tree.names - before
 
     def run_command(self, command: Sequence[str]) -> None:
-        """Run ``command`` instead of a shell. Its first word is a path, or looked up in the guest's PATH."""
+        """Run ``command`` instead of a shell. Its first word is a path, or searched for in the guest's PATH."""
         if not command:
             raise KvmpassError("an empty command")
         if any("\0" in word for word in command):
@@ -133,15 +135,14 @@ class GuestRoot:
         self._command = list(command)
 
     def terminal(self, term: str, size: tuple[int, int] = (24, 80)) -> None:
-        """What the interactive shell is told about its terminal: ``TERM``, and rows and columns."""
+        """Set ``TERM``, and rows and columns, of the interactive shell's terminal."""
         self._term = term
         self._size = size
 
     def build(self, *, compress: bool = False) -> bytes:
-        """The initramfs; equal content gives equal bytes.
+        """Return the initramfs; equal content gives equal bytes.
 
-        Not compressed unless asked: memory is cheaper than the guest's time, above all without hardware
-        virtualization below.
+        Uncompressed by default: the guest boots faster, at the price of memory.
         """
         if self._command is not None:
             self.tree.file(f"{init.DIRECTORY}/command", init.command_script(self._command))

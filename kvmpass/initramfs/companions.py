@@ -1,7 +1,7 @@
-"""What a guest needs besides a PCI device's own driver: the drivers of what sits behind it.
+"""The drivers of devices behind a PCI device.
 
-A controller's modalias names the controller's driver. The disks of a SATA controller, the sticks on a USB controller
-and the function of a virtio device have drivers of their own, which the guest's kernel would ask udev for.
+A controller's modalias matches the controller's driver. The disks of a SATA controller, the devices on a USB bus and
+the function of a virtio device have drivers of their own, which udev would load.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ _DISK = ("sd_mod",)
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """Modaliases of devices that will appear behind the PCI devices, and names of modules to load after theirs."""
+    """The drivers of devices behind PCI devices."""
 
     modaliases: tuple[str, ...]
+    """Modaliases of these devices."""
     modules: tuple[str, ...]
+    """Names of modules to load."""
 
 
 def companions(modaliases: Iterable[str]) -> Companions:
-    """What belongs to the PCI devices with these modaliases; others have no companions."""
+    """Return the companions of the PCI devices with these modaliases; other devices have none."""
     aliases: dict[str, None] = {}
     modules: dict[str, None] = {}
     for modalias in modaliases:
@@ -49,7 +51,7 @@ def companions(modaliases: Iterable[str]) -> Companions:
 
 
 def _virtio_type(vendor: int, device: int, subsystem: int) -> int | None:
-    """The virtio device type of a PCI device (Virtual I/O Device 1.2, 4.1.2), ``None`` for any other device."""
+    """Return the virtio device type of a PCI device (Virtual I/O Device 1.2, 4.1.2); None: not virtio."""
     if vendor != _VIRTIO_VENDOR:
         return None
     if _VIRTIO_MODERN < device <= _VIRTIO_MODERN + 0x3F:

@@ -1,6 +1,6 @@
-"""A root file system as a tree in memory, and as a cpio archive that the kernel unpacks.
+"""A root file system in memory, and the cpio archive that the kernel unpacks.
 
-The archive's format is "newc" (Documentation/driver-api/early-userspace/buffer-format.rst).
+The format is "newc" (Documentation/driver-api/early-userspace/buffer-format.rst).
 """
 
 from __future__ import annotations
@@ -12,23 +12,26 @@ from pathlib import PurePosixPath
 
 from kvmpass.errors import KvmpassError
 
-# A merged /usr as on today's distributions, so that a library found as /lib/x or as /usr/lib/x is the same file.
 _PAGE = 4096
-_INODE = 1024  # of memory, its name and entry included
+_INODE = 1024  # bytes of memory, its name and directory entry included
+# Merged /usr, as in current distributions, so that /lib/x and /usr/lib/x are the same file.
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One file: ``mode`` as in ``st_mode``; ``data`` is a regular file's content or a symlink's target."""
+    """A file."""
 
     mode: int
+    """Type and mode, as in ``st_mode``."""
     data: bytes = b""
+    """A regular file's content, or a symlink's target."""
     device: tuple[int, int] = (0, 0)
+    """Major and minor number of a device node."""
 
 
 class Tree:
-    """Paths and their nodes. Everything belongs to root and has the time 0, so equal input gives equal bytes."""
+    """Paths and their nodes. All are owned by root, with time 0: equal input gives equal bytes."""
 
     def __init__(self) -> None:
         self._nodes: dict[str, Node] = {}
@@ -38,7 +41,7 @@ class Tree:
 
     @staticmethod
     def canonical(path: str) -> str:
-        """The archive's name of an absolute path: no leading slash, inside the merged /usr."""
+        """Return the archive's name of an absolute path: no leading slash, in the merged /usr."""
         pure = PurePosixPath(path)
         if not pure.is_absolute() or ".." in pure.parts:
             raise KvmpassError(f"{path!r} is not an absolute path in the guest")
@@ -51,9 +54,11 @@ class Tree:
         return self.canonical(path) in self._nodes
 
     def get(self, path: str) -> Node | None:
+        """Return the node at ``path``."""
         return self._nodes.get(self.canonical(path))
 
     def is_directory(self, path: str) -> bool:
+        """Return whether ``path`` is a directory, or a symlink of the merged /usr."""
         name = self.canonical(path)
         if name in MERGED or not name:
             return True
@@ -61,9 +66,9 @@ class Tree:
         return node is not None and stat.S_ISDIR(node.mode)
 
     def add(self, path: str, node: Node) -> None:
-        """Put ``node`` at ``path``, making parent directories; a later node replaces an earlier file.
+        """Add ``node`` at ``path``, with parent directories; it replaces a file.
 
-        Raises ``KvmpassError`` if a file would take a directory's place, or lie below a file.
+        Raises ``KvmpassError`` if it would replace a directory by a file, or lie below a file.
         """
         name = self.canonical(path)
         old = self._nodes.get(name)
@@ -84,32 +89,36 @@ class Tree:
         self._nodes[name] = node
 
     def directory(self, path: str, mode: int = 0o755) -> None:
+        """Add a directory."""
         self.add(path, Node(stat.S_IFDIR | mode))
 
     def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        """Add a regular file."""
         self.add(path, Node(stat.S_IFREG | mode, data))
 
     def symlink(self, path: str, target: str) -> None:
+        """Add a symlink."""
         self.add(path, Node(stat.S_IFLNK | 0o777, target.encode("utf-8", "surrogateescape")))
 
     def character_device(self, path: str, major: int, minor: int, mode: int = 0o600) -> None:
+        """Add a character device node."""
         self.add(path, Node(stat.S_IFCHR | mode, b"", (major, minor)))
 
     @property
     def unpacked_size(self) -> int:
-        """Bytes of memory that the unpacked tree takes in the guest: whole pages, and an inode for each node."""
+        """Bytes of the guest's memory that the unpacked tree takes: whole pages, and an inode for each node."""
         pages = sum(-(-len(node.data) // _PAGE) * _PAGE for node in self._nodes.values() if stat.S_ISREG(node.mode))
         return pages + _INODE * len(self._nodes)
 
     @property
     def names(self) -> frozenset[str]:
-        """Those of all nodes, as the archive has them."""
+        """The names of all nodes, as in the archive."""
         return frozenset(self._nodes)
 
     def archive(self, last: str = "", later: Collection[str] = ()) -> bytes:
-        """The whole tree as a newc archive: directories first, then files, at the end an empty file ``last``.
+        """Return a newc archive: directories, files, the files named in ``later``, an empty file ``last``.
 
-        ``later``: names of files that come after the others: what a guest needs least, should it run out of memory.
+        A guest that runs out of memory unpacks what comes first.
         """
         end = [(self.canonical(last), Node(stat.S_IFREG | 0o444))] if last else []
 
@@ -120,9 +129,9 @@ class Tree:
 
 
 def newc(nodes: Iterable[tuple[str, Node]]) -> bytes:
-    """An archive of ``nodes`` in their order, by names without a leading slash; parents must come first.
+    """Return an archive of ``nodes`` in their order, named without a leading slash; parents must come first.
 
-    Its size is a multiple of four: another archive may follow. Raises ``KvmpassError`` for a file of 4 GiB.
+    Its size is a multiple of four: another archive may follow. Raises ``KvmpassError`` for a file of 4 GiB or more.
     """
     pieces: list[bytes] = []
     for inode, (name, node) in enumerate(nodes, 1):

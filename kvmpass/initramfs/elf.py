@@ -1,6 +1,6 @@
-"""What an ELF file asks of the dynamic linker, and where that finds it (ELF gABI; ld.so(8)).
+"""The dynamic section of ELF files, and the search for libraries (ELF gABI; ld.so(8)).
 
-Libraries that a program opens by itself while it runs (dlopen: NSS, gconv, plug-ins) are not found this way.
+Libraries that a program opens with dlopen (NSS, gconv, plug-ins) are not found.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ DEFAULT_DIRECTORIES = ("/lib64", "/usr/lib64", "/lib", "/usr/lib")
 
 @dataclass(frozen=True, slots=True)
 class Dynamic:
-    """``interpreter`` is the program's dynamic linker (``None`` for a library or a static program)."""
+    """What an ELF file needs to start."""
 
     interpreter: str | None
+    """The dynamic linker; None for a library or a static program."""
     needed: tuple[str, ...]
-    search: tuple[str, ...]  # RUNPATH, or RPATH, with $ORIGIN not yet replaced
+    """The names of libraries (``DT_NEEDED``)."""
+    search: tuple[str, ...]
+    """``DT_RUNPATH``, else ``DT_RPATH``; may contain ``$ORIGIN``."""
 
 
 def printable(text: str, limit: int = 60) -> str:
-    """A file's own words, for a message: a file may hold anything."""
+    """Return text of a file for a message: printable ASCII, at most ``limit`` characters."""
     shown = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
     return shown if len(shown) <= limit else f"{shown[:limit]}…"
 
 
 def is_elf(data: bytes) -> bool:
-    """64-bit, little-endian, for x86-64: what the guest can run."""
+    """Return whether ``data`` is an ELF file for x86-64, 64-bit."""
     return data[:6] == MAGIC + b"\x02\x01" and data[18:20] == b"\x3e\x00"
 
 
@@ -103,16 +106,18 @@ def _configured(path: Path) -> Iterator[str]:
 
 @lru_cache(maxsize=1)
 def library_directories() -> tuple[str, ...]:
-    """Where this host's dynamic linker looks: /etc/ld.so.conf, then the built-in directories."""
+    """Return the directories of this host's dynamic linker: /etc/ld.so.conf, then the built-in ones."""
     return tuple(dict.fromkeys([*_configured(Path("/etc/ld.so.conf")), *DEFAULT_DIRECTORIES]))
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A file on the host, and the path under which the guest's dynamic linker will look for it."""
+    """A file of the host that is copied into the guest."""
 
     host: Path
+    """Its path on the host."""
     guest: str
+    """The path where the guest's dynamic linker searches for it."""
 
 
 def _origin(part: str, directory: str) -> str:
@@ -120,9 +125,9 @@ def _origin(part: str, directory: str) -> str:
 
 
 def find_library(name: str, search: tuple[tuple[str, Located], ...]) -> Located | None:
-    """The file that the dynamic linker would load for ``name``.
+    """Return the file that the dynamic linker loads for ``name``; None: not found.
 
-    ``search`` is the run paths to look in, each with the file that brought it: ``$ORIGIN`` is that file's directory.
+    ``search``: run paths, each with the file that has it in its dynamic section: ``$ORIGIN`` is its directory.
     """
     if "/" in name:
         return Located(Path(name), name) if Path(name).is_file() else None
@@ -143,10 +148,10 @@ def find_library(name: str, search: tuple[tuple[str, Located], ...]) -> Located 
 
 
 def closure(path: Path, data: bytes, guest: str) -> dict[str, bytes]:
-    """Everything that has to be in the guest for the ELF file ``path``, there at ``guest``, to start.
+    """Return the files that the ELF file ``path`` needs to start in the guest at ``guest``: path there, and content.
 
-    Guest paths and contents; the file itself is not among them. Raises ``ValueError`` for a broken ELF file, and
-    ``KvmpassError`` that names a library which this host does not have.
+    ``data``: its own content. Raises ``ValueError`` for a broken ELF file, ``KvmpassError`` for a library that is not
+    found on this host.
     """
     found: dict[str, bytes] = {}
     todo: list[tuple[Located, bytes, tuple[tuple[str, Located], ...]]] = [(Located(path, guest), data, ())]
@@ -173,7 +178,7 @@ def closure(path: Path, data: bytes, guest: str) -> dict[str, bytes]:
 
 
 def section(data: bytes, wanted: str) -> bytes:
-    """The content of a section by name; empty if there is none. Raises ``ValueError`` for a broken file."""
+    """Return the content of the section ``wanted``; empty without it. Raises ``ValueError`` for a broken file."""
     try:
         (offset,) = struct.unpack_from("<Q", data, 0x28)
         size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)

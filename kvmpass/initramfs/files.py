@@ -1,4 +1,4 @@
-"""``--copy SRC:DST``: files of the host in the guest, with what they need to run."""
+"""``--copy SRC:DST``: files copied from the host into the guest, with the libraries and interpreters they need."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import elf
 from kvmpass.initramfs.cpio import Node, Tree
 
-# What busybox brings under the names that scripts use.
+# Interpreters that busybox provides.
 BUSYBOX_INTERPRETERS = frozenset(
     f"{directory}/{name}" for directory in ("/bin", "/usr/bin") for name in ("sh", "ash", "env", "awk", "sed")
 )
 
 
 def split_spec(spec: str) -> tuple[Path, str]:
-    """``SRC:DST``, split at the last colon: the source, and the path that it gets in the guest.
+    """Split ``SRC:DST`` at the last colon. Return the source, and its path in the guest.
 
-    ``DST`` is absolute. With a slash at its end it is a directory that the source goes into under its own name, as by
-    ``cp -r SRC DST``; of a source that ends in ``.`` or ``..`` only the contents do. Raises ``KvmpassError`` for
-    anything else.
+    ``DST`` is absolute. If it ends with a slash, the source is copied into that directory under its own name, as by
+    ``cp -r SRC DST``; if the source ends with ``.`` or ``..``, its contents are. Raises ``KvmpassError``.
     """
     source, colon, target = spec.rpartition(":")
     if not colon or not source or not target.startswith("/"):
@@ -35,13 +34,12 @@ def split_spec(spec: str) -> tuple[Path, str]:
 
 
 def copy_into(tree: Tree, source: Path, target: str, warn: Callable[[str], None] = lambda text: None) -> None:
-    """Put ``source`` (a file, or a directory with all below it) at ``target``.
+    """Copy ``source``, a file or a directory with all below it, to ``target``.
 
-    A directory that the tree has already is added to, and keeps its mode. Else modes and symlinks are preserved; a
-    symlink named as ``source`` is followed. ELF files bring their dynamic linker and libraries, each at its own path;
-    scripts bring the interpreter that their first line names, not what that interpreter loads while it runs. Raises
-    ``KvmpassError`` for what is missing or cannot be copied, and the ``OSError`` of reading. Inside a directory
-    ``warn`` is told instead: such a file is left out, or comes without what it needs to run.
+    Modes and symlinks are preserved, but directories of the tree keep their mode, and ``source`` itself is followed.
+    ELF files are copied with their dynamic linker and libraries, scripts with the interpreter of their first line,
+    each to its own path. Raises ``KvmpassError`` if something is missing or cannot be copied, and the ``OSError`` of
+    reading. Below a directory ``warn`` is called instead, and the file is left out, or incomplete.
     """
     if not source.exists():
         raise KvmpassError(f"--copy: {source} does not exist")
@@ -84,7 +82,7 @@ def _copy_file(tree: Tree, source: Path, target: str) -> None:
         try:
             add_libraries(tree, source, data, target)
         except ValueError as error:
-            # Without the right to run it is data, of whatever shape.
+            # Not executable: data.
             if status.st_mode & 0o111:
                 raise KvmpassError(f"{source} is a broken ELF file") from error
     elif data[:2] == b"#!" and status.st_mode & 0o111:
@@ -92,9 +90,9 @@ def _copy_file(tree: Tree, source: Path, target: str) -> None:
 
 
 def add_libraries(tree: Tree, source: Path, data: bytes, target: str) -> None:
-    """What the ELF file ``source`` needs to start at ``target``, unless the tree has a file there already.
+    """Add what the ELF file ``source`` needs to start at ``target``, unless the tree has it.
 
-    Raises ``ValueError`` for a broken ELF file, ``KvmpassError`` for a library that the host lacks.
+    ``data``: its content. Raises ``ValueError`` for a broken ELF file, ``KvmpassError`` for a missing library.
     """
     for path, content in elf.closure(source, data, target).items():
         if path not in tree:
@@ -110,7 +108,7 @@ def _add_interpreter(tree: Tree, script: Path, data: bytes) -> None:
         names = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
         if not names or f"/usr/bin/{names[0]}" in tree:
             return
-        # /usr/bin/env searches the guest's PATH.
+        # /usr/bin/env searches PATH.
         located = shutil.which(names[0])
         place = f"/usr/bin/{names[0]}"
     else:
@@ -118,7 +116,7 @@ def _add_interpreter(tree: Tree, script: Path, data: bytes) -> None:
             return
         located, place = wanted, wanted
     if not place.startswith("/"):
-        raise KvmpassError(f"{script} is run by {elf.printable(place)}, which is no absolute path")
+        raise KvmpassError(f"{script} is run by {elf.printable(place)}, which is not an absolute path")
     if located is None or not Path(located).is_file():
         interpreter = elf.printable(words[-1] if located is None else wanted)
         raise KvmpassError(f"{script} is run by {interpreter}, not on this host")

@@ -1,4 +1,4 @@
-"""The guest's init: a busybox shell script, put together for one guest."""
+"""The guest's init: a shell script for busybox."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 DIRECTORY = "/kvmpass"
 COMPLETE = f"{DIRECTORY}/complete"  # the archive's last file
-SETTLE_SECONDS = 20  # the guest's own, for a driver to take its device
+SETTLE_SECONDS = 20  # of the guest's time, for a driver to bind to its device
 WATCHDOG_SECONDS = 20
-NAMESPACE_SECONDS = 5  # from a live NVMe controller on; one without namespaces costs this wait
+NAMESPACE_SECONDS = 5  # from a live NVMe controller to its namespaces, if it has any
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-# All that one `mount -a` can do: each process less is a tenth of a second less where the guest is emulated.
+# For one `mount -a`: each process takes a tenth of a second in an emulated guest.
 FSTAB = b"""\
 proc /proc proc defaults 0 0
 sysfs /sys sysfs defaults 0 0
@@ -22,11 +22,10 @@ tmpfs /run tmpfs mode=0755 0 0
 debugfs /sys/kernel/debug debugfs defaults 0 0
 tracefs /sys/kernel/tracing tracefs defaults 0 0
 """
-# Where programs look for their own streams, since devtmpfs has none of these.
+# Symlinks in /dev that devtmpfs lacks.
 STREAMS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
 
-# The wait comes after the modules: drivers may probe asynchronously (NVMe does), and an NVMe controller that is live
-# finds its namespaces later still.
+
 _COMMON = """\
 #!/usr/bin/busybox sh
 export PATH={path} HOME=/root TERM={term}
@@ -43,7 +42,7 @@ fail() {{ say "$*"; [ -z "$control" ] || echo "kvmpass 1 error $*" >&6; }}
 die() {{ fail "$*"; [ -z "$control" ] || stty -F /dev/ttyS3 115200; poweroff -f; }}
 """
 
-# The kernel goes on with what it could unpack (init/initramfs.c: do_populate_rootfs).
+# The kernel continues with what it could unpack (init/initramfs.c: do_populate_rootfs).
 _CHECK = f"""
 [ -e {COMPLETE} ] || die "the root file system is incomplete: the guest has too little memory to unpack it"
 """
@@ -58,8 +57,8 @@ exec 4>/dev/ttyS1 5>/dev/ttyS2 6>/dev/ttyS3
 control=yes
 """
 
-# A guest that runs a command ends where its kernel stops (Documentation/admin-guide/sysctl/kernel.rst); a lockup is
-# one after twice the threshold. The same words on the kernel's command line take precedence.
+# A lockup or a hung task ends a guest that runs a command (Documentation/admin-guide/sysctl/kernel.rst); soft lockups
+# are detected after twice the threshold. Parameters on the kernel's command line take precedence.
 _STRICT = """
 read -r cmdline </proc/cmdline
 strict() {{
@@ -71,7 +70,7 @@ strict() {{
 strict watchdog_thresh {threshold}; strict softlockup_panic 1; strict hung_task_panic 1
 """
 
-# The parameters are one argument: insmod hands them on as they are, quotes included.
+# The parameters are one argument, which insmod passes on with its quotes.
 _LOAD = """
 load() {{
     message=$(insmod "/kvmpass/modules/$1.ko" ${{3:+"$3"}} 2>&1) || {{
@@ -81,7 +80,8 @@ load() {{
 }}
 """
 
-# A namespace is a block device below the controller, or (multipath) below its subsystem: /dev is the common place.
+# Drivers may probe asynchronously (NVMe does), and an NVMe controller that is live adds its namespaces later: a block
+# device below the controller, or (multipath) below its subsystem, so look in /dev.
 _SETTLE = """
 unsettled() {
     for device in /sys/bus/pci/devices/*; do
@@ -131,7 +131,7 @@ poweroff -f
 _SHELL = """
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 stty sane{size}
-# From now on the host tells each new size: see kvmpass/guest/size.py.
+# The host sends each new size of the terminal: see kvmpass/guest/size.py.
 [ ! -c /dev/ttyS3 ] || (
     stty -F /dev/ttyS3 115200 raw -echo || exit
     exec </dev/ttyS3 >/dev/ttyS3 2>/dev/null
@@ -146,12 +146,12 @@ poweroff -f
 
 
 def quote(word: str) -> str:
-    """``word`` as one word of a POSIX shell."""
+    """Quote ``word`` for a POSIX shell."""
     return "'" + word.replace("'", "'\\''") + "'"
 
 
 def command_script(command: Sequence[str]) -> bytes:
-    """A script that becomes the command; each argument arrives as it was given, whatever it contains."""
+    """Return a script that executes the command with these arguments, unchanged."""
     text = "exec " + " ".join(quote(word) for word in command) + "\n"
     return text.encode("utf-8", "surrogateescape")
 
@@ -164,11 +164,11 @@ def init_script(
     term: str = "linux",
     size: tuple[int, int] = (24, 80),
 ) -> bytes:
-    """``/init`` of the guest.
+    """Return ``/init``.
 
-    ``modules``: names below ``/kvmpass/modules`` in order, whether each is under test (its failure then ends a run
-    that has a command), and its parameters. ``expected``: ``vendor:device`` identifiers, four hexadecimal digits
-    each, whose driver to wait for. ``size``: rows and columns of the terminal that an interactive shell gets.
+    ``modules``: of each its name, whether it is under test (its failure ends a run with a command), its parameters.
+    ``expected``: ``vendor:device``, four hexadecimal digits each, of devices to wait for. ``size``: rows and columns
+    of the interactive shell's terminal.
     """
     dimensions = f" rows {size[0]} cols {size[1]}"
     load = _LOAD.format(on_failure='die "the module under test is not usable"' if command else ":")

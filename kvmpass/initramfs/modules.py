@@ -1,7 +1,7 @@
-"""Kernel modules for a device: from its modalias to files in the order of loading.
+"""Kernel modules for devices: from modaliases to files in the order of loading.
 
-Reads what depmod wrote (modules.alias, .dep, .softdep, .builtin, .builtin.modinfo; depmod.d(5), modules.dep(5)) and
-``.modinfo`` sections of files under test. No kmod needed.
+From depmod's tables (modules.alias, .dep, .softdep, .builtin, .builtin.modinfo; depmod.d(5), modules.dep(5)) and the
+``.modinfo`` sections of modules under test.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from kvmpass.initramfs.parameters import words as words_of
 
 
 def normalize(name: str) -> str:
-    """Module names know no difference between ``-`` and ``_``."""
+    """Return a module's name with ``_`` for ``-``, which are equal in names of modules."""
     return name.replace("-", "_")
 
 
 def module_name(path: str | Path) -> str:
-    """``kernel/drivers/net/e1000e.ko.xz`` → ``e1000e``."""
+    """Return the name of a module's file: ``e1000e`` for ``kernel/drivers/net/e1000e.ko.xz``."""
     return normalize(Path(path).name.split(".ko", 1)[0])
 
 
 def decompress(path: Path) -> bytes:
-    """The module as the kernel wants it, whatever its compression. Raises ``KvmpassError`` for a broken file."""
+    """Read a module, compressed by xz, gzip, zstd or not at all. Raises ``KvmpassError`` for a broken file."""
     data = path.read_bytes()
     try:
         if data[:6] == b"\xfd7zXZ\0":
@@ -41,7 +41,7 @@ def decompress(path: Path) -> bytes:
         elif data[:4] == b"\x28\xb5\x2f\xfd":
             import zstandard
 
-            # The stream interface: a frame need not say how long its content is.
+            # The stream interface: a frame may lack the size of its content.
             data = zstandard.ZstdDecompressor().decompressobj().decompress(data)
     except Exception as error:
         raise KvmpassError(f"{path}: cannot be decompressed: {error}") from error
@@ -52,24 +52,30 @@ def decompress(path: Path) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One module to load: ``data`` is decompressed; ``under_test`` if the user gave the file."""
+    """A module to load."""
 
     name: str
+    """Its name, with ``_``."""
     data: bytes
+    """Its content, decompressed."""
     under_test: bool = False
+    """Whether it is the user's."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModInfo:
-    """What a module file says about itself."""
+    """The ``.modinfo`` of a module."""
 
     aliases: tuple[str, ...]
+    """Patterns of modaliases."""
     depends: tuple[str, ...]
+    """Names of modules that it needs, with ``_``."""
     vermagic: str
+    """The kernel's release and options; empty: none."""
 
 
 def modinfo(data: bytes) -> ModInfo:
-    """Parse ``.modinfo``: zero-separated ``key=value`` texts. Raises ``ValueError`` if it is not there."""
+    """Parse ``.modinfo``: zero-separated ``key=value`` texts. Raises ``ValueError`` without it."""
     texts = elf.section(data, ".modinfo").split(b"\0")
     pairs = [text.decode("utf-8", "replace").partition("=") for text in texts if b"=" in text]
     if not pairs:
@@ -83,10 +89,10 @@ def modinfo(data: bytes) -> ModInfo:
 
 
 def _candidates(modalias: str) -> str:
-    """A regular expression for the alias patterns that agree with ``modalias`` up to their first wildcard.
+    """Return a regular expression for the patterns that agree with ``modalias`` up to their first wildcard.
 
-    The tables have tens of thousands of lines: this leaves a handful of them for ``fnmatch``. Twenty characters are
-    enough to tell PCI vendors and devices apart.
+    The tables have tens of thousands of lines: few of them remain for ``fnmatch``. Twenty characters contain a PCI
+    device's vendor and device ID.
     """
     bus, colon, rest = modalias.partition(":")
     expression = r"[^\s\0]*"
@@ -97,15 +103,18 @@ def _candidates(modalias: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The modules that a kernel's tables name for some modaliases; ``builtin`` need no file."""
+    """The drivers in a kernel's tables for some modaliases."""
 
     modules: tuple[str, ...]
+    """Names of modules."""
     builtin: tuple[str, ...]
-    matched: frozenset[str]  # the modaliases for which there is a driver
+    """Names of built-in modules."""
+    matched: frozenset[str]
+    """The modaliases that have a driver."""
 
 
 class ModuleTree:
-    """``/lib/modules/RELEASE``. The tables are read when first needed; a missing directory is an empty tree."""
+    """``/lib/modules/RELEASE``. Tables are read on first use; a missing directory is an empty tree."""
 
     def __init__(self, release: str, root: Path = Path("/lib/modules")) -> None:
         self.release = release
@@ -114,6 +123,7 @@ class ModuleTree:
 
     @property
     def exists(self) -> bool:
+        """Whether there are modules of this kernel."""
         return (self.directory / "modules.dep").is_file()
 
     def _text(self, name: str) -> str:
@@ -125,7 +135,7 @@ class ModuleTree:
         return self._texts[name]
 
     def lookup(self, name: str) -> tuple[str, ...] | None:
-        """The file of a module, then the files it needs, the one to load first last; ``None`` if it has none."""
+        """Return the file of a module, then those it needs, in reverse order of loading; None: no file."""
         spelling = re.escape(normalize(name)).replace("_", "[-_]")
         text = self._text("modules.dep")
         match = re.search(rf"[\n/]{spelling}\.ko(?:\.\w+)?:", text)
@@ -137,11 +147,12 @@ class ModuleTree:
         return (path, *needed.split())
 
     def is_builtin(self, name: str) -> bool:
+        """Return whether a module is built into the kernel."""
         spelling = re.escape(normalize(name)).replace("_", "[-_]")
         return re.search(rf"[\n/]{spelling}\.ko", self._text("modules.builtin")) is not None
 
     def find(self, modaliases: Iterable[str]) -> Found:
-        """The drivers whose alias patterns match."""
+        """Return the drivers for ``modaliases``."""
         modules: dict[str, None] = {}
         builtin: dict[str, None] = {}
         matched: set[str] = set()
@@ -159,7 +170,7 @@ class ModuleTree:
         return Found(tuple(modules), tuple(builtin), frozenset(matched))
 
     def softdeps(self) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-        """For each module that has some: modules to load before, and after it."""
+        """Return, by the name of a module, the modules to load before, and after it."""
         result: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
         for line in self._text("modules.softdep").splitlines():
             words = line.split()
@@ -179,24 +190,24 @@ class ModuleTree:
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """What the guest loads, in order, and the modaliases that will then have a driver.
-
-    ``idle``: the user's files that are for none of the modaliases, and that nothing else needs.
-    """
+    """The modules that a guest loads."""
 
     modules: tuple[Module, ...]
+    """The modules, in the order of loading."""
     matched: frozenset[str]
+    """The modaliases that have a driver."""
     idle: tuple[Path, ...] = ()
+    """The user's files that match none of the modaliases, and that no other module needs."""
 
 
 def plan(
     tree: ModuleTree, modaliases: Iterable[str], files: Sequence[Path] = (), extra: Iterable[str] = ()
 ) -> ModulePlan:
-    """Stock modules for ``modaliases`` and ``extra`` (by name), and the user's ``files`` after what they depend on.
+    """Plan the kernel's modules for ``modaliases`` and ``extra`` (names), and the user's ``files``.
 
-    A file whose alias matches a modalias replaces the stock drivers of that device, and a file replaces the stock
-    module of its own name. Raises ``KvmpassError`` for a file that is no module, was built for another kernel, or
-    depends on what is nowhere.
+    Dependencies are included. A file replaces the kernel's module of the same name, and the kernel's drivers for the
+    modaliases that it matches. Raises ``KvmpassError`` for a file that is not a module, was built for another kernel,
+    or depends on a module that does not exist.
     """
     aliases = frozenset(modaliases)
     given = {module_name(path): _under_test(path) for path in files}
@@ -215,8 +226,8 @@ def plan(
             )
         infos[module_name(path)] = info
     patterns = [pattern for info in infos.values() for pattern in info.aliases]
-    taken = {alias for alias in aliases if any(fnmatch.fnmatchcase(alias, pattern) for pattern in patterns)}
-    found = tree.find(aliases - taken)
+    replaced = {alias for alias in aliases if any(fnmatch.fnmatchcase(alias, pattern) for pattern in patterns)}
+    found = tree.find(aliases - replaced)
 
     softdeps = tree.softdeps()
     order: dict[str, None] = {}
@@ -265,7 +276,7 @@ def plan(
     ]
     idle = [path for path in files if not _matches(infos[module_name(path)], aliases)] if aliases else []
     idle = [path for path in idle if module_name(path) not in needed_by_others]
-    return ModulePlan(tuple(modules), found.matched | taken, tuple(idle))
+    return ModulePlan(tuple(modules), found.matched | replaced, tuple(idle))
 
 
 def _under_test(path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Parameters of modules on a kernel's command line, found as modprobe finds them.
+"""Module parameters on a kernel's command line, as modprobe finds them.
 
 Sources: lib/cmdline.c (``next_arg``) of the kernel, libkmod-config.c (``kmod_config_parse_kcmdline``) of kmod.
 """
@@ -13,15 +13,15 @@ _PARAMETER = re.compile(r'("?)([^\s".=]+)\.([^\s".=]+)(?:=(.*))?', re.DOTALL)
 
 
 def words(command_line: str) -> list[str]:
-    """The words of a command line as they are written: a blank between double quotes does not separate."""
+    """Split a command line into words, quotes included: a space between double quotes does not separate."""
     return _WORD.findall(command_line)
 
 
 def module_parameters(command_line: Iterable[str]) -> dict[str, str]:
-    """What the kernel gets for each module, by its name with underscores, from words ``MODULE.NAME=VALUE``.
+    """Return the parameters by module, named with ``_``, from words ``MODULE.NAME=VALUE``.
 
-    ``MODULE.NAME`` without a value is a switch. Quotes stay where they are, and are put around the value where they
-    were around the whole word: the kernel takes them away.
+    ``MODULE.NAME`` without a value is a switch. Quotes are kept, and moved to the value if they enclose the word: the
+    kernel removes them.
     """
     found: dict[str, list[str]] = {}
     for word in command_line:

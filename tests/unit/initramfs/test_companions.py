@@ -1,4 +1,4 @@
-"""What is behind a PCI device brings its own drivers."""
+"""Drivers for the devices behind a PCI device."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_companions(device: str, modaliases: tuple[str, ...], modules: tuple[str
     assert companions([device]) == Companions(modaliases, modules)
 
 
-def test_companions_of_several_devices_are_named_once() -> None:
+def test_companions_of_several_devices_are_unique() -> None:
     found = companions([modalias(0x8086, 0x2922, 0x010601), modalias(0x1B36, 0x000D, 0x0C0330)])
     assert found == Companions((), ("sd_mod", "usb_storage", "uas"))

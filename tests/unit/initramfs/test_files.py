@@ -1,4 +1,4 @@
-"""What `--copy` says of odd files, and what a guest needs to hold them all."""
+"""Copied files: warnings and errors, and the memory that a guest needs for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kvmpass.machine import Machine
 
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
-    """A directory whose files are odd, each in its own way, and one that is not."""
+    """A directory with files that cannot be copied, and one that can."""
     directory = tmp_path / "tree"
     directory.mkdir()
     (directory / "good").write_text("good")
@@ -35,7 +35,7 @@ def odd(tmp_path: Path) -> Path:
     return directory
 
 
-def test_odd_files_in_a_directory_are_warnings(odd: Path) -> None:
+def test_files_in_a_directory_that_cannot_be_copied_are_warnings(odd: Path) -> None:
     tree, warnings = Tree(), list[str]()
     copy_into(tree, odd, "/tree", warnings.append)
     assert tree.get("/tree/good") is not None
@@ -50,13 +50,13 @@ def test_odd_files_in_a_directory_are_warnings(odd: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["script", "broken", "fifo"])
-def test_by_themselves_they_are_refused(odd: Path, name: str) -> None:
+def test_files_that_cannot_be_copied_are_refused(odd: Path, name: str) -> None:
     with pytest.raises(KvmpassError, match=name):
         copy_into(Tree(), odd / name, f"/{name}")
 
 
 def tree_of(directory: Path) -> dict[str, str]:
-    """What is below a directory: mode, and content or target, by relative path."""
+    """Mode, and content or target, of all files in a directory, by relative path."""
     found = {}
     for path in sorted(directory.rglob("*")):
         content = str(path.readlink()) if path.is_symlink() else "" if path.is_dir() else path.read_text()
@@ -69,7 +69,7 @@ def tree_of(directory: Path) -> dict[str, str]:
     [("tree", "/"), ("tree/", "/"), ("tree", "/dir/"), ("tree/.", "/"), ("tree/.", "/dir/"), ("tree/new", "/dir/")],
 )
 def test_a_slash_at_the_end_copies_as_cp_does(tmp_path: Path, source: str, target: str) -> None:
-    """Into a directory that is there, whose mode stays; the real ``cp -r`` is the judge."""
+    """As ``cp -r`` does, into a directory that exists and keeps its mode."""
     (tmp_path / "tree/dir").mkdir(parents=True)
     (tmp_path / "tree/dir").chmod(0o700)
     (tmp_path / "tree/dir/file").write_text("below")
@@ -86,7 +86,7 @@ def test_a_slash_at_the_end_copies_as_cp_does(tmp_path: Path, source: str, targe
     assert made == tree_of(tmp_path / "root")
 
 
-def test_a_file_in_a_directorys_place_is_told_of_the_slash(odd: Path) -> None:
+def test_a_file_that_would_replace_a_directory_is_refused_with_a_hint(odd: Path) -> None:
     tree = Tree()
     tree.directory("/root")
     for target in ("/root", "/", "/lib"):
@@ -95,8 +95,8 @@ def test_a_file_in_a_directorys_place_is_told_of_the_slash(odd: Path) -> None:
         assert refused.value.__notes__[0].endswith(f"{odd}/good:{target.rstrip('/')}/")
 
 
-def test_a_merged_root_is_copied_over_the_guests(tmp_path: Path) -> None:
-    """As of a distribution: ``lib`` is a link to ``usr/lib``; another link there is left out with a warning."""
+def test_a_merged_root_is_copied(tmp_path: Path) -> None:
+    """With ``lib`` a symlink to ``usr/lib``, as in a distribution; another symlink is left out with a warning."""
     (tmp_path / "usr/lib").mkdir(parents=True)
     (tmp_path / "usr/lib/file").write_text("x")
     (tmp_path / "lib").symlink_to("usr/lib")
@@ -108,7 +108,7 @@ def test_a_merged_root_is_copied_over_the_guests(tmp_path: Path) -> None:
     assert warnings == ["--copy: /bin is a directory in the guest"]
 
 
-def test_the_size_of_a_tree_is_that_of_its_pages() -> None:
+def test_the_size_of_a_tree_is_in_pages() -> None:
     tree = Tree()
     empty = tree.unpacked_size
     tree.file("/one", b"x")
@@ -129,18 +129,18 @@ def names(archive: bytes) -> list[str]:
         at += -at % 4
 
 
-def test_the_last_file_says_that_all_of_them_are_there() -> None:
+def test_the_last_file_marks_a_complete_archive() -> None:
     tree = Tree()
     tree.file("/zzz/last", b"x")
     tree.directory(init.DIRECTORY)
     assert names(tree.archive(init.COMPLETE))[-2:] == ["zzz/last", init.COMPLETE[1:]]
     script = init.init_script(modules=[], expected=[], command=True).decode()
     assert f"[ -e {init.COMPLETE} ] || die" in script
-    assert script.index("control=yes") < script.index(init.COMPLETE), "it can be told"
+    assert script.index("control=yes") < script.index(init.COMPLETE), "a failure is reported"
 
 
-def test_what_was_copied_comes_after_what_the_guest_needs() -> None:
-    """A guest that runs out of memory while it unpacks can still say so."""
+def test_copied_files_are_last() -> None:
+    """So a guest that runs out of memory while it unpacks can report it."""
     tree = Tree()
     tree.file("/usr/bin/busybox", b"x")
     before = tree.names
@@ -159,7 +159,7 @@ class Memory:
         self.loaded.append(what)
 
 
-def test_files_that_do_not_fit_are_refused_with_the_number_that_does() -> None:
+def test_files_that_do_not_fit_are_refused_with_the_size_that_does() -> None:
     kernel = cast(KernelImage, SimpleNamespace(init_size=40 * MIB, preferred=16 * MIB))
     image = GuestImage(kernel, bytes(60 * MIB), "", unpacked=60 * MIB)
     machine = Memory(256 * MIB)
@@ -175,8 +175,8 @@ def test_files_that_do_not_fit_are_refused_with_the_number_that_does() -> None:
 
 
 @pytest.mark.parametrize(("initrd", "unpacked"), [(2 * MIB, 3 * MIB), (2 * MIB, 0)])
-def test_a_kernel_that_does_not_fit_is_refused_with_the_number_that_does(initrd: int, unpacked: int) -> None:
-    """It runs at its preferred address, and takes its ``init_size`` from there on, whatever else is free."""
+def test_a_kernel_that_does_not_fit_is_refused_with_the_size_that_does(initrd: int, unpacked: int) -> None:
+    """It needs ``init_size`` bytes from its preferred address on."""
     kernel = cast(KernelImage, SimpleNamespace(init_size=56 * MIB, preferred=16 * MIB))
     image = GuestImage(kernel, bytes(initrd), "", unpacked=unpacked)
     for size in (2, 64, 79):
@@ -187,7 +187,7 @@ def test_a_kernel_that_does_not_fit_is_refused_with_the_number_that_does(initrd:
 
 
 def program(interpreter: bytes) -> bytes:
-    """An ELF file with nothing but a dynamic linker's name."""
+    """An ELF file with a dynamic linker only."""
     header = bytearray(64 + 56)
     header[:6], header[18:20] = b"\x7fELF\x02\x01", b"\x3e\x00"
     header[0x20:0x28], header[0x36:0x3A] = (64).to_bytes(8, "little"), (56 | 1 << 16).to_bytes(4, "little")
@@ -205,7 +205,7 @@ def program(interpreter: bytes) -> bytes:
         (b"\x1b[2J\xff" + b"y" * 500, "?[2J?"),
     ],
 )
-def test_a_dynamic_linker_that_is_none(tmp_path: Path, interpreter: bytes, words: str) -> None:
+def test_missing_dynamic_linkers(tmp_path: Path, interpreter: bytes, words: str) -> None:
     file = tmp_path / "program"
     file.write_bytes(program(interpreter))
     file.chmod(0o755)

@@ -1,4 +1,4 @@
-"""From a modalias to modules in the order of loading, on a made-up /lib/modules."""
+"""From modaliases to modules in the order of loading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AHCI = "pci:v00008086d00002922sv00001AF4sd00001100bc01sc06i01"
 
 
 def module(**info: str | list[str]) -> bytes:
-    """An ELF relocatable with nothing but section names and .modinfo."""
+    """An ELF relocatable with section names and .modinfo."""
     pairs = [(key, item) for key, value in info.items() for item in ([value] if isinstance(value, str) else value)]
     content = b"".join(f"{key}={value}".encode() + b"\0" for key, value in pairs)
     names = b"\0.shstrtab\0.modinfo\0"
@@ -81,18 +81,18 @@ def names(root: Path, *modaliases: str, files: tuple[Path, ...] = (), extra: tup
     return [item.name for item in plan(ModuleTree(RELEASE, root), modaliases, files, extra).modules]
 
 
-def test_dependencies_come_first_and_soft_ones_around(root: Path) -> None:
+def test_dependencies_and_soft_dependencies_in_order(root: Path) -> None:
     assert names(root, NVME) == ["crc_early", "nvme_auth", "nvme_core", "nvme"]
     assert names(root, NIC) == ["ptp", "e1000e", "phy_late"]
     assert names(root, NIC, NVME, NIC).count("nvme") == 1
 
 
-def test_every_compression_is_undone(root: Path) -> None:
+def test_modules_are_decompressed(root: Path) -> None:
     for item in plan(ModuleTree(RELEASE, root), [NVME, NIC]).modules:
         assert item.data == module(name=item.name)
 
 
-def test_a_builtin_driver_needs_no_file_but_counts(root: Path) -> None:
+def test_a_builtin_driver_has_no_file_but_matches(root: Path) -> None:
     made = plan(ModuleTree(RELEASE, root), [AHCI])
     assert made.modules == ()
     assert made.matched == {AHCI}
@@ -123,7 +123,7 @@ def test_a_module_under_test_replaces_the_stock_driver(root: Path, tmp_path: Pat
     assert made.matched == {NVME}
 
 
-def test_one_of_the_stock_names_takes_its_place_in_the_order(root: Path, tmp_path: Path) -> None:
+def test_a_module_under_test_with_a_stock_name_keeps_its_place(root: Path, tmp_path: Path) -> None:
     mine = tmp_path / "nvme-core.ko"
     mine.write_bytes(module(depends="nvme-auth"))
     made = plan(ModuleTree(RELEASE, root), [NVME], [mine])
@@ -137,8 +137,8 @@ def test_an_unrelated_module_leaves_the_stock_driver(root: Path, tmp_path: Path)
     assert names(root, NIC, files=(mine,)) == ["ptp", "e1000e", "phy_late", "other"]
 
 
-def test_a_module_for_none_of_the_devices_is_told(root: Path, tmp_path: Path) -> None:
-    """Unless another one needs it, by its own account or as a module of the kernel's."""
+def test_a_module_for_none_of_the_devices_is_idle(root: Path, tmp_path: Path) -> None:
+    """Unless another module needs it: the user's or the kernel's."""
 
     def idle(*files: tuple[str, bytes], modaliases: tuple[str, ...] = (NVME,)) -> list[str]:
         paths = [tmp_path / name for name, _ in files]
@@ -152,10 +152,10 @@ def test_a_module_for_none_of_the_devices_is_told(root: Path, tmp_path: Path) ->
     assert idle(mine, ("helper.ko", module(name="helper")), other, plain) == ["other.ko", "plain.ko"]
     assert idle(("nvme-core.ko", module(name="nvme_core")), ("phy-late.ko", module(name="x"))) == ["phy-late.ko"]
     assert idle(("phy-late.ko", module(name="x")), ("nvme.ko", module(name="x")), modaliases=(NVME, NIC)) == []
-    assert idle(other, modaliases=()) == [], "no devices to be for"
+    assert idle(other, modaliases=()) == [], "no devices"
 
 
-def test_modules_that_cannot_load_are_refused_here(root: Path, tmp_path: Path) -> None:
+def test_modules_that_cannot_load_are_refused(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "x.ko"
     for content, reason in (
         (b"text", "not a kernel module"),
@@ -171,7 +171,7 @@ def test_modules_that_cannot_load_are_refused_here(root: Path, tmp_path: Path) -
     assert names(root, files=(file,)) == ["x"]
 
 
-def test_parameters_beside_the_file_are_told_of_their_place(root: Path, tmp_path: Path) -> None:
+def test_parameters_after_the_file_get_a_hint(root: Path, tmp_path: Path) -> None:
     (tmp_path / "my-x.ko").write_bytes(module())
     for words, hint in (
         (' n=1 name="a b"', "--append 'my_x.n=1 my_x.name=\"a b\"'"),
@@ -185,7 +185,7 @@ def test_parameters_beside_the_file_are_told_of_their_place(root: Path, tmp_path
     assert not hasattr(plain.value, "__notes__")
 
 
-def test_dependencies_in_a_circle_end(root: Path, tmp_path: Path) -> None:
+def test_circular_dependencies(root: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "a.ko", tmp_path / "b.ko"
     first.write_bytes(module(depends="b"))
     second.write_bytes(module(depends="a"))

@@ -1,4 +1,4 @@
-"""Parameters of modules, from the command line to what insmod gets."""
+"""Module parameters, from the command line to insmod."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kvmpass.initramfs.parameters import module_parameters, words
     ],
 )
 def test_modules_get_their_parameters(text: str, module: str, options: str) -> None:
-    """As one argument, which reaches the kernel as modprobe would have handed it over."""
+    """One argument, as modprobe passes it to the kernel."""
     found = module_parameters(words(text))
     assert found.get(module, "") == options
     script = init.init_script(modules=[(module, False, options)], expected=(), command=False).decode()
@@ -37,6 +37,6 @@ def test_modules_get_their_parameters(text: str, module: str, options: str) -> N
     assert done.stdout.split("\0")[:-1] == [f"/kvmpass/modules/{module}.ko", *([options] if options else [])]
 
 
-def test_words_stay_as_they_are_written() -> None:
+def test_words_are_unchanged() -> None:
     assert words('  a  b="c  d"\te"f g"h ') == ["a", 'b="c  d"', 'e"f g"h']
     assert words("") == []

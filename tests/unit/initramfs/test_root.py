@@ -1,4 +1,4 @@
-"""The root file system: the archive, what is copied into it, and the scripts."""
+"""The initramfs: archive, copied files, scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Files = dict[str, tuple[int, bytes]]
 
 
 def unpack(archive: bytes) -> Files:
-    """Read a newc archive by the format's description: mode and content for each name, in order."""
+    """Unpack a newc archive: mode and content by name, in order."""
     found: Files = {}
     at = 0
     while True:
@@ -42,7 +42,7 @@ def unpack(archive: bytes) -> Files:
 
 @pytest.fixture
 def busybox(tmp_path: Path) -> Path:
-    """A stand-in that lists its applets."""
+    """A script that lists applets as busybox does."""
     path = tmp_path / "fake-busybox"
     path.write_text("#!/bin/sh\nprintf 'sh\\nbusybox\\nls\\ninit\\n'\n")
     path.chmod(0o755)
@@ -86,14 +86,14 @@ def test_the_init_script_is_a_shell_script(busybox: Path, tmp_path: Path, comman
 @pytest.mark.parametrize(
     "words", [["a b", "c'd", '"$HOME"', "`x`", "", "line\nbreak", "-n", "é\udcff", "*"], ["'", "\\", "!"]]
 )
-def test_arguments_arrive_as_they_were(words: list[str], tmp_path: Path) -> None:
+def test_arguments_arrive_unchanged(words: list[str], tmp_path: Path) -> None:
     path = tmp_path / "command"
     path.write_bytes(init.command_script(["printf", "%s\\0", *words]))
     done = subprocess.run(["sh", path], check=True, capture_output=True)
     assert done.stdout == b"".join(os.fsencode(word) + b"\0" for word in words)
 
 
-def test_commands_that_cannot_be(busybox: Path) -> None:
+def test_invalid_commands_are_refused(busybox: Path) -> None:
     root = GuestRoot(busybox)
     for command in ([], ["a", "b\0"]):
         with pytest.raises(KvmpassError):
@@ -114,7 +114,7 @@ def test_paths_stay_in_the_guest(path: str) -> None:
         Tree().file(path, b"")
 
 
-def test_files_and_directories_do_not_replace_each_other() -> None:
+def test_files_and_directories_never_replace_each_other() -> None:
     tree = Tree()
     tree.file("/a", b"")
     with pytest.raises(KvmpassError, match="not a directory"):
@@ -139,8 +139,8 @@ def test_a_directory_keeps_modes_and_symlinks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("program", ["/bin/ls", "/usr/bin/env"])
-def test_a_program_brings_its_libraries_and_runs_there(program: str, tmp_path: Path) -> None:
-    """The dynamic linker itself says whether anything is missing, with the copy as its only source."""
+def test_a_program_is_copied_with_its_libraries_and_runs(program: str, tmp_path: Path) -> None:
+    """Verified by the dynamic linker, on the copy."""
     tree = Tree()
     files.copy_into(tree, Path(program), "/tool")
     content = unpack(tree.archive())
@@ -175,8 +175,8 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         files.copy_into(Tree(), Path("/bin/ls"), "/ls")
 
 
-def test_a_library_beside_its_program_stays_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``$ORIGIN`` is where the program is: another directory in the guest than on the host."""
+def test_a_library_found_by_origin_stays_beside_its_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``$ORIGIN`` is another directory in the guest than on the host."""
     library = tmp_path / "app/lib/libown.so.1"
     library.parent.mkdir(parents=True)
     library.write_bytes(Path("/bin/ls").read_bytes())
@@ -186,7 +186,7 @@ def test_a_library_beside_its_program_stays_beside_it(tmp_path: Path, monkeypatc
     assert found == {"/opt/lib/libown.so.1": library.read_bytes()}
 
 
-def test_scripts_bring_their_interpreter(tmp_path: Path) -> None:
+def test_scripts_are_copied_with_their_interpreter(tmp_path: Path) -> None:
     script = tmp_path / "tool"
 
     def content(first: str) -> Files:
@@ -223,12 +223,12 @@ def test_specs(spec: str, result: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("spec", ["", "a", ":/b", "a:", "a:b"])
-def test_what_is_no_spec(spec: str) -> None:
+def test_invalid_specs(spec: str) -> None:
     with pytest.raises(KvmpassError, match="SRC:DST"):
         files.split_spec(spec)
 
 
-def test_what_cannot_be_copied(tmp_path: Path) -> None:
+def test_sources_that_cannot_be_copied(tmp_path: Path) -> None:
     with pytest.raises(KvmpassError, match="does not exist"):
         files.copy_into(Tree(), tmp_path / "none", "/x")
     os.mkfifo(tmp_path / "fifo")
