@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support import outside
+from support.emulator_faults import EmulatorFaults
 from support.modes import mode
 from support.preloaded import commands_start_preloaded
 
@@ -25,6 +26,12 @@ SOAK_SECONDS = 2 * 3600.0  # for each phase of a long form, of which nobody know
 
 # Fixtures that need something made outside: a function that makes it, and returns what keeps it from being made.
 MADE_OUTSIDE = {"older_kernel": outside.older_kernel, "faulty_module": outside.faulty_module}
+
+
+@pytest.hookimpl(trylast=True)  # after the plugin has decided where tests run
+def pytest_configure(config: pytest.Config) -> None:
+    if State.of(config).mode is Mode.LAB:
+        config.pluginmanager.register(EmulatorFaults())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
