@@ -1,4 +1,4 @@
-"""File descriptors with one owner, and system call results that become exceptions."""
+"""File descriptors with one owner, and exceptions for failed system calls."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kvmpass.errors import Closed
 
 
 def check(result: int, ioctl: str, detail: str = "", remedy: str | None = None) -> int:
-    """Return ``result``, or raise the ``OSError`` for it if it is a negated errno.
+    """Return ``result``, or raise ``OSError`` if it is a negated errno.
 
-    Python picks the subclass (``PermissionError``, ``FileExistsError`` …). The exception has ``.ioctl`` (the
+    Python chooses the subclass (``PermissionError``, ``FileExistsError`` …). The exception has ``.ioctl`` (the
     call's name), its message starts with that name, and ``remedy`` is a note.
     """
     if result >= 0:
@@ -26,7 +26,7 @@ def check(result: int, ioctl: str, detail: str = "", remedy: str | None = None) 
 
 
 def failure(code: int, call: str, detail: str = "", remedy: str | None = None) -> OSError:
-    """What ``check`` raises, for the errno ``code``."""
+    """The exception that ``check`` raises, for the errno ``code``."""
     message = f"{call}: {os.strerror(code)}"
     if detail:
         message += f" ({detail})"
@@ -38,20 +38,22 @@ def failure(code: int, call: str, detail: str = "", remedy: str | None = None) -
 
 
 def open_node(path: str, flags: int = os.O_RDWR) -> int:
-    """Open a device node close-on-exec; errors are plain ``OSError`` with the path."""
+    """Open a device node close-on-exec. Raises ``OSError`` with the path."""
     return os.open(path, flags | os.O_CLOEXEC)
 
 
-def allow_descriptors() -> None:
-    """Raise this process's soft limit of descriptors to its hard one: each MSI-X vector takes one, up to 2048."""
+def raise_nofile_limit() -> None:
+    """Raise the soft ``RLIMIT_NOFILE`` to the hard one: each MSI-X vector, up to 2048, uses a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class OwnedFd:
-    """A descriptor that belongs to one object: closed once, twice is harmless, forgotten warns.
+    """A descriptor that belongs to one object, which closes it. Subclasses stand for one kernel object each.
 
-    Subclasses stand for one kernel object each. Not thread-safe: close an object when no other thread uses it.
+    An object that is not closed warns (``ResourceWarning``).
+
+    Synchronization: ``close`` while no other thread uses the object.
     """
 
     def __init__(self, fd: int) -> None:
@@ -67,13 +69,16 @@ class OwnedFd:
         return self._fd
 
     def fileno(self) -> int:
+        """Same as ``fd``."""
         return self.fd
 
     @property
     def closed(self) -> bool:
+        """Whether ``close()`` was called."""
         return self._fd < 0
 
     def close(self) -> None:
+        """Close the descriptor. Idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -87,14 +92,14 @@ class OwnedFd:
         self.close()
 
     def __del__(self) -> None:
-        # Only a warning: releasing in a finalizer would hide the order in which things must go.
+        # Only a warning: closing in a finalizer would hide the order that teardown needs.
         if getattr(self, "_fd", -1) >= 0:
             warnings.warn(f"unclosed {type(self).__name__} (fd {self._fd})", ResourceWarning, stacklevel=2)
 
 
 @contextmanager
 def closing_on_error(owner: OwnedFd) -> Iterator[None]:
-    """For the rest of a constructor: an exception closes what was opened already."""
+    """Close ``owner`` if the block, the rest of its constructor, raises."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""Limits on what a guest, a device or the kernel's log can repeat."""
+"""Rate limits for what a guest, a device or the kernel's log can repeat."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ BURST, SECONDS = 10, 5.0  # those of the kernel (include/linux/ratelimit_types.h
 class _Window:
     begun: float
     passed: int = 0
-    held_back: int = 0
+    suppressed: int = 0
 
 
 class RateLimit:
-    """At most ``burst`` in ``seconds`` for each key, of which there are few. Synchronization: from any thread."""
+    """At most ``burst`` events in ``seconds`` for each key. Keys are never forgotten: there must be few.
+
+    Synchronization: from any thread.
+    """
 
     def __init__(
         self, burst: int = BURST, seconds: float = SECONDS, *, clock: Callable[[], float] = time.monotonic
@@ -31,22 +34,22 @@ class RateLimit:
         self._lock = threading.Lock()
 
     def admit(self, key: Hashable) -> int | None:
-        """None where ``key`` has come too often; else how many have been held back since the last that passed."""
+        """Count an event. Return None if it is over the limit, else how many were since the last admitted one."""
         now = self._clock()
         with self._lock:
             window = self._windows.setdefault(key, _Window(now))
             if now - window.begun >= self._seconds:
                 window.begun, window.passed = now, 0
             if window.passed >= self._burst:
-                window.held_back += 1
+                window.suppressed += 1
                 return None
             window.passed += 1
-            held_back, window.held_back = window.held_back, 0
-            return held_back
+            suppressed, window.suppressed = window.suppressed, 0
+            return suppressed
 
 
 class _LogLimit(logging.Filter):
-    """Limits warnings by their format, so that the number of keys is that of the calls in the source."""
+    """Limits warnings by their format string: there are as many keys as calls in the source."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,14 +58,14 @@ class _LogLimit(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
-        held_back = self._limit.admit(record.msg)
-        if held_back:
-            record.msg, record.args = f"{record.getMessage()} ({held_back} more like it before)", None
-        return held_back is not None
+        suppressed = self._limit.admit(record.msg)
+        if suppressed:
+            record.msg, record.args = f"{record.getMessage()} ({suppressed} similar messages suppressed)", None
+        return suppressed is not None
 
 
 def limited_log(name: str) -> logging.Logger:
-    """The logger of a module that warns of what a guest or a device does: as often as it likes."""
+    """The logger of a module whose warnings a guest or a device can repeat: rate-limited."""
     log = logging.getLogger(name)
     if not any(isinstance(known, _LogLimit) for known in log.filters):
         log.addFilter(_LogLimit())

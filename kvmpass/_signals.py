@@ -1,4 +1,4 @@
-"""Hold back Ctrl-C and termination while something is half done."""
+"""Defer termination signals during an operation that must not be interrupted."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class deferred:
-    """Signals that arrive in the block are raised anew at its end. Does nothing outside of the main thread.
+    """Defer SIGINT, SIGTERM, SIGHUP and SIGQUIT to the end of the block. Does nothing outside of the main thread.
 
-    Handlers are replaced rather than signals blocked: a blocked signal goes to another thread of the process, and
-    Python then runs the handler in the main thread all the same.
+    Handlers are replaced instead of signals blocked: a blocked signal is delivered to another thread of the process,
+    and Python then runs its handler in the main thread nevertheless.
     """
 
     def __init__(self) -> None:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable
 
 
 def run_all(steps: Iterable[Callable[[], object]], failure: BaseException | None = None) -> None:
-    """Run every step in order, even if one fails. Raises the first failure; the others become notes of it.
+    """Run every step in order, even if one fails. Raises the first failure; the others become its notes.
 
-    ``failure``: what has failed already and is being raised by the caller. It gets all of the notes, and nothing is
-    raised here.
+    ``failure``: an exception that the caller is raising already. Failures become its notes, and nothing is raised.
     """
     first = failure
     for step in steps:

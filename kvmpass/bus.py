@@ -1,4 +1,4 @@
-"""What a guest can reach by port or by address: devices on a bus."""
+"""Devices on a bus: what a guest accesses by port number or by guest-physical address."""
 
 from __future__ import annotations
 
@@ -12,30 +12,34 @@ log = logging.getLogger(__name__)
 
 
 class BusDevice(Protocol):
-    """A device at a range of a bus. ``offset`` is relative to that range and inside it.
+    """A device at a range of a bus. Offsets are relative to that range, accesses inside. Nothing may raise.
 
-    ``read`` returns exactly ``size`` bytes; ``data`` is 1, 2, 4 or 8 bytes long. Neither may raise for anything a
-    guest can write. Both are called from vCPU threads: one call at a time for each bus.
+    Synchronization: from vCPU threads, one call at a time for each bus (the bus lock).
     """
 
-    def read(self, offset: int, size: int) -> bytes: ...
+    def read(self, offset: int, size: int) -> bytes:
+        """Read exactly ``size`` bytes: 1, 2, 4 or 8."""
 
-    def write(self, offset: int, data: bytes) -> None: ...
+    def write(self, offset: int, data: bytes) -> None:
+        """Write ``data``: 1, 2, 4 or 8 bytes."""
 
 
 class Bus:
     """Non-overlapping ranges of ports or of guest-physical addresses, each with its device.
 
-    Reads of addresses that nobody claims give all ones, writes there are dropped, as on a PC.
+    Addresses without a device read as ones, writes to them are dropped, as on a PC.
+
+    Synchronization: with the bus lock held.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        """What its addresses are, for messages: ``port`` or ``memory``."""
         self._starts: list[int] = []
         self._ranges: list[tuple[int, int, BusDevice]] = []
 
     def add(self, start: int, size: int, device: BusDevice) -> None:
-        """Raises ``LayoutError`` if the range overlaps one that is there."""
+        """Add a device at ``size`` addresses from ``start`` on. Raises ``LayoutError`` if they overlap another's."""
         at = bisect.bisect_left(self._starts, start)
         before = self._ranges[at - 1] if at else None
         after = self._ranges[at] if at < len(self._ranges) else None
@@ -59,15 +63,17 @@ class Bus:
         return address - start, device
 
     def read(self, address: int, size: int) -> bytes:
+        """Read from the device that has all of the range; ones without a device."""
         found = self._find(address, size)
         if found is None:
-            log.debug("%s read of unclaimed %#x (%d bytes)", self.name, address, size)
+            log.debug("%s read of %#x (%d bytes): no device", self.name, address, size)
             return b"\xff" * size
         return found[1].read(found[0], size)
 
     def write(self, address: int, data: bytes) -> None:
+        """Write to the device that has all of the range; dropped without a device."""
         found = self._find(address, len(data))
         if found is None:
-            log.debug("%s write to unclaimed %#x (%d bytes)", self.name, address, len(data))
+            log.debug("%s write to %#x (%d bytes): no device", self.name, address, len(data))
             return
         found[1].write(found[0], data)

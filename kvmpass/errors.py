@@ -1,7 +1,7 @@
 """Exceptions for which no errno exists.
 
-A failed system call stays an ``OSError`` (see :func:`kvmpass._fd.check`). Everything here is raised by kvmpass
-itself, before or instead of a call. Every message names the cause; the remedy, where there is one, is a note
+A failed system call is an ``OSError`` (:func:`kvmpass._fd.check`). The exceptions here are raised by kvmpass itself,
+before or instead of a call. The message names the cause; the remedy, if there is one, is a note
 (``exception.__notes__``), which the command line prints as a hint.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class KvmpassError(Exception):
-    """Base class. ``remedy`` becomes a note: what the user can do about it."""
+    """Base class. ``remedy``, what the user can do about it, becomes a note."""
 
     def __init__(self, message: str, remedy: str | None = None) -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class Closed(KvmpassError):
 
 
 class HostNotReady(KvmpassError):
-    """The host lacks something every assignment needs: AMD-V, AMD-Vi, interrupt remapping, VFIO."""
+    """The host lacks what every assignment needs: AMD-V, AMD-Vi, interrupt remapping, VFIO."""
 
 
 class BadAddress(KvmpassError):
@@ -37,7 +37,7 @@ class NoSuchDevice(KvmpassError):
 
 
 class NotAssignable(KvmpassError):
-    """A device of a kind that cannot be assigned: a bridge, or one without an IOMMU group."""
+    """A device that cannot be assigned: a bridge, one without an IOMMU group, or not bound to vfio-pci."""
 
 
 class GroupNotViable(KvmpassError):
@@ -45,11 +45,11 @@ class GroupNotViable(KvmpassError):
 
 
 class DeviceInUse(KvmpassError):
-    """The host, or another process, uses the device at this moment."""
+    """The host, or another process, uses the device."""
 
 
 class DriverPinned(KvmpassError):
-    """Another tool (driverctl) keeps the device on a driver, over reboots."""
+    """Another tool (driverctl) binds the device to a driver at each boot."""
 
 
 class JournalError(KvmpassError):
@@ -57,34 +57,34 @@ class JournalError(KvmpassError):
 
 
 class RestoreFailed(KvmpassError):
-    """A device could not be given back as it was found."""
+    """A device could not be rebound to its driver."""
 
 
 # --- the machine
 
 
 class ReservedRange(KvmpassError):
-    """Guest memory would lie where this host's IOMMU cannot translate."""
+    """Guest memory would be at addresses that this host's IOMMU does not translate."""
 
 
 class LayoutError(KvmpassError):
-    """A guest-physical layout that is impossible: overlap, misalignment, too large for the CPU."""
+    """An impossible map of guest-physical addresses: overlap, misalignment, too large for the CPU."""
 
 
 class NotEnoughMemory(KvmpassError):
-    """The host has not the memory, or the process not the right to lock it."""
+    """The host does not have enough memory, or the process must not lock as much."""
 
 
 class AuditFailed(KvmpassError):
-    """Guest memory, KVM memslots and DMA mappings disagree."""
+    """Guest memory, KVM's memslots and the DMA mappings differ."""
 
 
 class BadKernel(KvmpassError):
-    """A file that is no kernel the boot protocol can start."""
+    """A file that is not a bootable Linux kernel."""
 
 
 class GuestError(KvmpassError):
-    """The guest did something that ends it: an exit that cannot be handled, an emulation failure."""
+    """An operation that the guest's state does not allow, or an exit of the guest that cannot be handled."""
 
 
 # --- the lab

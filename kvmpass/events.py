@@ -1,4 +1,4 @@
-"""What happens to a machine's devices while it lives, as values: for ``Machine(on_event=…)`` and the log."""
+"""Events of a machine's devices, for ``Machine(on_event=…)`` and the log."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DeviceEvent:
-    """Something happened to the device at PCI address ``bdf``. ``str()`` says it in a line."""
+    """An event of a device. ``str()`` describes it in one line."""
 
     bdf: str
+    """The device's PCI address on the host."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceError(DeviceEvent):
-    """The host saw an uncorrected error of the device (PCI Express AER; VFIO's ERR interrupt)."""
+    """The host has reported an uncorrected error of the device (PCI Express AER; VFIO's ERR interrupt)."""
 
     def __str__(self) -> str:
         return f"{self.bdf}: the host reports an uncorrected error"
@@ -22,26 +23,24 @@ class DeviceError(DeviceEvent):
 
 @dataclass(frozen=True, slots=True)
 class DeviceRequest(DeviceEvent):
-    """The host wants the device back: somebody unbinds it (VFIO's REQ interrupt)."""
+    """The host requests the release of the device, as it is being unbound (VFIO's REQ interrupt)."""
 
     def __str__(self) -> str:
-        return f"{self.bdf}: the host wants it back"
+        return f"{self.bdf}: the host requests its release"
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFault(DeviceEvent):
-    """The IOMMU blocked an access of the device at the I/O virtual address ``address``.
-
-    ``access``: ``read``, ``write``, ``interrupt`` (``address`` is then that of the message) or
-    ``translation request`` (of a device with an address translation cache of its own).
-    """
+    """The IOMMU blocked an access of the device."""
 
     address: int
+    """I/O virtual address; of an interrupt the message's address."""
     access: str
+    """``read``, ``write``, ``interrupt`` or ``translation request`` (of a device that has an ATC)."""
 
     @property
     def write(self) -> bool:
-        """Whether it was a write to memory."""
+        """Whether the access was a write to memory."""
         return self.access == "write"
 
     def __str__(self) -> str:
@@ -51,14 +50,12 @@ class DeviceFault(DeviceEvent):
 
 @dataclass(frozen=True, slots=True)
 class DeviceIommuError(DeviceEvent):
-    """The IOMMU has something else to report of the device. ``kind`` is the kernel's word, ``text`` its message.
-
-    ``INVALID_DEVICE_REQUEST``, ``ILLEGAL_DEV_TABLE_ENTRY``, ``IOTLB_INV_TIMEOUT``, ``PAGE_TAB_HARDWARE_ERROR`` …
-    (AMD IOMMU specification, 2.5).
-    """
+    """The IOMMU has reported another event of the device (AMD IOMMU specification, 2.5)."""
 
     kind: str
+    """The kernel's name: ``INVALID_DEVICE_REQUEST``, ``ILLEGAL_DEV_TABLE_ENTRY``, ``IOTLB_INV_TIMEOUT`` …"""
     text: str
+    """The kernel's message."""
 
     def __str__(self) -> str:
         return f"{self.bdf}: the IOMMU reports {self.kind} ({self.text})"
@@ -66,11 +63,14 @@ class DeviceIommuError(DeviceEvent):
 
 @dataclass(frozen=True, slots=True)
 class DeviceReset(DeviceEvent):
-    """The device was reset. ``method``: the kernel's word (``flr``, ``pm``, ``bus`` …), ``reason``: when."""
+    """The device was reset."""
 
     method: str
+    """The kernel's name: ``flr``, ``pm``, ``bus`` …"""
     seconds: float
+    """How long it took."""
     reason: str
+    """``assign``, ``deassign``, ``guest reset`` or ``request``."""
 
     def __str__(self) -> str:
         return f"{self.bdf}: reset ({self.method}) at {self.reason}, {self.seconds * 1000:.0f} ms"
@@ -78,9 +78,10 @@ class DeviceReset(DeviceEvent):
 
 @dataclass(frozen=True, slots=True)
 class DeviceReleased(DeviceEvent):
-    """The device left a running machine. ``by``: ``guest`` (ejected) or ``host`` (removed without an eject)."""
+    """The device was removed from a running machine."""
 
     by: str
+    """``guest``: it ejected the device; ``host``: it was removed without an eject."""
 
     def __str__(self) -> str:
         how = "ejected by the guest" if self.by == "guest" else "removed from the running guest"
@@ -89,10 +90,12 @@ class DeviceReleased(DeviceEvent):
 
 @dataclass(frozen=True, slots=True)
 class DeviceEventsDropped(DeviceEvent):
-    """``count`` events of the class ``kind`` were not told: the device, or the kernel, repeated them too often."""
+    """Events were dropped, as the device or the kernel repeated them too often."""
 
     kind: str
+    """The class of the dropped events."""
     count: int
+    """How many were dropped."""
 
     def __str__(self) -> str:
         return f"{self.bdf}: {self.count} more events of the kind {self.kind} were dropped"

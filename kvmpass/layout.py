@@ -1,8 +1,9 @@
-"""Where things lie in guest-physical memory. Fixed when the machine is made.
+"""The map of guest-physical addresses, planned before the machine is constructed.
 
-RAM below 3 GiB and from 4 GiB up; in between ECAM, the 32-bit window for BARs, IOAPIC and local APIC; the 64-bit
-window for BARs is the largest gap above RAM. RAM and both windows avoid every range that this host's IOMMU does not
-translate (``/sys/kernel/iommu_groups/*/reserved_regions``): guest-physical addresses are I/O virtual addresses here.
+RAM is below 3 GiB and from 4 GiB up; in between are ECAM, the 32-bit window for BARs, IOAPIC and local APIC; the
+64-bit window for BARs is the largest gap above RAM. Guest-physical addresses are I/O virtual addresses, so RAM and
+both windows avoid every range that this host's IOMMU does not translate
+(``/sys/kernel/iommu_groups/*/reserved_regions``).
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes from ``4096``, ``512M``, ``1G`` or ``1.5G``. Raises ``LayoutError`` for anything else."""
+    """Bytes of a text such as ``4096``, ``512M``, ``1G`` or ``1.5G``, rounded down to pages.
+
+    Raises ``LayoutError`` for anything else.
+    """
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
@@ -41,8 +45,8 @@ def parse_size(text: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()]) // PAGE * PAGE
 
 
-def size_words(size: int) -> str:
-    """``16 MiB``: in the largest unit of which it is a multiple."""
+def size_text(size: int) -> str:
+    """Text such as ``16 MiB``, in the largest unit of which ``size`` is a multiple."""
     for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if size >> power and size % (1 << power) == 0:
             return f"{size >> power} {unit}"
@@ -51,10 +55,12 @@ def size_words(size: int) -> str:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Range:
-    """``size`` bytes from ``start`` on."""
+    """A range of addresses or offsets."""
 
     start: int
+    """First address."""
     size: int
+    """Bytes."""
 
     @property
     def end(self) -> int:
@@ -63,12 +69,15 @@ class Range:
 
     @property
     def last(self) -> int:
+        """Last address of the range."""
         return self.start + self.size - 1
 
     def overlaps(self, other: Range) -> bool:
+        """Whether the ranges have an address in common."""
         return bool(self.size and other.size) and self.start < other.end and other.start < self.end
 
     def contains(self, other: Range) -> bool:
+        """Whether all of ``other`` is in this range."""
         return self.start <= other.start and other.end <= self.end
 
     def __str__(self) -> str:
@@ -77,10 +86,12 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """One line of ``reserved_regions``: ``kind`` is the kernel's word (``msi``, ``reserved``, ``direct`` …)."""
+    """One line of a group's ``reserved_regions`` (Documentation/ABI/testing/sysfs-kernel-iommu_groups)."""
 
     range: Range
+    """I/O virtual addresses."""
     kind: str
+    """The kernel's word: ``msi``, ``reserved``, ``direct`` …"""
 
     def __str__(self) -> str:
         return f"{self.range} {self.kind}"
@@ -88,20 +99,26 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The plan of one machine's guest-physical addresses."""
+    """One machine's map of guest-physical addresses."""
 
     ram: tuple[Range, ...]
+    """RAM, in order."""
     mmio32: Range
+    """Window for BARs below 4 GiB."""
     mmio64: Range
+    """Window for 64-bit BARs."""
     ecam: Range
+    """Memory-mapped configuration space."""
     reserved: tuple[Reserved, ...]
+    """The host's reserved regions, in order."""
 
     @property
     def ram_size(self) -> int:
+        """Bytes of RAM."""
         return sum(part.size for part in self.ram)
 
 
-# Firmware's one-to-one regions: the kernel maps them itself, or refuses the device; not a hole to lay out around.
+# Direct-mapped regions of the firmware: the kernel maps them itself, or refuses the device. RAM need not avoid them.
 _TRANSLATED_KINDS = ("direct", "direct-relaxable")
 
 
@@ -109,8 +126,8 @@ def plan_layout(ram_size: int, reserved: Iterable[Reserved] = (), phys_bits: int
     """Lay out ``ram_size`` bytes of RAM and the windows for BARs.
 
     ``reserved``: the union of all groups' reserved regions; ``phys_bits``: the CPU's physical address width;
-    ``page``: the bytes of a page behind the RAM, every range of which starts and ends at a multiple of it.
-    Raises ``LayoutError`` for a size that cannot be laid out and ``ReservedRange`` if a fixed window is reserved.
+    ``page``: bytes of a page of the RAM, whose ranges are multiples of it. Raises ``LayoutError`` for a size that
+    cannot be laid out, ``ReservedRange`` if a fixed window is reserved.
     """
     if ram_size < MIB or ram_size % page:
         size = f"{page} bytes" if page < MIB else f"{page >> 20} MiB"
@@ -147,12 +164,12 @@ def plan_layout(ram_size: int, reserved: Iterable[Reserved] = (), phys_bits: int
 
 
 def translated(line: Reserved) -> bool:
-    """Whether memory may lie there all the same: the kernel maps such a range itself, or refuses the device."""
+    """Whether memory may be in that range: the kernel maps it itself, or refuses the device."""
     return line.kind in _TRANSLATED_KINDS
 
 
 def find_reserved(range_: Range, reserved: Iterable[Reserved]) -> Reserved | None:
-    """The first untranslated range that ``range_`` touches."""
+    """The first untranslated range that ``range_`` overlaps; None without one."""
     return next((line for line in reserved if not translated(line) and line.range.overlaps(range_)), None)
 
 

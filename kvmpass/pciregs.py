@@ -1,4 +1,4 @@
-"""Configuration space: register offsets (PCI Local Bus 3.0, section 6.1), the lists of capabilities, MSI, MSI-X."""
+"""Configuration space: register offsets (PCI Local Bus 3.0, section 6.1), lists of capabilities, MSI and MSI-X."""
 
 from __future__ import annotations
 
@@ -58,23 +58,28 @@ MSIX_MASK_ALL = 1 << 14
 MSIX_ENTRY_SIZE = 16  # bytes of a vector in the table
 _MSIX_SIZE, _MSIX_BAR = 0x7FF, 0b111
 
-Read = Callable[[int, int], int]  # of an offset, so many bytes
+Read = Callable[[int, int], int]
+"""Reads a register: offset, bytes."""
 
-_MAX_CAPABILITIES = 48  # what fits: 192 bytes, 4 at least for each
+_MAX_CAPABILITIES = 48  # as many as fit into 192 bytes, at least 4 each
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """``end`` is where the next capability, or the space, begins; ``version`` only of an extended one."""
+    """An entry of the list of capabilities."""
 
     id: int
+    """``CAP_…``, or ``EXT_…`` of an extended capability."""
     offset: int
+    """Where it begins."""
     end: int
+    """Where the next capability begins, or the space ends."""
     version: int = 0
+    """Of an extended capability."""
 
 
 def capabilities(read: Read) -> list[Capability]:
-    """Walk the list with ``read(offset, size)``. A loop or a pointer into the header ends it."""
+    """Walk the list with ``read``. A loop, or a pointer into the header, ends it."""
     found: list[tuple[int, int]] = []
     if not read(STATUS, 2) & STATUS_CAPABILITIES:
         return []
@@ -88,7 +93,7 @@ def capabilities(read: Read) -> list[Capability]:
 
 
 def extended_capabilities(read: Read) -> list[Capability]:
-    """The list from 0x100 on (PCI Express base, section 7.6.3); empty where nothing is there."""
+    """Walk the list from 0x100 on with ``read`` (PCI Express base, section 7.6.3). It may be empty."""
     found: list[tuple[int, int]] = []
     offset = CONVENTIONAL_SIZE
     while CONVENTIONAL_SIZE <= offset < EXTENDED_SIZE and not any(at == offset for at, _ in found):
@@ -108,21 +113,25 @@ def _end(offset: int, found: list[tuple[int, int]], limit: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class MsiRegisters:
-    """``vectors`` is a power of two up to 32; ``address64`` and ``maskable`` make the capability larger."""
+    """The MSI capability's message control."""
 
     vectors: int
+    """A power of two up to 32."""
     enabled: bool
+    """Whether MSI is enabled."""
     address64: bool
+    """Whether the address has 64 bits."""
     maskable: bool
+    """Whether there are mask and pending bits."""
 
     @property
     def size(self) -> int:
-        """Bytes of the capability: header, address, data; with masks and pending bits where it has them."""
+        """Bytes of the capability."""
         return 12 + 4 * self.address64 + 8 * self.maskable
 
 
 def msi(read: Read, at: int) -> MsiRegisters:
-    """The MSI capability at ``at`` (PCI Local Bus 3.0, section 6.8.1)."""
+    """Read the MSI capability at ``at`` (PCI Local Bus 3.0, section 6.8.1)."""
     control = read(at + 2, 2)
     vectors = 1 << (control >> MSI_MULTIPLE_CAPABLE_SHIFT & 7)
     flags = (bool(control & bit) for bit in (MSI_ENABLE, MSI_64BIT, MSI_MASKABLE))
@@ -131,28 +140,34 @@ def msi(read: Read, at: int) -> MsiRegisters:
 
 @dataclass(frozen=True, slots=True)
 class MsixRegisters:
-    """``table_bar`` and ``pba_bar`` are BAR numbers, the offsets bytes within them."""
+    """The MSI-X capability's registers."""
 
     vectors: int
+    """Number of vectors, 1 to 2048."""
     enabled: bool
+    """Whether MSI-X is enabled."""
     table_bar: int
+    """Number of the BAR with the table."""
     table_offset: int
+    """Where the table is in that BAR."""
     pba_bar: int
+    """Number of the BAR with the pending bits."""
     pba_offset: int
+    """Where they are in that BAR."""
 
     @property
     def table_size(self) -> int:
-        """Bytes."""
+        """Bytes of the table."""
         return MSIX_ENTRY_SIZE * self.vectors
 
     @property
     def pba_size(self) -> int:
-        """Bytes of the pending bits: whole quadwords."""
+        """Bytes of the pending bits, in whole quadwords."""
         return -(-self.vectors // 64) * 8
 
 
 def msix(read: Read, at: int) -> MsixRegisters:
-    """The MSI-X capability at ``at`` (PCI Local Bus 3.0, section 6.8.2)."""
+    """Read the MSI-X capability at ``at`` (PCI Local Bus 3.0, section 6.8.2)."""
     control, table, pending = read(at + 2, 2), read(at + 4, 4), read(at + 8, 4)
     places = (table & _MSIX_BAR, table & ~_MSIX_BAR, pending & _MSIX_BAR, pending & ~_MSIX_BAR)
     return MsixRegisters((control & _MSIX_SIZE) + 1, bool(control & MSIX_ENABLE), *places)

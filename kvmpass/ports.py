@@ -1,6 +1,6 @@
-"""The fixed resources of the guest's board: port numbers and interrupt lines, each in one place.
+"""The fixed resources of the guest's board: port numbers and interrupt lines.
 
-What the ACPI tables announce and what the machine puts on its port bus must agree; both read it here.
+The ACPI tables and the machine's port bus must agree on them; both read them here.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ SERIAL_PORTS = 8  # registers, one port each
 
 
 class SerialLine(NamedTuple):
-    """One 16550: its first port and its interrupt line (GSI, edge-triggered)."""
+    """The resources of a 16550."""
 
     port: int
+    """Its first port."""
     irq: int
+    """Its interrupt line (GSI, edge-triggered)."""
 
 
 # The PC's bases for COM1 to COM4, which Linux names ttyS0 to ttyS3. An edge-triggered line cannot be shared, so
@@ -29,7 +31,7 @@ RESET = 0x604
 RESET_VALUE = 0x06
 S5_TYPE = 5  # the SLP_TYP that the DSDT's \\_S5 names
 
-# Plugging and unplugging PCI devices (kvmpass.board.hotplug), and the event device's interrupt: the PC's ACPI line.
+# PCI hot plug (kvmpass.board.hotplug), and the generic event device's interrupt: the PC's ACPI line.
 HOTPLUG_BASE, HOTPLUG_SIZE = 0x610, 12
 EVENT_GSI = 9
 
@@ -39,11 +41,11 @@ PCI_CONFIG_BASE, PCI_CONFIG_SIZE = 0xCF8, 8  # address and data: PCI Local Bus 3
 INTX_FIRST, INTX_COUNT = 16, 8
 IOAPIC_PINS = 24
 
-# Where the PC's firmware looks for the reason of a reset; Linux writes it in native_machine_emergency_restart().
+# Where a PC's firmware reads the kind of a reset; Linux writes it in native_machine_emergency_restart().
 WARM_RESET_WORD = 0x472
 WARM_RESET_MAGIC = 0x1234
 
 
 def intx_gsi(device: int, pin: int) -> int:
-    """The GSI of an INTx pin (``pin`` 0 is INTA) of device number ``device`` on bus 0; the DSDT's ``_PRT``."""
+    """The GSI of an INTx pin (``pin`` 0 is INTA) of device number ``device`` on bus 0, as in the DSDT's ``_PRT``."""
     return INTX_FIRST + (device + pin) % INTX_COUNT

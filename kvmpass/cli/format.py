@@ -10,7 +10,7 @@ from kvmpass import host
 from kvmpass.cli import tables
 from kvmpass.host import view
 from kvmpass.host.usage import VFIO_PCI
-from kvmpass.layout import Reserved, size_words
+from kvmpass.layout import Reserved, size_text
 
 
 def format_verdict(status: view.DeviceStatus, whole: view.HostStatus) -> str:
@@ -66,7 +66,7 @@ def format_bars(bars: Sequence[view.BarInfo]) -> Iterator[str]:
     for bar in bars:
         kind = "I/O ports" if bar.io else f"{bar.bits}-bit" + (", prefetchable" if bar.prefetchable else "")
         address = "no address" if bar.address is None else f"at {bar.address:#x}"
-        rows.append((bar.name, size_words(bar.size), kind, address))
+        rows.append((bar.name, size_text(bar.size), kind, address))
     sizes = tables.widths(rows)
     for row in rows:
         yield tables.columns(row, sizes, frozenset({1}))

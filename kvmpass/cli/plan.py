@@ -16,7 +16,7 @@ from kvmpass.cli.params import BDF, SIZE
 from kvmpass.cli.tree import tree_option
 from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.usage import VFIO_PCI
-from kvmpass.layout import size_words, translated
+from kvmpass.layout import size_text, translated
 from kvmpass.memory import Backing
 from kvmpass.pci import BarPreview, Vectors
 from kvmpass.pci.barspace import BarKind
@@ -102,12 +102,12 @@ def _vectors(vectors: Vectors) -> str:
 
 
 def _bar(bar: BarPreview) -> str:
-    kind = f"{size_words(bar.size)}, {bar.kind.value.replace('io', 'ports')}"
+    kind = f"{size_text(bar.size)}, {bar.kind.value.replace('io', 'ports')}"
     if bar.mapped is None:
         return f"{kind}: memslots, no DMA; their number is unknown without root"
     how = f"{_count(len(bar.mapped), 'memslot')}, no DMA" if bar.mapped else "by system call"
     rest = bar.size - sum(part.size for part in bar.mapped)
-    trapped = f", {size_words(rest)} by system call" if bar.mapped and rest else ""
+    trapped = f", {size_text(rest)} by system call" if bar.mapped and rest else ""
     return f"{kind}: {how}{trapped}"
 
 
@@ -118,7 +118,7 @@ def _show_memory(output: Output, made: Plan) -> None:
     for row in rows if made.memory else ():
         output.text("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     if made.memory:
-        output.text(f"  {_count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_words(made.locked)})")
+        output.text(f"  {_count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_text(made.locked)})")
     output.text(f"  laid out in {made.phys_bits} bits of physical address ({made.phys_bits_source})")
     if not made.confined:
         output.text("  this host has no IOMMU groups: reserved ranges are unknown")
@@ -137,7 +137,7 @@ def _show_memory(output: Output, made: Plan) -> None:
 def _rows(made: Plan) -> Iterator[tuple[str, ...]]:
     for slot, region in enumerate(made.memory.regions if made.memory else ()):
         access = "read-write" if region.kind.guest_writable else "read-only"
-        yield str(slot), str(region.range), size_words(region.range.size), region.name, access, str(region.backing)
+        yield str(slot), str(region.range), size_text(region.range.size), region.name, access, str(region.backing)
 
 
 def _document(made: Plan) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Self
 from weakref import WeakSet
 
 from kvmpass import ports
-from kvmpass._fd import allow_descriptors
+from kvmpass._fd import raise_nofile_limit
 from kvmpass._ratelimit import limited_log
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all
@@ -90,7 +90,7 @@ class Machine(Execution):
         self.devices: list[AssignedDevice] = []
         """The assigned devices, in the order of their assignment."""
         with ExitStack() as undo:
-            allow_descriptors()
+            raise_nofile_limit()
             self._system = undo.enter_context(System())
             self._system.check_vcpus(cpus)
             planned = plan_memory(

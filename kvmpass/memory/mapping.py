@@ -12,7 +12,7 @@ from kvmpass._fd import check
 from kvmpass._native import ffi, lib
 from kvmpass.errors import Closed, LayoutError, NotEnoughMemory
 from kvmpass.hugepages import POOLS, HugePagePool, pool_name
-from kvmpass.layout import GIB, MIB, PAGE, size_words
+from kvmpass.layout import GIB, MIB, PAGE, size_text
 
 HUGE = 2 * MIB  # a large page: CPU and IOMMU tables both have 2 MiB entries (AMD IOMMU specification, 2.2.3)
 HUGE_PAGE_POOLS = Path("/", POOLS)
@@ -133,7 +133,7 @@ def _hugetlb(page: int) -> int:
 
 def check_huge_pages(page: int, size: int) -> None:
     """Raise ``NotEnoughMemory`` if this host's pool of pages of ``page`` bytes has less than ``size`` bytes free."""
-    directory, text = HUGE_PAGE_POOLS / pool_name(page), size_words(page)
+    directory, text = HUGE_PAGE_POOLS / pool_name(page), size_text(page)
     try:
         pool = HugePagePool.read(page, lambda name: int((directory / name).read_text()))
     except OSError as error:

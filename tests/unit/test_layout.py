@@ -22,9 +22,9 @@ from kvmpass.layout import (
     Range,
     Reserved,
     find_reserved,
+    size_text,
     parse_size,
     plan_layout,
-    size_words,
 )
 
 MSI = Reserved(Range(0xFEE0_0000, MIB), "msi")
@@ -51,7 +51,7 @@ def test_a_terabyte_goes_around_the_hypertransport_hole() -> None:
     assert layout.ram_size == 1024 * GIB
 
 
-def test_firmware_one_to_one_regions_are_no_holes() -> None:
+def test_direct_mapped_regions_are_not_avoided() -> None:
     direct = Reserved(Range(0x1000_0000, MIB), "direct")
     assert plan_layout(GIB, (*HOST, direct)).ram == (Range(0, GIB),)
 
@@ -72,7 +72,7 @@ def test_impossible_sizes(size: int) -> None:
         plan_layout(size)
 
 
-def test_more_than_the_processor_can_address() -> None:
+def test_more_memory_than_the_processor_can_address() -> None:
     with pytest.raises(LayoutError, match="do not fit into 40 bits"):
         plan_layout(2048 * GIB, HOST, phys_bits=40)
 
@@ -260,12 +260,12 @@ def free(space: Range, reserved: list[Reserved]) -> list[int]:
     ],
 )
 def test_sizes_as_people_write_them(text: str | int, size: int) -> None:
-    """Whole pages, rounded down; a number is taken as it is."""
+    """Whole pages, rounded down; a number is unchanged."""
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "G", "1X", "1,5G", "-1G", "1.G", ".5G", "1GG", "0x1000", "1 G B", "one"])
-def test_what_is_no_size(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     with pytest.raises(LayoutError, match="is not a size: write a number and K, M, G or T"):
         parse_size(text)
 
@@ -290,7 +290,7 @@ def test_what_is_no_size(text: str) -> None:
 )
 def test_sizes_in_words(size: int, words: str) -> None:
     """In the largest unit that leaves no fraction."""
-    assert size_words(size) == words
+    assert size_text(size) == words
 
 
 def test_ranges_end_before_their_end() -> None:
@@ -324,12 +324,12 @@ def test_the_map_below_4_gib() -> None:
     assert Range(IO_WINDOW_BASE, IO_WINDOW_SIZE) == Range(0xC000, 0x4000)
 
 
-def test_a_layout_remembers_what_it_avoids_in_order() -> None:
+def test_a_layout_has_the_reserved_regions_in_order() -> None:
     assert plan_layout(GIB, [HYPERTRANSPORT, MSI, MSI]).reserved == (MSI, HYPERTRANSPORT)
     assert str(MSI) == "0xfee00000-0xfeefffff msi"
 
 
-def test_who_is_in_the_way() -> None:
+def test_the_reserved_region_is_named() -> None:
     direct = Reserved(Range(0x1000, 0x1000), "direct")
     relaxable = Reserved(Range(0x2000, 0x1000), "direct-relaxable")
     first, second = (Reserved(Range(at, 0x1000), "reserved") for at in (0x3000, 0x5000))

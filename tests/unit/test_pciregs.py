@@ -110,14 +110,14 @@ def test_an_extended_header_of_zeroes_or_ones_is_the_end(header: int) -> None:
     assert extended_capabilities(reader(bytes(space))) == []
 
 
-def test_the_last_dwords_are_places_like_any_other() -> None:
+def test_the_last_dwords_can_hold_capabilities() -> None:
     """A capability of two bytes at 0xfc: its identifier and its pointer are all that there is."""
     assert capabilities(reader(conventional([(0xFC, 0x09)]))) == [Capability(0x09, 0xFC, 0x100)]
     space = bytearray(extended([(0x100, 0x0B, 1), (0xFFC, 0x03, 1)]))
     assert [c.offset for c in extended_capabilities(reader(bytes(space)))] == [0x100, 0xFFC]
 
 
-def test_as_many_as_fit_are_walked_and_no_more() -> None:
+def test_the_list_ends_after_as_many_as_fit() -> None:
     """48 of four bytes each fill the space behind the header."""
     chain = [(at, 0x09) for at in range(0x40, 0x100, 4)]
     assert len(chain) == 48

@@ -42,4 +42,4 @@ def test_warnings_are_limited_by_their_format(caplog: pytest.LogCaptureFixture) 
     (limit,) = (filter_ for filter_ in log.filters)
     limit._limit._clock = lambda: 1e9  # type: ignore[union-attr]
     log.warning("guest wrote %d", 5)
-    assert caplog.records[-1].getMessage() == "guest wrote 5 (990 more like it before)"
+    assert caplog.records[-1].getMessage() == "guest wrote 5 (990 similar messages suppressed)"

@@ -22,7 +22,7 @@ def test_every_step_runs_and_the_first_failure_is_raised() -> None:
     run_all([])
 
 
-def test_what_has_failed_already_gets_the_notes() -> None:
+def test_a_failure_of_the_caller_gets_the_notes() -> None:
     failure = ValueError("first")
 
     def step() -> None:

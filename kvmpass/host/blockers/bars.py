@@ -12,7 +12,7 @@ from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import BARS, IORESOURCE_MEM_64, PCI_DEVICES, PciDevice, Resource, header_type
-from kvmpass.layout import Range, size_words
+from kvmpass.layout import Range, size_text
 
 # Names of the resources of firmware framebuffer drivers in /proc/iomem (drivers/firmware/sysfb*.c,
 # drivers/video/fbdev, drivers/gpu/drm/sysfb).
@@ -73,7 +73,7 @@ class _Unplaced:
     size: int | None
 
     def __str__(self) -> str:
-        return f"BAR {self.index}" + (f" ({size_words(self.size)})" if self.size else "")
+        return f"BAR {self.index}" + (f" ({size_text(self.size)})" if self.size else "")
 
 
 def unplaced(look: Look, device: PciDevice, header: bytes) -> list[_Unplaced]:
