@@ -22,9 +22,9 @@ from kvmpass.layout import (
     Range,
     Reserved,
     find_reserved,
-    size_text,
     parse_size,
     plan_layout,
+    size_text,
 )
 
 MSI = Reserved(Range(0xFEE0_0000, MIB), "msi")
