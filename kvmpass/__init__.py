@@ -9,52 +9,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvmpass.assignment.plan import Plan, plan
-    from kvmpass.dma.domain import Domain
-    from kvmpass.errors import KvmpassError
-    from kvmpass.guest import Guest, GuestSpec, prepare
-    from kvmpass.host import Bdf, bind, borrow, restore, unbind
-    from kvmpass.machine import AssignedDevice, Machine
-    from kvmpass.machine.vcpus import GuestOutcome
-    from kvmpass.memory import GuestMemory
+    from kvmpass.assignment.plan import Plan as Plan
+    from kvmpass.assignment.plan import plan as plan
+    from kvmpass.dma.domain import Domain as Domain
+    from kvmpass.errors import KvmpassError as KvmpassError
+    from kvmpass.guest import Guest as Guest
+    from kvmpass.guest import GuestSpec as GuestSpec
+    from kvmpass.guest import prepare as prepare
+    from kvmpass.host import Bdf as Bdf
+    from kvmpass.host import bind as bind
+    from kvmpass.host import borrow as borrow
+    from kvmpass.host import restore as restore
+    from kvmpass.host import unbind as unbind
+    from kvmpass.machine import AssignedDevice as AssignedDevice
+    from kvmpass.machine import GuestOutcome as GuestOutcome
+    from kvmpass.machine import Machine as Machine
+    from kvmpass.memory import GuestMemory as GuestMemory
 
-_HOMES = {
-    "AssignedDevice": "kvmpass.machine",
-    "Bdf": "kvmpass.host",
-    "Domain": "kvmpass.dma.domain",
-    "GuestOutcome": "kvmpass.machine.vcpus",
-    "Guest": "kvmpass.guest",
-    "GuestMemory": "kvmpass.memory",
-    "GuestSpec": "kvmpass.guest",
-    "KvmpassError": "kvmpass.errors",
-    "Machine": "kvmpass.machine",
-    "bind": "kvmpass.host",
-    "Plan": "kvmpass.assignment.plan",
-    "borrow": "kvmpass.host",
-    "plan": "kvmpass.assignment.plan",
-    "prepare": "kvmpass.guest",
-    "restore": "kvmpass.host",
-    "unbind": "kvmpass.host",
+_NAMES = {
+    "kvmpass.assignment.plan": ("Plan", "plan"),
+    "kvmpass.dma.domain": ("Domain",),
+    "kvmpass.errors": ("KvmpassError",),
+    "kvmpass.guest": ("Guest", "GuestSpec", "prepare"),
+    "kvmpass.host": ("Bdf", "bind", "borrow", "restore", "unbind"),
+    "kvmpass.machine": ("AssignedDevice", "GuestOutcome", "Machine"),
+    "kvmpass.memory": ("GuestMemory",),
 }
-
-__all__ = [
-    "AssignedDevice",
-    "Bdf",
-    "Domain",
-    "Guest",
-    "GuestMemory",
-    "GuestOutcome",
-    "GuestSpec",
-    "KvmpassError",
-    "Machine",
-    "Plan",
-    "bind",
-    "borrow",
-    "plan",
-    "prepare",
-    "restore",
-    "unbind",
-]
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
 def __dir__() -> list[str]:
@@ -62,6 +44,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
