@@ -6,11 +6,11 @@ import heapq
 import itertools
 import logging
 import os
-import queue
 import selectors
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 log = logging.getLogger(__name__)
 
@@ -22,15 +22,14 @@ class EventLoop:
     functions has no limit: callers ensure that no guest can fill it.
 
     Synchronization: from any thread; calls after ``close`` are dropped. ``_lock`` guards the thread's start and end,
-    and the heap of delayed functions; it is never held while a callback runs.
+    and the heap of functions; it is never held while a callback runs.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._selector = selectors.DefaultSelector()
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._later: list[tuple[float, int, Callable[[], None]]] = []  # a heap: time, sequence number
-        self._given = itertools.count()
+        self._calls: list[tuple[float, int, Callable[[], None]]] = []  # a heap: time, sequence number
+        self._numbers = itertools.count()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._lock = threading.Lock()
@@ -40,30 +39,19 @@ class EventLoop:
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
         """Call ``callback`` while ``fd`` is readable: it reads the descriptor, or removes it."""
         self._selector.register(fd, selectors.EVENT_READ, callback)
-        self.call_soon(lambda: None)
+        self.call(lambda: None)
 
     def remove_reader(self, fd: int) -> None:
         """Begin no callback for ``fd`` after this. Idempotent."""
-        try:
+        with suppress(KeyError):
             self._selector.unregister(fd)
-        except KeyError:
-            return
 
-    def call_soon(self, function: Callable[[], None]) -> None:
-        """Run ``function`` in the loop's thread."""
-        self._calls.put(function)
-        self._wake_up()
-
-    def call_later(self, seconds: float, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], None], seconds: float = 0.0) -> None:
         """Run ``function`` in the loop's thread after ``seconds``, or when the function that runs then returns."""
-        with self._lock:
-            heapq.heappush(self._later, (time.monotonic() + seconds, next(self._given), function))
-        self._wake_up()
-
-    def _wake_up(self) -> None:
         with self._lock:
             if self._closing:
                 return
+            heapq.heappush(self._calls, (time.monotonic() + seconds, next(self._numbers), function))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
@@ -89,17 +77,15 @@ class EventLoop:
                     os.eventfd_read(self._wake)
                 elif key.fd in self._selector.get_map():
                     self._run_logged(key.data)
-            while not self._closing and not self._calls.empty():
-                self._run_logged(self._calls.get())
             while not self._closing and self._until_due() == 0:
                 with self._lock:
-                    _, _, function = heapq.heappop(self._later)
+                    _, _, function = heapq.heappop(self._calls)
                 self._run_logged(function)
 
     def _until_due(self) -> float | None:
-        """Seconds until the first delayed function is due; None without one."""
+        """Seconds until the first function is due; None without one."""
         with self._lock:
-            return max(0.0, self._later[0][0] - time.monotonic()) if self._later else None
+            return max(0.0, self._calls[0][0] - time.monotonic()) if self._calls else None
 
     @staticmethod
     def _run_logged(function: Callable[[], None]) -> None:

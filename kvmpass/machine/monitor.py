@@ -84,10 +84,7 @@ class DeviceMonitor:
 
     def defer(self, function: Callable[[], None], seconds: float = 0.0) -> None:
         """Run ``function`` in the job thread after ``seconds``. The queue has no limit: no guest may fill it."""
-        if seconds:
-            self._jobs.call_later(seconds, function)
-        else:
-            self._jobs.call_soon(function)
+        self._jobs.call(function, seconds)
 
     def watch(self, device: Device, index: int, callback: Callable[[], None]) -> None:
         """Call ``callback`` whenever VFIO signals the interrupt ``index`` (``ERR``, ``REQ``) of ``device``.

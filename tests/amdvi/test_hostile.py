@@ -169,7 +169,7 @@ def test_a_guest_that_ejects_without_end(edu: str) -> None:
                 wait_until(device.ejected.is_set)
                 waiting = []
                 for _ in range(300 if SOAK else 30):
-                    waiting.append(machine._monitor._jobs._calls.qsize())
+                    waiting.append(len(machine._monitor._jobs._calls))
                     time.sleep(0.1)
             wait_until(lambda: DeviceReleased(edu, "guest") in events)
             threads.stop()

@@ -35,8 +35,8 @@ def test_functions_run_in_order_in_the_loops_thread(loop: EventLoop) -> None:
     seen: list[tuple[int, str]] = []
     done = threading.Event()
     for number in range(3):
-        loop.call_soon(lambda number=number: seen.append((number, threading.current_thread().name)))  # type: ignore[misc]
-    loop.call_soon(done.set)
+        loop.call(lambda number=number: seen.append((number, threading.current_thread().name)))  # type: ignore[misc]
+    loop.call(done.set)
     assert done.wait(10)
     assert seen == [(0, "test"), (1, "test"), (2, "test")]
 
@@ -56,7 +56,7 @@ def test_a_callback_that_raises_does_not_end_the_loop(
         os.eventfd_write(eventfd, 1)
         assert seen.acquire(timeout=10)
     done = threading.Event()
-    loop.call_soon(done.set)
+    loop.call(done.set)
     assert done.wait(10)
     assert "of the test" in caplog.text
 
@@ -68,7 +68,7 @@ def test_a_removed_callback_is_not_called(loop: EventLoop, eventfd: int) -> None
     loop.remove_reader(eventfd)
     os.eventfd_write(eventfd, 1)
     done = threading.Event()
-    loop.call_soon(done.set)
+    loop.call(done.set)
     assert done.wait(10)
     assert not called.is_set()
 
@@ -97,7 +97,7 @@ def test_closing_from_a_callback() -> None:
         loop.close()
         done.set()
 
-    loop.call_soon(close)
+    loop.call(close)
     assert done.wait(10)
 
 
@@ -105,10 +105,10 @@ def test_delayed_functions_run_in_the_order_of_their_times(loop: EventLoop) -> N
     seen: list[str] = []
     done = threading.Event()
     started = time.monotonic()
-    loop.call_later(0.2, done.set)
-    loop.call_later(0.1, lambda: seen.append("later"))
-    loop.call_later(0.0, lambda: seen.append("now"))
-    loop.call_soon(lambda: seen.append("called"))
+    loop.call(done.set, 0.2)
+    loop.call(lambda: seen.append("later"), 0.1)
+    loop.call(lambda: seen.append("now"), 0.0)
+    loop.call(lambda: seen.append("called"))
     assert done.wait(10)
     assert seen[-1] == "later" and set(seen) == {"now", "called", "later"}
     assert 0.2 <= time.monotonic() - started < 5
@@ -117,11 +117,11 @@ def test_delayed_functions_run_in_the_order_of_their_times(loop: EventLoop) -> N
 def test_calls_after_close_are_dropped() -> None:
     """Its descriptors may have been reused by then."""
     loop, called = EventLoop("own"), threading.Event()
-    loop.call_later(0.5, called.set)
+    loop.call(called.set, 0.5)
     loop.close()
     reused = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    loop.call_soon(called.set)
-    loop.call_later(0.0, called.set)
+    loop.call(called.set)
+    loop.call(called.set, 0.0)
     assert not called.wait(0.8)
     with pytest.raises(BlockingIOError):
         os.eventfd_read(reused)
