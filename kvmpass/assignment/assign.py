@@ -71,7 +71,7 @@ def assigned(
         with host.borrow(*bdfs, sysfs=sysfs, say=say), closing(machine):
             for device in sorted(devices, key=lambda device: device.bdf):  # a slot begins with its function 0
                 # VFIO refuses a token where it has no use.
-                machine.assign(device.bdf, vf_token=vf_token if sysfs.has_sriov(device.bdf) else None)
+                machine.assign(device.bdf, vf_token=vf_token if host.view.sriov_of(sysfs, device.bdf) else None)
                 name = names.of(device)
                 driver = device.driver or "no driver"
                 say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was bound to {driver}")

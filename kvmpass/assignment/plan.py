@@ -187,11 +187,8 @@ def _physical_bits(sysfs: Sysfs) -> tuple[int, str]:
     bits = sysfs.ask("physical bits", lambda: _of_kvm(sysfs, lambda system: system.physical_bits))
     if bits is not None:
         return bits, "KVM"
-    for line in (sysfs.text("proc/cpuinfo") or "").splitlines():
-        words = line.partition(":")[2].split()
-        if line.startswith("address sizes") and words and words[0].isdecimal():
-            return int(words[0]), "/proc/cpuinfo"
-    return 40, "assumed"
+    width = sysfs.fields("proc/cpuinfo").get("address sizes", "").partition(" ")[0]
+    return (int(width), "/proc/cpuinfo") if width.isdecimal() else (40, "assumed")
 
 
 def _check_cpus(sysfs: Sysfs, cpus: int) -> None:

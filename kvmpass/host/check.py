@@ -153,15 +153,8 @@ class CheckContext:
     @cached_property
     def cpu(self) -> tuple[str, frozenset[str]]:
         """The first CPU's vendor and flags."""
-        vendor, flags = "", frozenset[str]()
-        for line in (self.sysfs.text("proc/cpuinfo") or "").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "vendor_id":
-                vendor = value.strip()
-            elif key.strip() == "flags":
-                flags = frozenset(value.split())
-                break
-        return vendor, flags
+        fields = self.sysfs.fields("proc/cpuinfo")
+        return fields.get("vendor_id", ""), frozenset(fields.get("flags", "").split())
 
     @cached_property
     def command_line(self) -> CommandLine:
@@ -188,8 +181,7 @@ class CheckContext:
     @cached_property
     def status(self) -> dict[str, str]:
         """The fields of ``/proc/self/status``."""
-        lines = (self.sysfs.text("proc/self/status") or "").splitlines()
-        return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        return self.sysfs.fields("proc/self/status")
 
     def capable(self, capability: int) -> bool:
         """Whether this process has a capability, CAP_* of include/uapi/linux/capability.h."""

@@ -76,7 +76,7 @@ class Ceiling:
 
 def rlimit(sysfs: Sysfs, name: str) -> Rlimit:
     """Return one line of ``/proc/self/limits``, such as ``Max locked memory``; unlimited without it."""
-    for line in (sysfs.text(_LIMITS) or "").splitlines():
+    for line in sysfs.lines(_LIMITS):
         if line.startswith(f"{name} "):
             words = [*line.removeprefix(name).split(), "", ""]
             return Rlimit(*(int(word) if word.isdecimal() else None for word in words[:2]))
@@ -102,7 +102,7 @@ def cgroups(sysfs: Sysfs, controller: str) -> list[Cgroup]:
     In a container, those above its root are not visible.
     """
     paths = {}
-    for line in (sysfs.text("proc/self/cgroup") or "").splitlines():
+    for line in sysfs.lines("proc/self/cgroup"):
         parts = line.split(":", 2)
         if len(parts) == 3:
             for name in parts[1].split(","):
@@ -162,13 +162,9 @@ def memory_ceilings(sysfs: Sysfs) -> list[Ceiling]:
 def _file_cache(sysfs: Sysfs, cgroup: Cgroup) -> int:
     """Bytes of page cache, which the kernel reclaims before it kills."""
     prefix = "" if cgroup.version == 2 else "total_"  # with what is below it
-    wanted = {f"{prefix}active_file", f"{prefix}inactive_file", f"{prefix}slab_reclaimable"}
-    total = 0
-    for line in (sysfs.text(cgroup.directory, "memory.stat") or "").splitlines():
-        name, _, value = line.partition(" ")
-        if name in wanted and value.isdecimal():
-            total += int(value)
-    return total
+    found = sysfs.fields(cgroup.directory, "memory.stat", separator=" ")
+    values = [found.get(f"{prefix}{name}", "") for name in ("active_file", "inactive_file", "slab_reclaimable")]
+    return sum(int(value) for value in values if value.isdecimal())
 
 
 def huge_page_ceilings(sysfs: Sysfs, page: int) -> list[Ceiling]:
@@ -216,11 +212,9 @@ def tasks_of_user(sysfs: Sysfs, uid: int) -> int:
     total = 0
     for name in sysfs.names("proc"):
         if name.isdecimal():
-            fields = dict(
-                line.split(":", 1) for line in (sysfs.text("proc", name, "status") or "").splitlines() if ":" in line
-            )
+            fields = sysfs.fields("proc", name, "status")
             if fields.get("Uid", "").split()[:1] == [str(uid)]:
-                threads = fields.get("Threads", "1").strip()
+                threads = fields.get("Threads", "1")
                 total += int(threads) if threads.isdecimal() else 1
     return total
 

@@ -138,11 +138,7 @@ class Look:
 
     def node_name(self, number: str) -> str:
         """Return the name below ``/dev`` of a character device ``major:minor``; empty without one."""
-        for line in (self.sysfs.text("sys/dev/char", number, "uevent") or "").splitlines():
-            key, _, value = line.partition("=")
-            if key == "DEVNAME":
-                return value
-        return ""
+        return self.sysfs.fields("sys/dev/char", number, "uevent", separator="=").get("DEVNAME", "")
 
     @cached_property
     def foreign_interfaces(self) -> list[str]:
@@ -150,10 +146,9 @@ class Look:
         found, seen = [], {self.sysfs.link("proc/self/ns/net")}
         for pid, namespace in namespaces(self.sysfs, "net").items():
             seen.add(namespace)
-            for line in (self.sysfs.text("proc", str(pid), "net/dev") or "").splitlines()[2:]:
-                name = line.partition(":")[0].strip()
-                if name not in _IN_EVERY_NAMESPACE:
-                    found.append(f"{name} of {process(self.sysfs, pid)}")
+            names = [line.partition(":")[0].strip() for line in self.sysfs.lines("proc", str(pid), "net/dev")[2:]]
+            who = process(self.sysfs, pid)
+            found += [f"{name} of {who}" for name in names if name not in _IN_EVERY_NAMESPACE]
         for directory in _NAMED_NAMESPACES:
             for name in self.sysfs.names(directory):
                 node = self.sysfs.place(directory, name)

@@ -134,11 +134,6 @@ class IommuGroup:
     """A group that VFIO has created in no-IOMMU mode: its DMA is not translated."""
 
 
-def header_type(header: bytes) -> int | None:
-    """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1); None if unknown."""
-    return header[0x0E] & 0x7F if len(header) > 0x0E else None
-
-
 def modprobe_tool() -> str | None:
     """Return the path of modprobe, also if it is not in the PATH of a non-root user; None without it."""
     return shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
@@ -173,6 +168,15 @@ class Sysfs:
             return self.data(*parts).decode(errors="replace").strip()
         except OSError:
             return None
+
+    def lines(self, *parts: str) -> list[str]:
+        """Return a file's lines; empty if it cannot be read."""
+        return (self.text(*parts) or "").splitlines()
+
+    def fields(self, *parts: str, separator: str = ":") -> dict[str, str]:
+        """Return the fields of a file of names and values, of each name the first; empty if it cannot be read."""
+        pairs = [line.partition(separator) for line in self.lines(*parts)]
+        return {name.strip(): value.strip() for name, _, value in reversed(pairs)}
 
     def data(self, *parts: str, size: int = -1) -> bytes:
         """Return a file's bytes, at most ``size``, without path objects or buffers, for speed. Raises ``OSError``."""
@@ -327,20 +331,11 @@ class Sysfs:
         text = self.text(PCI_DEVICES, str(bdf), "driver_override")
         return None if text in (None, "", "(null)") else text
 
-    def has_sriov(self, bdf: Bdf) -> bool:
-        """Return whether it is a physical function with SR-IOV, or a virtual function."""
-        base = f"{PCI_DEVICES}/{bdf}"
-        return bool(self.number(base, "sriov_totalvfs")) or self.link(base, "physfn") is not None
-
     def virtual_functions(self, bdf: Bdf) -> list[Bdf]:
         """Return the enabled virtual functions of a physical one, by address."""
         base = (PCI_DEVICES, str(bdf))
         links = [self.link(*base, name) for name in self.names(*base) if name.startswith("virtfn")]
         return sorted(Bdf.parse(link) for link in links if link is not None)
-
-    def header_type(self, bdf: Bdf) -> int | None:
-        """Return the header type, as :func:`header_type` does, without resuming a suspended device."""
-        return header_type(self.config(bdf, 0x40, wake=False))
 
     def config(self, bdf: Bdf, size: int = 0x100, *, wake: bool = True) -> bytes:
         """Return the first ``size`` bytes of configuration space: at most 64 for non-root users; empty on errors.
@@ -361,7 +356,7 @@ class Sysfs:
         return self.text(*base, "power_state") == "D3cold" and self.text(*base, "power/runtime_status") == "suspended"
 
     def _resources(self, base: str) -> Iterator[Resource]:
-        for line in (self.text(base, "resource") or "").splitlines():
+        for line in self.lines(base, "resource"):
             with contextlib.suppress(ValueError):
                 start, end, flags = (int(word, 16) for word in line.split())
                 yield Resource(start, end, flags)
@@ -379,7 +374,7 @@ class Sysfs:
         if not self.exists(base):
             raise NotAssignable(f"there is no IOMMU group {number}")
         reserved = []
-        for line in (self.text(base, "reserved_regions") or "").splitlines():
+        for line in self.lines(base, "reserved_regions"):
             with contextlib.suppress(ValueError):
                 start, last, kind = line.split()
                 low = int(start, 16)

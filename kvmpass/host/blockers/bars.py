@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from kvmpass.errors import NotAssignable
 from kvmpass.host.blocker import BlockerTemplate
+from kvmpass.host.blockers.kind import header_type
 from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
 from kvmpass.host.look import Look
-from kvmpass.host.sysfs import BARS, IORESOURCE_MEM_64, PCI_DEVICES, PciDevice, Resource, header_type
+from kvmpass.host.sysfs import BARS, IORESOURCE_MEM_64, PCI_DEVICES, PciDevice, Resource
 from kvmpass.layout import Range, size_text
 
 # Names of the resources of firmware framebuffer drivers in /proc/iomem (drivers/firmware/sysfb*.c,

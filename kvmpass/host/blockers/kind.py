@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvmpass.errors import NoSuchDevice, NotAssignable
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
-from kvmpass.host.sysfs import PCI_DEVICES, header_type
+from kvmpass.host.sysfs import PCI_DEVICES, PciDevice
 
 NO_DEVICE = BlockerTemplate(
     kind="no-device",
@@ -60,6 +60,16 @@ COLD = BlockerTemplate(
 )
 
 
+def header_type(header: bytes) -> int | None:
+    """Bits 0-6 of configuration byte 0x0e: 0 normal, 1 PCI bridge, 2 CardBus (PCI 3.0, 6.1); None if unknown."""
+    return header[0x0E] & 0x7F if len(header) > 0x0E else None
+
+
+def is_bridge(device: PciDevice, header: bytes) -> bool:
+    """Whether it is a bridge by its class, or by the header of its configuration space (empty: unknown)."""
+    return device.is_bridge or header_type(header) in (1, 2)
+
+
 def _present(context: CheckContext) -> Verdict:
     if not context.present:
         return failed(NO_DEVICE, Reading(f"/{PCI_DEVICES}/{context.bdf}", "not found"), bdf=context.bdf)
@@ -72,7 +82,7 @@ def _kind(context: CheckContext) -> Verdict:
     """What a change of the driver cannot fix."""
     device, bdf = context.device, context.device.bdf
     read = Reading(f"/{PCI_DEVICES}/{bdf}", f"class {device.class_code:06x}, group {device.group}")
-    if device.is_bridge or header_type(context.header) in (1, 2):
+    if is_bridge(device, context.header):
         return failed(BRIDGE, read, bdf=bdf, class_code=f"{device.class_code:06x}")
     if context.group is None:
         what = "it is the IOMMU" if device.class_code >> 8 == 0x0806 else "the IOMMU does not cover it"

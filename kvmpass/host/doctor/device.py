@@ -85,7 +85,7 @@ def _driver(context: CheckContext) -> Verdict:
     read += [Reading(source, f"vfio-pci ids {entry}") for source, entry in named]
     for directory in ("etc/udev/rules.d", "run/udev/rules.d"):
         for file in sysfs.names(directory):
-            for line in (sysfs.text(directory, file) or "").splitlines():
+            for line in sysfs.lines(directory, file):
                 if not line.startswith("#") and str(device.bdf) in line and "driver" in line.lower():
                     place = Reading(f"/{directory}/{file}", line.strip())
                     return failed(RULE, *read, place, bdf=device.bdf, rule=place)

@@ -221,8 +221,7 @@ def _chips(sysfs: Sysfs) -> tuple[str, set[str]]:
     names = [sysfs.text("sys/kernel/irq", number, "chip_name") or "" for number in sysfs.names("sys/kernel/irq")]
     if any(names):
         return "/sys/kernel/irq/*/chip_name", set(names) - {""}
-    lines = (sysfs.text("proc/interrupts") or "").splitlines()
-    return "/proc/interrupts", {word for line in lines for word in line.split()}
+    return "/proc/interrupts", set((sysfs.text("proc/interrupts") or "").split())
 
 
 def _is_remapped(chip: str) -> bool:

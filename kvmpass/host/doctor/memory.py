@@ -52,14 +52,12 @@ MEMLOCK = BlockerTemplate(
 
 
 def _available(context: CheckContext) -> Verdict:
-    found = None
-    for line in (context.sysfs.text("proc/meminfo") or "").splitlines():
-        if line.startswith("MemAvailable:"):
-            found = int(line.split()[1]) * 1024
     if context.huge_page:
         return passed("not needed: huge pages", Reading("/proc/meminfo", "not read"))
-    if found is None:  # before Linux 3.14
+    available = context.sysfs.fields("proc/meminfo").get("MemAvailable")
+    if available is None:  # before Linux 3.14
         return passed("unknown", Reading("/proc/meminfo", "no MemAvailable"))
+    found = int(available.split()[0]) * 1024
     read = Reading("/proc/meminfo", f"MemAvailable {mib(found)}")
     if found < context.memory:
         return failed(SHORT, read, size=mib(context.memory), available=mib(found))
@@ -85,7 +83,7 @@ def _on_nodes(context: CheckContext) -> tuple[str, int | None]:
         return allowed, None
     total = 0
     for name in ours:
-        for line in (context.sysfs.text(NODES, name, "meminfo") or "").splitlines():
+        for line in context.sysfs.lines(NODES, name, "meminfo"):
             match = re.search(r" (MemFree|Active\(file\)|Inactive\(file\)|SReclaimable): +(\d+) kB", line)
             total += int(match[2]) * 1024 if match else 0
     return allowed, total

@@ -12,6 +12,7 @@ from kvmpass.errors import DriverPinned
 from kvmpass.host.address import Bdf, parse_distinct
 from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import blockers, users
+from kvmpass.host.blockers.kind import is_bridge
 from kvmpass.host.drivers.changes import MATCHING, ON_VFIO_PCI, Setting, all_changes
 from kvmpass.host.drivers.driverctl import saved_override
 from kvmpass.host.drivers.journal import Journal, Operation
@@ -178,7 +179,7 @@ class _Work:
         for number in sorted({device.group for device in devices.values() if device.group is not None}):
             for member in self.sysfs.group(number).devices if self.group else ():
                 device = self.sysfs.device(member)
-                if member not in given and (device.is_bridge or self.sysfs.header_type(member) in (1, 2)):
+                if member not in given and is_bridge(device, self.sysfs.config(member, 0x40, wake=False)):
                     excluded[member] = Handover(member, "excluded", device.driver, device.driver)
                 else:
                     devices.setdefault(member, device)

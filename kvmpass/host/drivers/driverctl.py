@@ -32,7 +32,7 @@ def saved_override(sysfs: Sysfs, bdf: Bdf) -> SavedOverride | None:
     The file has the device's name; some releases put the bus before it. Its first line counts.
     """
     for name in (str(bdf), f"pci-{bdf}"):
-        lines = (sysfs.text(DIRECTORY, name) or "").splitlines()
+        lines = sysfs.lines(DIRECTORY, name)
         if lines:
             return SavedOverride(f"/{DIRECTORY}/{name}", lines[0].strip())
     return None

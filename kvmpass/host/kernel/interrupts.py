@@ -18,7 +18,7 @@ def interrupt_counts(sysfs: Sysfs, bdf: Bdf) -> dict[int | str, int]:
     Empty where no interrupt of the device is set up, or ``/proc/interrupts`` cannot be read.
     """
     name = re.compile(rf"\bvfio-(?:intx|msix?\[(?P<vector>\d+)\])\({re.escape(str(bdf))}\)")
-    header, *lines = (sysfs.text("proc/interrupts") or "").splitlines() or [""]
+    header, *lines = sysfs.lines("proc/interrupts") or [""]
     cpus = len(header.split())
     counts: dict[int | str, int] = {}
     for line in lines:

@@ -41,7 +41,7 @@ def mounts(sysfs: Sysfs) -> list[Mount]:
 
 
 def _read(sysfs: Sysfs, pid: str, where: str) -> Iterator[Mount]:
-    for line in (sysfs.text("proc", pid, "mountinfo") or "").splitlines():
+    for line in sysfs.lines("proc", pid, "mountinfo"):
         fields = line.split(" ")
         try:
             rest = fields.index("-", 6)

@@ -42,9 +42,8 @@ def _nvidia(look: Look, device: PciDevice) -> set[str]:
     """The proprietary driver creates nodes that are not in sysfs."""
     if device.driver != "nvidia":
         return set()
-    text = look.sysfs.text(_NVIDIA, str(device.bdf), "information") or ""
-    minor = re.search(r"^Device Minor:\s*(\d+)", text, re.MULTILINE)
-    return {f"/dev/nvidia{minor[1]}"} if minor else set()
+    minor = look.sysfs.fields(_NVIDIA, str(device.bdf), "information").get("Device Minor", "")
+    return {f"/dev/nvidia{minor}"} if minor.isdecimal() else set()
 
 
 def _own_files(look: Look, bdf: Bdf) -> set[str]:

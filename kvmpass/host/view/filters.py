@@ -153,8 +153,7 @@ def _behind_node(sysfs: Sysfs, node: str) -> set[Bdf]:
     if sysfs.path("sys/class/block", place).exists():
         return _behind(sysfs, "sys/class/block", place, "slaves/")
     for number in sysfs.names("sys/dev/char"):
-        uevent = sysfs.text("sys/dev/char", number, "uevent") or ""
-        if f"DEVNAME={place}" in uevent.splitlines():
+        if f"DEVNAME={place}" in sysfs.lines("sys/dev/char", number, "uevent"):
             return _functions(sysfs, sysfs.path("sys/dev/char", number))
     return set()
 

@@ -173,11 +173,9 @@ def sriov_of(sysfs: Sysfs, bdf: Bdf) -> Sriov | None:
     physical, total = sysfs.link(*base, "physfn"), sysfs.number(*base, "sriov_totalvfs") or 0
     if physical is None and not total:
         return None
-    links = [name for name in sysfs.names(*base) if name.removeprefix("virtfn").isdecimal()]
-    targets = [target for name in links if (target := sysfs.link(*base, name))]
     return Sriov(
         physical=Bdf.parse(physical) if physical else None,
-        virtual=tuple(sorted(map(Bdf.parse, targets))),
+        virtual=tuple(sysfs.virtual_functions(bdf)),
         enabled=sysfs.number(*base, "sriov_numvfs") or 0,
         total=total,
     )
