@@ -24,8 +24,7 @@ from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
-from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import GuestOutcome
+from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.memory import Backing
 
 

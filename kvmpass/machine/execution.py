@@ -218,13 +218,8 @@ class Execution:
         return self._threads.fault if self._threads else ""
 
     @property
-    def exits(self) -> int:
-        """Number of exits that the emulated devices have handled since the guest was last started."""
-        return self._threads.exits if self._threads else 0
-
-    @property
     def exit_reasons(self) -> dict[str, int]:
-        """Number of exits by reason (``Port``, ``Mmio``, ``Interrupted`` …; see ``kvmpass.kvm.exits``)."""
+        """Number of exits since the last start, by reason: ``Port``, ``Mmio`` … (``kvmpass.kvm.exits``)."""
         return self._threads.reasons if self._threads else {}
 
     def _power_event(self, event: PowerEvent) -> None:

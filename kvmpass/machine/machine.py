@@ -390,6 +390,3 @@ class Machine(Execution):
     def _end_for_error(self) -> None:
         if self._stop_on_error:
             self.stop(GuestOutcome.DEVICE_ERROR)
-
-
-__all__ = ["AssignedDevice", "DeviceState", "GuestOutcome", "Machine"]

@@ -87,8 +87,6 @@ class VcpuThreads:
         self.fault = ""
         """Why KVM could not run the guest; empty otherwise."""
         self._threads: list[threading.Thread] = []
-        self.exits = 0
-        """Number of exits that were dispatched to a bus."""
         self._reasons: list[Counter[type[Exit]]] = [Counter() for _ in vcpus]  # each thread has its own
 
     def start(self) -> None:
@@ -211,12 +209,10 @@ class VcpuThreads:
         match exit_:
             case PortExit():
                 with self._bus_lock:
-                    self.exits += 1
                     self._port(vcpu, exit_)
                 self._throttle()
             case MmioExit(address, size, is_write, data):
                 with self._bus_lock:
-                    self.exits += 1
                     if is_write:
                         self._mmio.write(address, data)
                     else:

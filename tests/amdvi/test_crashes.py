@@ -18,8 +18,7 @@ import pytest
 from kvmpass import host
 from kvmpass.crash import excerpt
 from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
-from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import GuestOutcome
+from kvmpass.machine import GuestOutcome, Machine
 
 # The system call that `renice` makes becomes a bug, where the kernel then goes on.
 NULL_WRITE = bytes.fromhex("31c0 8900")  # xor eax, eax; mov [rax], eax

@@ -19,8 +19,7 @@ from kvmpass.errors import GuestError
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
 from kvmpass.guest.guest import OUTPUT
 from kvmpass.layout import MIB, Range
-from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import GuestOutcome
+from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.pci.barspace import IO_WINDOW
 from kvmpass.vfio.device import ERR
 

@@ -19,7 +19,7 @@ from support.inside import SOAK
 from kvmpass import host
 from kvmpass.assignment.assign import assigned
 from kvmpass.guest import Guest, GuestImage, GuestSpec, prepare
-from kvmpass.machine.vcpus import GuestOutcome
+from kvmpass.machine import GuestOutcome
 from kvmpass.ports import SERIAL_LINES
 from kvmpass.testing.state import Mode, State
 

@@ -14,7 +14,7 @@ from kvmpass.cli.assign import ConsoleLog, _exit_status, _show_console
 from kvmpass.cli.main import main
 from kvmpass.cli.output import error_text
 from kvmpass.guest import GuestResult
-from kvmpass.machine.vcpus import GuestOutcome
+from kvmpass.machine import GuestOutcome
 
 
 @pytest.mark.parametrize(
