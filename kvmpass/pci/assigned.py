@@ -165,25 +165,25 @@ class AssignedFunction:
     @property
     def interrupt(self) -> str:
         """The kind that the guest has enabled: ``MSI-X``, ``MSI``, ``INTx`` or ``none``."""
-        if self._msix and self._msix.enabled:
-            return "MSI-X"
-        if self._msi and self._msi.enabled:
-            return "MSI"
+        if message := self._message:
+            return message.KIND
         return "INTx" if self._intx and self._intx.active else "none"
+
+    @property
+    def _message(self) -> Msix | Msi | None:
+        """The kind of messages that the guest has enabled."""
+        return next((kind for kind in (self._msix, self._msi) if kind and kind.enabled), None)
 
     def _update_interrupts(self) -> None:
         """Enable the kind that the guest uses: after the others are disabled, as VFIO allows one at a time."""
-        kind = self.interrupt
-        if self._msix and kind != "MSI-X":
-            self._msix.update()
-        if self._msi and kind != "MSI":
-            self._attempt("MSI", self._msi.disable)
+        message = self._message
+        for kind in (self._msix, self._msi):
+            if kind and kind is not message:
+                self._attempt(kind.KIND, kind.disable)
         if self._intx:
-            self._attempt("INTx", self._intx.disable if kind in ("MSI-X", "MSI") else self._intx.enable)
-        if self._msix and kind == "MSI-X":
-            self._msix.update()
-        elif self._msi and kind == "MSI":
-            self._msi.update()
+            self._attempt("INTx", self._intx.disable if message else self._intx.enable)
+        if message:
+            message.update()
 
     def _attempt(self, kind: str, step: Callable[[], None]) -> None:
         try:

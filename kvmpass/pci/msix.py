@@ -8,12 +8,12 @@ interrupts that the device raises: the pending bit.
 from __future__ import annotations
 
 from kvmpass._ratelimit import limited_log
-from kvmpass._teardown import run_all
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.layout import Range
 from kvmpass.pci.bar import Trap
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.function import InterruptSink
+from kvmpass.pci.message import MessageCapability, pending_bits
 from kvmpass.pci.vector import MessageVector, is_message
 from kvmpass.pciregs import MSIX_ENABLE, MSIX_ENTRY_SIZE, MSIX_MASK_ALL, MsixRegisters
 
@@ -23,26 +23,25 @@ _RESET_ENTRY = b"\0" * 12 + b"\1\0\0\0"
 _VECTOR_MASKED = 1
 
 
-class Msix:
+class Msix(MessageCapability):
     """The MSI-X capability at ``at`` of ``space``; ``own`` are the device's registers.
 
-    The function links the capability, and passes ``traps`` to its BARs. Nothing but ``disable`` raises, whatever a
-    guest writes.
+    The function links the capability, and passes ``traps`` to its BARs.
 
     Synchronization: with the bus lock held.
     """
 
+    KIND = "MSI-X"
+    ENABLE = MSIX_ENABLE
+
     def __init__(
         self, vm: Vm, routes: IrqRoutes, sink: InterruptSink, space: ConfigSpace, at: int, own: MsixRegisters
     ) -> None:
-        self._sink = sink
-        self._space = space
+        super().__init__(vm, routes, sink, space, at, own.vectors)
         self._own = own
-        self.start, self.end = at, at + 12
-        """Where the capability begins and ends."""
+        self.end = at + 12
+        """Where the capability ends."""
         self._table = bytearray(_RESET_ENTRY * own.vectors)
-        self._vectors = [MessageVector(vm, routes) for _ in range(own.vectors)]
-        self._signalled: set[int] = set()  # by the sink
         self._resizable = sink.resizable
         self._enabled = False
         self._mask_all = False
@@ -57,11 +56,6 @@ class Msix:
         table = Trap(Range(own.table_offset, own.table_size), self)
         pending = Trap(Range(own.pba_offset, own.pba_size), PendingBits(self._vectors))
         return [trap for at, trap in ((own.table_bar, table), (own.pba_bar, pending)) if at == bar]
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the guest has enabled MSI-X."""
-        return bool(self._space.get(self.start + 2, 2) & MSIX_ENABLE)
 
     def read(self, offset: int, size: int) -> bytes:
         """Read the table. ``offset + size`` is inside it."""
@@ -81,7 +75,7 @@ class Msix:
 
     def update(self) -> None:
         """Connect the vectors as the guest has written message control."""
-        self._mask_all = bool(self._space.get(self.start + 2, 2) & MSIX_MASK_ALL)
+        self._mask_all = bool(self._control & MSIX_MASK_ALL)
         enable = self.enabled
         if self._enabled and not enable:
             try:
@@ -99,22 +93,9 @@ class Msix:
                 self._connect(number)
 
     def disable(self) -> None:
-        """Remove irqfds and routes, disable the sink, close the eventfds. Runs every step even if one fails.
-
-        Raises ``OSError``: what failed stays as it is, and ``disable`` can be called again. Idempotent.
-        """
+        """See ``MessageCapability``."""
         self._enabled = False
-        used = [vector for vector in self._vectors if vector.open]
-        run_all((*(vector.disconnect for vector in used), self._close_vectors))
-
-    def _close_vectors(self) -> None:
-        self._stop_signalling()
-        run_all(vector.close for vector in self._vectors)
-
-    def _stop_signalling(self) -> None:
-        if self._signalled:
-            self._sink.disable_irqs()
-            self._signalled.clear()
+        super().disable()
 
     # --- one vector
 
@@ -205,7 +186,7 @@ class PendingBits:
     def read(self, offset: int, size: int) -> bytes:
         """Read ``size`` bytes of pending bits."""
         vectors = self._vectors[offset * 8 : (offset + size) * 8]
-        return sum(vector.pending << bit for bit, vector in enumerate(vectors)).to_bytes(size, "little")
+        return pending_bits(vectors).to_bytes(size, "little")
 
     def write(self, offset: int, data: bytes) -> None:
         """Drop the write."""
