@@ -26,7 +26,7 @@ def check(result: int, ioctl: str, detail: str = "", remedy: str | None = None) 
 
 
 def failure(code: int, call: str, detail: str = "", remedy: str | None = None) -> OSError:
-    """The exception that ``check`` raises, for the errno ``code``."""
+    """Return the exception that ``check`` raises, for the errno ``code``."""
     message = f"{call}: {os.strerror(code)}"
     if detail:
         message += f" ({detail})"
@@ -69,7 +69,7 @@ class OwnedFd:
         return self._fd
 
     def fileno(self) -> int:
-        """Same as ``fd``."""
+        """Return ``fd``, for ``select`` and the like."""
         return self.fd
 
     @property

@@ -65,7 +65,7 @@ class _LogLimit(logging.Filter):
 
 
 def limited_log(name: str) -> logging.Logger:
-    """The logger of a module whose warnings a guest or a device can repeat: rate-limited."""
+    """Return the logger of a module whose warnings a guest or a device can repeat: rate-limited."""
     log = logging.getLogger(name)
     if not any(isinstance(known, _LogLimit) for known in log.filters):
         log.addFilter(_LogLimit())

@@ -1,25 +1,25 @@
-"""Where in a kernel's console its trouble begins: what to show of a guest, or of an emulated host, that died."""
+"""Crashes in a kernel's console: the excerpt to show of a guest, or of an emulated host, that died."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-# The first words of what ends a kernel, or stops a part of it (arch/x86/mm/fault.c, kernel/panic.c,
+# The first words of messages about crashes and lockups (arch/x86/mm/fault.c, kernel/panic.c,
 # kernel/watchdog.c, kernel/hung_task.c, kernel/rcu/tree_stall.h, lib/bug.c, arch/x86/kernel/traps.c).
-_TROUBLE = re.compile(
+_CRASH = re.compile(
     r"\bBUG: |kernel BUG at |\bOops\b|\bgeneral protection fault\b|\bstack segment\b.*\[#|\binvalid opcode\b.*\[#"
     r"|soft lockup|hard LOCKUP|blocked for more than \d+ seconds|\bdouble fault\b|detected (?:expedited )?stalls? on"
     r"|\bKernel panic\b|Unable to mount root"
 )
 _WARNING = re.compile(r"\bWARNING: .*\bat \S+:\d+|\bWARNING: CPU: ")
 _CUT = "------------[ cut here ]------------"
-_LAST = 12  # of the lines at the end, where not all can be shown
+_LAST = 12  # lines at the end that are shown in any case
 
 
 def find(lines: Sequence[str]) -> int | None:
-    """The number of the line where the trouble begins: the first crash or lockup, else the first warning."""
-    for pattern in (_TROUBLE, _WARNING):
+    """Return the number of the line at which the crash begins: the first crash or lockup, else the first warning."""
+    for pattern in (_CRASH, _WARNING):
         for number, line in enumerate(lines):
             if pattern.search(line):
                 return number - 1 if number and _CUT in lines[number - 1] else number
@@ -27,9 +27,9 @@ def find(lines: Sequence[str]) -> int | None:
 
 
 def excerpt(console: str, limit: int = 80, quiet: int = 20) -> list[str]:
-    """Lines of a console: from where the trouble begins, ``limit`` at most; else the last ``quiet``.
+    """Return the lines of a console from the crash on, at most ``limit``; without a crash the last ``quiet``.
 
-    Where there are more, some in between are left out, and a line says how many.
+    If there are more, some in between are left out, and a line says how many.
     """
     lines = console.replace("\r", "").splitlines()
     start = find(lines)

@@ -169,12 +169,12 @@ def translated(line: Reserved) -> bool:
 
 
 def find_reserved(range_: Range, reserved: Iterable[Reserved]) -> Reserved | None:
-    """The first untranslated range that ``range_`` overlaps; None without one."""
+    """Return the first untranslated range that ``range_`` overlaps; None without one."""
     return next((line for line in reserved if not translated(line) and line.range.overlaps(range_)), None)
 
 
 def _gaps(window: Range, avoid: Iterable[Range], align: int = PAGE) -> Iterator[Range]:
-    """What is left of ``window`` without ``avoid`` (sorted), each gap starting at a multiple of ``align``."""
+    """Yield what is left of ``window`` without ``avoid`` (sorted), each gap starting at a multiple of ``align``."""
     at = window.start
     for hole in [*avoid, Range(window.end, 0)]:
         start = -(-at // align) * align

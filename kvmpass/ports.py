@@ -47,5 +47,5 @@ WARM_RESET_MAGIC = 0x1234
 
 
 def intx_gsi(device: int, pin: int) -> int:
-    """The GSI of an INTx pin (``pin`` 0 is INTA) of device number ``device`` on bus 0, as in the DSDT's ``_PRT``."""
+    """Return the GSI of an INTx pin (0: INTA) of device number ``device`` on bus 0, as in the DSDT's ``_PRT``."""
     return INTX_FIRST + (device + pin) % INTX_COUNT

@@ -182,7 +182,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
 
 
 def _spec(command: list[str] | None, options: _Options) -> GuestSpec:
-    """What the guest is made of. Raises ``click.UsageError``."""
+    """Return what the guest is made of. Raises ``click.UsageError``."""
     if command is not None and not command:
         raise click.UsageError("missing COMMAND after --")
     if options.initrd and (command or options.copy or options.modules):
@@ -240,7 +240,7 @@ def _run(machine: Machine, command: list[str] | None, options: _Options, log: Co
 
 
 def descriptor_sink(fd: int) -> Sink:
-    """A sink that writes to ``fd`` without a buffer, whose lock a stalled reader could hold."""
+    """Return a sink that writes to ``fd`` without a buffer, whose lock a stalled reader could hold."""
 
     def write(data: bytes) -> None:
         view = memoryview(data)
@@ -277,7 +277,7 @@ class ConsoleLog:
         self._file = path.open("wb", buffering=0) if path else None
 
     def beside(self, sink: Sink | None) -> Sink | None:
-        """A sink that writes here, and to ``sink``."""
+        """Return a sink that writes here, and to ``sink``."""
         if self._file is None:
             return sink
 

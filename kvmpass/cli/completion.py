@@ -62,7 +62,7 @@ class Bash(ShellComplete):
     _widest = 0
 
     def get_completion_args(self) -> tuple[list[str], str]:
-        """The line up to the cursor; its last word, which may be empty, is the one to complete."""
+        """Return the line up to the cursor; its last word, which may be empty, is the one to complete."""
         line = os.environ.get("COMP_WORDS", "")
         words = shell_completion.split_arg_string(line)
         if line[-1:].isspace():
@@ -70,29 +70,36 @@ class Bash(ShellComplete):
         return words[1:-1], words[-1] if len(words) > 1 else ""
 
     def get_completions(self, args: list[str], incomplete: str) -> _Items:
+        """Return click's completions before ``--``, and note the longest for the column of help."""
         items = _without_command(super().get_completions, args, incomplete)
         self._widest = max((len(str(item.value)) for item in items), default=0)
         return items
 
     def format_completion(self, item: CompletionItem) -> str:
-        """The help is padded, so that it makes a column in the list."""
+        """Return click's line for an item, with the help padded to a column."""
         value = str(item.value)
         pad = " " * (self._widest - len(value)) if item.help else ""
         return "\t".join((item.type, value, pad + _one_line(item.help)))
 
 
 class Zsh(shell_completion.ZshComplete):
+    """Completion for zsh."""
+
     def get_completions(self, args: list[str], incomplete: str) -> _Items:
+        """Return click's completions before ``--``."""
         return _without_command(super().get_completions, args, incomplete)
 
 
 class Fish(shell_completion.FishComplete):
+    """Completion for fish."""
+
     # click's own script ends the help at its first comma.
     source_template: ClassVar[str] = shell_completion.FishComplete.source_template.replace(
         'string split ","', 'string split -m 1 ","'
     )
 
     def get_completions(self, args: list[str], incomplete: str) -> _Items:
+        """Return click's completions before ``--``."""
         return _without_command(super().get_completions, args, incomplete)
 
 

@@ -111,7 +111,7 @@ def look_at_device(sysfs: host.Sysfs, bdf: host.Bdf, look: host.Look) -> None:
 
 
 def conclusion(findings: list[Finding]) -> str:
-    """The last line: how many checks failed, warned, were skipped and passed."""
+    """Return the last line: how many checks failed, warned, were skipped and passed."""
     counts = {outcome: sum(finding.outcome is outcome for finding in findings) for outcome in Outcome}
     failed = counts[Outcome.FAIL]
     parts = [f"{failed} check{'s' if failed != 1 else ''} failed" if failed else "nothing failed"]

@@ -10,7 +10,7 @@ from kvmpass.layout import Reserved
 
 
 def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
-    """A blocker, the same in every document."""
+    """Return the fields of a blocker, which are the same in every document."""
     return {
         "bdf": None if blocker.bdf is None else str(blocker.bdf),
         "kind": blocker.kind,
@@ -29,7 +29,7 @@ def host_document(status: view.HostStatus) -> dict[str, Any]:
 
 
 def group_document(group: host.IommuGroup) -> dict[str, Any]:
-    """An IOMMU group, without its devices."""
+    """Return the fields of an IOMMU group, without its devices."""
     return {"group": group.id, "type": group.type, "no_iommu": group.no_iommu}
 
 
@@ -44,7 +44,7 @@ def sibling_document(sibling: view.Sibling) -> dict[str, Any]:
 
 
 def reserved_document(region: Reserved) -> dict[str, Any]:
-    """A reserved range of IOVAs."""
+    """Return the fields of a reserved range of IOVAs."""
     return {"start": hex(region.range.start), "last": hex(region.range.last), "kind": region.kind}
 
 
@@ -57,7 +57,7 @@ def link_document(link: view.Link | None) -> dict[str, Any] | None:
 
 
 def sriov_document(sriov: view.Sriov | None) -> dict[str, Any] | None:
-    """The physical function of a virtual one, or the virtual functions of a physical one."""
+    """Return the physical function of a virtual one, or the virtual functions of a physical one."""
     if sriov is None:
         return None
     return {
@@ -69,7 +69,7 @@ def sriov_document(sriov: view.Sriov | None) -> dict[str, Any] | None:
 
 
 def device_document(status: view.DeviceStatus, whole: view.HostStatus) -> dict[str, Any]:
-    """A device. ``assignable`` is false for every device of a host that is not ready."""
+    """Return the fields of a device. ``assignable`` is false for every device of a host that is not ready."""
     device = status.device
     return {
         "bdf": str(device.bdf),

@@ -59,7 +59,7 @@ def paragraph(output: Output, label: str, text: str) -> None:
 
 
 def document(finding: Finding) -> dict[str, Any]:
-    """A finding for ``--json``."""
+    """Return the fields of a finding, for ``--json``."""
     return {
         "check": finding.check,
         "title": finding.title,

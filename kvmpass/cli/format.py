@@ -23,7 +23,7 @@ def format_verdict(status: view.DeviceStatus, whole: view.HostStatus) -> str:
 
 
 def group_blockers(members: Sequence[view.DeviceStatus]) -> str | None:
-    """The devices of a group that the host uses, which block the whole group; None if there are none."""
+    """Return the devices of a group that the host uses, which block the whole group; None if there are none."""
     used = sorted({bdf for status in members for blocker in status.blockers for bdf in blocker.blocked_by})
     return f"the host uses {', '.join(map(str, used))} of this group" if used else None
 
@@ -44,7 +44,7 @@ def _lanes(speed: float | None, width: int | None) -> str:
 
 
 def format_sriov(sriov: view.Sriov | None) -> str | None:
-    """The physical function of a virtual one, else how many virtual functions are enabled."""
+    """Return the physical function of a virtual one, else how many virtual functions are enabled."""
     if sriov is None:
         return None
     if sriov.physical is not None:
@@ -53,7 +53,7 @@ def format_sriov(sriov: view.Sriov | None) -> str | None:
 
 
 def format_resets(device: host.PciDevice) -> str:
-    """The reset methods, in the order in which the kernel tries them."""
+    """Return the reset methods, in the order in which the kernel tries them."""
     return f"reset: {', '.join(device.reset_methods)}" if device.reset_methods else "no reset method"
 
 
@@ -61,7 +61,7 @@ def format_resets(device: host.PciDevice) -> str:
 
 
 def format_bars(bars: Sequence[view.BarInfo]) -> Iterator[str]:
-    """A line for each BAR, in columns: name, size, kind, address."""
+    """Yield a line for each BAR, in columns: name, size, kind, address."""
     rows = []
     for bar in bars:
         kind = "I/O ports" if bar.io else f"{bar.bits}-bit" + (", prefetchable" if bar.prefetchable else "")
@@ -73,7 +73,7 @@ def format_bars(bars: Sequence[view.BarInfo]) -> Iterator[str]:
 
 
 def format_capabilities(own: view.Capabilities) -> Iterator[str]:
-    """A line for each capability that matters to an assignment, and one that names all others."""
+    """Yield a line for each capability that matters to an assignment, and one that names all others."""
     switches = (("memory", own.memory_enabled), ("I/O", own.io_enabled), ("bus mastering", own.bus_master))
     yield f"on: {', '.join(name for name, value in switches if value) or 'nothing'}"
     if own.msi:
@@ -131,7 +131,7 @@ def format_sibling(sibling: view.Sibling) -> str:
 
 
 def format_bridge(bridge: view.Bridge) -> str:
-    """A bridge, and whether it isolates the devices behind it."""
+    """Describe a bridge, and whether it isolates the devices behind it."""
     if not bridge.readable:
         means = "its registers are not readable without root"
     elif bridge.kind == "switch upstream port":
@@ -148,7 +148,7 @@ def format_bridge(bridge: view.Bridge) -> str:
 
 
 def format_acs(own: view.Capabilities) -> Sequence[str]:
-    """The ACS capability of a function, which isolates the functions of one device; empty if unknown."""
+    """Describe the ACS capability of a function, which isolates the functions of one device; empty if unknown."""
     if not own.readable:
         return []
     if own.acs is None:
@@ -165,6 +165,6 @@ _RESERVED = {
 
 
 def format_reserved(reserved: Reserved) -> str:
-    """A reserved range, and why it is reserved."""
+    """Describe a reserved range, and why it is reserved."""
     meaning = _RESERVED.get(reserved.kind, reserved.kind)
     return f"{reserved.range.start:#x}-{reserved.range.last:#x}: {meaning}"

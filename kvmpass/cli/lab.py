@@ -95,7 +95,7 @@ def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def configuration(options: dict[str, Any]) -> LabConfig:
-    """The configuration that the options of ``host_options`` describe. Raises ``LabError``."""
+    """Return the configuration that the options of ``host_options`` describe. Raises ``LabError``."""
     return LabConfig(**options | {"without": split_features(options["without"])})
 
 

@@ -42,9 +42,11 @@ class LazyGroup(click.Group):
     """A group whose subcommands live in ``COMMANDS``; the module's attribute has the subcommand's name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all subcommands."""
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a subcommand; None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
         command = getattr(importlib.import_module(COMMANDS[cmd_name]), cmd_name)

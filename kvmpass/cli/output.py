@@ -71,12 +71,12 @@ def host_command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def colour() -> bool | None:
-    """The colour argument for click: never with ``NO_COLOR``, else click asks the terminal."""
+    """Return the colour argument for click: never with ``NO_COLOR``, else click asks the terminal."""
     return False if os.environ.get("NO_COLOR") else None
 
 
 def error_document(command: str, error: BaseException) -> str:
-    """The document that ``--json`` prints when a command fails."""
+    """Return the document that ``--json`` prints when a command fails."""
     return json.dumps(
         {
             "schema": SCHEMA,
@@ -88,13 +88,13 @@ def error_document(command: str, error: BaseException) -> str:
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:
-    """An exception, for documents."""
+    """Return the fields of an exception: its type, cause and remedies."""
     remedies = list(getattr(error, "__notes__", ()))
     return {"type": type(error).__name__, "cause": error_text(error), "remedies": remedies}
 
 
 def error_text(error: BaseException) -> str:
-    """The cause in one line."""
+    """Return the cause of an exception, in one line."""
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, KeyboardInterrupt):

@@ -33,9 +33,11 @@ class WrongDevice(click.BadParameter):
         self.add_note(remedy)
 
     def format_message(self) -> str:
+        """Return the cause, without click's introduction."""
         return self.message
 
     def show(self, file: Any = None) -> None:
+        """Print the cause and the hint, without the usage."""
         click.echo(f"kvmpass: {self.message}", file=file, err=file is None)
         for note in self.__notes__:
             click.echo(f"  hint: {note}", file=file, err=file is None)
@@ -51,6 +53,7 @@ class BdfType(_OfBdf):
     name = "BDF"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> host.Bdf:
+        """Parse an address. Raises :class:`WrongDevice`."""
         if isinstance(value, host.Bdf):
             return value
         try:
@@ -59,6 +62,7 @@ class BdfType(_OfBdf):
             raise WrongDevice(str(error), _matching(value, ctx) or error.__notes__[0], ctx, param) from None
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the items that complete ``incomplete``."""
         given = ctx.params.get(param.name or "")
         named = {str(bdf) for bdf in given} if isinstance(given, tuple) else set[str]()
         return addresses(incomplete, lambda device: str(device.bdf) not in named)
@@ -70,9 +74,11 @@ class FilterType(_OfText):
     name = "FILTER"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the text; :func:`kvmpass.host.select` parses it."""
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the items that complete ``incomplete``."""
         return [*addresses(incomplete), *_drivers(incomplete)]
 
 
@@ -82,6 +88,7 @@ class SizeType(_OfSize):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse a size. Raises ``click.BadParameter``."""
         try:
             return parse_size(value)
         except LayoutError as error:
@@ -94,7 +101,7 @@ FILTER = FilterType()
 
 
 def _matching(text: str, ctx: click.Context | None) -> str | None:
-    """A hint with the addresses that ``text`` matches, on the host that the command reads (``--sysfs``)."""
+    """Return a hint with the addresses that ``text`` matches, on the host that the command reads (``--sysfs``)."""
     from kvmpass.host.record import open_recorded  # imports the reader of archives: only for a wrong address
 
     place = ctx.params.get("place") if ctx is not None else None
@@ -108,7 +115,7 @@ def _matching(text: str, ctx: click.Context | None) -> str | None:
 
 
 def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None = None) -> list[CompletionItem]:
-    """The host's addresses that begin with ``incomplete``, with or without the domain, and their names."""
+    """Return the host's addresses that begin with ``incomplete``, with or without the domain, and their names."""
     sysfs = host.Sysfs()
     names = host.Names(sysfs)
     items = []

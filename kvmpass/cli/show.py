@@ -84,7 +84,7 @@ def _lines(found: view.Description) -> Iterator[str]:
 
 
 def _facts(facts: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
-    """A label, and beside it the texts, one below the other."""
+    """Yield a label, and beside it the texts, one below the other."""
     for label, texts in facts:
         begin = click.style(f"{label:<{_LABEL}}", bold=True)
         for text in texts:

@@ -24,12 +24,12 @@ def width() -> int | None:
 
 
 def length(text: str) -> int:
-    """The width of ``text`` in columns, without its escape sequences for colour."""
+    """Return the width of ``text`` in columns, without its escape sequences for colour."""
     return len(click.unstyle(text))
 
 
 def widths(rows: Iterable[Sequence[str]]) -> list[int]:
-    """The width of each column of ``rows``, which all have the same number of them."""
+    """Return the width of each column of ``rows``, which all have the same number of them."""
     return [max(map(length, column)) for column in zip(*rows, strict=True)]
 
 
@@ -58,5 +58,5 @@ def fold(text: str, first: str, rest: str) -> list[str]:
 
 
 def dim(text: str) -> str:
-    """The text in a dim colour."""
+    """Return the text in a dim colour."""
     return click.style(text, dim=True)

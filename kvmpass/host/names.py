@@ -112,7 +112,7 @@ def _brand(vendor: str) -> str:
 
 
 def _entry(table: bytes, key: bytes, start: int, end: int) -> tuple[str | None, int]:
-    """The text after ``key`` on its line, and where that line ends."""
+    """Return the text after ``key`` on its line, and where that line ends."""
     at = table.find(key, start, end)
     if at < 0:
         return None, end

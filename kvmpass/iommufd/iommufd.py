@@ -49,27 +49,27 @@ class Iommufd(OwnedFd):
         super().__init__(open_node(path))
 
     def ioas_alloc(self) -> int:
-        """Make an empty I/O address space; returns its number."""
+        """Create an empty I/O address space; return its number (``IOMMU_IOAS_ALLOC``). Raises ``OSError``."""
         ioas = ffi.new("uint32_t *")
         check(lib.iommufd_ioas_alloc(self.fd, ioas), "IOMMU_IOAS_ALLOC")
         return int(ioas[0])
 
     def destroy(self, number: int) -> None:
-        """Destroy an object; every mapping of an IOAS goes with it. Raises ``OSError``: ``EBUSY`` while it is used.
+        """Destroy an object, with all mappings of an IOAS (``IOMMU_DESTROY``).
 
-        A device that is attached uses an IOAS.
+        Raises ``OSError``: ``EBUSY`` while it is used, as an IOAS is by an attached device.
         """
         check(lib.iommufd_destroy(self.fd, number), "IOMMU_DESTROY", f"object {number}")
 
     def ioas_iova_ranges(self, ioas: int) -> IovaRanges:
-        """What the IOAS can translate. Before a device is attached that is everything."""
+        """Return what the IOAS can translate: everything until a device is attached (``IOMMU_IOAS_IOVA_RANGES``)."""
         found = ffi.new("struct kvmpass_iova_ranges *")
         check(lib.iommufd_ioas_iova_ranges(self.fd, ioas, found), "IOMMU_IOAS_IOVA_RANGES", f"IOAS {ioas}")
         ranges = (found.ranges[i] for i in range(found.count))
         return IovaRanges(tuple(Range(one.first, one.second - one.first + 1) for one in ranges), int(found.alignment))
 
     def ioas_map(self, ioas: int, iova: int, hva: int, size: int, *, writable: bool) -> None:
-        """Let the devices of the IOAS reach ``size`` bytes of this process at ``hva`` at ``iova``.
+        """Map ``size`` bytes of this process at ``hva`` to ``iova`` for the devices of an IOAS (``IOMMU_IOAS_MAP``).
 
         The memory is pinned once a device is attached. Raises ``OSError``: ``EEXIST`` overlap, ``EINVAL`` a reserved
         range or alignment, ``ENOMEM`` over the memlock limit, ``EFAULT`` pages that cannot be pinned.
@@ -78,7 +78,7 @@ class Iommufd(OwnedFd):
         check(result, "IOMMU_IOAS_MAP", f"iova {Range(iova, size)}", _MAP_REMEDY.get(-result))
 
     def ioas_map_file(self, ioas: int, iova: int, fd: int, offset: int, size: int, *, writable: bool) -> None:
-        """Map ``size`` bytes of the file ``fd`` (a memfd) from ``offset`` on; else as ``ioas_map``.
+        """Map ``size`` bytes of the memfd ``fd`` from ``offset`` on, else as ``ioas_map`` (``IOMMU_IOAS_MAP_FILE``).
 
         Raises ``OSError``: ``EOPNOTSUPP`` where the running kernel lacks it (before Linux 6.13).
         """
@@ -88,7 +88,7 @@ class Iommufd(OwnedFd):
         check(result, "IOMMU_IOAS_MAP_FILE", f"iova {Range(iova, size)}", _MAP_REMEDY.get(-result))
 
     def ioas_copy(self, source: int, source_iova: int, target: int, iova: int, size: int, *, writable: bool) -> None:
-        """Map in the IOAS ``target`` what ``source`` has mapped; both share the pinned pages.
+        """Map in the IOAS ``target`` what ``source`` has mapped: they share the pinned pages (``IOMMU_IOAS_COPY``).
 
         Raises ``OSError``: ``ENOENT`` where ``source`` does not map all of it, else as ``ioas_map``.
         """

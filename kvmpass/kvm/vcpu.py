@@ -100,7 +100,9 @@ class Vcpu(OwnedFd):
         self._page[exit_.offset : exit_.offset + wanted] = data
 
     def request_exit(self, wanted: bool = True) -> None:
-        """Make the next ``run()`` return at once, and the current one at a signal to its thread (``immediate_exit``).
+        """Make the next ``run()`` return at once, and the current one at a signal to its thread.
+
+        ``immediate_exit`` of ``struct kvm_run`` (``KVM_CAP_IMMEDIATE_EXIT``).
 
         Synchronization: from any thread.
         """
@@ -165,7 +167,7 @@ class Vcpu(OwnedFd):
             raise failure(errno.EINVAL, "KVM_SET_MSRS", f"vCPU {self.index}, MSR {list(values)[done]:#x}")
 
     def enter_long_mode(self, *, cr3: int, gdt: int, gdt_limit: int, code: int, data: int) -> None:
-        """Enter 64-bit mode with the page tables at ``cr3``, flat segments and interrupts disabled.
+        """Enter 64-bit mode: page tables at ``cr3``, flat segments, interrupts disabled (``KVM_SET_SREGS``).
 
         ``gdt``: guest-physical address of a descriptor table with the selectors ``code`` and ``data``;
         ``gdt_limit``: its size in bytes, minus 1. Raises ``OSError``. (AMD64 manual volume 2, chapter 14.)

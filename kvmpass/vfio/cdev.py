@@ -66,7 +66,9 @@ class Cdev(Device):
         return int(devid[0])
 
     def attach(self, ioas: int) -> None:
-        """Let it do DMA to what is mapped in the IOAS, in place of one that it was attached to.
+        """Attach it to an IOAS, in place of the one before (``VFIO_DEVICE_ATTACH_IOMMUFD_PT``).
+
+        Its DMA reaches what is mapped there.
 
         Raises ``OSError``: ``EADDRINUSE`` something is mapped where it cannot reach, ``EINVAL`` its IOMMU group is
         attached elsewhere, ``ENOMEM`` over the memlock limit.
@@ -75,7 +77,7 @@ class Cdev(Device):
         check(result, "VFIO_DEVICE_ATTACH_IOMMUFD_PT", self.name, _ATTACH_REMEDY.get(-result))
 
     def detach(self) -> None:
-        """Block its DMA. Closing it does that, too."""
+        """Block its DMA, as closing it does (``VFIO_DEVICE_DETACH_IOMMUFD_PT``). Raises ``OSError``."""
         check(lib.vfio_device_detach_iommufd_pt(self.fd), "VFIO_DEVICE_DETACH_IOMMUFD_PT", self.name)
 
 

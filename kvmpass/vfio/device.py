@@ -267,7 +267,10 @@ class Device(OwnedFd):
         check(result, "VFIO_DEVICE_SET_IRQS", detail)
 
     def set_unmask_eventfd(self, index: int, eventfd: int) -> None:
-        """Unmask an automasked interrupt (INTx) when ``eventfd`` is signalled; -1 undoes it. Raises ``OSError``."""
+        """Unmask an automasked interrupt (INTx) when ``eventfd`` is signalled; -1 disconnects it.
+
+        ``VFIO_DEVICE_SET_IRQS``. Raises ``OSError``.
+        """
         flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_UNMASK
         result = lib.vfio_device_set_irqs(self.fd, flags, index, 0, 1, ffi.new("int32_t[]", [eventfd]))
         check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}, unmask")
@@ -283,7 +286,7 @@ class Device(OwnedFd):
         check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}, trigger vector {vector}")
 
     def disable_irqs(self, index: int) -> None:
-        """Disable all vectors of an index. Idempotent. Raises ``OSError``."""
+        """Disable all vectors of an index (``VFIO_DEVICE_SET_IRQS``). Idempotent. Raises ``OSError``."""
         flags = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
         result = lib.vfio_device_set_irqs(self.fd, flags, index, 0, 0, ffi.NULL)
         if result == -errno.EINVAL and index in self.irqs and self.irqs[index].count:

@@ -57,7 +57,10 @@ class Container(OwnedFd):
         check(result, "VFIO_SET_IOMMU", remedy=_IOMMU_REMEDY.get(-result))
 
     def get_info(self) -> IommuInfo:
-        """What the domain can translate; ranges can shrink with each group that joins. Raises ``OSError``."""
+        """Return what the domain can translate; each group that joins can shrink it (``VFIO_IOMMU_GET_INFO``).
+
+        Raises ``OSError``.
+        """
         info = ffi.new("struct kvmpass_iommu_info *")
         check(lib.vfio_iommu_get_info(self.fd, info), "VFIO_IOMMU_GET_INFO")
         ranges = tuple(

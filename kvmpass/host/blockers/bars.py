@@ -61,7 +61,7 @@ FRAMEBUFFER_UNKNOWN = BlockerTemplate(
 
 
 def _memory(device: PciDevice) -> list[Range]:
-    """The memory BARs that have an address."""
+    """Return the memory BARs that have an address."""
     return [Range(bar.start, bar.size) for bar in device.bars if bar.is_memory and bar.is_placed]
 
 

@@ -79,7 +79,7 @@ def _present(context: CheckContext) -> Verdict:
 
 
 def _kind(context: CheckContext) -> Verdict:
-    """What a change of the driver cannot fix."""
+    """Return what a change of the driver cannot fix."""
     device, bdf = context.device, context.device.bdf
     read = Reading(f"/{PCI_DEVICES}/{bdf}", f"class {device.class_code:06x}, group {device.group}")
     if is_bridge(device, context.header):

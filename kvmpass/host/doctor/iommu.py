@@ -217,7 +217,7 @@ def _groups(context: CheckContext) -> Verdict:
 
 
 def _chips(sysfs: Sysfs) -> tuple[str, set[str]]:
-    """The file with the names of interrupt chips, and the names."""
+    """Return the file with the names of interrupt chips, and the names."""
     names = [sysfs.text("sys/kernel/irq", number, "chip_name") or "" for number in sysfs.names("sys/kernel/irq")]
     if any(names):
         return "/sys/kernel/irq/*/chip_name", set(names) - {""}

@@ -98,7 +98,7 @@ def _place(ceiling: Ceiling) -> str:
 
 
 def _command(ceiling: Ceiling, option: str, value: object) -> str:
-    """The command that raises a cgroup's limit."""
+    """Return the command that raises a cgroup's limit."""
     unit = ceiling.cgroup.unit
     if unit is None or option == "" or unit.startswith(("docker-", "libpod-", "cri-")):
         return f"echo {value} > {ceiling.path}"

@@ -69,7 +69,7 @@ def _available(context: CheckContext) -> Verdict:
 
 
 def _on_nodes(context: CheckContext) -> tuple[str, int | None]:
-    """The NUMA nodes that this process may use, and their available bytes; None if it may use all nodes."""
+    """Return the NUMA nodes that this process may use, and their available bytes; None if it may use all nodes."""
     allowed = context.status.get("Mems_allowed_list", "")
     numbers = {
         number

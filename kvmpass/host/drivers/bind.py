@@ -103,7 +103,7 @@ class _Job:
     warnings: tuple[str, ...] = ()
 
     def planned(self, sysfs: Sysfs) -> Handover:
-        """The result of a dry run."""
+        """Return the result of a dry run."""
         if self.wanted is None:
             return Handover(self.bdf, "already", self.now.driver, self.now.driver)
         steps = [str(change) for change in all_changes(self.bdf, self.now, self.wanted)]
@@ -173,7 +173,7 @@ class _Work:
         return sorted(results, key=lambda result: result.bdf) if self.group else results
 
     def _choose(self, given: tuple[Bdf, ...]) -> tuple[list[Bdf], list[Handover]]:
-        """The devices to change, and the bridges of their groups, which are excluded."""
+        """Return the devices to change, and the bridges of their groups, which are excluded."""
         devices = {bdf: self.sysfs.device(bdf) for bdf in given}
         excluded = {}
         for number in sorted({device.group for device in devices.values() if device.group is not None}):

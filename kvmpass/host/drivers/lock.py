@@ -123,7 +123,7 @@ def _try_lock(fd: int) -> bool:
 
 
 def _holder(fd: int) -> str:
-    """The holder named by the file; the previous one if the new one has not written its name yet."""
+    """Return the holder named by the file; the previous one if the new one has not written its name yet."""
     pid, _, command = os.pread(fd, 200, 0).decode(errors="replace").partition("\n")[0].partition(" ")
     return f"process {pid} ({command})" if pid.isdecimal() else "another kvmpass"
 

@@ -96,7 +96,7 @@ def _safely(path: Path, work: Callable[[Path], Restored | None]) -> Restored | N
 
 
 def _read(entries: Entries, path: Path) -> Entry | Restored:
-    """The entry in a file, or the result for an invalid one."""
+    """Return the entry in a file, or the result for an invalid one."""
     try:
         bdf = Bdf.parse(path.stem)
         if str(bdf) != path.stem:

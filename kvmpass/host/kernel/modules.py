@@ -72,13 +72,13 @@ def module(sysfs: Sysfs, name: str) -> Module:
 
 
 def _told(sysfs: Sysfs, name: str) -> list[str] | None:
-    """The output of modprobe as JSON values, on this machine only."""
+    """Return the output of modprobe as JSON values, on this machine only."""
     found = _asked(name) if str(sysfs.root) == "/" else None
     return None if found is None else [str(found.status), found.seen, found.value]
 
 
 def _asked(name: str) -> Module | None:
-    """The output of ``modprobe --show-depends``, which loads nothing; None if it cannot be run."""
+    """Return the output of ``modprobe --show-depends``, which loads nothing; None if it cannot be run."""
     tool = modprobe_tool()
     if tool is None:
         return None
@@ -108,7 +108,7 @@ def _asked(name: str) -> Module | None:
 
 
 def _listed(sysfs: Sysfs, name: str) -> Module:
-    """The state by the lists of depmod and of the kernel build."""
+    """Return the state by the lists of depmod and of the kernel build."""
     base = module_directory(sysfs)
     spelling = re.escape(name).replace("_", "[-_]")
     own = rf"((?:[\w./+-]*/)?{spelling}\.ko(?:\.\w+)?)"
@@ -169,7 +169,7 @@ def vfio_ids(sysfs: Sysfs, device: PciDevice) -> Iterator[tuple[str, str]]:
 
 
 def _obstacle(sysfs: Sysfs, name: str) -> Module | None:
-    """What prevents loading it. ``blacklist`` does not: it only hides aliases."""
+    """Return what prevents loading it. ``blacklist`` does not: it only hides aliases."""
     for file, words in modprobe_lines(sysfs):
         if words[0] == "install" and words[1:2] and words[1].replace("-", "_") == name and _is_stub(words[2:]):
             return Module(name, ModuleStatus.BLOCKED, file, " ".join(words))

@@ -64,6 +64,7 @@ class OpenNodes:
         self.in_sysfs = any(node.startswith("/sys/") for node in self._found)
 
     def __call__(self, nodes: Iterable[str]) -> dict[str, list[Process]]:
+        """Return the processes that have each of ``nodes`` open."""
         return {node: self._found[node] for node in sorted(set(nodes)) if node in self._found}
 
 

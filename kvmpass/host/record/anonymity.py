@@ -125,7 +125,10 @@ class Anonymity:
         return str(ipaddress.IPv6Address(self._ipv6(int(found))))
 
     def _hex(self, value: str, table: str) -> str:
-        """The formats of ``/proc/net``: IPv4 in host order, IPv6 routes in network order, else host-order words."""
+        """Replace an address of ``/proc/net``.
+
+        IPv4 is in host order, IPv6 in words of host order, except for routes: those are in network order.
+        """
         swapped = bytes.fromhex(value)
         if len(value) == 8:
             if table == "ipv6_route":  # metrics and flags
@@ -158,7 +161,7 @@ class Anonymity:
 
 
 def _without_serial(config: bytes) -> bytes:
-    """Configuration space without the Device Serial Number."""
+    """Return configuration space without the Device Serial Number."""
     at, data = 0x100, bytearray(config)
     for _ in range(960):  # include/uapi/linux/pci_regs.h: as many as fit
         if not 0x100 <= at <= len(data) - 12:

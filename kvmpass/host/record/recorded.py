@@ -59,23 +59,28 @@ class RecordedSysfs(Sysfs):
         self._answers: dict[str, Any] = _all_printable(answers)
 
     def data(self, *parts: str, size: int = -1) -> bytes:
+        """Return the content of a file. Raises ``PermissionError`` if it could not be read on the host."""
         place = self.place(*parts)
         if self._closed and os.path.realpath(place) in self._closed:
             raise PermissionError(errno.EACCES, "not readable when it was recorded", place)
         return super().data(*parts, size=size)
 
     def text(self, *parts: str) -> str | None:
+        """Return the text of a file, without control characters."""
         found = super().text(*parts)
         return None if found is None else _printable(found)
 
     def link(self, *parts: str) -> str | None:
+        """Return the last component of a link's target, without control characters."""
         found = super().link(*parts)
         return None if found is None else _printable(found)
 
     def names(self, *parts: str) -> list[str]:
+        """Return the names in a directory, without control characters."""
         return [_printable(name) for name in super().names(*parts)]
 
     def log(self) -> KernelLog:
+        """Return the recorded kernel log, or the error of reading it."""
         error = self._answers.get("kernel log error")
         if error is not None:
             return KernelLog((), False, _printable(str(error)))
@@ -85,12 +90,14 @@ class RecordedSysfs(Sysfs):
         )
 
     def ask(self, question: str, answer: Callable[[], _T]) -> _T:
+        """Return the recorded answer to ``question``."""
         if question not in self._answers:
             return super().ask(question, answer)
         found: _T = self._answers[question]
         return found
 
     def write(self, path: Path, text: str, timeout: float | None = None, held: int | None = None) -> None:
+        """Raise :class:`BadRecord`: a recording is read-only."""
         raise BadRecord(f"{path} is part of a recording: it cannot be written")
 
 
@@ -188,7 +195,7 @@ def _unpack_one(archive: tarfile.TarFile, member: tarfile.TarInfo, directory: Pa
 
 
 def _inside(name: str) -> str | None:
-    """A name as a path below the tree; None if it is outside."""
+    """Return a name as a path below the tree; None if it is outside."""
     if name.startswith("/") or "\0" in name:
         return None
     plain = posixpath.normpath(name)

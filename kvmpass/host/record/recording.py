@@ -54,10 +54,12 @@ class Recorder(Sysfs):
     # --- reading
 
     def place(self, *parts: str) -> str:
+        """Return the path of a file, and note that it was looked at."""
         self._seen.setdefault(_name(*parts), None)
         return super().place(*parts)
 
     def data(self, *parts: str, size: int = -1) -> bytes:
+        """Read a file, and note its content. Raises ``OSError`` for the registers of a suspended device."""
         name = _name(*parts)
         if parts[0] == PCI_DEVICES and parts[-1] == "config" and self.is_asleep(Bdf.parse(parts[1])):
             raise OSError(errno.EIO, "suspended, and not resumed for a recording", name)
@@ -69,15 +71,18 @@ class Recorder(Sysfs):
         return content
 
     def link(self, *parts: str) -> str | None:
+        """Read a link, and note it."""
         self._links.add(_name(*parts))
         return super().link(*parts)
 
     def names(self, *parts: str) -> list[str]:
+        """List a directory, and note its names."""
         found = super().names(*parts)
         self._listed[_name(*parts)] = found
         return found
 
     def log(self) -> KernelLog:
+        """Read the kernel's log, and note its own records: those of programs may be private."""
         found = super().log()
         self._answers["kernel log error"] = found.error
         lines = []
@@ -90,6 +95,7 @@ class Recorder(Sysfs):
         return found
 
     def ask(self, question: str, answer: Callable[[], _T]) -> _T:
+        """Ask ``answer``, and note what it returns."""
         self._answers[question] = found = super().ask(question, answer)
         return found
 
@@ -220,7 +226,7 @@ class _Entries:
             self.link(path)
 
     def _place(self, name: str) -> str | None:
-        """The same as :meth:`_resolved`; directories are resolved once."""
+        """Return the same as :meth:`_resolved`; directories are resolved once."""
         above, separator, last = name.rpartition("/")
         if not separator or last == "..":
             return self._resolved(name)
@@ -230,7 +236,7 @@ class _Entries:
         return None if parent is None else self._resolved(last, parent)
 
     def _resolved(self, name: str, below: str = "") -> str | None:
-        """The resolved path below the root; adds all links in between. None if it is outside, or a loop."""
+        """Return the resolved path below the root; adds all links in between. None if it is outside, or a loop."""
         done = below.split("/") if below else []
         todo = [part for part in name.split("/") if part not in ("", ".")]
         for _ in range(4096):

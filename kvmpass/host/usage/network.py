@@ -79,7 +79,7 @@ def _via(name: str, other: str) -> str:
 
 
 def _above(look: Look, name: str) -> list[str]:
-    """The interface, and all on top of it: bonds, bridges, VLANs, at any depth."""
+    """Return the interface, and all on top of it: bonds, bridges, VLANs, at any depth."""
     found, queue = [name], [name]
     while queue:
         for entry in look.sysfs.names("sys/class/net", queue.pop()):
@@ -104,7 +104,7 @@ def _memberships(look: Look, name: str, above: list[str]) -> Iterator[Use]:
 
 
 def _elsewhere(look: Look, device: PciDevice) -> Iterator[Use]:
-    """An interface in another network namespace is not visible here, and neither is its device."""
+    """Yield a possible use: an interface in another network namespace is not visible, and neither is its device."""
     base = device.class_code >> 16
     if base not in _NETWORK or device.class_code >> 8 == _INFINIBAND or device.driver is None:
         return
@@ -196,7 +196,7 @@ def _named(text: str) -> Iterator[Address]:
 
 @lru_cache(maxsize=4096)
 def _endpoint(text: str) -> Address | None:
-    """The address in ``0100007F:0016``: words of 32 bits, in the byte order of the processor."""
+    """Return the address in ``0100007F:0016``: words of 32 bits, in the byte order of the processor."""
     digits = text.partition(":")[0]
     try:
         data = b"".join(bytes.fromhex(digits[at : at + 8])[::-1] for at in range(0, len(digits), 8))

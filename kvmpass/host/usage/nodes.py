@@ -31,7 +31,7 @@ def open_nodes(look: Look, device: PciDevice) -> Iterator[Use]:
 
 
 def _kind(node: str) -> str:
-    """The kind of node, if its name does not contain it."""
+    """Return the kind of node, if its name does not contain it."""
     if node.startswith("/dev/nvidia"):
         return " (GPU)"
     kind = _KINDS.get(node.removeprefix("/dev/").partition("/")[0])
@@ -39,7 +39,7 @@ def _kind(node: str) -> str:
 
 
 def _nvidia(look: Look, device: PciDevice) -> set[str]:
-    """The proprietary driver creates nodes that are not in sysfs."""
+    """Return the node that NVIDIA's proprietary driver creates, which is not in sysfs."""
     if device.driver != "nvidia":
         return set()
     minor = look.sysfs.fields(_NVIDIA, str(device.bdf), "information").get("Device Minor", "")

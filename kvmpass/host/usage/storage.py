@@ -48,7 +48,7 @@ def storage(look: Look, device: PciDevice) -> Iterator[Use]:
 
 
 def _known(look: Look, names: list[str]) -> Iterator[tuple[str, str]]:
-    """A name and what uses it, for each use that the kernel shows."""
+    """Yield a name and what uses it, for each use that the kernel shows."""
     sysfs = look.sysfs
     by_number = {number: name for name in names if (number := sysfs.text("sys/class/block", name, "dev"))}
     mounted = set()

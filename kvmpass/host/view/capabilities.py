@@ -249,7 +249,7 @@ def _express(read: Read, at: int) -> Express:
 
 
 def _advanced_flr(read: Read, at: int) -> bool:
-    """Function level reset of a conventional function (Advanced Capabilities for Conventional PCI, 3)."""
+    """Return whether a function has FLR without PCI Express (Advanced Capabilities for Conventional PCI, 3)."""
     return bool(read(at + 3, 1) & 0b10)
 
 

@@ -127,7 +127,7 @@ def _group(sysfs: Sysfs, device: PciDevice) -> IommuGroup | None:
 
 
 def _functions(sysfs: Sysfs, bdf: Bdf) -> Iterator[Bdf]:
-    """The other functions. Only function 0 has the multifunction bit, so each address is tried."""
+    """Yield the other functions. Only function 0 has the multifunction bit, so each address is tried."""
     if sysfs.link(PCI_DEVICES, str(bdf), "physfn") is not None:
         return
     for number in range(8):

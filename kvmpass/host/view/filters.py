@@ -97,7 +97,7 @@ def parse_filter(sysfs: Sysfs, text: str, name: Callable[[PciDevice], str] | Non
 
 
 def _part(text: str, *part: int | None) -> Filter:
-    """A part of an address: domain, bus (None: any), device and function."""
+    """Return a part of an address: domain, bus (None: any), device and function."""
     _, bus, device, function = part
     place = "any bus" if bus is None else f"bus {bus:02x}"
 
@@ -159,7 +159,7 @@ def _behind_node(sysfs: Sysfs, node: str) -> set[Bdf]:
 
 
 def _behind(sysfs: Sysfs, listing: str, name: str, below: str) -> set[Bdf]:
-    """The functions of ``name``, or of what it is on top of: links ``lower_*``, names in ``slaves/``."""
+    """Return the functions of ``name``, or of what it is on top of: links ``lower_*``, names in ``slaves/``."""
     found, seen, queue = set[Bdf](), {name}, [name]
     while queue:
         current = queue.pop()
@@ -180,7 +180,7 @@ def _lower(sysfs: Sysfs, listing: str, name: str, below: str) -> Iterator[str]:
 
 
 def _functions(sysfs: Sysfs, link: os.PathLike[str]) -> set[Bdf]:
-    """The PCI function nearest above a device; with native multipath an NVMe namespace can have several."""
+    """Return the PCI function nearest above a device; with native multipath an NVMe namespace can have several."""
     parts = os.path.realpath(link).split("/")
     subsystem = next((part for part in parts if re.fullmatch(r"nvme-subsys\d+", part)), None)
     if subsystem is not None:

@@ -156,7 +156,7 @@ def link_of(sysfs: Sysfs, bdf: Bdf) -> Link | None:
 
 
 def _leading(text: str) -> float | None:
-    """The number in ``8.0 GT/s PCIe``; None for ``Unknown``, and for 0 and 255, which mean unknown.
+    """Return the number in ``8.0 GT/s PCIe``; None for ``Unknown``, and for 0 and 255, which mean unknown.
 
     drivers/pci/pci-sysfs.c; a width of 255 is PCIE_LNK_WIDTH_UNKNOWN.
     """

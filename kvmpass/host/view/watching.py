@@ -167,7 +167,7 @@ class _Watcher:
                 yield event
 
     def _event(self, uevent: Uevent) -> HostEvent | None:
-        """The event, or None if the filters do not select it."""
+        """Return the event, or None if the filters do not select it."""
         if uevent.subsystem == "vfio":
             return self._group_event(uevent)
         kind = _DEVICE_KINDS.get(uevent.action)
