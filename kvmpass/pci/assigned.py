@@ -126,13 +126,13 @@ class AssignedFunction:
         return shown
 
     def _make_messages(self, wiring: Wiring, shown: dict[int, int]) -> None:
-        vm, routes, space = wiring.vm, wiring.routes, self._space
+        space = self._space
         if at := shown.get(pciregs.CAP_MSI):
             sink = VfioInterrupts(self._device, MSI)
-            self._msi = Msi(vm, routes, sink, space, at, pciregs.msi(space.device_int, at))
+            self._msi = Msi(wiring, sink, space, at, pciregs.msi(space.device_int, at))
         if at := shown.get(pciregs.CAP_MSIX):
             sink = VfioInterrupts(self._device, MSIX)
-            self._msix = Msix(vm, routes, sink, space, at, pciregs.msix(space.device_int, at))
+            self._msix = Msix(wiring, sink, space, at, pciregs.msix(space.device_int, at))
 
     def _make_bars(self, wiring: Wiring) -> None:
         for index in range(pciregs.BARS):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvmpass._teardown import run_all
-from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.pci.configspace import ConfigSpace
-from kvmpass.pci.function import InterruptSink
+from kvmpass.pci.function import InterruptSink, Wiring
 from kvmpass.pci.vector import MessageVector
 
 
@@ -24,14 +23,12 @@ class MessageCapability:
     ENABLE: int
     """The enable bit of message control."""
 
-    def __init__(
-        self, vm: Vm, routes: IrqRoutes, sink: InterruptSink, space: ConfigSpace, at: int, vectors: int
-    ) -> None:
+    def __init__(self, wiring: Wiring, sink: InterruptSink, space: ConfigSpace, at: int, vectors: int) -> None:
         self._sink = sink
         self._space = space
         self.start = at
         """Where the capability begins."""
-        self._vectors = [MessageVector(vm, routes) for _ in range(vectors)]
+        self._vectors = [MessageVector(wiring.vm, wiring.routes) for _ in range(vectors)]
         self._signalled: set[int] = set()  # by the sink
 
     @property

@@ -9,9 +9,8 @@ import errno
 
 from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log
-from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.pci.configspace import ConfigSpace
-from kvmpass.pci.function import InterruptSink
+from kvmpass.pci.function import InterruptSink, Wiring
 from kvmpass.pci.message import MessageCapability, pending_bits
 from kvmpass.pci.vector import is_message
 from kvmpass.pciregs import MsiRegisters
@@ -28,11 +27,9 @@ class Msi(MessageCapability):
     KIND = "MSI"
     ENABLE = pciregs.MSI_ENABLE
 
-    def __init__(
-        self, vm: Vm, routes: IrqRoutes, sink: InterruptSink, space: ConfigSpace, at: int, own: MsiRegisters
-    ) -> None:
+    def __init__(self, wiring: Wiring, sink: InterruptSink, space: ConfigSpace, at: int, own: MsiRegisters) -> None:
         capable = min(own.vectors, max(sink.count, 1), 32).bit_length() - 1
-        super().__init__(vm, routes, sink, space, at, 1 << capable)
+        super().__init__(wiring, sink, space, at, 1 << capable)
         self._wide, self._maskable = own.address64, own.maskable
         self._data_at = at + (12 if self._wide else 8)
         self._mask_at = at + (16 if self._wide else 12)

@@ -8,11 +8,10 @@ interrupts that the device raises: the pending bit.
 from __future__ import annotations
 
 from kvmpass._ratelimit import limited_log
-from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.layout import Range
 from kvmpass.pci.bar import Trap
 from kvmpass.pci.configspace import ConfigSpace
-from kvmpass.pci.function import InterruptSink
+from kvmpass.pci.function import InterruptSink, Wiring
 from kvmpass.pci.message import MessageCapability, pending_bits
 from kvmpass.pci.vector import MessageVector, is_message
 from kvmpass.pciregs import MSIX_ENABLE, MSIX_ENTRY_SIZE, MSIX_MASK_ALL, MsixRegisters
@@ -34,10 +33,8 @@ class Msix(MessageCapability):
     KIND = "MSI-X"
     ENABLE = MSIX_ENABLE
 
-    def __init__(
-        self, vm: Vm, routes: IrqRoutes, sink: InterruptSink, space: ConfigSpace, at: int, own: MsixRegisters
-    ) -> None:
-        super().__init__(vm, routes, sink, space, at, own.vectors)
+    def __init__(self, wiring: Wiring, sink: InterruptSink, space: ConfigSpace, at: int, own: MsixRegisters) -> None:
+        super().__init__(wiring, sink, space, at, own.vectors)
         self._own = own
         self.end = at + 12
         """Where the capability ends."""

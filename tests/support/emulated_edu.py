@@ -112,7 +112,7 @@ class EmulatedEdu:
         space.emulate(pciregs.CAPABILITIES, bytes([_MSIX_AT]))
         space.emulate(_MSIX_AT, bytes([pciregs.CAP_MSIX, 0]))
         own = pciregs.MsixRegisters(self.registers.count, False, 0, TABLE, 0, PENDING)
-        self._msix = Msix(wiring.vm, wiring.routes, self.registers, space, _MSIX_AT, own)
+        self._msix = Msix(wiring, self.registers, space, _MSIX_AT, own)
         self._bars = Bars(space)
         self._bars.add(pciregs.BAR0, Bar("edu", self.registers, 0, wiring, self._msix.traps(0)))
 

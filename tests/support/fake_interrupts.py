@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+from types import SimpleNamespace
 from typing import Any
 
 from kvmpass.vfio.device import INTX, MSI, MSIX, IrqInfo
@@ -29,6 +30,7 @@ class FakeKvm:
         self.pins: dict[int, tuple[int, int]] = {}
         self.refusing: set[str] = set()
         self.log: list[str] = []
+        self.wiring: Any = SimpleNamespace(vm=self, routes=self)
 
     def _call(self, name: str) -> None:
         self.log.append(name)

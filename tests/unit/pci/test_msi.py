@@ -50,7 +50,7 @@ class Capability:
         self.space = ConfigSpace(self.registers)
         self.space.emulate(0xF0, b"\x12\x34", b"\xff\0")  # another capability's, above it
         sink, own = VfioInterrupts(self.device, MSI), pciregs.msi(self.space.device_int, AT)  # type: ignore[arg-type]
-        self.msi = Msi(self.kvm, self.kvm, sink, self.space, AT, own)  # type: ignore[arg-type]
+        self.msi = Msi(self.kvm.wiring, sink, self.space, AT, own)
         self.data_at = 12 if flags & WIDE else 8
         self.mask_at = self.data_at + 4
 

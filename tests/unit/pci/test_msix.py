@@ -30,7 +30,7 @@ class Table:
         self.kvm, self.device = FakeKvm(), FakeDevice(msix=vectors, resizable=resizable)
         self.space = ConfigSpace()
         sink, own = VfioInterrupts(self.device, MSIX), MsixRegisters(vectors, False, 0, 0, 0, PENDING_AT)  # type: ignore[arg-type]
-        self.msix = Msix(self.kvm, self.kvm, sink, self.space, AT, own)  # type: ignore[arg-type]
+        self.msix = Msix(self.kvm.wiring, sink, self.space, AT, own)
 
     def set_control(self, value: int) -> None:
         self.space.write(AT + 2, value.to_bytes(2, "little"))
@@ -95,7 +95,7 @@ def test_bits_of_the_capability() -> None:
 def test_the_capability_says_where_the_table_is() -> None:
     """Its reserved bits and its places are read-only, and each BAR has what is in it."""
     space, kvm, own = ConfigSpace(), FakeKvm(), MsixRegisters(65, False, 2, 0x1000, 4, 0x800)
-    msix = Msix(kvm, kvm, VfioInterrupts(FakeDevice(msix=65), MSIX), space, AT, own)  # type: ignore[arg-type]
+    msix = Msix(kvm.wiring, VfioInterrupts(FakeDevice(msix=65), MSIX), space, AT, own)  # type: ignore[arg-type]
     assert space.read(AT + 2, 10) == struct.pack("<HII", 64, 0x1002, 0x804)
     assert [trap.range for trap in msix.traps(2)] == [Range(0x1000, 65 * 16)]
     assert [trap.range for trap in msix.traps(4)] == [Range(0x800, 16)]
