@@ -7,7 +7,6 @@ and ttyS3; on the host :mod:`kvmpass.guest.channel` reads the status.
 
 from __future__ import annotations
 
-import gzip
 import re
 import shutil
 import subprocess
@@ -18,9 +17,9 @@ from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import elf, files, init
 from kvmpass.initramfs.companions import companions
 from kvmpass.initramfs.cpio import Tree
-from kvmpass.initramfs.modules import ModulePlan, ModuleTree, plan
+from kvmpass.initramfs.modules import ModuleTree, plan
 
-__all__ = ["GuestRoot", "ModulePlan", "ModuleTree", "find_busybox"]
+__all__ = ["GuestRoot", "find_busybox"]
 
 APPLETS_ABSENT = ("busybox", "init", "linuxrc")  # the program itself, and names that the kernel runs
 
@@ -40,11 +39,6 @@ def find_busybox() -> Path:
     return Path(found)
 
 
-def _pci_id(modalias: str) -> str | None:
-    match = re.match(r"pci:v0000([0-9A-F]{4})d0000([0-9A-F]{4})", modalias)
-    return f"{match[1]}:{match[2]}".lower() if match else None
-
-
 class GuestRoot:
     """The builder of a guest's initramfs.
 
@@ -54,12 +48,7 @@ class GuestRoot:
     def __init__(self, busybox: Path | None = None) -> None:
         self.tree = Tree()
         """The files."""
-        self._plan = ModulePlan((), frozenset())
-        self._parameters: dict[str, str] = {}
-        self._expected: list[str] = []
-        self._command: list[str] | None = None
-        self._term = "linux"
-        self._size = (24, 80)
+        self._settings = {"COMMAND": "", "EXPECTED": "", "TERM": "linux", "TERMINAL_SIZE": "rows 24 cols 80"}
         self._copied: frozenset[str] = frozenset()
         self.warnings: list[str] = []
         """Files that could not be copied completely, and modules for none of the devices."""
@@ -76,6 +65,8 @@ class GuestRoot:
         self.tree.file("/etc/group", _GROUP)
         self.tree.file("/etc/profile", _PROFILE)
         self.tree.file("/etc/fstab", init.FSTAB)
+        self.tree.file("/init", init.SCRIPT.read_bytes(), 0o755)
+        self.tree.file(f"{init.DIRECTORY}/load", b"")
         self._add_busybox(busybox or find_busybox())
 
     def _add_busybox(self, program: Path) -> None:
@@ -89,35 +80,31 @@ class GuestRoot:
                 self.tree.symlink(f"/usr/bin/{applet}", "busybox")
 
     def add_modules(
-        self,
-        release: str,
-        modaliases: Iterable[str],
-        *,
-        files: Sequence[Path] = (),
-        extra: Iterable[str] = (),
-        parameters: Mapping[str, str] | None = None,
-        root: Path = Path("/lib/modules"),
-    ) -> ModulePlan:
+        self, release: str, modaliases: Iterable[str], *, files: Sequence[Path] = (), parameters: Mapping[str, str]
+    ) -> None:
         """Load the drivers of kernel ``release`` for ``modaliases`` and their companions, and the user's ``files``.
 
-        ``extra`` names further modules of that kernel. ``parameters``: by the name of a module, as from
-        :func:`kvmpass.initramfs.parameters.module_parameters`. If ``root/release`` does not exist, only ``files`` are
-        loaded. Call it once. Returns the modules to load.
+        ``parameters``: by the name of a module, as from
+        :func:`kvmpass.initramfs.parameters.module_parameters`. If ``/lib/modules/RELEASE`` does not exist, only
+        ``files`` are loaded. Call it once.
         """
         aliases = list(modaliases)
         behind = companions(aliases)
-        self._plan = plan(ModuleTree(release, root), [*aliases, *behind.modaliases], files, [*behind.modules, *extra])
-        self._parameters = dict(parameters or {})
-        for path in self._plan.idle:
+        made = plan(ModuleTree(release), [*aliases, *behind.modaliases], files, behind.modules)
+        for path in made.idle:
             self.warnings.append(
                 f"--module {path}: no alias of it matches a device that is assigned: for these the kernel's own "
                 f"drivers are loaded (modinfo -F alias {path})"
             )
-        for module in self._plan.modules:
+        for module in made.modules:
             self.tree.file(f"{init.DIRECTORY}/modules/{module.name}.ko", module.data)
-        identifiers = [_pci_id(alias) for alias in aliases if alias in self._plan.matched]
-        self._expected = [identifier for identifier in identifiers if identifier is not None]
-        return self._plan
+        loads = (
+            ("load", module.name, "yes" if module.under_test else "", parameters.get(module.name, ""))
+            for module in made.modules
+        )
+        self.tree.file(f"{init.DIRECTORY}/load", init.calls(loads))
+        found = (re.match(r"pci:v0000(.{4})d0000(.{4})", alias) for alias in aliases if alias in made.matched)
+        self._settings["EXPECTED"] = " ".join(f"{match[1]}:{match[2]}".lower() for match in found if match)
 
     def copy(self, spec: str) -> None:
         """Copy ``SRC:DST``, as on the command line; see :func:`kvmpass.initramfs.files.copy_into`."""
@@ -132,30 +119,17 @@ class GuestRoot:
             raise KvmpassError("an empty command")
         if any("\0" in word for word in command):
             raise KvmpassError("a command's argument cannot contain a zero byte")
-        self._command = list(command)
+        self._settings["COMMAND"] = "yes"
+        self.tree.file(f"{init.DIRECTORY}/command", init.calls([("exec", *command)]))
 
-    def terminal(self, term: str, size: tuple[int, int] = (24, 80)) -> None:
+    def terminal(self, term: str, size: tuple[int, int]) -> None:
         """Set ``TERM``, and rows and columns, of the interactive shell's terminal."""
-        self._term = term
-        self._size = size
+        self._settings |= {"TERM": term, "TERMINAL_SIZE": f"rows {size[0]} cols {size[1]}"}
 
-    def build(self, *, compress: bool = False) -> bytes:
+    def build(self) -> bytes:
         """Return the initramfs; equal content gives equal bytes.
 
-        Uncompressed by default: the guest boots faster, at the price of memory.
+        Uncompressed: the guest boots faster, at the price of memory.
         """
-        if self._command is not None:
-            self.tree.file(f"{init.DIRECTORY}/command", init.command_script(self._command))
-        script = init.init_script(
-            modules=[
-                (module.name, module.under_test, self._parameters.get(module.name, ""))
-                for module in self._plan.modules
-            ],
-            expected=self._expected,
-            command=self._command is not None,
-            term=self._term,
-            size=self._size,
-        )
-        self.tree.file("/init", script, 0o755)
-        archive = self.tree.archive(init.COMPLETE, self._copied)
-        return gzip.compress(archive, 1, mtime=0) if compress else archive
+        self.tree.file(f"{init.DIRECTORY}/settings", init.assignments(self._settings))
+        return self.tree.archive(init.COMPLETE, self._copied)

@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from kvmpass.errors import KvmpassError
+from kvmpass.initramfs import GuestRoot
 from kvmpass.initramfs.modules import ModuleTree, decompress, modinfo, module_name, plan
 
 RELEASE = "6.12.1-test"
@@ -183,6 +184,24 @@ def test_parameters_after_the_file_get_a_hint(root: Path, tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError) as plain:
         plan(ModuleTree(RELEASE, root), [NVME], [tmp_path / "no such.ko"])
     assert not hasattr(plain.value, "__notes__")
+
+
+def test_the_guests_init_loads_them_with_their_parameters(tmp_path: Path) -> None:
+    busybox = tmp_path / "busybox"
+    busybox.write_text("#!/bin/sh\n")
+    busybox.chmod(0o755)
+    paths = [tmp_path / "my-nvme.ko", tmp_path / "helper.ko", tmp_path / "idle.ko"]
+    for path, info in zip(paths, ({"alias": "pci:v*bc01sc08i02*", "depends": "helper"}, {}, {}), strict=True):
+        path.write_bytes(module(name="x", **info))
+    root = GuestRoot(busybox)
+    root.add_modules(RELEASE, [NVME, NIC], files=paths, parameters={"my_nvme": 'name="a b"', "other": "x=1"})
+    root.build()
+    load, settings, data = (root.tree.get(f"/kvmpass/{name}") for name in ("load", "settings", "modules/my_nvme.ko"))
+    assert load and settings and data
+    assert load.data == b"load helper yes ''\nload my_nvme yes 'name=\"a b\"'\nload idle yes ''\n"
+    assert b"EXPECTED=144d:a808\n" in settings.data
+    assert data.data == paths[0].read_bytes()
+    assert [warning.partition(": ")[0] for warning in root.warnings] == [f"--module {paths[2]}"]
 
 
 def test_circular_dependencies(root: Path, tmp_path: Path) -> None:

@@ -30,9 +30,10 @@ def test_modules_get_their_parameters(text: str, module: str, options: str) -> N
     """One argument, as modprobe passes it to the kernel."""
     found = module_parameters(words(text))
     assert found.get(module, "") == options
-    script = init.init_script(modules=[(module, False, options)], expected=(), command=False).decode()
-    loading = script[script.index("load() {") : script.index("\nexpected=")]
-    shell = [find_busybox(), "sh", "-c", f"insmod() {{ printf '%s\\0' \"$@\" >&3; }}; exec 3>&1\n{loading}"]
+    script = init.SCRIPT.read_text()
+    load = script[script.index("load() {") : script.index(". /kvmpass/load")]
+    call = init.calls([("load", module, "", options)]).decode()
+    shell = [find_busybox(), "sh", "-c", f"insmod() {{ printf '%s\\0' \"$@\" >&3; }}; exec 3>&1\n{load}{call}"]
     done = subprocess.run(shell, capture_output=True, text=True, check=True)
     assert done.stdout.split("\0")[:-1] == [f"/kvmpass/modules/{module}.ko", *([options] if options else [])]
 

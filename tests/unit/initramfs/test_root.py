@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -53,34 +53,46 @@ def test_equal_content_gives_equal_bytes(busybox: Path) -> None:
     def made() -> bytes:
         root = GuestRoot(busybox)
         root.run_command(["ls", "-l"])
-        return root.build(compress=True)
+        return root.build()
 
     assert made() == made()
-    content = unpack(gzip.decompress(made()))
+    content = unpack(made())
     assert content["bin"] == (stat.S_IFLNK | 0o777, b"usr/bin")
     assert content["usr/bin/sh"] == (stat.S_IFLNK | 0o777, b"busybox")
     assert "usr/bin/init" not in content
     assert content["init"][0] == stat.S_IFREG | 0o755
     assert stat.S_ISCHR(content["dev/console"][0])
     assert content["tmp"][0] == stat.S_IFDIR | 0o1777
-    assert content["kvmpass/command"][1] == b"exec 'ls' '-l'\n"
+    assert content["kvmpass/command"][1] == b"exec ls -l\n"
+
+
+def test_the_scripts_are_shell_scripts(busybox: Path, tmp_path: Path) -> None:
+    root = GuestRoot(busybox)
+    root.run_command(["true"])
+    content = unpack(root.build())
+    shells = [["sh", "-n"]] + ([["busybox", "sh", "-n"]] if shutil.which("busybox") else [])
+    for name in ("init", "kvmpass/load", "kvmpass/settings", "kvmpass/command"):
+        path = tmp_path / "script"
+        path.write_bytes(content[name][1])
+        for shell in shells:
+            subprocess.run([*shell, path], check=True)
 
 
 @pytest.mark.parametrize("command", [["true"], None])
-def test_the_init_script_is_a_shell_script(busybox: Path, tmp_path: Path, command: list[str] | None) -> None:
+def test_settings_of_the_init_script(busybox: Path, tmp_path: Path, command: list[str] | None) -> None:
     root = GuestRoot(busybox)
     if command:
         root.run_command(command)
-    root.terminal("xterm-256color'; x", (50, 132))
-    script = unpack(root.build())["init"][1]
-    path = tmp_path / "init"
-    path.write_bytes(script)
-    shells = [["sh", "-n"]] + ([["busybox", "sh", "-n"]] if shutil.which("busybox") else [])
-    for shell in shells:
-        subprocess.run([*shell, path], check=True)
-    assert (b"ttyS1" in script) == (command is not None)
-    assert (b"kvmpass 1 size" in script) == (command is None)
-    assert (b"rows 50 cols 132" in script) == (command is None)
+    term = "xterm-256color'; x"
+    root.terminal(term, (50, 132))
+    content = unpack(root.build())
+    assert ("kvmpass/command" in content) == (command is not None)
+    names = ("COMMAND", "EXPECTED", "TERM", "TERMINAL_SIZE")
+    script = content["kvmpass/settings"][1] + b"".join(b'printf "%%s\\n" "$%s"\n' % name.encode() for name in names)
+    done = subprocess.run(["sh"], input=script, capture_output=True, check=True, env=dict.fromkeys(names, "x"))
+    assert done.stdout.decode().splitlines() == ["yes" if command else "", "", term, "rows 50 cols 132"]
+    for name in names:
+        assert re.search(rf"\${name}\b|export {name}\b", init.SCRIPT.read_text()), f"{name} is not used"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +100,7 @@ def test_the_init_script_is_a_shell_script(busybox: Path, tmp_path: Path, comman
 )
 def test_arguments_arrive_unchanged(words: list[str], tmp_path: Path) -> None:
     path = tmp_path / "command"
-    path.write_bytes(init.command_script(["printf", "%s\\0", *words]))
+    path.write_bytes(init.calls([("exec", "printf", "%s\\0", *words)]))
     done = subprocess.run(["sh", path], check=True, capture_output=True)
     assert done.stdout == b"".join(os.fsencode(word) + b"\0" for word in words)
 

@@ -1,0 +1,122 @@
+#!/usr/bin/busybox sh
+# The guest's init: mount file systems, load modules, wait for drivers, run a command or a shell, power off. The other
+# files in /kvmpass are made for each guest (kvmpass/initramfs): settings, load, and command if there is one.
+
+SETTLE_SECONDS=20 # of the guest's time, for a driver to bind to its device
+NAMESPACE_SECONDS=5 # from a live NVMe controller to its namespaces, if it has any
+
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+. /kvmpass/settings
+export TERM
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm
+cp -a /kvmpass/dev/. /dev/
+mount -a -t nodebugfs,notracefs
+mount -a -t debugfs,tracefs 2>/dev/null # where the kernel has them
+echo kvmpass >/proc/sys/kernel/hostname
+
+now() { read -r uptime rest </proc/uptime; up=${uptime%.*}; }
+say() { echo "kvmpass: $*" >/dev/console; }
+fail() { say "$*"; [ -z "$control" ] || echo "kvmpass 1 error $*" >&6; }
+die() { fail "$*"; [ -z "$control" ] || stty -F /dev/ttyS3 115200; poweroff -f; }
+
+control=
+open_channels() {
+    for tty in ttyS1 ttyS2 ttyS3; do
+        [ -c /dev/$tty ] || die "no /dev/$tty in the guest: its kernel found no serial port there"
+        stty -F /dev/$tty 115200 raw -echo || die "/dev/$tty cannot be set up"
+    done
+    exec 4>/dev/ttyS1 5>/dev/ttyS2 6>/dev/ttyS3
+    control=yes
+}
+
+# Parameters on the kernel's command line take precedence.
+set_sysctl() { # NAME VALUE
+    read -r cmdline </proc/cmdline
+    case " $cmdline " in
+    *" $1="*) ;;
+    *) [ ! -w "/proc/sys/kernel/$1" ] || echo "$2" >"/proc/sys/kernel/$1" ;;
+    esac
+}
+
+if [ -n "$COMMAND" ]; then
+    open_channels
+    # A lockup or a hung task ends the guest (Documentation/admin-guide/sysctl/kernel.rst); soft lockups are detected
+    # after twice the threshold.
+    set_sysctl watchdog_thresh 20
+    set_sysctl softlockup_panic 1
+    set_sysctl hung_task_panic 1
+fi
+
+# The kernel continues with what it could unpack (init/initramfs.c: do_populate_rootfs).
+[ -e /kvmpass/complete ] || die "the root file system is incomplete: the guest has too little memory to unpack it"
+
+# The parameters are one argument, which insmod passes on with its quotes.
+load() { # MODULE UNDER-TEST PARAMETERS
+    message=$(insmod "/kvmpass/modules/$1.ko" ${3:+"$3"} 2>&1) && return
+    fail "module $1 did not load: ${message##*: }"
+    [ -n "$2" ] || return
+    dmesg | tail -n 20 >/dev/console
+    [ -z "$COMMAND" ] || die "the module under test is not usable"
+}
+. /kvmpass/load
+
+# Drivers may probe asynchronously (NVMe does), and an NVMe controller that is live adds its namespaces later: a block
+# device below the controller, or (multipath) below its subsystem, so look in /dev.
+unsettled() {
+    for device in /sys/bus/pci/devices/*; do
+        [ -e "$device/vendor" ] || continue
+        read -r vendor <"$device/vendor"; read -r model <"$device/device"; read -r class <"$device/class"
+        case " $EXPECTED " in
+        *" ${vendor#0x}:${model#0x} "*) [ -e "$device/driver" ] || return 0 ;;
+        esac
+        [ "$class" = 0x010802 ] && [ -e "$device/driver" ] || continue
+        for state in "$device"/nvme/nvme*/state; do
+            [ -e "$state" ] || return 0
+            read -r word <"$state"
+            case $word in
+            live)
+                live=${live:-$up}
+                set -- /dev/nvme*n*
+                [ -e "$1" ] || [ $up -ge $((live + NAMESPACE_SECONDS)) ] || return 0 ;;
+            new | connecting | resetting) return 0 ;;
+            esac
+        done
+    done
+    return 1
+}
+now
+end=$((up + SETTLE_SECONDS)); live=
+while unsettled; do
+    now
+    [ $up -lt $end ] || { fail "${device##*/} is not ready after $SETTLE_SECONDS seconds"; break; }
+    usleep 50000
+done
+
+if [ -n "$COMMAND" ]; then
+    now
+    echo "kvmpass 1 ready $uptime" >&6
+    cd /root
+    sh /kvmpass/command </dev/null >&4 2>&5 4>&- 5>&- 6>&-
+    status=$?
+    # Setting a terminal's modes waits until what was written to it has been sent.
+    stty -F /dev/ttyS1 115200
+    stty -F /dev/ttyS2 115200
+    echo "kvmpass 1 exit $status" >&6
+    stty -F /dev/ttyS3 115200
+    poweroff -f
+fi
+
+exec </dev/ttyS0 >/dev/ttyS0 2>&1
+stty sane $TERMINAL_SIZE
+# The host sends each new size of the terminal: see kvmpass/guest/size.py.
+[ ! -c /dev/ttyS3 ] || (
+    stty -F /dev/ttyS3 115200 raw -echo || exit
+    exec </dev/ttyS3 >/dev/ttyS3 2>/dev/null
+    while echo "kvmpass 1 size" && read -r rows columns; do
+        stty -F /dev/ttyS0 rows "$rows" cols "$columns"
+    done
+) &
+cd /root
+setsid cttyhack sh -l
+poweroff -f
