@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from kvmpass.board.board import Board
@@ -13,44 +14,42 @@ from kvmpass.machine.device import AssignedDevice
 from kvmpass.pci import AssignedFunction, PciFunction, Wiring
 
 
+@dataclass(eq=False, slots=True)
 class Slots:
     """Plugs assigned devices and emulated functions into a board's PCI bus.
 
-    Each reset of the machine replaces ``board``; ``devices`` is the machine's list; ``running`` says whether a guest
-    runs. Emulated functions keep their slots, and are constructed again for each board.
+    Emulated functions keep their slots, and are constructed again for each board.
 
     Synchronization: callers hold the machine's device lock, except for ``unplug`` from a vCPU's thread and
-    ``eject``. ``lock`` is the bus lock.
+    ``eject``.
     """
 
-    def __init__(
-        self,
-        board: Board,
-        devices: Sequence[AssignedDevice],
-        lock: threading.RLock,
-        running: Callable[[], bool],
-    ) -> None:
-        self.board = board
-        self.devices = devices
-        self.running = running
-        self._bus_lock = lock
-        self._made: dict[int, Callable[[Wiring], PciFunction]] = {}  # constructors of emulated functions, by slot
+    board: Board
+    """The board that is in use; each reset of the machine replaces it."""
+    devices: Sequence[AssignedDevice]
+    """The machine's devices."""
+    bus_lock: threading.RLock
+    """The machine's."""
+    running: Callable[[], bool]
+    """Whether a guest runs."""
+    _made: dict[int, Callable[[Wiring], PciFunction]] = field(default_factory=dict)
+    """Constructors of emulated functions, by slot."""
 
     def use(self, board: Board) -> None:
         """Replace the board. Raises what a function's constructor raises: the old board is then still in use."""
-        with self._bus_lock:
+        with self.bus_lock:
             for slot, make in self._made.items():
                 board.plug(make, slot)
         self.board = board
 
     def close(self, board: Board) -> None:
         """Close a board, and the functions on its bus."""
-        with self._bus_lock:
+        with self.bus_lock:
             board.close()
 
     def add(self, make: Callable[[Wiring], PciFunction]) -> None:
         """Plug an emulated function into a slot of its own. Raises ``LayoutError``, and what ``make`` raises."""
-        with self._bus_lock:
+        with self.bus_lock:
             slot = self.board.pci.free_slot()
             self.board.plug(make, slot)
             self._made[slot] = make
@@ -66,12 +65,12 @@ class Slots:
             device.slot, device.number = first.slot, device.bdf.function
         else:
             device.slot, device.number = self.board.pci.free_slot(), 0
-        with self._bus_lock:
+        with self.bus_lock:
             device.function = self.board.plug(partial(AssignedFunction, device.vfio), device.slot, device.number)
 
     def unplug(self, device: AssignedDevice) -> None:
         """Hide ``device`` from the guest. Raises ``OSError``: what KVM keeps stays recorded; call it again."""
-        with self._bus_lock:
+        with self.bus_lock:
             if device.function is not None:
                 if all(other is device or other.slot != device.slot for other in self.devices):
                     self.board.hotplug.forget(device.slot)
@@ -81,12 +80,12 @@ class Slots:
     def announce(self, device: AssignedDevice) -> None:
         """Notify a running guest of the new ``device``."""
         if self.running():
-            with self._bus_lock:
+            with self.bus_lock:
                 self.board.hotplug.announce(device.slot)
 
     def request_eject(self, device: AssignedDevice) -> None:
         """Ask the running guest to eject what is in the slot of ``device``."""
-        with self._bus_lock:
+        with self.bus_lock:
             self.board.hotplug.request_eject(device.slot)
 
     def eject(self, device: AssignedDevice, timeout: float) -> list[AssignedDevice]:
@@ -99,7 +98,7 @@ class Slots:
         self.request_eject(device)
         while self.running() and not device.ejected.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
-                with self._bus_lock:
+                with self.bus_lock:
                     self.board.hotplug.withdraw(device.slot)
                 raise GuestError(
                     f"the guest did not eject {device.bdf} within {timeout:g} seconds",
