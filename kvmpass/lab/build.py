@@ -12,13 +12,13 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from kvmpass.errors import LabError
-from kvmpass.lab import debian
+from kvmpass.lab import cache, debian
 from kvmpass.lab.cache import Say, cache_root, find_tool, locked, need_tool, new_directory, run_tool
 from kvmpass.lab.kernels import Kernel, cached, full_root, kernel_release
 from kvmpass.lab.modules import BUILTIN_LISTS, index_builtin
 
 SOURCE_PACKAGE = "linux-source-6.12"
-TOOLS = {"gcc": "gcc", "make": "make", "flex": "flex", "bison": "bison", "bc": "bc", "xz": "xz-utils"}
+TOOLS = ("gcc", "make", "flex", "bison", "bc", "xz")
 HEADERS = {"libelf.h": "libelf-dev", "openssl/ssl.h": "libssl-dev"}
 LOG_LINES = 15
 
@@ -28,7 +28,7 @@ Count = Callable[[int], None]
 
 def missing_packages() -> list[str]:
     """Debian packages that the build needs and this machine lacks."""
-    lacking = [package for tool, package in TOOLS.items() if find_tool(tool) is None]
+    lacking = cache.missing_packages(TOOLS)
     if find_tool("gcc") is not None:
         lacking += [package for header, package in HEADERS.items() if not _compiles(header)]
     return lacking
@@ -72,18 +72,17 @@ def _source(folder: Path, say: Say) -> Path:
     if len(archives) != 1:
         raise LabError(f"{SOURCE_PACKAGE} has no kernel source in it")
     say("unpacking the kernel's source")
-    run_tool([need_tool("tar", "tar"), "-xf", archives[0], "-C", folder], "the kernel's source is damaged")
+    run_tool(["tar", "-xf", archives[0], "-C", folder], "the kernel's source is damaged")
     shutil.rmtree(folder / "package")
     return next(folder.glob("linux-source-*"))
 
 
 def _configure(tree: Path) -> None:
-    make = need_tool("make", "make")
     failed = "the kernel could not be configured"
-    run_tool([make, "tinyconfig"], failed, cwd=tree)
+    run_tool(["make", "tinyconfig"], failed, cwd=tree)
     with as_file(files("kvmpass.lab").joinpath("kernel.config")) as fragment:
-        run_tool(["scripts/kconfig/merge_config.sh", "-m", ".config", fragment], failed, cwd=tree)
-        run_tool([make, "olddefconfig"], failed, cwd=tree)
+        run_tool([tree / "scripts/kconfig/merge_config.sh", "-m", ".config", fragment], failed, cwd=tree)
+        run_tool(["make", "olddefconfig"], failed, cwd=tree)
         lost = sorted(_options(fragment) - _options(tree / ".config"))
     if lost:
         raise LabError(f"the kernel's source does not take {', '.join(lost[:5])}")
@@ -98,7 +97,7 @@ def _make(tree: Path, jobs: int, say: Say, count: Count) -> None:
     say(f"building the kernel, {jobs} jobs at once")
     last: list[str] = []
     with subprocess.Popen(
-        [need_tool("make", "make"), f"-j{jobs}", "bzImage"],
+        [need_tool("make"), f"-j{jobs}", "bzImage"],
         cwd=tree,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,6 +20,17 @@ Say = Callable[[str], None]
 
 log = logging.getLogger("kvmpass.lab")
 
+# Debian packages of tools whose name is not the package's.
+PACKAGES = {
+    "apt-cache": "apt",
+    "apt-get": "apt",
+    "busybox": "busybox-static",
+    "depmod": "kmod",
+    "dpkg-deb": "dpkg",
+    "modprobe": "kmod",
+    "setpriv": "util-linux",
+    "xz": "xz-utils",
+}
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -65,25 +76,35 @@ def find_tool(name: str) -> Path | None:
     return Path(found) if found else None
 
 
-def need_tool(name: str, package: str) -> Path:
+def missing_packages(tools: Iterable[str]) -> list[str]:
+    """The Debian packages of those tools that this machine does not have."""
+    return [PACKAGES.get(tool, tool) for tool in tools if find_tool(tool) is None]
+
+
+def need_tool(name: str) -> Path:
     """As ``find_tool``; raises ``LabError`` with the package that has it."""
     found = find_tool(name)
     if found is None:
+        [package] = missing_packages([name])
         raise LabError(f"{name} is missing", f"apt-get install {package}")
     return found
 
 
 def run_tool(arguments: Sequence[str | Path], failure: str, remedy: str | None = None, **more: object) -> str:
-    """Run a program and return its output; ``LabError(failure)`` with the last line it printed if it fails."""
+    """Run a program, found as by ``need_tool``, and return its output.
+
+    Raises ``LabError(failure)`` with the last line it printed if it fails.
+    """
+    name, *words = map(str, arguments)
     done = subprocess.run(  # type: ignore[call-overload]
-        [str(word) for word in arguments],
+        [need_tool(name), *words],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
         **more,
     )
-    log.debug("%s: status %d", arguments[0], done.returncode)
+    log.debug("%s: status %d", name, done.returncode)
     if done.returncode:
         output = done.stdout + done.stderr
         last = next((line for line in reversed(output.splitlines()) if line.strip()), "")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvmpass.errors import LabError
-from kvmpass.lab.cache import Say, cache_root, need_tool, run_tool
+from kvmpass.lab.cache import Say, cache_root, run_tool
 
 UNKNOWN = "apt-get update, with Debian 12's main and security archives among apt's sources"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -21,8 +21,7 @@ _OWN_USER = ("-o", "APT::Sandbox::User=" + ("root" if os.geteuid() == 0 else "")
 
 def candidate(package: str) -> str:
     """The version that apt would install. Raises ``LabError`` if it knows none."""
-    tool = need_tool("apt-cache", "apt")
-    text = run_tool([tool, "policy", package], f"apt cannot tell about {package}")
+    text = run_tool(["apt-cache", "policy", package], f"apt cannot tell about {package}")
     found = re.search(r"Candidate: (\S+)", text)
     if found is None or found[1] == "(none)":
         raise LabError(f"this machine's apt does not know {package}", UNKNOWN)
@@ -32,8 +31,7 @@ def candidate(package: str) -> str:
 def dependency(package: str, pattern: str) -> str:
     """The package matching ``pattern`` that a meta package stands for."""
     candidate(package)
-    tool = need_tool("apt-cache", "apt")
-    text = run_tool([tool, "show", "--no-all-versions", package], f"apt cannot tell about {package}")
+    text = run_tool(["apt-cache", "show", "--no-all-versions", package], f"apt cannot tell about {package}")
     for line in text.splitlines():
         found = re.search(pattern, line) if line.startswith("Depends:") else None
         if found:
@@ -43,12 +41,11 @@ def dependency(package: str, pattern: str) -> str:
 
 def download_and_unpack(package: str, target: Path, say: Say) -> None:
     """Fetch ``package`` (its candidate version) and unpack its files below ``target``."""
-    get = need_tool("apt-get", "apt")
     version = candidate(package)
     say(f"downloading {package} {version}")
     with download_folder() as folder:
         run_tool(
-            [get, "-q", *_OWN_USER, "download", package],
+            ["apt-get", "-q", *_OWN_USER, "download", package],
             f"{package} could not be downloaded",
             "check the network, then apt-get update",
             cwd=folder,
@@ -58,9 +55,8 @@ def download_and_unpack(package: str, target: Path, say: Say) -> None:
 
 def unpack(archives: Iterator[Path], target: Path) -> None:
     """Unpack packages below ``target``; nothing of theirs is run."""
-    dpkg = need_tool("dpkg-deb", "dpkg")
     for archive in archives:
-        run_tool([dpkg, "-x", archive, target], f"{archive.name} could not be unpacked")
+        run_tool(["dpkg-deb", "-x", archive, target], f"{archive.name} could not be unpacked")
 
 
 @contextmanager
@@ -72,9 +68,8 @@ def download_folder() -> Iterator[Path]:
 
 def main_archive() -> str:
     """The address of the archive that this machine gets Debian from. Raises ``LabError`` on another distribution."""
-    get = need_tool("apt-get", "apt")
     text = run_tool(
-        [get, "indextargets", "--format", "$(SITE) $(ORIGIN) $(COMPONENT)", "Created-By: Packages"],
+        ["apt-get", "indextargets", "--format", "$(SITE) $(ORIGIN) $(COMPONENT)", "Created-By: Packages"],
         "apt cannot list its sources",
         UNKNOWN,
     )
@@ -90,7 +85,7 @@ def unpack_with_dependencies(packages: Sequence[str], suites: Sequence[str], tar
 
     apt works on a state of its own, in which nothing is installed; the machine's own state is not touched.
     """
-    get, site, release = need_tool("apt-get", "apt"), main_archive(), suites[-1]
+    site, release = main_archive(), suites[-1]
     if not KEYRING.is_file():
         raise LabError(f"{KEYRING} is missing", "apt-get install debian-archive-keyring")
     with download_folder() as folder:
@@ -118,10 +113,10 @@ def unpack_with_dependencies(packages: Sequence[str], suites: Sequence[str], tar
         options = [*_OWN_USER, *(word for key, value in settings.items() for word in ("-o", f"{key}={value}"))]
         say(f"reading the package lists of {release}")
         failed = f"the archive of {release} could not be read"
-        run_tool([get, "-q", *options, "update", "--error-on=any"], failed, "check the network")
+        run_tool(["apt-get", "-q", *options, "update", "--error-on=any"], failed, "check the network")
         say(f"downloading {', '.join(packages)} and what they need")
         run_tool(
-            [get, "-q", "-y", *options, "-t", release, "--download-only", "install", *packages],
+            ["apt-get", "-q", "-y", *options, "-t", release, "--download-only", "install", *packages],
             f"{', '.join(packages)} of {release} could not be downloaded",
             "check the network",
         )

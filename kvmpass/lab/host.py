@@ -103,7 +103,7 @@ class Host:
 
     def _launch(self, words: list[str]) -> None:
         # A QEMU whose starter was killed would run on for ever.
-        guard = [str(need_tool("setpriv", "util-linux")), "--pdeathsig", "KILL", "--"]
+        guard = [str(need_tool("setpriv")), "--pdeathsig", "KILL", "--"]
         self._errors = self._directory / "stderr"
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(

@@ -58,7 +58,7 @@ def base(kernel: Kernel, say: Say) -> Path:
 
 def static_busybox() -> Path:
     """A busybox that runs where there is no library yet."""
-    busybox = need_tool("busybox", "busybox-static")
+    busybox = need_tool("busybox")
     # A dynamic program names its loader, and the name is in its first pages.
     if b"/ld-linux-x86-64" in busybox.read_bytes()[:4096]:
         raise LabError(f"{busybox} is not statically linked", "apt-get install busybox-static")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import zstandard
 
-from kvmpass.lab.cache import need_tool, run_tool
+from kvmpass.lab.cache import run_tool
 
 BUILTIN_LISTS = ("modules.builtin", "modules.builtin.modinfo", "modules.order")
 
@@ -25,7 +25,7 @@ USUAL = (
 
 def index(root: Path, release: str) -> None:
     """Write the index that modprobe reads in ``root/lib/modules/RELEASE``."""
-    run_tool([need_tool("depmod", "kmod"), "-b", root, release], f"no module index for {release}")
+    run_tool(["depmod", "-b", root, release], f"no module index for {release}")
 
 
 def index_builtin(lists: Path, root: Path, release: str) -> None:
@@ -45,11 +45,10 @@ def loaded_by(root: Path, release: str, names: Iterable[str]) -> list[Path]:
 
     Raises ``LabError`` if the kernel has no such module.
     """
-    tool = need_tool("modprobe", "kmod")
     lines: list[str] = []
     for name in names:
         lines += run_tool(
-            [tool, "-d", root, "-S", release, "--show-depends", name], f"kernel {release} has no module {name}"
+            ["modprobe", "-d", root, "-S", release, "--show-depends", name], f"kernel {release} has no module {name}"
         ).splitlines()
     return list(dict.fromkeys(_files(lines)))
 

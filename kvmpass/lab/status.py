@@ -10,16 +10,9 @@ from pathlib import Path
 
 from kvmpass.errors import KvmpassError
 from kvmpass.lab import build, headers, kernels, proof, qemu
-from kvmpass.lab.cache import cache_root, find_tool, used_bytes
+from kvmpass.lab.cache import PACKAGES, cache_root, find_tool, used_bytes
 
-TOOLS = {
-    "busybox": "busybox-static",
-    "modprobe": "kmod",
-    "depmod": "kmod",
-    "setpriv": "util-linux",
-    "apt-get": "apt",
-    "dpkg-deb": "dpkg",
-}
+TOOLS = ("busybox", "modprobe", "depmod", "setpriv", "apt-get", "dpkg-deb")
 SUPPORTED_HOSTS = "x86-64 Linux with Debian 12's packages (tested); others with apt and QEMU 7.2 may work"
 
 
@@ -96,10 +89,10 @@ def _full() -> str:
 
 
 def _tools() -> list[Row]:
-    missing = {tool: package for tool, package in TOOLS.items() if find_tool(tool) is None}
+    missing = [tool for tool in TOOLS if find_tool(tool) is None]
     if not missing:
         return [Row("tools", ", ".join(TOOLS))]
-    return [Row("tool missing", f"{tool}: apt-get install {package}", False) for tool, package in missing.items()]
+    return [Row("tool missing", f"{tool}: apt-get install {PACKAGES.get(tool, tool)}", False) for tool in missing]
 
 
 def _with_remedy(error: KvmpassError) -> str:
