@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-from collections.abc import Mapping
+import stat
 from pathlib import Path
 
 from kvmpass.errors import LabError
 from kvmpass.initramfs.cpio import Node, newc
+from kvmpass.initramfs.modules import decompress, module_name
 from kvmpass.lab.cache import Say, cache_root, locked, need_tool, write_atomic
 from kvmpass.lab.kernels import Kernel
-from kvmpass.lab.modules import loaded_by, unpacked
+from kvmpass.lab.modules import loaded_by
 
 ROOT_MODULES = ("9p", "9pnet_virtio", "overlay")
 FOLDERS = ("bin", "dev", "mods", "newroot", "proc", "ro", "rw", "sys")
+DIRECTORY = Node(stat.S_IFDIR | 0o755)
 _FORMAT = 2  # part of the cached files' names: one more when their content changes for the same inputs
-
-
-def archive(files: Mapping[str, tuple[int, bytes]]) -> bytes:
-    """A cpio archive; ``files`` maps names to mode, type bits included, and content."""
-    return newc((name, Node(mode, content)) for name, (mode, content) in files.items())
 
 
 def padded(data: bytes) -> bytes:
@@ -28,12 +25,14 @@ def padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
 
 
-def folder() -> tuple[int, bytes]:
-    return 0o040755, b""
+def regular(content: bytes) -> Node:
+    """A file that anyone can read."""
+    return Node(stat.S_IFREG | 0o644, content)
 
 
-def executable(content: bytes) -> tuple[int, bytes]:
-    return 0o100755, content
+def executable(content: bytes) -> Node:
+    """A program that anyone can run."""
+    return Node(stat.S_IFREG | 0o755, content)
 
 
 def base(kernel: Kernel, say: Say) -> Path:
@@ -47,12 +46,11 @@ def base(kernel: Kernel, say: Say) -> Path:
         return target
     with locked("initrd", say):
         if not target.is_file():
-            files = {name: folder() for name in FOLDERS}
+            files = dict.fromkeys(FOLDERS, DIRECTORY)
             files["bin/busybox"] = executable(busybox.read_bytes())
             for number, module in enumerate(root_modules(kernel)):
-                name = module.name.split(".ko")[0]
-                files[f"mods/{number:02d}-{name}.ko"] = (0o100644, unpacked(module))
-            write_atomic(target, gzip.compress(archive(files), 1))
+                files[f"mods/{number:02d}-{module_name(module)}.ko"] = regular(decompress(module))
+            write_atomic(target, gzip.compress(newc(files.items()), 1))
     return target
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import zstandard
-
+from kvmpass.initramfs.modules import decompress
 from kvmpass.lab.cache import run_tool
 
 BUILTIN_LISTS = ("modules.builtin", "modules.builtin.modinfo", "modules.order")
@@ -45,38 +42,20 @@ def loaded_by(root: Path, release: str, names: Iterable[str]) -> list[Path]:
 
     Raises ``LabError`` if the kernel has no such module.
     """
-    lines: list[str] = []
+    files: dict[Path, None] = {}
     for name in names:
-        lines += run_tool(
-            ["modprobe", "-d", root, "-S", release, "--show-depends", name], f"kernel {release} has no module {name}"
-        ).splitlines()
-    return list(dict.fromkeys(_files(lines)))
-
-
-def _files(lines: Iterable[str]) -> Iterator[Path]:
-    for line in lines:
-        words = line.split()
-        if words[:1] == ["insmod"]:
-            yield Path(words[1])
+        show: list[str | Path] = ["modprobe", "-d", root, "-S", release, "--show-depends", name]
+        for line in run_tool(show, f"kernel {release} has no module {name}").splitlines():
+            match line.split():
+                case ["insmod", path, *_]:
+                    files[Path(path)] = None
+    return list(files)
 
 
 def unpack_usual(root: Path, release: str) -> None:
     """Unpack the usual modules in place: under emulation that takes longer than all the rest of a start."""
     for path in loaded_by(root, release, USUAL):
         if path.suffix != ".ko":
-            path.with_suffix("").write_bytes(unpacked(path))
+            path.with_suffix("").write_bytes(decompress(path))
             path.unlink()
     index(root, release)
-
-
-def unpacked(module: Path) -> bytes:
-    """A module's ELF file, whatever it is packed with."""
-    data = module.read_bytes()
-    match module.suffix:
-        case ".xz":
-            return lzma.decompress(data)
-        case ".gz":
-            return gzip.decompress(data)
-        case ".zst":
-            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
-    return data

@@ -11,8 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+from kvmpass.initramfs.cpio import newc
 from kvmpass.lab.cache import SYSTEM_PATH
-from kvmpass.lab.initrd import archive, executable, folder
+from kvmpass.lab.initrd import DIRECTORY, executable, regular
 from kvmpass.lab.kernels import Kernel
 
 
@@ -59,15 +60,14 @@ def overlay(job: Job, kernel: Kernel, writable: Sequence[Path]) -> bytes:
         "TERMINAL_SIZE": f"rows {job.terminal[0]} cols {job.terminal[1]}",
     }
     lines = "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in settings.items())
-    return archive(
-        {
-            "init": executable(files("kvmpass.lab").joinpath("init.sh").read_bytes()),
-            "lab": folder(),
-            "lab/command": (0o100644, command_script(job)),
-            "lab/settings": (0o100644, lines.encode()),
-            "lab/writable": (0o100644, "".join(f"{path}\n" for path in writable).encode()),
-        }
-    )
+    nodes = {
+        "init": executable(files("kvmpass.lab").joinpath("init.sh").read_bytes()),
+        "lab": DIRECTORY,
+        "lab/command": regular(command_script(job)),
+        "lab/settings": regular(lines.encode()),
+        "lab/writable": regular("".join(f"{path}\n" for path in writable).encode()),
+    }
+    return newc(nodes.items())
 
 
 def command_script(job: Job) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
-import lzma
 import os
 import shutil
 import subprocess
@@ -18,7 +17,8 @@ import pytest
 
 from kvmpass.cli.main import report
 from kvmpass.errors import LabError
-from kvmpass.lab import cache, initrd, kernels, modules, proof, script
+from kvmpass.initramfs.cpio import newc
+from kvmpass.lab import cache, initrd, kernels, proof, script
 from kvmpass.lab.channels import Channels, Lines, Pump
 from kvmpass.lab.kernels import Kernel
 from kvmpass.lab.qemu import Emulator
@@ -86,18 +86,12 @@ def test_a_kernel_tree_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("cpio") is None, reason="no cpio: apt-get install cpio makes it run")
 def test_cpio_reads_the_archive(tmp_path: Path) -> None:
-    data = initrd.archive({"d": initrd.folder(), "d/x": initrd.executable(b"five!"), "e": (0o100644, b"")})
+    data = newc({"d": initrd.DIRECTORY, "d/x": initrd.executable(b"five!"), "e": initrd.regular(b"")}.items())
     assert len(data) % 4 == 0
     subprocess.run(["cpio", "-idm", "--quiet"], cwd=tmp_path, input=data, check=True)
     assert (tmp_path / "d" / "x").read_bytes() == b"five!"
     assert os.access(tmp_path / "d" / "x", os.X_OK)
     assert (tmp_path / "e").stat().st_size == 0
-
-
-def test_modules_are_unpacked(tmp_path: Path) -> None:
-    (tmp_path / "a.ko.xz").write_bytes(lzma.compress(b"module"))
-    (tmp_path / "b.ko").write_bytes(b"module")
-    assert modules.unpacked(tmp_path / "a.ko.xz") == modules.unpacked(tmp_path / "b.ko") == b"module"
 
 
 def test_the_command_survives_the_shell(tmp_path: Path) -> None:
