@@ -112,7 +112,10 @@ class Pump(threading.Thread):
 
 
 class Feeder(threading.Thread):
-    """Copies a descriptor's bytes into a port, and closes the port's input at end of file."""
+    """Copies a descriptor's bytes into a port while its ``with`` block runs, and passes end of file on.
+
+    What it has not read by then is left to the next reader.
+    """
 
     def __init__(self, source: int, target: socket.socket) -> None:
         super().__init__(daemon=True)
@@ -133,8 +136,10 @@ class Feeder(threading.Thread):
         except OSError:
             pass  # the lab is over
 
-    def stop(self) -> None:
-        """Leave the rest of the input to whoever reads next."""
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
         os.write(self._stop_write, b"\0")
         self.join(1)
         os.close(self._stop_write)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from kvmpass import crash
@@ -45,16 +44,10 @@ class Host:
         self._pumps: dict[str, Pump] = {}
 
     def __enter__(self) -> Self:
-        try:
-            self._directory = self._cleanup.enter_context(run_directory())
-        except BaseException:
-            self._cleanup.close()
-            raise
+        self._directory = self._cleanup.enter_context(run_directory())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._cleanup.close()
 
     @cache_errors()
@@ -134,7 +127,7 @@ class Host:
         with suppress(OSError):
             self.port(STATUS).shutdown(socket.SHUT_RDWR)
 
-    def boot(self, patience: float = BOOT_SECONDS) -> LabResult | None:
+    def boot(self, patience: float) -> LabResult | None:
         """Wait ``patience`` seconds until the host is up and let it go on; a result means that it never came up.
 
         Raises ``LabError`` if QEMU refuses its arguments, or if it does not translate DMA.

@@ -7,8 +7,8 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +21,8 @@ from kvmpass.lab.host import BOOT_SECONDS, ERR, FIRST_BOOT_SECONDS, IN, OUT, STA
 from kvmpass.lab.script import Job, environment
 
 SHELL = ("/bin/bash", "-i")
+Attach = Callable[[Host], AbstractContextManager[None]]
+"""Connects what a command reads to a host that is up, for as long as the command runs."""
 
 
 class Lab:
@@ -72,8 +74,16 @@ class Lab:
         outputs = {OUT: writer(stdout, sys.stdout), ERR: writer(stderr, sys.stderr)}
         ports = (OUT, ERR, STATUS) if stdin is None else (OUT, ERR, STATUS, IN)
         job = Job(command, cwd or Path.cwd(), environment(env), ports, "null" if stdin is None else "pipe")
+
+        def attach(host: Host) -> AbstractContextManager[None]:
+            return nullcontext() if stdin is None else Feeder(stdin, host.port(IN))
+
+        return self._run(job, outputs, attach)
+
+    def _run(self, job: Job, outputs: Mapping[str, Writer], attach: Attach) -> LabResult:
+        """Run a job, once more if the host dies before the command starts."""
         self._stopped = False
-        result = self._once(job, outputs, stdin, FIRST_BOOT_SECONDS)
+        result = self._once(job, outputs, attach, FIRST_BOOT_SECONDS)
         out_of_time = self.config.timeout is not None and result.seconds >= self.config.timeout
         if result.started or out_of_time or self._stopped:
             return result
@@ -82,9 +92,9 @@ class Lab:
         for line in result.console_tail.splitlines():
             self._say(f"  | {line}")
         self._say("starting the host once more")
-        return self._once(job, outputs, stdin, BOOT_SECONDS)
+        return self._once(job, outputs, attach, BOOT_SECONDS)
 
-    def _once(self, job: Job, outputs: Mapping[str, Writer], stdin: int | None, patience: float) -> LabResult:
+    def _once(self, job: Job, outputs: Mapping[str, Writer], attach: Attach, patience: float) -> LabResult:
         with Host(self.config, self._say) as host:
             host.start(job)
             self._host = host
@@ -95,9 +105,7 @@ class Lab:
                 early = host.boot(patience)
                 if early is not None:
                     return early
-                if stdin is None:
-                    return host.wait()
-                with _fed(Feeder(stdin, host.port(IN))):
+                with attach(host):
                     return host.wait()
             finally:
                 self._host = None
@@ -111,45 +119,23 @@ class Lab:
         more = {name: os.environ[name] for name in ("TERM", "COLORTERM") if name in os.environ}
         ports, rows_and_columns = (TERMINAL, IN, STATUS), (size.lines, size.columns)
         job = Job(SHELL, cwd or Path.cwd(), environment(more), ports, "tty", rows_and_columns)
-        with Host(self.config, self._say) as host:
-            host.start(job)
-            host.pump({TERMINAL: writer(None, sys.stdout)})
-
-            def resized(signum: int, frame: FrameType | None) -> None:
-                size = os.get_terminal_size(source)
-                with suppress(OSError):
-                    host.port(IN).send(f"rows {size.lines} cols {size.columns}\n".encode())
-
-            early = host.boot()
-            if early is not None:
-                return early
-            with _raw(source), _handled(signal.SIGWINCH, resized), _fed(Feeder(source, host.port(TERMINAL))):
-                return host.wait()
+        return self._run(job, {TERMINAL: writer(None, sys.stdout)}, lambda host: _terminal(source, host))
 
 
 @contextmanager
-def _handled(number: signal.Signals, handler: object) -> Iterator[None]:
-    before = signal.signal(number, handler)  # type: ignore[arg-type]
+def _terminal(source: int, host: Host) -> Iterator[None]:
+    """Make ``source``, a terminal, that of the command, raw and with its size, for the time of the block."""
+
+    def resized(number: int, frame: FrameType | None) -> None:
+        size = os.get_terminal_size(source)
+        with suppress(OSError):
+            host.port(IN).send(f"rows {size.lines} cols {size.columns}\n".encode())
+
+    settings, handler = termios.tcgetattr(source), signal.signal(signal.SIGWINCH, resized)
     try:
-        yield
+        tty.setraw(source)
+        with Feeder(source, host.port(TERMINAL)):
+            yield
     finally:
-        signal.signal(number, before)
-
-
-@contextmanager
-def _raw(terminal: int) -> Iterator[None]:
-    before = termios.tcgetattr(terminal)
-    tty.setraw(terminal)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
-
-
-@contextmanager
-def _fed(feeder: Feeder) -> Iterator[None]:
-    feeder.start()
-    try:
-        yield
-    finally:
-        feeder.stop()
+        termios.tcsetattr(source, termios.TCSADRAIN, settings)
+        signal.signal(signal.SIGWINCH, handler)
