@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvmpass.errors import LabError
+from kvmpass.layout import parse_size
 
 FIRST_SLOT, LAST_SLOT = 0x04, 0x1E
 """Slots of bus 0 that are given to devices. 01 is the IOMMU, 02 and 03 are the lab's own, 1f is the chipset."""
@@ -23,8 +24,6 @@ DRIVES = frozenset({"ide-hd", "nvme", "nvme-ns", "scsi-hd", "usb-storage", "virt
 OTHERS = frozenset({"ahci", "edu", "ivshmem-plain", "nvme-subsys", "pci-testdev", "qemu-xhci", "virtio-9p-pci"})
 KNOWN = NETWORK | BRIDGES | DRIVES | OTHERS  # what completion offers; any other of QEMU's devices works, too
 """What is a drive, and gets one of its own to show."""
-
-_SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 @dataclass
@@ -154,30 +153,18 @@ def _move(properties: dict[str, str], *names: str) -> dict[str, str]:
 
 def _give_drive(properties: dict[str, str], number: int, directory: Path, result: Plan) -> None:
     """Make ``drive`` out of ``file`` or ``size``, unless it is there: QEMU's own."""
-    if "drive" not in properties:
-        result.arguments += ["-drive", _drive(properties, number, directory, result)]
-        properties["drive"] = f"lab-drive{number}"
-
-
-def _drive(properties: dict[str, str], number: int, directory: Path, result: Plan) -> str:
+    if "drive" in properties:
+        return
     size = parse_size(properties.pop("size", "64M"))
-    named = properties.pop("file", None)
-    if named is None:
-        path = directory / f"drive{number}.raw"
-        result.files.append((path, size))
-    else:
-        path = Path(named.replace(",,", ",")).absolute()
+    if "file" in properties:
+        path = Path(properties.pop("file").replace(",,", ",")).absolute()
         if not path.exists():
             raise LabError(f"{path}: no such drive file")
-    return f"if=none,id=lab-drive{number},format=raw,file={quote(path)}"
-
-
-def parse_size(text: str) -> int:
-    """Bytes in ``64M``, ``1G`` and the like."""
-    found = re.fullmatch(r"([1-9]\d*)([KMGT]?)", text.upper())
-    if found is None:
-        raise LabError(f"{text!r} is not a size", "write a number and K, M or G, such as 64M")
-    return int(found[1]) * _SUFFIXES[found[2]]
+    else:
+        path = directory / f"drive{number}.raw"
+        result.files.append((path, size))
+    properties["drive"] = f"lab-drive{number}"
+    result.arguments += ["-drive", f"if=none,id=lab-drive{number},format=raw,file={quote(path)}"]
 
 
 def quote(path: Path) -> str:

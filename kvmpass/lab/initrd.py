@@ -42,8 +42,6 @@ def base(kernel: Kernel, say: Say) -> Path:
     inputs = f"{_FORMAT}:{kernel.identity}:{busybox}:{at.st_size}:{at.st_mtime_ns}"
     key = hashlib.sha256(inputs.encode()).hexdigest()[:16]
     target = cache_root() / "initrd" / f"{kernel.release}-{key}.cpio.gz"
-    if target.is_file():
-        return target
     with locked("initrd", say):
         if not target.is_file():
             files = dict.fromkeys(FOLDERS, DIRECTORY)

@@ -76,9 +76,6 @@ def cached(root: Path, name: str) -> Kernel | None:
 
 def stock(say: Say) -> Kernel:
     """Debian's kernel, downloaded at first use."""
-    kernel = cached(stock_root(), "stock")
-    if kernel is not None:
-        return kernel
     with locked("kernel", say):
         kernel = cached(stock_root(), "stock")
         if kernel is None:

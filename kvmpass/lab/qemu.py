@@ -40,7 +40,7 @@ class Emulator:
 
     def help(self, device: str) -> str | None:
         """The properties of a device, ``None`` if this QEMU does not have it."""
-        return _device_help(self.prefix, tuple(sorted(self.environment.items())), device)
+        return _device_help(self, device)
 
     def is_pci(self, device: str) -> bool:
         """Whether a device has a place on a PCI bus. Raises ``LabError`` for one unknown to this QEMU."""
@@ -64,10 +64,10 @@ class Emulator:
 
 
 @functools.cache
-def _device_help(prefix: tuple[str, ...], environment: tuple[tuple[str, str], ...], device: str) -> str | None:
+def _device_help(emulator: Emulator, device: str) -> str | None:
     done = subprocess.run(
-        [*prefix, "-machine", "none", "-device", f"{device},help"],
-        env={**os.environ, **dict(environment)},
+        [*emulator.prefix, "-machine", "none", "-device", f"{device},help"],
+        env={**os.environ, **emulator.environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -7,14 +7,17 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from kvmpass.errors import LayoutError
+from kvmpass.layout import parse_size
+
 OVERHEAD = 512 << 20  # bytes that an emulator takes beside its host's memory
-UNITS = {"": 20, "K": 10, "M": 20, "G": 30, "T": 40}  # of a memory size as QEMU takes it: a bare number is in MiB
 
 
 def size(text: str) -> int:
-    """Bytes of a memory size such as ``6G``; 0 for what is none."""
-    found = re.fullmatch(r"(\d+)([KMGT]?)", text.upper())
-    return int(found[1]) << UNITS[found[2]] if found else 0
+    """Bytes of a memory size as QEMU takes it, where a bare number is in MiB; 0 for an invalid one."""
+    with suppress(LayoutError):
+        return parse_size(f"{text}M" if text.isdecimal() else text)
+    return 0
 
 
 def cpus(root: Path = Path("/")) -> int:

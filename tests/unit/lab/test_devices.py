@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvmpass.errors import LabError
-from kvmpass.lab.devices import Plan, parse_size, plan
+from kvmpass.errors import LabError, LayoutError
+from kvmpass.lab.devices import Plan, plan
 
 HERE = Path("/run-of-a-lab")
 
@@ -142,7 +142,6 @@ def test_nonsense_is_refused(spec: str) -> None:
         place(spec)
 
 
-def test_sizes() -> None:
-    assert [parse_size(text) for text in ("512", "4k", "64M", "1G")] == [512, 4096, 64 << 20, 1 << 30]
-    with pytest.raises(LabError):
-        parse_size("1.5G")
+def test_a_size_that_is_none() -> None:
+    with pytest.raises(LayoutError, match="'lots' is not a size"):
+        place("nvme,size=lots")
