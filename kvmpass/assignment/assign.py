@@ -87,7 +87,7 @@ def assigned(
 def say_mappings(machine: Machine, say: Say) -> None:
     """The reserved ranges of this host, and each mapping of the domain."""
     for line in machine.layout.reserved:
-        say(f"reserved {line}")
+        say(f"reserved range {line}")
     for region in machine.memory:
         if region.dma:
             access = "read-write" if region.guest_writable else "read-only"

@@ -50,10 +50,10 @@ def plan(
         _show_device(output, device)
     _show_memory(output, made)
     descriptors = made.descriptors
-    output.text(click.style("descriptors", bold=True))
+    output.text(click.style("file descriptors", bold=True))
     output.text(f"  {descriptors.fixed} for the machine, its {_count(made.cpus, 'vCPU')} and its devices")
     output.text(f"  {descriptors.vectors} more at most, one for each MSI or MSI-X vector that the guest unmasks")
-    output.text(f"  {'any number' if descriptors.limit is None else descriptors.limit} are allowed")
+    output.text(f"  limit (RLIMIT_NOFILE): {'none' if descriptors.limit is None else descriptors.limit}")
     for title, blockers, colour in (("warnings", made.warnings, "yellow"), ("blockers", made.blockers, "red")):
         if blockers:
             output.text(click.style(title, fg=colour, bold=True))
@@ -105,31 +105,31 @@ def _bar(bar: BarPreview) -> str:
     kind = f"{size_text(bar.size)}, {bar.kind.value.replace('io', 'ports')}"
     if bar.mapped is None:
         return f"{kind}: memslots, no DMA; their number is unknown without root"
-    how = f"{_count(len(bar.mapped), 'memslot')}, no DMA" if bar.mapped else "by system call"
+    how = f"{_count(len(bar.mapped), 'memslot')}, no DMA" if bar.mapped else "trapped"
     rest = bar.size - sum(part.size for part in bar.mapped)
-    trapped = f", {size_text(rest)} by system call" if bar.mapped and rest else ""
+    trapped = f", {size_text(rest)} trapped" if bar.mapped and rest else ""
     return f"{kind}: {how}{trapped}"
 
 
 def _show_memory(output: Output, made: Plan) -> None:
     output.text(click.style("memory", bold=True))
-    rows = [("slot", "guest-physical = IOVA", "size", "name", "access", "backing"), *_rows(made)]
+    rows = [("slot", "guest-physical (= IOVA)", "size", "name", "access", "backing"), *_rows(made)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows if made.memory else ():
         output.text("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     if made.memory:
         output.text(f"  {_count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_text(made.locked)})")
-    output.text(f"  laid out in {made.phys_bits} bits of physical address ({made.phys_bits_source})")
+    output.text(f"  {made.phys_bits} bits of guest-physical address ({made.phys_bits_source})")
     if not made.confined:
         output.text("  this host has no IOMMU groups: reserved ranges are unknown")
         return
     reserved = made.memory.layout.reserved if made.memory else ()
-    output.text("  around these reserved ranges:")
+    output.text("  reserved ranges, without guest memory:")
     for line in reserved:
         if not translated(line):
             output.text(f"    {line}")
     if any(map(translated, reserved)):
-        output.text("  not around these, which the kernel maps itself, or for which it refuses to assign a device:")
+        output.text("  reserved ranges that the kernel maps, or because of which it refuses a device:")
     for line in filter(translated, reserved):
         output.text(f"    {line}")
 

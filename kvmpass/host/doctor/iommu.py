@@ -168,7 +168,7 @@ def _command_line(context: CheckContext) -> Verdict:
         return failed(OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
     about = [parameter.text for parameter in context.command_line.parameters if "iommu" in parameter.name]
     return passed(
-        " ".join(about) or "nothing about the IOMMU", Reading("/proc/cmdline", " ".join(about) or "no iommu")
+        " ".join(about) or "no IOMMU options on the command line", Reading("/proc/cmdline", " ".join(about) or "no iommu")
     )
 
 

@@ -173,13 +173,13 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     assert "vectors 17 MSI-X, 4 MSI, INTx" in text
     assert "2 map calls, 4294967296 bytes locked (4 GiB)" in text
     assert "0xfd00000000-0xffffffffff reserved" in text
-    assert "not around these" not in text
+    assert "that the kernel maps" not in text
     regions = "sys/kernel/iommu_groups/7/reserved_regions"
     before = host.text(regions) or ""
     host.put(regions, f"0x1000000 0x1ffffff direct\n{before}")
     words = run(NVME, "--memory", "4G")[0]
-    around, _, beside = words.partition("  not around these, which the kernel maps itself")
-    assert "direct" not in around.partition("around these")[2]
+    around, _, beside = words.partition("  reserved ranges that the kernel maps")
+    assert "direct" not in around.partition("without guest memory")[2]
     assert "    0x1000000-0x1ffffff direct\n" in beside
     assert next(line for line in around.splitlines() if "ram0" in line).split()[1] == "0x0-0xbfffffff", "across it"
     host.put(regions, before)
