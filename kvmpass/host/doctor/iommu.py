@@ -166,10 +166,8 @@ def _command_line(context: CheckContext) -> Verdict:
     off = context.command_line.iommu_off()
     if off and not context.iommus:
         return failed(OFF, Reading("/proc/cmdline", " ".join(off)), words=" and ".join(off))
-    about = [parameter.text for parameter in context.command_line.parameters if "iommu" in parameter.name]
-    return passed(
-        " ".join(about) or "no IOMMU options on the command line", Reading("/proc/cmdline", " ".join(about) or "no iommu")
-    )
+    about = " ".join(parameter.text for parameter in context.command_line.parameters if "iommu" in parameter.name)
+    return passed(about or "no IOMMU options on the command line", Reading("/proc/cmdline", about or "no iommu"))
 
 
 def _idle_options(context: CheckContext) -> Verdict:
