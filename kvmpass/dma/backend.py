@@ -32,8 +32,10 @@ class KvmVfio(Protocol):
         """Unregister the file (``KVM_DEV_VFIO_FILE_DEL``). Raises ``OSError`` (``ENOENT``)."""
 
 
-class Mapper(Protocol):
-    """Maps memory in the translation: ``Domain``. A back end calls it in ``attach``, ``detach`` and ``close``.
+class Mapper(KvmVfio, Protocol):
+    """The domain, as its back end calls it in ``attach``, ``detach`` and ``close``: it maps memory.
+
+    It also registers VFIO files with the VM, if there is one: ``file_add`` and ``file_del``, which is idempotent.
 
     Synchronization: without the memory's lock, which it takes.
     """
@@ -101,12 +103,9 @@ class Backend(Protocol):
         Raises ``OSError`` (``ENODEV``: neither slot nor bus can be reset).
         """
 
-    def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
-        """Unregister all files from the old VM, then register them with another one, or with none."""
-
     def close(self) -> None:
         """Remove what could not leave before, after every device is detached. Idempotent."""
 
 
-BackendFactory = Callable[[Mapper, KvmVfio | None], Backend]
-"""Constructs a back end for the domain that maps memory in it, and the VM that its files are registered with."""
+BackendFactory = Callable[[Mapper], Backend]
+"""Constructs a back end for the domain."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,7 +60,9 @@ class Domain:
         self._devices: list[Device] = []
         self._ledger: dict[MemoryRegion, DmaMapping] = {}
         self._mapped = False  # whether a region that is added is mapped; guarded by the memory's lock
-        self.backend = backend(self, kvm_vfio)
+        self._kvm_vfio = kvm_vfio
+        self._files: list[int] = []  # that are registered with it
+        self.backend = backend(self)
         """What maps memory in the IOMMU."""
         memory.listen(self)
 
@@ -121,8 +123,36 @@ class Domain:
         self.backend.hot_reset(device, dependent)
 
     def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
-        """Register the devices' files with another VM, or with none. Raises ``OSError``."""
-        self.backend.rebind_kvm(kvm_vfio)
+        """Unregister the files from the old VM, then register them with another one, or with none.
+
+        Raises ``OSError``; the old VM can then be restored in the same way. ``file_del`` after ``file_add`` would
+        clear the VM of a group (kvm_vfio_file_del, virt/kvm/vfio.c).
+        """
+        for fd in self._files:
+            self._unregister(fd)
+        self._kvm_vfio = kvm_vfio
+        for fd in self._files:
+            self._register(fd)
+
+    def file_add(self, fd: int) -> None:
+        """Register a VFIO file with the VM. For the back end. Raises ``OSError``."""
+        self._files.append(fd)
+        self._register(fd)
+
+    def file_del(self, fd: int) -> None:
+        """Undo ``file_add``. For the back end. Idempotent. Raises ``OSError``."""
+        if fd in self._files:
+            self._files.remove(fd)
+            self._unregister(fd)
+
+    def _register(self, fd: int) -> None:
+        if self._kvm_vfio:
+            self._kvm_vfio.file_add(fd)
+
+    def _unregister(self, fd: int) -> None:
+        if self._kvm_vfio:
+            with suppress(FileNotFoundError):  # file_add has failed
+                self._kvm_vfio.file_del(fd)
 
     def close(self) -> None:
         """Detach every device. Runs every step even if one fails; idempotent."""

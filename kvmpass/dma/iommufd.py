@@ -10,11 +10,11 @@ from __future__ import annotations
 import errno
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 
 from kvmpass._teardown import run_all
-from kvmpass.dma.backend import KvmVfio, Mapper
+from kvmpass.dma.backend import Mapper
 from kvmpass.iommufd import Iommufd
 from kvmpass.layout import Range
 from kvmpass.memory import MemoryRegion
@@ -24,9 +24,8 @@ from kvmpass.vfio import Cdev, DependentDevice, Device
 class IommufdBackend:
     """A ``Backend``: one iommufd with one IOAS, made for the first device and closed after the last."""
 
-    def __init__(self, mapper: Mapper, kvm_vfio: KvmVfio | None = None) -> None:
+    def __init__(self, mapper: Mapper) -> None:
         self._mapper = mapper
-        self._kvm_vfio = kvm_vfio
         self._iommufd: Iommufd | None = None
         self._ioas = 0
         self._devices: list[Device] = []
@@ -45,8 +44,8 @@ class IommufdBackend:
                 self._open()
             device = Cdev(name)
             undo.callback(device.close)
-            undo.callback(self._unregister, device)
-            self._register(device)
+            undo.callback(self._mapper.file_del, device.fd)
+            self._mapper.file_add(device.fd)
             device.bind(self.iommufd.fd, vf_token)
             device.attach(self._ioas)
             self._mapper.map_all()
@@ -56,7 +55,7 @@ class IommufdBackend:
 
     def detach(self, device: Device) -> None:
         """The kernel detaches it when it is closed, which is when KVM has dropped it."""
-        steps: list[Callable[[], object]] = [partial(self._unregister, device), device.close]
+        steps: list[Callable[[], object]] = [partial(self._mapper.file_del, device.fd), device.close]
         steps.append(partial(self._devices.remove, device))
         if self._devices == [device]:
             steps += [self._mapper.unmap_all, self._close_ioas]
@@ -80,26 +79,6 @@ class IommufdBackend:
     def close(self) -> None:
         """Destroy the IOAS that could not go before, with what is still mapped in it."""
         self._close_ioas()
-
-    # --- KVM
-
-    def _register(self, device: Device) -> None:
-        if self._kvm_vfio:
-            self._kvm_vfio.file_add(device.fd)
-
-    def _unregister(self, device: Device) -> None:
-        """Whether KVM has the device or not."""
-        if self._kvm_vfio:
-            with suppress(FileNotFoundError):
-                self._kvm_vfio.file_del(device.fd)
-
-    def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
-        """A device keeps the VM for which it was bound; the register decides on cache coherency alone."""
-        for device in self._devices:
-            self._unregister(device)
-        self._kvm_vfio = kvm_vfio
-        for device in self._devices:
-            self._register(device)
 
     # --- mappings
 

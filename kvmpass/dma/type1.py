@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
 from kvmpass._teardown import run_all
-from kvmpass.dma.backend import KvmVfio, Mapper
+from kvmpass.dma.backend import Mapper
 from kvmpass.errors import AuditFailed
 from kvmpass.layout import Range
 from kvmpass.memory import MemoryRegion
@@ -35,9 +35,8 @@ class Type1:
     Synchronization: see ``Backend``.
     """
 
-    def __init__(self, mapper: Mapper, kvm_vfio: KvmVfio | None = None) -> None:
+    def __init__(self, mapper: Mapper) -> None:
         self._mapper = mapper
-        self._kvm_vfio = kvm_vfio
         self._container: Container | None = None
         self._groups: dict[int, _Joined] = {}
 
@@ -53,7 +52,7 @@ class Type1:
                 joined = self._join(group)
                 undo.callback(self._leave, group)
                 self._mapper.map_all()
-                self._register(joined.group)
+                self._mapper.file_add(joined.group.fd)
             joined = self._groups[group]
             device = joined.group.get_device_fd(name, vf_token)
             joined.devices.append(device)
@@ -94,7 +93,7 @@ class Type1:
             run_all((group.close, *([self._close_container] if last else [])))
 
         unmap = [partial(self._unless_removed, group, self._mapper.unmap_all)] if last else []
-        run_all((partial(self._unregister, group), *unmap, leave_container))
+        run_all((partial(self._mapper.file_del, group.fd), *unmap, leave_container))
 
     @staticmethod
     def _unless_removed(group: Group, step: Callable[[], None]) -> None:
@@ -116,26 +115,6 @@ class Type1:
     def close(self) -> None:
         """See ``Backend``: remove the groups that could not leave before."""
         run_all(partial(self._leave, number) for number in list(self._groups))
-
-    # --- KVM
-
-    def _register(self, group: Group) -> None:
-        if self._kvm_vfio:
-            self._kvm_vfio.file_add(group.fd)
-
-    def _unregister(self, group: Group) -> None:
-        """Unregister ``group``, if it is registered."""
-        if self._kvm_vfio:
-            with suppress(FileNotFoundError):
-                self._kvm_vfio.file_del(group.fd)
-
-    def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
-        """See ``Backend``. ``file_del`` after ``file_add`` would clear the group's VM (virt/kvm/vfio.c)."""
-        for joined in self._groups.values():
-            self._unregister(joined.group)
-        self._kvm_vfio = kvm_vfio
-        for joined in self._groups.values():
-            self._register(joined.group)
 
     # --- mappings
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from kvmpass.dma import Backend, BackendFactory, Mapper, Type1
-from kvmpass.dma.backend import KvmVfio
 from kvmpass.layout import Range
 from kvmpass.memory import MemoryRegion
 
@@ -35,7 +34,7 @@ class Recording:
 def recording(calls: Calls, around: BackendFactory = Type1) -> BackendFactory:
     """What a ``Machine`` or a ``Domain`` takes as its back end."""
 
-    def make(mapper: Mapper, kvm_vfio: KvmVfio | None) -> Backend:
-        return Recording(around(mapper, kvm_vfio), calls)
+    def make(mapper: Mapper) -> Backend:
+        return Recording(around(mapper), calls)
 
     return make
