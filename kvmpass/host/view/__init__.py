@@ -9,11 +9,10 @@ from kvmpass.host.view.capabilities import (
     Power,
     Pri,
     SriovRegisters,
-    capabilities_of,
 )
 from kvmpass.host.view.classes import class_name
 from kvmpass.host.view.description import BarInfo, Description, describe
-from kvmpass.host.view.filters import Filter, parse_filter, select
+from kvmpass.host.view.filters import parse_filter, select
 from kvmpass.host.view.inventory import (
     DeviceStatus,
     HostStatus,
@@ -23,11 +22,10 @@ from kvmpass.host.view.inventory import (
     device_status,
     host_status,
     inventory,
-    link_of,
     sriov_of,
 )
-from kvmpass.host.view.isolation import Bridge, Sibling, bridges_above, siblings
-from kvmpass.host.view.watching import HostEvent, Uevent, watch_events
+from kvmpass.host.view.isolation import Bridge, Sibling, siblings
+from kvmpass.host.view.watching import HostEvent, watch_events
 
 __all__ = [
     "Acs",
@@ -38,7 +36,6 @@ __all__ = [
     "Description",
     "DeviceStatus",
     "Express",
-    "Filter",
     "HostEvent",
     "HostStatus",
     "Inventory",
@@ -49,15 +46,11 @@ __all__ = [
     "Sibling",
     "Sriov",
     "SriovRegisters",
-    "Uevent",
-    "bridges_above",
-    "capabilities_of",
     "class_name",
     "describe",
     "device_status",
     "host_status",
     "inventory",
-    "link_of",
     "parse_filter",
     "select",
     "siblings",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple
 
 from kvmpass.errors import BadAddress, NoSuchDevice
 from kvmpass.host.address import Bdf
@@ -27,24 +27,21 @@ _IDS = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 
 
-class Candidate(Protocol):
-    """What a filter matches: a :class:`PciDevice`, or the device of an event, which may be removed already."""
+class EventDevice(NamedTuple):
+    """The device of an event, which may be removed already."""
 
-    @property
-    def bdf(self) -> Bdf:
-        """Its address."""
+    bdf: Bdf
+    """Its address."""
+    vendor: int
+    """Vendor ID, 16 bits."""
+    device: int
+    """Device ID, 16 bits."""
+    driver: str | None
+    """The driver it is bound to; None without one."""
 
-    @property
-    def vendor(self) -> int:
-        """Vendor ID, 16 bits."""
 
-    @property
-    def device(self) -> int:
-        """Device ID, 16 bits."""
-
-    @property
-    def driver(self) -> str | None:
-        """The driver it is bound to; None without one."""
+Candidate = PciDevice | EventDevice
+"""What a filter matches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +56,12 @@ class Filter:
     """Whether the filter selects a device."""
 
 
-def parse_filter(sysfs: Sysfs, text: str, name: Callable[[PciDevice], str] | None = None) -> Filter:
+def parse_filter(sysfs: Sysfs, text: str, names: Names) -> Filter:
     """Parse ``text`` as a filter for this host at this moment. Raises nothing: any other word is a driver's name.
 
     Bus and device have two digits (``01:00``), vendor and device IDs four (``10de:2204``); before a function one
     digit is enough, and without a bus all buses match (``5.0``). A disk or interface on top of others (LVM, bond,
-    bridge) selects all devices below it. ``name`` returns a device's name, for patterns.
+    bridge) selects all devices below it. ``names`` are those that patterns match.
     """
     text = text.strip()
     try:
@@ -84,7 +81,7 @@ def parse_filter(sysfs: Sysfs, text: str, name: Callable[[PciDevice], str] | Non
     if text.startswith("/dev/"):
         return _among(text, f"the device node {text}", _behind_node(sysfs, text))
     if any(character in text for character in "*?["):
-        return Filter(text, "a pattern for addresses, IDs, drivers and names", partial(_fits, text.lower(), name))
+        return Filter(text, "a pattern for addresses, IDs, drivers and names", partial(_fits, text.lower(), names))
     plain = text not in ("", ".", "..") and "/" not in text
     if plain and sysfs.path("sys/class/net", text).exists():
         return _among(text, f"the network interface {text}", _behind(sysfs, "sys/class/net", text, "lower_"))
@@ -116,7 +113,7 @@ def select(sysfs: Sysfs, filters: Iterable[str], names: Names | None = None) -> 
     """
     names = names or Names(sysfs)
     devices = sysfs.devices()
-    wanted = [parse_filter(sysfs, text, names.of) for text in filters]
+    wanted = [parse_filter(sysfs, text, names) for text in filters]
     for item in wanted:
         if not any(item.matches(device) for device in devices):
             raise NoSuchDevice(f"no PCI device matches {item.text!r}, interpreted as {item.meaning}", HELP)
@@ -134,10 +131,9 @@ def _same(first: str, second: str) -> bool:
     return first.replace("-", "_") == second.replace("-", "_")
 
 
-def _fits(pattern: str, name: Callable[[PciDevice], str] | None, candidate: Candidate) -> bool:
-    texts = [str(candidate.bdf), f"{candidate.vendor:04x}:{candidate.device:04x}", candidate.driver or ""]
-    if name is not None and isinstance(candidate, PciDevice):
-        texts.append(name(candidate))
+def _fits(pattern: str, names: Names, candidate: Candidate) -> bool:
+    bdf, vendor, device = candidate.bdf, candidate.vendor, candidate.device
+    texts = [str(bdf), f"{vendor:04x}:{device:04x}", candidate.driver or "", names.of_ids(bdf, vendor, device)]
     return any(fnmatchcase(text.lower(), pattern) for text in texts)
 
 

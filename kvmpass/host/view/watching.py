@@ -12,13 +12,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from kvmpass.errors import HostNotReady
 from kvmpass.host.address import Bdf
 from kvmpass.host.names import Names
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
-from kvmpass.host.view.filters import Filter, parse_filter
+from kvmpass.host.view.filters import EventDevice, Filter, parse_filter
 
 Kind = Literal[
     "device-added",
@@ -46,16 +46,8 @@ _IDENTITY = frozenset({"ACTION", "DEVPATH", "SUBSYSTEM", "SEQNUM", "DRIVER", "MO
 TICK = 0.5  # seconds between two calls of ``until``
 
 
-class Uevent(NamedTuple):
-    """One uevent of the kernel."""
-
-    action: str
-    """``add``, ``remove``, ``change``, ``bind``, ``unbind`` …"""
-    subsystem: str
-    """``pci`` or ``vfio``."""
-    properties: Mapping[str, str]
-    """Its environment variables."""
-
+Uevent = Mapping[str, str]
+"""The environment variables of one uevent of the kernel: ``ACTION``, ``SUBSYSTEM`` (``pci`` or ``vfio``) …"""
 
 Source = Callable[[float], Uevent | None]
 """Waits that many seconds for the next event; None without one. Raises ``OSError`` (ENOBUFS: events were lost)."""
@@ -83,15 +75,6 @@ class HostEvent:
     """The devices of the group, of a group event."""
     detail: str | None = None
     """What has changed (``device-changed``): the kernel's properties, as ``KEY=value``."""
-
-
-class _Known(NamedTuple):
-    """What a filter matches, of a device that may be removed already."""
-
-    bdf: Bdf
-    vendor: int
-    device: int
-    driver: str | None
 
 
 def watch_events(
@@ -130,9 +113,7 @@ def _netlink() -> Source:
 
     def wait(seconds: float) -> Uevent | None:
         device = monitor.poll(max(seconds, 0.001))  # in whole milliseconds
-        if device is None:
-            return None
-        return Uevent(device.action, device.subsystem, dict(device.properties))
+        return None if device is None else dict(device.properties)
 
     return wait
 
@@ -168,16 +149,16 @@ class _Watcher:
 
     def _event(self, uevent: Uevent) -> HostEvent | None:
         """Return the event, or None if the filters do not select it."""
-        if uevent.subsystem == "vfio":
+        if uevent["SUBSYSTEM"] == "vfio":
             return self._group_event(uevent)
-        kind = _DEVICE_KINDS.get(uevent.action)
-        name = uevent.properties.get("PCI_SLOT_NAME")
-        if uevent.subsystem != "pci" or kind is None or name is None:
+        kind = _DEVICE_KINDS.get(uevent["ACTION"])
+        name = uevent.get("PCI_SLOT_NAME")
+        if uevent["SUBSYSTEM"] != "pci" or kind is None or name is None:
             return None
         bdf = Bdf.parse(name)
-        vendor, device = _ids(uevent.properties.get("PCI_ID", ""))
+        vendor, device = _ids(uevent.get("PCI_ID", ""))
         before = self._drivers.get(bdf)
-        driver = uevent.properties.get("DRIVER")
+        driver = uevent.get("DRIVER")
         group = self._sysfs.link(PCI_DEVICES, name, "iommu_group")
         if group is not None and group.isdecimal():
             self._groups[bdf] = int(group)
@@ -189,9 +170,9 @@ class _Watcher:
             device=device,
             driver=before if kind == "driver-unbound" else driver,
             group=self._groups.get(bdf),
-            detail=_detail(uevent.properties) if kind == "device-changed" else None,
+            detail=_detail(uevent) if kind == "device-changed" else None,
         )
-        wanted = self._wanted(_Known(bdf, vendor, device, driver or before))
+        wanted = self._wanted(EventDevice(bdf, vendor, device, driver or before))
         if kind == "device-removed":
             self._drivers.pop(bdf, None)
             self._groups.pop(bdf, None)
@@ -200,27 +181,24 @@ class _Watcher:
         return event if wanted else None
 
     def _group_event(self, uevent: Uevent) -> HostEvent | None:
-        kind = _GROUP_KINDS.get(uevent.action)
-        node = re.fullmatch(r"(?:/dev/)?vfio/(?:noiommu-)?(\d+)", uevent.properties.get("DEVNAME", ""))
+        kind = _GROUP_KINDS.get(uevent["ACTION"])
+        node = re.fullmatch(r"(?:/dev/)?vfio/(?:noiommu-)?(\d+)", uevent.get("DEVNAME", ""))
         if kind is None or node is None:
             return None
         number = int(node[1])
         members = sorted(bdf for bdf, group in self._groups.items() if group == number)
         event = HostEvent(time=time.time(), kind=kind, group=number, devices=tuple(members))
-        known = [self._known(bdf) for bdf in members]
-        return event if not self._filters or any(self._wanted(device) for device in known) else None
+        return event if not self._filters or any(self._wanted(self._known(bdf)) for bdf in members) else None
 
-    def _known(self, bdf: Bdf) -> _Known:
+    def _known(self, bdf: Bdf) -> EventDevice:
         base = (PCI_DEVICES, str(bdf))
         vendor, device = self._sysfs.number(*base, "vendor"), self._sysfs.number(*base, "device")
-        return _Known(bdf, vendor or 0, device or 0, self._drivers.get(bdf))
+        return EventDevice(bdf, vendor or 0, device or 0, self._drivers.get(bdf))
 
     def _parse(self, text: str) -> Filter:
-        return parse_filter(
-            self._sysfs, text, lambda device: self._names.of_ids(device.bdf, device.vendor, device.device)
-        )
+        return parse_filter(self._sysfs, text, self._names)
 
-    def _wanted(self, device: _Known) -> bool:
+    def _wanted(self, device: EventDevice) -> bool:
         """Whether a filter selects it, parsed before the event or now: ``eth0`` may exist only then, or only now."""
         if not self._filters:
             return True
@@ -236,8 +214,8 @@ def _ids(text: str) -> tuple[int, int]:
         return 0, 0
 
 
-def _detail(properties: Mapping[str, str]) -> str | None:
-    words = [f"{key}={value}" for key, value in sorted(properties.items()) if not _is_identity(key)]
+def _detail(uevent: Uevent) -> str | None:
+    words = [f"{key}={value}" for key, value in sorted(uevent.items()) if not _is_identity(key)]
     return " ".join(words) or None
 
 

@@ -73,7 +73,7 @@ def found(host: Host, *filters: str) -> list[str]:
     ],
 )
 def test_what_a_text_stands_for(host: Host, text: str, meaning: str, bdfs: list[str]) -> None:
-    assert parse_filter(host, text).meaning.startswith(meaning)
+    assert parse_filter(host, text, Names(host)).meaning.startswith(meaning)
     assert found(host, text) == bdfs
 
 
