@@ -6,7 +6,7 @@ import enum
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from kvmpass.host.address import Bdf
@@ -109,6 +109,24 @@ class Check:
     """Whether the check is about one device."""
     vital: bool = False
     """Whether :func:`kvmpass.host.doctor.check_host` refuses if the check fails."""
+
+
+def precondition(
+    id: str,
+    title: str,
+    looks_at: str,
+    templates: tuple[BlockerTemplate, ...],
+    *,
+    needs: tuple[str, ...] = (),
+    device: bool = False,
+    vital: bool = False,
+) -> Callable[[Callable[[CheckContext], Verdict]], Check]:
+    """Make the decorated function a :class:`Check` with these fields."""
+    return lambda run: Check(id, title, looks_at, templates, run, needs, device, vital)
+
+
+device_precondition = partial(precondition, device=True)
+"""The same for a check of one device."""
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvmpass.errors import NotAssignable
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.blockers.kind import header_type
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, device_precondition, failed, passed
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import BARS, IORESOURCE_MEM_64, PCI_DEVICES, PciDevice, Resource
 from kvmpass.layout import Range, size_text
@@ -108,6 +108,13 @@ def unplaced(look: Look, device: PciDevice, header: bytes) -> list[_Unplaced]:
     return found
 
 
+@device_precondition(
+    "device-bars",
+    "Addresses of its BARs",
+    "`resource`, the BARs in `config`, the kernel's log",
+    (NO_ADDRESS, NO_PORTS),
+    needs=("device",),
+)
 def _addresses(context: CheckContext) -> Verdict:
     device, base = context.device, f"{PCI_DEVICES}/{context.bdf}"
     header = context.header
@@ -139,6 +146,13 @@ def _framebuffers(context: CheckContext) -> Iterator[tuple[str, Range, str]]:
                 continue
 
 
+@device_precondition(
+    "device-framebuffer",
+    "Boot framebuffer",
+    "`/proc/iomem` (addresses only for root), `resource`",
+    (FRAMEBUFFER, FRAMEBUFFER_UNKNOWN),
+    needs=("device",),
+)
 def _framebuffer(context: CheckContext) -> Verdict:
     device = context.device
     bars = _memory(device) if not device.is_bridge else []
@@ -157,23 +171,4 @@ def _framebuffer(context: CheckContext) -> Verdict:
     return passed("none on its BARs", Reading("/proc/iomem", "no framebuffer of the firmware in its BARs"))
 
 
-CHECKS = (
-    Check(
-        "device-bars",
-        "Addresses of its BARs",
-        "`resource`, the BARs in `config`, the kernel's log",
-        (NO_ADDRESS, NO_PORTS),
-        _addresses,
-        ("device",),
-        device=True,
-    ),
-    Check(
-        "device-framebuffer",
-        "Boot framebuffer",
-        "`/proc/iomem` (addresses only for root), `resource`",
-        (FRAMEBUFFER, FRAMEBUFFER_UNKNOWN),
-        _framebuffer,
-        ("device",),
-        device=True,
-    ),
-)
+CHECKS = (_addresses, _framebuffer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvmpass.errors import GroupNotViable, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.blocker import BlockerTemplate
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, device_precondition, failed, passed
 from kvmpass.host.sysfs import IommuGroup, PciDevice
 from kvmpass.host.usage import VFIO_PCI
 
@@ -56,6 +56,9 @@ def _others(context: CheckContext, wanted: set[Bdf]) -> list[PciDevice]:
     return [device for bdf in members if bdf not in wanted and (device := context.look.device(bdf))]
 
 
+@device_precondition(
+    "device-group", "Its group", "the group's other devices and their drivers", (NOT_VIABLE,), needs=("device-kind",)
+)
 def _viable(context: CheckContext) -> Verdict:
     bdf, group = context.device.bdf, context.group
     assert group is not None
@@ -70,6 +73,14 @@ def _viable(context: CheckContext) -> Verdict:
     return failed(NOT_VIABLE, read, bdf=bdf, group=group.id, busy=who, blocked_by=blocked_by)
 
 
+@device_precondition(
+    "device-direct-mapped",
+    "Its direct-mapped memory",
+    "ranges of the type direct in the group's `reserved_regions` (from IVMD blocks of "
+    "`/sys/firmware/acpi/tables/IVRS`)",
+    (DIRECT, DIRECT_OLD),
+    needs=("device-kind",),
+)
 def _direct(context: CheckContext) -> Verdict:
     group = context.group
     assert group is not None
@@ -83,24 +94,4 @@ def _direct(context: CheckContext) -> Verdict:
     return failed(template, read, known, bdf=context.bdf, group=group.id, ranges=", ".join(ranges))
 
 
-CHECKS = (
-    Check(
-        "device-direct-mapped",
-        "Its direct-mapped memory",
-        "ranges of the type direct in the group's `reserved_regions` (from IVMD blocks of "
-        "`/sys/firmware/acpi/tables/IVRS`)",
-        (DIRECT, DIRECT_OLD),
-        _direct,
-        ("device-kind",),
-        device=True,
-    ),
-    Check(
-        "device-group",
-        "Its group",
-        "the group's other devices and their drivers",
-        (NOT_VIABLE,),
-        _viable,
-        ("device-kind",),
-        device=True,
-    ),
-)
+CHECKS = (_direct, _viable)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvmpass.errors import NoSuchDevice, NotAssignable
 from kvmpass.host.blocker import BlockerTemplate
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, device_precondition, failed, passed
 from kvmpass.host.sysfs import PCI_DEVICES, PciDevice
 
 NO_DEVICE = BlockerTemplate(
@@ -70,6 +70,7 @@ def is_bridge(device: PciDevice, header: bytes) -> bool:
     return device.is_bridge or header_type(header) in (1, 2)
 
 
+@device_precondition("device", "Device", f"`/{PCI_DEVICES}/BDF`", (NO_DEVICE,))
 def _present(context: CheckContext) -> Verdict:
     if not context.present:
         return failed(NO_DEVICE, Reading(f"/{PCI_DEVICES}/{context.bdf}", "not found"), bdf=context.bdf)
@@ -78,6 +79,13 @@ def _present(context: CheckContext) -> Verdict:
     return passed(f"{name}, driver {device.driver or 'none'}", Reading(f"/{PCI_DEVICES}/{device.bdf}", name))
 
 
+@device_precondition(
+    "device-kind",
+    "Can be assigned",
+    "`class`, the header type, `iommu_group`, the group's `name`",
+    (BRIDGE, NO_GROUP, NO_IOMMU),
+    needs=("device", "groups"),
+)
 def _kind(context: CheckContext) -> Verdict:
     """Return what a change of the driver cannot fix."""
     device, bdf = context.device, context.device.bdf
@@ -92,6 +100,13 @@ def _kind(context: CheckContext) -> Verdict:
     return passed(f"group {device.group}", read)
 
 
+@device_precondition(
+    "device-responds",
+    "Responds",
+    "the first bytes of its configuration space; `power_state`, `d3cold_allowed`, `power/control`",
+    (NO_RESPONSE, COLD),
+    needs=("device",),
+)
 def _responds(context: CheckContext) -> Verdict:
     device, base = context.device, f"{PCI_DEVICES}/{context.bdf}"
     header = context.header  # not only the IDs: those of a virtual function read as ones
@@ -106,24 +121,4 @@ def _responds(context: CheckContext) -> Verdict:
     return failed(COLD, *read, bdf=device.bdf) if power == "D3cold" and context.wake else passed(power, *read)
 
 
-CHECKS = (
-    Check("device", "Device", f"`/{PCI_DEVICES}/BDF`", (NO_DEVICE,), _present, device=True),
-    Check(
-        "device-kind",
-        "Can be assigned",
-        "`class`, the header type, `iommu_group`, the group's `name`",
-        (BRIDGE, NO_GROUP, NO_IOMMU),
-        _kind,
-        ("device", "groups"),
-        device=True,
-    ),
-    Check(
-        "device-responds",
-        "Responds",
-        "the first bytes of its configuration space; `power_state`, `d3cold_allowed`, `power/control`",
-        (NO_RESPONSE, COLD),
-        _responds,
-        ("device",),
-        device=True,
-    ),
-)
+CHECKS = (_present, _kind, _responds)

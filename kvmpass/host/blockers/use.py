@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from kvmpass.errors import DeviceInUse, KvmpassError
 from kvmpass.host.address import Bdf
 from kvmpass.host.blocker import BlockerTemplate
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, device_precondition, failed, passed
 from kvmpass.host.drivers.journal import Journal
 from kvmpass.host.kernel.processes import Process
 from kvmpass.host.look import Look
@@ -48,6 +48,14 @@ MAY_BE_IN_USE = BlockerTemplate(
 )
 
 
+@device_precondition(
+    "device-assigned",
+    "Not assigned",
+    "which process has its nodes open: those of its group, its own, those of its virtual functions; kvmpass's "
+    "journal",
+    (ASSIGNED,),
+    needs=("device-kind",),
+)
 def _assigned(context: CheckContext) -> Verdict:
     found = list(_holders(context))
     borrower = context.look.remembered("borrowers", borrowers).get(context.device.bdf)
@@ -97,6 +105,15 @@ def _held(context: CheckContext, nodes: list[str], what: str) -> Iterator[str]:
         yield f"{what} {who}"
 
 
+@device_precondition(
+    "device-free",
+    "Not in use",
+    "mounts in all namespaces (disks, btrfs, 9p, virtio-fs, flash), swap, holders (LVM, md, dm-crypt); default "
+    "routes, connections, bridges, bonds; keyboards and consoles; open nodes (disks, GPU, sound, input, USB …); "
+    "DMA channels, virtual functions, `boot_vga`",
+    (IN_USE, HELD),
+    needs=("device-kind",),
+)
 def _free(context: CheckContext) -> Verdict:
     found = context.uses
     texts = "; ".join(use.text for use in found if use.seen)
@@ -107,6 +124,13 @@ def _free(context: CheckContext) -> Verdict:
     return passed("no use is visible" if untraced(context.look, context.device) else "not in use", read)
 
 
+@device_precondition(
+    "device-use-known",
+    "Its use is visible",
+    "storage without disks, network functions without interfaces, vsock, CXL memory",
+    (MAY_BE_IN_USE,),
+    needs=("device-kind",),
+)
 def _known(context: CheckContext) -> Verdict:
     texts = "; ".join(use.text for use in context.uses if not use.seen)
     if texts:
@@ -117,35 +141,4 @@ def _known(context: CheckContext) -> Verdict:
     )
 
 
-CHECKS = (
-    Check(
-        "device-assigned",
-        "Not assigned",
-        "which process has its nodes open: those of its group, its own, those of its virtual functions; kvmpass's "
-        "journal",
-        (ASSIGNED,),
-        _assigned,
-        ("device-kind",),
-        device=True,
-    ),
-    Check(
-        "device-free",
-        "Not in use",
-        "mounts in all namespaces (disks, btrfs, 9p, virtio-fs, flash), swap, holders (LVM, md, dm-crypt); default "
-        "routes, connections, bridges, bonds; keyboards and consoles; open nodes (disks, GPU, sound, input, USB …); "
-        "DMA channels, virtual functions, `boot_vga`",
-        (IN_USE, HELD),
-        _free,
-        ("device-kind",),
-        device=True,
-    ),
-    Check(
-        "device-use-known",
-        "Its use is visible",
-        "storage without disks, network functions without interfaces, vsock, CXL memory",
-        (MAY_BE_IN_USE,),
-        _known,
-        ("device-kind",),
-        device=True,
-    ),
-)
+CHECKS = (_assigned, _free, _known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmpass.host.blocker import BlockerTemplate
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, device_precondition, failed, passed
 from kvmpass.host.drivers import driverctl
 from kvmpass.host.kernel.modules import vfio_ids
 from kvmpass.host.sysfs import PCI_DEVICES
@@ -52,6 +52,7 @@ RULE = BlockerTemplate(
 )
 
 
+@device_precondition("device-reset", "Reset", "`reset_method`, `reset`", (NO_RESET, WEAK_RESET), needs=("device",))
 def _reset(context: CheckContext) -> Verdict:
     device, base = context.device, f"{PCI_DEVICES}/{context.bdf}"
     read = context.seen(f"{base}/reset_method")
@@ -72,6 +73,14 @@ def _reset(context: CheckContext) -> Verdict:
     return failed(NO_RESET, read, bdf=device.bdf, others=others)
 
 
+@device_precondition(
+    "device-driver",
+    "Its driver",
+    f"`driver`, `driver_override`, `/{driverctl.DIRECTORY}`, vfio-pci's `ids` in modprobe.d and `/proc/cmdline`, "
+    "udev's rules",
+    (OVERRIDDEN, IDS_IGNORED, RULE),
+    needs=("device",),
+)
 def _driver(context: CheckContext) -> Verdict:
     device, sysfs = context.device, context.sysfs
     read = [
@@ -97,24 +106,4 @@ def _driver(context: CheckContext) -> Verdict:
     return passed(device.driver or "none", *read)
 
 
-CHECKS = (
-    Check(
-        "device-reset",
-        "Reset",
-        "`reset_method`, `reset`",
-        (NO_RESET, WEAK_RESET),
-        _reset,
-        ("device",),
-        device=True,
-    ),
-    Check(
-        "device-driver",
-        "Its driver",
-        f"`driver`, `driver_override`, `/{driverctl.DIRECTORY}`, vfio-pci's `ids` in modprobe.d and `/proc/cmdline`, "
-        "udev's rules",
-        (OVERRIDDEN, IDS_IGNORED, RULE),
-        _driver,
-        ("device",),
-        device=True,
-    ),
-)
+CHECKS = (_reset, _driver)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.blockers.group import direct_ranges
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 from kvmpass.host.doctor.ivrs import BadTable, Ivrs, parse_ivrs
 from kvmpass.host.doctor.refusals import (
     CHECKSUM,
-    COMPLAINTS,
     IOMMU_TEMPLATES,
     LOG,
     REMAPPING_TEMPLATES,
+    complaints,
     iommu_refused,
     log_reading,
     remapping_refused,
@@ -134,6 +134,13 @@ SOME_DIRECT = BlockerTemplate(
 )
 
 
+@precondition(
+    "firmware-iommu",
+    "AMD-Vi in the firmware",
+    f"the ACPI table `/{IVRS}` and its IVHD blocks",
+    (NO_IVRS, ACPI_OFF, EMPTY_IVRS, CHECKSUM),
+    vital=True,
+)
 def _ivrs(context: CheckContext) -> Verdict:
     sysfs = context.sysfs
     if not sysfs.exists(IVRS):
@@ -162,6 +169,14 @@ def _ivrs(context: CheckContext) -> Verdict:
     return passed(f"IVRS, {len(described)} IOMMU{'s' if len(described) > 1 else ''}", read)
 
 
+@precondition(
+    "iommu-off",
+    "IOMMU not disabled",
+    "`off` in `iommu=` and `amd_iommu=` in `/proc/cmdline`; `iommu=pt` is fine",
+    (OFF,),
+    needs=("firmware-iommu",),
+    vital=True,
+)
 def _command_line(context: CheckContext) -> Verdict:
     off = context.command_line.iommu_off()
     if off and not context.iommus:
@@ -170,6 +185,13 @@ def _command_line(context: CheckContext) -> Verdict:
     return passed(about or "no IOMMU options on the command line", Reading("/proc/cmdline", about or "no iommu"))
 
 
+@precondition(
+    "idle-options",
+    "Options without effect",
+    "words of `amd_iommu=`, `iommu=`, `intremap=` and `intel_iommu=` in `/proc/cmdline` that the kernel ignores "
+    "(`amd_iommu=on`, `amd_iommu=pt`), and those that its log reports as unknown",
+    (IDLE_OPTION,),
+)
 def _idle_options(context: CheckContext) -> Verdict:
     idle = dict.fromkeys([*context.command_line.ignored(), *_unknown_words(context)])
     if idle:
@@ -186,6 +208,7 @@ def _unknown_words(context: CheckContext) -> Iterator[str]:
                 yield parameter.text
 
 
+@precondition("acs-override", "ACS override", "`pcie_acs_override=` in `/proc/cmdline`", (ACS_OVERRIDE,))
 def _acs_override(context: CheckContext) -> Verdict:
     words = [word for word in context.command_line.acs_override() if word not in set(_unknown_words(context))]
     log = [Reading(LOG, line) for line in context.log.having("PCIe ACS overrides enabled")[:1]]
@@ -193,6 +216,14 @@ def _acs_override(context: CheckContext) -> Verdict:
     return failed(ACS_OVERRIDE, read, *log, words=" ".join(words)) if words else passed("none", read)
 
 
+@precondition(
+    "iommu",
+    "AMD-Vi",
+    "`/sys/class/iommu/ivhd*`; without it the kernel's log",
+    (*IOMMU_TEMPLATES, UNUSED),
+    needs=("firmware-iommu", "iommu-off"),
+    vital=True,
+)
 def _iommu(context: CheckContext) -> Verdict:
     read = Reading("/sys/class/iommu", " ".join(context.iommus) or "empty")
     if context.iommus:
@@ -204,6 +235,7 @@ def _iommu(context: CheckContext) -> Verdict:
     return failed(UNUSED, read, *log, *log_reading(context))
 
 
+@precondition("groups", "IOMMU groups", "`/sys/kernel/iommu_groups`", (NO_GROUPS,), needs=("iommu",), vital=True)
 def _groups(context: CheckContext) -> Verdict:
     real = [group for group in context.groups if not group.no_iommu]
     read = Reading("/sys/kernel/iommu_groups", f"{len(real)} groups")
@@ -242,6 +274,15 @@ def interrupt_remapping(sysfs: Sysfs) -> bool | None:
     return False if any(_is_plain(chip) for chip in chips) else None
 
 
+@precondition(
+    "interrupt-remapping",
+    "Interrupt remapping",
+    "the names of interrupt chips (`/sys/kernel/irq/*/chip_name`, `/proc/interrupts`), which begin with IR-; "
+    "`/proc/cmdline` and the kernel's log where they do not",
+    (REMAPPING_OFF, *REMAPPING_TEMPLATES, NO_REMAPPING, REMAPPING_UNKNOWN),
+    needs=("iommu",),
+    vital=True,
+)
 def _remapping(context: CheckContext) -> Verdict:
     source, chips = _chips(context.sysfs)
     names = sorted(chip for chip in chips if _is_remapped(chip) or _is_plain(chip))
@@ -257,6 +298,7 @@ def _remapping(context: CheckContext) -> Verdict:
     return remapping_refused(context, read) or failed(NO_REMAPPING, read, *log_reading(context))
 
 
+@precondition("unsafe-interrupts", "Unsafe interrupts", f"`/{UNSAFE_INTERRUPTS}`", (UNSAFE,))
 def _unsafe_interrupts(context: CheckContext) -> Verdict:
     read = context.seen(UNSAFE_INTERRUPTS)
     return (
@@ -264,6 +306,7 @@ def _unsafe_interrupts(context: CheckContext) -> Verdict:
     )
 
 
+@precondition("noiommu-mode", "No-IOMMU mode", f"`/{NOIOMMU_MODE}`, groups of the name vfio-noiommu", (NOIOMMU,))
 def _noiommu(context: CheckContext) -> Verdict:
     exposed = [str(bdf) for group in context.groups if group.no_iommu for bdf in group.devices]
     read = context.seen(NOIOMMU_MODE), Reading("/sys/kernel/iommu_groups/*/name", f"{len(exposed)} without an IOMMU")
@@ -280,6 +323,13 @@ def read_ivrs(sysfs: Sysfs) -> Ivrs:
         return Ivrs((), ())
 
 
+@precondition(
+    "direct-mapped",
+    "Direct-mapped memory",
+    f"ranges of the type direct in `/sys/kernel/iommu_groups/*/reserved_regions`, IVMD blocks of `/{IVRS}`",
+    (SOME_DIRECT,),
+    needs=("groups",),
+)
 def _direct(context: CheckContext) -> Verdict:
     wanted = read_ivrs(context.sysfs).memory
     devices = [str(bdf) for group in context.groups if direct_ranges(group) for bdf in group.devices]
@@ -291,69 +341,6 @@ def _direct(context: CheckContext) -> Verdict:
 
 
 CHECKS = (
-    Check(
-        "firmware-iommu",
-        "AMD-Vi in the firmware",
-        f"the ACPI table `/{IVRS}` and its IVHD blocks",
-        (NO_IVRS, ACPI_OFF, EMPTY_IVRS, CHECKSUM),
-        _ivrs,
-        vital=True,
-    ),
-    Check(
-        "iommu-off",
-        "IOMMU not disabled",
-        "`off` in `iommu=` and `amd_iommu=` in `/proc/cmdline`; `iommu=pt` is fine",
-        (OFF,),
-        _command_line,
-        ("firmware-iommu",),
-        vital=True,
-    ),
-    Check(
-        "idle-options",
-        "Options without effect",
-        "words of `amd_iommu=`, `iommu=`, `intremap=` and `intel_iommu=` in `/proc/cmdline` that the kernel ignores "
-        "(`amd_iommu=on`, `amd_iommu=pt`), and those that its log reports as unknown",
-        (IDLE_OPTION,),
-        _idle_options,
-    ),
-    Check(
-        "acs-override",
-        "ACS override",
-        "`pcie_acs_override=` in `/proc/cmdline`",
-        (ACS_OVERRIDE,),
-        _acs_override,
-    ),
-    Check(
-        "iommu",
-        "AMD-Vi",
-        "`/sys/class/iommu/ivhd*`; without it the kernel's log",
-        (*IOMMU_TEMPLATES, UNUSED),
-        _iommu,
-        ("firmware-iommu", "iommu-off"),
-        vital=True,
-    ),
-    Check("groups", "IOMMU groups", "`/sys/kernel/iommu_groups`", (NO_GROUPS,), _groups, ("iommu",), vital=True),
-    Check(
-        "interrupt-remapping",
-        "Interrupt remapping",
-        "the names of interrupt chips (`/sys/kernel/irq/*/chip_name`, `/proc/interrupts`), which begin with IR-; "
-        "`/proc/cmdline` and the kernel's log where they do not",
-        (REMAPPING_OFF, *REMAPPING_TEMPLATES, NO_REMAPPING, REMAPPING_UNKNOWN),
-        _remapping,
-        ("iommu",),
-        vital=True,
-    ),
-    COMPLAINTS,
-    Check("unsafe-interrupts", "Unsafe interrupts", f"`/{UNSAFE_INTERRUPTS}`", (UNSAFE,), _unsafe_interrupts),
-    Check(
-        "noiommu-mode", "No-IOMMU mode", f"`/{NOIOMMU_MODE}`, groups of the name vfio-noiommu", (NOIOMMU,), _noiommu
-    ),
-    Check(
-        "direct-mapped",
-        "Direct-mapped memory",
-        f"ranges of the type direct in `/sys/kernel/iommu_groups/*/reserved_regions`, IVMD blocks of `/{IVRS}`",
-        (SOME_DIRECT,),
-        _direct,
-        ("groups",),
-    ),
+    *(_ivrs, _command_line, _idle_options, _acs_override, _iommu, _groups, _remapping, complaints),
+    *(_unsafe_interrupts, _noiommu, _direct),
 )

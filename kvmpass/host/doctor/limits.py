@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.host import limits
 from kvmpass.host.blocker import BlockerTemplate, mib
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 from kvmpass.host.limits import Ceiling, rlimit
 from kvmpass.layout import MIB
 
@@ -127,6 +127,13 @@ def _readings(ceilings: list[Ceiling], unit: int = MIB, name: str = " MiB") -> l
     ] or [Reading("/proc/self/cgroup", "no limit up to the root")]
 
 
+@precondition(
+    "cgroup-memory",
+    "Memory of its cgroups",
+    "`memory.max`, `memory.high` (version 1: `memory.limit_in_bytes`, `memory.memsw.limit_in_bytes`) of "
+    "`/proc/self/cgroup`'s cgroup and those above it, less what they use",
+    (CGROUP_MEMORY, CGROUP_HIGH),
+)
 def _cgroup_memory(context: CheckContext) -> Verdict:
     sysfs = context.sysfs
     ceilings = limits.memory_ceilings(sysfs)
@@ -152,6 +159,12 @@ def _cgroup_memory(context: CheckContext) -> Verdict:
     return passed("no limit" if tightest is None else f"{mib(tightest.left)} left, {mib(needed)} wanted", *read)
 
 
+@precondition(
+    "cgroup-huge-pages",
+    "Huge pages of its cgroups",
+    "`hugetlb.SIZE.max` and `hugetlb.SIZE.rsvd.max` (version 1: `limit_in_bytes`) up to the root, with `--hugepages`",
+    (CGROUP_HUGE_PAGES,),
+)
 def _cgroup_huge_pages(context: CheckContext) -> Verdict:
     if not context.huge_page:
         return passed("not requested", Reading("/proc/self/cgroup", "not read"))
@@ -170,6 +183,12 @@ def _cgroup_huge_pages(context: CheckContext) -> Verdict:
     )
 
 
+@precondition(
+    "tasks",
+    "Threads and processes",
+    f"`pids.max` of its cgroups up to the root; Max processes in `{LIMITS}`, which has no effect for root",
+    (FEW_TASKS,),
+)
 def _tasks(context: CheckContext) -> Verdict:
     sysfs, needed = context.sysfs, limits.threads_needed(context.sysfs, context.cpus)
     ceilings = limits.task_ceilings(sysfs)
@@ -207,6 +226,12 @@ def _exempt(context: CheckContext) -> bool:
     return context.user == 0 or any(map(context.capable, (CAP_SYS_ADMIN, CAP_SYS_RESOURCE)))
 
 
+@precondition(
+    "address-space",
+    "Address space",
+    f"Max address space and Max data size in `{LIMITS}`; VmSize and VmData in `/proc/self/status`",
+    (ADDRESS_SPACE,),
+)
 def _address_space(context: CheckContext) -> Verdict:
     """RLIMIT_AS counts memory, stacks and heaps of threads, RLIMIT_DATA memory and stacks."""
     threads = limits.threads_needed(context.sysfs, context.cpus)
@@ -230,6 +255,7 @@ def _address_space(context: CheckContext) -> Verdict:
     return passed("enough", *read)
 
 
+@precondition("descriptors", "File descriptors", f"Max open files in `{LIMITS}`", (FEW_DESCRIPTORS,))
 def _descriptors(context: CheckContext) -> Verdict:
     limit = rlimit(context.sysfs, "Max open files")
     devices = {*context.together, *([context.bdf] if context.bdf else [])}
@@ -243,6 +269,7 @@ def _descriptors(context: CheckContext) -> Verdict:
     return passed(f"{needed} needed", read)
 
 
+@precondition("file-size", "File size", f"Max file size in `{LIMITS}`", (FILE_SIZE,))
 def _file_size(context: CheckContext) -> Verdict:
     limit = rlimit(context.sysfs, "Max file size")
     read = Reading(LIMITS, f"Max file size {'unlimited' if limit.soft is None else limit.soft}")
@@ -252,49 +279,15 @@ def _file_size(context: CheckContext) -> Verdict:
     return passed("enough", read)
 
 
+@precondition("cpu-time", "CPU time", f"Max cpu time in `{LIMITS}`", (CPU_TIME,))
 def _cpu_time(context: CheckContext) -> Verdict:
     limit = rlimit(context.sysfs, "Max cpu time")
     read = Reading(LIMITS, f"Max cpu time {'unlimited' if limit.soft is None else limit.soft}")
     return passed("unlimited", read) if limit.soft is None else failed(CPU_TIME, read, limit=limit.soft)
 
 
-MEMORY_CHECKS = (
-    Check(
-        "cgroup-memory",
-        "Memory of its cgroups",
-        "`memory.max`, `memory.high` (version 1: `memory.limit_in_bytes`, `memory.memsw.limit_in_bytes`) of "
-        "`/proc/self/cgroup`'s cgroup and those above it, less what they use",
-        (CGROUP_MEMORY, CGROUP_HIGH),
-        _cgroup_memory,
-    ),
-    Check(
-        "cgroup-huge-pages",
-        "Huge pages of its cgroups",
-        "`hugetlb.SIZE.max` and `hugetlb.SIZE.rsvd.max` (version 1: `limit_in_bytes`) up to the root, with "
-        "`--hugepages`",
-        (CGROUP_HUGE_PAGES,),
-        _cgroup_huge_pages,
-    ),
-)
+MEMORY_CHECKS = (_cgroup_memory, _cgroup_huge_pages)
 """Limits for populating memory."""
 
-PROCESS_CHECKS = (
-    Check(
-        "address-space",
-        "Address space",
-        f"Max address space and Max data size in `{LIMITS}`; VmSize and VmData in `/proc/self/status`",
-        (ADDRESS_SPACE,),
-        _address_space,
-    ),
-    Check(
-        "tasks",
-        "Threads and processes",
-        f"`pids.max` of its cgroups up to the root; Max processes in `{LIMITS}`, which has no effect for root",
-        (FEW_TASKS,),
-        _tasks,
-    ),
-    Check("descriptors", "File descriptors", f"Max open files in `{LIMITS}`", (FEW_DESCRIPTORS,), _descriptors),
-    Check("file-size", "File size", f"Max file size in `{LIMITS}`", (FILE_SIZE,), _file_size),
-    Check("cpu-time", "CPU time", f"Max cpu time in `{LIMITS}`", (CPU_TIME,), _cpu_time),
-)
+PROCESS_CHECKS = (_address_space, _tasks, _descriptors, _file_size, _cpu_time)
 """Limits for the rest of an assignment."""

@@ -6,7 +6,7 @@ import re
 
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.host.blocker import BlockerTemplate, mib
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 from kvmpass.host.doctor.limits import raising
 from kvmpass.host.limits import own_unit, rlimit
 from kvmpass.host.sysfs import Sysfs
@@ -51,6 +51,12 @@ MEMLOCK = BlockerTemplate(
 )
 
 
+@precondition(
+    "memory",
+    "Memory",
+    "MemAvailable in `/proc/meminfo`; that of the allowed NUMA nodes, if not all",
+    (SHORT, FEW_ON_NODES),
+)
 def _available(context: CheckContext) -> Verdict:
     if context.huge_page:
         return passed("not needed: huge pages", Reading("/proc/meminfo", "not read"))
@@ -89,6 +95,7 @@ def _on_nodes(context: CheckContext) -> tuple[str, int | None]:
     return allowed, total
 
 
+@precondition("huge-pages", "Huge pages", f"`/{POOLS}`, with `--hugepages`", (FEW_HUGE_PAGES,))
 def _huge_pages(context: CheckContext) -> Verdict:
     sysfs, page = context.sysfs, context.huge_page
     if not page:
@@ -117,6 +124,13 @@ def _pool(sysfs: Sysfs, name: str) -> str:
     return f"{sysfs.text(POOLS, name, 'free_hugepages')} of {sysfs.text(POOLS, name, 'nr_hugepages')} free"
 
 
+@precondition(
+    "memlock",
+    "Locked memory",
+    "Max locked memory in `/proc/self/limits`, which has no effect with CAP_IPC_LOCK (`/proc/self/status`)",
+    (MEMLOCK,),
+    needs=("access",),
+)
 def _memlock(context: CheckContext) -> Verdict:
     capable = Reading("/proc/self/status", "CapEff with CAP_IPC_LOCK")
     if context.capable(CAP_IPC_LOCK):
@@ -133,20 +147,4 @@ def _memlock(context: CheckContext) -> Verdict:
     return passed(text, *read)
 
 
-MEMORY = Check(
-    "memory",
-    "Memory",
-    "MemAvailable in `/proc/meminfo`; that of the allowed NUMA nodes, if not all",
-    (SHORT, FEW_ON_NODES),
-    _available,
-)
-HUGE_PAGES = Check("huge-pages", "Huge pages", f"`/{POOLS}`, with `--hugepages`", (FEW_HUGE_PAGES,), _huge_pages)
-LOCKED = Check(
-    "memlock",
-    "Locked memory",
-    "Max locked memory in `/proc/self/limits`, which has no effect with CAP_IPC_LOCK (`/proc/self/status`)",
-    (MEMLOCK,),
-    _memlock,
-    ("access",),
-)
-CHECKS = (MEMORY, HUGE_PAGES, LOCKED)
+CHECKS = (_available, _huge_pages, _memlock)

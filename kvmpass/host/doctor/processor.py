@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from kvmpass.host.blocker import BlockerTemplate
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 from kvmpass.host.kernel.modules import ModuleStatus, module
 
 AMD_VENDORS = frozenset({"AuthenticAMD", "HygonGenuine"})
@@ -69,12 +69,21 @@ NO_NPT = BlockerTemplate(
 )
 
 
+@precondition("cpu", "AMD processor", "the vendor in `/proc/cpuinfo`", (NOT_AMD,), vital=True)
 def _cpu(context: CheckContext) -> Verdict:
     vendor = context.cpu[0]
     read = Reading("/proc/cpuinfo", f"vendor_id {vendor or '(none)'}")
     return passed(vendor, read) if vendor in AMD_VENDORS else failed(NOT_AMD, read, vendor=vendor or "unknown")
 
 
+@precondition(
+    "amd-v",
+    "AMD-V",
+    "the flag `svm` in `/proc/cpuinfo`; without it `/dev/kvm` and the kernel's log",
+    (SVM_OFF, SVM_LOCKED, OTHER_KVM),
+    needs=("cpu",),
+    vital=True,
+)
 def _svm(context: CheckContext) -> Verdict:
     supported = "svm" in context.cpu[1]
     read = Reading("/proc/cpuinfo", "flags with svm" if supported else "flags without svm")
@@ -88,6 +97,14 @@ def _svm(context: CheckContext) -> Verdict:
     return failed(SVM_OFF, read, Reading("/dev/kvm", "not found"))
 
 
+@precondition(
+    "kvm",
+    "KVM",
+    "`/dev/kvm`, the module `kvm_amd`, the kernel's log",
+    (NO_KVM, NO_KVM_AMD, KVM_AMD_MISSING, SVM_LOCKED),
+    needs=("amd-v",),
+    vital=True,
+)
 def _kvm(context: CheckContext) -> Verdict:
     amd = module(context.sysfs, "kvm_amd")
     loaded = context.sysfs.path("sys/module/kvm_amd").is_dir()
@@ -105,6 +122,13 @@ def _kvm(context: CheckContext) -> Verdict:
     return failed(NO_KVM, *read, status=amd.status)
 
 
+@precondition(
+    "nested-paging",
+    "Nested paging",
+    "the flag `npt` in `/proc/cpuinfo`, the parameter `npt` of `kvm_amd`",
+    (NO_NPT,),
+    needs=("kvm",),
+)
 def _npt(context: CheckContext) -> Verdict:
     supported = "npt" in context.cpu[1]
     used = context.sysfs.text("sys/module/kvm_amd/parameters/npt")
@@ -114,32 +138,4 @@ def _npt(context: CheckContext) -> Verdict:
     return passed("npt", *read) if supported and used not in ("N", "0") else failed(NO_NPT, *read)
 
 
-CHECKS = (
-    Check("cpu", "AMD processor", "the vendor in `/proc/cpuinfo`", (NOT_AMD,), _cpu, vital=True),
-    Check(
-        "amd-v",
-        "AMD-V",
-        "the flag `svm` in `/proc/cpuinfo`; without it `/dev/kvm` and the kernel's log",
-        (SVM_OFF, SVM_LOCKED, OTHER_KVM),
-        _svm,
-        ("cpu",),
-        vital=True,
-    ),
-    Check(
-        "kvm",
-        "KVM",
-        "`/dev/kvm`, the module `kvm_amd`, the kernel's log",
-        (NO_KVM, NO_KVM_AMD, KVM_AMD_MISSING, SVM_LOCKED),
-        _kvm,
-        ("amd-v",),
-        vital=True,
-    ),
-    Check(
-        "nested-paging",
-        "Nested paging",
-        "the flag `npt` in `/proc/cpuinfo`, the parameter `npt` of `kvm_amd`",
-        (NO_NPT,),
-        _npt,
-        ("kvm",),
-    ),
-)
+CHECKS = (_cpu, _svm, _kvm, _npt)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvmpass.host.blocker import BlockerTemplate
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 
 LOG = "the kernel's log"
 _UPDATE = "update the firmware"
@@ -247,21 +247,21 @@ def log_reading(context: CheckContext) -> tuple[Reading, ...]:
     return ()
 
 
-def _complaints(context: CheckContext) -> Verdict:
-    verdict = refused(context, _COMPLAINTS)
-    return verdict or passed("none", *(log_reading(context) or (Reading(LOG, "none of these"),)))
-
-
 def _templates(messages: tuple[_Message, ...]) -> tuple[BlockerTemplate, ...]:
     return tuple({message.template.kind: message.template for message in messages}.values())
 
 
 IOMMU_TEMPLATES = _templates(IOMMU_REFUSED)
 REMAPPING_TEMPLATES = _templates(REMAPPING_REFUSED_BY)
-COMPLAINTS = Check(
+
+
+@precondition(
     "iommu-complaints",
     "Other messages of the IOMMU",
     "messages of AMD-Vi in the kernel's log after which it continues",
     _templates(_COMPLAINTS),
-    _complaints,
 )
+def complaints(context: CheckContext) -> Verdict:
+    """Find a message after which the kernel continues."""
+    verdict = refused(context, _COMPLAINTS)
+    return verdict or passed("none", *(log_reading(context) or (Reading(LOG, "none of these"),)))

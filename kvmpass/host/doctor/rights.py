@@ -7,7 +7,7 @@ import pwd
 import stat
 
 from kvmpass.host.blocker import BlockerTemplate
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 from kvmpass.host.usage import VFIO_PCI, vfio_nodes
 
@@ -85,6 +85,13 @@ def _user_name() -> str:
         return str(os.geteuid())
 
 
+@precondition(
+    "access",
+    "Permission to open the nodes",
+    "`/dev/kvm`, `/dev/vfio/vfio`, and of a device its `/dev/vfio/GROUP`",
+    (NO_ACCESS, NO_ACCESS_KVM),
+    vital=True,
+)
 def _access(context: CheckContext) -> Verdict:
     sysfs = context.sysfs
     nodes = ["dev/kvm", "dev/vfio/vfio"]
@@ -113,6 +120,13 @@ def _access(context: CheckContext) -> Verdict:
     )
 
 
+@precondition(
+    "drivers",
+    "Permission to change drivers",
+    "`driver_override` of the device, else `/sys/bus/pci/drivers_probe`",
+    (NO_DRIVERS, NO_DRIVERS_YET),
+    needs=("access",),
+)
 def _drivers(context: CheckContext) -> Verdict:
     sysfs = context.sysfs
     if context.present:
@@ -129,21 +143,4 @@ def _drivers(context: CheckContext) -> Verdict:
     return failed(NO_DRIVERS_YET, read, user=user_name(sysfs))
 
 
-CHECKS = (
-    Check(
-        "access",
-        "Permission to open the nodes",
-        "`/dev/kvm`, `/dev/vfio/vfio`, and of a device its `/dev/vfio/GROUP`",
-        (NO_ACCESS, NO_ACCESS_KVM),
-        _access,
-        vital=True,
-    ),
-    Check(
-        "drivers",
-        "Permission to change drivers",
-        "`driver_override` of the device, else `/sys/bus/pci/drivers_probe`",
-        (NO_DRIVERS, NO_DRIVERS_YET),
-        _drivers,
-        ("access",),
-    ),
-)
+CHECKS = (_access, _drivers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmpass.host.blocker import BlockerTemplate
-from kvmpass.host.check import Check, CheckContext, Reading, Verdict, failed, passed
+from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 from kvmpass.host.kernel.modules import module
 from kvmpass.host.sysfs import PCI_DRIVERS
 from kvmpass.host.usage import VFIO_PCI
@@ -33,6 +33,14 @@ NO_NODE = BlockerTemplate(
 )
 
 
+@precondition(
+    "vfio-pci",
+    "Driver vfio-pci",
+    "`/sys/bus/pci/drivers/vfio-pci`, `/sys/module`, the output of modprobe (for a recording: module lists and "
+    "modprobe.d)",
+    (NO_VFIO_PCI,),
+    vital=True,
+)
 def _vfio_pci(context: CheckContext) -> Verdict:
     if context.sysfs.path(PCI_DRIVERS, VFIO_PCI).is_dir():
         return passed("present", Reading(f"/{PCI_DRIVERS}/{VFIO_PCI}", "present"))
@@ -43,6 +51,14 @@ def _vfio_pci(context: CheckContext) -> Verdict:
     return failed(NO_VFIO_PCI, read, status=state.status, seen=f"{state.seen}: {state.value}")
 
 
+@precondition(
+    "vfio-type1",
+    "Driver vfio_iommu_type1",
+    "`/sys/module`, the output of modprobe (for a recording: module lists and modprobe.d)",
+    (NO_TYPE1,),
+    needs=("vfio-pci",),
+    vital=True,
+)
 def _type1(context: CheckContext) -> Verdict:
     state = module(context.sysfs, "vfio_iommu_type1")
     read = Reading(state.seen, state.value)
@@ -51,6 +67,7 @@ def _type1(context: CheckContext) -> Verdict:
     return failed(NO_TYPE1, read, status=state.status, seen=f"{state.seen}: {state.value}")
 
 
+@precondition("vfio-node", "VFIO's node", "`/dev/vfio/vfio`, `/sys/module/vfio`", (NO_NODE,), needs=("vfio-pci",))
 def _node(context: CheckContext) -> Verdict:
     present = context.sysfs.path(NODE).exists()
     read = Reading(f"/{NODE}", "present" if present else "not found")
@@ -61,24 +78,4 @@ def _node(context: CheckContext) -> Verdict:
     return passed("created with the module", read)
 
 
-CHECKS = (
-    Check(
-        "vfio-pci",
-        "Driver vfio-pci",
-        "`/sys/bus/pci/drivers/vfio-pci`, `/sys/module`, the output of modprobe (for a recording: module lists and "
-        "modprobe.d)",
-        (NO_VFIO_PCI,),
-        _vfio_pci,
-        vital=True,
-    ),
-    Check(
-        "vfio-type1",
-        "Driver vfio_iommu_type1",
-        "`/sys/module`, the output of modprobe (for a recording: module lists and modprobe.d)",
-        (NO_TYPE1,),
-        _type1,
-        ("vfio-pci",),
-        vital=True,
-    ),
-    Check("vfio-node", "VFIO's node", "`/dev/vfio/vfio`, `/sys/module/vfio`", (NO_NODE,), _node, ("vfio-pci",)),
-)
+CHECKS = (_vfio_pci, _type1, _node)
