@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from kvmpass.errors import KvmpassError
@@ -27,7 +28,7 @@ def normalize(name: str) -> str:
 
 def module_name(path: str | Path) -> str:
     """Return the name of a module's file: ``e1000e`` for ``kernel/drivers/net/e1000e.ko.xz``."""
-    return normalize(Path(path).name.split(".ko", 1)[0])
+    return normalize(str(path).rpartition("/")[2].partition(".ko")[0])
 
 
 def decompress(path: Path) -> bytes:
@@ -101,25 +102,14 @@ def _candidates(modalias: str) -> str:
     return re.escape(bus + colon) + expression
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The drivers in a kernel's tables for some modaliases."""
-
-    modules: tuple[str, ...]
-    """Names of modules."""
-    builtin: tuple[str, ...]
-    """Names of built-in modules."""
-    matched: frozenset[str]
-    """The modaliases that have a driver."""
-
-
 class ModuleTree:
     """``/lib/modules/RELEASE``. Tables are read on first use; a missing directory is an empty tree."""
 
     def __init__(self, release: str, root: Path = Path("/lib/modules")) -> None:
         self.release = release
+        """The kernel's release, as in ``uname -r``."""
         self.directory = root / release
-        self._texts: dict[str, str] = {}
+        """The directory of its modules."""
 
     @property
     def exists(self) -> bool:
@@ -127,64 +117,56 @@ class ModuleTree:
         return (self.directory / "modules.dep").is_file()
 
     def _text(self, name: str) -> str:
-        if name not in self._texts:
-            try:
-                self._texts[name] = "\n" + (self.directory / name).read_text("utf-8", "replace")
-            except FileNotFoundError:
-                self._texts[name] = "\n"
-        return self._texts[name]
+        try:
+            return (self.directory / name).read_text("utf-8", "replace")
+        except FileNotFoundError:
+            return ""
+
+    @cached_property
+    def _dependencies(self) -> dict[str, str]:
+        return {module_name(line.partition(":")[0]): line for line in self._text("modules.dep").splitlines()}
+
+    @cached_property
+    def _builtin(self) -> frozenset[str]:
+        return frozenset(map(module_name, self._text("modules.builtin").splitlines()))
 
     def lookup(self, name: str) -> tuple[str, ...] | None:
         """Return the file of a module, then those it needs, in reverse order of loading; None: no file."""
-        spelling = re.escape(normalize(name)).replace("_", "[-_]")
-        text = self._text("modules.dep")
-        match = re.search(rf"[\n/]{spelling}\.ko(?:\.\w+)?:", text)
-        if match is None:
-            return None
-        end = text.find("\n", match.end())
-        line = text[text.rfind("\n", 0, match.end()) + 1 : end if end >= 0 else len(text)]
-        path, _, needed = line.partition(":")
-        return (path, *needed.split())
+        path, colon, needed = self._dependencies.get(normalize(name), "").partition(":")
+        return (path, *needed.split()) if colon else None
 
     def is_builtin(self, name: str) -> bool:
         """Return whether a module is built into the kernel."""
-        spelling = re.escape(normalize(name)).replace("_", "[-_]")
-        return re.search(rf"[\n/]{spelling}\.ko", self._text("modules.builtin")) is not None
+        return normalize(name) in self._builtin
 
-    def find(self, modaliases: Iterable[str]) -> Found:
-        """Return the drivers for ``modaliases``."""
+    def find(self, modaliases: Iterable[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+        """Return the modules for ``modaliases``, and those of them that have a driver, a module or built in."""
         modules: dict[str, None] = {}
-        builtin: dict[str, None] = {}
         matched: set[str] = set()
+        aliases, builtin = self._text("modules.alias"), self._text("modules.builtin.modinfo")
         for modalias in sorted(set(modaliases)):
             wanted = _candidates(modalias)
-            own = re.compile(rf"alias ({wanted}) (\S+)")
-            kernels = re.compile(rf"[\n\0]([^.\0]+)\.alias=({wanted})(?=\0|$)")
-            found = [(pattern, name, modules) for pattern, name in own.findall(self._text("modules.alias"))]
-            for name, pattern in kernels.findall(self._text("modules.builtin.modinfo")):
-                found.append((pattern, name, builtin))
-            for pattern, name, kind in found:
-                if fnmatch.fnmatchcase(modalias, pattern):
-                    kind[normalize(name)] = None
-                    matched.add(modalias)
-        return Found(tuple(modules), tuple(builtin), frozenset(matched))
+            loadable = re.findall(rf"alias ({wanted}) (\S+)", aliases)
+            names = [normalize(name) for pattern, name in loadable if fnmatch.fnmatchcase(modalias, pattern)]
+            modules |= dict.fromkeys(names)
+            patterns = re.findall(rf"(?:^|[\n\0])[^.\0]+\.alias=({wanted})(?=\0|$)", builtin)
+            if names or any(fnmatch.fnmatchcase(modalias, pattern) for pattern in patterns):
+                matched.add(modalias)
+        return tuple(modules), frozenset(matched)
 
-    def softdeps(self) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    def softdeps(self) -> dict[str, tuple[list[str], list[str]]]:
         """Return, by the name of a module, the modules to load before, and after it."""
-        result: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+        result: dict[str, tuple[list[str], list[str]]] = {}
         for line in self._text("modules.softdep").splitlines():
-            words = line.split()
-            if len(words) < 3 or words[0] != "softdep":
-                continue
-            lists: dict[str, list[str]] = {"pre:": [], "post:": []}
-            current = lists["pre:"]
-            for word in words[2:]:
-                if word in lists:
-                    current = lists[word]
-                else:
-                    current.append(normalize(word))
-            before, after = result.get(normalize(words[1]), ((), ()))
-            result[normalize(words[1])] = ((*before, *lists["pre:"]), (*after, *lists["post:"]))
+            match line.split():
+                case ["softdep", name, *words]:
+                    before, after = result.setdefault(normalize(name), ([], []))
+                    current = before
+                    for word in words:
+                        if word in ("pre:", "post:"):
+                            current = before if word == "pre:" else after
+                        else:
+                            current.append(normalize(word))
         return result
 
 
@@ -210,78 +192,68 @@ def plan(
     or depends on a module that does not exist.
     """
     aliases = frozenset(modaliases)
-    given = {module_name(path): _under_test(path) for path in files}
-    infos = {}
-    for path in files:
-        try:
-            info = modinfo(given[module_name(path)])
-        except ValueError as error:
-            raise KvmpassError(f"{path} is not a kernel module: {error}") from error
-        built_for = info.vermagic.split(" ", 1)[0]
-        # With symbol versions the kernel itself compares those, not the release.
-        if built_for and built_for != tree.release and "modversions" not in info.vermagic and tree.release:
-            raise KvmpassError(
-                f"{path} was built for kernel {built_for}, the guest's is {tree.release}",
-                "build it for the guest's kernel, or name its kernel with --kernel",
-            )
-        infos[module_name(path)] = info
-    patterns = [pattern for info in infos.values() for pattern in info.aliases]
-    replaced = {alias for alias in aliases if any(fnmatch.fnmatchcase(alias, pattern) for pattern in patterns)}
-    found = tree.find(aliases - replaced)
-
+    given = {module_name(path): _read(path, tree.release) for path in files}
+    replaced = {alias for alias in aliases if any(file.matches(alias) for file in given.values())}
+    found, matched = tree.find(aliases - replaced)
     softdeps = tree.softdeps()
-    order: dict[str, None] = {}
-    paths: dict[str, str] = {}
-    visiting: set[str] = set()
-    needed_by_others = {*found.modules, *map(normalize, extra)}
-
-    def need(name: str) -> None:
-        needed_by_others.add(name)
-        visit(name)
+    modules: list[Module] = []
+    visited: set[str] = set()
+    wanted = (*found, *map(normalize, extra))
+    needed = set(wanted)
 
     def visit(name: str) -> None:
-        if name in visiting:
+        if name in visited:
             return
-        visiting.add(name)
-        needed: list[str] = []
-        if name in infos:
-            for other in infos[name].depends:
-                known = other in infos or tree.lookup(other) or tree.is_builtin(other)
+        visited.add(name)
+        if name in given:
+            depends = given[name].info.depends
+            for other in depends:
+                known = other in given or tree.lookup(other) or tree.is_builtin(other)
                 if tree.exists and not known:
                     raise KvmpassError(
                         f"module {name} depends on {other}, which kernel {tree.release} does not have",
                         "name it with another --module",
                     )
-                need(other)
-        elif (stock := tree.lookup(name)) is None:
-            return
+            module = Module(name, given[name].data, under_test=True)
+        elif stock := tree.lookup(name):
+            depends = tuple(map(module_name, reversed(stock[1:])))
+            module = Module(name, decompress(tree.directory / stock[0]))
         else:
-            paths[name], *needed = stock
+            return
         before, after = softdeps.get(name, ((), ()))
-        for other in before:
-            need(other)
-        for file in reversed(needed):
-            need(module_name(file))
-        order[name] = None
+        needed.update(before, depends, after)
+        for other in (*before, *depends):
+            visit(other)
+        modules.append(module)
         for other in after:
-            need(other)
+            visit(other)
 
-    for name in (*found.modules, *map(normalize, extra), *infos):
+    for name in (*wanted, *given):
         visit(name)
-    modules = [
-        Module(name, given[name], under_test=True)
-        if name in infos
-        else Module(name, decompress(tree.directory / paths[name]))
-        for name in order
+    idle = [
+        file.path
+        for name, file in given.items()
+        if aliases and name not in needed and not any(map(file.matches, aliases))
     ]
-    idle = [path for path in files if not _matches(infos[module_name(path)], aliases)] if aliases else []
-    idle = [path for path in idle if module_name(path) not in needed_by_others]
-    return ModulePlan(tuple(modules), found.matched | replaced, tuple(idle))
+    return ModulePlan(tuple(modules), matched | replaced, tuple(idle))
 
 
-def _under_test(path: Path) -> bytes:
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A module of the user's."""
+
+    path: Path
+    data: bytes
+    info: ModInfo
+
+    def matches(self, modalias: str) -> bool:
+        return any(fnmatch.fnmatchcase(modalias, pattern) for pattern in self.info.aliases)
+
+
+def _read(path: Path, release: str) -> _File:
     try:
-        return decompress(path)
+        data = decompress(path)
+        info = modinfo(data)
     except FileNotFoundError as error:
         file, blank, parameters = str(path).partition(" ")
         if blank and Path(file).is_file():
@@ -290,7 +262,13 @@ def _under_test(path: Path) -> bytes:
                 f"parameters of a module are words of the kernel's command line: --append {shlex.quote(words)}"
             )
         raise
-
-
-def _matches(info: ModInfo, modaliases: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(alias, pattern) for alias in modaliases for pattern in info.aliases)
+    except ValueError as error:
+        raise KvmpassError(f"{path} is not a kernel module: {error}") from error
+    built_for = info.vermagic.split(" ", 1)[0]
+    # With symbol versions the kernel itself compares those, not the release.
+    if built_for and built_for != release and "modversions" not in info.vermagic and release:
+        raise KvmpassError(
+            f"{path} was built for kernel {built_for}, the guest's is {release}",
+            "build it for the guest's kernel, or name its kernel with --kernel",
+        )
+    return _File(path, data, info)
