@@ -5,9 +5,11 @@ Libraries that a program opens with dlopen (NSS, gconv, plug-ins) are not found.
 
 from __future__ import annotations
 
+import itertools
 import os.path
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +18,7 @@ from kvmpass.errors import KvmpassError
 
 MAGIC = b"\x7fELF"
 PT_LOAD, PT_DYNAMIC, PT_INTERP = 1, 2, 3
-DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 1, 5, 15, 29
+DT_NULL, DT_NEEDED, DT_STRTAB, DT_RPATH, DT_RUNPATH = 0, 1, 5, 15, 29
 
 DEFAULT_DIRECTORIES = ("/lib64", "/usr/lib64", "/lib", "/usr/lib")
 
@@ -48,45 +50,42 @@ def _text(data: bytes, offset: int) -> str:
     return data[offset : data.index(b"\0", offset)].decode("utf-8", "surrogateescape")
 
 
-def dynamic(data: bytes) -> Dynamic:
-    """Read the dynamic section. Raises ``ValueError`` for a broken file."""
+@contextmanager
+def _parsing() -> Iterator[None]:
+    """Turn errors of reading beyond the end of a file into ``ValueError``."""
     try:
-        return _dynamic(data)
+        yield
     except (IndexError, OverflowError, struct.error, StopIteration) as error:
         raise ValueError("a broken ELF file") from error
 
 
-def _dynamic(data: bytes) -> Dynamic:
+@_parsing()
+def dynamic(data: bytes) -> Dynamic:
+    """Parse the dynamic section. Raises ``ValueError`` for a broken file."""
     (offset,) = struct.unpack_from("<Q", data, 0x20)
     size, count = struct.unpack_from("<HH", data, 0x36)
     interpreter = None
     loads: list[tuple[int, int, int]] = []
-    section = (0, 0)
+    tags: list[tuple[int, ...]] = []
     for index in range(count):
         kind, _, at, address, _, length = struct.unpack_from("<IIQQQQ", data, offset + index * size)
         if kind == PT_LOAD:
             loads.append((address, at, length))
         elif kind == PT_DYNAMIC:
-            section = (at, length)
+            entries = (struct.unpack_from("<QQ", data, entry) for entry in range(at, at + length, 16))
+            tags = list(itertools.takewhile(lambda entry: entry[0] != DT_NULL, entries))
         elif kind == PT_INTERP:
             interpreter = _text(data, at)
-    tags: list[tuple[int, int]] = []
-    for at in range(section[0], section[0] + section[1], 16):
-        tag, value = struct.unpack_from("<QQ", data, at)
-        if not tag:
-            break
-        tags.append((tag, value))
     strings = next((value for tag, value in tags if tag == DT_STRTAB), None)
     if strings is None:
         return Dynamic(interpreter, (), ())
     base = next(strings - start + at for start, at, length in loads if start <= strings < start + length)
-    by_tag = {
-        wanted: [_text(data, base + value) for tag, value in tags if tag == wanted]
-        for wanted in (DT_NEEDED, DT_RPATH, DT_RUNPATH)
-    }
-    paths = by_tag[DT_RUNPATH] or by_tag[DT_RPATH]
-    search = tuple(part for path in paths for part in path.split(":") if part)
-    return Dynamic(interpreter, tuple(by_tag[DT_NEEDED]), search)
+
+    def texts(wanted: int) -> list[str]:
+        return [_text(data, base + value) for tag, value in tags if tag == wanted]
+
+    paths = texts(DT_RUNPATH) or texts(DT_RPATH)
+    return Dynamic(interpreter, tuple(texts(DT_NEEDED)), tuple(filter(None, ":".join(paths).split(":"))))
 
 
 def _configured(path: Path) -> Iterator[str]:
@@ -124,19 +123,14 @@ def _origin(part: str, directory: str) -> str:
     return os.path.normpath(part.replace("${ORIGIN}", directory).replace("$ORIGIN", directory))
 
 
-def find_library(name: str, search: tuple[tuple[str, Located], ...]) -> Located | None:
+def find_library(name: str, search: Sequence[tuple[str, str]]) -> Located | None:
     """Return the file that the dynamic linker loads for ``name``; None: not found.
 
-    ``search``: run paths, each with the file that has it in its dynamic section: ``$ORIGIN`` is its directory.
+    ``search``: run paths, on the host and in the guest.
     """
     if "/" in name:
         return Located(Path(name), name) if Path(name).is_file() else None
-    places: list[tuple[str, str]] = []
-    for part, owner in search:
-        guest_directory = str(Path(owner.guest).parent)
-        places.append((_origin(part, str(owner.host.resolve().parent)), _origin(part, guest_directory)))
-    places += [(directory, directory) for directory in library_directories()]
-    for host, guest in places:
+    for host, guest in (*search, *((directory, directory) for directory in library_directories())):
         candidate = Path(host, name)
         try:
             with candidate.open("rb") as file:
@@ -154,11 +148,12 @@ def closure(path: Path, data: bytes, guest: str) -> dict[str, bytes]:
     found on this host.
     """
     found: dict[str, bytes] = {}
-    todo: list[tuple[Located, bytes, tuple[tuple[str, Located], ...]]] = [(Located(path, guest), data, ())]
+    todo: list[tuple[Located, bytes, list[tuple[str, str]]]] = [(Located(path, guest), data, [])]
     while todo:
         current, content, inherited = todo.pop()
         wants = dynamic(content)
-        search = (*((part, current) for part in wants.search), *inherited)
+        origins = str(current.host.resolve().parent), str(Path(current.guest).parent)
+        search = [(_origin(part, origins[0]), _origin(part, origins[1])) for part in wants.search] + inherited
         targets: list[Located] = []
         for name in wants.needed:
             located = find_library(name, search)
@@ -177,16 +172,14 @@ def closure(path: Path, data: bytes, guest: str) -> dict[str, bytes]:
     return found
 
 
+@_parsing()
 def section(data: bytes, wanted: str) -> bytes:
     """Return the content of the section ``wanted``; empty without it. Raises ``ValueError`` for a broken file."""
-    try:
-        (offset,) = struct.unpack_from("<Q", data, 0x28)
-        size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
-        headers = [struct.unpack_from("<IIQQQQ", data, offset + index * size) for index in range(count)]
-        names = headers[names_index][4] if headers else 0
-        for header in headers:
-            if _text(data, names + header[0]) == wanted:
-                return data[header[4] : header[4] + header[5]]
-    except (IndexError, OverflowError, struct.error) as error:
-        raise ValueError("a broken ELF file") from error
+    (offset,) = struct.unpack_from("<Q", data, 0x28)
+    size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", data, offset + index * size) for index in range(count)]
+    names = headers[names_index][4] if headers else 0
+    for name, _, _, _, at, length in headers:
+        if _text(data, names + name) == wanted:
+            return data[at : at + length]
     return b""
