@@ -33,21 +33,18 @@ class Companions:
 
 def companions(modaliases: Iterable[str]) -> Companions:
     """Return the companions of the PCI devices with these modaliases; other devices have none."""
-    aliases: dict[str, None] = {}
-    modules: dict[str, None] = {}
-    for modalias in modaliases:
-        match = _MODALIAS.match(modalias)
-        if match is None:
-            continue
+    aliases: list[str] = []
+    modules: list[str] = []
+    for match in filter(None, map(_MODALIAS.match, modaliases)):
         kind, subkind = int(match["class"], 16), int(match["subclass"], 16)
         virtio = _virtio_type(int(match["vendor"], 16), int(match["device"], 16), int(match["subsystem"], 16))
         if virtio is not None:
-            aliases[f"virtio:d{virtio:08X}v{_VIRTIO_VENDOR:08X}"] = None
+            aliases.append(f"virtio:d{virtio:08X}v{_VIRTIO_VENDOR:08X}")
         if virtio == _VIRTIO_SCSI or (virtio is None and kind == MASS_STORAGE and subkind != NVM):
-            modules |= dict.fromkeys(_DISK)
+            modules += _DISK
         elif (kind, subkind) == (SERIAL_BUS, USB):
-            modules |= dict.fromkeys(("usb_storage", "uas", *_DISK))
-    return Companions(tuple(aliases), tuple(modules))
+            modules += ("usb_storage", "uas", *_DISK)
+    return Companions(tuple(dict.fromkeys(aliases)), tuple(dict.fromkeys(modules)))
 
 
 def _virtio_type(vendor: int, device: int, subsystem: int) -> int | None:

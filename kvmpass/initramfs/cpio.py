@@ -5,6 +5,7 @@ The format is "newc" (Documentation/driver-api/early-userspace/buffer-format.rst
 
 from __future__ import annotations
 
+import itertools
 import stat
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -71,20 +72,14 @@ class Tree:
         Raises ``KvmpassError`` if it would replace a directory by a file, or lie below a file.
         """
         name = self.canonical(path)
-        old = self._nodes.get(name)
-        if old == node:
+        if self.is_directory(path):
+            if name and name not in MERGED and stat.S_ISDIR(node.mode):
+                self._nodes[name] = node
+            elif not stat.S_ISDIR(node.mode) and node != self._nodes.get(name):
+                raise KvmpassError(f"/{name} is a directory in the guest")
             return
-        if not name or name in MERGED or (old is not None and stat.S_ISDIR(old.mode)):
-            if stat.S_ISDIR(node.mode):
-                if name and name not in MERGED:
-                    self._nodes[name] = node
-                return
-            raise KvmpassError(f"/{name} is a directory in the guest")
-        parent = ""
-        for part in name.split("/")[:-1]:
-            parent = f"{parent}/{part}" if parent else part
-            node_there = self._nodes.setdefault(parent, Node(stat.S_IFDIR | 0o755))
-            if not stat.S_ISDIR(node_there.mode):
+        for parent in itertools.accumulate(name.split("/")[:-1], "{}/{}".format):
+            if not stat.S_ISDIR(self._nodes.setdefault(parent, Node(stat.S_IFDIR | 0o755)).mode):
                 raise KvmpassError(f"/{parent} is not a directory in the guest")
         self._nodes[name] = node
 
@@ -134,18 +129,13 @@ def newc(nodes: Iterable[tuple[str, Node]]) -> bytes:
     Its size is a multiple of four: another archive may follow. Raises ``KvmpassError`` for a file of 4 GiB or more.
     """
     pieces: list[bytes] = []
-    for inode, (name, node) in enumerate(nodes, 1):
-        _append(pieces, inode, name.encode("utf-8", "surrogateescape"), node)
-    _append(pieces, 0, b"TRAILER!!!", Node(0))
+    for inode, (name, node) in enumerate([*nodes, ("TRAILER!!!", Node(0))], 1):
+        size = len(node.data)
+        if size >= 1 << 32:
+            raise KvmpassError(f"/{name} is too large for an initramfs: {size} bytes")
+        encoded = name.encode("utf-8", "surrogateescape") + b"\0"
+        links = 2 if stat.S_ISDIR(node.mode) else 1
+        fields = (inode, node.mode, 0, 0, links, 0, size, 0, 0, *node.device, len(encoded), 0)
+        header = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
+        pieces += [header, bytes(-len(header) % 4), node.data, bytes(-size % 4)]
     return b"".join(pieces)
-
-
-def _append(pieces: list[bytes], inode: int, name: bytes, node: Node) -> None:
-    links = 2 if stat.S_ISDIR(node.mode) else 1
-    size = len(node.data)
-    if size >= 1 << 32:
-        raise KvmpassError(f"/{name.decode(errors='replace')} is too large for an initramfs: {size} bytes")
-    major, minor = node.device
-    fields = (inode, node.mode, 0, 0, links, 0, size, 0, 0, major, minor, len(name) + 1, 0)
-    header = b"070701" + b"".join(b"%08X" % field for field in fields) + name + b"\0"
-    pieces += [header, bytes(-len(header) % 4), node.data, bytes(-size % 4)]
