@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from kvmpass import host
+from kvmpass.dma import BackendFactory
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import GuestSpec, prepare
 from kvmpass.host.address import parse_distinct
+from kvmpass.host.backend import AUTO
 from kvmpass.kvm.system import MAX_APIC_IDS
 from kvmpass.layout import Range, parse_size
 from kvmpass.machine import Machine
@@ -20,11 +22,16 @@ Say = Callable[[str], None]
 
 
 def check(
-    bdfs: Sequence[host.Bdf], memory: int, sysfs: host.Sysfs, backing: Backing = Backing.ANONYMOUS, cpus: int = 1
+    bdfs: Sequence[host.Bdf],
+    memory: int,
+    sysfs: host.Sysfs,
+    backing: Backing = Backing.ANONYMOUS,
+    cpus: int = 1,
+    backend: str = AUTO,
 ) -> list[host.PciDevice]:
     """Everything that can be refused before anything changes, the host's side; returns the devices as they are."""
     devices = [sysfs.device(bdf) for bdf in bdfs]
-    host.doctor.check_host(sysfs)
+    host.doctor.check_host(sysfs, backend=backend, together=bdfs)
     for bdf in bdfs:
         host.check_assignable(sysfs, bdf, together=bdfs)
     page = backing.page_size if backing is not Backing.ANONYMOUS else 0
@@ -42,6 +49,7 @@ def assigned(
     memory: str = "1G",
     cpus: int = 1,
     backing: Backing = Backing.ANONYMOUS,
+    backend: str | BackendFactory = AUTO,
     vf_token: uuid.UUID | None = None,
     say: Say = lambda line: None,
     warn: Say = lambda line: None,
@@ -58,11 +66,12 @@ def assigned(
     bdfs = parse_distinct(addresses)
     size = parse_size(memory)
     names = host.Names(sysfs)
-    devices = check(bdfs, size, sysfs, backing, cpus)
+    devices = check(bdfs, size, sysfs, backing, cpus, backend if isinstance(backend, str) else AUTO)
     image = prepare(spec, [device.modalias for device in devices])
     for line in image.warnings:
         warn(line)
-    with Machine(memory=size, cpus=cpus, backing=backing, sysfs=sysfs, on_event=on_event) as machine:
+    machine = Machine(memory=size, cpus=cpus, backing=backing, backend=backend, sysfs=sysfs, on_event=on_event)
+    with machine:
         if cpus > len(os.sched_getaffinity(0)):
             warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: they take turns")
         machine.populate()  # the last step that the out-of-memory killer can answer
@@ -75,6 +84,8 @@ def assigned(
                 name = names.of(device)
                 driver = device.driver or "no driver"
                 say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was bound to {driver}")
+            if machine.backend is not None:
+                say(f"IOMMU back end {machine.backend}")
             say_mappings(machine, say)
             machine.audit()
             say("audit: ok")

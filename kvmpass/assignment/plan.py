@@ -9,6 +9,7 @@ from kvmpass import host
 from kvmpass.errors import BadAddress, KvmpassError, NoSuchDevice
 from kvmpass.host import Bdf, Blocker, PciDevice, Sysfs, limits
 from kvmpass.host.address import parse_distinct
+from kvmpass.host.backend import AUTO, TYPE1, BackendChoice, choose_backend
 from kvmpass.host.doctor import Finding, Outcome
 from kvmpass.host.view import Sibling, siblings
 from kvmpass.kvm import System
@@ -55,6 +56,7 @@ class Plan:
     devices: tuple[DevicePlan, ...]
     memory: MemoryPlan | None
     cpus: int
+    backend: BackendChoice
     phys_bits: int
     phys_bits_source: str
     confined: bool
@@ -78,6 +80,7 @@ def plan(
     memory: str | int = "1G",
     cpus: int = 1,
     backing: Backing = Backing.ANONYMOUS,
+    backend: str = AUTO,
     sysfs: Sysfs | None = None,
 ) -> Plan:
     """Work out what assigning these devices to one machine would do. Changes nothing, on any machine.
@@ -95,7 +98,7 @@ def plan(
     except BadAddress as error:
         blockers.append(_impossible(error))
         bdfs = list(dict.fromkeys(bdfs))
-    findings = list(_findings(look, bdfs, size, backing, cpus))
+    findings = list(_findings(look, bdfs, size, backing, cpus, backend))
     blockers += _blockers(findings, Outcome.FAIL)
     devices = list(_present(sysfs, bdfs))
     groups = sysfs.groups()
@@ -109,11 +112,13 @@ def plan(
     planned = tuple(_device(look, device, bdfs) for device in devices)
     if memory_plan is not None:
         blockers += _unfitting(planned, memory_plan.layout)
-    descriptors = _descriptors(sysfs, planned, cpus)
+    chosen = choose_backend(sysfs, bdfs, backend)
+    descriptors = _descriptors(sysfs, planned, cpus, chosen)
     return Plan(
         devices=planned,
         memory=memory_plan,
         cpus=cpus,
+        backend=chosen,
         phys_bits=bits,
         phys_bits_source=source,
         confined=any(not group.no_iommu for group in groups),
@@ -123,13 +128,15 @@ def plan(
     )
 
 
-def _findings(look: host.Look, bdfs: Sequence[Bdf], size: int, backing: Backing, cpus: int) -> Iterator[Finding]:
+def _findings(
+    look: host.Look, bdfs: Sequence[Bdf], size: int, backing: Backing, cpus: int, backend: str
+) -> Iterator[Finding]:
     """The doctor's, of the host once and of each device."""
     page = backing.page_size if backing is not Backing.ANONYMOUS else 0
     seen: set[tuple[str, str]] = set()
     for bdf in bdfs:
         for finding in host.diagnose(
-            look.sysfs, bdf, memory=size, huge_page=page, together=bdfs, look=look, cpus=cpus
+            look.sysfs, bdf, memory=size, huge_page=page, together=bdfs, look=look, cpus=cpus, backend=backend
         ):
             key = finding.check, finding.blocker.cause if finding.blocker else ""
             if key not in seen:
@@ -207,8 +214,8 @@ def _of_kvm(sysfs: Sysfs, number: Callable[[System], int]) -> int | None:
         return None
 
 
-def _descriptors(sysfs: Sysfs, devices: Sequence[DevicePlan], cpus: int) -> Descriptors:
-    groups = {device.group for device in devices}
+def _descriptors(sysfs: Sysfs, devices: Sequence[DevicePlan], cpus: int, backend: BackendChoice) -> Descriptors:
+    groups = {device.group for device in devices} if backend.name == TYPE1 else ()
     most = sum(max(device.vectors.msix or 0, device.vectors.msi or 0) for device in devices)
     fixed = limits.descriptors_needed(len(devices), len(groups), cpus)
     return Descriptors(fixed, most, limits.rlimit(sysfs, "Max open files").hard)

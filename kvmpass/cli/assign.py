@@ -17,9 +17,10 @@ import click
 
 from kvmpass import crash
 from kvmpass.assignment.assign import assigned
+from kvmpass.cli.documents import backend_document
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
 from kvmpass.cli.output import SCHEMA, error_fields, error_text
-from kvmpass.cli.params import BDF
+from kvmpass.cli.params import BDF, backend_option
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
@@ -40,6 +41,7 @@ class _Options:
     copy: tuple[str, ...]
     modules: tuple[Path, ...]
     hugepages: str | None
+    backend: str
     vf_token: uuid.UUID | None
     on_reboot: str
     timeout: float | None
@@ -74,6 +76,7 @@ class _Options:
     help="A driver to load instead of the kernel's own for the device.  [repeatable]",
 )
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
+@backend_option
 @click.option("--vf-token", type=click.UUID, help="VF token (UUID) of a virtual function and its physical function.")
 @click.option(
     "--on-reboot",
@@ -133,6 +136,7 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
         "bdfs": list(bdf),
         "outcome": "failed",
         "guest_exit_status": None,
+        "backend": None,
         "events": [],
         "events_dropped": 0,
         "guest_errors": [],
@@ -153,12 +157,14 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
                 memory=given.memory,
                 cpus=given.cpus,
                 backing=given.backing,
+                backend=given.backend,
                 vf_token=given.vf_token,
                 say=progress.say,
                 warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
                 on_event=progress.note,
             ) as machine,
         ):
+            outcome["backend"] = backend_document(machine.backend)
             result = _run(machine, command, given, log)
             outcome["guest_exit_status"] = result.status  # valid even if rebinding a device fails
         if command is not None and result.status is None:

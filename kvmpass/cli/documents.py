@@ -6,6 +6,7 @@ from typing import Any
 
 from kvmpass import host
 from kvmpass.host import view
+from kvmpass.host.backend import BackendChoice
 from kvmpass.layout import Reserved
 
 
@@ -20,6 +21,11 @@ def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
         "commands": list(blocker.commands),
         "blocked_by": [*map(str, blocker.blocked_by)],
     }
+
+
+def backend_document(choice: BackendChoice | None) -> dict[str, Any] | None:
+    """Return the IOMMU back end of a machine, and why it has that one."""
+    return None if choice is None else {"name": choice.name, "reason": choice.reason}
 
 
 def host_document(status: view.HostStatus) -> dict[str, Any]:
@@ -92,4 +98,5 @@ def device_document(status: view.DeviceStatus, whole: view.HostStatus) -> dict[s
         "reset_methods": list(device.reset_methods),
         "power_state": device.power_state,
         "sriov": sriov_document(status.sriov),
+        "cdev": status.cdev,
     }

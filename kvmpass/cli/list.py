@@ -10,7 +10,7 @@ import click
 
 from kvmpass import host
 from kvmpass.cli import tables
-from kvmpass.cli.documents import device_document, group_document, host_document
+from kvmpass.cli.documents import backend_document, device_document, group_document, host_document
 from kvmpass.cli.format import format_link, format_resets, format_sriov, format_verdict, group_blockers
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import FILTER
@@ -56,12 +56,15 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
     output.document(
         host=host_document(found.host),
         complete=found.complete,
+        backend=backend_document(found.backend),
         iommu_groups=[{**group_document(group), "bdfs": [*map(str, group.devices)]} for group in found.groups],
         devices=[device_document(status, found.host) for status in found.devices],
         orphaned=[*map(str, found.orphaned)],
     )
     for line in _lines(found, wide):
         output.text(line)
+    if wide:
+        output.text(f"IOMMU back end {found.backend}")
     if blocker := found.host.blocker:
         whose = "" if found.host.ready else "this host cannot assign devices: "
         output.note(f"{whose}{blocker.cause}\n  hint: {blocker.remedy}")
@@ -124,6 +127,7 @@ def _row(found: view.Inventory, status: view.DeviceStatus, group: str, branch: s
         f"NUMA node {device.numa_node}" if device.numa_node is not None else None,
         None if device.is_bridge else format_resets(device),
         format_sriov(status.sriov),
+        status.cdev,
     ]
     below = [" · ".join(known)] if wide and (known := [fact for fact in facts if fact]) else []
     return _Row((*cells, format_verdict(status, found.host)), status.short_name, stem, below)

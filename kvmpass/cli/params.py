@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 from kvmpass import host
 from kvmpass.errors import BadAddress, LayoutError, NoSuchDevice
 from kvmpass.host import view
+from kvmpass.host.backend import AUTO, BACKENDS
 from kvmpass.layout import parse_size
 
 if TYPE_CHECKING:  # generic since click 8.4 only
@@ -112,6 +113,15 @@ def _matching(text: str, ctx: click.Context | None) -> str | None:
         return None
     names = " ".join(str(device.bdf) for device in devices[:4]) + (" …" if len(devices) > 4 else "")
     return f"this command accepts exact addresses only; {text} matches: {names}"
+
+
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default=AUTO,
+    show_default=True,
+    help="The kernel's interface to the IOMMU; auto: iommufd where kernel and permissions allow, else type1.",
+)
 
 
 def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None = None) -> list[CompletionItem]:

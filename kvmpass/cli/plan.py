@@ -10,9 +10,9 @@ import click
 from kvmpass.assignment.plan import DevicePlan, Plan
 from kvmpass.assignment.plan import plan as make_plan
 from kvmpass.cli import findings
-from kvmpass.cli.documents import blocker_document, reserved_document, sibling_document
+from kvmpass.cli.documents import backend_document, blocker_document, reserved_document, sibling_document
 from kvmpass.cli.output import Output, host_command
-from kvmpass.cli.params import BDF, SIZE
+from kvmpass.cli.params import BDF, SIZE, backend_option
 from kvmpass.cli.tree import tree_option
 from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.usage import VFIO_PCI
@@ -29,10 +29,17 @@ from kvmpass.pci.barspace import BarKind
 )
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
+@backend_option
 @host_command
 @tree_option
 def plan(
-    output: Output, bdf: tuple[Bdf, ...], memory: int, cpus: int, hugepages: str | None, tree: Sysfs | None
+    output: Output,
+    bdf: tuple[Bdf, ...],
+    memory: int,
+    cpus: int,
+    hugepages: str | None,
+    backend: str,
+    tree: Sysfs | None,
 ) -> int:
     """Show what kvmpass assign would do, and change nothing.
 
@@ -44,7 +51,7 @@ def plan(
     Root can read more. Exit status: 0 if nothing blocks the assignment, else 1.
     """
     backing = Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS
-    made = make_plan(bdf, memory=memory, cpus=cpus, backing=backing, sysfs=tree)
+    made = make_plan(bdf, memory=memory, cpus=cpus, backing=backing, backend=backend, sysfs=tree)
     output.document(**_document(made))
     for device in made.devices:
         _show_device(output, device)
@@ -119,6 +126,7 @@ def _show_memory(output: Output, made: Plan) -> None:
         output.text("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     if made.memory:
         output.text(f"  {_count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_text(made.locked)})")
+    output.text(f"  IOMMU back end {made.backend}")
     output.text(f"  {made.phys_bits} bits of guest-physical address ({made.phys_bits_source})")
     if not made.confined:
         output.text("  this host has no IOMMU groups: reserved ranges are unknown")
@@ -145,6 +153,7 @@ def _document(made: Plan) -> dict[str, Any]:
     return {
         "devices": [_device_document(device) for device in made.devices],
         "cpus": made.cpus,
+        "backend": backend_document(made.backend),
         "memory_regions": None
         if memory is None
         else [

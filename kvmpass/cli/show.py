@@ -11,6 +11,7 @@ import click
 from kvmpass import host
 from kvmpass.cli import tables
 from kvmpass.cli.documents import (
+    backend_document,
     device_document,
     group_document,
     host_document,
@@ -108,7 +109,8 @@ def _identity(found: view.Description) -> Iterator[tuple[str, list[str]]]:
         else f"driverctl binds {found.driverctl}"
     )
     boot = [f"{kept} at each boot"] if found.driverctl else []
-    yield "Driver", [", ".join([device.driver or "none", *override, *boot])]
+    node = [status.cdev] if status.cdev else []
+    yield "Driver", [", ".join([device.driver or "none", *node, *override, *boot])]
     yield "Power", [device.power_state]
     if link := format_link(status.link):
         yield "Link", [link]
@@ -130,6 +132,7 @@ def _verdict(found: view.Description) -> Iterator[tuple[str, list[str]]]:
         answer += [f"- {whose}{host_blocker.cause}", f"  hint: {host_blocker.remedy}"]
     yield "Assignable", answer
     yield "In use", _uses(found)
+    yield "Back end", [str(found.backend)]
 
 
 def _uses(found: view.Description) -> list[str]:
@@ -175,6 +178,7 @@ def _document(found: view.Description) -> dict[str, Any]:
     return {
         "host": host_document(found.host),
         "complete": found.complete,
+        "backend": backend_document(found.backend),
         "device": device_document(found.status, found.host),
         "subsystem_name": found.subsystem_name,
         "driverctl": found.driverctl,

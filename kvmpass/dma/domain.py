@@ -76,6 +76,12 @@ class Domain:
         """The current mappings, as the kernel acknowledged them, by address."""
         return sorted(self._ledger.values(), key=lambda mapping: mapping.iova)
 
+    def use(self, backend: BackendFactory) -> None:
+        """Replace the back end. Raises ``DeviceInUse`` while it is active."""
+        if self.active:
+            raise DeviceInUse("the domain's back end is replaced only while no device is attached")
+        self.backend = backend(self)
+
     # --- devices
 
     def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.backend import AUTO, BackendChoice, choose_backend
 from kvmpass.host.blocker import Blocker, BlockerTemplate
 from kvmpass.host.kernel.cmdline import CommandLine
 from kvmpass.host.kernel.kmsg import KernelLog
@@ -153,6 +154,8 @@ class CheckContext:
     """What the guest needs besides its memory, in bytes; None if unknown."""
     cpus: int = 1
     """Its number of vCPUs."""
+    wanted_backend: str = AUTO
+    """The IOMMU back end that is asked for, one of ``kvmpass.host.backend.BACKENDS``."""
     wake: bool = True
     """Whether a suspended device may be resumed to read its configuration space."""
 
@@ -193,6 +196,12 @@ class CheckContext:
     def log(self) -> KernelLog:
         """The kernel's log, as far as it reaches back."""
         return self.look.log
+
+    @cached_property
+    def backend(self) -> BackendChoice:
+        """The interface to the IOMMU that a machine with these devices uses."""
+        devices = dict.fromkeys((*([self.bdf] if self.bdf is not None else ()), *self.together))
+        return choose_backend(self.sysfs, devices, self.wanted_backend)
 
     # --- this process
 

@@ -21,11 +21,13 @@ from kvmpass.dma import BackendFactory, Domain, Type1
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceEvent, DeviceReleased, DeviceReset
 from kvmpass.host import Bdf, Sysfs
+from kvmpass.host.backend import AUTO, BackendChoice
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
 from kvmpass.host.usage import VFIO_PCI
 from kvmpass.kvm import Memslots, System
 from kvmpass.layout import Layout, Range, parse_size
+from kvmpass.machine.backends import use_backend
 from kvmpass.machine.device import AssignedDevice, DeviceState
 from kvmpass.machine.execution import Execution
 from kvmpass.machine.monitor import DeviceMonitor
@@ -59,7 +61,7 @@ class Machine(Execution):
     ``LayoutError``, ``ReservedRange``; then nothing is left behind.
 
     ``backing``: huge pages of the host's pools instead of anonymous memory (``NotEnoughMemory`` if they are too few).
-    ``backend``: the kernel's interface to the IOMMU (``kvmpass.dma.Backend``), VFIO's type 1 container by default.
+    ``backend``: ``auto``, ``iommufd`` or ``type1`` (``kvmpass.host.backend``), or a ``kvmpass.dma.BackendFactory``.
     ``on_event`` receives a ``kvmpass.events.DeviceEvent`` for each error, fault, reset and removal of a device. It is
     called from a thread of the machine, or from the one whose call caused the event; events are logged in any case.
     It must not wait for the machine. An uncorrected error of a device ends the guest, unless ``stop_on_error`` is
@@ -76,7 +78,7 @@ class Machine(Execution):
         cpus: int = 1,
         *,
         backing: Backing = Backing.ANONYMOUS,
-        backend: BackendFactory = Type1,
+        backend: str | BackendFactory = AUTO,
         sysfs: Sysfs | None = None,
         on_event: Callable[[DeviceEvent], None] | None = None,
         stop_on_error: bool = True,
@@ -84,6 +86,9 @@ class Machine(Execution):
         super().__init__(cpus)
         self._sysfs = sysfs or Sysfs()
         self._stop_on_error = stop_on_error
+        self._wanted_backend = backend if isinstance(backend, str) else None
+        self.backend: BackendChoice | None = None
+        """The back end in use, and why; None before the first device, and with a factory."""
         self._closed = False
         self._broken = False  # a reset has failed half-way
         self._populated = False
@@ -107,7 +112,8 @@ class Machine(Execution):
             """The regions as KVM memslots."""
             undo.callback(self.memslots.close)
             self.memory.listen(self.memslots)
-            self.domain = Domain(self.memory, backend, self._board.kvm_vfio, self.layout.reserved)
+            made = backend if callable(backend) else Type1  # until the first device
+            self.domain = Domain(self.memory, made, self._board.kvm_vfio, self.layout.reserved)
             """The DMA domain of all assigned devices."""
             undo.callback(self.domain.close)
             for part in planned.regions:
@@ -203,6 +209,8 @@ class Machine(Execution):
             self.populate()
             with deferred():
                 self._monitor.follow_faults()
+                if self._wanted_backend and not self.domain.active:
+                    self.backend = use_backend(self.domain, self._sysfs, found.bdf, self._wanted_backend, vf_token)
                 vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
                 device = AssignedDevice(found, vfio, self._bus_lock)
                 self._connect(device)

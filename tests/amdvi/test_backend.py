@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
 from support.inside import drive_of
 from support.living import running
-from support.modes import Mode, through_all_modes
+from support.modes import FULL, Mode, through_all_modes
 from support.recording import Calls, recording
 from support.witness import iommu_events, merged, traces, without_probe
 
+import kvmpass
 from kvmpass import host
+from kvmpass.errors import HostNotReady
 from kvmpass.layout import GIB, MIB, Range
+from kvmpass.machine import Machine
 
 SIZE = 4 * MIB
 
@@ -49,3 +58,40 @@ def test_a_guest_does_io_over_each_back_end(mode: Mode, nvme: str, edu: str, des
     assert traces("vfio|iommu") == []
     with drive_of(nvme).open("rb") as drive:
         assert drive.read(SIZE) == before[:MIB] + before[:MIB] + before[2 * MIB :]
+
+
+def assign(nvme: str, status: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
+    words = [sys.executable, "-m", "kvmpass", "assign", "-v", *options, "--status-file", str(status), nvme]
+    done = subprocess.run([*words, "--", "true"], capture_output=True, text=True, timeout=250, check=False)
+    return done, json.loads(status.read_text())
+
+
+@FULL
+def test_auto_uses_iommufd_where_it_is(nvme: str, tmp_path: Path) -> None:
+    """The command, the status file and the plan agree."""
+    done, status = assign(nvme, tmp_path / "status", "--memory", "96M")
+    assert done.returncode == 0, done.stderr
+    assert "kvmpass: IOMMU back end iommufd: available to this user\n" in done.stderr
+    assert "kvmpass: audit: ok\n" in done.stderr
+    made = kvmpass.plan([nvme], memory="96M")
+    assert str(made.backend) == "iommufd: available to this user"
+    assert status["backend"] == {"name": made.backend.name, "reason": made.backend.reason}
+
+
+@pytest.mark.amdvi(kernel="stock")
+def test_a_kernel_without_iommufd_is_named(nvme: str, tmp_path: Path) -> None:
+    done, status = assign(nvme, tmp_path / "status", "--backend", "iommufd")
+    assert done.returncode == 125
+    cause = "iommufd was asked for and is unavailable: this kernel has no /dev/iommu"
+    assert done.stderr.startswith(f"kvmpass: {cause}\n  hint: use the back end type1, or auto")
+    assert (status["backend"], status["error"]["cause"]) == (None, cause)
+    assert [blocker.kind for blocker in kvmpass.plan([nvme], backend="iommufd").blockers] == ["no-iommufd"]
+    made = kvmpass.plan([nvme])
+    assert (str(made.backend), made.blockers) == ("type1: this kernel has no /dev/iommu", ())
+    with host.borrow(nvme), Machine(memory="8M", backend="iommufd") as machine:
+        with pytest.raises(HostNotReady, match="iommufd is unavailable: this kernel has no /dev/iommu"):
+            machine.assign(nvme)
+        assert (machine.devices, machine.backend) == ([], None)
+    with host.borrow(nvme), Machine(memory="8M", backend="auto") as machine:
+        machine.assign(nvme)
+        assert str(machine.backend) == "type1: this kernel has no /dev/iommu"

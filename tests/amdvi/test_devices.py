@@ -32,7 +32,6 @@ from support.witness import iommu_events, merged, without_probe
 
 from kvmpass.assignment.assign import assigned
 from kvmpass.guest import Guest, GuestSpec
-from kvmpass.machine import Machine
 from kvmpass.testing.state import State
 
 pytestmark = pytest.mark.amdvi(profile="devices", timeout=3600 if SOAK else 300)
@@ -241,7 +240,6 @@ def test_three_devices_share_one_domain(
     peer: None,
     directory: Path,
     destructive: None,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each works, and the kernel saw the guest's memory mapped once, not once for each."""
     before = os.urandom(HEAD)
@@ -251,10 +249,9 @@ def test_three_devices_share_one_domain(
     spec = GuestSpec(command=("sh", "-c", script(jobs)), copy=copy)
     output = bytearray()
     calls: Calls = []
-    monkeypatch.setitem(Machine.__init__.__kwdefaults__, "backend", recording(calls))
     with (
         iommu_events() as events,
-        assigned([nvme, nic, edu], spec, memory="256M") as machine,
+        assigned([nvme, nic, edu], spec, memory="256M", backend=recording(calls)) as machine,
         Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
     ):
         ram = merged([region.range for region in machine.memory if region.dma])

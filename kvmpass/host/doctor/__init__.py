@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from itertools import chain
 
 from kvmpass.host.address import Bdf
+from kvmpass.host.backend import AUTO
 from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import CHECKS as DEVICE_CHECKS
 from kvmpass.host.check import Check, CheckContext, Finding, Outcome, Reading, failures, run_checks
@@ -37,15 +38,25 @@ def diagnose(
     together: Collection[Bdf] = (),
     look: Look | None = None,
     cpus: int = 1,
+    backend: str = AUTO,
 ) -> list[Finding]:
     """Run every check; those of a device only with ``bdf``. Changes nothing, and raises nothing.
 
     ``memory`` is the guest's size in bytes, ``huge_page`` the size of its pages in bytes or 0, ``cpus`` its number of
-    vCPUs; ``together`` are devices that are assigned with ``bdf``. Callers that check many devices pass one ``look``.
+    vCPUs; ``together`` are devices that are assigned with ``bdf``, ``backend`` the IOMMU back end that is asked for.
+    Callers that check many devices pass one ``look``.
     """
     checks = [check for check in CATALOGUE if bdf is not None or not check.device]
-    guest = CheckContext(look or Look(sysfs), bdf, together=together, memory=memory, huge_page=huge_page, cpus=cpus)
-    return list(run_checks(checks, guest))
+    context = CheckContext(
+        look or Look(sysfs),
+        bdf,
+        together=together,
+        memory=memory,
+        huge_page=huge_page,
+        cpus=cpus,
+        wanted_backend=backend,
+    )
+    return list(run_checks(checks, context))
 
 
 def diagnose_device(look: Look, bdf: Bdf) -> list[Finding]:
@@ -53,19 +64,21 @@ def diagnose_device(look: Look, bdf: Bdf) -> list[Finding]:
     return list(run_checks([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], CheckContext(look, bdf)))
 
 
-def check_host(sysfs: Sysfs) -> None:
+def check_host(sysfs: Sysfs, *, backend: str = AUTO, together: Collection[Bdf] = ()) -> None:
     """Check what every assignment needs: AMD-V, KVM, AMD-Vi with interrupt remapping, VFIO, permission to use them.
 
+    ``backend`` is the IOMMU back end that is asked for, ``together`` are the devices to assign.
     Raises ``HostNotReady`` or ``PermissionError`` for the first of the catalogue's vital checks that fails. Loads no
     module: it is sufficient that vfio-pci can be loaded.
     """
-    if blocker := host_blocker(sysfs):
+    if blocker := host_blocker(sysfs, backend=backend, together=together):
         raise blocker.exception()
 
 
-def host_blocker(sysfs: Sysfs) -> Blocker | None:
+def host_blocker(sysfs: Sysfs, *, backend: str = AUTO, together: Collection[Bdf] = ()) -> Blocker | None:
     """Return the blocker for which :func:`check_host` raises; None if this host and this user can assign devices."""
-    return next(failures((check for check in CATALOGUE if check.vital), CheckContext(Look(sysfs))), None)
+    context = CheckContext(Look(sysfs), wanted_backend=backend, together=together)
+    return next(failures((check for check in CATALOGUE if check.vital), context), None)
 
 
 def check_memory(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import pwd
-import stat
 
+from kvmpass.host.backend import IOMMU_NODE, IOMMUFD, cdevs
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
+from kvmpass.host.kernel.permissions import may, owner
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 from kvmpass.host.usage import VFIO_PCI, vfio_nodes
 
@@ -30,6 +31,22 @@ NO_ACCESS = BlockerTemplate(
         f'echo \'SUBSYSTEM=="misc", KERNEL=="vfio", MODE="0666"\' > {_RULES}-vfio.rules',
         f'echo \'SUBSYSTEM=="vfio", KERNEL=="{{group}}", GROUP="vfio", MODE="0660"\' > {_RULES}-{{group}}.rules',
         "udevadm control --reload && udevadm trigger --subsystem-match=misc --subsystem-match=vfio",
+        "echo '{user} - memlock {kib}' > /etc/security/limits.d/50-kvmpass-{user}.conf",
+    ),
+)
+NO_ACCESS_IOMMUFD = BlockerTemplate(
+    kind="no-access-iommufd",
+    brief="{nodes}",
+    cause="this user ({user}) may not open {nodes}",
+    remedy="run as root; or join the group that owns /dev/kvm (often kvm), get /dev/iommu and the device's character "
+    "device by a udev rule, get a limit for locked memory, log in again, and let root bind the device to vfio-pci. A "
+    "user who may open a device's node controls the device: give it to one user, or to a group of its own",
+    commands=(
+        "usermod -aG kvm {user}",
+        "groupadd --system vfio && usermod -aG vfio {user}",
+        f'echo \'SUBSYSTEM=="misc", KERNEL=="iommu", GROUP="vfio", MODE="0660"\' > {_RULES}-iommu.rules',
+        f'echo \'SUBSYSTEM=="vfio-dev", KERNELS=="{{bdf}}", GROUP="vfio", MODE="0660"\' > {_RULES}-{{bdf}}.rules',
+        "udevadm control --reload && udevadm trigger --subsystem-match=misc --subsystem-match=vfio-dev",
         "echo '{user} - memlock {kib}' > /etc/security/limits.d/50-kvmpass-{user}.conf",
     ),
 )
@@ -57,22 +74,6 @@ NO_DRIVERS_YET = BlockerTemplate(
 )
 
 
-def _may(sysfs: Sysfs, node: str, mode: int = os.R_OK | os.W_OK) -> bool:
-    return sysfs.ask(f"may {mode} {node}", lambda: os.access(sysfs.path(node), mode, effective_ids=True))
-
-
-def _owner(sysfs: Sysfs, node: str) -> str:
-    return sysfs.ask(f"owner {node}", lambda: _owner_now(sysfs, node))
-
-
-def _owner_now(sysfs: Sysfs, node: str) -> str:
-    try:
-        found = sysfs.path(node).stat()
-    except OSError as error:
-        return error.strerror or "not found"
-    return f"{stat.filemode(found.st_mode)}, user {found.st_uid}, group {found.st_gid}"
-
-
 def user_name(sysfs: Sysfs) -> str:
     """Return the name of the effective user; its ID without a name."""
     return sysfs.ask("user name", _user_name)
@@ -88,21 +89,23 @@ def _user_name() -> str:
 @precondition(
     "access",
     "Permission to open the nodes",
-    "`/dev/kvm`, `/dev/vfio/vfio`, and of a device its `/dev/vfio/GROUP`",
-    (NO_ACCESS, NO_ACCESS_KVM),
+    "`/dev/kvm`; with type 1 `/dev/vfio/vfio`, and of a device its `/dev/vfio/GROUP`; with iommufd `/dev/iommu`, and "
+    "of a device its `/dev/vfio/devices/vfioN`",
+    (NO_ACCESS, NO_ACCESS_IOMMUFD, NO_ACCESS_KVM),
     vital=True,
 )
 def _access(context: CheckContext) -> Verdict:
     sysfs = context.sysfs
-    nodes = ["dev/kvm", "dev/vfio/vfio"]
     group = context.device.group if context.present else None
-    if group is not None:
-        nodes.append(vfio_nodes(sysfs, context.device.bdf, group)[0].lstrip("/"))  # the group's
+    if context.backend.name == IOMMUFD:
+        nodes = ["dev/kvm", IOMMU_NODE, *(cdevs(sysfs, context.bdf) if context.bdf is not None else ())]
+    else:
+        nodes = ["dev/kvm", "dev/vfio/vfio"]
+        if group is not None:
+            nodes.append(vfio_nodes(sysfs, context.device.bdf, group)[0].lstrip("/"))  # the group's
     present = [node for node in nodes if sysfs.path(node).exists()]
-    read = [Reading(f"/{node}", _owner(sysfs, node)) for node in present]
-    if sysfs.path("dev/iommu").exists():
-        read.append(Reading("/dev/iommu", f"{_owner(sysfs, 'dev/iommu')}; kvmpass does not use it"))
-    closed = [f"/{node}" for node in present if not _may(sysfs, node)]
+    read = [Reading(f"/{node}", owner(sysfs, node)) for node in present]
+    closed = [f"/{node}" for node in present if not may(sysfs, node)]
     if not closed:
         return passed(" ".join(f"/{node}" for node in present) or "no node exists yet", *read)
     user = user_name(sysfs)
@@ -110,12 +113,13 @@ def _access(context: CheckContext) -> Verdict:
         return failed(NO_ACCESS_KVM, *read, denied=closed[0], user=user)
     kib = -(-context.to_lock // 1024)
     return failed(
-        NO_ACCESS,
+        NO_ACCESS_IOMMUFD if context.backend.name == IOMMUFD else NO_ACCESS,
         *read,
         denied=closed[0],
         nodes=", ".join(closed),
         user=user,
         group="GROUP" if group is None else group,
+        bdf="BDF" if context.bdf is None else context.bdf,
         kib=kib,
     )
 
@@ -135,8 +139,8 @@ def _drivers(context: CheckContext) -> Verdict:
         file = f"{PCI_DEVICES}/{context.bdf}/driver_override"
     else:
         file = "sys/bus/pci/drivers_probe"
-    read = Reading(f"/{file}", _owner(sysfs, file))
-    if _may(sysfs, file, os.W_OK):
+    read = Reading(f"/{file}", owner(sysfs, file))
+    if may(sysfs, file, os.W_OK):
         return passed("yes", read)
     if context.present:
         return failed(NO_DRIVERS, read, user=user_name(sysfs), bdf=context.bdf)

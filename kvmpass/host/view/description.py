@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from kvmpass.errors import NotAssignable
 from kvmpass.host.address import Bdf
+from kvmpass.host.backend import BackendChoice, choose_backend
 from kvmpass.host.blockers.use import ASSIGNED
 from kvmpass.host.drivers.driverctl import saved_override
 from kvmpass.host.look import Look
@@ -58,6 +59,8 @@ class Description:
     """The device, its names and blockers."""
     host: HostStatus
     """Whether this host can assign devices."""
+    backend: BackendChoice
+    """The IOMMU back end that a machine with this device would use."""
     subsystem_name: str | None
     """The name of the card or board; None if unknown."""
     driverctl: str | None
@@ -91,6 +94,7 @@ def describe(sysfs: Sysfs, bdf: Bdf, look: Look | None = None) -> Description:
     return Description(
         status=status,
         host=look.remembered("host status", lambda look: host_status(look.sysfs)),
+        backend=choose_backend(sysfs, [bdf]),
         subsystem_name=look.names.subsystem(device),
         driverctl=saved.driver if saved else None,
         bars=tuple(bars(device)),

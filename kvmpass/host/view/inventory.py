@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kvmpass.errors import NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
+from kvmpass.host.backend import BackendChoice, cdevs, choose_backend
 from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import blockers
 from kvmpass.host.doctor import host_blocker
@@ -80,6 +81,8 @@ class DeviceStatus:
     """Its PCI Express link; None without one."""
     sriov: Sriov | None
     """None without SR-IOV."""
+    cdev: str | None
+    """Its VFIO character device, such as ``/dev/vfio/devices/vfio0``; None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,8 @@ class Inventory:
     """The IOMMU groups of these devices, by number."""
     complete: bool
     """Whether this user sees all processes, as root does."""
+    backend: BackendChoice
+    """The IOMMU back end that a machine would use."""
     orphaned: tuple[Bdf, ...] = ()
     """All devices of this host that killed processes have left for ``kvmpass restore``."""
 
@@ -121,6 +126,7 @@ def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
         devices=tuple(devices),
         groups=tuple(groups[number] for number in sorted(groups)),
         complete=sysfs.ask("privileged", lambda: os.geteuid() == 0),
+        backend=choose_backend(sysfs),
         orphaned=() if sysfs.recorded else tuple(orphaned(sysfs)),
     )
 
@@ -134,6 +140,7 @@ def device_status(look: Look, device: PciDevice) -> DeviceStatus:
         blockers=tuple(blockers(look.sysfs, device, look=look)),
         link=link_of(look.sysfs, device.bdf),
         sriov=sriov_of(look.sysfs, device.bdf),
+        cdev=next((f"/{node}" for node in cdevs(look.sysfs, device.bdf)), None),
     )
 
 

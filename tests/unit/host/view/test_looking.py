@@ -177,6 +177,17 @@ def test_list_for_people(host: Host, capsys: pytest.CaptureFixture[str]) -> None
     assert "cannot assign" not in errors
 
 
+def test_the_character_device_and_the_back_end(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    host.put(f"sys/bus/pci/devices/{NVME_BDF}/vfio-dev/vfio5/dev", "511:5")
+    host.put("dev/iommu", "")
+    output, _ = run(capsys, "list", "--wide", NVME_BDF)
+    assert "/dev/vfio/devices/vfio5" in output
+    assert output.endswith("IOMMU back end iommufd: available to this user\n")
+    output, _ = run(capsys, "show", NVME_BDF)
+    assert "nvme, /dev/vfio/devices/vfio5" in output
+    assert "\nBack end      iommufd: available to this user\n" in output
+
+
 def test_a_narrow_terminal_and_more_facts(
     host: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +202,7 @@ def test_a_narrow_terminal_and_more_facts(
         "    8  0000:01:00.1  NVMe   -       yes",
         "         1022:1234",
         "         reset: flr, bus · virtual function of 0000:01:00.0",
+        "IOMMU back end type1: this kernel has no /dev/iommu",
     ]
 
 

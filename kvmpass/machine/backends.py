@@ -1,0 +1,24 @@
+"""The back ends that a machine's DMA domain can have, by their names (``kvmpass.host.backend``)."""
+
+from __future__ import annotations
+
+import uuid
+
+from kvmpass.dma import BackendFactory, Domain, IommufdBackend, Type1
+from kvmpass.errors import HostNotReady
+from kvmpass.host import Bdf, Sysfs
+from kvmpass.host.backend import IOMMUFD, TYPE1, BackendChoice, choose_backend
+
+_FACTORIES: dict[str, BackendFactory] = {IOMMUFD: IommufdBackend, TYPE1: Type1}
+
+
+def use_backend(domain: Domain, sysfs: Sysfs, bdf: Bdf, wanted: str, vf_token: uuid.UUID | None) -> BackendChoice:
+    """Give ``domain``, which has no device yet, the back end for its first one; returns which that is, and why.
+
+    Raises ``HostNotReady`` where the kernel lacks the one that was asked for.
+    """
+    choice = choose_backend(sysfs, [bdf], wanted, vf_token=vf_token is not None)
+    if choice.obstacle:
+        raise HostNotReady(f"iommufd is unavailable: {choice.obstacle}", "use the back end type1, or auto")
+    domain.use(_FACTORIES[choice.name])
+    return choice
