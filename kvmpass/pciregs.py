@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 COMMAND = 0x04
@@ -61,8 +61,6 @@ _MSIX_SIZE, _MSIX_BAR = 0x7FF, 0b111
 Read = Callable[[int, int], int]
 """Reads a register: offset, bytes."""
 
-_MAX_CAPABILITIES = 48  # as many as fit into 192 bytes, at least 4 each
-
 
 @dataclass(frozen=True, slots=True)
 class Capability:
@@ -80,35 +78,32 @@ class Capability:
 
 def capabilities(read: Read) -> list[Capability]:
     """Walk the list with ``read``. A loop, or a pointer into the header, ends it."""
-    found: list[tuple[int, int]] = []
+    found: dict[int, int] = {}  # identifiers by offset
     if not read(STATUS, 2) & STATUS_CAPABILITIES:
         return []
     offset = read(CAPABILITIES, 1) & ~3
-    while HEADER_SIZE <= offset < CONVENTIONAL_SIZE and len(found) < _MAX_CAPABILITIES:
-        if any(at == offset for at, _ in found):
-            break
-        found.append((offset, read(offset, 1)))
+    while HEADER_SIZE <= offset < CONVENTIONAL_SIZE and offset not in found:
+        found[offset] = read(offset, 1)
         offset = read(offset + 1, 1) & ~3
-    return [Capability(number, at, _end(at, found, CONVENTIONAL_SIZE)) for at, number in found]
+    return [Capability(number, at, _end(at, found, CONVENTIONAL_SIZE)) for at, number in found.items()]
 
 
 def extended_capabilities(read: Read) -> list[Capability]:
     """Walk the list from 0x100 on with ``read`` (PCI Express base, section 7.6.3). It may be empty."""
-    found: list[tuple[int, int]] = []
+    found: dict[int, int] = {}  # headers by offset
     offset = CONVENTIONAL_SIZE
-    while CONVENTIONAL_SIZE <= offset < EXTENDED_SIZE and not any(at == offset for at, _ in found):
+    while CONVENTIONAL_SIZE <= offset < EXTENDED_SIZE and offset not in found:
         header = read(offset, 4)
         if header in (0, 0xFFFF_FFFF):
             break
-        found.append((offset, header))
+        found[offset] = header
         offset = header >> 20 & ~3
-    return [
-        Capability(header & 0xFFFF, at, _end(at, found, EXTENDED_SIZE), header >> 16 & 0xF) for at, header in found
-    ]
+    ends = ((at, header, _end(at, found, EXTENDED_SIZE)) for at, header in found.items())
+    return [Capability(header & 0xFFFF, at, end, header >> 16 & 0xF) for at, header, end in ends]
 
 
-def _end(offset: int, found: list[tuple[int, int]], limit: int) -> int:
-    return min((at for at, _ in found if at > offset), default=limit)
+def _end(offset: int, found: Iterable[int], limit: int) -> int:
+    return min((at for at in found if at > offset), default=limit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvmpass._fd import OwnedFd, check, closing_on_error, failure
@@ -24,6 +24,17 @@ from kvmpass.kvm.types import CpuidEntry
 from kvmpass.memory import HostMapping
 
 _INTERRUPTED = InterruptedExit()
+_RARE_EXITS: dict[int, Callable[[Any], Exit]] = {
+    lib.KVM_EXIT_INTR: lambda out: _INTERRUPTED,
+    lib.KVM_EXIT_HLT: lambda out: HaltExit(),
+    lib.KVM_EXIT_SHUTDOWN: lambda out: ShutdownExit(),
+    lib.KVM_EXIT_SYSTEM_EVENT: lambda out: SystemEventExit(out.detail[0]),
+    lib.KVM_EXIT_MEMORY_FAULT: lambda out: MemoryFaultExit(out.address, out.detail[1], out.detail[0]),
+    lib.KVM_EXIT_FAIL_ENTRY: lambda out: FailedExit("the processor refused to enter the guest", *out.detail[0:2]),
+    lib.KVM_EXIT_INTERNAL_ERROR: lambda out: FailedExit(
+        "emulation failed (KVM_EXIT_INTERNAL_ERROR)", *out.detail[0:2]
+    ),
+}
 
 
 def install_kick(signal_number: int) -> None:
@@ -75,24 +86,8 @@ class Vcpu(OwnedFd):
             size, offset = min(out.size, 8), out.data_offset
             data = bytes(self._page[offset : offset + size]) if out.is_write else b""
             return MmioExit(out.address, size, bool(out.is_write), data, offset)
-        return self._rare(reason, out)
-
-    def _rare(self, reason: int, out: Any) -> Exit:
-        if reason == lib.KVM_EXIT_INTR:
-            return _INTERRUPTED
-        if reason == lib.KVM_EXIT_HLT:
-            return HaltExit()
-        if reason == lib.KVM_EXIT_SHUTDOWN:
-            return ShutdownExit()
-        if reason == lib.KVM_EXIT_SYSTEM_EVENT:
-            return SystemEventExit(out.detail[0])
-        if reason == lib.KVM_EXIT_MEMORY_FAULT:
-            return MemoryFaultExit(out.address, out.detail[1], out.detail[0])
-        if reason == lib.KVM_EXIT_FAIL_ENTRY:
-            return FailedExit("the processor refused to enter the guest", out.detail[0], out.detail[1])
-        if reason == lib.KVM_EXIT_INTERNAL_ERROR:
-            return FailedExit("KVM could not emulate it (KVM_EXIT_INTERNAL_ERROR)", out.detail[0], out.detail[1])
-        return FailedExit("an exit that is not handled", reason, 0)
+        rare = _RARE_EXITS.get(reason)
+        return rare(out) if rare else FailedExit("an exit that is not handled", reason, 0)
 
     def complete(self, exit_: PortExit | MmioExit, data: bytes) -> None:
         """Set the result of a read, of exactly the requested size. It takes effect at the next ``run()``."""
@@ -150,10 +145,7 @@ class Vcpu(OwnedFd):
 
         Raises ``OSError`` (``EINVAL``: KVM refuses one).
         """
-        table = ffi.new("struct kvm_msr_entry[]", [(index, 0) for index in indexes])
-        done = check(lib.kvm_get_msrs(self.fd, table, len(indexes)), "KVM_GET_MSRS", f"vCPU {self.index}")
-        if done < len(indexes):
-            raise failure(errno.EINVAL, "KVM_GET_MSRS", f"vCPU {self.index}, MSR {indexes[done]:#x}")
+        table = self._msrs(lib.kvm_get_msrs, "KVM_GET_MSRS", dict.fromkeys(indexes, 0))
         return {entry.index: entry.data for entry in table}
 
     def set_msrs(self, values: Mapping[int, int]) -> None:
@@ -161,10 +153,14 @@ class Vcpu(OwnedFd):
 
         Raises ``OSError`` (``EINVAL``: KVM refuses one; those before it are set).
         """
+        self._msrs(lib.kvm_set_msrs, "KVM_SET_MSRS", values)
+
+    def _msrs(self, call: Callable[[int, Any, int], int], name: str, values: Mapping[int, int]) -> Any:
         table = ffi.new("struct kvm_msr_entry[]", list(values.items()))
-        done = check(lib.kvm_set_msrs(self.fd, table, len(values)), "KVM_SET_MSRS", f"vCPU {self.index}")
+        done = check(call(self.fd, table, len(values)), name, f"vCPU {self.index}")
         if done < len(values):
-            raise failure(errno.EINVAL, "KVM_SET_MSRS", f"vCPU {self.index}, MSR {list(values)[done]:#x}")
+            raise failure(errno.EINVAL, name, f"vCPU {self.index}, MSR {table[done].index:#x}")
+        return table
 
     def enter_long_mode(self, *, cr3: int, gdt: int, gdt_limit: int, code: int, data: int) -> None:
         """Enter 64-bit mode: page tables at ``cr3``, flat segments, interrupts disabled (``KVM_SET_SREGS``).

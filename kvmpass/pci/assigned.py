@@ -243,17 +243,17 @@ class AssignedFunction:
         if enabled == self._enabled == self._bars.decoding:
             self._space.write(offset, data)
             return
-        self._bars.decode(self._bars.decoding & enabled)  # raises: the write is not done
-        done = self._space.write(offset, data)
-        self._enabled = enabled if done else self._enabled & enabled
-        self._bars.decode(self._decoded())
+        self._change_decoding(offset, data, enabled, self._awake)
 
     def _write_power(self, offset: int, data: bytes) -> None:
         """Turn decoding off in any state but D0, where the mapping faults (PCI Power Management, 5.4)."""
         awake = not data[self._power_at + _PMCSR - offset] & _POWER_STATE
-        if not awake:
-            self._bars.decode(0)
+        self._change_decoding(offset, data, self._enabled, awake)
+
+    def _change_decoding(self, offset: int, data: bytes, enabled: int, awake: bool) -> None:
+        self._bars.decode(self._bars.decoding & enabled if awake else 0)  # raises: the write is not done
         done = self._space.write(offset, data)
+        self._enabled = enabled if done else self._enabled & enabled
         self._awake = awake if done else self._awake and awake
         self._bars.decode(self._decoded())
 
