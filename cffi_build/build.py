@@ -9,13 +9,13 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-ROOMS = ("memory", "kvm", "vfio", "iommufd")
+PARTS = ("memory", "kvm", "vfio", "iommufd")
 
 ffi = FFI()
-ffi.cdef("\n".join((HERE / f"{room}.cdef").read_text() for room in ROOMS))
+ffi.cdef("\n".join((HERE / f"{part}.cdef").read_text() for part in PARTS))
 ffi.set_source(
     "kvmpass._native",
-    "\n".join((HERE / f"{part}.c").read_text() for part in ("result", *ROOMS)),
+    "\n".join((HERE / f"{part}.c").read_text() for part in ("result", *PARTS)),
     py_limited_api=True,
     include_dirs=[str(HERE)],
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-function"],

@@ -249,7 +249,7 @@ def explanations(path: Path = EXPLAINED) -> list[Explanation]:
 
 
 def explained(mutant: Mutant, entries: Iterable[Explanation]) -> Explanation | None:
-    """The entry for ``mutant``. An entry whose ``now`` ends in ``*`` speaks of all that begin as it does."""
+    """The entry for ``mutant``. An entry whose ``now`` ends in ``*`` refers to all that begin as it does."""
     was, now = mutant.changed
     for entry in entries:
         same = now.startswith(entry.now[:-1]) if entry.now.endswith("*") else now == entry.now

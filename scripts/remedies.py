@@ -186,4 +186,4 @@ def error_classes() -> list[type[KvmpassError]]:
     while todo:
         found.add(last := todo.pop())
         todo += last.__subclasses__()
-    return sorted((one for one in found if one.__module__.startswith("kvmpass.")), key=lambda one: one.__name__)
+    return sorted((error for error in found if error.__module__.startswith("kvmpass.")), key=lambda one: one.__name__)

@@ -85,8 +85,8 @@ def plan(
 ) -> Plan:
     """Work out what assigning these devices to one machine would do. Changes nothing, on any machine.
 
-    Everything that would be refused is in ``blockers``, all of it and not only the first. Raises only for what is no
-    question: ``BadAddress``, ``LayoutError`` for a ``memory`` that is no size.
+    Everything that would be refused is in ``blockers``, all of it and not only the first. Raises only for
+    invalid arguments: ``BadAddress``, ``LayoutError`` for an invalid ``memory``.
     """
     sysfs = sysfs or Sysfs()
     bdfs = [Bdf.parse(address) if isinstance(address, str) else address for address in addresses]

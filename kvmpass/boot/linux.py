@@ -205,9 +205,9 @@ def place_initrd(kernel: KernelImage, code: Range, size: int, ram: Sequence[Rang
     limit = min(kernel.initrd_max + 1, 4 * GIB)
     for part in sorted(ram, reverse=True):
         # Below the kernel only the first MiB is in use.
-        for floor, top in ((max(part.start, code.end), part.end), (part.start, min(part.end, code.start))):
+        for lowest, top in ((max(part.start, code.end), part.end), (part.start, min(part.end, code.start))):
             start = (min(top, limit) - size) & -PAGE
-            if start >= max(floor, MIB):
+            if start >= max(lowest, MIB):
                 return Range(start, size)
     available = sum(part.size for part in ram if part.start < limit) // MIB
     raise NotEnoughMemory(

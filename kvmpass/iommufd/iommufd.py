@@ -66,7 +66,9 @@ class Iommufd(OwnedFd):
         found = ffi.new("struct kvmpass_iova_ranges *")
         check(lib.iommufd_ioas_iova_ranges(self.fd, ioas, found), "IOMMU_IOAS_IOVA_RANGES", f"IOAS {ioas}")
         ranges = (found.ranges[i] for i in range(found.count))
-        return IovaRanges(tuple(Range(one.first, one.second - one.first + 1) for one in ranges), int(found.alignment))
+        return IovaRanges(
+            tuple(Range(range_.first, range_.second - range_.first + 1) for range_ in ranges), int(found.alignment)
+        )
 
     def ioas_map(self, ioas: int, iova: int, hva: int, size: int, *, writable: bool) -> None:
         """Map ``size`` bytes of this process at ``hva`` to ``iova`` for the devices of an IOAS (``IOMMU_IOAS_MAP``).

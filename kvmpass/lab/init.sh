@@ -47,7 +47,7 @@ mount_all() {
     mount -t debugfs debugfs /sys/kernel/debug
     mount -t tracefs tracefs /sys/kernel/tracing
     mount -t cgroup2 cgroup2 /sys/fs/cgroup
-    # What kvmpass keeps of the machine's own devices is not for here, nor may it be readable for who runs this.
+    # kvmpass's state directory is about the machine's own devices: unused here, and not readable for every user.
     mkdir -p /var/lib/kvmpass
     mount -t tmpfs -o mode=755 kvmpass /var/lib/kvmpass
     number=0

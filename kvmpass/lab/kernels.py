@@ -52,7 +52,7 @@ def kernel_release(image: Path) -> str:
     at = int.from_bytes(head[_VERSION_AT : _VERSION_AT + 2], "little") + 0x200
     words = head[at:].split(b"\0", 1)[0].split()
     if not words:
-        raise LabError(f"{image} does not tell its version")
+        raise LabError(f"the version of {image} is unknown")
     return words[0].decode("ascii", "replace")
 
 

@@ -26,7 +26,7 @@ Attach = Callable[[Host], AbstractContextManager[None]]
 
 
 class Lab:
-    """An emulated AMD host, made anew for each command. ``say`` takes progress, a line at a time.
+    """An emulated AMD host, booted again for each command. ``say`` takes progress, a line at a time.
 
     Runs may go on side by side; each blocks the thread it is called from, and ends with that thread.
     """

@@ -123,7 +123,7 @@ def system() -> Emulator:
 
 
 def version_of(prefix: tuple[str, ...], environment: Mapping[str, str] | None = None) -> Version:
-    """Ask a QEMU for its version. Raises ``LabError`` if it does not tell."""
+    """Ask a QEMU for its version. Raises ``LabError`` if it reports none."""
     try:
         done = subprocess.run(
             [*prefix, "--version"],

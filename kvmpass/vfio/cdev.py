@@ -20,7 +20,7 @@ _BIND_REMEDY = {
     errno.EPERM: "the DMA of its IOMMU group is owned elsewhere: a host driver or a process uses one of its devices; "
     "or there is no interrupt remapping: enable it in the firmware, or it is not safe to assign devices here",
     errno.EBUSY: "a process has the node of its IOMMU group open (/dev/vfio/GROUP)",
-    errno.EINVAL: "a process has the device open; or the firmware asks for one-to-one mapped memory for it (IVRS "
+    errno.EINVAL: "a process has the device open; or the firmware requires a direct-mapped region for it (IVRS "
     "IVMD): turning off pre-boot DMA protection in the firmware often removes it",
 }
 _TOKEN_UNKNOWN = (

@@ -167,7 +167,7 @@ def test_a_borrower_leaves_it_bound_and_so_does_one_that_is_killed(edu: str, sta
 
     assert (facts(), files(state)) == before
     assert Child(work).wait() == -signal.SIGKILL
-    assert [(one.outcome, one.operation) for one in host.restore()] == [("restored", "assign")]
+    assert [(result.outcome, result.operation) for result in host.restore()] == [("restored", "assign")]
     assert (facts(), files(state)) == before
     host.unbind([edu])
 
@@ -256,7 +256,9 @@ def test_killed_at_each_step(operation: str, step: Step, nvme: str, state: Path,
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert Child(lambda: run(operation, nvme, on_step=at_step.hook)).wait() == -signal.SIGKILL
     at_step(step, lambda: None)
-    assert [(one.bdf, one.outcome, one.operation) for one in host.restore()] == [(nvme, "restored", operation)]
+    assert [(result.bdf, result.outcome, result.operation) for result in host.restore()] == [
+        (nvme, "restored", operation)
+    ]
     assert (facts(), files(state)) == before
     assert host.restore() == []
     assert (facts(), files(state)) == before
@@ -275,7 +277,7 @@ def test_killed_at_any_moment(seed: int, nvme: str, state: Path) -> None:
     child = Child(work)
     time.sleep(random.Random(seed).uniform(0.2, 2.0))
     assert child.kill() == -signal.SIGKILL
-    assert all(one.outcome == "restored" for one in host.restore())
+    assert all(result.outcome == "restored" for result in host.restore())
     assert host.restore() == []
     assert driver(nvme) in ("nvme", "vfio-pci")
     assert list(files(state)) == ([f"bound/{nvme}.json"] if driver(nvme) == "vfio-pci" else [])
@@ -316,7 +318,7 @@ def test_it_vanishes_while_it_is_given_back(step: Step, nvme: str, at_step: AtSt
     try:
         with pytest.raises(NoSuchDevice, match=f"there is no PCI device {nvme} any more"):
             host.unbind([nvme], on_step=at_step.hook)
-        assert [(one.bdf, one.outcome) for one in host.restore()] == [(nvme, "gone")]
+        assert [(result.bdf, result.outcome) for result in host.restore()] == [(nvme, "gone")]
         assert host.restore() == []
     finally:
         (PCI / "rescan").write_text("1")
@@ -336,7 +338,7 @@ def test_it_comes_back_anew_while_it_is_restored(nvme: str, at_step: AtStep) -> 
     at_step(Step.PROBE, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert Child(lambda: host.bind([nvme], on_step=at_step.hook)).wait() == -signal.SIGKILL
     at_step(Step.RETURN_PROBE, lambda: replug(nvme))
-    assert [one.outcome for one in host.restore(on_step=at_step.hook)] == ["restored"]
+    assert [result.outcome for result in host.restore(on_step=at_step.hook)] == ["restored"]
     assert host.restore() == []
     namespace(nvme)
 
@@ -400,7 +402,7 @@ def test_five_at_once(nvme: str, nvme2: str, edu: str, edu2: str, tmp_path: Path
                     run(operation, *chosen, say=told.append)
                 counts[operation] += 1
             except DeviceInUse as refusal:
-                # Another one's borrowing, or its node; never this process, which has let go of everything.
+                # Another one's borrowing, or its node; never this process, which has released everything.
                 found = [int(pid) for pid in re.findall(r"process (\d+) \(", str(refusal))]
                 assert found and os.getpid() not in found, str(refusal)
                 counts["refused"] += 1

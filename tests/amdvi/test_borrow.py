@@ -312,7 +312,7 @@ def test_borrowed_by_another_process(nvme: str) -> None:
     until(lambda: look(nvme).driver == "vfio-pci" and bool(host.restore()))
     refused(DeviceInUse, nvme, rf"{nvme} is assigned by process {child.pid} \(")
     [status] = host.inventory(host.Sysfs(), [nvme]).devices
-    assert [one.kind for one in status.blockers] == ["assigned"], "list knows what the journal knows"
+    assert [blocker.kind for blocker in status.blockers] == ["assigned"], "list knows what the journal knows"
     assert child.kill(signal.SIGINT) == 7
 
 

@@ -32,14 +32,14 @@ STANDARD = 3  # input, output, errors: open whatever we do
 @pytest.fixture(autouse=True)
 def unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("KVMPASS_STATE_DIR", str(tmp_path / "state"))
-    before = [(one.bdf, one.driver, one.driver_override) for one in SYSFS.devices()]
+    before = [(device.bdf, device.driver, device.driver_override) for device in SYSFS.devices()]
     yield
-    assert [(one.bdf, one.driver, one.driver_override) for one in SYSFS.devices()] == before
+    assert [(device.bdf, device.driver, device.driver_override) for device in SYSFS.devices()] == before
 
 
 def failures(bdf: str | None = None, **options: Any) -> list[str]:
     findings = host.diagnose(SYSFS, Bdf.parse(bdf) if bdf else None, **options)
-    return [one.blocker.kind for one in findings if one.outcome is Outcome.FAIL and one.blocker]
+    return [finding.blocker.kind for finding in findings if finding.outcome is Outcome.FAIL and finding.blocker]
 
 
 def failures_as(action: Callable[[], object], bdf: str | None = None, **options: Any) -> list[str]:
@@ -72,7 +72,7 @@ def test_the_commands(nvme: str, valid: Callable[..., Any], emulated_host: bool)
     assert (done.returncode, done.stderr) == (0, "")
     assert document["ok"]
     if emulated_host:
-        assert {one["outcome"] for one in document["findings"]} == {"pass"}
+        assert {finding["outcome"] for finding in document["findings"]} == {"pass"}
     done = subprocess.run(
         [*words, "plan", nvme, "--memory", "64M", "--json"], capture_output=True, text=True, timeout=60, check=False
     )
@@ -98,7 +98,7 @@ def test_a_host_that_lacks_something(kind: str, edu: str) -> None:
 @pytest.mark.amdvi(profile="wrong-ioapic", kernel="full")
 def test_what_the_kernel_said_of_its_refusal(edu: str) -> None:
     """And what it made of the command line: two words that it ignores, one of which it says so itself."""
-    findings = {one.check: one for one in host.diagnose(SYSFS, Bdf.parse(edu))}
+    findings = {finding.check: finding for finding in host.diagnose(SYSFS, Bdf.parse(edu))}
     remapping, idle = findings["interrupt-remapping"].blocker, findings["idle-options"].blocker
     assert remapping is not None
     assert remapping.kind == "no-southbridge-ioapic"
@@ -121,8 +121,10 @@ def test_no_iommu_mode(edu: str) -> None:
     override.write_text("vfio-pci\n")
     try:
         Path("/sys/bus/pci/drivers_probe").write_text(edu)
-        findings = {one.check: one for one in host.diagnose(SYSFS, Bdf.parse(edu))}
-        assert [one.check for one in findings.values() if one.outcome is Outcome.FAIL] == ["firmware-iommu"]
+        findings = {finding.check: finding for finding in host.diagnose(SYSFS, Bdf.parse(edu))}
+        assert [finding.check for finding in findings.values() if finding.outcome is Outcome.FAIL] == [
+            "firmware-iommu"
+        ]
         mode = findings["noiommu-mode"]
         assert mode.outcome is Outcome.WARN
         assert mode.blocker is not None
@@ -136,7 +138,7 @@ def test_no_iommu_mode(edu: str) -> None:
 def test_a_sibling_in_use(multifunction: str) -> None:
     assert failures(multifunction) == ["group-not-viable"]
     made = kvmpass.plan([multifunction], memory="64M")
-    assert [one.role for one in made.devices[0].siblings] == ["blocks"]
+    assert [sibling.role for sibling in made.devices[0].siblings] == ["blocks"]
     group = SYSFS.device(Bdf.parse(multifunction)).group
     assert group is not None
     whole = kvmpass.plan(SYSFS.group(group).devices, memory="64M")
@@ -147,7 +149,7 @@ def test_a_sibling_in_use(multifunction: str) -> None:
 def test_beside_a_bridge(bridged: str) -> None:
     made = kvmpass.plan([bridged], memory="64M")
     assert made.blockers == ()
-    assert {one.role for one in made.devices[0].siblings} == {"bridge"}
+    assert {sibling.role for sibling in made.devices[0].siblings} == {"bridge"}
 
 
 @pytest.mark.destructive
@@ -167,7 +169,7 @@ def test_memlock(edu: str) -> None:
         import sys
         from kvmpass import host
         found = host.diagnose(host.Sysfs(), host.Bdf.parse(sys.argv[1]))
-        print(*[one.blocker.kind for one in found if one.outcome == "fail"])
+        print(*[finding.blocker.kind for finding in found if finding.outcome == "fail"])
         """
     words = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit", "--memlock=8388608"]
     words += [sys.executable, "-c", script, edu]
@@ -206,8 +208,10 @@ def test_the_memory_of_a_cgroup(nvme: str, cgroup: Path) -> None:
         for command in ("doctor", "plan"):
             done = in_cgroup(cgroup, "-m", "kvmpass", command, nvme, "--memory", "1G", "--json")
             document = json.loads(done.stdout)
-            kinds = [one["blocker"]["kind"] for one in document.get("findings", ()) if one["outcome"] == "fail"]
-            assert (done.returncode, [*kinds, *[one["kind"] for one in document.get("blockers", ())]]) == (
+            kinds = [
+                finding["blocker"]["kind"] for finding in document.get("findings", ()) if finding["outcome"] == "fail"
+            ]
+            assert (done.returncode, [*kinds, *[blocker["kind"] for blocker in document.get("blockers", ())]]) == (
                 1,
                 ["cgroup-memory"],
             )
@@ -219,7 +223,9 @@ def test_the_memory_of_a_cgroup(nvme: str, cgroup: Path) -> None:
     (cgroup.parent / "pids.max").write_text("5")
     done = in_cgroup(cgroup, "-m", "kvmpass", "doctor", "--json")
     (cgroup.parent / "pids.max").write_text("max")
-    kinds = [one["blocker"]["kind"] for one in json.loads(done.stdout)["findings"] if one["outcome"] == "fail"]
+    kinds = [
+        finding["blocker"]["kind"] for finding in json.loads(done.stdout)["findings"] if finding["outcome"] == "fail"
+    ]
     assert kinds == ["tasks-low"]
 
 
@@ -305,14 +311,14 @@ def test_a_plan_comes_true(nvme: str, edu: str, sysfs: Sysfs) -> None:
     ):
         devices = [machine.assign(nvme), machine.assign(edu)]
         assert machine.layout == made.memory.layout
-        real = [one for one in machine.memory if one.dma]  # devices may have BARs in it already
-        assert [(one.kind, one.range, one.name, one.backing) for one in real] == [
-            (one.kind, one.range, one.name, one.backing) for one in regions
+        real = [region for region in machine.memory if region.dma]  # devices may have BARs in it already
+        assert [(region.kind, region.range, region.name, region.backing) for region in real] == [
+            (region.kind, region.range, region.name, region.backing) for region in regions
         ]
-        assert [(one.iova, one.size, one.writable) for one in machine.domain.ledger] == [
-            (one.range.start, one.range.size, one.kind.dma_writable) for one in made.memory.mapped
+        assert [(mapping.iova, mapping.size, mapping.writable) for mapping in machine.domain.ledger] == [
+            (region.range.start, region.range.size, region.kind.dma_writable) for region in made.memory.mapped
         ]
-        slots = sorted((one.slot, one.gpa, one.size, not one.readonly) for one in machine.memslots.ledger)
+        slots = sorted((slot.slot, slot.gpa, slot.size, not slot.readonly) for slot in machine.memslots.ledger)
         assert slots[: len(regions)] == [
             (slot, one.range.start, one.range.size, one.kind.guest_writable) for slot, one in enumerate(regions)
         ]
@@ -330,6 +336,6 @@ def test_a_plan_comes_true(nvme: str, edu: str, sysfs: Sysfs) -> None:
             assert device.function is not None
             for bar in planned.bars:
                 if bar.name != "rom":
-                    shown = next(one for one in device.function._bars if one.name == bar.name)
+                    shown = next(own for own in device.function._bars if own.name == bar.name)
                     assert (shown.kind, shown.size) == (bar.kind, bar.size)
                     assert tuple(area for area, _ in shown._mappings) == bar.mapped

@@ -60,7 +60,7 @@ def test_functions_keep_their_numbers(multifunction: str) -> None:
 
 
 def test_a_sibling_stays_behind(multifunction: str) -> None:
-    """Its driver must have let go of it; then one function alone is function 0 of its slot."""
+    """Its driver must be unbound; then one function alone is function 0 of its slot."""
     other = sibling_of(multifunction)
     alone = max(multifunction, other)
     with pytest.raises(GroupNotViable, match=re.escape(min(multifunction, other))), host.borrow(alone):
@@ -140,7 +140,7 @@ def test_two_devices_of_a_bus_are_reset_together_or_not_at_all(bridged: str, bri
         machine.assign(edu)
         first = machine.assign(bridged)
         assert not first.vfio.resettable
-        assert {one.name for one in first.vfio.get_pci_hot_reset_info()} >= {bridged, bridged2}
+        assert {member.name for member in first.vfio.get_pci_hot_reset_info()} >= {bridged, bridged2}
         with pytest.raises(NotAssignable, match=bridged2):
             machine.reset_device(first)
         second = machine.assign(bridged2)

@@ -164,7 +164,7 @@ def test_a_guest_that_ejects_without_end(edu: str) -> None:
         with bare_metal(machine, code) as vcpu:
             threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._bus_lock, lambda: None)
             machine._threads = threads
-            with machine._device_lock:  # the worst: whoever should take it out cannot go on
+            with machine._device_lock:  # the worst case: the thread that removes it is blocked
                 threads.start()
                 wait_until(device.ejected.is_set)
                 waiting = []

@@ -64,7 +64,7 @@ def as_nobody(tmp_path: Path, *arguments: str) -> tuple[str, str]:
 
 def kernel_groups() -> dict[int, list[str]]:
     return {
-        int(path.name): sorted(one.name for one in (path / "devices").iterdir() if ":" in one.name)
+        int(path.name): sorted(link.name for link in (path / "devices").iterdir() if ":" in link.name)
         for path in GROUPS.iterdir()
     }
 
@@ -102,7 +102,9 @@ def test_what_can_be_assigned(
         assert [reason.kind for reason in reasons] == [blocker["kind"] for blocker in device["blockers"]]
 
     def sibling(bdf: str) -> dict[str, Any]:
-        return next(one for one in found.values() if one["group"] == found[bdf]["group"] and one["bdf"] != bdf)
+        return next(
+            device for device in found.values() if device["group"] == found[bdf]["group"] and device["bdf"] != bdf
+        )
 
     assert sibling(multifunction)["blockers"][0]["blocked_by"] == [multifunction]
     assert [blocker["kind"] for blocker in sibling(bridged)["blockers"]] == ["bridge"]
@@ -221,7 +223,9 @@ def test_the_surroundings(
     bridge = behind["bridges"][0]
     if emulated_host:
         assert (bridge["kind"], bridge["isolates"]) == ("conventional bridge", False)
-    assert (bridge["bdf"], "bridge") in [(one["bdf"], one["role"]) for one in behind["iommu_group"]["siblings"]]
+    assert (bridge["bdf"], "bridge") in [
+        (sibling["bdf"], sibling["role"]) for sibling in behind["iommu_group"]["siblings"]
+    ]
     kinds = {region["kind"]: region for region in behind["iommu_group"]["reserved_regions"]}
     assert (kinds["msi"]["start"], kinds["msi"]["last"]) == ("0xfee00000", "0xfeefffff")
     one = valid("show", run(capfd, "show", "--json", multifunction))

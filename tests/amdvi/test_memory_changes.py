@@ -113,7 +113,7 @@ def huge_pages() -> Iterator[int]:
         if free < 8:
             pool.write_text(str(before + 8))
             free = int((HUGE_POOL / "free_hugepages").read_text())
-        assert free >= 8, f"the kernel found {free} huge pages: memory is too fragmented, boot this host anew"
+        assert free >= 8, f"the kernel found {free} huge pages: memory is too fragmented, reboot this host"
         yield free
     finally:
         if int(pool.read_text()) != before:

@@ -106,7 +106,7 @@ def test_two_guests(nic: str, nic2: str) -> None:
     """Each makes data up, sends it to the other, and says what it sent and what it received."""
 
     def script(own: str, other: str, mine: int, theirs: int) -> str:
-        # Whoever sends ends with its peer's input: that must stay open.
+        # The sender ends with its peer's input: that must stay open.
         text = set_up(own) + "mkfifo /tmp/open\n"
         text += f"nc -l -p {mine} <>/tmp/open >/tmp/received & server=$!\n"
         text += f"dd if=/dev/urandom of=/tmp/data bs=1M count={SIZE >> 20} 2>/dev/null; sha256sum </tmp/data\n"

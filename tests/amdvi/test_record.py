@@ -27,7 +27,7 @@ def answers(sysfs: host.Sysfs, addresses: list[str]) -> dict[str, str]:
 
     def findings(bdf: Bdf | None) -> list[object]:
         found = host.diagnose(sysfs, bdf, memory=MIB)
-        return [(one.check, one.outcome) if one.check in VOLATILE else one for one in found]
+        return [(finding.check, finding.outcome) if finding.check in VOLATILE else finding for finding in found]
 
     found = {"list": repr(host.inventory(sysfs)), "doctor": repr(findings(None))}
     for bdf in map(Bdf.parse, addresses):
@@ -101,10 +101,12 @@ def test_a_record_without_addresses(nic: str, tmp_path: Path) -> None:
         [*words, "doctor", "--record", str(tmp_path / "host.tar"), "--anonymous"], check=True, capture_output=True
     )
     data = (tmp_path / "host.tar").read_bytes()
-    assert not [one for one in addresses if one.encode() in data and one.strip("0:")]
+    assert not [address for address in addresses if address.encode() in data and address.strip("0:")]
     shown = []
     for more in ([], ["--sysfs", str(tmp_path / "host.tar")]):
         done = subprocess.run([*words, "list", "--json", *more], check=True, capture_output=True, text=True)
-        shown.append([(one["bdf"], one["assignable"], one["driver"]) for one in json.loads(done.stdout)["devices"]])
+        shown.append(
+            [(device["bdf"], device["assignable"], device["driver"]) for device in json.loads(done.stdout)["devices"]]
+        )
     assert shown[0] == shown[1]
     assert nic in [bdf for bdf, *_ in shown[1]]

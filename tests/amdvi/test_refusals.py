@@ -118,7 +118,7 @@ def test_the_device_that_has_the_root_file_system(capfd: pytest.CaptureFixture[s
     """A 9p whose only mount is not visible, below an overlay: unbinding its driver would never return."""
     if not emulated_host:
         pytest.skip(f"this host's root is no 9p device: {LAB_ONLY}")
-    tag = next(one for one in Path("/sys/bus/virtio/devices").glob("*/mount_tag") if "root" in one.read_text())
+    tag = next(path for path in Path("/sys/bus/virtio/devices").glob("*/mount_tag") if "root" in path.read_text())
     root = tag.resolve().parents[1].name
     assert (
         f"{root} is in use: its 9p (root) is mounted" in (line := refused_bind(capfd, root)) or "not visible" in line

@@ -51,7 +51,7 @@ def test_runs_as_root_with_room_for_logs(tmp_path: Path) -> None:
 
 
 def test_the_records_of_the_machine_outside_are_not_there(emulated_host: bool) -> None:
-    """They speak of other devices, and an ordinary user's emulated host may not even read them."""
+    """They refer to other devices, and an ordinary user's emulated host may not even read them."""
     if not emulated_host:
         pytest.skip(f"real hardware has records of its own: {LAB_ONLY}")
     state = Path("/var/lib/kvmpass")

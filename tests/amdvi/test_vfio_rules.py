@@ -138,7 +138,7 @@ def test_guest_memory_beyond_what_an_address_can_have(bench: Bench) -> None:
 
 
 def test_the_last_page_of_the_address_space(bench: Bench) -> None:
-    """The page before it is like any other; it is never asked for: 6.12 would map it and not let go of it."""
+    """The page before it is like any other; it is never asked for: 6.12 would map it and not unmap it."""
     bench.map(LAST_PAGE - PAGE, PAGE)
     assert bench.container.unmap_dma(LAST_PAGE - PAGE, PAGE) == PAGE
     for iova, size in ((LAST_PAGE, PAGE), (LAST_PAGE - PAGE, 2 * PAGE)):

@@ -64,7 +64,7 @@ class Stage:
         return self.bind(NVME) if self.operation == "bind" else self.unbind(NVME)
 
     def restore(self) -> list[tuple[str, str]]:
-        return [(one.bdf, one.outcome) for one in restore(self.host, self.state, on_step=self.on_step)]
+        return [(result.bdf, result.outcome) for result in restore(self.host, self.state, on_step=self.on_step)]
 
     def snapshot(self) -> dict[str, Any]:
         """Every attribute that could have changed, and what the state directory says."""

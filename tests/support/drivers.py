@@ -19,7 +19,7 @@ ATTRIBUTES = ("power/control", "d3cold_allowed", "msi_bus", "reset_method", "num
 
 
 def facts(*, group: bool = True) -> list[tuple[object, ...]]:
-    """Of every device of the host, whatever a change of drivers could change. One plugged anew changes group."""
+    """Of every device, what a change of drivers could change. A device that is plugged again changes its group."""
     return [
         (
             d.bdf,

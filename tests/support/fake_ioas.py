@@ -109,16 +109,16 @@ class FakeIommufd:
 
     def ioas_unmap(self, ioas: int, iova: int, size: int) -> int:
         def work() -> int:
-            inside = [one for one in self.spaces[ioas] if Range(iova, size).contains(one)]
+            inside = [mapping for mapping in self.spaces[ioas] if Range(iova, size).contains(mapping)]
             if not inside:
                 raise refuse(errno.ENOENT, "IOMMU_IOAS_UNMAP")
-            return sum(self.spaces[ioas].pop(one) and one.size for one in inside)
+            return sum(self.spaces[ioas].pop(mapping) and mapping.size for mapping in inside)
 
         return int(self.kernel.call("unmap", work))
 
     def ioas_unmap_all(self, ioas: int) -> int:
         def work() -> int:
-            size = sum(one.size for one in self.spaces[ioas])
+            size = sum(mapping.size for mapping in self.spaces[ioas])
             self.spaces[ioas].clear()
             return size
 

@@ -139,8 +139,8 @@ class FakeContainer:
         def work() -> int:
             if not self.iommu or not size:
                 raise refuse(errno.EINVAL, "VFIO_IOMMU_UNMAP_DMA")
-            inside = [one for one in self.mappings if Range(iova, size).contains(one)]
-            return sum(self.mappings.pop(one) and one.size for one in inside)
+            inside = [mapping for mapping in self.mappings if Range(iova, size).contains(mapping)]
+            return sum(self.mappings.pop(mapping) and mapping.size for mapping in inside)
 
         return int(self.kernel.call("unmap", work))
 
@@ -148,7 +148,7 @@ class FakeContainer:
         def work() -> int:
             if not self.iommu:
                 raise refuse(errno.EINVAL, "VFIO_IOMMU_UNMAP_DMA")
-            size = sum(one.size for one in self.mappings)
+            size = sum(mapping.size for mapping in self.mappings)
             self.mappings.clear()
             return size
 
@@ -255,7 +255,7 @@ class FakeDevice:
     def pci_hot_reset(self, groups: list[FakeGroup]) -> None:
         dependent = self.get_pci_hot_reset_info()
         given = {group.number for group in groups}
-        if len(groups) > len(dependent) or any(one.group not in given for one in dependent):
+        if len(groups) > len(dependent) or any(device.group not in given for device in dependent):
             raise refuse(errno.EINVAL, "VFIO_DEVICE_PCI_HOT_RESET")
         self.resets.append(sorted(given))
 
@@ -278,7 +278,7 @@ class FakeKvmVfio:
         self.kernel.call("file_add", work)
 
     def file_del(self, fd: int) -> None:
-        """Whoever the group belongs to: it has no VM afterwards (kvm_vfio_file_del)."""
+        """The group has no VM afterwards, regardless of its owner (kvm_vfio_file_del)."""
 
         def work() -> None:
             if fd not in self.files:

@@ -21,7 +21,7 @@ def ivhd(kind: int = 0x10, device_id: int = 0x0002, base: int = 0xFD00_0000) -> 
 
 
 def ivmd(kind: int, first: int, last: int, start: int, size: int, flags: int = 0b111) -> bytes:
-    """One that wants memory mapped one to one (the same, 5.2.3); types 20h all, 21h one, 22h a range of devices."""
+    """One that requires direct-mapped memory (the same, 5.2.3); types 20h all, 21h one, 22h a range of devices."""
     return struct.pack("<BBHHH8xQQ", kind, flags, 32, first, last, start, size)
 
 

@@ -46,7 +46,7 @@ def _compare(host: Host, device: PciDevice, found: list[Blocker], look: Look, wh
     status = device_status(look, device)
     assert _answer([*status.blockers]) == answer, "list"
     document = device_document(status, whole)
-    assert [(one["kind"], one["cause"]) for one in document["blockers"]] == answer, "list --json"
+    assert [(blocker["kind"], blocker["cause"]) for blocker in document["blockers"]] == answer, "list --json"
     assert document["assignable"] is (whole.ready and not answer)
     assert _answer([*describe(host, bdf).status.blockers]) == answer, "show"
 
@@ -58,7 +58,7 @@ def _compare(host: Host, device: PciDevice, found: list[Blocker], look: Look, wh
         if any(finding.check == check.id and finding.outcome is Outcome.SKIPPED for finding in findings)
     }
     seen = [pair for pair in answer if pair[0] not in skipped]  # what fails the host hides what follows from it
-    failed = [one.blocker for one in findings if one.outcome is Outcome.FAIL and one.blocker]
+    failed = [finding.blocker for finding in findings if finding.outcome is Outcome.FAIL and finding.blocker]
     assert [pair for pair in _answer(failed) if pair[0] in KINDS] == seen, "doctor"
     planned = [blocker for blocker in plan([bdf], sysfs=host).blockers if blocker.bdf is not None]
     assert [pair for pair in _answer(planned) if pair[0] in KINDS] == seen, "plan"

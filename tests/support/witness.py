@@ -113,12 +113,12 @@ def without_probe(events: list[tuple[str, Range]]) -> None:
 def merged(ranges: list[Range]) -> list[Range]:
     """Adjacent ranges joined; asserts that none overlap."""
     result: list[Range] = []
-    for one in sorted(ranges):
-        assert not result or result[-1].end <= one.start, f"{one} overlaps {result[-1]}"
-        if result and result[-1].end == one.start:
-            result[-1] = Range(result[-1].start, result[-1].size + one.size)
+    for range_ in sorted(ranges):
+        assert not result or result[-1].end <= range_.start, f"{range_} overlaps {result[-1]}"
+        if result and result[-1].end == range_.start:
+            result[-1] = Range(result[-1].start, result[-1].size + range_.size)
         else:
-            result.append(one)
+            result.append(range_)
     return result
 
 

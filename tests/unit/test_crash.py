@@ -1,4 +1,4 @@
-"""What is shown of a kernel that died begins where its trouble does."""
+"""The excerpt of a console begins where the crash does."""
 
 from __future__ import annotations
 

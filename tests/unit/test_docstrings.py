@@ -28,7 +28,7 @@ def classes(*packages: str) -> Iterator[tuple[str, ast.ClassDef]]:
 
 def has_fields(node: ast.ClassDef) -> bool:
     """Whether it is a dataclass or a named tuple."""
-    return any(_DATA.match(ast.unparse(one)) for one in node.decorator_list) or any(
+    return any(_DATA.match(ast.unparse(decorator)) for decorator in node.decorator_list) or any(
         ast.unparse(base).endswith("NamedTuple") for base in node.bases
     )
 
@@ -47,7 +47,7 @@ def without_source(node: ast.ClassDef) -> Iterator[str]:
     """The public methods that call the kernel through a C function, and name neither its ioctl nor a file."""
     for method in node.body:
         if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
-            calls = [ast.unparse(one.func) for one in ast.walk(method) if isinstance(one, ast.Call)]
+            calls = [ast.unparse(call.func) for call in ast.walk(method) if isinstance(call, ast.Call)]
             if any(call.startswith("lib.") for call in calls) and not SOURCE.search(ast.get_docstring(method) or ""):
                 yield method.name
 

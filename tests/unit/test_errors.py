@@ -38,7 +38,12 @@ def test_the_form_is_held() -> None:
 
 def test_every_message_and_hint_has_the_form() -> None:
     said = [text for error in raised() for text in (error.message, error.remedy) if text]
-    said += [text for check in CATALOGUE for one in check.templates for text in (one.brief, one.cause, one.remedy)]
+    said += [
+        text
+        for check in CATALOGUE
+        for template in check.templates
+        for text in (template.brief, template.cause, template.remedy)
+    ]
     assert len(said) > 400
     assert not {text: wrong(text) for text in said if wrong(text)}
 

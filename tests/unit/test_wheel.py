@@ -38,7 +38,7 @@ def test_the_pages_lie_as_in_the_source() -> None:
         path.relative_to(ROOT)
         for suffix in ("*.md", "*.json", "*.[ch]", "Makefile")
         for path in (ROOT / "docs").rglob(suffix)
-        if ".mod." not in path.name  # by who built the example in place
+        if ".mod." not in path.name  # made by a build of the example in place
     } - set(files)
     assert not left_out
     assert {Path("README.md"), Path("CHANGELOG.md"), Path("LICENSE")} <= set(files)

@@ -3,7 +3,7 @@
  * /sys/bus/pci/devices/0000:00:01.0/resource2.
  *
  * Its first, middle and last page get words that say where they are, are read back after all were written, and stay
- * for whoever looks from the other side.
+ * for a reader on the other side.
  */
 #include <fcntl.h>
 #include <stdint.h>

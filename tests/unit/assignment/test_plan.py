@@ -51,13 +51,13 @@ def host(tmp_path: Path) -> Host:
 def test_memory_goes_around_what_is_reserved() -> None:
     hole = Reserved(Range(5 * GIB, GIB), "reserved")
     made = plan_memory(6 * GIB, [hole], 40)
-    assert [(one.name, one.range, one.kind) for one in made.regions] == [
+    assert [(region.name, region.range, region.kind) for region in made.regions] == [
         ("ram0", Range(0, 3 * GIB), RegionKind.RAM),
         ("ram1", Range(4 * GIB, GIB), RegionKind.RAM),
         ("ram2", Range(6 * GIB, 2 * GIB), RegionKind.RAM),
     ]
     assert (len(made.mapped), made.locked) == (3, 6 * GIB)
-    assert {one.backing for one in plan_memory(GIB, (), 40, Backing.HUGETLB_1G).regions} == {Backing.HUGETLB_1G}
+    assert {region.backing for region in plan_memory(GIB, (), 40, Backing.HUGETLB_1G).regions} == {Backing.HUGETLB_1G}
 
 
 def test_vectors() -> None:
@@ -94,7 +94,7 @@ def test_a_plan(host: Host) -> None:
     assert made.blockers == ()
     [device] = made.devices
     assert (device.driver, device.group, device.reset_methods, device.vectors.msix) == ("nvme", 7, ("flr", "bus"), 17)
-    assert [(str(one.device.bdf), one.role) for one in device.siblings] == [(BRIDGE, "bridge")]
+    assert [(str(sibling.device.bdf), sibling.role) for sibling in device.siblings] == [(BRIDGE, "bridge")]
     assert (made.map_calls, made.locked, made.confined) == (2, 4 * GIB, True)
     assert (made.phys_bits, made.phys_bits_source) == (43, "/proc/cpuinfo")
     assert made.memory is not None
@@ -107,10 +107,10 @@ def test_the_whole_group(host: Host) -> None:
     host.add(SOUND, "snd_hda_intel", 7, 0x040300)
     alone = kvmpass.plan([NVME], memory="64M", sysfs=host)
     assert [blocker.kind for blocker in alone.blockers] == ["group-not-viable"]
-    assert [one.role for one in alone.devices[0].siblings] == ["blocks"]
+    assert [sibling.role for sibling in alone.devices[0].siblings] == ["blocks"]
     both = kvmpass.plan([NVME, SOUND], memory="64M", sysfs=host)
     assert both.blockers == ()
-    assert [one.siblings[0].role for one in both.devices] == ["assigned", "assigned"]
+    assert [device.siblings[0].role for device in both.devices] == ["assigned", "assigned"]
 
 
 def test_everything_that_blocks(host: Host) -> None:
@@ -125,7 +125,7 @@ def test_everything_that_blocks(host: Host) -> None:
         ("None", "no-intremap"),
         ("None", "request"),
     ]
-    assert [str(one.bdf) for one in made.devices] == [NVME, "0000:02:00.0"]
+    assert [str(device.bdf) for device in made.devices] == [NVME, "0000:02:00.0"]
     with pytest.raises(BadAddress):
         kvmpass.plan(["nvme"], sysfs=host)
     with pytest.raises(LayoutError):
@@ -186,7 +186,7 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     assert text.endswith("\nno blockers; nothing was changed\n")
     assert all(len(line) <= 80 for line in text.splitlines()), text
     document = valid("plan", run(NVME, "--memory", "64M", "--json")[0])
-    assert [(one["gpa"], one["iova"], one["size"]) for one in document["memory_regions"]] == [
+    assert [(region["gpa"], region["iova"], region["size"]) for region in document["memory_regions"]] == [
         ("0x0", "0x0", 64 * MIB)
     ]
     host.put("sys/bus/pci/devices/0000:01:00.0/boot_vga", "1")

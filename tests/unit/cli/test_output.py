@@ -45,7 +45,7 @@ def test_wrong_usage_is_a_document_too(run: Callable[..., subprocess.CompletedPr
 def test_a_failure_is_a_document_too(
     run: Callable[..., subprocess.CompletedProcess[str]], valid: Valid, tmp_path: Path
 ) -> None:
-    (tmp_path / "journal").write_text("in the way")
+    (tmp_path / "journal").write_text("a file")
     done = run("restore", "--json")
     assert (done.returncode, done.stderr) == (1, "")
     error = valid("error", done.stdout)["error"]

@@ -136,7 +136,7 @@ def test_iommufd_that_is_asked_for_and_missing(host: Host) -> None:
 
 def test_how_a_user_gets_the_nodes_of_iommufd(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     close(monkeypatch, "dev/iommu", NODE)
-    [finding] = [one for one in diagnose(host, NVME, backend="iommufd") if one.check == "access"]
+    [finding] = [found for found in diagnose(host, NVME, backend="iommufd") if found.check == "access"]
     assert finding.blocker is not None
     assert f"/dev/iommu, /{NODE}" in finding.blocker.cause
     typed = "\n".join(finding.blocker.commands)

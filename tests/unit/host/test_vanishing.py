@@ -73,7 +73,7 @@ def test_it_vanishes_at_each_read(tmp_path: Path, look: str, gone: str) -> None:
     links = f"sys/bus/pci/devices/{gone}", f"sys/kernel/iommu_groups/7/devices/{gone}"
     seen = [type(error) for error in moments(tmp_path, LOOKS[look], *links)]
     assert len(seen) > 10
-    # Nothing but the clear error; whoever looks at many devices leaves out the one that went.
+    # Nothing but the clear error; a caller that looks at many devices leaves out the one that was removed.
     assert set(seen) <= {type(None), NoSuchDevice}
     assert seen[-1] is type(None)
 

@@ -237,7 +237,7 @@ def test_other_types_are_unchanged(kind: int) -> None:
 
 @pytest.mark.parametrize("at", [0xC4, 0xCC, 0xD0, 0xEC, 0xF0, 0xF8])
 def test_a_capability_that_does_not_fit_changes_nothing_behind_it(at: int) -> None:
-    """The space has 256 bytes; link registers that would lie beyond are not there."""
+    """The space has 256 bytes; link registers that would lie beyond do not exist."""
     guest = express(0x0002, at)
     assert guest.int(at + 2, 2) == 0x0092
     assert guest.space.read(0x100, 64) == bytes(64)

@@ -248,7 +248,7 @@ def test_a_bar_on_top_of_another_waits_until_that_one_moves() -> None:
     other_device.regions[0].data[TABLE_AT + 0x900] = 0x22
     assert board.mmio.read(home + TABLE_AT + 0x900, 1) == b"\0", "the first keeps its place"
     board.config_write(0x14, (home >> 32) + 1)
-    assert board.mmio.read(home + TABLE_AT + 0x900, 1) == b"\x22", "the other has got it"
+    assert board.mmio.read(home + TABLE_AT + 0x900, 1) == b"\x22", "the other has the range"
     assert {range_.start for range_ in board.bars()} >= {home, home + (1 << 32)}
     board.config_write(0x14, home >> 32)
     assert board.mmio.read(home + TABLE_AT + 0x900, 1) == b"\x22"

@@ -56,7 +56,10 @@ def test_a_framebuffer_in_a_bar_is_known_to_every_command(host: Host, capsys: py
     bdf, cause = str(GPU), f"is in a BAR of {GPU}: vfio-pci cannot request that BAR"
     assert "no: BOOTFB uses a BAR" in run(capsys, "list")[1]
     [device] = json.loads(run(capsys, "list", "--json")[1])["devices"]
-    assert (device["assignable"], [one["kind"] for one in device["blockers"]]) == (False, ["boot-framebuffer"])
+    assert (device["assignable"], [blocker["kind"] for blocker in device["blockers"]]) == (
+        False,
+        ["boot-framebuffer"],
+    )
     assert "no: BOOTFB uses a BAR" in run(capsys, "show", bdf)[1]
     for command in ("doctor", "plan"):
         status, text = run(capsys, command, bdf)
@@ -97,7 +100,9 @@ def test_the_comparison_can_fail(host: Host, tmp_path: Path, monkeypatch: pytest
     host.put("proc/iomem", "fe001000-fe002fff : BOOTFB")
     assert compare(host, tmp_path / "state") == 1
     module = __import__("kvmpass.host.blockers", fromlist=["_REFUSING"])
-    monkeypatch.setattr(module, "_REFUSING", [one for one in module._REFUSING if one.id != "device-framebuffer"])
+    monkeypatch.setattr(
+        module, "_REFUSING", [check for check in module._REFUSING if check.id != "device-framebuffer"]
+    )
     one_answer._ASKED.clear()
     with pytest.raises(AssertionError, match="doctor"):
         compare(host, tmp_path / "state")

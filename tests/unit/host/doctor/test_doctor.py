@@ -307,7 +307,7 @@ def test_regions_of_no_bytes(host: Host, line: str) -> None:
     wanted = ["device-direct-mapped"] if "direct" in line else []
     findings = diagnose(host, NVME)
     assert kinds(findings, Outcome.FAIL) == wanted
-    assert not wanted or "(0 bytes)" in "".join(str(one) for find in findings for one in find.read)
+    assert not wanted or "(0 bytes)" in "".join(str(reading) for find in findings for reading in find.read)
 
 
 @pytest.mark.parametrize(
@@ -505,5 +505,5 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     text, status = run("--json", "--memory", "64M", str(NVME))
     document = valid("doctor", text)
     assert (status, document["ok"], document["memory"], document["bdf"]) == (1, False, 64 * MIB, str(NVME))
-    [blocker] = [one["blocker"] for one in document["findings"] if one["outcome"] == "fail"]
+    [blocker] = [finding["blocker"] for finding in document["findings"] if finding["outcome"] == "fail"]
     assert blocker["kind"] == "no-intremap"

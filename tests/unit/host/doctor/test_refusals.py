@@ -154,6 +154,6 @@ def test_what_the_kernel_did_not_say(host: Host, priority: int, message: str) ->
 def test_a_log_whose_beginning_is_lost(host: Host) -> None:
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
     host.put("dev/kmsg", "6,4711,1,-;eth0: link up")
-    assert "its beginning is lost: journalctl -k -b may have it" in [one.value for one in found(host).read]
+    assert "its beginning is lost: journalctl -k -b may have it" in [reading.value for reading in found(host).read]
     host.path("dev/kmsg").unlink()
-    assert "not readable: No such file or directory" in [one.value for one in found(host).read]
+    assert "not readable: No such file or directory" in [reading.value for reading in found(host).read]

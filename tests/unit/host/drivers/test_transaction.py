@@ -30,41 +30,41 @@ from kvmpass.host.drivers.journal import Journal
 
 @pytest.mark.parametrize(("operation", "step"), EVERY_STEP)
 def test_killed(made: Callable[[str], Stage], operation: str, step: Step, at_step: AtStep) -> None:
-    one = made(operation)
-    before = one.snapshot()
+    stage = made(operation)
+    before = stage.snapshot()
     reached = at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
     child = os.fork()
     if child == 0:
         try:
-            one.run()
+            stage.run()
         finally:
             os._exit(9)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert reached == []  # it was the child that got there
     at_step(step, lambda: None)
-    assert one.restore() == [(NVME, "restored")]
-    after = one.snapshot()
+    assert stage.restore() == [(NVME, "restored")]
+    after = stage.snapshot()
     assert after == before
-    one.host.writes.clear()
-    assert one.restore() == []
-    assert one.host.writes == []
-    assert one.snapshot() == after
+    stage.host.writes.clear()
+    assert stage.restore() == []
+    assert stage.host.writes == []
+    assert stage.snapshot() == after
 
 
 @pytest.mark.parametrize(("operation", "step"), EVERY_STEP)
 def test_killed_and_done_again(made: Callable[[str], Stage], operation: str, step: Step, at_step: AtStep) -> None:
     """Nobody needs to know of restore: the next command clears its way."""
-    one = made(operation)
+    stage = made(operation)
     at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
     child = os.fork()
     if child == 0:
-        one.run()
+        stage.run()
         os._exit(9)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     at_step(step, lambda: None)
-    assert [result.outcome for result in one.run()] == ["changed"]
-    assert one.restore() == []
-    assert one.host.state(NVME)[0] == ("vfio-pci" if operation == "bind" else "nvme")
+    assert [result.outcome for result in stage.run()] == ["changed"]
+    assert stage.restore() == []
+    assert stage.host.state(NVME)[0] == ("vfio-pci" if operation == "bind" else "nvme")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -73,8 +73,8 @@ def test_killed_and_done_again(made: Callable[[str], Stage], operation: str, ste
 def test_signals(
     made: Callable[[str], Stage], operation: str, step: Step, number: signal.Signals, at_step: AtStep
 ) -> None:
-    one = made(operation)
-    before = one.snapshot()
+    stage = made(operation)
+    before = stage.snapshot()
 
     def terminate(*_: object) -> None:
         raise KeyboardInterrupt
@@ -83,11 +83,11 @@ def test_signals(
     try:
         reached = at_step(step, lambda: os.kill(os.getpid(), number))
         with pytest.raises(KeyboardInterrupt):
-            one.run()
+            stage.run()
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert reached == [step]
-    assert one.snapshot() == before
+    assert stage.snapshot() == before
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, OSError, HostNotReady])
@@ -95,14 +95,14 @@ def test_signals(
 def test_a_failure(
     made: Callable[[str], Stage], operation: str, step: Step, kind: type[Exception], at_step: AtStep
 ) -> None:
-    one = made(operation)
-    before = one.snapshot()
+    stage = made(operation)
+    before = stage.snapshot()
     reached = at_step(step, raising(kind("injected")))
     with pytest.raises(kind, match="injected") as caught:
-        one.run()
+        stage.run()
     assert reached == [step]
     assert f"as before again: {NVME}" in caught.value.__notes__
-    assert one.snapshot() == before
+    assert stage.snapshot() == before
 
 
 # --- at each write
@@ -117,115 +117,115 @@ def writes(made: Made, operation: str) -> Iterator[Stage]:
     rehearsal.run()
     assert len(rehearsal.host.writes) >= 3
     for number, _ in enumerate(rehearsal.host.writes, 1):
-        one = made(operation)
-        one.number = number
-        yield one
+        stage = made(operation)
+        stage.number = number
+        yield stage
 
 
 @pytest.mark.parametrize("operation", ["bind", "unbind"])
 def test_a_write_fails(made: Made, operation: str) -> None:
     """Everything is put back; or, where a driver takes the device all the same (``bind`` for probe), it is done."""
-    for one in writes(made, operation):
-        before = one.snapshot()
-        one.before_write(one.number, raising(OSError(errno.EIO, "I/O error")))
+    for stage in writes(made, operation):
+        before = stage.snapshot()
+        stage.before_write(stage.number, raising(OSError(errno.EIO, "I/O error")))
         try:
-            [result] = one.run()
+            [result] = stage.run()
         except (OSError, KvmpassError) as error:
             assert f"as before again: {NVME}" in error.__notes__
-            assert one.snapshot() == before
+            assert stage.snapshot() == before
         else:
             assert result.after == ("vfio-pci" if operation == "bind" else "nvme")
-        assert one.restore() == []
+        assert stage.restore() == []
 
 
 @pytest.mark.parametrize("operation", ["bind", "unbind"])
 def test_from_one_write_on_all_fail(made: Made, operation: str) -> None:
     """What is left is said, with the remedy; the remedy works."""
-    for one in writes(made, operation):
-        before = one.snapshot()
+    for stage in writes(made, operation):
+        before = stage.snapshot()
         broken = True
-        original = one.host.write
+        original = stage.host.write
         count = 0
 
         def write(path: Path, text: str, *more: Any) -> None:
             nonlocal count
             count += 1
-            if broken and count >= one.number:  # noqa: B023
+            if broken and count >= stage.number:  # noqa: B023
                 raise OSError(errno.EIO, "I/O error", str(path))
             original(path, text, *more)  # noqa: B023
 
-        one.host.write = write  # type: ignore[method-assign]
+        stage.host.write = write  # type: ignore[method-assign]
         with pytest.raises((OSError, KvmpassError)) as caught:
-            one.run()
+            stage.run()
         notes = " ".join(caught.value.__notes__)
         if f"as before again: {NVME}" not in notes:
             assert f"cannot restore {NVME}" in notes
             assert "kvmpass restore" in notes
             broken = False
-            assert one.restore() == [(NVME, "restored")]
-        assert one.snapshot() == before
+            assert stage.restore() == [(NVME, "restored")]
+        assert stage.snapshot() == before
 
 
 @pytest.mark.parametrize("operation", ["bind", "unbind"])
 def test_it_vanishes(made: Made, operation: str) -> None:
-    for one in writes(made, operation):
-        one.before_write(one.number, lambda one=one: one.host.remove(NVME))
+    for stage in writes(made, operation):
+        stage.before_write(stage.number, lambda stage=stage: stage.host.remove(NVME))
         with pytest.raises(NoSuchDevice, match=f"no PCI device {NVME} any more") as caught:
-            one.run()
+            stage.run()
         assert not any("as before" in note for note in getattr(caught.value, "__notes__", []))
-        assert list((one.state / "journal").iterdir()) == []
-        assert one.restore() == ([(NVME, "gone")] if operation == "unbind" else [])
-        assert one.restore() == []
+        assert list((stage.state / "journal").iterdir()) == []
+        assert stage.restore() == ([(NVME, "gone")] if operation == "unbind" else [])
+        assert stage.restore() == []
 
 
 @pytest.mark.parametrize("operation", ["bind", "unbind"])
 def test_it_vanishes_and_comes_back(made: Made, operation: str) -> None:
     """On the driver that matches, without override, as after a rescan."""
-    for one in writes(made, operation):
+    for stage in writes(made, operation):
 
-        def replug(one: Stage = one) -> None:
-            one.host.remove(NVME)
-            one.host.path("sys/kernel/iommu_groups/7/devices", NVME).unlink()
-            one.host.add(NVME, "nvme", 7, power__control="auto", d3cold_allowed="1")
+        def replug(stage: Stage = stage) -> None:
+            stage.host.remove(NVME)
+            stage.host.path("sys/kernel/iommu_groups/7/devices", NVME).unlink()
+            stage.host.add(NVME, "nvme", 7, power__control="auto", d3cold_allowed="1")
 
-        one.before_write(one.number, replug)
+        stage.before_write(stage.number, replug)
         try:
-            one.run()
+            stage.run()
         except (KvmpassError, OSError) as error:
             assert "\n" not in str(error)
-        assert list((one.state / "journal").iterdir()) == []
-        assert one.restore() == []
-        assert one.host.state(NVME) in [("nvme", None), ("vfio-pci", "vfio-pci")]
+        assert list((stage.state / "journal").iterdir()) == []
+        assert stage.restore() == []
+        assert stage.host.state(NVME) in [("nvme", None), ("vfio-pci", "vfio-pci")]
 
 
 @pytest.mark.parametrize("operation", ["bind", "unbind"])
 @pytest.mark.parametrize("driver", ["nvme", "vfio-pci", "other"])
 def test_somebody_else_changes_its_driver(made: Made, operation: str, driver: str) -> None:
     """It ends as asked for, or with a clear error; nothing is left behind, and no driver is taken from them."""
-    for one in writes(made, operation):
-        one.host.add_driver("other")
+    for stage in writes(made, operation):
+        stage.host.add_driver("other")
 
-        def grab(one: Stage = one) -> None:
-            link = one.host.path("sys/bus/pci/devices", NVME, "driver")
+        def grab(stage: Stage = stage) -> None:
+            link = stage.host.path("sys/bus/pci/devices", NVME, "driver")
             link.unlink(missing_ok=True)
-            one.host._bind(NVME, driver)
+            stage.host._bind(NVME, driver)
 
-        one.before_write(one.number, grab)
+        stage.before_write(stage.number, grab)
         try:
-            [result] = one.run()
+            [result] = stage.run()
         except (KvmpassError, OSError) as error:
             assert NVME in str(error) or any(NVME in note for note in error.__notes__)
         else:
-            assert one.host.state(NVME)[0] == result.after
-        assert list((one.state / "journal").iterdir()) == []
-        now, override = one.host.state(NVME)
+            assert stage.host.state(NVME)[0] == result.after
+        assert list((stage.state / "journal").iterdir()) == []
+        now, override = stage.host.state(NVME)
         assert now in ("nvme", "vfio-pci", "other")
         if now == "nvme":
             assert override is None
-        one.restore()
-        one.host.writes.clear()
-        assert one.restore() == []
-        assert one.host.writes == []
+        stage.restore()
+        stage.host.writes.clear()
+        assert stage.restore() == []
+        assert stage.host.writes == []
 
 
 @pytest.mark.parametrize("driver", ["nvme", "vfio-pci", "other", None])
@@ -233,25 +233,25 @@ def test_somebody_else_changes_its_driver(made: Made, operation: str, driver: st
 def test_success_is_never_said_of_a_device_that_went_elsewhere(
     made: Made, operation: str, step: Step, driver: str | None, at_step: AtStep
 ) -> None:
-    one = made(operation)
-    one.host.add_driver("other")
+    stage = made(operation)
+    stage.host.add_driver("other")
 
     def grab() -> None:
-        one.host.path("sys/bus/pci/devices", NVME, "driver").unlink(missing_ok=True)
+        stage.host.path("sys/bus/pci/devices", NVME, "driver").unlink(missing_ok=True)
         if driver is not None:
-            one.host._bind(NVME, driver)
+            stage.host._bind(NVME, driver)
 
     reached = at_step(step, grab)
     wanted = "vfio-pci" if operation == "bind" else "nvme"
     try:
-        [result] = one.run()
+        [result] = stage.run()
     except (KvmpassError, OSError) as error:
         assert NVME in str(error)
-        assert list((one.state / "journal").iterdir()) == []
+        assert list((stage.state / "journal").iterdir()) == []
     else:
-        assert (result.after, one.host.state(NVME)[0]) == (wanted, wanted)
+        assert (result.after, stage.host.state(NVME)[0]) == (wanted, wanted)
     assert reached == [step]
-    assert one.restore() == []
+    assert stage.restore() == []
 
 
 def test_unbound_by_somebody_else_at_that_moment(one: Stage) -> None:

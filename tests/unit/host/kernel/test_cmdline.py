@@ -26,7 +26,7 @@ from kvmpass.host.kernel.cmdline import CommandLine, matches_ids
     ],
 )
 def test_parameters(text: str, wanted: list[tuple[str, str | None]]) -> None:
-    assert [(one.name, one.value) for one in CommandLine(text).parameters] == wanted
+    assert [(parameter.name, parameter.value) for parameter in CommandLine(text).parameters] == wanted
 
 
 @pytest.mark.parametrize(

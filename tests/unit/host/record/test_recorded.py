@@ -105,8 +105,10 @@ def test_only_what_was_asked_for_is_read(host: Host, tmp_path: Path) -> None:
     """No other file, no register of a device that sleeps, nothing of what a program has written or has open."""
     recorded(host.root, tmp_path / "x.tar")
     with tarfile.open(tmp_path / "x.tar") as archive:
-        members = {one.name: one for one in archive}
-        text = b"".join(opened.read() for one in archive if one.isreg() and (opened := archive.extractfile(one)))
+        members = {member.name: member for member in archive}
+        text = b"".join(
+            opened.read() for member in archive if member.isreg() and (opened := archive.extractfile(member))
+        )
     assert "etc/shadow" not in members
     assert b"secret" not in text
     assert b"a program's" not in text
@@ -116,7 +118,7 @@ def test_only_what_was_asked_for_is_read(host: Host, tmp_path: Path) -> None:
         members["sys/devices/pci0000:00/0000:04:00.0/config"].size == 0
     )
     assert members["sys/devices/pci0000:00/0000:01:00.0/remove"].size == 0
-    assert {stat.S_IFMT(one.mode) for one in members.values()} == {0}
+    assert {stat.S_IFMT(member.mode) for member in members.values()} == {0}
     assert all(not name.startswith("/") and ".." not in name.split("/") for name in members)
 
 
@@ -185,10 +187,14 @@ def test_replaced_on_request(host: Host, tmp_path: Path) -> None:
     ):
         assert private.encode() not in data, private
     assert bytes(range(0xA0, 0xA8)) not in data
-    before = [(one.device.bdf, [blocker.kind for blocker in one.blockers]) for one in inventory(host).devices]
+    before = [
+        (status.device.bdf, [blocker.kind for blocker in status.blockers]) for status in inventory(host).devices
+    ]
     with open_recorded(tmp_path / "x.tar") as tree:
         found = inventory(tree)
-        assert [(one.device.bdf, [blocker.kind for blocker in one.blockers]) for one in found.devices] == before
+        assert [
+            (status.device.bdf, [blocker.kind for blocker in status.blockers]) for status in found.devices
+        ] == before
         [finding] = [finding for finding in diagnose(tree, Bdf.parse(NIC)) if finding.check == "device-free"]
         assert finding.blocker is not None
         assert "the default route goes through enx0200000000" in finding.blocker.cause
@@ -374,15 +380,17 @@ def test_damaged_records_end_in_an_error_or_an_answer(host: Host, tmp_path: Path
     recorded(host.root, tmp_path / "x.tar")
     with tarfile.open(tmp_path / "x.tar") as archive:
         whole = [
-            (one, opened.read() if (opened := archive.extractfile(one)) else b"") for one in archive if one.isreg()
+            (member, opened.read() if (opened := archive.extractfile(member)) else b"")
+            for member in archive
+            if member.isreg()
         ]
-        rest = [one for one in archive.getmembers() if not one.isreg()]
+        rest = [member for member in archive.getmembers() if not member.isreg()]
     dice = random.Random(5)
     ends: dict[bool, int] = {True: 0, False: 0}
     for turn in range(25):
         with tarfile.open(tmp_path / f"{turn}.tar", "w") as archive:
-            for one in rest:
-                archive.addfile(one)
+            for member in rest:
+                archive.addfile(member)
             for info, content in whole:
                 damaged = content
                 if info.name == MANIFEST:
@@ -428,7 +436,9 @@ def test_the_command(invoke: Callable[..., tuple[int, str]], tmp_path: Path, hos
     assert (status, json.loads(output[: output.rindex("}") + 1])["file"]) == (0, archive)
     status, output = invoke("--sysfs", archive, "--json", NVME)
     document = json.loads(output)
-    assert [one["blocker"]["kind"] for one in document["findings"] if one["outcome"] == "fail"] == ["in-use"]
+    assert [finding["blocker"]["kind"] for finding in document["findings"] if finding["outcome"] == "fail"] == [
+        "in-use"
+    ]
     assert invoke("--json", NVME, KVMPASS_SYSFS=archive) == (status, output)
     with pytest.raises(Exception, match="--record cannot be used with --sysfs"):
         invoke("--record", str(tmp_path / "y.tar"), "--sysfs", archive)

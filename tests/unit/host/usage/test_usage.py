@@ -38,7 +38,7 @@ def add(host: Host, driver: str | None, class_code: int) -> None:
 def answer(host: Host) -> tuple[list[str], str]:
     """What blocks, and why."""
     found = list(blockers(host, host.device(BDF)))
-    return [one.kind for one in found], "; ".join(one.cause for one in found)
+    return [blocker.kind for blocker in found], "; ".join(blocker.cause for blocker in found)
 
 
 def forced(host: Host, tmp_path: Path) -> bool:

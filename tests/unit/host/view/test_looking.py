@@ -96,7 +96,7 @@ def test_the_groups_are_those_of_the_devices(host: Host) -> None:
     found = inventory(host, ["02:00.0", IOMMU])
     assert [group.id for group in found.groups] == [9]
     assert [str(bdf) for bdf in found.groups[0].devices] == [BRIDGE, "0000:02:00.0", "0000:02:01.0"]
-    assert [str(one.device.bdf) for one in found.devices] == [IOMMU, "0000:02:00.0"]
+    assert [str(status.device.bdf) for status in found.devices] == [IOMMU, "0000:02:00.0"]
 
 
 def test_what_is_in_the_way_is_named(host: Host) -> None:
@@ -303,7 +303,7 @@ def test_what_a_killed_process_left_is_shown_with_its_remedy(
         (tmp_path / f"state/journal/{entry.bdf}.json").write_text(entry.to_json())
         return run(capsys, "list", NVME_BDF)[1]
 
-    assert "restore" not in left(4_194_300, gone=True), "what is not there"
+    assert "restore" not in left(4_194_300, gone=True), "a device that was removed"
     assert "restore" not in left(4_194_300, boot="another"), "of another boot"
     assert f"kvmpass: a killed kvmpass did not restore {bdf}\n  hint: run kvmpass restore\n" in left(4_194_300)
     assert valid("list", run(capsys, "list", "--json")[0])["orphaned"] == [bdf]
