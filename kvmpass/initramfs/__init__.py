@@ -49,6 +49,7 @@ class GuestRoot:
         self.tree = Tree()
         """The files."""
         self._settings = {"COMMAND": "", "EXPECTED": "", "TERM": "linux", "TERMINAL_SIZE": "rows 24 cols 80"}
+        self._loads: list[tuple[str, ...]] = []
         self._copied: frozenset[str] = frozenset()
         self.warnings: list[str] = []
         """Files that could not be copied completely, and modules for none of the devices."""
@@ -65,8 +66,6 @@ class GuestRoot:
         self.tree.file("/etc/group", _GROUP)
         self.tree.file("/etc/profile", _PROFILE)
         self.tree.file("/etc/fstab", init.FSTAB)
-        self.tree.file("/init", init.SCRIPT.read_bytes(), 0o755)
-        self.tree.file(f"{init.DIRECTORY}/load", b"")
         self._add_busybox(busybox or find_busybox())
 
     def _add_busybox(self, program: Path) -> None:
@@ -98,11 +97,8 @@ class GuestRoot:
             )
         for module in made.modules:
             self.tree.file(f"{init.DIRECTORY}/modules/{module.name}.ko", module.data)
-        loads = (
-            ("load", module.name, "yes" if module.under_test else "", parameters.get(module.name, ""))
-            for module in made.modules
-        )
-        self.tree.file(f"{init.DIRECTORY}/load", init.calls(loads))
+            under_test = "yes" if module.under_test else ""
+            self._loads.append(("load", module.name, under_test, parameters.get(module.name, "")))
         found = (re.match(r"pci:v0000(.{4})d0000(.{4})", alias) for alias in aliases if alias in made.matched)
         self._settings["EXPECTED"] = " ".join(f"{match[1]}:{match[2]}".lower() for match in found if match)
 
@@ -131,5 +127,7 @@ class GuestRoot:
 
         Uncompressed: the guest boots faster, at the price of memory.
         """
+        self.tree.file("/init", init.SCRIPT.read_bytes(), 0o755)
         self.tree.file(f"{init.DIRECTORY}/settings", init.assignments(self._settings))
+        self.tree.file(f"{init.DIRECTORY}/load", init.calls(self._loads))
         return self.tree.archive(init.COMPLETE, self._copied)
