@@ -99,7 +99,7 @@ def device(path: str, *terms: bytes) -> bytes:
 
 
 def method(path: str, arguments: int, *terms: bytes, serialized: bool = False) -> bytes:
-    """``Method (path, arguments, serialized) {terms}``; up to 7 arguments."""
+    """Define a method (``Method (path, arguments, serialized) {terms}``) of up to 7 arguments."""
     flags = arguments | (0x08 if serialized else 0)
     return _package(b"\x14", name_string(path) + bytes([flags]) + b"".join(terms))
 
@@ -184,22 +184,22 @@ def resources(*descriptors: bytes) -> bytes:
 
 
 def io(base: int, size: int) -> bytes:
-    """Fixed I/O ports, 16-bit decoding (``IO``)."""
+    """Return fixed I/O ports with 16-bit decoding (``IO``)."""
     return b"\x47\x01" + base.to_bytes(2, "little") * 2 + bytes([1, size])
 
 
 def irq_edge(line: int) -> bytes:
-    """An edge-triggered, active-high, exclusive IRQ below 16 (``IRQ``)."""
+    """Return an edge-triggered, active-high, exclusive IRQ below 16 (``IRQ``)."""
     return b"\x22" + (1 << line).to_bytes(2, "little")
 
 
 def interrupt_level(gsi: int) -> bytes:
-    """A level-triggered, active-high, exclusive GSI (``Interrupt``)."""
+    """Return a level-triggered, active-high, exclusive GSI (``Interrupt``)."""
     return b"\x89\x06\x00\x01\x01" + gsi.to_bytes(4, "little")
 
 
 def memory32_fixed(base: int, size: int, writable: bool = True) -> bytes:
-    """A fixed range below 4 GiB (``Memory32Fixed``)."""
+    """Return a fixed range below 4 GiB (``Memory32Fixed``)."""
     return b"\x86\x09\x00" + bytes([writable]) + base.to_bytes(4, "little") + size.to_bytes(4, "little")
 
 
@@ -218,10 +218,10 @@ def bus_numbers(first: int, count: int) -> bytes:
 
 
 def io_window(base: int, size: int) -> bytes:
-    """A window for I/O BARs (``WordIO``)."""
+    """Return a window for I/O BARs (``WordIO``)."""
     return _address_space(1, 3, base, size, 2)
 
 
 def memory_window(base: int, size: int) -> bytes:
-    """A window for memory BARs: ``DWordMemory`` if it ends below 4 GiB, else ``QWordMemory``."""
+    """Return a window for memory BARs: ``DWordMemory`` if it ends below 4 GiB, else ``QWordMemory``."""
     return _address_space(0, 1, base, size, 4 if base + size <= 1 << 32 else 8)

@@ -95,7 +95,10 @@ class Backend(Protocol):
         """Undo all mappings. Return the number of bytes that were mapped. Raises ``OSError``."""
 
     def ranges(self) -> tuple[Range, ...]:
-        """The usable I/O virtual addresses of the attached devices; empty where the kernel does not list them."""
+        """Return the usable I/O virtual addresses of the attached devices.
+
+        Empty where the kernel does not list them.
+        """
 
     def hot_reset(self, device: Device, dependent: Sequence[DependentDevice]) -> None:
         """Reset the slot or bus of ``device``. ``dependent``: all devices that this resets, each attached here.

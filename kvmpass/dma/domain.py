@@ -239,22 +239,22 @@ class Domain:
             raise AuditFailed(f"{left:#x} bytes were mapped that the ledger does not have")
 
     def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None:
-        """Listener: refuse reserved ranges before anything is mapped, also while no device is attached."""
+        """Refuse reserved ranges before anything is mapped, also while no device is attached."""
         if kind is not RegionKind.BAR:
             self._check_range(range_, name, self.backend.ranges() if self._mapped else ())
 
     def region_added(self, region: MemoryRegion) -> None:
-        """Listener: map a region of an active domain before it is used."""
+        """Map a region of an active domain before it is used."""
         if self._mapped and region.dma:
             self.map_region(region)
 
     def region_removed(self, region: MemoryRegion) -> None:
-        """Listener: unmap a region before its memory is unmapped in this process."""
+        """Unmap a region before its memory is unmapped in this process."""
         if region in self._ledger:
             self.unmap_region(region)
 
     def holds(self, region: MemoryRegion) -> bool:
-        """Listener: whether devices may still reach the region's memory."""
+        """Return whether devices may still reach the region's memory."""
         return region in self._ledger
 
     # --- the invariant

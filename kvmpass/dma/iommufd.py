@@ -54,7 +54,7 @@ class IommufdBackend:
         return device
 
     def detach(self, device: Device) -> None:
-        """The kernel detaches it when it is closed, which is when KVM has dropped it."""
+        """Take it from KVM, and close it: with that the kernel detaches it from the IOAS."""
         steps: list[Callable[[], object]] = [partial(self._mapper.file_del, device.fd), device.close]
         steps.append(partial(self._devices.remove, device))
         if self._devices == [device]:

@@ -47,10 +47,10 @@ class Memslots:
         return sorted(self._slots.values(), key=lambda slot: slot.gpa)
 
     def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None:
-        """Listener: accept any range; KVM refuses none that the list accepts."""
+        """Accept any range; KVM refuses none that the list accepts."""
 
     def region_added(self, region: MemoryRegion) -> None:
-        """Listener: create a slot. Raises ``OSError`` if KVM refuses."""
+        """Create a slot. Raises ``OSError`` if KVM refuses."""
         used = {slot.slot for slot in self._slots.values()}
         number = next(n for n in range(len(used) + 1) if n not in used)
         slot = Memslot(number, region.gpa, region.size, region.hva, not region.guest_writable)
@@ -66,7 +66,7 @@ class Memslots:
             raise
 
     def region_removed(self, region: MemoryRegion) -> None:
-        """Listener: delete the slot. Raises ``OSError`` if KVM keeps it: it stays in the ledger."""
+        """Delete the slot. Raises ``OSError`` if KVM keeps it: it stays in the ledger."""
         try:
             self._delete(self._vm, self._slots[region])
         except OSError as error:
@@ -76,7 +76,7 @@ class Memslots:
         del self._slots[region]
 
     def holds(self, region: MemoryRegion) -> bool:
-        """Listener: whether the guest may still reach the region's memory."""
+        """Return whether the guest may still reach the region's memory."""
         return region in self._slots and not self._vm.closed
 
     @staticmethod

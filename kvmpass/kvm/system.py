@@ -38,7 +38,7 @@ class System(OwnedFd):
                 raise OSError(f"{path}: KVM API version {version}, not {lib.KVM_API_VERSION}")
 
     def check_extension(self, capability: Capability) -> int:
-        """The value of a capability (``KVM_CHECK_EXTENSION``); 0 where it is absent."""
+        """Return the value of a capability (``KVM_CHECK_EXTENSION``); 0 where it is absent."""
         return check(lib.kvm_check_extension(self.fd, capability), "KVM_CHECK_EXTENSION")
 
     @property
@@ -51,7 +51,10 @@ class System(OwnedFd):
         check_vcpus(count, self.max_vcpus)
 
     def get_supported_cpuid(self) -> list[CpuidEntry]:
-        """The CPUID leaves that KVM supports on this host (``KVM_GET_SUPPORTED_CPUID``). Raises ``OSError``."""
+        """Return the CPUID leaves that KVM supports on this host (``KVM_GET_SUPPORTED_CPUID``).
+
+        Raises ``OSError``.
+        """
         entries = ffi.new("struct kvm_cpuid_entry2[]", _MAX_CPUID)
         count = check(lib.kvm_get_supported_cpuid(self.fd, entries, _MAX_CPUID), "KVM_GET_SUPPORTED_CPUID")
         return [

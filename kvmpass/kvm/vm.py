@@ -58,7 +58,7 @@ class Vm(OwnedFd):
         return "<Vm closed>" if self.closed else f"<Vm fd {self.fd}>"
 
     def check_extension(self, capability: Capability) -> int:
-        """The value of a capability for this VM (``KVM_CHECK_EXTENSION``); 0 where it is absent."""
+        """Return the value of a capability for this VM (``KVM_CHECK_EXTENSION``); 0 where it is absent."""
         return check(lib.kvm_check_extension(self.fd, capability), "KVM_CHECK_EXTENSION")
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:

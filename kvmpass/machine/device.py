@@ -72,7 +72,7 @@ class AssignedDevice:
         return self.function.interrupt if self.function else "none"
 
     def interrupt_counts(self) -> dict[int | str, int]:
-        """The host's interrupt counts, by MSI or MSI-X vector (from 0), or of ``"INTx"``.
+        """Return the host's interrupt counts, by MSI or MSI-X vector (from 0), or of ``"INTx"``.
 
         A vector is counted from when the guest enabled it, and absent before. VFIO signals KVM inside the kernel:
         these are the lines of ``/proc/interrupts``, with their limits:
@@ -103,7 +103,7 @@ class AssignedDevice:
                 self.config.write(COMMAND, data)
 
     def reset_event(self, seconds: float, reason: str, method: str | None = None) -> DeviceReset:
-        """The event of a reset that took ``seconds``.
+        """Return the event of a reset that took ``seconds``.
 
         ``method``: by default the first of ``reset_methods``, as VFIO does not report which method the kernel used.
         """

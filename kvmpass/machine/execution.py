@@ -95,7 +95,10 @@ class Execution:
             self._outputs, self._throttle = {}, lambda: None
 
     def serial(self, number: int) -> Serial16550:
-        """The UART of COM ``number`` + 1, which takes input; ``reset()`` replaces it. Raises ``IndexError``."""
+        """Return the UART of COM ``number`` + 1, which takes input.
+
+        ``reset()`` replaces it. Raises ``IndexError``.
+        """
         if not 0 <= number < len(ports.SERIAL_LINES):
             raise IndexError(f"serial port {number}: a machine has 0 to {len(ports.SERIAL_LINES) - 1}, COM1 to COM4")
         return self._board.serials[number]

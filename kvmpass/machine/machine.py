@@ -232,7 +232,7 @@ class Machine(Execution):
         self._slots.announce(device)
 
     def _return_steps(self, device: AssignedDevice) -> Iterable[Callable[[], None]]:
-        """The steps for a device that is unplugged from the guest's bus."""
+        """Return the steps for a device that is unplugged from the guest's bus."""
         return (
             partial(self._monitor.unwatch, device.vfio),
             partial(self.domain.detach, device.vfio),

@@ -108,13 +108,13 @@ class RegionListener(Protocol):
     """
 
     def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None:
-        """Called before a new region is mapped. Raise to refuse it."""
+        """Check a new region before it is mapped. Raise to refuse it."""
 
     def region_added(self, region: MemoryRegion) -> None:
-        """Called when the region is mapped. Raise to refuse it."""
+        """Use a region that is mapped now. Raise to refuse it."""
 
     def region_removed(self, region: MemoryRegion) -> None:
-        """Called before the region is unmapped. If this raises, the region stays."""
+        """Stop using a region, before it is unmapped. If this raises, the region stays."""
 
     def holds(self, region: MemoryRegion) -> bool:
         """Return whether guest or devices may still reach the region through this listener."""

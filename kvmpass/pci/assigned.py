@@ -261,7 +261,7 @@ class AssignedFunction:
         return self._space.device_int(pciregs.COMMAND, 2)
 
     def _decoded(self) -> int:
-        """The decoding bits on which the device's registers and the last write agree; 0 outside of D0."""
+        """Return the decoding bits on which the device's registers and the last write agree; 0 outside of D0."""
         try:
             asleep = self._power_at and self._device.config.read_int(self._power_at + _PMCSR, 1) & _POWER_STATE
         except OSError:

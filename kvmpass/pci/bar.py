@@ -44,7 +44,7 @@ class Trap(NamedTuple):
 
 
 def mappable(areas: Sequence[Range], trapped: Sequence[Range] = ()) -> list[Range]:
-    """The whole pages of ``areas`` without those that ``trapped`` ranges touch, in order."""
+    """Return the whole pages of ``areas`` without those that ``trapped`` ranges touch, in order."""
     cuts = [Range(-(-a.start // PAGE) * PAGE, a.end // PAGE * PAGE - -(-a.start // PAGE) * PAGE) for a in areas]
     for trap in trapped:
         low, high = trap.start // PAGE * PAGE, -(-trap.end // PAGE) * PAGE
@@ -114,7 +114,7 @@ class Bar:
         return True
 
     def register(self, high: bool) -> int:
-        """The register's value: address and flags, or the upper half (``high``) of a 64-bit address."""
+        """Return the register's value: address and flags, or the upper half (``high``) of a 64-bit address."""
         return self.address >> 32 if high else self.address & 0xFFFF_FFFF | self.flags
 
     def set_register(self, value: int, high: bool) -> None:
@@ -200,7 +200,7 @@ class Bar:
             self._show()
 
     def _disconnect(self) -> None:
-        """Raises ``OSError`` where KVM keeps a memslot: the BAR then decodes as before."""
+        """Take the BAR off the bus. Raises ``OSError`` if KVM keeps a memslot: the BAR then decodes as before."""
         if self._connected:
             self._withdraw()
             self._windows.released()
@@ -258,7 +258,7 @@ class RomBar(Bar):
         return self._enable
 
     def register(self, high: bool) -> int:
-        """The register's value: address and enable bit."""
+        """Return the register's value: address and enable bit."""
         return self.address | (_ROM_ENABLE if self._enable else 0)
 
     def set_register(self, value: int, high: bool) -> None:

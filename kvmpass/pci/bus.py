@@ -46,7 +46,7 @@ class PciBus:
         return list(self._functions.values())
 
     def free_slot(self) -> int:
-        """The first empty slot. Raises ``LayoutError`` if there is none."""
+        """Return the first empty slot. Raises ``LayoutError`` if there is none."""
         used = {devfn >> 3 for devfn in self._functions}
         slot = next((n for n in range(SLOTS) if n not in used), None)
         if slot is None:

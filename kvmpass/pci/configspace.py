@@ -70,7 +70,7 @@ class ConfigSpace:
         return self._device.size if self._device else 0
 
     def get(self, offset: int, size: int) -> int:
-        """The value of an emulated register."""
+        """Return the value of an emulated register."""
         return int.from_bytes(self._value[offset : offset + size], "little")
 
     def set(self, offset: int, value: int, size: int) -> None:

@@ -59,5 +59,5 @@ class MessageCapability:
 
 
 def pending_bits(vectors: Sequence[MessageVector]) -> int:
-    """A bit for each vector: whether the device has raised it while the guest masks it."""
+    """Return a bit for each vector: whether the device has raised it while the guest masks it."""
     return sum(vector.pending << bit for bit, vector in enumerate(vectors))

@@ -48,7 +48,7 @@ class Msix(MessageCapability):
             space.emulate(at + offset, place.to_bytes(4, "little"))
 
     def traps(self, bar: int) -> list[Trap]:
-        """The table and the pending bits, if they are in BAR number ``bar``."""
+        """Return the table and the pending bits, if they are in BAR number ``bar``."""
         own = self._own
         table = Trap(Range(own.table_offset, own.table_size), self)
         pending = Trap(Range(own.pba_offset, own.pba_size), PendingBits(self._vectors))

@@ -82,7 +82,7 @@ class Cdev(Device):
 
 
 def node_name(name: str, devices: str = _PCI_DEVICES) -> str:
-    """The name of its node below /dev/vfio/devices. Raises ``FileNotFoundError``, ``NotAssignable``."""
+    """Return the name of its node below /dev/vfio/devices. Raises ``FileNotFoundError``, ``NotAssignable``."""
     directory = Path(devices, name, "vfio-dev")
     try:
         (node,) = (path.name for path in directory.iterdir())

@@ -142,7 +142,7 @@ class Region:
             raise self._refused("pwrite", None, offset, len(data))
 
     def _refused(self, call: str, code: int | None, offset: int, size: int) -> OSError:
-        """The error for a failed access; without ``code`` for a short one."""
+        """Return the error for a failed access; without ``code`` for a short one."""
         where = f"{self._device.name} region {self.info.index}, {offset:#x}+{size:#x}"
         if code is None:
             return failure(errno.EIO, call, f"{where}: short access")
@@ -298,7 +298,7 @@ class Device(OwnedFd):
         check(lib.vfio_device_reset(self.fd), "VFIO_DEVICE_RESET", self.name)
 
     def get_pci_hot_reset_info(self) -> list[DependentDevice]:
-        """The functions that a reset of this device's slot or bus resets, this device included.
+        """Return the functions that a reset of this device's slot or bus resets, this device included.
 
         Not the IOMMU group: there can be more or fewer. Raises ``OSError``: ``ENODEV`` where neither slot nor bus can
         be reset, such as on a root bus; ``EPERM`` where a function of the bus is in no group.

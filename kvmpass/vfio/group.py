@@ -129,7 +129,7 @@ class Group(OwnedFd):
                 )
 
     def get_status(self) -> int:
-        """The group's flags, ``VFIO_GROUP_FLAGS_…`` (``VFIO_GROUP_GET_STATUS``). Raises ``OSError``."""
+        """Return the group's flags, ``VFIO_GROUP_FLAGS_…`` (``VFIO_GROUP_GET_STATUS``). Raises ``OSError``."""
         return check(lib.vfio_group_get_status(self.fd), "VFIO_GROUP_GET_STATUS")
 
     @property
@@ -177,7 +177,7 @@ class Group(OwnedFd):
 
 
 def token_remedy(code: int, vf_token: uuid.UUID | None) -> str | None:
-    """What may help where a device is not opened for want of the right VF token."""
+    """Return what may help where a device is not opened for want of the right VF token."""
     if code == errno.EACCES:
         return (
             "the VF token is not the one that the physical function was opened with"
