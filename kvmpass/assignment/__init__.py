@@ -1,1 +1,1 @@
-"""The whole job of ``kvmpass assign``, done (:mod:`.assign`) and planned (:mod:`.plan`)."""
+"""``kvmpass assign``: its steps (:mod:`.assign`) and its plan (:mod:`.plan`)."""

@@ -1,4 +1,4 @@
-"""The whole job of ``kvmpass assign``: borrow, build, assign, boot, give back."""
+"""The steps of ``kvmpass assign``: check, build the machine, borrow and assign the devices, rebind them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def check(
     cpus: int = 1,
     backend: str = AUTO,
 ) -> list[host.PciDevice]:
-    """Everything that can be refused before anything changes, the host's side; returns the devices as they are."""
+    """Run the checks of the host and of the devices; return the devices. Raises as ``assigned`` does."""
     devices = [sysfs.device(bdf) for bdf in bdfs]
     host.doctor.check_host(sysfs, backend=backend, together=bdfs)
     for bdf in bdfs:
         host.check_assignable(sysfs, bdf, together=bdfs)
     page = backing.page_size if backing is not Backing.ANONYMOUS else 0
     host.doctor.check_memory(sysfs, memory, huge_page=page)
-    # More CPUs than a guest takes are refused as such, by the machine.
+    # The machine refuses more CPUs than a guest can have.
     host.doctor.check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs)
     return devices
 
@@ -55,12 +55,12 @@ def assigned(
     warn: Say = lambda line: None,
     on_event: Callable[[DeviceEvent], None] | None = None,
 ) -> Iterator[Machine]:
-    """A machine with the devices in its domain and a guest loaded; afterwards the host is as it was.
+    """Yield a machine with the devices assigned and a guest loaded; rebind the devices to their drivers afterwards.
 
-    ``say`` gets a line for each thing worth knowing, ``warn`` for each that may not be as it was meant; the other
-    arguments are those of ``Machine``. Raises before any change: ``BadAddress``, ``NoSuchDevice``,
-    ``HostNotReady``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``,
-    ``BadKernel``, ``LayoutError``. Everything raised later comes after the devices were given back.
+    ``say`` is called with each step, ``warn`` with each warning, in a line; other arguments are those of ``Machine``.
+    Raises before any change ``BadAddress``, ``NoSuchDevice``, ``HostNotReady``, ``NotAssignable``,
+    ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``, ``LayoutError``. Later errors are raised
+    after the devices were rebound.
     """
     sysfs = host.Sysfs()
     bdfs = parse_distinct(addresses)
@@ -74,12 +74,12 @@ def assigned(
     with machine:
         if cpus > len(os.sched_getaffinity(0)):
             warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: they take turns")
-        machine.populate()  # the last step that the out-of-memory killer can answer
+        machine.populate()  # the last step at which the out-of-memory killer can strike
         image.load(machine)
         # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
         with host.borrow(*bdfs, sysfs=sysfs, say=say), closing(machine):
-            for device in sorted(devices, key=lambda device: device.bdf):  # a slot begins with its function 0
-                # VFIO refuses a token where it has no use.
+            for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
+                # VFIO refuses a token for devices without SR-IOV.
                 machine.assign(device.bdf, vf_token=vf_token if host.view.sriov_of(sysfs, device.bdf) else None)
                 name = names.of(device)
                 driver = device.driver or "no driver"
@@ -96,7 +96,7 @@ def assigned(
 
 
 def say_mappings(machine: Machine, say: Say) -> None:
-    """The reserved ranges of this host, and each mapping of the domain."""
+    """Call ``say`` with this host's reserved ranges, and with each DMA mapping."""
     for line in machine.layout.reserved:
         say(f"reserved range {line}")
     for region in machine.memory:

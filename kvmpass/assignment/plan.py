@@ -1,4 +1,4 @@
-"""What ``kvmpass assign`` would do, worked out by the same code, without doing any of it."""
+"""The plan of ``kvmpass assign``, computed by the same code, without any change."""
 
 from __future__ import annotations
 
@@ -21,56 +21,71 @@ from kvmpass.pci import BarPreview, BarSpace, Vectors, allocate, preview_bars, p
 
 @dataclass(frozen=True, slots=True)
 class DevicePlan:
-    """One device: ``driver`` is what it has now and gets back; ``reset_methods`` as in ``PciDevice``."""
+    """The plan for a device."""
 
     bdf: Bdf
+    """Its address."""
     short_name: str
+    """A short name, as in ``kvmpass list``."""
     driver: str | None
+    """The driver to which it is bound, and rebound afterwards; None: no driver."""
     group: int | None
+    """The number of its IOMMU group; None: no group."""
     siblings: tuple[Sibling, ...]
+    """The other devices of the group."""
     reset_methods: tuple[str, ...]
+    """The kernel's reset methods, in the order in which it tries them."""
     vectors: Vectors
+    """Its interrupts."""
     bars: tuple[BarPreview, ...]
+    """Its BARs, and the expansion ROM."""
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """What is counted: ``fixed`` for the machine and its devices, ``vectors`` more if the guest unmasks them all.
-
-    ``limit`` is the hard one, None without: the soft one is raised to it.
-    """
+    """Numbers of file descriptors."""
 
     fixed: int
+    """For the machine and its devices."""
     vectors: int
+    """For interrupts, if the guest unmasks all MSI and MSI-X vectors."""
     limit: int | None
+    """The hard limit, to which the soft limit is raised; None: unlimited."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``memory`` is None where it cannot be laid out; ``blockers`` says why.
-
-    ``phys_bits`` is the CPU's physical width, from ``phys_bits_source`` (``KVM`` or ``/proc/cpuinfo``). ``confined``:
-    this host has IOMMU groups, so that its reserved ranges are known.
-    """
+    """The plan of an assignment."""
 
     devices: tuple[DevicePlan, ...]
+    """The devices that exist, in the order of the arguments."""
     memory: MemoryPlan | None
+    """The guest's memory; None if it is impossible: see ``blockers``."""
     cpus: int
+    """The number of vCPUs."""
     backend: BackendChoice
+    """The DMA back end, and why it was chosen."""
     phys_bits: int
+    """The CPU's physical address width in bits."""
     phys_bits_source: str
+    """Its source: ``KVM``, ``/proc/cpuinfo`` or ``assumed``."""
     confined: bool
+    """Whether this host has IOMMU groups, so that its reserved ranges are known."""
     descriptors: Descriptors
+    """The file descriptors."""
     blockers: tuple[Blocker, ...]
+    """Why ``assign`` would refuse; empty: it would not."""
     warnings: tuple[Blocker, ...]
+    """Warnings of the host's and the devices' checks."""
 
     @property
     def map_calls(self) -> int:
+        """The number of DMA mappings."""
         return len(self.memory.mapped) if self.memory else 0
 
     @property
     def locked(self) -> int:
-        """Bytes."""
+        """Bytes of memory that are locked."""
         return self.memory.locked if self.memory else 0
 
 
@@ -83,10 +98,10 @@ def plan(
     backend: str = AUTO,
     sysfs: Sysfs | None = None,
 ) -> Plan:
-    """Work out what assigning these devices to one machine would do. Changes nothing, on any machine.
+    """Plan the assignment of devices to a machine. It changes nothing, and works on any host.
 
-    Everything that would be refused is in ``blockers``, all of it and not only the first. Raises only for
-    invalid arguments: ``BadAddress``, ``LayoutError`` for an invalid ``memory``.
+    ``blockers`` has every reason to refuse, not only the first. Raises ``BadAddress``, and ``LayoutError`` if
+    ``memory`` is not a size.
     """
     sysfs = sysfs or Sysfs()
     bdfs = [Bdf.parse(address) if isinstance(address, str) else address for address in addresses]
@@ -131,7 +146,7 @@ def plan(
 def _findings(
     look: host.Look, bdfs: Sequence[Bdf], size: int, backing: Backing, cpus: int, backend: str
 ) -> Iterator[Finding]:
-    """The doctor's, of the host once and of each device."""
+    """Return the findings of ``doctor`` for all devices, those of the host once."""
     page = backing.page_size if backing is not Backing.ANONYMOUS else 0
     seen: set[tuple[str, str]] = set()
     for bdf in bdfs:
@@ -152,7 +167,7 @@ def _present(sysfs: Sysfs, bdfs: Sequence[Bdf]) -> Iterator[PciDevice]:
     for bdf in bdfs:
         try:
             yield sysfs.device(bdf)
-        except NoSuchDevice:  # among the findings already
+        except NoSuchDevice:  # a finding already
             continue
 
 
@@ -190,7 +205,7 @@ def _on_this_machine(sysfs: Sysfs) -> bool:
 
 
 def _physical_bits(sysfs: Sysfs) -> tuple[int, str]:
-    """The width by which a machine is laid out, as KVM says, or as the CPU does where KVM cannot be asked."""
+    """Return the physical address width of KVM, else of the CPU, and its source."""
     bits = sysfs.ask("physical bits", lambda: _of_kvm(sysfs, lambda system: system.physical_bits))
     if bits is not None:
         return bits, "KVM"
@@ -200,7 +215,7 @@ def _physical_bits(sysfs: Sysfs) -> tuple[int, str]:
 
 def _check_cpus(sysfs: Sysfs, cpus: int) -> None:
     most = sysfs.ask("most vCPUs", lambda: _of_kvm(sysfs, lambda system: system.max_vcpus))
-    if most is not None:  # else among the findings already
+    if most is not None:  # else a finding already
         check_vcpus(cpus, most)
 
 

@@ -1,4 +1,4 @@
-"""Plans of assignments on made-up hosts, whatever machine this is."""
+"""Plans of assignments, on hosts made of files."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def host(tmp_path: Path) -> Host:
     return host
 
 
-# --- the pieces
+# --- parts of a plan
 
 
-def test_memory_goes_around_what_is_reserved() -> None:
+def test_memory_avoids_reserved_ranges() -> None:
     hole = Reserved(Range(5 * GIB, GIB), "reserved")
     made = plan_memory(6 * GIB, [hole], 40)
     assert [(region.name, region.range, region.kind) for region in made.regions] == [
@@ -103,7 +103,7 @@ def test_a_plan(host: Host) -> None:
     assert host.writes == []
 
 
-def test_the_whole_group(host: Host) -> None:
+def test_a_group_with_two_devices(host: Host) -> None:
     host.add(SOUND, "snd_hda_intel", 7, 0x040300)
     alone = kvmpass.plan([NVME], memory="64M", sysfs=host)
     assert [blocker.kind for blocker in alone.blockers] == ["group-not-viable"]
@@ -113,7 +113,7 @@ def test_the_whole_group(host: Host) -> None:
     assert [device.siblings[0].role for device in both.devices] == ["assigned", "assigned"]
 
 
-def test_everything_that_blocks(host: Host) -> None:
+def test_all_blockers(host: Host) -> None:
     host.add("0000:02:00.0", "xhci_hcd", 8)
     host.put("sys/bus/pci/devices/0000:02:00.0/boot_vga", "1")
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
@@ -132,7 +132,7 @@ def test_everything_that_blocks(host: Host) -> None:
         kvmpass.plan([NVME], memory="plenty", sysfs=host)
 
 
-def test_what_does_not_fit(host: Host) -> None:
+def test_bars_and_memory_that_do_not_fit(host: Host) -> None:
     size = 1 << 30  # the window for 32-bit BARs has half of it
     host.put(f"sys/bus/pci/devices/{NVME}/resource", f"0x40000000 {0x40000000 + size - 1:#x} 0x200")
     [blocker] = kvmpass.plan([NVME], memory="64M", sysfs=host).blockers
@@ -143,8 +143,8 @@ def test_what_does_not_fit(host: Host) -> None:
     assert "at least 1 MiB" in too_small.blockers[-1].cause
 
 
-def test_a_machine_without_anything(tmp_path: Path) -> None:
-    """No KVM, no IOMMU, no CPU of ours: a plan all the same."""
+def test_a_host_without_anything(tmp_path: Path) -> None:
+    """Without KVM, IOMMU and AMD CPU."""
     host = Host(tmp_path)
     for path in ("dev/kvm", "sys/class/iommu/ivhd0", "sys/bus/pci/drivers/vfio-pci", "dev/vfio/vfio"):
         host.path(path).rename(tmp_path / Path(path).name)
