@@ -34,7 +34,7 @@ def check(
     host.doctor.check_host(sysfs, backend=backend, together=bdfs)
     for bdf in bdfs:
         host.check_assignable(sysfs, bdf, together=bdfs)
-    page = backing.page_size if backing is not Backing.ANONYMOUS else 0
+    page = backing.huge_page
     host.doctor.check_memory(sysfs, memory, huge_page=page)
     # The machine refuses more CPUs than a guest can have.
     host.doctor.check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from kvmpass import host
 from kvmpass.errors import BadAddress, KvmpassError, NoSuchDevice
@@ -113,10 +115,12 @@ def plan(
     except BadAddress as error:
         blockers.append(_impossible(error))
         bdfs = list(dict.fromkeys(bdfs))
-    findings = list(_findings(look, bdfs, size, backing, cpus, backend))
+    findings = _findings(look, bdfs, size, backing, cpus, backend)
     blockers += _blockers(findings, Outcome.FAIL)
-    devices = list(_present(sysfs, bdfs))
-    groups = sysfs.groups()
+    devices: list[PciDevice] = []
+    for bdf in bdfs:
+        with suppress(NoSuchDevice):  # a finding already
+            devices.append(sysfs.device(bdf))
     bits, source = _physical_bits(sysfs)
     memory_plan = None
     try:
@@ -128,7 +132,6 @@ def plan(
     if memory_plan is not None:
         blockers += _unfitting(planned, memory_plan.layout)
     chosen = choose_backend(sysfs, bdfs, backend)
-    descriptors = _descriptors(sysfs, planned, cpus, chosen)
     return Plan(
         devices=planned,
         memory=memory_plan,
@@ -136,8 +139,8 @@ def plan(
         backend=chosen,
         phys_bits=bits,
         phys_bits_source=source,
-        confined=any(not group.no_iommu for group in groups),
-        descriptors=descriptors,
+        confined=any(not group.no_iommu for group in sysfs.groups()),
+        descriptors=_descriptors(sysfs, planned, cpus, chosen),
         blockers=tuple(blockers),
         warnings=tuple(_blockers(findings, Outcome.WARN)),
     )
@@ -145,30 +148,18 @@ def plan(
 
 def _findings(
     look: host.Look, bdfs: Sequence[Bdf], size: int, backing: Backing, cpus: int, backend: str
-) -> Iterator[Finding]:
+) -> list[Finding]:
     """Return the findings of ``doctor`` for all devices, those of the host once."""
-    page = backing.page_size if backing is not Backing.ANONYMOUS else 0
-    seen: set[tuple[str, str]] = set()
+    diagnose = partial(host.diagnose, look.sysfs, together=bdfs, look=look)
+    unique: dict[tuple[str, str], Finding] = {}
     for bdf in bdfs:
-        for finding in host.diagnose(
-            look.sysfs, bdf, memory=size, huge_page=page, together=bdfs, look=look, cpus=cpus, backend=backend
-        ):
-            key = finding.check, finding.blocker.cause if finding.blocker else ""
-            if key not in seen:
-                seen.add(key)
-                yield finding
+        for finding in diagnose(bdf, memory=size, huge_page=backing.huge_page, cpus=cpus, backend=backend):
+            unique.setdefault((finding.check, finding.blocker.cause if finding.blocker else ""), finding)
+    return list(unique.values())
 
 
 def _blockers(findings: Sequence[Finding], outcome: Outcome) -> list[Blocker]:
     return [finding.blocker for finding in findings if finding.outcome is outcome and finding.blocker]
-
-
-def _present(sysfs: Sysfs, bdfs: Sequence[Bdf]) -> Iterator[PciDevice]:
-    for bdf in bdfs:
-        try:
-            yield sysfs.device(bdf)
-        except NoSuchDevice:  # a finding already
-            continue
 
 
 def _device(look: host.Look, device: PciDevice, together: Sequence[Bdf]) -> DevicePlan:
@@ -200,13 +191,9 @@ def _impossible(error: KvmpassError, bdf: Bdf | None = None) -> Blocker:
     return Blocker("request", "impossible", str(error), remedy, error=type(error), bdf=bdf)
 
 
-def _on_this_machine(sysfs: Sysfs) -> bool:
-    return str(sysfs.root) == "/"
-
-
 def _physical_bits(sysfs: Sysfs) -> tuple[int, str]:
     """Return the physical address width of KVM, else of the CPU, and its source."""
-    bits = sysfs.ask("physical bits", lambda: _of_kvm(sysfs, lambda system: system.physical_bits))
+    bits = _ask_kvm(sysfs, "physical bits", lambda system: system.physical_bits)
     if bits is not None:
         return bits, "KVM"
     width = sysfs.fields("proc/cpuinfo").get("address sizes", "").partition(" ")[0]
@@ -214,19 +201,22 @@ def _physical_bits(sysfs: Sysfs) -> tuple[int, str]:
 
 
 def _check_cpus(sysfs: Sysfs, cpus: int) -> None:
-    most = sysfs.ask("most vCPUs", lambda: _of_kvm(sysfs, lambda system: system.max_vcpus))
+    most = _ask_kvm(sysfs, "most vCPUs", lambda system: system.max_vcpus)
     if most is not None:  # else a finding already
         check_vcpus(cpus, most)
 
 
-def _of_kvm(sysfs: Sysfs, number: Callable[[System], int]) -> int | None:
-    if not _on_this_machine(sysfs):
+def _ask_kvm(sysfs: Sysfs, question: str, number: Callable[[System], int]) -> int | None:
+    """Return a number that KVM reports; None: KVM is unavailable, or ``sysfs`` is not this host's."""
+
+    def answer() -> int | None:
+        with suppress(OSError):
+            if str(sysfs.root) == "/":
+                with System() as system:
+                    return number(system)
         return None
-    try:
-        with System() as system:
-            return number(system)
-    except OSError:
-        return None
+
+    return sysfs.ask(question, answer)
 
 
 def _descriptors(sysfs: Sysfs, devices: Sequence[DevicePlan], cpus: int, backend: BackendChoice) -> Descriptors:

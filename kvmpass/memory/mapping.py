@@ -36,7 +36,12 @@ class Backing(enum.StrEnum):
     @property
     def page_size(self) -> int:
         """The page size in bytes; addresses and sizes must be multiples of it."""
-        return {Backing.HUGETLB_2M: HUGE, Backing.HUGETLB_1G: GIB}.get(self, PAGE)
+        return self.huge_page or PAGE
+
+    @property
+    def huge_page(self) -> int:
+        """The size in bytes of the pages of its pool; 0: not from a pool."""
+        return {Backing.HUGETLB_2M: HUGE, Backing.HUGETLB_1G: GIB}.get(self, 0)
 
 
 class HostMapping:

@@ -272,6 +272,10 @@ def test_page_sizes_of_backings() -> None:
         "shared": PAGE,
         "device": PAGE,
     }
+    assert {backing.value: backing.huge_page for backing in Backing if backing.huge_page} == {
+        "hugetlb-2M": 2 * MIB,
+        "hugetlb-1G": GIB,
+    }
 
 
 # --- pools of huge pages: free, reserved, overcommitted
