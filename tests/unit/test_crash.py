@@ -1,4 +1,4 @@
-"""The excerpt of a console begins where the crash does."""
+"""Excerpts of consoles, from the crash on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ OOPS = [
 ]
 
 
-def test_from_the_oops_on_not_from_the_panic() -> None:
+def test_the_oops_comes_before_the_panic() -> None:
     shown = excerpt("\r\n".join([*BOOT, *OOPS]))
     assert shown == OOPS
 
 
-def test_a_bug_begins_at_its_cut() -> None:
+def test_a_bug_begins_at_its_cut_line() -> None:
     cut = ["------------[ cut here ]------------", "kernel BUG at drivers/bad.c:7!", "invalid opcode: 0000 [#1]"]
     assert excerpt("\n".join([*BOOT, *cut])) == cut
 
@@ -39,25 +39,25 @@ def test_a_bug_begins_at_its_cut() -> None:
         "Oops: divide error: 0000 [#1] SMP",
     ],
 )
-def test_whatever_ends_a_kernel(line: str) -> None:
+def test_each_kind_of_crash(line: str) -> None:
     end = [f"[   30.1] {line}", "[   30.2] the end"]
     assert excerpt("\n".join([*BOOT, *end])) == end
 
 
-def test_a_warning_counts_only_where_nothing_is_worse() -> None:
+def test_a_crash_takes_precedence_over_a_warning() -> None:
     warning = ["------------[ cut here ]------------", "WARNING: CPU: 0 PID: 1 at arch/x86/xstate.c:500 init+0x1"]
     assert excerpt("\n".join([*BOOT, *warning, "on it goes"])) == [*warning, "on it goes"]
     assert excerpt("\n".join([*warning, *BOOT, *OOPS])) == OOPS
 
 
-def test_without_trouble_the_last_lines() -> None:
+def test_without_a_crash_the_last_lines() -> None:
     assert excerpt("\n".join(BOOT)) == BOOT[-20:]
     assert excerpt("") == []
     assert find(["debug: no oops here", "a BUGGY: line", "WARNING is a word"]) is None
 
 
-def test_a_long_story_is_cut_in_the_middle() -> None:
-    """Its begin says why, its end how it went on."""
+def test_lines_in_the_middle_are_left_out() -> None:
+    """The beginning has the cause, the end the latest state."""
     shown = excerpt("\n".join([*BOOT, *OOPS, *BOOT]), limit=50)
     assert len(shown) == 50
     assert shown[:3] == OOPS[:3]

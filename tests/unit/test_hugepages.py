@@ -1,4 +1,4 @@
-"""What a pool of huge pages can give; how memory and doctor say it, their own tests tell."""
+"""Pools of huge pages; messages are tested with memory and doctor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = {
 }
 
 
-def test_a_pool_is_read_by_the_names_of_its_files() -> None:
+def test_a_pool_is_read_from_its_files() -> None:
     assert HugePagePool.read(2 * MIB, FILES.__getitem__) == HugePagePool(2 * MIB, 4, 1, 3, 2, 6)
     assert (pool_name(2 * MIB), pool_name(GIB)) == ("hugepages-2048kB", "hugepages-1048576kB")
 
@@ -25,10 +25,10 @@ def test_a_pool_is_read_by_the_names_of_its_files() -> None:
     ("changes", "available", "enough"),
     [
         ({}, 4, 7),
-        ({"resv_hugepages": 7}, -2, 13),  # the others' promises come first
-        ({"surplus_hugepages": 5}, 3, 8),  # a surplus beyond what may be added takes nothing away
+        ({"resv_hugepages": 7}, -2, 13),  # reservations of other processes
+        ({"surplus_hugepages": 5}, 3, 8),  # a surplus above the limit does not count
     ],
 )
-def test_what_it_can_give(changes: dict[str, int], available: int, enough: int) -> None:
+def test_available_pages(changes: dict[str, int], available: int, enough: int) -> None:
     pool = HugePagePool.read(2 * MIB, (FILES | changes).__getitem__)
     assert (pool.available, pool.nr_for(8 * MIB + 1)) == (available, enough)
