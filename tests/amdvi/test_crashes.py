@@ -1,4 +1,4 @@
-"""A driver author's worst day: the guest's kernel crashes, or hangs. The guest ends by itself and shows the cause."""
+"""Crashes and lockups of the guest's kernel: the guest ends by itself, with the cause."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def command(*words: str) -> list[str]:
 
 @pytest.fixture
 def faulty(edu: str, faulty_module: Path) -> Iterator[Path]:
-    """The module, which is the host's driver of the device as well, without its bugs."""
+    """The module, which is the host's driver of the device, too, without its bugs."""
     subprocess.run(["/sbin/insmod", faulty_module], check=True)
     assert driver(edu) == "faulty"
     yield faulty_module
@@ -54,7 +54,7 @@ def faulty(edu: str, faulty_module: Path) -> Iterator[Path]:
 def crash(
     edu: str, faulty: Path, append: str, timeout: int, status: Path, *more: str
 ) -> tuple[int, dict[str, Any], list[str]]:
-    """An assignment of which nothing is expected but its end: its status, its document, the console that it shows."""
+    """Assign to a guest that ends by itself; return its status, its status file, the console that is shown."""
     options = ("--memory", "384M", "--module", str(faulty), "--append", append, "--timeout", str(timeout), *more)
     result = subprocess.run(
         command("assign", edu, *options, "--status-file", str(status), "--", "sleep", "1000"),
@@ -92,8 +92,8 @@ def test_a_driver_that_crashes_ends_the_guest(
 
 
 @DRIVER
-def test_the_time_is_up(edu: str, faulty: Path, tmp_path: Path) -> None:
-    """A loop that nothing in the guest ends; what is shown begins with it, what is kept does not."""
+def test_a_loop_is_ended_by_the_timeout(edu: str, faulty: Path, tmp_path: Path) -> None:
+    """An endless loop: the output begins with its soft lockup, the log with the boot."""
     log = tmp_path / "console.log"
     append = "faulty.fault=loop watchdog_thresh=3 softlockup_panic=0 loglevel=6"
     status, document, shown = crash(edu, faulty, append, 60, tmp_path / "status.json", "--console-log", str(log))
@@ -101,14 +101,14 @@ def test_the_time_is_up(edu: str, faulty: Path, tmp_path: Path) -> None:
     assert 60 <= document["seconds"] < 150
     assert "soft lockup - CPU#0 stuck for" in shown[0], shown
     assert "faulty_probe+0x" in "\n".join(shown)
-    assert "Linux version" in log.read_text(errors="replace"), "all of the console, from its begin"
+    assert "Linux version" in log.read_text(errors="replace"), "the whole console"
 
 
 # --- without one
 
 
-def test_an_oops_is_only_told_of_where_that_is_wanted() -> None:
-    """oops= of --append takes precedence: only the process that ran into it dies."""
+def test_oops_continue_takes_precedence() -> None:
+    """oops= of --append takes precedence: only the process is killed."""
     said = bytearray()
     image = prepare(GuestSpec(command=("sh", "-c", SCRIPT), append="nokaslr oops=continue"), [])
     with (

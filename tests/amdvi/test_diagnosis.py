@@ -96,7 +96,7 @@ def test_a_host_that_lacks_something(kind: str, edu: str) -> None:
 
 
 @pytest.mark.amdvi(profile="wrong-ioapic", kernel="full")
-def test_what_the_kernel_said_of_its_refusal(edu: str) -> None:
+def test_the_kernels_message_explains_a_refusal(edu: str) -> None:
     """And what it made of the command line: two words that it ignores, one of which it says so itself."""
     findings = {finding.check: finding for finding in host.diagnose(SYSFS, Bdf.parse(edu))}
     remapping, idle = findings["interrupt-remapping"].blocker, findings["idle-options"].blocker
@@ -146,7 +146,7 @@ def test_a_sibling_in_use(multifunction: str) -> None:
     assert {sibling.role for device in whole.devices for sibling in device.siblings} == {"assigned"}
 
 
-def test_beside_a_bridge(bridged: str) -> None:
+def test_a_bridge_in_the_group(bridged: str) -> None:
     made = kvmpass.plan([bridged], memory="64M")
     assert made.blockers == ()
     assert {sibling.role for sibling in made.devices[0].siblings} == {"bridge"}
@@ -296,7 +296,7 @@ class Holed(Sysfs):
 
 
 @pytest.mark.parametrize("sysfs", [SYSFS, Holed()], ids=["as-it-is", "with-a-hole"])
-def test_a_plan_comes_true(nvme: str, edu: str, sysfs: Sysfs) -> None:
+def test_a_plan_equals_the_assignment(nvme: str, edu: str, sysfs: Sysfs) -> None:
     """Its table is the machine's, its counts are those of the kernel, and making it changed nothing."""
     made = kvmpass.plan([nvme, edu], memory="64M", cpus=2, sysfs=sysfs)
     assert made.blockers == ()

@@ -17,7 +17,7 @@ from kvmpass.pciregs import BAR0, CAP_MSIX, COMMAND, capabilities
 from kvmpass.vfio.device import MSIX
 
 
-def test_a_driver_that_lets_go_leaves_no_interrupt(nvme: str) -> None:
+def test_an_unbound_driver_leaves_no_interrupt(nvme: str) -> None:
     """Unloaded and loaded again: MSI-X, then the pin with nothing behind it, then MSI-X again.
 
     The host counts what the guest handles, or more (two that come together are one there); of the guest's lines,

@@ -1,7 +1,7 @@
-"""What a guest's kernel complains of under kvmpass, it complains of under QEMU as well: same kernel, same devices.
+"""The warnings and errors of a guest's kernel under kvmpass are those under QEMU, with the same kernel and devices.
 
-A kernel tells in its log what it finds wrong with a machine. QEMU's q35 machine is the measure, because kernels have
-been taught to live with it; what only our machine makes them say is our fault until it is explained below.
+A kernel logs what is wrong with a machine. QEMU's q35 machine is the reference, since kernels are tested on it; each
+message that only our machine causes is a bug, unless it is explained below.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ complaints
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """What one guest said: its PCI drivers by vendor and device, its complaints, and those after planting more."""
+    """A guest's PCI drivers by vendor and device, its warnings and errors, and those with planted ones."""
 
     drivers: dict[str, str]
     complaints: list[str]
@@ -101,7 +101,7 @@ class Comparison:
 
 
 def under_qemu(bdfs: Sequence[str], image: GuestImage, folder: Path) -> Talk:
-    """A guest of the host's own QEMU, with devices that are on vfio-pci."""
+    """A guest of the host's own QEMU, with devices bound to vfio-pci."""
     initrd, output = folder / "initrd", folder / "serial1"
     initrd.write_bytes(image.initrd)
     command = [QEMU, "-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", MEMORY]
@@ -156,17 +156,17 @@ def comparison(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFac
     return Comparison(theirs, ours)
 
 
-def test_every_device_has_the_driver_that_it_has_under_qemu(comparison: Comparison) -> None:
+def test_drivers_are_those_under_qemu(comparison: Comparison) -> None:
     ours = comparison.kvmpass.drivers
     assert ours
     assert {key: comparison.qemu.drivers.get(key) for key in ours} == ours
 
 
-def test_nothing_that_qemu_has_not(comparison: Comparison) -> None:
+def test_no_message_that_qemu_lacks(comparison: Comparison) -> None:
     assert unexplained(comparison.kvmpass.complaints, comparison.qemu.complaints) == []
 
 
 def test_a_planted_message_is_found(comparison: Comparison) -> None:
-    """In each way in which a kernel may say it: as an error, in the words that tell, as a warning."""
+    """As an error, as a warning, and by its words."""
     found = unexplained(comparison.kvmpass.with_planted, comparison.qemu.complaints)
     assert {normal(text) for _, text in PLANTED} <= {normal(line) for line in found}

@@ -1,4 +1,4 @@
-"""Regions come and go while a device does DMA: the books are right at every moment, and closed at the end."""
+"""Regions are added and removed during DMA: the ledgers are right throughout, and empty at the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCRATCH, ECHO = 0x10_0000, 0x20_0000
 
 
 class Bench:
-    """A machine with the edu device, which one thread at a time lets do DMA."""
+    """A machine with the edu device, which does DMA for one thread at a time."""
 
     def __init__(self, machine: Machine, edu: Edu) -> None:
         self.machine, self.edu = machine, edu
@@ -42,13 +42,13 @@ class Bench:
         return self.machine.memory
 
     def device_copies(self, source: int, target: int) -> None:
-        """16 bytes of guest memory, by DMA in and DMA out."""
+        """Copy 16 bytes of guest memory, by DMA."""
         with self.lock:
             self.edu.load(source)
             self.edu.store(target)
 
     def check_reaches(self, region: MemoryRegion) -> None:
-        """The device reads the last bytes of ``region``, and writes them if it is RAM."""
+        """Let the device read the last bytes of ``region``, and write them if it is RAM."""
         at = region.range.end - 16
         data = self.memory.read(at, 16)
         if region.kind is RegionKind.RAM:
@@ -64,7 +64,7 @@ class Bench:
 
 
 class Worker(threading.Thread):
-    """Lets the device work without pause: a copy that is checked, and a write to where regions come and go."""
+    """Keep the device busy: with a copy that is checked, and a write to regions that are added and removed."""
 
     def __init__(self, bench: Bench) -> None:
         super().__init__(name="dma", daemon=True)
@@ -106,7 +106,7 @@ def bench(edu: str) -> Iterator[Bench]:
 
 @pytest.fixture(scope="module")
 def huge_pages() -> Iterator[int]:
-    """How many huge pages of 2 MiB nobody uses: eight at least, reserved if need be while these tests run."""
+    """The number of free huge pages of 2 MiB: eight at least, reserved for these tests if necessary."""
     pool, before = HUGE_POOL / "nr_hugepages", int((HUGE_POOL / "nr_hugepages").read_text())
     free = int((HUGE_POOL / "free_hugepages").read_text())
     try:
@@ -144,8 +144,8 @@ KINDS: dict[str, Callable[[GuestMemory], MemoryRegion]] = {
 }
 
 
-def books(machine: Machine) -> dict[str, Any]:
-    """What this process and the kernel hold; the ledgers agree with the list, and the kernel with the ledger."""
+def check_ledgers(machine: Machine) -> dict[str, Any]:
+    """Check that the ledgers equal the list, and return what this process and the kernel hold."""
     machine.audit()
     assert locked_bytes() == sum(mapping.size for mapping in machine.domain.ledger)
     return {
@@ -159,54 +159,54 @@ def books(machine: Machine) -> dict[str, Any]:
 
 @pytest.mark.amdvi(timeout=3600)
 @pytest.mark.usefixtures("huge_pages")
-def test_regions_come_and_go_while_the_device_works(bench: Bench) -> None:
+def test_regions_change_during_dma(bench: Bench) -> None:
     memory = bench.memory
-    before = books(bench.machine)
+    before = check_ledgers(bench.machine)
     with Worker(bench) as worker:
         for number, (name, add) in zip(range(ROUNDS), itertools.cycle(KINDS.items()), strict=False):
             region = add(memory)
-            books(bench.machine)
+            check_ledgers(bench.machine)
             assert region in list(memory)
             assert (region.hva - region.gpa) % (2 * MIB) == 0
             if number < len(KINDS):
                 bench.check_reaches(region)
             memory.remove(region)
-            assert books(bench.machine) == before, f"{name}, round {number}"
+            assert check_ledgers(bench.machine) == before, f"{name}, round {number}"
             if worker.error:
                 break
     assert worker.copies, "the device did nothing meanwhile"
-    assert books(bench.machine) == before
+    assert check_ledgers(bench.machine) == before
 
 
 @pytest.mark.usefixtures("huge_pages")
-def test_many_at_once_and_in_any_order(bench: Bench) -> None:
-    before = books(bench.machine)
+def test_regions_are_added_and_removed_in_any_order(bench: Bench) -> None:
+    before = check_ledgers(bench.machine)
     regions = []
     for number in range(ROUNDS):
         gpa = PLACE + number * 16 * MIB
         regions.append(
             bench.memory.add_ram(gpa, MIB) if number % 2 else bench.memory.add_rom(gpa, number.to_bytes(2, "big"))
         )
-    books(bench.machine)
+    check_ledgers(bench.machine)
     assert len(bench.machine.domain.ledger) == len(regions) + 1
     bench.check_reaches(regions[-1])
     for region in regions[::2] + regions[1::2][::-1]:
         bench.memory.remove(region)
-    assert books(bench.machine) == before
+    assert check_ledgers(bench.machine) == before
 
 
-def test_an_unmap_that_is_not_made_is_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A planted bug: the library believes what it is told, the kernel's count of locked memory does not."""
+def test_a_missing_unmap_is_detected(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted bug, which the kernel's count of locked memory shows."""
     region = bench.memory.add_ram(PLACE, MIB)
     real = Container.unmap_dma
     with monkeypatch.context() as patch:
         patch.setattr(Container, "unmap_dma", lambda self, iova, size: size)
         bench.memory.remove(region)
     with pytest.raises(AssertionError):
-        books(bench.machine)
+        check_ledgers(bench.machine)
     container = container_of(bench.machine)
     assert real(container, PLACE, MIB) == MIB
-    books(bench.machine)
+    check_ledgers(bench.machine)
 
 
 # --- huge pages
@@ -261,12 +261,12 @@ def test_shared_huge_pages(bench: Bench) -> None:
     bench.memory.remove(region)
 
 
-def test_more_huge_pages_than_there_are(bench: Bench, huge_pages: int) -> None:
-    before = books(bench.machine)
+def test_more_huge_pages_than_available(bench: Bench, huge_pages: int) -> None:
+    before = check_ledgers(bench.machine)
     free = huge_pages - int((HUGE_POOL / "resv_hugepages").read_text())
     with pytest.raises(NotEnoughMemory, match=rf"{free + 1} huge pages of 2 MiB are needed, {free} are free"):
         bench.memory.add_ram(PLACE, (free + 1) * 2 * MIB, backing=Backing.HUGETLB_2M)
-    assert books(bench.machine) == before
+    assert check_ledgers(bench.machine) == before
 
 
 # --- memory that another process has too

@@ -1,4 +1,4 @@
-"""Guests that live in a thread of the test: what they say is waited for, and they can be told to go on."""
+"""Guests in a thread of the test: it waits for their output, and lets them continue."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ drive() { set -- /dev/nvme*n1; drive=$1; [ -b "$drive" ] && true 2>/dev/null <"$
 
 
 class Running:
-    """A guest that runs a script in a thread of its own, and what it has said."""
+    """A guest that runs a script in a thread of its own, and its output."""
 
     def __init__(self, machine: Machine, guest: Guest, said: bytearray) -> None:
         self.machine = machine
@@ -56,7 +56,7 @@ class Running:
             time.sleep(0.02)
 
     def go_on(self) -> None:
-        """The guest's ``go_on`` comes back."""
+        """Let the guest's ``go_on`` return."""
         self._guest.type(b"on\n")
 
     def end(self, seconds: float = 60) -> GuestResult:
@@ -66,14 +66,14 @@ class Running:
 
 
 def image_for(script: str) -> GuestImage:
-    """A guest that runs ``script`` and has the drivers of everything that is on vfio-pci, plugged yet or not."""
+    """A guest that runs ``script``, with the drivers of all devices that are bound to vfio-pci."""
     ready = [device.modalias for device in host.Sysfs().devices() if device.driver == "vfio-pci"]
     return prepare(GuestSpec(command=("sh", "-c", FUNCTIONS + script)), ready)
 
 
 @contextmanager
 def running(script: str, *devices: str, events: list[DeviceEvent] | None = None, **options: Any) -> Iterator[Running]:
-    """A guest with ``devices`` (on vfio-pci) from the start; ``events`` gets those of the machine."""
+    """A guest that starts with ``devices``, bound to vfio-pci; ``events`` gets those of the machine."""
     said = bytearray()
     if events is not None:
         options |= {"on_event": events.append, "stop_on_error": False}
