@@ -12,11 +12,6 @@ from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import elf
 from kvmpass.initramfs.cpio import Node, Tree
 
-# Interpreters that busybox provides.
-BUSYBOX_INTERPRETERS = frozenset(
-    f"{directory}/{name}" for directory in ("/bin", "/usr/bin") for name in ("sh", "ash", "env", "awk", "sed")
-)
-
 
 def split_spec(spec: str) -> tuple[Path, str]:
     """Split ``SRC:DST`` at the last colon. Return the source, and its path in the guest.
@@ -103,21 +98,17 @@ def _add_interpreter(tree: Tree, script: Path, data: bytes) -> None:
     words = data[2:256].split(b"\n", 1)[0].decode("utf-8", "surrogateescape").split()
     if not words:
         return
-    wanted = words[0]
-    if wanted.rsplit("/", 1)[-1] == "env":
+    place: str = words[0]
+    located: str | None = place
+    if place.rpartition("/")[2] == "env":
         names = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
-        if not names or f"/usr/bin/{names[0]}" in tree:
+        if not names:
             return
-        # /usr/bin/env searches PATH.
-        located = shutil.which(names[0])
-        place = f"/usr/bin/{names[0]}"
-    else:
-        if wanted in BUSYBOX_INTERPRETERS or (wanted.startswith("/") and wanted in tree):
-            return
-        located, place = wanted, wanted
+        place, located = f"/usr/bin/{names[0]}", shutil.which(names[0])  # env searches PATH
     if not place.startswith("/"):
         raise KvmpassError(f"{script} is run by {elf.printable(place)}, which is not an absolute path")
+    if place in tree:  # busybox provides many
+        return
     if located is None or not Path(located).is_file():
-        interpreter = elf.printable(words[-1] if located is None else wanted)
-        raise KvmpassError(f"{script} is run by {interpreter}, not on this host")
+        raise KvmpassError(f"{script} is run by {elf.printable(place)}, not on this host")
     _copy_file(tree, Path(located), place)
