@@ -99,6 +99,14 @@ def mcfg(layout: Layout) -> bytes:
     return table(b"MCFG", 1, bytes(8) + struct.pack("<QHBBI", layout.ecam.start, 0, 0, last_bus, 0))
 
 
+def _device(path: str, hid: bytes, uid: int, *terms: bytes) -> bytes:
+    return aml.device(path, aml.name("_HID", hid), aml.name("_UID", aml.integer(uid)), *terms)
+
+
+def _resources(*descriptors: bytes) -> bytes:
+    return aml.name("_CRS", aml.resources(*descriptors))
+
+
 SLOTS = range(1, 32)  # the host bridge, in slot 0, cannot be unplugged
 
 
@@ -133,13 +141,8 @@ def _hotplug() -> list[bytes]:
 
 def _event_device() -> bytes:
     """Encode the generic event device (ACPI 6.5, section 5.6.9): its interrupt signals changed slots."""
-    return aml.device(
-        "GED0",
-        aml.name("_HID", aml.string("ACPI0013")),
-        aml.name("_UID", aml.ZERO),
-        aml.name("_CRS", aml.resources(aml.interrupt_level(ports.EVENT_GSI))),
-        aml.method("_EVT", 1, aml.name_string("\\_SB.PC00.PSCN"), serialized=True),
-    )
+    handler = aml.method("_EVT", 1, aml.name_string("\\_SB.PC00.PSCN"), serialized=True)
+    return _device("GED0", aml.string("ACPI0013"), 0, _resources(aml.interrupt_level(ports.EVENT_GSI)), handler)
 
 
 def _pci_root(layout: Layout) -> bytes:
@@ -153,23 +156,18 @@ def _pci_root(layout: Layout) -> bytes:
     if layout.mmio64.size:
         windows.append(aml.memory_window(layout.mmio64.start, layout.mmio64.size))
     routes = [
-        aml.package(
-            aml.integer(number << 16 | 0xFFFF),
-            aml.integer(pin),
-            aml.ZERO,
-            aml.integer(ports.intx_gsi(number, pin)),
-        )
+        aml.package(*map(aml.integer, (number << 16 | 0xFFFF, pin, 0, ports.intx_gsi(number, pin))))
         for number in range(32)
         for pin in range(4)
     ]
-    return aml.device(
+    return _device(
         "PC00",
-        aml.name("_HID", aml.eisa_id("PNP0A08")),
+        aml.eisa_id("PNP0A08"),
+        0,
         aml.name("_CID", aml.eisa_id("PNP0A03")),
-        aml.name("_UID", aml.ZERO),
         aml.name("_SEG", aml.ZERO),
         aml.name("_BBN", aml.ZERO),
-        aml.name("_CRS", aml.resources(*windows)),
+        _resources(*windows),
         aml.name("_PRT", aml.package(*routes)),
         _osc(),
         *_hotplug(),
@@ -194,29 +192,18 @@ def _osc() -> bytes:
 
 
 def _serial(number: int, line: ports.SerialLine) -> bytes:
-    return aml.device(
-        f"COM{number}",
-        aml.name("_HID", aml.eisa_id("PNP0501")),
-        aml.name("_UID", aml.integer(number)),
-        aml.name("_CRS", aml.resources(aml.io(line.port, ports.SERIAL_PORTS), aml.irq_edge(line.irq))),
-    )
+    resources = _resources(aml.io(line.port, ports.SERIAL_PORTS), aml.irq_edge(line.irq))
+    return _device(f"COM{number}", aml.eisa_id("PNP0501"), number, resources)
 
 
 def dsdt(layout: Layout) -> bytes:
     r"""Encode the DSDT: PCI root, the motherboard's resources, generic event device, COM1 to COM4, ``\_S5``."""
-    board = aml.device(
-        "MBRD",
-        aml.name("_HID", aml.eisa_id("PNP0C02")),
-        aml.name("_UID", aml.ZERO),
-        aml.name(
-            "_CRS",
-            aml.resources(
-                aml.memory32_fixed(layout.ecam.start, layout.ecam.size),
-                aml.io(ports.POWER_BASE, ports.POWER_SIZE),
-                aml.io(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE),
-            ),
-        ),
+    resources = _resources(
+        aml.memory32_fixed(layout.ecam.start, layout.ecam.size),
+        aml.io(ports.POWER_BASE, ports.POWER_SIZE),
+        aml.io(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE),
     )
+    board = _device("MBRD", aml.eisa_id("PNP0C02"), 0, resources)
     serial = [_serial(number, line) for number, line in enumerate(ports.SERIAL_LINES, 1)]
     sleep = aml.name("\\_S5", aml.package(aml.integer(ports.S5_TYPE), aml.ZERO))
     return table(b"DSDT", 2, aml.scope("\\_SB", _pci_root(layout), _event_device(), board, *serial) + sleep)

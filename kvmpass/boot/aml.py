@@ -198,9 +198,9 @@ def interrupt_level(gsi: int) -> bytes:
     return b"\x89\x06\x00\x01\x01" + gsi.to_bytes(4, "little")
 
 
-def memory32_fixed(base: int, size: int, writable: bool = True) -> bytes:
+def memory32_fixed(base: int, size: int) -> bytes:
     """Return a fixed range below 4 GiB (``Memory32Fixed``)."""
-    return b"\x86\x09\x00" + bytes([writable]) + base.to_bytes(4, "little") + size.to_bytes(4, "little")
+    return b"\x86\x09\x00\x01" + base.to_bytes(4, "little") + size.to_bytes(4, "little")
 
 
 def _address_space(kind: int, specific: int, base: int, size: int, width: int) -> bytes:
