@@ -1,4 +1,4 @@
-"""What this machine has for emulated hosts: how many fit side by side, and how much slower each is then."""
+"""CPUs and memory of this machine: how many emulated hosts it runs in parallel, and how much slower each is then."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from kvmpass.errors import LayoutError
 from kvmpass.layout import parse_size
 
-OVERHEAD = 512 << 20  # bytes that an emulator takes beside its host's memory
+OVERHEAD = 512 << 20  # bytes that an emulator uses in addition to its host's memory
 
 
 def size(text: str) -> int:
-    """Bytes of a memory size as QEMU takes it, where a bare number is in MiB; 0 for an invalid one."""
+    """Return the bytes of a memory size as QEMU takes it, where a bare number is in MiB; 0 if it is invalid."""
     with suppress(LayoutError):
         return parse_size(f"{text}M" if text.isdecimal() else text)
     return 0
 
 
 def cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may use: its affinity, and its control group's quota."""
+    """Return the number of CPUs that this process may use, by its affinity and its control group's quota."""
     count = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
@@ -30,7 +30,7 @@ def cpus(root: Path = Path("/")) -> int:
 
 
 def memory(root: Path = Path("/")) -> int:
-    """Bytes that are free for emulated hosts: what is available, and what is left of the control group's limit."""
+    """Return the bytes of memory available to emulated hosts, within the control group's limit."""
     found = re.search(r"^MemAvailable: *(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
     free = int(found[1]) << 10 if found else 0
     with suppress(OSError, ValueError):
@@ -40,9 +40,9 @@ def memory(root: Path = Path("/")) -> int:
 
 
 def slowdown(jobs: int, of_cpus: int) -> float:
-    """By how much to stretch time limits where ``jobs`` hosts run side by side on so many CPUs.
+    """Return the factor for time limits when ``jobs`` hosts run in parallel on so many CPUs; at least 1.
 
-    Each host keeps one CPU busy, and its emulator and this process need some more. Half of the CPUs may be the other
-    halves' hyperthreads.
+    Each host keeps one CPU busy, and its emulator's other threads and this process need some time as well. Two CPUs
+    may be hyperthreads of one core.
     """
     return max(1.0, 2.0 * jobs / of_cpus) if jobs > 1 else 1.0

@@ -1,9 +1,9 @@
-"""The wire between the pytest inside the lab and the one outside: JSON lines in a file.
+"""The protocol between the pytest inside the lab and the one outside: JSON lines in a file.
 
 Each line is an object with ``event``:
 
 ==================  =================================================================================
-``collected``       ``ids``: the tests that will run, in order; ``errors``: list of [node id, text]
+``collected``       ``ids``: the tests that were collected, in order; ``errors``: list of [node id, text]
 ``start``           ``id``: this test begins
 ``report``          ``data``: one report, as pytest serialises it
 ``finish``          ``id``: this test is over
@@ -22,27 +22,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _pytest.junitxml import xml_key  # there is no public way to where the report is written
+from _pytest.junitxml import xml_key  # there is no public interface to the report
 
 Event = dict[str, Any]
+"""An event as read: ``event`` and the fields of its kind."""
 
 
-class Writer:
-    """Appends events to a file, each visible to a reader at once."""
+class EventWriter:
+    """Appends events to a file, without a buffer."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
 
     def put(self, event: str, **fields: Any) -> None:
+        """Append an event with the fields that its kind has. Raises ``OSError``."""
         line = json.dumps({"event": event, **fields}, default=str, separators=(",", ":"))
         self._file.write(line.encode() + b"\n")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
-class Reader:
-    """Follows a growing file of events."""
+class EventReader:
+    """Reads events from a file while it grows."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -50,7 +53,7 @@ class Reader:
         self._rest = b""
 
     def poll(self) -> list[Event]:
-        """The events that are new since the last call; an unfinished line waits for its end."""
+        """Return the events appended since the last call; an incomplete line is kept for the next one."""
         if not self._path.exists():
             return []
         with self._path.open("rb") as file:
@@ -62,13 +65,14 @@ class Reader:
 
 
 def pack_report(config: pytest.Config, report: pytest.TestReport) -> dict[str, Any]:
+    """Serialize a report, as pytest does."""
     packed = config.hook.pytest_report_to_serializable(config=config, report=report)
     assert isinstance(packed, dict)
     return packed
 
 
 def unpack_report(config: pytest.Config, data: dict[str, Any]) -> pytest.TestReport:
-    """The report of :func:`pack_report`, with the tuples that JSON made lists of."""
+    """Restore the report of :func:`pack_report`, with tuples where JSON has lists."""
     data = data | {name: [tuple(pair) for pair in data[name]] for name in ("sections", "user_properties")}
     data["location"] = tuple(data["location"])
     if data["outcome"] == "skipped" and isinstance(data["longrepr"], list):
@@ -79,7 +83,7 @@ def unpack_report(config: pytest.Config, data: dict[str, Any]) -> pytest.TestRep
 
 
 def replay(config: pytest.Config, event: Event) -> None:
-    """Let what is no test's report have its effect outside."""
+    """Apply an event other than a test's report to the pytest outside."""
     match event["event"]:
         case "warning":
             replay_warning(config, event)
@@ -92,7 +96,7 @@ def replay(config: pytest.Config, event: Event) -> None:
 
 
 def replay_warning(config: pytest.Config, event: Event) -> None:
-    """Show a warning from inside in the summary outside; unknown categories become ``UserWarning``."""
+    """Add a warning from inside to the summary outside; unknown categories become ``UserWarning``."""
     known = (ResourceWarning, DeprecationWarning, RuntimeWarning, pytest.PytestWarning)
     category = {kind.__name__: kind for kind in known}.get(event["category"], UserWarning)
     message = warnings.WarningMessage(

@@ -1,4 +1,4 @@
-"""Fixtures: devices by role, and what there is to know about the host under test."""
+"""Fixtures: devices by role, and properties of the host under test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SYSFS = Path("/sys/bus/pci/devices")
 
 
 def device(config: pytest.Config, role: str) -> str:
-    """The PCI address for ``role``; skips the test if this host has no such device."""
+    """Return the PCI address for ``role``. Skips the test if this host has no such device."""
     state = State.of(config)
     if state.mode is Mode.OUTER:
         pytest.fail(f"the fixture {role} is for tests marked amdvi", pytrace=False)
@@ -58,7 +58,7 @@ sriov = _role_fixture("sriov", "a physical function with SR-IOV")
 
 @pytest.fixture
 def virtual_function(sriov: str, destructive: None) -> Iterator[str]:
-    """PCI address of a virtual function, there for one test. With QEMU 7.2 it has no IOMMU group."""
+    """PCI address of a virtual function, enabled for one test. With QEMU 7.2 it has no IOMMU group."""
     number = SYSFS / sriov / "sriov_numvfs"
     before = number.read_text()
     if before.strip() != "1":
@@ -74,25 +74,25 @@ def virtual_function(sriov: str, destructive: None) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def destructive(pytestconfig: pytest.Config) -> None:
-    """For fixtures that destroy what is on a device: skips on hardware unless that is allowed."""
+    """Required by fixtures that destroy data on a device: skips on hardware unless that is allowed."""
     refuse_destruction(pytestconfig)
 
 
 def refuse_destruction(config: pytest.Config) -> None:
-    """Skip unless the devices are emulated ones or ``KVMPASS_TEST_DESTRUCTIVE=1``."""
+    """Skip unless the devices are emulated, or ``KVMPASS_TEST_DESTRUCTIVE=1`` is set."""
     if State.of(config).mode is Mode.HARDWARE and os.environ.get("KVMPASS_TEST_DESTRUCTIVE") != "1":
         pytest.skip("destroys data on a real device: KVMPASS_TEST_DESTRUCTIVE=1 is not set")
 
 
 @pytest.fixture(scope="session")
 def emulated_host(pytestconfig: pytest.Config) -> bool:
-    """Whether the test runs inside the lab: TCG's times mean nothing there, and devices may be destroyed."""
+    """Whether the test runs inside the lab, where times are meaningless (TCG) and devices may be overwritten."""
     return State.of(pytestconfig).mode is not Mode.HARDWARE
 
 
 @pytest.fixture(scope="session")
 def iommu_trace(pytestconfig: pytest.Config) -> Path | None:
-    """The emulated IOMMU's translation trace, growing while the test runs; ``None`` on real hardware.
+    """The emulated IOMMU's translation trace, written while the test runs; ``None`` on real hardware.
 
     Lines look like ``devid: 00:04.0 gpa 0x100000 hpa 0x101953000``; see :mod:`kvmpass.lab`.
     """

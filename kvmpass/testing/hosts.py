@@ -1,4 +1,4 @@
-"""The emulated hosts of a run, side by side: which of them starts when, and what each of their tests came to."""
+"""The emulated hosts of a run, in parallel: when each starts, and what happened to each of their tests."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ Start = Callable[[list[pytest.Item]], LabSession]
 
 
 @dataclass(slots=True)
-class Record:
-    """What one test came to: events from inside, hosts that died under it and were replaced, why it has no end."""
+class TestRecord:
+    """What happened to one test, as far as it is known."""
 
     events: list[Event] = field(default_factory=list)
+    """Its events from inside, in order."""
     deaths: list[str] = field(default_factory=list)
+    """A description of each host that died during the test and was replaced."""
     failure: Failure | None = None
-    over: bool = False
+    """Why the test has no reports of its own, or not all of them."""
+    done: bool = False
+    """Whether the record is complete."""
 
     @property
     def phase(self) -> Phase:
-        """The phase that comes next, by the reports so far."""
+        """The next phase, according to the reports so far."""
         reported = {event["data"]["when"] for event in self.events if event["event"] == "report"}
         return "teardown" if reported - {"setup"} else "call" if reported else "setup"
 
@@ -44,52 +48,52 @@ class Record:
 class CpuWatch:
     """How long an emulator has used no CPU time.
 
-    Each look adds at most a second: while this process is suspended, so is the emulator.
+    Each update adds at most a second: while this process is suspended, so is the emulator.
     """
 
     def __init__(self) -> None:
         self.stalled = 0.0
-        """Seconds without CPU time, up to the last look."""
+        """Seconds without CPU time, up to the last update."""
         self._cpu_time: float | None = None
-        self._looked = time.monotonic()
+        self._updated = time.monotonic()
 
-    def look(self, cpu_time: float | None) -> None:
-        """Take in the CPU time used until now, in seconds; ``None`` (unknown) is no stall."""
+    def update(self, cpu_time: float | None) -> None:
+        """Take the CPU time used until now, in seconds; ``None`` (unknown) is no stall."""
         now = time.monotonic()
         if cpu_time is None or cpu_time != self._cpu_time:
             self.stalled = 0.0
         else:
-            self.stalled += min(now - self._looked, 1.0)
-        self._cpu_time, self._looked = cpu_time, now
+            self.stalled += min(now - self._updated, 1.0)
+        self._cpu_time, self._updated = cpu_time, now
 
 
 class HostRun:
-    """Tests that share an emulated host: one host after another runs them, where those that die are replaced.
+    """Tests that share an emulated host, and the host that runs them; one that dies is replaced.
 
-    Synchronization: for the main thread only, which polls; nothing here waits, except for hosts that are ended.
+    Synchronization: main thread only, which polls. Only ending a host blocks.
     """
 
     def __init__(self, start: Start, items: Sequence[pytest.Item], spares: int = 0, slowdown: float = 1.0) -> None:
-        self.records = {item.nodeid: Record() for item in items}
-        self.late: list[Event] = []
-        """Events after the last test's end."""
+        self.records = {item.nodeid: TestRecord() for item in items}
+        self.late_events: list[Event] = []
+        """Events after the end of the last test."""
         self.lines: list[str] = []
-        """What became of each host."""
+        """A line about each host, for the summary."""
         self.started = False
-        self.over = False
-        """Whether every test has its record, and no host is left."""
+        self.ended = False
+        """Whether each test has its record, and no host is left."""
         self._start = start
-        self._left = deque(items)
+        self._pending = deque(items)
         self._spares = spares
         self._slowdown = slowdown
         self._session: LabSession | None = None
-        self._heard = 0.0
+        self._last_event = 0.0
         self._watch = CpuWatch()
 
     @property
-    def left(self) -> bool:
-        """Whether a test has no record yet."""
-        return bool(self._left)
+    def pending(self) -> bool:
+        """Whether a test has no complete record yet."""
+        return bool(self._pending)
 
     def start(self) -> None:
         """Start the first host; returns at once."""
@@ -97,81 +101,82 @@ class HostRun:
         self._boot()
 
     def _boot(self) -> None:
-        self._heard = time.monotonic()
+        self._last_event = time.monotonic()
         self._watch = CpuWatch()
         try:
-            self._session = self._start(list(self._left))
+            self._session = self._start(list(self._pending))
         except (KvmpassError, OSError) as error:
             hints = "".join(f"\n  hint: {note}" for note in getattr(error, "__notes__", ()))
-            text = f"the emulated host could not be made: {type(error).__name__}: {error}{hints}"
-            self._give_up(lambda: text)
-            self.over = True
+            text = f"the emulated host could not be started: {type(error).__name__}: {error}{hints}"
+            self._fail_pending(lambda: text)
+            self.ended = True
 
     def poll(self) -> bool:
-        """Take in what has happened since the last call; returns whether anything has."""
+        """Handle what has happened since the last call; returns whether anything has."""
         session = self._session
         if session is None:
             return False
         alive = session.running  # before the events: what was written before the end is still read
         events = session.poll()
         for event in events:
-            self._take(session, event)
+            self._handle(session, event)
         if events:
-            self._heard = time.monotonic()
+            self._last_event = time.monotonic()
             return True
-        self._watch.look(session.cpu_time())
+        self._watch.update(session.cpu_time())
         stalled = self._watch.stalled > STALL_LIMIT
-        silence, patience = time.monotonic() - self._heard, self._patience(session)
-        if not alive or stalled or silence > patience or (session.finished and self._left):
-            if self._left:
-                reason = f"used no CPU time for {STALL_LIMIT:g} s" if stalled else f"was silent for {patience:.0f} s"
+        silence, limit = time.monotonic() - self._last_event, self._silence_limit(session)
+        if not alive or stalled or silence > limit or (session.finished and self._pending):
+            if self._pending:
+                reason = f"used no CPU time for {STALL_LIMIT:g} s" if stalled else f"was silent for {limit:.0f} s"
                 self._died(session, reason)
             else:
                 self._close(session)
-                self.over = True
+                self.ended = True
             return True
         return False
 
-    def _patience(self, session: LabSession) -> float:
-        if not self._left:
+    def _silence_limit(self, session: LabSession) -> float:
+        if not self._pending:
             return END_LIMIT * self._slowdown
         if session.collected is None:
             return BOOT_LIMIT * self._slowdown
-        requirement = Requirement.of(self._left[0])
+        requirement = Requirement.of(self._pending[0])
         assert requirement is not None
         return (requirement.timeout + GRACE) * self._slowdown
 
-    def _take(self, session: LabSession, event: Event) -> None:
+    def _handle(self, session: LabSession, event: Event) -> None:
         match event["event"]:
             case "report":
                 record = self.records.get(event["data"]["nodeid"])
                 if record is not None:
                     record.events.append(event)
             case "warning" | "suite-property" | "xml-attribute":
-                (self.records[self._left[0].nodeid].events if self._left else self.late).append(event)
+                (self.records[self._pending[0].nodeid].events if self._pending else self.late_events).append(event)
             case "finish":
-                self._end(event["id"])
-                self._pass_over_missing(session)
+                self._complete(event["id"])
+                self._fail_missing(session)
             case "collected":
-                self._pass_over_missing(session)
+                self._fail_missing(session)
 
-    def _end(self, nodeid: str, failure: Failure | None = None) -> None:
-        """A test is over, and the next one's turn has come."""
-        if self._left and self._left[0].nodeid == nodeid:
-            self._left.popleft()
+    def _complete(self, nodeid: str, failure: Failure | None = None) -> None:
+        """Complete the record of a test, if it is the one that runs."""
+        if self._pending and self._pending[0].nodeid == nodeid:
+            self._pending.popleft()
             record = self.records[nodeid]
-            record.failure, record.over = failure, True
+            record.failure, record.done = failure, True
 
-    def _pass_over_missing(self, session: LabSession) -> None:
+    def _fail_missing(self, session: LabSession) -> None:
+        """Fail the next tests that were not collected inside."""
         assert session.collected is not None
-        while self._left and (nodeid := self._left[0].nodeid) not in session.collected:
-            self._end(nodeid, Failure(session.why_missing(nodeid)))
+        while self._pending and (nodeid := self._pending[0].nodeid) not in session.collected:
+            self._complete(nodeid, Failure(session.missing_reason(nodeid)))
 
     def _died(self, session: LabSession, reason: str) -> None:
-        nodeid = self._left[0].nodeid
+        nodeid = self._pending[0].nodeid
         record = self.records[nodeid]
         reached = session.collected is not None
-        death = session.died(nodeid if reached else None, reason)
+        death = session.end_dead(nodeid if reached else None, reason)
         if self._spares:
             self._spares -= 1
             record.deaths.append(f"{death.text}\nIt was replaced.\n{death.evidence}")
@@ -180,66 +185,67 @@ class HostRun:
             self._boot()
             return
         if reached:
-            self._end(nodeid, replace(death, phase=record.phase))
-        self._give_up(session.not_run)
+            self._complete(nodeid, replace(death, phase=record.phase))
+        self._fail_pending(session.not_run_reason)
         self._close(session)
-        self.over = True
+        self.ended = True
 
-    def _give_up(self, why: Callable[[], str]) -> None:
-        while self._left:
-            self._end(self._left[0].nodeid, Failure(why()))
+    def _fail_pending(self, reason: Callable[[], str]) -> None:
+        while self._pending:
+            self._complete(self._pending[0].nodeid, Failure(reason()))
 
     def _close(self, session: LabSession, remark: str = "") -> None:
         self.lines.append(session.close() + remark)
         self._session = None
 
-    def stop(self) -> None:
-        """Order the host to end; ``close`` waits for it."""
+    def request_stop(self) -> None:
+        """End the host, without waiting for it."""
         if self._session is not None:
-            self._session.order_end()
+            self._session.request_stop()
 
     def close(self) -> None:
-        """End the host that still runs, if any."""
+        """End the host if it still runs, and wait for it."""
         if self._session is not None:
             self._close(self._session)
-        self.over = True
+        self.ended = True
 
 
-class Hosts:
-    """Starts runs in their order, as many at once as there are jobs and as fit into memory; one always does.
+class HostScheduler:
+    """Starts runs in their order, in parallel as far as the number of jobs and the memory allow, but at least one.
 
-    ``needs`` are the bytes that the hosts of a run take. ``jobs`` may change while they run.
+    ``needs``: the bytes of memory that the host of each run takes.
     """
 
-    def __init__(self, runs: Mapping[HostRun, int], jobs: int, memory: int) -> None:
-        self._needs = dict(runs)
+    def __init__(self, needs: Mapping[HostRun, int], jobs: int, memory: int) -> None:
+        self._needs = dict(needs)
         self.jobs = jobs
+        """How many hosts may run in parallel; may change at any time."""
         self._memory = memory
 
     def poll(self) -> bool:
-        """Let every host go on, and start what there is room for; returns whether anything has happened."""
-        moved = sum(run.poll() for run in self._needs) > 0
+        """Poll each run, and start those that there is room for; returns whether anything has happened."""
+        progress = sum(run.poll() for run in self._needs) > 0
         for run, need in self._needs.items():
-            busy = [other for other in self._needs if other.started and not other.over]
-            used = sum(self._needs[other] for other in busy)
-            if not run.started and (not busy or (len(busy) < self.jobs and used + need <= self._memory)):
+            running = [other for other in self._needs if other.started and not other.ended]
+            used = sum(self._needs[other] for other in running)
+            if not run.started and (not running or (len(running) < self.jobs and used + need <= self._memory)):
                 run.start()
-                moved = True
-        return moved
+                progress = True
+        return progress
 
     @property
-    def over(self) -> bool:
-        """Whether nothing is left to do."""
-        return all(run.over for run in self._needs)
+    def ended(self) -> bool:
+        """Whether all runs have ended."""
+        return all(run.ended for run in self._needs)
 
     @property
-    def left(self) -> bool:
-        """Whether a test has no record yet."""
-        return any(run.left for run in self._needs)
+    def pending(self) -> bool:
+        """Whether a test has no complete record yet."""
+        return any(run.pending for run in self._needs)
 
     def close(self) -> None:
-        """End every host that still runs."""
+        """End all hosts that still run."""
         for run in self._needs:
-            run.stop()
+            run.request_stop()
         for run in self._needs:
             run.close()

@@ -1,4 +1,4 @@
-"""Marked tests that run in this very process: on real hardware, or inside the lab."""
+"""Marked tests that run in this process: on real hardware, or inside the lab."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import pytest
 
 from kvmpass.testing.fixtures import refuse_destruction
 from kvmpass.testing.profiles import Requirement, profiles
-from kvmpass.testing.state import Mode, State, hardware_lacks
+from kvmpass.testing.state import Mode, State, missing_hardware
 
 STRICT_SKIPS = "kvmpass_strict_skips"  # a setting in a project's pytest configuration
-DUMP_AFTER = 15.0  # seconds after the limit: whoever still hangs then sits in a call that no signal ends
+DUMP_AFTER = 15.0  # seconds after the limit: a test that still hangs is in a call that no signal interrupts
 
 
 def time_limit(seconds: float, what: str) -> Generator[None, Any, Any]:
-    """A pytest hook wrapper's body that fails the phase after ``seconds``. Main thread only.
+    """The body of a pytest hook wrapper that fails the phase after ``seconds``; no limit outside of the main thread.
 
-    SIGALRM raises the failure at the next bytecode of the main thread; a system call that waits gets EINTR. Where
-    that does not help the stacks of all threads go to stderr.
+    SIGALRM raises the failure at the next bytecode of the main thread; a blocking system call fails with EINTR. If
+    the test still hangs, the stacks of all threads are written to stderr.
     """
     if threading.current_thread() is not threading.main_thread():
         return (yield)
@@ -48,37 +48,40 @@ def time_limit(seconds: float, what: str) -> Generator[None, Any, Any]:
 
 
 class InPlace:
-    """Skips what this host cannot do (hardware); lets nobody skip inside the lab where the project asks for that."""
+    """Skips tests that this hardware cannot run; inside the lab turns skips into failures if the project wants it."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.state = State.of(config)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Check the hardware. Raises ``UsageError`` if marked tests cannot run on it."""
         if self.state.mode is not Mode.HARDWARE or self.config.option.collectonly:
             return
         if any(Requirement.of(item) for item in session.items):
-            lacks = hardware_lacks(self.state.roles)
-            if lacks:
+            missing = missing_hardware(self.state.roles)
+            if missing:
                 raise pytest.UsageError(
-                    f"KVMPASS_TEST_<ROLE> asks for real hardware, but {lacks}; unset it to use the emulated host"
+                    f"KVMPASS_TEST_<ROLE> requests real hardware, but {missing}; unset it to use the emulated host"
                 )
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Skip a marked test that needs an emulated host, iommufd, or leave to destroy data."""
         requirement = Requirement.of(item)
         if requirement is None or self.state.mode is not Mode.HARDWARE:
             return
         profile = profiles(self.config).get(requirement.profile)
         if profile is not None and profile.lab_only:
-            pytest.skip(f"the profile {requirement.profile!r} exists in the emulated host only: unset KVMPASS_TEST_…")
+            pytest.skip(f"the profile {requirement.profile!r} is for the emulated host only: unset KVMPASS_TEST_…")
         if requirement.kernel == "full" and not hardware_has_iommufd():
-            pytest.skip("/dev/iommu is missing: a kernel with CONFIG_IOMMUFD makes it run")
+            pytest.skip("/dev/iommu is missing: the test needs a kernel with CONFIG_IOMMUFD")
         if item.get_closest_marker("destructive"):
             refuse_destruction(self.config)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Report a skip inside the lab as a failure (``kvmpass_strict_skips``)."""
         report = yield
         strict = self.state.mode is Mode.LAB and self.config.getini(STRICT_SKIPS)
         if strict and report.skipped and not hasattr(report, "wasxfail"):
@@ -91,21 +94,25 @@ class InPlace:
 
 
 class TimeLimit:
-    """Limits each phase of a marked test."""
+    """Limits the time of each phase of a marked test."""
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Limit the setup."""
         return (yield from self.limit(item, "setup"))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Limit the call."""
         return (yield from self.limit(item, "call"))
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Limit the teardown."""
         return (yield from self.limit(item, "teardown"))
 
     def limit(self, item: pytest.Item, phase: str) -> Generator[None, Any, Any]:
+        """Apply the marker's timeout to a phase, multiplied for parallel hosts."""
         requirement = Requirement.of(item)
         if requirement is None:
             return (yield)

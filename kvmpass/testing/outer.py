@@ -1,4 +1,4 @@
-"""The outside: boots a lab for each profile, follows the events from inside, replays them as this pytest's own."""
+"""The pytest outside: boots a lab for each profile, and reports the events from inside as its own."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ import pytest
 
 from kvmpass.testing import capacity
 from kvmpass.testing.events import replay, unpack_report
-from kvmpass.testing.hosts import HostRun, Hosts, Record
+from kvmpass.testing.hosts import HostRun, HostScheduler, TestRecord
 from kvmpass.testing.profiles import Profile, Requirement, profiles
 from kvmpass.testing.session import SPARES, Failure, HostSpec, LabSession, temporary_directory
 
 POLL = 0.05
 XDIST_OUTPUT = "kvmpass_hosts"
-SHARE = 60.0  # expected seconds at least, for a host of their own beside another one of the same kind
+MIN_PART = 60.0  # expected seconds of tests that are worth the boot of a further host of the same kind
 
 
 def expected(items: Iterable[pytest.Item]) -> float:
-    """Expected duration of marked tests, in seconds."""
+    """Return the expected duration of marked tests, in seconds."""
     return sum(requirement.duration for item in items if (requirement := Requirement.of(item)))
 
 
 def split(plans: Mapping[HostSpec, list[pytest.Item]], jobs: int) -> dict[HostSpec, list[pytest.Item]]:
-    """Give what would keep one host busy when the others have long ended several hosts, file by file.
+    """Divide the tests of long plans among several hosts, by file, so that all hosts end at about the same time.
 
-    The longest come first: the last to start should be short. The order is otherwise kept.
+    The longest come first: the last ones to start should be short. Otherwise the order is kept.
     """
     if jobs == 1:
         return dict(plans)
     total = sum(map(expected, plans.values()))
     done: dict[HostSpec, list[pytest.Item]] = {}
     for boot, items in plans.items():
-        # Parts of a third of a host's share leave the others something to even out.
+        # A third of what each job has to do: the estimate is rough, and small parts even it out.
         seconds = expected(items)
-        parts = partition(items, min(round(3 * jobs * seconds / total), int(seconds // SHARE)))
+        parts = partition(items, min(round(3 * jobs * seconds / total), int(seconds // MIN_PART)))
         for number, part in enumerate(parts, start=1):
             name = f", part {number} of {len(parts)}" if len(parts) > 1 else ""
             done[replace(boot, part=name)] = part
@@ -50,7 +50,7 @@ def split(plans: Mapping[HostSpec, list[pytest.Item]], jobs: int) -> dict[HostSp
 
 
 def partition(items: list[pytest.Item], count: int) -> list[list[pytest.Item]]:
-    """At most ``count`` parts, about as long, one after the other; the tests of a file stay together."""
+    """Divide tests into at most ``count`` parts of about the same expected duration; files are not divided."""
     parts: list[list[pytest.Item]] = [[]]
     total, seconds = expected(items), 0.0
     for _, group in itertools.groupby(items, key=lambda item: item.path):
@@ -62,8 +62,8 @@ def partition(items: list[pytest.Item], count: int) -> list[list[pytest.Item]]:
     return parts
 
 
-def lacks_kernel(name: str) -> str | None:
-    """Why no emulated host with that kernel can be had here, and what makes one; ``None`` if it can."""
+def unavailable_kernel(name: str) -> str | None:
+    """Return why a kernel is unavailable, with the remedy; ``None`` if it is available."""
     from kvmpass.lab import kernels
 
     if name != "full" or os.environ.get(kernels.FULL_VARIABLE) or kernels.cached(kernels.full_root(), "full"):
@@ -74,8 +74,8 @@ def lacks_kernel(name: str) -> str | None:
     )
 
 
-def lacks_qemu(name: str) -> str | None:
-    """As ``lacks_kernel``, for a QEMU."""
+def unavailable_qemu(name: str) -> str | None:
+    """Return why a QEMU is unavailable, with the remedy; ``None`` if it is available."""
     from kvmpass.lab import qemu
 
     if name != "modern" or qemu.modern_root().is_dir():
@@ -84,7 +84,10 @@ def lacks_qemu(name: str) -> str | None:
 
 
 class Outer:
-    """Takes over the protocol of marked tests."""
+    """Runs marked tests in emulated hosts, instead of pytest's own protocol.
+
+    Synchronization: main thread only.
+    """
 
     def __init__(self, config: pytest.Config, kernel: str, qemu: str, jobs: int) -> None:
         self.config = config
@@ -93,83 +96,84 @@ class Outer:
         self.worker = hasattr(config, "workerinput")  # of pytest-xdist
         self.jobs = 1 if self.worker else jobs
         self.plans: dict[HostSpec, list[pytest.Item]] = {}
-        self.boots: dict[str, HostSpec] = {}
+        self.specs: dict[str, HostSpec] = {}
         self.skips: dict[str, str] = {}
         self.runs: dict[HostSpec, HostRun] = {}
-        self.hosts: Hosts | None = None
-        self.elsewhere: list[str] = []
+        self.hosts: HostScheduler | None = None
+        self.other_lines: list[str] = []  # of earlier hosts of an xdist worker, and of all its workers
 
-    def boot_for(self, requirement: Requirement, known: dict[str, Profile]) -> HostSpec | str:
-        """The boot a test needs, or why this run cannot have it."""
+    def spec_for(self, requirement: Requirement, known: dict[str, Profile]) -> HostSpec | str:
+        """Return the host that a test needs, or why it is unavailable. Raises ``UsageError``: unknown profile."""
         profile = known.get(requirement.profile)
         if profile is None:
-            raise pytest.UsageError(f"no profile {requirement.profile!r}; there are {', '.join(sorted(known))}")
+            raise pytest.UsageError(f"unknown profile {requirement.profile!r}; known: {', '.join(sorted(known))}")
         kernel = requirement.kernel or profile.kernel or self.kernel
         emulator = requirement.qemu or profile.qemu or self.qemu
         if kernel == "full" and self.kernel not in ("stock", "full"):
-            kernel = self.kernel  # a kernel of one's own stands in for the full one
-        # What the run itself chose is not asked for: if it is missing the boot fails, and tells.
-        lacks = (kernel != self.kernel and lacks_kernel(kernel)) or (emulator != self.qemu and lacks_qemu(emulator))
-        if lacks:
-            return lacks
-        return HostSpec(requirement.profile, kernel, emulator)
+            kernel = self.kernel  # the user's own kernel replaces the full one
+        # The run's own choice is not checked: if it is missing, the boot fails with the reason.
+        unavailable = kernel != self.kernel and unavailable_kernel(kernel)
+        unavailable = unavailable or (emulator != self.qemu and unavailable_qemu(emulator))
+        return unavailable or HostSpec(requirement.profile, kernel, emulator)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Marked tests go last, those of one boot together; the order is otherwise kept.
+        """Move marked tests to the end, grouped by host; otherwise the order is kept.
 
-        One that has the mark ``skip`` by now (of a ``conftest.py`` that could not make what it needs, for one) is
-        skipped here: no host is booted for it, and its reason is that of the machine outside.
+        A test that already has the mark ``skip`` (for example from a ``conftest.py`` that could not make what the
+        test needs) is skipped outside, without a host.
         """
         known = profiles(self.config)
         here: list[pytest.Item] = []
         plans: defaultdict[HostSpec, list[pytest.Item]] = defaultdict(list)
         for item in items:
             requirement = Requirement.of(item) if item.get_closest_marker("skip") is None else None
-            boot = self.boot_for(requirement, known) if requirement else None
-            if isinstance(boot, HostSpec):
-                plans[boot].append(item)
+            spec = self.spec_for(requirement, known) if requirement else None
+            if isinstance(spec, HostSpec):
+                plans[spec].append(item)
                 continue
-            if boot:
-                self.skips[item.nodeid] = boot
+            if spec:
+                self.skips[item.nodeid] = spec
             here.append(item)
         self.plans = split(plans, self.jobs)
-        self.boots = {item.nodeid: boot for boot, group in self.plans.items() for item in group}
+        self.specs = {item.nodeid: spec for spec, group in self.plans.items() for item in group}
         items[:] = here + [item for group in self.plans.values() for item in group]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Skip a test whose kernel or QEMU is unavailable."""
         if item.nodeid in self.skips:
             pytest.skip(self.skips[item.nodeid])
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-        boot = self.boots.get(item.nodeid)
-        if boot is None:
-            self.look_after_hosts()
+        """Wait for the record of a marked test, and report it."""
+        spec = self.specs.get(item.nodeid)
+        if spec is None:
+            self.poll_in_background()
             return None
-        if self.worker and (boot not in self.runs or item.nodeid not in self.runs[boot].records):
-            # It is told from one test to the next what to do, in any order.
+        if self.worker and (spec not in self.runs or item.nodeid not in self.runs[spec].records):
+            # A worker gets its tests one by one, in any order.
             if self.hosts is not None:
                 self.hosts.close()
-                self.elsewhere += self.lines
+                self.other_lines += self.lines
             self.runs.clear()
-            self.hosts = self.start({boot: self.plans[boot][self.plans[boot].index(item) :]})
+            self.hosts = self.start({spec: self.plans[spec][self.plans[spec].index(item) :]})
         elif self.hosts is None:
             self.hosts = self.start(self.plans)
         self.hosts.jobs = self.jobs
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        record = self.runs[boot].records[item.nodeid]
-        while not record.over:
+        record = self.runs[spec].records[item.nodeid]
+        while not record.done:
             self.poll()
         self.replay(item, record)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-        while nextitem is None and not self.hosts.over and not self.hosts.left:
+        while nextitem is None and not self.hosts.ended and not self.hosts.pending:
             self.poll()
         return True
 
-    def look_after_hosts(self) -> None:
-        """Beside the tests that need no host run all hosts but one: they keep a CPU busy, too."""
+    def poll_in_background(self) -> None:
+        """Poll while tests run that need no host: with one job less, because these tests keep a CPU busy."""
         if self.worker or self.jobs == 1 or not self.plans:
             return
         if self.hosts is None:
@@ -178,31 +182,30 @@ class Outer:
         self.hosts.poll()
 
     def poll(self) -> None:
+        """Poll the hosts, and wait a moment if nothing has happened."""
         assert self.hosts is not None
         if not self.hosts.poll():
             time.sleep(POLL)
 
-    def start(self, plans: Mapping[HostSpec, list[pytest.Item]]) -> Hosts:
-        """Make the run of each boot; the first of them start with the next look at them."""
+    def start(self, plans: Mapping[HostSpec, list[pytest.Item]]) -> HostScheduler:
+        """Return a scheduler for these plans; it starts the first hosts when it is polled."""
         known = profiles(self.config)
         slowdown = capacity.slowdown(min(self.jobs, len(plans)), capacity.cpus())
         spares = int(self.config.getini(SPARES))
         temporary = temporary_directory(self.config)
         needs: dict[HostRun, int] = {}
-        for boot, items in plans.items():
-            profile = known[boot.profile]
-            number = sum(other.profile == boot.profile for other in self.runs) + 1
-            directory = temporary / f"{boot.profile}{number if number > 1 else ''}"
-            start = functools.partial(LabSession.boot, self.config, boot, profile, directory, slowdown)
-            run = self.runs[boot] = HostRun(start, items, spares, slowdown)
+        for spec, items in plans.items():
+            profile = known[spec.profile]
+            number = sum(other.profile == spec.profile for other in self.runs) + 1
+            directory = temporary / f"{spec.profile}{number if number > 1 else ''}"
+            start = functools.partial(LabSession.boot, self.config, spec, profile, directory, slowdown)
+            run = self.runs[spec] = HostRun(start, items, spares, slowdown)
             needs[run] = capacity.size(profile.memory) + capacity.OVERHEAD
-        return Hosts(needs, self.jobs, capacity.memory())
+        return HostScheduler(needs, self.jobs, capacity.memory())
 
-    # --- one test
-
-    def replay(self, item: pytest.Item, record: Record) -> None:
-        """Tell this pytest what became of a test inside."""
-        for text in record.deaths:  # never silently
+    def replay(self, item: pytest.Item, record: TestRecord) -> None:
+        """Report the events of a test to this pytest, and each host that died during it."""
+        for text in record.deaths:
             item.warn(pytest.PytestWarning(text))
         for event in record.events:
             if event["event"] == "report":
@@ -213,7 +216,7 @@ class Outer:
             self.fail(item, record.failure)
 
     def fail(self, item: pytest.Item, failure: Failure) -> None:
-        """Report a test that could not speak for itself, and that it is over."""
+        """Report the failure of a test that has no report of its own, and the end of its teardown."""
         failed = pytest.TestReport(
             nodeid=item.nodeid,
             location=item.location,
@@ -229,30 +232,29 @@ class Outer:
             passed.when, passed.outcome, passed.longrepr, passed.sections = "teardown", "passed", None, []
             item.ihook.pytest_runtest_logreport(report=passed)
 
-    # --- the end
-
     def pytest_sessionfinish(self) -> None:
-        """After -x or Ctrl-C hosts may still run."""
+        """End the hosts that still run, after -x or Ctrl-C, and report their last events."""
         if self.hosts is not None:
             self.hosts.close()
         for run in self.runs.values():
-            for event in run.late:
+            for event in run.late_events:
                 replay(self.config, event)
-
         if self.worker:
-            self.config.workeroutput[XDIST_OUTPUT] = [*self.elsewhere, *self.lines]  # type: ignore[attr-defined]
+            self.config.workeroutput[XDIST_OUTPUT] = [*self.other_lines, *self.lines]  # type: ignore[attr-defined]
 
     @property
     def lines(self) -> list[str]:
-        return [f"{boot}: {line}" for boot, run in self.runs.items() for line in run.lines]
+        """A line about each host of this process, for the summary."""
+        return [f"{spec}: {line}" for spec, run in self.runs.items() for line in run.lines]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """A worker of pytest-xdist has ended."""
-        self.elsewhere += getattr(node, "workeroutput", {}).get(XDIST_OUTPUT, ())  # one that crashed has none
+        """Take the lines of a pytest-xdist worker that has ended."""
+        self.other_lines += getattr(node, "workeroutput", {}).get(XDIST_OUTPUT, ())  # one that crashed has none
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        lines = [*self.lines, *self.elsewhere]
+        """Print a line about each host."""
+        lines = [*self.lines, *self.other_lines]
         if lines:
             terminalreporter.section("emulated hosts")
             for line in lines:

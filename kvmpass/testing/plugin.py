@@ -1,9 +1,8 @@
-"""The plugin's entry: options, markers, and the choice between lab and hardware."""
+"""The plugin's entry point: options, markers, and the choice between lab and hardware."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +11,7 @@ from kvmpass.testing import capacity
 from kvmpass.testing import fixtures as _fixtures
 from kvmpass.testing.inner import Inner
 from kvmpass.testing.inplace import STRICT_SKIPS, InPlace, TimeLimit
-from kvmpass.testing.profiles import MARKER, Hooks, LabLike, Profile
+from kvmpass.testing.profiles import MARKER, Hooks, LabLike
 from kvmpass.testing.session import ENVIRONMENT, SPARES
 from kvmpass.testing.state import Mode, State, detect
 
@@ -24,10 +23,12 @@ KERNEL_VARIABLE = "KVMPASS_LAB_KERNEL"
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Register ``Hooks``."""
     pluginmanager.add_hookspecs(Hooks)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options, and the settings of a project's configuration."""
     group = parser.getgroup("kvmpass", "kvmpass: tests that need AMD-V, AMD-Vi and VFIO")
     group.addoption(
         "--lab-kernel",
@@ -43,12 +44,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--lab-jobs",
         metavar="N",
-        help=f"how many emulated hosts run side by side (default: {JOBS}, else one for each CPU, as memory allows)",
+        help=f"how many emulated hosts run in parallel (default: {JOBS}, else one for each CPU, as memory allows)",
     )
-    parser.addini(JOBS, "how many emulated hosts run side by side: a number, or auto", default="auto")
-    parser.addini(
-        ENVIRONMENT, "environment variables that marked tests shall see inside the emulated host, too", type="args"
-    )
+    parser.addini(JOBS, "how many emulated hosts run in parallel: a number, or auto", default="auto")
+    parser.addini(ENVIRONMENT, "environment variables that are passed to tests in the emulated host", type="args")
     parser.addini(STRICT_SKIPS, "whether a skip inside an emulated host is a failure", type="bool", default=False)
     parser.addini(
         SPARES, "how often an emulated host that dies is replaced, for each boot; with a warning", default="0"
@@ -56,16 +55,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers, and the plugins for the mode that the environment selects."""
     config.addinivalue_line(
         "markers",
         f"{MARKER}(profile, timeout, duration, kernel, qemu): needs AMD-V, AMD-Vi and VFIO; "
         "runs in the lab or on hardware",
     )
     config.addinivalue_line(
-        "markers", "destructive: destroys what is on a device; on hardware only if KVMPASS_TEST_DESTRUCTIVE=1"
+        "markers", "destructive: destroys data on a device; on hardware only if KVMPASS_TEST_DESTRUCTIVE=1"
     )
     state = detect()
-    state.keep(config)
+    state.store(config)
     config.pluginmanager.register(_fixtures, "kvmpass-fixtures")
     if state.mode is Mode.OUTER:
         from kvmpass.testing.outer import Outer
@@ -80,16 +80,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def jobs(config: pytest.Config) -> int:
-    """How many emulated hosts may run side by side. Raises ``UsageError`` for what is no number."""
+    """Return how many emulated hosts may run in parallel. Raises ``UsageError`` for an invalid number."""
     asked = config.option.lab_jobs or config.getini(JOBS)
     if asked == "auto":
         return capacity.cpus()
     if not asked.isdecimal() or int(asked) == 0:
-        raise pytest.UsageError(f"--lab-jobs, {JOBS}: a number from 1 on, or auto, not {asked!r}")
+        raise pytest.UsageError(f"--lab-jobs, {JOBS}: must be a number from 1 on, or auto, not {asked!r}")
     return int(asked)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
+    """Return a line about the host under test."""
     state = State.of(config)
     if state.mode is Mode.OUTER:
         outer = config.pluginmanager.get_plugin("kvmpass-outer")
@@ -102,12 +103,9 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"kvmpass: real AMD-Vi, kernel {os.uname().release}, {devices}"
 
 
-def pytest_kvmpass_profiles() -> Mapping[str, Profile]:
-    return {}
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_kvmpass_lab(lab: LabConfig) -> LabLike | None:
+    """Return the real lab, unless another plugin has returned one."""
     from kvmpass.lab import Lab
 
     return Lab(lab)

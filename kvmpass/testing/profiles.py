@@ -1,4 +1,4 @@
-"""Profiles: the emulated hosts that tests can ask for, and what a marked test asks for."""
+"""Profiles: the emulated hosts that tests can request, and what a marked test requires."""
 
 from __future__ import annotations
 
@@ -23,29 +23,34 @@ DEFAULT_DURATION = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One emulated host: the options of a lab, and whether real hardware can stand in for it.
-
-    ``kernel`` and ``qemu`` are ``None`` where the run's own choice (``--lab-kernel``, ``--lab-qemu``) holds.
-    ``roles`` overrides discovery: role to PCI address. ``timeout`` is in seconds, for the whole life of the lab.
-    ``writable`` names directories that a host may write to for good, relative to pytest's rootdir or absolute; they
-    are made where they are missing. Six at most.
-    """
+    """One emulated host: options of :class:`kvmpass.lab.LabConfig`, and whether real hardware can replace it."""
 
     devices: tuple[str, ...] = ()
+    """``NAME[,PROPERTY=VALUE…]`` for each PCI device."""
     memory: str = "2G"
+    """Size of the host's memory, as QEMU takes it."""
     cpus: int = 1
+    """Number of the host's CPUs."""
     kernel: str | None = None
+    """``stock``, ``full`` or a path; ``None``: that of the run (``--lab-kernel``)."""
     qemu: str | None = None
+    """``system``, ``modern`` or a path; ``None``: that of the run (``--lab-qemu``)."""
     append: str = ""
+    """Appended to the host kernel's command line."""
     without: frozenset[str] = frozenset()
+    """Features that the host lacks: ``svm``, ``iommu``, ``intremap``."""
     timeout: float | None = None
+    """Seconds for the whole life of the host, boot included."""
     roles: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """PCI address by role, where discovery finds the wrong device."""
     lab_only: bool = False
+    """Whether tests are skipped on real hardware."""
     writable: tuple[str, ...] = ()
+    """Directories outside that the host may write to, at most six: absolute, or relative to pytest's rootdir."""
 
 
 _BASE = (
-    # Fixed slots: what a test finds must not depend on what else is plugged.
+    # Fixed slots: a device's address must not depend on the other devices.
     "nvme,addr=04.0",
     "nvme,addr=05.0",
     "edu,addr=06.0",
@@ -57,12 +62,12 @@ _BASE = (
     "pci-bridge,id=bridge0,chassis_nr=1,addr=11.0",
     "edu,bus=bridge0,addr=01.0",
 )
-# A physical function, whose virtual functions QEMU 7.2 leaves without a group.
+# A physical function. Under QEMU 7.2 its virtual functions have no IOMMU group.
 _SRIOV = (
     "nvme-subsys,id=subsys0",
     "nvme,subsys=subsys0,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2,addr=04.0",
 )
-# Every kind of device that a guest is seen to drive; docs/devices.md.
+# Each kind of device that docs/devices.md lists.
 _DEVICES = (
     "nvme,addr=04.0",
     "edu,addr=05.0",
@@ -76,7 +81,7 @@ _DEVICES = (
     "ivshmem-plain,size=1G,addr=0c.0",
     "ivshmem-plain,size=8G,addr=0d.0",
 )
-# What QEMU 7.2 lacks or does not translate: no addresses, so that each sits behind a root port.
+# Devices that QEMU 7.2 lacks or whose DMA it does not translate: without addresses, each is behind a root port.
 _MODERN = (
     "nvme-subsys,id=subsys0",
     "nvme,subsys=subsys0,sriov_max_vfs=2,sriov_vq_flexible=4,sriov_vi_flexible=2",
@@ -87,7 +92,7 @@ _SMALL = ("nvme,addr=04.0", "edu,addr=05.0")
 
 DEFAULT_PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
-        # Huge pages from the start: a host that has run for a while may take minutes to find some.
+        # Huge pages are reserved at boot: later the host may need minutes to find free ones.
         "base": Profile(devices=_BASE, memory="6G", append="hugepages=48"),
         "large": Profile(devices=("nvme,addr=04.0",), memory="12G"),
         "sriov": Profile(devices=_SRIOV),
@@ -102,22 +107,30 @@ DEFAULT_PROFILES: Mapping[str, Profile] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """What one test asks for: the merged arguments of its ``amdvi`` markers."""
+    """What one test requires: the merged arguments of its ``amdvi`` markers."""
 
     profile: str = DEFAULT_PROFILE
+    """Name of its profile."""
     timeout: float = DEFAULT_TIMEOUT
+    """Seconds for each of setup, call and teardown."""
     duration: float = DEFAULT_DURATION
+    """Expected seconds of all phases together, in the emulated host."""
     kernel: str | None = None
+    """``full`` or ``stock``; ``None``: that of the profile or the run."""
     qemu: str | None = None
+    """``modern`` or ``system``; ``None``: that of the profile or the run."""
 
     @classmethod
     def of(cls, item: pytest.Item) -> Requirement | None:
-        """The requirement of a marked test, ``None`` for any other. Raises ``UsageError`` for a bad marker."""
+        """Return the requirement of a marked test, ``None`` for any other test.
+
+        Raises ``UsageError`` if an argument of the marker is unknown.
+        """
         marks = list(item.iter_markers(MARKER))
         if not marks:
             return None
         merged: dict[str, Any] = {}
-        for mark in reversed(marks):  # the closest comes first, and wins
+        for mark in reversed(marks):  # the closest comes first, and takes precedence
             if mark.args:
                 raise pytest.UsageError(f"{item.nodeid}: the marker {MARKER} takes keyword arguments only")
             merged.update(mark.kwargs)
@@ -129,7 +142,7 @@ class Requirement:
 
 
 class LabLike(Protocol):
-    """What the plugin needs of :class:`kvmpass.lab.Lab`."""
+    """The methods of :class:`kvmpass.lab.Lab` that the plugin uses."""
 
     def run(
         self,
@@ -140,13 +153,19 @@ class LabLike(Protocol):
         stdout: BinaryIO,
         stderr: BinaryIO,
     ) -> LabResult:
-        """Boot, run one command as root inside, power off. Blocks."""
+        """Boot a host, run one command as root inside, end the host. Blocks."""
 
     def cpu_time(self) -> float | None:
-        """Seconds of CPU time that the emulator has used, ``None`` if unknown. Called from another thread."""
+        """Return the seconds of CPU time that the emulator has used, ``None`` if unknown.
+
+        Synchronization: called from another thread.
+        """
 
     def stop(self) -> None:
-        """End the emulated host at once; ``run`` returns. Called from another thread, harmless when it is over."""
+        """End the emulated host; ``run`` returns. Idempotent.
+
+        Synchronization: called from another thread.
+        """
 
 
 class Hooks:
@@ -154,16 +173,16 @@ class Hooks:
 
     @pytest.hookspec
     def pytest_kvmpass_profiles(self, config: pytest.Config) -> Mapping[str, Profile]:
-        """Profiles by name, in addition to or instead of ``DEFAULT_PROFILES``."""
+        """Return profiles by name, in addition to or instead of ``DEFAULT_PROFILES``."""
         raise NotImplementedError
 
     @pytest.hookspec(firstresult=True)
     def pytest_kvmpass_lab(self, config: pytest.Config, lab: LabConfig) -> LabLike | None:
-        """The lab that runs a profile; a test of the plugin itself gives another one than :mod:`kvmpass.lab`."""
+        """Return the lab that runs a profile. Tests of the plugin itself replace :class:`kvmpass.lab.Lab`."""
 
 
 def profiles(config: pytest.Config) -> dict[str, Profile]:
-    """Every profile by its name: the built-in ones, then those of the hook."""
+    """Return all profiles by name: the built-in ones, updated by those of the hook."""
     known = dict(DEFAULT_PROFILES)
     for more in config.hook.pytest_kvmpass_profiles(config=config):
         known.update(more)

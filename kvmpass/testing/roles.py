@@ -1,14 +1,14 @@
-"""Devices by role: which PCI device a test means by ``nvme``, ``edu``, ``nic2`` …
+"""Devices by role: the PCI device for ``nvme``, ``edu``, ``nic2`` …
 
-On real hardware the environment says it (``KVMPASS_TEST_<ROLE>=BDF``). In the lab the devices are found in sysfs,
-in the order of their addresses, so that no test depends on a slot number.
+On real hardware the environment names it (``KVMPASS_TEST_<ROLE>=BDF``). In the lab the devices are found in sysfs, in
+the order of their addresses, so that no test depends on a slot number.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PREFIX = "KVMPASS_TEST_"
@@ -21,32 +21,38 @@ E1000, E1000E, IGB = (0x8086, 0x100E), (0x8086, 0x10D3), (0x8086, 0x10C9)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A PCI function as roles see it. ``members`` counts the functions of its IOMMU group, 0 without a group."""
+class Candidate:
+    """The properties of a PCI function that decide on its roles."""
 
     bdf: str
+    """Its PCI address."""
     id: tuple[int, int]
+    """Vendor and device ID."""
     class_code: int
+    """Base class, subclass and programming interface, 24 bits."""
     members: int
+    """Number of functions in its IOMMU group, 0 without a group."""
     vfs: int
+    """Number of virtual functions that it can have (TotalVFs)."""
 
     @property
     def alone(self) -> bool:
+        """Whether it is the only function of its IOMMU group."""
         return self.members == 1
 
 
-def scan(sysfs: Path = Path("/sys")) -> list[Found]:
-    """Every PCI function, in the order of the addresses."""
+def scan(sysfs: Path = Path("/sys")) -> list[Candidate]:
+    """Return all PCI functions, in the order of their addresses."""
     return [_read(path) for path in sorted((sysfs / "bus/pci/devices").glob("*"))]
 
 
-def _read(path: Path) -> Found:
+def _read(path: Path) -> Candidate:
     def number(name: str) -> int:
         file = path / name
         return int(file.read_text(), 0) if file.exists() else 0
 
     group = path / "iommu_group" / "devices"
-    return Found(
+    return Candidate(
         bdf=path.name,
         id=(number("vendor"), number("device")),
         class_code=number("class"),
@@ -55,15 +61,15 @@ def _read(path: Path) -> Found:
     )
 
 
-# What a role stands for. With a second device of the same kind the role gets a number: nvme, nvme2, …
-ROLES: Mapping[str, tuple[str, Callable[[Found], bool]]] = {
+# Description and condition of each role. Further devices of the same kind have numbers: nvme, nvme2, …
+ROLES: Mapping[str, tuple[str, Callable[[Candidate], bool]]] = {
     "nvme": (
         "an NVMe drive that is alone in its group",
         lambda d: d.class_code == NVME and d.alone and not d.vfs,
     ),
     "nic": ("an e1000e network card that is alone in its group", lambda d: d.id == E1000E and d.alone),
     "legacy_nic": (
-        "an e1000 network card, which knows INTx only, alone in its group",
+        "an e1000 network card, which has INTx only, alone in its group",
         lambda d: d.id == E1000 and d.alone,
     ),
     "edu": ("QEMU's edu device, alone in its group", lambda d: d.id == EDU and d.alone),
@@ -82,47 +88,45 @@ ROLES: Mapping[str, tuple[str, Callable[[Found], bool]]] = {
 }
 
 
-def role_name(base: str, number: int) -> str:
-    """``nvme``, ``nvme2``, ``nvme3`` …"""
-    return base if number == 1 else f"{base}{number}"
-
-
 def base_role(role: str) -> str:
-    """The kind of device behind a numbered role."""
+    """Return a role without its number: ``nvme`` for ``nvme2``."""
     return role.rstrip("0123456789")
 
 
 def variable(role: str) -> str:
-    """The environment variable that gives the device for a role."""
+    """Return the name of the environment variable for a role."""
     return PREFIX + role.upper()
 
 
-def discover(sysfs: Path = Path("/sys"), devices: list[Found] | None = None) -> dict[str, str]:
-    """Role to PCI address for everything this (emulated) host has.
+def discover(sysfs: Path = Path("/sys")) -> dict[str, str]:
+    """Return the PCI address for each role that this (emulated) host has.
 
-    Without an IOMMU there are no groups; then a device counts as alone, because there is nothing to share.
+    Without an IOMMU there are no groups, and each device counts as alone.
     """
-    found = scan(sysfs) if devices is None else devices
+    found = scan(sysfs)
     if not any(device.members for device in found):
-        found = [Found(d.bdf, d.id, d.class_code, 1, d.vfs) for d in found]
+        found = [replace(device, members=1) for device in found]
     roles: dict[str, str] = {}
     for base, (_, matches) in ROLES.items():
-        for number, device in enumerate((d for d in found if matches(d)), start=1):
-            roles[role_name(base, number)] = device.bdf
+        for number, device in enumerate(filter(matches, found), start=1):
+            roles[base if number == 1 else f"{base}{number}"] = device.bdf
     return roles
 
 
 def from_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Role to PCI address as ``KVMPASS_TEST_<ROLE>`` says. Raises ``ValueError`` for a bad role or address."""
+    """Return the PCI address for each role in ``KVMPASS_TEST_<ROLE>``.
+
+    Raises ``ValueError`` for an unknown role or an invalid address.
+    """
     roles: dict[str, str] = {}
     for name, value in sorted(environment.items()):
         role = name.removeprefix(PREFIX).lower()
         if not name.startswith(PREFIX) or role.upper() in NOT_ROLES or not value:
             continue
         if base_role(role) not in ROLES:
-            raise ValueError(f"{name}: no such role; there are {', '.join(ROLES)}, also with a number from 2 on")
+            raise ValueError(f"{name}: unknown role; known: {', '.join(ROLES)}, also with a number from 2 on")
         bdf = value.lower() if value.count(":") == 2 else f"0000:{value.lower()}"
         if not BDF.fullmatch(bdf):
-            raise ValueError(f"{name}={value}: not a PCI address")
+            raise ValueError(f"{name}={value}: invalid PCI address")
         roles[role] = bdf
     return roles

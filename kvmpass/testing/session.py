@@ -1,4 +1,4 @@
-"""One lab that runs one plan: a thread that boots it, the events that come out, and how it ended."""
+"""One emulated host that runs a plan of tests: its thread, its events, and how it ended."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Literal
 
 import pytest
 
-from kvmpass.testing.events import Event, Reader
+from kvmpass.testing.artifacts import move_artifacts
+from kvmpass.testing.events import Event, EventReader
 from kvmpass.testing.profiles import LabLike, Profile
-from kvmpass.testing.returning import receive
 from kvmpass.testing.state import PLAN
 
 if TYPE_CHECKING:
@@ -27,21 +27,25 @@ if TYPE_CHECKING:
 # Settings in a project's pytest configuration.
 ENVIRONMENT = "kvmpass_environment"
 SPARES = "kvmpass_spare_hosts"
-FILES = "files"  # what tests leave, in the directory of a session
+ARTIFACTS = "artifacts"  # copies of the tests' files, in the directory of a session
 TAIL_LINES = 60
 Phase = Literal["setup", "call", "teardown"]
-# pytest's own plugins that are of use outside only; what was last failed, or new, is known there.
+# pytest's own plugins that are used outside only: which tests failed last, or are new, is known there.
 NOT_INSIDE = ("doctest", "lfplugin", "nfplugin", "pastebin", "stepwise")
 
 
 @dataclass(frozen=True, slots=True)
 class HostSpec:
-    """One emulated host: tests that agree on it share it, or each ``part`` of them has a host of its own."""
+    """What identifies a host: tests with the same values share it."""
 
     profile: str
+    """Name of the profile."""
     kernel: str
+    """``stock``, ``full`` or a path."""
     qemu: str
+    """``system``, ``modern`` or a path."""
     part: str = ""
+    """Which part of the tests it runs (``, part 1 of 2``), if they are divided."""
 
     def __str__(self) -> str:
         return f"{self.profile} ({self.kernel} kernel, {self.qemu} QEMU{self.part})"
@@ -49,11 +53,14 @@ class HostSpec:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a test could not speak for itself, and the phase (``setup``, ``call``, ``teardown``) that it was in."""
+    """Why a test has no report of its own."""
 
     text: str
+    """The reason, for the report."""
     sections: tuple[tuple[str, str], ...] = ()
+    """Title and content of output captured from the host."""
     phase: Phase = "setup"
+    """The phase that the test was in."""
 
     @property
     def evidence(self) -> str:
@@ -62,9 +69,9 @@ class Failure:
 
 
 class LabSession:
-    """One emulated host that runs tests: made by :meth:`boot`, read by :meth:`poll`, ended by :meth:`close`.
+    """An emulated host that runs tests: started by :meth:`boot`, read by :meth:`poll`, ended by :meth:`close`.
 
-    Synchronization: for the main thread only; the host itself is run by a thread of its own.
+    Synchronization: main thread only. The lab runs in a thread of its own.
     """
 
     def __init__(self, lab: LabLike, directory: Path, temporary: Path) -> None:
@@ -72,13 +79,15 @@ class LabSession:
         self.directory = directory
         self.temporary = temporary
         self.collected: set[str] | None = None
+        """Node IDs of the tests collected inside; ``None`` before that."""
         self.death: Failure | None = None
+        """Why the host died; ``None`` if it did not."""
         self.finished = False
-        """Whether the pytest inside has said that it is over."""
+        """Whether the pytest inside has ended."""
         self._forced = False
-        self._victim: str | None = None
+        self._died_in: str | None = None
         self._collect_errors: list[tuple[str, str]] = []
-        self._reader = Reader(directory / "events.jsonl")
+        self._reader = EventReader(directory / "events.jsonl")
         self._result: LabResult | None = None
         self._error: BaseException | None = None
         self._started = time.monotonic()
@@ -97,10 +106,10 @@ class LabSession:
         slowdown: float,
         items: list[pytest.Item],
     ) -> LabSession:
-        """Write the plan down and start the lab; returns at once. Raises ``LabError`` for what no lab can be.
+        """Write the plan and start the lab; returns at once. Raises ``LabError`` for an invalid profile.
 
-        Temporary files of the tests are below ``temporary``, inside as well as, afterwards, outside. Time limits are
-        stretched by ``slowdown``.
+        ``temporary`` is the base directory for the tests' temporary files, inside and, after the end, outside. Time
+        limits are multiplied by ``slowdown``.
         """
         from kvmpass.lab.config import LabConfig
 
@@ -115,7 +124,7 @@ class LabSession:
             "trace": str(trace) if trace else None,
             "slowdown": slowdown,
             "temporary": str(temporary),
-            "files": str(directory / FILES),
+            "files": str(directory / ARTIFACTS),
         }
         (directory / "plan.json").write_text(json.dumps(content))
         lab = config.hook.pytest_kvmpass_lab(
@@ -128,7 +137,7 @@ class LabSession:
                 qemu=spec.qemu,
                 append=profile.append,
                 without=profile.without,
-                writable=(directory, *shared(config, profile)),
+                writable=(directory, *writable_directories(config, profile)),
                 iommu_trace=trace,
                 timeout=profile.timeout and profile.timeout * slowdown,
             ),
@@ -140,7 +149,7 @@ class LabSession:
         return session
 
     def _start(self, command: list[str], cwd: Path, variables: list[str]) -> None:
-        # Every import costs inside, where the CPU is emulated: plugins come by name only.
+        # Imports are slow inside, where the CPU is emulated: plugins are loaded by name only.
         environment = {
             PLAN: str(self.directory / "plan.json"),
             "PYTEST_ADDOPTS": "",
@@ -157,7 +166,7 @@ class LabSession:
                     (self.directory / "stderr").open("wb") as stderr,
                 ):
                     self._result = self.lab.run(command, cwd=cwd, env=environment, stdout=stdout, stderr=stderr)
-            except BaseException as error:  # told by the main thread
+            except BaseException as error:  # reported by the main thread
                 self._error = error
             finally:
                 self._ended = time.monotonic()
@@ -167,13 +176,11 @@ class LabSession:
 
     @property
     def running(self) -> bool:
-        """Whether the host is still there."""
+        """Whether the host still runs."""
         return self._thread is not None and self._thread.is_alive()
 
-    # --- events
-
     def poll(self) -> list[Event]:
-        """The events that are new since the last call."""
+        """Return the events since the last call."""
         events = self._reader.poll()
         for event in events:
             if event["event"] == "collected":
@@ -186,25 +193,26 @@ class LabSession:
                 self.finished = True
         return events
 
-    def why_missing(self, nodeid: str) -> str:
-        """Why a test of the plan is not among the collected ones."""
+    def missing_reason(self, nodeid: str) -> str:
+        """Return why a test of the plan was not collected inside."""
         for node, text in self._collect_errors:
             if nodeid == node or nodeid.startswith((f"{node}::", f"{node}/")):
                 return f"could not be collected inside the emulated host:\n{text}"
-        return "is not there inside the emulated host: do its parameters depend on the host?"
+        return "was not collected inside the emulated host: do its parameters depend on the host?"
 
     def cpu_time(self) -> float | None:
-        """Seconds of CPU time that the emulator has used; ``None`` if unknown."""
+        """Return the seconds of CPU time that the emulator has used; ``None`` if unknown."""
         return self.lab.cpu_time()
 
-    # --- the end
+    def end_dead(self, nodeid: str | None, reason: str) -> Failure:
+        """End a host that died or does not respond (``reason``) during a test, and return what is known about it.
 
-    def died(self, victim: str | None, reason: str) -> Failure:
-        """The lab is gone, or no longer responds (``reason``): end it and describe what is known."""
+        ``nodeid`` is ``None`` before the first test.
+        """
         hung = self.running and not self.finished
         self.stop()
-        self._victim = victim
-        during = f"during {victim}" if victim else "before the first test"
+        self._died_in = nodeid
+        during = f"during {nodeid}" if nodeid else "before the first test"
         if self._error is not None:
             text = f"the emulated host failed {during}: {type(self._error).__name__}: {self._error}"
             text += "".join(f"\n  hint: {note}" for note in getattr(self._error, "__notes__", ()))
@@ -223,34 +231,34 @@ class LabSession:
             if content.strip():
                 sections.append((f"{name} of the pytest inside", tail(content)))
         death = Failure(f"{text}\nIts files are kept in {self.directory}", tuple(sections))
-        # Without a test that ran the first one that did not carries the evidence, in its text.
-        self.death = death if victim else Failure(f"{death.text}\n{death.evidence}")
+        # Before the first test, the evidence is in the text, which the first test that did not run reports.
+        self.death = death if nodeid else Failure(f"{death.text}\n{death.evidence}")
         return self.death
 
-    def not_run(self) -> str:
-        """The text for a test that the death of the lab kept from running."""
+    def not_run_reason(self) -> str:
+        """Return the text for the next test that did not run because the host died."""
         assert self.death is not None
-        if self._victim is None:
-            text, self._victim = self.death.text, "the boot"
-            return text
-        return f"not run: the emulated host died in {self._victim}"
+        if self._died_in is None:
+            self._died_in = "the boot"
+            return self.death.text
+        return f"not run: the emulated host died during {self._died_in}"
 
-    def order_end(self) -> None:
-        """Have the host end now, if it is still there."""
+    def request_stop(self) -> None:
+        """End the host, without waiting for it."""
         if self.running:
             self._forced = True
             self.lab.stop()
 
     def stop(self) -> None:
-        """End the host now, and wait for it."""
-        self.order_end()
+        """End the host, and wait for it."""
+        self.request_stop()
         if self._thread is not None:
             self._thread.join(30)
 
     def close(self) -> str:
-        """End the host, by force if it still runs; returns a line about it."""
+        """End the host, move the tests' files to where they belong, and return a line about the host."""
         self.stop()
-        receive(self.directory / FILES, self.temporary)
+        move_artifacts(self.directory / ARTIFACTS, self.temporary)
         seconds = (self._ended or time.monotonic()) - self._started
         if self.death is None:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -263,29 +271,30 @@ class LabSession:
 
 
 def tail(text: str) -> str:
+    """Return the last lines of a text."""
     return "\n".join(text.splitlines()[-TAIL_LINES:])
 
 
-def shared(config: pytest.Config, profile: Profile) -> list[Path]:
-    """Directories that a host may write to: those of its profile, made where they are missing, and pytest's cache."""
+def writable_directories(config: pytest.Config, profile: Profile) -> list[Path]:
+    """Return the directories that a host may write to: its profile's, created if missing, and pytest's cache."""
     found = [config.rootpath / name for name in profile.writable]
     for path in found:
         path.mkdir(parents=True, exist_ok=True)
     cache = getattr(config, "cache", None)  # absent with -p no:cacheprovider
     if cache is not None:
-        with suppress(OSError):  # nothing can be kept there, outside as well
+        with suppress(OSError):  # then the cache does not work outside, either
             found.append(cache.mkdir("kvmpass").parents[1])
     return found
 
 
 def temporary_directory(config: pytest.Config) -> Path:
-    """Where this run's temporary files are."""
+    """Return the base directory for temporary files of this run."""
     factory = getattr(config, "_tmp_path_factory", None)  # absent with -p no:tmpdir
     return factory.getbasetemp() if factory is not None else Path(tempfile.mkdtemp(prefix="kvmpass-test-"))
 
 
 def inner_command(config: pytest.Config, files: list[str], temporary: Path) -> list[str]:
-    """The command for inside: the same rootdir and settings; selection and reporting stay outside."""
+    """Return the command for inside: the same rootdir and settings, without selection and reporting."""
     option = config.option
     command = [sys.executable, "-m", "pytest", "-p", "kvmpass.testing.plugin"]
     for plugin in (*NOT_INSIDE, *(["cacheprovider"] if getattr(config, "cache", None) is None else [])):

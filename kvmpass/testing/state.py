@@ -1,4 +1,4 @@
-"""Where the marked tests of this pytest run, and with which devices. One object for each configuration."""
+"""Where the marked tests of this pytest run, and with which devices; one object for each configuration."""
 
 from __future__ import annotations
 
@@ -19,29 +19,34 @@ class Mode(enum.Enum):
     """Where marked tests run."""
 
     OUTER = "in a lab that this pytest boots"
-    LAB = "here, and here is a lab"
-    HARDWARE = "here, on real devices"
+    LAB = "in this process, inside a lab"
+    HARDWARE = "in this process, on real devices"
 
 
 @dataclass(slots=True)
 class State:
-    """``roles`` maps a role to a PCI address; empty outside, where nobody may touch a device.
-
-    ``slowdown`` stretches time limits: this host shares the machine with others.
-    """
+    """The mode of a configuration, and the devices of the host under test."""
 
     mode: Mode
+    """Where marked tests run."""
     roles: dict[str, str] = field(default_factory=dict)
+    """PCI address by role; empty in ``Mode.OUTER``."""
     profile: str = "base"
+    """Name of the lab's profile."""
     iommu_trace: Path | None = None
+    """File of the emulated IOMMU's trace, inside a lab that has one."""
     plan: Path | None = None
+    """File of the plan, inside a lab that another pytest booted."""
     slowdown: float = 1.0
+    """Factor for time limits, because hosts in parallel share the machine."""
 
     @classmethod
     def of(cls, config: pytest.Config) -> State:
+        """Return the state of a configuration."""
         return config.stash[_KEY]
 
-    def keep(self, config: pytest.Config) -> None:
+    def store(self, config: pytest.Config) -> None:
+        """Make this the state of a configuration."""
         config.stash[_KEY] = self
 
 
@@ -49,7 +54,7 @@ _KEY = pytest.StashKey[State]()
 
 
 def detect() -> State:
-    """Decide by the environment. Raises ``UsageError`` for a ``KVMPASS_TEST_<ROLE>`` that makes no sense."""
+    """Return the state that the environment selects. Raises ``UsageError`` for an invalid ``KVMPASS_TEST_<ROLE>``."""
     if os.environ.get(IN_LAB):
         plan = os.environ.get(PLAN)
         return State(Mode.LAB, discover(), plan=Path(plan) if plan else None)
@@ -60,13 +65,13 @@ def detect() -> State:
     return State(Mode.HARDWARE, roles) if roles else State(Mode.OUTER)
 
 
-def hardware_lacks(roles: dict[str, str], root: Path = Path("/")) -> str | None:
-    """Why this machine cannot run the tests in place, ``None`` if it can."""
+def missing_hardware(roles: dict[str, str], root: Path = Path("/")) -> str | None:
+    """Return why this machine cannot run the tests in place, ``None`` if it can."""
     if not (root / "dev/kvm").exists():
         return "/dev/kvm is missing"
     if not any((root / "sys/class/iommu").glob("ivhd*")):
         return "no AMD IOMMU is active (/sys/class/iommu)"
     for role, bdf in roles.items():
         if not (root / "sys/bus/pci/devices" / bdf).exists():
-            return f"there is no device {bdf} ({role})"
+            return f"the device {bdf} ({role}) does not exist"
     return None

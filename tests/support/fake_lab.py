@@ -1,4 +1,4 @@
-"""A lab for tests of the plugin: it runs the command of the inside on this very machine."""
+"""A lab for tests of the plugin: it runs the command for inside on this machine."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def lab(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Py
         monkeypatch.delenv(f"KVMPASS_TEST_{name}", raising=False)
     temporary = pytester.mkdir("temporary")
     monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setattr("tempfile.tempdir", None)  # this process has looked before
+    monkeypatch.setattr("tempfile.tempdir", None)  # its value is cached
     monkeypatch.setenv("KVMPASS_CACHE", str(pytester.path / "cache"))
     pytester.makeconftest(FAKE_LAB)
-    # Other people's plugins cost seconds here, in each of many runs.
+    # Loading other plugins would take seconds in each of many runs.
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makeini("[pytest]\naddopts = --strict-markers -p kvmpass.testing.plugin\nkvmpass_lab_jobs = 1\n")
     return pytester

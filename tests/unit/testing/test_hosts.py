@@ -1,4 +1,4 @@
-"""Emulated hosts side by side, over the fake lab: they go on at once, and the report is that of one after another."""
+"""Emulated hosts in parallel, with the fake lab. The report is the same as without parallel hosts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest_plugins = ["pytester"]
 
 SIDE_BY_SIDE = ("-o", "kvmpass_lab_jobs=2")
 
-# Tests that wait for one another through files.
+# Tests that wait for one another's files.
 MEETING = """
 def wait_for(name):
     end = time.monotonic() + 60
@@ -27,15 +27,15 @@ def meet(own, other):
     pathlib.Path(own).touch()
     wait_for(other)
 """
-TWO_THAT_MEET = """
+TWO_THAT_WAIT_FOR_EACH_OTHER = """
 @pytest.mark.amdvi
 def test_a(): meet("a", "b")
 
 @pytest.mark.amdvi(profile="large")
 def test_b(): meet("b", "a")
 """
-# Fails if two hosts are there at once.
-TWO_THAT_MUST_NOT_MEET = """
+# Fails if two hosts run at the same time.
+TWO_THAT_FAIL_IN_PARALLEL = """
 @pytest.mark.amdvi
 def test_a():
     pathlib.Path("there").touch()
@@ -53,7 +53,7 @@ def stopped(lab: pytest.Pytester) -> list[str]:
     return sorted(file.read_text().splitlines()) if file.exists() else []
 
 
-def test_all_but_one_run_beside_tests_that_need_none(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_run_while_unmarked_tests_run(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "memory", lambda: 64 << 30)
     write(
         lab,
@@ -75,9 +75,9 @@ def test_later(): pass
     result.stdout.fnmatch_lines(["*::test_outside PASSED*", "*::test_outside_too PASSED*", "*::test_inside PASSED*"])
 
 
-def test_hosts_run_at_once(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_run_in_parallel(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "memory", lambda: 64 << 30)
-    write(lab, MEETING + TWO_THAT_MEET)
+    write(lab, MEETING + TWO_THAT_WAIT_FOR_EACH_OTHER)
     result = lab.runpytest_inprocess(*SIDE_BY_SIDE)
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["kvmpass: emulated AMD-Vi host, *, up to 2 at once", "base (*", "large (*"])
@@ -85,16 +85,14 @@ def test_hosts_run_at_once(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("way", ["jobs", "memory"])
-def test_no_more_at_once_than_there_is_room_for(
-    lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    """What fits nowhere runs alone."""
+def test_jobs_and_memory_limit_the_hosts(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """A host that needs more memory than there is runs alone."""
     monkeypatch.setattr(capacity, "memory", lambda: (64 if way == "jobs" else 8) << 30)
-    write(lab, TWO_THAT_MUST_NOT_MEET)
+    write(lab, TWO_THAT_FAIL_IN_PARALLEL)
     lab.runpytest_inprocess("--lab-jobs", "1" if way == "jobs" else "2").assert_outcomes(passed=2)
 
 
-def test_the_report_has_the_same_order_whoever_ends_first(
+def test_the_order_of_the_report_does_not_depend_on_which_host_ends_first(
     lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capacity, "memory", lambda: 64 << 30)
@@ -146,7 +144,7 @@ def test_d(): pass
     result.stdout.fnmatch_lines(["sriov (*", "large (*", "devices (*", "base (*"], consecutive=True)
 
 
-def test_a_host_that_dies_disturbs_no_other(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_dies_does_not_affect_others(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "memory", lambda: 64 << 30)
     write(
         lab,
@@ -176,7 +174,7 @@ def test_good_too(): pass
 
 @pytest.mark.parametrize("end", ["dies", "hangs"])
 def test_a_host_is_replaced_while_others_run(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    """Not only when the report has come to it: here the first host waits for what the second's replacement does."""
+    """At once, not when its tests are reported: the first host waits for a file that the replacement makes."""
     monkeypatch.setattr(capacity, "memory", lambda: 64 << 30)
     monkeypatch.setattr("kvmpass.testing.hosts.GRACE", 0.5)
     how = {
@@ -256,7 +254,7 @@ def test_sleeps():
     assert set(stopped(lab)) == {"12G", "6G"}
 
 
-def test_time_limits_allow_for_it(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_limits_are_multiplied(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "cpus", lambda: 1)
     write(
         lab,
@@ -296,7 +294,7 @@ def many(lab: pytest.Pytester, *counts: int) -> list[str]:
 def test_many_tests_of_one_kind_share_several_hosts(
     lab: pytest.Pytester, jobs: int, counts: tuple[int, ...], lines: list[str]
 ) -> None:
-    """File by file, and in the order of always."""
+    """By file; the order is kept."""
     ids = many(lab, *counts)
     result = lab.runpytest_inprocess("-v", "--lab-jobs", str(jobs))
     result.assert_outcomes(passed=len(ids))
@@ -315,15 +313,15 @@ def test_long_tests_are_divided_by_their_expected_duration(lab: pytest.Pytester)
 
 
 @pytest.mark.parametrize("words", [("--lab-jobs=0",), ("--lab-jobs=many",), ("-o", "kvmpass_lab_jobs=-1")])
-def test_a_number_that_is_none(lab: pytest.Pytester, words: tuple[str, ...]) -> None:
+def test_an_invalid_number_of_jobs(lab: pytest.Pytester, words: tuple[str, ...]) -> None:
     write(lab, "def test(): pass")
     result = lab.runpytest_inprocess(*words)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*--lab-jobs, kvmpass_lab_jobs: a number from 1 on, or auto*"])
+    result.stderr.fnmatch_lines(["*--lab-jobs, kvmpass_lab_jobs: must be a number from 1 on, or auto*"])
 
 
 @pytest.mark.parametrize("cpus", [1, 3])
-def test_as_many_as_there_are_cpus(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, cpus: int) -> None:
+def test_one_host_for_each_cpu(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, cpus: int) -> None:
     monkeypatch.setattr(capacity, "cpus", lambda: cpus)
     write(lab, "def test(): pass")
     line = "kvmpass: emulated AMD-Vi host, stock kernel, system QEMU"
@@ -331,8 +329,8 @@ def test_as_many_as_there_are_cpus(lab: pytest.Pytester, monkeypatch: pytest.Mon
     assert line + (", up to 3 at once" if cpus == 3 else "") in result.outlines
 
 
-def test_a_host_that_cannot_be_described(lab: pytest.Pytester) -> None:
-    """An error of its tests, and of no others."""
+def test_an_invalid_profile(lab: pytest.Pytester) -> None:
+    """Its tests fail, others do not."""
     lab.makeconftest(
         FAKE_LAB
         + """
@@ -345,12 +343,12 @@ def pytest_kvmpass_profiles():
     result = lab.runpytest_inprocess()
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(
-        ["*could not be made: LabError: 'lots' is not a memory size*", "*hint: write a number*"]
+        ["*could not be started: LabError: 'lots' is not a memory size*", "*hint: write a number*"]
     )
 
 
 @pytest.mark.parametrize(
-    ("looks", "stalled"),
+    ("updates", "stalled"),
     [
         ([(0.5, 7.0), (0.5, 7.0), (0.5, 7.0)], 1.0),
         ([(0.5, 7.0), (0.5, 7.0), (0.5, 7.01)], 0.0),
@@ -359,17 +357,17 @@ def pytest_kvmpass_profiles():
     ],
     ids=["no CPU time", "some", "this process was suspended", "unknown"],
 )
-def test_stalled(monkeypatch: pytest.MonkeyPatch, looks: list[tuple[float, float | None]], stalled: float) -> None:
+def test_stalled(monkeypatch: pytest.MonkeyPatch, updates: list[tuple[float, float | None]], stalled: float) -> None:
     now = 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     watch = CpuWatch()
-    for seconds, cpu_time in looks:
+    for seconds, cpu_time in updates:
         now += seconds
-        watch.look(cpu_time)
+        watch.update(cpu_time)
     assert watch.stalled == stalled
 
 
-# --- what there is room for
+# --- capacity
 
 
 def put(root: Path, name: str, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The plugin against a fake lab, which runs the command of the inside on this very machine."""
+"""The plugin with a fake lab, which runs the command for inside on this machine."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_interrupts():
     assert not list((lab.path / "temporary").glob("kvmpass-test-*/events.jsonl"))
 
 
-def test_a_skip_inside_is_a_failure_where_the_project_says_so(lab: pytest.Pytester) -> None:
+def test_strict_skips(lab: pytest.Pytester) -> None:
     write(
         lab,
         """
@@ -183,7 +183,7 @@ def test_skips(): pytest.skip("not today")
 def test_skipped_by_mark(): pass
 
 @pytest.mark.amdvi
-def test_role_that_is_not_there(nvme9): pass
+def test_missing_role(nvme9): pass
 """,
     )
     with (lab.path / "conftest.py").open("a") as file:
@@ -200,8 +200,8 @@ def test_role_that_is_not_there(nvme9): pass
     result.stdout.fnmatch_lines(["*the profile 'base' has no nvme9*"])
 
 
-def test_what_is_skipped_outside_boots_no_host(lab: pytest.Pytester) -> None:
-    """What only the machine outside can make is missing: no fault of the host's description, so no failure."""
+def test_a_test_that_is_skipped_outside_boots_no_host(lab: pytest.Pytester) -> None:
+    """The test lacks something that only the machine outside can provide: not a failure, even with strict skips."""
     write(lab, "@pytest.mark.amdvi\ndef test_needs_it(): pass\n")
     with (lab.path / "conftest.py").open("a") as file:
         file.write(
@@ -244,15 +244,15 @@ def test_long_after(): pass
             "Kernel panic - not syncing: fake",
         ]
     )
-    result.stdout.fnmatch_lines(["*not run: the emulated host died in *::test_kills"])
+    result.stdout.fnmatch_lines(["*not run: the emulated host died during *::test_kills"])
     suite = ET.parse(lab.path / "report.xml").getroot().find("testsuite")
     assert suite is not None
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("4", "1", "2")
 
 
 @pytest.mark.parametrize("deaths", [1, 2])
-def test_a_lab_that_dies_is_replaced_where_the_settings_say_so(lab: pytest.Pytester, deaths: int) -> None:
-    """The test that ran, and those after it, run in another host; what was seen is a warning. Twice is too often."""
+def test_spare_hosts(lab: pytest.Pytester, deaths: int) -> None:
+    """The test that ran, and those after it, run in another host, with a warning; the second death is a failure."""
     write(
         lab,
         f"""
@@ -282,17 +282,17 @@ def test_after(): pass
         result.assert_outcomes(passed=1, failed=1, errors=1, warnings=1)
 
 
-def test_an_inside_that_cannot_start(lab: pytest.Pytester) -> None:
+def test_the_pytest_inside_cannot_start(lab: pytest.Pytester) -> None:
     with (lab.path / "conftest.py").open("a") as file:
         file.write("\nif 'KVMPASS_LAB' in os.environ:\n    raise SystemExit('no way')\n")
     write(lab, "@pytest.mark.amdvi\ndef test_one(): pass\n\n@pytest.mark.amdvi\ndef test_two(): pass")
     result = lab.runpytest_inprocess()
     result.assert_outcomes(errors=2)
     result.stdout.fnmatch_lines(["*the emulated host died before the first test*", "*no way*"])
-    result.stdout.fnmatch_lines(["*not run: the emulated host died in the boot*"])
+    result.stdout.fnmatch_lines(["*not run: the emulated host died during the boot*"])
 
 
-def test_a_lab_that_cannot_be_made(lab: pytest.Pytester) -> None:
+def test_a_lab_that_cannot_start(lab: pytest.Pytester) -> None:
     lab.makeconftest(
         """
 from kvmpass.errors import LabError
@@ -330,7 +330,8 @@ def test_three(n): pass
     )
     result = lab.runpytest_inprocess()
     result.assert_outcomes(passed=1, errors=2)
-    result.stdout.fnmatch_lines_random(["*RuntimeError: not in here*", "*is not there inside the emulated host*"])
+    lines = ["*RuntimeError: not in here*", "*was not collected inside the emulated host*"]
+    result.stdout.fnmatch_lines_random(lines)
 
 
 def test_time_limit_of_a_test(lab: pytest.Pytester) -> None:
@@ -349,7 +350,7 @@ def test_after(): pass
     result.stdout.fnmatch_lines(["*Failed: call of test_hangs took longer than 0.5 s*"])
 
 
-def test_an_inside_that_hangs_is_ended(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_hangs_is_ended(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvmpass.testing.hosts.GRACE", 1.0)
     write(
         lab,
@@ -385,14 +386,14 @@ def test_stalls():
     result.stdout.fnmatch_lines(["base (*: 0 tests*DIED*REPLACED", "base (*: 1 tests*"], consecutive=True)
 
 
-def test_warnings_come_out(lab: pytest.Pytester) -> None:
+def test_warnings_inside_are_reported(lab: pytest.Pytester) -> None:
     write(lab, "@pytest.mark.amdvi\ndef test_one(): warnings.warn('mind the gap', ResourceWarning)")
     result = lab.runpytest_inprocess("-W", "default")
     result.assert_outcomes(passed=1, warnings=1)
     result.stdout.fnmatch_lines(["*ResourceWarning: mind the gap*"])
 
 
-ASKING = """
+REQUIRING = """
 @pytest.mark.amdvi
 def test_any(): pass
 
@@ -413,8 +414,8 @@ def test_modern_too(): pass
 """
 
 
-def test_what_is_not_there_is_skipped_with_the_remedy(lab: pytest.Pytester) -> None:
-    write(lab, ASKING)
+def test_an_unavailable_kernel_or_qemu_is_a_skip_with_the_remedy(lab: pytest.Pytester) -> None:
+    write(lab, REQUIRING)
     result = lab.runpytest_inprocess("-ra")
     result.assert_outcomes(passed=2, skipped=4)
     result.stdout.fnmatch_lines_random(
@@ -426,11 +427,11 @@ def test_what_is_not_there_is_skipped_with_the_remedy(lab: pytest.Pytester) -> N
     assert boots(lab) == ["6G stock system"]
 
 
-def test_each_kernel_and_qemu_that_is_asked_for_boots_once(lab: pytest.Pytester) -> None:
+def test_one_boot_for_each_kernel_and_qemu(lab: pytest.Pytester) -> None:
     for name in ("cache/qemu/modern", "cache/kernels/full/boot"):
         (lab.path / name).mkdir(parents=True)
     (lab.path / "cache/kernels/full/boot/vmlinuz-6.12").touch()
-    write(lab, ASKING)
+    write(lab, REQUIRING)
     result = lab.runpytest_inprocess("-v")
     result.assert_outcomes(passed=6)
     assert boots(lab) == ["6G stock system", "6G full system", "6G stock modern", "6G full modern"]
@@ -445,11 +446,11 @@ def test_each_kernel_and_qemu_that_is_asked_for_boots_once(lab: pytest.Pytester)
 
 
 @pytest.mark.parametrize("variable", [False, True], ids=["by option", "by variable"])
-def test_a_full_kernel_beside_the_runs_own(
+def test_a_full_kernel_in_addition_to_the_runs_own(
     lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, variable: bool
 ) -> None:
-    """A named kernel makes ``full`` the run's choice, unless that is stock; a kernel of one's own stands for full."""
-    write(lab, ASKING)
+    """KVMPASS_LAB_KERNEL makes ``full`` the default; a path as --lab-kernel replaces ``full``."""
+    write(lab, REQUIRING)
     if variable:
         monkeypatch.setenv("KVMPASS_LAB_KERNEL", "/some/bzImage")
         lab.runpytest_inprocess("--lab-kernel=stock").assert_outcomes(passed=3, skipped=3)
@@ -459,13 +460,13 @@ def test_a_full_kernel_beside_the_runs_own(
         assert boots(lab) == ["6G /some/bzImage system", "6G stock system"]
 
 
-def test_what_the_run_chose_is_never_a_reason_to_skip(lab: pytest.Pytester) -> None:
-    write(lab, ASKING)
+def test_the_runs_own_kernel_and_qemu_are_never_a_reason_to_skip(lab: pytest.Pytester) -> None:
+    write(lab, REQUIRING)
     lab.runpytest_inprocess("--lab-kernel=full", "--lab-qemu=modern").assert_outcomes(passed=6)
     assert boots(lab) == ["6G full modern", "6G stock system"]
 
 
-def test_named_variables_reach_the_inside(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_that_are_passed_on(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MY_NIGHT", "MY_DAY"):
         monkeypatch.setenv(name, "1")
     with (lab.path / "tox.ini").open("a") as file:
@@ -498,18 +499,18 @@ def test_role_without_the_marker_fails(lab: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*the fixture nvme is for tests marked amdvi*"])
 
 
-def test_hardware_that_is_none(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hardware_that_does_not_exist(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVMPASS_TEST_NVME", "ffff:00:00.0")
     write(lab, "@pytest.mark.amdvi\ndef test(nvme): pass")
     result = lab.runpytest_inprocess()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*asks for real hardware, but *"])
+    result.stderr.fnmatch_lines(["*requests real hardware, but *"])
     assert not boots(lab)
 
 
 def test_hardware_runs_in_place(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVMPASS_TEST_NVME", "0000:01:00.0")
-    monkeypatch.setattr("kvmpass.testing.inplace.hardware_lacks", lambda roles: None)
+    monkeypatch.setattr("kvmpass.testing.inplace.missing_hardware", lambda roles: None)
     write(
         lab,
         """
@@ -535,7 +536,7 @@ def test_trace(iommu_trace): assert iommu_trace is None
             "kvmpass: real AMD-Vi, kernel *, nvme=0000:01:00.0",
             "*KVMPASS_TEST_NIC is not set*",
             "*KVMPASS_TEST_DESTRUCTIVE=1 is not set*",
-            "*exists in the emulated host only*",
+            "*is for the emulated host only*",
         ]
     )
     monkeypatch.setenv("KVMPASS_TEST_DESTRUCTIVE", "1")

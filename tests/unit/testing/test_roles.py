@@ -67,7 +67,7 @@ def test_bad_environment(name: str, value: str) -> None:
 
 
 def test_the_hardware_workflow_names_each_role() -> None:
-    """A role that it does not pass on is one that no runner ever tests. Emulated devices are no hardware."""
+    """No runner tests a role that the workflow does not pass on. Emulated devices are not hardware."""
     workflow = (ROOT / ".github/workflows/amd-vi.yml").read_text()
     emulated = {"edu", "bridged", "ivshmem", "virtio_blk"}  # what `bridged` asks for is an edu device, too
     for role in ROLES.keys() - emulated:

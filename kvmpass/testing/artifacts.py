@@ -1,4 +1,4 @@
-"""What tests leave behind inside an emulated host, brought out: files, and properties for JUnit's report."""
+"""Artifacts of tests in an emulated host, copied out of it: files, and properties for JUnit's report."""
 
 from __future__ import annotations
 
@@ -13,70 +13,70 @@ from typing import Any
 
 import pytest
 
-from kvmpass.testing.events import Writer
+from kvmpass.testing.events import EventWriter
 
-# Of one test, or of one directory that tests share: what is more stays inside.
-MOST_BYTES = 256 << 20
-MOST_FILES = 10_000
+# Limits for the directory of one test, or for one that tests share.
+MAX_BYTES = 256 << 20
+MAX_FILES = 10_000
 
-EVENTS = pytest.StashKey[Writer]()
+EVENTS = pytest.StashKey[EventWriter]()
 
 
-class Returning:
-    """Inside: hands on files below ``base``, where pytest's temporary ones are, by way of ``out``."""
+class ArtifactCopier:
+    """Copies pytest's temporary directories below ``base`` to ``out``, which is shared with the machine outside."""
 
     def __init__(self, base: Path, out: Path) -> None:
         self._base, self._out = base, out
-        base.parent.mkdir(parents=True, exist_ok=True)  # a file system of its own may lie over what is there outside
+        base.parent.mkdir(parents=True, exist_ok=True)  # the host may have mounted a tmpfs over the directory outside
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        """After everything else: whatever has been removed by then is not wanted."""
+        """Copy the test's ``tmp_path`` after all other teardowns: files that they removed are not copied."""
         try:
             return (yield)
         finally:
             path = getattr(item, "funcargs", {}).get("tmp_path")
             if isinstance(path, Path):
-                self.bring(path)
+                self.copy_out(path)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        """What several tests shared: directories that were made by ``tmp_path_factory``."""
+        """Copy directories of ``tmp_path_factory``, which tests share."""
         with suppress(OSError):
             for path in self._base.iterdir():
                 if not (self._out / path.name).exists():
-                    self.bring(path)
+                    self.copy_out(path)
 
-    def bring(self, path: Path) -> None:
-        """Copy a directory out, below its own name. What cannot be copied is left, with a warning."""
+    def copy_out(self, path: Path) -> None:
+        """Copy a directory to the one of the same name in ``out``. Warns if the copy is incomplete."""
         if path.is_symlink() or path.parent != self._base or not path.is_dir():
             return
         try:
-            left = copy(path, self._out / path.name)
+            reason = copy_tree(path, self._out / path.name)
         except OSError as error:
-            left = str(error)
-        if left:
-            warnings.warn(pytest.PytestWarning(f"not all of {path} is brought out: {left}"), stacklevel=1)
+            reason = str(error)
+        if reason:
+            warnings.warn(pytest.PytestWarning(f"{path} was copied incompletely: {reason}"), stacklevel=1)
 
 
 @pytest.fixture(scope="session")
 def record_testsuite_property(pytestconfig: pytest.Config) -> Callable[[str, object], None]:
-    """As pytest's own; the property goes into the report outside."""
+    """Replace pytest's fixture: the property is added to the report outside."""
     events = pytestconfig.stash[EVENTS]
     return lambda name, value: events.put("suite-property", name=name, value=str(value))
 
 
 @pytest.fixture
 def record_xml_attribute(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
-    """As pytest's own; the attribute goes into the report outside."""
+    """Replace pytest's fixture: the attribute is added to the report outside."""
     events, nodeid = request.config.stash[EVENTS], request.node.nodeid
     return lambda name, value: events.put("xml-attribute", id=nodeid, name=name, value=str(value))
 
 
-def copy(source: Path, target: Path) -> str:
-    """Copy directories, regular files and symbolic links of one file system; returns what was left, or nothing.
+def copy_tree(source: Path, target: Path) -> str:
+    """Copy the directories, regular files and symbolic links of one file system.
 
-    Empty directories are no reason to make ``target``.
+    Empty directories are not copied. Returns why the copy is incomplete, or an empty text. Raises ``OSError``.
     """
     here, count, used = source.stat().st_dev, 0, 0
     for folder, names, files in os.walk(source):
@@ -89,8 +89,8 @@ def copy(source: Path, target: Path) -> str:
                     names.remove(name)
                 continue
             size = state.st_size if stat.S_ISREG(state.st_mode) else 0
-            if count == MOST_FILES or used + size > MOST_BYTES:
-                return f"{path.relative_to(source)} and what follows are too much"
+            if count == MAX_FILES or used + size > MAX_BYTES:
+                return f"{path.relative_to(source)} and the files after it exceed the limit"
             count, used = count + 1, used + size
             if stat.S_ISREG(state.st_mode) or stat.S_ISLNK(state.st_mode):
                 at.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,8 @@ def copy(source: Path, target: Path) -> str:
     return ""
 
 
-def receive(out: Path, base: Path) -> None:
-    """Outside: put what came where the same names were inside."""
+def move_artifacts(out: Path, base: Path) -> None:
+    """Move the directories in ``out`` to ``base``, outside, where they have the same paths as inside."""
     for path in out.iterdir() if out.is_dir() else ():
         target = base / path.name
         with suppress(OSError):

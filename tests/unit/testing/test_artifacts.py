@@ -1,4 +1,4 @@
-"""What marked tests leave comes out of the emulated host: files, caches, properties. With pytest-xdist as well."""
+"""Artifacts of marked tests: files, caches, properties; also with pytest-xdist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.fake_lab import FAKE_LAB, write
 
-from kvmpass.testing import returning
+from kvmpass.testing import artifacts
 
 pytest_plugins = ["pytester"]
 
@@ -52,7 +52,7 @@ def test_other(record_testsuite_property): record_testsuite_property("other", 2)
 
 
 def test_the_cache(lab: pytest.Pytester) -> None:
-    """What is kept inside is there in the next run, inside and outside; what failed last is known outside only."""
+    """Values set inside are there in the next run, inside and outside. Failed tests are known outside only."""
     write(
         lab,
         """
@@ -115,7 +115,7 @@ FakeLab.run = elsewhere
 
 
 def test_temporary_files(lab: pytest.Pytester, tmp_path: Path) -> None:
-    """At the path that the test has seen."""
+    """Their path outside is that inside."""
     lab.makeconftest(FAKE_LAB + ELSEWHERE)
     lab.makepyfile(
         test_a=f"import os, pytest\n{FILES}",
@@ -135,8 +135,8 @@ def test_temporary_files(lab: pytest.Pytester, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["assert False", "os.kill(os.getpid(), 9)"])
-def test_files_of_what_fails(lab: pytest.Pytester, tmp_path: Path, how: str) -> None:
-    """Those of the tests before it, too, if its host dies."""
+def test_files_of_a_failed_test(lab: pytest.Pytester, tmp_path: Path, how: str) -> None:
+    """Also those of earlier tests, if its host dies."""
     lab.makeconftest(FAKE_LAB + ELSEWHERE)
     write(
         lab,
@@ -155,8 +155,8 @@ def test_fails(tmp_path):
     assert (tmp_path / "out/base/test_fails0").exists() == (how == "assert False")
 
 
-def test_too_much_is_left_with_a_warning(lab: pytest.Pytester, tmp_path: Path) -> None:
-    lab.makeconftest(FAKE_LAB + ELSEWHERE + "from kvmpass.testing import returning\nreturning.MOST_BYTES = 1000\n")
+def test_files_beyond_the_limit_are_dropped_with_a_warning(lab: pytest.Pytester, tmp_path: Path) -> None:
+    lab.makeconftest(FAKE_LAB + ELSEWHERE + "from kvmpass.testing import artifacts\nartifacts.MAX_BYTES = 1000\n")
     write(
         lab,
         """
@@ -168,12 +168,12 @@ def test_writes(tmp_path):
     )
     result = lab.runpytest_inprocess("--basetemp", str(tmp_path / "out"))
     result.assert_outcomes(passed=1, warnings=1)
-    result.stdout.fnmatch_lines(["*not all of */base/test_writes0 is brought out: b and what follows are too much"])
+    result.stdout.fnmatch_lines(["*/test_writes0 was copied incompletely: b and the files after it exceed the limit"])
     assert [path.name for path in (tmp_path / "out/base/test_writes0").iterdir()] == ["a"]
 
 
-def test_a_directory_of_the_profile(lab: pytest.Pytester) -> None:
-    """It is shared with the host, and made where it is missing."""
+def test_writable_directory_of_a_profile(lab: pytest.Pytester) -> None:
+    """It is shared with the host, and created if it is missing."""
     lab.makeconftest(
         FAKE_LAB
         + """
@@ -198,10 +198,10 @@ def test_writes(): pathlib.Path("results/deep/file").write_text("kept")
     assert str(lab.path / "results/deep") in (lab.path / "writable").read_text().splitlines()
 
 
-def test_a_tree_that_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     (source / "empty").mkdir(parents=True)
-    assert returning.copy(source, target) == ""
+    assert artifacts.copy_tree(source, target) == ""
     assert not target.exists()
     for name in ("a", "b", "c"):
         (source / name).write_text(name)
@@ -209,11 +209,11 @@ def test_a_tree_that_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (source / "nowhere").symlink_to("/nonexistent")
     os.mkfifo(source / "fifo")
     (source / "a").chmod(0o750)
-    assert returning.copy(source, target) == returning.copy(source, target) == ""
+    assert artifacts.copy_tree(source, target) == artifacts.copy_tree(source, target) == ""
     assert sorted(path.name for path in target.iterdir()) == ["a", "b", "c", "nowhere", "to"]
     assert (target / "to").is_symlink() and (target / "a").stat().st_mode & 0o777 == 0o750
-    monkeypatch.setattr(returning, "MOST_FILES", 2)
-    assert returning.copy(source, tmp_path / "few") == "c and what follows are too much"
+    monkeypatch.setattr(artifacts, "MAX_FILES", 2)
+    assert artifacts.copy_tree(source, tmp_path / "few") == "c and the files after it exceed the limit"
     assert len(list((tmp_path / "few").iterdir())) == 2
 
 
@@ -231,7 +231,7 @@ def test_outside(): pass
 
 
 @pytest.mark.parametrize("distribution", ["load", "loadfile", "worksteal"])
-def test_beside_xdist(lab: pytest.Pytester, distribution: str) -> None:
+def test_with_xdist(lab: pytest.Pytester, distribution: str) -> None:
     """Each test is reported once, and the summary has the hosts of all workers."""
     write(lab, MANY)
     result = lab.runpytest_inprocess("-p", "xdist.plugin", "-n", "2", "--dist", distribution)
