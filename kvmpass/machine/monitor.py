@@ -14,7 +14,7 @@ from kvmpass.events import DeviceError, DeviceEvent, DeviceEventsDropped, Device
 from kvmpass.host import Bdf
 from kvmpass.host.kernel.faults import FaultLog, IommuEvent, open_fault_log
 from kvmpass.machine.eventloop import EventLoop
-from kvmpass.vfio import Device
+from kvmpass.vfio import Device, Irqs
 
 log = logging.getLogger(__name__)
 
@@ -92,12 +92,13 @@ class DeviceMonitor:
         ``callback`` must not block. Does nothing where the device or the kernel has no such interrupt. Raises
         ``OSError``; ``unwatch`` undoes it in any case.
         """
-        if index not in device.irqs or not device.irqs[index].count:
+        irqs = device.irqs.get(index)
+        if irqs is None or not irqs.count:
             return
-        interrupt = _Interrupt(index, callback)
+        interrupt = _Interrupt(irqs, callback)
         self._watched.setdefault(device, []).append(interrupt)
         self._loop.add_reader(interrupt.eventfd, interrupt.signalled)
-        device.set_irqs(index, 0, [interrupt.eventfd])
+        irqs.set_irqs(0, [interrupt.eventfd])
 
     def unwatch(self, device: Device) -> None:
         """Undo ``watch``: only a callback that runs already finishes. Runs every step even if one fails."""
@@ -105,7 +106,7 @@ class DeviceMonitor:
             step
             for interrupt in self._watched.pop(device, ())
             for step in (
-                partial(device.disable_irqs, interrupt.index),
+                interrupt.irqs.disable_irqs,
                 partial(self._loop.remove_reader, interrupt.eventfd),
                 interrupt.close,
             )
@@ -142,8 +143,8 @@ def _event(found: IommuEvent) -> DeviceEvent:
 class _Interrupt:
     """An interrupt's eventfd, which one thread reads while another may close it."""
 
-    def __init__(self, index: int, callback: Callable[[], None]) -> None:
-        self.index = index
+    def __init__(self, irqs: Irqs, callback: Callable[[], None]) -> None:
+        self.irqs = irqs
         self._callback = callback
         self._lock = threading.Lock()
         self._open = True

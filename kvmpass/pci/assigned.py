@@ -7,9 +7,8 @@ ROM's, INTx, MSI and MSI-X, the lists of capabilities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 
 from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log
@@ -22,7 +21,7 @@ from kvmpass.pci.function import Wiring
 from kvmpass.pci.intx import Intx
 from kvmpass.pci.msi import Msi
 from kvmpass.pci.msix import Msix
-from kvmpass.vfio import Device
+from kvmpass.vfio import Device, Irqs
 from kvmpass.vfio.device import BAR0, INTX, MSI, MSIX, ROM
 
 log = limited_log(__name__)
@@ -31,43 +30,6 @@ _PMCSR = 4  # in the power management capability: control and status
 _POWER_STATE = 0b11
 _PINS = 4
 _NO_RESPONSE = 0xFFFF  # what any register reads of a device that does not respond
-
-
-@dataclass(frozen=True, slots=True)
-class VfioInterrupts:
-    """An ``InterruptSink`` (``PinSink`` for INTx): one kind of a device's interrupts."""
-
-    device: Device
-    """The open device."""
-    index: int
-    """VFIO's interrupt index."""
-
-    @property
-    def name(self) -> str:
-        """See ``InterruptSink``."""
-        return self.device.name
-
-    @property
-    def count(self) -> int:
-        """See ``InterruptSink``; 0 where the device lacks this kind."""
-        return self.device.irqs[self.index].count if self.index in self.device.irqs else 0
-
-    @property
-    def resizable(self) -> bool:
-        """See ``InterruptSink``."""
-        return self.device.irqs[self.index].resizable
-
-    def set_irqs(self, start: int, eventfds: Sequence[int]) -> None:
-        """See ``Device.set_irqs``."""
-        self.device.set_irqs(self.index, start, eventfds)
-
-    def set_unmask_eventfd(self, eventfd: int) -> None:
-        """See ``Device.set_unmask_eventfd``."""
-        self.device.set_unmask_eventfd(self.index, eventfd)
-
-    def disable_irqs(self) -> None:
-        """See ``Device.disable_irqs``."""
-        self.device.disable_irqs(self.index)
 
 
 class AssignedFunction:
@@ -102,20 +64,21 @@ class AssignedFunction:
         space.emulate(pciregs.HEADER_TYPE, bytes([space.device_int(pciregs.HEADER_TYPE, 1) & ~pciregs.MULTIFUNCTION]))
         space.emulate(pciregs.INTERRUPT_LINE, b"\xff", b"\xff")
         pin = space.device_int(pciregs.INTERRUPT_PIN, 1)
-        sink = VfioInterrupts(self._device, INTX)
-        if not sink.count or not 1 <= pin <= _PINS:
-            pin = 0
-        space.emulate(pciregs.INTERRUPT_PIN, bytes([pin]))
-        if pin:
+        sink = self._irqs(INTX)
+        if sink and 1 <= pin <= _PINS:
             self._intx = Intx(wiring.vm, sink, wiring.gsis[pin - 1])
+        space.emulate(pciregs.INTERRUPT_PIN, bytes([pin if self._intx else 0]))
+
+    def _irqs(self, index: int) -> Irqs | None:
+        """Look up the device's interrupts of one kind; None without a vector."""
+        irqs = self._device.irqs.get(index)
+        return irqs if irqs and irqs.count else None
 
     def _make_capabilities(self) -> dict[int, int]:
         """Link the capabilities; return the offsets of the conventional ones that are shown, by identifier."""
         space, read = self._space, self._device.config.read_int
         absent = {
-            number
-            for number, index in ((pciregs.CAP_MSI, MSI), (pciregs.CAP_MSIX, MSIX))
-            if not VfioInterrupts(self._device, index).count
+            number for number, index in ((pciregs.CAP_MSI, MSI), (pciregs.CAP_MSIX, MSIX)) if not self._irqs(index)
         }
         shown = capabilities.link(space, pciregs.capabilities(read), frozenset(absent))
         if self._device.config.size >= pciregs.EXTENDED_SIZE:
@@ -127,11 +90,9 @@ class AssignedFunction:
 
     def _make_messages(self, wiring: Wiring, shown: dict[int, int]) -> None:
         space = self._space
-        if at := shown.get(pciregs.CAP_MSI):
-            sink = VfioInterrupts(self._device, MSI)
+        if (at := shown.get(pciregs.CAP_MSI)) and (sink := self._irqs(MSI)):
             self._msi = Msi(wiring, sink, space, at, pciregs.msi(space.device_int, at))
-        if at := shown.get(pciregs.CAP_MSIX):
-            sink = VfioInterrupts(self._device, MSIX)
+        if (at := shown.get(pciregs.CAP_MSIX)) and (sink := self._irqs(MSIX)):
             self._msix = Msix(wiring, sink, space, at, pciregs.msix(space.device_int, at))
 
     def _make_bars(self, wiring: Wiring) -> None:

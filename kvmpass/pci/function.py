@@ -91,7 +91,7 @@ class BarSource(Protocol):
 
 
 class InterruptSink(Protocol):
-    """The source of a function's MSI or MSI-X interrupts: signals an eventfd for each vector.
+    """The source of MSI or MSI-X interrupts, such as ``vfio.Irqs``: signals an eventfd for each vector.
 
     Synchronization: with the bus lock held; eventfds may be signalled from any thread, until they are replaced or
     ``disable_irqs`` has returned.

@@ -1,7 +1,7 @@
 """Objects over VFIO's file descriptors (include/uapi/linux/vfio.h)."""
 
 from kvmpass.vfio.cdev import Cdev
-from kvmpass.vfio.device import DependentDevice, Device, IrqInfo, Region, RegionInfo
+from kvmpass.vfio.device import DependentDevice, Device, Irqs, Region, RegionInfo
 from kvmpass.vfio.group import Container, Group, IommuInfo
 
-__all__ = ["Cdev", "Container", "DependentDevice", "Device", "Group", "IommuInfo", "IrqInfo", "Region", "RegionInfo"]
+__all__ = ["Cdev", "Container", "DependentDevice", "Device", "Group", "IommuInfo", "Irqs", "Region", "RegionInfo"]

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvmpass._fd import OwnedFd, check, closing_on_error, failure
 from kvmpass._native import ffi, lib
@@ -55,10 +55,15 @@ class RegionInfo:
     """Whether the page with the MSI-X table can be mapped (``VFIO_REGION_INFO_CAP_MSIX_MAPPABLE``)."""
 
 
-@dataclass(frozen=True, slots=True)
-class IrqInfo:
-    """One kind of interrupts, as ``VFIO_DEVICE_GET_IRQ_INFO`` describes it."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Irqs:
+    """One kind of a device's interrupts (``VFIO_DEVICE_GET_IRQ_INFO``): its vectors signal eventfds.
 
+    Synchronization: from any thread.
+    """
+
+    device: Device
+    """The open device."""
     index: int
     """VFIO's interrupt index."""
     count: int
@@ -71,6 +76,55 @@ class IrqInfo:
     """Whether an interrupt masks itself until it is unmasked (INTx)."""
     resizable: bool
     """Whether vectors can be added while others are enabled."""
+
+    @property
+    def name(self) -> str:
+        """The device's PCI address."""
+        return self.device.name
+
+    def set_irqs(self, start: int, eventfds: Sequence[int]) -> None:
+        """Signal ``eventfds`` for the vectors from ``start`` on (``VFIO_DEVICE_SET_IRQS``); -1 removes one.
+
+        The first call for MSI or MSI-X enables it in the device. ERR and REQ have one vector, 0. Raises ``OSError``:
+        ``ENOSPC`` too few vectors of the host, ``EINVAL`` a kind or vector that the device does not have.
+        """
+        flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_TRIGGER
+        result = self._set(flags, start, len(eventfds), ffi.new("int32_t[]", list(eventfds) or 1))
+        detail = f"vectors {start}-{start + len(eventfds) - 1}"
+        if result > 0:  # the number of vectors that are possible: vfio_msi_enable() in vfio_pci_intrs.c
+            result = -errno.ENOSPC
+            detail += ": the host has no free interrupt vectors"
+        self._check(result, detail)
+
+    def set_unmask_eventfd(self, eventfd: int) -> None:
+        """Unmask an automasked interrupt (INTx) when ``eventfd`` is signalled; -1 disconnects it.
+
+        ``VFIO_DEVICE_SET_IRQS``. Raises ``OSError``.
+        """
+        flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_UNMASK
+        self._check(self._set(flags, 0, 1, ffi.new("int32_t[]", [eventfd])), "unmask")
+
+    def trigger(self, vector: int = 0) -> None:
+        """Signal the eventfd of ``vector`` as if the device had raised it (``VFIO_IRQ_SET_DATA_NONE``).
+
+        For tests and diagnosis. Does nothing where the vector has no eventfd. Raises ``OSError`` (``EINVAL``: this
+        kind is disabled).
+        """
+        flags = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
+        self._check(self._set(flags, vector, 1, ffi.NULL), f"trigger vector {vector}")
+
+    def disable_irqs(self) -> None:
+        """Disable all vectors (``VFIO_DEVICE_SET_IRQS``). Idempotent. Raises ``OSError``."""
+        result = self._set(lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER, 0, 0, ffi.NULL)
+        if result != -errno.EINVAL or not self.count:
+            self._check(result, "disable")
+        # else it is disabled: VFIO has no other reason for a kind that exists (vfio_pci_intrs.c)
+
+    def _set(self, flags: int, start: int, count: int, data: Any) -> int:
+        return lib.vfio_device_set_irqs(self.device.fd, flags, self.index, start, count, data)
+
+    def _check(self, result: int, detail: str) -> None:
+        check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {self.index}, {detail}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +251,8 @@ class Device(OwnedFd):
         found = (self._region_info(index) for index in range(min(info.num_regions, CONFIG + 1)))
         self.regions = {region.index: Region(self, region) for region in found if region is not None}
         """The regions that the device has, by VFIO's index."""
-        interrupts = (self._irq_info(index) for index in range(min(info.num_irqs, REQ + 1)))
-        self.irqs = {irq.index: irq for irq in interrupts if irq is not None}
+        kinds = (self._irq_info(index) for index in range(min(info.num_irqs, REQ + 1)))
+        self.irqs = {irqs.index: irqs for irqs in kinds if irqs is not None}
         """Interrupts by VFIO's index. ERR and REQ are absent where the kernel cannot signal them."""
 
     def close(self) -> None:
@@ -236,13 +290,14 @@ class Device(OwnedFd):
             bool(info.msix_mappable),
         )
 
-    def _irq_info(self, index: int) -> IrqInfo | None:
+    def _irq_info(self, index: int) -> Irqs | None:
         info = ffi.new("struct kvmpass_irq_info *")
         result = lib.vfio_device_get_irq_info(self.fd, index, info)
         if result == -errno.EINVAL:
             return None
         check(result, "VFIO_DEVICE_GET_IRQ_INFO", f"{self.name} interrupt {index}")
-        return IrqInfo(
+        return Irqs(
+            self,
             index,
             info.count,
             bool(info.flags & lib.VFIO_IRQ_INFO_EVENTFD),
@@ -250,48 +305,6 @@ class Device(OwnedFd):
             bool(info.flags & lib.VFIO_IRQ_INFO_AUTOMASKED),
             not info.flags & lib.VFIO_IRQ_INFO_NORESIZE,
         )
-
-    def set_irqs(self, index: int, start: int, eventfds: Sequence[int]) -> None:
-        """Signal ``eventfds`` for the vectors from ``start`` on (``VFIO_DEVICE_SET_IRQS``); -1 removes one.
-
-        The first call for MSI or MSI-X enables it in the device. ERR and REQ have one vector, 0. Raises ``OSError``:
-        ``ENOSPC`` too few vectors of the host, ``EINVAL`` an index or vector that the device does not have.
-        """
-        array = ffi.new("int32_t[]", list(eventfds) or 1)
-        flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_TRIGGER
-        result = lib.vfio_device_set_irqs(self.fd, flags, index, start, len(eventfds), array)
-        detail = f"{self.name} interrupt {index}, vectors {start}-{start + len(eventfds) - 1}"
-        if result > 0:  # the number of vectors that are possible: vfio_msi_enable() in vfio_pci_intrs.c
-            result = -errno.ENOSPC
-            detail += ": the host has no free interrupt vectors"
-        check(result, "VFIO_DEVICE_SET_IRQS", detail)
-
-    def set_unmask_eventfd(self, index: int, eventfd: int) -> None:
-        """Unmask an automasked interrupt (INTx) when ``eventfd`` is signalled; -1 disconnects it.
-
-        ``VFIO_DEVICE_SET_IRQS``. Raises ``OSError``.
-        """
-        flags = lib.VFIO_IRQ_SET_DATA_EVENTFD | lib.VFIO_IRQ_SET_ACTION_UNMASK
-        result = lib.vfio_device_set_irqs(self.fd, flags, index, 0, 1, ffi.new("int32_t[]", [eventfd]))
-        check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}, unmask")
-
-    def trigger_irq(self, index: int, vector: int = 0) -> None:
-        """Signal the eventfd of ``vector`` as if the device had raised it (``VFIO_IRQ_SET_DATA_NONE``).
-
-        For tests and diagnosis. Does nothing where the vector has no eventfd. Raises ``OSError`` (``EINVAL``: the
-        index is disabled).
-        """
-        flags = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
-        result = lib.vfio_device_set_irqs(self.fd, flags, index, vector, 1, ffi.NULL)
-        check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}, trigger vector {vector}")
-
-    def disable_irqs(self, index: int) -> None:
-        """Disable all vectors of an index (``VFIO_DEVICE_SET_IRQS``). Idempotent. Raises ``OSError``."""
-        flags = lib.VFIO_IRQ_SET_DATA_NONE | lib.VFIO_IRQ_SET_ACTION_TRIGGER
-        result = lib.vfio_device_set_irqs(self.fd, flags, index, 0, 0, ffi.NULL)
-        if result == -errno.EINVAL and index in self.irqs and self.irqs[index].count:
-            return  # it is disabled: VFIO has no other reason for an index that exists (vfio_pci_intrs.c)
-        check(result, "VFIO_DEVICE_SET_IRQS", f"{self.name} interrupt {index}")
 
     def reset(self) -> None:
         """Reset the function (``VFIO_DEVICE_RESET``). Raises ``OSError`` (``EINVAL``: not ``resettable``)."""

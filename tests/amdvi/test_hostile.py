@@ -121,7 +121,7 @@ def test_an_error_of_one_device_does_not_wait_for_a_guest_that_keeps_another(nvm
         unbinding.start()
         wait_until(lambda: kept.requested)
         started = time.monotonic()
-        failing.vfio.trigger_irq(ERR)
+        failing.vfio.irqs[ERR].trigger()
         assert machine.wait(5) is GuestOutcome.DEVICE_ERROR
         assert time.monotonic() - started < 3
         assert kept.state is DeviceState.ASSIGNED, "it is still being waited for"

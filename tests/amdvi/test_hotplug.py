@@ -137,12 +137,12 @@ def test_an_error_of_the_device_ends_the_guest_or_calls_python(nvme: str) -> Non
         with running("echo up; sleep 1000") as guest:
             device = guest.machine.assign(nvme)
             guest.expect("up")
-            device.vfio.trigger_irq(ERR)
+            device.vfio.irqs[ERR].trigger()
             assert guest.end().outcome is GuestOutcome.DEVICE_ERROR
         with running("echo up; sleep 1000", events=(events := [])) as guest:
             device = guest.machine.assign(nvme)
             guest.expect("up")
-            device.vfio.trigger_irq(ERR)
+            device.vfio.irqs[ERR].trigger()
             wait_until(lambda: DeviceError(nvme) in events)
             assert not guest.machine.ended
 

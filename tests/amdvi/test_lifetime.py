@@ -26,7 +26,7 @@ from kvmpass.pci import AssignedFunction, PciBus
 from kvmpass.pci.bar import Bar
 from kvmpass.pci.barspace import BarSpace
 from kvmpass.pci.intx import Intx
-from kvmpass.vfio import Container, Device, Group, Region
+from kvmpass.vfio import Container, Device, Group, Irqs, Region
 
 Valid = Callable[[str, str | bytes], Any]
 
@@ -45,12 +45,12 @@ ASSIGN_STEPS: list[tuple[type, str]] = [
     (Device, "_irq_info"),
     (AssignedDevice, "quiesce"),
     (EventLoop, "add_reader"),
-    (Device, "set_irqs"),
+    (Irqs, "set_irqs"),
     (AssignedFunction, "__init__"),
     (BarSpace, "allocate"),
     (Region, "mmap"),
     (Vm, "irqfd_resample"),
-    (Device, "set_unmask_eventfd"),
+    (Irqs, "set_unmask_eventfd"),
     (PciBus, "plug"),
 ]
 # Out of the guest's reach: what fails here leaves the device assigned, to be tried again.
@@ -58,7 +58,7 @@ UNPLUG_STEPS: list[tuple[type, str]] = [
     (PciBus, "unplug"),
     (AssignedFunction, "close"),
     (Intx, "disable"),
-    (Device, "disable_irqs"),
+    (Irqs, "disable_irqs"),
     (Vm, "irqfd_deassign"),
     (Bar, "close"),
     (HostMapping, "close"),

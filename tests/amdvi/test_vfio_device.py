@@ -8,6 +8,7 @@ import select
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from support.inside import LAB_ONLY
@@ -47,24 +48,24 @@ def test_interrupts_that_the_device_has(assigned: AssignedDevice) -> None:
 
 
 def test_the_request_interrupt_and_its_loopback(assigned: AssignedDevice) -> None:
-    device = assigned.vfio
-    device.disable_irqs(REQ)  # the machine's own
+    request = assigned.vfio.irqs[REQ]
+    request.disable_irqs()  # the machine's own
     with pytest.raises(OSError, match=r"VFIO_DEVICE_SET_IRQS.*trigger vector 0"):
-        device.trigger_irq(REQ)
+        request.trigger()
     eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
-        device.set_irqs(REQ, 0, [eventfd])
+        request.set_irqs(0, [eventfd])
         assert not signalled(eventfd)
-        device.trigger_irq(REQ)
+        request.trigger()
         assert signalled(eventfd)
-        device.disable_irqs(REQ)
-        device.disable_irqs(REQ)
+        request.disable_irqs()
+        request.disable_irqs()
         with pytest.raises(OSError) as refused:
-            device.trigger_irq(REQ)
+            request.trigger()
         assert refused.value.errno == errno.EINVAL
         assert not signalled(eventfd)
         with pytest.raises(OSError) as refused:
-            device.set_irqs(ERR, 0, [eventfd])
+            replace(request, index=ERR).set_irqs(0, [eventfd])
         assert refused.value.errno == errno.EINVAL
     finally:
         os.close(eventfd)
@@ -75,7 +76,7 @@ def test_the_host_asks_for_its_device(machine: Machine, assigned: AssignedDevice
     eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     sysfs = host.Sysfs()
     try:
-        assigned.vfio.set_irqs(REQ, 0, [eventfd])
+        assigned.vfio.irqs[REQ].set_irqs(0, [eventfd])
         with pytest.raises(TimeoutError):
             sysfs.write(sysfs.path("sys/bus/pci/drivers/vfio-pci/unbind"), edu, timeout=2)
         assert signalled(eventfd)

@@ -11,6 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def bench(edu: str, machine: Machine) -> Iterator[Bench]:
     with host.borrow(edu):
         device = machine.assign(edu)
         for index in (INTX, REQ):  # what the machine has switched on
-            device.vfio.disable_irqs(index)
+            device.vfio.irqs[index].disable_irqs()
         yield Bench(machine, device, own)
         machine.deassign(device)
     own.close()
@@ -364,7 +365,8 @@ def eventfd() -> Iterator[int]:
 
 
 def test_indices_vectors_and_counts_of_interrupts(bench: Bench, eventfd: int) -> None:
-    count = bench.device.irqs[MSI].count
+    irqs = bench.device.irqs[MSI]
+    count = irqs.count
     assert count >= 1
     for index, start, eventfds in (
         (REQ + 1, 0, [eventfd]),
@@ -380,20 +382,21 @@ def test_indices_vectors_and_counts_of_interrupts(bench: Bench, eventfd: int) ->
         refused(
             errno.EINVAL,
             "VFIO_DEVICE_SET_IRQS",
-            lambda index=index, start=start, eventfds=eventfds: bench.device.set_irqs(index, start, eventfds),
+            lambda index=index, start=start, eventfds=eventfds: replace(irqs, index=index).set_irqs(start, eventfds),
         )
-    refused(errno.E2BIG, "VFIO_DEVICE_SET_IRQS", lambda: bench.device.set_irqs(MSI, 0, [eventfd] * 2049))
+    refused(errno.E2BIG, "VFIO_DEVICE_SET_IRQS", lambda: irqs.set_irqs(0, [eventfd] * 2049))
 
 
 def test_descriptors_that_are_no_eventfds(bench: Bench) -> None:
     closed = os.eventfd(0)
     os.close(closed)
-    refused(errno.EBADF, "VFIO_DEVICE_SET_IRQS", lambda: bench.device.set_irqs(MSI, 0, [closed]))
-    refused(errno.EINVAL, "VFIO_DEVICE_SET_IRQS", lambda: bench.device.set_irqs(REQ, 0, [bench.device.fd]))
+    refused(errno.EBADF, "VFIO_DEVICE_SET_IRQS", lambda: bench.device.irqs[MSI].set_irqs(0, [closed]))
+    refused(errno.EINVAL, "VFIO_DEVICE_SET_IRQS", lambda: bench.device.irqs[REQ].set_irqs(0, [bench.device.fd]))
     for index in (INTX, MSI, REQ, INTX):
-        bench.device.disable_irqs(index)  # all are off
+        bench.device.irqs[index].disable_irqs()  # all are off
     for index in (MSIX, ERR, REQ + 1):  # edu has none of them
-        refused(errno.EINVAL, "VFIO_DEVICE_SET_IRQS", lambda index=index: bench.device.disable_irqs(index))
+        absent = replace(bench.device.irqs[MSIX], index=index)
+        refused(errno.EINVAL, "VFIO_DEVICE_SET_IRQS", absent.disable_irqs)
 
 
 def test_structures_and_flags_of_interrupts(bench: Bench, eventfd: int) -> None:

@@ -14,7 +14,8 @@ from kvmpass.memory import GuestMemory, HostMapping, RegionKind
 from kvmpass.pci import AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
 from kvmpass.pciregs import COMMAND, COMMAND_MEMORY
 from kvmpass.ports import IOAPIC_PINS
-from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM, IrqInfo, RegionInfo
+from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM, RegionInfo
+from support.fake_interrupts import FakeIrqs
 
 TABLE_AT, PENDING_AT, VECTORS = 0x2000, 0x2800, 5
 MSI_VECTORS = 4
@@ -174,9 +175,9 @@ class FakeDevice:
         }
         self.regions[ROM].data[:4] = b"\x55\xaa\x04\x00"
         self.irqs = {
-            INTX: IrqInfo(INTX, 1, True, True, True, False),
-            MSI: IrqInfo(MSI, MSI_VECTORS, True, False, False, True),
-            MSIX: IrqInfo(MSIX, VECTORS, True, False, False, True),
+            INTX: FakeIrqs(self, INTX, 1, True, True, True, False),
+            MSI: FakeIrqs(self, MSI, MSI_VECTORS, True, False, False, True),
+            MSIX: FakeIrqs(self, MSIX, VECTORS, True, False, False, True),
         }
         self.active: int | None = None
         self.irq_calls: list[tuple[Any, ...]] = []

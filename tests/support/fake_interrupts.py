@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import select
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from kvmpass.vfio.device import INTX, MSI, MSIX, IrqInfo
+from kvmpass.vfio.device import INTX, MSI, MSIX, Irqs
 
 
 class FakeKvm:
@@ -91,6 +93,22 @@ class FakeKvm:
         return {self.routes[gsi] for gsi in self.irqfds}
 
 
+@dataclass(frozen=True, eq=False)
+class FakeIrqs(Irqs):
+    """One kind of a fake device's interrupts: the device does the work."""
+
+    device: Any
+
+    def set_irqs(self, start: int, eventfds: Sequence[int]) -> None:
+        self.device.set_irqs(self.index, start, eventfds)
+
+    def set_unmask_eventfd(self, eventfd: int) -> None:
+        self.device.set_unmask_eventfd(self.index, eventfd)
+
+    def disable_irqs(self) -> None:
+        self.device.disable_irqs(self.index)
+
+
 class FakeDevice:
     """A device with these interrupts: INTx 0 or 1, MSI and MSI-X by their number of vectors."""
 
@@ -100,9 +118,9 @@ class FakeDevice:
         self, *, intx: int = 1, msi: int = 0, msix: int = 0, resizable: bool = True, host: int = 4096
     ) -> None:
         self.irqs = {
-            INTX: IrqInfo(INTX, intx, True, True, True, False),
-            MSI: IrqInfo(MSI, msi, True, False, False, False),
-            MSIX: IrqInfo(MSIX, msix, True, False, False, resizable),
+            INTX: FakeIrqs(self, INTX, intx, True, True, True, False),
+            MSI: FakeIrqs(self, MSI, msi, True, False, False, False),
+            MSIX: FakeIrqs(self, MSIX, msix, True, False, False, resizable),
         }
         self.host = host  # vectors that the host still has
         self.active: int | None = None

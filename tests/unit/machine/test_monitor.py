@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,12 @@ class Device:
     """A device whose interrupts have eventfds."""
 
     def __init__(self, *irqs: int) -> None:
-        self.irqs = {index: SimpleNamespace(count=1) for index in irqs}
+        self.irqs = {
+            index: SimpleNamespace(
+                count=1, set_irqs=partial(self.set_irqs, index), disable_irqs=partial(self.disable_irqs, index)
+            )
+            for index in irqs
+        }
         self.eventfds: dict[int, int] = {}
 
     def set_irqs(self, index: int, start: int, eventfds: list[int]) -> None:

@@ -22,7 +22,7 @@ from support.fake_function import (
 
 from kvmpass.layout import PAGE, Range
 from kvmpass.pciregs import capabilities
-from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM, IrqInfo
+from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM
 
 
 @pytest.fixture
@@ -326,7 +326,7 @@ def test_zero_vectors_hide_the_capability() -> None:
     """A function of MSI-X with one vector, the least there is."""
 
     def change(device: FakeDevice) -> None:
-        device.irqs[MSIX] = IrqInfo(MSIX, 1, True, False, False, True)
+        device.irqs[MSIX] = dataclasses.replace(device.irqs[MSIX], count=1)
         device.config.data[MSIX_AT + 2 : MSIX_AT + 4] = bytes(2)
 
     board = made(change)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from support.fake_interrupts import FakeDevice, FakeKvm, readable
 
-from kvmpass.pci.assigned import VfioInterrupts
 from kvmpass.pci.intx import Intx
 from kvmpass.vfio.device import INTX
 
@@ -19,7 +18,7 @@ GSI = 17
 class Line:
     def __init__(self) -> None:
         self.kvm, self.device = FakeKvm(), FakeDevice()
-        self.intx = Intx(self.kvm, VfioInterrupts(self.device, INTX), GSI)  # type: ignore[arg-type]
+        self.intx = Intx(self.kvm, self.device.irqs[INTX], GSI)  # type: ignore[arg-type]
         self.descriptors = descriptors()
 
     @property

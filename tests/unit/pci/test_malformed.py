@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 from support.fake_function import Board, FakeDevice
@@ -11,7 +12,7 @@ from support.fake_function import Board, FakeDevice
 from kvmpass import pciregs
 from kvmpass.errors import KvmpassError
 from kvmpass.pciregs import capabilities, extended_capabilities
-from kvmpass.vfio.device import MSI, MSIX, IrqInfo
+from kvmpass.vfio.device import MSI, MSIX
 
 SPACES = 40_000 if os.environ.get("KVMPASS_SOAK") == "1" else 1_500
 KNOWN = (0x01, 0x03, 0x05, 0x09, 0x10, 0x11, 0x12, 0x13, 0x0D)
@@ -55,7 +56,8 @@ def test_any_configuration_space(seed: int) -> None:
         device = FakeDevice(random_space(choose))
         vectors = choose.choice((0, 1, 5, 2048))
         for index in (MSI, MSIX):
-            device.irqs[index] = IrqInfo(index, vectors, True, False, False, bool(choose.randrange(2)))
+            resizable = bool(choose.randrange(2))
+            device.irqs[index] = replace(device.irqs[index], count=vectors, resizable=resizable)
         try:
             board = Board(device)
         except KvmpassError:

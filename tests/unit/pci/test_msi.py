@@ -10,7 +10,6 @@ import pytest
 from support.fake_interrupts import FakeDevice, FakeKvm
 
 from kvmpass import pciregs
-from kvmpass.pci.assigned import VfioInterrupts
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.msi import Msi
 from kvmpass.pciregs import MSI_ENABLE
@@ -49,7 +48,7 @@ class Capability:
         self.registers = Registers(capable << 1 | flags)
         self.space = ConfigSpace(self.registers)
         self.space.emulate(0xF0, b"\x12\x34", b"\xff\0")  # another capability's, above it
-        sink, own = VfioInterrupts(self.device, MSI), pciregs.msi(self.space.device_int, AT)  # type: ignore[arg-type]
+        sink, own = self.device.irqs[MSI], pciregs.msi(self.space.device_int, AT)
         self.msi = Msi(self.kvm.wiring, sink, self.space, AT, own)
         self.data_at = 12 if flags & WIDE else 8
         self.mask_at = self.data_at + 4

@@ -11,7 +11,6 @@ import pytest
 from support.fake_interrupts import FakeDevice, FakeKvm
 
 from kvmpass.layout import Range
-from kvmpass.pci.assigned import VfioInterrupts
 from kvmpass.pci.bar import Trapped
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.msix import Msix, PendingBits
@@ -29,7 +28,7 @@ class Table:
         self.before = descriptors()
         self.kvm, self.device = FakeKvm(), FakeDevice(msix=vectors, resizable=resizable)
         self.space = ConfigSpace()
-        sink, own = VfioInterrupts(self.device, MSIX), MsixRegisters(vectors, False, 0, 0, 0, PENDING_AT)  # type: ignore[arg-type]
+        sink, own = self.device.irqs[MSIX], MsixRegisters(vectors, False, 0, 0, 0, PENDING_AT)
         self.msix = Msix(self.kvm.wiring, sink, self.space, AT, own)
 
     def set_control(self, value: int) -> None:
@@ -95,7 +94,7 @@ def test_bits_of_the_capability() -> None:
 def test_the_capability_says_where_the_table_is() -> None:
     """Its reserved bits and its places are read-only, and each BAR has what is in it."""
     space, kvm, own = ConfigSpace(), FakeKvm(), MsixRegisters(65, False, 2, 0x1000, 4, 0x800)
-    msix = Msix(kvm.wiring, VfioInterrupts(FakeDevice(msix=65), MSIX), space, AT, own)  # type: ignore[arg-type]
+    msix = Msix(kvm.wiring, FakeDevice(msix=65).irqs[MSIX], space, AT, own)
     assert space.read(AT + 2, 10) == struct.pack("<HII", 64, 0x1002, 0x804)
     assert [trap.range for trap in msix.traps(2)] == [Range(0x1000, 65 * 16)]
     assert [trap.range for trap in msix.traps(4)] == [Range(0x800, 16)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,12 +15,12 @@ import kvmpass.vfio.device
 import kvmpass.vfio.group
 from kvmpass._native import lib
 from kvmpass.vfio import Container, DependentDevice, Device, Group
-from kvmpass.vfio.device import ERR, MSI, REQ, IrqInfo
+from kvmpass.vfio.device import ERR, MSI, REQ, Irqs
 
 
 @pytest.fixture
 def device() -> Device:
-    one: Device = bare(Device, name="0000:01:00.0", irqs={MSI: IrqInfo(MSI, 1, True, False, False, False)})
+    one: Device = bare(Device, name="0000:01:00.0")
     return one
 
 
@@ -52,14 +53,15 @@ def test_dependent_devices_of_a_hot_reset(device: Device, monkeypatch: pytest.Mo
 
 
 def test_disabling_irqs_is_idempotent(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    irqs = Irqs(device, MSI, 1, True, False, False, False)
     use(monkeypatch, vfio_device_set_irqs=lambda *_: -errno.EINVAL)
-    device.disable_irqs(MSI)
-    for index in (ERR, REQ):  # not among this device's
+    irqs.disable_irqs()
+    for index in (ERR, REQ):
         with pytest.raises(OSError, match="VFIO_DEVICE_SET_IRQS: Invalid argument"):
-            device.disable_irqs(index)
+            replace(irqs, index=index, count=0).disable_irqs()
     use(monkeypatch, vfio_device_set_irqs=lambda *_: -errno.EIO)
     with pytest.raises(OSError, match="VFIO_DEVICE_SET_IRQS: Input/output error"):
-        device.disable_irqs(MSI)
+        irqs.disable_irqs()
 
 
 @pytest.mark.parametrize(
