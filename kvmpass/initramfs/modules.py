@@ -63,30 +63,16 @@ class Module:
     """Whether it is the user's."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModInfo:
-    """The ``.modinfo`` of a module."""
-
-    aliases: tuple[str, ...]
-    """Patterns of modaliases."""
-    depends: tuple[str, ...]
-    """Names of modules that it needs, with ``_``."""
-    vermagic: str
-    """The kernel's release and options; empty: none."""
-
-
-def modinfo(data: bytes) -> ModInfo:
-    """Parse ``.modinfo``: zero-separated ``key=value`` texts. Raises ``ValueError`` without it."""
-    texts = elf.section(data, ".modinfo").split(b"\0")
-    pairs = [text.decode("utf-8", "replace").partition("=") for text in texts if b"=" in text]
-    if not pairs:
+def modinfo(data: bytes) -> dict[str, list[str]]:
+    """Return the values in ``.modinfo`` by key. Raises ``ValueError`` without it."""
+    found: dict[str, list[str]] = {}
+    for text in elf.section(data, ".modinfo").decode("utf-8", "replace").split("\0"):
+        key, equals, value = text.partition("=")
+        if equals:
+            found.setdefault(key, []).append(value)
+    if not found:
         raise ValueError("no .modinfo")
-    depends = [name for key, _, value in pairs if key == "depends" for name in value.split(",") if name]
-    return ModInfo(
-        tuple(value for key, _, value in pairs if key == "alias"),
-        tuple(normalize(name) for name in depends),
-        next((value for key, _, value in pairs if key == "vermagic"), ""),
-    )
+    return found
 
 
 def _candidates(modalias: str) -> str:
@@ -206,7 +192,7 @@ def plan(
             return
         visited.add(name)
         if name in given:
-            depends = given[name].info.depends
+            depends = given[name].depends
             for other in depends:
                 known = other in given or tree.lookup(other) or tree.is_builtin(other)
                 if tree.exists and not known:
@@ -216,7 +202,7 @@ def plan(
                     )
             module = Module(name, given[name].data, under_test=True)
         elif stock := tree.lookup(name):
-            depends = tuple(map(module_name, reversed(stock[1:])))
+            depends = list(map(module_name, reversed(stock[1:])))
             module = Module(name, decompress(tree.directory / stock[0]))
         else:
             return
@@ -244,10 +230,11 @@ class _File:
 
     path: Path
     data: bytes
-    info: ModInfo
+    aliases: list[str]
+    depends: list[str]
 
     def matches(self, modalias: str) -> bool:
-        return any(fnmatch.fnmatchcase(modalias, pattern) for pattern in self.info.aliases)
+        return any(fnmatch.fnmatchcase(modalias, pattern) for pattern in self.aliases)
 
 
 def _read(path: Path, release: str) -> _File:
@@ -264,11 +251,13 @@ def _read(path: Path, release: str) -> _File:
         raise
     except ValueError as error:
         raise KvmpassError(f"{path} is not a kernel module: {error}") from error
-    built_for = info.vermagic.split(" ", 1)[0]
+    vermagic = "".join(info.get("vermagic", ()))
+    built_for = vermagic.partition(" ")[0]
     # With symbol versions the kernel itself compares those, not the release.
-    if built_for and built_for != release and "modversions" not in info.vermagic and release:
+    if built_for and built_for != release and "modversions" not in vermagic and release:
         raise KvmpassError(
             f"{path} was built for kernel {built_for}, the guest's is {release}",
             "build it for the guest's kernel, or name its kernel with --kernel",
         )
-    return _File(path, data, info)
+    depends = ",".join(info.get("depends", ())).split(",")
+    return _File(path, data, info.get("alias", []), [normalize(name) for name in depends if name])

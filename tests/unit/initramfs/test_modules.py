@@ -213,8 +213,7 @@ def test_circular_dependencies(root: Path, tmp_path: Path) -> None:
 
 def test_modinfo_and_zstd_without_a_content_size(tmp_path: Path) -> None:
     data = module(alias=["pci:x", "pci:y"], depends="a-b,c", vermagic="1 SMP")
-    info = modinfo(data)
-    assert (info.aliases, info.depends, info.vermagic) == (("pci:x", "pci:y"), ("a_b", "c"), "1 SMP")
+    assert modinfo(data) == {"alias": ["pci:x", "pci:y"], "depends": ["a-b,c"], "vermagic": ["1 SMP"]}
     path = tmp_path / "m.ko.zst"
     stream = zstandard.ZstdCompressor(write_content_size=False).compressobj()
     path.write_bytes(stream.compress(data) + stream.flush())
