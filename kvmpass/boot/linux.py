@@ -40,6 +40,19 @@ HEADER_START = 0x1F1
 _WANTED = "name a bzImage of a 64-bit x86 kernel, such as /boot/vmlinuz-$(uname -r)"
 
 
+# Files that are often mistaken for a bzImage, by magic numbers (arm64: Documentation/arch/arm64/booting.rst).
+_KINDS = (
+    (0, b"\x7fELF", "an ELF file, such as vmlinux: the bzImage is made beside it, as arch/x86/boot/bzImage"),
+    (0, b"\x1f\x8b", "compressed by gzip, as the kernels of other architectures are"),
+    (0, b"\xfd7zXZ\0", "compressed by xz: unpack it"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it"),
+    (0x38, b"ARM\x64", "a kernel for arm64"),
+    (0x38, b"RSC\x05", "a kernel for RISC-V"),
+    (0, b"070701", "a cpio archive: an initramfs is named with --initrd"),
+    (0, b"\x27\x05\x19\x56", "a U-Boot image"),
+)
+
+
 class GuestWrites(Protocol):
     """Guest memory for loading."""
 
@@ -104,8 +117,9 @@ class KernelImage:
         def bad(reason: str) -> BadKernel:
             return BadKernel(f"{path}: {reason}", _WANTED)
 
-        if (other := _other_kind(data)) is not None:
-            raise bad(other)
+        for at, magic, kind in _KINDS:
+            if data.startswith(magic, at):
+                raise bad(kind)
         if len(data) < 0x268:
             raise bad(f"too short for a kernel: {len(data)} bytes")
         if data[0x202:0x206] != b"HdrS" or data[0x1FE:0x200] != b"\x55\xaa":
@@ -146,23 +160,6 @@ class KernelImage:
             cmdline_max,
             _release(data, start),
         )
-
-
-_KINDS = (
-    (0, b"\x7fELF", "an ELF file, such as vmlinux: the bzImage is made beside it, as arch/x86/boot/bzImage"),
-    (0, b"\x1f\x8b", "compressed by gzip, as the kernels of other architectures are"),
-    (0, b"\xfd7zXZ\0", "compressed by xz: unpack it"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it"),
-    (0x38, b"ARM\x64", "a kernel for arm64"),
-    (0x38, b"RSC\x05", "a kernel for RISC-V"),
-    (0, b"070701", "a cpio archive: an initramfs is named with --initrd"),
-    (0, b"\x27\x05\x19\x56", "a U-Boot image"),
-)
-
-
-def _other_kind(data: bytes) -> str | None:
-    """Return what a file is that is often mistaken for a bzImage (arm64: Documentation/arch/arm64/booting.rst)."""
-    return next((text for at, magic, text in _KINDS if data[at : at + len(magic)] == magic), None)
 
 
 def _release(data: bytes, setup_size: int) -> str:
