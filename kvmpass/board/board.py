@@ -70,18 +70,16 @@ class Board:
             self.ports.add(ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE, ConfigPorts(self.pci))
             self.mmio.add(layout.ecam.start, layout.ecam.size, Ecam(self.pci))
             self._bars = BarSpace(layout)
-            self.serials = [self._add_serial(line, events, n) for n, line in enumerate(ports.SERIAL_LINES)]
+            self.serials: list[Serial16550] = []
             """COM1 to COM4."""
+            for line, output in zip(ports.SERIAL_LINES, events.outputs, strict=True):
+                self.serials.append(Serial16550(output, partial(self._drive, line.irq)))
+                self.ports.add(line.port, ports.SERIAL_PORTS, self.serials[-1])
             self.ports.add(ports.POWER_BASE, ports.POWER_SIZE, PowerControl(events.power))
             self.hotplug = HotplugController(partial(self._drive, ports.EVENT_GSI), events.eject)
             """The ACPI hotplug controller."""
             self.ports.add(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE, self.hotplug)
             self._undo = undo.pop_all()
-
-    def _add_serial(self, line: ports.SerialLine, events: BoardEvents, number: int) -> Serial16550:
-        serial = Serial16550(events.outputs[number], partial(self._drive, line.irq))
-        self.ports.add(line.port, ports.SERIAL_PORTS, serial)
-        return serial
 
     def _drive(self, gsi: int, level: bool) -> None:
         """Set the level of an emulated device's interrupt. If KVM fails, the guest misses it, and runs on."""

@@ -70,7 +70,8 @@ class HostMapping:
         flags = lib.MAP_SHARED if fd >= 0 else lib.MAP_PRIVATE | lib.MAP_ANONYMOUS
         if fd < 0:
             # Huge pages are reserved by mmap, or it fails: without that the first access would be a SIGBUS.
-            flags |= _hugetlb(page) if page > PAGE else lib.MAP_NORESERVE
+            huge = lib.MAP_HUGETLB | (page.bit_length() - 1) << lib.MAP_HUGE_SHIFT
+            flags |= huge if page > PAGE else lib.MAP_NORESERVE
         result = lib.kvmpass_mmap(size, align, congruent % align, protection, flags, fd, offset)
         self._address = check(result, "mmap", f"{size:#x} bytes", _MMAP_REMEDY.get(-result))
         check(lib.kvmpass_madvise(self._address, self._span, lib.MADV_DONTFORK), "madvise(MADV_DONTFORK)")
@@ -130,10 +131,6 @@ _MMAP_REMEDY = {
     errno.EACCES: "the descriptor must be open for reading, and for writing too if the region is to be writable",
     errno.EPERM: "the memfd is sealed against writing (F_SEAL_WRITE): make the region read-only",
 }
-
-
-def _hugetlb(page: int) -> int:
-    return lib.MAP_HUGETLB | ((page.bit_length() - 1) << lib.MAP_HUGE_SHIFT)
 
 
 def check_huge_pages(page: int, size: int) -> None:
