@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import click
@@ -47,14 +46,16 @@ complete -o nosort -F %(complete_func)s %(prog_name)s
 """
 
 
-def _without_command(complete: Callable[[list[str], str], _Items], args: list[str], incomplete: str) -> _Items:
-    """After ``--`` is a command for the guest: complete files, not options or devices."""
-    if "--" in args:
-        return [CompletionItem(incomplete, type="file")]
-    return complete(args, incomplete)
+class _Shell(ShellComplete):
+    """Completes files after ``--``, where a command for the guest is, and before it what click does."""
+
+    def get_completions(self, args: list[str], incomplete: str) -> _Items:
+        if "--" in args:
+            return [CompletionItem(incomplete, type="file")]
+        return super().get_completions(args, incomplete)
 
 
-class Bash(ShellComplete):
+class Bash(_Shell):
     """Completes addresses, whose colons click's own function does not support. Needs bash 4.4."""
 
     name: ClassVar[str] = "bash"
@@ -71,7 +72,7 @@ class Bash(ShellComplete):
 
     def get_completions(self, args: list[str], incomplete: str) -> _Items:
         """Return click's completions before ``--``, and note the longest for the column of help."""
-        items = _without_command(super().get_completions, args, incomplete)
+        items = super().get_completions(args, incomplete)
         self._widest = max((len(str(item.value)) for item in items), default=0)
         return items
 
@@ -79,18 +80,14 @@ class Bash(ShellComplete):
         """Return click's line for an item, with the help padded to a column."""
         value = str(item.value)
         pad = " " * (self._widest - len(value)) if item.help else ""
-        return "\t".join((item.type, value, pad + _one_line(item.help)))
+        return "\t".join((item.type, value, pad + " ".join((item.help or "").split())))
 
 
-class Zsh(shell_completion.ZshComplete):
+class Zsh(_Shell, shell_completion.ZshComplete):
     """Completion for zsh."""
 
-    def get_completions(self, args: list[str], incomplete: str) -> _Items:
-        """Return click's completions before ``--``."""
-        return _without_command(super().get_completions, args, incomplete)
 
-
-class Fish(shell_completion.FishComplete):
+class Fish(_Shell, shell_completion.FishComplete):
     """Completion for fish."""
 
     # click's own script ends the help at its first comma.
@@ -98,16 +95,8 @@ class Fish(shell_completion.FishComplete):
         'string split ","', 'string split -m 1 ","'
     )
 
-    def get_completions(self, args: list[str], incomplete: str) -> _Items:
-        """Return click's completions before ``--``."""
-        return _without_command(super().get_completions, args, incomplete)
-
 
 SHELLS: dict[str, type[ShellComplete]] = {"bash": Bash, "zsh": Zsh, "fish": Fish}
-
-
-def _one_line(text: str | None) -> str:
-    return " ".join((text or "").split())
 
 
 def answer(command: click.Command, request: str) -> int:

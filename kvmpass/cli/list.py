@@ -13,7 +13,7 @@ from kvmpass.cli import tables
 from kvmpass.cli.documents import backend_document, device_document, group_document, host_document
 from kvmpass.cli.format import format_link, format_resets, format_sriov, format_verdict, group_blockers
 from kvmpass.cli.output import Output, host_command
-from kvmpass.cli.params import FILTER
+from kvmpass.cli.params import complete_filter
 from kvmpass.cli.tree import tree_option
 from kvmpass.host import view
 
@@ -22,7 +22,7 @@ _GROUP_ALIGNED = frozenset({0})
 
 
 @click.command()
-@click.argument("filters", metavar="[FILTER]...", nargs=-1, type=FILTER)
+@click.argument("filters", metavar="[FILTER]...", nargs=-1, shell_complete=complete_filter)
 @click.option("-w", "--wide", is_flag=True, help="Also show NUMA node, link, reset methods and virtual functions.")
 @host_command
 @tree_option

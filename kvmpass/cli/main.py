@@ -78,18 +78,6 @@ def split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
     return arguments[:at], arguments[at + 1 :]
 
 
-def report(error: BaseException) -> None:
-    """Print one line for the cause, and a hint for each note."""
-    click.echo(f"kvmpass: {error_text(error)}", err=True)
-    show_hints(error)
-
-
-def show_hints(error: BaseException) -> None:
-    """Print a line for each note of ``error``."""
-    for note in getattr(error, "__notes__", ()):
-        click.echo(f"  hint: {note}", err=True)
-
-
 def hint_separator(words: list[str], command: list[str] | None, error: BaseException) -> None:
     """Add a hint to a usage error that may come from a missing ``--`` before COMMAND."""
     missing = isinstance(error, click.MissingParameter)
@@ -108,10 +96,10 @@ def fail(command: str, error: BaseException, as_json: bool) -> None:
             sys.stdout = None
     if isinstance(error, click.ClickException):
         error.show()
-        if not getattr(error, "shows_hints", False):
-            show_hints(error)
     else:
-        report(error)
+        click.echo(f"kvmpass: {error_text(error)}", err=True)
+    for note in getattr(error, "__notes__", ()):
+        click.echo(f"  hint: {note}", err=True)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -155,24 +143,17 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         result = kvmpass.main(options, prog_name="kvmpass", standalone_mode=False, obj=command, color=colour())
         status = result if isinstance(result, int) else 0
-    except click.exceptions.Abort:
-        status = 130
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         status = 130
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else FAILED
-    except click.ClickException as error:
-        if own:
-            hint_separator(options, command, error)
-        fail(name, error, as_json)
-        status = own or error.exit_code
-    except (KvmpassError, OSError) as error:
+    except (click.ClickException, KvmpassError, OSError) as error:
         if os.environ.get("KVMPASS_DEBUG"):
             logging.exception("kvmpass failed")
         if own:
             hint_separator(options, command, error)
         fail(name, error, as_json)
-        status = own or FAILED
+        status = own or int(getattr(error, "exit_code", FAILED))
     except Exception:
         traceback.print_exc()
         status = own or FAILED

@@ -12,7 +12,7 @@ import click
 from kvmpass import host
 from kvmpass.cli.main import FAILED
 from kvmpass.cli.output import Output, host_command
-from kvmpass.cli.params import FILTER
+from kvmpass.cli.params import complete_filter
 from kvmpass.host import view
 
 _LABELS = {
@@ -29,7 +29,7 @@ _COLOURS = {"driver-bound": "green", "driver-unbound": "yellow", "device-removed
 
 
 @click.command()
-@click.argument("filters", metavar="[FILTER]...", nargs=-1, type=FILTER)
+@click.argument("filters", metavar="[FILTER]...", nargs=-1, shell_complete=complete_filter)
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N events.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="End after this time."

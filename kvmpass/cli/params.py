@@ -18,30 +18,15 @@ from kvmpass.layout import parse_size
 
 if TYPE_CHECKING:  # generic since click 8.4 only
     _OfBdf = click.ParamType[host.Bdf]
-    _OfText = click.ParamType[str]
     _OfSize = click.ParamType[int]
 else:
-    _OfBdf = _OfText = _OfSize = click.ParamType
+    _OfBdf = _OfSize = click.ParamType
 
 
-class WrongDevice(click.BadParameter):
-    """A usage error (exit status 2) with a cause and a hint, printed like kvmpass's other errors."""
+class WrongDevice(BadAddress):
+    """An argument that is not an exact address: a usage error, printed like kvmpass's other errors."""
 
-    shows_hints = True
-
-    def __init__(self, message: str, remedy: str, ctx: click.Context | None, param: click.Parameter | None) -> None:
-        super().__init__(message, ctx=ctx, param=param)
-        self.add_note(remedy)
-
-    def format_message(self) -> str:
-        """Return the cause, without click's introduction."""
-        return self.message
-
-    def show(self, file: Any = None) -> None:
-        """Print the cause and the hint, without the usage."""
-        click.echo(f"kvmpass: {self.message}", file=file, err=file is None)
-        for note in self.__notes__:
-            click.echo(f"  hint: {note}", file=file, err=file is None)
+    exit_code = 2
 
 
 class BdfType(_OfBdf):
@@ -60,27 +45,13 @@ class BdfType(_OfBdf):
         try:
             return host.Bdf.parse(value)
         except BadAddress as error:
-            raise WrongDevice(str(error), _matching(value, ctx) or error.__notes__[0], ctx, param) from None
+            raise WrongDevice(str(error), _matching(value, ctx) or error.__notes__[0]) from None
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the items that complete ``incomplete``."""
         given = ctx.params.get(param.name or "")
         named = {str(bdf) for bdf in given} if isinstance(given, tuple) else set[str]()
         return addresses(incomplete, lambda device: str(device.bdf) not in named)
-
-
-class FilterType(_OfText):
-    """Text that selects devices, for :func:`kvmpass.host.select`."""
-
-    name = "FILTER"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text; :func:`kvmpass.host.select` parses it."""
-        return str(value)
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the items that complete ``incomplete``."""
-        return [*addresses(incomplete), *_drivers(incomplete)]
 
 
 class SizeType(_OfSize):
@@ -98,7 +69,6 @@ class SizeType(_OfSize):
 
 BDF = BdfType()
 SIZE = SizeType()
-FILTER = FilterType()
 
 
 def _matching(text: str, ctx: click.Context | None) -> str | None:
@@ -137,8 +107,10 @@ def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None =
     return items
 
 
-def _drivers(incomplete: str) -> list[CompletionItem]:
-    if not incomplete:  # all addresses are offered already
-        return []
-    used = sorted({device.driver for device in host.Sysfs().devices() if device.driver})
-    return [CompletionItem(name, help="driver") for name in used if name.startswith(incomplete)]
+def complete_filter(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the addresses and drivers that complete a filter."""
+    items = addresses(incomplete)
+    if incomplete:  # else all devices are offered already
+        used = sorted({device.driver for device in host.Sysfs().devices() if device.driver})
+        items += [CompletionItem(name, help="driver") for name in used if name.startswith(incomplete)]
+    return items
