@@ -9,7 +9,6 @@ import sys
 import time
 import uuid
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +26,6 @@ from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
 from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.memory import Backing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    """The options, except devices, COMMAND and --status-file."""
-
-    memory: str
-    cpus: int
-    kernel: Path | None
-    initrd: Path | None
-    append: str
-    copy: tuple[str, ...]
-    modules: tuple[Path, ...]
-    hugepages: str | None
-    backend: str
-    vf_token: uuid.UUID | None
-    on_reboot: str
-    timeout: float | None
-    console_log: Path | None
-    verbose: bool
-
-    @property
-    def backing(self) -> Backing:
-        return Backing(f"hugetlb-{self.hugepages}") if self.hugepages else Backing.ANONYMOUS
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -100,7 +75,21 @@ class _Options:
     help="Print mappings and device events; show the kernel's messages, with COMMAND the whole console.",
 )
 @click.pass_obj
-def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path | None, **options: Any) -> int:
+def assign(
+    command: list[str] | None,
+    /,
+    bdf: tuple[str, ...],
+    memory: str,
+    cpus: int,
+    hugepages: str | None,
+    backend: str,
+    vf_token: uuid.UUID | None,
+    on_reboot: str,
+    timeout: float | None,
+    console_log: Path | None,
+    status_file: Path | None,
+    **guest: Any,
+) -> int:
     """Boot a Linux guest and assign the PCI devices BDF to it.
 
     \b
@@ -147,25 +136,25 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
     try:
         # Not the argument's type: the status file must report a wrong address, too.
         bdfs = [BDF.convert(text, None, None) for text in bdf]
-        given = _Options(**options)
-        spec, progress = _spec(command, given), Progress(given.verbose, outcome)
+        spec = _spec(command, **guest)
+        progress = Progress(spec.verbose, outcome)
         with (
-            closing(ConsoleLog(given.console_log)) as log,
+            closing(ConsoleLog(console_log)) as log,
             assigned(
                 bdfs,
                 spec,
-                memory=given.memory,
-                cpus=given.cpus,
-                backing=given.backing,
-                backend=given.backend,
-                vf_token=given.vf_token,
+                memory=memory,
+                cpus=cpus,
+                backing=Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS,
+                backend=backend,
+                vf_token=vf_token,
                 say=progress.say,
                 warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
                 on_event=progress.note,
             ) as machine,
         ):
             outcome["backend"] = backend_document(machine.backend)
-            result = _run(machine, command, given, log)
+            result = _run(machine, spec, log, restart=on_reboot == "restart", timeout=timeout)
             outcome["guest_exit_status"] = result.status  # valid even if rebinding a device fails
         if command is not None and result.status is None:
             _explain(result)
@@ -187,23 +176,14 @@ def assign(command: list[str] | None, /, bdf: tuple[str, ...], status_file: Path
                 click.echo(f"kvmpass: --status-file: {failure}", err=True)
 
 
-def _spec(command: list[str] | None, options: _Options) -> GuestSpec:
+def _spec(command: list[str] | None, **guest: Any) -> GuestSpec:
     """Return what the guest is made of. Raises ``click.UsageError``."""
     if command is not None and not command:
         raise click.UsageError("missing COMMAND after --")
-    if options.initrd and (command or options.copy or options.modules):
+    if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
-    return GuestSpec(
-        kernel=options.kernel,
-        initrd=options.initrd,
-        append=options.append,
-        copy=options.copy,
-        modules=options.modules,
-        command=tuple(command) if command else None,
-        verbose=options.verbose,
-        terminal=os.environ.get("TERM", "linux"),
-        terminal_size=terminal_size(),
-    )
+    own = tuple(command) if command else None
+    return GuestSpec(**guest, command=own, terminal=os.environ.get("TERM", "linux"), terminal_size=terminal_size())
 
 
 class Progress:
@@ -228,18 +208,18 @@ class Progress:
             self.say(f"device {event}")
 
 
-def _run(machine: Machine, command: list[str] | None, options: _Options, log: ConsoleLog) -> GuestResult:
+def _run(machine: Machine, spec: GuestSpec, log: ConsoleLog, *, restart: bool, timeout: float | None) -> GuestResult:
     to_stdout, to_stderr = descriptor_sink(sys.stdout.fileno()), descriptor_sink(sys.stderr.fileno())
-    console = to_stdout if command is None else to_stderr if options.verbose else None
+    console = to_stdout if spec.command is None else to_stderr if spec.verbose else None
     with Guest(machine, console=log.beside(console), output=to_stdout, errors=to_stderr) as guest:
-        if command is None:
+        if spec.command is None:
             click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
-        with raw_terminal(guest.type, machine.stop, guest.resize) if command is None else nullcontext():
+        with raw_terminal(guest.type, machine.stop, guest.resize) if spec.command is None else nullcontext():
             try:
-                return guest.run(restart=options.on_reboot == "restart", timeout=options.timeout)
+                return guest.run(restart=restart, timeout=timeout)
             except (KeyboardInterrupt, SystemExit) as error:
                 # A stalled reader must not delay the devices' release.
-                if command is not None and select.select([], [sys.stderr], [], 0)[1]:
+                if spec.command is not None and select.select([], [sys.stderr], [], 0)[1]:
                     click.echo(f"kvmpass: {error_text(error)}; the guest's console:", err=True)
                     _show_console(guest.console)
                 raise
