@@ -144,8 +144,8 @@ print(all(pages[at:at + 16] == b"canary of others" for at in range(0, len(pages)
 """
 
 
-def test_another_process_is_out_of_reach(edu2: str) -> None:
-    """DMA to the host-physical address of somebody's page: neither changes it nor reads it."""
+def test_devices_do_not_reach_another_process(edu2: str) -> None:
+    """DMA to the host-physical address of another process's page neither changes nor reads it."""
     process = subprocess.Popen(
         [sys.executable, "-c", CANARY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -168,7 +168,7 @@ def test_another_process_is_out_of_reach(edu2: str) -> None:
         process.communicate()
 
 
-def test_tracepoints_show_the_ledger(edu2: str) -> None:
+def test_tracepoints_agree_with_the_ledger(edu2: str) -> None:
     """What the kernel mapped and unmapped for this process is what the ledger says, and nothing more."""
     calls: Calls = []
     with host.borrow(edu2), Machine(memory="64M", backend=recording(calls)) as machine:
@@ -238,7 +238,7 @@ def test_an_iova_that_is_off_by_a_page_is_caught(bench: Bench, monkeypatch: pyte
         bench.machine.memslots.region_removed(region)
 
 
-def test_the_audit_sees_what_is_missing_and_what_is_too_much(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_audit_reports_missing_and_unexpected_mappings(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Domain, "map_region", lambda self, region: None)
         region = bench.memory.add_ram(5 * GIB, PAGE, "unmapped")

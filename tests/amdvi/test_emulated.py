@@ -42,7 +42,7 @@ class Emulated:
         return Done(result.status, said.decode())
 
 
-def test_linux_finds_it_and_reads_its_registers() -> None:
+def test_linux_enumerates_it_and_reads_its_registers() -> None:
     """Again after a reset of the machine, in the same slot."""
     script = (
         CONFIGURE
@@ -73,7 +73,7 @@ def test_linux_finds_it_and_reads_its_registers() -> None:
     assert len(emulated.made) == 3
 
 
-def test_one_that_cannot_be_made_takes_no_slot() -> None:
+def test_a_failed_constructor_uses_no_slot() -> None:
     def fail(wiring: Wiring) -> EmulatedEdu:
         raise OSError("no")
 

@@ -27,7 +27,7 @@ def wait_for_fault(log: FaultLog, seconds: float = 20) -> list[IommuEvent]:
 
 
 @pytest.mark.amdvi(profile="modern", qemu="modern")
-def test_a_blocked_access_is_seen(edu: str, emulated_host: bool) -> None:
+def test_a_blocked_access_is_an_event(edu: str, emulated_host: bool) -> None:
     """QEMU's events name the device (on bus 0) and nothing else; real ones name address and domain too."""
     events: list[DeviceEvent] = []
     with FaultLog() as log, host.borrow(edu), Machine(memory=4 * MIB, on_event=events.append) as machine:

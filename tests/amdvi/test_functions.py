@@ -51,7 +51,7 @@ def test_an_unbound_driver_leaves_no_interrupt(nvme: str) -> None:
         assert guest.end().status == 0
 
 
-def test_a_device_that_sleeps_reads_as_ones_and_wakes(nic: str) -> None:
+def test_a_device_in_d3hot_reads_as_ones_and_returns_to_d0(nic: str) -> None:
     """D3 and back; on hardware a register of a sleeping device is no register either."""
     script = """
         sleeper
@@ -88,7 +88,7 @@ def test_the_guest_resets_its_function(nvme: str) -> None:
         assert guest.end().status == 0
 
 
-def test_bars_move_where_the_guest_puts_them(edu: str, edu2: str) -> None:
+def test_the_guest_moves_bars(edu: str, edu2: str) -> None:
     """Twice in a row, on top of each other, switched off in between; the identification register follows."""
     script = """
         for device in $first $second; do echo 1 >/sys/bus/pci/devices/$device/enable; done
@@ -149,7 +149,7 @@ def test_the_guest_reads_the_expansion_rom(nic: str) -> None:
 
 
 @pytest.mark.amdvi(profile="devices")
-def test_a_large_bar_is_mapped_for_large_pages_and_a_small_one_traps(ivshmem: str) -> None:
+def test_a_large_bar_is_mapped_for_large_pages_and_a_small_one_exits(ivshmem: str) -> None:
     """1 GiB at a host address that is congruent to the guest's; 256 bytes of registers by system call."""
     with host.borrow(ivshmem), Machine(memory="8M") as machine:
         device = machine.assign(ivshmem)
@@ -170,7 +170,7 @@ def test_a_large_bar_is_mapped_for_large_pages_and_a_small_one_traps(ivshmem: st
 
 
 @pytest.mark.amdvi(profile="odd")
-def test_vectors_far_beyond_those_that_were_on_first(nvme: str) -> None:
+def test_vectors_far_beyond_those_enabled_first(nvme: str) -> None:
     """What a guest with many CPUs would do, done by its buses: each vector that is unmasked gets its own way.
 
     As many as the host has: where it refuses one, the others go on.
@@ -208,7 +208,7 @@ def test_vectors_far_beyond_those_that_were_on_first(nvme: str) -> None:
         machine.audit()
 
 
-def test_memory_and_devices_change_while_the_drive_works(nvme: str, edu: str) -> None:
+def test_memory_and_devices_change_during_io(nvme: str, edu: str) -> None:
     """Regions and another device come and go under the DMA of a guest that reads and compares without a pause."""
     rounds, plugs = (1000, 100) if SOAK else (40, 4)
     script = """wait_for drive

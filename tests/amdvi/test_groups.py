@@ -59,7 +59,7 @@ def test_functions_keep_their_numbers(multifunction: str) -> None:
     assert (driver(multifunction), driver(other)) == ("nvme", "nvme")
 
 
-def test_a_sibling_stays_behind(multifunction: str) -> None:
+def test_a_sibling_can_stay_on_the_host(multifunction: str) -> None:
     """Its driver must be unbound; then one function alone is function 0 of its slot."""
     other = sibling_of(multifunction)
     alone = max(multifunction, other)
@@ -71,7 +71,7 @@ def test_a_sibling_stays_behind(multifunction: str) -> None:
         machine.audit()
 
 
-def test_adding_a_function_costs_no_mapping(multifunction: str, edu: str) -> None:
+def test_adding_a_function_adds_no_mapping(multifunction: str, edu: str) -> None:
     other = sibling_of(multifunction)
     calls: Calls = []
     with host.borrow(multifunction, other, edu), Machine(memory="8M", backend=recording(calls)) as machine:
@@ -119,7 +119,7 @@ def test_a_device_behind_a_bridge_of_its_group(bridged: str) -> None:
         assert machine.memory.read(0x3000, 16) == data, "it works after the reset"
 
 
-def test_a_bus_that_is_not_ours_is_not_reset(edu: str) -> None:
+def test_a_bus_with_devices_of_others_is_not_reset(edu: str) -> None:
     with host.borrow(edu), Machine(memory="8M") as machine:
         device = machine.assign(edu)
         if device.vfio.resettable:

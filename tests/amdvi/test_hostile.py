@@ -57,7 +57,7 @@ def test_a_device_that_vfio_and_the_guest_see_differently(nic: str) -> None:
         assert guest.end().status == 0
 
 
-def test_the_same_seen_from_the_buses(nic: str) -> None:
+def test_config_space_and_buses_agree_on_that_device(nic: str) -> None:
     """The disagreement itself is there: else the test above shows nothing."""
     with host.borrow(nic), Machine(memory="8M") as machine:
         device = machine.assign(nic)
@@ -80,7 +80,7 @@ def test_the_same_seen_from_the_buses(nic: str) -> None:
         machine.audit()
 
 
-def test_memory_that_goes_away_ends_the_guest_with_its_reason() -> None:
+def test_truncated_shared_memory_ends_the_guest_with_the_reason() -> None:
     """Whatever makes KVM_RUN fail: here a file that another process made shorter.
 
     (Linux would wait for the page for ever: KVM tells it that the page is on its way.)
@@ -107,8 +107,8 @@ def test_memory_that_goes_away_ends_the_guest_with_its_reason() -> None:
 # --- nobody waits for a slow guest
 
 
-def test_an_error_of_one_device_does_not_wait_for_a_guest_that_keeps_another(nvme: str, edu: str) -> None:
-    """The guest is asked for one, and does not answer; the other has an uncorrected error meanwhile."""
+def test_a_device_error_does_not_wait_for_a_pending_eject(nvme: str, edu: str) -> None:
+    """The guest does not eject one device; meanwhile another one has an uncorrected error."""
     # Nothing in this guest listens to the event device: its one CPU never leaves a loop in the kernel's stead.
     with host.borrow(nvme, edu), running("echo up; while true; do :; done", nvme, edu) as guest:
         guest.expect("up")
@@ -134,7 +134,7 @@ def test_an_error_of_one_device_does_not_wait_for_a_guest_that_keeps_another(nvm
 
 
 @pytest.mark.amdvi(timeout=300)
-def test_a_guest_that_keeps_a_device_loses_it_after_a_while(edu: str) -> None:
+def test_a_device_that_is_not_ejected_is_removed_after_a_timeout(edu: str) -> None:
     """The host's wish is told once, however often VFIO repeats it."""
     with host.borrow(edu), running("echo up; sleep 1000", edu, events=(events := [])) as guest:
         guest.expect("up")
@@ -151,7 +151,7 @@ def test_a_guest_that_keeps_a_device_loses_it_after_a_while(edu: str) -> None:
 # --- what a guest repeats does not grow
 
 
-def test_a_guest_that_ejects_without_end(edu: str) -> None:
+def test_a_guest_that_ejects_in_a_loop(edu: str) -> None:
     """Not a Linux: a loop that writes the eject register of the first slots, as fast as it can."""
     events = list[DeviceEvent]()
     with host.borrow(edu), Machine(memory="8M", on_event=events.append) as machine:
@@ -241,7 +241,7 @@ def run_for(vcpu: Vcpu, seconds: float) -> PortExit | None:
         vcpu.request_exit(False)
 
 
-def test_no_line_leads_to_the_pic() -> None:
+def test_no_interrupt_line_is_routed_to_the_pic() -> None:
     """LINT0 of a processor that was reset takes the 8259's interrupts: raising COM1 does not give it one.
 
     KVM's 8259 starts with all inputs unmasked and vector base 0. The planted route shows that the guest would see it.
@@ -288,7 +288,7 @@ def test_every_cpu_has_the_mtrrs_of_firmware() -> None:
 
 @pytest.mark.amdvi(timeout=600)
 @pytest.mark.parametrize("firmware", [True, False], ids=["as set", "not set"])
-def test_a_kernel_that_gives_up_pat_without_mtrrs(
+def test_a_kernel_that_disables_pat_without_mtrrs(
     older_kernel: Path, monkeypatch: pytest.MonkeyPatch, firmware: bool
 ) -> None:
     """Linux before 6.2 (pat_init, arch/x86/mm/pat/memtype.c): it maps write-combining BARs uncached then."""
@@ -311,8 +311,8 @@ def test_a_kernel_that_gives_up_pat_without_mtrrs(
     assert ("MTRRs disabled, skipping PAT initialization" in text) == (not firmware), text
 
 
-def test_calls_that_signals_interrupt_are_repeated() -> None:
-    """KVM_CREATE_VM gives up at any signal; the machine's constructor and its reset do not."""
+def test_interrupted_system_calls_are_repeated() -> None:
+    """KVM_CREATE_VM fails at any signal; the machine's constructor and its reset do not."""
     install_kick(KICK)
     main, over, sent = threading.main_thread().ident, threading.Event(), itertools.count()
     assert main is not None

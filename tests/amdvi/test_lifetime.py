@@ -140,7 +140,7 @@ def test_a_failure_at_each_step_of_assign(borrowed: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_device_that_cannot_be_unplugged_stays_and_can_be_tried_again(
+def test_a_failed_unplug_keeps_the_device_and_can_be_repeated(
     borrowed: str, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
     for owner, name in UNPLUG_STEPS:
@@ -159,10 +159,10 @@ def test_a_device_that_cannot_be_unplugged_stays_and_can_be_tried_again(
             clean()
 
 
-def test_a_device_that_cannot_be_unplugged_goes_with_its_machine(
+def test_closing_the_machine_removes_a_device_that_cannot_be_unplugged(
     borrowed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """KVM keeps every memslot: the failure is told, and pages are unmapped once nobody can run the VM any more."""
+    """KVM keeps every memslot: close raises, and pages are unmapped once the VM cannot run."""
     real = Vm.set_user_memory_region
 
     def kept(vm: Vm, slot: int, gpa: int, size: int, hva: int, *, readonly: bool = False) -> None:
@@ -187,7 +187,9 @@ def test_a_device_that_cannot_be_unplugged_goes_with_its_machine(
     clean()
 
 
-def test_a_vcpu_that_cannot_be_closed_keeps_nothing_else(borrowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vcpu_that_cannot_be_closed_does_not_stop_the_teardown(
+    borrowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stuck:
         def close(self) -> None:
             raise OSError(errno.ENOMEM, "munmap: planted")
@@ -301,8 +303,8 @@ def test_interrupted_while_the_guest_runs(nvme: str, tmp_path: Path, number: int
 
 
 @pytest.mark.usefixtures("usual_signals")
-def test_a_reader_that_stalls_does_not_hold_the_device(nvme: str) -> None:
-    """A guest that writes without end, and nobody who reads: SIGTERM still gives the device back."""
+def test_a_stalled_reader_does_not_delay_the_release(nvme: str) -> None:
+    """A guest writes without end and nobody reads: at SIGTERM the device is still rebound."""
     before = state_of(nvme)
     process = subprocess.Popen(
         kvmpass("assign", nvme, "--memory", "128M", "--", "yes"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -316,7 +318,7 @@ def test_a_reader_that_stalls_does_not_hold_the_device(nvme: str) -> None:
     assert state_of(nvme) == before
 
 
-def test_a_reader_that_goes_away_ends_the_guest(nvme: str) -> None:
+def test_a_closed_output_ends_the_guest(nvme: str) -> None:
     before = state_of(nvme)
     process = subprocess.Popen(
         kvmpass("assign", nvme, "--memory", "128M", "--", "yes"), stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -89,8 +89,8 @@ class Crowd:
                 self.machine.audit()
 
 
-def test_devices_come_and_go_from_every_side(edu: str, edu2: str) -> None:
-    """No error, nobody waits for somebody else for ever, each audit holds, and nothing is left."""
+def test_devices_are_added_and_removed_from_every_thread(edu: str, edu2: str) -> None:
+    """No error and no deadlock, each audit passes, and nothing is left."""
     image = prepare(GuestSpec(command=("sh", "-c", "while true; do :; done")), [])
     before, done = descriptors(), Counter[str]()
     end = time.monotonic() + SECONDS

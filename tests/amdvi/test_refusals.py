@@ -78,7 +78,7 @@ def refuse_as(user: int, tmp_path: Path, *arguments: str) -> str:
     return complaint(os.waitstatus_to_exitcode(result), output.read_text(), errors.read_text())
 
 
-def test_an_address_that_is_none(capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_address(capfd: pytest.CaptureFixture[str]) -> None:
     assert "'zz:zz' is not a PCI address" in refuse(capfd, "zz:zz")
 
 
@@ -147,7 +147,7 @@ def test_a_card_with_a_connection(capfd: pytest.CaptureFixture[str], nic: str) -
 
 
 @pytest.mark.amdvi(profile="odd")
-def test_a_bar_that_found_no_address(capfd: pytest.CaptureFixture[str], ivshmem: str) -> None:
+def test_a_bar_without_an_address(capfd: pytest.CaptureFixture[str], ivshmem: str) -> None:
     """Nothing in ``resource``; the register, the kernel's log and the refusals tell."""
     lines = Path(f"/sys/bus/pci/devices/{ivshmem}/resource").read_text().splitlines()
     assert set(lines[2].split()) == {"0x" + "0" * 16}
@@ -180,7 +180,7 @@ def test_no_permission(edu: str, tmp_path: Path) -> None:
     assert re.search(r"(?i)permission|privilege|root", line), line
 
 
-def test_a_kernel_that_is_none(capfd: pytest.CaptureFixture[str], edu: str) -> None:
+def test_a_file_that_is_no_kernel(capfd: pytest.CaptureFixture[str], edu: str) -> None:
     assert refuse(capfd, edu, "--kernel", "/bin/busybox").startswith("/bin/busybox: an ELF file")
     assert "No such file" in refuse(capfd, edu, "--kernel", "/nonexistent")
 

@@ -71,7 +71,7 @@ def test_the_request_interrupt_and_its_loopback(assigned: AssignedDevice) -> Non
         os.close(eventfd)
 
 
-def test_the_host_asks_for_its_device(machine: Machine, assigned: AssignedDevice, edu: str) -> None:
+def test_the_host_requests_the_devices_release(machine: Machine, assigned: AssignedDevice, edu: str) -> None:
     """Unbinding the driver signals REQ; the device is then released, by us first, and the unbinding ends."""
     eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     sysfs = host.Sysfs()

@@ -128,7 +128,7 @@ def test_what_cannot_be_mapped(bench: Bench, iova: int, size: int, offset: int) 
     assert bench.container.unmap_dma(FREE, 8 * MIB) == 0
 
 
-def test_guest_memory_beyond_what_an_address_can_have(bench: Bench) -> None:
+def test_guest_memory_beyond_the_address_width(bench: Bench) -> None:
     """Refused before KVM or VFIO are asked: nothing is left behind."""
     before = (bench.machine.memslots.ledger, bench.machine.domain.ledger)
     for gpa in (LAST_PAGE, 1 << 64, 1 << 52):
@@ -139,7 +139,7 @@ def test_guest_memory_beyond_what_an_address_can_have(bench: Bench) -> None:
 
 
 def test_the_last_page_of_the_address_space(bench: Bench) -> None:
-    """The page before it is like any other; it is never asked for: 6.12 would map it and not unmap it."""
+    """The page before it can be mapped; the last one is refused, as 6.12 would map it and not unmap it."""
     bench.map(LAST_PAGE - PAGE, PAGE)
     assert bench.container.unmap_dma(LAST_PAGE - PAGE, PAGE) == PAGE
     for iova, size in ((LAST_PAGE, PAGE), (LAST_PAGE - PAGE, 2 * PAGE)):
@@ -147,7 +147,7 @@ def test_the_last_page_of_the_address_space(bench: Bench) -> None:
     assert bench.container.unmap_dma(LAST_PAGE, PAGE) == 0
 
 
-def test_addresses_that_no_structure_holds(bench: Bench) -> None:
+def test_addresses_beyond_64_bits(bench: Bench) -> None:
     for iova, size in ((-PAGE, PAGE), (1 << 64, PAGE), (FREE, -PAGE), (FREE, 1 << 64)):
         with pytest.raises(OverflowError):
             bench.map(iova, size)
@@ -274,7 +274,7 @@ def test_structures_and_flags_of_unmap(bench: Bench) -> None:
     assert bench.container.unmap_dma(FREE, PAGE) == PAGE
 
 
-def test_everything_at_once(edu2: str) -> None:
+def test_unmapping_everything_at_once(edu2: str) -> None:
     with host.borrow(edu2), Machine(memory="4M") as machine:
         machine.assign(edu2)
         container = container_of(machine)
@@ -434,7 +434,7 @@ def test_the_edges_of_regions(bench: Bench) -> None:
                     region.write(offset, bytes(size))
 
 
-def test_what_the_kernel_says_of_accesses_outside(bench: Bench) -> None:
+def test_accesses_outside_of_regions_are_refused_by_the_kernel(bench: Bench) -> None:
     """Behind our own checks: past the end of a BAR, of configuration space, in a region that the device lacks."""
     bench.assigned.enable()
     fd, bar, config = bench.device.fd, bench.device.regions[0].info, bench.device.config.info
