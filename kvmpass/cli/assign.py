@@ -240,7 +240,7 @@ def descriptor_sink(fd: int) -> Sink:
 
 
 def _explain(result: GuestResult) -> None:
-    click.echo(f"kvmpass: the guest {_ENDED[result.outcome]} before its command reported a status", err=True)
+    click.echo(f"kvmpass: the guest {result.outcome.value} before its command reported a status", err=True)
     for failure in result.failures:
         click.echo(f"  error in the guest: {failure}", err=True)
     _show_console(result.console)
@@ -290,16 +290,6 @@ class ConsoleLog:
 
 
 _MAX_EVENTS = 256
-_ENDED = {
-    GuestOutcome.POWEROFF: "powered off",
-    GuestOutcome.REBOOT: "rebooted",
-    GuestOutcome.PANIC: "panicked",
-    GuestOutcome.TRIPLE_FAULT: "died of a triple fault",
-    GuestOutcome.FAULT: "was ended because KVM_RUN failed",
-    GuestOutcome.DEVICE_ERROR: "was ended because a device failed",
-    GuestOutcome.TIMEOUT: "was ended by --timeout",
-    GuestOutcome.STOPPED: "was stopped",
-}
 
 
 def _exit_status(result: GuestResult, command: bool) -> int:

@@ -37,7 +37,7 @@ _REFUSALS = {
 
 
 class GuestOutcome(enum.Enum):
-    """How a guest ended."""
+    """How a guest ended: the value completes a message that begins with 'the guest'."""
 
     POWEROFF = "powered off"
     """It entered ACPI's S5 state."""
@@ -45,15 +45,15 @@ class GuestOutcome(enum.Enum):
     """It wrote ACPI's reset register."""
     PANIC = "panicked"
     """Its kernel panicked and reset the machine (``panic=-1 reboot=panic_warm``)."""
-    TRIPLE_FAULT = "triple fault"
+    TRIPLE_FAULT = "had a triple fault"
     """A triple fault, such as an exception without a handler."""
-    FAULT = "KVM could not run it"
+    FAULT = "was ended because KVM_RUN failed"
     """``KVM_RUN`` failed, or returned an exit that is not handled; ``Machine.fault`` says why."""
-    DEVICE_ERROR = "a device failed"
+    DEVICE_ERROR = "was ended because a device failed"
     """The host reported an uncorrected error of an assigned device."""
-    TIMEOUT = "out of time"
+    TIMEOUT = "was ended by its time limit"
     """It ran longer than its time limit."""
-    STOPPED = "stopped"
+    STOPPED = "was stopped"
     """``Machine.stop`` was called, or the machine was closed."""
 
 
