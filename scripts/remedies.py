@@ -15,7 +15,7 @@ from kvmpass.errors import KvmpassError
 
 PACKAGE = Path(__file__).parents[1] / "kvmpass"
 # Helpers that raise: the positions of the message and of the remedy among their arguments.
-_HELPERS = {"check": (1, 3), "failure": (1, 3), "run_tool": (1, 2), "WrongDevice": (0, 1)}
+_HELPERS = {"check": (1, 3), "failure": (1, 3), "run_tool": (1, 2)}
 _TRANSPARENT = frozenset({"decode", "partition", "rstrip", "strip"})
 
 

@@ -125,7 +125,7 @@ def run(command: list[str] | None, /, **options: Any) -> int:
     Exit status 124: --timeout expired. 125: the host could not be started. 126: it ended without reporting a status.
     """
     if not command:
-        raise LabError("missing COMMAND", "kvmpass lab run [OPTIONS] -- COMMAND…")
+        raise LabError("missing COMMAND", "write kvmpass lab run [OPTIONS] -- COMMAND…")
     return conclude(Lab(configuration(options), say).run(command))
 
 

@@ -82,7 +82,7 @@ def _matching(text: str, ctx: click.Context | None) -> str | None:
     except NoSuchDevice:
         return None
     names = " ".join(str(device.bdf) for device in devices[:4]) + (" …" if len(devices) > 4 else "")
-    return f"this command accepts exact addresses only; {text} matches: {names}"
+    return f"name an exact address; {text} matches: {names}"
 
 
 backend_option = click.option(

@@ -278,7 +278,7 @@ class Sysfs:
             reason = (done.stderr.strip().splitlines() or [f"modprobe ended with {done.returncode}"])[-1]
         raise HostNotReady(
             f"the kernel module {name} cannot be loaded: {reason}",
-            "a kernel with VFIO (CONFIG_VFIO_PCI) and its modules is needed",
+            "use a kernel with VFIO (CONFIG_VFIO_PCI), with its modules installed",
         )
 
     # --- PCI devices

@@ -43,7 +43,7 @@ def copy_into(tree: Tree, source: Path, target: str, warn: Callable[[str], None]
     elif tree.is_directory(target):
         raise KvmpassError(
             f"--copy: {target} is a directory in the guest",
-            f"a slash at its end copies {source.name} into it: {source}:{target.rstrip('/')}/",
+            f"write a slash at its end to copy {source.name} into it: {source}:{target.rstrip('/')}/",
         )
     else:
         _copy_file(tree, source, target)

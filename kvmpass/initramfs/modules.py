@@ -245,9 +245,7 @@ def _read(path: Path, release: str) -> _File:
         file, blank, parameters = str(path).partition(" ")
         if blank and Path(file).is_file():
             words = " ".join(f"{module_name(file)}.{word}" for word in words_of(parameters))
-            error.add_note(
-                f"parameters of a module are words of the kernel's command line: --append {shlex.quote(words)}"
-            )
+            error.add_note(f"use --append for parameters of a module: --append {shlex.quote(words)}")
         raise
     except ValueError as error:
         raise KvmpassError(f"{path} is not a kernel module: {error}") from error

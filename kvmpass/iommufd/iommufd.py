@@ -13,10 +13,9 @@ NODE = "/dev/iommu"
 
 _EVERYTHING = (1 << 64) - 1
 _MAP_REMEDY = {
-    errno.EFAULT: "these pages cannot be pinned: nothing is mapped there, or a file that is written back to a disk "
-    "(memfd, tmpfs and hugetlbfs can be pinned; others read-only)",
-    errno.ENOMEM: "the memlock limit, which iommufd counts for each user over all of its processes, is too low, or "
-    "memory is short: raise it (ulimit -l) or run with CAP_IPC_LOCK",
+    errno.EFAULT: "use memory that can be pinned: anonymous, memfd, tmpfs or hugetlbfs; other files only read-only",
+    errno.ENOMEM: "raise the memlock limit (ulimit -l), which iommufd counts for each user over all processes, or "
+    "run with CAP_IPC_LOCK; or free memory",
 }
 
 

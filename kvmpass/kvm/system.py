@@ -18,7 +18,7 @@ def check_apic_ids(count: int) -> None:
     if count > MAX_APIC_IDS:
         raise LayoutError(
             f"{count} CPUs: a guest takes {MAX_APIC_IDS}",
-            "devices' interrupts reach APIC ids of 8 bits, 0 to 254; more need interrupt remapping in the guest",
+            "use fewer: interrupts of devices reach APIC IDs of 8 bits; more need interrupt remapping in the guest",
         )
 
 

@@ -64,8 +64,10 @@ def cache_errors() -> Iterator[None]:
 
 
 def _name_cache(error: OSError | LabError) -> None:
-    full = "" if isinstance(error, OSError) and error.errno in _NOT_WRITABLE else "kvmpass lab clean empties it; "
-    note = f"the lab's cache is {cache_root()}: {full}KVMPASS_CACHE names another directory"
+    full = (
+        "" if isinstance(error, OSError) and error.errno in _NOT_WRITABLE else "kvmpass lab clean empties the cache; "
+    )
+    note = f"{full}set KVMPASS_CACHE to use another directory than {cache_root()}"
     if note not in getattr(error, "__notes__", ()):
         error.add_note(note)
 
@@ -203,13 +205,13 @@ def clean() -> int:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 name = lock.name.removeprefix(".").removesuffix(".lock")
-                raise LabError(f"another run prepares {name} in this cache", "let it end first") from None
+                raise LabError(f"another run prepares {name} in this cache", "wait until it ends") from None
     runs = root / "runs"
     if runs.is_dir():
         for run in runs.iterdir():
             _remove_if_abandoned(run)
         if any(runs.iterdir()):
-            raise LabError("a lab is running out of this cache", "let it end first")
+            raise LabError("a lab is running out of this cache", "wait until it ends")
     size = used_bytes(root)
     shutil.rmtree(root, ignore_errors=True)
     return size

@@ -47,10 +47,10 @@ class LabConfig:
         if unknown:
             raise LabError(
                 f"a lab cannot be without {', '.join(sorted(unknown))}",
-                f"known features: {', '.join(sorted(REMOVABLE))}",
+                f"use some of {', '.join(sorted(REMOVABLE))}",
             )
         if self.accel not in ACCELERATORS:
-            raise LabError(f"unknown accelerator {self.accel!r}", f"one of {', '.join(ACCELERATORS)}")
+            raise LabError(f"unknown accelerator {self.accel!r}", f"use one of {', '.join(ACCELERATORS)}")
         if not re.fullmatch(r"[1-9]\d*[KMGTkmgt]?", self.memory):
             raise LabError(f"{self.memory!r} is not a memory size", "write a number and K, M or G, such as 4G")
         if self.cpus < 1:

@@ -58,7 +58,7 @@ def plan(specs: Sequence[str], directory: Path, *, root_ports: bool, is_pci: Cal
         if not root_ports and device.properties.get("bus") in ports - {None}:
             raise LabError(
                 f"{device.name} would sit behind a PCIe port, where this QEMU's IOMMU does not translate it",
-                "--qemu modern can do it; or use a pci-bridge",
+                "use --qemu modern, or a pci-bridge",
             )
         children = _back(device, number, directory, result)
         if not {"bus", "addr"} & device.properties.keys() and is_pci(device.name):

@@ -48,7 +48,7 @@ def _unpack(release: str, draft: Path, say: Say) -> None:
         common = debian.dependency(package(release), r"linux-headers-[^\s,]+-common")
         tools = debian.dependency(package(release), r"linux-kbuild-[^\s,]+")
     except LabError as error:
-        error.add_note("if Debian has a newer kernel by now: kvmpass lab clean, and both are fetched again")
+        error.add_note("kvmpass lab clean, if Debian has a newer kernel now: both are then fetched again")
         raise
     for name in (package(release), common, tools):
         debian.download_and_unpack(name, draft, say)

@@ -51,7 +51,7 @@ def require(trace: Path, emulator: Emulator, kernel: Kernel) -> int:
     if not count:
         raise LabError(
             f"DMA is not translated in this lab (QEMU {emulator.version_text}, kernel {kernel.release})",
-            "what a test would show here would be worthless; use the system's QEMU 7.2 or --qemu modern",
+            "use the system's QEMU 7.2 or --qemu modern: here a test would prove nothing",
         )
     return count
 

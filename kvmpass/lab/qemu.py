@@ -14,7 +14,7 @@ from kvmpass.errors import LabError
 from kvmpass.lab.cache import cache_root, find_tool
 
 PROGRAM = "qemu-system-x86_64"
-SUPPORTED = "supported: Debian 12's QEMU 7.2 (apt-get install qemu-system-x86) and `--qemu modern`"
+SUPPORTED = "use Debian 12's QEMU 7.2 (apt-get install qemu-system-x86) or `--qemu modern`"
 
 Version = tuple[int, int, int]
 
@@ -46,7 +46,9 @@ class Emulator:
         """Whether a device has a place on a PCI bus. Raises ``LabError`` for one unknown to this QEMU."""
         text = self.help(device)
         if text is None:
-            raise LabError(f"QEMU {self.version_text} has no device {device!r}", f"{PROGRAM} -device help lists them")
+            raise LabError(
+                f"QEMU {self.version_text} has no device {device!r}", f"run {PROGRAM} -device help: it lists them"
+            )
         return re.search(r"^\s*addr=", text, re.MULTILINE) is not None
 
     def iommu(self, *, intremap: bool) -> str:

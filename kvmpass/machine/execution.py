@@ -86,7 +86,7 @@ class Execution:
             self.serial(number)
         with self._device_lock:
             if self._outputs:
-                raise GuestError("this machine's serial ports are connected", "one guest at a time: leave the other")
+                raise GuestError("this machine's serial ports are connected", "leave the other guest first")
             self._outputs, self._throttle = dict(outputs), throttle
 
     def disconnect(self) -> None:

@@ -343,9 +343,7 @@ class Machine(Execution):
                 raise GuestError("load a kernel first, and start it once")
             for device in self.devices:
                 if device.failed and self._stop_on_error:
-                    raise GuestError(
-                        f"{device.bdf} has had an uncorrected error", "Machine.reset_device may bring it back"
-                    )
+                    raise GuestError(f"{device.bdf} has had an uncorrected error", "try Machine.reset_device")
                 if device.number and all(other.number or other.slot != device.slot for other in self.devices):
                     self._slots.unplug(device)  # without function 0 a guest does not enumerate the slot
                     self._slots.plug(device)

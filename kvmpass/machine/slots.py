@@ -102,6 +102,6 @@ class Slots:
                     self.board.hotplug.withdraw(device.slot)
                 raise GuestError(
                     f"the guest did not eject {device.bdf} within {timeout:g} seconds",
-                    "Machine.deassign removes it without asking",
+                    "use Machine.deassign, which does not wait for the guest",
                 )
         return ejected

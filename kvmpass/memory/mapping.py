@@ -127,9 +127,9 @@ class HostMapping:
 
 
 _MMAP_REMEDY = {
-    errno.ENOMEM: "too little memory, or too few huge pages, or the process's limits (ulimit -v, max_map_count)",
-    errno.EACCES: "the descriptor must be open for reading, and for writing too if the region is to be writable",
-    errno.EPERM: "the memfd is sealed against writing (F_SEAL_WRITE): make the region read-only",
+    errno.ENOMEM: "free memory or huge pages, or raise the process's limits (ulimit -v, max_map_count)",
+    errno.EACCES: "open the descriptor for reading, and for writing if the region is to be writable",
+    errno.EPERM: "make the region read-only: the memfd is sealed against writing (F_SEAL_WRITE)",
 }
 
 

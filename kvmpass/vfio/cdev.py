@@ -17,19 +17,19 @@ _PCI_DEVICES = "/sys/bus/pci/devices"
 _UNTRANSLATED = "noiommu-"  # begins the names of devices without an IOMMU
 
 _BIND_REMEDY = {
-    errno.EPERM: "the DMA of its IOMMU group is owned elsewhere: a host driver or a process uses one of its devices; "
-    "or there is no interrupt remapping: enable it in the firmware, or it is not safe to assign devices here",
-    errno.EBUSY: "a process has the node of its IOMMU group open (/dev/vfio/GROUP)",
-    errno.EINVAL: "a process has the device open; or the firmware requires a direct-mapped region for it (IVRS "
-    "IVMD): turning off pre-boot DMA protection in the firmware often removes it",
+    errno.EPERM: "bind all devices of its IOMMU group to vfio-pci, and end the processes that use one (the group's "
+    "DMA has another owner); or enable interrupt remapping in the firmware, without which assignment is not safe",
+    errno.EBUSY: "end the process that has the node of its IOMMU group open (/dev/vfio/GROUP)",
+    errno.EINVAL: "end the process that has the device open; or turn off pre-boot DMA protection in the firmware, "
+    "which requires a direct-mapped region for it (IVRS IVMD)",
 }
 _TOKEN_UNKNOWN = (
-    "character devices take VF tokens since Linux 6.17: use the type 1 back end; or the function has no use for one"
+    "use the type 1 back end (character devices take VF tokens since Linux 6.17), or leave out the VF token"
 )
 _ATTACH_REMEDY = {
-    errno.EADDRINUSE: "memory is mapped where this device cannot reach it: a reserved region of its IOMMU group",
-    errno.ENOMEM: "the memlock limit, which iommufd counts for each user over all of its processes, is too low, or "
-    "memory is short: raise it (ulimit -l) or run with CAP_IPC_LOCK",
+    errno.EADDRINUSE: "keep guest memory out of the reserved regions of its IOMMU group",
+    errno.ENOMEM: "raise the memlock limit (ulimit -l), which iommufd counts for each user over all processes, or "
+    "run with CAP_IPC_LOCK; or free memory",
 }
 
 

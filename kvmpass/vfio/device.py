@@ -341,7 +341,6 @@ class Device(OwnedFd):
 
 
 _HOT_RESET_REMEDY = {
-    errno.EINVAL: "every device of get_pci_hot_reset_info() must be on vfio-pci, and the group of each that is open "
-    "must be among the groups",
-    errno.ENODEV: "neither slot nor bus can be reset: the device sits on a root bus, or its bridge forbids it",
+    errno.EINVAL: "bind every device of get_pci_hot_reset_info() to vfio-pci, and pass the group of each open one",
+    errno.ENODEV: "use another reset: the device is on a root bus, or its bridge does not permit a reset of the bus",
 }

@@ -14,9 +14,9 @@ from kvmpass.layout import Range
 from kvmpass.vfio.device import Device
 
 _IOMMU_REMEDY = {
-    errno.EPERM: "no interrupt remapping: enable it in the firmware, or it is not safe to assign devices here",
-    errno.EINVAL: "the firmware requires a direct-mapped region for this device (IVRS IVMD); "
-    "turning off pre-boot DMA protection in the firmware often removes it",
+    errno.EPERM: "enable interrupt remapping in the firmware, without which assignment is not safe",
+    errno.EINVAL: "turn off pre-boot DMA protection in the firmware, which requires a direct-mapped region for this "
+    "device (IVRS IVMD)",
 }
 
 
@@ -100,9 +100,8 @@ class Container(OwnedFd):
 
 
 _MAP_REMEDY = {
-    errno.EFAULT: "these pages cannot be pinned: nothing is mapped there, or a file that is written back to a disk "
-    "(memfd, tmpfs and hugetlbfs can be pinned; others read-only)",
-    errno.ENOMEM: "the memlock limit is too low or memory is short: raise it (ulimit -l) or run with CAP_IPC_LOCK",
+    errno.EFAULT: "use memory that can be pinned: anonymous, memfd, tmpfs or hugetlbfs; other files only read-only",
+    errno.ENOMEM: "raise the memlock limit (ulimit -l) or run with CAP_IPC_LOCK; or free memory",
     errno.ENOSPC: "raise the module parameter vfio_iommu_type1.dma_entry_limit",
 }
 
@@ -125,7 +124,7 @@ class Group(OwnedFd):
             if not self.get_status() & lib.VFIO_GROUP_FLAGS_VIABLE:
                 raise GroupNotViable(
                     f"IOMMU group {number} is not viable: a device of it is bound to a host driver",
-                    "every device of the group must be on vfio-pci, or without a driver",
+                    "bind every device of the group to vfio-pci, or unbind it",
                 )
 
     def get_status(self) -> int:
@@ -148,7 +147,8 @@ class Group(OwnedFd):
         """
         result = lib.vfio_group_set_container(self.fd, container.fd)
         remedies = {
-            errno.EPERM: "the group's DMA has another owner: a host driver or a process uses one of its devices",
+            errno.EPERM: "bind all devices of the group to vfio-pci, and end the processes that use one: the group's "
+            "DMA has another owner",
             errno.EINVAL: _IOMMU_REMEDY[errno.EINVAL],
         }
         check(result, "VFIO_GROUP_SET_CONTAINER", f"group {self.number}", remedies.get(-result))
@@ -180,11 +180,10 @@ def token_remedy(code: int, vf_token: uuid.UUID | None) -> str | None:
     """Return what may help where a device is not opened for want of the right VF token."""
     if code == errno.EACCES:
         return (
-            "the VF token is not the one that the physical function was opened with"
+            "use the VF token with which the physical function was opened"
             if vf_token
-            else "a virtual function whose physical function is on vfio-pci, or the reverse, needs the VF token that "
-            "both are opened with"
+            else "give the virtual function and its physical function one VF token: both are bound to vfio-pci"
         )
     if code == errno.EINVAL and vf_token:
-        return "a VF token is for SR-IOV functions whose physical function is on vfio-pci: leave it out"
+        return "leave out the VF token: it is for SR-IOV functions whose physical function is on vfio-pci"
     return None

@@ -154,7 +154,7 @@ def test_virtual_functions_need_their_token(sriov: str) -> None:
         virtual = sysfs.device(host.Bdf.parse((numvfs.parent / "virtfn0").readlink().name))
         assert (virtual.driver, virtual.group is None) == ("vfio-pci", False)
         assert virtual.group is not None
-        for bad, hint in ((None, "needs the VF token"), (wrong, "not the one")):
+        for bad, hint in ((None, "one VF token"), (wrong, "use the VF token with which")):
             with pytest.raises(PermissionError, match="VFIO_GROUP_GET_DEVICE_FD") as refused:
                 machine.domain.attach(str(virtual.bdf), virtual.group, bad)
             assert refused.value.errno == errno.EACCES

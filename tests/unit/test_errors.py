@@ -16,6 +16,21 @@ from remedies import Unreadable, _Scope, error_classes, raised
 PAGE = (ROOT / "docs/troubleshooting.md").read_text()
 # Clauses begin with a lower-case letter. These words have a capital of their own.
 NAMES = frozenset({"Debian", "Linux"})
+# What a hint begins with, as it says what to do: a verb, or a command line.
+_VERBS = """
+    assign bind boot build check clear disable do enable end free give install keep leave let load look make
+    move name open place put raise read reboot remove reserve reset run see set stop to try turn unbind
+    unmount unplug update use wait write
+"""
+VERBS = frozenset(_VERBS.split())
+COMMANDS = frozenset({"apt-get", "driverctl", "echo", "kvmpass"})
+# Notes that say what else happened, and the reason that they are no hints.
+CONTEXT = {
+    "and afterwards": "further failures of a teardown",
+    "as before again": "what was rolled back",
+    "while the driver": "what was interrupted",
+    "RAISED;": "the error that was being raised, and a hint",
+}
 
 
 def wrong(text: str) -> str:
@@ -30,10 +45,17 @@ def wrong(text: str) -> str:
     return ""
 
 
+def says_what_to_do(hint: str) -> bool:
+    """Whether a hint begins with a verb or a command, or is none."""
+    return re.split(r"[\s:,]", hint)[0] in VERBS | COMMANDS or hint.startswith(tuple(CONTEXT))
+
+
 def test_the_form_is_held() -> None:
     assert not wrong("0000:01:00.0: group 12 is not viable: 0000:01:00.1 is bound to snd_hda_intel")
     assert not wrong("BDF is named twice")
     assert wrong("Give the guest more.") and wrong("give the guest more.") and wrong("Give the guest more")
+    assert says_what_to_do("give the guest more: its kernel needs it")
+    assert not says_what_to_do("the guest needs more")
 
 
 def test_every_message_and_hint_has_the_form() -> None:
@@ -46,6 +68,13 @@ def test_every_message_and_hint_has_the_form() -> None:
     ]
     assert len(said) > 400
     assert not {text: wrong(text) for text in said if wrong(text)}
+
+
+def test_every_hint_says_what_to_do() -> None:
+    hints = {error.remedy for error in raised() if error.remedy}
+    hints |= {template.remedy for check in CATALOGUE for template in check.templates}
+    assert not {hint for hint in hints if not says_what_to_do(hint)}
+    assert not {begin for begin in CONTEXT if not any(hint.startswith(begin) for hint in hints)}
 
 
 def test_every_hint_is_in_the_catalogue() -> None:

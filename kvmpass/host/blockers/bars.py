@@ -38,8 +38,8 @@ NO_PORTS = BlockerTemplate(
     kind="bar-no-ports",
     brief="{count} without ports",
     cause="{bdf}: the kernel has assigned no I/O ports to {bars}: a guest gets the device without it",
-    remedy="none is needed for most devices: their drivers do not use ports; else disable other devices in the "
-    "firmware's setup, or use another slot",
+    remedy="disable other devices in the firmware's setup, or use another slot, if its driver uses the ports: most "
+    "drivers do not",
     warning=True,
 )
 FRAMEBUFFER = BlockerTemplate(

@@ -17,7 +17,7 @@ NOT_VIABLE = BlockerTemplate(
     kind="group-not-viable",
     brief="group not viable",
     cause="{bdf} shares IOMMU group {group} with {busy}, which the host uses",
-    remedy="a group is assigned as a whole: unbind the other devices from their drivers, or use another slot",
+    remedy="unbind the other devices from their drivers, or use another slot: a group is assigned as a whole",
     error=GroupNotViable,
     bindable=True,
 )

@@ -40,7 +40,7 @@ NO_RESPONSE = BlockerTemplate(
     kind="device-no-response",
     brief="does not respond ({power})",
     cause="{bdf} does not respond: its configuration space reads as ones (power state {power})",
-    remedy="it does not resume from D3cold, or hangs: remove it and rescan the bus; if that does not help, "
+    remedy="remove it and rescan the bus: it does not resume from D3cold, or hangs; if that does not help, "
     "power-cycle this machine. If it happens again, disable its runtime power management",
     commands=(
         "echo 1 > /sys/bus/pci/devices/{bdf}/remove; echo 1 > /sys/bus/pci/rescan",

@@ -21,7 +21,7 @@ WEAK_RESET = BlockerTemplate(
     kind="weak-reset",
     brief="by power management only",
     cause="{bdf} is reset by power management only (D3hot and back), which does not reset the state of some devices",
-    remedy="if it works only for the first guest, reboot this host in between",
+    remedy="reboot this host in between if it works only for the first guest",
     warning=True,
 )
 OVERRIDDEN = BlockerTemplate(
@@ -29,7 +29,7 @@ OVERRIDDEN = BlockerTemplate(
     brief="{driver}, despite the override",
     cause="{bdf} is bound to {driver} although its driver_override is vfio-pci: something bound it before the "
     "override was set, or has rebound it",
-    remedy="kvmpass can assign it, and rebinds it to {driver} afterwards. To remove this warning, clear the override",
+    remedy="clear the override to remove this warning: kvmpass can assign it, and rebinds it to {driver} afterwards",
     commands=("echo > /sys/bus/pci/devices/{bdf}/driver_override",),
     warning=True,
 )
@@ -38,8 +38,8 @@ IDS_IGNORED = BlockerTemplate(
     brief="{driver}, despite the ids of vfio-pci",
     cause="{bdf} is bound to {driver}, although {source} has its ID for vfio-pci ({entry}): {driver} was loaded "
     "first",
-    remedy="kvmpass can assign it, and rebinds it to {driver} afterwards. To load vfio-pci first: this line, and "
-    "update-initramfs -u",
+    remedy="load vfio-pci first, by this line and update-initramfs -u, to remove this warning: kvmpass can assign "
+    "it, and rebinds it to {driver} afterwards",
     commands=("echo 'softdep {driver} pre: vfio-pci' > /etc/modprobe.d/kvmpass-{driver}.conf",),
     warning=True,
 )

@@ -128,8 +128,7 @@ SOME_DIRECT = BlockerTemplate(
     brief="for {count} devices",
     cause="the firmware wants memory direct-mapped (IVRS IVMD). VFIO refuses these devices since about Linux "
     "6.6: {devices}",
-    remedy="if you want to assign one of them: turn off pre-boot DMA protection (kernel DMA protection) in the "
-    "firmware's setup",
+    remedy="to assign one of them, turn off pre-boot DMA protection (kernel DMA protection) in the firmware's setup",
     warning=True,
 )
 

@@ -35,7 +35,7 @@ NO_CX16 = BlockerTemplate(
     kind="no-cx16",
     brief="the CPU lacks CMPXCHG16B",
     cause="AMD-Vi is off: this kernel needs a CPU with the instruction CMPXCHG16B for it (flag cx16)",
-    remedy="in a virtual machine: let the outer host expose the flag cx16 (CPU model host, or EPYC)",
+    remedy="let the outer host expose the flag cx16 (CPU model host, or EPYC), if this is a virtual machine",
 )
 REGISTERS_TAKEN = BlockerTemplate(
     kind="iommu-registers-taken",

@@ -21,7 +21,7 @@ from kvmpass.host.drivers.transaction import DRIVER_TIMEOUT, OnStep, Transaction
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 from kvmpass.host.usage import VFIO_PCI
 
-FORCE_HINT = "--force binds it anyway: what uses it will fail"
+FORCE_HINT = "use --force to bind it nevertheless: what uses it will fail"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,5 +241,5 @@ class _Work:
         if self.force:
             return [cause]
         error = DriverPinned(cause, f"driverctl unset-override {bdf}")
-        error.add_note(f"--force {self.operation}s it until then")
+        error.add_note(f"use --force to {self.operation} it until then")
         raise error

@@ -298,8 +298,7 @@ class Journal(Entries):
             if os.path.lexists(place) and not os.path.isdir(place):  # noqa: PTH112 - false where this may not look
                 error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), place)
                 error.add_note(
-                    f"the journal is in {self.state_dir}: move {place} away, or set KVMPASS_STATE_DIR to another "
-                    f"directory"
+                    f"move {place} away, or set KVMPASS_STATE_DIR to another directory than {self.state_dir}"
                 )
                 raise error
 

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 DRIVER_TIMEOUT = 30.0  # seconds a driver may take to be unbound from a device, or bound to it
 NODE_TIMEOUT = 5.0  # seconds until /dev/vfio/GROUP exists, and until the driver link does
-RESTORE_HINT = "kvmpass restore tries again"
+RESTORE_HINT = "try again: kvmpass restore"
 
 OnStep = Callable[[Step, Bdf], object]
 """Called with each step and its device once the journal has it, just before the change."""

@@ -16,8 +16,8 @@ from kvmpass.host.names import Names
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 
 HELP = (
-    "an address (0000:01:00.0), a part of it (00.0, 01:00), ids (10de:2204), a network interface (eth0), a disk "
-    "(nvme0n1, /dev/sda1), a driver (nvme) or a pattern ('*nvme*') selects devices; kvmpass list shows all"
+    "name an address (0000:01:00.0), a part of it (00.0, 01:00), ids (10de:2204), a network interface (eth0), a disk "
+    "(nvme0n1, /dev/sda1), a driver (nvme) or a pattern ('*nvme*'); kvmpass list shows all devices"
 )
 
 _SLOT = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([01][0-9a-fA-F])")

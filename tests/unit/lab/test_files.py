@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpass.cli.main import report
+from kvmpass.cli.main import fail
 from kvmpass.errors import LabError
 from kvmpass.initramfs.cpio import newc
 from kvmpass.lab import cache, initrd, kernels, proof, script
@@ -133,7 +133,7 @@ def test_abandoned_runs_are_swept(own_cache: Path) -> None:
     assert list((own_cache / "runs").iterdir()) == []
 
 
-NAMED = "KVMPASS_CACHE names another directory"
+NAMED = "set KVMPASS_CACHE to use another directory than"
 
 
 def test_a_cache_that_cannot_be_written_is_named(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,16 +148,16 @@ def test_a_cache_that_cannot_be_written_is_named(own_cache: Path, monkeypatch: p
                 patch.setattr(tempfile, "mkdtemp", change)
             with pytest.raises(OSError) as refused, cache.run_directory():
                 pass
-            assert refused.value.__notes__ == [f"the lab's cache is {place}: {NAMED}"]
+            assert refused.value.__notes__ == [f"{NAMED} {place}"]
 
 
 def test_a_full_cache_is_named_once(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """write(2) says no name; of tools that fill it the words count; what is elsewhere is no matter of the cache."""
-    note = f"the lab's cache is {own_cache}: kvmpass lab clean empties it; {NAMED}"
+    note = f"kvmpass lab clean empties the cache; {NAMED} {own_cache}"
     with pytest.raises(OSError) as refused, cache.locked("one", print), cache.locked("two", print):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert refused.value.__notes__ == [note]
-    report(refused.value)
+    fail("lab", refused.value, as_json=False)
     assert capsys.readouterr().err == f"kvmpass: {own_cache}: No space left on device\n  hint: {note}\n"
     with pytest.raises(LabError, match="unpacked: tar: No space left on device") as failed:
         cache.run_tool(["sh", "-c", "echo tar: No space left on device >&2; exit 1"], "not unpacked")

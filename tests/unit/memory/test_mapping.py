@@ -251,7 +251,11 @@ def test_a_kernel_that_cannot_populate_fills_on_first_use(fake: FakeLib) -> None
 
 @pytest.mark.parametrize(
     "code, remedy",
-    [(errno.ENOMEM, "too few huge pages"), (errno.EACCES, "open for reading"), (errno.EPERM, "F_SEAL_WRITE")],
+    [
+        (errno.ENOMEM, "free memory or huge pages"),
+        (errno.EACCES, "open the descriptor for reading"),
+        (errno.EPERM, "F_SEAL_WRITE"),
+    ],
 )
 def test_remedies_of_a_failed_mmap(fake: FakeLib, code: int, remedy: str) -> None:
     fake.mmap = -code

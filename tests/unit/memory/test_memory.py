@@ -193,7 +193,7 @@ def test_a_read_only_file_cannot_be_written_by_anybody(memory: GuestMemory, tmp_
     try:
         with pytest.raises(PermissionError, match="mmap") as refused:
             memory.add_shared(0, fd, PAGE)
-        assert "open for reading, and for writing" in refused.value.__notes__[0]
+        assert "for reading, and for writing" in refused.value.__notes__[0]
         region = memory.add_shared(0, fd, PAGE, writable=False)
     finally:
         os.close(fd)

@@ -84,13 +84,13 @@ def test_once_it_is_bound_it_is_a_device(cdev: Cdev, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "code, with_token, hint",
     [
-        (errno.EPERM, False, "owned elsewhere"),
-        (errno.EPERM, False, "no interrupt remapping"),
+        (errno.EPERM, False, "another owner"),
+        (errno.EPERM, False, "enable interrupt remapping"),
         (errno.EBUSY, False, "/dev/vfio/GROUP"),
         (errno.EINVAL, False, "has the device open"),
         (errno.EINVAL, True, "use the type 1 back end"),
-        (errno.EACCES, False, "needs the VF token"),
-        (errno.EACCES, True, "not the one that the physical function was opened with"),
+        (errno.EACCES, False, "one VF token"),
+        (errno.EACCES, True, "with which the physical function was opened"),
     ],
 )
 def test_what_a_refused_bind_says(

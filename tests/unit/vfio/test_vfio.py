@@ -67,9 +67,9 @@ def test_disabling_irqs_is_idempotent(device: Device, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     "code, with_token, hint",
     [
-        (errno.EACCES, False, "needs the VF token that both are opened with"),
-        (errno.EACCES, True, "not the one that the physical function was opened with"),
-        (errno.EINVAL, True, "leave it out"),
+        (errno.EACCES, False, "one VF token"),
+        (errno.EACCES, True, "with which the physical function was opened"),
+        (errno.EINVAL, True, "leave out the VF token"),
         (errno.EINVAL, False, None),
         (errno.ENODEV, True, None),
     ],

@@ -198,12 +198,12 @@ def test_driverctl(one: Stage, name: str) -> None:
     before = one.snapshot()
     one.host.put(f"etc/driverctl.d/{name}", "nvme")
     hints = one.refused(DriverPinned, f"driverctl sets {NVME} to nvme", NVME)
-    assert hints == [f"driverctl unset-override {NVME}", "--force binds it until then"]
+    assert hints == [f"driverctl unset-override {NVME}", "use --force to bind it until then"]
     [result] = one.bind(NVME, force=True)
     assert "driverctl" in result.warnings[0]
     one.host.put(f"etc/driverctl.d/{name}", "vfio-pci")
     hints = one.refused(DriverPinned, f"driverctl sets {NVME} to vfio-pci", NVME, of="unbind")
-    assert hints[1] == "--force unbinds it until then"
+    assert hints[1] == "use --force to unbind it until then"
     one.unbind(NVME, force=True)
     assert one.snapshot() == before
     assert one.bind(NVME)[0].warnings == ()
