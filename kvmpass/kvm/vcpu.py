@@ -8,32 +8,19 @@ from typing import Any
 
 from kvmpass._fd import OwnedFd, check, closing_on_error, failure
 from kvmpass._native import ffi, lib
-from kvmpass.kvm.exits import (
-    Exit,
-    FailedExit,
-    HaltExit,
-    InterruptedExit,
-    MemoryFaultExit,
-    MmioExit,
-    PortExit,
-    RefusedExit,
-    ShutdownExit,
-    SystemEventExit,
-)
+from kvmpass.kvm import exits
 from kvmpass.kvm.types import CpuidEntry
 from kvmpass.memory import HostMapping
 
-_INTERRUPTED = InterruptedExit()
-_RARE_EXITS: dict[int, Callable[[Any], Exit]] = {
+_INTERRUPTED = exits.InterruptedExit()
+_RARE_EXITS: dict[int, Callable[[Any], exits.Exit]] = {
     lib.KVM_EXIT_INTR: lambda out: _INTERRUPTED,
-    lib.KVM_EXIT_HLT: lambda out: HaltExit(),
-    lib.KVM_EXIT_SHUTDOWN: lambda out: ShutdownExit(),
-    lib.KVM_EXIT_SYSTEM_EVENT: lambda out: SystemEventExit(out.detail[0]),
-    lib.KVM_EXIT_MEMORY_FAULT: lambda out: MemoryFaultExit(out.address, out.detail[1], out.detail[0]),
-    lib.KVM_EXIT_FAIL_ENTRY: lambda out: FailedExit("the processor refused to enter the guest", *out.detail[0:2]),
-    lib.KVM_EXIT_INTERNAL_ERROR: lambda out: FailedExit(
-        "emulation failed (KVM_EXIT_INTERNAL_ERROR)", *out.detail[0:2]
-    ),
+    lib.KVM_EXIT_HLT: lambda out: exits.HaltExit(),
+    lib.KVM_EXIT_SHUTDOWN: lambda out: exits.ShutdownExit(),
+    lib.KVM_EXIT_SYSTEM_EVENT: lambda out: exits.SystemEventExit(out.detail[0]),
+    lib.KVM_EXIT_MEMORY_FAULT: lambda out: exits.MemoryFaultExit(out.address, out.detail[1], out.detail[0]),
+    lib.KVM_EXIT_FAIL_ENTRY: lambda out: exits.FailedExit("the CPU refused to enter the guest", *out.detail[0:2]),
+    lib.KVM_EXIT_INTERNAL_ERROR: lambda out: exits.FailedExit("KVM_EXIT_INTERNAL_ERROR", *out.detail[0:2]),
 }
 
 
@@ -64,7 +51,7 @@ class Vcpu(OwnedFd):
             self._run.close()
         super().close()
 
-    def run(self) -> Exit:
+    def run(self) -> exits.Exit:
         """Enter the guest once (``KVM_RUN``). A failure of the ioctl is an exit, too, as guests can cause it.
 
         ``EFAULT`` is the guest's access to memory that the host cannot provide: before Linux 6.8, and for a device's
@@ -76,22 +63,22 @@ class Vcpu(OwnedFd):
         if result < 0:
             if -result in (errno.EINTR, errno.EAGAIN):
                 return _INTERRUPTED
-            return RefusedExit(-result)
+            return exits.RefusedExit(-result)
         reason = out.reason
         if reason == lib.KVM_EXIT_IO:
             size, count, offset = out.size, out.count, out.data_offset
             data = bytes(self._page[offset : offset + size * count]) if out.is_write else b""
-            return PortExit(out.address, size, count, bool(out.is_write), data, offset)
+            return exits.PortExit(out.address, size, count, bool(out.is_write), data, offset)
         if reason == lib.KVM_EXIT_MMIO:
             size, offset = min(out.size, 8), out.data_offset
             data = bytes(self._page[offset : offset + size]) if out.is_write else b""
-            return MmioExit(out.address, size, bool(out.is_write), data, offset)
+            return exits.MmioExit(out.address, size, bool(out.is_write), data, offset)
         rare = _RARE_EXITS.get(reason)
-        return rare(out) if rare else FailedExit("an exit that is not handled", reason, 0)
+        return rare(out) if rare else exits.FailedExit("an exit that is not handled", reason, 0)
 
-    def complete(self, exit_: PortExit | MmioExit, data: bytes) -> None:
+    def complete(self, exit_: exits.PortExit | exits.MmioExit, data: bytes) -> None:
         """Set the result of a read, of exactly the requested size. It takes effect at the next ``run()``."""
-        wanted = exit_.size * (exit_.repeat if isinstance(exit_, PortExit) else 1)
+        wanted = exit_.size * (exit_.repeat if isinstance(exit_, exits.PortExit) else 1)
         self._page[exit_.offset : exit_.offset + wanted] = data
 
     def request_exit(self, wanted: bool = True) -> None:

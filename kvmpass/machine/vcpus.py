@@ -13,19 +13,7 @@ from collections.abc import Callable, Sequence
 
 from kvmpass.bus import Bus
 from kvmpass.errors import GuestError
-from kvmpass.kvm import Vcpu, install_kick
-from kvmpass.kvm.exits import (
-    Exit,
-    FailedExit,
-    HaltExit,
-    InterruptedExit,
-    MemoryFaultExit,
-    MmioExit,
-    PortExit,
-    RefusedExit,
-    ShutdownExit,
-    SystemEventExit,
-)
+from kvmpass.kvm import Vcpu, exits, install_kick
 
 KICK = signal.SIGRTMIN + 4
 """Makes a vCPU leave the guest. The handler does nothing, and is C's: Python's run in the main thread only."""
@@ -87,7 +75,7 @@ class VcpuThreads:
         self.fault = ""
         """Why KVM could not run the guest; empty otherwise."""
         self._threads: list[threading.Thread] = []
-        self._reasons: list[Counter[type[Exit]]] = [Counter() for _ in vcpus]  # each thread has its own
+        self._reasons: list[Counter[type[exits.Exit]]] = [Counter() for _ in vcpus]  # each thread has its own
 
     def start(self) -> None:
         """Start one thread for each vCPU."""
@@ -138,7 +126,7 @@ class VcpuThreads:
     @property
     def reasons(self) -> dict[str, int]:
         """Number of exits by class of ``kvmpass.kvm.exits``, named without ``Exit``."""
-        total = sum(self._reasons, Counter[type[Exit]]())
+        total = sum(self._reasons, Counter[type[exits.Exit]]())
         return {kind.__name__.removesuffix("Exit"): count for kind, count in total.items()}
 
     @property
@@ -182,7 +170,7 @@ class VcpuThreads:
             while not self._ended.is_set():
                 exit_ = vcpu.run()
                 # This entry has completed the exit that was dispatched before (api.rst, 5: kvm_run).
-                if self._paused and isinstance(exit_, InterruptedExit):
+                if self._paused and isinstance(exit_, exits.InterruptedExit):
                     self._park()
                 self._dispatch(vcpu, exit_)
         except GuestError as error:
@@ -204,35 +192,35 @@ class VcpuThreads:
             self._changed.wait_for(lambda: not self._paused or self.ended)
             self._parked -= 1
 
-    def _dispatch(self, vcpu: Vcpu, exit_: Exit) -> None:
+    def _dispatch(self, vcpu: Vcpu, exit_: exits.Exit) -> None:
         self._reasons[vcpu.index][type(exit_)] += 1
         match exit_:
-            case PortExit():
+            case exits.PortExit():
                 with self._bus_lock:
                     self._port(vcpu, exit_)
                 self._throttle()
-            case MmioExit(address, size, is_write, data):
+            case exits.MmioExit(address, size, is_write, data):
                 with self._bus_lock:
                     if is_write:
                         self._mmio.write(address, data)
                     else:
                         vcpu.complete(exit_, self._mmio.read(address, size))
-            case InterruptedExit():
+            case exits.InterruptedExit():
                 pass
-            case ShutdownExit():
+            case exits.ShutdownExit():
                 self.end(GuestOutcome.TRIPLE_FAULT)
-            case HaltExit():
+            case exits.HaltExit():
                 time.sleep(0.01)
-            case SystemEventExit(kind):
+            case exits.SystemEventExit(kind):
                 raise GuestError(f"KVM reports system event {kind}")
-            case MemoryFaultExit(gpa, size, flags):
+            case exits.MemoryFaultExit(gpa, size, flags):
                 raise GuestError(f"the guest's access to {gpa:#x}+{size:#x} cannot be resolved (flags {flags:#x})")
-            case FailedExit(what, code, detail):
+            case exits.FailedExit(what, code, detail):
                 raise GuestError(f"vCPU {vcpu.index}: {what}: code {code:#x}, detail {detail:#x}")
-            case RefusedExit(code):
+            case exits.RefusedExit(code):
                 raise GuestError(f"vCPU {vcpu.index}: KVM_RUN: {os.strerror(code)}{_REFUSALS.get(code, '')}")
 
-    def _port(self, vcpu: Vcpu, exit_: PortExit) -> None:
+    def _port(self, vcpu: Vcpu, exit_: exits.PortExit) -> None:
         """Dispatch each of the ``repeat`` accesses of a string instruction."""
         port, size = exit_.port, exit_.size
         if exit_.is_write:
