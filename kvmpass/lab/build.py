@@ -27,7 +27,7 @@ Count = Callable[[int], None]
 
 
 def missing_packages() -> list[str]:
-    """Debian packages that the build needs and this machine lacks."""
+    """Return the Debian packages that the build needs and this machine does not have."""
     lacking = cache.missing_packages(TOOLS)
     if find_tool("gcc") is not None:
         lacking += [package for header, package in HEADERS.items() if not _compiles(header)]
@@ -45,9 +45,10 @@ def _compiles(header: str) -> bool:
 
 
 def build(say: Say, count: Count = lambda done: None, *, jobs: int = 0, again: bool = False) -> Kernel:
-    """Build the full kernel into the cache, unless it is there; ``jobs`` compilers at once (0: one for each CPU).
+    """Return the full kernel, built into the cache if it is not there, or if ``again``.
 
-    Raises ``LabError`` with what to install if something is missing, or with the compiler's words.
+    ``jobs``: parallel compiler processes, 0: one for each CPU. ``count`` is called with the number of object files
+    made so far. Raises ``LabError`` with the missing packages, or with the compiler's error.
     """
     with locked("full-kernel", say):
         kernel = cached(full_root(), "full")
@@ -55,7 +56,7 @@ def build(say: Say, count: Count = lambda done: None, *, jobs: int = 0, again: b
             return kernel
         lacking = missing_packages()
         if lacking:
-            raise LabError("building a kernel needs more programs", f"apt-get install {' '.join(lacking)}")
+            raise LabError("tools to build a kernel are missing", f"apt-get install {' '.join(lacking)}")
         with tempfile.TemporaryDirectory(prefix=".build-", dir=cache_root()) as name:
             tree = _source(Path(name), say)
             _configure(tree)
@@ -70,9 +71,9 @@ def _source(folder: Path, say: Say) -> Path:
     debian.download_and_unpack(SOURCE_PACKAGE, folder / "package", say)
     archives = list((folder / "package" / "usr" / "src").glob("linux-source-*.tar.*"))
     if len(archives) != 1:
-        raise LabError(f"{SOURCE_PACKAGE} has no kernel source in it")
-    say("unpacking the kernel's source")
-    run_tool(["tar", "-xf", archives[0], "-C", folder], "the kernel's source is damaged")
+        raise LabError(f"{SOURCE_PACKAGE} does not contain a kernel source")
+    say("unpacking the kernel source")
+    run_tool(["tar", "-xf", archives[0], "-C", folder], "the kernel source is damaged")
     shutil.rmtree(folder / "package")
     return next(folder.glob("linux-source-*"))
 
@@ -85,16 +86,16 @@ def _configure(tree: Path) -> None:
         run_tool(["make", "olddefconfig"], failed, cwd=tree)
         lost = sorted(_options(fragment) - _options(tree / ".config"))
     if lost:
-        raise LabError(f"the kernel's source does not take {', '.join(lost[:5])}")
+        raise LabError(f"the kernel source ignores {', '.join(lost[:5])}")
 
 
 def _options(config: Path) -> set[str]:
-    """What a configuration switches on."""
+    """Options that a configuration enables."""
     return set(re.findall(r"^CONFIG_\w+=[^n\n].*$", config.read_text(), re.MULTILINE))
 
 
 def _make(tree: Path, jobs: int, say: Say, count: Count) -> None:
-    say(f"building the kernel, {jobs} jobs at once")
+    say(f"building the kernel, {jobs} parallel jobs")
     last: list[str] = []
     with subprocess.Popen(
         [need_tool("make"), f"-j{jobs}", "bzImage"],
@@ -119,7 +120,7 @@ def _make(tree: Path, jobs: int, say: Say, count: Count) -> None:
             raise
     if process.returncode:
         errors = [line for line in last if "rror" in line] or last[-1:]
-        raise LabError(f"the kernel could not be built: {errors[0] if errors else 'no word why'}")
+        raise LabError(f"the kernel could not be built: {errors[0] if errors else 'unknown reason'}")
 
 
 def _keep(tree: Path) -> None:

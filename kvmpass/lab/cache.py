@@ -1,4 +1,4 @@
-"""What the lab keeps between runs: unpacked kernels, initial file systems, an unpacked QEMU."""
+"""The lab's cache: unpacked kernels, initramfs images, an unpacked QEMU; and the tools that fill it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from kvmpass.errors import LabError
 
 Say = Callable[[str], None]
-"""Where progress goes: one line for each step that takes longer than a second."""
+"""Receives progress: one line for each step that takes longer than a second."""
 
 log = logging.getLogger("kvmpass.lab")
 
@@ -35,10 +35,10 @@ SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def cache_root() -> Path:
-    """The cache's directory; it need not exist."""
-    own = os.environ.get("KVMPASS_CACHE")
-    if own:
-        return Path(own).absolute()
+    """Return the cache's directory, which may not exist."""
+    named = os.environ.get("KVMPASS_CACHE")
+    if named:
+        return Path(named).absolute()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache").absolute() / "kvmpass"
 
@@ -49,12 +49,15 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EE
 
 @contextmanager
 def cache_errors() -> Iterator[None]:
-    """An ``OSError`` of writing to the cache names its directory and the variable that moves it. A decorator, too."""
+    """Add a hint to an ``OSError`` of writing to the cache: its directory, and the variable that names another one.
+
+    It can be used as a decorator, too.
+    """
     try:
         yield
     except OSError as error:
         root = cache_root()
-        if error.filename is None and error.errno in _FULL:  # write(2) knows no name
+        if error.filename is None and error.errno in _FULL:  # write(2) has no path
             error.filename = str(root)
         names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
         here = any(root.is_relative_to(name) or name.is_relative_to(root) for name in names)
@@ -73,18 +76,18 @@ def _name_cache(error: OSError | LabError) -> None:
 
 
 def find_tool(name: str) -> Path | None:
-    """A program, looked for where administrators' programs lie as well."""
+    """Return the path of a program, ``None`` if it is missing. The ``sbin`` directories are searched, too."""
     found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}")
     return Path(found) if found else None
 
 
 def missing_packages(tools: Iterable[str]) -> list[str]:
-    """The Debian packages of those tools that this machine does not have."""
+    """Return the Debian packages of those tools that are missing on this machine."""
     return [PACKAGES.get(tool, tool) for tool in tools if find_tool(tool) is None]
 
 
 def need_tool(name: str) -> Path:
-    """As ``find_tool``; raises ``LabError`` with the package that has it."""
+    """As ``find_tool``, but raises ``LabError`` with the package that has the program."""
     found = find_tool(name)
     if found is None:
         [package] = missing_packages([name])
@@ -95,7 +98,8 @@ def need_tool(name: str) -> Path:
 def run_tool(arguments: Sequence[str | Path], failure: str, remedy: str | None = None, **more: object) -> str:
     """Run a program, found as by ``need_tool``, and return its output.
 
-    Raises ``LabError(failure)`` with the last line it printed if it fails.
+    ``more`` are arguments of ``subprocess.run``. Raises ``LabError(failure, remedy)`` with the last line of the
+    output if the exit status is not 0.
     """
     name, *words = map(str, arguments)
     done = subprocess.run(  # type: ignore[call-overload]
@@ -119,7 +123,7 @@ def run_tool(arguments: Sequence[str | Path], failure: str, remedy: str | None =
 
 @contextmanager
 def locked(name: str, say: Say) -> Iterator[Path]:
-    """Hold the cache's lock ``name``; yields the cache's directory. Says so when another run holds it."""
+    """Hold the cache's lock ``name``; yields the cache's directory. Reports when it has to wait for another run."""
     with cache_errors():
         root = cache_root()
         root.mkdir(parents=True, exist_ok=True)
@@ -134,7 +138,7 @@ def locked(name: str, say: Say) -> Iterator[Path]:
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory that becomes ``target`` at the end, whole, or never."""
+    """Yield a new directory, which replaces ``target`` at the end, or is removed after an exception."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -149,7 +153,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 @cache_errors()
 def write_atomic(target: Path, content: bytes) -> None:
-    """Write a file that is there whole, or not at all."""
+    """Write a file so that it is never seen incomplete (rename(2))."""
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
@@ -163,7 +167,7 @@ def write_atomic(target: Path, content: bytes) -> None:
 
 @contextmanager
 def run_directory() -> Iterator[Path]:
-    """A directory for one run, removed at its end; those that killed runs left behind go as well."""
+    """Yield a directory for one run, removed at its end. Directories of killed runs are removed first."""
     with cache_errors():
         runs = cache_root() / "runs"
         runs.mkdir(parents=True, exist_ok=True)
@@ -185,7 +189,7 @@ def _remove_if_abandoned(directory: Path) -> None:
 
 
 def used_bytes(path: Path) -> int:
-    """Bytes on disk below ``path`` (links count once)."""
+    """Return the bytes on disk below ``path``. Hard links count once."""
     seen: dict[tuple[int, int], int] = {}
     for folder, _, names in os.walk(path):
         for name in names:
@@ -197,7 +201,7 @@ def used_bytes(path: Path) -> int:
 
 @cache_errors()
 def clean() -> int:
-    """Remove the cache; returns the bytes that became free. Raises ``LabError`` while something uses it."""
+    """Remove the cache, and return the number of bytes freed. Raises ``LabError`` while it is in use."""
     root = cache_root()
     for lock in root.glob(".*.lock"):
         with lock.open("w") as file:
@@ -211,7 +215,7 @@ def clean() -> int:
         for run in runs.iterdir():
             _remove_if_abandoned(run)
         if any(runs.iterdir()):
-            raise LabError("a lab is running out of this cache", "wait until it ends")
+            raise LabError("a lab that is running uses this cache", "wait until it ends")
     size = used_bytes(root)
     shutil.rmtree(root, ignore_errors=True)
     return size

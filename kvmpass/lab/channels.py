@@ -1,4 +1,4 @@
-"""The bytes between a lab and the process that runs it: one socket pair for each port of the emulated host."""
+"""Byte streams between an emulated host and this process: a socket pair for each virtio-serial port."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ CHUNK = 1 << 16
 
 
 class Writer(Protocol):
-    """What output is written to: a binary file."""
+    """A binary file that output is written to."""
 
-    def write(self, data: bytes, /) -> object: ...
-    def flush(self) -> object: ...
+    def write(self, data: bytes, /) -> object:
+        """Write all of ``data``. Raises ``OSError``, or ``ValueError`` for a closed file."""
+
+    def flush(self) -> object:
+        """Pass on what is buffered."""
 
 
 class _Descriptor:
-    """A file descriptor as a ``Writer``; it stays the caller's."""
+    """A file descriptor as a ``Writer``. It is not closed."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -37,7 +40,7 @@ class _Descriptor:
 
 
 def writer(target: Writer | int | None, default: IO[str]) -> Writer:
-    """``target``, or the binary stream under ``default``."""
+    """Return a writer for ``target``, or for the binary stream below ``default``."""
     if isinstance(target, int):
         return _Descriptor(target)
     if target is not None:
@@ -47,29 +50,32 @@ def writer(target: Writer | int | None, default: IO[str]) -> Writer:
 
 
 class Channels:
-    """Socket pairs by port name: ``inner`` ends are for QEMU, ``outer`` ends for us."""
+    """A socket pair for each port name: the inner ends are for QEMU, the outer ends for this process."""
 
     def __init__(self, names: Sequence[str]) -> None:
         pairs = {name: socket.socketpair() for name in names}
         self.outer = {name: pair[0] for name, pair in pairs.items()}
+        """The outer ends by port name."""
         self._inner = {name: pair[1] for name, pair in pairs.items()}
 
     @property
     def inner(self) -> dict[str, int]:
+        """File descriptors of the inner ends by port name."""
         return {name: end.fileno() for name, end in self._inner.items()}
 
     def close_inner(self) -> None:
-        """Once QEMU has its own: so that its end is seen as end of file."""
+        """Close the inner ends after QEMU has inherited them, so that QEMU's end is seen as end of file."""
         for end in self._inner.values():
             end.close()
 
     def close(self) -> None:
+        """Close both ends of all ports."""
         for end in (*self.outer.values(), *self._inner.values()):
             end.close()
 
 
 class Pump(threading.Thread):
-    """Copies one port to a writer as the bytes come. ``failure`` is what the writer raised, if it did."""
+    """A thread that copies one port to a writer, and calls ``on_failure`` if the writer raises."""
 
     def __init__(self, source: socket.socket, target: Writer, on_failure: Callable[[], None]) -> None:
         super().__init__(daemon=True)
@@ -78,8 +84,10 @@ class Pump(threading.Thread):
         self._count = 0
         self._ended = False
         self.failure: OSError | ValueError | None = None
+        """What the writer raised."""
 
     def run(self) -> None:
+        """Copy until end of file. After a failure of the writer, output is read and dropped."""
         try:
             while data := self._source.recv(CHUNK):
                 if self.failure is None:
@@ -88,7 +96,7 @@ class Pump(threading.Thread):
                     self._count += len(data)
                     self._moved.notify_all()
         except OSError:
-            pass  # closed under us: the lab is over
+            pass  # closed by the main thread: the lab has ended
         finally:
             with self._moved:
                 self._ended = True
@@ -103,7 +111,7 @@ class Pump(threading.Thread):
             self._on_failure()
 
     def wait_for(self, count: int, deadline: float) -> bool:
-        """Wait until ``count`` bytes have been copied, or the port's end; ``False`` when time is up first."""
+        """Wait until ``count`` bytes have been copied, or for end of file; ``False`` if the deadline comes first."""
         with self._moved:
             return self._moved.wait_for(
                 lambda: self._count >= count or self._ended,
@@ -112,9 +120,9 @@ class Pump(threading.Thread):
 
 
 class Feeder(threading.Thread):
-    """Copies a descriptor's bytes into a port while its ``with`` block runs, and passes end of file on.
+    """A thread that copies a descriptor to a port, end of file included, while its ``with`` block runs.
 
-    What it has not read by then is left to the next reader.
+    Input that it has not read by then is left to the next reader.
     """
 
     def __init__(self, source: int, target: socket.socket) -> None:
@@ -123,6 +131,7 @@ class Feeder(threading.Thread):
         self._stop_read, self._stop_write = os.pipe()
 
     def run(self) -> None:
+        """Copy until end of file, or until the block ends."""
         try:
             with selectors.DefaultSelector() as ready:
                 ready.register(self._stop_read, selectors.EVENT_READ)
@@ -134,7 +143,7 @@ class Feeder(threading.Thread):
                         return
                     self._target.sendall(data)
         except OSError:
-            pass  # the lab is over
+            pass  # the lab has ended
 
     def __enter__(self) -> None:
         self.start()
@@ -147,14 +156,14 @@ class Feeder(threading.Thread):
 
 
 class Lines:
-    """Lines from a port, with deadlines."""
+    """Lines to and from a port, with deadlines (``time.monotonic``)."""
 
     def __init__(self, source: socket.socket) -> None:
         self._source = source
         self._rest = b""
 
     def read(self, deadline: float) -> str | None:
-        """The next line; ``None`` at the end. Raises ``TimeoutError``."""
+        """Return the next line, ``None`` at end of file. Raises ``TimeoutError``."""
         while b"\n" not in self._rest:
             left = deadline - time.monotonic()
             if left <= 0:
@@ -173,5 +182,6 @@ class Lines:
         return line.decode("utf-8", "replace")
 
     def send(self, text: str) -> None:
+        """Send a text. Raises ``OSError``, ``TimeoutError`` after 10 s."""
         self._source.settimeout(10)
         self._source.sendall(text.encode())

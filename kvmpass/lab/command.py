@@ -1,4 +1,4 @@
-"""The emulated host as QEMU's command line."""
+"""QEMU's command line for an emulated host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvmpass.lab import qemu
 from kvmpass.lab.config import LabConfig
-from kvmpass.lab.devices import Plan, quote
+from kvmpass.lab.devices import QemuDevices, quote
 from kvmpass.lab.kernels import Kernel
 from kvmpass.lab.qemu import Emulator
 
@@ -15,11 +15,11 @@ TRACE_EVENT = "amdvi_translation_result"
 TERMINAL = "kvmpass.tty"
 CONTROL = "kvmpass.qmp"
 
-# The early calibration of the TSC is off in about half of all starts; KVM would then give every guest a TSC
-# offset of zero, and its timers would hang for as long as the host has been up.
+# The early calibration of the TSC is wrong at about half of all boots. KVM would then give each guest a TSC offset of
+# zero, and the guest's timers would hang for as long as the host has been up.
 TSC = "kvm.tsc_tolerance_ppm=100000"
-# The kernel counts timer interrupts while it counts time in instructions: on a busy machine, where QEMU gets to run
-# late, it finds too few and panics.
+# The kernel counts timer interrupts in a time that it measures in instructions. On a busy machine QEMU delivers too
+# few, and the kernel panics.
 TIMER = "no_timer_check"
 KERNEL_ARGUMENTS = f"console=ttyS0 earlyprintk=ttyS0 loglevel=4 panic=-1 mitigations=off {TIMER} {TSC}"
 
@@ -29,12 +29,12 @@ def command_line(
     emulator: Emulator,
     kernel: Kernel,
     initrd: Path,
-    plan: Plan,
+    devices: QemuDevices,
     channels: Mapping[str, int],
     console: Path,
     trace: Path | None,
 ) -> list[str]:
-    """All of QEMU's arguments. ``channels`` maps the names of virtio-serial ports to socket descriptors."""
+    """Return QEMU's command line. ``channels``: socket descriptors by name of the virtio-serial port."""
     kvm = qemu.accelerator(config.accel) == "kvm"
     words = [
         *emulator.prefix,
@@ -47,7 +47,7 @@ def command_line(
         *("-kernel", str(kernel.image), "-initrd", str(initrd)),
         *("-append", f"{KERNEL_ARGUMENTS} {config.append}".rstrip()),
     ]
-    # Before every other device: only those that come after it are behind it.
+    # Before all other devices: QEMU puts those after it behind the IOMMU.
     if "iommu" not in config.without:
         words += ["-device", emulator.iommu(intremap="intremap" not in config.without)]
     if trace is not None:
@@ -56,7 +56,7 @@ def command_line(
     words += _share(Path("/"), "root", "02.1", readonly=True)
     for number, directory in enumerate(config.writable):
         words += _share(directory, f"writable{number}", f"03.{number}", readonly=False)
-    return words + plan.arguments
+    return words + devices.arguments
 
 
 def _channels(channels: Mapping[str, int]) -> list[str]:

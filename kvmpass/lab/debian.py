@@ -1,4 +1,4 @@
-"""Packages of the machine's own Debian archive, downloaded and unpacked without being installed."""
+"""Packages of Debian's archive, downloaded and unpacked without being installed."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from kvmpass.lab.cache import Say, cache_root, run_tool
 UNKNOWN = "apt-get update, with Debian 12's main and security archives among apt's sources"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
-# When root calls it apt-get drops to a user of its own, who cannot write to root's cache.
+# As root, apt-get switches to a user of its own, who cannot write to root's cache.
 _OWN_USER = ("-o", "APT::Sandbox::User=" + ("root" if os.geteuid() == 0 else ""))
 
 
 def candidate(package: str) -> str:
-    """The version that apt would install. Raises ``LabError`` if it knows none."""
-    text = run_tool(["apt-cache", "policy", package], f"apt cannot tell about {package}")
+    """Return the version that apt would install. Raises ``LabError`` if there is none."""
+    text = run_tool(["apt-cache", "policy", package], f"apt-cache failed for {package}")
     found = re.search(r"Candidate: (\S+)", text)
     if found is None or found[1] == "(none)":
-        raise LabError(f"this machine's apt does not know {package}", UNKNOWN)
+        raise LabError(f"{package} is unknown to this machine's apt", UNKNOWN)
     return found[1]
 
 
 def dependency(package: str, pattern: str) -> str:
-    """The package matching ``pattern`` that a meta package stands for."""
+    """Return the first dependency of a (meta) package that matches ``pattern``. Raises ``LabError``."""
     candidate(package)
-    text = run_tool(["apt-cache", "show", "--no-all-versions", package], f"apt cannot tell about {package}")
+    text = run_tool(["apt-cache", "show", "--no-all-versions", package], f"apt-cache failed for {package}")
     for line in text.splitlines():
         found = re.search(pattern, line) if line.startswith("Depends:") else None
         if found:
             return found[0]
-    raise LabError(f"{package} has no dependency like {pattern}", UNKNOWN)
+    raise LabError(f"{package} has no dependency that matches {pattern}", UNKNOWN)
 
 
 def download_and_unpack(package: str, target: Path, say: Say) -> None:
-    """Fetch ``package`` (its candidate version) and unpack its files below ``target``."""
+    """Download the candidate version of ``package``, and unpack its files below ``target``. Raises ``LabError``."""
     version = candidate(package)
     say(f"downloading {package} {version}")
     with download_folder() as folder:
@@ -54,23 +54,24 @@ def download_and_unpack(package: str, target: Path, say: Say) -> None:
 
 
 def unpack(archives: Iterator[Path], target: Path) -> None:
-    """Unpack packages below ``target``; nothing of theirs is run."""
+    """Unpack packages below ``target``, without running their scripts. Raises ``LabError``."""
     for archive in archives:
         run_tool(["dpkg-deb", "-x", archive, target], f"{archive.name} could not be unpacked")
 
 
 @contextmanager
 def download_folder() -> Iterator[Path]:
+    """Yield a temporary directory in the cache."""
     cache_root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=cache_root()) as name:
         yield Path(name)
 
 
 def main_archive() -> str:
-    """The address of the archive that this machine gets Debian from. Raises ``LabError`` on another distribution."""
+    """Return the URL of this machine's Debian archive. Raises ``LabError`` on another distribution."""
     text = run_tool(
         ["apt-get", "indextargets", "--format", "$(SITE) $(ORIGIN) $(COMPONENT)", "Created-By: Packages"],
-        "apt cannot list its sources",
+        "apt-get failed to list its sources",
         UNKNOWN,
     )
     for line in text.splitlines():
@@ -81,9 +82,9 @@ def main_archive() -> str:
 
 
 def unpack_with_dependencies(packages: Sequence[str], suites: Sequence[str], target: Path, say: Say) -> None:
-    """Unpack packages of the last of ``suites`` with all they depend on, libraries included, below ``target``.
+    """Unpack packages of the last of ``suites``, and all of their dependencies, below ``target``.
 
-    apt works on a state of its own, in which nothing is installed; the machine's own state is not touched.
+    apt uses a state in which nothing is installed; the machine's own state is not changed. Raises ``LabError``.
     """
     site, release = main_archive(), suites[-1]
     if not KEYRING.is_file():
@@ -114,7 +115,7 @@ def unpack_with_dependencies(packages: Sequence[str], suites: Sequence[str], tar
         say(f"reading the package lists of {release}")
         failed = f"the archive of {release} could not be read"
         run_tool(["apt-get", "-q", *options, "update", "--error-on=any"], failed, "check the network")
-        say(f"downloading {', '.join(packages)} and what they need")
+        say(f"downloading {', '.join(packages)} and their dependencies")
         run_tool(
             ["apt-get", "-q", "-y", *options, "-t", release, "--download-only", "install", *packages],
             f"{', '.join(packages)} of {release} could not be downloaded",

@@ -1,7 +1,7 @@
-"""The emulated host's PCI devices: defaults for the known ones, and a place for each.
+"""The emulated host's PCI devices: defaults for the known ones, and an address for each.
 
-``NAME[,PROPERTY=VALUE…]`` is what QEMU's ``-device`` takes, with three properties of our own: ``file=PATH``,
-``size=BYTES`` (of a drive that is made for the run, or of shared memory) and, through QEMU, ``serial=TEXT``.
+``NAME[,PROPERTY=VALUE…]`` is an argument of QEMU's ``-device``, with two properties of the lab: ``file=PATH``, a
+drive's content, and ``size=SIZE``, of a drive that is created for the run, or of shared memory.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from kvmpass.errors import LabError
 from kvmpass.layout import parse_size
 
 FIRST_SLOT, LAST_SLOT = 0x04, 0x1E
-"""Slots of bus 0 that are given to devices. 01 is the IOMMU, 02 and 03 are the lab's own, 1f is the chipset."""
+"""Slots of bus 0 for devices. 01 is the IOMMU, 02 and 03 are used by the lab, 1f is the chipset."""
 
 NETWORK = frozenset({"e1000", "e1000e", "igb", "rtl8139", "virtio-net-pci", "vmxnet3"})
 BRIDGES = frozenset({"pci-bridge", "pcie-root-port", "ioh3420", "pxb-pcie", "pcie-pci-bridge"})
 EXPRESS_PORTS = frozenset({"pcie-root-port", "ioh3420", "pcie-pci-bridge", "x3130-upstream", "xio3130-downstream"})
 DRIVES = frozenset({"ide-hd", "nvme", "nvme-ns", "scsi-hd", "usb-storage", "virtio-blk-pci"})
 OTHERS = frozenset({"ahci", "edu", "ivshmem-plain", "nvme-subsys", "pci-testdev", "qemu-xhci", "virtio-9p-pci"})
-KNOWN = NETWORK | BRIDGES | DRIVES | OTHERS  # what completion offers; any other of QEMU's devices works, too
-"""What is a drive, and gets one of its own to show."""
+KNOWN = NETWORK | BRIDGES | DRIVES | OTHERS
+"""Devices that shell completion offers. All other devices of QEMU work, too."""
 
 
 @dataclass
-class Plan:
-    """Arguments for QEMU, and the sparse files (path, bytes) that must exist before it starts."""
+class QemuDevices:
+    """The devices as QEMU needs them."""
 
     arguments: list[str] = field(default_factory=list)
+    """Arguments of its command line."""
     files: list[tuple[Path, int]] = field(default_factory=list)
+    """Path and size of each sparse file that must exist before it starts."""
 
 
 @dataclass
@@ -40,31 +42,34 @@ class _Device:
     properties: dict[str, str]
 
     def argument(self) -> str:
+        """Its argument of ``-device``."""
         return ",".join([self.name, *(f"{key}={value}" for key, value in self.properties.items())])
 
 
-def plan(specs: Sequence[str], directory: Path, *, root_ports: bool, is_pci: Callable[[str], bool]) -> Plan:
-    """Give every device its defaults and its place, in the order in which they were named.
+def qemu_devices(
+    specs: Sequence[str], directory: Path, *, root_ports: bool, is_pci: Callable[[str], bool]
+) -> QemuDevices:
+    """Give each device its defaults and an address, in the order of ``specs``; files are below ``directory``.
 
-    With ``root_ports`` each device that says nothing about its place sits behind a PCIe root port of its own,
-    otherwise on bus 0, in consecutive slots from 04 on. Raises ``LabError`` for a place whose DMA the emulated
-    IOMMU would not translate.
+    A device without an address is placed behind a PCIe root port of its own (``root_ports``), or on bus 0, in
+    consecutive slots from 04 on. Raises ``LabError`` for an invalid device, or one whose DMA the emulated IOMMU would
+    not translate.
     """
     devices = [_parse(spec) for spec in specs]
-    result = Plan()
+    result = QemuDevices()
     ports = {device.properties.get("id") for device in devices if device.name in EXPRESS_PORTS}
     free = _free_slots(devices)
     for number, device in enumerate(devices):
         if not root_ports and device.properties.get("bus") in ports - {None}:
             raise LabError(
-                f"{device.name} would sit behind a PCIe port, where this QEMU's IOMMU does not translate it",
+                f"{device.name} is behind a PCIe port, and this QEMU's IOMMU does not translate its DMA",
                 "use --qemu modern, or a pci-bridge",
             )
-        children = _back(device, number, directory, result)
+        children = _add_backend(device, number, directory, result)
         if not {"bus", "addr"} & device.properties.keys() and is_pci(device.name):
             slot = next(free, None)
             if slot is None:
-                raise LabError("too many devices for bus 0", "place some behind a pci-bridge (bus=ID,addr=SLOT)")
+                raise LabError("too many devices for bus 0", "put some behind a pci-bridge (bus=ID,addr=SLOT)")
             if root_ports and device.name not in BRIDGES:
                 result.arguments += [
                     "-device",
@@ -88,23 +93,23 @@ def _parse(spec: str) -> _Device:
     for word in words:
         key, equals, value = word.partition("=")
         if not key or key in properties:
-            raise LabError(f"device {spec!r}: property {word!r} is empty or there twice")
+            raise LabError(f"device {spec!r}: property {word!r} is empty or repeated")
         properties[key] = value if equals else "on"
     return _Device(name, properties)
 
 
 def _free_slots(devices: Sequence[_Device]) -> Iterator[int]:
-    taken = {
+    used = {
         int(device.properties["addr"].split(".")[0], 16)
         for device in devices
         if device.properties.get("bus", "pcie.0") == "pcie.0"
         and re.fullmatch(r"(0x)?[0-9a-fA-F]+(\.[0-7])?", device.properties.get("addr", ""))
     }
-    return iter([slot for slot in range(FIRST_SLOT, LAST_SLOT + 1) if slot not in taken])
+    return iter([slot for slot in range(FIRST_SLOT, LAST_SLOT + 1) if slot not in used])
 
 
-def _back(device: _Device, number: int, directory: Path, result: Plan) -> list[_Device]:
-    """What stands behind a device: a drive, a network, shared memory; and defaults that make it useful.
+def _add_backend(device: _Device, number: int, directory: Path, result: QemuDevices) -> list[_Device]:
+    """Add a device's back end (a drive, a network, shared memory) and useful defaults.
 
     Returns devices that must come after it.
     """
@@ -113,19 +118,19 @@ def _back(device: _Device, number: int, directory: Path, result: Plan) -> list[_
     if device.name == "ahci":
         disk = _move(properties, "size", "file", "drive")
         disk["bus"] = properties.setdefault("id", f"lab-ahci{number}") + ".0"
-        _give_drive(disk, number, directory, result)
+        _add_drive(disk, number, directory, result)
         children.append(_Device("ide-hd", disk))
     elif device.name == "nvme" and "subsys" in properties and "drive" not in properties:
-        # A controller of a subsystem takes its namespaces as devices only.
+        # A controller in a subsystem accepts its namespaces as devices only.
         disk = _move(properties, "size", "file")
         disk["bus"] = properties.setdefault("id", f"lab-nvme{number}")
-        _give_drive(disk, number, directory, result)
+        _add_drive(disk, number, directory, result)
         children.append(_Device("nvme-ns", disk))
     elif device.name in DRIVES:
-        _give_drive(properties, number, directory, result)
+        _add_drive(properties, number, directory, result)
     elif device.name in NETWORK:
         if "netdev" not in properties:
-            # One hub for all: the network devices of a lab see one another.
+            # One hub for all: the network devices of a lab are connected.
             result.arguments += ["-netdev", f"hubport,id=lab-net{number},hubid=0"]
             properties["netdev"] = f"lab-net{number}"
         properties.setdefault("romfile", "")
@@ -133,14 +138,14 @@ def _back(device: _Device, number: int, directory: Path, result: Plan) -> list[_
         properties.setdefault("dma_mask", "0xffffffffffffffff")
     elif device.name == "ivshmem-plain" and "memdev" not in properties:
         size = parse_size(properties.pop("size", "16M"))
-        # Nothing is set aside for what nobody writes to.
+        # reserve=off: memory that is never written to is not reserved.
         memory = f"memory-backend-ram,id=lab-memory{number},size={size},share=on,reserve=off"
         result.arguments += ["-object", memory]
         properties["memdev"] = f"lab-memory{number}"
     if device.name == "nvme":
         properties.setdefault("serial", f"LAB{number:05d}")
     if device.name.startswith("virtio-") and "-pci" in device.name:
-        # Without it a virtio device reaches memory past the IOMMU; a legacy interface excludes it.
+        # Without it a virtio device bypasses the IOMMU. It excludes the legacy interface.
         properties.setdefault("iommu_platform", "on")
         if device.name.endswith("-pci") and properties["iommu_platform"] == "on":
             properties.setdefault("disable-legacy", "on")
@@ -151,8 +156,8 @@ def _move(properties: dict[str, str], *names: str) -> dict[str, str]:
     return {name: properties.pop(name) for name in names if name in properties}
 
 
-def _give_drive(properties: dict[str, str], number: int, directory: Path, result: Plan) -> None:
-    """Make ``drive`` out of ``file`` or ``size``, unless it is there: QEMU's own."""
+def _add_drive(properties: dict[str, str], number: int, directory: Path, result: QemuDevices) -> None:
+    """Add a drive made of ``file`` or ``size``, unless the device has one (QEMU's ``drive``)."""
     if "drive" in properties:
         return
     size = parse_size(properties.pop("size", "64M"))
@@ -168,5 +173,5 @@ def _give_drive(properties: dict[str, str], number: int, directory: Path, result
 
 
 def quote(path: Path) -> str:
-    """A path inside one of QEMU's comma-separated arguments."""
+    """Return a path as a value in QEMU's comma-separated arguments."""
     return str(path).replace(",", ",,")

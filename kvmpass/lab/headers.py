@@ -1,4 +1,4 @@
-"""The headers of the stock kernel, which modules for it are built against."""
+"""The headers of the stock kernel, for building modules."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ _ABSOLUTE = "/usr/src/"
 
 
 def package(release: str) -> str:
-    """Debian's package with the headers of the kernel ``release`` (as ``uname -r`` says it)."""
+    """Return the name of Debian's package with the headers of a kernel (``uname -r``)."""
     return f"linux-headers-{release}"
 
 
 def cached(release: str) -> Path | None:
-    """The directory for ``make -C``; ``None`` if it is not in the cache."""
+    """Return the directory for ``make -C``, ``None`` if it is not in the cache."""
     tree = _root(release) / "usr" / "src" / package(release)
     return tree if tree.is_dir() else None
 
 
 def fetch(say: Say, *, again: bool = False) -> Path:
-    """The directory for ``make -C DIR M=$PWD modules``, downloaded at first use with the stock kernel itself.
+    """Return the directory for ``make -C DIR M=$PWD modules``; headers and kernel are downloaded at first use.
 
-    Raises ``LabError`` if apt has no headers of the very release that the cache has as the stock kernel.
+    ``again``: download the headers even if they are in the cache. Raises ``LabError`` if apt has no headers of the
+    stock kernel in the cache.
     """
     release = kernels.stock(say).release
     with locked("headers", say):
@@ -35,7 +36,7 @@ def fetch(say: Say, *, again: bool = False) -> Path:
                 _unpack(release, draft, say)
             tree = cached(release)
     if tree is None:
-        raise LabError(f"{package(release)} has no headers in it")
+        raise LabError(f"{package(release)} does not contain headers")
     return tree
 
 
@@ -54,5 +55,5 @@ def _unpack(release: str, draft: Path, say: Say) -> None:
         debian.download_and_unpack(name, draft, say)
     tree = draft / "usr" / "src" / package(release)
     makefile = tree / "Makefile"
-    makefile.write_text(makefile.read_text().replace(_ABSOLUTE, "../"))  # it would look where packages are installed
-    (tree / "vmlinux").unlink(missing_ok=True)  # its types: with them each module's would need pahole
+    makefile.write_text(makefile.read_text().replace(_ABSOLUTE, "../"))  # the packages are not installed
+    (tree / "vmlinux").unlink(missing_ok=True)  # with its BTF, modules could not be built without pahole

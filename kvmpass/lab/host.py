@@ -1,4 +1,4 @@
-"""One emulated host: started, asked whether its DMA is translated, given a command, ended."""
+"""One emulated host: its start, the check that its DMA is translated, its command, its end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kvmpass.lab.config import LabConfig, LabOutcome, LabResult
 from kvmpass.lab.script import Job, overlay
 
 BOOT_SECONDS = 240.0
-FIRST_BOOT_SECONDS = 120.0  # a start that hangs does so early, and another one is quicker than waiting
+FIRST_BOOT_SECONDS = 120.0  # a boot that hangs does so early; booting again is faster than waiting
 END_SECONDS = 5.0
 STALL_SECONDS = 20.0  # the timers of an idle host use CPU time ten times in it
 NOISE = ("TCG doesn't support", "warning: ")
@@ -32,7 +32,10 @@ IN, OUT, ERR, STATUS = "kvmpass.in", "kvmpass.out", "kvmpass.err", "kvmpass.stat
 
 
 class Host:
-    """A QEMU process and its channels. Use it in a ``with``: leaving it ends QEMU and removes the run's files."""
+    """A QEMU process and its channels. The end of the ``with`` block ends QEMU and removes the run's files.
+
+    Synchronization: one thread, except for :meth:`cpu_time` and :meth:`stop`.
+    """
 
     def __init__(self, config: LabConfig, say: Say) -> None:
         self._config, self._say = config, say
@@ -52,18 +55,18 @@ class Host:
 
     @cache_errors()
     def start(self, job: Job) -> None:
-        """Start QEMU with the job's ports. Raises ``LabError`` if something for it is missing."""
+        """Start QEMU with the job's ports. Raises ``LabError`` if a tool, a kernel or a file is missing."""
         config = self._config
         self._emulator = qemu.find(config.qemu)
         self._accelerator = qemu.accelerator(config.accel)
         self._kernel = kernels.find(config.kernel, self._say)
-        plan = devices.plan(
+        found = devices.qemu_devices(
             config.devices,
             self._directory,
             root_ports=self._emulator.root_ports,
             is_pci=self._emulator.is_pci,
         )
-        for path, size in plan.files:
+        for path, size in found.files:
             with path.open("wb") as file:
                 file.truncate(size)
         writable = tuple(path.absolute() for path in config.writable)
@@ -86,7 +89,7 @@ class Host:
                 self._emulator,
                 self._kernel,
                 image,
-                plan,
+                found,
                 self._channels.inner,
                 self._console,
                 self._trace,
@@ -95,7 +98,7 @@ class Host:
         self._lines = Lines(self.port(STATUS))
 
     def _launch(self, words: list[str]) -> None:
-        # A QEMU whose starter was killed would run on for ever.
+        # Without it QEMU would keep running after this process was killed.
         guard = [str(need_tool("setpriv")), "--pdeathsig", "KILL", "--"]
         self._errors = self._directory / "stderr"
         with self._errors.open("wb") as errors:
@@ -113,11 +116,11 @@ class Host:
         self._deadline = time.monotonic() + (self._config.timeout or math.inf)
 
     def port(self, name: str) -> socket.socket:
-        """Our end of a port."""
+        """Return this process's end of a port."""
         return self._channels.outer[name]
 
     def pump(self, outputs: Mapping[str, Writer]) -> None:
-        """Copy these ports from now on. A writer that fails ends the run."""
+        """Start to copy these ports to their writers. A writer that fails ends the run."""
         for name, target in outputs.items():
             pump = Pump(self.port(name), target, self._give_up)
             self._pumps[name] = pump
@@ -128,8 +131,9 @@ class Host:
             self.port(STATUS).shutdown(socket.SHUT_RDWR)
 
     def boot(self, patience: float) -> LabResult | None:
-        """Wait ``patience`` seconds until the host is up and let it go on; a result means that it never came up.
+        """Wait at most ``patience`` seconds for the host, and let it start the command.
 
+        Returns ``None``, or the result of a host that has not booted.
         Raises ``LabError`` if QEMU refuses its arguments, or if it does not translate DMA.
         """
         try:
@@ -152,7 +156,7 @@ class Host:
         return None
 
     def wait(self) -> LabResult:
-        """Wait for the command's end, and for all its output. Raises what a writer of output raised."""
+        """Wait for the command's end and all of its output. Raises what a writer of output raised."""
         used = None
         while True:
             try:
@@ -170,7 +174,7 @@ class Host:
         return self._gone()
 
     def _wake(self) -> None:
-        """Raise an interrupt in a host whose vCPU has gone to sleep for good.
+        """Raise an interrupt in a host whose vCPU sleeps although interrupts are pending.
 
         QEMU's emulation of VMRUN and #VMEXIT changes the vCPU's set of pending interrupts without the lock that
         protects it (``target/i386/tcg/sysemu/svm_helper.c``): the interrupt of a timer can get lost. The local APIC
@@ -188,13 +192,13 @@ class Host:
                 continue
             if count.isdigit():
                 done = pump.wait_for(int(count), self._deadline)
-            else:  # a kernel without debugfs cannot tell
+            else:  # unknown: a kernel without debugfs
                 pump.wait_for(1 << 62, time.monotonic() + 1)
                 done = True
             if not done:
                 return self._result("timeout")
         self._raise_failures()
-        # A terminal's last words come out before QEMU's end of its port closes.
+        # A terminal's last output arrives before QEMU closes its end of the port.
         self.stop()
         for pump in self._pumps.values():
             pump.join(END_SECONDS)
@@ -225,13 +229,13 @@ class Host:
         return ""
 
     def _complaints(self) -> list[str]:
-        """What QEMU itself said, without what it always says."""
+        """Lines of QEMU's own output, without the usual ones."""
         text = self._errors.read_bytes().decode("utf-8", "replace")
         lines = [line.split(": ", 1)[-1] for line in text.splitlines()]
         return [line for line in lines if line.strip() and not any(noise in line for noise in NOISE)]
 
     def cpu_time(self) -> float | None:
-        """Seconds of CPU time that QEMU has used (``/proc/PID/stat``: utime and stime, in ticks of 10 ms).
+        """Return the seconds of CPU time that QEMU has used (``/proc/PID/stat``: utime and stime, in ticks of 10 ms).
 
         ``None`` until the command starts, after QEMU's end, and with KVM, where an idle host uses next to none.
         Synchronization: any thread.
@@ -246,7 +250,10 @@ class Host:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
-        """End QEMU, gently if it listens."""
+        """End QEMU: SIGTERM, and SIGKILL if it does not respond. Idempotent.
+
+        Synchronization: any thread.
+        """
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self._process.poll() is None:
                 self._process.send_signal(number)

@@ -1,4 +1,4 @@
-"""The emulated host's first file system: busybox, and the modules that reach the real one."""
+"""The emulated host's initramfs: busybox, and the modules for its root file system."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from kvmpass.lab.modules import loaded_by
 ROOT_MODULES = ("9p", "9pnet_virtio", "overlay")
 FOLDERS = ("bin", "dev", "mods", "newroot", "proc", "ro", "rw", "sys")
 DIRECTORY = Node(stat.S_IFDIR | 0o755)
-_FORMAT = 2  # part of the cached files' names: one more when their content changes for the same inputs
+_FORMAT = 2  # part of the cached files' names: increment it when their content changes for the same inputs
 
 
 def padded(data: bytes) -> bytes:
-    """``data`` up to the next multiple of four: where the next member, or archive, may begin."""
+    """Pad ``data`` to a multiple of four bytes: another archive may follow there."""
     return data + bytes(-len(data) % 4)
 
 
 def regular(content: bytes) -> Node:
-    """A file that anyone can read."""
+    """Return a file that all users can read."""
     return Node(stat.S_IFREG | 0o644, content)
 
 
 def executable(content: bytes) -> Node:
-    """A program that anyone can run."""
+    """Return a program that all users can run."""
     return Node(stat.S_IFREG | 0o755, content)
 
 
 def base(kernel: Kernel, say: Say) -> Path:
-    """The part that is the same for every run under ``kernel``: made once, kept in the cache."""
+    """Return the cached part of the initramfs, which is the same for all runs of a kernel. Raises ``LabError``."""
     busybox = static_busybox()
     at = busybox.stat()
     inputs = f"{_FORMAT}:{kernel.identity}:{busybox}:{at.st_size}:{at.st_mtime_ns}"
@@ -53,16 +53,16 @@ def base(kernel: Kernel, say: Say) -> Path:
 
 
 def static_busybox() -> Path:
-    """A busybox that runs where there is no library yet."""
+    """Return a busybox that needs no libraries. Raises ``LabError``."""
     busybox = need_tool("busybox")
-    # A dynamic program names its loader, and the name is in its first pages.
+    # The first pages of a dynamically linked program contain the name of its loader.
     if b"/ld-linux-x86-64" in busybox.read_bytes()[:4096]:
         raise LabError(f"{busybox} is not statically linked", "apt-get install busybox-static")
     return busybox
 
 
 def root_modules(kernel: Kernel) -> list[Path]:
-    """Files of the modules that the root file system needs, in the order in which they load."""
+    """Return the files of the modules that the root file system needs, in loading order."""
     if kernel.modules is None:
         return []
     index = kernel.modules / "modules.dep"

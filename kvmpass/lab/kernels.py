@@ -1,4 +1,4 @@
-"""The emulated host's kernels: Debian's, the full one, or a file."""
+"""The emulated host's kernels: stock (Debian's), full, or a file."""
 
 from __future__ import annotations
 
@@ -22,17 +22,22 @@ _VERSION_AT = 0x20E
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel that a host can boot: ``modules`` is what its ``/lib/modules/RELEASE`` shall be."""
+    """A kernel that a host can boot."""
 
     name: str
+    """``stock``, ``full``, or the path of a bzImage."""
     image: Path
+    """The bzImage."""
     release: str
+    """What ``uname -r`` prints."""
     modules: Path | None = None
+    """The directory for ``/lib/modules/RELEASE``."""
     config: Path | None = None
+    """The file for ``/boot/config-RELEASE``."""
 
     @property
     def identity(self) -> str:
-        """Changes when the image file or its modules do."""
+        """A hash that changes when the image file or its modules do."""
         at = self.image.stat()
         text = f"{self.image}:{at.st_size}:{at.st_mtime_ns}:{self.modules}"
         if self.modules is not None:
@@ -41,7 +46,7 @@ class Kernel:
 
 
 def kernel_release(image: Path) -> str:
-    """What ``uname -r`` will say under this bzImage. Raises ``LabError`` if it is none."""
+    """Return what ``uname -r`` prints under a bzImage. Raises ``LabError`` for another file."""
     try:
         with image.open("rb") as file:
             head = file.read(0x10000)
@@ -57,15 +62,17 @@ def kernel_release(image: Path) -> str:
 
 
 def stock_root() -> Path:
+    """Return the directory of the stock kernel in the cache."""
     return cache_root() / "kernels" / "stock"
 
 
 def full_root() -> Path:
+    """Return the directory of the full kernel in the cache."""
     return cache_root() / "kernels" / "full"
 
 
 def cached(root: Path, name: str) -> Kernel | None:
-    """The kernel below ``root``, a tree as Debian's packages have it; ``None`` if there is none."""
+    """Return the kernel below ``root``, a tree like that of Debian's packages; ``None`` if there is none."""
     images = sorted((root / "boot").glob("vmlinuz-*")) if root.is_dir() else []
     if not images:
         return None
@@ -75,7 +82,7 @@ def cached(root: Path, name: str) -> Kernel | None:
 
 
 def stock(say: Say) -> Kernel:
-    """Debian's kernel, downloaded at first use."""
+    """Return Debian's kernel, which is downloaded at first use. Raises ``LabError``."""
     with locked("kernel", say):
         kernel = cached(stock_root(), "stock")
         if kernel is None:
@@ -87,12 +94,15 @@ def stock(say: Say) -> Kernel:
                 modules.unpack_usual(draft, release)
             kernel = cached(stock_root(), "stock")
     if kernel is None:
-        raise LabError(f"{STOCK_PACKAGE} has no kernel in it")
+        raise LabError(f"{STOCK_PACKAGE} does not contain a kernel")
     return kernel
 
 
 def full(say: Say) -> Kernel:
-    """The kernel with iommufd: the one that ``KVMPASS_LAB_KERNEL`` names, or the one built; never built here."""
+    """Return the kernel with iommufd: that of ``KVMPASS_LAB_KERNEL``, or the built one.
+
+    Raises ``LabError`` if it has not been built.
+    """
     named = os.environ.get(FULL_VARIABLE)
     if named:
         return from_file(Path(named), say, "full")
@@ -106,7 +116,10 @@ def full(say: Say) -> Kernel:
 
 
 def from_file(image: Path, say: Say, name: str | None = None) -> Kernel:
-    """A bzImage anywhere; its modules from ``/lib/modules``, or the lists of built-in ones from beside it."""
+    """Return a kernel for a bzImage. Raises ``LabError`` if it is none.
+
+    Its modules are those in ``/lib/modules``, else it has only the built-in ones that the lists beside it name.
+    """
     image = image.absolute()
     release = kernel_release(image)
     installed = Path("/lib/modules") / release
@@ -122,7 +135,7 @@ def from_file(image: Path, say: Say, name: str | None = None) -> Kernel:
 
 
 def find(name: str, say: Say) -> Kernel:
-    """``stock``, ``full`` or a file's path."""
+    """Return the kernel for ``stock``, ``full`` or a path. Raises ``LabError``."""
     if name == "stock":
         return stock(say)
     if name == "full":

@@ -26,9 +26,10 @@ Attach = Callable[[Host], AbstractContextManager[None]]
 
 
 class Lab:
-    """An emulated AMD host, booted again for each command. ``say`` takes progress, a line at a time.
+    """An emulated AMD host, started for each command. ``say`` receives progress, a line at a time.
 
-    Runs may go on side by side; each blocks the thread it is called from, and ends with that thread.
+    Synchronization: labs run in parallel, each in one thread, which it blocks; :meth:`stop` and :meth:`cpu_time` may
+    be called from any thread.
     """
 
     def __init__(self, config: LabConfig | None = None, say: Say = log.info) -> None:
@@ -38,16 +39,20 @@ class Lab:
         self._stopped = False
 
     def stop(self) -> None:
-        """End the run that another thread is in, at once; that ``run`` returns ``silent``. Else it does nothing."""
+        """End the run in another thread, whose ``run`` returns ``silent``; without one it has no effect.
+
+        Synchronization: any thread.
+        """
         self._stopped = True
         host = self._host
         if host is not None:
             host.stop()
 
     def cpu_time(self) -> float | None:
-        """Seconds of CPU time that the emulator has used; ``None`` with KVM, and while no command runs inside.
+        """Return the seconds of CPU time that the emulator has used, ``None`` if unknown.
 
-        Even an idle host under emulation uses some, because its timers tick.
+        It is unknown with KVM, and while no command runs inside. An idle host under emulation uses some, too: for its
+        timers. Synchronization: any thread.
         """
         host = self._host
         return host.cpu_time() if host is not None else None
@@ -64,13 +69,13 @@ class Lab:
     ) -> LabResult:
         """Run ``command`` inside, as root, and return how it ended.
 
-        Its output is copied as it comes, byte for byte, to binary files or descriptors (``None``: this process's
-        own). A host that dies or hangs before the command has started is started once more; ``say`` tells. Its
-        input is empty unless ``stdin`` is a descriptor. ``env`` is added to a small environment of the
-        lab's own. Raises ``LabError`` if the host cannot be started, and what ``stdout`` or ``stderr`` raise.
+        ``stdout`` and ``stderr``: binary files or descriptors that output is copied to as it arrives; ``None``: those
+        of this process. ``stdin``: a descriptor; ``None``: no input. ``env`` is added to the lab's small environment.
+        A host that dies or hangs before the command starts is started once more. Raises ``LabError`` if the host
+        cannot be started, and what ``stdout`` or ``stderr`` raise.
         """
         if not command:
-            raise LabError("no command to run in the lab")
+            raise LabError("missing command for the lab")
         outputs = {OUT: writer(stdout, sys.stdout), ERR: writer(stderr, sys.stderr)}
         ports = (OUT, ERR, STATUS) if stdin is None else (OUT, ERR, STATUS, IN)
         job = Job(command, cwd or Path.cwd(), environment(env), ports, "null" if stdin is None else "pipe")
@@ -87,7 +92,7 @@ class Lab:
         out_of_time = self.config.timeout is not None and result.seconds >= self.config.timeout
         if result.started or out_of_time or self._stopped:
             return result
-        # An emulated host dies or hangs now and then while it starts; nothing of the command has run yet.
+        # Sometimes an emulated host dies or hangs at boot. The command has had no effect yet.
         self._say(f"{result.summary}; its console ended with:")
         for line in result.console_tail.splitlines():
             self._say(f"  | {line}")
@@ -111,7 +116,10 @@ class Lab:
                 self._host = None
 
     def shell(self, *, cwd: Path | None = None) -> LabResult:
-        """A shell inside, on this process's terminal; without a terminal it reads commands from the input."""
+        """Run a shell inside, on this process's terminal; without a terminal it reads commands from standard input.
+
+        Raises ``LabError`` if the host cannot be started.
+        """
         if not sys.stdin.isatty():
             return self.run(SHELL[:1], cwd=cwd, stdin=sys.stdin.fileno())
         source = sys.stdin.fileno()
@@ -124,7 +132,7 @@ class Lab:
 
 @contextmanager
 def _terminal(source: int, host: Host) -> Iterator[None]:
-    """Make ``source``, a terminal, that of the command, raw and with its size, for the time of the block."""
+    """Connect a terminal to the command's: raw, and with the same size, also when it changes."""
 
     def resized(number: int, frame: FrameType | None) -> None:
         size = os.get_terminal_size(source)

@@ -1,4 +1,4 @@
-"""The modern QEMU line: Debian 13's backports, unpacked beside the machine's own libraries, never installed."""
+"""The modern QEMU: that of Debian 13's backports, unpacked with its libraries, without being installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SUITES = ("trixie", "trixie-backports")
 
 
 def fetch(say: Say, *, again: bool = False) -> Emulator:
-    """Get the modern QEMU into the cache, unless it is there. Raises ``LabError`` if it cannot be had."""
+    """Return the modern QEMU, downloaded into the cache if it is not there, or if ``again``. Raises ``LabError``."""
     with locked("qemu", say):
         if again or not modern_root().is_dir():
             with new_directory(modern_root()) as draft:

@@ -1,4 +1,4 @@
-"""Kernel modules in files: which ones a module needs, what is packed in them, their index."""
+"""Kernel modules in files: their dependencies, their compression, their index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvmpass.lab.cache import run_tool
 
 BUILTIN_LISTS = ("modules.builtin", "modules.builtin.modinfo", "modules.order")
 
-# Loaded at every start, or with a device that is likely in a lab.
+# Loaded at each boot, or for a device that labs often have.
 USUAL = (
     *("9p", "9pnet_virtio", "overlay", "vfio-pci", "kvm_amd"),
     *("nvme", "ahci", "sd_mod", "virtio_blk", "xhci_pci", "usb_storage", "uio_pci_generic"),
@@ -21,12 +21,15 @@ USUAL = (
 
 
 def index(root: Path, release: str) -> None:
-    """Write the index that modprobe reads in ``root/lib/modules/RELEASE``."""
+    """Write the index for modprobe in ``root/lib/modules/RELEASE``. Raises ``LabError``."""
     run_tool(["depmod", "-b", root, release], f"no module index for {release}")
 
 
 def index_builtin(lists: Path, root: Path, release: str) -> None:
-    """Make ``root/lib/modules/RELEASE`` of a kernel without modules: it tells which drivers are built in."""
+    """Make ``root/lib/modules/RELEASE`` for a kernel without modules, from its lists of built-in drivers.
+
+    Raises ``LabError``.
+    """
     modules = root / "lib" / "modules" / release
     modules.mkdir(parents=True)
     for name in BUILTIN_LISTS:
@@ -38,7 +41,7 @@ def index_builtin(lists: Path, root: Path, release: str) -> None:
 
 
 def loaded_by(root: Path, release: str, names: Iterable[str]) -> list[Path]:
-    """Files of modules and all they need, in the order in which they load; nothing for built-in ones.
+    """Return the files of modules and of their dependencies, in loading order, without built-in ones.
 
     Raises ``LabError`` if the kernel has no such module.
     """
@@ -53,7 +56,7 @@ def loaded_by(root: Path, release: str, names: Iterable[str]) -> list[Path]:
 
 
 def unpack_usual(root: Path, release: str) -> None:
-    """Unpack the usual modules in place: under emulation that takes longer than all the rest of a start."""
+    """Decompress the usual modules in place: an emulated host would need more time for it than for its boot."""
     for path in loaded_by(root, release, USUAL):
         if path.suffix != ".ko":
             path.with_suffix("").write_bytes(decompress(path))

@@ -1,7 +1,7 @@
-"""Evidence that the emulated IOMMU translates: what it printed itself while the host's drivers started.
+"""Evidence that the emulated IOMMU translates: QEMU's trace of it while the host's drivers start.
 
-Every emulated host has a SATA controller on bus 0, whose driver gives it memory to write to when it starts. A QEMU
-that translates prints that access with an address that differs from the one the device used.
+Each emulated host has a SATA controller on bus 0, which writes to memory when its driver starts. If the IOMMU
+translates, QEMU's trace has that access with an address that differs from the one the device used.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _BYPASSES = re.compile(r"(?:^|\s)(?:iommu=(?:pt|off|soft)|iommu\.passthrough=1|a
 
 
 def bypassed(append: str) -> bool:
-    """Whether the kernel is told to leave its own devices untranslated: then there is nothing to see."""
+    """Return whether the kernel's command line disables the translation of its devices: evidence is impossible."""
     return _BYPASSES.search(append) is not None
 
 
 def translations(trace: Path) -> int:
-    """How many accesses reached another address than the one the device used."""
+    """Return the number of accesses whose address differs from the one the device used."""
     count = 0
     with trace.open("rb") as file:
         for line in file:
@@ -43,7 +43,7 @@ def translations(trace: Path) -> int:
 
 
 def require(trace: Path, emulator: Emulator, kernel: Kernel) -> int:
-    """Wait for the evidence and note it; raises ``LabError`` if there is none. Returns the translations seen."""
+    """Wait for the evidence, record it, and return the number of translations. Raises ``LabError`` without any."""
     deadline = time.monotonic() + SECONDS
     while not (count := translations(trace)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -57,7 +57,7 @@ def require(trace: Path, emulator: Emulator, kernel: Kernel) -> int:
 
 
 def stop_trace(control: socket.socket) -> None:
-    """Switch the trace off: it costs a line for every four bytes."""
+    """Disable the trace, which has a line for every four bytes. Raises ``LabError`` if QEMU refuses."""
     control.settimeout(10)
     off = {"name": TRACE_EVENT, "enable": False}
     for order in ({"execute": "qmp_capabilities"}, {"execute": "trace-event-set-state", "arguments": off}):
@@ -66,12 +66,12 @@ def stop_trace(control: socket.socket) -> None:
     while answers.count(b'"return"') < 2:
         data = control.recv(4096)
         if not data or b'"error"' in data:
-            raise LabError("QEMU does not let its trace be switched off")
+            raise LabError("QEMU refuses to disable its trace")
         answers += data
 
 
 def verdicts() -> dict[str, str]:
-    """What was seen last, by QEMU and kernel."""
+    """Return the last result for each QEMU and kernel."""
     try:
         found = json.loads(_file().read_text())
     except (OSError, ValueError):
@@ -80,7 +80,7 @@ def verdicts() -> dict[str, str]:
 
 
 def note(emulator: Emulator, kernel: Kernel, count: int) -> None:
-    """Remember what was seen, for ``kvmpass lab status``."""
+    """Record a result for ``kvmpass lab status``."""
     verdict = f"translated ({count} times)" if count else "NOT TRANSLATED"
     key = f"QEMU {emulator.version_text} ({emulator.name}), kernel {kernel.release}"
     text = f"{verdict} at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"

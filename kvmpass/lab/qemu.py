@@ -1,4 +1,4 @@
-"""The emulators: which QEMU, what its IOMMU can do, and which ones are known to be broken."""
+"""The emulators: which QEMU, the features of its IOMMU, and which versions are known to be broken."""
 
 from __future__ import annotations
 
@@ -21,29 +21,35 @@ Version = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Emulator:
-    """A QEMU: how it is started, and what its version is."""
+    """A QEMU: its version, and how it is started."""
 
     name: str
+    """``system``, ``modern``, or the path of a program."""
     path: Path
+    """The program."""
     version: Version
+    """Its version."""
     prefix: tuple[str, ...]
+    """The first words of its command line."""
     environment: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Environment variables that it needs."""
 
     @property
     def version_text(self) -> str:
+        """Its version, such as ``7.2.22``."""
         return ".".join(str(part) for part in self.version)
 
     @property
     def root_ports(self) -> bool:
-        """Whether DMA from behind a PCIe root port is translated as the device's own (10.0 and before: no)."""
+        """Whether DMA of devices behind a PCIe root port is translated (until 10.0: no)."""
         return self.version >= (11, 0, 0)
 
     def help(self, device: str) -> str | None:
-        """The properties of a device, ``None`` if this QEMU does not have it."""
+        """Return the list of a device's properties, ``None`` if this QEMU does not have the device."""
         return _device_help(self, device)
 
     def is_pci(self, device: str) -> bool:
-        """Whether a device has a place on a PCI bus. Raises ``LabError`` for one unknown to this QEMU."""
+        """Return whether a device is on a PCI bus. Raises ``LabError`` if this QEMU does not have the device."""
         text = self.help(device)
         if text is None:
             raise LabError(
@@ -52,12 +58,12 @@ class Emulator:
         return re.search(r"^\s*addr=", text, re.MULTILINE) is not None
 
     def iommu(self, *, intremap: bool) -> str:
-        """The ``-device`` argument of the AMD IOMMU."""
+        """Return the ``-device`` argument of the AMD IOMMU. Raises ``LabError`` if this QEMU has none."""
         words = ["amd-iommu", f"intremap={'on' if intremap else 'off'}"]
         known = self.help("amd-iommu")
         if known is None:
             raise LabError(f"QEMU {self.version_text} has no AMD IOMMU", SUPPORTED)
-        # From the release on that has the switch nothing is translated unless it is on.
+        # Releases that have this property translate only if it is on.
         if "dma-remap=" in known:
             words.append("dma-remap=on")
         if "xtsup=" in known and intremap:
@@ -79,7 +85,7 @@ def _device_help(emulator: Emulator, device: str) -> str | None:
 
 
 def judge(version: Version) -> tuple[bool, str]:
-    """Whether a version may be used, and what is known about it."""
+    """Return whether a version may be used, and what is known about it."""
     if version[:2] == (10, 0):
         return False, (
             "broken: with an AMD IOMMU its IOAPIC delivers nothing under TCG, so timers and legacy interrupts hang"
@@ -89,17 +95,17 @@ def judge(version: Version) -> tuple[bool, str]:
     if version[:2] == (11, 1):
         return True, "tested (root ports, virtual functions, fault events)"
     if version < (7, 2, 0):
-        return False, "too old: 7.2 is the first that was found to work"
-    return True, "untested: every start checks that DMA is translated"
+        return False, "too old: 7.2 is the first version that works"
+    return True, "untested: each start checks that DMA is translated"
 
 
 def modern_root() -> Path:
-    """Where ``kvmpass lab qemu`` unpacks the modern line."""
+    """Return the directory of the modern QEMU in the cache."""
     return cache_root() / "qemu" / "modern"
 
 
 def modern() -> Emulator:
-    """The modern line, out of the cache. Raises ``LabError`` if it is not there."""
+    """Return the modern QEMU. Raises ``LabError`` if it is not in the cache."""
     root = modern_root()
     program = root / "usr" / "bin" / PROGRAM
     if not program.is_file():
@@ -117,7 +123,7 @@ def modern() -> Emulator:
 
 
 def system() -> Emulator:
-    """The QEMU that is installed. Raises ``LabError`` if there is none."""
+    """Return the installed QEMU. Raises ``LabError`` if there is none."""
     found = find_tool(PROGRAM)
     if found is None:
         raise LabError("no QEMU is installed", "apt-get install qemu-system-x86")
@@ -146,7 +152,7 @@ def version_of(prefix: tuple[str, ...], environment: Mapping[str, str] | None = 
 
 
 def find(name: str) -> Emulator:
-    """``system``, ``modern`` or a program's path. Raises ``LabError`` for a QEMU known to be broken."""
+    """Return the QEMU for ``system``, ``modern`` or a path. Raises ``LabError`` if it is missing or broken."""
     if name == "system":
         emulator = system()
     elif name == "modern":
@@ -161,7 +167,7 @@ def find(name: str) -> Emulator:
 
 
 def accelerator(asked: str) -> str:
-    """``tcg`` or ``kvm``: with ``auto``, KVM only where the real CPU's AMD-V can be nested."""
+    """Return ``tcg`` or ``kvm``. ``auto`` is ``kvm`` only if the CPU's AMD-V can be nested."""
     if asked != "auto":
         return asked
     nested = Path("/sys/module/kvm_amd/parameters/nested")

@@ -1,4 +1,4 @@
-"""What one run adds to the emulated host's first file system: its settings, and the command."""
+"""The part of the initramfs that is made for one run: the first process, its settings, the command."""
 
 from __future__ import annotations
 
@@ -19,26 +19,32 @@ from kvmpass.lab.kernels import Kernel
 
 @dataclass(frozen=True)
 class Job:
-    """A command for a lab, the ports it needs, and where its input comes from. ``terminal`` is rows and columns."""
+    """A command for a lab."""
 
     command: Sequence[str]
+    """The program and its arguments."""
     cwd: Path
+    """Its working directory."""
     env: Mapping[str, str]
+    """Its whole environment."""
     ports: tuple[str, ...]
+    """Names of the virtio-serial ports that it needs."""
     input: Literal["null", "pipe", "tty"] = "null"
+    """Its standard input."""
     terminal: tuple[int, int] = (24, 80)
+    """Rows and columns of its terminal."""
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The command's environment: small, with this installation's programs first in ``PATH``."""
+    """Return the command's environment: a small one, with this installation's programs first in ``PATH``."""
     values = {
         "HOME": "/root",
         "KVMPASS_LAB": "1",
         "LANG": "C.UTF-8",
         "LOGNAME": "root",
-        # The interpreter that runs here, by its own path: a version manager's shim takes seconds under emulation.
+        # The directory of this very interpreter: a version manager's shim would take seconds under emulation.
         "PATH": f"{Path(sys.executable).parent}:{SYSTEM_PATH}",
-        # What a run would cache goes away with it.
+        # Byte code would be lost at the end of the run.
         "PYTHONDONTWRITEBYTECODE": "1",
         "SHELL": "/bin/bash",
         "TERM": "linux",
@@ -50,7 +56,7 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def overlay(job: Job, kernel: Kernel, writable: Sequence[Path]) -> bytes:
-    """A cpio archive with the first process and all it needs to know."""
+    """Return a cpio archive with the first process and its settings."""
     settings = {
         "INPUT": job.input,
         "KERNEL_CONFIG": kernel.config or "",
@@ -71,8 +77,8 @@ def overlay(job: Job, kernel: Kernel, writable: Sequence[Path]) -> bytes:
 
 
 def command_script(job: Job) -> bytes:
-    """A shell script that becomes the command; 127 and 126 as in a shell if it cannot, 125 without ``cwd``."""
-    # By its path: a busybox would take its own programs before those in PATH.
+    """Return a shell script that executes the command. Its exit status is 125 if ``cwd`` is missing."""
+    # By its path: busybox would prefer its own env.
     words = ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in job.env.items()), *job.command]
     text = f"cd -- {shlex.quote(str(job.cwd))} || exit 125\nexec {shlex.join(words)}\n"
     return text.encode("utf-8", "surrogateescape")

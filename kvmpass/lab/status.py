@@ -1,4 +1,4 @@
-"""What the lab is made of on this machine: installed, cached, missing."""
+"""The state of the lab on this machine: installed, cached, missing."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ SUPPORTED_HOSTS = "x86-64 Linux with Debian 12's packages (tested); others with 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``ok`` is false for what a plain ``kvmpass lab run`` lacks."""
+    """One line of the table."""
 
     part: str
+    """What it is about."""
     text: str
+    """Its state."""
     ok: bool = True
+    """``False`` if ``kvmpass lab run`` without options would fail because of it."""
 
 
 def rows() -> list[Row]:
-    """The table. Nothing is downloaded and no lab is started for it."""
+    """Return the table. Nothing is downloaded and no lab is started."""
     root = cache_root()
     return [
         Row("host", f"{platform.machine()} {platform.system()} {platform.release()}", _host_is_supported()),

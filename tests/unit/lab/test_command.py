@@ -1,4 +1,4 @@
-"""The emulated host's command line, and which QEMU may run it."""
+"""QEMU's command line for an emulated host, and which QEMU may be used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvmpass.errors import LabError
 from kvmpass.lab import qemu
 from kvmpass.lab.command import CONTROL, TERMINAL, command_line
 from kvmpass.lab.config import LabConfig
-from kvmpass.lab.devices import Plan
+from kvmpass.lab.devices import QemuDevices
 from kvmpass.lab.kernels import Kernel
 from kvmpass.lab.qemu import Emulator, judge
 
@@ -26,9 +26,11 @@ def emulator(monkeypatch: pytest.MonkeyPatch, properties: str | None = OLD) -> E
     return Emulator("system", Path("/q"), (7, 2, 22), ("/q",))
 
 
-def words(found: Emulator, config: LabConfig, trace: Path | None = Path("/t"), plan: Plan | None = None) -> list[str]:
+def words(found: Emulator, config: LabConfig, devices: QemuDevices | None = None) -> list[str]:
     channels = {"kvmpass.out": 7, CONTROL: 8, TERMINAL: 9}
-    return command_line(config, found, KERNEL, Path("/i"), plan or Plan(), channels, Path("/c,d"), trace)
+    return command_line(
+        config, found, KERNEL, Path("/i"), devices or QemuDevices(), channels, Path("/c,d"), Path("/t")
+    )
 
 
 def after(arguments: list[str], key: str) -> list[str]:
@@ -44,7 +46,7 @@ def test_a_plain_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_iommu_comes_before_the_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = words(emulator(monkeypatch), LabConfig(accel="tcg"), plan=Plan(["-device", "edu"]))
+    found = words(emulator(monkeypatch), LabConfig(accel="tcg"), devices=QemuDevices(["-device", "edu"]))
     assert after(found, "-device")[0] == "amd-iommu,intremap=on"
     assert after(found, "-device")[-1] == "edu"
 
@@ -57,9 +59,7 @@ def test_the_iommu_comes_before_the_other_devices(monkeypatch: pytest.MonkeyPatc
         ("iommu", "EPYC-Milan,+svm", None),
     ],
 )
-def test_a_host_that_lacks_something(
-    monkeypatch: pytest.MonkeyPatch, without: str, cpu: str, iommu: str | None
-) -> None:
+def test_a_host_without_a_feature(monkeypatch: pytest.MonkeyPatch, without: str, cpu: str, iommu: str | None) -> None:
     config = LabConfig(accel="tcg", without=frozenset({without}))
     found = words(emulator(monkeypatch, NEW), config)
     assert after(found, "-cpu") == [cpu]
@@ -104,7 +104,7 @@ def test_versions(version: tuple[int, int, int], usable: bool, says: str) -> Non
     assert says in judge(version)[1]
 
 
-def test_a_broken_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qemu, "version_of", lambda prefix: (10, 0, 2))
     with pytest.raises(LabError, match=r"QEMU 10\.0\.2 .*/usr/bin/own.* broken"):
         qemu.find("/usr/bin/own")
@@ -115,6 +115,6 @@ def test_root_ports_by_version() -> None:
     assert Emulator("modern", Path("/q"), (11, 1, 3), ("/q",)).root_ports
 
 
-def test_the_accelerator_that_was_asked_for() -> None:
+def test_an_explicit_accelerator() -> None:
     assert qemu.accelerator("kvm") == "kvm"
     assert qemu.accelerator("tcg") == "tcg"

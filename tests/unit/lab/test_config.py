@@ -1,4 +1,4 @@
-"""The lab's values: what a host can be made of, and how an end becomes an exit status."""
+"""The lab's configuration and result: invalid values, exit statuses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_features_split_at_commas_and_repeat() -> None:
         ({"without": frozenset({"iommu"}), "iommu_trace": Path("t")}, "trace"),
     ],
 )
-def test_impossible_hosts_are_refused(options: dict[str, object], words: str) -> None:
+def test_invalid_values_are_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(LabError, match=words):
         LabConfig(**options)  # type: ignore[arg-type]
 
@@ -38,5 +38,5 @@ def test_impossible_hosts_are_refused(options: dict[str, object], words: str) ->
     ("status", "outcome", "expected"),
     [(0, "exited", 0), (137, "exited", 137), (None, "timeout", 124), (None, "panic", 126), (None, "silent", 126)],
 )
-def test_an_end_becomes_an_exit_status(status: int | None, outcome: str, expected: int) -> None:
+def test_exit_statuses(status: int | None, outcome: str, expected: int) -> None:
     assert LabResult(status, outcome, "", 1.0).exit_status == expected  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Where the lab puts devices, and what it puts behind them."""
+"""Addresses and back ends of the lab's devices."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 
 from kvmpass.errors import LabError, LayoutError
-from kvmpass.lab.devices import Plan, plan
+from kvmpass.lab.devices import QemuDevices, qemu_devices
 
 HERE = Path("/run-of-a-lab")
 
 
-def place(*specs: str, root_ports: bool = False) -> Plan:
-    return plan(specs, HERE, root_ports=root_ports, is_pci=lambda name: name != "nvme-subsys")
+def place(*specs: str, root_ports: bool = False) -> QemuDevices:
+    return qemu_devices(specs, HERE, root_ports=root_ports, is_pci=lambda name: name != "nvme-subsys")
 
 
-def devices(result: Plan) -> list[str]:
+def devices(result: QemuDevices) -> list[str]:
     pairs = zip(result.arguments[::2], result.arguments[1::2], strict=True)
     return [value for key, value in pairs if key == "-device"]
 
@@ -29,12 +29,12 @@ def test_plain_devices_take_consecutive_slots_from_04() -> None:
     ]
 
 
-def test_slots_that_were_asked_for_are_left_out() -> None:
+def test_slots_in_use_are_skipped() -> None:
     found = devices(place("edu,addr=04.0", "pci-testdev", "edu,addr=0x5"))
     assert [device.rsplit(",", 1)[1] for device in found] == ["bus=pcie.0", "addr=06.0", "bus=pcie.0"]
 
 
-def test_the_users_place_stands() -> None:
+def test_an_explicit_address_is_kept() -> None:
     found = devices(place("pci-bridge,id=br0,chassis_nr=1,addr=11.0", "pci-testdev,bus=br0,addr=1.0"))
     assert found == ["pci-bridge,id=br0,chassis_nr=1,addr=11.0,bus=pcie.0", "pci-testdev,bus=br0,addr=1.0"]
 
@@ -57,7 +57,7 @@ def test_bridges_stay_on_bus_0() -> None:
     ]
 
 
-def test_a_place_without_translation_is_refused() -> None:
+def test_a_device_without_translation_is_refused() -> None:
     specs = ("pcie-root-port,id=rp", "edu,bus=rp")
     with pytest.raises(LabError, match="does not translate"):
         place(*specs)
@@ -70,7 +70,7 @@ def test_bus_0_fills_up() -> None:
         place(*["pci-testdev"] * 28)
 
 
-def test_a_drive_is_made_for_nvme() -> None:
+def test_an_nvme_controller_gets_a_drive() -> None:
     result = place("nvme,size=1M", "nvme,serial=OWN,drive=mine")
     assert result.files == [(HERE / "drive0.raw", 1 << 20)]
     assert result.arguments[:2] == ["-drive", f"if=none,id=lab-drive0,format=raw,file={HERE}/drive0.raw"]
@@ -99,7 +99,7 @@ def test_a_sata_controller_has_a_disk() -> None:
 
 
 @pytest.mark.parametrize("name", ["usb-storage", "virtio-blk-pci"])
-def test_other_drives_get_one_of_their_own(name: str) -> None:
+def test_other_controllers_get_a_drive(name: str) -> None:
     result = place(f"{name},size=2M")
     assert result.files == [(HERE / "drive0.raw", 2 << 20)]
     assert devices(result)[0].startswith(f"{name},drive=lab-drive0,")
@@ -121,7 +121,7 @@ def test_network_devices_share_a_hub() -> None:
     assert result.arguments.count("-netdev") == 1
 
 
-def test_virtio_goes_through_the_iommu() -> None:
+def test_virtio_devices_use_the_iommu() -> None:
     assert "iommu_platform=on,disable-legacy=on" in devices(place("virtio-rng-pci"))[0]
     assert "iommu_platform=off,bus" in devices(place("virtio-rng-pci,iommu_platform=off"))[0]
     assert "iommu_platform=on,bus" in devices(place("virtio-rng-pci-non-transitional"))[0]
@@ -132,16 +132,16 @@ def test_shared_memory_has_a_size() -> None:
     assert result.arguments[1] == f"memory-backend-ram,id=lab-memory0,size={256 << 20},share=on,reserve=off"
 
 
-def test_what_is_not_on_pci_gets_no_place() -> None:
+def test_a_device_that_is_not_on_pci_gets_no_address() -> None:
     assert devices(place("nvme-subsys,id=s0")) == ["nvme-subsys,id=s0"]
 
 
 @pytest.mark.parametrize("spec", ["", ",x=1", "edu,=1", "edu,a=1,a=2", "two words"])
-def test_nonsense_is_refused(spec: str) -> None:
+def test_an_invalid_device_is_refused(spec: str) -> None:
     with pytest.raises(LabError):
         place(spec)
 
 
-def test_a_size_that_is_none() -> None:
+def test_an_invalid_size_is_refused() -> None:
     with pytest.raises(LayoutError, match="'lots' is not a size"):
         place("nvme,size=lots")

@@ -1,4 +1,4 @@
-"""The lab's files: kernels, the first file system, the cache, and the evidence of translation."""
+"""The lab's files: kernels, the initramfs, the cache, and the evidence of translation."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def bzimage(release: str) -> bytes:
     return bytes(head)
 
 
-def test_a_kernel_tells_its_release(tmp_path: Path) -> None:
+def test_kernel_release(tmp_path: Path) -> None:
     (tmp_path / "bzImage").write_bytes(bzimage("6.12.1-own"))
     assert kernels.kernel_release(tmp_path / "bzImage") == "6.12.1-own"
 
 
-def test_what_is_no_kernel_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_kernel_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no kernel")
     with pytest.raises(LabError, match="not a Linux kernel"):
         kernels.kernel_release(tmp_path / "text")
@@ -52,7 +52,7 @@ def test_what_is_no_kernel_is_refused(tmp_path: Path) -> None:
         kernels.kernel_release(tmp_path / "nothing")
 
 
-def test_full_is_never_built_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_is_built_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(kernels.FULL_VARIABLE, raising=False)
     with pytest.raises(LabError) as caught:
         kernels.find("full", print)
@@ -110,7 +110,7 @@ def test_a_small_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the cache
 
 
-def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_directory_is_never_seen_incomplete(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), cache.new_directory(tmp_path / "a") as draft:
         (draft / "half").touch()
         raise RuntimeError
@@ -121,7 +121,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["whole"]
 
 
-def test_abandoned_runs_are_swept(own_cache: Path) -> None:
+def test_directories_of_killed_runs_are_removed(own_cache: Path) -> None:
     abandoned = own_cache / "runs" / "run-killed"
     abandoned.mkdir(parents=True)
     (abandoned / "lock").touch()
@@ -152,7 +152,7 @@ def test_a_cache_that_cannot_be_written_is_named(own_cache: Path, monkeypatch: p
 
 
 def test_a_full_cache_is_named_once(own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """write(2) says no name; of tools that fill it the words count; what is elsewhere is no matter of the cache."""
+    """write(2) has no path; the output of tools counts, too; errors elsewhere get no hint."""
     note = f"kvmpass lab clean empties the cache; {NAMED} {own_cache}"
     with pytest.raises(OSError) as refused, cache.locked("one", print), cache.locked("two", print):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -167,19 +167,19 @@ def test_a_full_cache_is_named_once(own_cache: Path, capsys: pytest.CaptureFixtu
     assert not hasattr(elsewhere.value, "__notes__")
 
 
-def test_cleaning_frees_the_cache(own_cache: Path) -> None:
+def test_clean_removes_the_cache(own_cache: Path) -> None:
     cache.write_atomic(own_cache / "kernels" / "x", b"x" * 10000)
     assert cache.clean() >= 10000
     assert not own_cache.exists()
     assert cache.clean() == 0
 
 
-def test_cleaning_waits_for_nobody(own_cache: Path) -> None:
+def test_clean_fails_while_the_cache_is_in_use(own_cache: Path) -> None:
     with cache.locked("full-kernel", print), pytest.raises(LabError, match="prepares full-kernel"):
         cache.clean()
 
 
-def test_a_lock_is_waited_for_and_says_so(own_cache: Path) -> None:
+def test_waiting_for_a_lock_is_reported(own_cache: Path) -> None:
     said: list[str] = []
     own_cache.mkdir()
     with (own_cache / ".kernel.lock").open("w") as other:
@@ -192,7 +192,7 @@ def test_a_lock_is_waited_for_and_says_so(own_cache: Path) -> None:
     assert said == ["waiting for another run that prepares kernel"]
 
 
-def test_a_failing_tool_tells_its_last_words() -> None:
+def test_the_last_line_of_a_failed_tool() -> None:
     with pytest.raises(LabError, match="it failed: the reason"):
         cache.run_tool(["sh", "-c", "echo one; echo the reason >&2; exit 3"], "it failed")
 
@@ -211,7 +211,7 @@ def test_only_translated_accesses_count(tmp_path: Path) -> None:
     assert proof.translations(tmp_path / "t") == 2
 
 
-def test_evidence_is_required_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evidence_is_required_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "SECONDS", 0.0)
     (tmp_path / "t").write_text(BLOCKED + SAME)
     with pytest.raises(LabError, match="not translated"):
@@ -227,7 +227,7 @@ def test_evidence_is_required_and_noted(tmp_path: Path, monkeypatch: pytest.Monk
     ("append", "expected"),
     [("", False), ("quiet iommu=pt", True), ("iommu.passthrough=1", True), ("xiommu=pt", False)],
 )
-def test_a_kernel_that_bypasses_shows_nothing(append: str, expected: bool) -> None:
+def test_command_lines_that_disable_translation(append: str, expected: bool) -> None:
     assert proof.bypassed(append) is expected
 
 

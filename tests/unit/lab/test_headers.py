@@ -42,7 +42,7 @@ def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-def test_they_are_fetched_once_and_can_lie_anywhere(downloads: list[str]) -> None:
+def test_headers_are_fetched_once_and_are_relocatable(downloads: list[str]) -> None:
     assert headers.cached(RELEASE) is None
     tree = headers.fetch(print)
     assert downloads == [f"linux-headers-{RELEASE}", COMMON, TOOLS]
@@ -55,7 +55,7 @@ def test_they_are_fetched_once_and_can_lie_anywhere(downloads: list[str]) -> Non
     assert len(downloads) == 6
 
 
-def test_the_command_prints_the_directory_and_nothing_else(downloads: list[str]) -> None:
+def test_the_command_prints_the_directory_only(downloads: list[str]) -> None:
     result = CliRunner().invoke(lab, ["headers"])
     assert (result.exit_code, result.stdout) == (0, f"{headers.cached(RELEASE)}\n")
 
@@ -69,12 +69,12 @@ def test_the_status_says_where_they_come_from(downloads: list[str]) -> None:
     assert row() == f"{RELEASE}, cached; headers: {tree}"
 
 
-def test_an_archive_that_has_only_a_newer_kernels(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_with_a_newer_kernel_only(downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(package: str, pattern: str) -> str:
-        raise LabError(f"this machine's apt does not know {package}", debian.UNKNOWN)
+        raise LabError(f"{package} is unknown to this machine's apt", debian.UNKNOWN)
 
     monkeypatch.setattr(debian, "dependency", unknown)
-    with pytest.raises(LabError, match="does not know linux-headers-6") as caught:
+    with pytest.raises(LabError, match="is unknown to this machine's apt") as caught:
         headers.fetch(print)
     assert "kvmpass lab clean" in caught.value.__notes__[-1]
     assert headers.cached(RELEASE) is None

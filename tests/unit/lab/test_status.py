@@ -1,4 +1,4 @@
-"""`kvmpass lab status` tells what is missing, and downloads nothing."""
+"""`kvmpass lab status` shows what is missing, and downloads nothing."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def test_missing_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyP
     assert (row.ok, row.text) == (False, "modprobe: apt-get install kmod")
 
 
-def test_what_was_seen_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_result_of_the_translation_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "verdicts", lambda: {"QEMU 7.2.22 (system), kernel 6.12": "translated (18 times)"})
     assert table()["DMA"].text == "QEMU 7.2.22 (system), kernel 6.12: translated (18 times)"

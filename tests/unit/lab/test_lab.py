@@ -29,33 +29,33 @@ LATER = LabResult(None, "panic", "x", 1.0, started=True)
 HUNG = LabResult(None, "timeout", "x", 120.0, started=False)
 
 
-def test_once_more_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     result, starts, said = run(monkeypatch, DEAD, GOOD)
     assert (result, starts) == (GOOD, 2)
     assert "  | last words" in said
     assert said[-1] == "starting the host once more"
 
 
-def test_twice_dead_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_second_start(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, DEAD, DEAD, GOOD)[:2] == (DEAD, 2)
 
 
-def test_a_start_that_hangs_is_given_up_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_boot_that_hangs_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, HUNG, GOOD)[:2] == (GOOD, 2)
-    assert run(monkeypatch, HUNG, GOOD, timeout=120.0) == (HUNG, 1, []), "the time that it was given is over"
+    assert run(monkeypatch, HUNG, GOOD, timeout=120.0) == (HUNG, 1, []), "the timeout has expired"
 
 
 @pytest.mark.parametrize("result", [GOOD, LATER])
-def test_nothing_else_is_repeated(monkeypatch: pytest.MonkeyPatch, result: LabResult) -> None:
+def test_a_command_that_was_started_is_not_repeated(monkeypatch: pytest.MonkeyPatch, result: LabResult) -> None:
     assert run(monkeypatch, result, GOOD) == (result, 1, [])
 
 
-def test_what_was_stopped_stays_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_second_start_after_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, DEAD, GOOD, stop=True)[:2] == (DEAD, 1)
 
 
-def test_what_is_stopped_while_it_is_being_started_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several hosts may be starting when Ctrl-C comes: none of them is waited for."""
+def test_stop_during_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several hosts may be starting at Ctrl-C: none of them delays the end."""
     done: list[str] = []
 
     class Starting:
