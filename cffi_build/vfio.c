@@ -21,9 +21,6 @@ struct kvmpass_range {
 };
 
 struct kvmpass_iommu_info {
-	uint64_t page_sizes;
-	uint32_t dma_available;
-	uint32_t has_dma_available;
 	uint32_t count; /* of ranges: first and last I/O virtual address, both usable */
 	struct kvmpass_range ranges[KVMPASS_MAX_RANGES];
 };
@@ -37,7 +34,6 @@ struct kvmpass_device_info {
 struct kvmpass_region_info {
 	uint32_t flags;
 	uint32_t has_sparse;
-	uint32_t msix_mappable;
 	uint64_t size;
 	uint64_t offset;
 	uint32_t count; /* of areas: offset in the region and size, both in bytes */
@@ -98,9 +94,7 @@ static int vfio_iommu_get_info(int container, struct kvmpass_iommu_info *out)
 		return result;
 	if (answer.info.argsz > sizeof(answer))
 		return -E2BIG;
-	*out = (struct kvmpass_iommu_info){
-		.page_sizes = answer.info.flags & VFIO_IOMMU_INFO_PGSIZES ? answer.info.iova_pgsizes : 0,
-	};
+	*out = (struct kvmpass_iommu_info){ 0 };
 	uint32_t next = answer.info.flags & VFIO_IOMMU_INFO_CAPS ? answer.info.cap_offset : 0;
 	const struct vfio_info_cap_header *head;
 
@@ -113,11 +107,6 @@ static int vfio_iommu_get_info(int container, struct kvmpass_iommu_info *out)
 			out->count = cap->nr_iovas;
 			for (uint32_t i = 0; i < cap->nr_iovas; i++)
 				out->ranges[i] = (struct kvmpass_range){ cap->iova_ranges[i].start, cap->iova_ranges[i].end };
-		} else if (head->id == VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL) {
-			const struct vfio_iommu_type1_info_dma_avail *cap = (const void *)head;
-
-			out->has_dma_available = 1;
-			out->dma_available = cap->avail;
 		}
 		if (head->next <= next)
 			break;
@@ -217,8 +206,6 @@ static int vfio_device_get_region_info(int device, uint32_t index, struct kvmpas
 			out->count = cap->nr_areas;
 			for (uint32_t i = 0; i < cap->nr_areas; i++)
 				out->areas[i] = (struct kvmpass_range){ cap->areas[i].offset, cap->areas[i].size };
-		} else if (head->id == VFIO_REGION_INFO_CAP_MSIX_MAPPABLE) {
-			out->msix_mappable = 1;
 		}
 		if (head->next <= next)
 			break;

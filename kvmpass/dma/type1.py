@@ -137,8 +137,8 @@ class Type1:
         return self.container.unmap_all()
 
     def ranges(self) -> tuple[Range, ...]:
-        """See ``Container.get_info``. They can shrink with each group that joins."""
-        return self.container.get_info().ranges
+        """See ``Container.iova_ranges``. They can shrink with each group that joins."""
+        return self.container.iova_ranges()
 
     def hot_reset(self, device: Device, dependent: Sequence[DependentDevice]) -> None:
         """See ``Device.pci_hot_reset``. VFIO refuses groups without a dependent device."""

@@ -2,6 +2,6 @@
 
 from kvmpass.vfio.cdev import Cdev
 from kvmpass.vfio.device import DependentDevice, Device, Irqs, Region, RegionInfo
-from kvmpass.vfio.group import Container, Group, IommuInfo
+from kvmpass.vfio.group import Container, Group
 
-__all__ = ["Cdev", "Container", "DependentDevice", "Device", "Group", "IommuInfo", "Irqs", "Region", "RegionInfo"]
+__all__ = ["Cdev", "Container", "DependentDevice", "Device", "Group", "Irqs", "Region", "RegionInfo"]

@@ -51,8 +51,6 @@ class RegionInfo:
     """Whether ``write`` is allowed."""
     mmap_areas: tuple[Range, ...]
     """The parts that can be mapped, relative to the region."""
-    msix_mappable: bool
-    """Whether the page with the MSI-X table can be mapped (``VFIO_REGION_INFO_CAP_MSIX_MAPPABLE``)."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -68,12 +66,6 @@ class Irqs:
     """VFIO's interrupt index."""
     count: int
     """Number of vectors; 0 where the device lacks this kind."""
-    eventfd: bool
-    """Whether they can signal eventfds."""
-    maskable: bool
-    """Whether they can be masked."""
-    automasked: bool
-    """Whether an interrupt masks itself until it is unmasked (INTx)."""
     resizable: bool
     """Whether vectors can be added while others are enabled."""
 
@@ -279,7 +271,7 @@ class Device(OwnedFd):
         if info.flags & lib.VFIO_REGION_INFO_FLAG_MMAP:
             areas = (Range(0, info.size),)
             if info.has_sparse:
-                areas = tuple(Range(info.areas[i].first, info.areas[i].second) for i in range(info.count))
+                areas = tuple(Range(area.first, area.second) for area in info.areas[0 : info.count])
         return RegionInfo(
             index,
             info.size,
@@ -287,7 +279,6 @@ class Device(OwnedFd):
             bool(info.flags & lib.VFIO_REGION_INFO_FLAG_READ),
             bool(info.flags & lib.VFIO_REGION_INFO_FLAG_WRITE),
             tuple(area for area in areas if area.size),
-            bool(info.msix_mappable),
         )
 
     def _irq_info(self, index: int) -> Irqs | None:
@@ -296,15 +287,7 @@ class Device(OwnedFd):
         if result == -errno.EINVAL:
             return None
         check(result, "VFIO_DEVICE_GET_IRQ_INFO", f"{self.name} interrupt {index}")
-        return Irqs(
-            self,
-            index,
-            info.count,
-            bool(info.flags & lib.VFIO_IRQ_INFO_EVENTFD),
-            bool(info.flags & lib.VFIO_IRQ_INFO_MASKABLE),
-            bool(info.flags & lib.VFIO_IRQ_INFO_AUTOMASKED),
-            not info.flags & lib.VFIO_IRQ_INFO_NORESIZE,
-        )
+        return Irqs(self, index, info.count, not info.flags & lib.VFIO_IRQ_INFO_NORESIZE)
 
     def reset(self) -> None:
         """Reset the function (``VFIO_DEVICE_RESET``). Raises ``OSError`` (``EINVAL``: not ``resettable``)."""

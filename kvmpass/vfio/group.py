@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import time
 import uuid
-from dataclasses import dataclass
 
 from kvmpass._fd import OwnedFd, check, closing_on_error, failure, open_node
 from kvmpass._native import ffi, lib
@@ -18,18 +17,6 @@ _IOMMU_REMEDY = {
     errno.EINVAL: "turn off pre-boot DMA protection in the firmware, which requires a direct-mapped region for this "
     "device (IVRS IVMD)",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class IommuInfo:
-    """What a container can translate (``VFIO_IOMMU_GET_INFO``)."""
-
-    page_sizes: int
-    """Page sizes in bytes, as a bit mask."""
-    dma_available: int | None
-    """Number of further mappings; None where the kernel does not report it."""
-    ranges: tuple[Range, ...]
-    """Usable I/O virtual addresses, in order."""
 
 
 class Container(OwnedFd):
@@ -56,17 +43,14 @@ class Container(OwnedFd):
         result = lib.vfio_set_iommu(self.fd, lib.VFIO_TYPE1v2_IOMMU)
         check(result, "VFIO_SET_IOMMU", remedy=_IOMMU_REMEDY.get(-result))
 
-    def get_info(self) -> IommuInfo:
-        """Return what the domain can translate; each group that joins can shrink it (``VFIO_IOMMU_GET_INFO``).
+    def iova_ranges(self) -> tuple[Range, ...]:
+        """Return the usable I/O virtual addresses, in order (``VFIO_IOMMU_GET_INFO``). Raises ``OSError``.
 
-        Raises ``OSError``.
+        Each group that joins can shrink them. Empty where the kernel does not list them.
         """
         info = ffi.new("struct kvmpass_iommu_info *")
         check(lib.vfio_iommu_get_info(self.fd, info), "VFIO_IOMMU_GET_INFO")
-        ranges = tuple(
-            Range(info.ranges[i].first, info.ranges[i].second - info.ranges[i].first + 1) for i in range(info.count)
-        )
-        return IommuInfo(info.page_sizes, info.dma_available if info.has_dma_available else None, ranges)
+        return tuple(Range(found.first, found.second - found.first + 1) for found in info.ranges[0 : info.count])
 
     def map_dma(self, iova: int, hva: int, size: int, *, writable: bool) -> None:
         """Pin ``size`` bytes at ``hva`` and map them at ``iova``, all multiples of a page (``VFIO_IOMMU_MAP_DMA``).

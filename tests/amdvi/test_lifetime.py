@@ -37,7 +37,7 @@ ASSIGN_STEPS: list[tuple[type, str]] = [
     (Container, "__init__"),
     (Group, "set_container"),
     (Container, "set_iommu"),
-    (Container, "get_info"),
+    (Container, "iova_ranges"),
     (Container, "map_dma"),
     (VfioDevice, "file_add"),
     (Group, "get_device_fd"),

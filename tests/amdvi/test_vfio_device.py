@@ -43,7 +43,7 @@ def signalled(eventfd: int) -> bool:
 def test_interrupts_that_the_device_has(assigned: AssignedDevice) -> None:
     irqs = assigned.vfio.irqs
     assert {INTX, MSI, MSIX, REQ} <= set(irqs)
-    assert (irqs[REQ].count, irqs[REQ].eventfd) == (1, True)
+    assert irqs[REQ].count == 1
     assert ERR not in irqs, "edu is not PCI Express"
 
 

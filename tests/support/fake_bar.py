@@ -22,7 +22,7 @@ class Region:
     """What VFIO has of a BAR; accesses outside of it are a caller's mistake (vfio.Region raises IndexError)."""
 
     def __init__(self, size: int, areas: Sequence[Range] = (), index: int = 2) -> None:
-        self.info = RegionInfo(index, size, 0, True, True, tuple(areas), True)
+        self.info = RegionInfo(index, size, 0, True, True, tuple(areas))
         self.data = bytearray((at * 7 + 1) & 0xFF for at in range(min(size, 4 * PAGE)))
         self.mappings: dict[Range, HostMapping] = {}
         self.refusing = self.refusing_mmap = False

@@ -163,7 +163,7 @@ class FakeDevice:
             (0x160, 0x0B, 0),
         ):
             config[at : at + 4] = (id_ | 1 << 16 | following << 20).to_bytes(4, "little")
-        info = RegionInfo(CONFIG, len(space or config), 0, True, True, (), False)
+        info = RegionInfo(CONFIG, len(space or config), 0, True, True, ())
         whole = FakeConfig(info, bytearray(space or config), 0 if space else PM_AT)
         self._memory_enabled = lambda: whole.memory_enabled
         self.regions: dict[int, FakeRegion] = {
@@ -175,9 +175,9 @@ class FakeDevice:
         }
         self.regions[ROM].data[:4] = b"\x55\xaa\x04\x00"
         self.irqs = {
-            INTX: FakeIrqs(self, INTX, 1, True, True, True, False),
-            MSI: FakeIrqs(self, MSI, MSI_VECTORS, True, False, False, True),
-            MSIX: FakeIrqs(self, MSIX, VECTORS, True, False, False, True),
+            INTX: FakeIrqs(self, INTX, 1, False),
+            MSI: FakeIrqs(self, MSI, MSI_VECTORS, True),
+            MSIX: FakeIrqs(self, MSIX, VECTORS, True),
         }
         self.active: int | None = None
         self.irq_calls: list[tuple[Any, ...]] = []
@@ -186,7 +186,7 @@ class FakeDevice:
     def _region(self, index: int, size: int, mmap: bool = False, memory: bool = True) -> FakeRegion:
         areas = (Range(0, size),) if mmap else ()
         enabled = self._memory_enabled if memory else lambda: True
-        return FakeRegion(RegionInfo(index, size, 0, True, True, areas, True), bytearray(size), enabled)
+        return FakeRegion(RegionInfo(index, size, 0, True, True, areas), bytearray(size), enabled)
 
     @property
     def config(self) -> FakeConfig:

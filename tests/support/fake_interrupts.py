@@ -118,9 +118,9 @@ class FakeDevice:
         self, *, intx: int = 1, msi: int = 0, msix: int = 0, resizable: bool = True, host: int = 4096
     ) -> None:
         self.irqs = {
-            INTX: FakeIrqs(self, INTX, intx, True, True, True, False),
-            MSI: FakeIrqs(self, MSI, msi, True, False, False, False),
-            MSIX: FakeIrqs(self, MSIX, msix, True, False, False, resizable),
+            INTX: FakeIrqs(self, INTX, intx, False),
+            MSI: FakeIrqs(self, MSI, msi, False),
+            MSIX: FakeIrqs(self, MSIX, msix, resizable),
         }
         self.host = host  # vectors that the host still has
         self.active: int | None = None

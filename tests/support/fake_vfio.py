@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvmpass.layout import PAGE, Range
-from kvmpass.vfio import IommuInfo
 from kvmpass.vfio.device import DependentDevice
 
 
@@ -119,10 +118,10 @@ class FakeContainer:
 
         self.kernel.call("set_iommu", work)
 
-    def get_info(self) -> IommuInfo:
+    def iova_ranges(self) -> tuple[Range, ...]:
         if not self.iommu:
             raise refuse(errno.EINVAL, "VFIO_IOMMU_GET_INFO")
-        return IommuInfo(PAGE, None, self.kernel.ranges)
+        return self.kernel.ranges
 
     def map_dma(self, iova: int, hva: int, size: int, *, writable: bool) -> None:
         def work() -> None:

@@ -21,7 +21,6 @@ from kvmpass.errors import AuditFailed, LayoutError, ReservedRange
 from kvmpass.kvm import Memslots
 from kvmpass.layout import GIB, MIB, PAGE, Range, Reserved
 from kvmpass.memory import GuestMemory, HostMapping, MemoryRegion, RegionKind
-from kvmpass.vfio import IommuInfo
 
 MSI = Reserved(Range(0xFEE0_0000, MIB), "msi")
 
@@ -81,8 +80,8 @@ class FakeContainer:
 
     def close(self) -> None: ...
 
-    def get_info(self) -> IommuInfo:
-        return IommuInfo(PAGE, None, (Range(0, 0xFEE0_0000), Range(0xFEF0_0000, 1 << 39)))
+    def iova_ranges(self) -> tuple[Range, ...]:
+        return (Range(0, 0xFEE0_0000), Range(0xFEF0_0000, 1 << 39))
 
     def map_dma(self, iova: int, hva: int, size: int, *, writable: bool) -> None:
         self.kernel.step("map", lambda: self.kernel.mappings.__setitem__(Range(iova, size), writable))

@@ -66,7 +66,7 @@ def test_the_extended_list_starts_with_a_null_capability_where_the_first_is_hidd
 def test_a_device_without_extended_space_has_zeroes_there() -> None:
     device = FakeDevice()
     info = device.config.info
-    device.config.info = type(info)(info.index, 256, 0, True, True, (), False)
+    device.config.info = type(info)(info.index, 256, 0, True, True, ())
     board = Board(device)
     assert board.config_read(0x100) == 0
     board.config_write(0x100, 0xFFFF_FFFF)
@@ -278,7 +278,7 @@ def test_a_large_bar_decodes_at_every_place_it_may_have(size: int) -> None:
     device = FakeDevice()
     device.config.data[0x10:0x14] = (0xC).to_bytes(4, "little")
     info = device.regions[0].info
-    device.regions[0].info = type(info)(0, size, 0, True, True, (Range(0, size),), True)
+    device.regions[0].info = type(info)(0, size, 0, True, True, (Range(0, size),))
     device.regions[0].mmap = lambda area: HostMapping(PAGE)  # type: ignore[method-assign]
     board = Board(device)
     window = board.layout.mmio64

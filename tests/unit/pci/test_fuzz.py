@@ -69,7 +69,7 @@ class Large(FakeDevice):
     def __init__(self) -> None:
         super().__init__()
         self.config.data[0x20:0x24] = (0xC).to_bytes(4, "little")
-        info = RegionInfo(4, 8 * GIB, 0, True, True, (Range(0, 8 * GIB),), True)
+        info = RegionInfo(4, 8 * GIB, 0, True, True, (Range(0, 8 * GIB),))
         self.regions[4] = _LargeRegion(info, bytearray(), self._memory_enabled)
 
 

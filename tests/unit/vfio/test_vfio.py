@@ -53,7 +53,7 @@ def test_dependent_devices_of_a_hot_reset(device: Device, monkeypatch: pytest.Mo
 
 
 def test_disabling_irqs_is_idempotent(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    irqs = Irqs(device, MSI, 1, True, False, False, False)
+    irqs = Irqs(device, MSI, 1, False)
     use(monkeypatch, vfio_device_set_irqs=lambda *_: -errno.EINVAL)
     irqs.disable_irqs()
     for index in (ERR, REQ):
