@@ -8,7 +8,6 @@ sleep registers and reset register, all in port space).
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from kvmpass import ports
 from kvmpass.boot import aml
@@ -31,16 +30,6 @@ VGA_NOT_PRESENT, NO_ASPM, NO_CMOS_RTC = 1 << 2, 1 << 4, 1 << 5
 PCI_HOST_UUID = "33db4d5b-1ff7-401c-9657-7441c03dd766"
 # PCI Firmware Specification, table 4-6: PME, AER, the PCIe capability structure, LTR. Hot plug is ACPI's, not native.
 OSC_GRANTED = 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5
-
-
-@dataclass(frozen=True, slots=True)
-class AcpiTables:
-    """The tables, to be written into guest memory."""
-
-    tables: tuple[tuple[int, bytes], ...]
-    """Guest-physical address and bytes of each table, the RSDP included."""
-    rsdp: int
-    """The RSDP's guest-physical address."""
 
 
 def _checksum(data: bytes | bytearray) -> int:
@@ -218,13 +207,13 @@ def rsdp(xsdt: int) -> bytes:
     return bytes(whole)
 
 
-def build_tables(layout: Layout, cpus: int) -> AcpiTables:
-    """Encode all tables of a machine, placed in ``TABLES_BASE``-``TABLES_END`` and at ``RSDP_BASE``.
+def build_tables(layout: Layout, cpus: int) -> dict[int, bytes]:
+    """Return all tables of a machine by guest-physical address, up to ``TABLES_END``, and the RSDP at ``RSDP_BASE``.
 
     Raises ``LayoutError`` for more than 255 CPUs.
     """
     check_apic_ids(cpus)
-    placed: list[tuple[int, bytes]] = []
+    placed: dict[int, bytes] = {}
     at = TABLES_BASE
 
     def place(data: bytes) -> int:
@@ -232,11 +221,11 @@ def build_tables(layout: Layout, cpus: int) -> AcpiTables:
         start, at = at, (at + len(data) + 15) & ~15
         if at > TABLES_END:
             raise LayoutError(f"the ACPI tables for {cpus} CPUs need more than {TABLES_END - TABLES_BASE} bytes")
-        placed.append((start, data))
+        placed[start] = data
         return start
 
     dsdt_at = place(dsdt(layout))
     others = [place(fadt(dsdt_at)), place(madt(cpus)), place(mcfg(layout))]
     xsdt_at = place(table(b"XSDT", 1, struct.pack(f"<{len(others)}Q", *others)))
-    placed.append((RSDP_BASE, rsdp(xsdt_at)))
-    return AcpiTables(tuple(placed), RSDP_BASE)
+    placed[RSDP_BASE] = rsdp(xsdt_at)
+    return placed

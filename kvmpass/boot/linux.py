@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
+from kvmpass.boot.acpi import RSDP_BASE
 from kvmpass.boot.e820 import E820Entry, E820Type
 from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.layout import GIB, MIB, PAGE, Range
@@ -223,7 +224,7 @@ def page_tables() -> bytes:
     return struct.pack(f"<{6 * 512}Q", *pml4, *pdpt, *directories)
 
 
-def boot_params(kernel: KernelImage, code: Range, initrd: Range, e820: Sequence[E820Entry], rsdp: int) -> bytes:
+def boot_params(kernel: KernelImage, code: Range, initrd: Range, e820: Sequence[E820Entry]) -> bytes:
     """Return ``struct boot_params``, 4 KiB: zero, except the setup header and the loader's fields."""
     page = bytearray(PAGE)
     page[HEADER_START : HEADER_START + len(kernel.header)] = kernel.header
@@ -232,7 +233,7 @@ def boot_params(kernel: KernelImage, code: Range, initrd: Range, e820: Sequence[
     struct.pack_into("<I", page, 0x214, code.start)
     struct.pack_into("<II", page, 0x218, initrd.start if initrd.size else 0, initrd.size)
     struct.pack_into("<I", page, 0x228, CMDLINE_BASE)
-    struct.pack_into("<Q", page, 0x070, rsdp)
+    struct.pack_into("<Q", page, 0x070, RSDP_BASE)
     page[0x1E8] = len(e820)
     page[0x2D0 : 0x2D0 + 20 * len(e820)] = b"".join(entry.pack() for entry in e820)
     return bytes(page)
@@ -245,12 +246,10 @@ def load_linux(
     initrd: bytes | memoryview | None,
     cmdline: str,
     e820: Sequence[E820Entry],
-    rsdp: int,
 ) -> LinuxEntry:
     """Write kernel, initrd, command line and boot_params into guest memory; return the first CPU's state.
 
-    ``rsdp``: the RSDP's guest-physical address; the caller writes the ACPI tables. Raises ``BadKernel`` for an
-    invalid command line, ``NotEnoughMemory``.
+    The caller writes the ACPI tables. Raises ``BadKernel`` for an invalid command line, ``NotEnoughMemory``.
     """
     text = cmdline.encode("utf-8", "surrogateescape")
     limit = min(kernel.cmdline_max, CMDLINE_END - CMDLINE_BASE - 1)
@@ -266,7 +265,7 @@ def load_linux(
     memory.write(GDT_BASE, struct.pack(f"<{len(GDT)}Q", *GDT))
     memory.write(PAGE_TABLES, page_tables())
     memory.write(CMDLINE_BASE, text + b"\0")
-    memory.write(BOOT_PARAMS, boot_params(kernel, code, place, e820, rsdp))
+    memory.write(BOOT_PARAMS, boot_params(kernel, code, place, e820))
     memory.write(code.start, kernel.payload)
     if image:
         memory.write(place.start, image)

@@ -112,16 +112,9 @@ class Execution:
 
         Raises ``BadKernel``, ``LayoutError``, ``NotEnoughMemory``.
         """
-        tables = acpi.build_tables(self.layout, self.cpus)
-        self._entry = load_linux(
-            self.memory,
-            kernel,
-            initrd=initrd,
-            cmdline=cmdline,
-            e820=e820_map(self.layout),
-            rsdp=tables.rsdp,
-        )
-        for gpa, data in tables.tables:
+        tables, e820 = acpi.build_tables(self.layout, self.cpus), e820_map(self.layout)
+        self._entry = load_linux(self.memory, kernel, initrd=initrd, cmdline=cmdline, e820=e820)
+        for gpa, data in tables.items():
             self.memory.write(gpa, data)
         self._linux = (kernel, initrd, cmdline)
 

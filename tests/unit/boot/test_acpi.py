@@ -26,17 +26,16 @@ LAYOUT = Layout(
 )
 
 
-def by_signature(tables: acpi.AcpiTables) -> dict[bytes, tuple[int, bytes]]:
-    return {data[:4]: (gpa, data) for gpa, data in tables.tables}
+def by_signature(tables: dict[int, bytes]) -> dict[bytes, bytes]:
+    return {data[:4]: data for data in tables.values()}
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 64, 255])
 def test_pointers_lengths_and_checksums(cpus: int) -> None:
-    tables = acpi.build_tables(LAYOUT, cpus)
-    memory = dict(tables.tables)
+    memory = acpi.build_tables(LAYOUT, cpus)
     for data in memory.values():
         assert sum(data) & 0xFF == 0
-    rsdp = memory[tables.rsdp]
+    rsdp = memory[acpi.RSDP_BASE]
     assert sum(rsdp[:20]) & 0xFF == 0
     (xsdt_at,) = struct.unpack_from("<Q", rsdp, 24)
     xsdt = memory[xsdt_at]
@@ -45,16 +44,16 @@ def test_pointers_lengths_and_checksums(cpus: int) -> None:
     (dsdt_at,) = struct.unpack_from("<Q", memory[pointers[0]], 140)
     assert memory[dsdt_at][:4] == b"DSDT"
     for gpa, data in memory.items():
-        if gpa != tables.rsdp:
+        if gpa != acpi.RSDP_BASE:
             assert struct.unpack_from("<I", data, 4)[0] == len(data)
-    placed = sorted((gpa, gpa + len(data)) for gpa, data in tables.tables)
+    placed = sorted((gpa, gpa + len(data)) for gpa, data in memory.items())
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(placed))
     assert placed[0][0] >= 0xE0000
     assert placed[-1][1] <= 0x100000
 
 
 def test_madt_names_every_cpu() -> None:
-    _, data = by_signature(acpi.build_tables(LAYOUT, 255))[b"APIC"]
+    data = by_signature(acpi.build_tables(LAYOUT, 255))[b"APIC"]
     found: dict[int, list[int]] = {0: [], 1: []}
     at = 44
     while at < len(data):
@@ -66,7 +65,7 @@ def test_madt_names_every_cpu() -> None:
 
 
 def test_fadt_is_hardware_reduced_with_reset_and_sleep_registers() -> None:
-    _, data = by_signature(acpi.build_tables(LAYOUT, 1))[b"FACP"]
+    data = by_signature(acpi.build_tables(LAYOUT, 1))[b"FACP"]
     (flags,) = struct.unpack_from("<I", data, 112)
     assert flags & 1 << 20
     assert flags & 1 << 10
@@ -114,7 +113,7 @@ def test_iasl_disassembles_and_recompiles_the_tables(tmp_path: Path, mmio64: Ran
     if iasl is None:
         pytest.skip("no iasl: apt-get install acpica-tools makes it run")
     layout = Layout(LAYOUT.ram, LAYOUT.mmio32, mmio64, LAYOUT.ecam, ())
-    for signature, (_, data) in by_signature(acpi.build_tables(layout, 255)).items():
+    for signature, data in by_signature(acpi.build_tables(layout, 255)).items():
         if signature.startswith(b"RSD"):
             continue
         source = tmp_path / signature.decode()

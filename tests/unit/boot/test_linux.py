@@ -81,7 +81,7 @@ def load(
 ) -> tuple[Memory, linux.LinuxEntry]:
     memory = Memory(size)
     kernel = KernelImage.parse(data or bzimage())
-    entry = load_linux(memory, kernel, initrd=initrd, cmdline="console=ttyS0", e820=memory_map(size), rsdp=0xF0000)
+    entry = load_linux(memory, kernel, initrd=initrd, cmdline="console=ttyS0", e820=memory_map(size))
     return memory, entry
 
 
@@ -197,7 +197,7 @@ def test_command_lines() -> None:
     kernel = KernelImage.parse(bzimage())
     for text in ("x" * 2048, "a\0b"):
         with pytest.raises(BadKernel, match="command line"):
-            load_linux(Memory(64 * MIB), kernel, initrd=None, cmdline=text, e820=memory_map(64 * MIB), rsdp=0)
+            load_linux(Memory(64 * MIB), kernel, initrd=None, cmdline=text, e820=memory_map(64 * MIB))
     words = kernel_command_line(extra=["quiet", "x=1"]).split()
     assert "console=ttyS0,115200" in words
     assert "reboot=panic_warm" in words
