@@ -130,11 +130,6 @@ class VcpuThreads:
         return {kind.__name__.removesuffix("Exit"): count for kind, count in total.items()}
 
     @property
-    def paused(self) -> bool:
-        """Whether the vCPUs are paused."""
-        return self._paused
-
-    @property
     def ended(self) -> bool:
         """Whether the guest has ended."""
         return self._ended.is_set()

@@ -104,7 +104,7 @@ def test_a_failed_kvm_run_is_an_outcome_and_no_exception(
 def test_a_pause_stops_all_vcpus_until_resume(stage: Stage) -> None:
     settle(lambda: all(vcpu.entries for vcpu in stage.vcpus))
     assert stage.threads.pause(5)
-    assert stage.threads.paused
+    assert stage.threads._paused
     entries = [vcpu.entries for vcpu in stage.vcpus]
     stage.vcpus[0].exits.append(PORT)
     time.sleep(0.05)
@@ -115,7 +115,7 @@ def test_a_pause_stops_all_vcpus_until_resume(stage: Stage) -> None:
     settle(lambda: not stage.vcpus[0].exits)
     settle(lambda: stage.threads.reasons.get("Port") == 1)
     settle(lambda: stage.threads.reasons["Interrupted"] >= 2)  # a thread counts once it goes on
-    assert not stage.threads.paused
+    assert not stage.threads._paused
 
 
 def test_a_pause_before_the_threads_start() -> None:
@@ -149,7 +149,7 @@ def test_a_throttled_vcpu_cannot_be_paused_and_the_others_resume(stage: Stage) -
     stage.vcpus[1].exits.append(PORT)
     settle(lambda: not stage.vcpus[1].exits)
     assert not stage.threads.pause(0.05)
-    assert not stage.threads.paused
+    assert not stage.threads._paused
     stage.vcpus[0].exits.append(PORT)
     settle(lambda: stage.threads.reasons.get("Port") == 2)
     stage.waiting.set()
