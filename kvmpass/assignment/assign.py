@@ -73,7 +73,7 @@ def assigned(
     machine = Machine(memory=size, cpus=cpus, backing=backing, backend=backend, sysfs=sysfs, on_event=on_event)
     with machine:
         if cpus > len(os.sched_getaffinity(0)):
-            warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: they take turns")
+            warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
         machine.populate()  # the last step at which the out-of-memory killer can strike
         image.load(machine)
         # Nothing has changed on the host so far. The machine closes the devices before they are rebound.

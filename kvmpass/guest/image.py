@@ -80,10 +80,10 @@ class GuestImage:
         """Load it into the memory of a machine that has not started. Raises ``NotEnoughMemory``."""
         if machine.memory.ram_size < self.needed:
             least = -(-(self.needed + _SLACK) // (16 * MIB)) * 16
-            what, more = f"the guest's kernel takes {self.needed / MIB:.0f} MiB to start", ""
+            what, more = f"the guest's kernel needs {self.needed / MIB:.0f} MiB to start", ""
             if self.unpacked and self._for_files > self._before_files:
-                files = f"the guest's files take {self.unpacked / MIB:.0f} MiB unpacked"
-                what, more = f"{files}, and half of its memory may hold files", ", or copy less into it"
+                files = f"the guest's files need {self.unpacked / MIB:.0f} MiB unpacked"
+                what, more = f"{files}, and at most half of its memory can hold files", ", or copy less into it"
             raise NotEnoughMemory(
                 f"{what}: {machine.memory.ram_size // MIB} MiB are too little",
                 f"give the guest {least} MiB (--memory {least}M){more}",

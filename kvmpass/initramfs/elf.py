@@ -163,7 +163,7 @@ def closure(path: Path, data: bytes, guest: str) -> dict[str, bytes]:
         if wants.interpreter is not None:
             if not wants.interpreter.startswith("/") or not Path(wants.interpreter).is_file():
                 linker = printable(wants.interpreter) or "one without a name"
-                raise KvmpassError(f"{current.host} wants the dynamic linker {linker}, which is not on this host")
+                raise KvmpassError(f"{current.host} needs the dynamic linker {linker}, which is not on this host")
             targets.append(Located(Path(wants.interpreter), wants.interpreter))
         for target in targets:
             if target.guest not in found:

@@ -123,7 +123,7 @@ class RegionListener(Protocol):
 def _check_pages(range_: Range, name: str, page: int) -> None:
     if range_.start % page or range_.size % page or range_.size <= 0 or range_.start < 0:
         size = f"{page} bytes" if page == PAGE else f"{page >> 20} MiB"
-        raise LayoutError(f"{name}: {range_} is not made of whole pages of {size}")
+        raise LayoutError(f"{name}: {range_} is not whole pages of {size}")
     if range_.end > 1 << ADDRESS_BITS:
         raise LayoutError(f"{name}: {range_} is beyond {ADDRESS_BITS} bits, the width of a physical address")
 

@@ -180,7 +180,7 @@ def test_a_kernel_that_does_not_fit_is_refused_with_the_size_that_does(initrd: i
     kernel = cast(KernelImage, SimpleNamespace(init_size=56 * MIB, preferred=16 * MIB))
     image = GuestImage(kernel, bytes(initrd), "", unpacked=unpacked)
     for size in (2, 64, 79):
-        with pytest.raises(NotEnoughMemory, match=f"takes 80 MiB to start: {size} MiB are too little") as refused:
+        with pytest.raises(NotEnoughMemory, match=f"needs 80 MiB to start: {size} MiB are too little") as refused:
             image.load(cast(Machine, Memory(size * MIB)))
         assert refused.value.__notes__ == ["give the guest 112 MiB (--memory 112M)"]
     image.load(cast(Machine, Memory(80 * MIB)))
@@ -212,5 +212,5 @@ def test_missing_dynamic_linkers(tmp_path: Path, interpreter: bytes, words: str)
     with pytest.raises(KvmpassError) as refused:
         copy_into(Tree(), file, "/program")
     text = str(refused.value)
-    assert f"wants the dynamic linker {words}" in text
+    assert f"needs the dynamic linker {words}" in text
     assert text.isprintable() and len(text) < 250 + len(str(file))

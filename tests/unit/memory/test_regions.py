@@ -112,7 +112,7 @@ def test_addresses_are_pages(memory: GuestMemory, bar: HostMapping, memfd: int, 
         lambda: memory.add_bar(start, PAGE, bar, 0, "it"),
         lambda: memory.add_shared(start, memfd, PAGE, name="it"),
     ):
-        with pytest.raises(LayoutError, match=r"it: .* is not made of whole pages of 4096 bytes"):
+        with pytest.raises(LayoutError, match=r"it: .* is not whole pages of 4096 bytes"):
             add()
     assert len(memory) == 0
 
