@@ -100,8 +100,8 @@ def say_mappings(machine: Machine, say: Say) -> None:
     for line in machine.layout.reserved:
         say(f"reserved range {line}")
     for region in machine.memory:
-        if region.dma:
-            access = "read-write" if region.guest_writable else "read-only"
+        if region.kind.dma:
+            access = "read-write" if region.kind.guest_writable else "read-only"
             say(
                 f"map {region.name} gpa {region.range} -> iova {Range(region.gpa, region.size)}, "
                 f"{region.size >> 20} MiB, {region.backing}, {access}"

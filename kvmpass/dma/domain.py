@@ -185,7 +185,7 @@ class Domain:
         """
         with self._memory.lock, ExitStack() as undo:
             usable = self.backend.ranges()
-            regions = [region for region in self._memory if region.dma]
+            regions = [region for region in self._memory if region.kind.dma]
             for region in regions:
                 self._check_range(region.range, region.name, usable)
             for region in regions:
@@ -245,7 +245,7 @@ class Domain:
 
     def region_added(self, region: MemoryRegion) -> None:
         """Map a region of an active domain before it is used."""
-        if self._mapped and region.dma:
+        if self._mapped and region.kind.dma:
             self.map_region(region)
 
     def region_removed(self, region: MemoryRegion) -> None:
@@ -264,6 +264,6 @@ class Domain:
 
         Raises ``AuditFailed`` naming every difference. Without an attached device nothing may be mapped.
         """
-        regions = [region for region in self._memory if region.dma and self._mapped]
+        regions = [region for region in self._memory if region.kind.dma and self._mapped]
         wanted = {Mirrored(region.range, region.hva, region.kind.dma_writable) for region in regions}
         compare("DMA mappings", wanted, {Mirrored(Range(m.iova, m.size), m.hva, m.writable) for m in self.ledger})

@@ -53,7 +53,7 @@ class Memslots:
         """Create a slot. Raises ``OSError`` if KVM refuses."""
         used = {slot.slot for slot in self._slots.values()}
         number = next(n for n in range(len(used) + 1) if n not in used)
-        slot = Memslot(number, region.gpa, region.size, region.hva, not region.guest_writable)
+        slot = Memslot(number, region.gpa, region.size, region.hva, not region.kind.guest_writable)
         self._slots[region] = slot
         try:
             self._create(self._vm, slot)

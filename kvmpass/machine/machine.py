@@ -324,7 +324,7 @@ class Machine(Execution):
         """
         with self._bus_lock, self.memory.lock:  # else a guest may move a BAR in between
             self.domain.audit()
-            wanted = {Mirrored(region.range, region.hva, region.guest_writable) for region in self.memory}
+            wanted = {Mirrored(region.range, region.hva, region.kind.guest_writable) for region in self.memory}
             slots = self.memslots.ledger
             found = {Mirrored(Range(slot.gpa, slot.size), slot.hva, not slot.readonly) for slot in slots}
             compare("KVM memslots", wanted, found)

@@ -82,16 +82,6 @@ class MemoryRegion:
         """The host virtual address. Raises ``Closed`` after ``release()``."""
         return self.mapping.address + self.offset
 
-    @property
-    def guest_writable(self) -> bool:
-        """Whether the guest can write it."""
-        return self.kind.guest_writable
-
-    @property
-    def dma(self) -> bool:
-        """Whether devices reach it."""
-        return self.kind.dma
-
     def release(self) -> None:
         """Unmap RAM and ROM; a BAR's mapping belongs to its device."""
         if self.kind is not RegionKind.BAR:
@@ -302,13 +292,13 @@ class GuestMemory:
     def populate(self) -> None:
         """Allocate every page of RAM and ROM now. Raises ``OSError`` (``ENOMEM``)."""
         for region in self:
-            if region.dma:
+            if region.kind.dma:
                 region.mapping.populate()
 
     def find(self, gpa: int) -> MemoryRegion | None:
         """Return the RAM or ROM region that contains ``gpa``."""
         for region in self._regions:
-            if region.dma and region.gpa <= gpa < region.range.end:
+            if region.kind.dma and region.gpa <= gpa < region.range.end:
                 return region
         return None
 

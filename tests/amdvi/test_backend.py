@@ -37,7 +37,7 @@ def test_a_guest_does_io_over_each_back_end(mode: Mode, nvme: str, edu: str, des
     with host.borrow(nvme, edu):
         with iommu_events() as events, running(script, nvme, backend=recording(calls, mode.backend)) as guest:
             machine = guest.machine
-            ram = [region.range for region in machine.memory if region.dma]
+            ram = [region.range for region in machine.memory if region.kind.dma]
             guest.expect("copied")
             assert hashlib.sha256(before).hexdigest() in guest.said
             machine.assign(edu)

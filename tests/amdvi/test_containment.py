@@ -88,11 +88,11 @@ def bench(edu: str) -> Iterator[Bench]:
 
 
 def edges(memory: GuestMemory) -> list[tuple[MemoryRegion, int]]:
-    return [(region, gpa) for region in memory if region.dma for gpa in (region.gpa, region.range.end - 16)]
+    return [(region, gpa) for region in memory if region.kind.dma for gpa in (region.gpa, region.range.end - 16)]
 
 
 def test_first_and_last_page_of_every_region(bench: Bench) -> None:
-    names = [region.name for region in bench.memory if region.dma]
+    names = [region.name for region in bench.memory if region.kind.dma]
     assert names == ["ram0", "rom", "ram1"]
     for region, gpa in edges(bench.memory):
         check_reaches(bench, region, gpa)
@@ -116,7 +116,7 @@ def test_devices_read_rom_and_cannot_write_it(bench: Bench) -> None:
 
 
 def test_locked_memory_is_guest_memory(bench: Bench) -> None:
-    assert locked_bytes() == sum(region.size for region in bench.memory if region.dma)
+    assert locked_bytes() == sum(region.size for region in bench.memory if region.kind.dma)
 
 
 def test_the_emulated_iommu_agrees(bench: Bench, iommu_trace: Path | None) -> None:

@@ -254,7 +254,7 @@ def test_three_devices_share_one_domain(
         assigned([nvme, nic, edu], spec, memory="256M", backend=recording(calls)) as machine,
         Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
     ):
-        ram = merged([region.range for region in machine.memory if region.dma])
+        ram = merged([region.range for region in machine.memory if region.kind.dma])
         mapped = [range_ for operation, range_ in calls if operation == "map"]
         result = guest.run()
     assert result.status == 0, result.console

@@ -311,7 +311,7 @@ def test_a_plan_equals_the_assignment(nvme: str, edu: str, sysfs: Sysfs) -> None
     ):
         devices = [machine.assign(nvme), machine.assign(edu)]
         assert machine.layout == made.memory.layout
-        real = [region for region in machine.memory if region.dma]  # devices may have BARs in it already
+        real = [region for region in machine.memory if region.kind.dma]  # devices may have BARs in it already
         assert [(region.kind, region.range, region.name, region.backing) for region in real] == [
             (region.kind, region.range, region.name, region.backing) for region in regions
         ]

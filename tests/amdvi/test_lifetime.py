@@ -131,7 +131,7 @@ def test_a_failure_at_each_step_of_assign(borrowed: str, monkeypatch: pytest.Mon
             clean()
             assert machine.devices == []
             assert machine.domain.ledger == []
-            assert all(region.dma for region in machine.memory)
+            assert all(region.kind.dma for region in machine.memory)
             machine.audit()
             edu = Edu(machine.assign(borrowed))
             assert edu.bar.read_int(0) == 0x010000ED
@@ -173,7 +173,7 @@ def test_closing_the_machine_removes_a_device_that_cannot_be_unplugged(
     machine = Machine(memory="2M")
     device = machine.assign(borrowed)
     device.enable()
-    bars = [region for region in machine.memory if not region.dma]
+    bars = [region for region in machine.memory if not region.kind.dma]
     assert bars
     monkeypatch.setattr(Vm, "set_user_memory_region", kept)
     with pytest.raises(OSError, match="planted"):

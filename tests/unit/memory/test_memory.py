@@ -65,7 +65,7 @@ def test_host_addresses_agree_modulo_2_mib(memory: GuestMemory) -> None:
 
 def test_rom_is_whole_pages_and_not_writable_for_the_guest(memory: GuestMemory) -> None:
     rom = memory.add_rom(GIB, b"x" * 5000)
-    assert (rom.size, rom.guest_writable, rom.dma) == (2 * PAGE, False, True)
+    assert (rom.size, rom.kind.guest_writable, rom.kind.dma) == (2 * PAGE, False, True)
     assert memory.read(GIB + 4999, 2) == b"x\0"
 
 
@@ -108,7 +108,7 @@ def test_listeners_are_called_in_order_and_undone_in_reverse(memory: GuestMemory
 def test_a_bars_mapping_remains_the_callers(memory: GuestMemory) -> None:
     mapping = HostMapping(2 * PAGE)
     region = memory.add_bar(GIB, PAGE, mapping, PAGE, "bar0")
-    assert (region.kind, region.dma, region.hva) == (RegionKind.BAR, False, mapping.address + PAGE)
+    assert (region.kind, region.kind.dma, region.hva) == (RegionKind.BAR, False, mapping.address + PAGE)
     with pytest.raises(IndexError):
         memory.read(GIB, 1)
     memory.remove(region)
@@ -198,7 +198,7 @@ def test_a_read_only_file_cannot_be_written_by_anybody(memory: GuestMemory, tmp_
     finally:
         os.close(fd)
     memory.populate()
-    assert (region.kind, region.guest_writable, region.dma) == (RegionKind.ROM, False, True)
+    assert (region.kind, region.kind.guest_writable, region.kind.dma) == (RegionKind.ROM, False, True)
     assert memory.read(0, 8) == b"biosbios"
     with pytest.raises(PermissionError, match="guest-physical 0x0 is a read-only file"):
         memory.write(0, b"x")

@@ -210,7 +210,7 @@ def test_a_part_of_a_file(memory: GuestMemory, memfd: int) -> None:
     region = memory.add_shared(0, memfd, MIB, 2 * MIB, "named")
     assert (region.name, region.kind, memory.read(0, 6)) == ("named", RegionKind.RAM, b"at two")
     other = memory.add_shared(MIB, memfd, MIB, 2 * MIB, writable=False)
-    assert (other.kind, other.guest_writable, other.name) == (RegionKind.ROM, False, "shared")
+    assert (other.kind, other.kind.guest_writable, other.name) == (RegionKind.ROM, False, "shared")
     memory.write(0, b"change")
     assert memory.read(MIB, 6) == b"change" == os.pread(memfd, 6, 2 * MIB)
 
