@@ -6,6 +6,8 @@ Sources: udev's hardware database; else ``pci.ids`` of pciutils or hwdata, whose
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,6 @@ from kvmpass.host.sysfs import PciDevice, Sysfs
 
 PCI_IDS = ("usr/share/misc/pci.ids", "usr/share/hwdata/pci.ids")
 
-_NEXT_VENDOR = re.compile(rb"\n[^\t#\n]")
-_NEXT_MODEL = re.compile(rb"\n\t?[^\t#\n]")
 _BRAND = re.compile(r"\[([^\[\]]+)\]$")  # pci.ids has the common name in brackets
 _LEGAL_FORM = re.compile(
     r",? +(?:Co\.?,? *Ltd|Corporation|Corp|Company|Incorporated|Inc|Limited|Ltd|LLC|GmbH|AG|S\.?A)\.?$", re.IGNORECASE
@@ -43,7 +43,6 @@ class Names:
 
     def __init__(self, sysfs: Sysfs) -> None:
         self._sysfs = sysfs
-        self._table: bytes | None = None
         self._known: dict[tuple[Bdf, int, int], tuple[str | None, str | None]] = {}
         self._in_table: dict[tuple[int, int], tuple[str | None, str | None]] = {}
         # udev knows the devices of this machine, not those of a recorded tree.
@@ -70,7 +69,7 @@ class Names:
         """Return the name of the card or board from ``pci.ids``; None if unknown."""
         ids = (device.vendor, device.device, device.subsystem_vendor, device.subsystem_device)
         question = "subsystem " + ":".join(f"{number:04x}" for number in ids)
-        return self._sysfs.ask(question, lambda: _subsystem(self._pci_ids(), *ids))
+        return self._sysfs.ask(question, lambda: _subsystem(self._pci_ids, *ids))
 
     def _parts(self, bdf: Bdf, vendor: int, device: int) -> tuple[str | None, str | None]:
         key = (bdf, vendor, device)
@@ -86,19 +85,15 @@ class Names:
 
     def _listed(self, vendor: int, device: int) -> tuple[str | None, str | None]:
         if (vendor, device) not in self._in_table:
-            self._in_table[vendor, device] = _vendor_and_model(self._pci_ids(), vendor, device)
+            self._in_table[vendor, device] = _vendor_and_model(self._pci_ids, vendor, device)
         return self._in_table[vendor, device]
 
+    @cached_property
     def _pci_ids(self) -> bytes:
-        if self._table is None:
-            self._table = b""
-            for place in PCI_IDS:
-                try:
-                    self._table = b"\n" + self._sysfs.data(place)
-                    break
-                except OSError:
-                    continue
-        return self._table
+        for place in PCI_IDS:
+            with suppress(OSError):
+                return b"\n" + self._sysfs.data(place)
+        return b""
 
 
 def _brand(vendor: str) -> str:
@@ -111,33 +106,25 @@ def _brand(vendor: str) -> str:
     return vendor
 
 
-def _entry(table: bytes, key: bytes, start: int, end: int) -> tuple[str | None, int]:
-    """Return the text after ``key`` on its line, and where that line ends."""
-    at = table.find(key, start, end)
+def _entry(block: bytes, key: bytes, depth: int) -> tuple[str | None, bytes]:
+    """Return the name of the entry ``key``, and the lines of the entries below it; ``depth`` is its indentation."""
+    start = b"\n" + b"\t" * depth + key + b"  "
+    at = block.find(start)
     if at < 0:
-        return None, end
-    stop = table.find(b"\n", at + len(key))
-    stop = len(table) if stop < 0 else stop
-    return table[at + len(key) : stop].decode(errors="replace").strip(), stop
-
-
-def _block_end(table: bytes, start: int, following: re.Pattern[bytes]) -> int:
-    match = following.search(table, start)
-    return match.start() if match else len(table)
+        return None, b""
+    stop = block.find(b"\n", at + len(start))
+    stop = len(block) if stop < 0 else stop
+    following = re.compile(rb"\n\t{0,%d}[^\t#\n]" % depth).search(block, stop)
+    name = block[at + len(start) : stop].decode(errors="replace").strip()
+    return name, block[stop : following.start() if following else len(block)]
 
 
 def _vendor_and_model(table: bytes, vendor: int, device: int) -> tuple[str | None, str | None]:
-    name, at = _entry(table, b"\n%04x  " % vendor, 0, len(table))
-    if name is None:
-        return None, None
-    model, _ = _entry(table, b"\n\t%04x  " % device, at, _block_end(table, at, _NEXT_VENDOR))
-    return name, model
+    name, models = _entry(table, b"%04x" % vendor, 0)
+    return name, _entry(models, b"%04x" % device, 1)[0]
 
 
 def _subsystem(table: bytes, vendor: int, device: int, sub_vendor: int, sub_device: int) -> str | None:
-    _, at = _entry(table, b"\n%04x  " % vendor, 0, len(table))
-    model, at = _entry(table, b"\n\t%04x  " % device, at, _block_end(table, at, _NEXT_VENDOR))
-    if model is None:
-        return None
-    name, _ = _entry(table, b"\n\t\t%04x %04x  " % (sub_vendor, sub_device), at, _block_end(table, at, _NEXT_MODEL))
-    return name
+    _, models = _entry(table, b"%04x" % vendor, 0)
+    _, subsystems = _entry(models, b"%04x" % device, 1)
+    return _entry(subsystems, b"%04x %04x" % (sub_vendor, sub_device), 2)[0]

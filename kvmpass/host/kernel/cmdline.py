@@ -26,7 +26,7 @@ LISTS: dict[str, tuple[str, ...]] = {
     ),
     "intremap": ("on", "off", "nosid", "no_x2apic_optout", "nopost", "posted_msi"),
 }
-_SPACE = " \t\n\r\v\f"
+_WORD = re.compile(r'(?:"[^"]*(?:"|\Z)|[^\s"])+', re.ASCII)  # blanks in quotes do not end it
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +123,7 @@ class CommandLine:
 
 
 def _parameters(text: str) -> Iterator[Parameter]:
-    at = 0
-    while at < len(text):
-        if text[at] in _SPACE:
-            at += 1
-            continue
-        start, quoted = at, False
-        while at < len(text) and (quoted or text[at] not in _SPACE):
-            quoted ^= text[at] == '"'
-            at += 1
-        word = text[start:at]
+    for word in _WORD.findall(text):
         name, equals, value = word.partition("=")
         if word.startswith('"'):
             name, equals, value = word[1:].removesuffix('"').partition("=")
