@@ -9,6 +9,8 @@ from typing import Self
 
 from kvmpass.errors import BadAddress
 
+PATTERN = r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]"
+"""An address as the kernel writes it."""
 _FORM = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([0-9a-fA-F]{2})\.([0-7])")
 
 
@@ -44,6 +46,11 @@ class Bdf:
 
     def __str__(self) -> str:
         return f"{self.domain:04x}:{self.bus:02x}:{self.device:02x}.{self.function}"
+
+
+def on_path(path: str) -> list[Bdf]:
+    """Return the PCI functions among the components of a path in sysfs, from the root on."""
+    return [Bdf.parse(part) for part in path.split("/") if re.fullmatch(PATTERN, part)]
 
 
 def parse_distinct(addresses: Iterable[Bdf | str]) -> tuple[Bdf, ...]:

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import TypeVar, cast
 
 from kvmpass.errors import NoSuchDevice
-from kvmpass.host.address import Bdf
+from kvmpass.host.address import PATTERN, Bdf
 from kvmpass.host.kernel.kmsg import KernelLog
 from kvmpass.host.kernel.mounts import Mount, mounts
 from kvmpass.host.kernel.processes import OpenNodes, namespaces, process
@@ -18,7 +18,7 @@ from kvmpass.host.names import Names
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 
 # Components in the paths of devices that identify them: PCI addresses, NVMe subsystems.
-_COMPONENT = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]|nvme-subsys\d+")
+_COMPONENT = re.compile(rf"{PATTERN}|nvme-subsys\d+")
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ _NAMED_NAMESPACES = ("run/netns", "run/docker/netns")  # ip-netns(8)
 
 # drivers/pci/setup-res.c: pci_assign_resource; the messages before Linux 6.10, and since.
 _BAR = re.compile(
-    r"(?:pci|[\w-]+) (?P<bdf>[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]): BAR (?P<index>\d+)"
+    rf"(?:pci|[\w-]+) (?P<bdf>{PATTERN}): BAR (?P<index>\d+)"
     r"(?: \[(?P<new>[^\]]*)\])?: (?:(?P<refused>can't assign; no space|failed to assign|no space for)|assigned)"
     r"(?: \[(?P<old>[^\]]*)\])?"
 )

@@ -24,7 +24,7 @@ import re
 from dataclasses import dataclass
 
 from kvmpass._fd import OwnedFd, open_node
-from kvmpass.host.address import Bdf
+from kvmpass.host.address import PATTERN, Bdf
 from kvmpass.host.kernel.kmsg import PATH, Record, parse_records, read_pieces
 
 KMSG = f"/{PATH}"
@@ -39,7 +39,7 @@ _FUNCTION = r"(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]"
 # colon may precede the event: strings from a device follow one (``usb 1-1: Product: …``).
 _HEAD = re.compile(
     r"(?:iommu (?P<iommu>ivhd\d{1,4}): |"
-    r"(?:[^:\[\]]{1,64} )?(?P<speaker>[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]): )?"
+    rf"(?:[^:\[\]]{{1,64}} )?(?P<speaker>{PATTERN}): )?"
     r"(?P<prefix>AMD-Vi: )?Event logged \[(?P<body>.*)",
     re.DOTALL,
 )

@@ -11,7 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 from kvmpass.errors import BadAddress, NoSuchDevice
-from kvmpass.host.address import Bdf
+from kvmpass.host.address import Bdf, on_path
 from kvmpass.host.names import Names
 from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
 
@@ -24,7 +24,6 @@ _SLOT = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([01][0-9a-fA-F])"
 # The same as lspci -s.
 _PART = re.compile(r"(?:(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):)?([01]?[0-9a-fA-F])\.([0-7])")
 _IDS = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
-_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 
 
 class EventDevice(NamedTuple):
@@ -145,7 +144,7 @@ def _behind_node(sysfs: Sysfs, node: str) -> set[Bdf]:
     place = os.path.relpath(path, os.path.realpath(sysfs.path("dev")))
     if re.fullmatch(r"vfio/\d+", place):
         members = sysfs.names("sys/kernel/iommu_groups", place.removeprefix("vfio/"), "devices")
-        return {Bdf.parse(member) for member in members if _ADDRESS.fullmatch(member)}
+        return set(on_path("/".join(members)))
     if sysfs.path("sys/class/block", place).exists():
         return _behind(sysfs, "sys/class/block", place, "slaves/")
     for number in sysfs.names("sys/dev/char"):
@@ -177,15 +176,8 @@ def _lower(sysfs: Sysfs, listing: str, name: str, below: str) -> Iterator[str]:
 
 def _functions(sysfs: Sysfs, link: os.PathLike[str]) -> set[Bdf]:
     """Return the PCI function nearest above a device; with native multipath an NVMe namespace can have several."""
-    parts = os.path.realpath(link).split("/")
-    subsystem = next((part for part in parts if re.fullmatch(r"nvme-subsys\d+", part)), None)
-    if subsystem is not None:
-        controllers = sysfs.names("sys/class/nvme-subsystem", subsystem)
-        links = [sysfs.path("sys/class/nvme-subsystem", subsystem, controller) for controller in controllers]
-        return {bdf for path in links for bdf in _functions_above(path)}
-    return _functions_above(link)
-
-
-def _functions_above(link: os.PathLike[str]) -> set[Bdf]:
-    addresses = [part for part in os.path.realpath(link).split("/") if _ADDRESS.fullmatch(part)]
-    return {Bdf.parse(addresses[-1])} if addresses else set()
+    places = [os.path.realpath(link)]
+    if subsystem := re.search(r"/(nvme-subsys\d+)(?:/|$)", places[0]):
+        base = ("sys/class/nvme-subsystem", subsystem[1])
+        places = [os.path.realpath(sysfs.path(*base, controller)) for controller in sysfs.names(*base)]
+    return {bdf for place in places for bdf in on_path(place)[-1:]}

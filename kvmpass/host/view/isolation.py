@@ -8,12 +8,11 @@ an ACS capability (drivers/pci/quirks.c: pci_dev_specific_acs_enabled), which us
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from kvmpass.host.address import Bdf
+from kvmpass.host.address import Bdf, on_path
 from kvmpass.host.blockers import is_harmless
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
@@ -22,8 +21,6 @@ from kvmpass.host.view.capabilities import Acs, Capabilities, capabilities_of
 
 # The kernel puts devices below a port into groups of their own only with these bits (REQ_ACS_FLAGS).
 REQUIRED = ("SV", "RR", "CR", "UF")
-
-_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 
 Role = Literal["assigned", "bridge", "no-driver", "no-dma", "vfio", "blocks"]
 
@@ -83,8 +80,8 @@ def _role(device: PciDevice, together: Iterable[Bdf]) -> Role:
 
 def bridges_above(sysfs: Sysfs, bdf: Bdf) -> list[Bridge]:
     """Return the bridges upstream of the device, nearest first; empty for a device on a root bus."""
-    path = os.path.realpath(sysfs.device_path(bdf)).split("/")
-    return [_bridge(sysfs, Bdf.parse(part)) for part in reversed(path[:-1]) if _ADDRESS.fullmatch(part)]
+    above = on_path(os.path.realpath(sysfs.device_path(bdf)))[:-1]
+    return [_bridge(sysfs, bridge) for bridge in reversed(above)]
 
 
 def _bridge(sysfs: Sysfs, bdf: Bdf) -> Bridge:
