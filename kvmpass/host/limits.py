@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvmpass.host.kernel.mounts import mounts_of
 from kvmpass.host.sysfs import Sysfs
 
 _LIMITS = "proc/self/limits"
@@ -83,19 +84,6 @@ def rlimit(sysfs: Sysfs, name: str) -> Rlimit:
     return Rlimit(None, None)
 
 
-def _mounts(sysfs: Sysfs) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Of each cgroup file system: its type, its root cgroup, its mount point, its options."""
-    for line in (sysfs.text("proc/self/mountinfo") or "").splitlines():
-        head, separator, tail = line.partition(" - ")
-        fields, kind = head.split(), tail.split()
-        if separator and len(fields) >= 5 and len(kind) >= 3 and kind[0] in ("cgroup", "cgroup2"):
-            yield kind[0], _plain(fields[3]), _plain(fields[4]), kind[2].split(",")
-
-
-def _plain(text: str) -> str:
-    return text.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")
-
-
 def cgroups(sysfs: Sysfs, controller: str) -> list[Cgroup]:
     """Return this process's cgroups with ``controller`` (``memory``, ``pids`` …), innermost first, up to the root.
 
@@ -108,12 +96,13 @@ def cgroups(sysfs: Sysfs, controller: str) -> list[Cgroup]:
             for name in parts[1].split(","):
                 paths[name] = parts[2]
     found = []
-    for kind, root, place, options in _mounts(sysfs):
-        own = paths.get(controller) if kind == "cgroup" and controller in options else None
-        if kind == "cgroup2":
+    for mount in mounts_of(sysfs, "self"):
+        own = paths.get(controller) if mount.kind == "cgroup" and controller in mount.options.split(",") else None
+        if mount.kind == "cgroup2":
             own = paths.get("")
         if own is None:
             continue
+        root, place = mount.root, mount.point
         inside = own.removeprefix(root.rstrip("/")) if own == root or own.startswith(root.rstrip("/") + "/") else ""
         if ".." in inside.split("/"):  # outside of the visible hierarchy
             inside = ""
@@ -121,7 +110,7 @@ def cgroups(sysfs: Sysfs, controller: str) -> list[Cgroup]:
         top = place.strip("/")
         while at.startswith(top):
             if sysfs.path(at).is_dir():
-                found.append(Cgroup(at, 2 if kind == "cgroup2" else 1))
+                found.append(Cgroup(at, 2 if mount.kind == "cgroup2" else 1))
             if at == top:
                 break
             at = at.rpartition("/")[0]
@@ -184,7 +173,8 @@ def huge_page_ceilings(sysfs: Sysfs, page: int) -> list[Ceiling]:
 
 def counts_huge_pages(sysfs: Sysfs) -> bool:
     """Return whether huge pages count as memory, too (Linux 6.7, option ``memory_hugetlb_accounting``)."""
-    return any("memory_hugetlb_accounting" in options for kind, _, _, options in _mounts(sysfs) if kind == "cgroup2")
+    mounts = [mount for mount in mounts_of(sysfs, "self") if mount.kind == "cgroup2"]
+    return any("memory_hugetlb_accounting" in mount.options.split(",") for mount in mounts)
 
 
 def task_ceilings(sysfs: Sysfs) -> list[Ceiling]:

@@ -16,6 +16,8 @@ class Mount:
 
     number: str
     """``major:minor`` of the device; an anonymous number for a file system without one."""
+    root: str
+    """The directory of the file system that is mounted."""
     point: str
     """The mount point."""
     kind: str
@@ -30,24 +32,25 @@ class Mount:
 
 def mounts(sysfs: Sysfs) -> list[Mount]:
     """Return the mounts of this process first, then those only in other namespaces: one of each device and source."""
-    found = list(_read(sysfs, "self", ""))
+    found = list(mounts_of(sysfs, "self"))
     known = {(mount.number, mount.source) for mount in found}
     for pid in namespaces(sysfs, "mnt"):
-        for mount in _read(sysfs, str(pid), f" for {process(sysfs, pid)}"):
+        for mount in mounts_of(sysfs, str(pid), f" for {process(sysfs, pid)}"):
             if (mount.number, mount.source) not in known:
                 known.add((mount.number, mount.source))
                 found.append(mount)
     return found
 
 
-def _read(sysfs: Sysfs, pid: str, where: str) -> Iterator[Mount]:
+def mounts_of(sysfs: Sysfs, pid: str, where: str = "") -> Iterator[Mount]:
+    """Yield the mounts of a process, ``pid`` or ``self``; ``where`` is that of :class:`Mount`."""
     for line in sysfs.lines("proc", pid, "mountinfo"):
         fields = line.split(" ")
         try:
             rest = fields.index("-", 6)
             kind, source = fields[rest + 1], _unescape(fields[rest + 2])
             options = fields[rest + 3] if len(fields) > rest + 3 else ""
-            yield Mount(fields[2], _unescape(fields[4]), kind, source, options, where)
+            yield Mount(fields[2], _unescape(fields[3]), _unescape(fields[4]), kind, source, options, where)
         except (ValueError, IndexError):
             continue
 
