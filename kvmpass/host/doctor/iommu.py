@@ -26,6 +26,8 @@ _UNKNOWN = "Unknown kernel command line parameters "  # init/main.c: print_unkno
 _OURS = ("iommu", "ivrs", "intremap", "vfio", "kvm", "acs_override")
 UNSAFE_INTERRUPTS = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
 NOIOMMU_MODE = "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+# How the names of interrupt chips begin, with remapping and without.
+_REMAPPED, _PLAIN = ("IR-", "AMD-IR"), ("IO-APIC", "PCI-MSI")
 _FIRMWARE = "enable the IOMMU (AMD-Vi) in the firmware's setup"
 
 NO_IVRS = BlockerTemplate(
@@ -253,14 +255,6 @@ def _chips(sysfs: Sysfs) -> tuple[str, set[str]]:
     return "/proc/interrupts", set((sysfs.text("proc/interrupts") or "").split())
 
 
-def _is_remapped(chip: str) -> bool:
-    return chip.startswith(("IR-", "AMD-IR"))
-
-
-def _is_plain(chip: str) -> bool:
-    return chip.startswith(("IO-APIC", "PCI-MSI"))
-
-
 def interrupt_remapping(sysfs: Sysfs) -> bool | None:
     """Return whether the IOMMU remaps interrupts; None if unknown.
 
@@ -268,9 +262,9 @@ def interrupt_remapping(sysfs: Sysfs) -> bool | None:
     io_apic.c, drivers/iommu/amd/iommu.c). If unknown, ``VFIO_SET_IOMMU`` decides (EPERM).
     """
     _, chips = _chips(sysfs)
-    if any(_is_remapped(chip) for chip in chips):
+    if any(chip.startswith(_REMAPPED) for chip in chips):
         return True
-    return False if any(_is_plain(chip) for chip in chips) else None
+    return False if any(chip.startswith(_PLAIN) for chip in chips) else None
 
 
 @precondition(
@@ -284,7 +278,7 @@ def interrupt_remapping(sysfs: Sysfs) -> bool | None:
 )
 def _remapping(context: CheckContext) -> Verdict:
     source, chips = _chips(context.sysfs)
-    names = sorted(chip for chip in chips if _is_remapped(chip) or _is_plain(chip))
+    names = sorted(chip for chip in chips if chip.startswith(_REMAPPED + _PLAIN))
     read = Reading(source, ", ".join(names) or "no known chip")
     remapped = interrupt_remapping(context.sysfs)
     if remapped is None:
@@ -300,9 +294,8 @@ def _remapping(context: CheckContext) -> Verdict:
 @precondition("unsafe-interrupts", "Unsafe interrupts", f"`/{UNSAFE_INTERRUPTS}`", (UNSAFE,))
 def _unsafe_interrupts(context: CheckContext) -> Verdict:
     read = context.seen(UNSAFE_INTERRUPTS)
-    return (
-        failed(UNSAFE, read) if context.sysfs.text(UNSAFE_INTERRUPTS) in ("Y", "1") else passed("not allowed", read)
-    )
+    allowed = context.sysfs.text(UNSAFE_INTERRUPTS) in ("Y", "1")
+    return failed(UNSAFE, read) if allowed else passed("not allowed", read)
 
 
 @precondition("noiommu-mode", "No-IOMMU mode", f"`/{NOIOMMU_MODE}`, groups of the name vfio-noiommu", (NOIOMMU,))

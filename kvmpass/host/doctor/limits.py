@@ -93,10 +93,6 @@ def overhead(context: CheckContext) -> int:
     return 64 * MIB + limits.page_tables(context.memory) if context.overhead is None else context.overhead
 
 
-def _place(ceiling: Ceiling) -> str:
-    return ceiling.cgroup.unit or f"/{ceiling.cgroup.directory}"
-
-
 def _command(ceiling: Ceiling, option: str, value: object) -> str:
     """Return the command that raises a cgroup's limit."""
     unit = ceiling.cgroup.unit
@@ -127,6 +123,14 @@ def _readings(ceilings: list[Ceiling], unit: int = MIB, name: str = " MiB") -> l
     ] or [Reading("/proc/self/cgroup", "no limit up to the root")]
 
 
+def _full(template: BlockerTemplate, ceiling: Ceiling, needed: int, option: str, read: list[Reading]) -> Verdict:
+    """Return the verdict for a cgroup that has less than the ``needed`` bytes left; ``option`` is that of systemd."""
+    command = _command(ceiling, option, ceiling.limit + needed - ceiling.left)
+    sizes = {"size": mib(needed), "left": mib(ceiling.left)}
+    place = ceiling.cgroup.unit or f"/{ceiling.cgroup.directory}"
+    return failed(template, *read, **sizes, cgroup=place, file=ceiling.path, command=command)
+
+
 @precondition(
     "cgroup-memory",
     "Memory of its cgroups",
@@ -146,15 +150,7 @@ def _cgroup_memory(context: CheckContext) -> Verdict:
     ):
         tightest = _tightest(chosen)
         if tightest is not None and tightest.left < needed:
-            return failed(
-                template,
-                *read,
-                size=mib(needed),
-                left=mib(tightest.left),
-                cgroup=_place(tightest),
-                file=tightest.path,
-                command=_command(tightest, option, tightest.limit + needed - tightest.left),
-            )
+            return _full(template, tightest, needed, option, read)
     tightest = _tightest(ceilings)
     return passed("no limit" if tightest is None else f"{mib(tightest.left)} left, {mib(needed)} wanted", *read)
 
@@ -172,15 +168,7 @@ def _cgroup_huge_pages(context: CheckContext) -> Verdict:
     tightest = _tightest(ceilings)
     if tightest is None or tightest.left >= context.memory:
         return passed("no limit" if tightest is None else f"{mib(tightest.left)} left", *_readings(ceilings))
-    return failed(
-        CGROUP_HUGE_PAGES,
-        *_readings(ceilings),
-        size=mib(context.memory),
-        left=mib(tightest.left),
-        cgroup=_place(tightest),
-        file=tightest.path,
-        command=_command(tightest, "", tightest.limit + context.memory - tightest.left),
-    )
+    return _full(CGROUP_HUGE_PAGES, tightest, context.memory, "", _readings(ceilings))
 
 
 @precondition(
@@ -193,31 +181,19 @@ def _tasks(context: CheckContext) -> Verdict:
     sysfs, needed = context.sysfs, limits.threads_needed(context.sysfs, context.cpus)
     ceilings = limits.task_ceilings(sysfs)
     read = _readings(ceilings, 1, "")
-    tightest = _tightest(ceilings)
-    if tightest is not None and tightest.left < needed:
-        return failed(
-            FEW_TASKS,
-            *read,
-            cpus=context.cpus,
-            needed=needed,
-            left=tightest.left,
-            file=tightest.path,
-            command=_command(tightest, "TasksMax", tightest.limit + needed - tightest.left),
-        )
+    found = []
+    if (tightest := _tightest(ceilings)) is not None:
+        command = _command(tightest, "TasksMax", tightest.limit + needed - tightest.left)
+        found.append((tightest.left, tightest.path, command))
     own = rlimit(sysfs, "Max processes")
     if own.soft is not None and not _exempt(context):
         left = max(0, own.soft - limits.tasks_of_user(sysfs, context.user))
         read.append(Reading(LIMITS, f"Max processes {own.soft}, {left} of them left"))
+        found.append((left, "RLIMIT_NPROC", raising(context, "LimitNPROC", "ulimit -u", own.soft + needed - left)))
+    for left, file, command in found:
         if left < needed:
-            return failed(
-                FEW_TASKS,
-                *read,
-                cpus=context.cpus,
-                needed=needed,
-                left=left,
-                file="RLIMIT_NPROC",
-                command=raising(context, "LimitNPROC", "ulimit -u", own.soft + needed - left),
-            )
+            values = {"cpus": context.cpus, "needed": needed, "left": left}
+            return failed(FEW_TASKS, *read, **values, file=file, command=command)
     return passed(f"{needed} at most", *read)
 
 
