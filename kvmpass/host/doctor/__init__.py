@@ -15,7 +15,6 @@ from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import CHECKS as DEVICE_CHECKS
 from kvmpass.host.check import Check, CheckContext, Finding, Outcome, Reading, failures, run_checks
 from kvmpass.host.doctor import device, iommu, limits, memory, processor, rights, vfio
-from kvmpass.host.doctor.iommu import interrupt_remapping
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.layout import GIB
@@ -127,5 +126,4 @@ __all__ = [
     "diagnose",
     "diagnose_device",
     "host_blocker",
-    "interrupt_remapping",
 ]

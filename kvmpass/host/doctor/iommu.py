@@ -255,18 +255,6 @@ def _chips(sysfs: Sysfs) -> tuple[str, set[str]]:
     return "/proc/interrupts", set((sysfs.text("proc/interrupts") or "").split())
 
 
-def interrupt_remapping(sysfs: Sysfs) -> bool | None:
-    """Return whether the IOMMU remaps interrupts; None if unknown.
-
-    The name of every interrupt chip behind a remapping domain begins with ``IR-`` (arch/x86/kernel/apic/msi.c and
-    io_apic.c, drivers/iommu/amd/iommu.c). If unknown, ``VFIO_SET_IOMMU`` decides (EPERM).
-    """
-    _, chips = _chips(sysfs)
-    if any(chip.startswith(_REMAPPED) for chip in chips):
-        return True
-    return False if any(chip.startswith(_PLAIN) for chip in chips) else None
-
-
 @precondition(
     "interrupt-remapping",
     "Interrupt remapping",
@@ -277,13 +265,16 @@ def interrupt_remapping(sysfs: Sysfs) -> bool | None:
     vital=True,
 )
 def _remapping(context: CheckContext) -> Verdict:
+    """Judge by the names of interrupt chips: behind a remapping domain each begins with ``IR-``.
+
+    (arch/x86/kernel/apic/msi.c and io_apic.c, drivers/iommu/amd/iommu.c)
+    """
     source, chips = _chips(context.sysfs)
     names = sorted(chip for chip in chips if chip.startswith(_REMAPPED + _PLAIN))
     read = Reading(source, ", ".join(names) or "no known chip")
-    remapped = interrupt_remapping(context.sysfs)
-    if remapped is None:
+    if not names:
         return failed(REMAPPING_UNKNOWN, read)
-    if remapped:
+    if any(name.startswith(_REMAPPED) for name in names):
         return passed("on", read)
     off = context.command_line.remapping_off()
     if off:
