@@ -30,8 +30,8 @@ VERSION = 1
 _MOST_ENTRIES = 1_000_000
 _BIGGEST_FILE = 64 << 20
 _MOST_BYTES = 1 << 30
-# Links that are read, never followed: open files and namespaces of processes.
-_ONLY_READ = re.compile(r"proc/(?:\d+|self)/(?:fd|ns)/[^/]+")
+ONLY_READ = re.compile(r"proc/(?:\d+|self)/(?:fd|ns)/[^/]+")
+"""Links that are read, never followed: open files and namespaces of processes."""
 _CONTROLS: dict[int, str | None] = dict.fromkeys([*set(range(32)) - {9, 10}, *range(0x7F, 0xA0)], "?")
 _CONTROLS[0] = None  # the end of some of the kernel's files
 _T = TypeVar("_T")
@@ -56,7 +56,7 @@ class RecordedSysfs(Sysfs):
         if not isinstance(closed, list) or not isinstance(answers, dict):
             raise BadRecord(f"{MANIFEST} is damaged")
         self._closed = {os.path.realpath(self.place(str(name))) for name in closed}
-        self._answers: dict[str, Any] = _all_printable(answers)
+        self._answers: dict[str, Any] = map_texts(answers, _printable)
 
     def data(self, *parts: str, size: int = -1) -> bytes:
         """Return the content of a file. Raises ``PermissionError`` if it could not be read on the host."""
@@ -106,12 +106,13 @@ def _printable(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
-def _all_printable(value: Any) -> Any:
+def map_texts(value: Any, text: Callable[[str], str], key: Callable[[str], str] = str) -> Any:
+    """Return a JSON value with ``text`` applied to every string in it, and ``key`` to every key."""
     if isinstance(value, str):
-        return _printable(value)
+        return text(value)
     if isinstance(value, dict):
-        return {key: _all_printable(item) for key, item in value.items()}
-    return [_all_printable(item) for item in value] if isinstance(value, list) else value
+        return {key(name): map_texts(item, text, key) for name, item in value.items()}
+    return [map_texts(item, text, key) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _manifest(file: Path) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def _check_tree(directory: Path) -> None:
             if count > _MOST_ENTRIES:
                 raise BadRecord(f"{directory} is too large for a recording")
             if entry.is_symlink():
-                if not (_ONLY_READ.fullmatch(relative) or _stays_inside(root, relative)):
+                if not (ONLY_READ.fullmatch(relative) or _stays_inside(root, relative)):
                     raise BadRecord(f"{relative} is a link that leads out of the tree")
             elif entry.is_dir(follow_symlinks=False):
                 left.append(relative)

@@ -27,14 +27,13 @@ from kvmpass.host.kernel.kmsg import PATH as KMSG
 from kvmpass.host.kernel.kmsg import KernelLog
 from kvmpass.host.look import Look
 from kvmpass.host.record.anonymity import Anonymity
-from kvmpass.host.record.recorded import MANIFEST, VERSION
+from kvmpass.host.record.recorded import MANIFEST, ONLY_READ, VERSION, map_texts
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 
 _BIGGEST_FILE = 4 << 20  # bytes; /proc/iomem of the largest hosts is a tenth of it
 _DATABASES = ("usr/share/", "run/udev/")  # their answers are recorded
 _IGNORED_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/pts/", "/dev/ptmx")
 _DESCRIPTORS = re.compile(r"proc/(?:\d+|self)/fd")
-_ONLY_READ = re.compile(r"proc/(?:\d+|self)/(?:fd|ns)/[^/]+")
 _T = TypeVar("_T")
 
 
@@ -120,7 +119,7 @@ class Recorder(Sysfs):
         manifest = {
             "version": VERSION,
             "closed": sorted(anonymity.name(name) if anonymity else name for name in entries.unread),
-            "answers": _replaced(self._answers, anonymity) if anonymity else self._answers,
+            "answers": map_texts(self._answers, anonymity.text, anonymity.name) if anonymity else self._answers,
         }
         members[MANIFEST] = ("file", json.dumps(manifest, indent=1, sort_keys=True).encode())
         mode = {".gz": "x:gz", ".tgz": "x:gz", ".xz": "x:xz", ".bz2": "x:bz2"}.get(file.suffix, "x")
@@ -152,14 +151,6 @@ def _write(archive: tarfile.TarFile, members: dict[str, tuple[str, bytes]]) -> N
 
 def _name(*parts: str) -> str:
     return "/".join(part for part in "/".join(parts).split("/") if part not in ("", "."))
-
-
-def _replaced(value: Any, anonymity: Anonymity) -> Any:
-    if isinstance(value, str):
-        return anonymity.text(value)
-    if isinstance(value, dict):
-        return {anonymity.name(str(key)): _replaced(item, anonymity) for key, item in value.items()}
-    return [_replaced(item, anonymity) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class _Entries:
@@ -208,7 +199,7 @@ class _Entries:
             target = str((self._root / (place or ".") / last).readlink())
         except OSError:
             return
-        if place is not None and (not target.startswith("/") or _ONLY_READ.fullmatch(f"{place}/{last}")):
+        if place is not None and (not target.startswith("/") or ONLY_READ.fullmatch(f"{place}/{last}")):
             self._parents(f"{place}/{last}")
             self._found[f"{place}/{last}"] = ("link", os.fsencode(target))
 
