@@ -6,8 +6,6 @@ import errno
 import os
 import resource
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Self
 
 from kvmpass.errors import Closed
@@ -92,13 +90,3 @@ class OwnedFd:
         # Only a warning: closing in a finalizer would hide the order that teardown needs.
         if getattr(self, "_fd", -1) >= 0:
             warnings.warn(f"unclosed {type(self).__name__} (fd {self._fd})", ResourceWarning, stacklevel=2)
-
-
-@contextmanager
-def closing_on_error(owner: OwnedFd) -> Iterator[None]:
-    """Close ``owner`` if the block, the rest of its constructor, raises."""
-    try:
-        yield
-    except BaseException:
-        owner.close()
-        raise

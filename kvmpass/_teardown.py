@@ -1,8 +1,9 @@
-"""Teardown, written in the order in which it happens."""
+"""Teardown, written in the order in which it happens, and the undoing of what failed half-way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 
 def run_all(steps: Iterable[Callable[[], object]], failure: BaseException | None = None) -> None:
@@ -21,3 +22,13 @@ def run_all(steps: Iterable[Callable[[], object]], failure: BaseException | None
                 first.add_note(f"and afterwards: {type(error).__name__}: {error}")
     if failure is None and first is not None:
         raise first
+
+
+@contextmanager
+def undo_on_error(*steps: Callable[[], object]) -> Iterator[ExitStack]:
+    """Undo the block if it raises: the callbacks of the stack, last first, and then ``steps``, last first."""
+    with ExitStack() as undo:
+        for step in steps:
+            undo.callback(step)
+        yield undo
+        undo.pop_all()

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from kvmpass import ports
 from kvmpass._ratelimit import limited_log
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.board.hotplug import HotplugController
 from kvmpass.board.power import PowerControl, PowerEvent
 from kvmpass.board.serial import Serial16550
@@ -93,11 +93,10 @@ class Board:
         """Plug the function that ``make`` returns into ``slot`` as function ``number``. Raises ``LayoutError``."""
         gsis = tuple(ports.intx_gsi(slot, pin) for pin in range(4))
         wiring = Wiring(self.vm, self.routes, self._memory, self.ports, self.mmio, self._bars, gsis)
-        with ExitStack() as undo:
+        with undo_on_error() as undo:
             function = make(wiring)
             undo.callback(function.close)
             self.pci.plug(function, slot, number)
-            undo.pop_all()
         return function
 
     def unplug(self, function: PciFunction) -> None:

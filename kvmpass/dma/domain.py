@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.dma.backend import BackendFactory, KvmVfio
 from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
 from kvmpass.layout import Range, Reserved, find_reserved
@@ -183,7 +183,7 @@ class Domain:
 
         Raises ``ReservedRange`` before anything is mapped, ``OSError``.
         """
-        with self._memory.lock, ExitStack() as undo:
+        with self._memory.lock, undo_on_error() as undo:
             usable = self.backend.ranges()
             regions = [region for region in self._memory if region.kind.dma]
             for region in regions:
@@ -193,7 +193,6 @@ class Domain:
                     self.map_region(region)
                     undo.callback(self.unmap_region, region)
             self._mapped = True
-            undo.pop_all()
 
     def map_region(self, region: MemoryRegion) -> None:
         """Map one region by one call at its guest-physical address, ROM read-only (``kvm_iommu_map_pages``)."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 import errno
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.dma.backend import Mapper
 from kvmpass.iommufd import Iommufd
 from kvmpass.layout import Range
@@ -37,7 +36,7 @@ class IommufdBackend:
 
     def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
         """Every device maps what is not mapped yet: for all but the first one, nothing."""
-        with ExitStack() as undo:
+        with undo_on_error() as undo:
             if not self._devices:
                 undo.callback(self._close_ioas)
             if self._iommufd is None:
@@ -50,7 +49,6 @@ class IommufdBackend:
             device.attach(self._ioas)
             self._mapper.map_all()
             self._devices.append(device)
-            undo.pop_all()
         return device
 
     def detach(self, device: Device) -> None:
@@ -63,10 +61,8 @@ class IommufdBackend:
 
     def _open(self) -> None:
         iommufd = Iommufd()
-        with ExitStack() as undo:
-            undo.callback(iommufd.close)
+        with undo_on_error(iommufd.close):
             self._ioas = iommufd.ioas_alloc()
-            undo.pop_all()
         self._iommufd = iommufd
 
     def _close_ioas(self) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.dma.backend import Mapper
 from kvmpass.errors import AuditFailed
 from kvmpass.layout import Range
@@ -47,7 +46,7 @@ class Type1:
 
     def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
         """See ``Backend``. A group joins with its first device; only the first group maps memory."""
-        with ExitStack() as undo:
+        with undo_on_error() as undo:
             if group not in self._groups or not self._groups[group].devices:
                 joined = self._join(group)
                 undo.callback(self._leave, group)
@@ -56,7 +55,6 @@ class Type1:
             joined = self._groups[group]
             device = joined.group.get_device_fd(name, vf_token)
             joined.devices.append(device)
-            undo.pop_all()
         return device
 
     def detach(self, device: Device) -> None:
@@ -70,7 +68,7 @@ class Type1:
     def _join(self, number: int) -> _Joined:
         if number in self._groups:  # it could not leave before
             self._leave(number)
-        with ExitStack() as undo:
+        with undo_on_error() as undo:
             group = Group(number)
             undo.callback(group.close)
             if self._container is None:
@@ -81,7 +79,6 @@ class Type1:
             if not self._groups:
                 self._container.set_iommu()
             joined = self._groups[number] = _Joined(group)
-            undo.pop_all()
         return joined
 
     def _leave(self, number: int) -> None:

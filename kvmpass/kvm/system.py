@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kvmpass._fd import OwnedFd, check, closing_on_error, open_node
+from kvmpass._fd import OwnedFd, check, open_node
 from kvmpass._native import ffi, lib
+from kvmpass._teardown import undo_on_error
 from kvmpass.errors import LayoutError
 from kvmpass.kvm.types import Capability, CpuidEntry
 from kvmpass.kvm.vm import Vm
@@ -32,7 +33,7 @@ class System(OwnedFd):
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         super().__init__(open_node(path))
-        with closing_on_error(self):
+        with undo_on_error(self.close):
             version = check(lib.kvm_get_api_version(self.fd), "KVM_GET_API_VERSION")
             if version != lib.KVM_API_VERSION:
                 raise OSError(f"{path}: KVM API version {version}, not {lib.KVM_API_VERSION}")

@@ -6,8 +6,9 @@ import errno
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kvmpass._fd import OwnedFd, check, closing_on_error, failure
+from kvmpass._fd import OwnedFd, check, failure
 from kvmpass._native import ffi, lib
+from kvmpass._teardown import undo_on_error
 from kvmpass.kvm import exits
 from kvmpass.kvm.types import CpuidEntry
 from kvmpass.memory import HostMapping
@@ -40,7 +41,7 @@ class Vcpu(OwnedFd):
         super().__init__(fd)
         self.index = index
         """Its number and APIC id, from 0."""
-        with closing_on_error(self):
+        with undo_on_error(self.close):
             self._run = HostMapping(run_size, fd=fd)
             self._page = self._run.view(0, run_size)
         self._exit = ffi.new("struct kvmpass_exit *")

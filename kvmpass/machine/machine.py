@@ -6,7 +6,6 @@ import atexit
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from functools import partial
 from typing import Self
 from weakref import WeakSet
@@ -15,7 +14,7 @@ from kvmpass import ports
 from kvmpass._fd import raise_nofile_limit
 from kvmpass._ratelimit import limited_log
 from kvmpass._signals import deferred
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.board.board import Board, BoardEvents
 from kvmpass.dma import BackendFactory, Domain, Type1
 from kvmpass.errors import Closed, GuestError, NotAssignable
@@ -94,7 +93,7 @@ class Machine(Execution):
         self._populated = False
         self.devices: list[AssignedDevice] = []
         """The assigned devices, in the order of their assignment."""
-        with ExitStack() as undo:
+        with undo_on_error() as undo:
             raise_nofile_limit()
             self._system = undo.enter_context(System())
             self._system.check_vcpus(cpus)
@@ -122,7 +121,6 @@ class Machine(Execution):
             self._requests = Requests(
                 self._slots, self._monitor, self._device_lock, self._deassign_unless_closed, self._end_for_error
             )
-            undo.pop_all()
         _open.add(self)
 
     def _make_board(self) -> Board:
@@ -374,7 +372,7 @@ class Machine(Execution):
                     except (OSError, NotAssignable) as error:
                         log.warning("%s cannot be reset: %s", device.bdf, error)
             old = self._board
-            with ExitStack() as undo:
+            with undo_on_error() as undo:
                 board = self._make_board()
                 undo.callback(board.close)
                 undo.callback(self.memslots.move, old.vm)
@@ -382,7 +380,6 @@ class Machine(Execution):
                 undo.callback(self.domain.rebind_kvm, old.kvm_vfio)
                 self.domain.rebind_kvm(board.kvm_vfio)
                 self._slots.use(board)
-                undo.pop_all()
             try:
                 run_all((partial(self.memslots.leave, old.vm), partial(self._slots.close, old)))
             except OSError as error:  # no vCPU runs in the old VM

@@ -11,12 +11,12 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import AuditFailed, LayoutError
 from kvmpass.layout import PAGE, Range
 from kvmpass.memory.mapping import HUGE, Backing, HostMapping, check_file, check_huge_pages
@@ -140,13 +140,12 @@ class GuestMemory:
 
     def listen(self, listener: RegionListener) -> None:
         """Register ``listener``, and add all present regions to it, or none if it raises."""
-        with self.lock, ExitStack() as undo:
+        with self.lock, undo_on_error() as undo:
             for region in self:
                 listener.region_wanted(region.kind, region.range, region.name)
                 listener.region_added(region)
                 undo.callback(listener.region_removed, region)
             self._listeners.append(listener)
-            undo.pop_all()
 
     # --- changing the list
 

@@ -8,11 +8,11 @@ ROM's, INTx, MSI and MSI-X, the lists of capabilities.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
 from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.pci import capabilities
 from kvmpass.pci.bar import Bar, RomBar
 from kvmpass.pci.bars import Bars
@@ -49,13 +49,11 @@ class AssignedFunction:
         self._msix: Msix | None = None
         self._enabled = 0  # the decoding bits as last written, which VFIO checks
         self._awake = True  # whether the power state was last written as D0
-        with ExitStack() as undo:
-            undo.callback(self.close)
+        with undo_on_error(self.close):
             self._make_header(wiring)
             self._make_messages(wiring, self._make_capabilities())
             self._make_bars(wiring)
             self._update_interrupts()
-            undo.pop_all()
 
     # --- construction
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from kvmpass._ratelimit import limited_log
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import LayoutError
 from kvmpass.layout import PAGE, Range
 from kvmpass.memory import HostMapping, MemoryRegion
@@ -88,12 +88,10 @@ class Bar:
         self._home = self._windows.allocate(self.kind, self.size)
         self.address = self._home.start
         """Where it decodes, as the guest last wrote it."""
-        with ExitStack() as undo:
-            undo.callback(self.close)
+        with undo_on_error(self.close):
             if self.kind is not BarKind.IO:
                 for area in mappable(source.mmap_areas, [trap.range for trap in traps]):
                     self._mappings.append((area, source.mmap(area)))
-            undo.pop_all()
 
     def close(self) -> None:
         """Stop decoding, then unmap the BAR in this process: a mapping keeps the device open. Idempotent.

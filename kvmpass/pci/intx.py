@@ -8,10 +8,9 @@ signals the resample eventfd, on which VFIO unmasks INTx: a device that still as
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 
 from kvmpass._ratelimit import limited_log
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.kvm import Vm
 from kvmpass.pci.function import PinSink
 
@@ -28,7 +27,7 @@ class Intx:
         self._vm = vm
         self._sink = sink
         self._gsi = gsi
-        self._eventfds: tuple[int, int] | None = None  # what the sink signals; what unmasks INTx
+        self._eventfds: list[int] = []  # what the sink signals; what unmasks INTx
         self._assigned = False  # the irqfd, in KVM
         self._signalled = False  # the eventfds, in the sink
 
@@ -45,17 +44,16 @@ class Intx:
         if self.active:
             return
         self.disable()  # what an earlier failure may have left
-        with ExitStack() as undo:
-            trigger, unmask = self._eventfds = _eventfd(undo), _eventfd(undo)
-            undo.pop_all()
-            undo.callback(self.disable)
+        with undo_on_error(self.disable):
+            for _ in range(2):
+                self._eventfds.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+            trigger, unmask = self._eventfds
             self._vm.irqfd_resample(trigger, self._gsi, unmask)
             self._assigned = True
             self._signalled = True  # disabling is idempotent if the next step fails
             self._sink.set_irqs(0, [trigger])
             # KVM may have signalled the descriptor already: the sink checks it now.
             self._sink.set_unmask_eventfd(unmask)
-            undo.pop_all()
 
     def disable(self) -> None:
         """Disable the sink, then remove the irqfd. Runs every step even if one fails; idempotent.
@@ -63,9 +61,8 @@ class Intx:
         Raises ``OSError``: what failed stays as it is, and ``disable`` can be called again.
         """
         run_all((self._stop_signalling, self._deassign))
-        eventfds, self._eventfds = self._eventfds, None
-        for eventfd in eventfds or ():
-            os.close(eventfd)
+        while self._eventfds:
+            os.close(self._eventfds.pop())
 
     def _stop_signalling(self) -> None:
         if self._signalled:
@@ -73,13 +70,7 @@ class Intx:
             self._signalled = False
 
     def _deassign(self) -> None:
-        if self._assigned and self._eventfds:
+        if self._assigned:
             if not self._vm.closed:  # a closed VM has no irqfds
                 self._vm.irqfd_deassign(self._eventfds[0], self._gsi)
             self._assigned = False
-
-
-def _eventfd(undo: ExitStack) -> int:
-    eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    undo.callback(os.close, eventfd)
-    return eventfd

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import select
-from contextlib import ExitStack
 
+from kvmpass._teardown import undo_on_error
 from kvmpass.kvm import IrqRoutes, Vm
 
 _MESSAGE_WINDOW = 0xFEE  # address bits 63:20 of every x86 message (AMD64 manual volume 2, section 16.11)
@@ -66,11 +66,9 @@ class MessageVector:
         self.disconnect()
         self._gsi = self._routes.add(address, data)
         self._message = (address, data)
-        with ExitStack() as undo:
-            undo.callback(self.disconnect)
+        with undo_on_error(self.disconnect):
             self._vm.irqfd(self.eventfd, self._gsi)
             self._assigned = True
-            undo.pop_all()
 
     def disconnect(self) -> None:
         """Remove the irqfd, then the route. Idempotent. Raises ``OSError``: what failed stays as it is."""

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvmpass._fd import OwnedFd, check, closing_on_error, failure
+from kvmpass._fd import OwnedFd, check, failure
 from kvmpass._native import ffi, lib
+from kvmpass._teardown import undo_on_error
 from kvmpass.layout import Range
 from kvmpass.memory import HostMapping
 
@@ -230,7 +231,7 @@ class Device(OwnedFd):
         """How long opening it took."""
         self.close_seconds = 0.0
         """How long closing it took; 0 before."""
-        with closing_on_error(self):
+        with undo_on_error(self.close):
             self._read_info()
 
     def _read_info(self) -> None:

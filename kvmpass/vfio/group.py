@@ -6,8 +6,9 @@ import errno
 import time
 import uuid
 
-from kvmpass._fd import OwnedFd, check, closing_on_error, failure, open_node
+from kvmpass._fd import OwnedFd, check, failure, open_node
 from kvmpass._native import ffi, lib
+from kvmpass._teardown import undo_on_error
 from kvmpass.errors import GroupNotViable
 from kvmpass.layout import Range
 from kvmpass.vfio.device import Device
@@ -29,7 +30,7 @@ class Container(OwnedFd):
 
     def __init__(self, path: str = "/dev/vfio/vfio") -> None:
         super().__init__(open_node(path))
-        with closing_on_error(self):
+        with undo_on_error(self.close):
             version = check(lib.vfio_get_api_version(self.fd), "VFIO_GET_API_VERSION")
             if version != lib.VFIO_API_VERSION:
                 raise OSError(f"{path}: VFIO API version {version}, not {lib.VFIO_API_VERSION}")
@@ -104,7 +105,7 @@ class Group(OwnedFd):
         self.number = number
         """Its number in ``/sys/kernel/iommu_groups``."""
         super().__init__(open_node(path))
-        with closing_on_error(self):
+        with undo_on_error(self.close):
             if not self.get_status() & lib.VFIO_GROUP_FLAGS_VIABLE:
                 raise GroupNotViable(
                     f"IOMMU group {number} is not viable: a device of it is bound to a host driver",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 
 
 def test_every_step_runs_and_the_first_failure_is_raised() -> None:
@@ -30,3 +30,16 @@ def test_a_failure_of_the_caller_gets_the_notes() -> None:
 
     run_all([step], failure)
     assert failure.__notes__ == ["and afterwards: KeyboardInterrupt: then"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_block_that_raises_is_undone_backwards(fails: bool) -> None:
+    done: list[str] = []
+    try:
+        with undo_on_error(lambda: done.append("first"), lambda: done.append("second")) as undo:
+            undo.callback(done.append, "third")
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    assert done == (["third", "second", "first"] if fails else [])
