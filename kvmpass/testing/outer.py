@@ -22,7 +22,7 @@ from kvmpass.testing.session import SPARES, Failure, HostSpec, LabSession, tempo
 
 POLL = 0.05
 XDIST_OUTPUT = "kvmpass_hosts"
-MIN_PART = 60.0  # expected seconds of tests that are worth the boot of a further host of the same kind
+MIN_PART = 40.0  # expected seconds of tests that are worth the boot of a further host of the same kind
 
 
 def expected(items: Iterable[pytest.Item]) -> float:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MARKER = "amdvi"
 DEFAULT_PROFILE = "base"
 DEFAULT_TIMEOUT = 300.0
-DEFAULT_DURATION = 3.0
+DEFAULT_DURATION = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ def test_b(n): pass
 @pytest.mark.parametrize("n", range(2))
 def test_c(n): pass
 
-@pytest.mark.amdvi(profile="sriov", duration=9.5)
+@pytest.mark.amdvi(profile="sriov", duration=6.5)
 def test_d(): pass
 """,
     )
@@ -304,7 +304,7 @@ def test_many_tests_of_one_kind_share_several_hosts(
 
 def test_long_tests_are_divided_by_their_expected_duration(lab: pytest.Pytester) -> None:
     many(lab, 1, 1, 4)
-    for name, duration in (("test_part0.py", 90), ("test_part1.py", 60)):
+    for name, duration in (("test_part0.py", 50), ("test_part1.py", 30)):
         path = lab.path / name
         path.write_text(path.read_text().replace("mark.amdvi", f"mark.amdvi(duration={duration})"))
     lab.runpytest_inprocess(*SIDE_BY_SIDE).stdout.fnmatch_lines(
