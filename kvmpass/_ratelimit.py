@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 BURST, SECONDS = 10, 5.0  # those of the kernel (include/linux/ratelimit_types.h)
@@ -70,3 +71,12 @@ def limited_log(name: str) -> logging.Logger:
     if not any(isinstance(known, _LogLimit) for known in log.filters):
         log.addFilter(_LogLimit())
     return log
+
+
+@contextmanager
+def log_errors(log: logging.Logger, message: str, *args: object) -> Iterator[None]:
+    """Log an ``OSError`` of the block as a warning, instead of raising it. It is the last argument of ``message``."""
+    try:
+        yield
+    except OSError as error:
+        log.warning(message, *args, error)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TypeVar
 
 from kvmpass import ports
-from kvmpass._ratelimit import limited_log
+from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.board.hotplug import HotplugController
 from kvmpass.board.power import PowerControl, PowerEvent
@@ -83,11 +83,9 @@ class Board:
 
     def _drive(self, gsi: int, level: bool) -> None:
         """Set the level of an emulated device's interrupt. If KVM fails, the guest misses it, and runs on."""
-        try:
+        with log_errors(log, "%s"):
             if not self.vm.closed:
                 self.vm.irq_line(gsi, level)
-        except OSError as error:
-            log.warning("%s", error)
 
     def plug(self, make: Callable[[Wiring], F], slot: int, number: int = 0) -> F:
         """Plug the function that ``make`` returns into ``slot`` as function ``number``. Raises ``LayoutError``."""

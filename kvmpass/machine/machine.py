@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 from kvmpass import ports
 from kvmpass._fd import raise_nofile_limit
-from kvmpass._ratelimit import limited_log
+from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.board.board import Board, BoardEvents
@@ -380,10 +380,8 @@ class Machine(Execution):
                 undo.callback(self.domain.rebind_kvm, old.kvm_vfio)
                 self.domain.rebind_kvm(board.kvm_vfio)
                 self._slots.use(board)
-            try:
+            with log_errors(log, "%s"):  # no vCPU runs in the old VM
                 run_all((partial(self.memslots.leave, old.vm), partial(self._slots.close, old)))
-            except OSError as error:  # no vCPU runs in the old VM
-                log.warning("%s", error)
             for device in devices:
                 self._slots.plug(device)
             if self._linux is not None:

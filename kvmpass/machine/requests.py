@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from kvmpass._ratelimit import limited_log
+from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass.events import DeviceError, DeviceRequest
 from kvmpass.machine.device import AssignedDevice, DeviceState
 from kvmpass.machine.monitor import DeviceMonitor
@@ -72,9 +72,7 @@ class Requests:
         """Handle the guest's eject of ``slot``: unplug its devices, and deassign each of them later, once."""
         for device in list(self.slots.devices):
             if device.slot == slot and not device.ejected.is_set():
-                try:
+                with log_errors(log, "%s: %s", device.bdf):
                     self.slots.unplug(device)
-                except OSError as error:
-                    log.warning("%s: %s", device.bdf, error)
                 device.ejected.set()
                 self.monitor.defer(partial(self.deassign, device))

@@ -7,11 +7,10 @@ ROM's, INTx, MSI and MSI-X, the lists of capabilities.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 
 from kvmpass import pciregs
-from kvmpass._ratelimit import limited_log
+from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.pci import capabilities
 from kvmpass.pci.bar import Bar, RomBar
@@ -138,17 +137,13 @@ class AssignedFunction:
         message = self._message
         for kind in (self._msix, self._msi):
             if kind and kind is not message:
-                self._attempt(kind.KIND, kind.disable)
+                with log_errors(log, "%s %s: %s", self._device.name, kind.KIND):
+                    kind.disable()
         if self._intx:
-            self._attempt("INTx", self._intx.disable if message else self._intx.enable)
+            with log_errors(log, "%s INTx: %s", self._device.name):
+                self._intx.disable() if message else self._intx.enable()
         if message:
             message.update()
-
-    def _attempt(self, kind: str, step: Callable[[], None]) -> None:
-        try:
-            step()
-        except OSError as error:
-            log.warning("%s %s: %s", self._device.name, kind, error)
 
     # --- configuration space
 
@@ -160,10 +155,9 @@ class AssignedFunction:
 
     def config_write(self, offset: int, data: bytes) -> None:
         """See ``PciFunction``."""
-        try:
+        # KVM may keep a memslot.
+        with log_errors(log, "%s: write of configuration space at %#x: %s", self._device.name, offset):
             self._write(offset, data)
-        except OSError as error:  # KVM keeps a memslot
-            log.warning("%s: write of configuration space at %#x: %s", self._device.name, offset, error)
 
     def _write(self, offset: int, data: bytes) -> None:
         end = offset + len(data)

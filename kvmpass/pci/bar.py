@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from kvmpass._ratelimit import limited_log
+from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import LayoutError
 from kvmpass.layout import PAGE, Range
@@ -171,10 +171,8 @@ class Bar:
         except LayoutError as error:
             log.debug("%s at %s: waits: %s", self.name, here, error)
             self._windows.wait(self)
-            try:
+            with log_errors(log, "%s at %s: decoded in part: %s", self.name, here):
                 self._withdraw()
-            except OSError as left:
-                log.warning("%s at %s: decoded in part: %s", self.name, here, left)
 
     # --- the memslots, while it decodes
 

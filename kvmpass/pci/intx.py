@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import os
 
-from kvmpass._ratelimit import limited_log
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.kvm import Vm
 from kvmpass.pci.function import PinSink
-
-log = limited_log(__name__)
 
 
 class Intx:

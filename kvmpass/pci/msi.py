@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 
 from kvmpass import pciregs
-from kvmpass._ratelimit import limited_log
+from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.function import InterruptSink, Wiring
 from kvmpass.pci.message import MessageCapability, pending_bits
@@ -57,16 +57,15 @@ class Msi(MessageCapability):
     def update(self) -> None:
         """Connect the vectors as the guest has written the capability."""
         requested = min(1 << (self._control >> pciregs.MSI_MULTIPLE_ENABLE_SHIFT & 7), len(self._vectors))
-        try:
+        with log_errors(log, "%s MSI: %s", self._sink.name):
             if not self.enabled:
-                return self.disable()
+                self.disable()
+                return
             if requested != self._requested:
                 self.disable()
                 self._requested = requested
                 self._signal(requested)
             self._connect()
-        except OSError as error:
-            log.warning("%s MSI: %s", self._sink.name, error)
 
     def _signal(self, requested: int) -> None:
         """Enable as many vectors as the host has, 1 at least: the device then uses these alone."""

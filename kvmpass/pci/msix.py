@@ -7,7 +7,7 @@ interrupts that the device raises: the pending bit.
 
 from __future__ import annotations
 
-from kvmpass._ratelimit import limited_log
+from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass.layout import Range
 from kvmpass.pci.bar import Trap
 from kvmpass.pci.configspace import ConfigSpace
@@ -75,10 +75,8 @@ class Msix(MessageCapability):
         self._mask_all = bool(self._control & MSIX_MASK_ALL)
         enable = self.enabled
         if self._enabled and not enable:
-            try:
+            with log_errors(log, "%s MSI-X: %s", self._sink.name):
                 self.disable()
-            except OSError as error:
-                log.warning("%s MSI-X: %s", self._sink.name, error)
         self._enabled = enable
         if enable:
             numbers = range(len(self._vectors))
@@ -111,13 +109,11 @@ class Msix(MessageCapability):
 
     def _connect(self, number: int) -> None:
         vector, message = self._vectors[number], self._message(number)
-        try:
+        with log_errors(log, "%s MSI-X vector %d: %s", self._sink.name, number):
             if message is None:
                 vector.disconnect()
             elif number in self._signalled:
                 vector.connect(*message)
-        except OSError as error:
-            log.warning("%s MSI-X vector %d: %s", self._sink.name, number, error)
 
     # --- what the sink signals
 
@@ -142,10 +138,8 @@ class Msix(MessageCapability):
                 half = len(new) // 2
                 return self._add(new[:half]) and self._add(new[half:])
             log.warning("%s MSI-X vector %d: %s", self._sink.name, new[0], error)
-            try:
+            with log_errors(log, "%s MSI-X vector %d: %s", self._sink.name, new[0]):
                 self._vectors[new[0]].close()
-            except OSError as left:
-                log.warning("%s MSI-X vector %d: %s", self._sink.name, new[0], left)
             return False
 
     def _set(self, new: list[int]) -> None:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from kvmpass._ratelimit import RateLimit, limited_log
+from kvmpass._ratelimit import RateLimit, limited_log, log_errors
 
 
 class Clock:
@@ -43,3 +43,12 @@ def test_warnings_are_limited_by_their_format(caplog: pytest.LogCaptureFixture) 
     limit._limit._clock = lambda: 1e9  # type: ignore[union-attr]
     log.warning("guest wrote %d", 5)
     assert caplog.records[-1].getMessage() == "guest wrote 5 (990 similar messages suppressed)"
+
+
+def test_an_error_of_a_block_is_logged_instead_of_raised(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("kvmpass.test")
+    with log_errors(log, "%s of %d: %s", "vector", 3):
+        raise OSError("refused")
+    with pytest.raises(ValueError), log_errors(log, "%s"):
+        raise ValueError
+    assert [record.getMessage() for record in caplog.records] == ["vector of 3: refused"]
