@@ -79,8 +79,8 @@ def rom_directory(config: pytest.Config) -> Path:
 
 
 def option_rom(directory: Path) -> Path:
-    """An expansion ROM of 32 KiB for the emulated host: a valid header, and bytes that are all different."""
-    blocks = 64  # of 512 bytes (PCI Firmware Specification, 5.2)
+    """An expansion ROM of 8 KiB for the emulated host: a valid header, then a pattern that differs in each block."""
+    blocks = 16  # of 512 bytes (PCI Firmware Specification, 5.2)
     image = bytearray((at * 7 + at // 256) & 0xFF for at in range(blocks * 512))
     image[:3] = bytes([0x55, 0xAA, blocks])
     image[0x18:0x1A] = (0x40).to_bytes(2, "little")

@@ -28,7 +28,8 @@ SCRIPT = """
     echo planted?; until [ -e /go ]; do read -r word </dev/ttyS0; >/go; done
     echo going; renice -n 1 -p 1; echo still here"""
 CONSOLE = "  console: "  # before each line that is shown of it
-DRIVER = pytest.mark.amdvi(profile="driver")
+DRIVER = pytest.mark.amdvi(profile="driver", duration=25)
+pytestmark = pytest.mark.amdvi(duration=12)
 
 
 def driver(bdf: str) -> str | None:
@@ -96,9 +97,9 @@ def test_a_loop_is_ended_by_the_timeout(edu: str, faulty: Path, tmp_path: Path) 
     """An endless loop: the output begins with its soft lockup, the log with the boot."""
     log = tmp_path / "console.log"
     append = "faulty.fault=loop watchdog_thresh=3 softlockup_panic=0 loglevel=6"
-    status, document, shown = crash(edu, faulty, append, 60, tmp_path / "status.json", "--console-log", str(log))
+    status, document, shown = crash(edu, faulty, append, 45, tmp_path / "status.json", "--console-log", str(log))
     assert (status, document["outcome"], document["guest_exit_status"]) == (124, "timeout", None), shown
-    assert 60 <= document["seconds"] < 150
+    assert 45 <= document["seconds"] < 120
     assert "soft lockup - CPU#0 stuck for" in shown[0], shown
     assert "faulty_probe+0x" in "\n".join(shown)
     assert "Linux version" in log.read_text(errors="replace"), "the whole console"
@@ -139,7 +140,7 @@ def test_oops_continue_takes_precedence() -> None:
 def test_an_interruption_shows_the_console_and_is_told_in_words(edu: str, tmp_path: Path, number: int) -> None:
     status = tmp_path / "status.json"
     script = "echo up; echo 'of the console' >/dev/kmsg; sleep 1000"
-    options = ("--memory", "192M", "--append", "loglevel=7", "--status-file", str(status))
+    options = ("--memory", "192M", "--append", "loglevel=5", "--status-file", str(status))
     process = subprocess.Popen(
         command("assign", edu, *options, "--", "sh", "-c", script),
         stdout=subprocess.PIPE,
@@ -170,7 +171,7 @@ def test_a_console_log_that_cannot_be_written(edu: str, tmp_path: Path) -> None:
     assert result.returncode == 125
     assert f"{missing}: No such file or directory" in result.stderr
     result = subprocess.run(
-        [*words[:-1], "/dev/full", "--append", "loglevel=7", "--", "true"],
+        [*words[:-1], "/dev/full", "--append", "loglevel=5", "--", "sh", "-c", "echo a line >/dev/kmsg"],
         capture_output=True,
         text=True,
         timeout=120,

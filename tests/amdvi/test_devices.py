@@ -34,7 +34,7 @@ from kvmpass.assignment.assign import assigned
 from kvmpass.guest import Guest, GuestSpec
 from kvmpass.testing.state import State
 
-pytestmark = pytest.mark.amdvi(profile="devices", timeout=3600 if SOAK else 300)
+pytestmark = pytest.mark.amdvi(profile="devices", timeout=3600 if SOAK else 300, duration=12)
 
 MODERN = pytest.mark.amdvi(profile="modern", qemu="modern")
 NO_IOMMU = pytest.mark.amdvi(

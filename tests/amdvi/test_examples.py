@@ -37,7 +37,7 @@ def test_example(path: Path, line: int, code: str) -> None:
     exec(compile("\n" * line + code, str(path), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.amdvi(profile="driver")
+@pytest.mark.amdvi(profile="driver", duration=15)
 def test_the_recipe_for_a_driver(edu: str, faulty_module: Path) -> None:
     """Its module is built outside, by its own command; see ``tests/support/outside.py``."""
     assert edu == "0000:00:04.0"

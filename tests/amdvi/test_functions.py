@@ -16,6 +16,8 @@ from kvmpass.memory import RegionKind
 from kvmpass.pciregs import BAR0, CAP_MSIX, COMMAND, capabilities
 from kvmpass.vfio.device import MSIX
 
+pytestmark = pytest.mark.amdvi(duration=10)
+
 
 def test_an_unbound_driver_leaves_no_interrupt(nvme: str) -> None:
     """Unloaded and loaded again: MSI-X, then the pin with nothing behind it, then MSI-X again.
@@ -136,14 +138,14 @@ def test_the_guest_reads_the_expansion_rom(nic: str) -> None:
     if not rom.exists():
         pytest.skip("this card has no expansion ROM: name one that has, as KVMPASS_TEST_NIC")
     rom.write_text("1")
-    wanted = hashlib.sha256(rom.read_bytes()).hexdigest()
+    content = rom.read_bytes()
     rom.write_text("0")
     script = """cd /sys/bus/pci/devices/$first; echo 1 >rom; cat rom >/rom; wc -c </rom; sha256sum /rom; go_on"""
     with host.borrow(nic), running(CONFIGURE + script, nic) as guest:
         guest.expect("\n", 2)
         size, digest, _ = guest.said.split()
-        assert int(size) >= 32 << 10
-        assert digest == wanted
+        assert int(size) == len(content) > 0
+        assert digest == hashlib.sha256(content).hexdigest()
         guest.go_on()
         assert guest.end().status == 0
 

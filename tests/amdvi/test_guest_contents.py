@@ -15,6 +15,8 @@ from kvmpass.errors import NotEnoughMemory
 from kvmpass.guest import Guest, GuestSpec, prepare
 from kvmpass.machine import Machine
 
+pytestmark = pytest.mark.amdvi(duration=20)
+
 
 @pytest.mark.amdvi(profile="single", kernel="stock")
 def test_a_driver_under_test_replaces_the_kernels_own(nvme: str, tmp_path: Path) -> None:
@@ -87,12 +89,16 @@ def test_files_that_exceed_the_guests_memory(tmp_path: Path) -> None:
 def check_refusals(directory: Path, *words: str) -> None:
     """Check that too little memory is refused, for the kernel and for a large file, and that the hint works."""
     (directory / "large").write_bytes(os.urandom(40 << 20))
+    hints = set()
     for memory, copy in (("32M", ()), ("64M", ("--copy", f"{directory}/large:/")), ("2M", ())):
         assign = ("assign", *words, *copy, "--memory")
         refused = run(*assign, memory, "--", "true")
         assert (refused.returncode, refused.stdout) == (125, b"")
         hint = re.search(rb"hint: give the guest (\d+) MiB \(--memory (\d+M)\)", refused.stderr)
         assert hint and b"are too little" in refused.stderr, refused.stderr
+        if hint[2] in hints:
+            continue  # a guest has had that memory
+        hints.add(hint[2])
         result = run(*assign, hint[2].decode(), "--", "ls", "/init", *(["/large"] if copy else []))
         assert result.returncode == 0, result.stderr
         assert result.stdout.split() == [b"/init", b"/large"][: len(copy) or 1]

@@ -23,6 +23,7 @@ from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.pci.barspace import IO_WINDOW
 from kvmpass.vfio.device import ERR
 
+pytestmark = pytest.mark.amdvi(duration=8)
 PLUGS = 100 if SOAK else 5
 
 

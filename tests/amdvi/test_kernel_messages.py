@@ -23,7 +23,7 @@ from kvmpass.machine import GuestOutcome
 from kvmpass.ports import SERIAL_LINES
 from kvmpass.testing.state import Mode, State
 
-pytestmark = pytest.mark.amdvi(profile="devices", timeout=900)
+pytestmark = pytest.mark.amdvi(profile="devices", timeout=900, duration=25)
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 QEMU_SECONDS = 600

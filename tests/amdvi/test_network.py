@@ -23,7 +23,7 @@ from support.inside import (
     outcomes,
 )
 
-pytestmark = pytest.mark.amdvi(profile="devices", timeout=3600 if SOAK else 300)
+pytestmark = pytest.mark.amdvi(profile="devices", timeout=3600 if SOAK else 300, duration=25)
 
 SIZE = (100 if SOAK else 8) << 20
 MEMORY = "512M" if SOAK else "256M"  # what a guest sends or receives is a file in its memory
