@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from kvmpass.errors import LabError
 
@@ -128,12 +129,18 @@ def locked(name: str, say: Say) -> Iterator[Path]:
         root = cache_root()
         root.mkdir(parents=True, exist_ok=True)
         with (root / f".{name}.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _try_lock(file):
                 say(f"waiting for another run that prepares {name}")
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield root
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager
@@ -160,9 +167,8 @@ def write_atomic(target: Path, content: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         Path(name).rename(target)
-    except BaseException:
+    finally:
         Path(name).unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -184,8 +190,8 @@ def run_directory() -> Iterator[Path]:
 
 def _remove_if_abandoned(directory: Path) -> None:
     with suppress(OSError), (directory / "lock").open("r") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(directory, ignore_errors=True)
+        if _try_lock(lock):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def used_bytes(path: Path) -> int:
@@ -205,11 +211,9 @@ def clean() -> int:
     root = cache_root()
     for lock in root.glob(".*.lock"):
         with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _try_lock(file):
                 name = lock.name.removeprefix(".").removesuffix(".lock")
-                raise LabError(f"another run prepares {name} in this cache", "wait until it ends") from None
+                raise LabError(f"another run prepares {name} in this cache", "wait until it ends")
     runs = root / "runs"
     if runs.is_dir():
         for run in runs.iterdir():

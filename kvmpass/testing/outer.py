@@ -198,7 +198,7 @@ class Outer:
             profile = known[spec.profile]
             number = sum(other.profile == spec.profile for other in self.runs) + 1
             directory = temporary / f"{spec.profile}{number if number > 1 else ''}"
-            start = functools.partial(LabSession.boot, self.config, spec, profile, directory, slowdown)
+            start = functools.partial(LabSession, self.config, spec, profile, directory, slowdown)
             run = self.runs[spec] = HostRun(start, items, spares, slowdown)
             needs[run] = capacity.size(profile.memory) + capacity.OVERHEAD
         return HostScheduler(needs, self.jobs, capacity.memory())

@@ -69,43 +69,20 @@ class Failure:
 
 
 class LabSession:
-    """An emulated host that runs tests: started by :meth:`boot`, read by :meth:`poll`, ended by :meth:`close`.
+    """An emulated host that runs tests: started by the constructor, read by :meth:`poll`, ended by :meth:`close`.
 
     Synchronization: main thread only. The lab runs in a thread of its own.
     """
 
-    def __init__(self, lab: LabLike, directory: Path, temporary: Path) -> None:
-        self.lab = lab
-        self.directory = directory
-        self.temporary = temporary
-        self.collected: set[str] | None = None
-        """Node IDs of the tests collected inside; ``None`` before that."""
-        self.death: Failure | None = None
-        """Why the host died; ``None`` if it did not."""
-        self.finished = False
-        """Whether the pytest inside has ended."""
-        self._forced = False
-        self._died_in: str | None = None
-        self._collect_errors: list[tuple[str, str]] = []
-        self._reader = EventReader(directory / "events.jsonl")
-        self._result: LabResult | None = None
-        self._error: BaseException | None = None
-        self._started = time.monotonic()
-        self._ended: float | None = None
-        self._boot_seconds = 0.0
-        self._tests = 0
-        self._thread: threading.Thread | None = None
-
-    @classmethod
-    def boot(
-        cls,
+    def __init__(
+        self,
         config: pytest.Config,
         spec: HostSpec,
         profile: Profile,
         temporary: Path,
         slowdown: float,
         items: list[pytest.Item],
-    ) -> LabSession:
+    ) -> None:
         """Write the plan and start the lab; returns at once. Raises ``LabError`` for an invalid profile.
 
         ``temporary`` is the base directory for the tests' temporary files, inside and, after the end, outside. Time
@@ -113,21 +90,38 @@ class LabSession:
         """
         from kvmpass.lab.config import LabConfig
 
-        directory = Path(tempfile.mkdtemp(prefix="kvmpass-test-"))
-        directory.chmod(0o777)
-        trace = directory / "iommu.trace" if "iommu" not in profile.without else None
-        content = {
+        self.collected: set[str] | None = None
+        """Node IDs of the tests collected inside; ``None`` before that."""
+        self.death: Failure | None = None
+        """Why the host died; ``None`` if it did not."""
+        self.finished = False
+        """Whether the pytest inside has ended."""
+        self._temporary = temporary
+        self._directory = Path(tempfile.mkdtemp(prefix="kvmpass-test-"))
+        self._directory.chmod(0o777)
+        self._reader = EventReader(self._directory / "events.jsonl")
+        self._forced = False
+        self._died_in: str | None = None
+        self._collect_errors: list[tuple[str, str]] = []
+        self._result: LabResult | None = None
+        self._error: BaseException | None = None
+        self._started = time.monotonic()
+        self._ended: float | None = None
+        self._boot_seconds = 0.0
+        self._tests = 0
+        trace = self._directory / "iommu.trace" if "iommu" not in profile.without else None
+        plan = {
             "ids": [item.nodeid for item in items],
-            "events": str(directory / "events.jsonl"),
+            "events": str(self._directory / "events.jsonl"),
             "profile": spec.profile,
             "roles": dict(profile.roles),
             "trace": str(trace) if trace else None,
             "slowdown": slowdown,
             "temporary": str(temporary),
-            "files": str(directory / ARTIFACTS),
+            "files": str(self._directory / ARTIFACTS),
         }
-        (directory / "plan.json").write_text(json.dumps(content))
-        lab = config.hook.pytest_kvmpass_lab(
+        (self._directory / "plan.json").write_text(json.dumps(plan))
+        self._lab: LabLike = config.hook.pytest_kvmpass_lab(
             config=config,
             lab=LabConfig(
                 devices=profile.devices,
@@ -137,47 +131,37 @@ class LabSession:
                 qemu=spec.qemu,
                 append=profile.append,
                 without=profile.without,
-                writable=(directory, *writable_directories(config, profile)),
+                writable=(self._directory, *writable_directories(config, profile)),
                 iommu_trace=trace,
                 timeout=profile.timeout and profile.timeout * slowdown,
             ),
         )
-        session = cls(lab, directory, temporary)
-        files = list(dict.fromkeys(str(item.path) for item in items))
-        command = inner_command(config, files, temporary)
-        session._start(command, config.invocation_params.dir, config.getini(ENVIRONMENT))
-        return session
-
-    def _start(self, command: list[str], cwd: Path, variables: list[str]) -> None:
         # Imports are slow inside, where the CPU is emulated: plugins are loaded by name only.
         environment = {
-            PLAN: str(self.directory / "plan.json"),
+            PLAN: str(self._directory / "plan.json"),
             "PYTEST_ADDOPTS": "",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         }
-        for name in ("PYTHONPATH", "PYTHONWARNINGS", *variables):
-            if name in os.environ:
-                environment[name] = os.environ[name]
-
-        def run() -> None:
-            try:
-                with (
-                    (self.directory / "stdout").open("wb") as stdout,
-                    (self.directory / "stderr").open("wb") as stderr,
-                ):
-                    self._result = self.lab.run(command, cwd=cwd, env=environment, stdout=stdout, stderr=stderr)
-            except BaseException as error:  # reported by the main thread
-                self._error = error
-            finally:
-                self._ended = time.monotonic()
-
-        self._thread = threading.Thread(target=run, name="kvmpass-lab", daemon=True)
+        passed = ("PYTHONPATH", "PYTHONWARNINGS", *config.getini(ENVIRONMENT))
+        environment |= {name: os.environ[name] for name in passed if name in os.environ}
+        command = inner_command(config, list(dict.fromkeys(str(item.path) for item in items)), temporary)
+        arguments = (command, config.invocation_params.dir, environment)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="kvmpass-lab", daemon=True)
         self._thread.start()
+
+    def _run(self, command: list[str], cwd: Path, environment: dict[str, str]) -> None:
+        try:
+            with (self._directory / "stdout").open("wb") as stdout, (self._directory / "stderr").open("wb") as stderr:
+                self._result = self._lab.run(command, cwd=cwd, env=environment, stdout=stdout, stderr=stderr)
+        except BaseException as error:  # reported by the main thread
+            self._error = error
+        finally:
+            self._ended = time.monotonic()
 
     @property
     def running(self) -> bool:
         """Whether the host still runs."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread.is_alive()
 
     def poll(self) -> list[Event]:
         """Return the events since the last call."""
@@ -202,7 +186,7 @@ class LabSession:
 
     def cpu_time(self) -> float | None:
         """Return the seconds of CPU time that the emulator has used; ``None`` if unknown."""
-        return self.lab.cpu_time()
+        return self._lab.cpu_time()
 
     def end_dead(self, nodeid: str | None, reason: str) -> Failure:
         """End a host that died or does not respond (``reason``) during a test, and return what is known about it.
@@ -226,11 +210,11 @@ class LabSession:
         if self._result is not None and self._result.console_tail:
             sections.append(("console of the emulated host", self._result.console_tail))
         for name in ("stdout", "stderr"):
-            file = self.directory / name
+            file = self._directory / name
             content = file.read_text(errors="replace") if file.exists() else ""
             if content.strip():
                 sections.append((f"{name} of the pytest inside", tail(content)))
-        death = Failure(f"{text}\nIts files are kept in {self.directory}", tuple(sections))
+        death = Failure(f"{text}\nIts files are kept in {self._directory}", tuple(sections))
         # Before the first test, the evidence is in the text, which the first test that did not run reports.
         self.death = death if nodeid else Failure(f"{death.text}\n{death.evidence}")
         return self.death
@@ -247,26 +231,25 @@ class LabSession:
         """End the host, without waiting for it."""
         if self.running:
             self._forced = True
-            self.lab.stop()
+            self._lab.stop()
 
     def stop(self) -> None:
         """End the host, and wait for it."""
         self.request_stop()
-        if self._thread is not None:
-            self._thread.join(30)
+        self._thread.join(30)
 
     def close(self) -> str:
         """End the host, move the tests' files to where they belong, and return a line about the host."""
         self.stop()
-        move_artifacts(self.directory / ARTIFACTS, self.temporary)
+        move_artifacts(self._directory / ARTIFACTS, self._temporary)
         seconds = (self._ended or time.monotonic()) - self._started
         if self.death is None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            shutil.rmtree(self._directory, ignore_errors=True)
         line = f"{self._tests} tests, {self._boot_seconds:.0f} s to the first, {seconds:.0f} s in all"
         if self._result is not None and self._result.woken:
             line += f", stalled and woken {self._result.woken} times"
         if self.death is not None:
-            return f"{line}, DIED, files in {self.directory}"
+            return f"{line}, DIED, files in {self._directory}"
         return f"{line}, ended early" if self._forced else line
 
 
