@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 
-def run_all(steps: Iterable[Callable[[], object]], failure: BaseException | None = None) -> None:
+def run_all(*steps: Callable[[], object], failure: BaseException | None = None) -> None:
     """Run every step in order, even if one fails. Raises the first failure; the others become its notes.
 
     ``failure``: an exception that the caller is raising already. Failures become its notes, and nothing is raised.

@@ -99,8 +99,8 @@ class Board:
 
     def unplug(self, function: PciFunction) -> None:
         """Unplug and close a function. Runs every step even if one fails, and can then be called again."""
-        run_all((partial(self.pci.unplug, function), function.close))
+        run_all(partial(self.pci.unplug, function), function.close)
 
     def close(self) -> None:
         """Unplug all functions, and close the VM. Idempotent."""
-        run_all((self._undo.close, *(partial(self.unplug, function) for function in self.pci.functions)))
+        run_all(self._undo.close, *(partial(self.unplug, function) for function in self.pci.functions))

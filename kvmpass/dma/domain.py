@@ -104,7 +104,7 @@ class Domain:
         """
         if device in self._devices:
             with self._until_inactive():
-                run_all((partial(self.backend.detach, device), partial(self._devices.remove, device)))
+                run_all(partial(self.backend.detach, device), partial(self._devices.remove, device))
 
     @contextmanager
     def _until_inactive(self) -> Iterator[None]:
@@ -163,7 +163,7 @@ class Domain:
     def close(self) -> None:
         """Detach every device. Runs every step even if one fails; idempotent."""
         with self._until_inactive():
-            run_all((*(partial(self.detach, device) for device in self._devices), self.backend.close))
+            run_all(*(partial(self.detach, device) for device in self._devices), self.backend.close)
 
     # --- memory
 
@@ -204,7 +204,7 @@ class Domain:
             del self._ledger[region]
             raise
         except BaseException as error:  # KeyboardInterrupt may be raised after the ioctl
-            run_all((partial(self._unmap_doubtful, region),), error)
+            run_all(partial(self._unmap_doubtful, region), failure=error)
             raise
         log.info("map %s -> iova %#x, %s", region, mapping.iova, "rw" if mapping.writable else "ro")
 
@@ -231,7 +231,7 @@ class Domain:
         """
         with self._memory.lock:
             self._mapped = False
-            run_all((*(partial(self.unmap_region, region) for region in list(self._ledger)), self._check_none_left))
+            run_all(*(partial(self.unmap_region, region) for region in list(self._ledger)), self._check_none_left)
 
     def _check_none_left(self) -> None:
         if left := self.backend.unmap_rest():

@@ -57,7 +57,7 @@ class IommufdBackend:
         steps.append(partial(self._devices.remove, device))
         if self._devices == [device]:
             steps += [self._mapper.unmap_all, self._close_ioas]
-        run_all(steps)
+        run_all(*steps)
 
     def _open(self) -> None:
         iommufd = Iommufd()

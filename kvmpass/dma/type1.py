@@ -63,7 +63,7 @@ class Type1:
         steps: list[Callable[[], object]] = [device.close, partial(devices.remove, device)]
         if len(devices) == 1:
             steps.append(partial(self._leave, number))
-        run_all(steps)
+        run_all(*steps)
 
     def _join(self, number: int) -> _Joined:
         if number in self._groups:  # it could not leave before
@@ -87,10 +87,10 @@ class Type1:
         def leave_container() -> None:
             self._unless_removed(group, group.unset_container)
             del self._groups[number]
-            run_all((group.close, *([self._close_container] if last else [])))
+            run_all(group.close, *([self._close_container] if last else []))
 
         unmap = [partial(self._unless_removed, group, self._mapper.unmap_all)] if last else []
-        run_all((partial(self._mapper.file_del, group.fd), *unmap, leave_container))
+        run_all(partial(self._mapper.file_del, group.fd), *unmap, leave_container)
 
     @staticmethod
     def _unless_removed(group: Group, step: Callable[[], None]) -> None:
@@ -111,7 +111,7 @@ class Type1:
 
     def close(self) -> None:
         """See ``Backend``: remove the groups that could not leave before."""
-        run_all(partial(self._leave, number) for number in list(self._groups))
+        run_all(*(partial(self._leave, number) for number in list(self._groups)))
 
     # --- mappings
 

@@ -62,7 +62,7 @@ class Memslots:
             raise
         except BaseException as error:  # KeyboardInterrupt may be raised after the ioctl
             self._doubtful.add(region)
-            run_all((partial(self.region_removed, region),), error)
+            run_all(partial(self.region_removed, region), failure=error)
             raise
 
     def region_removed(self, region: MemoryRegion) -> None:
@@ -99,8 +99,8 @@ class Memslots:
 
         An assigned device keeps the VM that it was opened for until it is closed. Runs every step even if one fails.
         """
-        run_all(partial(self._delete, vm, slot) for slot in self._slots.values())
+        run_all(*(partial(self._delete, vm, slot) for slot in self._slots.values()))
 
     def close(self) -> None:
         """Delete every slot, before its memory is unmapped. Runs every step even if one fails."""
-        run_all(partial(self.region_removed, region) for region in list(self._slots))
+        run_all(*(partial(self.region_removed, region) for region in list(self._slots)))

@@ -151,7 +151,7 @@ class Execution:
         if self._threads is not None:
             self._threads.stop()
         vcpus, self._vcpus = self._vcpus, []
-        run_all(vcpu.close for vcpu in vcpus)
+        run_all(*(vcpu.close for vcpu in vcpus))
 
     def wait(self, timeout: float | None = None) -> GuestOutcome | None:
         """Wait until the guest has ended, and return how; None after ``timeout`` seconds.

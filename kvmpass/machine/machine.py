@@ -140,22 +140,20 @@ class Machine(Execution):
                 return
             _open.discard(self)
             # The first two without the lock: the machine's own threads, which they join, may wait for it.
-            run_all((self._close_vcpus, self._monitor.stop, self._release))
+            run_all(self._close_vcpus, self._monitor.stop, self._release)
 
     def _release(self) -> None:
         """Devices; the VM; devices whose removal failed while the VM existed; mappings; memory."""
         with self._device_lock:
             run_all(
-                (
-                    self._deassign_all,
-                    partial(self.domain.rebind_kvm, None),
-                    partial(self._slots.close, self._board),
-                    self._deassign_all,
-                    self.domain.close,
-                    self.memslots.close,
-                    self.memory.close,
-                    self._system.close,
-                )
+                self._deassign_all,
+                partial(self.domain.rebind_kvm, None),
+                partial(self._slots.close, self._board),
+                self._deassign_all,
+                self.domain.close,
+                self.memslots.close,
+                self.memory.close,
+                self._system.close,
             )
 
     def _check_usable(self) -> None:
@@ -224,7 +222,7 @@ class Machine(Execution):
             self._monitor.watch(device.vfio, REQ, partial(self._requests.on_request, device))
             self._slots.plug(device)
         except BaseException as error:
-            run_all(self._return_steps(device), error)
+            run_all(*self._return_steps(device), failure=error)
             raise
         self.devices.append(device)
         self._slots.announce(device)
@@ -249,7 +247,7 @@ class Machine(Execution):
         """
         if self._has(device):
             ejected = self._slots.eject(device, timeout) if self._running else [device]
-            run_all(partial(self.deassign, device) for device in ejected)
+            run_all(*(partial(self.deassign, device) for device in ejected))
 
     def deassign(self, device: AssignedDevice) -> None:
         """Undo ``assign``, without asking a running guest. Idempotent.
@@ -264,7 +262,7 @@ class Machine(Execution):
             device.state = DeviceState.RELEASED
             self.devices.remove(device)
             by = "guest" if device.ejected.is_set() else "host"
-            run_all(self._return_steps(device))
+            run_all(*self._return_steps(device))
             if self._running:
                 self._monitor.emit(DeviceReleased(str(device.bdf), by))
 
@@ -280,7 +278,7 @@ class Machine(Execution):
         return device.state is DeviceState.ASSIGNED
 
     def _deassign_all(self) -> None:
-        run_all(partial(self.deassign, device) for device in list(self.devices))
+        run_all(*(partial(self.deassign, device) for device in list(self.devices)))
 
     def reset_device(self, device: AssignedDevice, reason: str = "request") -> DeviceReset:
         """Reset the function, or else its slot or bus if all devices there are assigned to this machine.
@@ -381,7 +379,7 @@ class Machine(Execution):
                 self.domain.rebind_kvm(board.kvm_vfio)
                 self._slots.use(board)
             with log_errors(log, "%s"):  # no vCPU runs in the old VM
-                run_all((partial(self.memslots.leave, old.vm), partial(self._slots.close, old)))
+                run_all(partial(self.memslots.leave, old.vm), partial(self._slots.close, old))
             for device in devices:
                 self._slots.plug(device)
             if self._linux is not None:

@@ -102,15 +102,11 @@ class DeviceMonitor:
 
     def unwatch(self, device: Device) -> None:
         """Undo ``watch``: only a callback that runs already finishes. Runs every step even if one fails."""
-        run_all(
-            step
-            for interrupt in self._watched.pop(device, ())
-            for step in (
-                interrupt.irqs.disable_irqs,
-                partial(self._loop.remove_reader, interrupt.eventfd),
-                interrupt.close,
-            )
-        )
+        run_all(*(partial(self._close, interrupt) for interrupt in self._watched.pop(device, ())))
+
+    def _close(self, interrupt: _Interrupt) -> None:
+        remove = partial(self._loop.remove_reader, interrupt.eventfd)
+        run_all(interrupt.irqs.disable_irqs, remove, interrupt.close)
 
     def follow_faults(self) -> None:
         """Emit what the host's IOMMU reports. Log the reason where the kernel's log is unreadable. Idempotent."""
@@ -131,7 +127,7 @@ class DeviceMonitor:
 
     def stop(self) -> None:
         """End both threads; only a callback that calls this goes on."""
-        run_all((self._loop.close, self._jobs.close, *([self._faults.close] if self._faults else [])))
+        run_all(self._loop.close, self._jobs.close, *([self._faults.close] if self._faults else []))
 
 
 def _event(found: IommuEvent) -> DeviceEvent:

@@ -228,7 +228,7 @@ class GuestMemory:
                 listener.region_added(region)
                 done.append(listener)
         except BaseException as error:
-            run_all((partial(listener.region_removed, region) for listener in reversed(done)), error)
+            run_all(*(partial(listener.region_removed, region) for listener in reversed(done)), failure=error)
             if self._held(region):
                 self._regions = (*self._regions, region)
             else:
@@ -255,7 +255,7 @@ class GuestMemory:
                     listener.region_removed(region)
                     done.append(listener)
             except BaseException as error:
-                run_all((partial(listener.region_added, region) for listener in reversed(done)), error)
+                run_all(*(partial(listener.region_added, region) for listener in reversed(done)), failure=error)
                 raise
             self._regions = tuple(other for other in self._regions if other is not region)
         region.release()
@@ -270,7 +270,7 @@ class GuestMemory:
             held = tuple(region for region in self._regions if self._held(region))
             gone = [region for region in self._regions if region not in held]
             self._regions = held
-            run_all(region.release for region in gone)
+            run_all(*(region.release for region in gone))
             if held:
                 names = ", ".join(f"{region.name} {region.range}" for region in held)
                 raise AuditFailed(f"still in use, and therefore not unmapped: {names}")

@@ -116,7 +116,7 @@ class AssignedFunction:
         Raises ``OSError``: what failed stays as it is, and ``close`` can be called again. Idempotent.
         """
         kinds = (self._intx, self._msi, self._msix)
-        run_all((*(interrupt.disable for interrupt in kinds if interrupt), self._bars.close))
+        run_all(*(interrupt.disable for interrupt in kinds if interrupt), self._bars.close)
 
     # --- interrupts
 

@@ -100,7 +100,7 @@ class Bar:
         """
         self.decode(False)
         if not self._closed:
-            run_all(mapping.close for _, mapping in self._mappings)
+            run_all(*(mapping.close for _, mapping in self._mappings))
             self._windows.free(self.kind, self._home)
             self._closed = True
 

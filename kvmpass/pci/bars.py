@@ -80,4 +80,4 @@ class Bars:
 
     def close(self) -> None:
         """Close every BAR. Runs every step even if one fails; idempotent. Raises as ``Bar.close`` does."""
-        run_all(bar.close for bar in self)
+        run_all(*(bar.close for bar in self))

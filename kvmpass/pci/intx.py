@@ -57,7 +57,7 @@ class Intx:
 
         Raises ``OSError``: what failed stays as it is, and ``disable`` can be called again.
         """
-        run_all((self._stop_signalling, self._deassign))
+        run_all(self._stop_signalling, self._deassign)
         while self._eventfds:
             os.close(self._eventfds.pop())
 

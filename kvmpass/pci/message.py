@@ -46,11 +46,11 @@ class MessageCapability:
         Raises ``OSError``: what failed stays as it is, and ``disable`` can be called again. Idempotent.
         """
         used = [vector for vector in self._vectors if vector.open]
-        run_all((*(vector.disconnect for vector in used), self._close_vectors))
+        run_all(*(vector.disconnect for vector in used), self._close_vectors)
 
     def _close_vectors(self) -> None:
         self._stop_signalling()
-        run_all(vector.close for vector in self._vectors)
+        run_all(*(vector.close for vector in self._vectors))
 
     def _stop_signalling(self) -> None:
         if self._signalled:

@@ -129,4 +129,4 @@ class EmulatedEdu:
         self._space.set(pciregs.HEADER_TYPE, pciregs.MULTIFUNCTION if several else 0, 1)
 
     def close(self) -> None:
-        run_all((self._msix.disable, self._bars.close, self.registers.close))
+        run_all(self._msix.disable, self._bars.close, self.registers.close)

@@ -16,10 +16,10 @@ def test_every_step_runs_and_the_first_failure_is_raised() -> None:
             raise OSError(f"step {number}")
 
     with pytest.raises(OSError, match="step 1") as failed:
-        run_all([lambda number=number: step(number) for number in range(5)])  # type: ignore[misc]
+        run_all(*[lambda number=number: step(number) for number in range(5)])  # type: ignore[misc]
     assert done == [0, 1, 2, 3, 4]
     assert failed.value.__notes__ == ["and afterwards: OSError: step 3"]
-    run_all([])
+    run_all()
 
 
 def test_a_failure_of_the_caller_gets_the_notes() -> None:
@@ -28,7 +28,7 @@ def test_a_failure_of_the_caller_gets_the_notes() -> None:
     def step() -> None:
         raise KeyboardInterrupt("then")
 
-    run_all([step], failure)
+    run_all(step, failure=failure)
     assert failure.__notes__ == ["and afterwards: KeyboardInterrupt: then"]
 
 
