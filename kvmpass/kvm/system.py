@@ -47,10 +47,6 @@ class System(OwnedFd):
         """Number of vCPUs that a VM can have."""
         return self.check_extension(Capability.MAX_VCPUS) or 4
 
-    def check_vcpus(self, count: int) -> None:
-        """Raise ``LayoutError`` if a VM cannot have ``count`` vCPUs on this host."""
-        check_vcpus(count, self.max_vcpus)
-
     def get_supported_cpuid(self) -> list[CpuidEntry]:
         """Return the CPUID leaves that KVM supports on this host (``KVM_GET_SUPPORTED_CPUID``).
 

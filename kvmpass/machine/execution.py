@@ -165,8 +165,7 @@ class Execution:
 
     def stop(self, outcome: GuestOutcome = GuestOutcome.STOPPED) -> None:
         """End the guest without waiting for its vCPUs; ``wait()`` returns ``outcome`` if this is the first end."""
-        threads = self._threads
-        if threads is not None:
+        if threads := self._threads:
             threads.end(outcome)
 
     def pause(self, timeout: float = 5.0) -> None:
@@ -182,8 +181,7 @@ class Execution:
 
     def resume(self) -> None:
         """Resume a paused guest. Idempotent."""
-        threads = self._threads
-        if threads is not None:
+        if threads := self._threads:
             threads.resume()
 
     @property

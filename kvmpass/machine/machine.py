@@ -25,6 +25,7 @@ from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
 from kvmpass.host.usage import VFIO_PCI
 from kvmpass.kvm import Memslots, System
+from kvmpass.kvm.system import check_vcpus
 from kvmpass.layout import Layout, Range, parse_size
 from kvmpass.machine.backends import use_backend
 from kvmpass.machine.device import AssignedDevice, DeviceState
@@ -96,7 +97,7 @@ class Machine(Execution):
         with undo_on_error() as undo:
             raise_nofile_limit()
             self._system = undo.enter_context(System())
-            self._system.check_vcpus(cpus)
+            check_vcpus(cpus, self._system.max_vcpus)
             planned = plan_memory(
                 parse_size(memory), self._sysfs.reserved_regions(), self._system.physical_bits, backing
             )
