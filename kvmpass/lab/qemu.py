@@ -73,14 +73,24 @@ class Emulator:
 
 @functools.cache
 def _device_help(emulator: Emulator, device: str) -> str | None:
-    done = subprocess.run(
-        [*emulator.prefix, "-machine", "none", "-device", f"{device},help"],
-        env={**os.environ, **emulator.environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    return _output(emulator.prefix, emulator.environment, "-machine", "none", "-device", f"{device},help")
+
+
+def _output(prefix: tuple[str, ...], environment: Mapping[str, str], *arguments: str) -> str | None:
+    """Run a QEMU and return what it prints, ``None`` if it fails. Raises ``LabError`` if it cannot be run."""
+    try:
+        done = subprocess.run(
+            [*prefix, *arguments],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LabError(f"{prefix[0]} cannot be run: {error}") from error
     return done.stdout if done.returncode == 0 else None
 
 
@@ -118,8 +128,7 @@ def modern() -> Emulator:
         str(program),
         *("-L", str(share / "qemu"), "-L", str(share / "seabios")),
     )
-    environment = {"QEMU_MODULE_DIR": str(library / "qemu")}
-    return Emulator("modern", program, version_of(prefix, environment), prefix, environment)
+    return probe("modern", program, prefix, {"QEMU_MODULE_DIR": str(library / "qemu")})
 
 
 def system() -> Emulator:
@@ -127,28 +136,18 @@ def system() -> Emulator:
     found = find_tool(PROGRAM)
     if found is None:
         raise LabError("no QEMU is installed", "apt-get install qemu-system-x86")
-    return Emulator("system", found, version_of((str(found),)), (str(found),))
+    return probe("system", found)
 
 
-def version_of(prefix: tuple[str, ...], environment: Mapping[str, str] | None = None) -> Version:
-    """Ask a QEMU for its version. Raises ``LabError`` if it reports none."""
-    try:
-        done = subprocess.run(
-            [*prefix, "--version"],
-            env={**os.environ, **(environment or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=30,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LabError(f"{prefix[0]} cannot be run: {error}") from error
-    found = re.search(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", done.stdout)
+def probe(
+    name: str, path: Path, prefix: tuple[str, ...] = (), environment: Mapping[str, str] | None = None
+) -> Emulator:
+    """Return a QEMU with the version that it reports. Raises ``LabError``. An empty ``prefix`` is the program."""
+    prefix, environment = prefix or (str(path),), environment or {}
+    found = re.search(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", _output(prefix, environment, "--version") or "")
     if found is None:
-        raise LabError(f"{prefix[0]} is no QEMU system emulator", SUPPORTED)
-    return int(found[1]), int(found[2]), int(found[3])
+        raise LabError(f"{path} is no QEMU system emulator", SUPPORTED)
+    return Emulator(name, path, (int(found[1]), int(found[2]), int(found[3])), prefix, environment)
 
 
 def find(name: str) -> Emulator:
@@ -159,7 +158,7 @@ def find(name: str) -> Emulator:
         emulator = modern()
     else:
         path = Path(name).absolute()
-        emulator = Emulator(str(path), path, version_of((str(path),)), (str(path),))
+        emulator = probe(str(path), path)
     usable, verdict = judge(emulator.version)
     if not usable:
         raise LabError(f"QEMU {emulator.version_text} ({emulator.path}) is {verdict}", SUPPORTED)

@@ -105,9 +105,16 @@ def test_versions(version: tuple[int, int, int], usable: bool, says: str) -> Non
 
 
 def test_a_broken_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu, "version_of", lambda prefix: (10, 0, 2))
+    monkeypatch.setattr(qemu, "_output", lambda *_: "QEMU emulator version 10.0.2\n")
     with pytest.raises(LabError, match=r"QEMU 10\.0\.2 .*/usr/bin/own.* broken"):
         qemu.find("/usr/bin/own")
+
+
+def test_a_program_that_is_no_qemu() -> None:
+    with pytest.raises(LabError, match="/bin/true is no QEMU system emulator"):
+        qemu.find("/bin/true")
+    with pytest.raises(LabError, match="/no/such/qemu cannot be run"):
+        qemu.find("/no/such/qemu")
 
 
 def test_root_ports_by_version() -> None:
