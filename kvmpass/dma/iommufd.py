@@ -1,7 +1,7 @@
 """iommufd as a back end: one I/O address space (IOAS), which devices are attached to by their character devices.
 
-Its order: open the device → tell KVM of it → bind it to the iommufd → attach it to the IOAS → map all memory (the
-first device). Memory that is mapped earlier is not pinned until the attach, where what is refused has no name.
+The order: open the device, register it with KVM, bind it to the iommufd, attach it to the IOAS, map all memory (the
+first device). Memory that is mapped before is not pinned until the attach, whose failure does not name the region.
 The IOAS is there from the first device until after the last one.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from kvmpass._teardown import run_all, undo_on_error
@@ -21,7 +21,10 @@ from kvmpass.vfio import Cdev, DependentDevice, Device
 
 
 class IommufdBackend:
-    """A ``Backend``: one iommufd with one IOAS, made for the first device and closed after the last."""
+    """A ``Backend``: one iommufd with one IOAS, opened for the first device and closed after the last.
+
+    Synchronization: see ``Backend``.
+    """
 
     def __init__(self, mapper: Mapper) -> None:
         self._mapper = mapper
@@ -31,14 +34,14 @@ class IommufdBackend:
 
     @property
     def active(self) -> bool:
-        """Whether there is an IOAS."""
+        """Whether the IOAS exists."""
         return self._iommufd is not None
 
     def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
-        """Every device maps what is not mapped yet: for all but the first one, nothing."""
+        """See ``Backend``. Only the first device maps memory."""
         with undo_on_error() as undo:
             if not self._devices:
-                undo.callback(self._close_ioas)
+                undo.callback(self.close)
             if self._iommufd is None:
                 self._open()
             device = Cdev(name)
@@ -52,12 +55,10 @@ class IommufdBackend:
         return device
 
     def detach(self, device: Device) -> None:
-        """Take it from KVM, and close it: with that the kernel detaches it from the IOAS."""
-        steps: list[Callable[[], object]] = [partial(self._mapper.file_del, device.fd), device.close]
-        steps.append(partial(self._devices.remove, device))
-        if self._devices == [device]:
-            steps += [self._mapper.unmap_all, self._close_ioas]
-        run_all(*steps)
+        """See ``Backend``. The kernel detaches a device from its IOAS when it is closed."""
+        last = (self._mapper.unmap_all, self.close) if self._devices == [device] else ()
+        remove = partial(self._devices.remove, device)
+        run_all(partial(self._mapper.file_del, device.fd), device.close, remove, *last)
 
     def _open(self) -> None:
         iommufd = Iommufd()
@@ -65,22 +66,18 @@ class IommufdBackend:
             self._ioas = iommufd.ioas_alloc()
         self._iommufd = iommufd
 
-    def _close_ioas(self) -> None:
-        """Refused (``EBUSY``) while a device is attached whose file somebody else has: then it stays."""
+    def close(self) -> None:
+        """See ``Backend``. Raises ``OSError`` (``EBUSY``: another process has an attached device open)."""
         if self._iommufd is not None:
             self._iommufd.destroy(self._ioas)
             iommufd, self._iommufd = self._iommufd, None
             iommufd.close()
 
-    def close(self) -> None:
-        """Destroy the IOAS that could not go before, with what is still mapped in it."""
-        self._close_ioas()
-
     # --- mappings
 
     @property
     def iommufd(self) -> Iommufd:
-        """There is one only while ``active``."""
+        """The context; only while ``active``."""
         assert self._iommufd is not None
         return self._iommufd
 
@@ -102,9 +99,9 @@ class IommufdBackend:
         return self.iommufd.ioas_unmap_all(self._ioas)
 
     def ranges(self) -> tuple[Range, ...]:
-        """They can shrink with each device."""
+        """See ``Iommufd.ioas_iova_ranges``. Each device can shrink them."""
         return self.iommufd.ioas_iova_ranges(self._ioas).allowed
 
     def hot_reset(self, device: Device, dependent: Sequence[DependentDevice]) -> None:
-        """VFIO knows what is bound to the same iommufd as the device, and needs no groups."""
+        """See ``Device.pci_hot_reset``. VFIO needs no groups of devices that are bound to one iommufd."""
         device.pci_hot_reset(())

@@ -60,10 +60,8 @@ class Type1:
     def detach(self, device: Device) -> None:
         """See ``Backend``. A group leaves with its last device."""
         number, devices = next((n, joined.devices) for n, joined in self._groups.items() if device in joined.devices)
-        steps: list[Callable[[], object]] = [device.close, partial(devices.remove, device)]
-        if len(devices) == 1:
-            steps.append(partial(self._leave, number))
-        run_all(*steps)
+        leave = (partial(self._leave, number),) if len(devices) == 1 else ()
+        run_all(device.close, partial(devices.remove, device), *leave)
 
     def _join(self, number: int) -> _Joined:
         if number in self._groups:  # it could not leave before

@@ -21,7 +21,7 @@ _MAP_REMEDY = {
 
 @dataclass(frozen=True, slots=True)
 class IovaRanges:
-    """What an IOAS can translate now; every device that is attached can narrow it."""
+    """What an IOAS can translate; each attached device can shrink it."""
 
     allowed: tuple[Range, ...]
     """The I/O virtual addresses that can be mapped, in order."""
@@ -30,14 +30,14 @@ class IovaRanges:
 
     @property
     def reserved(self) -> tuple[Range, ...]:
-        """What lies between the allowed ranges, before the first one, and after the last up to 2^64."""
+        """The addresses of 64 bits outside of the allowed ranges."""
         ends = [0, *(range_.end for range_ in self.allowed)]
         starts = [*(range_.start for range_ in self.allowed), 1 << 64]
         return tuple(Range(end, start - end) for end, start in zip(ends, starts, strict=True) if start > end)
 
 
 class Iommufd(OwnedFd):
-    """One context of /dev/iommu. Its objects have numbers, and go with the last descriptor and the last device.
+    """One context of ``/dev/iommu``. Its objects have IDs; they end with the last descriptor and the last device.
 
     Raises ``OSError``: ``ENOENT`` and ``ENODEV`` where the kernel lacks iommufd, ``EACCES``.
 
@@ -97,14 +97,14 @@ class Iommufd(OwnedFd):
         check(result, "IOMMU_IOAS_COPY", f"iova {Range(iova, size)}", _MAP_REMEDY.get(-result))
 
     def ioas_unmap(self, ioas: int, iova: int, size: int) -> int:
-        """Undo the mappings in a range, which must contain them whole; returns how many bytes they had.
+        """Undo the mappings in a range, which must contain all of each; return their size in bytes.
 
-        Raises ``OSError``: ``ENOENT`` where none is there.
+        ``IOMMU_IOAS_UNMAP``. Raises ``OSError`` (``ENOENT``: there is none).
         """
         return self._unmap(ioas, iova, size, f"iova {Range(iova, size)}")
 
     def ioas_unmap_all(self, ioas: int) -> int:
-        """Undo every mapping of the IOAS; returns how many bytes there were."""
+        """Undo all mappings of the IOAS; return their size in bytes (``IOMMU_IOAS_UNMAP``). Raises ``OSError``."""
         return self._unmap(ioas, 0, _EVERYTHING, "everything")
 
     def _unmap(self, ioas: int, iova: int, size: int, detail: str) -> int:

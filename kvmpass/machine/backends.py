@@ -13,9 +13,9 @@ _FACTORIES: dict[str, BackendFactory] = {IOMMUFD: IommufdBackend, TYPE1: Type1}
 
 
 def use_backend(domain: Domain, sysfs: Sysfs, bdf: Bdf, wanted: str, vf_token: uuid.UUID | None) -> BackendChoice:
-    """Give ``domain``, which has no device yet, the back end for its first one; returns which that is, and why.
+    """Set the back end of ``domain``, before its first device is attached. Return which one it is, and why.
 
-    Raises ``HostNotReady`` where the kernel lacks the one that was asked for.
+    Raises ``HostNotReady`` where the requested one is unavailable.
     """
     choice = choose_backend(sysfs, [bdf], wanted, vf_token=vf_token is not None)
     if choice.obstacle:

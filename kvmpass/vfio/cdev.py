@@ -34,10 +34,10 @@ _ATTACH_REMEDY = {
 
 
 class Cdev(Device):
-    """One function, opened by /dev/vfio/devices/vfioN. The other attributes of a ``Device`` exist once it is bound.
+    """One function, opened by ``/dev/vfio/devices/vfioN``. Most attributes of a ``Device`` exist once it is bound.
 
-    ``name`` is its PCI address. Raises ``OSError``: ``ENOENT`` where it is not on vfio-pci or the kernel has no such
-    nodes; ``NotAssignable`` for a node without an IOMMU behind it.
+    ``name`` is its PCI address. Raises ``OSError`` (``ENOENT``: it is not bound to vfio-pci, or the kernel has no
+    such nodes), and ``NotAssignable`` for a device without an IOMMU.
     """
 
     def __init__(self, name: str, devices: str = _PCI_DEVICES, nodes: str = "/dev/vfio/devices") -> None:
@@ -46,11 +46,11 @@ class Cdev(Device):
         self.open_seconds = self.close_seconds = 0.0
 
     def bind(self, iommufd: int, vf_token: uuid.UUID | None = None) -> int:
-        """Give it to the iommufd with this descriptor; returns its number there. The kernel resets it if it can.
+        """Bind the device to an iommufd until it is closed (``VFIO_DEVICE_BIND_IOMMUFD``); return its device ID.
 
-        KVM must know the descriptor before (``KVM_DEV_VFIO_FILE_ADD``). It is bound until it is closed.
-        ``vf_token``: see ``Group.get_device_fd``. Raises ``OSError``: ``EPERM`` its DMA is owned elsewhere, or
-        interrupts are not remapped, ``EBUSY`` its group is open, ``EINVAL`` it is open, ``EACCES`` a token is needed.
+        The kernel resets it if it can. Register it with KVM before (``KVM_DEV_VFIO_FILE_ADD``). ``vf_token``: see
+        ``Group.get_device_fd``. Raises ``OSError``: ``EPERM`` its DMA has another owner, or there is no interrupt
+        remapping; ``EBUSY`` its group is open; ``EINVAL`` it is open already; ``EACCES`` a token is missing or wrong.
         """
         devid = ffi.new("uint32_t *")
         token = vf_token.bytes if vf_token else ffi.NULL
@@ -66,12 +66,10 @@ class Cdev(Device):
         return int(devid[0])
 
     def attach(self, ioas: int) -> None:
-        """Attach it to an IOAS, in place of the one before (``VFIO_DEVICE_ATTACH_IOMMUFD_PT``).
+        """Attach the device to an IOAS, instead of an earlier one (``VFIO_DEVICE_ATTACH_IOMMUFD_PT``).
 
-        Its DMA reaches what is mapped there.
-
-        Raises ``OSError``: ``EADDRINUSE`` something is mapped where it cannot reach, ``EINVAL`` its IOMMU group is
-        attached elsewhere, ``ENOMEM`` over the memlock limit.
+        Its DMA reaches what is mapped in the IOAS. Raises ``OSError``: ``EADDRINUSE`` a mapping has an address
+        that it cannot use; ``EINVAL`` its IOMMU group is attached to another IOAS; ``ENOMEM`` over the memlock limit.
         """
         result = lib.vfio_device_attach_iommufd_pt(self.fd, ioas)
         check(result, "VFIO_DEVICE_ATTACH_IOMMUFD_PT", self.name, _ATTACH_REMEDY.get(-result))
