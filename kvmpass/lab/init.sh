@@ -1,7 +1,7 @@
 #!/bin/busybox sh
-# The emulated host's first process. It is started twice: out of the initial file system, to put the shared root
-# together, and inside that root, to run one command and to report its end. All of it runs in busybox: it is small,
-# and starting a program that needs libraries off the shared root is slow under emulation.
+# The emulated host's first process. It is started twice: from the initramfs, to mount the shared root, and in that
+# root, to run one command and to report its exit status. All of it runs in busybox, because starting a program that
+# needs libraries from the shared root is slow under emulation.
 
 LAB=/run/kvmpass-lab
 
@@ -58,7 +58,7 @@ mount_all() {
     done < "$LAB/writable"
 }
 
-# The kernel's files lie where a real Debian host has them.
+# Put the kernel's files where Debian has them.
 place_kernel() {
     release=$(uname -r)
     mkdir -p /boot "/lib/modules/$release"
@@ -67,14 +67,14 @@ place_kernel() {
     [ -z "$KERNEL_MODULES" ] || mount -o bind "$KERNEL_MODULES" "/lib/modules/$release"
 }
 
-# What udev does at a real start: every device gets the driver that claims it.
+# Load the driver of each device, as udev does on a real host.
 load_drivers() {
     [ -s "/lib/modules/$(uname -r)/modules.dep" ] || return
     modprobe=/sbin/modprobe
     [ -x $modprobe ] || modprobe=/usr/sbin/modprobe
-    # One process for all: the module index is read once. By its path: busybox would take its own.
+    # One process for all, because it reads the module index once. By its path, because busybox would prefer its own.
     $modprobe -qab vfio-pci kvm_amd $(cat /sys/bus/pci/devices/*/modalias | sort -u)
-    # Disks and virtio devices are there by now. A USB stick is not: its drivers wait for it.
+    # By now disks and virtio devices have been found. A USB stick has not: its drivers are loaded for it in advance.
     behind=$(for device in /sys/bus/scsi/devices/* /sys/bus/virtio/devices/*; do
         [ -e "$device/driver" ] || cat "$device/modalias"
     done)
@@ -94,18 +94,18 @@ run_command() {
     if [ "$INPUT" = tty ]; then
         wait_until 10 test -c /dev/hvc0
         while read -r size; do stty -F /dev/hvc0 $size; done < "$(port kvmpass.in)" &
-        # The size is the open terminal's: it is lost when nobody has it open.
+        # The size is lost when the terminal is closed: set it while it is open.
         setsid -c /usr/bin/env --default-signal sh -c "stty $TERMINAL_SIZE; exec sh $LAB/command" < /dev/hvc0 > /dev/hvc0 2>&1 3>&- &
         wait $!
         return
     fi
     input=/dev/null
     [ "$INPUT" = null ] || input=$(port kvmpass.in)
-    # Pipes, because a port can be opened once and a command may well open its /dev/stdout again.
+    # Pipes, because a port can be opened only once, and a command may open its /dev/stdout again.
     mkfifo "$LAB/out" "$LAB/err"
     cat < "$LAB/out" > "$(port kvmpass.out)" & out=$!
     cat < "$LAB/err" > "$(port kvmpass.err)" & err=$!
-    # What runs behind a shell's & ignores interrupts, unless told otherwise.
+    # Without --default-signal a background process of a shell ignores SIGINT.
     setsid /usr/bin/env --default-signal sh "$LAB/command" < "$input" > "$LAB/out" 2> "$LAB/err" 3>&- &
     wait $!
     code=$?
@@ -114,7 +114,7 @@ run_command() {
     return $code
 }
 
-# What the command left running would keep its pipes open.
+# Kill processes that the command started and that still run: they would keep its pipes open.
 end_stragglers() {
     for process in /proc/[0-9]*; do
         id=${process#/proc/}
@@ -123,7 +123,7 @@ end_stragglers() {
     done
 }
 
-# The reader outside waits for as many bytes as the port has taken.
+# The number of bytes that a port has sent: the process outside waits for them.
 sent() {
     device=$(port "$1") || { echo 0; return; }
     count=$(sed -n 's/^bytes_sent: //p' "/sys/kernel/debug/virtio-ports/${device##*/}")
@@ -144,7 +144,7 @@ second_stage() {
     for wanted in $PORTS; do wait_until 10 port "$wanted" > /dev/null; done
     exec 3<> "$(port kvmpass.status)"
     echo ready >&3
-    # The reader outside may still refuse this host.
+    # The process outside may still refuse this host.
     read -r answer <&3
     [ "$answer" = go ] || poweroff -f
     run_command
