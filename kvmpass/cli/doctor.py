@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from kvmpass import host
+from kvmpass.cli import tables
 from kvmpass.cli.findings import document, show
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE
@@ -114,9 +115,9 @@ def conclusion(findings: list[Finding]) -> str:
     """Return the last line: how many checks failed, warned, were skipped and passed."""
     counts = {outcome: sum(finding.outcome is outcome for finding in findings) for outcome in Outcome}
     failed = counts[Outcome.FAIL]
-    parts = [f"{failed} check{'s' if failed != 1 else ''} failed" if failed else "nothing failed"]
+    parts = [f"{tables.count(failed, 'check')} failed" if failed else "nothing failed"]
     if counts[Outcome.WARN]:
-        parts.append(f"{counts[Outcome.WARN]} warning{'s' if counts[Outcome.WARN] != 1 else ''}")
+        parts.append(tables.count(counts[Outcome.WARN], "warning"))
     if counts[Outcome.SKIPPED]:
         parts.append(f"{counts[Outcome.SKIPPED]} skipped")
     return f"{', '.join(parts)}, {counts[Outcome.PASS]} passed"

@@ -67,9 +67,7 @@ def format_bars(bars: Sequence[view.BarInfo]) -> Iterator[str]:
         kind = "I/O ports" if bar.io else f"{bar.bits}-bit" + (", prefetchable" if bar.prefetchable else "")
         address = "no address" if bar.address is None else f"at {bar.address:#x}"
         rows.append((bar.name, size_text(bar.size), kind, address))
-    sizes = tables.widths(rows)
-    for row in rows:
-        yield tables.columns(row, sizes, frozenset({1}))
+    yield from tables.table(rows, right=frozenset({1}))
 
 
 def format_capabilities(own: view.Capabilities) -> Iterator[str]:
@@ -78,10 +76,10 @@ def format_capabilities(own: view.Capabilities) -> Iterator[str]:
     yield f"on: {', '.join(name for name, value in switches if value) or 'nothing'}"
     if own.msi:
         masking = ", each can be masked" if own.msi.maskable else ""
-        yield f"MSI: {_count(own.msi.vectors, 'vector')}{masking}{_on(own.msi.enabled)}"
+        yield f"MSI: {tables.count(own.msi.vectors, 'vector')}{masking}{_on(own.msi.enabled)}"
     if own.msix:
         where = f"table in BAR {own.msix.table_bar} at {own.msix.table_offset:#x}"
-        yield f"MSI-X: {_count(own.msix.vectors, 'vector')}, {where}{_on(own.msix.enabled)}"
+        yield f"MSI-X: {tables.count(own.msix.vectors, 'vector')}, {where}{_on(own.msix.enabled)}"
     if own.express:
         flr = ", function level reset" if own.express.flr else ", no function level reset"
         yield f"PCI Express: {own.express.kind}{flr if 'port' not in own.express.kind else ''}"
@@ -104,10 +102,6 @@ def format_capabilities(own: view.Capabilities) -> Iterator[str]:
     others = [*(["AER"] if own.aer else []), *own.others]
     if others:
         yield f"also: {', '.join(others)}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _on(enabled: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from kvmpass.cli import tables
 from kvmpass.errors import LabError
 from kvmpass.lab import build, cache, devices, modern
 from kvmpass.lab import headers as kernel_headers
@@ -140,9 +141,8 @@ def shell(**options: Any) -> int:
 def status() -> int:
     """Show what is installed, cached and missing. Exit status 1 if a run without options would fail."""
     rows = state.rows()
-    width = max(len(row.part) for row in rows)
-    for row in rows:
-        click.echo(f"{row.part:<{width}}  {'' if row.ok else 'MISSING: '}{row.text}")
+    for line in tables.table([(row.part, row.text if row.ok else f"MISSING: {row.text}") for row in rows]):
+        click.echo(line)
     if all(row.ok for row in rows):
         return 0
     click.echo(f"supported hosts: {state.SUPPORTED_HOSTS}", err=True)

@@ -9,7 +9,7 @@ import click
 
 from kvmpass.assignment.plan import DevicePlan, Plan
 from kvmpass.assignment.plan import plan as make_plan
-from kvmpass.cli import findings
+from kvmpass.cli import findings, tables
 from kvmpass.cli.documents import backend_document, blocker_document, reserved_document, sibling_document
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE, backend_option
@@ -58,7 +58,7 @@ def plan(
     _show_memory(output, made)
     descriptors = made.descriptors
     output.text(click.style("file descriptors", bold=True))
-    output.text(f"  {descriptors.fixed} for the machine, its {_count(made.cpus, 'vCPU')} and its devices")
+    output.text(f"  {descriptors.fixed} for the machine, its {tables.count(made.cpus, 'vCPU')} and its devices")
     output.text(f"  {descriptors.vectors} more at most, one for each MSI or MSI-X vector that the guest unmasks")
     output.text(f"  limit (RLIMIT_NOFILE): {'none' if descriptors.limit is None else descriptors.limit}")
     for title, blockers, colour in (("warnings", made.warnings, "yellow"), ("blockers", made.blockers, "red")):
@@ -67,15 +67,9 @@ def plan(
         for blocker in blockers:
             findings.show_blocker(output, blocker)
     output.text()
-    verdict = (
-        f"kvmpass assign would refuse: {_count(len(made.blockers), 'blocker')}" if made.blockers else "no blockers"
-    )
-    output.text(f"{verdict}; nothing was changed")
+    refusal = f"kvmpass assign would refuse: {tables.count(len(made.blockers), 'blocker')}"
+    output.text(f"{refusal if made.blockers else 'no blockers'}; nothing was changed")
     return 1 if made.blockers else 0
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _show_device(output: Output, device: DevicePlan) -> None:
@@ -112,7 +106,7 @@ def _bar(bar: BarPreview) -> str:
     kind = f"{size_text(bar.size)}, {bar.kind.value.replace('io', 'ports')}"
     if bar.mapped is None:
         return f"{kind}: memslots, no DMA; their number is unknown without root"
-    how = f"{_count(len(bar.mapped), 'memslot')}, no DMA" if bar.mapped else "trapped"
+    how = f"{tables.count(len(bar.mapped), 'memslot')}, no DMA" if bar.mapped else "trapped"
     rest = bar.size - sum(part.size for part in bar.mapped)
     trapped = f", {size_text(rest)} trapped" if bar.mapped and rest else ""
     return f"{kind}: {how}{trapped}"
@@ -120,12 +114,13 @@ def _bar(bar: BarPreview) -> str:
 
 def _show_memory(output: Output, made: Plan) -> None:
     output.text(click.style("memory", bold=True))
-    rows = [("slot", "guest-physical (= IOVA)", "size", "name", "access", "backing"), *_rows(made)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows if made.memory else ():
-        output.text("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     if made.memory:
-        output.text(f"  {_count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_text(made.locked)})")
+        rows = [("slot", "guest-physical (= IOVA)", "size", "name", "access", "backing"), *_rows(made)]
+        for text in tables.table(rows):
+            output.text(f"  {text}")
+        output.text(
+            f"  {tables.count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_text(made.locked)})"
+        )
     output.text(f"  IOMMU back end {made.backend}")
     output.text(f"  {made.phys_bits} bits of guest-physical address ({made.phys_bits_source})")
     if not made.confined:

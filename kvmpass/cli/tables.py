@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import click
 
@@ -40,6 +40,17 @@ def columns(row: Sequence[str], sizes: Sequence[int], right: frozenset[int] = fr
         pad = " " * (size - length(cell))
         cells.append(pad + cell if number in right else cell + pad)
     return GAP.join(cells).rstrip()
+
+
+def table(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> Iterator[str]:
+    """Yield the lines of a table; ``right`` is that of :func:`columns`."""
+    sizes = widths(rows)
+    yield from (columns(row, sizes, right) for row in rows)
+
+
+def count(number: int, noun: str) -> str:
+    """Return ``1 device``, ``2 devices``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def fold(text: str, first: str, rest: str) -> list[str]:
