@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import click
 
 from kvmpass import host
-from kvmpass.cli.output import Output, host_command
+from kvmpass.cli.output import Output, host_command, together
 from kvmpass.cli.params import BDF
 from kvmpass.host.drivers.bind import Handover
 from kvmpass.host.drivers.changes import MATCHING
 
-
-def _options(function: Callable[..., Any]) -> Callable[..., Any]:
-    for decorate in (
-        click.option("-n", "--dry-run", is_flag=True, help="Print each step and change nothing."),
-        click.option("--group", is_flag=True, help="All devices of these IOMMU groups, except bridges."),
-        click.argument("bdfs", metavar="BDF...", nargs=-1, required=True, type=BDF),
-    ):
-        function = decorate(function)
-    return function
+_options = together(
+    click.argument("bdfs", metavar="BDF...", nargs=-1, required=True, type=BDF),
+    click.option("--group", is_flag=True, help="All devices of these IOMMU groups, except bridges."),
+    click.option("-n", "--dry-run", is_flag=True, help="Print each step and change nothing."),
+)
 
 
 @click.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvmpass.cli import tables
+from kvmpass.cli.output import together
 from kvmpass.errors import LabError
 from kvmpass.lab import build, cache, devices, modern
 from kvmpass.lab import headers as kernel_headers
@@ -35,64 +35,60 @@ def complete_kernel(ctx: click.Context, param: click.Parameter, incomplete: str)
     return names or [CompletionItem(incomplete, type="file")]
 
 
-def host_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that describe an emulated host."""
-    options = [
-        click.option(
-            "--device",
-            "devices",
-            multiple=True,
-            metavar="NAME[,PROPERTY=VALUE…]",
-            shell_complete=complete_device,
-            help="A PCI device of the host: nvme, e1000e, edu, or any other device of QEMU.  [repeatable]",
-        ),
-        click.option("--memory", default="4G", show_default=True, metavar="SIZE", help="The host's memory."),
-        click.option(
-            "--cpus",
-            default=1,
-            show_default=True,
-            metavar="N",
-            help="The host's CPUs. With more than one, guests sometimes die because of a bug in QEMU.",
-        ),
-        click.option(
-            "--kernel",
-            default="stock",
-            show_default=True,
-            metavar="stock|full|PATH",
-            shell_complete=complete_kernel,
-            help="The host's kernel: stock (Debian's), full (with iommufd), or a bzImage.",
-        ),
-        click.option("--append", default="", metavar="TEXT", help="Append to the host kernel's command line."),
-        click.option(
-            "--without",
-            multiple=True,
-            metavar="FEATURE[,…]",
-            help="A host without svm, iommu or intremap.  [repeatable]",
-        ),
-        click.option(
-            "--accel", default="auto", show_default=True, type=click.Choice(ACCELERATORS), help="QEMU's accelerator."
-        ),
-        click.option(
-            "--qemu", default="system", show_default=True, metavar="system|modern|PATH", help="The QEMU to use."
-        ),
-        click.option(
-            "--writable",
-            multiple=True,
-            metavar="DIR",
-            type=click.Path(exists=True, file_okay=False, path_type=Path),
-            help="A directory of this machine that the command may write to.  [repeatable]",
-        ),
-        click.option(
-            "--iommu-trace",
-            metavar="FILE",
-            type=click.Path(dir_okay=False, path_type=Path),
-            help="Write each translation of the IOMMU to FILE, one a line.",
-        ),
-        click.option("--timeout", type=float, metavar="SECONDS", help="End the run after this time, boot included."),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+host_options = together(
+    click.option(
+        "--device",
+        "devices",
+        multiple=True,
+        metavar="NAME[,PROPERTY=VALUE…]",
+        shell_complete=complete_device,
+        help="A PCI device of the host: nvme, e1000e, edu, or any other device of QEMU.  [repeatable]",
+    ),
+    click.option("--memory", default="4G", show_default=True, metavar="SIZE", help="The host's memory."),
+    click.option(
+        "--cpus",
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="The host's CPUs. With more than one, guests sometimes die because of a bug in QEMU.",
+    ),
+    click.option(
+        "--kernel",
+        default="stock",
+        show_default=True,
+        metavar="stock|full|PATH",
+        shell_complete=complete_kernel,
+        help="The host's kernel: stock (Debian's), full (with iommufd), or a bzImage.",
+    ),
+    click.option("--append", default="", metavar="TEXT", help="Append to the host kernel's command line."),
+    click.option(
+        "--without",
+        multiple=True,
+        metavar="FEATURE[,…]",
+        help="A host without svm, iommu or intremap.  [repeatable]",
+    ),
+    click.option(
+        "--accel", default="auto", show_default=True, type=click.Choice(ACCELERATORS), help="QEMU's accelerator."
+    ),
+    click.option(
+        "--qemu", default="system", show_default=True, metavar="system|modern|PATH", help="The QEMU to use."
+    ),
+    click.option(
+        "--writable",
+        multiple=True,
+        metavar="DIR",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        help="A directory of this machine that the command may write to.  [repeatable]",
+    ),
+    click.option(
+        "--iommu-trace",
+        metavar="FILE",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Write each translation of the IOMMU to FILE, one a line.",
+    ),
+    click.option("--timeout", type=float, metavar="SECONDS", help="End the run after this time, boot included."),
+)
+"""The options that describe an emulated host."""
 
 
 def configuration(options: dict[str, Any]) -> LabConfig:

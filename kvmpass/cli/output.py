@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 SCHEMA = 2
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Output:
@@ -49,6 +50,11 @@ class Output:
         """Print progress and remarks on standard error, unless ``--quiet`` is set."""
         if not self.quiet:
             click.echo(f"kvmpass: {line}", err=True)
+
+
+def together(*decorators: Decorator) -> Decorator:
+    """Return a decorator that stands for ``decorators``, the first at the top."""
+    return lambda function: functools.reduce(lambda made, decorate: decorate(made), reversed(decorators), function)
 
 
 def host_command(function: Callable[..., Any]) -> Callable[..., Any]:
