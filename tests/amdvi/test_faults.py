@@ -45,8 +45,8 @@ def test_a_blocked_access_is_an_event(edu: str, emulated_host: bool) -> None:
         if emulated_host:  # docs/lab.md: what the emulator gets wrong
             assert {fault.access for fault in faults} == {"interrupt"}, faults
         if not emulated_host:
-            assert {((fault.address or 0) & ~0xFFF, fault.write, bool(fault.domain)) for fault in faults} == {
-                (NOWHERE, False, True)
+            assert {((fault.address or 0) & ~0xFFF, fault.access, bool(fault.domain)) for fault in faults} == {
+                (NOWHERE, "read", True)
             }
         deadline = time.monotonic() + 20
         while not any(isinstance(event, DeviceFault) for event in events):

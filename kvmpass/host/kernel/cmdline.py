@@ -69,10 +69,6 @@ class CommandLine:
         """Return the parameters with these names, written with underscores."""
         return [parameter for parameter in self.parameters if parameter.name in names]
 
-    def has(self, name: str) -> bool:
-        """Whether there is a parameter of that name."""
-        return bool(self.of(name))
-
     def items(self, name: str) -> list[Item]:
         """Return every word of the list parameter ``name``, a key of :data:`LISTS`, over all its occurrences."""
         return [item for parameter in self.of(name) for item in _items(parameter)]

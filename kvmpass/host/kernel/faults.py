@@ -90,11 +90,6 @@ class IommuEvent:
         return "write" if self.flags & _WRITE else "read"
 
     @property
-    def write(self) -> bool:
-        """Whether a write to memory was blocked."""
-        return self.access == "write"
-
-    @property
     def reason(self) -> str:
         """The cause of a page fault: ``not mapped``, ``not permitted``; empty if unknown."""
         if self.kind != PAGE_FAULT or self.flags is None:

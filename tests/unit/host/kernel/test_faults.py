@@ -176,7 +176,6 @@ def test_messages_that_tell_of_an_event(text: str, wanted: tuple[object, ...]) -
     assert values(event) == wanted
     assert event is not None
     assert event.text == text
-    assert event.write is (wanted[5] == "write")
 
 
 @pytest.mark.parametrize("texts, wanted", SPLIT.values(), ids=SPLIT)

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.config_spaces import IGB, NVME, ROOT_PORT
 
-from kvmpass.host.view import Acs, Ats, Capabilities, Express, Pasid, Power, Pri, SriovRegisters
-from kvmpass.host.view.capabilities import decode
+from kvmpass.host.view.capabilities import Acs, Ats, Capabilities, Express, Pasid, Power, Pri, SriovRegisters, decode
 from kvmpass.host.view.isolation import acs_state
 from kvmpass.pciregs import MsiRegisters, MsixRegisters
 
