@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvmpass.host.kernel.mounts import mounts_of
+from kvmpass.host.kernel.processes import pids
 from kvmpass.host.sysfs import Sysfs
 
 _LIMITS = "proc/self/limits"
@@ -200,12 +201,11 @@ def own_unit(sysfs: Sysfs) -> Cgroup | None:
 def tasks_of_user(sysfs: Sysfs, uid: int) -> int:
     """Return the number of threads of all processes with the real user ID ``uid``, as RLIMIT_NPROC counts."""
     total = 0
-    for name in sysfs.names("proc"):
-        if name.isdecimal():
-            fields = sysfs.fields("proc", name, "status")
-            if fields.get("Uid", "").split()[:1] == [str(uid)]:
-                threads = fields.get("Threads", "1")
-                total += int(threads) if threads.isdecimal() else 1
+    for pid in pids(sysfs):
+        fields = sysfs.fields("proc", str(pid), "status")
+        if fields.get("Uid", "").split()[:1] == [str(uid)]:
+            threads = fields.get("Threads", "1")
+            total += int(threads) if threads.isdecimal() else 1
     return total
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from kvmpass.host.sysfs import Sysfs
@@ -75,12 +75,11 @@ def namespaces(sysfs: Sysfs, kind: str) -> dict[int, str]:
     """
     seen = {sysfs.link("proc/self/ns", kind)}
     found = {}
-    for name in sysfs.names("proc"):
-        if name.isdecimal():
-            namespace = sysfs.link("proc", name, "ns", kind)
-            if namespace is not None and namespace not in seen:
-                seen.add(namespace)
-                found[int(name)] = namespace
+    for pid in pids(sysfs):
+        namespace = sysfs.link("proc", str(pid), "ns", kind)
+        if namespace is not None and namespace not in seen:
+            seen.add(namespace)
+            found[pid] = namespace
     return found
 
 
@@ -90,29 +89,36 @@ def sockets_of(sysfs: Sysfs, protocol: str) -> list[Process]:
     Only on this machine: it reads an attribute of each socket (net/socket.c: sockfs_xattr_get).
     """
     found = set()
-    for name in sysfs.names("proc"):
-        for number in sysfs.names("proc", name, "fd") if name.isdecimal() else ():
-            path = f"{sysfs.path('proc', name, 'fd')}/{number}"
-            with contextlib.suppress(OSError):
-                socket = os.readlink(path).startswith("socket:")  # noqa: PTH115 - as below
-                if socket and os.getxattr(path, "system.sockprotoname").rstrip(b"\0") == protocol.encode():
-                    found.add(process(sysfs, int(name)))
+    for pid, path, target in _descriptors(sysfs):
+        with contextlib.suppress(OSError):
+            socket = target.startswith("socket:")
+            if socket and os.getxattr(path, "system.sockprotoname").rstrip(b"\0") == protocol.encode():
+                found.add(process(sysfs, pid))
     return sorted(found)
+
+
+def pids(sysfs: Sysfs) -> list[int]:
+    """Return the PIDs of all processes."""
+    return [int(name) for name in sysfs.names("proc") if name.isdecimal()]
+
+
+def _descriptors(sysfs: Sysfs) -> Iterator[tuple[int, str, str]]:
+    """Yield the PID, the link and its target for each open file of each process that this user may inspect."""
+    for pid in pids(sysfs):
+        directory = sysfs.path("proc", str(pid), "fd")
+        for number in sysfs.names("proc", str(pid), "fd"):
+            path = f"{directory}/{number}"
+            try:
+                yield pid, path, os.readlink(path)  # noqa: PTH115 - 100000 of them on a large host
+            except OSError:
+                continue
 
 
 def _open_files(sysfs: Sysfs, wanted: Callable[[str], bool]) -> dict[str, list[Process]]:
     found: dict[str, set[Process]] = {}
-    for name in sysfs.names("proc"):
-        if not name.isdecimal():
-            continue
-        directory = sysfs.path("proc", name, "fd")
-        for number in sysfs.names("proc", name, "fd"):
-            try:
-                target = os.readlink(f"{directory}/{number}")  # noqa: PTH115 - 100000 of them on a large host
-            except OSError:
-                continue
-            if wanted(target):
-                holder = process(sysfs, int(name))
-                if holder.name not in _PASSERS_BY or target.startswith("/dev/vfio/"):
-                    found.setdefault(target, set()).add(holder)
+    for pid, _, target in _descriptors(sysfs):
+        if wanted(target):
+            holder = process(sysfs, pid)
+            if holder.name not in _PASSERS_BY or target.startswith("/dev/vfio/"):
+                found.setdefault(target, set()).add(holder)
     return {node: sorted(who) for node, who in found.items()}
