@@ -61,18 +61,16 @@ def test_a_guest_does_io_over_each_back_end(mode: Mode, nvme: str, edu: str, des
 
 
 def assign(nvme: str, status: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    words = [sys.executable, "-m", "kvmpass", "assign", "-v", *options, "--status-file", str(status), nvme]
+    words = [sys.executable, "-m", "kvmpass", "assign", *options, "--status-file", str(status), nvme]
     done = subprocess.run([*words, "--", "true"], capture_output=True, text=True, timeout=250, check=False)
     return done, json.loads(status.read_text())
 
 
 @FULL
 def test_auto_uses_iommufd_where_it_is(nvme: str, tmp_path: Path) -> None:
-    """The command, the status file and the plan agree."""
+    """The status file and the plan agree."""
     done, status = assign(nvme, tmp_path / "status", "--memory", "96M")
     assert done.returncode == 0, done.stderr
-    assert "kvmpass: IOMMU back end iommufd: available to this user\n" in done.stderr
-    assert "kvmpass: audit: ok\n" in done.stderr
     made = kvmpass.plan([nvme], memory="96M")
     assert str(made.backend) == "iommufd: available to this user"
     assert status["backend"] == {"name": made.backend.name, "reason": made.backend.reason}

@@ -5,16 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.inside import LAB_ONLY
+from support.modes import MODES, NAMES, Mode, machines_use, through_compat_too
 from support.recording import Calls, recording
-from support.type1 import container_of
 from support.witness import (
     Edu,
     iommu_events,
-    locked_bytes,
     merged,
     pattern,
     physical,
@@ -26,10 +26,9 @@ from support.witness import (
 from kvmpass import host
 from kvmpass.dma.domain import Domain
 from kvmpass.errors import AuditFailed, ReservedRange
-from kvmpass.layout import GIB, MIB, PAGE
+from kvmpass.layout import GIB, MIB, PAGE, Range
 from kvmpass.machine import Machine
 from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
-from kvmpass.vfio import Container
 
 ROM_AT = 0xF000_0000
 SCRATCH = 0x10_0000
@@ -38,9 +37,10 @@ SCRATCH = 0x10_0000
 class Bench:
     """A machine with RAM on both sides of the hole below 4 GiB, a ROM, and the edu device."""
 
-    def __init__(self, machine: Machine, edu: Edu) -> None:
+    def __init__(self, machine: Machine, edu: Edu, mode: Mode = MODES["type1"]) -> None:
         self.machine = machine
         self.edu = edu
+        self.mode = mode
 
     @property
     def memory(self) -> GuestMemory:
@@ -78,12 +78,13 @@ def check_unreachable(bench: Bench, gpa: int) -> None:
     assert bench.device_reads(gpa) != data, f"the device reaches {gpa:#x}"
 
 
-@pytest.fixture(scope="module")
-def bench(edu: str) -> Iterator[Bench]:
-    with host.borrow(edu), Machine(memory="64M") as machine:
+@pytest.fixture(scope="module", params=NAMES)
+def bench(request: pytest.FixtureRequest, edu: str) -> Iterator[Bench]:
+    mode = MODES[request.param]
+    with host.borrow(edu), machines_use(mode), Machine(memory="64M") as machine:
         machine.memory.add_rom(ROM_AT, b"rom" * 5000)
         machine.memory.add_ram(4 * GIB, 64 * MIB, "ram1")
-        yield Bench(machine, Edu(machine.assign(edu)))
+        yield Bench(machine, Edu(machine.assign(edu)), mode)
         machine.audit()
 
 
@@ -116,7 +117,7 @@ def test_devices_read_rom_and_cannot_write_it(bench: Bench) -> None:
 
 
 def test_locked_memory_is_guest_memory(bench: Bench) -> None:
-    assert locked_bytes() == sum(region.size for region in bench.memory if region.kind.dma)
+    assert bench.mode.locked() == sum(region.size for region in bench.memory if region.kind.dma)
 
 
 def test_the_emulated_iommu_agrees(bench: Bench, iommu_trace: Path | None) -> None:
@@ -168,10 +169,11 @@ def test_devices_do_not_reach_another_process(edu2: str) -> None:
         process.communicate()
 
 
-def test_tracepoints_agree_with_the_ledger(edu2: str) -> None:
+@through_compat_too
+def test_tracepoints_agree_with_the_ledger(mode: Mode, edu2: str) -> None:
     """What the kernel mapped and unmapped for this process is what the ledger says, and nothing more."""
     calls: Calls = []
-    with host.borrow(edu2), Machine(memory="64M", backend=recording(calls)) as machine:
+    with host.borrow(edu2), Machine(memory="64M", backend=recording(calls, mode.backend)) as machine:
         machine.memory.add_rom(ROM_AT, bytes(3 * PAGE))
         with iommu_events() as events:
             device = machine.assign(edu2)
@@ -198,38 +200,36 @@ def test_a_region_in_a_reserved_range_is_refused(bench: Bench) -> None:
 
 
 def test_a_dropped_unmap_is_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Container.unmap_dma
+    backend = bench.machine.domain.backend
     gpa = 5 * GIB
     region = bench.memory.add_ram(gpa, PAGE, "extra")
     check_reaches(bench, region, gpa)
     with monkeypatch.context() as patch:
-        patch.setattr(Container, "unmap_dma", lambda self, iova, size: size)
+        patch.setattr(backend, "unmap", lambda region: region.size)
         bench.memory.remove(region)
     try:
         with pytest.raises(AssertionError, match="the device reaches"):
             check_unreachable(bench, gpa)
     finally:
-        container = container_of(bench.machine)
-        assert real(container, gpa, PAGE) == PAGE
+        assert backend.unmap(region) == PAGE
     check_unreachable(bench, gpa)
 
 
 def test_an_iova_that_is_off_by_a_page_is_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Container.map_dma
-    gpa = 5 * GIB
+    backend = bench.machine.domain.backend
+    real, gpa = backend.map, 5 * GIB
 
-    def shifted(self: Container, iova: int, hva: int, size: int, *, writable: bool) -> None:
-        real(self, iova + PAGE, hva, size, writable=writable)
+    def shifted(region: MemoryRegion) -> MemoryRegion:
+        return replace(region, range=Range(region.gpa + PAGE, region.size))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Container, "map_dma", shifted)
+        patch.setattr(backend, "map", lambda region: real(shifted(region)))
         region = bench.memory.add_ram(gpa, 2 * PAGE, "extra")
     try:
         with pytest.raises(AssertionError):
             check_reaches(bench, region, gpa)
     finally:
-        container = container_of(bench.machine)
-        container.unmap_dma(gpa + PAGE, 2 * PAGE)
+        assert backend.unmap(shifted(region)) == 2 * PAGE
         with monkeypatch.context() as patch, pytest.raises(AuditFailed, match="0x0 bytes were mapped"):
             patch.setattr(Domain, "region_added", lambda self, region: None)
             bench.memory.remove(region)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.modes import Mode, through_all_modes, through_all_modes_in_the_long_form
 from support.recording import Calls, recording
 from support.type1 import groups_of
 from support.witness import Edu, iommu_events, pattern, without_probe
@@ -96,7 +97,8 @@ def test_adding_a_function_adds_no_mapping(multifunction: str, edu: str) -> None
         assert Edu(machine.devices[-1]).bar.read_int(0) == 0x010000ED
 
 
-def test_a_device_behind_a_bridge_of_its_group(bridged: str) -> None:
+@through_all_modes
+def test_a_device_behind_a_bridge_of_its_group(mode: Mode, bridged: str) -> None:
     """DMA both ways; and alone on its bus it can be reset with that."""
     events: list[DeviceEvent] = []
     with host.borrow(bridged), Machine(memory="8M", on_event=events.append) as machine:
@@ -130,8 +132,11 @@ def test_a_bus_with_devices_of_others_is_not_reset(edu: str) -> None:
         machine.audit()
 
 
+@through_all_modes_in_the_long_form
 @pytest.mark.amdvi(profile="odd")
-def test_two_devices_of_a_bus_are_reset_together_or_not_at_all(bridged: str, bridged2: str, edu: str) -> None:
+def test_two_devices_of_a_bus_are_reset_together_or_not_at_all(
+    mode: Mode, bridged: str, bridged2: str, edu: str
+) -> None:
     """Neither has a reset of its own; VFIO resets the bus when every device on it is ours.
 
     It takes the groups of that bus, and refuses those of others: there is one in the domain.

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from support.inside import SOAK
 from support.living import descriptors, image_for, running, wait_until
+from support.modes import Mode, through_all_modes
 from support.recording import Calls, recording
-from support.witness import locked_bytes, traces
+from support.witness import traces
 
 from kvmpass import host
 from kvmpass.errors import GuestError
@@ -27,7 +28,8 @@ pytestmark = pytest.mark.amdvi(duration=8)
 PLUGS = 100 if SOAK else 5
 
 
-def test_hotplug_of_a_drive(nvme: str) -> None:
+@through_all_modes
+def test_hotplug_of_a_drive(mode: Mode, nvme: str) -> None:
     """The guest reads it; no mapping, memslot, route, descriptor or locked memory remains."""
     script = f"""n=0; while [ $n -lt {PLUGS} ]; do
         wait_for drive; dd if=$drive of=/dev/null bs=64k count=4 && echo "read it"
@@ -38,15 +40,15 @@ def test_hotplug_of_a_drive(nvme: str) -> None:
         for number in range(1, PLUGS + 1):
             device = machine.assign(nvme)
             machine.audit()
-            assert locked_bytes() == 192 * MIB
+            assert mode.locked() == 192 * MIB
             guest.expect("read it", number)
             assert device.interrupt == "MSI-X"
             assert machine.routes.msi
             machine.unplug(device, 30)
             machine.audit()
-            assert (machine.devices, machine.routes.msi, machine.domain.ledger, locked_bytes()) == ([], [], [], 0)
+            assert (machine.devices, machine.routes.msi, machine.domain.ledger, mode.locked()) == ([], [], [], 0)
             assert len(machine.memslots.ledger) == len(machine.memory)
-            assert traces("vfio/[0-9]|vfio-device") == []
+            assert traces("vfio/[0-9]|vfio/devices|vfio-device|iommu") == []
             guest.expect("gone", number)
             before = before or descriptors()
             assert descriptors() == before
@@ -186,9 +188,10 @@ def test_a_drive_after_guest_reboot(nvme: str, destructive: None) -> None:
     assert result.stdout.splitlines() == ["2"] * boots + [f"boot {boots}"]
 
 
-def test_a_reset_clears_all_state(nvme: str) -> None:
+@through_all_modes
+def test_a_reset_clears_all_state(mode: Mode, nvme: str) -> None:
     said, events, calls = bytearray(), list[DeviceEvent](), Calls()
-    options: dict[str, Any] = {"on_event": events.append, "backend": recording(calls)}
+    options: dict[str, Any] = {"on_event": events.append, "backend": recording(calls, mode.backend)}
     with host.borrow(nvme), Machine(memory="192M", **options) as machine:
         image = image_for("wait_for drive; echo up; sleep 1000")
         device = machine.assign(nvme)
@@ -211,4 +214,4 @@ def test_a_reset_clears_all_state(nvme: str) -> None:
         wait_until(lambda: said.count(b"up") == 2, 60)
         assert descriptors() == open_before
     assert [event.reason for event in events if isinstance(event, DeviceReset)][2:] == ["deassign"]
-    assert traces() == []
+    assert traces("vfio|kvm|iommu") == []

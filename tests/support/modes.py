@@ -14,6 +14,7 @@ from kvmpass.dma import BackendFactory, IommufdBackend, Type1
 from kvmpass.iommufd.iommufd import NODE
 from kvmpass.machine import Machine
 from kvmpass.vfio import Container
+from support.inside import SOAK
 from support.witness import locked_bytes
 
 
@@ -33,7 +34,11 @@ MODES = {
     "compat": Mode("compat", Type1, partial(locked_bytes, "VmPin")),
 }
 FULL = pytest.mark.amdvi(kernel="full")
-through_all_modes = pytest.mark.parametrize(
+# What costs a guest's boot runs in compatibility mode only in its long form: the calls are those of type 1.
+NAMES = ["type1", pytest.param("iommufd", marks=FULL), *([pytest.param("compat", marks=FULL)] if SOAK else [])]
+through_all_modes = pytest.mark.parametrize("mode", NAMES, indirect=True)
+through_all_modes_in_the_long_form = pytest.mark.parametrize("mode", NAMES if SOAK else ["type1"], indirect=True)
+through_compat_too = pytest.mark.parametrize(
     "mode", ["type1", *(pytest.param(name, marks=FULL) for name in MODES if name != "type1")], indirect=True
 )
 

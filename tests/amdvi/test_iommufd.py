@@ -1,0 +1,186 @@
+"""What the kernel's iommufd does, without and with a device: the rules that the back end relies on."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+from collections.abc import Iterator
+
+import pytest
+from support.drivers import Child
+from support.witness import Edu, locked_bytes, pattern
+
+from kvmpass import host
+from kvmpass.host.backend import choose_backend
+from kvmpass.iommufd import Iommufd
+from kvmpass.layout import MIB, PAGE, Range
+from kvmpass.machine import Machine
+from kvmpass.memory import HostMapping
+from kvmpass.vfio import Cdev
+
+pytestmark = pytest.mark.amdvi(kernel="full")
+
+
+@pytest.fixture
+def iommufd() -> Iterator[Iommufd]:
+    with Iommufd() as made:
+        yield made
+
+
+@pytest.fixture
+def memory() -> Iterator[HostMapping]:
+    made = HostMapping(2 * MIB)
+    yield made
+    made.close()
+
+
+def code(refused: pytest.ExceptionInfo[OSError]) -> str:
+    return errno.errorcode[refused.value.errno or 0]
+
+
+def test_an_address_space(iommufd: Iommufd, memory: HostMapping) -> None:
+    ioas, other = iommufd.ioas_alloc(), iommufd.ioas_alloc()
+    assert ioas != other
+    everything = iommufd.ioas_iova_ranges(ioas)
+    assert (everything.allowed, everything.reserved) == ((Range(0, 1 << 64),), ())
+    before = locked_bytes("VmPin")
+    iommufd.ioas_map(ioas, MIB, memory.address, MIB, writable=True)
+    assert locked_bytes("VmPin") == before, "without a device nothing is pinned"
+    with pytest.raises(OSError, match="IOMMU_IOAS_MAP") as refused:
+        iommufd.ioas_map(ioas, MIB + PAGE, memory.address, PAGE, writable=True)
+    assert code(refused) == "EEXIST"
+    with pytest.raises(OSError, match="IOMMU_IOAS_UNMAP") as refused:
+        iommufd.ioas_unmap(ioas, 8 * MIB, MIB)
+    assert code(refused) == "ENOENT"
+    iommufd.ioas_copy(ioas, MIB, other, 16 * MIB, MIB, writable=False)
+    with pytest.raises(OSError, match="IOMMU_IOAS_COPY") as refused:
+        iommufd.ioas_copy(ioas, 4 * MIB, other, 32 * MIB, MIB, writable=False)
+    assert code(refused) == "ENOENT"
+    assert iommufd.ioas_unmap(ioas, MIB, MIB) == MIB
+    assert iommufd.ioas_unmap_all(ioas) == 0
+    assert iommufd.ioas_unmap_all(other) == MIB, "a copy outlives what it was copied from"
+    iommufd.destroy(other)
+    with pytest.raises(OSError, match="IOMMU_DESTROY") as refused:
+        iommufd.destroy(other)
+    assert code(refused) == "ENOENT"
+
+
+def test_files_are_mapped_where_the_kernel_can(iommufd: Iommufd) -> None:
+    ioas, file = iommufd.ioas_alloc(), os.memfd_create("memory")
+    try:
+        os.truncate(file, MIB)
+        if host.Sysfs().kernel() >= (6, 13):
+            iommufd.ioas_map_file(ioas, MIB, file, PAGE, MIB - PAGE, writable=True)
+            assert iommufd.ioas_unmap_all(ioas) == MIB - PAGE
+        else:
+            with pytest.raises(OSError, match=r"IOMMU_IOAS_MAP_FILE: .*6\.13") as refused:
+                iommufd.ioas_map_file(ioas, MIB, file, 0, MIB, writable=True)
+            assert refused.value.errno == errno.EOPNOTSUPP
+    finally:
+        os.close(file)
+
+
+def test_a_device(iommufd: Iommufd, memory: HostMapping, edu: str) -> None:
+    """Attached to an empty address space it narrows that; attached to another one it reaches what is there."""
+    first, second = iommufd.ioas_alloc(), iommufd.ioas_alloc()
+    with host.borrow(edu) as [found], Cdev(edu) as device:
+        assert not hasattr(device, "regions")
+        device.bind(iommufd.fd)
+        assert device.config.read_int(0, 2) == found.vendor
+        with pytest.raises(OSError, match="VFIO_DEVICE_BIND_IOMMUFD") as refused, Cdev(edu) as again:
+            again.bind(iommufd.fd)
+        assert code(refused) == "EINVAL"
+        with pytest.raises(OSError, match=f"/dev/vfio/{found.group}") as refused:
+            os.close(os.open(f"/dev/vfio/{found.group}", os.O_RDWR))
+        assert code(refused) == "EBUSY"
+        device.attach(first)
+        ranges = iommufd.ioas_iova_ranges(first)
+        assert Range(0xFEE0_0000, MIB) in ranges.reserved
+        assert all(any(hole.contains(one.range) for hole in ranges.reserved) for one in found_reserved(found.group))
+        for iova in (0xFEE0_0000, MIB + 512):  # reserved; not on a page
+            with pytest.raises(OSError, match="IOMMU_IOAS_MAP") as refused:
+                iommufd.ioas_map(first, iova, memory.address, PAGE, writable=True)
+            assert code(refused) == "EINVAL"
+        assert ranges.alignment == PAGE
+        iommufd.ioas_map(first, MIB, memory.address, MIB, writable=True)
+        assert locked_bytes("VmPin") == MIB
+        with pytest.raises(OSError, match="IOMMU_DESTROY") as refused:
+            iommufd.destroy(first)
+        assert code(refused) == "EBUSY"
+        device.attach(second)
+        assert locked_bytes("VmPin") == 0, "nobody is attached to the first any more"
+        device.detach()
+        assert iommufd.ioas_unmap_all(first) == MIB
+        iommufd.ioas_map(second, 0xFEE0_0000, memory.address, PAGE, writable=True)
+        with pytest.raises(OSError, match="VFIO_DEVICE_ATTACH_IOMMUFD_PT") as refused:
+            device.attach(second)
+        assert (code(refused), "reserved region" in refused.value.__notes__[0]) == ("EADDRINUSE", True)
+    iommufd.destroy(second)
+
+
+def found_reserved(group: int | None) -> list[host.sysfs.Reserved]:
+    assert group is not None
+    return list(host.Sysfs().group(group).reserved)
+
+
+def test_another_process_has_it(edu: str) -> None:
+    """By its own node, and by that of its group: each is named where it is refused."""
+    with host.borrow(edu) as [found]:
+        with Machine(memory="8M", backend="iommufd") as machine:
+            machine.assign(edu)
+            with Machine(memory="8M", backend="iommufd") as other, pytest.raises(OSError, match="BIND") as refused:
+                other.assign(edu)
+            assert "has the device open" in refused.value.__notes__[0]
+            assert (other.devices, other.domain.active) == ([], False)
+        group = os.open(f"/dev/vfio/{found.group}", os.O_RDWR)
+        with Machine(memory="8M", backend="iommufd") as machine:
+            with pytest.raises(OSError, match="BIND") as refused:
+                machine.assign(edu)
+            assert "(/dev/vfio/GROUP)" in refused.value.__notes__[0]
+            os.close(group)
+            device = machine.assign(edu)
+            machine.audit()
+            data = pattern()
+            machine.memory.write(0x1000, data)
+            bench = Edu(device)
+            bench.load(0x1000)
+            bench.store(0x2000)
+            assert machine.memory.read(0x2000, 16) == data
+
+
+def test_more_than_the_user_may_lock(edu: str) -> None:
+    """The call that maps is the one that is refused, and leaves nothing."""
+
+    def work() -> None:
+        with Machine(memory="64M", backend="iommufd") as machine:
+            machine.populate()
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (MIB, MIB))
+            drop_capabilities()
+            with pytest.raises(OSError, match="IOMMU_IOAS_MAP: Cannot allocate memory") as refused:
+                machine.assign(edu)
+            assert "which iommufd counts for each user" in refused.value.__notes__[0]
+            assert (machine.devices, machine.domain.active, machine.domain.ledger) == ([], False, [])
+
+    with host.borrow(edu):
+        assert Child(work).wait() == 0
+
+
+def drop_capabilities() -> None:
+    """All of this process's: with CAP_IPC_LOCK there is no limit (capset(2), version 3)."""
+    header, data = (ctypes.c_uint32 * 2)(0x2008_0522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, data) == 0
+
+
+def test_without_the_right_to_dev_iommu_it_is_type_1(edu: str) -> None:
+    def work() -> None:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+        assert str(choose_backend(host.Sysfs())) == "type1: this user may not open /dev/iommu"
+        choice = choose_backend(host.Sysfs(), [host.Bdf.parse(edu)])
+        assert str(choice).startswith("type1: this user may not open /dev/iommu, /dev/vfio/devices/vfio")
+
+    with host.borrow(edu):
+        assert Child(work).wait() == 0
