@@ -115,12 +115,8 @@ class ConfigPorts:
         """Read the address, or the register that it selects."""
         if offset < 4:
             return self._address.to_bytes(4, "little")[offset : offset + size].ljust(size, b"\xff")
-        if not self._enabled:
-            return b"\xff" * size
-        register = (self._address & 0xFC) + offset - 4
-        if register + size > CONVENTIONAL_SIZE:
-            return b"\xff" * size
-        return self._bus.read(self._address >> 16 & 0xFF, self._address >> 8 & 0xFF, register, size)
+        target = self._target(offset, size)
+        return self._bus.read(*target, size) if target else b"\xff" * size
 
     def write(self, offset: int, data: bytes) -> None:
         """Write the address, or the register that it selects."""
@@ -128,13 +124,15 @@ class ConfigPorts:
             if offset == 0 and len(data) == 4:  # narrower accesses are not for this register
                 self._address = int.from_bytes(data, "little") & 0x80FF_FFFC
             return
-        register = (self._address & 0xFC) + offset - 4
-        if self._enabled and register + len(data) <= CONVENTIONAL_SIZE:
-            self._bus.write(self._address >> 16 & 0xFF, self._address >> 8 & 0xFF, register, data)
+        if target := self._target(offset, len(data)):
+            self._bus.write(*target, data)
 
-    @property
-    def _enabled(self) -> bool:
-        return bool(self._address & 1 << 31)
+    def _target(self, offset: int, size: int) -> tuple[int, int, int] | None:
+        """Return bus, device and function, and register of an access of the data; None where there is no target."""
+        register = (self._address & 0xFC) + offset - 4
+        if not self._address & 1 << 31 or register + size > CONVENTIONAL_SIZE:
+            return None
+        return self._address >> 16 & 0xFF, self._address >> 8 & 0xFF, register
 
 
 class Ecam:

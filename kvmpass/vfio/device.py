@@ -169,32 +169,27 @@ class Region:
 
         ``EIO``: the device does not decode memory (or I/O) now.
         """
-        at = self._check(offset, size)
-        try:
-            data = os.pread(self._device.fd, size, at)
-        except OSError as error:
-            raise self._refused("pread", error.errno, offset, size) from None
-        if len(data) != size:
-            raise self._refused("pread", None, offset, size)
+        data: bytes = self._access("pread", size, offset, size)
         return data
 
     def write(self, offset: int, data: bytes) -> None:
         """Write all of ``data``. Raises as ``read`` does."""
-        at = self._check(offset, len(data))
-        try:
-            written = os.pwrite(self._device.fd, data, at)
-        except OSError as error:
-            raise self._refused("pwrite", error.errno, offset, len(data)) from None
-        if written != len(data):
-            raise self._refused("pwrite", None, offset, len(data))
+        self._access("pwrite", data, offset, len(data))
 
-    def _refused(self, call: str, code: int | None, offset: int, size: int) -> OSError:
-        """Return the error for a failed access; without ``code`` for a short one."""
-        where = f"{self._device.name} region {self.info.index}, {offset:#x}+{size:#x}"
-        if code is None:
-            return failure(errno.EIO, call, f"{where}: short access")
-        remedy = "turn on the device's decoding (AssignedDevice.enable, or its driver)" if code == errno.EIO else None
-        return failure(code, call, where, remedy)
+    def _access(self, call: str, what: int | bytes, offset: int, size: int) -> Any:
+        at = self._check(offset, size)
+        try:
+            done = getattr(os, call)(self._device.fd, what, at)
+        except OSError as error:
+            decoding = "turn on the device's decoding (AssignedDevice.enable, or its driver)"
+            remedy = decoding if error.errno == errno.EIO else None
+            raise failure(error.errno or 0, call, self._where(offset, size), remedy) from None
+        if size != (len(done) if isinstance(done, bytes) else done):
+            raise failure(errno.EIO, call, f"{self._where(offset, size)}: short access")
+        return done
+
+    def _where(self, offset: int, size: int) -> str:
+        return f"{self._device.name} region {self.info.index}, {offset:#x}+{size:#x}"
 
     def read_int(self, offset: int, size: int = 4) -> int:
         """Read a little-endian register of ``size`` bytes. Raises as ``read`` does."""
