@@ -164,7 +164,7 @@ def test_memory_that_cannot_be_pinned(bench: Bench) -> None:
         "VFIO_IOMMU_MAP_DMA",
         lambda: bench.container.map_dma(FREE, address, 2 * PAGE, writable=True),
     )
-    assert "cannot be pinned" in error.__notes__[0]
+    assert "can be pinned" in error.__notes__[0]
     wrapping = (1 << 64) - PAGE
     refused(
         errno.EINVAL,
@@ -310,7 +310,7 @@ def test_a_container_without_a_group() -> None:
         mapping = HostMapping(PAGE)
         own.callback(mapping.close)
         refused(errno.EINVAL, "VFIO_SET_IOMMU", container.set_iommu)
-        refused(errno.EINVAL, "VFIO_IOMMU_GET_INFO", container.get_info)
+        refused(errno.EINVAL, "VFIO_IOMMU_GET_INFO", container.iova_ranges)
         refused(
             errno.EINVAL,
             "VFIO_IOMMU_MAP_DMA",
