@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvmpass.host.backend import TYPE1_MODULE
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.blockers.group import direct_ranges
 from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
@@ -24,7 +25,9 @@ from kvmpass.host.sysfs import Sysfs
 IVRS = "sys/firmware/acpi/tables/IVRS"
 _UNKNOWN = "Unknown kernel command line parameters "  # init/main.c: print_unknown_bootoptions, since 5.14
 _OURS = ("iommu", "ivrs", "intremap", "vfio", "kvm", "acs_override")
-UNSAFE_INTERRUPTS = "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+UNSAFE_INTERRUPTS = tuple(
+    f"sys/module/{name}/parameters/allow_unsafe_interrupts" for name in (TYPE1_MODULE, "iommufd")
+)
 NOIOMMU_MODE = "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 # How the names of interrupt chips begin, with remapping and without.
 _REMAPPED, _PLAIN = ("IR-", "AMD-IR"), ("IO-APIC", "PCI-MSI")
@@ -103,17 +106,17 @@ REMAPPING_UNKNOWN = BlockerTemplate(
     kind="intremap-unknown",
     brief="unknown",
     cause="it is unknown whether interrupts are remapped",
-    remedy="see the kernel's log; if they are not, VFIO_SET_IOMMU fails with EPERM",
+    remedy="see the kernel's log; if they are not, VFIO_SET_IOMMU, or VFIO_DEVICE_BIND_IOMMUFD, fails with EPERM",
     commands=("dmesg | grep -i remapping",),
     warning=True,
 )
 UNSAFE = BlockerTemplate(
     kind="unsafe-interrupts",
     brief="allow_unsafe_interrupts is set",
-    cause="vfio_iommu_type1 has allow_unsafe_interrupts: other programs may assign devices without interrupt "
+    cause="{module} has allow_unsafe_interrupts: other programs may assign devices without interrupt "
     "remapping. kvmpass refuses anyway",
     remedy="set it back, and remove it from modprobe.d and the kernel's command line",
-    commands=(f"echo N > /{UNSAFE_INTERRUPTS}",),
+    commands=("echo N > /sys/module/{module}/parameters/allow_unsafe_interrupts",),
     warning=True,
 )
 NOIOMMU = BlockerTemplate(
@@ -282,11 +285,15 @@ def _remapping(context: CheckContext) -> Verdict:
     return remapping_refused(context, read) or failed(NO_REMAPPING, read, *log_reading(context))
 
 
-@precondition("unsafe-interrupts", "Unsafe interrupts", f"`/{UNSAFE_INTERRUPTS}`", (UNSAFE,))
+@precondition(
+    "unsafe-interrupts", "Unsafe interrupts", " and ".join(f"`/{path}`" for path in UNSAFE_INTERRUPTS), (UNSAFE,)
+)
 def _unsafe_interrupts(context: CheckContext) -> Verdict:
-    read = context.seen(UNSAFE_INTERRUPTS)
-    allowed = context.sysfs.text(UNSAFE_INTERRUPTS) in ("Y", "1")
-    return failed(UNSAFE, read) if allowed else passed("not allowed", read)
+    read = [context.seen(path) for path in UNSAFE_INTERRUPTS]
+    for path in UNSAFE_INTERRUPTS:
+        if context.sysfs.text(path) in ("Y", "1"):
+            return failed(UNSAFE, *read, module=path.split("/")[2])
+    return passed("not allowed", *read)
 
 
 @precondition("noiommu-mode", "No-IOMMU mode", f"`/{NOIOMMU_MODE}`, groups of the name vfio-noiommu", (NOIOMMU,))

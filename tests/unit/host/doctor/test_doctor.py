@@ -131,6 +131,7 @@ def test_one_failure(host: Host, kind: str, changes: dict[str, str | bytes | Non
         ("acs-override", {"proc/cmdline": "pcie_acs_override=downstream,multifunction"}),
         ("intremap-unknown", {"sys/kernel/irq/9/chip_name": ""}),
         ("unsafe-interrupts", {"sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts": "Y"}),
+        ("unsafe-interrupts", {"sys/module/iommufd/parameters/allow_unsafe_interrupts": "Y"}),
         ("noiommu-mode", {"sys/module/vfio/parameters/enable_unsafe_noiommu_mode": "Y"}),
     ],
 )
