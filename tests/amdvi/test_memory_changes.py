@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.type1 import container_of
-from support.witness import Edu, locked_bytes, pattern
+from support.inside import SOAK
+from support.modes import MODES, NAMES, Mode, machines_use
+from support.witness import Edu, pattern
 
 from kvmpass import host
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.layout import GIB, MIB, PAGE
 from kvmpass.machine import Machine
 from kvmpass.memory import Backing, GuestMemory, MemoryRegion, RegionKind
-from kvmpass.vfio import Container
 
 # KVMPASS_SOAK=1 is for a night, any other number is the number itself.
 ROUNDS = {"": 20, "1": 1000}.get(os.environ.get("KVMPASS_SOAK", ""), 0) or int(os.environ["KVMPASS_SOAK"])
@@ -33,8 +33,8 @@ SCRATCH, ECHO = 0x10_0000, 0x20_0000
 class Bench:
     """A machine with the edu device, which does DMA for one thread at a time."""
 
-    def __init__(self, machine: Machine, edu: Edu) -> None:
-        self.machine, self.edu = machine, edu
+    def __init__(self, machine: Machine, edu: Edu, mode: Mode) -> None:
+        self.machine, self.edu, self.mode = machine, edu, mode
         self.lock = threading.Lock()
 
     @property
@@ -97,10 +97,11 @@ class Worker(threading.Thread):
             raise self.error
 
 
-@pytest.fixture(scope="module")
-def bench(edu: str) -> Iterator[Bench]:
-    with host.borrow(edu), Machine(memory="16M") as machine:
-        yield Bench(machine, Edu(machine.assign(edu)))
+@pytest.fixture(scope="module", params=NAMES if SOAK else ["type1"])
+def bench(request: pytest.FixtureRequest, edu: str) -> Iterator[Bench]:
+    mode = MODES[request.param]
+    with host.borrow(edu), machines_use(mode), Machine(memory="16M") as machine:
+        yield Bench(machine, Edu(machine.assign(edu)), mode)
         machine.audit()
 
 
@@ -144,10 +145,11 @@ KINDS: dict[str, Callable[[GuestMemory], MemoryRegion]] = {
 }
 
 
-def check_ledgers(machine: Machine) -> dict[str, Any]:
+def check_ledgers(bench: Bench) -> dict[str, Any]:
     """Check that the ledgers equal the list, and return what this process and the kernel hold."""
+    machine = bench.machine
     machine.audit()
-    assert locked_bytes() == sum(mapping.size for mapping in machine.domain.ledger)
+    assert bench.mode.locked() == sum(mapping.size for mapping in machine.domain.ledger)
     return {
         "descriptors": sorted(str(fd.readlink()) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()),
         "memslots": machine.memslots.ledger,
@@ -161,52 +163,51 @@ def check_ledgers(machine: Machine) -> dict[str, Any]:
 @pytest.mark.usefixtures("huge_pages")
 def test_regions_change_during_dma(bench: Bench) -> None:
     memory = bench.memory
-    before = check_ledgers(bench.machine)
+    before = check_ledgers(bench)
     with Worker(bench) as worker:
         for number, (name, add) in zip(range(ROUNDS), itertools.cycle(KINDS.items()), strict=False):
             region = add(memory)
-            check_ledgers(bench.machine)
+            check_ledgers(bench)
             assert region in list(memory)
             assert (region.hva - region.gpa) % (2 * MIB) == 0
             if number < len(KINDS):
                 bench.check_reaches(region)
             memory.remove(region)
-            assert check_ledgers(bench.machine) == before, f"{name}, round {number}"
+            assert check_ledgers(bench) == before, f"{name}, round {number}"
             if worker.error:
                 break
     assert worker.copies, "the device did nothing meanwhile"
-    assert check_ledgers(bench.machine) == before
+    assert check_ledgers(bench) == before
 
 
 @pytest.mark.usefixtures("huge_pages")
 def test_regions_are_added_and_removed_in_any_order(bench: Bench) -> None:
-    before = check_ledgers(bench.machine)
+    before = check_ledgers(bench)
     regions = []
     for number in range(ROUNDS):
         gpa = PLACE + number * 16 * MIB
         regions.append(
             bench.memory.add_ram(gpa, MIB) if number % 2 else bench.memory.add_rom(gpa, number.to_bytes(2, "big"))
         )
-    check_ledgers(bench.machine)
+    check_ledgers(bench)
     assert len(bench.machine.domain.ledger) == len(regions) + 1
     bench.check_reaches(regions[-1])
     for region in regions[::2] + regions[1::2][::-1]:
         bench.memory.remove(region)
-    assert check_ledgers(bench.machine) == before
+    assert check_ledgers(bench) == before
 
 
 def test_a_missing_unmap_is_detected(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted bug, which the kernel's count of locked memory shows."""
     region = bench.memory.add_ram(PLACE, MIB)
-    real = Container.unmap_dma
+    backend = bench.machine.domain.backend
     with monkeypatch.context() as patch:
-        patch.setattr(Container, "unmap_dma", lambda self, iova, size: size)
+        patch.setattr(backend, "unmap", lambda region: region.size)
         bench.memory.remove(region)
     with pytest.raises(AssertionError):
-        check_ledgers(bench.machine)
-    container = container_of(bench.machine)
-    assert real(container, PLACE, MIB) == MIB
-    check_ledgers(bench.machine)
+        check_ledgers(bench)
+    assert backend.unmap(region) == MIB
+    check_ledgers(bench)
 
 
 # --- huge pages
@@ -243,7 +244,7 @@ def test_a_huge_page_of_1_gib(bench: Bench) -> None:
     assert (region.hva % GIB, kernel_page_size(region.hva)) == (0, GIB)
     bench.check_reaches(region)
     bench.machine.audit()
-    assert locked_bytes() == GIB + 16 * MIB
+    assert bench.mode.locked() == GIB + 16 * MIB
     bench.memory.remove(region)
     assert free.read_text() == before
 
@@ -262,11 +263,11 @@ def test_shared_huge_pages(bench: Bench) -> None:
 
 
 def test_more_huge_pages_than_available(bench: Bench, huge_pages: int) -> None:
-    before = check_ledgers(bench.machine)
+    before = check_ledgers(bench)
     free = huge_pages - int((HUGE_POOL / "resv_hugepages").read_text())
     with pytest.raises(NotEnoughMemory, match=rf"{free + 1} huge pages of 2 MiB are needed, {free} are free"):
         bench.memory.add_ram(PLACE, (free + 1) * 2 * MIB, backing=Backing.HUGETLB_2M)
-    assert check_ledgers(bench.machine) == before
+    assert check_ledgers(bench) == before
 
 
 # --- memory that another process has too
