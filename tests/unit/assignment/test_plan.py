@@ -103,6 +103,20 @@ def test_a_plan(host: Host) -> None:
     assert host.writes == []
 
 
+def test_the_back_end_is_part_of_the_plan(host: Host) -> None:
+    made = kvmpass.plan([NVME], sysfs=host)
+    assert str(made.backend) == "type1: this kernel has no /dev/iommu"
+    assert [blocker.kind for blocker in kvmpass.plan([NVME], sysfs=host, backend="iommufd").blockers] == [
+        "no-iommufd"
+    ]
+    fixed = made.descriptors.fixed
+    host.put("dev/iommu", "")
+    made = kvmpass.plan([NVME], sysfs=host)
+    assert (str(made.backend), made.blockers) == ("iommufd: available to this user", ())
+    assert made.descriptors.fixed == fixed - 1, "no group is opened, and the iommufd takes the container's place"
+    assert str(kvmpass.plan([NVME], sysfs=host, backend="type1").backend) == "type1: requested"
+
+
 def test_a_group_with_two_devices(host: Host) -> None:
     host.add(SOUND, "snd_hda_intel", 7, 0x040300)
     alone = kvmpass.plan([NVME], memory="64M", sysfs=host)
