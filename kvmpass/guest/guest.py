@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from kvmpass._teardown import undo_on_error
 from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeRequest
 from kvmpass.guest.output import OutputWriter, Sink
 from kvmpass.guest.size import ConsoleSize
-from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import GuestOutcome
+from kvmpass.machine import GuestOutcome, Machine
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 1 << 16
@@ -61,7 +61,7 @@ class Guest:
             if to_console:
                 to_console(data)
 
-        try:
+        with undo_on_error(self._writer.close):
             outputs = {
                 CONSOLE: on_console,
                 OUTPUT: self._writer.to(output),
@@ -69,9 +69,6 @@ class Guest:
                 CONTROL: self._on_control,
             }
             machine.connect(outputs, self._writer.throttle)
-        except BaseException:
-            self._writer.close()
-            raise
 
     def __enter__(self) -> Self:
         return self

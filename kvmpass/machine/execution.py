@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from kvmpass import ports
-from kvmpass._teardown import run_all
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.board.board import Board
 from kvmpass.board.power import PowerEvent
 from kvmpass.board.serial import Serial16550
@@ -120,11 +120,8 @@ class Execution:
 
     def _start_vcpus(self, system: System, entry: LinuxEntry) -> None:
         """Run the guest from ``entry`` on. Raises ``OSError`` if KVM refuses: then no vCPU runs."""
-        try:
+        with undo_on_error(self._close_vcpus):
             self._make_vcpus(system, entry)
-        except BaseException:
-            self._close_vcpus()
-            raise
         board = self._board
         self._threads = VcpuThreads(self._vcpus, board.ports, board.mmio, self._bus_lock, lambda: self._throttle())
         self._threads.start()
