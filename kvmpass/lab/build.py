@@ -45,7 +45,7 @@ def _compiles(header: str) -> bool:
 
 
 def build(say: Say, count: Count = lambda done: None, *, jobs: int = 0, again: bool = False) -> Kernel:
-    """Return the full kernel, built into the cache if it is not there, or if ``again``.
+    """Return the full kernel, built into the cache if it is missing, or if ``again``.
 
     ``jobs``: parallel compiler processes, 0: one for each CPU. ``count`` is called with the number of object files
     made so far. Raises ``LabError`` with the missing packages, or with the compiler's error.

@@ -11,7 +11,7 @@ SUITES = ("trixie", "trixie-backports")
 
 
 def fetch(say: Say, *, again: bool = False) -> Emulator:
-    """Return the modern QEMU, downloaded into the cache if it is not there, or if ``again``. Raises ``LabError``."""
+    """Return the modern QEMU, downloaded into the cache if it is missing, or if ``again``. Raises ``LabError``."""
     with locked("qemu", say):
         if again or not modern_root().is_dir():
             with new_directory(modern_root()) as draft:

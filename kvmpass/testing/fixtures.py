@@ -74,7 +74,7 @@ def virtual_function(sriov: str, destructive: None) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def destructive(pytestconfig: pytest.Config) -> None:
-    """Required by fixtures that destroy data on a device: skips on hardware unless that is allowed."""
+    """Skip the tests of a fixture that destroys data on a device, on hardware unless that is allowed."""
     refuse_destruction(pytestconfig)
 
 
@@ -92,7 +92,7 @@ def emulated_host(pytestconfig: pytest.Config) -> bool:
 
 @pytest.fixture(scope="session")
 def iommu_trace(pytestconfig: pytest.Config) -> Path | None:
-    """The emulated IOMMU's translation trace, written while the test runs; ``None`` on real hardware.
+    """Return the emulated IOMMU's translation trace, written while the test runs; ``None`` on real hardware.
 
     Lines look like ``devid: 00:04.0 gpa 0x100000 hpa 0x101953000``; see :mod:`kvmpass.lab`.
     """

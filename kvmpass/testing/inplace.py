@@ -22,7 +22,7 @@ DUMP_AFTER = 15.0  # seconds after the limit: a test that still hangs is in a ca
 
 
 def time_limit(seconds: float, what: str) -> Generator[None, Any, Any]:
-    """The body of a pytest hook wrapper that fails the phase after ``seconds``; no limit outside of the main thread.
+    """Fail a phase after ``seconds``, as the body of a pytest hook wrapper; no limit outside of the main thread.
 
     SIGALRM raises the failure at the next bytecode of the main thread; a blocking system call fails with EINTR. If
     the test still hangs, the stacks of all threads are written to stderr.

@@ -1,4 +1,4 @@
-"""Devices by role: the PCI device for ``nvme``, ``edu``, ``nic2`` …
+"""Roles: names such as ``nvme``, ``edu`` and ``nic2`` for the PCI devices of tests.
 
 On real hardware the environment names it (``KVMPASS_TEST_<ROLE>=BDF``). In the lab the devices are found in sysfs, in
 the order of their addresses, so that no test depends on a slot number.
