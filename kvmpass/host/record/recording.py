@@ -158,38 +158,28 @@ class _Entries:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._found: dict[str, tuple[str, bytes]] = {}
-        self._read: set[str] = set()
-        self._only_there: set[str] = set()
+        self._found: dict[str, tuple[str, bytes | None]] = {}  # None: a file that was not read
         self._directories: dict[str, str | None] = {}
 
     @property
     def unread(self) -> set[str]:
         """Files that exist and were not read."""
-        return self._only_there - self._read
+        return {name for name, (_, content) in self._found.items() if content is None}
 
     def add(self, name: str, content: bytes | None) -> None:
         """Add a file with its content, or (None) the existence of a file or directory."""
         place = self._place(name)
-        if place is None:
+        if not place:  # outside, or the root itself
             return
         if content is not None:
-            self._read.add(place)
-            self._parents(place)
             self._found[place] = ("file", content)
-            return
-        try:
-            mode = os.lstat(self._root / place).st_mode
-        except OSError:
-            return
-        if stat.S_ISDIR(mode):
-            self._parents(place)
-            if place:
-                self._found.setdefault(place, ("directory", b""))
         else:
-            self._only_there.add(place)
-            self._found.setdefault(place, ("file", b""))
-            self._parents(place)
+            try:
+                directory = stat.S_ISDIR(os.lstat(self._root / place).st_mode)
+            except OSError:
+                return
+            self._found.setdefault(place, ("directory", b"") if directory else ("file", None))
+        self._parents(place)
 
     def link(self, name: str) -> None:
         """Add a link and its target."""
@@ -261,12 +251,13 @@ class _Entries:
 
     def members(self, anonymity: Anonymity | None) -> dict[str, tuple[str, bytes]]:
         """Return the entries by path, each with its kind (``file``, ``directory``, ``link``) and content."""
+        found = {name: (kind, content or b"") for name, (kind, content) in self._found.items()}
         if anonymity is None:
-            return dict(self._found)
-        found = {}
-        for name, (kind, content) in self._found.items():
-            found[anonymity.name(name)] = (kind, anonymity.content(name, kind, content))
-        return found
+            return found
+        return {
+            anonymity.name(name): (kind, anonymity.content(name, kind, content))
+            for name, (kind, content) in found.items()
+        }
 
 
 def record(recorder: Recorder, ask: Callable[[Recorder, Bdf, Look], object]) -> None:
