@@ -13,7 +13,7 @@ from types import FrameType
 
 import click
 
-from kvmpass.cli.output import colour, error_document, error_text
+from kvmpass.cli.output import colour, document_text, error_fields, error_text
 from kvmpass.errors import BadAddress, KvmpassError
 
 # Subcommands are imported when they are called: a start costs what the command needs.
@@ -90,7 +90,7 @@ def fail(command: str, error: BaseException, as_json: bool) -> None:
     """Print the error: a document with ``--json``, if it can be written, else lines on standard error."""
     if as_json:
         try:
-            click.echo(error_document(command, error))
+            click.echo(document_text(command, error=error_fields(error)))
             return
         except OSError:  # a full disk, which may be the very error
             sys.stdout = None

@@ -34,12 +34,12 @@ class Output:
     def document(self, **body: Any) -> None:
         """Print the answer, if ``--json`` is set. Addresses and bit masks are hex strings, absent values null."""
         if self.as_json:
-            click.echo(json.dumps({"schema": SCHEMA, "command": self.command, **body}, indent=2))
+            click.echo(document_text(self.command, **body))
 
     def record(self, **body: Any) -> None:
         """Print one line of an answer that has no end (JSON Lines), if ``--json`` is set."""
         if self.as_json:
-            click.echo(json.dumps({"schema": SCHEMA, "command": self.command, **body}))
+            click.echo(document_text(self.command, indent=None, **body))
 
     def text(self, line: str = "") -> None:
         """Print one line of the answer, unless ``--json`` is set. May have ``click.style``."""
@@ -81,16 +81,9 @@ def colour() -> bool | None:
     return False if os.environ.get("NO_COLOR") else None
 
 
-def error_document(command: str, error: BaseException) -> str:
-    """Return the document that ``--json`` prints when a command fails."""
-    return json.dumps(
-        {
-            "schema": SCHEMA,
-            "command": command,
-            "error": error_fields(error),
-        },
-        indent=2,
-    )
+def document_text(command: str, indent: int | None = 2, **body: Any) -> str:
+    """Return a JSON document with its schema, its command and ``body``."""
+    return json.dumps({"schema": SCHEMA, "command": command, **body}, indent=indent)
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:
