@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -188,8 +188,7 @@ class _Work:
     def _result(self, job: _Job) -> Handover:
         if job.wanted is None:
             return job.planned(self.sysfs)
-        steps = tuple(str(change) for change in all_changes(job.bdf, job.now, job.wanted))
-        return Handover(job.bdf, "changed", job.now.driver, self.sysfs.driver(job.bdf), steps, job.warnings)
+        return replace(job.planned(self.sysfs), outcome="changed", after=self.sysfs.driver(job.bdf))
 
     # --- blockers
 

@@ -117,17 +117,12 @@ class Entry:
             raise ValueError("nested too deeply") from None
         if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
             raise ValueError(f"not an entry of schema {SCHEMA}")
-        optional = ("driver", "override", "power_control", "d3cold_allowed")
         for name, kind in (("boot_id", str), ("command", str), ("pid", int), ("start_time", int)):
             if not isinstance(content.get(name), kind):
                 raise ValueError(f"no valid {name}")
-        if not all(name in content and isinstance(content[name], str | None) for name in optional):
-            raise ValueError("no valid driver, override or power setting")
-        if not all(isinstance(content.get(name), str | None) for name in ("target", "target_override", "ids")):
-            raise ValueError("no valid target")
-        for name in (*optional, "target", "target_override", "ids"):
+        for name in ("driver", "override", "power_control", "d3cold_allowed", "target", "target_override", "ids"):
             word = content.get(name)
-            if word is not None and not _NAME.fullmatch(word):
+            if word is not None and not (isinstance(word, str) and _NAME.fullmatch(word)):
                 raise ValueError(f"invalid {name}: {word!a}")
         try:
             content["bdf"] = Bdf.parse(str(content.get("bdf")))

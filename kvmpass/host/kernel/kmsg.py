@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kvmpass._fd import OwnedFd
 from kvmpass.errors import BadAddress
 from kvmpass.host.address import Bdf
 
@@ -123,17 +124,12 @@ def read_log(path: str | os.PathLike[str]) -> KernelLog:
     """
     data = bytearray()
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with OwnedFd(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as log:
+            for piece in read_pieces(log.fd):
+                data += piece or b""
+                if len(data) >= _BIGGEST_LOG:
+                    break
     except OSError as error:
         return KernelLog((), False, error.strerror or str(error))
-    try:
-        for piece in read_pieces(fd):
-            data += piece or b""
-            if len(data) >= _BIGGEST_LOG:
-                break
-    except OSError as error:
-        return KernelLog((), False, error.strerror or str(error))
-    finally:
-        os.close(fd)
     records = tuple(parse_records(bytes(data)))
     return KernelLog(records, not records or records[0].sequence == 0)
