@@ -38,11 +38,6 @@ class DeviceFault(DeviceEvent):
     access: str
     """``read``, ``write``, ``interrupt`` or ``translation request`` (of a device that has an ATC)."""
 
-    @property
-    def write(self) -> bool:
-        """Whether the access was a write to memory."""
-        return self.access == "write"
-
     def __str__(self) -> str:
         what = {"read": "a read of", "write": "a write to", "interrupt": "an interrupt sent to"}
         return f"{self.bdf}: the IOMMU blocked {what.get(self.access, f'a {self.access} for')} {self.address:#x}"
