@@ -158,6 +158,14 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def fill_directory(target: Path, make: Callable[[Path], None], lock: str, say: Say, *, again: bool = False) -> None:
+    """Let ``make`` fill a directory of the cache, unless it is there, or ``again``; under the cache's ``lock``."""
+    with locked(lock, say):
+        if again or not target.is_dir():
+            with new_directory(target) as draft:
+                make(draft)
+
+
 @cache_errors()
 def write_atomic(target: Path, content: bytes) -> None:
     """Write a file so that it is never seen incomplete (rename(2))."""

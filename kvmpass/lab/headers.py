@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kvmpass.errors import LabError
 from kvmpass.lab import debian, kernels
-from kvmpass.lab.cache import Say, cache_root, locked, new_directory
+from kvmpass.lab.cache import Say, cache_root, fill_directory
 
 _ABSOLUTE = "/usr/src/"
 
@@ -29,12 +29,8 @@ def fetch(say: Say, *, again: bool = False) -> Path:
     stock kernel in the cache.
     """
     release = kernels.stock(say).release
-    with locked("headers", say):
-        tree = cached(release)
-        if tree is None or again:
-            with new_directory(_root(release)) as draft:
-                _unpack(release, draft, say)
-            tree = cached(release)
+    fill_directory(_root(release), lambda draft: _unpack(release, draft, say), "headers", say, again=again)
+    tree = cached(release)
     if tree is None:
         raise LabError(f"{package(release)} does not contain headers")
     return tree

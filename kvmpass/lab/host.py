@@ -190,12 +190,9 @@ class Host:
             pump = self._pumps.get(name)
             if pump is None:
                 continue
-            if count.isdigit():
-                done = pump.wait_for(int(count), self._deadline)
-            else:  # unknown: a kernel without debugfs
+            if not count.isdigit():  # unknown: a kernel without debugfs
                 pump.wait_for(1 << 62, time.monotonic() + 1)
-                done = True
-            if not done:
+            elif not pump.wait_for(int(count), self._deadline):
                 return self._result("timeout")
         self._raise_failures()
         # A terminal's last output arrives before QEMU closes its end of the port.

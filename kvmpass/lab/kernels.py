@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvmpass.errors import LabError
 from kvmpass.lab import debian, modules
-from kvmpass.lab.cache import Say, cache_root, locked, new_directory
+from kvmpass.lab.cache import Say, cache_root, fill_directory
 
 STOCK_PACKAGE = "linux-image-6.12-amd64"
 STOCK_IMAGE = r"linux-image-6\.12\.[0-9.]+\S*-amd64"
@@ -83,16 +83,16 @@ def cached(root: Path, name: str) -> Kernel | None:
 
 def stock(say: Say) -> Kernel:
     """Return Debian's kernel, which is downloaded at first use. Raises ``LabError``."""
-    with locked("kernel", say):
-        kernel = cached(stock_root(), "stock")
-        if kernel is None:
-            package = debian.dependency(STOCK_PACKAGE, STOCK_IMAGE)
-            with new_directory(stock_root()) as draft:
-                debian.download_and_unpack(package, draft, say)
-                release = package.removeprefix("linux-image-")
-                modules.index(draft, release)
-                modules.unpack_usual(draft, release)
-            kernel = cached(stock_root(), "stock")
+
+    def unpack(draft: Path) -> None:
+        package = debian.dependency(STOCK_PACKAGE, STOCK_IMAGE)
+        debian.download_and_unpack(package, draft, say)
+        release = package.removeprefix("linux-image-")
+        modules.index(draft, release)
+        modules.unpack_usual(draft, release)
+
+    fill_directory(stock_root(), unpack, "kernel", say)
+    kernel = cached(stock_root(), "stock")
     if kernel is None:
         raise LabError(f"{STOCK_PACKAGE} does not contain a kernel")
     return kernel
@@ -127,11 +127,9 @@ def from_file(image: Path, say: Say, name: str | None = None) -> Kernel:
         config = Path("/boot") / f"config-{release}"
         return Kernel(name or str(image), image, release, installed, config if config.is_file() else None)
     kernel = Kernel(name or str(image), image, release)
-    folder = cache_root() / "kernels" / f"builtin-{kernel.identity}" / "lib" / "modules" / release
-    if not folder.is_dir():
-        with locked("kernel", say), new_directory(folder.parents[2]) as draft:
-            modules.index_builtin(image.parent, draft, release)
-    return Kernel(kernel.name, image, release, folder)
+    root = cache_root() / "kernels" / f"builtin-{kernel.identity}"
+    fill_directory(root, lambda draft: modules.index_builtin(image.parent, draft, release), "kernel", say)
+    return replace(kernel, modules=root / "lib" / "modules" / release)
 
 
 def find(name: str, say: Say) -> Kernel:
