@@ -44,7 +44,7 @@ class BoardEvents:
 
 
 class Board:
-    """A VM and its fixed devices. ``close()`` unplugs the remaining functions, and closes the VM.
+    """A VM and its fixed devices. ``close()`` closes the VM, and unplugs the remaining functions.
 
     Synchronization: ``plug``, ``unplug`` and ``close`` with the bus lock held; the rest with the machine's device
     lock.
@@ -102,5 +102,5 @@ class Board:
         run_all(partial(self.pci.unplug, function), function.close)
 
     def close(self) -> None:
-        """Unplug all functions, and close the VM. Idempotent."""
+        """Close the VM, and unplug all functions. Idempotent."""
         run_all(self._undo.close, *(partial(self.unplug, function) for function in self.pci.functions))
