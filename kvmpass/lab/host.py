@@ -145,7 +145,7 @@ class Host:
             complaints = self._complaints()
             if self._process.returncode and complaints:
                 raise LabError(f"QEMU: {complaints[0]}")
-            return self._gone()
+            return self._died()
         if self._trace is not None:
             if not proof.bypassed(self._config.append):
                 proof.require(self._trace, self._emulator, self._kernel)
@@ -171,14 +171,14 @@ class Host:
         if line is not None:
             return self._finish(line)
         self._raise_failures()
-        return self._gone()
+        return self._died()
 
     def _wake(self) -> None:
         """Raise an interrupt in a host whose vCPU sleeps although interrupts are pending.
 
         QEMU's emulation of VMRUN and #VMEXIT changes the vCPU's set of pending interrupts without the lock that
         protects it (``target/i386/tcg/sysemu/svm_helper.c``): the interrupt of a timer can get lost. The local APIC
-        still has it, and signals it again together with the next one: that of a byte which nobody reads.
+        still has it, and signals it again together with the next one: that of a byte that is never read.
         """
         self._woken += 1
         with suppress(OSError):
@@ -206,7 +206,7 @@ class Host:
             if pump.failure is not None:
                 raise pump.failure
 
-    def _gone(self) -> LabResult:
+    def _died(self) -> LabResult:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
         for pump in self._pumps.values():

@@ -12,7 +12,7 @@ import pytest
 from kvmpass.errors import KvmpassError
 from kvmpass.testing.events import Event
 from kvmpass.testing.profiles import Requirement
-from kvmpass.testing.session import Failure, LabSession, Phase
+from kvmpass.testing.session import Failure, LabSession, Phase, error_text
 
 # Seconds without any event: until the tests are collected inside; beyond a phase's own limit; after the last test.
 BOOT_LIMIT = 900.0  # a first boot downloads its kernel
@@ -75,11 +75,13 @@ class HostRun:
 
     def __init__(self, start: Start, items: Sequence[pytest.Item], spares: int = 0, slowdown: float = 1.0) -> None:
         self.records = {item.nodeid: TestRecord() for item in items}
+        """The record of each test, by node ID."""
         self.late_events: list[Event] = []
         """Events after the end of the last test."""
         self.lines: list[str] = []
         """A line about each host, for the summary."""
         self.started = False
+        """Whether the first host has been started."""
         self.ended = False
         """Whether each test has its record, and no host is left."""
         self._start = start
@@ -106,8 +108,7 @@ class HostRun:
         try:
             self._session = self._start(list(self._pending))
         except (KvmpassError, OSError) as error:
-            hints = "".join(f"\n  hint: {note}" for note in getattr(error, "__notes__", ()))
-            text = f"the emulated host could not be started: {type(error).__name__}: {error}{hints}"
+            text = f"the emulated host could not be started: {error_text(error)}"
             self._fail_pending(lambda: text)
             self.ended = True
 

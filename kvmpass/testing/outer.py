@@ -92,9 +92,12 @@ class Outer:
     def __init__(self, config: pytest.Config, kernel: str, qemu: str, jobs: int) -> None:
         self.config = config
         self.kernel = kernel
+        """The run's kernel: ``stock``, ``full`` or a path."""
         self.qemu = qemu
+        """The run's QEMU: ``system``, ``modern`` or a path."""
         self.worker = hasattr(config, "workerinput")  # of pytest-xdist
         self.jobs = 1 if self.worker else jobs
+        """How many hosts may run in parallel."""
         self.plans: dict[HostSpec, list[pytest.Item]] = {}
         self.specs: dict[str, HostSpec] = {}
         self.skips: dict[str, str] = {}

@@ -198,8 +198,7 @@ class LabSession:
         self._died_in = nodeid
         during = f"during {nodeid}" if nodeid else "before the first test"
         if self._error is not None:
-            text = f"the emulated host failed {during}: {type(self._error).__name__}: {self._error}"
-            text += "".join(f"\n  hint: {note}" for note in getattr(self._error, "__notes__", ()))
+            text = f"the emulated host failed {during}: {error_text(self._error)}"
         elif hung:
             text = f"the emulated host {reason} {during} and was ended"
         elif self._result is not None:
@@ -251,6 +250,12 @@ class LabSession:
         if self.death is not None:
             return f"{line}, DIED, files in {self._directory}"
         return f"{line}, ended early" if self._forced else line
+
+
+def error_text(error: BaseException) -> str:
+    """Return the class, the message and the hints of an exception."""
+    hints = [f"\n  hint: {note}" for note in getattr(error, "__notes__", ())]
+    return "".join([f"{type(error).__name__}: {error}", *hints])
 
 
 def tail(text: str) -> str:
