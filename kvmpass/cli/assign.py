@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import sys
@@ -18,7 +17,7 @@ from kvmpass import crash
 from kvmpass.assignment.assign import assigned
 from kvmpass.cli.documents import backend_document
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
-from kvmpass.cli.output import SCHEMA, error_fields, error_text
+from kvmpass.cli.output import document_text, error_fields, error_text
 from kvmpass.cli.params import BDF, backend_option
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
@@ -120,8 +119,6 @@ def assign(
     if status_file is not None:
         status_file.unlink(missing_ok=True)  # if this run is killed, no earlier result must remain
     outcome: dict[str, Any] = {
-        "schema": SCHEMA,
-        "command": "assign",
         "bdfs": list(bdf),
         "outcome": "failed",
         "guest_exit_status": None,
@@ -308,5 +305,5 @@ def _outcome(result: GuestResult) -> str:
 def _write_status(path: Path, outcome: dict[str, Any]) -> None:
     """Write atomically: a reader never sees a part of the file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(outcome, indent=2) + "\n")
+    temporary.write_text(document_text("assign", **outcome) + "\n")
     temporary.replace(path)

@@ -70,7 +70,7 @@ def unbind(output: Output, bdfs: tuple[host.Bdf, ...], **options: Any) -> None:
 def _print(output: Output, dry_run: bool, results: list[Handover]) -> None:
     devices = [
         {
-            "bdf": str(result.bdf),
+            "bdf": result.bdf,
             "outcome": result.outcome,
             "driver_before": result.before,
             "driver_after": result.after,

@@ -66,7 +66,7 @@ def doctor(
     findings = host.diagnose(tree or host.Sysfs(), bdf, memory=memory, huge_page=page)
     failed = [finding for finding in findings if finding.outcome is Outcome.FAIL]
     output.document(
-        bdf=None if bdf is None else str(bdf),
+        bdf=bdf,
         memory=memory,
         huge_page=page or None,
         ok=not failed,

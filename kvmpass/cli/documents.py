@@ -13,13 +13,13 @@ from kvmpass.layout import Reserved
 def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
     """Return the fields of a blocker, which are the same in every document."""
     return {
-        "bdf": None if blocker.bdf is None else str(blocker.bdf),
+        "bdf": blocker.bdf,
         "kind": blocker.kind,
         "brief": blocker.brief,
         "cause": blocker.cause,
         "remedy": blocker.remedy,
-        "commands": list(blocker.commands),
-        "blocked_by": [*map(str, blocker.blocked_by)],
+        "commands": blocker.commands,
+        "blocked_by": blocker.blocked_by,
     }
 
 
@@ -42,7 +42,7 @@ def group_document(group: host.IommuGroup) -> dict[str, Any]:
 def sibling_document(sibling: view.Sibling) -> dict[str, Any]:
     """Another device of an IOMMU group."""
     return {
-        "bdf": str(sibling.device.bdf),
+        "bdf": sibling.device.bdf,
         "short_name": sibling.short_name,
         "driver": sibling.device.driver,
         "role": sibling.role,
@@ -54,31 +54,11 @@ def reserved_document(region: Reserved) -> dict[str, Any]:
     return {"start": hex(region.range.start), "last": hex(region.range.last), "kind": region.kind}
 
 
-def link_document(link: view.Link | None) -> dict[str, Any] | None:
-    """Speed (GT/s) and width of a PCI Express link, present and maximal."""
-    if link is None:
-        return None
-    now = {"speed_gts": link.speed, "width": link.width}
-    return {**now, "max_speed_gts": link.max_speed, "max_width": link.max_width}
-
-
-def sriov_document(sriov: view.Sriov | None) -> dict[str, Any] | None:
-    """Return the physical function of a virtual one, or the virtual functions of a physical one."""
-    if sriov is None:
-        return None
-    return {
-        "physical_function": str(sriov.physical) if sriov.physical else None,
-        "virtual_functions": [str(bdf) for bdf in sriov.virtual],
-        "enabled": sriov.enabled,
-        "total": sriov.total,
-    }
-
-
 def device_document(status: view.DeviceStatus, whole: view.HostStatus) -> dict[str, Any]:
     """Return the fields of a device. ``assignable`` is false for every device of a host that is not ready."""
     device = status.device
     return {
-        "bdf": str(device.bdf),
+        "bdf": device.bdf,
         "name": status.name,
         "short_name": status.short_name,
         "vendor": f"{device.vendor:04x}",
@@ -94,9 +74,9 @@ def device_document(status: view.DeviceStatus, whole: view.HostStatus) -> dict[s
         "assignable": whole.ready and not status.blockers,
         "blockers": [blocker_document(blocker) for blocker in status.blockers],
         "numa_node": device.numa_node,
-        "link": link_document(status.link),
-        "reset_methods": list(device.reset_methods),
+        "link": status.link,
+        "reset_methods": device.reset_methods,
         "power_state": device.power_state,
-        "sriov": sriov_document(status.sriov),
+        "sriov": status.sriov,
         "cdev": status.cdev,
     }

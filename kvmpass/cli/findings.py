@@ -63,10 +63,10 @@ def document(finding: Finding) -> dict[str, Any]:
     return {
         "check": finding.check,
         "title": finding.title,
-        "bdf": None if finding.bdf is None else str(finding.bdf),
+        "bdf": finding.bdf,
         "outcome": str(finding.outcome),
         "summary": finding.summary,
         "needs": finding.needs,
-        "read": [{"source": reading.source, "value": reading.value} for reading in finding.read],
+        "read": finding.read,
         "blocker": finding.blocker and blocker_document(finding.blocker),
     }

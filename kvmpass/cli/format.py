@@ -32,7 +32,7 @@ def format_link(link: view.Link | None) -> str | None:
     """``PCIe 8 GT/s x4``, with the maximum if it is higher; None if the device has no link."""
     if link is None:
         return None
-    now, best = _lanes(link.speed, link.width), _lanes(link.max_speed, link.max_width)
+    now, best = _lanes(link.speed_gts, link.width), _lanes(link.max_speed_gts, link.max_width)
     if not now:
         return f"PCIe link down (max {best})"
     return f"PCIe {now}" if now == best or not best else f"PCIe {now} (max {best})"
@@ -47,8 +47,8 @@ def format_sriov(sriov: view.Sriov | None) -> str | None:
     """Return the physical function of a virtual one, else how many virtual functions are enabled."""
     if sriov is None:
         return None
-    if sriov.physical is not None:
-        return f"virtual function of {sriov.physical}"
+    if sriov.physical_function is not None:
+        return f"virtual function of {sriov.physical_function}"
     return f"{sriov.enabled} of {sriov.total} VFs enabled"
 
 

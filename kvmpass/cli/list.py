@@ -57,9 +57,9 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
         host=host_document(found.host),
         complete=found.complete,
         backend=backend_document(found.backend),
-        iommu_groups=[{**group_document(group), "bdfs": [*map(str, group.devices)]} for group in found.groups],
+        iommu_groups=[{**group_document(group), "bdfs": group.devices} for group in found.groups],
         devices=[device_document(status, found.host) for status in found.devices],
-        orphaned=[*map(str, found.orphaned)],
+        orphaned=found.orphaned,
     )
     for line in _lines(found, wide):
         output.text(line)

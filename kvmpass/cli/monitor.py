@@ -92,12 +92,12 @@ def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: view.Hos
     output.record(
         time=datetime.fromtimestamp(event.time, UTC).isoformat(timespec="microseconds"),
         event=event.kind,
-        bdf=None if event.bdf is None else str(event.bdf),
+        bdf=event.bdf,
         vendor=None if event.bdf is None else f"{event.vendor:04x}",
         device=None if event.bdf is None else f"{event.device:04x}",
         driver=event.driver,
         group=event.group,
-        bdfs=[*map(str, event.devices)],
+        bdfs=event.devices,
         detail=event.detail,
     )
     moment = time.strftime("%H:%M:%S", time.localtime(event.time)) + f".{int(event.time * 1000) % 1000:03d}"

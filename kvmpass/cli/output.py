@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -82,8 +83,16 @@ def colour() -> bool | None:
 
 
 def document_text(command: str, indent: int | None = 2, **body: Any) -> str:
-    """Return a JSON document with its schema, its command and ``body``."""
-    return json.dumps({"schema": SCHEMA, "command": command, **body}, indent=indent)
+    """Return a JSON document with its schema, its command and ``body``; addresses are text, dataclasses objects."""
+    return json.dumps({"schema": SCHEMA, "command": command, **body}, indent=indent, default=_plain)
+
+
+def _plain(value: Any) -> object:
+    from kvmpass.host import Bdf  # loaded already if there is one
+
+    if isinstance(value, Bdf):
+        return str(value)
+    return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:

@@ -171,11 +171,7 @@ def _document(made: Plan) -> dict[str, Any]:
         "reserved_regions": None
         if not made.confined or memory is None
         else [*map(reserved_document, memory.layout.reserved)],
-        "descriptors": {
-            "fixed": made.descriptors.fixed,
-            "vectors": made.descriptors.vectors,
-            "limit": made.descriptors.limit,
-        },
+        "descriptors": made.descriptors,
         "blockers": [*map(blocker_document, made.blockers)],
         "warnings": [*map(blocker_document, made.warnings)],
     }
@@ -184,12 +180,12 @@ def _document(made: Plan) -> dict[str, Any]:
 def _device_document(device: DevicePlan) -> dict[str, Any]:
     vectors = device.vectors
     return {
-        "bdf": str(device.bdf),
+        "bdf": device.bdf,
         "short_name": device.short_name,
         "driver": device.driver,
         "group": device.group,
         "siblings": [*map(sibling_document, device.siblings)],
-        "reset_methods": list(device.reset_methods),
+        "reset_methods": device.reset_methods,
         "interrupts": {"msix": vectors.msix, "msi": vectors.msi, "intx": vectors.intx},
         "bars": [
             {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import click
 
 from kvmpass import host
@@ -32,7 +30,7 @@ def restore(output: Output) -> int:
     0.
     """
     results = host.restore(say=output.note)
-    output.document(devices=[asdict(result) for result in results])
+    output.document(devices=results)
     if not results:
         output.text("nothing to restore")
     for result in results:

@@ -118,7 +118,7 @@ def _identity(found: view.Description) -> Iterator[tuple[str, list[str]]]:
         yield "NUMA node", [str(device.numa_node)]
     yield "Reset", [", ".join(device.reset_methods) or "no method"]
     if sriov := format_sriov(status.sriov):
-        virtual = " ".join(map(str, status.sriov.virtual)) if status.sriov else ""
+        virtual = " ".join(map(str, status.sriov.virtual_functions)) if status.sriov else ""
         yield "SR-IOV", [sriov, *([virtual] if virtual else [])]
 
 
@@ -182,8 +182,8 @@ def _document(found: view.Description) -> dict[str, Any]:
         "device": device_document(found.status, found.host),
         "subsystem_name": found.subsystem_name,
         "driverctl": found.driverctl,
-        "uses": [*found.uses],
-        "possible_uses": [*found.possible_uses],
+        "uses": found.uses,
+        "possible_uses": found.possible_uses,
         "bars": [{**asdict(bar), "address": None if bar.address is None else hex(bar.address)} for bar in found.bars],
         "capabilities": _capability_document(found.capabilities),
         "iommu_group": group
@@ -192,8 +192,8 @@ def _document(found: view.Description) -> dict[str, Any]:
             "siblings": [*map(sibling_document, found.siblings)],
             "reserved_regions": [*map(reserved_document, group.reserved)],
         },
-        "functions": [*map(str, found.functions)],
-        "bridges": [{**asdict(bridge), "bdf": str(bridge.bdf)} for bridge in found.bridges],
+        "functions": found.functions,
+        "bridges": found.bridges,
     }
 
 

@@ -23,11 +23,11 @@ from kvmpass.host.view.filters import select
 class Link:
     """A PCI Express link; None for what is unknown."""
 
-    speed: float | None
+    speed_gts: float | None
     """Current speed in GT/s."""
     width: int | None
     """Current width in lanes."""
-    max_speed: float | None
+    max_speed_gts: float | None
     """Maximum speed in GT/s."""
     max_width: int | None
     """Maximum width in lanes."""
@@ -37,9 +37,9 @@ class Link:
 class Sriov:
     """A virtual function (VF), or a physical function (PF) with the SR-IOV capability."""
 
-    physical: Bdf | None
+    physical_function: Bdf | None
     """The PF of a VF; None for a PF."""
-    virtual: tuple[Bdf, ...]
+    virtual_functions: tuple[Bdf, ...]
     """The VFs of a PF, by address."""
     enabled: int
     """Number of enabled VFs."""
@@ -181,8 +181,8 @@ def sriov_of(sysfs: Sysfs, bdf: Bdf) -> Sriov | None:
     if physical is None and not total:
         return None
     return Sriov(
-        physical=Bdf.parse(physical) if physical else None,
-        virtual=tuple(sysfs.virtual_functions(bdf)),
+        physical_function=Bdf.parse(physical) if physical else None,
+        virtual_functions=tuple(sysfs.virtual_functions(bdf)),
         enabled=sysfs.number(*base, "sriov_numvfs") or 0,
         total=total,
     )
