@@ -24,7 +24,6 @@ class IrqRoutes:
         self._vm = vm
         self._limit = vm.check_extension(Capability.IRQ_ROUTING)
         self._table = ffi.new("struct kvmpass_route[]", self._limit)
-        self._count = 0
         self._index: dict[int, int] = {}  # where a message's GSI is in the table
         self._free = list(range(self._limit - 1, IOAPIC_PINS - 1, -1))  # the lowest is last
         self._lock = threading.Lock()
@@ -32,7 +31,7 @@ class IrqRoutes:
             entry = self._table[pin]
             entry.gsi, entry.type = pin, lib.KVM_IRQ_ROUTING_IRQCHIP
             entry.irqchip, entry.pin = lib.KVM_IRQCHIP_IOAPIC, pin
-            self._count += 1
+        self._count = IOAPIC_PINS
         self._vm.set_gsi_routing(self._table, self._count)
 
     def __repr__(self) -> str:
