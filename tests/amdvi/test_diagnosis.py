@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from support.inside import LAB_ONLY
+from support.modes import Mode, through_compat_too
 from support.recording import Calls, recording
-from support.witness import locked_bytes
 
 import kvmpass
 from kvmpass import host
@@ -295,19 +295,21 @@ class Holed(Sysfs):
         return sorted([*super().reserved_regions(), HOLE], key=lambda line: line.range)
 
 
+@through_compat_too
 @pytest.mark.parametrize("sysfs", [SYSFS, Holed()], ids=["as-it-is", "with-a-hole"])
-def test_a_plan_equals_the_assignment(nvme: str, edu: str, sysfs: Sysfs) -> None:
+def test_a_plan_equals_the_assignment(mode: Mode, nvme: str, edu: str, sysfs: Sysfs) -> None:
     """Its table is the machine's, its counts are those of the kernel, and making it changed nothing."""
-    made = kvmpass.plan([nvme, edu], memory="64M", cpus=2, sysfs=sysfs, backend="type1")  # as recording()
+    backend = "iommufd" if mode.name == "iommufd" else "type1"
+    made = kvmpass.plan([nvme, edu], memory="64M", cpus=2, sysfs=sysfs, backend=backend)
     assert made.blockers == ()
     assert made.memory is not None
     regions = made.memory.regions
     assert len(regions) == made.map_calls == (1 if sysfs is SYSFS else 2)
-    opened, locked = descriptors(), locked_bytes()
+    opened, locked = descriptors(), mode.locked()
     calls: Calls = []
     with (
         host.borrow(nvme, edu),
-        kvmpass.Machine(memory="64M", cpus=2, sysfs=sysfs, backend=recording(calls)) as machine,
+        kvmpass.Machine(memory="64M", cpus=2, sysfs=sysfs, backend=recording(calls, mode.backend)) as machine,
     ):
         devices = [machine.assign(nvme), machine.assign(edu)]
         assert machine.layout == made.memory.layout
@@ -323,7 +325,7 @@ def test_a_plan_equals_the_assignment(nvme: str, edu: str, sysfs: Sysfs) -> None
             (slot, one.range.start, one.range.size, one.kind.guest_writable) for slot, one in enumerate(regions)
         ]
         assert [operation for operation, _ in calls] == ["map"] * made.map_calls
-        assert locked_bytes() - locked == made.locked
+        assert mode.locked() - locked == made.locked
         # Not there yet: two vCPUs, two eventfds of INTx each. Not on every host: two of ERR, the kernel's log.
         expected = made.descriptors.fixed - STANDARD
         assert expected - 2 - 4 - 2 - 1 <= descriptors() - opened <= expected
