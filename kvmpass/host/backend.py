@@ -41,6 +41,12 @@ def cdevs(sysfs: Sysfs, bdf: Bdf) -> list[str]:
     return [f"{CDEVS}/{name}" for name in sysfs.names(PCI_DEVICES, str(bdf), "vfio-dev")]
 
 
+def check_backend(wanted: str) -> None:
+    """Raise ``ValueError`` unless ``wanted`` is one of ``BACKENDS``."""
+    if wanted not in BACKENDS:
+        raise ValueError(f"no IOMMU back end {wanted!r}: {', '.join(BACKENDS)}")
+
+
 def choose_backend(
     sysfs: Sysfs, bdfs: Iterable[Bdf] = (), wanted: str = AUTO, *, vf_token: bool = False
 ) -> BackendChoice:
@@ -49,8 +55,7 @@ def choose_backend(
     ``wanted`` is one of ``BACKENDS``. A device says more once it is bound to vfio-pci. ``vf_token``: whether devices
     are opened with one. Only reads. Raises ``ValueError``.
     """
-    if wanted not in BACKENDS:
-        raise ValueError(f"no IOMMU back end {wanted!r}: {', '.join(BACKENDS)}")
+    check_backend(wanted)
     if wanted == TYPE1:
         return BackendChoice(TYPE1, "requested")
     bdfs = list(bdfs)

@@ -20,7 +20,7 @@ from kvmpass.dma import BackendFactory, Domain, Type1
 from kvmpass.errors import Closed, GuestError, NotAssignable
 from kvmpass.events import DeviceEvent, DeviceReleased, DeviceReset
 from kvmpass.host import Bdf, Sysfs
-from kvmpass.host.backend import AUTO, BackendChoice
+from kvmpass.host.backend import AUTO, BackendChoice, check_backend
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
 from kvmpass.host.usage import VFIO_PCI
@@ -58,7 +58,7 @@ class Machine(Execution):
 
     ``memory``: bytes, or text such as ``512M``; ``cpus``: 1 to KVM's limit. Usable without a guest: ``memory`` reads
     and writes guest pages, and assigned devices do DMA to them. Raises ``OSError`` (no ``/dev/kvm``),
-    ``LayoutError``, ``ReservedRange``; then nothing is left behind.
+    ``LayoutError``, ``ReservedRange``, ``ValueError`` (no such ``backend``); then nothing is left behind.
 
     ``backing``: huge pages of the host's pools instead of anonymous memory (``NotEnoughMemory`` if they are too few).
     ``backend``: ``auto``, ``iommufd`` or ``type1`` (``kvmpass.host.backend``), or a ``kvmpass.dma.BackendFactory``.
@@ -87,6 +87,8 @@ class Machine(Execution):
         self._sysfs = sysfs or Sysfs()
         self._stop_on_error = stop_on_error
         self._wanted_backend = backend if isinstance(backend, str) else None
+        if self._wanted_backend is not None:
+            check_backend(self._wanted_backend)
         self.backend: BackendChoice | None = None
         """The back end in use, and why; None before the first device, and with a factory."""
         self._closed = False
@@ -193,7 +195,7 @@ class Machine(Execution):
         and no guest has enumerated it yet; otherwise it gets a slot of its own. ``vf_token``: the VF token (UUID) of
         a virtual function whose physical function is bound to vfio-pci too, or of that physical function. Raises
         ``BadAddress``, ``NoSuchDevice``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``ReservedRange``,
-        ``NotEnoughMemory`` or ``OSError``; then nothing has changed.
+        ``NotEnoughMemory``, ``HostNotReady`` (the back end is unavailable) or ``OSError``; then nothing has changed.
         """
         self._check_usable()
         found = self._sysfs.device(Bdf.parse(bdf) if isinstance(bdf, str) else bdf)

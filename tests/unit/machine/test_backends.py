@@ -14,6 +14,7 @@ import kvmpass.dma.iommufd
 from kvmpass.dma import IommufdBackend, Type1
 from kvmpass.errors import DeviceInUse, HostNotReady
 from kvmpass.host import Bdf
+from kvmpass.machine import Machine
 from kvmpass.machine.backends import use_backend
 
 BDF = Bdf.parse(NIC)
@@ -66,3 +67,8 @@ def test_another_vm_is_known_to_the_next_back_end(stage: Stage) -> None:
     stage.domain.attach(NIC, 1)
     assert stage.registered == {None}
     stage.close()
+
+
+def test_a_name_that_is_none_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="no IOMMU back end 'iommu'"):
+        Machine(backend="iommu")
