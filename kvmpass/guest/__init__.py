@@ -1,7 +1,7 @@
 """A Linux guest in a machine."""
 
 from kvmpass.guest.guest import Guest, GuestResult
-from kvmpass.guest.image import GuestImage, GuestSpec, host_kernel, prepare
+from kvmpass.guest.image import GuestImage, GuestSpec, prepare
 from kvmpass.guest.output import OutputWriter, Sink
 
 __all__ = [
@@ -11,6 +11,5 @@ __all__ = [
     "GuestSpec",
     "OutputWriter",
     "Sink",
-    "host_kernel",
     "prepare",
 ]

@@ -57,33 +57,22 @@ class GuestImage:
     warnings: tuple[str, ...] = ()
     """Files that could not be copied completely, and modules for none of the devices."""
 
-    @property
-    def needed(self) -> int:
-        """Bytes of memory that the kernel needs to start, and to unpack the initramfs.
+    def load(self, machine: Machine) -> None:
+        """Load it into the memory of a machine that has not started. Raises ``NotEnoughMemory``.
 
-        It runs at its preferred address or above, and uses ``init_size`` bytes from there on before it reads the
-        memory map (Documentation/arch/x86/boot.rst). It unpacks into a tmpfs, which is limited to half of the memory
-        beside the kernel and the archive (``shmem_default_max_blocks``, mm/shmem.c;
+        The kernel runs at its preferred address or above, and uses ``init_size`` bytes from there on before it reads
+        the memory map (Documentation/arch/x86/boot.rst). It unpacks into a tmpfs, which is limited to half of the
+        memory beside the kernel and the archive (``shmem_default_max_blocks``, mm/shmem.c;
         Documentation/filesystems/ramfs-rootfs-initramfs.rst).
         """
-        return self.kernel.init_size + max(self._before_files, self._for_files)
-
-    @property
-    def _before_files(self) -> int:
-        return self.kernel.preferred + _START
-
-    @property
-    def _for_files(self) -> int:
-        return 2 * self.unpacked + len(self.initrd)
-
-    def load(self, machine: Machine) -> None:
-        """Load it into the memory of a machine that has not started. Raises ``NotEnoughMemory``."""
-        if machine.memory.ram_size < self.needed:
-            least = -(-(self.needed + _SLACK) // (16 * MIB)) * 16
-            what, more = f"the guest's kernel needs {self.needed / MIB:.0f} MiB to start", ""
-            if self.unpacked and self._for_files > self._before_files:
-                files = f"the guest's files need {self.unpacked / MIB:.0f} MiB unpacked"
-                what, more = f"{files}, and at most half of its memory can hold files", ", or copy less into it"
+        before_files, files = self.kernel.preferred + _START, 2 * self.unpacked + len(self.initrd)
+        needed = self.kernel.init_size + max(before_files, files)
+        if machine.memory.ram_size < needed:
+            least = -(-(needed + _SLACK) // (16 * MIB)) * 16
+            what, more = f"the guest's kernel needs {needed / MIB:.0f} MiB to start", ""
+            if self.unpacked and files > before_files:
+                unpacked = f"the guest's files need {self.unpacked / MIB:.0f} MiB unpacked"
+                what, more = f"{unpacked}, and at most half of its memory can hold files", ", or copy less into it"
             raise NotEnoughMemory(
                 f"{what}: {machine.memory.ram_size // MIB} MiB are too little",
                 f"give the guest {least} MiB (--memory {least}M){more}",
