@@ -88,8 +88,8 @@ class GuestRoot:
         ``files`` are loaded. Call it once.
         """
         aliases = list(modaliases)
-        behind = companions(aliases)
-        made = plan(ModuleTree(release), [*aliases, *behind.modaliases], files, behind.modules)
+        behind, modules = companions(aliases)
+        made = plan(ModuleTree(release), [*aliases, *behind], files, modules)
         for path in made.idle:
             self.warnings.append(
                 f"--module {path}: no alias of it matches a device that is assigned: for these the kernel's own "

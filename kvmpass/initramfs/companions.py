@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 MASS_STORAGE, NVM, SERIAL_BUS, USB = 0x01, 0x08, 0x0C, 0x03  # PCI Code and ID Assignment, classes and subclasses
 
@@ -21,18 +20,11 @@ _VIRTIO_SCSI = 8
 _DISK = ("sd_mod",)
 
 
-@dataclass(frozen=True, slots=True)
-class Companions:
-    """The drivers of devices behind PCI devices."""
+def companions(modaliases: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the drivers of devices behind the PCI devices with these modaliases: modaliases, and names of modules.
 
-    modaliases: tuple[str, ...]
-    """Modaliases of these devices."""
-    modules: tuple[str, ...]
-    """Names of modules to load."""
-
-
-def companions(modaliases: Iterable[str]) -> Companions:
-    """Return the companions of the PCI devices with these modaliases; other devices have none."""
+    Other devices have none.
+    """
     aliases: list[str] = []
     modules: list[str] = []
     for match in filter(None, map(_MODALIAS.match, modaliases)):
@@ -44,7 +36,7 @@ def companions(modaliases: Iterable[str]) -> Companions:
             modules += _DISK
         elif (kind, subkind) == (SERIAL_BUS, USB):
             modules += ("usb_storage", "uas", *_DISK)
-    return Companions(tuple(dict.fromkeys(aliases)), tuple(dict.fromkeys(modules)))
+    return list(dict.fromkeys(aliases)), list(dict.fromkeys(modules))
 
 
 def _virtio_type(vendor: int, device: int, subsystem: int) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvmpass.initramfs.companions import Companions, companions
+from kvmpass.initramfs.companions import companions
 
 STICK = ("usb_storage", "uas", "sd_mod")
 
@@ -31,9 +31,9 @@ def modalias(vendor: int, device: int, class_code: int, subsystem: int = 0) -> s
     ],
 )
 def test_companions(device: str, modaliases: tuple[str, ...], modules: tuple[str, ...]) -> None:
-    assert companions([device]) == Companions(modaliases, modules)
+    assert companions([device]) == ([*modaliases], [*modules])
 
 
 def test_companions_of_several_devices_are_unique() -> None:
     found = companions([modalias(0x8086, 0x2922, 0x010601), modalias(0x1B36, 0x000D, 0x0C0330)])
-    assert found == Companions((), ("sd_mod", "usb_storage", "uas"))
+    assert found == ([], ["sd_mod", "usb_storage", "uas"])
