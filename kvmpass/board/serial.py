@@ -73,8 +73,10 @@ class Serial16550:
                 if at == RBR_THR and not self._lcr & LCR_DLAB:
                     if not self._mcr & MCR_LOOP:
                         sent.append(value)
+                    elif len(self._fifo) < self._capacity():
+                        self._fifo.append(value)
                     else:
-                        self._loop_back(value)
+                        self._errors |= LSR_OVERRUN
                     self._tx_pending = True
                 elif at <= SCR:
                     self._write(at, value)
@@ -138,12 +140,6 @@ class Serial16550:
 
     def _capacity(self) -> int:
         return FIFO_SIZE if self._fcr & FCR_ENABLE else 1
-
-    def _loop_back(self, value: int) -> None:
-        if len(self._fifo) < self._capacity():
-            self._fifo.append(value)
-        else:
-            self._errors |= LSR_OVERRUN
 
     def _refill(self) -> None:
         if not self._mcr & MCR_RTS or self._mcr & MCR_LOOP:
