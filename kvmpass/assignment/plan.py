@@ -125,7 +125,9 @@ def plan(
     memory_plan = None
     try:
         memory_plan = plan_memory(size, sysfs.reserved_regions(), bits, backing)
-        _check_cpus(sysfs, cpus)
+        most = _ask_kvm(sysfs, "most vCPUs", lambda system: system.max_vcpus)
+        if most is not None:  # else a finding already
+            check_vcpus(cpus, most)
     except KvmpassError as error:
         blockers.append(_impossible(error))
     planned = tuple(_device(look, device, bdfs) for device in devices)
@@ -198,12 +200,6 @@ def _physical_bits(sysfs: Sysfs) -> tuple[int, str]:
         return bits, "KVM"
     width = sysfs.fields("proc/cpuinfo").get("address sizes", "").partition(" ")[0]
     return (int(width), "/proc/cpuinfo") if width.isdecimal() else (40, "assumed")
-
-
-def _check_cpus(sysfs: Sysfs, cpus: int) -> None:
-    most = _ask_kvm(sysfs, "most vCPUs", lambda system: system.max_vcpus)
-    if most is not None:  # else a finding already
-        check_vcpus(cpus, most)
 
 
 def _ask_kvm(sysfs: Sysfs, question: str, number: Callable[[System], int]) -> int | None:
