@@ -27,9 +27,11 @@ BOOT_PARAMS = 0x7000
 PAGE_TABLES = 0x9000  # PML4, PDPT, four page directories: 6 pages
 CMDLINE_BASE, CMDLINE_END = 0x20000, 0x30000
 
-CODE_SELECTOR, DATA_SELECTOR = 0x10, 0x18  # __BOOT_CS, __BOOT_DS
-# null, unused, 64-bit code (execute/read), data (read/write); both flat, 4 KiB granular, present, accessed.
+# null, unused, __BOOT_CS: 64-bit code (execute/read), __BOOT_DS: data (read/write); both flat, present, accessed.
 GDT = (0, 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
+
+LONG_MODE = {"cr3": PAGE_TABLES, "gdt": GDT_BASE, "gdt_limit": 8 * len(GDT) - 1, "code": 0x10, "data": 0x18}
+"""The first CPU's mode at the kernel's entry: arguments of ``Vcpu.enter_long_mode``."""
 
 ENTRY_64 = 0x200  # startup_64, from the start of the protected-mode code
 MINIMUM_PROTOCOL = 0x20C
@@ -59,26 +61,6 @@ class GuestWrites(Protocol):
 
     def write(self, gpa: int, data: bytes | memoryview, /) -> object:
         """Write ``data`` to ``gpa``. Raises for addresses outside RAM."""
-
-
-@dataclass(frozen=True, slots=True)
-class LinuxEntry:
-    """The first CPU's state at startup_64: 64-bit mode, the first 4 GiB identity-mapped, interrupts disabled."""
-
-    rip: int
-    """The entry point."""
-    rsi: int = BOOT_PARAMS
-    """The address of boot_params."""
-    cr3: int = PAGE_TABLES
-    """The address of the page tables."""
-    gdt_base: int = GDT_BASE
-    """The address of the GDT."""
-    gdt_limit: int = len(GDT) * 8 - 1
-    """The offset of the GDT's last byte."""
-    code_selector: int = CODE_SELECTOR
-    """The selector for CS."""
-    data_selector: int = DATA_SELECTOR
-    """The selector for the other segments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,8 +228,10 @@ def load_linux(
     initrd: bytes | memoryview | None,
     cmdline: str,
     e820: Sequence[E820Entry],
-) -> LinuxEntry:
-    """Write kernel, initrd, command line and boot_params into guest memory; return the first CPU's state.
+) -> int:
+    """Write kernel, initrd, command line and boot_params into guest memory; return the entry point.
+
+    The first CPU starts there in ``LONG_MODE``, interrupts disabled, with ``BOOT_PARAMS`` in RSI.
 
     The caller writes the ACPI tables. Raises ``BadKernel`` for an invalid command line, ``NotEnoughMemory``.
     """
@@ -269,4 +253,4 @@ def load_linux(
     memory.write(code.start, kernel.payload)
     if image:
         memory.write(place.start, image)
-    return LinuxEntry(code.start + ENTRY_64)
+    return code.start + ENTRY_64

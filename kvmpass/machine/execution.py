@@ -13,7 +13,7 @@ from kvmpass.board.serial import Serial16550
 from kvmpass.boot import acpi, mtrr
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
-from kvmpass.boot.linux import KernelImage, LinuxEntry, load_linux
+from kvmpass.boot.linux import BOOT_PARAMS, LONG_MODE, KernelImage, load_linux
 from kvmpass.errors import GuestError
 from kvmpass.kvm import IrqRoutes, System, Vcpu, Vm
 from kvmpass.layout import LOCAL_APIC_BASE, Layout
@@ -51,7 +51,7 @@ class Execution:
         self._outputs: dict[int, Output] = {}
         self._throttle: Callable[[], None] = lambda: None
         self._linux: tuple[KernelImage, bytes | None, str] | None = None
-        self._entry: LinuxEntry | None = None
+        self._entry: int | None = None
         self._threads: VcpuThreads | None = None
         self._vcpus: list[Vcpu] = []
 
@@ -118,7 +118,7 @@ class Execution:
             self.memory.write(gpa, data)
         self._linux = (kernel, initrd, cmdline)
 
-    def _start_vcpus(self, system: System, entry: LinuxEntry) -> None:
+    def _start_vcpus(self, system: System, entry: int) -> None:
         """Run the guest from ``entry`` on. Raises ``OSError`` if KVM refuses: then no vCPU runs."""
         with undo_on_error(self._close_vcpus):
             self._make_vcpus(system, entry)
@@ -126,7 +126,7 @@ class Execution:
         self._threads = VcpuThreads(self._vcpus, board.ports, board.mmio, self._bus_lock, lambda: self._throttle())
         self._threads.start()
 
-    def _make_vcpus(self, system: System, entry: LinuxEntry) -> None:
+    def _make_vcpus(self, system: System, entry: int) -> None:
         supported, types = system.get_supported_cpuid(), mtrr.mtrrs(system.physical_bits)
         for index in range(self.cpus):
             vcpu = self._board.vm.create_vcpu(index)
@@ -134,14 +134,8 @@ class Execution:
             vcpu.set_cpuid2(guest_cpuid(supported, cpu=index, cpus=self.cpus))
             vcpu.set_msrs(types)
         first = self._vcpus[0]
-        first.enter_long_mode(
-            cr3=entry.cr3,
-            gdt=entry.gdt_base,
-            gdt_limit=entry.gdt_limit,
-            code=entry.code_selector,
-            data=entry.data_selector,
-        )
-        first.set_regs(rip=entry.rip, rsi=entry.rsi, rflags=2)
+        first.enter_long_mode(**LONG_MODE)
+        first.set_regs(rip=entry, rsi=BOOT_PARAMS, rflags=2)
 
     def _close_vcpus(self) -> None:
         """Stop every vCPU and close it; ``wait()`` still returns the outcome. Idempotent."""

@@ -322,7 +322,8 @@ def test_a_plan_equals_the_assignment(mode: Mode, nvme: str, edu: str, sysfs: Sy
         ]
         slots = sorted((slot.slot, slot.gpa, slot.size, not slot.readonly) for slot in machine.memslots.ledger)
         assert slots[: len(regions)] == [
-            (slot, one.range.start, one.range.size, one.kind.guest_writable) for slot, one in enumerate(regions)
+            (slot, region.range.start, region.range.size, region.kind.guest_writable)
+            for slot, region in enumerate(regions)
         ]
         assert [operation for operation, _ in calls] == ["map"] * made.map_calls
         assert mode.locked() - locked == made.locked

@@ -22,7 +22,6 @@ from kvmpass import host, ports
 from kvmpass._native import ffi, lib
 from kvmpass.boot import linux, mtrr
 from kvmpass.boot.cpuid import guest_cpuid
-from kvmpass.boot.linux import LinuxEntry
 from kvmpass.events import DeviceEvent, DeviceReleased, DeviceRequest
 from kvmpass.guest import Guest, GuestSpec, prepare
 from kvmpass.kvm import System, Vcpu, install_kick
@@ -190,17 +189,10 @@ def bare_metal(machine: Machine, code: bytes) -> Iterator[Vcpu]:
     machine.memory.write(0x1000, code)
     machine.memory.write(linux.GDT_BASE, struct.pack(f"<{len(linux.GDT)}Q", *linux.GDT))
     machine.memory.write(linux.PAGE_TABLES, linux.page_tables())
-    entry = LinuxEntry(0x1000)
     with machine.vm.create_vcpu(0) as vcpu:
         vcpu.set_cpuid2(guest_cpuid(machine._system.get_supported_cpuid(), cpu=0, cpus=1))
-        vcpu.enter_long_mode(
-            cr3=entry.cr3,
-            gdt=entry.gdt_base,
-            gdt_limit=entry.gdt_limit,
-            code=entry.code_selector,
-            data=entry.data_selector,
-        )
-        vcpu.set_regs(rip=entry.rip, rsp=0x1000, rflags=2)
+        vcpu.enter_long_mode(**linux.LONG_MODE)
+        vcpu.set_regs(rip=0x1000, rsp=0x1000, rflags=2)
         yield vcpu
 
 

@@ -76,9 +76,7 @@ def memory_map(size: int) -> list[E820Entry]:
     ]
 
 
-def load(
-    size: int = 64 * MIB, initrd: bytes | None = b"initrd", data: bytes | None = None
-) -> tuple[Memory, linux.LinuxEntry]:
+def load(size: int = 64 * MIB, initrd: bytes | None = b"initrd", data: bytes | None = None) -> tuple[Memory, int]:
     memory = Memory(size)
     kernel = KernelImage.parse(data or bzimage())
     entry = load_linux(memory, kernel, initrd=initrd, cmdline="console=ttyS0", e820=memory_map(size))
@@ -100,12 +98,13 @@ def translate(memory: Memory, cr3: int, address: int) -> int:
 
 def test_entry_state() -> None:
     memory, entry = load()
-    assert entry.rip == 16 * MIB + 0x200
+    assert entry == 16 * MIB + 0x200
+    state = linux.LONG_MODE
     assert memory.read(16 * MIB, len(CODE)) == CODE
-    for address in (0, entry.rip, entry.rsi, 3 * GIB + 5, 4 * GIB - 1):
-        assert translate(memory, entry.cr3, address) == address
-    descriptors = struct.unpack("<4Q", memory.read(entry.gdt_base, entry.gdt_limit + 1))
-    code, data = descriptors[entry.code_selector // 8], descriptors[entry.data_selector // 8]
+    for address in (0, entry, linux.BOOT_PARAMS, 3 * GIB + 5, 4 * GIB - 1):
+        assert translate(memory, state["cr3"], address) == address
+    descriptors = struct.unpack("<4Q", memory.read(state["gdt"], state["gdt_limit"] + 1))
+    code, data = descriptors[state["code"] // 8], descriptors[state["data"] // 8]
     assert code >> 53 & 1, "not a 64-bit code segment"
     assert code >> 43 & 1
     assert not data >> 43 & 1
@@ -113,8 +112,8 @@ def test_entry_state() -> None:
 
 
 def test_boot_params() -> None:
-    memory, entry = load()
-    page = memory.read(entry.rsi, 4096)
+    memory, _ = load()
+    page = memory.read(linux.BOOT_PARAMS, 4096)
     initrd, size = struct.unpack_from("<II", page, 0x218)
     assert memory.read(initrd, size) == b"initrd"
     assert initrd == 64 * MIB - 4096
@@ -129,14 +128,14 @@ def test_boot_params() -> None:
 
 
 def test_without_initrd() -> None:
-    memory, entry = load(initrd=None)
-    assert struct.unpack_from("<II", memory.read(entry.rsi, 4096), 0x218) == (0, 0)
+    memory, _ = load(initrd=None)
+    assert struct.unpack_from("<II", memory.read(linux.BOOT_PARAMS, 4096), 0x218) == (0, 0)
 
 
 def test_the_initrd_is_below_the_kernels_limit_and_outside_its_range() -> None:
     low_limit = bzimage(initrd_addr_max=(0x22C, "<I", 20 * MIB - 1))
-    memory, entry = load(initrd=bytes(8 * MIB), data=low_limit)
-    (initrd,) = struct.unpack_from("<I", memory.read(entry.rsi, 4096), 0x218)
+    memory, _ = load(initrd=bytes(8 * MIB), data=low_limit)
+    (initrd,) = struct.unpack_from("<I", memory.read(linux.BOOT_PARAMS, 4096), 0x218)
     assert initrd + 8 * MIB <= 16 * MIB
 
 
