@@ -46,7 +46,8 @@ def commands_start_preloaded() -> Iterator[None]:
             yield
         finally:
             subprocess.Popen = usual  # type: ignore[misc]
-    server.wait()
+            server.kill()  # it may still be importing, for seconds
+            server.wait()
 
 
 def _take_orphans(wanted: bool) -> None:
