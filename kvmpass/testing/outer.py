@@ -38,15 +38,15 @@ def split(plans: Mapping[HostSpec, list[pytest.Item]], jobs: int) -> dict[HostSp
     if jobs == 1:
         return dict(plans)
     total = sum(map(expected, plans.values()))
-    done: dict[HostSpec, list[pytest.Item]] = {}
-    for boot, items in plans.items():
+    divided: dict[HostSpec, list[pytest.Item]] = {}
+    for spec, items in plans.items():
         # A third of what each job has to do: the estimate is rough, and small parts even it out.
         seconds = expected(items)
         parts = partition(items, min(round(3 * jobs * seconds / total), int(seconds // MIN_PART)))
         for number, part in enumerate(parts, start=1):
             name = f", part {number} of {len(parts)}" if len(parts) > 1 else ""
-            done[replace(boot, part=name)] = part
-    return dict(sorted(done.items(), key=lambda plan: -expected(plan[1])))
+            divided[replace(spec, part=name)] = part
+    return dict(sorted(divided.items(), key=lambda plan: -expected(plan[1])))
 
 
 def partition(items: list[pytest.Item], count: int) -> list[list[pytest.Item]]:
