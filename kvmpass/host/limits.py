@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from kvmpass.host.kernel.mounts import mounts_of
 from kvmpass.host.kernel.processes import pids
@@ -107,14 +108,10 @@ def cgroups(sysfs: Sysfs, controller: str) -> list[Cgroup]:
         inside = own.removeprefix(root.rstrip("/")) if own == root or own.startswith(root.rstrip("/") + "/") else ""
         if ".." in inside.split("/"):  # outside of the visible hierarchy
             inside = ""
-        at = f"{place}{inside}".strip("/")
-        top = place.strip("/")
-        while at.startswith(top):
-            if sysfs.path(at).is_dir():
-                found.append(Cgroup(at, 2 if mount.kind == "cgroup2" else 1))
-            if at == top:
-                break
-            at = at.rpartition("/")[0]
+        innermost = PurePosixPath(f"{place}{inside}".strip("/"))
+        for directory in map(str, (innermost, *innermost.parents)):
+            if directory.startswith(place.strip("/")) and sysfs.path(directory).is_dir():
+                found.append(Cgroup(directory, 2 if mount.kind == "cgroup2" else 1))
     return list(dict.fromkeys(found))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.host import limits
@@ -27,23 +28,19 @@ CGROUP_MEMORY = BlockerTemplate(
     commands=("{command}",),
     error=NotEnoughMemory,
 )
-CGROUP_HIGH = BlockerTemplate(
+CGROUP_HIGH = replace(
+    CGROUP_MEMORY,
     kind="cgroup-memory-high",
-    brief="{left} of {size} left in {cgroup}",
     cause="the guest and what it takes to run it need {size} of memory, and {file} leaves {left}: the kernel would "
     "throttle kvmpass while it is above, and a guest's pinned memory cannot be reclaimed",
     remedy="give the guest less memory, or the cgroup more: for a systemd unit MemoryHigh=",
-    commands=("{command}",),
-    error=NotEnoughMemory,
 )
-CGROUP_HUGE_PAGES = BlockerTemplate(
+CGROUP_HUGE_PAGES = replace(
+    CGROUP_MEMORY,
     kind="cgroup-huge-pages",
-    brief="{left} of {size} left in {cgroup}",
     cause="the guest needs {size} of huge pages, and {file} leaves {left}: an access beyond would be a SIGBUS",
     remedy="give the guest less memory, or the cgroup more (systemd has no option for it; a container runtime may "
     "have)",
-    commands=("{command}",),
-    error=NotEnoughMemory,
 )
 FEW_TASKS = BlockerTemplate(
     kind="tasks-low",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
@@ -45,12 +46,11 @@ NO_KVM = BlockerTemplate(
     remedy="load kvm_amd; if that fails, the kernel's log has the reason",
     commands=("modprobe kvm_amd", "dmesg | grep -i -e kvm -e svm"),
 )
-NO_KVM_AMD = BlockerTemplate(
+NO_KVM_AMD = replace(
+    NO_KVM,
     kind="no-kvm-amd",
     brief="kvm_amd is not in use",
     cause="the KVM of this host is not AMD-V: kvm_amd is not loaded (it is {status})",
-    remedy="load kvm_amd; if that fails, the kernel's log has the reason",
-    commands=("modprobe kvm_amd", "dmesg | grep -i -e kvm -e svm"),
 )
 KVM_AMD_MISSING = BlockerTemplate(
     kind="kvm-amd-missing",
