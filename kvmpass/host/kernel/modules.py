@@ -42,8 +42,6 @@ class ModuleStatus(enum.StrEnum):
 class Module:
     """A module and where its state was read."""
 
-    name: str
-    """Its name, with underscores."""
     status: ModuleStatus
     """Its state."""
     seen: str
@@ -63,22 +61,16 @@ def module(sysfs: Sysfs, name: str) -> Module:
     directory = f"sys/module/{name}"
     if sysfs.path(directory).is_dir():
         loaded = sysfs.path(directory, "initstate").exists()  # a built-in one has none (kernel/module/sysfs.c)
-        return Module(name, ModuleStatus.LOADED if loaded else ModuleStatus.BUILT_IN, f"/{directory}", "present")
-    told = sysfs.ask(f"module {name}", lambda: _told(sysfs, name))
-    found = _listed(sysfs, name) if told is None else Module(name, ModuleStatus(told[0]), told[1], told[2])
+        return Module(ModuleStatus.LOADED if loaded else ModuleStatus.BUILT_IN, f"/{directory}", "present")
+    told = sysfs.ask(f"module {name}", lambda: _asked(name) if str(sysfs.root) == "/" else None)
+    found = _listed(sysfs, name) if told is None else Module(ModuleStatus(told[0]), told[1], told[2])
     if found.status is ModuleStatus.LOADABLE:
         return _obstacle(sysfs, name) or found
     return found
 
 
-def _told(sysfs: Sysfs, name: str) -> list[str] | None:
-    """Return the output of modprobe as JSON values, on this machine only."""
-    found = _asked(name) if str(sysfs.root) == "/" else None
-    return None if found is None else [str(found.status), found.seen, found.value]
-
-
-def _asked(name: str) -> Module | None:
-    """Return the output of ``modprobe --show-depends``, which loads nothing; None if it cannot be run."""
+def _asked(name: str) -> list[str] | None:
+    """Return the fields of a :class:`Module` by ``modprobe --show-depends``, which loads nothing; None without it."""
     tool = modprobe_tool()
     if tool is None:
         return None
@@ -98,13 +90,13 @@ def _asked(name: str) -> Module | None:
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     if done.returncode or not lines:
         errors = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        return Module(name, ModuleStatus.MISSING, seen, errors[-1].removeprefix("modprobe: FATAL: "))
+        return [ModuleStatus.MISSING, seen, errors[-1].removeprefix("modprobe: FATAL: ")]
     action, _, what = lines[-1].partition(" ")  # the last is the module itself, the others are its dependencies
     if action == "builtin":
-        return Module(name, ModuleStatus.BUILT_IN, seen, lines[-1])
+        return [ModuleStatus.BUILT_IN, seen, lines[-1]]
     if action == "install" and _is_stub(what.split()):
-        return Module(name, ModuleStatus.BLOCKED, seen, lines[-1])
-    return Module(name, ModuleStatus.LOADABLE, seen, what.split(" ")[0] if action == "insmod" else lines[-1])
+        return [ModuleStatus.BLOCKED, seen, lines[-1]]
+    return [ModuleStatus.LOADABLE, seen, what.split(" ")[0] if action == "insmod" else lines[-1]]
 
 
 def _listed(sysfs: Sysfs, name: str) -> Module:
@@ -119,8 +111,8 @@ def _listed(sysfs: Sysfs, name: str) -> Module:
     ):
         match = re.search(rf"(?:^|[^\w./+-]){own}{end}", sysfs.text(base, listing) or "", re.MULTILINE)
         if match:
-            return Module(name, status, f"/{base}/{listing}", match[1])
-    return Module(name, ModuleStatus.MISSING, f"/{base}/modules.dep", f"{name} not found")
+            return Module(status, f"/{base}/{listing}", match[1])
+    return Module(ModuleStatus.MISSING, f"/{base}/modules.dep", f"{name} not found")
 
 
 def module_directory(sysfs: Sysfs) -> str:
@@ -172,10 +164,10 @@ def _obstacle(sysfs: Sysfs, name: str) -> Module | None:
     """Return what prevents loading it. ``blacklist`` does not: it only hides aliases."""
     for file, words in modprobe_lines(sysfs):
         if words[0] == "install" and words[1:2] and words[1].replace("-", "_") == name and _is_stub(words[2:]):
-            return Module(name, ModuleStatus.BLOCKED, file, " ".join(words))
+            return Module(ModuleStatus.BLOCKED, file, " ".join(words))
     for parameter in CommandLine(sysfs.text("proc/cmdline") or "").of("module_blacklist"):
         if name in (parameter.value or "").replace("-", "_").split(","):
-            return Module(name, ModuleStatus.BLOCKED, "/proc/cmdline", parameter.text)
+            return Module(ModuleStatus.BLOCKED, "/proc/cmdline", parameter.text)
     if sysfs.text("proc/sys/kernel/modules_disabled") == "1":
-        return Module(name, ModuleStatus.BLOCKED, "/proc/sys/kernel/modules_disabled", "1")
+        return Module(ModuleStatus.BLOCKED, "/proc/sys/kernel/modules_disabled", "1")
     return None
