@@ -15,7 +15,7 @@ from kvmpass.host import Blocker
 from kvmpass.host.doctor import Finding, Outcome
 
 _LABELS = {Outcome.PASS: "pass", Outcome.WARN: "warn", Outcome.FAIL: "FAIL", Outcome.SKIPPED: "skip"}
-_COLOURS = {Outcome.PASS: "green", Outcome.WARN: "yellow", Outcome.FAIL: "red"}
+_COLOURS = {Outcome.PASS: "green", Outcome.WARN: "yellow", Outcome.FAIL: "red", Outcome.SKIPPED: None}
 _MARGIN = 6
 _WIDEST = 100
 
@@ -25,15 +25,11 @@ def show(output: Output, findings: Iterable[Finding], titles: dict[str, str], *,
 
     What was read is printed for these, and with ``details`` for all.
     """
-    findings = list(findings)
     width = max(map(len, titles.values()))
     for finding in findings:
-        label = _LABELS[finding.outcome]
-        colour = _COLOURS.get(finding.outcome)
-        summary = finding.summary
-        if finding.needs is not None:
-            summary = f"needs: {titles[finding.needs]}"
-        label = click.style(label, fg=colour) if colour else click.style(label, dim=True)
+        colour = _COLOURS[finding.outcome]
+        label = click.style(_LABELS[finding.outcome], fg=colour, dim=None if colour else True)
+        summary = finding.summary if finding.needs is None else f"needs: {titles[finding.needs]}"
         output.text(f"{label}  {finding.title:<{width}}  {summary}".rstrip())
         if finding.blocker is not None or details:
             for reading in finding.read:
