@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class Names:
     def __init__(self, sysfs: Sysfs) -> None:
         self._sysfs = sysfs
         self._known: dict[tuple[Bdf, int, int], tuple[str | None, str | None]] = {}
-        self._in_table: dict[tuple[int, int], tuple[str | None, str | None]] = {}
         # udev knows the devices of this machine, not those of a recorded tree.
         self._udev = sysfs.root == Path("/") and sysfs.path("run/udev/data").is_dir()
 
@@ -81,12 +80,7 @@ class Names:
 
     def _look_up(self, bdf: Bdf, vendor: int, device: int) -> tuple[str | None, str | None]:
         names = _from_udev(bdf) if self._udev else (None, None)
-        return names if names[0] else self._listed(vendor, device)
-
-    def _listed(self, vendor: int, device: int) -> tuple[str | None, str | None]:
-        if (vendor, device) not in self._in_table:
-            self._in_table[vendor, device] = _vendor_and_model(self._pci_ids, vendor, device)
-        return self._in_table[vendor, device]
+        return names if names[0] else _vendor_and_model(self._pci_ids, vendor, device)
 
     @cached_property
     def _pci_ids(self) -> bytes:
@@ -119,6 +113,7 @@ def _entry(block: bytes, key: bytes, depth: int) -> tuple[str | None, bytes]:
     return name, block[stop : following.start() if following else len(block)]
 
 
+@lru_cache(maxsize=1024)  # many functions of a host are of one model
 def _vendor_and_model(table: bytes, vendor: int, device: int) -> tuple[str | None, str | None]:
     name, models = _entry(table, b"%04x" % vendor, 0)
     return name, _entry(models, b"%04x" % device, 1)[0]
