@@ -162,7 +162,7 @@ def test_a_guest_that_panics_has_no_status(nvme: str, tmp_path: Path, valid: Val
     assert driver(nvme) == "nvme"
 
 
-@pytest.mark.amdvi(profile="large", duration=30)
+@pytest.mark.amdvi(duration=30)
 def test_two_cpus_and_memory_above_4_gib(nvme: str) -> None:
     script = f"nproc; grep MemTotal /proc/meminfo; grep 'System RAM' /proc/iomem; {HASH_HEAD}"
     result = run("assign", nvme, "--cpus", "2", "--memory", "3584M", "--", "sh", "-c", script)
