@@ -9,7 +9,7 @@ import click
 from kvmpass import host
 from kvmpass.cli import tables
 from kvmpass.host import view
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import VFIO_PCI
 from kvmpass.layout import Reserved, size_text
 
 

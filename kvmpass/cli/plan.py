@@ -15,7 +15,7 @@ from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE, backend_option
 from kvmpass.cli.tree import tree_option
 from kvmpass.host import Bdf, Sysfs
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import VFIO_PCI
 from kvmpass.layout import size_text, translated
 from kvmpass.memory import Backing
 from kvmpass.pci import BarPreview, Vectors

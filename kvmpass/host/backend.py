@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvmpass.host.address import Bdf
 from kvmpass.host.kernel.modules import module
 from kvmpass.host.kernel.permissions import may
-from kvmpass.host.sysfs import PCI_DEVICES, PCI_DRIVERS, Sysfs
+from kvmpass.host.sysfs import PCI_DEVICES, PCI_DRIVERS, VFIO_PCI, Sysfs
 
 AUTO, IOMMUFD, TYPE1 = BACKENDS = ("auto", "iommufd", "type1")
 
@@ -72,13 +72,13 @@ def choose_backend(
 
 def _kernel_lacks(sysfs: Sysfs, bdfs: list[Bdf], vf_token: bool) -> str:
     """Return what the kernel lacks for iommufd; empty if nothing."""
-    loaded = sysfs.exists(PCI_DRIVERS, "vfio-pci")
+    loaded = sysfs.exists(PCI_DRIVERS, VFIO_PCI)
     # vfio loads iommufd, where that is a module.
     if not sysfs.exists(IOMMU_NODE) and (loaded or not module(sysfs, "iommufd").usable):
         return f"this kernel has no /{IOMMU_NODE}"
     drivers = sysfs.text("proc/devices") if loaded else None
     names = {line.split()[-1] for line in (drivers or "").splitlines() if line}
-    without = [bdf for bdf in bdfs if sysfs.driver(bdf) == "vfio-pci" and not cdevs(sysfs, bdf)]
+    without = [bdf for bdf in bdfs if sysfs.driver(bdf) == VFIO_PCI and not cdevs(sysfs, bdf)]
     if without or (drivers is not None and "vfio-dev" not in names):
         return "this kernel's VFIO has no character devices"
     if vf_token and sysfs.kernel() < _TAKES_VF_TOKEN:

@@ -24,6 +24,7 @@ from kvmpass.layout import Range, Reserved
 
 PCI_DEVICES = "sys/bus/pci/devices"
 PCI_DRIVERS = "sys/bus/pci/drivers"
+VFIO_PCI = "vfio-pci"
 IOMMU_GROUPS = "sys/kernel/iommu_groups"
 NOIOMMU_NAME = "vfio-noiommu"  # drivers/vfio/group.c: vfio_noiommu_group_alloc
 BARS = 6  # the first lines of `resource`; then the expansion ROM, then BARs of virtual functions, or windows

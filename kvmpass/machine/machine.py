@@ -23,7 +23,7 @@ from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.backend import AUTO, BackendChoice, check_backend
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import VFIO_PCI
 from kvmpass.kvm import Memslots, System
 from kvmpass.kvm.system import check_vcpus
 from kvmpass.layout import Layout, Range, parse_size

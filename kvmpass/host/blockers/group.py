@@ -6,8 +6,7 @@ from kvmpass.errors import GroupNotViable, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.check import CheckContext, Reading, Verdict, device_precondition, failed, passed
-from kvmpass.host.sysfs import IommuGroup, PciDevice
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import VFIO_PCI, IommuGroup, PciDevice
 
 # Drivers that do no DMA through the kernel's DMA API (`driver_managed_dma` in struct pci_driver), so that the kernel
 # still lets user space own the group (drivers/iommu/iommu.c: iommu_device_use_default_domain).

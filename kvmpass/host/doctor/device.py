@@ -6,8 +6,7 @@ from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.check import CheckContext, Reading, Verdict, device_precondition, failed, passed
 from kvmpass.host.drivers import driverctl
 from kvmpass.host.kernel.modules import vfio_ids
-from kvmpass.host.sysfs import PCI_DEVICES
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import PCI_DEVICES, VFIO_PCI
 
 NO_RESET = BlockerTemplate(
     kind="no-reset",

@@ -9,8 +9,8 @@ from kvmpass.host.backend import IOMMU_NODE, IOMMUFD, cdevs
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 from kvmpass.host.kernel.permissions import may, owner
-from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
-from kvmpass.host.usage import VFIO_PCI, vfio_nodes
+from kvmpass.host.sysfs import PCI_DEVICES, VFIO_PCI, Sysfs
+from kvmpass.host.usage import vfio_nodes
 
 _RULES = "/etc/udev/rules.d/70-kvmpass"  # one file for each node: remedies do not overwrite one another
 _KVM_GROUP = (

@@ -6,8 +6,7 @@ from kvmpass.host.backend import IOMMU_NODE, IOMMUFD, TYPE1_MODULE, cdevs
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 from kvmpass.host.kernel.modules import module
-from kvmpass.host.sysfs import PCI_DRIVERS
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import PCI_DRIVERS, VFIO_PCI
 
 NODE = "dev/vfio/vfio"
 

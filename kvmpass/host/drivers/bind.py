@@ -18,8 +18,7 @@ from kvmpass.host.drivers.driverctl import saved_override
 from kvmpass.host.drivers.journal import Journal, Operation
 from kvmpass.host.drivers.lock import Say
 from kvmpass.host.drivers.transaction import DRIVER_TIMEOUT, OnStep, Transaction, check_privilege
-from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import PCI_DRIVERS, VFIO_PCI, PciDevice, Sysfs
 
 FORCE_HINT = "use --force to bind it nevertheless: what uses it will fail"
 

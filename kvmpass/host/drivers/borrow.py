@@ -17,8 +17,7 @@ from kvmpass.host.drivers.transaction import (
     check_privilege,
     may_change_driver,
 )
-from kvmpass.host.sysfs import PciDevice, Sysfs
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import VFIO_PCI, PciDevice, Sysfs
 
 
 class Borrow:

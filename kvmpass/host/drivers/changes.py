@@ -13,8 +13,7 @@ from enum import StrEnum
 from typing import Self
 
 from kvmpass.host.address import Bdf
-from kvmpass.host.sysfs import PCI_DEVICES, PCI_DRIVERS, Sysfs
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import PCI_DEVICES, PCI_DRIVERS, VFIO_PCI, Sysfs
 
 MATCHING = "*"  # as a wanted driver: whichever matches, if any does
 

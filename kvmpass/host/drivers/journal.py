@@ -24,8 +24,7 @@ from kvmpass.host.address import Bdf
 from kvmpass.host.drivers.changes import ON_VFIO_PCI, Setting, Step
 from kvmpass.host.drivers.lock import HostLock, Say
 from kvmpass.host.kernel.processes import Process, process, start_time
-from kvmpass.host.sysfs import PciDevice, Sysfs
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import VFIO_PCI, PciDevice, Sysfs
 
 SCHEMA = 1
 

@@ -15,8 +15,7 @@ from kvmpass.host.drivers.journal import Entries, Entry, Journal
 from kvmpass.host.drivers.lock import Say
 from kvmpass.host.drivers.transaction import DRIVER_TIMEOUT, OnStep, Transaction
 from kvmpass.host.kernel.processes import Process
-from kvmpass.host.sysfs import Sysfs
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import VFIO_PCI, Sysfs
 
 RestoreOutcome = Literal["restored", "stale", "owner-alive", "corrupt", "gone", "failed"]
 

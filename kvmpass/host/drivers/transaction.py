@@ -29,8 +29,8 @@ from kvmpass.host.drivers.journal import Entry, Journal, Operation
 from kvmpass.host.drivers.lock import Say, device_lock
 from kvmpass.host.kernel.processes import holders
 from kvmpass.host.look import Look
-from kvmpass.host.sysfs import PCI_DRIVERS, PciDevice, Sysfs
-from kvmpass.host.usage import VFIO_PCI, usage, vfio_nodes
+from kvmpass.host.sysfs import PCI_DRIVERS, VFIO_PCI, PciDevice, Sysfs
+from kvmpass.host.usage import usage, vfio_nodes
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,11 @@ from itertools import chain
 
 from kvmpass.host.address import Bdf
 from kvmpass.host.look import Look
-from kvmpass.host.sysfs import IOMMU_GROUPS, NOIOMMU_NAME, PCI_DEVICES, PciDevice, Sysfs
+from kvmpass.host.sysfs import IOMMU_GROUPS, NOIOMMU_NAME, PCI_DEVICES, VFIO_PCI, PciDevice, Sysfs
 from kvmpass.host.usage import console, kernel, network, nodes, shares, storage
 from kvmpass.host.usage.model import Use
 from kvmpass.host.usage.storage import block_devices
 
-VFIO_PCI = "vfio-pci"
 # Drivers that only claim a device.
 _PLACEHOLDERS = (None, VFIO_PCI, "pci-stub")
 # Base classes whose uses are all visible in sysfs or procfs: storage, network, display, multimedia, communication,
@@ -76,4 +75,4 @@ def vfio_nodes(sysfs: Sysfs, bdf: Bdf, group: int | None) -> list[str]:
     return nodes
 
 
-__all__ = ["VFIO_PCI", "Use", "block_devices", "untraced", "usage", "uses", "vfio_nodes"]
+__all__ = ["Use", "block_devices", "untraced", "usage", "uses", "vfio_nodes"]

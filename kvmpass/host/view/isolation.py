@@ -15,8 +15,7 @@ from typing import Literal
 from kvmpass.host.address import Bdf, on_path
 from kvmpass.host.blockers import is_harmless
 from kvmpass.host.look import Look
-from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
-from kvmpass.host.usage import VFIO_PCI
+from kvmpass.host.sysfs import VFIO_PCI, IommuGroup, PciDevice, Sysfs
 from kvmpass.host.view.capabilities import Acs, Capabilities, capabilities_of
 
 # The kernel puts devices below a port into groups of their own only with these bits (REQ_ACS_FLAGS).
