@@ -74,6 +74,7 @@ lint: venv ## ruff and mypy
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
+	@$(BIN)/mypy scripts/demo.py
 
 format: venv ## let ruff format the code
 	@$(BIN)/ruff check --fix $(SOURCES)

@@ -91,14 +91,14 @@ def in_lab() -> bool:
             stdout=seen,
             stderr=seen,
         )
-        say(f"the host ended after {time.monotonic() - started:.0f} s: {result.describe()}")
+        say(f"the host ended after {time.monotonic() - started:.0f} s: {result.summary}")
         if result.outcome != "exited":
             print(result.console_tail)
         contents = drive.read_bytes()
         return all(
             [
                 check("the guest's command succeeded", result.status == 0),
-                check("sha256 in the guest equals the drive file's", told_by_guest(seen.data, expected)),
+                check("sha256 in the guest equals the drive file's", told_by_guest(bytes(seen.data), expected)),
                 check("the guest's marker is in the drive file", contents[MARKER_AT:].startswith(MARKER)),
                 check("every other byte is as it was", hashlib.sha256(contents[:READ]).hexdigest() == expected),
                 check("audit: ok, before the guest ran", b"audit: ok" in seen.data),
