@@ -45,7 +45,7 @@ def command_line(
         *("-smp", str(config.cpus), "-m", config.memory),
         *("-chardev", f"file,id=console,path={quote(console)}", "-serial", "chardev:console"),
         *("-kernel", str(kernel.image), "-initrd", str(initrd)),
-        *("-append", f"{KERNEL_ARGUMENTS}{emulator.kernel_arguments} {config.append}".rstrip()),
+        *("-append", f"{KERNEL_ARGUMENTS} {config.append}".rstrip()),
     ]
     # Before all other devices: QEMU puts those after it behind the IOMMU.
     if "iommu" not in config.without:

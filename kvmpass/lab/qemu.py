@@ -44,16 +44,6 @@ class Emulator:
         """Whether DMA of devices behind a PCIe root port is translated (until 10.0: no)."""
         return self.version >= (11, 0, 0)
 
-    @property
-    def kernel_arguments(self) -> str:
-        """Arguments for the emulated host's kernel, each after a blank, because of faults of this QEMU.
-
-        Until 8.0, EFLAGS may have wrong bits after CMPXCHG16B: ``helper_cmpxchg16b`` (target/i386/tcg/mem_helper.c)
-        may compute them from another operation's operands. The IOMMU driver writes 128-bit entries of the interrupt
-        remapping table with this instruction, but not 32-bit ("legacy") ones.
-        """
-        return "" if self.version >= (8, 0, 0) else " amd_iommu_intr=legacy"
-
     def help(self, device: str) -> str | None:
         """Return the list of a device's properties, ``None`` if this QEMU does not have the device."""
         return _device_help(self, device)
