@@ -95,11 +95,9 @@ def compiles(source: str) -> tuple[bool, str]:
 @pytest.fixture(params=headers() or [None], ids=str)
 def kernels(request: pytest.FixtureRequest) -> Path:
     if request.param is None:
-        pytest.skip(
-            "no linux/iommufd.h: linux-libc-dev of Debian 13, or the headers that `kvmpass lab` fetches, has it"
-        )
+        pytest.skip("no linux/iommufd.h: `kvmpass lab headers`, or linux-libc-dev of Debian 13, makes it run")
     if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
+        pytest.skip("no gcc: apt-get install gcc makes it run")
     assert isinstance(request.param, Path)
     return request.param
 
