@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import signal
 import sys
-import traceback
-from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 
 from kvmpass.cli.output import colour, document_text, error_fields, error_text
 from kvmpass.errors import BadAddress, KvmpassError
 
-# Subcommands are imported when they are called: a start costs what the command needs.
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from click.shell_completion import CompletionItem
+
+# Module and one-line help. A subcommand is imported when it is called: --help and completion of its name need none.
 COMMANDS = {
-    "assign": "kvmpass.cli.assign",
-    "bind": "kvmpass.cli.bind",
-    "completion": "kvmpass.cli.completion",
-    "doctor": "kvmpass.cli.doctor",
-    "lab": "kvmpass.cli.lab",
-    "list": "kvmpass.cli.list",
-    "monitor": "kvmpass.cli.monitor",
-    "plan": "kvmpass.cli.plan",
-    "restore": "kvmpass.cli.restore",
-    "show": "kvmpass.cli.show",
-    "unbind": "kvmpass.cli.bind",
+    "assign": ("kvmpass.cli.assign", "Boot a Linux guest and assign the PCI devices BDF to it."),
+    "bind": ("kvmpass.cli.bind", "Bind devices to vfio-pci, until unbind or reboot."),
+    "completion": ("kvmpass.cli.completion", "Print the completion script for SHELL."),
+    "doctor": ("kvmpass.cli.doctor", "Check everything that an assignment needs."),
+    "lab": ("kvmpass.cli.lab", "Run a command or a shell in an emulated AMD host."),
+    "list": ("kvmpass.cli.list", "Show PCI devices by IOMMU group, and which can be assigned."),
+    "monitor": ("kvmpass.cli.monitor", "Show events of PCI devices, drivers and VFIO groups."),
+    "plan": ("kvmpass.cli.plan", "Show what kvmpass assign would do, and change nothing."),
+    "restore": ("kvmpass.cli.restore", "Restore the drivers that a killed kvmpass changed."),
+    "show": ("kvmpass.cli.show", "Show everything about one device and its IOMMU group."),
+    "unbind": ("kvmpass.cli.bind", "Unbind devices from vfio-pci and rebind them to their drivers."),
 }
 
 COMPLETE = "_KVMPASS_COMPLETE"  # set by the completion function of a shell: its request
@@ -49,21 +51,44 @@ class LazyGroup(click.Group):
         """Import a subcommand; None if there is none of that name."""
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(COMMANDS[cmd_name]), cmd_name)
+        _set_up_logging()
+        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
         assert isinstance(command, click.Command)
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the subcommands with their one-line helps."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
 
-def documentation(prefix: Path) -> str | None:
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the subcommands that begin with ``incomplete``, then what a command without subcommands has."""
+        from click.shell_completion import CompletionItem
+
+        names = [name for name in self.list_commands(ctx) if name.startswith(incomplete)]
+        subcommands = [CompletionItem(name, help=COMMANDS[name][1]) for name in names]
+        return subcommands + click.Command.shell_complete(self, ctx, incomplete)
+
+
+def _set_up_logging() -> None:
+    import logging
+
+    if os.environ.get("KVMPASS_DEBUG"):
+        logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)8d %(name)s: %(message)s")
+    else:
+        logging.getLogger("kvmpass").addHandler(logging.NullHandler())  # standard error belongs to the command
+
+
+def documentation(prefix: str) -> str | None:
     """Where the wheel's documentation is; ``None`` if kvmpass runs from its source, or in another prefix."""
-    pages = prefix / "share" / "doc" / "kvmpass"
-    return f"Documentation: man kvmpass, and {pages}" if pages.is_dir() else None
+    pages = f"{prefix}/share/doc/kvmpass"
+    return f"Documentation: man kvmpass, and {pages}" if os.access(pages, os.X_OK) else None
 
 
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=documentation(Path(sys.prefix)),
+    epilog=documentation(sys.prefix),
 )
 @click.version_option(package_name="kvmpass", prog_name="kvmpass")
 def kvmpass() -> None:
@@ -131,10 +156,6 @@ def main(arguments: list[str] | None = None) -> None:
     name = next((word for word in options if not word.startswith("-")), "")
     as_json = "--json" in options
     own = ASSIGN_FAILED if name == "assign" or (name == "lab" and "run" in options) else None
-    if os.environ.get("KVMPASS_DEBUG"):
-        logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)8d %(name)s: %(message)s")
-    else:
-        logging.getLogger("kvmpass").addHandler(logging.NullHandler())  # standard error belongs to the command
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored it hides how children end
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -149,12 +170,16 @@ def main(arguments: list[str] | None = None) -> None:
         status = error.code if isinstance(error.code, int) else FAILED
     except (click.ClickException, KvmpassError, OSError) as error:
         if os.environ.get("KVMPASS_DEBUG"):
+            import logging
+
             logging.exception("kvmpass failed")
         if own:
             hint_separator(options, command, error)
         fail(name, error, as_json)
         status = own or int(getattr(error, "exit_code", FAILED))
     except Exception:
+        import traceback
+
         traceback.print_exc()
         status = own or FAILED
     try:

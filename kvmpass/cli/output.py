@@ -2,19 +2,18 @@
 
 Standard output has the answer: text, or with ``--json`` one document and nothing else. Standard error has everything
 else. Colour is used on a terminal only, and not if ``NO_COLOR`` is set (no-color.org).
+
+``kvmpass --help`` loads this module: what only an answer needs is imported where it is used.
 """
 
 from __future__ import annotations
 
 import functools
 import io
-import json
-import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import click
@@ -68,6 +67,8 @@ def host_command(function: Callable[..., Any]) -> Callable[..., Any]:
     def command(*arguments: Any, as_json: bool, verbose: bool, quiet: bool, **options: Any) -> Any:
         name = click.get_current_context().command.name or ""
         if verbose and not quiet:
+            import logging
+
             logging.basicConfig(level=logging.INFO, format="kvmpass: %(message)s")
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # the locale may lack characters of names or of the tree
@@ -84,10 +85,14 @@ def colour() -> bool | None:
 
 def document_text(command: str, indent: int | None = 2, **body: Any) -> str:
     """Return a JSON document with its schema, its command and ``body``; addresses are text, dataclasses objects."""
+    import json
+
     return json.dumps({"schema": SCHEMA, "command": command, **body}, indent=indent, default=_plain)
 
 
 def _plain(value: Any) -> object:
+    from dataclasses import fields
+
     from kvmpass.host import Bdf  # loaded already if there is one
 
     if isinstance(value, Bdf):

@@ -158,7 +158,7 @@ def _main() -> None:
     sys.path.pop(0)  # this file's directory
     from kvmpass.cli import main
 
-    for module in main.COMMANDS.values():
+    for module, _ in main.COMMANDS.values():
         importlib.import_module(module)
     gc.freeze()  # or each child copies what its collector looks at
     words = _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -63,9 +63,9 @@ def test_every_command_is_in_the_manual() -> None:
 
 
 def test_the_help_names_the_pages_where_they_are(tmp_path: Path) -> None:
-    assert documentation(tmp_path) is None
+    assert documentation(str(tmp_path)) is None
     (tmp_path / PAGES).mkdir(parents=True)
-    assert documentation(tmp_path) == f"Documentation: man kvmpass, and {tmp_path / PAGES}"
+    assert documentation(str(tmp_path)) == f"Documentation: man kvmpass, and {tmp_path / PAGES}"
 
 
 def test_the_pages_that_the_manual_names_are_there() -> None:

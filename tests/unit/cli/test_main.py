@@ -1,0 +1,55 @@
+"""The group of subcommands: its help and the completion of its names load none of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import click
+import pytest
+
+from kvmpass.cli.main import COMMANDS, COMPLETE, kvmpass
+
+# Each costs a millisecond or more, and none is needed to print a help.
+NOT_NEEDED = {"json", "logging", "traceback", "pathlib", "dataclasses", "importlib.metadata"}
+
+
+def loaded(*words: str, **environment: str) -> set[str]:
+    """Return the modules that a command line has loaded at its end, in a process of its own."""
+    script = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
+    script += "from kvmpass.cli.main import main; main(sys.argv[1:])"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:] = {sys.path}; {script}", *words],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "assign" in done.stdout
+    return set(done.stderr.split())
+
+
+def own(modules: set[str]) -> set[str]:
+    """Return the modules of kvmpass among ``modules``."""
+    return {name for name in modules if name.startswith("kvmpass.")}
+
+
+def test_the_help_loads_no_command() -> None:
+    modules = loaded("--help")
+    assert own(modules) == {"kvmpass.cli", "kvmpass.cli.main", "kvmpass.cli.output", "kvmpass.errors"}
+    assert not modules & NOT_NEEDED
+
+
+def test_completing_a_command_loads_no_command() -> None:
+    modules = loaded(**{COMPLETE: "bash_complete", "COMP_WORDS": "kvmpass a"})
+    assert not own(modules) & {module for module, _ in COMMANDS.values() if module != "kvmpass.cli.completion"}
+    assert "kvmpass.host" not in modules
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_the_help_in_the_table_is_the_commands_own(name: str) -> None:
+    command = kvmpass.get_command(click.Context(kvmpass), name)
+    assert command is not None
+    assert not command.hidden
+    assert COMMANDS[name][1] == command.get_short_help_str(200)
