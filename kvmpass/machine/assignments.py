@@ -1,0 +1,186 @@
+"""The part of a machine that assigns devices: from the back end's choice to a device's return."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from kvmpass._signals import deferred
+from kvmpass._teardown import run_all
+from kvmpass.dma import Domain
+from kvmpass.errors import Closed, NotAssignable
+from kvmpass.events import DeviceReleased, DeviceReset
+from kvmpass.host import Bdf, Sysfs
+from kvmpass.host.backend import BackendChoice, check_backend
+from kvmpass.host.doctor import check_memory
+from kvmpass.host.limits import page_tables
+from kvmpass.host.sysfs import VFIO_PCI
+from kvmpass.machine.backends import use_backend
+from kvmpass.machine.device import AssignedDevice, DeviceState
+from kvmpass.machine.execution import Execution
+from kvmpass.machine.monitor import DeviceMonitor
+from kvmpass.machine.requests import EJECT_SECONDS, Requests
+from kvmpass.vfio.device import ERR, REQ
+
+
+class Assignments(Execution):
+    """The base of ``Machine`` that assigns devices, resets and deassigns them.
+
+    Synchronization: from any thread; ``Execution`` says which lock guards what.
+    """
+
+    domain: Domain
+    _monitor: DeviceMonitor
+    _requests: Requests
+
+    def __init__(self, cpus: int, sysfs: Sysfs, backend: str | None) -> None:
+        super().__init__(cpus)
+        self._sysfs = sysfs
+        self._wanted_backend = backend
+        if backend is not None:
+            check_backend(backend)
+        self.backend: BackendChoice | None = None
+        """The back end in use, and why; None before the first device, and with a factory."""
+        self._closed = False
+        self._broken = False  # a reset has failed half-way
+        self._populated = False
+        self.devices: list[AssignedDevice] = []
+        """The assigned devices, in the order of their assignment."""
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise Closed("the machine is closed")
+        if self._broken:
+            raise Closed("a reset of this machine failed: it can only be closed")
+
+    def populate(self) -> None:
+        """Allocate all of the guest's memory now. Idempotent.
+
+        ``assign`` does it otherwise. Done before any device is rebound, it leaves the host unchanged even if this
+        process is killed for lack of memory. Raises ``NotEnoughMemory`` or ``OSError``.
+        """
+        with self._device_lock:
+            self._check_usable()
+            if not self._populated:
+                size = self.memory.anonymous_size
+                check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size))
+                self.memory.populate()
+                self._populated = True
+
+    def assign(self, bdf: str | Bdf, *, vf_token: uuid.UUID | None = None) -> AssignedDevice:
+        """Assign a device that is bound to vfio-pci (``kvmpass.host.borrow`` binds it) to this machine.
+
+        The first device pins and maps all memory; further devices add no mappings. A running guest is notified
+        (ACPI hot plug). A function shares the slot of its device's function 0 if that is assigned to this machine
+        and no guest has enumerated it yet; otherwise it gets a slot of its own. ``vf_token``: the VF token (UUID) of
+        a virtual function whose physical function is bound to vfio-pci too, or of that physical function. Raises
+        ``BadAddress``, ``NoSuchDevice``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``ReservedRange``,
+        ``NotEnoughMemory``, ``HostNotReady`` (the back end is unavailable) or ``OSError``; then nothing has changed.
+        """
+        self._check_usable()
+        found = self._sysfs.device(Bdf.parse(bdf) if isinstance(bdf, str) else bdf)
+        if found.driver != VFIO_PCI or found.group is None:
+            raise NotAssignable(
+                f"{found.bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
+                "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
+            )
+        with self._device_lock:
+            self.populate()
+            with deferred():
+                self._monitor.follow_faults()
+                if self._wanted_backend and not self.domain.active:
+                    self.backend = use_backend(self.domain, self._sysfs, found.bdf, self._wanted_backend, vf_token)
+                vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
+                device = AssignedDevice(found, vfio, self._bus_lock)
+                self._connect(device)
+        return device
+
+    def _connect(self, device: AssignedDevice) -> None:
+        """Monitor a device that is in the domain, and plug it into the guest's bus."""
+        try:
+            if device.vfio.resettable:  # the kernel resets a device when it is opened, and again when it is closed
+                self._monitor.emit(device.reset_event(device.vfio.open_seconds, "assign"))
+            device.quiesce()
+            self._monitor.watch(device.vfio, ERR, partial(self._requests.on_error, device))
+            self._monitor.watch(device.vfio, REQ, partial(self._requests.on_request, device))
+            self._slots.plug(device)
+        except BaseException as error:
+            run_all(*self._return_steps(device), failure=error)
+            raise
+        self.devices.append(device)
+        self._slots.announce(device)
+
+    def _return_steps(self, device: AssignedDevice) -> Iterable[Callable[[], None]]:
+        """Return the steps for a device that is unplugged from the guest's bus."""
+        return (
+            partial(self._monitor.unwatch, device.vfio),
+            partial(self.domain.detach, device.vfio),
+            partial(self._emit_closed, device),
+        )
+
+    def _emit_closed(self, device: AssignedDevice) -> None:
+        if device.vfio.resettable:
+            self._monitor.emit(device.reset_event(device.vfio.close_seconds, "deassign"))
+
+    def unplug(self, device: AssignedDevice, timeout: float = EJECT_SECONDS) -> None:
+        """Ask the running guest to eject ``device``, wait until it has, and deassign it.
+
+        A guest ejects a slot: devices that share it are deassigned, too. Raises ``GuestError`` if the guest does not
+        eject it within ``timeout`` seconds: it is still assigned then, and ``deassign`` removes it without asking.
+        """
+        if self._has(device):
+            ejected = self._slots.eject(device, timeout) if self._running else [device]
+            run_all(*(partial(self.deassign, device) for device in ejected))
+
+    def deassign(self, device: AssignedDevice) -> None:
+        """Undo ``assign``, without asking a running guest. Idempotent.
+
+        Raises ``OSError`` where KVM keeps a memslot over the device's pages: it stays assigned and its pages mapped,
+        and ``deassign`` can be repeated; ``close`` finishes it. After that every step runs even if one fails.
+        """
+        with deferred(), self._device_lock:
+            if not self._has(device):
+                return
+            self._slots.unplug(device)
+            device.state = DeviceState.RELEASED
+            self.devices.remove(device)
+            by = "guest" if device.ejected.is_set() else "host"
+            run_all(*self._return_steps(device))
+            if self._running:
+                self._monitor.emit(DeviceReleased(str(device.bdf), by))
+
+    def _deassign_unless_closed(self, device: AssignedDevice) -> None:
+        with self._device_lock:
+            if not self._closed:
+                self.deassign(device)
+
+    def _has(self, device: AssignedDevice) -> bool:
+        """Whether ``device`` is still assigned. Raises ``NotAssignable`` for one of another machine."""
+        if device.state is DeviceState.ASSIGNED and device not in self.devices:
+            raise NotAssignable(f"{device.bdf} is not assigned to this machine")
+        return device.state is DeviceState.ASSIGNED
+
+    def _deassign_all(self) -> None:
+        run_all(*(partial(self.deassign, device) for device in list(self.devices)))
+
+    def reset_device(self, device: AssignedDevice, reason: str = "request") -> DeviceReset:
+        """Reset the function, or else its slot or bus if all devices there are assigned to this machine.
+
+        Raises ``NotAssignable`` where others are affected, ``OSError`` where there is no reset.
+        """
+        with self._device_lock:
+            if not self._has(device):
+                raise Closed(f"{device.bdf} is no longer assigned")
+            started = time.monotonic()
+            method = None
+            if device.vfio.resettable:
+                device.vfio.reset()
+            else:
+                self.domain.hot_reset(device.vfio)
+                method = "bus"
+            device.failed = False
+        event = device.reset_event(time.monotonic() - started, reason, method)
+        self._monitor.emit(event)
+        return event
