@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Self
+
+from kvmpass._dataclass import dataclass
 
 POOLS = "sys/kernel/mm/hugepages"
 

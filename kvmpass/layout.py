@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import LayoutError, ReservedRange
 
 PAGE = 0x1000

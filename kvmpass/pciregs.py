@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+
+from kvmpass._dataclass import dataclass
 
 COMMAND = 0x04
 STATUS = 0x06

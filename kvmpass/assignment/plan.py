@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 from kvmpass import host
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import BadAddress, KvmpassError, NoSuchDevice
 from kvmpass.host import Bdf, Blocker, PciDevice, Sysfs, limits
 from kvmpass.host.address import parse_distinct

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 from kvmpass import ports
+from kvmpass._dataclass import dataclass
 from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.board.hotplug import HotplugController

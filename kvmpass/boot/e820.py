@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import LayoutError
 from kvmpass.layout import GIB, MIB, Layout, Range
 

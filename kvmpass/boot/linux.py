@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
+from kvmpass._dataclass import dataclass
 from kvmpass.boot.acpi import RSDP_BASE
 from kvmpass.boot.e820 import E820Entry, E820Type
 from kvmpass.errors import BadKernel, NotEnoughMemory

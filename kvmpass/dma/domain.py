@@ -10,9 +10,9 @@ import logging
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 
+from kvmpass._dataclass import dataclass
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.dma.backend import BackendFactory, KvmVfio
 from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange

@@ -7,7 +7,8 @@ everything else is ignored.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from kvmpass._dataclass import dataclass
 
 MAX_LINE = 512  # bytes, with the newline; longer lines are ignored
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from kvmpass._dataclass import dataclass
 from kvmpass._teardown import undo_on_error
 from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeRequest
 from kvmpass.guest.output import OutputWriter, Sink

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from kvmpass._dataclass import dataclass
 from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import BadKernel, NotEnoughMemory

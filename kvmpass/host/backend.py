@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.address import Bdf
 from kvmpass.host.kernel.modules import module
 from kvmpass.host.kernel.permissions import may

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import HostNotReady, KvmpassError
 from kvmpass.host.address import Bdf
 from kvmpass.layout import MIB

@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, replace
 from functools import cached_property, partial
 from typing import Any
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.address import Bdf
 from kvmpass.host.backend import AUTO, BackendChoice, choose_backend
 from kvmpass.host.blocker import Blocker, BlockerTemplate

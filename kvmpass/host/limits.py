@@ -7,9 +7,9 @@ Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst, hugetlb.rst, p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.kernel.mounts import mounts_of
 from kvmpass.host.kernel.processes import pids
 from kvmpass.host.sysfs import Sysfs

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 import stat
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
 
 _PAGE = 4096

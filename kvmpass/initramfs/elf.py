@@ -10,10 +10,10 @@ import os.path
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
 
 MAGIC = b"\x7fELF"

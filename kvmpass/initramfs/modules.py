@@ -12,10 +12,10 @@ import lzma
 import re
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import elf
 from kvmpass.initramfs.parameters import words as words_of

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd, check, failure, open_node
 from kvmpass._native import ffi, lib
 from kvmpass.layout import Range

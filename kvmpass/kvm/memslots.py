@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from functools import partial
 
+from kvmpass._dataclass import dataclass
 from kvmpass._teardown import run_all
 from kvmpass.kvm.vm import Vm
 from kvmpass.layout import Range

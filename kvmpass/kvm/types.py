@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 
+from kvmpass._dataclass import dataclass
 from kvmpass._native import lib
 
 

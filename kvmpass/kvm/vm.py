@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd, check
 from kvmpass._native import ffi, lib
 from kvmpass.kvm.types import Capability

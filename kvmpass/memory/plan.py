@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.layout import Layout, Range, Reserved, plan_layout
 from kvmpass.memory.mapping import Backing
 from kvmpass.memory.regions import RegionKind

@@ -14,9 +14,9 @@ a module of this package, one for tests is like ``tests/support/emulated_edu.py`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from kvmpass._dataclass import dataclass
 from kvmpass.bus import Bus
 from kvmpass.kvm import IrqRoutes, Vm
 from kvmpass.layout import Range

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from kvmpass import pciregs
+from kvmpass._dataclass import dataclass
 from kvmpass.layout import PAGE, Range
 from kvmpass.pci.bar import mappable
 from kvmpass.pci.barspace import BarKind, BarSpace

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
+
+from kvmpass._dataclass import dataclass
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+
+from kvmpass._dataclass import dataclass
 
 PREFIX = "KVMPASS_TEST_"
 NOT_ROLES = frozenset({"DESTRUCTIVE", "PLAN"})

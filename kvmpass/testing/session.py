@@ -10,12 +10,12 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pytest
 
+from kvmpass._dataclass import dataclass
 from kvmpass.testing.artifacts import move_artifacts
 from kvmpass.testing.events import Event, EventReader
 from kvmpass.testing.profiles import LabLike, Profile

@@ -6,9 +6,9 @@ import errno
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd, check, failure
 from kvmpass._native import ffi, lib
 from kvmpass._teardown import undo_on_error

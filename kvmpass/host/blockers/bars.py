@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import NotAssignable
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.blockers.kind import header_type

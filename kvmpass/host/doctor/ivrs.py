@@ -7,8 +7,8 @@ drivers/iommu/amd/init.c (check_ivrs_checksum, get_highest_supported_ivhd_type, 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
 from kvmpass.layout import PAGE, Range
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 

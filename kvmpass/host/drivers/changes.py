@@ -8,10 +8,10 @@ drivers/pci/pci-driver.c (``new_id`` is never used: it would bind siblings), dri
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.address import Bdf
 from kvmpass.host.sysfs import PCI_DEVICES, PCI_DRIVERS, VFIO_PCI, Sysfs
 

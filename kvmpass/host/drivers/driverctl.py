@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from kvmpass._dataclass import dataclass
 from kvmpass.host.address import Bdf
 from kvmpass.host.sysfs import Sysfs
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from kvmpass._dataclass import dataclass
 from kvmpass._signals import deferred
 from kvmpass.errors import BadAddress, JournalError, KvmpassError, NoSuchDevice
 from kvmpass.host.address import Bdf

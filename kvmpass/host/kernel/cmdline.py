@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from kvmpass._dataclass import dataclass
 
 # The words of each list. The kernel compares prefixes: ``offload`` is ``off``.
 LISTS: dict[str, tuple[str, ...]] = {

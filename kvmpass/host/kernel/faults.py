@@ -21,8 +21,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd, open_node
 from kvmpass.host.address import PATTERN, Bdf
 from kvmpass.host.kernel.kmsg import PATH, Record, parse_records, read_pieces

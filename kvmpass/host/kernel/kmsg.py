@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd
 from kvmpass.errors import BadAddress
 from kvmpass.host.address import Bdf

@@ -10,8 +10,8 @@ import enum
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.kernel.cmdline import CommandLine, matches_ids
 from kvmpass.host.sysfs import PciDevice, Sysfs, modprobe_tool
 

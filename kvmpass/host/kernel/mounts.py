@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.kernel.processes import namespaces, process
 from kvmpass.host.sysfs import Sysfs
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PciDevice
 from kvmpass.host.usage.model import Use

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.backend import BackendChoice, choose_backend

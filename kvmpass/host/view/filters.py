@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import NamedTuple
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import BadAddress, NoSuchDevice
 from kvmpass.host.address import Bdf, on_path
 from kvmpass.host.names import Names

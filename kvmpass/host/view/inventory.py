@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.backend import BackendChoice, cdevs, choose_backend

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.address import Bdf, on_path
 from kvmpass.host.blockers import is_harmless
 from kvmpass.host.look import Look

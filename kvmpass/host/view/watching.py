@@ -11,9 +11,9 @@ import errno
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import HostNotReady
 from kvmpass.host.address import Bdf
 from kvmpass.host.names import Names

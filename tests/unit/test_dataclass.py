@@ -1,0 +1,126 @@
+"""``kvmpass._dataclass`` beside the standard library's: what a class can do is the same."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+
+from kvmpass._dataclass import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """Each kind of field, and a method of its own."""
+
+    number: int
+    text: str = "x"
+    note: str = dataclasses.field(default="", compare=False)
+    secret: str = dataclasses.field(default="", repr=False)
+    items: list[int] = dataclasses.field(default_factory=list, compare=False)
+
+    def __str__(self) -> str:
+        return f"<{self.number}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Derived(Ours):
+    """With one more field."""
+
+    last: int = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Empty:
+    """Without fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """With a check, and a text of its own."""
+
+    low: int
+
+    def __post_init__(self) -> None:
+        if self.low < 0:
+            raise ValueError(self.low)
+
+    def __repr__(self) -> str:
+        return "checked"
+
+
+def theirs(cls: type) -> Any:
+    """Return the standard library's class of the same definition."""
+    space = {
+        name: value
+        for name, value in vars(cls).items()
+        if name in ("__annotations__", "__str__", "__post_init__", "__module__", "__qualname__")
+    }
+    space |= {field.name: field for field in dataclasses.fields(cls) if field.name in cls.__annotations__}
+    return dataclasses.dataclass(frozen=True, slots=True)(type(cls.__name__, (), space))
+
+
+@pytest.mark.parametrize(
+    "arguments", [(1,), (2, "y"), (1, "x", "note"), (1, "x", "", "secret"), (1, "x", "", "", [3])]
+)
+def test_equality_hash_and_text(arguments: tuple[Any, ...]) -> None:
+    other = theirs(Ours)
+    for reference in ((1,), (1, "x", "", "secret"), (2, "y")):
+        assert (Ours(*arguments) == Ours(*reference)) == (other(*arguments) == other(*reference))
+    assert hash(Ours(*arguments)) == hash(other(*arguments))
+    assert repr(Ours(*arguments)) == repr(other(*arguments))
+    assert str(Ours(*arguments)) == f"<{arguments[0]}>"
+
+
+def test_another_class_is_never_equal() -> None:
+    assert Ours(1) != Derived(1)
+    assert Ours(1) != (1, "x", "")
+    assert Empty() == Empty()
+    assert hash(Empty()) == hash(())
+    assert repr(Empty()) == "Empty()"
+
+
+def test_nothing_can_be_changed() -> None:
+    made: Any = Derived(1)
+    for name in ("number", "last"):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+            setattr(made, name, 2)
+        with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+            delattr(made, name)
+    with pytest.raises(AttributeError):
+        made.other = 2
+    assert not hasattr(made, "__dict__")
+    assert made == Derived(1)
+
+
+def test_the_standard_librarys_functions() -> None:
+    made = Derived(1, items=[2])
+    assert dataclasses.replace(made, last=8) == Derived(1, last=8)
+    assert dataclasses.asdict(made) == {
+        "number": 1, "text": "x", "note": "", "secret": "", "items": [2], "last": 7
+    }  # fmt: skip
+    assert [field.name for field in dataclasses.fields(made)][-1] == "last"
+    assert copy.deepcopy(made) == made
+    assert pickle.loads(pickle.dumps(made)) == made
+    match made:
+        case Derived(number, text):
+            assert (number, text) == (1, "x")
+
+
+def test_what_a_class_defines_stays() -> None:
+    assert repr(Checked(1)) == "checked"
+    with pytest.raises(ValueError, match="-1"):
+        Checked(-1)
+
+
+def test_other_options_are_the_standard_librarys() -> None:
+    @dataclass(slots=True)
+    class Changing:
+        number: int
+
+    made = Changing(1)
+    made.number = 2
+    assert made == Changing(2)
