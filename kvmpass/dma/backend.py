@@ -6,7 +6,8 @@ order of its kernel interface, and registers VFIO's files (groups, or devices) w
 - Type 1: the group joins a container, memory is mapped, the group is registered with KVM, the device is opened. The
   kernel unmaps everything when the last group leaves.
 - IOAS: the device's character device is opened, registered with KVM, bound and attached to the empty IOAS, memory is
-  mapped. VFIO answers ``Device``'s ioctls only after the bind, which resets the device.
+  mapped. VFIO answers ``Device``'s ioctls only after the bind, which resets the device. It is detached before it is
+  closed.
 
 So only the back end knows when mappings can exist: it calls its ``Mapper`` then. ``Machine(backend=…)`` takes one.
 """
@@ -74,7 +75,7 @@ class Backend(Protocol):
         """
 
     def detach(self, device: Device) -> None:
-        """Unregister the open ``device`` from KVM, close it and detach it. Runs every step even if one fails.
+        """Detach the open ``device``, unregister it from KVM and close it. Runs every step even if one fails.
 
         A group that cannot leave the translation stays in it until ``close``, or until a device of it is attached.
         """

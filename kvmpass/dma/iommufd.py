@@ -29,7 +29,7 @@ class IommufdBackend:
         self._mapper = mapper
         self._iommufd: Iommufd | None = None
         self._ioas = 0
-        self._devices: list[Device] = []
+        self._devices: list[Cdev] = []
 
     @property
     def active(self) -> bool:
@@ -48,16 +48,21 @@ class IommufdBackend:
             undo.callback(self._mapper.file_del, device.fd)
             self._mapper.file_add(device.fd)
             device.bind(self.iommufd.fd, vf_token)
+            undo.callback(device.detach)
             device.attach(self._ioas)
             self._mapper.map_all()
             self._devices.append(device)
         return device
 
     def detach(self, device: Device) -> None:
-        """See ``Backend``. The kernel detaches a device from its IOAS when it is closed."""
+        """See ``Backend``. Its DMA is blocked first.
+
+        Closing it alone would leave it attached while KVM, or a process that has its descriptor too, keeps it open.
+        """
+        attached = next(other for other in self._devices if other is device)
         last = (self._mapper.unmap_all, self.close) if self._devices == [device] else ()
-        remove = partial(self._devices.remove, device)
-        run_all(partial(self._mapper.file_del, device.fd), device.close, remove, *last)
+        remove = partial(self._devices.remove, attached)
+        run_all(attached.detach, partial(self._mapper.file_del, device.fd), device.close, remove, *last)
 
     def _open(self) -> None:
         iommufd = Iommufd()
@@ -66,7 +71,7 @@ class IommufdBackend:
         self._iommufd = iommufd
 
     def close(self) -> None:
-        """See ``Backend``. Raises ``OSError`` (``EBUSY``: another process has an attached device open)."""
+        """See ``Backend``. Raises ``OSError`` (``EBUSY``: a device could not be detached)."""
         if self._iommufd is not None:
             self._iommufd.destroy(self._ioas)
             iommufd, self._iommufd = self._iommufd, None

@@ -115,6 +115,7 @@ class Assignments(Execution):
     def _return_steps(self, device: AssignedDevice) -> Iterable[Callable[[], None]]:
         """Return the steps for a device that is unplugged from the guest's bus."""
         return (
+            device.quiesce,  # before the translation goes, so that it blocks no DMA of a device that was busy
             partial(self._monitor.unwatch, device.vfio),
             partial(self.domain.detach, device.vfio),
             partial(self._emit_closed, device),

@@ -75,7 +75,10 @@ class Cdev(Device):
         check(result, "VFIO_DEVICE_ATTACH_IOMMUFD_PT", self.name, _ATTACH_REMEDY.get(-result))
 
     def detach(self) -> None:
-        """Block its DMA, as closing it does (``VFIO_DEVICE_DETACH_IOMMUFD_PT``). Raises ``OSError``."""
+        """Block its DMA, although others may have it open (``VFIO_DEVICE_DETACH_IOMMUFD_PT``). Idempotent.
+
+        Raises ``OSError`` (``EINVAL``: it is not bound).
+        """
         check(lib.vfio_device_detach_iommufd_pt(self.fd), "VFIO_DEVICE_DETACH_IOMMUFD_PT", self.name)
 
 

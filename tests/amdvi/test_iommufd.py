@@ -6,11 +6,12 @@ import ctypes
 import errno
 import os
 import resource
+import time
 from collections.abc import Iterator
 
 import pytest
 from support.drivers import Child
-from support.witness import Edu, locked_bytes, pattern
+from support.witness import BUFFER, Edu, locked_bytes, pattern
 
 from kvmpass import host
 from kvmpass.host.backend import choose_backend
@@ -18,6 +19,7 @@ from kvmpass.iommufd import Iommufd
 from kvmpass.layout import MIB, PAGE, Range
 from kvmpass.machine import Machine
 from kvmpass.memory import HostMapping
+from kvmpass.pciregs import COMMAND, COMMAND_DECODING, COMMAND_MASTER
 from kvmpass.vfio import Cdev
 
 pytestmark = pytest.mark.amdvi(kernel="full")
@@ -119,6 +121,38 @@ def test_a_device(iommufd: Iommufd, memory: HostMapping, edu: str) -> None:
             device.attach(second)
         assert (code(refused), "reserved region" in refused.value.__notes__[0]) == ("EADDRINUSE", True)
     iommufd.destroy(second)
+
+
+def test_a_device_that_is_still_open_elsewhere_reaches_nothing(edu: str, edu2: str) -> None:
+    """A process that has its descriptor too drives it after it has left, while the machine keeps another device."""
+    with host.borrow(edu, edu2), Machine(memory="8M", backend="iommufd") as machine:
+        device, kept = machine.assign(edu), machine.assign(edu2)
+        data = pattern()
+        machine.memory.write(0x1000, data)
+        Edu(device).load(0x1000)
+        config, registers = device.config.info.offset, device.regions[0].info.offset
+        other = os.dup(device.vfio.fd)
+        try:
+            machine.deassign(device)
+            assert os.pread(other, 2, config + COMMAND) == bytes(2), "it was quiesced"
+            os.pwrite(other, (COMMAND_DECODING | COMMAND_MASTER).to_bytes(2, "little"), config + COMMAND)
+            transfer = ((0x80, BUFFER), (0x88, 0x2000), (0x90, 16), (0x98, 3))  # from the device to memory
+            for register, value in transfer:
+                os.pwrite(other, value.to_bytes(8, "little"), registers + register)
+            deadline = time.monotonic() + 20
+            while os.pread(other, 8, registers + 0x98)[0] & 1:
+                assert time.monotonic() < deadline, "the edu device's DMA does not end"
+                time.sleep(0.01)
+            assert machine.memory.read(0x2000, 16) == bytes(16)
+            machine.audit()
+            bench = Edu(kept)
+            bench.load(0x1000)
+            bench.store(0x2000)
+            assert machine.memory.read(0x2000, 16) == data
+            machine.deassign(kept)
+            assert not machine.domain.active, "the address space does not wait for it"
+        finally:
+            os.close(other)
 
 
 def found_reserved(group: int | None) -> list[host.sysfs.Reserved]:

@@ -185,6 +185,13 @@ class FakeCdev:
 
         self.kernel.call("attach", work)
 
+    def detach(self) -> None:
+        def work() -> None:
+            assert self.bound is not None
+            self.ioas = None
+
+        self.kernel.call("detach", work)
+
     def close(self) -> None:
         def work() -> None:
             self.closed = True
