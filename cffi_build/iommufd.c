@@ -73,22 +73,6 @@ static int iommufd_ioas_map_file(int iommufd, uint32_t flags, uint32_t ioas, int
 	return RESULT(ioctl(iommufd, KVMPASS_IOMMU_IOAS_MAP_FILE, &map));
 }
 
-static int iommufd_ioas_copy(int iommufd, uint32_t flags, uint32_t target, uint32_t source, uint64_t length,
-                             uint64_t target_iova, uint64_t source_iova)
-{
-	struct kvmpass_ioas_copy copy = {
-		.size = sizeof(copy),
-		.flags = flags,
-		.dst_ioas_id = target,
-		.src_ioas_id = source,
-		.length = length,
-		.dst_iova = target_iova,
-		.src_iova = source_iova,
-	};
-
-	return RESULT(ioctl(iommufd, KVMPASS_IOMMU_IOAS_COPY, &copy));
-}
-
 static int iommufd_ioas_unmap(int iommufd, uint32_t ioas, uint64_t iova, uint64_t length, uint64_t *unmapped)
 {
 	struct kvmpass_ioas_unmap unmap = { sizeof(unmap), ioas, iova, length };

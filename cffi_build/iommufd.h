@@ -12,13 +12,12 @@
 #define KVMPASS_IOMMUFD(number) _IO(';', number)
 #define KVMPASS_IOMMU_DESTROY KVMPASS_IOMMUFD(0x80)
 #define KVMPASS_IOMMU_IOAS_ALLOC KVMPASS_IOMMUFD(0x81)
-#define KVMPASS_IOMMU_IOAS_COPY KVMPASS_IOMMUFD(0x83)
 #define KVMPASS_IOMMU_IOAS_IOVA_RANGES KVMPASS_IOMMUFD(0x84)
 #define KVMPASS_IOMMU_IOAS_MAP KVMPASS_IOMMUFD(0x85)
 #define KVMPASS_IOMMU_IOAS_UNMAP KVMPASS_IOMMUFD(0x86)
 #define KVMPASS_IOMMU_IOAS_MAP_FILE KVMPASS_IOMMUFD(0x8f) /* Linux 6.13 */
 
-/* Flags of map, map file and copy. */
+/* Flags of map and map file. */
 #define KVMPASS_IOAS_FIXED_IOVA (1u << 0)
 #define KVMPASS_IOAS_WRITEABLE (1u << 1)
 #define KVMPASS_IOAS_READABLE (1u << 2)
@@ -67,16 +66,6 @@ struct kvmpass_ioas_map_file {
 	uint64_t start; /* in the file */
 	uint64_t length;
 	uint64_t iova;
-};
-
-struct kvmpass_ioas_copy {
-	uint32_t size;
-	uint32_t flags;
-	uint32_t dst_ioas_id;
-	uint32_t src_ioas_id;
-	uint64_t length;
-	uint64_t dst_iova;
-	uint64_t src_iova;
 };
 
 struct kvmpass_ioas_unmap {

@@ -133,9 +133,6 @@ class _Lib:
     def iommufd_ioas_map_file(
         self, iommufd: int, flags: int, ioas: int, fd: int, start: int, length: int, iova: int, /
     ) -> int: ...
-    def iommufd_ioas_copy(
-        self, iommufd: int, flags: int, target: int, source: int, length: int, target_iova: int, source_iova: int, /
-    ) -> int: ...
     def iommufd_ioas_unmap(self, iommufd: int, ioas: int, iova: int, length: int, unmapped: CData, /) -> int: ...
 
 class _Ffi:

@@ -86,7 +86,7 @@ class IommufdBackend:
         return self._iommufd
 
     def map(self, region: MemoryRegion) -> None:
-        """See ``Iommufd.ioas_map``."""
+        """See ``Iommufd.ioas_map``. By address, also where the region is a file: see ``Iommufd.ioas_map_file``."""
         self.iommufd.ioas_map(self._ioas, region.gpa, region.hva, region.size, writable=region.kind.dma_writable)
 
     def unmap(self, region: MemoryRegion) -> int:

@@ -81,20 +81,14 @@ class Iommufd(OwnedFd):
     def ioas_map_file(self, ioas: int, iova: int, fd: int, offset: int, size: int, *, writable: bool) -> None:
         """Map ``size`` bytes of the memfd ``fd`` from ``offset`` on, else as ``ioas_map`` (``IOMMU_IOAS_MAP_FILE``).
 
-        Raises ``OSError``: ``EOPNOTSUPP`` where the running kernel lacks it (before Linux 6.13).
+        The kernel checks neither how ``fd`` was opened nor its seals: with ``writable`` devices can write to a memfd
+        that is open for reading only, or sealed. So guest memory is mapped by address. Raises ``OSError``:
+        ``EOPNOTSUPP`` where the running kernel lacks it (before Linux 6.13).
         """
         result = lib.iommufd_ioas_map_file(self.fd, _flags(writable), ioas, fd, offset, size, iova)
         if result == -errno.ENOTTY:
             raise failure(errno.EOPNOTSUPP, "IOMMU_IOAS_MAP_FILE", "Linux 6.13 and later have it")
         check(result, "IOMMU_IOAS_MAP_FILE", f"iova {Range(iova, size)}", _MAP_REMEDY.get(-result))
-
-    def ioas_copy(self, source: int, source_iova: int, target: int, iova: int, size: int, *, writable: bool) -> None:
-        """Map in the IOAS ``target`` what ``source`` has mapped: they share the pinned pages (``IOMMU_IOAS_COPY``).
-
-        Raises ``OSError``: ``ENOENT`` where ``source`` does not map all of it, else as ``ioas_map``.
-        """
-        result = lib.iommufd_ioas_copy(self.fd, _flags(writable), target, source, size, iova, source_iova)
-        check(result, "IOMMU_IOAS_COPY", f"iova {Range(iova, size)}", _MAP_REMEDY.get(-result))
 
     def ioas_unmap(self, ioas: int, iova: int, size: int) -> int:
         """Undo the mappings in a range, which must contain all of each; return their size in bytes.

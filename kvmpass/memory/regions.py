@@ -176,7 +176,8 @@ class GuestMemory:
 
         RAM, or ROM if not ``writable``: then ``fd`` may be open for reading only, and other processes can change what
         guest and devices read. ``fd`` is not kept; the caller may close it. Seal a memfd against shrinking
-        (``F_SEAL_SHRINK``): a process that truncates it removes the pages.
+        (``F_SEAL_SHRINK``): a process that truncates it removes the pages. One that punches a hole into it separates
+        guest and device: the device keeps the page that was there, the guest gets a new one.
 
         Raises ``LayoutError`` (not whole pages of this file, beyond its end, overlap), what a listener raises, and
         ``OSError``: ``EBADF``, ``EACCES`` (not open for that), ``EPERM`` (sealed). Files whose pages the kernel

@@ -20,7 +20,6 @@ IOMMUFD = {
         "size ioas_id num_iovas reserved:__reserved allowed_iovas out_iova_alignment"
     ),
     ("kvmpass_ioas_map", "iommu_ioas_map"): "size flags ioas_id reserved:__reserved user_va length iova",
-    ("kvmpass_ioas_copy", "iommu_ioas_copy"): "size flags dst_ioas_id src_ioas_id length dst_iova src_iova",
     ("kvmpass_ioas_unmap", "iommu_ioas_unmap"): "size ioas_id iova length",
 }
 MAP_FILE = {("kvmpass_ioas_map_file", "iommu_ioas_map_file"): "size flags ioas_id fd start length iova"}
@@ -31,7 +30,7 @@ VFIO = {
 BIND = "argsz flags iommufd out_devid"
 NUMBERS = {
     "iommufd.h": (
-        *(f"IOMMU_{name}" for name in ("DESTROY", "IOAS_ALLOC", "IOAS_COPY", "IOAS_IOVA_RANGES")),
+        *(f"IOMMU_{name}" for name in ("DESTROY", "IOAS_ALLOC", "IOAS_IOVA_RANGES")),
         *("IOMMU_IOAS_MAP", "IOMMU_IOAS_UNMAP"),
     ),
     "vfio.h": tuple(f"VFIO_DEVICE_{name}" for name in ("BIND_IOMMUFD", "ATTACH_IOMMUFD_PT", "DETACH_IOMMUFD_PT")),
@@ -110,7 +109,7 @@ def test_layouts_and_numbers_are_the_kernels(kernels: Path) -> None:
 @pytest.mark.parametrize(
     "right, wrong",
     [
-        ("KVMPASS_IOMMU_DESTROY == IOMMU_DESTROY", "KVMPASS_IOMMU_IOAS_COPY == IOMMU_DESTROY"),
+        ("KVMPASS_IOMMU_DESTROY == IOMMU_DESTROY", "KVMPASS_IOMMU_IOAS_MAP == IOMMU_DESTROY"),
         ("kvmpass_ioas_map, user_va", "kvmpass_ioas_map, iova"),
     ],
 )
