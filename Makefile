@@ -54,13 +54,14 @@ test: venv ## every test, in one report
 	@$(BIN)/kvmpass lab qemu || echo "going on without the modern QEMU: the tests that ask for it are skipped"
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest $(ARGS)
 
-test-full: venv ## every test on both kernels and under both QEMU lines
+test-full: venv ## every test on all kernels and under both QEMU lines
 	@$(BIN)/kvmpass lab kernel
+	@$(BIN)/kvmpass lab kernel --next
 	@$(BIN)/kvmpass lab qemu
-	@failed=; for kernel in stock full; do for qemu in system modern; do \
-		echo "=== kernel $$kernel, QEMU $$qemu"; \
-		$(BIN)/pytest --lab-kernel=$$kernel --lab-qemu=$$qemu $(ARGS) || failed="$$failed $$kernel/$$qemu"; \
-	done; done; \
+	@failed=; for lane in stock/system stock/modern full/system full/modern next/modern; do \
+		echo "=== kernel $${lane%/*}, QEMU $${lane#*/}"; \
+		$(BIN)/pytest --lab-kernel=$${lane%/*} --lab-qemu=$${lane#*/} $(ARGS) || failed="$$failed $$lane"; \
+	done; \
 	if [ -n "$$failed" ]; then echo "failed on:$$failed"; exit 1; fi
 
 soak: venv ## the long forms of the tests that have one: half an hour

@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 from kvmpass.cli import tables
 from kvmpass.cli.output import together
 from kvmpass.errors import LabError
-from kvmpass.lab import build, cache, devices, modern
+from kvmpass.lab import build, cache, devices, kernels, modern
 from kvmpass.lab import headers as kernel_headers
 from kvmpass.lab import status as state
 from kvmpass.lab.config import ACCELERATORS, LabConfig, LabResult, split_features
@@ -31,7 +31,7 @@ def complete_device(ctx: click.Context, param: click.Parameter, incomplete: str)
 
 def complete_kernel(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete the kernels' names, else files."""
-    names = [CompletionItem(name) for name in ("stock", "full") if name.startswith(incomplete)]
+    names = [CompletionItem(name) for name in ("stock", *kernels.RECIPES) if name.startswith(incomplete)]
     return names or [CompletionItem(incomplete, type="file")]
 
 
@@ -56,9 +56,9 @@ host_options = together(
         "--kernel",
         default="stock",
         show_default=True,
-        metavar="stock|full|PATH",
+        metavar="stock|full|next|PATH",
         shell_complete=complete_kernel,
-        help="The host's kernel: stock (Debian's), full (with iommufd), or a bzImage.",
+        help="The host's kernel: stock (Debian's), full (with iommufd), next (Linux 7.3), or a bzImage.",
     ),
     click.option("--append", default="", metavar="TEXT", help="Append to the host kernel's command line."),
     click.option(
@@ -71,7 +71,9 @@ host_options = together(
         "--accel", default="auto", show_default=True, type=click.Choice(ACCELERATORS), help="QEMU's accelerator."
     ),
     click.option(
-        "--qemu", default="system", show_default=True, metavar="system|modern|PATH", help="The QEMU to use."
+        "--qemu",
+        metavar="system|modern|PATH",
+        help="The QEMU to use.  [default: modern with --kernel next, else system]",
     ),
     click.option(
         "--writable",
@@ -146,10 +148,11 @@ def status() -> int:
 
 
 @lab.command()
+@click.option("--next", "next_", is_flag=True, help="Build the next kernel instead: Linux 7.3.")
 @click.option("--again", is_flag=True, help="Build it even if it is in the cache.")
 @click.option("--jobs", default=0, metavar="N", help="Parallel compiler processes.  [default: one for each CPU]")
-def kernel(again: bool, jobs: int) -> None:
-    """Build the full kernel, which has iommufd (about 8 minutes on 2 cores).
+def kernel(next_: bool, again: bool, jobs: int) -> None:
+    """Build the full kernel, which has iommufd (about 8 minutes on 2 cores), or the next one.
 
     It cannot load modules. To build modules for the stock kernel, see kvmpass lab headers.
     """
@@ -161,7 +164,7 @@ def kernel(again: bool, jobs: int) -> None:
         elif made % 500 == 0:
             say(f"{made} files")
 
-    built = build.build(say, count, jobs=jobs, again=again)
+    built = build.build(kernels.NEXT if next_ else kernels.FULL, say, count, jobs=jobs, again=again)
     if live:
         click.echo(err=True)
     click.echo(f"{built.release}: {built.image}")

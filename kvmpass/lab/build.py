@@ -1,4 +1,4 @@
-"""The full kernel: Debian's kernel source, and the configuration that ships with this package."""
+"""The full and the next kernel: Debian's kernel sources, and the configurations that ship with this package."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from pathlib import Path
 from kvmpass.errors import LabError
 from kvmpass.lab import cache, debian
 from kvmpass.lab.cache import Say, cache_root, find_tool, locked, need_tool, new_directory, run_tool
-from kvmpass.lab.kernels import Kernel, cached, full_root, kernel_release
+from kvmpass.lab.kernels import Kernel, Recipe, cached, kernel_release
 from kvmpass.lab.modules import BUILTIN_LISTS, index_builtin
 
-SOURCE_PACKAGE = "linux-source-6.12"
 TOOLS = ("gcc", "make", "flex", "bison", "bc", "xz")
 HEADERS = {"libelf.h": "libelf-dev", "openssl/ssl.h": "libssl-dev"}
 LOG_LINES = 15
@@ -44,44 +43,52 @@ def _compiles(header: str) -> bool:
     return done.returncode == 0
 
 
-def build(say: Say, count: Count = lambda done: None, *, jobs: int = 0, again: bool = False) -> Kernel:
-    """Return the full kernel, built into the cache if it is missing, or if ``again``.
+def build(
+    recipe: Recipe, say: Say, count: Count = lambda done: None, *, jobs: int = 0, again: bool = False
+) -> Kernel:
+    """Return the kernel of a recipe, built into the cache if it is missing, or if ``again``.
 
     ``jobs``: parallel compiler processes, 0: one for each CPU. ``count`` is called with the number of object files
     made so far. Raises ``LabError`` with the missing packages, or with the compiler's error.
     """
-    with locked("full-kernel", say):
-        kernel = cached(full_root(), "full")
+    with locked(f"{recipe.name}-kernel", say):
+        kernel = cached(recipe.root, recipe.name)
         if kernel is not None and not again:
             return kernel
         lacking = missing_packages()
         if lacking:
             raise LabError("tools to build a kernel are missing", f"apt-get install {' '.join(lacking)}")
         with tempfile.TemporaryDirectory(prefix=".build-", dir=cache_root()) as name:
-            tree = _source(Path(name), say)
-            _configure(tree)
+            tree = unpack_source(recipe, Path(name), say)
+            configure(recipe, tree)
             _make(tree, jobs or os.cpu_count() or 1, say, count)
-            _keep(tree)
-    kernel = cached(full_root(), "full")
+            _keep(tree, recipe.root)
+    kernel = cached(recipe.root, recipe.name)
     assert kernel is not None
     return kernel
 
 
-def _source(folder: Path, say: Say) -> Path:
-    debian.download_and_unpack(SOURCE_PACKAGE, folder / "package", say)
-    archives = list((folder / "package" / "usr" / "src").glob("linux-source-*.tar.*"))
+def unpack_source(recipe: Recipe, folder: Path, say: Say) -> Path:
+    """Download the source of a recipe's kernel, and return its tree below ``folder``. Raises ``LabError``."""
+    package = folder / "package"
+    if recipe.suites:
+        debian.unpack_alone(recipe.source, recipe.suites, package, say)
+    else:
+        debian.download_and_unpack(recipe.source, package, say)
+    archives = list((package / "usr" / "src").glob("linux-source-*.tar.*"))
     if len(archives) != 1:
-        raise LabError(f"{SOURCE_PACKAGE} does not contain a kernel source")
+        raise LabError(f"{recipe.source} does not contain a kernel source")
     say("unpacking the kernel source")
     run_tool(["tar", "-xf", archives[0], "-C", folder], "the kernel source is damaged")
-    shutil.rmtree(folder / "package")
+    shutil.rmtree(package)
     return next(folder.glob("linux-source-*"))
 
 
-def _configure(tree: Path) -> None:
+def configure(recipe: Recipe, tree: Path) -> None:
+    """Write the configuration of a recipe's kernel. Raises ``LabError`` if the source does not know all of it."""
     failed = "the kernel could not be configured"
     run_tool(["make", "tinyconfig"], failed, cwd=tree)
-    with as_file(files("kvmpass.lab").joinpath("kernel.config")) as fragment:
+    with as_file(files("kvmpass.lab").joinpath(recipe.config)) as fragment:
         run_tool([tree / "scripts/kconfig/merge_config.sh", "-m", ".config", fragment], failed, cwd=tree)
         run_tool(["make", "olddefconfig"], failed, cwd=tree)
         lost = sorted(_options(fragment) - _options(tree / ".config"))
@@ -123,11 +130,11 @@ def _make(tree: Path, jobs: int, say: Say, count: Count) -> None:
         raise LabError(f"the kernel could not be built: {errors[0] if errors else 'unknown reason'}")
 
 
-def _keep(tree: Path) -> None:
+def _keep(tree: Path, root: Path) -> None:
     image = tree / "arch" / "x86" / "boot" / "bzImage"
     release = kernel_release(image)
     lists = [tree / name for name in BUILTIN_LISTS if (tree / name).is_file()]
-    with new_directory(full_root()) as draft:
+    with new_directory(root) as draft:
         boot = draft / "boot"
         boot.mkdir()
         shutil.copy(image, boot / f"vmlinuz-{release}")

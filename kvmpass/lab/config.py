@@ -33,15 +33,15 @@ class LabConfig:
     cpus: int = 1
     """Number of the host's CPUs, from 1 on."""
     kernel: str = "stock"
-    """``stock``, ``full`` or the path of a bzImage."""
+    """``stock``, ``full``, ``next`` or the path of a bzImage."""
     append: str = ""
     """Appended to the host kernel's command line."""
     without: frozenset[str] = frozenset()
     """Features that the host lacks: ``svm``, ``iommu``, ``intremap``."""
     accel: str = "auto"
     """QEMU's accelerator: ``tcg``, ``kvm``, or ``auto`` for ``kvm`` if AMD-V can be nested."""
-    qemu: str = "system"
-    """``system``, ``modern`` or the path of a QEMU."""
+    qemu: str | None = None
+    """``system``, ``modern`` or the path of a QEMU; ``None``: ``modern`` for the next kernel, else ``system``."""
     writable: tuple[Path, ...] = ()
     """Directories of this machine that the host may write to, at the same paths; at most 8."""
     iommu_trace: Path | None = None
@@ -58,6 +58,11 @@ class LabConfig:
             )
         if self.accel not in ACCELERATORS:
             raise LabError(f"unknown accelerator {self.accel!r}", f"use one of {', '.join(ACCELERATORS)}")
+        if self.kernel == "next" and self.qemu == "system":
+            raise LabError(
+                "the next kernel needs the modern QEMU: guests that run it die under the system's",
+                "leave out `--qemu`: `modern` is the default with this kernel",
+            )
         if not re.fullmatch(r"[1-9]\d*[KMGTkmgt]?", self.memory):
             raise LabError(f"{self.memory!r} is not a memory size", "write a number and K, M or G, such as 4G")
         if self.cpus < 1:

@@ -13,6 +13,8 @@ from kvmpass.errors import LabError
 from kvmpass.lab.cache import Say, cache_root, run_tool
 
 UNKNOWN = "apt-get update, with Debian 12's main and security archives among apt's sources"
+BACKPORTS = ("trixie", "trixie-backports")
+"""The suites of Debian 13 and of its backports."""
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
 # As root, apt-get switches to a user of its own, who cannot write to root's cache.
@@ -84,6 +86,35 @@ def main_archive() -> str:
 def unpack_with_dependencies(packages: Sequence[str], suites: Sequence[str], target: Path, say: Say) -> None:
     """Unpack packages of the last of ``suites``, and all of their dependencies, below ``target``.
 
+    Raises ``LabError``.
+    """
+    release = suites[-1]
+    with _archive(suites, say) as (folder, options):
+        say(f"downloading {', '.join(packages)} and their dependencies")
+        run_tool(
+            ["apt-get", "-q", "-y", *options, "--download-only", "install", *packages],
+            f"{', '.join(packages)} of {release} could not be downloaded",
+            "check the network",
+        )
+        archives = sorted((folder / "cache" / "archives").glob("*.deb"))
+        say(f"unpacking {len(archives)} packages")
+        unpack(iter(archives), target)
+
+
+def unpack_alone(package: str, suites: Sequence[str], target: Path, say: Say) -> None:
+    """Unpack a package of the last of ``suites``, without its dependencies, below ``target``. Raises ``LabError``."""
+    release = suites[-1]
+    with _archive(suites, say) as (folder, options):
+        say(f"downloading {package}")
+        failed = f"{package} of {release} could not be downloaded"
+        run_tool(["apt-get", "-q", *options, "download", package], failed, "check the network", cwd=folder)
+        unpack(folder.glob("*.deb"), target)
+
+
+@contextmanager
+def _archive(suites: Sequence[str], say: Say) -> Iterator[tuple[Path, list[str]]]:
+    """Yield a folder, and options with which apt-get takes packages from the last of ``suites``.
+
     apt uses a state in which nothing is installed; the machine's own state is not changed. Raises ``LabError``.
     """
     site, release = main_archive(), suites[-1]
@@ -107,6 +138,7 @@ def unpack_with_dependencies(packages: Sequence[str], suites: Sequence[str], tar
             "Dir::Cache": folder / "cache",
             "APT::Architecture": "amd64",
             "APT::Architectures": "amd64",
+            "APT::Default-Release": release,
             "APT::Install-Recommends": "false",
             "Acquire::Languages": "none",
             "Debug::NoLocking": "true",
@@ -115,12 +147,4 @@ def unpack_with_dependencies(packages: Sequence[str], suites: Sequence[str], tar
         say(f"reading the package lists of {release}")
         failed = f"the archive of {release} could not be read"
         run_tool(["apt-get", "-q", *options, "update", "--error-on=any"], failed, "check the network")
-        say(f"downloading {', '.join(packages)} and their dependencies")
-        run_tool(
-            ["apt-get", "-q", "-y", *options, "-t", release, "--download-only", "install", *packages],
-            f"{', '.join(packages)} of {release} could not be downloaded",
-            "check the network",
-        )
-        archives = sorted((folder / "cache" / "archives").glob("*.deb"))
-        say(f"unpacking {len(archives)} packages")
-        unpack(iter(archives), target)
+        yield folder, options

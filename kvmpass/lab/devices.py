@@ -7,7 +7,7 @@ drive's content, and ``size=SIZE``, of a drive that is created for the run, or o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from kvmpass.layout import parse_size
 
 FIRST_SLOT, LAST_SLOT = 0x04, 0x1E
 """Slots of bus 0 for devices. 01 is the IOMMU, 02 and 03 are used by the lab, 1f is the chipset."""
+SOUTHBRIDGE = 0x14
+"""Slot of the function that has the IOAPIC, as QEMU's IVRS table says (hw/i386/acpi-build.c)."""
 
 NETWORK = frozenset({"e1000", "e1000e", "igb", "rtl8139", "virtio-net-pci", "vmxnet3"})
 BRIDGES = frozenset({"pci-bridge", "pcie-root-port", "ioh3420", "pxb-pcie", "pcie-pci-bridge"})
@@ -24,6 +26,14 @@ DRIVES = frozenset({"ide-hd", "nvme", "nvme-ns", "scsi-hd", "usb-storage", "virt
 OTHERS = frozenset({"ahci", "edu", "ivshmem-plain", "nvme-subsys", "pci-testdev", "qemu-xhci", "virtio-9p-pci"})
 KNOWN = NETWORK | BRIDGES | DRIVES | OTHERS
 """Devices that shell completion offers. All other devices of QEMU work, too."""
+
+# QEMU has the IOAPIC's function on no bus. Of those that can be put there, this one lets its class be chosen.
+_SOUTHBRIDGE = [
+    *("-blockdev", "null-co,node-name=lab-southbridge,size=1048576,read-zeroes=on"),
+    "-device",
+    f"virtio-blk-pci,class=0x0601,drive=lab-southbridge,iommu_platform=on,disable-legacy=on,bus=pcie.0,"
+    f"addr={SOUTHBRIDGE:02x}.0",
+]
 
 
 @dataclass
@@ -47,18 +57,27 @@ class _Device:
 
 
 def qemu_devices(
-    specs: Sequence[str], directory: Path, *, root_ports: bool, is_pci: Callable[[str], bool]
+    specs: Sequence[str],
+    directory: Path,
+    *,
+    root_ports: bool,
+    is_pci: Callable[[str], bool],
+    southbridge: bool = False,
 ) -> QemuDevices:
     """Give each device its defaults and an address, in the order of ``specs``; files are below ``directory``.
 
     A device without an address is placed behind a PCIe root port of its own (``root_ports``), or on bus 0, in
-    consecutive slots from 04 on. Raises ``LabError`` for an invalid device, or one whose DMA the emulated IOMMU would
-    not translate.
+    consecutive slots from 04 on. ``southbridge``: slot 14 has an ISA bridge, unless a device is there. Raises
+    ``LabError`` for an invalid device, or one whose DMA the emulated IOMMU would not translate.
     """
     devices = [_parse(spec) for spec in specs]
     result = QemuDevices()
+    used = _used_slots(devices)
+    if southbridge and SOUTHBRIDGE not in used:
+        result.arguments += _SOUTHBRIDGE
+        used.add(SOUTHBRIDGE)
+    free = iter([slot for slot in range(FIRST_SLOT, LAST_SLOT + 1) if slot not in used])
     ports = {device.properties.get("id") for device in devices if device.name in EXPRESS_PORTS}
-    free = _free_slots(devices)
     for number, device in enumerate(devices):
         if not root_ports and device.properties.get("bus") in ports - {None}:
             raise LabError(
@@ -98,14 +117,13 @@ def _parse(spec: str) -> _Device:
     return _Device(name, properties)
 
 
-def _free_slots(devices: Sequence[_Device]) -> Iterator[int]:
-    used = {
+def _used_slots(devices: Sequence[_Device]) -> set[int]:
+    return {
         int(device.properties["addr"].split(".")[0], 16)
         for device in devices
         if device.properties.get("bus", "pcie.0") == "pcie.0"
         and re.fullmatch(r"(0x)?[0-9a-fA-F]+(\.[0-7])?", device.properties.get("addr", ""))
     }
-    return iter([slot for slot in range(FIRST_SLOT, LAST_SLOT + 1) if slot not in used])
 
 
 def _add_backend(device: _Device, number: int, directory: Path, result: QemuDevices) -> list[_Device]:

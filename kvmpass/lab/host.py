@@ -57,7 +57,7 @@ class Host:
     def start(self, job: Job) -> None:
         """Start QEMU with the job's ports. Raises ``LabError`` if a tool, a kernel or a file is missing."""
         config = self._config
-        self._emulator = qemu.find(config.qemu)
+        self._emulator = qemu.find(config.qemu or kernels.emulator_for(config.kernel))
         self._accelerator = qemu.accelerator(config.accel)
         self._kernel = kernels.find(config.kernel, self._say)
         found = devices.qemu_devices(
@@ -65,6 +65,7 @@ class Host:
             self._directory,
             root_ports=self._emulator.root_ports,
             is_pci=self._emulator.is_pci,
+            southbridge=self._kernel.wants_southbridge,
         )
         for path, size in found.files:
             with path.open("wb") as file:

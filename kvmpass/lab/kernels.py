@@ -1,4 +1,4 @@
-"""The emulated host's kernels: stock (Debian's), full, or a file."""
+"""The emulated host's kernels: stock (Debian's), full and next (built from Debian's sources), or a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,72 @@ from kvmpass.lab.cache import Say, cache_root, fill_directory
 
 STOCK_PACKAGE = "linux-image-6.12-amd64"
 STOCK_IMAGE = r"linux-image-6\.12\.[0-9.]+\S*-amd64"
-FULL_VARIABLE = "KVMPASS_LAB_KERNEL"
 
 # Linux Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
 _MAGIC_AT, _MAGIC = 0x202, b"HdrS"
 _VERSION_AT = 0x20E
+# From this release on the kernel looks for the IOAPIC's PCI function (drivers/iommu/amd/init.c, check_sb_ioapic).
+_SOUTHBRIDGE_SINCE = 7
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a kernel of the lab is built, and what names one that is built elsewhere."""
+
+    name: str
+    """What ``--kernel`` calls it."""
+    about: str
+    """What distinguishes it."""
+    source: str
+    """The Debian package with its source."""
+    suites: tuple[str, ...]
+    """The suites for apt, of which the last one has the package; empty: those of this machine."""
+    config: str
+    """The file of this package with its configuration, over ``tinyconfig``."""
+    variable: str
+    """The environment variable that names a bzImage to use instead."""
+    command: str
+    """The command that builds it."""
+    minutes: int
+    """How long that takes on two cores."""
+    emulator: str
+    """The QEMU that emulates its host unless another one is named."""
+
+    @property
+    def root(self) -> Path:
+        """The directory of the kernel in the cache."""
+        return cache_root() / "kernels" / self.name
+
+    @property
+    def available(self) -> bool:
+        """Whether it has been built, or is named by its variable."""
+        return bool(os.environ.get(self.variable)) or cached(self.root, self.name) is not None
+
+
+FULL = Recipe(
+    name="full",
+    about="iommufd",
+    source="linux-source-6.12",
+    suites=(),
+    config="kernel.config",
+    variable="KVMPASS_LAB_KERNEL",
+    command="kvmpass lab kernel",
+    minutes=8,
+    emulator="system",
+)
+NEXT = Recipe(
+    name="next",
+    about="Linux 7.3",
+    source="linux-source-7.3",
+    suites=debian.BACKPORTS,
+    config="kernel-next.config",
+    variable="KVMPASS_LAB_KERNEL_NEXT",
+    command="kvmpass lab kernel --next",
+    minutes=9,
+    # Under QEMU 7.2 this kernel boots, but guests that run it have no console and no init.
+    emulator="modern",
+)
+RECIPES = {recipe.name: recipe for recipe in (FULL, NEXT)}
 
 
 @dataclass(frozen=True)
@@ -25,7 +86,7 @@ class Kernel:
     """A kernel that a host can boot."""
 
     name: str
-    """``stock``, ``full``, or the path of a bzImage."""
+    """``stock``, ``full``, ``next``, or the path of a bzImage."""
     image: Path
     """The bzImage."""
     release: str
@@ -43,6 +104,12 @@ class Kernel:
         if self.modules is not None:
             text += f":{self.modules.stat().st_mtime_ns}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def wants_southbridge(self) -> bool:
+        """Whether it remaps interrupts only if the IOAPIC's function is an ISA bridge or an SMBus controller."""
+        major = self.release.partition(".")[0]
+        return major.isdecimal() and int(major) >= _SOUTHBRIDGE_SINCE
 
 
 def kernel_release(image: Path) -> str:
@@ -64,11 +131,6 @@ def kernel_release(image: Path) -> str:
 def stock_root() -> Path:
     """Return the directory of the stock kernel in the cache."""
     return cache_root() / "kernels" / "stock"
-
-
-def full_root() -> Path:
-    """Return the directory of the full kernel in the cache."""
-    return cache_root() / "kernels" / "full"
 
 
 def cached(root: Path, name: str) -> Kernel | None:
@@ -98,19 +160,20 @@ def stock(say: Say) -> Kernel:
     return kernel
 
 
-def full(say: Say) -> Kernel:
-    """Return the kernel with iommufd: that of ``KVMPASS_LAB_KERNEL``, or the built one.
+def built(recipe: Recipe, say: Say) -> Kernel:
+    """Return the kernel that the recipe's variable names, else the built one.
 
     Raises ``LabError`` if it has not been built.
     """
-    named = os.environ.get(FULL_VARIABLE)
+    named = os.environ.get(recipe.variable)
     if named:
-        return from_file(Path(named), say, "full")
-    kernel = cached(full_root(), "full")
+        return from_file(Path(named), say, recipe.name)
+    kernel = cached(recipe.root, recipe.name)
     if kernel is None:
         raise LabError(
-            "the full kernel has not been built",
-            f"kvmpass lab kernel builds it (about 8 minutes on 2 cores); {FULL_VARIABLE}=FILE names a built one",
+            f"the {recipe.name} kernel has not been built",
+            f"run {recipe.command}, which builds it (about {recipe.minutes} minutes on 2 cores); "
+            f"{recipe.variable}=FILE names a built one",
         )
     return kernel
 
@@ -133,9 +196,14 @@ def from_file(image: Path, say: Say, name: str | None = None) -> Kernel:
 
 
 def find(name: str, say: Say) -> Kernel:
-    """Return the kernel for ``stock``, ``full`` or a path. Raises ``LabError``."""
+    """Return the kernel for ``stock``, ``full``, ``next`` or a path. Raises ``LabError``."""
     if name == "stock":
         return stock(say)
-    if name == "full":
-        return full(say)
+    if name in RECIPES:
+        return built(RECIPES[name], say)
     return from_file(Path(name), say)
+
+
+def emulator_for(name: str) -> str:
+    """Return the QEMU that emulates the host of a kernel (``stock``, ``full``, ``next``, a path) by default."""
+    return RECIPES[name].emulator if name in RECIPES else "system"

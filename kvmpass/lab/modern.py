@@ -9,14 +9,13 @@ from kvmpass.lab.cache import Say, fill_directory
 from kvmpass.lab.qemu import Emulator, modern, modern_root
 
 PACKAGES = ("qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios")
-SUITES = ("trixie", "trixie-backports")
 
 
 def fetch(say: Say, *, again: bool = False) -> Emulator:
     """Return the modern QEMU, downloaded into the cache if it is missing, or if ``again``. Raises ``LabError``."""
 
     def unpack(draft: Path) -> None:
-        debian.unpack_with_dependencies(PACKAGES, SUITES, draft, say)
+        debian.unpack_with_dependencies(PACKAGES, debian.BACKPORTS, draft, say)
 
     fill_directory(modern_root(), unpack, "qemu", say, again=again)
     return modern()

@@ -37,7 +37,7 @@ def rows() -> list[Row]:
         _emulator("QEMU system", qemu.system, required=True),
         _emulator("QEMU modern", qemu.modern, required=False),
         Row("kernel stock", _stock()),
-        Row("kernel full", _full()),
+        *(Row(f"kernel {recipe.name}", _built(recipe)) for recipe in kernels.RECIPES.values()),
         *_tools(),
         *(Row("DMA", f"{key}: {text}") for key, text in proof.verdicts().items()),
         Row("cache", f"{root}, {used_bytes(root) / 1e6:.0f} MB"),
@@ -77,18 +77,18 @@ def _headers(release: str) -> str:
     return f"headers: {tree}" if tree else f"kvmpass lab headers fetches {headers.package(release)}"
 
 
-def _full() -> str:
-    named = os.environ.get(kernels.FULL_VARIABLE)
+def _built(recipe: kernels.Recipe) -> str:
+    named = os.environ.get(recipe.variable)
     try:
         if named:
-            return f"{kernels.kernel_release(Path(named))}, {kernels.FULL_VARIABLE}={named}"
-        kernel = kernels.cached(kernels.full_root(), "full")
+            return f"{kernels.kernel_release(Path(named))}, {recipe.variable}={named}"
+        kernel = kernels.cached(recipe.root, recipe.name)
     except KvmpassError as error:
         return _with_remedy(error)
     if kernel is not None:
         return f"{kernel.release}, built; it loads no modules"
     lacking = build.missing_packages()
-    return "not built: " + (f"apt-get install {' '.join(lacking)}, then " if lacking else "") + "kvmpass lab kernel"
+    return "not built: " + (f"apt-get install {' '.join(lacking)}, then " if lacking else "") + recipe.command
 
 
 def _tools() -> list[Row]:

@@ -13,10 +13,10 @@ device are skipped then, and so are tests marked ``destructive`` unless ``KVMPAS
 
 Arguments of the marker, all optional: ``profile`` (which host), ``timeout`` (seconds for each phase), ``duration``
 (expected seconds for all phases; decides which hosts start first), ``kernel`` (``"full"``: needs iommufd;
-``"stock"``: needs the distribution's kernel), ``qemu`` (``"system"``, ``"modern"``). Markers of module and class
-are merged, the closest takes precedence. A test whose kernel or QEMU is not the run's own (``--lab-kernel``,
-``--lab-qemu``) gets a host of its own, in the same run. It is skipped if that kernel or QEMU has not been prepared
-(``kvmpass lab kernel``, ``kvmpass lab qemu``).
+``"next"``: needs Linux 7.3; ``"stock"``: needs the distribution's kernel), ``qemu`` (``"system"``, ``"modern"``).
+Markers of module and class are merged, the closest takes precedence. A test whose kernel or QEMU is not the run's own
+(``--lab-kernel``, ``--lab-qemu``) gets a host of its own, in the same run. It is skipped if that kernel or QEMU has
+not been prepared (``kvmpass lab kernel``, ``kvmpass lab qemu``).
 
 The environment inside is small; the setting ``kvmpass_environment`` of a project's pytest configuration names
 variables that are passed to it.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import faulthandler
+import os
+import re
 import signal
 import sys
 import threading
@@ -18,6 +20,7 @@ from kvmpass.testing.profiles import Requirement, profiles
 from kvmpass.testing.state import Mode, State, missing_hardware
 
 STRICT_SKIPS = "kvmpass_strict_skips"  # a setting in a project's pytest configuration
+NEXT = (7, 3)  # what the lab's next kernel is
 DUMP_AFTER = 15.0  # seconds after the limit: a test that still hangs is in a call that no signal interrupts
 
 
@@ -74,8 +77,10 @@ class InPlace:
         profile = profiles(self.config).get(requirement.profile)
         if profile is not None and profile.lab_only:
             pytest.skip(f"the profile {requirement.profile!r} is for the emulated host only: unset KVMPASS_TEST_…")
-        if requirement.kernel == "full" and not hardware_has_iommufd():
+        if requirement.kernel in ("full", "next") and not hardware_has_iommufd():
             pytest.skip("/dev/iommu is missing: the test needs a kernel with CONFIG_IOMMUFD")
+        if requirement.kernel == "next" and release(os.uname().release) < NEXT:
+            pytest.skip(f"the test needs Linux {NEXT[0]}.{NEXT[1]} or later: boot such a kernel")
         if item.get_closest_marker("destructive"):
             refuse_destruction(self.config)
 
@@ -118,6 +123,12 @@ class TimeLimit:
             return (yield)
         seconds = requirement.timeout * State.of(item.config).slowdown
         return (yield from time_limit(seconds, f"{phase} of {item.name}"))
+
+
+def release(text: str) -> tuple[int, int]:
+    """Return the first two numbers of what ``uname -r`` prints."""
+    found = re.match(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def hardware_has_iommufd() -> bool:

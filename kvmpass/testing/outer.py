@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -66,11 +65,12 @@ def unavailable_kernel(name: str) -> str | None:
     """Return why a kernel is unavailable, with the remedy; ``None`` if it is available."""
     from kvmpass.lab import kernels
 
-    if name != "full" or os.environ.get(kernels.FULL_VARIABLE) or kernels.cached(kernels.full_root(), "full"):
+    recipe = kernels.RECIPES.get(name)
+    if recipe is None or recipe.available:
         return None
     return (
-        "needs the full kernel (iommufd), which has not been built: `kvmpass lab kernel` builds it, "
-        f"{kernels.FULL_VARIABLE}=FILE names a built one"
+        f"needs the {name} kernel ({recipe.about}), which has not been built: `{recipe.command}` builds it, "
+        f"{recipe.variable}=FILE names a built one"
     )
 
 
@@ -92,7 +92,7 @@ class Outer:
     def __init__(self, config: pytest.Config, kernel: str, qemu: str, jobs: int) -> None:
         self.config = config
         self.kernel = kernel
-        """The run's kernel: ``stock``, ``full`` or a path."""
+        """The run's kernel: ``stock``, ``full``, ``next`` or a path."""
         self.qemu = qemu
         """The run's QEMU: ``system``, ``modern`` or a path."""
         self.worker = hasattr(config, "workerinput")  # of pytest-xdist
@@ -111,9 +111,13 @@ class Outer:
         if profile is None:
             raise pytest.UsageError(f"unknown profile {requirement.profile!r}; known: {', '.join(sorted(known))}")
         kernel = requirement.kernel or profile.kernel or self.kernel
-        emulator = requirement.qemu or profile.qemu or self.qemu
+        emulator = requirement.qemu or profile.qemu
         if kernel == "full" and self.kernel not in ("stock", "full"):
-            kernel = self.kernel  # the user's own kernel replaces the full one
+            kernel = self.kernel  # the user's own kernel replaces the full one, and so does the next one
+        if kernel == "next" and emulator == "system":
+            return "needs the system QEMU, which cannot run the next kernel's guests: --lab-kernel=full makes it run"
+        if emulator is None:
+            emulator = "modern" if kernel == "next" and self.qemu == "system" else self.qemu
         # The run's own choice is not checked: if it is missing, the boot fails with the reason.
         unavailable = kernel != self.kernel and unavailable_kernel(kernel)
         unavailable = unavailable or (emulator != self.qemu and unavailable_qemu(emulator))

@@ -32,14 +32,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kvmpass", "kvmpass: tests that need AMD-V, AMD-Vi and VFIO")
     group.addoption(
         "--lab-kernel",
-        metavar="stock|full|PATH",
+        metavar="stock|full|next|PATH",
         help="kernel of the emulated host (default: full if KVMPASS_LAB_KERNEL is set, else stock)",
     )
     group.addoption(
         "--lab-qemu",
         metavar="system|modern|PATH",
-        default="system",
-        help="QEMU that emulates the host (default: system)",
+        help="QEMU that emulates the host (default: modern with --lab-kernel=next, else system)",
     )
     group.addoption(
         "--lab-jobs",
@@ -71,7 +70,10 @@ def pytest_configure(config: pytest.Config) -> None:
         from kvmpass.testing.outer import Outer
 
         kernel = config.option.lab_kernel or ("full" if os.environ.get(KERNEL_VARIABLE) else "stock")
-        config.pluginmanager.register(Outer(config, kernel, config.option.lab_qemu, jobs(config)), "kvmpass-outer")
+        qemu = config.option.lab_qemu or ("modern" if kernel == "next" else "system")
+        if (kernel, qemu) == ("next", "system"):
+            raise pytest.UsageError("--lab-kernel=next needs the modern QEMU: leave out --lab-qemu")
+        config.pluginmanager.register(Outer(config, kernel, qemu, jobs(config)), "kvmpass-outer")
         return
     config.pluginmanager.register(InPlace(config), "kvmpass-inplace")
     config.pluginmanager.register(TimeLimit(), "kvmpass-time-limit")

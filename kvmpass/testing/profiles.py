@@ -34,7 +34,7 @@ class Profile:
     cpus: int = 1
     """Number of the host's CPUs."""
     kernel: str | None = None
-    """``stock``, ``full`` or a path; ``None``: that of the run (``--lab-kernel``)."""
+    """``stock``, ``full``, ``next`` or a path; ``None``: that of the run (``--lab-kernel``)."""
     qemu: str | None = None
     """``system``, ``modern`` or a path; ``None``: that of the run (``--lab-qemu``)."""
     append: str = ""
@@ -90,6 +90,8 @@ _MODERN = (
     "igb",
     "e1000e",
 )
+# Few devices for what only the newest kernel has, and for the kernel's own VFIO selftests.
+_NEXT = ("igb", "edu", "edu", "ivshmem-plain,size=64M")
 _SMALL = ("nvme,addr=04.0", "edu,addr=05.0")
 
 DEFAULT_PROFILES: Mapping[str, Profile] = MappingProxyType(
@@ -100,6 +102,7 @@ DEFAULT_PROFILES: Mapping[str, Profile] = MappingProxyType(
         "sriov": Profile(devices=_SRIOV),
         "devices": Profile(devices=_DEVICES, memory="4G"),
         "modern": Profile(devices=_MODERN, memory="4G"),
+        "next": Profile(devices=_NEXT, memory="4G", kernel="next"),
         "no-svm": Profile(devices=_SMALL, without=frozenset({"svm"}), lab_only=True),
         "no-iommu": Profile(devices=_SMALL, without=frozenset({"iommu"}), lab_only=True),
         "no-intremap": Profile(devices=_SMALL, without=frozenset({"intremap"}), lab_only=True),
@@ -118,7 +121,7 @@ class Requirement:
     duration: float = DEFAULT_DURATION
     """Expected seconds of all phases together, in the emulated host."""
     kernel: str | None = None
-    """``full`` or ``stock``; ``None``: that of the profile or the run."""
+    """``full``, ``next`` or ``stock``; ``None``: that of the profile or the run."""
     qemu: str | None = None
     """``modern`` or ``system``; ``None``: that of the profile or the run."""
 

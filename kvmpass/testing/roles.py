@@ -17,7 +17,7 @@ PREFIX = "KVMPASS_TEST_"
 NOT_ROLES = frozenset({"DESTRUCTIVE", "PLAN"})
 BDF = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
-NVME, XHCI, AHCI = 0x010802, 0x0C0330, 0x010601
+NVME, XHCI, AHCI, ISA_BRIDGE = 0x010802, 0x0C0330, 0x010601, 0x060100
 EDU, IVSHMEM, VIRTIO_BLK = (0x1234, 0x11E8), (0x1AF4, 0x1110), (0x1AF4, 0x1042)
 E1000, E1000E, IGB = (0x8086, 0x100E), (0x8086, 0x10D3), (0x8086, 0x10C9)
 
@@ -76,7 +76,11 @@ ROLES: Mapping[str, tuple[str, Callable[[Candidate], bool]]] = {
     ),
     "edu": ("QEMU's edu device, alone in its group", lambda d: d.id == EDU and d.alone),
     "ahci": ("a SATA controller with a disk, alone in its group", lambda d: d.class_code == AHCI and d.alone),
-    "virtio_blk": ("a virtio drive that is alone in its group", lambda d: d.id == VIRTIO_BLK and d.alone),
+    # The lab's southbridge (kvmpass.lab.devices) is a virtio drive, too, with the class of an ISA bridge.
+    "virtio_blk": (
+        "a virtio drive that is alone in its group",
+        lambda d: d.id == VIRTIO_BLK and d.alone and d.class_code != ISA_BRIDGE,
+    ),
     "xhci": ("a USB controller that is alone in its group", lambda d: d.class_code == XHCI and d.alone),
     "ivshmem": ("QEMU's shared memory device, alone in its group", lambda d: d.id == IVSHMEM and d.alone),
     "multifunction": (

@@ -41,7 +41,7 @@ class HostSpec:
     profile: str
     """Name of the profile."""
     kernel: str
-    """``stock``, ``full`` or a path."""
+    """``stock``, ``full``, ``next`` or a path."""
     qemu: str
     """``system``, ``modern`` or a path."""
     part: str = ""

@@ -48,7 +48,13 @@ def pytest_kvmpass_lab(lab):
 
 @pytest.fixture
 def lab(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    for name in ("KVMPASS_LAB", "KVMPASS_TEST_PLAN", "KVMPASS_LAB_KERNEL", "PYTEST_ADDOPTS"):
+    for name in (
+        "KVMPASS_LAB",
+        "KVMPASS_TEST_PLAN",
+        "KVMPASS_LAB_KERNEL",
+        "KVMPASS_LAB_KERNEL_NEXT",
+        "PYTEST_ADDOPTS",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name in ("NVME", "NIC", "EDU"):
         monkeypatch.delenv(f"KVMPASS_TEST_{name}", raising=False)

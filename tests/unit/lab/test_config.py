@@ -25,6 +25,7 @@ def test_features_split_at_commas_and_repeat() -> None:
         ({"memory": "0G"}, "0G"),
         ({"cpus": 0}, "CPU"),
         ({"timeout": 0.0}, "timeout"),
+        ({"kernel": "next", "qemu": "system"}, "modern QEMU"),
         ({"writable": tuple(Path(f"/{n}") for n in range(9))}, "at most 8"),
         ({"without": frozenset({"iommu"}), "iommu_trace": Path("t")}, "trace"),
     ],

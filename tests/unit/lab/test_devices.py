@@ -34,6 +34,18 @@ def test_slots_in_use_are_skipped() -> None:
     assert [device.rsplit(",", 1)[1] for device in found] == ["bus=pcie.0", "addr=06.0", "bus=pcie.0"]
 
 
+def test_the_southbridge_takes_slot_14_unless_a_device_does() -> None:
+    def with_southbridge(*specs: str) -> list[str]:
+        return devices(qemu_devices(specs, HERE, root_ports=False, is_pci=lambda _: True, southbridge=True))
+
+    bridge, edu = with_southbridge("edu")
+    assert bridge.startswith("virtio-blk-pci,class=0x0601,")
+    assert (bridge.endswith(",bus=pcie.0,addr=14.0"), edu.endswith("addr=04.0")) == (True, True)
+    assert [device.split(",")[0] for device in with_southbridge("edu,addr=14.0")] == ["edu"]
+    slots = [device.rsplit("=", 1)[1] for device in with_southbridge(*["pci-testdev"] * 17)]
+    assert slots[-2:] == ["13.0", "15.0"]
+
+
 def test_an_explicit_address_is_kept() -> None:
     found = devices(place("pci-bridge,id=br0,chassis_nr=1,addr=11.0", "pci-testdev,bus=br0,addr=1.0"))
     assert found == ["pci-bridge,id=br0,chassis_nr=1,addr=11.0,bus=pcie.0", "pci-testdev,bus=br0,addr=1.0"]

@@ -32,18 +32,38 @@ def test_a_file_that_is_not_a_kernel_is_refused(tmp_path: Path) -> None:
         kernels.kernel_release(tmp_path / "nothing")
 
 
-def test_full_is_built_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(kernels.FULL_VARIABLE, raising=False)
-    with pytest.raises(LabError) as caught:
-        kernels.find("full", print)
-    assert "kvmpass lab kernel" in caught.value.__notes__[0]
+@pytest.mark.parametrize("recipe", kernels.RECIPES.values(), ids=list(kernels.RECIPES))
+def test_full_and_next_are_built_on_request_only(
+    recipe: kernels.Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMPASS_CACHE", str(tmp_path))
+    monkeypatch.delenv(recipe.variable, raising=False)
+    assert not recipe.available
+    with pytest.raises(LabError, match=f"the {recipe.name} kernel") as caught:
+        kernels.find(recipe.name, print)
+    assert caught.value.__notes__[0].startswith(f"run {recipe.command}, which builds it")
+    monkeypatch.setenv(recipe.variable, str(tmp_path / "bzImage"))
+    assert recipe.available
+
+
+@pytest.mark.parametrize(
+    ("release", "wants"),
+    [("6.12.117", False), ("6.19.0-rc1", False), ("7.3.4", True), ("10.0", True), ("odd", False)],
+)
+def test_which_kernels_look_for_the_southbridge(release: str, wants: bool) -> None:
+    assert kernels.Kernel("k", Path("bzImage"), release).wants_southbridge == wants
+
+
+def test_the_emulator_of_each_kernel() -> None:
+    names = ("stock", "full", "next", "/some/bzImage")
+    assert [kernels.emulator_for(name) for name in names] == ["system", "system", "modern", "system"]
 
 
 @pytest.mark.skipif(cache.find_tool("depmod") is None, reason="no depmod: apt-get install kmod makes it run")
 def test_a_built_kernel_lists_its_drivers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bzImage").write_bytes(bzimage("6.12.1-own"))
     (tmp_path / "modules.builtin").write_text("kernel/drivers/vfio/pci/vfio-pci.ko\n")
-    monkeypatch.setenv(kernels.FULL_VARIABLE, str(tmp_path / "bzImage"))
+    monkeypatch.setenv(kernels.FULL.variable, str(tmp_path / "bzImage"))
     kernel = kernels.find("full", print)
     assert (kernel.name, kernel.release) == ("full", "6.12.1-own")
     assert kernel.modules is not None

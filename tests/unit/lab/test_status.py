@@ -14,7 +14,8 @@ from kvmpass.lab.qemu import Emulator
 @pytest.fixture(autouse=True)
 def bare_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVMPASS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(kernels.FULL_VARIABLE, raising=False)
+    for recipe in kernels.RECIPES.values():
+        monkeypatch.delenv(recipe.variable, raising=False)
     monkeypatch.setattr(build, "missing_packages", lambda: ["flex", "bison"])
     monkeypatch.setattr(debian, "download_and_unpack", lambda *_: pytest.fail("a download"))
 
@@ -35,6 +36,7 @@ def test_a_bare_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "kvmpass lab qemu" in rows["QEMU modern"].text
     assert kernels.STOCK_PACKAGE in rows["kernel stock"].text
     assert rows["kernel full"].text == "not built: apt-get install flex bison, then kvmpass lab kernel"
+    assert rows["kernel next"].text.endswith("then kvmpass lab kernel --next")
 
 
 def test_a_broken_qemu_counts_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -460,6 +460,44 @@ def test_a_full_kernel_in_addition_to_the_runs_own(
         assert boots(lab) == ["6G /some/bzImage system", "6G stock system"]
 
 
+NEXT = """
+@pytest.mark.amdvi
+def test_any(): pass
+
+@pytest.mark.amdvi(kernel="next")
+def test_newest(): pass
+
+@pytest.mark.amdvi(kernel="full")
+def test_full(): pass
+
+@pytest.mark.amdvi(qemu="system")
+def test_old_qemu(): pass
+"""
+
+
+def test_the_next_kernel_has_the_modern_qemu(lab: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(lab, NEXT)
+    result = lab.runpytest_inprocess("-ra", "-k", "newest")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED*needs the next kernel (Linux 7.3)*`kvmpass lab kernel --next` builds it*"])
+    monkeypatch.setenv("KVMPASS_LAB_KERNEL_NEXT", "/some/bzImage")
+    result = lab.runpytest_inprocess("-ra", "-k", "newest")
+    result.stdout.fnmatch_lines(["SKIPPED*needs the modern QEMU*`kvmpass lab qemu` fetches it"])
+    (lab.path / "cache/qemu/modern").mkdir(parents=True)
+    lab.runpytest_inprocess("-k", "newest or any").assert_outcomes(passed=2)
+    assert boots(lab) == ["6G stock system", "6G next modern"]
+
+
+def test_a_run_on_the_next_kernel(lab: pytest.Pytester) -> None:
+    write(lab, NEXT)
+    result = lab.runpytest_inprocess("-ra", "--lab-kernel=next")
+    result.assert_outcomes(passed=3, skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED*needs the system QEMU*--lab-kernel=full makes it run"])
+    assert boots(lab) == ["6G next modern"]
+    result = lab.runpytest_inprocess("--lab-kernel=next", "--lab-qemu=system")
+    result.stderr.fnmatch_lines(["*needs the modern QEMU: leave out --lab-qemu"])
+
+
 def test_the_runs_own_kernel_and_qemu_are_never_a_reason_to_skip(lab: pytest.Pytester) -> None:
     write(lab, REQUIRING)
     lab.runpytest_inprocess("--lab-kernel=full", "--lab-qemu=modern").assert_outcomes(passed=6)
