@@ -5,8 +5,9 @@ The public names, each imported when it is first used: ``import kvmpass`` costs 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvmpass._lazy import lazy_names
 
 if TYPE_CHECKING:
     from kvmpass.assignment.plan import Plan as Plan
@@ -26,24 +27,15 @@ if TYPE_CHECKING:
     from kvmpass.machine import Machine as Machine
     from kvmpass.memory import GuestMemory as GuestMemory
 
-_NAMES = {
-    "kvmpass.assignment.plan": ("Plan", "plan"),
-    "kvmpass.dma.domain": ("Domain",),
-    "kvmpass.errors": ("KvmpassError",),
-    "kvmpass.guest": ("Guest", "GuestSpec", "prepare"),
-    "kvmpass.host": ("Bdf", "bind", "borrow", "restore", "unbind"),
-    "kvmpass.machine": ("AssignedDevice", "GuestOutcome", "Machine"),
-    "kvmpass.memory": ("GuestMemory",),
-}
-_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
-__all__ = sorted(_MODULE_OF)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "kvmpass.assignment.plan": ("Plan", "plan"),
+        "kvmpass.dma.domain": ("Domain",),
+        "kvmpass.errors": ("KvmpassError",),
+        "kvmpass.guest": ("Guest", "GuestSpec", "prepare"),
+        "kvmpass.host": ("Bdf", "bind", "borrow", "restore", "unbind"),
+        "kvmpass.machine": ("AssignedDevice", "GuestOutcome", "Machine"),
+        "kvmpass.memory": ("GuestMemory",),
+    },
+)

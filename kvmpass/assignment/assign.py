@@ -13,6 +13,7 @@ from kvmpass.events import DeviceEvent
 from kvmpass.guest import GuestSpec, prepare
 from kvmpass.host.address import parse_distinct
 from kvmpass.host.backend import AUTO
+from kvmpass.host.view.inventory import sriov_of
 from kvmpass.kvm.system import MAX_APIC_IDS
 from kvmpass.layout import Range, parse_size
 from kvmpass.machine import Machine
@@ -80,7 +81,7 @@ def assigned(
         with host.borrow(*bdfs, sysfs=sysfs, say=say), closing(machine):
             for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
                 # VFIO refuses a token for devices without SR-IOV.
-                machine.assign(device.bdf, vf_token=vf_token if host.view.sriov_of(sysfs, device.bdf) else None)
+                machine.assign(device.bdf, vf_token=vf_token if sriov_of(sysfs, device.bdf) else None)
                 name = names.of(device)
                 driver = device.driver or "no driver"
                 say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was bound to {driver}")

@@ -13,7 +13,7 @@ from kvmpass.host import Bdf, Blocker, PciDevice, Sysfs, limits
 from kvmpass.host.address import parse_distinct
 from kvmpass.host.backend import AUTO, TYPE1, BackendChoice, choose_backend
 from kvmpass.host.doctor import Finding, Outcome
-from kvmpass.host.view import Sibling, siblings
+from kvmpass.host.view.isolation import Sibling, siblings
 from kvmpass.kvm import System
 from kvmpass.kvm.system import check_vcpus
 from kvmpass.layout import Layout, parse_size

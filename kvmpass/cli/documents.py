@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmpass import host
-from kvmpass.host import view
 from kvmpass.host.backend import BackendChoice
+from kvmpass.host.view.classes import class_name
 from kvmpass.layout import Reserved
+
+if TYPE_CHECKING:
+    from kvmpass.host.view.inventory import DeviceStatus, HostStatus
+    from kvmpass.host.view.isolation import Sibling
 
 
 def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
@@ -28,7 +32,7 @@ def backend_document(choice: BackendChoice | None) -> dict[str, Any] | None:
     return None if choice is None else {"name": choice.name, "reason": choice.reason}
 
 
-def host_document(status: view.HostStatus) -> dict[str, Any]:
+def host_document(status: HostStatus) -> dict[str, Any]:
     """Whether the host and the user can assign devices."""
     blocker = status.blocker and blocker_document(status.blocker)
     return {"ready": status.ready, "permitted": status.permitted, "blocker": blocker}
@@ -39,7 +43,7 @@ def group_document(group: host.IommuGroup) -> dict[str, Any]:
     return {"group": group.id, "type": group.type, "no_iommu": group.no_iommu}
 
 
-def sibling_document(sibling: view.Sibling) -> dict[str, Any]:
+def sibling_document(sibling: Sibling) -> dict[str, Any]:
     """Another device of an IOMMU group."""
     return {
         "bdf": sibling.device.bdf,
@@ -54,7 +58,7 @@ def reserved_document(region: Reserved) -> dict[str, Any]:
     return {"start": hex(region.range.start), "last": hex(region.range.last), "kind": region.kind}
 
 
-def device_document(status: view.DeviceStatus, whole: view.HostStatus) -> dict[str, Any]:
+def device_document(status: DeviceStatus, whole: HostStatus) -> dict[str, Any]:
     """Return the fields of a device. ``assignable`` is false for every device of a host that is not ready."""
     device = status.device
     return {
@@ -66,7 +70,7 @@ def device_document(status: view.DeviceStatus, whole: view.HostStatus) -> dict[s
         "subsystem_vendor": f"{device.subsystem_vendor:04x}",
         "subsystem_device": f"{device.subsystem_device:04x}",
         "class": f"{device.class_code:06x}",
-        "class_name": view.class_name(device.class_code),
+        "class_name": class_name(device.class_code),
         "revision": f"{device.revision:02x}",
         "driver": device.driver,
         "driver_override": device.driver_override,

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from kvmpass import host
 from kvmpass.cli import tables
-from kvmpass.host import view
 from kvmpass.host.sysfs import VFIO_PCI
 from kvmpass.layout import Reserved, size_text
 
+if TYPE_CHECKING:
+    from kvmpass.host.view.capabilities import Capabilities
+    from kvmpass.host.view.description import BarInfo
+    from kvmpass.host.view.inventory import DeviceStatus, HostStatus, Link, Sriov
+    from kvmpass.host.view.isolation import Bridge, Sibling
 
-def format_verdict(status: view.DeviceStatus, whole: view.HostStatus) -> str:
+
+def format_verdict(status: DeviceStatus, whole: HostStatus) -> str:
     """``yes``, or ``no`` and the first blocker: the device's own, else the host's."""
     if status.blockers:
         return click.style(f"no: {status.blockers[0].brief}", fg="yellow")
@@ -22,13 +28,13 @@ def format_verdict(status: view.DeviceStatus, whole: view.HostStatus) -> str:
     return click.style("yes, on vfio-pci" if status.device.driver == VFIO_PCI else "yes", fg="green")
 
 
-def group_blockers(members: Sequence[view.DeviceStatus]) -> str | None:
+def group_blockers(members: Sequence[DeviceStatus]) -> str | None:
     """Return the devices of a group that the host uses, which block the whole group; None if there are none."""
     used = sorted({bdf for status in members for blocker in status.blockers for bdf in blocker.blocked_by})
     return f"the host uses {', '.join(map(str, used))} of this group" if used else None
 
 
-def format_link(link: view.Link | None) -> str | None:
+def format_link(link: Link | None) -> str | None:
     """``PCIe 8 GT/s x4``, with the maximum if it is higher; None if the device has no link."""
     if link is None:
         return None
@@ -43,7 +49,7 @@ def _lanes(speed: float | None, width: int | None) -> str:
     return " ".join(part for part in parts if part)
 
 
-def format_sriov(sriov: view.Sriov | None) -> str | None:
+def format_sriov(sriov: Sriov | None) -> str | None:
     """Return the physical function of a virtual one, else how many virtual functions are enabled."""
     if sriov is None:
         return None
@@ -60,7 +66,7 @@ def format_resets(device: host.PciDevice) -> str:
 # --- show
 
 
-def format_bars(bars: Sequence[view.BarInfo]) -> Iterator[str]:
+def format_bars(bars: Sequence[BarInfo]) -> Iterator[str]:
     """Yield a line for each BAR, in columns: name, size, kind, address."""
     rows = []
     for bar in bars:
@@ -70,7 +76,7 @@ def format_bars(bars: Sequence[view.BarInfo]) -> Iterator[str]:
     yield from tables.table(rows, right=frozenset({1}))
 
 
-def format_capabilities(own: view.Capabilities) -> Iterator[str]:
+def format_capabilities(own: Capabilities) -> Iterator[str]:
     """Yield a line for each capability that matters to an assignment, and one that names all others."""
     switches = (("memory", own.memory_enabled), ("I/O", own.io_enabled), ("bus mastering", own.bus_master))
     yield f"on: {', '.join(name for name, value in switches if value) or 'nothing'}"
@@ -117,14 +123,14 @@ _ROLES = {
 }
 
 
-def format_sibling(sibling: view.Sibling) -> str:
+def format_sibling(sibling: Sibling) -> str:
     """Another device of the group, and whether it blocks the group."""
     device = sibling.device
     driver = f" ({device.driver})" if device.driver else ""
     return f"with {device.bdf}{driver}, {_ROLES[sibling.role]}"
 
 
-def format_bridge(bridge: view.Bridge) -> str:
+def format_bridge(bridge: Bridge) -> str:
     """Describe a bridge, and whether it isolates the devices behind it."""
     if not bridge.readable:
         means = "its registers are not readable without root"
@@ -141,7 +147,7 @@ def format_bridge(bridge: view.Bridge) -> str:
     return f"{bridge.bdf} {bridge.kind}: {means}"
 
 
-def format_acs(own: view.Capabilities) -> Sequence[str]:
+def format_acs(own: Capabilities) -> Sequence[str]:
     """Describe the ACS capability of a function, which isolates the functions of one device; empty if unknown."""
     if not own.readable:
         return []

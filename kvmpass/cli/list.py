@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -15,7 +15,10 @@ from kvmpass.cli.format import format_link, format_resets, format_sriov, format_
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import complete_filter
 from kvmpass.cli.tree import tree_option
-from kvmpass.host import view
+from kvmpass.host.view.classes import class_name
+
+if TYPE_CHECKING:
+    from kvmpass.host.view.inventory import DeviceStatus, Inventory
 
 _HEADING = ("Group", "Device", "Class", "Driver", "Assignable", "Name")
 _GROUP_ALIGNED = frozenset({0})
@@ -86,8 +89,8 @@ class _Row(NamedTuple):
     below: Sequence[str]
 
 
-def _lines(found: view.Inventory, wide: bool) -> Iterator[str]:
-    members: dict[int | None, builtins.list[view.DeviceStatus]] = {group.id: [] for group in found.groups}
+def _lines(found: Inventory, wide: bool) -> Iterator[str]:
+    members: dict[int | None, builtins.list[DeviceStatus]] = {group.id: [] for group in found.groups}
     for status in found.devices:
         members.setdefault(status.device.group, []).append(status)
     tree = any(len(members[group.id]) > 1 for group in found.groups)
@@ -107,7 +110,7 @@ def _lines(found: view.Inventory, wide: bool) -> Iterator[str]:
 
 
 def _group(
-    found: view.Inventory, group: host.IommuGroup, members: Sequence[view.DeviceStatus], tree: bool, wide: bool
+    found: Inventory, group: host.IommuGroup, members: Sequence[DeviceStatus], tree: bool, wide: bool
 ) -> Iterator[_Row]:
     for number, status in enumerate(members):
         first, last = number == 0, number == len(members) - 1
@@ -119,9 +122,9 @@ def _group(
         yield row._replace(below=[*row.below, reason]) if reason else row
 
 
-def _row(found: view.Inventory, status: view.DeviceStatus, group: str, branch: str, stem: str, wide: bool) -> _Row:
+def _row(found: Inventory, status: DeviceStatus, group: str, branch: str, stem: str, wide: bool) -> _Row:
     device = status.device
-    cells = (group, f"{branch}{device.bdf}", view.class_name(device.class_code), device.driver or "-")
+    cells = (group, f"{branch}{device.bdf}", class_name(device.class_code), device.driver or "-")
     facts = [
         format_link(status.link),
         f"NUMA node {device.numa_node}" if device.numa_node is not None else None,

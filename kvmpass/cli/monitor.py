@@ -6,6 +6,7 @@ import select
 import sys
 import time
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,7 +14,9 @@ from kvmpass import host
 from kvmpass.cli.main import FAILED
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import complete_filter
-from kvmpass.host import view
+
+if TYPE_CHECKING:
+    from kvmpass.host.view.watching import HostEvent
 
 _LABELS = {
     "device-added": "added",
@@ -88,7 +91,7 @@ def _output_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: view.HostEvent) -> None:
+def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: HostEvent) -> None:
     output.record(
         time=datetime.fromtimestamp(event.time, UTC).isoformat(timespec="microseconds"),
         event=event.kind,
@@ -106,7 +109,7 @@ def _print(output: Output, sysfs: host.Sysfs, names: host.Names, event: view.Hos
     output.text(f"{moment}  {label}  {what:12}  {_about(sysfs, names, event)}".rstrip())
 
 
-def _about(sysfs: host.Sysfs, names: host.Names, event: view.HostEvent) -> str:
+def _about(sysfs: host.Sysfs, names: host.Names, event: HostEvent) -> str:
     if event.kind == "events-lost":
         return "some events: they arrived faster than they were read"
     if event.bdf is None:

@@ -12,8 +12,9 @@ from click.shell_completion import CompletionItem
 
 from kvmpass import host
 from kvmpass.errors import BadAddress, LayoutError, NoSuchDevice
-from kvmpass.host import view
 from kvmpass.host.backend import AUTO, BACKENDS
+from kvmpass.host.view.classes import class_name
+from kvmpass.host.view.filters import select
 from kvmpass.layout import parse_size
 
 if TYPE_CHECKING:  # generic since click 8.4 only
@@ -78,7 +79,7 @@ def _matching(text: str, ctx: click.Context | None) -> str | None:
     place = ctx.params.get("place") if ctx is not None else None
     try:
         with open_recorded(place) if isinstance(place, Path) else nullcontext(host.Sysfs()) as sysfs:
-            devices = view.select(sysfs, [text])
+            devices = select(sysfs, [text])
     except NoSuchDevice:
         return None
     names = " ".join(str(device.bdf) for device in devices[:4]) + (" …" if len(devices) > 4 else "")
@@ -103,7 +104,7 @@ def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None =
         full = str(device.bdf)
         text = full if full.startswith(incomplete) else full.partition(":")[2]
         if text.startswith(incomplete) and (wanted is None or wanted(device)):
-            items.append(CompletionItem(text, help=f"{view.class_name(device.class_code)}: {names.short(device)}"))
+            items.append(CompletionItem(text, help=f"{class_name(device.class_code)}: {names.short(device)}"))
     return items
 
 

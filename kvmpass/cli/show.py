@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,8 +32,12 @@ from kvmpass.cli.format import (
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF
 from kvmpass.cli.tree import tree_option
-from kvmpass.host import view
 from kvmpass.host.drivers.driverctl import NO_DRIVER
+from kvmpass.host.view.classes import class_name
+
+if TYPE_CHECKING:
+    from kvmpass.host.view.capabilities import Capabilities
+    from kvmpass.host.view.description import Description
 
 _LABEL = 14
 
@@ -68,7 +72,7 @@ def show(output: Output, bdf: host.Bdf, tree: host.Sysfs | None) -> int:
 # --- for people
 
 
-def _lines(found: view.Description) -> Iterator[str]:
+def _lines(found: Description) -> Iterator[str]:
     device = found.status.device
     yield click.style(f"{device.bdf}  {found.status.name}", bold=True)
     yield ""
@@ -93,9 +97,9 @@ def _facts(facts: Iterable[tuple[str, list[str]]]) -> Iterator[str]:
             begin = " " * _LABEL
 
 
-def _identity(found: view.Description) -> Iterator[tuple[str, list[str]]]:
+def _identity(found: Description) -> Iterator[tuple[str, list[str]]]:
     status, device = found.status, found.status.device
-    words = view.class_name(device.class_code)
+    words = class_name(device.class_code)
     ids = f"{device.vendor:04x}:{device.device:04x}, revision {device.revision:02x}"
     yield "Class", [f"{words} ({device.class_code:06x})"]
     yield "Ids", [ids]
@@ -122,7 +126,7 @@ def _identity(found: view.Description) -> Iterator[tuple[str, list[str]]]:
         yield "SR-IOV", [sriov, *([virtual] if virtual else [])]
 
 
-def _verdict(found: view.Description) -> Iterator[tuple[str, list[str]]]:
+def _verdict(found: Description) -> Iterator[tuple[str, list[str]]]:
     answer = [format_verdict(found.status, found.host)]
     for blocker in found.status.blockers:
         cause = f"{found.status.device.bdf} is in use: see below" if blocker.kind == "in-use" else blocker.cause
@@ -135,13 +139,13 @@ def _verdict(found: view.Description) -> Iterator[tuple[str, list[str]]]:
     yield "Back end", [str(found.backend)]
 
 
-def _uses(found: view.Description) -> list[str]:
+def _uses(found: Description) -> list[str]:
     if found.uses or found.possible_uses:
         return [*found.uses, *(f"cannot be detected: {why}" for why in found.possible_uses)]
     return ["no" if found.complete else "no, as far as this user can see"]
 
 
-def _capabilities(found: view.Description) -> list[str]:
+def _capabilities(found: Description) -> list[str]:
     own = found.capabilities
     if not own.responds:
         return ["the device does not respond: it is powered off or removed"]
@@ -150,7 +154,7 @@ def _capabilities(found: view.Description) -> list[str]:
     return list(format_capabilities(own)) or ["none"]
 
 
-def _surroundings(found: view.Description) -> Iterator[tuple[str, list[str]]]:
+def _surroundings(found: Description) -> Iterator[tuple[str, list[str]]]:
     if found.group is None:
         yield "IOMMU group", ["none"]
     else:
@@ -173,7 +177,7 @@ def _surroundings(found: view.Description) -> Iterator[tuple[str, list[str]]]:
 # --- for programs
 
 
-def _document(found: view.Description) -> dict[str, Any]:
+def _document(found: Description) -> dict[str, Any]:
     group = found.group
     return {
         "host": host_document(found.host),
@@ -197,7 +201,7 @@ def _document(found: view.Description) -> dict[str, Any]:
     }
 
 
-def _capability_document(own: view.Capabilities) -> dict[str, Any]:
+def _capability_document(own: Capabilities) -> dict[str, Any]:
     document = asdict(own)
     if own.msix:
         places = {"table_offset": hex(own.msix.table_offset), "pba_offset": hex(own.msix.pba_offset)}

@@ -13,8 +13,7 @@ from kvmpass.host import Blocker, Look, PciDevice, bind, check_assignable, descr
 from kvmpass.host.blockers import CHECKS
 from kvmpass.host.blockers import blockers as reasons
 from kvmpass.host.doctor import Outcome
-from kvmpass.host.view import HostStatus
-from kvmpass.host.view.inventory import device_status, host_status
+from kvmpass.host.view.inventory import HostStatus, device_status, host_status
 from support.host_tree import Host
 
 Answer = list[tuple[str, str]]

@@ -16,7 +16,7 @@ PACKAGE = Path(kvmpass.__file__).parent
 
 # From the lowest to the highest. A package, or a module at the top, imports from lower layers only.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"_dataclass"}),
+    frozenset({"_dataclass", "_lazy"}),
     frozenset({"errors", "events", "crash", "hugepages", "ports", "pciregs", "_native", "_teardown", "_ratelimit"}),
     frozenset({"_fd", "_signals", "layout", "bus"}),
     frozenset({"memory", "initramfs"}),

@@ -13,6 +13,7 @@ from kvmpass import host as library
 from kvmpass import plan
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host import Bdf
+from kvmpass.host.view.filters import select
 
 NVME, EDU = "0000:01:00.0", "0000:01:00.1"
 
@@ -42,7 +43,7 @@ class Restless(Host):
 
 LOOKS: dict[str, Callable[[Host], object]] = {
     "list": library.inventory,
-    "select": lambda host: library.view.select(host, ["01:00"]),
+    "select": lambda host: select(host, ["01:00"]),
     "show": lambda host: library.describe(host, Bdf.parse(NVME)),
     "doctor": lambda host: library.diagnose(host, Bdf.parse(NVME)),
     "plan": lambda host: plan([NVME], memory="64M", sysfs=host),

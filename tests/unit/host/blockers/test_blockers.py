@@ -21,7 +21,7 @@ from kvmpass.errors import NotAssignable
 from kvmpass.host import Bdf
 from kvmpass.host.blockers import blockers
 from kvmpass.host.drivers import bind as binding
-from kvmpass.host.view import inventory
+from kvmpass.host.view.inventory import inventory
 
 GPU = Bdf(0, 1, 0, 0)
 DEVICE = f"sys/bus/pci/devices/{GPU}"

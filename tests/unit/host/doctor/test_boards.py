@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.host_tree import Host
 
-from kvmpass.host.view import inventory
+from kvmpass.host.view.inventory import inventory
 
 ROUTE = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\n"
 KEYBOARD = """I: Bus=0003

@@ -28,7 +28,7 @@ from kvmpass.host.record import open_recorded
 from kvmpass.host.record.anonymity import Anonymity
 from kvmpass.host.record.recorded import MANIFEST, BadRecord
 from kvmpass.host.record.recording import Recorder, record
-from kvmpass.host.view import inventory
+from kvmpass.host.view.inventory import inventory
 
 NVME, NIC, GPU = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
 IVRS = "sys/firmware/acpi/tables/IVRS"

@@ -14,8 +14,8 @@ from kvmpass.cli import params
 from kvmpass.cli.main import main
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host import Bdf, Names
-from kvmpass.host.view import class_name, select
-from kvmpass.host.view.filters import parse_filter
+from kvmpass.host.view.classes import class_name
+from kvmpass.host.view.filters import parse_filter, select
 
 PCI_IDS = """\
 # a comment

@@ -15,7 +15,7 @@ from kvmpass import host as library
 from kvmpass.cli.main import main
 from kvmpass.host import Bdf, describe
 from kvmpass.host.drivers.journal import Entry
-from kvmpass.host.view import Link, Sriov, inventory
+from kvmpass.host.view.inventory import DeviceStatus, HostStatus, Link, Sriov, inventory
 
 Valid = Callable[[str, str | bytes], Any]
 PORT, NVME_BDF, VF = "0000:00:01.0", "0000:01:00.0", "0000:01:00.1"
@@ -74,7 +74,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) ->
     return output, errors
 
 
-def status_of(host: Host, bdf: str) -> library.view.DeviceStatus:
+def status_of(host: Host, bdf: str) -> DeviceStatus:
     return inventory(host, [bdf]).devices[0]
 
 
@@ -105,7 +105,7 @@ def test_what_is_in_the_way_is_named(host: Host) -> None:
 
 
 def test_the_host_as_a_whole(host: Host) -> None:
-    assert inventory(host).host == library.view.HostStatus()
+    assert inventory(host).host == HostStatus()
     host.put("proc/cpuinfo", "vendor_id : AuthenticAMD\nflags : fpu")
     status = inventory(host).host
     assert (status.ready, status.permitted) == (False, True)

@@ -17,8 +17,7 @@ from kvmpass import host as library
 from kvmpass.cli.main import main
 from kvmpass.errors import HostNotReady
 from kvmpass.host import Bdf, watch_events
-from kvmpass.host.view import HostEvent
-from kvmpass.host.view.watching import Uevent
+from kvmpass.host.view.watching import HostEvent, Uevent
 
 NVME = "0000:01:00.0"
 

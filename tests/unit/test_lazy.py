@@ -1,0 +1,63 @@
+"""Packages whose names are imported when they are first used."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvmpass
+
+ROOT = Path(kvmpass.__file__).parent
+PACKAGES = sorted(
+    ".".join(path.parent.relative_to(ROOT.parent).parts)
+    for path in ROOT.rglob("__init__.py")
+    if "lazy_names(" in path.read_text()
+)
+
+
+def declared(package: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the module by name: as type checkers see it, and in the table."""
+    module = importlib.import_module(package)
+    assert module.__file__ is not None
+    seen, table = {}, {}
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kvmpass."):
+            seen |= {alias.asname: node.module for alias in node.names if alias.asname}
+        if isinstance(node, ast.Dict):
+            for key, names in ast.literal_eval(node).items():
+                table |= dict.fromkeys(names, key)
+    return seen, table
+
+
+def test_there_are_such_packages() -> None:
+    assert PACKAGES == ["kvmpass", "kvmpass.host"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_type_checkers_see_the_same_names(package: str) -> None:
+    seen, table = declared(package)
+    assert seen == table
+    assert list(table) == sorted(table, key=lambda name: (table[name], name))
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_name_is_that_of_its_module(package: str) -> None:
+    module = importlib.import_module(package)
+    _, table = declared(package)
+    for name, source in table.items():
+        assert getattr(module, name) is getattr(importlib.import_module(source), name)
+    assert module.__all__ == sorted(table)
+    assert set(table) <= set(dir(module))
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = module.nonsense
+
+
+def test_an_import_loads_nothing_else() -> None:
+    script = "import sys, kvmpass.host; print(*[name for name in sys.modules if name.startswith('kvmpass')])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"kvmpass", "kvmpass._lazy", "kvmpass.host"}
