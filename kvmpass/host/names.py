@@ -113,13 +113,17 @@ def _entry(block: bytes, key: bytes, depth: int) -> tuple[str | None, bytes]:
     return name, block[stop : following.start() if following else len(block)]
 
 
-@lru_cache(maxsize=1024)  # many functions of a host are of one model
+@lru_cache(maxsize=64)  # a search takes a millisecond, and a host has many devices of few vendors
+def _vendor(table: bytes, vendor: int) -> tuple[str | None, bytes]:
+    return _entry(table, b"%04x" % vendor, 0)
+
+
 def _vendor_and_model(table: bytes, vendor: int, device: int) -> tuple[str | None, str | None]:
-    name, models = _entry(table, b"%04x" % vendor, 0)
+    name, models = _vendor(table, vendor)
     return name, _entry(models, b"%04x" % device, 1)[0]
 
 
 def _subsystem(table: bytes, vendor: int, device: int, sub_vendor: int, sub_device: int) -> str | None:
-    _, models = _entry(table, b"%04x" % vendor, 0)
+    _, models = _vendor(table, vendor)
     _, subsystems = _entry(models, b"%04x" % device, 1)
     return _entry(subsystems, b"%04x %04x" % (sub_vendor, sub_device), 2)[0]
