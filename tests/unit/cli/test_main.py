@@ -37,7 +37,13 @@ def own(modules: set[str]) -> set[str]:
 
 def test_the_help_loads_no_command() -> None:
     modules = loaded("--help")
-    assert own(modules) == {"kvmpass._lazy", "kvmpass.cli", "kvmpass.cli.main", "kvmpass.cli.output", "kvmpass.errors"}
+    assert own(modules) == {
+        "kvmpass._lazy",
+        "kvmpass.cli",
+        "kvmpass.cli.main",
+        "kvmpass.cli.output",
+        "kvmpass.errors",
+    }
     assert not modules & NOT_NEEDED
 
 
