@@ -48,6 +48,10 @@ class DeviceInUse(KvmpassError):
     """The host, or another process, uses the device."""
 
 
+class BadDescriptor(KvmpassError):
+    """A descriptor that was passed is not what it must be, or something uses it already."""
+
+
 class DriverPinned(KvmpassError):
     """Another tool (driverctl) binds the device to a driver at each boot."""
 

@@ -8,7 +8,7 @@ The IOAS is there from the first device until after the last one.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvmpass._teardown import run_all, undo_on_error
@@ -22,11 +22,20 @@ from kvmpass.vfio import Cdev, DependentDevice, Device
 class IommufdBackend:
     """A ``Backend``: one iommufd with one IOAS, opened for the first device and closed after the last.
 
+    ``iommufd`` and ``cdev`` open it and the devices; by default by their nodes.
+
     Synchronization: see ``Backend``.
     """
 
-    def __init__(self, mapper: Mapper) -> None:
+    def __init__(
+        self,
+        mapper: Mapper,
+        *,
+        iommufd: Callable[[], Iommufd] | None = None,
+        cdev: Callable[[str], Cdev] | None = None,
+    ) -> None:
         self._mapper = mapper
+        self._make_iommufd, self._make_cdev = iommufd, cdev
         self._iommufd: Iommufd | None = None
         self._ioas = 0
         self._devices: list[Cdev] = []
@@ -43,7 +52,7 @@ class IommufdBackend:
                 undo.callback(self.close)
             if self._iommufd is None:
                 self._open()
-            device = Cdev(name)
+            device = (self._make_cdev or Cdev)(name)
             undo.callback(device.close)
             undo.callback(self._mapper.file_del, device.fd)
             self._mapper.file_add(device.fd)
@@ -65,7 +74,7 @@ class IommufdBackend:
         run_all(attached.detach, partial(self._mapper.file_del, device.fd), device.close, remove, *last)
 
     def _open(self) -> None:
-        iommufd = Iommufd()
+        iommufd = (self._make_iommufd or Iommufd)()
         with undo_on_error(iommufd.close):
             self._ioas = iommufd.ioas_alloc()
         self._iommufd = iommufd

@@ -31,11 +31,20 @@ class _Joined:
 class Type1:
     """A ``Backend``: one container, opened for the first group and closed after the last.
 
+    ``container`` and ``group`` open them; by default by their nodes.
+
     Synchronization: see ``Backend``.
     """
 
-    def __init__(self, mapper: Mapper) -> None:
+    def __init__(
+        self,
+        mapper: Mapper,
+        *,
+        container: Callable[[], Container] | None = None,
+        group: Callable[[int], Group] | None = None,
+    ) -> None:
         self._mapper = mapper
+        self._make_container, self._make_group = container, group
         self._container: Container | None = None
         self._groups: dict[int, _Joined] = {}
 
@@ -67,10 +76,10 @@ class Type1:
         if number in self._groups:  # it could not leave before
             self._leave(number)
         with undo_on_error() as undo:
-            group = Group(number)
+            group = (self._make_group or Group)(number)
             undo.callback(group.close)
             if self._container is None:
-                self._container = Container()
+                self._container = (self._make_container or Container)()
                 undo.callback(self._close_container)
             group.set_container(self._container)
             undo.callback(group.unset_container)

@@ -11,6 +11,8 @@ from kvmpass.host.kernel.permissions import may
 from kvmpass.host.sysfs import PCI_DEVICES, PCI_DRIVERS, VFIO_PCI, Sysfs
 
 AUTO, IOMMUFD, TYPE1 = BACKENDS = ("auto", "iommufd", "type1")
+PASSED = "its descriptor was passed"
+"""Why a back end is used that another process has opened."""
 
 IOMMU_NODE = "dev/iommu"
 CDEVS = "dev/vfio/devices"

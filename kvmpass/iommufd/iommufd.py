@@ -7,6 +7,7 @@ import errno
 from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd, check, failure, open_node
 from kvmpass._native import ffi, lib
+from kvmpass.errors import BadDescriptor
 from kvmpass.layout import Range
 
 NODE = "/dev/iommu"
@@ -39,13 +40,25 @@ class IovaRanges:
 class Iommufd(OwnedFd):
     """One context of ``/dev/iommu``. Its objects have IDs; they end with the last descriptor and the last device.
 
-    Raises ``OSError``: ``ENOENT`` and ``ENODEV`` where the kernel lacks iommufd, ``EACCES``.
+    ``fd``: one that is open already, which the object then owns. Raises ``OSError``: ``ENOENT`` and ``ENODEV`` where
+    the kernel lacks iommufd, ``EACCES``.
 
     Synchronization: the kernel's own; any thread.
     """
 
-    def __init__(self, path: str = NODE) -> None:
-        super().__init__(open_node(path))
+    def __init__(self, path: str = NODE, *, fd: int | None = None) -> None:
+        super().__init__(open_node(path) if fd is None else fd)
+
+    def check_unused(self) -> None:
+        """Check that the context has no objects. Raises ``BadDescriptor``, ``OSError``.
+
+        The kernel gives each object the lowest free ID, from 1 on (drivers/iommu/iommufd/main.c).
+        """
+        numbers = [self.ioas_alloc(), self.ioas_alloc()]
+        for number in numbers:
+            self.destroy(number)
+        if numbers != [1, 2]:
+            raise BadDescriptor("the iommufd has devices or mappings already", "open /dev/iommu once for each VM")
 
     def ioas_alloc(self) -> int:
         """Create an empty I/O address space; return its number (``IOMMU_IOAS_ALLOC``). Raises ``OSError``."""

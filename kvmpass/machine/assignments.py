@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 
 from kvmpass._signals import deferred
@@ -12,7 +13,7 @@ from kvmpass._teardown import run_all
 from kvmpass.dma import Domain
 from kvmpass.errors import Closed, NotAssignable
 from kvmpass.events import DeviceReleased, DeviceReset
-from kvmpass.host import Bdf, Sysfs
+from kvmpass.host import Bdf, PciDevice, Sysfs
 from kvmpass.host.backend import BackendChoice, check_backend
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
@@ -21,6 +22,7 @@ from kvmpass.machine.backends import use_backend
 from kvmpass.machine.device import AssignedDevice, DeviceState
 from kvmpass.machine.execution import Execution
 from kvmpass.machine.monitor import DeviceMonitor
+from kvmpass.machine.passed import PassedIommu
 from kvmpass.machine.requests import EJECT_SECONDS, Requests
 from kvmpass.vfio.device import ERR, REQ
 
@@ -42,7 +44,8 @@ class Assignments(Execution):
         if backend is not None:
             check_backend(backend)
         self.backend: BackendChoice | None = None
-        """The back end in use, and why; None before the first device, and with a factory."""
+        """The back end in use, and why; None with a factory, and before the first device that is not passed."""
+        self._iommu: PassedIommu | None = None
         self._closed = False
         self._broken = False  # a reset has failed half-way
         self._populated = False
@@ -69,33 +72,52 @@ class Assignments(Execution):
                 self.memory.populate()
                 self._populated = True
 
-    def assign(self, bdf: str | Bdf, *, vf_token: uuid.UUID | None = None) -> AssignedDevice:
+    def assign(
+        self, bdf: str | Bdf | None = None, *, fd: int | None = None, vf_token: uuid.UUID | None = None
+    ) -> AssignedDevice:
         """Assign a device that is bound to vfio-pci (``kvmpass.host.borrow`` binds it) to this machine.
+
+        ``fd``: its character device that is open and not bound, or its open group, for a machine with ``iommu_fd``;
+        ``bdf`` is then needed only where a group has several devices. The machine uses a duplicate.
 
         The first device pins and maps all memory; further devices add no mappings. A running guest is notified
         (ACPI hot plug). A function shares the slot of its device's function 0 if that is assigned to this machine
         and no guest has enumerated it yet; otherwise it gets a slot of its own. ``vf_token``: the VF token (UUID) of
         a virtual function whose physical function is bound to vfio-pci too, or of that physical function. Raises
         ``BadAddress``, ``NoSuchDevice``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``ReservedRange``,
-        ``NotEnoughMemory``, ``HostNotReady`` (the back end is unavailable) or ``OSError``; then nothing has changed.
+        ``NotEnoughMemory``, ``HostNotReady`` (the back end is unavailable), ``BadDescriptor`` or ``OSError``; then
+        nothing has changed, except that a passed character device may be bound, and must be opened again.
         """
         self._check_usable()
-        found = self._sysfs.device(Bdf.parse(bdf) if isinstance(bdf, str) else bdf)
+        found = self._find(Bdf.parse(bdf) if isinstance(bdf, str) else bdf, fd)
+        with self._device_lock:
+            self.populate()
+            offered = nullcontext() if self._iommu is None or fd is None else self._iommu.offer(fd)
+            with deferred(), offered:
+                self._monitor.follow_faults()
+                if self._iommu is None and self._wanted_backend and not self.domain.active:
+                    self.backend = use_backend(self.domain, self._sysfs, found.bdf, self._wanted_backend, vf_token)
+                assert found.group is not None
+                vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
+                device = AssignedDevice(found, vfio, self._bus_lock)
+                self._connect(device)
+        return device
+
+    def _find(self, bdf: Bdf | None, fd: int | None) -> PciDevice:
+        """Return the device that ``assign`` is to open, by its descriptor or its node."""
+        if (fd is None) is not (self._iommu is None):
+            raise ValueError("a device is assigned by its descriptor (fd) in a machine with iommu_fd, and only there")
+        if self._iommu is not None and fd is not None:
+            return self._iommu.device(fd, bdf)
+        if bdf is None:
+            raise TypeError("assign() needs the device's address or descriptor")
+        found = self._sysfs.device(bdf)
         if found.driver != VFIO_PCI or found.group is None:
             raise NotAssignable(
                 f"{found.bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
                 "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
             )
-        with self._device_lock:
-            self.populate()
-            with deferred():
-                self._monitor.follow_faults()
-                if self._wanted_backend and not self.domain.active:
-                    self.backend = use_backend(self.domain, self._sysfs, found.bdf, self._wanted_backend, vf_token)
-                vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
-                device = AssignedDevice(found, vfio, self._bus_lock)
-                self._connect(device)
-        return device
+        return found
 
     def _connect(self, device: AssignedDevice) -> None:
         """Monitor a device that is in the domain, and plug it into the guest's bus."""

@@ -25,6 +25,7 @@ from kvmpass.layout import Layout, Range, parse_size
 from kvmpass.machine.assignments import Assignments
 from kvmpass.machine.device import AssignedDevice
 from kvmpass.machine.monitor import DeviceMonitor
+from kvmpass.machine.passed import PassedIommu
 from kvmpass.machine.requests import Requests
 from kvmpass.machine.slots import Slots
 from kvmpass.machine.vcpus import GuestOutcome
@@ -55,6 +56,8 @@ class Machine(Assignments):
 
     ``backing``: huge pages of the host's pools instead of anonymous memory (``NotEnoughMemory`` if they are too few).
     ``backend``: ``auto``, ``iommufd`` or ``type1`` (``kvmpass.host.backend``), or a ``kvmpass.dma.BackendFactory``.
+    ``iommu_fd``: an open ``/dev/iommu`` or ``/dev/vfio/vfio`` that no other VM uses, of which the machine keeps a
+    duplicate; devices then come by descriptors, too (``assign``), and neither node is opened.
     ``on_event`` receives a ``kvmpass.events.DeviceEvent`` for each error, fault, reset and removal of a device. It is
     called from a thread of the machine, or from the one whose call caused the event; events are logged in any case.
     It must not wait for the machine. An uncorrected error of a device ends the guest, unless ``stop_on_error`` is
@@ -72,6 +75,7 @@ class Machine(Assignments):
         *,
         backing: Backing = Backing.ANONYMOUS,
         backend: str | BackendFactory = AUTO,
+        iommu_fd: int | None = None,
         sysfs: Sysfs | None = None,
         on_event: Callable[[DeviceEvent], None] | None = None,
         stop_on_error: bool = True,
@@ -80,6 +84,9 @@ class Machine(Assignments):
         self._stop_on_error = stop_on_error
         with undo_on_error() as undo:
             raise_nofile_limit()
+            if iommu_fd is not None:
+                self._iommu = undo.enter_context(PassedIommu(self._sysfs, iommu_fd, self._wanted_backend))
+                self.backend = self._iommu.check_unused().choice
             self._system = undo.enter_context(System())
             check_vcpus(cpus, self._system.max_vcpus)
             planned = plan_memory(
@@ -96,7 +103,7 @@ class Machine(Assignments):
             """The regions as KVM memslots."""
             undo.callback(self.memslots.close)
             self.memory.listen(self.memslots)
-            made = backend if callable(backend) else Type1  # until the first device
+            made = self._iommu or (backend if callable(backend) else Type1)  # Type1 until the first device
             self.domain = Domain(self.memory, made, self._board.kvm_vfio, self.layout.reserved)
             """The DMA domain of all assigned devices."""
             undo.callback(self.domain.close)
@@ -136,6 +143,7 @@ class Machine(Assignments):
                 partial(self._slots.close, self._board),
                 self._deassign_all,
                 self.domain.close,
+                *([self._iommu.close] if self._iommu else []),
                 self.memslots.close,
                 self.memory.close,
                 self._system.close,

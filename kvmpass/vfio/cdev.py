@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from kvmpass._fd import OwnedFd, check, open_node
 from kvmpass._native import ffi, lib
-from kvmpass.errors import NotAssignable
+from kvmpass._teardown import run_all, undo_on_error
+from kvmpass.errors import BadDescriptor, NotAssignable
+from kvmpass.pciregs import COMMAND
 from kvmpass.vfio.device import Device
 from kvmpass.vfio.group import token_remedy
 
@@ -36,14 +39,31 @@ _ATTACH_REMEDY = {
 class Cdev(Device):
     """One function, opened by ``/dev/vfio/devices/vfioN``. Most attributes of a ``Device`` exist once it is bound.
 
-    ``name`` is its PCI address. Raises ``OSError`` (``ENOENT``: it is not bound to vfio-pci, or the kernel has no
-    such nodes), and ``NotAssignable`` for a device without an IOMMU.
+    ``name`` is its PCI address. ``fd``: its node that is open already and not bound, which the object then owns:
+    another process may have a duplicate, so ``close`` detaches it. Raises ``OSError`` (``ENOENT``: it is not bound to
+    vfio-pci, or the kernel has no such nodes), ``NotAssignable`` for a device without an IOMMU, and ``BadDescriptor``
+    for an open one that is bound.
     """
 
-    def __init__(self, name: str, devices: str = _PCI_DEVICES, nodes: str = "/dev/vfio/devices") -> None:
-        OwnedFd.__init__(self, open_node(f"{nodes}/{node_name(name, devices)}"))
+    def __init__(
+        self, name: str, devices: str = _PCI_DEVICES, nodes: str = "/dev/vfio/devices", *, fd: int | None = None
+    ) -> None:
+        OwnedFd.__init__(self, open_node(f"{nodes}/{node_name(name, devices)}") if fd is None else fd)
         self.name = name
         self.open_seconds = self.close_seconds = 0.0
+        self._bound = False
+        self._passed = fd is not None
+        if self._passed:
+            with undo_on_error(self.close):
+                self._check_unbound()
+
+    def _check_unbound(self) -> None:
+        """Only a bound device answers (vfio_device_fops_unl_ioctl, drivers/vfio/vfio_main.c)."""
+        if lib.vfio_device_get_info(self.fd, ffi.new("struct kvmpass_device_info *")) >= 0:
+            raise BadDescriptor(
+                f"the open file of {self.name} is bound to an iommufd already",
+                "open its node again (/dev/vfio/devices/vfioN), and leave VFIO_DEVICE_BIND_IOMMUFD to the VM",
+            )
 
     def bind(self, iommufd: int, vf_token: uuid.UUID | None = None) -> int:
         """Bind the device to an iommufd until it is closed (``VFIO_DEVICE_BIND_IOMMUFD``); return its device ID.
@@ -62,6 +82,7 @@ class Cdev(Device):
         else:
             remedy = token_remedy(-result, vf_token) or _BIND_REMEDY.get(-result)
         check(result, "VFIO_DEVICE_BIND_IOMMUFD", self.name, remedy)
+        self._bound = True
         self._read_info()
         return int(devid[0])
 
@@ -80,6 +101,24 @@ class Cdev(Device):
         Raises ``OSError`` (``EINVAL``: it is not bound).
         """
         check(lib.vfio_device_detach_iommufd_pt(self.fd), "VFIO_DEVICE_DETACH_IOMMUFD_PT", self.name)
+
+    def close(self) -> None:
+        """Close the descriptor; idempotent. One that was passed: reset the device and detach it before.
+
+        The kernel does both only when the last duplicate is closed. Raises ``OSError``: then the device may still
+        be attached, and the descriptor is closed.
+        """
+        if self._passed and self._bound and not self.closed:
+            started = time.monotonic()
+            run_all(self._quiesce, self.detach, super().close)
+            self.close_seconds = time.monotonic() - started
+        else:
+            super().close()
+
+    def _quiesce(self) -> None:
+        """End its DMA, so that there is none to fault when it is detached; without effect on a removed device."""
+        with suppress(OSError, LookupError):
+            self.reset() if self.resettable else self.config.write_int(COMMAND, 0, 2)
 
 
 def node_name(name: str, devices: str = _PCI_DEVICES) -> str:

@@ -9,7 +9,7 @@ import uuid
 from kvmpass._fd import OwnedFd, check, failure, open_node
 from kvmpass._native import ffi, lib
 from kvmpass._teardown import undo_on_error
-from kvmpass.errors import GroupNotViable
+from kvmpass.errors import BadDescriptor, GroupNotViable
 from kvmpass.layout import Range
 from kvmpass.vfio.device import Device
 
@@ -23,13 +23,13 @@ _IOMMU_REMEDY = {
 class Container(OwnedFd):
     """A type 1 (version 2) container: one IOMMU domain for the groups that join it.
 
-    Raises ``OSError`` (``ENODEV``: no type 1 driver).
+    ``fd``: one that is open already, which the object then owns. Raises ``OSError`` (``ENODEV``: no type 1 driver).
 
     Synchronization: ``close`` while no other thread uses the container; everything else from any thread.
     """
 
-    def __init__(self, path: str = "/dev/vfio/vfio") -> None:
-        super().__init__(open_node(path))
+    def __init__(self, path: str = "/dev/vfio/vfio", *, fd: int | None = None) -> None:
+        super().__init__(open_node(path) if fd is None else fd)
         with undo_on_error(self.close):
             version = check(lib.vfio_get_api_version(self.fd), "VFIO_GET_API_VERSION")
             if version != lib.VFIO_API_VERSION:
@@ -38,6 +38,17 @@ class Container(OwnedFd):
                 raise OSError(
                     errno.ENODEV, f"{path}: the kernel has no type 1 IOMMU driver (module vfio_iommu_type1)"
                 )
+
+    def check_unused(self) -> None:
+        """Check that no group has joined. Raises ``BadDescriptor``.
+
+        Only a container with an IOMMU answers ``VFIO_IOMMU_GET_INFO``, and only one with a group gets an IOMMU
+        (drivers/vfio/container.c).
+        """
+        info = ffi.new("struct kvmpass_iommu_info *")
+        used = lib.vfio_iommu_get_info(self.fd, info) >= 0 or lib.vfio_set_iommu(self.fd, lib.VFIO_TYPE1v2_IOMMU) >= 0
+        if used:
+            raise BadDescriptor("the container has a group already", "open /dev/vfio/vfio once for each VM")
 
     def set_iommu(self) -> None:
         """Create the domain (``VFIO_SET_IOMMU``), after the first group has joined. Raises ``OSError``."""
@@ -94,19 +105,25 @@ _MAP_REMEDY = {
 class Group(OwnedFd):
     """One IOMMU group, opened exclusively by its file ``/dev/vfio/NUMBER``.
 
-    Raises ``OSError`` (``EBUSY``: another process has it open; ``ENOENT``: no device of it is bound to a VFIO
-    driver) and ``GroupNotViable``.
+    ``fd``: one that is open already, which the object then owns. Raises ``OSError`` (``EBUSY``: another process has
+    it open; ``ENOENT``: no device of it is bound to a VFIO driver), ``GroupNotViable``, and ``BadDescriptor`` for an
+    open one that is in a container.
 
     Synchronization: ``close`` while no other thread uses the group; everything else from any thread.
     """
 
-    def __init__(self, number: int, directory: str = "/dev/vfio") -> None:
-        path = f"{directory}/{number}"
+    def __init__(self, number: int, directory: str = "/dev/vfio", *, fd: int | None = None) -> None:
         self.number = number
         """Its number in ``/sys/kernel/iommu_groups``."""
-        super().__init__(open_node(path))
+        super().__init__(open_node(f"{directory}/{number}") if fd is None else fd)
         with undo_on_error(self.close):
-            if not self.get_status() & lib.VFIO_GROUP_FLAGS_VIABLE:
+            flags = self.get_status()
+            if flags & lib.VFIO_GROUP_FLAGS_CONTAINER_SET:
+                raise BadDescriptor(
+                    f"IOMMU group {number} is in a container already",
+                    f"open /dev/vfio/{number} for one VM, and leave VFIO_GROUP_SET_CONTAINER to it",
+                )
+            if not flags & lib.VFIO_GROUP_FLAGS_VIABLE:
                 raise GroupNotViable(
                     f"IOMMU group {number} is not viable: a device of it is bound to a host driver",
                     "bind every device of the group to vfio-pci, or unbind it",

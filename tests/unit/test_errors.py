@@ -19,7 +19,7 @@ NAMES = frozenset({"Debian", "Linux"})
 # What a hint begins with, as it says what to do: a verb, or a command line.
 _VERBS = """
     assign bind boot build check clear disable do enable end free give install keep leave let load look make
-    move name open place put raise read reboot remove reserve reset run see set stop to try turn unbind
+    move name open pass place put raise read reboot remove reserve reset run see set stop to try turn unbind
     unmount unplug update use wait write
 """
 VERBS = frozenset(_VERBS.split())

@@ -10,6 +10,7 @@ import pytest
 from support.bare import FakeLib, bare
 
 import kvmpass.iommufd.iommufd
+from kvmpass.errors import BadDescriptor
 from kvmpass.iommufd import Iommufd, IovaRanges
 from kvmpass.layout import GIB, MIB, Range
 
@@ -119,3 +120,26 @@ def test_objects_have_numbers(iommufd: Iommufd, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(OSError, match=r"IOMMU_DESTROY: .*object 9") as refused:
         iommufd.destroy(9)
     assert refused.value.errno == errno.EBUSY
+
+
+def test_one_that_is_used_already_is_refused(iommufd: Iommufd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each object has the lowest free ID, from 1 on; what was made to see that is destroyed."""
+    for taken, used in ((set(), False), ({1}, True), ({2, 3}, True)):
+        numbers = set(taken)
+
+        def alloc(fd: int, out: Any, numbers: set[int] = numbers) -> int:
+            out[0] = next(number for number in range(1, 9) if number not in numbers)
+            numbers.add(out[0])
+            return 0
+
+        def destroy(fd: int, number: int, numbers: set[int] = numbers) -> int:
+            numbers.remove(number)
+            return 0
+
+        use(monkeypatch, iommufd_ioas_alloc=alloc, iommufd_destroy=destroy)
+        if used:
+            with pytest.raises(BadDescriptor, match="has devices or mappings"):
+                iommufd.check_unused()
+        else:
+            iommufd.check_unused()
+        assert numbers == taken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from support.bare import FakeLib, bare
 import kvmpass.vfio.cdev
 import kvmpass.vfio.device
 from kvmpass._native import ffi, lib
-from kvmpass.errors import NotAssignable
+from kvmpass.errors import BadDescriptor, NotAssignable
 from kvmpass.vfio import Cdev
 from kvmpass.vfio.cdev import node_name
 
@@ -119,3 +120,46 @@ def test_attached_and_detached(cdev: Cdev, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(OSError, match="VFIO_DEVICE_ATTACH_IOMMUFD_PT: ") as refused:
         cdev.attach(7)
     assert "reserved region" in refused.value.__notes__[0]
+
+
+def test_an_open_one_that_is_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a bound device says anything; and the descriptor is closed in any case."""
+    use(monkeypatch, vfio_device_get_info=lambda *_: 0)
+    fd = os.open(os.devnull, os.O_RDWR)
+    with pytest.raises(BadDescriptor, match=f"open file of {BDF} is bound"):
+        Cdev(BDF, fd=fd)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+@pytest.mark.parametrize("resettable", [True, False])
+def test_a_passed_device_is_quiet_and_detached_before_it_is_closed(
+    monkeypatch: pytest.MonkeyPatch, resettable: bool
+) -> None:
+    """Another process may have a duplicate: the kernel then does neither at the close."""
+    done: list[str] = []
+
+    def note(name: str, result: int = 0) -> Callable[..., int]:
+        return lambda *_: done.append(name) or result
+
+    def info(fd: int, out: Any) -> int:
+        out.flags = lib.VFIO_DEVICE_FLAGS_PCI | (lib.VFIO_DEVICE_FLAGS_RESET if resettable else 0)
+        out.num_regions = out.num_irqs = 0
+        return 0
+
+    answers = {
+        "vfio_device_bind_iommufd": note("bind"),
+        "vfio_device_get_info": lambda *_: -errno.EINVAL,
+        "vfio_device_reset": note("reset", -errno.EIO),  # a removed device has none
+        "vfio_device_detach_iommufd_pt": note("detach", -errno.EINVAL),
+    }
+    use(monkeypatch, **answers)
+    with Cdev(BDF, fd=os.open(os.devnull, os.O_RDWR)):
+        assert done == [], "one that is not bound has nothing to detach"
+    device = Cdev(BDF, fd=os.open(os.devnull, os.O_RDWR))
+    use(monkeypatch, **{**answers, "vfio_device_get_info": info})
+    device.bind(9)
+    with pytest.raises(OSError, match="VFIO_DEVICE_DETACH_IOMMUFD_PT"):
+        device.close()
+    device.close()
+    assert (done, device.closed) == (["bind", *(["reset"] if resettable else []), "detach"], True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from support.bare import FakeLib, bare
 import kvmpass.vfio.device
 import kvmpass.vfio.group
 from kvmpass._native import lib
+from kvmpass.errors import BadDescriptor
 from kvmpass.vfio import Container, DependentDevice, Device, Group
 from kvmpass.vfio.device import ERR, MSI, REQ, Irqs
 
@@ -101,3 +103,30 @@ def test_the_last_page_is_refused_before_the_ioctl(monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match="VFIO_IOMMU_MAP_DMA: Invalid argument") as refused:
         container.map_dma((1 << 64) - 0x2000, 0, 0x2000, writable=True)
     assert refused.value.errno == errno.EINVAL
+
+
+def test_a_group_in_a_container_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = lib.VFIO_GROUP_FLAGS_VIABLE | lib.VFIO_GROUP_FLAGS_CONTAINER_SET
+    use(monkeypatch, vfio_group_get_status=lambda *_: flags)
+    with pytest.raises(BadDescriptor, match="IOMMU group 7 is in a container already"):
+        Group(7, fd=os.open(os.devnull, os.O_RDWR))
+    use(monkeypatch, vfio_group_get_status=lambda *_: lib.VFIO_GROUP_FLAGS_VIABLE)
+    with Group(7, fd=os.open(os.devnull, os.O_RDWR)) as group:
+        assert group.number == 7
+
+
+@pytest.mark.parametrize("has_iommu, has_group", [(False, False), (True, True), (False, True)])
+def test_a_container_with_a_group_is_refused(
+    monkeypatch: pytest.MonkeyPatch, has_iommu: bool, has_group: bool
+) -> None:
+    use(
+        monkeypatch,
+        vfio_iommu_get_info=lambda *_: 0 if has_iommu else -errno.EINVAL,
+        vfio_set_iommu=lambda *_: 0 if has_group and not has_iommu else -errno.EINVAL,
+    )
+    container: Container = bare(Container)
+    if has_group:
+        with pytest.raises(BadDescriptor, match="has a group already"):
+            container.check_unused()
+    else:
+        container.check_unused()
