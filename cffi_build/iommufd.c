@@ -82,6 +82,46 @@ static int iommufd_ioas_unmap(int iommufd, uint32_t ioas, uint64_t iova, uint64_
 	return result;
 }
 
+static int iommufd_hwpt_alloc(int iommufd, uint32_t flags, uint32_t devid, uint32_t ioas, uint32_t *hwpt)
+{
+	struct kvmpass_hwpt_alloc alloc = { .size = sizeof(alloc), .flags = flags, .dev_id = devid, .pt_id = ioas };
+	int result = RESULT(ioctl(iommufd, KVMPASS_IOMMU_HWPT_ALLOC, &alloc));
+
+	*hwpt = alloc.out_hwpt_id;
+	return result;
+}
+
+static int iommufd_get_hw_info(int iommufd, uint32_t devid, uint64_t *capabilities)
+{
+	struct kvmpass_hw_info info = { .size = sizeof(info), .dev_id = devid };
+	int result = RESULT(ioctl(iommufd, KVMPASS_IOMMU_GET_HW_INFO, &info));
+
+	*capabilities = info.out_capabilities;
+	return result;
+}
+
+static int iommufd_hwpt_set_dirty_tracking(int iommufd, uint32_t hwpt, uint32_t flags)
+{
+	struct kvmpass_hwpt_set_dirty_tracking set = { .size = sizeof(set), .flags = flags, .hwpt_id = hwpt };
+
+	return RESULT(ioctl(iommufd, KVMPASS_IOMMU_HWPT_SET_DIRTY_TRACKING, &set));
+}
+
+static int iommufd_hwpt_get_dirty_bitmap(int iommufd, uint32_t hwpt, uint64_t iova, uint64_t length,
+                                         uint64_t page_size, uint64_t *bitmap)
+{
+	struct kvmpass_hwpt_get_dirty_bitmap get = {
+		.size = sizeof(get),
+		.hwpt_id = hwpt,
+		.iova = iova,
+		.length = length,
+		.page_size = page_size,
+		.data = (uintptr_t)bitmap,
+	};
+
+	return RESULT(ioctl(iommufd, KVMPASS_IOMMU_HWPT_GET_DIRTY_BITMAP, &get));
+}
+
 /* `token`: 16 bytes, or NULL. */
 static int vfio_device_bind_iommufd(int device, int iommufd, const uint8_t *token, uint32_t *devid)
 {

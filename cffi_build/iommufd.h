@@ -15,6 +15,10 @@
 #define KVMPASS_IOMMU_IOAS_IOVA_RANGES KVMPASS_IOMMUFD(0x84)
 #define KVMPASS_IOMMU_IOAS_MAP KVMPASS_IOMMUFD(0x85)
 #define KVMPASS_IOMMU_IOAS_UNMAP KVMPASS_IOMMUFD(0x86)
+#define KVMPASS_IOMMU_HWPT_ALLOC KVMPASS_IOMMUFD(0x89)
+#define KVMPASS_IOMMU_GET_HW_INFO KVMPASS_IOMMUFD(0x8a)
+#define KVMPASS_IOMMU_HWPT_SET_DIRTY_TRACKING KVMPASS_IOMMUFD(0x8b) /* Linux 6.7, and the next */
+#define KVMPASS_IOMMU_HWPT_GET_DIRTY_BITMAP KVMPASS_IOMMUFD(0x8c)
 #define KVMPASS_IOMMU_IOAS_MAP_FILE KVMPASS_IOMMUFD(0x8f) /* Linux 6.13 */
 
 /* Flags of map and map file. */
@@ -73,6 +77,53 @@ struct kvmpass_ioas_unmap {
 	uint32_t ioas_id;
 	uint64_t iova;
 	uint64_t length; /* out: bytes that were mapped */
+};
+
+#define KVMPASS_IOMMU_HWPT_ALLOC_DIRTY_TRACKING (1u << 1)
+
+struct kvmpass_hwpt_alloc {
+	uint32_t size;
+	uint32_t flags;
+	uint32_t dev_id;
+	uint32_t pt_id; /* the IOAS */
+	uint32_t out_hwpt_id;
+	uint32_t reserved; /* 0 */
+	uint32_t data_type; /* 0: no data, as in the next two */
+	uint32_t data_len;
+	uint64_t data_uptr;
+};
+
+#define KVMPASS_IOMMU_HW_CAP_DIRTY_TRACKING (1u << 0)
+
+struct kvmpass_hw_info {
+	uint32_t size;
+	uint32_t flags; /* 0 */
+	uint32_t dev_id;
+	uint32_t data_len; /* 0: no data */
+	uint64_t data_uptr;
+	uint32_t out_data_type;
+	uint32_t reserved; /* 0 */
+	uint64_t out_capabilities; /* Linux 6.7 */
+};
+
+#define KVMPASS_IOMMU_HWPT_DIRTY_TRACKING_ENABLE (1u << 0)
+
+struct kvmpass_hwpt_set_dirty_tracking {
+	uint32_t size;
+	uint32_t flags;
+	uint32_t hwpt_id;
+	uint32_t reserved; /* 0 */
+};
+
+struct kvmpass_hwpt_get_dirty_bitmap {
+	uint32_t size;
+	uint32_t hwpt_id;
+	uint32_t flags; /* 0: the bits are cleared in the tables */
+	uint32_t reserved; /* 0 */
+	uint64_t iova;
+	uint64_t length;
+	uint64_t page_size; /* of each bit */
+	uint64_t data; /* address of the bitmap, words of 64 bits, to which bits are added */
 };
 
 #define KVMPASS_VFIO(number) _IO(';', 100 + (number))

@@ -1,5 +1,5 @@
 """Objects over /dev/iommu (include/uapi/linux/iommufd.h, Documentation/userspace-api/iommufd.rst)."""
 
-from kvmpass.iommufd.iommufd import Iommufd, IovaRanges
+from kvmpass.iommufd.iommufd import HwInfo, Iommufd, IovaRanges
 
-__all__ = ["Iommufd", "IovaRanges"]
+__all__ = ["HwInfo", "Iommufd", "IovaRanges"]

@@ -8,7 +8,7 @@ from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd, check, failure, open_node
 from kvmpass._native import ffi, lib
 from kvmpass.errors import BadDescriptor
-from kvmpass.layout import Range
+from kvmpass.layout import PAGE, Range
 
 NODE = "/dev/iommu"
 
@@ -18,6 +18,7 @@ _MAP_REMEDY = {
     errno.ENOMEM: "raise the memlock limit (ulimit -l), which iommufd counts for each user over all processes, or "
     "run with CAP_IPC_LOCK; or free memory",
 }
+_NO_DIRTY_TRACKING = "leave out dirty_tracking: this IOMMU lacks it (AMD-Vi: HDSup of its extended features)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,14 @@ class IovaRanges:
         ends = [0, *(range_.end for range_ in self.allowed)]
         starts = [*(range_.start for range_ in self.allowed), 1 << 64]
         return tuple(Range(end, start - end) for end, start in zip(ends, starts, strict=True) if start > end)
+
+
+@dataclass(frozen=True, slots=True)
+class HwInfo:
+    """What the IOMMU of a device can do."""
+
+    dirty_tracking: bool
+    """Whether it records which pages devices write. False before Linux 6.7, which does not report it."""
 
 
 class Iommufd(OwnedFd):
@@ -118,6 +127,52 @@ class Iommufd(OwnedFd):
         unmapped = ffi.new("uint64_t *")
         check(lib.iommufd_ioas_unmap(self.fd, ioas, iova, size, unmapped), "IOMMU_IOAS_UNMAP", detail)
         return int(unmapped[0])
+
+    # --- which pages devices write
+
+    def get_hw_info(self, devid: int) -> HwInfo:
+        """Return what the IOMMU of a bound device can do (``IOMMU_GET_HW_INFO``). Raises ``OSError``.
+
+        ``devid`` is what ``Cdev.bind`` returned.
+        """
+        capabilities = ffi.new("uint64_t *")
+        check(lib.iommufd_get_hw_info(self.fd, devid, capabilities), "IOMMU_GET_HW_INFO", f"device {devid}")
+        return HwInfo(bool(capabilities[0] & lib.KVMPASS_IOMMU_HW_CAP_DIRTY_TRACKING))
+
+    def hwpt_alloc(self, devid: int, ioas: int, *, dirty_tracking: bool = False) -> int:
+        """Create a page table of the IOMMU with the mappings of an IOAS; return its number (``IOMMU_HWPT_ALLOC``).
+
+        For the devices that share the IOMMU of ``devid``: ``Cdev.attach`` takes it instead of the IOAS. ``destroy``
+        it after the last one is detached. Raises ``OSError``: ``EOPNOTSUPP`` the IOMMU has no dirty tracking.
+        """
+        hwpt = ffi.new("uint32_t *")
+        flags = lib.KVMPASS_IOMMU_HWPT_ALLOC_DIRTY_TRACKING if dirty_tracking else 0
+        result = lib.iommufd_hwpt_alloc(self.fd, flags, devid, ioas, hwpt)
+        unsupported = dirty_tracking and result == -errno.EOPNOTSUPP
+        check(result, "IOMMU_HWPT_ALLOC", f"device {devid}, IOAS {ioas}", _NO_DIRTY_TRACKING if unsupported else None)
+        return int(hwpt[0])
+
+    def hwpt_set_dirty_tracking(self, hwpt: int, enable: bool) -> None:
+        """Begin or end to record which pages devices write (``IOMMU_HWPT_SET_DIRTY_TRACKING``).
+
+        Raises ``OSError``: ``EOPNOTSUPP`` where the page table was not made with ``dirty_tracking``.
+        """
+        flags = lib.KVMPASS_IOMMU_HWPT_DIRTY_TRACKING_ENABLE if enable else 0
+        check(
+            lib.iommufd_hwpt_set_dirty_tracking(self.fd, hwpt, flags), "IOMMU_HWPT_SET_DIRTY_TRACKING", f"HWPT {hwpt}"
+        )
+
+    def hwpt_get_dirty_bitmap(self, hwpt: int, range_: Range, page_size: int = PAGE) -> bytes:
+        """Return which pages of ``range_`` devices have written since the last call, and clear the record.
+
+        ``IOMMU_HWPT_GET_DIRTY_BITMAP``. Bit ``n`` (bit ``n % 8`` of byte ``n // 8``) stands for the ``n``-th page.
+        ``page_size`` is in bytes. Raises ``OSError``: ``EINVAL`` the range does not consist of such pages, or
+        tracking is off (drivers/iommu/amd/iommu.c).
+        """
+        words = ffi.new("uint64_t[]", -(-range_.size // (page_size * 64)))
+        result = lib.iommufd_hwpt_get_dirty_bitmap(self.fd, hwpt, range_.start, range_.size, page_size, words)
+        check(result, "IOMMU_HWPT_GET_DIRTY_BITMAP", f"HWPT {hwpt}, iova {range_}")
+        return bytes(ffi.buffer(words))[: -(-range_.size // (page_size * 8))]
 
 
 def _flags(writable: bool) -> int:

@@ -87,7 +87,7 @@ class Cdev(Device):
         return int(devid[0])
 
     def attach(self, ioas: int) -> None:
-        """Attach the device to an IOAS, instead of an earlier one (``VFIO_DEVICE_ATTACH_IOMMUFD_PT``).
+        """Attach the device to an IOAS (or a HWPT), instead of an earlier one (``VFIO_DEVICE_ATTACH_IOMMUFD_PT``).
 
         Its DMA reaches what is mapped in the IOAS. Raises ``OSError``: ``EADDRINUSE`` a mapping has an address
         that it cannot use; ``EINVAL`` its IOMMU group is attached to another IOAS; ``ENOMEM`` over the memlock limit.

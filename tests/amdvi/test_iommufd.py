@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import resource
+import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.drivers import Child
+from support.inside import LAB_ONLY
 from support.witness import BUFFER, Edu, locked_bytes, pattern
 
 from kvmpass import host
@@ -148,6 +152,94 @@ def test_a_device_that_is_still_open_elsewhere_reaches_nothing(edu: str, edu2: s
             assert not machine.domain.active, "the address space does not wait for it"
         finally:
             os.close(other)
+
+
+# --- which pages devices write
+
+
+def test_the_emulated_iommu_does_not_track_writes(iommufd: Iommufd, edu: str, emulated_host: bool) -> None:
+    """A page table without that is one for the device; a machine asks for no other."""
+    ioas = iommufd.ioas_alloc()
+    with host.borrow(edu), Cdev(edu) as device:
+        devid = device.bind(iommufd.fd)
+        if not emulated_host and iommufd.get_hw_info(devid).dirty_tracking:
+            pytest.skip(f"this IOMMU tracks writes: {LAB_ONLY}")
+        assert not iommufd.get_hw_info(devid).dirty_tracking
+        with pytest.raises(OSError, match="IOMMU_HWPT_ALLOC") as refused:
+            iommufd.hwpt_alloc(devid, ioas, dirty_tracking=True)
+        assert refused.value.errno == errno.EOPNOTSUPP
+        assert "HDSup" in refused.value.__notes__[0]
+        hwpt = iommufd.hwpt_alloc(devid, ioas)
+        device.attach(hwpt)
+        with pytest.raises(OSError, match="IOMMU_HWPT_SET_DIRTY_TRACKING") as refused:
+            iommufd.hwpt_set_dirty_tracking(hwpt, True)
+        assert refused.value.errno == errno.EOPNOTSUPP
+        device.detach()
+        iommufd.destroy(hwpt)
+    iommufd.destroy(ioas)
+
+
+class MockDevice:
+    """A device of the kernel's own mock IOMMU (drivers/iommu/iommufd/selftest.c), attached to an IOAS.
+
+    Its memory consists of pages whose writes a caller makes up.
+    """
+
+    COMMAND = 0x3BA0  # IOMMU_TEST_CMD: size, operation, object, 0; a union of 48 bytes; 0 (iommufd_test.h)
+
+    def __init__(self, iommufd: Iommufd, ioas: int, *, dirty_tracking: bool) -> None:
+        self.iommufd = iommufd
+        made = self._command(12, ioas, struct.pack("<IIII", 0, 0, 0, not dirty_tracking))
+        self.number, _, self.devid = struct.unpack_from("<III", made, 16)
+
+    def _command(self, operation: int, number: int, data: bytes) -> bytearray:
+        command = bytearray(struct.pack("<IIII", 72, operation, number, 0) + data.ljust(56, b"\0"))
+        fcntl.ioctl(self.iommufd.fd, self.COMMAND, command)
+        return command
+
+    def attach(self, hwpt: int) -> None:
+        self._command(10, self.number, struct.pack("<I", hwpt))
+
+    def write(self, hwpt: int, range_: Range, pages: set[int]) -> None:
+        """Mark pages of ``range_`` as written, by their numbers. The IOMMU's own are half as large."""
+        bits = sum(1 << 2 * page for page in pages)
+        bitmap = ctypes.create_string_buffer(bits.to_bytes(range_.size // PAGE // 4, "little"))
+        place = (range_.start, range_.size, PAGE // 2, ctypes.addressof(bitmap))
+        done = self._command(13, hwpt, struct.pack("<IxxxxQQQQQ", 0, *place, 0))
+        assert struct.unpack_from("<Q", done, 56) == (len(pages),)
+
+
+@pytest.mark.amdvi(profile="no-iommu", kernel="full")
+def test_written_pages_are_known_once(iommufd: Iommufd, memory: HostMapping) -> None:
+    """On the kernel's mock IOMMU, since the emulated one tracks none. Linux 6.12 needs a host without another."""
+    if not has_mock_iommu():
+        pytest.skip("this kernel has no mock IOMMU: CONFIG_IOMMUFD_TEST would make it run")
+    ioas, where = iommufd.ioas_alloc(), Range(16 * MIB, MIB)
+    device = MockDevice(iommufd, ioas, dirty_tracking=True)
+    assert iommufd.get_hw_info(device.devid).dirty_tracking
+    hwpt = iommufd.hwpt_alloc(device.devid, ioas, dirty_tracking=True)
+    device.attach(hwpt)
+    iommufd.ioas_map(ioas, where.start, memory.address, where.size, writable=True)
+    iommufd.hwpt_set_dirty_tracking(hwpt, True)
+    with pytest.raises(OSError, match="IOMMU_HWPT_GET_DIRTY_BITMAP") as refused:
+        iommufd.hwpt_get_dirty_bitmap(hwpt, Range(where.start + 1, where.size))
+    assert code(refused) == "EINVAL", "it does not consist of pages"
+    assert not any(iommufd.hwpt_get_dirty_bitmap(hwpt, where))
+    written = {0, 7, 8, 63, 64, 255}
+    device.write(hwpt, where, written)
+    found = int.from_bytes(iommufd.hwpt_get_dirty_bitmap(hwpt, where), "little")
+    assert {page for page in range(where.size // PAGE) if found >> page & 1} == written
+    assert not any(iommufd.hwpt_get_dirty_bitmap(hwpt, where)), "reading clears"
+    iommufd.hwpt_set_dirty_tracking(hwpt, False)
+    other = MockDevice(iommufd, ioas, dirty_tracking=False)
+    assert not iommufd.get_hw_info(other.devid).dirty_tracking
+    with pytest.raises(OSError, match="IOMMU_HWPT_ALLOC") as refused:
+        iommufd.hwpt_alloc(other.devid, ioas, dirty_tracking=True)
+    assert refused.value.errno == errno.EOPNOTSUPP
+
+
+def has_mock_iommu() -> bool:
+    return any(line.split()[-1] == "iommufd_test" for line in Path("/proc/kallsyms").read_text().splitlines())
 
 
 def found_reserved(group: int | None) -> list[host.sysfs.Reserved]:

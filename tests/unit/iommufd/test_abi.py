@@ -21,6 +21,17 @@ IOMMUFD = {
     ),
     ("kvmpass_ioas_map", "iommu_ioas_map"): "size flags ioas_id reserved:__reserved user_va length iova",
     ("kvmpass_ioas_unmap", "iommu_ioas_unmap"): "size ioas_id iova length",
+    ("kvmpass_hwpt_set_dirty_tracking", "iommu_hwpt_set_dirty_tracking"): "size flags hwpt_id reserved:__reserved",
+    ("kvmpass_hwpt_get_dirty_bitmap", "iommu_hwpt_get_dirty_bitmap"): (
+        "size hwpt_id flags reserved:__reserved iova length page_size data"
+    ),
+}
+# What later kernels have added fields to, at the end or in reserved bytes.
+GROWN = {
+    ("kvmpass_hwpt_alloc", "iommu_hwpt_alloc"): (
+        "size flags dev_id pt_id out_hwpt_id reserved:__reserved data_type data_len data_uptr"
+    ),
+    ("kvmpass_hw_info", "iommu_hw_info"): "size flags dev_id data_len data_uptr out_data_type out_capabilities",
 }
 MAP_FILE = {("kvmpass_ioas_map_file", "iommu_ioas_map_file"): "size flags ioas_id fd start length iova"}
 VFIO = {
@@ -31,7 +42,9 @@ BIND = "argsz flags iommufd out_devid"
 NUMBERS = {
     "iommufd.h": (
         *(f"IOMMU_{name}" for name in ("DESTROY", "IOAS_ALLOC", "IOAS_IOVA_RANGES")),
-        *("IOMMU_IOAS_MAP", "IOMMU_IOAS_UNMAP"),
+        *("IOMMU_IOAS_MAP", "IOMMU_IOAS_UNMAP", "IOMMU_HWPT_ALLOC", "IOMMU_GET_HW_INFO"),
+        *("IOMMU_HWPT_SET_DIRTY_TRACKING", "IOMMU_HWPT_GET_DIRTY_BITMAP", "IOMMU_HW_CAP_DIRTY_TRACKING"),
+        *("IOMMU_HWPT_ALLOC_DIRTY_TRACKING", "IOMMU_HWPT_DIRTY_TRACKING_ENABLE"),
     ),
     "vfio.h": tuple(f"VFIO_DEVICE_{name}" for name in ("BIND_IOMMUFD", "ATTACH_IOMMUFD_PT", "DETACH_IOMMUFD_PT")),
 }
@@ -68,6 +81,7 @@ def program(directory: Path) -> str:
     bind = ("kvmpass_vfio_bind", "vfio_device_bind_iommufd")
     lines = ["#include <stddef.h>", f'#include "{directory}/iommufd.h"', f'#include "{directory}/vfio.h"']
     lines += [f'#include "{ROOT}/cffi_build/iommufd.h"', *same_structures(IOMMUFD), *same_structures(VFIO)]
+    lines += [line for names, fields in GROWN.items() for line in same_fields(*names, fields)]
     if "struct iommu_ioas_map_file" in text:
         lines += same_structures(MAP_FILE)
         lines.append('_Static_assert(KVMPASS_IOMMU_IOAS_MAP_FILE == IOMMU_IOAS_MAP_FILE, "map file");')

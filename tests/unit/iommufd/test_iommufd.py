@@ -11,7 +11,7 @@ from support.bare import FakeLib, bare
 
 import kvmpass.iommufd.iommufd
 from kvmpass.errors import BadDescriptor
-from kvmpass.iommufd import Iommufd, IovaRanges
+from kvmpass.iommufd import HwInfo, Iommufd, IovaRanges
 from kvmpass.layout import GIB, MIB, Range
 
 
@@ -108,6 +108,66 @@ def test_unmapping_says_how_much_there_was(iommufd: Iommufd, monkeypatch: pytest
     use(monkeypatch, iommufd_ioas_unmap=unmap)
     assert iommufd.ioas_unmap(4, GIB, MIB) == iommufd.ioas_unmap_all(4) == 0x3000
     assert calls == [(4, GIB, MIB), (4, 0, (1 << 64) - 1)]
+
+
+def test_the_iommu_says_whether_it_tracks_writes(iommufd: Iommufd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def info(capabilities: int) -> Callable[..., int]:
+        def get(fd: int, devid: int, out: Any) -> int:
+            assert (fd, devid) == (1000, 3)
+            out[0] = capabilities
+            return 0
+
+        return get
+
+    use(monkeypatch, iommufd_get_hw_info=info(0b110))
+    assert iommufd.get_hw_info(3) == HwInfo(dirty_tracking=False)
+    use(monkeypatch, iommufd_get_hw_info=info(0b101))
+    assert iommufd.get_hw_info(3) == HwInfo(dirty_tracking=True)
+
+
+def test_a_page_table_with_and_without_dirty_tracking(iommufd: Iommufd, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def alloc(fd: int, flags: int, devid: int, ioas: int, out: Any) -> int:
+        calls.append((flags, devid, ioas))
+        out[0] = 9
+        return 0
+
+    use(monkeypatch, iommufd_hwpt_alloc=alloc)
+    assert iommufd.hwpt_alloc(3, 7) == iommufd.hwpt_alloc(3, 7, dirty_tracking=True) == 9
+    assert calls == [(0, 3, 7), (2, 3, 7)]  # include/uapi/linux/iommufd.h
+    use(monkeypatch, iommufd_hwpt_alloc=lambda *_: -errno.EOPNOTSUPP)
+    with pytest.raises(OSError, match=r"IOMMU_HWPT_ALLOC: .*device 3, IOAS 7") as refused:
+        iommufd.hwpt_alloc(3, 7, dirty_tracking=True)
+    assert "leave out dirty_tracking" in refused.value.__notes__[0]
+    with pytest.raises(OSError, match="IOMMU_HWPT_ALLOC") as refused:
+        iommufd.hwpt_alloc(3, 7)
+    assert not hasattr(refused.value, "__notes__")
+
+
+@pytest.mark.parametrize(("pages", "words", "size"), [(1, 1, 1), (8, 1, 1), (9, 1, 2), (64, 1, 8), (65, 2, 9)])
+def test_the_bitmap_has_a_bit_for_each_page(
+    iommufd: Iommufd, monkeypatch: pytest.MonkeyPatch, pages: int, words: int, size: int
+) -> None:
+    """The kernel gets whole words of 64 bits."""
+    calls: list[tuple[int, ...]] = []
+
+    def get(fd: int, hwpt: int, iova: int, length: int, page_size: int, out: Any) -> int:
+        calls.append((hwpt, iova, length, page_size, len(out)))
+        last = pages - 1
+        out[last // 64] |= 1 << last % 64
+        return 0
+
+    use(
+        monkeypatch,
+        iommufd_hwpt_get_dirty_bitmap=get,
+        iommufd_hwpt_set_dirty_tracking=lambda *arguments: calls.append(arguments) or 0,
+    )
+    iommufd.hwpt_set_dirty_tracking(9, True)
+    found = iommufd.hwpt_get_dirty_bitmap(9, Range(GIB, pages * MIB), MIB)
+    iommufd.hwpt_set_dirty_tracking(9, False)
+    assert calls == [(1000, 9, 1), (9, GIB, pages * MIB, MIB, words), (1000, 9, 0)]
+    assert (len(found), int.from_bytes(found, "little")) == (size, 1 << pages - 1)
 
 
 def test_objects_have_numbers(iommufd: Iommufd, monkeypatch: pytest.MonkeyPatch) -> None:
