@@ -70,6 +70,16 @@ class MemoryFaultExit(NamedTuple):
     """``KVM_MEMORY_EXIT_FLAG_…``."""
 
 
+class DeliveryExit(NamedTuple):
+    """KVM did not emulate an access to a device during the delivery of an event (``KVM_INTERNAL_ERROR_DELIVERY_EV``).
+
+    The guest's state has not changed: its next entry repeats the access.
+    """
+
+    gpa: int
+    """Guest-physical address of the access."""
+
+
 class FailedExit(NamedTuple):
     """The processor could not enter the guest, KVM could not emulate an instruction, or the exit is unknown."""
 
@@ -96,6 +106,7 @@ Exit = (
     | ShutdownExit
     | SystemEventExit
     | MemoryFaultExit
+    | DeliveryExit
     | FailedExit
     | RefusedExit
 )

@@ -13,6 +13,14 @@ from kvmpass.kvm import exits
 from kvmpass.kvm.types import CpuidEntry
 from kvmpass.memory import HostMapping
 
+
+def _internal_error(out: Any) -> exits.Exit:
+    suberror, datum = out.detail[0:2]
+    if suberror == lib.KVM_INTERNAL_ERROR_DELIVERY_EV:
+        return exits.DeliveryExit(datum)
+    return exits.FailedExit("KVM_EXIT_INTERNAL_ERROR", suberror, datum)
+
+
 _INTERRUPTED = exits.InterruptedExit()
 _RARE_EXITS: dict[int, Callable[[Any], exits.Exit]] = {
     lib.KVM_EXIT_INTR: lambda out: _INTERRUPTED,
@@ -21,7 +29,7 @@ _RARE_EXITS: dict[int, Callable[[Any], exits.Exit]] = {
     lib.KVM_EXIT_SYSTEM_EVENT: lambda out: exits.SystemEventExit(out.detail[0]),
     lib.KVM_EXIT_MEMORY_FAULT: lambda out: exits.MemoryFaultExit(out.address, out.detail[1], out.detail[0]),
     lib.KVM_EXIT_FAIL_ENTRY: lambda out: exits.FailedExit("the CPU refused to enter the guest", *out.detail[0:2]),
-    lib.KVM_EXIT_INTERNAL_ERROR: lambda out: exits.FailedExit("KVM_EXIT_INTERNAL_ERROR", *out.detail[0:2]),
+    lib.KVM_EXIT_INTERNAL_ERROR: _internal_error,
 }
 
 

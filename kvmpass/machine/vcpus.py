@@ -76,6 +76,7 @@ class VcpuThreads:
         """Why KVM could not run the guest; empty otherwise."""
         self._threads: list[threading.Thread] = []
         self._reasons: list[Counter[type[exits.Exit]]] = [Counter() for _ in vcpus]  # each thread has its own
+        self._repeated = [-1 for _ in vcpus]  # number of the exit that was repeated last
 
     def start(self) -> None:
         """Start one thread for each vCPU."""
@@ -210,10 +211,24 @@ class VcpuThreads:
                 raise GuestError(f"KVM reports system event {kind}")
             case exits.MemoryFaultExit(gpa, size, flags):
                 raise GuestError(f"the guest's access to {gpa:#x}+{size:#x} cannot be resolved (flags {flags:#x})")
+            case exits.DeliveryExit(gpa):
+                if not self._repeat(vcpu):
+                    raise GuestError(f"vCPU {vcpu.index}: an access to {gpa:#x} while an event was delivered")
             case exits.FailedExit(what, code, detail):
                 raise GuestError(f"vCPU {vcpu.index}: {what}: code {code:#x}, detail {detail:#x}")
             case exits.RefusedExit(code):
                 raise GuestError(f"vCPU {vcpu.index}: KVM_RUN: {os.strerror(code)}{_REFUSALS.get(code, '')}")
+
+    def _repeat(self, vcpu: Vcpu) -> bool:
+        """Whether to enter the guest again after a ``DeliveryExit``: not if the exit before was one, too.
+
+        From Linux 6.15 on, KVM concludes from the type of an event in the VMCB alone, without its valid bit, that the
+        event is being delivered (svm_check_emulate_instruction). QEMU's emulation of AMD-V leaves the type there when
+        it has delivered an exception, and clears it at the next exit.
+        """
+        number = sum(self._reasons[vcpu.index].values())
+        before, self._repeated[vcpu.index] = self._repeated[vcpu.index], number
+        return number != before + 1
 
     def _port(self, vcpu: Vcpu, exit_: exits.PortExit) -> None:
         """Dispatch each of the ``repeat`` accesses of a string instruction."""

@@ -12,7 +12,7 @@ import pytest
 
 from kvmpass.bus import Bus
 from kvmpass.kvm import Vcpu
-from kvmpass.kvm.exits import Exit, InterruptedExit, PortExit, RefusedExit, ShutdownExit
+from kvmpass.kvm.exits import DeliveryExit, Exit, InterruptedExit, PortExit, RefusedExit, ShutdownExit
 from kvmpass.machine.vcpus import GuestOutcome, VcpuThreads
 
 
@@ -99,6 +99,16 @@ def test_a_failed_kvm_run_is_an_outcome_and_no_exception(
     stage.vcpus[0].exits.append(exit_)
     assert stage.threads.wait(5) is outcome
     assert stage.threads.fault.startswith(fault) and bool(stage.threads.fault) == bool(fault)
+
+
+def test_an_access_during_the_delivery_of_an_event_is_repeated_once(stage: Stage) -> None:
+    vcpu = stage.vcpus[0]
+    vcpu.exits += [DeliveryExit(0xE0010100), PORT, DeliveryExit(0xE0010100), PORT]
+    settle(lambda: stage.threads.reasons.get("Port") == 2)
+    assert not stage.threads.ended
+    vcpu.exits += [DeliveryExit(0xE0010100), DeliveryExit(0xE0010100)]
+    assert stage.threads.wait(5) is GuestOutcome.FAULT
+    assert stage.threads.fault == "vCPU 0: an access to 0xe0010100 while an event was delivered"
 
 
 def test_a_pause_stops_all_vcpus_until_resume(stage: Stage) -> None:
