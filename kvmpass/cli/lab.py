@@ -14,6 +14,7 @@ from kvmpass.cli.output import together
 from kvmpass.errors import LabError
 from kvmpass.lab import build, cache, devices, kernels, modern
 from kvmpass.lab import headers as kernel_headers
+from kvmpass.lab import selftests as kernel_selftests
 from kvmpass.lab import status as state
 from kvmpass.lab.config import ACCELERATORS, LabConfig, LabResult, split_features
 from kvmpass.lab.lab import Lab
@@ -34,6 +35,14 @@ def complete_kernel(ctx: click.Context, param: click.Parameter, incomplete: str)
     names = [CompletionItem(name) for name in ("stock", *kernels.RECIPES) if name.startswith(incomplete)]
     return names or [CompletionItem(incomplete, type="file")]
 
+
+def complete_selftest(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete the names of the selftests that have been built."""
+    built = kernel_selftests.programs(kernel_selftests.cached())
+    return [CompletionItem(name) for name in built if name.startswith(incomplete)]
+
+
+KERNEL_HELP = "The host's kernel: stock (Debian's), full (with iommufd), next (Linux 7.3), or a bzImage."
 
 host_options = together(
     click.option(
@@ -58,7 +67,7 @@ host_options = together(
         show_default=True,
         metavar="stock|full|next|PATH",
         shell_complete=complete_kernel,
-        help="The host's kernel: stock (Debian's), full (with iommufd), next (Linux 7.3), or a bzImage.",
+        help=KERNEL_HELP,
     ),
     click.option("--append", default="", metavar="TEXT", help="Append to the host kernel's command line."),
     click.option(
@@ -189,6 +198,42 @@ def qemu(again: bool) -> None:
     """Fetch the modern QEMU, which has root ports, virtual functions and fault events."""
     emulator = modern.fetch(say, again=again)
     click.echo(f"QEMU {emulator.version_text}: {emulator.path}")
+
+
+@lab.command()
+@click.argument("names", nargs=-1, metavar="[NAME]…", shell_complete=complete_selftest)
+@click.option(
+    "--kernel-tree",
+    "tree",
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Build the tests of this kernel source, instead of those of Linux 7.3.",
+)
+@click.option(
+    "--kernel",
+    default="next",
+    show_default=True,
+    metavar="stock|full|next|PATH",
+    shell_complete=complete_kernel,
+    help=KERNEL_HELP,
+)
+@click.option("--again", is_flag=True, help="Build them even if they are in the cache.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="End the run after this time, boot included.")
+def selftests(names: tuple[str, ...], tree: Path | None, kernel: str, again: bool, timeout: float | None) -> int:
+    """Run the kernel's VFIO selftests NAME in an emulated host, or all of them, and print TAP.
+
+    They are built at first use. The host has an igb and an edu, bound to vfio-pci.
+
+    Exit status 0 if nothing failed, 1 if a test did, otherwise as that of lab run.
+    """
+    built = kernel_selftests.build(say, tree, again=again)
+    chosen = kernel_selftests.choose(built, names)
+    config = kernel_selftests.configuration(kernel, timeout)
+    result, verdicts = kernel_selftests.run(built, chosen, config, sys.stdout.buffer, say)
+    say(kernel_selftests.summary(verdicts))
+    if result.outcome != "exited" or result.status:
+        return conclude(result)
+    return int(len(verdicts) < len(chosen) or any(verdict.outcome == "failed" for verdict in verdicts))
 
 
 @lab.command()

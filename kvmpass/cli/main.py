@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     options, command = split_command(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in options if not word.startswith("-")), "")
     as_json = "--json" in options
-    own = ASSIGN_FAILED if name == "assign" or (name == "lab" and "run" in options) else None
+    own = ASSIGN_FAILED if name == "assign" or (name == "lab" and {"run", "selftests"} & set(options)) else None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored it hides how children end
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup

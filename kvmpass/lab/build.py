@@ -29,11 +29,12 @@ def missing_packages() -> list[str]:
     """Return the Debian packages that the build needs and this machine does not have."""
     lacking = cache.missing_packages(TOOLS)
     if find_tool("gcc") is not None:
-        lacking += [package for header, package in HEADERS.items() if not _compiles(header)]
+        lacking += [package for header, package in HEADERS.items() if not compiles(header)]
     return lacking
 
 
-def _compiles(header: str) -> bool:
+def compiles(header: str) -> bool:
+    """Return whether the compiler finds a header."""
     done = subprocess.run(
         ["gcc", "-E", "-x", "c", "-"],
         input=f"#include <{header}>\n".encode(),

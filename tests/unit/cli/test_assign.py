@@ -90,6 +90,15 @@ def test_a_command_without_its_separator(words: str, first: str) -> None:
     assert result.stderr.endswith(f"  hint: write -- before a COMMAND: {first}\n")
 
 
+def test_selftests_that_cannot_be_started_are_no_failure_of_a_test(tmp_path: Path) -> None:
+    words = ["lab", "selftests", "--kernel-tree", str(tmp_path)]
+    result = subprocess.run(
+        [sys.executable, "-m", "kvmpass", *words], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (125, "")
+    assert "has no tools/testing/selftests/vfio" in result.stderr
+
+
 @pytest.mark.parametrize("address", ["nvme", "ffff:ff:1f.7"])
 def test_the_status_file_reports_a_wrong_address(
     tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str], valid: Callable[..., Any]
