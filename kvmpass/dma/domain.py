@@ -59,6 +59,7 @@ class Domain:
         self._reserved = tuple(reserved)
         self._devices: list[Device] = []
         self._ledger: dict[MemoryRegion, DmaMapping] = {}
+        self._doubtful: set[MemoryRegion] = set()  # the kernel may have no mapping for them
         self._mapped = False  # whether a region that is added is mapped; guarded by the memory's lock
         self._kvm_vfio = kvm_vfio
         self._files: list[int] = []  # that are registered with it
@@ -115,6 +116,7 @@ class Domain:
             if not self.active:
                 with self._memory.lock:
                     self._ledger.clear()
+                    self._doubtful.clear()
 
     def hot_reset(self, device: Device) -> None:
         """Reset the slot or bus of ``device``, if all devices that this resets are in this domain.
@@ -204,21 +206,22 @@ class Domain:
             del self._ledger[region]
             raise
         except BaseException as error:  # KeyboardInterrupt may be raised after the ioctl
-            run_all(partial(self._unmap_doubtful, region), failure=error)
+            self._doubtful.add(region)
+            run_all(partial(self.unmap_region, region), failure=error)
             raise
         log.info("map %s -> iova %#x, %s", region, mapping.iova, "rw" if mapping.writable else "ro")
 
-    def _unmap_doubtful(self, region: MemoryRegion) -> None:
-        """Unmap a region that may not be mapped. If this fails it stays in the ledger, and its memory mapped."""
-        self.backend.unmap(region)
-        del self._ledger[region]
-
     def unmap_region(self, region: MemoryRegion) -> None:
-        """Undo ``map_region``. Raises ``OSError``, ``AuditFailed`` if the kernel unmapped another size."""
+        """Undo ``map_region``. Raises ``AuditFailed`` if the kernel unmapped another size.
+
+        Raises ``OSError``: the region stays in the ledger, and its memory mapped in this process.
+        """
         mapping = self._ledger[region]
         unmapped = self.backend.unmap(region)
         del self._ledger[region]
-        if unmapped != mapping.size:
+        doubtful = region in self._doubtful
+        self._doubtful.discard(region)
+        if unmapped != mapping.size and not (doubtful and not unmapped):
             raise AuditFailed(
                 f"{region.name}: {unmapped:#x} bytes were mapped at {mapping.iova:#x}, "
                 f"the ledger has {mapping.size:#x}"

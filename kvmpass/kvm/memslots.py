@@ -66,7 +66,12 @@ class Memslots:
             raise
 
     def region_removed(self, region: MemoryRegion) -> None:
-        """Delete the slot. Raises ``OSError`` if KVM keeps it: it stays in the ledger."""
+        """Delete the slot. Raises ``OSError`` if KVM keeps it: it stays in the ledger.
+
+        There may be none: of a region that another listener refused, and holds.
+        """
+        if region not in self._slots:
+            return
         try:
             self._delete(self._vm, self._slots[region])
         except OSError as error:

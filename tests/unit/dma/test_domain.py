@@ -289,6 +289,27 @@ def test_a_region_that_may_still_be_mapped_stays_recorded(
     stage.check()
 
 
+def test_a_region_that_was_not_mapped_after_all_can_be_removed(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both calls had failed before they did anything. Of a mapping that was acknowledged this fails the audit."""
+    stage.domain.attach(NIC, 1)
+
+    def refuse(*_: object) -> int:
+        raise Refused(errno.ENOMEM, "unmap")
+
+    stage.kernel.fail(1)
+    with monkeypatch.context() as patch, pytest.raises(Refused, match="map"):
+        patch.setattr(stage.domain.backend, "unmap", refuse)
+        stage.memory.add_ram(4 * GIB, PAGE, "extra")
+    [*_, region] = stage.memory
+    stage.memory.remove(region)
+    stage.check()
+    region = stage.memory.add_ram(4 * GIB, PAGE, "extra")
+    stage.kernel.mappings.pop(region.range)
+    with pytest.raises(AuditFailed, match="extra: 0x0 bytes were mapped"):
+        stage.memory.remove(region)
+    stage.memory.remove(region)
+
+
 def test_a_region_whose_unmap_fails_is_held(stage: Stage) -> None:
     stage.domain.attach(NIC, 1)
     region = stage.memory.add_ram(4 * GIB, PAGE, "extra")

@@ -254,6 +254,26 @@ def test_a_region_that_cannot_be_removed_stays_whole(
     assert open_mappings == []
 
 
+def test_a_region_that_only_the_domain_holds_can_be_removed(
+    machine: FakeMachine, open_mappings: list[HostMapping], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its map failed, and so did the unmap that was to make sure of it; its memslot was deleted."""
+    machine.domain.attach("device", 1)
+
+    def refuse(*_: Any) -> int:
+        raise Refused(errno.ENOMEM, "unmap")
+
+    machine.kernel.fail(2)
+    with monkeypatch.context() as patch, pytest.raises(Refused, match="map"):
+        patch.setattr(FakeContainer, "unmap_dma", refuse)
+        add_ram(machine.memory)
+    region = next(region for region in machine.memory if region.name == "extra")
+    assert (machine.memslots.holds(region), machine.domain.holds(region)) == (False, True)
+    machine.memory.remove(region)
+    machine.check()
+    assert open_mappings == []
+
+
 @AFTER
 def test_a_device_that_cannot_join_leaves_nothing_mapped(machine: FakeMachine, after: bool) -> None:
     for number in (1, 2):
