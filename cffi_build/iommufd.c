@@ -1,4 +1,5 @@
 /* One function for each ioctl of /dev/iommu, and of VFIO's devices with it: -errno or the result out (iommufd.h). */
+#include <fcntl.h>
 #include "iommufd.h"
 
 struct kvmpass_iova_ranges {
@@ -142,6 +143,33 @@ static int vfio_device_attach_iommufd_pt(int device, uint32_t ioas)
 	struct kvmpass_vfio_attach attach = { .argsz = sizeof(attach), .pt_id = ioas };
 
 	return RESULT(ioctl(device, KVMPASS_VFIO_DEVICE_ATTACH_IOMMUFD_PT, &attach));
+}
+
+/* Whether the device has a feature that can be read: 0, or -ENOTTY and others. */
+static int vfio_device_feature_probe(int device, uint32_t feature)
+{
+	struct kvmpass_vfio_feature probe = {
+		.argsz = sizeof(probe),
+		.flags = feature | KVMPASS_VFIO_FEATURE_GET | KVMPASS_VFIO_FEATURE_PROBE,
+	};
+
+	return RESULT(ioctl(device, KVMPASS_VFIO_DEVICE_FEATURE, &probe));
+}
+
+/* One range of a BAR as a dma-buf: its descriptor. */
+static int vfio_device_feature_dma_buf(int device, uint32_t bar, uint64_t offset, uint64_t length)
+{
+	struct {
+		struct kvmpass_vfio_feature feature;
+		struct kvmpass_vfio_dma_buf dma_buf;
+		struct kvmpass_vfio_dma_range range;
+	} get = {
+		.feature = { sizeof(get), KVMPASS_VFIO_FEATURE_DMA_BUF | KVMPASS_VFIO_FEATURE_GET },
+		.dma_buf = { .region_index = bar, .open_flags = O_RDWR | O_CLOEXEC, .nr_ranges = 1 },
+		.range = { offset, length },
+	};
+
+	return RESULT(ioctl(device, KVMPASS_VFIO_DEVICE_FEATURE, &get));
 }
 
 static int vfio_device_detach_iommufd_pt(int device)

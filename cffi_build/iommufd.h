@@ -1,6 +1,6 @@
 /*
- * The ABI of /dev/iommu, and of VFIO's character devices over it, declared here: Linux 6.2 and 6.6 brought them, and the
- * headers of the build machine may be older. Layouts and numbers are those of include/uapi/linux/iommufd.h and vfio.h,
+ * The ABI of /dev/iommu, and of VFIO's character devices over it, declared here: Linux 6.2 and 6.6 brought them, 6.19
+ * dma-bufs of BARs, and the headers of the build machine may be older. Layouts and numbers are those of include/uapi/linux/iommufd.h and vfio.h,
  * which tests/unit/iommufd/test_abi.py compares where they are installed.
  */
 #ifndef KVMPASS_IOMMUFD_H
@@ -151,6 +151,29 @@ struct kvmpass_vfio_attach {
 struct kvmpass_vfio_detach {
 	uint32_t argsz;
 	uint32_t flags; /* 0 */
+};
+
+#define KVMPASS_VFIO_DEVICE_FEATURE KVMPASS_VFIO(17)
+#define KVMPASS_VFIO_FEATURE_GET (1u << 16)
+#define KVMPASS_VFIO_FEATURE_PROBE (1u << 18)
+#define KVMPASS_VFIO_FEATURE_DMA_BUF 11 /* Linux 6.19 */
+
+struct kvmpass_vfio_feature {
+	uint32_t argsz;
+	uint32_t flags; /* the feature's number, and what to do with it */
+};
+
+struct kvmpass_vfio_dma_range {
+	uint64_t offset; /* in the BAR */
+	uint64_t length;
+};
+
+/* Behind struct kvmpass_vfio_feature; as many ranges follow as it says. */
+struct kvmpass_vfio_dma_buf {
+	uint32_t region_index; /* number of the BAR */
+	uint32_t open_flags; /* of the descriptor */
+	uint32_t flags; /* 0 */
+	uint32_t nr_ranges;
 };
 
 #endif

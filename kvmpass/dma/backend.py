@@ -41,6 +41,10 @@ class Mapper(KvmVfio, Protocol):
     Synchronization: without the memory's lock, which it takes.
     """
 
+    @property
+    def p2p(self) -> bool:
+        """Whether BARs of attached devices are mapped, too: ``attach`` checks that the kernel can."""
+
     def map_all(self) -> None:
         """Check all memory against ``ranges`` and map what is not mapped, once the new device counts in ``ranges``.
 
@@ -71,7 +75,7 @@ class Backend(Protocol):
         ``vf_token``: see ``Group.get_device_fd``. The file is registered with KVM before VFIO looks for a VM, which
         it does when the device is opened (type 1) or bound (IOAS). Raises ``GroupNotViable`` where the kernel refuses
         the group, also where its interface reports only ``EBUSY`` or ``EINVAL``; ``OSError``; or what ``map_all``
-        raises; then nothing has changed.
+        raises; ``HostNotReady`` if ``Mapper.p2p`` is set and the kernel maps no BARs. Then nothing has changed.
         """
 
     def detach(self, device: Device) -> None:
@@ -83,7 +87,9 @@ class Backend(Protocol):
     def map(self, region: MemoryRegion) -> None:
         """Pin the region's memory and map it at ``region.gpa``: ROM read-only, RAM for reading and writing.
 
-        Raises ``OSError``. Raises ``OverflowError`` only before the ioctl; after any other failure it may be mapped.
+        With ``Mapper.p2p`` also BARs of attached devices, whose ``region.mapping`` is a ``vfio.RegionMapping``, for
+        reading and writing; nothing is pinned then. Raises ``OSError``. Raises ``OverflowError`` only before the
+        ioctl; after any other failure it may be mapped.
         """
 
     def unmap(self, region: MemoryRegion) -> int:

@@ -2,6 +2,10 @@
 
 Guest memory is mapped in the IOMMU at the guest's own physical addresses, once for all devices of the VM. Mappings
 exist while a device is attached: the first attach maps everything, the last detach unmaps it.
+
+With peer-to-peer the BARs of its devices are mapped, too, where the guest has placed them, while they decode: they
+are regions of guest memory for exactly that time. The kernel does not end such a mapping with the device (type 1), or
+it does so without notice (iommufd): a device is closed only after its BARs are unmapped.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import logging
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 from kvmpass._dataclass import dataclass
@@ -19,7 +24,7 @@ from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRang
 from kvmpass.layout import Range, Reserved, find_reserved
 from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
 from kvmpass.memory.audit import Mirrored, compare
-from kvmpass.vfio import Device
+from kvmpass.vfio import DependentDevice, Device, RegionMapping
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +41,17 @@ class DmaMapping:
     """Address in this process."""
     writable: bool
     """Whether devices may write."""
+    device: str | None = None
+    """The PCI address of the device whose BAR it is; None: guest memory."""
+    bar: int | None = None
+    """The number of that BAR."""
 
 
 class Domain:
     """One translation for all of the VM's devices: a listener of ``GuestMemory``, and the ``Mapper`` of its back end.
 
-    ``backend`` constructs the back end; ``reserved``: the ranges that this host's IOMMU does not translate.
+    ``backend`` constructs the back end; ``reserved``: the ranges that this host's IOMMU does not translate; ``p2p``:
+    whether devices reach the BARs of the domain's other devices (peer-to-peer).
 
     Synchronization: regions are added and removed from any thread (the memory's lock, which ``map_all`` and
     ``unmap_all`` take too); ``attach``, ``detach``, ``hot_reset``, ``rebind_kvm`` and ``close`` from one thread at a
@@ -54,8 +64,12 @@ class Domain:
         backend: BackendFactory,
         kvm_vfio: KvmVfio | None = None,
         reserved: Iterable[Reserved] = (),
+        *,
+        p2p: bool = False,
     ) -> None:
         self._memory = memory
+        self.p2p = p2p
+        """Whether devices reach the BARs of the domain's other devices."""
         self._reserved = tuple(reserved)
         self._devices: list[Device] = []
         self._ledger: dict[MemoryRegion, DmaMapping] = {}
@@ -101,11 +115,29 @@ class Domain:
     def detach(self, device: Device) -> None:
         """Close ``device`` and detach it; the last detach unmaps everything. Idempotent.
 
-        Runs every step even if one fails. If it cannot leave the translation its mappings stay recorded.
+        Runs every step even if one fails. If it cannot leave the translation its mappings stay recorded. Raises
+        ``DeviceInUse`` if one of its BARs cannot be unmapped: the device then stays open and attached.
         """
         if device in self._devices:
+            self._remove_bars(device)
             with self._until_inactive():
                 run_all(partial(self.backend.detach, device), partial(self._devices.remove, device))
+
+    def _remove_bars(self, device: Device) -> None:
+        """Remove what is left of the device's BARs, because it could not be removed before.
+
+        Other devices may write to these addresses until then, which are those of another device once the host uses
+        them again.
+        """
+        with self._memory.lock:
+            left = [region for region in self._ledger if self._device_of(region) is device]
+            try:
+                run_all(*(partial(self._memory.remove, region) for region in left))
+            except (OSError, AuditFailed) as error:
+                raise DeviceInUse(
+                    f"{device.name} stays open: other devices may still reach its BARs by DMA: {error}",
+                    "end this process: the kernel then removes the mappings and closes the device",
+                ) from error
 
     @contextmanager
     def _until_inactive(self) -> Iterator[None]:
@@ -118,17 +150,21 @@ class Domain:
                     self._ledger.clear()
                     self._doubtful.clear()
 
-    def hot_reset(self, device: Device) -> None:
-        """Reset the slot or bus of ``device``, if all devices that this resets are in this domain.
+    def dependent(self, device: Device) -> list[DependentDevice]:
+        """Return the devices that ``hot_reset`` resets: all of them are in this domain.
 
-        Raises ``NotAssignable`` if not, ``OSError`` (``ENODEV``: neither slot nor bus can be reset).
+        Raises ``NotAssignable`` if one is not, ``OSError`` (``ENODEV``: neither slot nor bus can be reset).
         """
         attached = {attached.name for attached in self._devices}
         dependent = device.get_pci_hot_reset_info()
         others = [other.name for other in dependent if other.name not in attached]
         if others:
             raise NotAssignable(f"a reset of {device.name}'s bus would reset {', '.join(others)} too")
-        self.backend.hot_reset(device, dependent)
+        return dependent
+
+    def hot_reset(self, device: Device) -> None:
+        """Reset the slot or bus of ``device``. Raises as ``dependent`` does: then nothing is reset."""
+        self.backend.hot_reset(device, self.dependent(device))
 
     def rebind_kvm(self, kvm_vfio: KvmVfio | None) -> None:
         """Unregister the files from the old VM, then register them with another one, or with none.
@@ -165,9 +201,23 @@ class Domain:
     def close(self) -> None:
         """Detach every device. Runs every step even if one fails; idempotent."""
         with self._until_inactive():
-            run_all(*(partial(self.detach, device) for device in self._devices), self.backend.close)
+            run_all(*(partial(self.detach, device) for device in self._devices), self._close_backend)
+
+    def _close_backend(self) -> None:
+        """Close it unless a device stays open, whose group or IOAS then stays, too."""
+        if not self._devices:
+            self.backend.close()
 
     # --- memory
+
+    def _device_of(self, region: MemoryRegion) -> Device | None:
+        """Return the device of this domain whose BAR the region is part of."""
+        mapping = region.mapping
+        return mapping.device if isinstance(mapping, RegionMapping) and mapping.device in self._devices else None
+
+    def _reached(self, region: MemoryRegion) -> bool:
+        """Return whether devices are to reach the region: guest memory, with peer-to-peer the domain's own BARs."""
+        return region.kind.dma or (self.p2p and self._device_of(region) is not None)
 
     def _check_range(self, range_: Range, name: str, usable: tuple[Range, ...]) -> None:
         """Raise ``ReservedRange`` for a range in ``reserved``, or outside of ``usable`` unless that is empty."""
@@ -187,7 +237,7 @@ class Domain:
         """
         with self._memory.lock, undo_on_error() as undo:
             usable = self.backend.ranges()
-            regions = [region for region in self._memory if region.kind.dma]
+            regions = [region for region in self._memory if self._reached(region)]
             for region in regions:
                 self._check_range(region.range, region.name, usable)
             for region in regions:
@@ -199,6 +249,8 @@ class Domain:
     def map_region(self, region: MemoryRegion) -> None:
         """Map one region by one call at its guest-physical address, ROM read-only (``kvm_iommu_map_pages``)."""
         mapping = DmaMapping(region.gpa, region.size, region.hva, region.kind.dma_writable)
+        if isinstance(region.mapping, RegionMapping):
+            mapping = replace(mapping, device=region.mapping.device.name, bar=region.mapping.index)
         self._ledger[region] = mapping
         try:
             self.backend.map(region)
@@ -247,7 +299,7 @@ class Domain:
 
     def region_added(self, region: MemoryRegion) -> None:
         """Map a region of an active domain before it is used."""
-        if self._mapped and region.kind.dma:
+        if self._mapped and self._reached(region):
             self.map_region(region)
 
     def region_removed(self, region: MemoryRegion) -> None:
@@ -264,8 +316,9 @@ class Domain:
     def audit(self) -> None:
         """Check that RAM is mapped writable, ROM read-only, each at its own address, and nothing else.
 
-        Raises ``AuditFailed`` naming every difference. Without an attached device nothing may be mapped.
+        With peer-to-peer the BARs that decode are mapped writable, too. Raises ``AuditFailed`` naming every
+        difference. Without an attached device nothing may be mapped.
         """
-        regions = [region for region in self._memory if region.kind.dma and self._mapped]
+        regions = [region for region in self._memory if self._mapped and self._reached(region)]
         wanted = {Mirrored(region.range, region.hva, region.kind.dma_writable) for region in regions}
         compare("DMA mappings", wanted, {Mirrored(Range(m.iova, m.size), m.hva, m.writable) for m in self.ledger})

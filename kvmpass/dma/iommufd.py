@@ -7,6 +7,7 @@ The IOAS is there from the first device until after the last one.
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from kvmpass.dma.backend import Mapper
 from kvmpass.iommufd import Iommufd
 from kvmpass.layout import Range
 from kvmpass.memory import MemoryRegion
-from kvmpass.vfio import Cdev, DependentDevice, Device
+from kvmpass.vfio import Cdev, DependentDevice, Device, RegionMapping
 
 
 class IommufdBackend:
@@ -58,6 +59,8 @@ class IommufdBackend:
             self._mapper.file_add(device.fd)
             device.bind(self.iommufd.fd, vf_token)
             undo.callback(device.detach)
+            if self._mapper.p2p:
+                device.check_p2p()
             device.attach(self._ioas)
             self._mapper.map_all()
             self._devices.append(device)
@@ -95,8 +98,20 @@ class IommufdBackend:
         return self._iommufd
 
     def map(self, region: MemoryRegion) -> None:
-        """See ``Iommufd.ioas_map``. By address, also where the region is a file: see ``Iommufd.ioas_map_file``."""
-        self.iommufd.ioas_map(self._ioas, region.gpa, region.hva, region.size, writable=region.kind.dma_writable)
+        """See ``Iommufd.ioas_map``. By address, also where the region is a file: see ``Iommufd.ioas_map_file``.
+
+        A BAR is mapped by its dma-buf, as iommufd takes no address of one. The kernel revokes that mapping for good,
+        and without notice, when memory decoding is turned off or the device is reset.
+        """
+        mapping, writable = region.mapping, region.kind.dma_writable
+        if not isinstance(mapping, RegionMapping):
+            self.iommufd.ioas_map(self._ioas, region.gpa, region.hva, region.size, writable=writable)
+            return
+        fd = mapping.device.export_dma_buf(mapping.index, mapping.area.start + region.offset, region.size)
+        try:
+            self.iommufd.ioas_map_file(self._ioas, region.gpa, fd, 0, region.size, writable=writable)
+        finally:
+            os.close(fd)  # the mapping keeps the dma-buf
 
     def unmap(self, region: MemoryRegion) -> int:
         """See ``Iommufd.ioas_unmap``."""

@@ -81,6 +81,8 @@ class Type1:
             if self._container is None:
                 self._container = (self._make_container or Container)()
                 undo.callback(self._close_container)
+                if self._mapper.p2p:
+                    self._container.check_p2p()
             group.set_container(self._container)
             undo.callback(group.unset_container)
             if not self._groups:

@@ -18,6 +18,7 @@ IOMMU_NODE = "dev/iommu"
 CDEVS = "dev/vfio/devices"
 TYPE1_MODULE = "vfio_iommu_type1"
 _TAKES_VF_TOKEN = (6, 17)  # VFIO_DEVICE_BIND_FLAG_TOKEN
+_MAPS_BARS = (6, 19)  # VFIO_DEVICE_FEATURE_DMA_BUF
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +51,18 @@ def check_backend(wanted: str) -> None:
 
 
 def choose_backend(
-    sysfs: Sysfs, bdfs: Iterable[Bdf] = (), wanted: str = AUTO, *, vf_token: bool = False
+    sysfs: Sysfs, bdfs: Iterable[Bdf] = (), wanted: str = AUTO, *, vf_token: bool = False, p2p: bool = False
 ) -> BackendChoice:
     """Return what a machine with these devices uses: iommufd where the kernel has it and this user may.
 
     ``wanted`` is one of ``BACKENDS``. A device says more once it is bound to vfio-pci. ``vf_token``: whether devices
-    are opened with one. Only reads. Raises ``ValueError``.
+    are opened with one; ``p2p``: whether they reach each other's BARs. Only reads. Raises ``ValueError``.
     """
     check_backend(wanted)
     if wanted == TYPE1:
         return BackendChoice(TYPE1, "requested")
     bdfs = list(bdfs)
-    obstacle = _kernel_lacks(sysfs, bdfs, vf_token)
+    obstacle = _kernel_lacks(sysfs, bdfs, vf_token, p2p)
     if wanted == IOMMUFD:
         return BackendChoice(IOMMUFD, "requested", obstacle)
     denied = obstacle or _denied(sysfs, bdfs)
@@ -72,7 +73,7 @@ def choose_backend(
     return BackendChoice(TYPE1, denied)
 
 
-def _kernel_lacks(sysfs: Sysfs, bdfs: list[Bdf], vf_token: bool) -> str:
+def _kernel_lacks(sysfs: Sysfs, bdfs: list[Bdf], vf_token: bool, p2p: bool) -> str:
     """Return what the kernel lacks for iommufd; empty if nothing."""
     loaded = sysfs.exists(PCI_DRIVERS, VFIO_PCI)
     # vfio loads iommufd, where that is a module.
@@ -85,6 +86,9 @@ def _kernel_lacks(sysfs: Sysfs, bdfs: list[Bdf], vf_token: bool) -> str:
         return "this kernel's VFIO has no character devices"
     if vf_token and sysfs.kernel() < _TAKES_VF_TOKEN:
         return "VFIO's character devices take VF tokens since Linux 6.17"
+    if p2p and sysfs.kernel() < _MAPS_BARS:
+        version = ".".join(map(str, sysfs.kernel()))
+        return f"iommufd maps BARs for peer-to-peer since Linux 6.19; this is Linux {version}"
     return ""
 
 

@@ -104,8 +104,9 @@ class Iommufd(OwnedFd):
         """Map ``size`` bytes of the memfd ``fd`` from ``offset`` on, else as ``ioas_map`` (``IOMMU_IOAS_MAP_FILE``).
 
         The kernel checks neither how ``fd`` was opened nor its seals: with ``writable`` devices can write to a memfd
-        that is open for reading only, or sealed. So guest memory is mapped by address. Raises ``OSError``:
-        ``EOPNOTSUPP`` where the running kernel lacks it (before Linux 6.13).
+        that is open for reading only, or sealed. So guest memory is mapped by address. ``fd`` may also be a dma-buf
+        (Linux 6.19). Raises ``OSError``: ``EOPNOTSUPP`` where the running kernel lacks it (before Linux 6.13);
+        ``ENODEV`` where the dma-buf is revoked.
         """
         result = lib.iommufd_ioas_map_file(self.fd, _flags(writable), ioas, fd, offset, size, iova)
         if result == -errno.ENOTTY:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 from kvmpass._signals import deferred
@@ -160,8 +160,9 @@ class Assignments(Execution):
     def deassign(self, device: AssignedDevice) -> None:
         """Undo ``assign``, without asking a running guest. Idempotent.
 
-        Raises ``OSError`` where KVM keeps a memslot over the device's pages: it stays assigned and its pages mapped,
-        and ``deassign`` can be repeated; ``close`` finishes it. After that every step runs even if one fails.
+        Raises ``OSError`` where KVM keeps a memslot over the device's pages, or the IOMMU a mapping: it stays
+        assigned and its pages mapped, and ``deassign`` can be repeated; ``close`` finishes it. After that every step
+        runs even if one fails.
         """
         with deferred(), self._device_lock:
             if not self._has(device):
@@ -191,19 +192,32 @@ class Assignments(Execution):
     def reset_device(self, device: AssignedDevice, reason: str = "request") -> DeviceReset:
         """Reset the function, or else its slot or bus if all devices there are assigned to this machine.
 
-        Raises ``NotAssignable`` where others are affected, ``OSError`` where there is no reset.
+        Raises ``NotAssignable`` where others are affected, ``OSError`` where there is no reset, or where a BAR that
+        other devices reach cannot be unmapped before it.
         """
         with self._device_lock:
             if not self._has(device):
                 raise Closed(f"{device.bdf} is no longer assigned")
             started = time.monotonic()
             method = None
-            if device.vfio.resettable:
-                device.vfio.reset()
-            else:
-                self.domain.hot_reset(device.vfio)
-                method = "bus"
+            with self._suspended(device) if self.domain.p2p else nullcontext():
+                if device.vfio.resettable:
+                    device.vfio.reset()
+                else:
+                    self.domain.hot_reset(device.vfio)
+                    method = "bus"
             device.failed = False
         event = device.reset_event(time.monotonic() - started, reason, method)
         self._monitor.emit(event)
         return event
+
+    @contextmanager
+    def _suspended(self, device: AssignedDevice) -> Iterator[None]:
+        """Keep the BARs of all devices that a reset of ``device`` resets from being targets of DMA."""
+        vfio = device.vfio
+        names = [vfio.name] if vfio.resettable else [other.name for other in self.domain.dependent(vfio)]
+        with deferred(), ExitStack() as stack:
+            for other in self.devices:
+                if other.vfio.name in names:
+                    stack.enter_context(other.suspended())
+            yield

@@ -17,7 +17,7 @@ def use_backend(domain: Domain, sysfs: Sysfs, bdf: Bdf, wanted: str, vf_token: u
 
     Raises ``HostNotReady`` where the requested one is unavailable.
     """
-    choice = choose_backend(sysfs, [bdf], wanted, vf_token=vf_token is not None)
+    choice = choose_backend(sysfs, [bdf], wanted, vf_token=vf_token is not None, p2p=domain.p2p)
     if choice.obstacle:
         raise HostNotReady(f"iommufd is unavailable: {choice.obstacle}", "use the back end type1, or auto")
     domain.use(_FACTORIES[choice.name])

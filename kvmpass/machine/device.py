@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kvmpass._signals import deferred
 from kvmpass.events import DeviceReset
@@ -101,6 +103,23 @@ class AssignedDevice:
                 self.function.config_write(COMMAND, data)
             else:
                 self.config.write(COMMAND, data)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Remove its BARs from the guest, and from the reach of other devices, while the host resets it.
+
+        Raises ``OSError`` if they cannot be removed; then nothing has changed.
+        """
+        with self._bus_lock:
+            function = self.function
+            if function is not None:
+                function.suspend()
+        try:
+            yield
+        finally:
+            with self._bus_lock:
+                if function is not None and self.function is function:  # the guest has not ejected it meanwhile
+                    function.resume()
 
     def reset_event(self, seconds: float, reason: str, method: str | None = None) -> DeviceReset:
         """Return the event of a reset that took ``seconds``.

@@ -58,6 +58,8 @@ class Machine(Assignments):
     ``backend``: ``auto``, ``iommufd`` or ``type1`` (``kvmpass.host.backend``), or a ``kvmpass.dma.BackendFactory``.
     ``iommu_fd``: an open ``/dev/iommu`` or ``/dev/vfio/vfio`` that no other VM uses, of which the machine keeps a
     duplicate; devices then come by descriptors, too (``assign``), and neither node is opened.
+    ``p2p``: peer-to-peer, each device's DMA reaches the BARs of the other devices where the guest has placed them,
+    while they decode and are not reset by the guest or by ``reset_device``.
     ``on_event`` receives a ``kvmpass.events.DeviceEvent`` for each error, fault, reset and removal of a device. It is
     called from a thread of the machine, or from the one whose call caused the event; events are logged in any case.
     It must not wait for the machine. An uncorrected error of a device ends the guest, unless ``stop_on_error`` is
@@ -79,6 +81,7 @@ class Machine(Assignments):
         sysfs: Sysfs | None = None,
         on_event: Callable[[DeviceEvent], None] | None = None,
         stop_on_error: bool = True,
+        p2p: bool = False,
     ) -> None:
         super().__init__(cpus, sysfs or Sysfs(), backend if isinstance(backend, str) else None)
         self._stop_on_error = stop_on_error
@@ -97,14 +100,14 @@ class Machine(Assignments):
             self.memory = GuestMemory()
             """The list of the guest's memory regions."""
             undo.callback(self.memory.close)
-            self._slots = Slots(self._make_board(), self.devices, self._bus_lock, lambda: self._running)
+            self._slots = Slots(self._make_board(), self.devices, self._bus_lock, lambda: self._running, p2p)
             undo.callback(lambda: self._board.close())
             self.memslots = Memslots(self._board.vm)
             """The regions as KVM memslots."""
             undo.callback(self.memslots.close)
             self.memory.listen(self.memslots)
             made = self._iommu or (backend if callable(backend) else Type1)  # Type1 until the first device
-            self.domain = Domain(self.memory, made, self._board.kvm_vfio, self.layout.reserved)
+            self.domain = Domain(self.memory, made, self._board.kvm_vfio, self.layout.reserved, p2p=p2p)
             """The DMA domain of all assigned devices."""
             undo.callback(self.domain.close)
             for part in planned.regions:

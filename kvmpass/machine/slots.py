@@ -32,6 +32,8 @@ class Slots:
     """The machine's."""
     running: Callable[[], bool]
     """Whether a guest runs."""
+    p2p: bool = False
+    """Whether the devices reach each other's BARs."""
     _made: dict[int, Callable[[Wiring], PciFunction]] = field(default_factory=dict)
     """Constructors of emulated functions, by slot."""
 
@@ -66,7 +68,8 @@ class Slots:
         else:
             device.slot, device.number = self.board.pci.free_slot(), 0
         with self.bus_lock:
-            device.function = self.board.plug(partial(AssignedFunction, device.vfio), device.slot, device.number)
+            make = partial(AssignedFunction, device.vfio, p2p=self.p2p)
+            device.function = self.board.plug(make, device.slot, device.number)
 
     def unplug(self, device: AssignedDevice) -> None:
         """Hide ``device`` from the guest. Raises ``OSError``: what KVM keeps stays recorded; call it again."""

@@ -1,7 +1,8 @@
 """Guest memory: the list of regions, and access to their bytes.
 
 A region is RAM, ROM (guest and devices read it) or BAR (memory of an assigned device, which the guest reaches by a
-memslot and no device by DMA). Memslots and DMA mappings follow the list as its listeners.
+memslot, and other devices only in a domain with peer-to-peer). Memslots and DMA mappings follow the list as its
+listeners.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ class RegionKind(enum.Enum):
 
     @property
     def dma(self) -> bool:
-        """Whether devices reach it: RAM and ROM, never another device's BAR."""
+        """Whether devices reach it in any domain: RAM and ROM, not another device's BAR."""
         return self is not RegionKind.BAR
 
     @property
     def dma_writable(self) -> bool:
-        """Whether devices can write it."""
-        return self is RegionKind.RAM
+        """Whether devices that reach it can write it."""
+        return self is not RegionKind.ROM
 
 
 @dataclass(eq=False, repr=False, slots=True)

@@ -27,6 +27,8 @@ log = limited_log(__name__)
 
 _PMCSR = 4  # in the power management capability: control and status
 _POWER_STATE = 0b11
+# Function level reset, which VFIO then does (PCI Express base, 7.5.3.4; Advanced Capabilities for Conventional PCI).
+_RESETS = ((pciregs.CAP_EXPRESS, 9, 0x80), (pciregs.CAP_ADVANCED_FEATURES, 4, 0x01))
 _PINS = 4
 _NO_RESPONSE = 0xFFFF  # what any register reads of a device that does not respond
 
@@ -34,13 +36,17 @@ _NO_RESPONSE = 0xFFFF  # what any register reads of a device that does not respo
 class AssignedFunction:
     """A ``PciFunction`` over an open VFIO device: configuration space, BARs and interrupts.
 
-    ``close()`` removes it from the guest; the device stays open. Nothing raises for what a guest writes.
+    ``close()`` removes it from the guest; the device stays open. Nothing raises for what a guest writes. ``p2p``:
+    whether other devices reach its BARs (``dma.Domain``), which then do not decode while the guest resets it.
 
     Synchronization: with the bus lock held.
     """
 
-    def __init__(self, device: Device, wiring: Wiring) -> None:
+    def __init__(self, device: Device, wiring: Wiring, *, p2p: bool = False) -> None:
         self._device = device
+        self._p2p = p2p
+        self._suspended = False
+        self._resets: list[tuple[int, int]] = []  # registers in which a bit resets the function
         self._space = ConfigSpace(device.config)
         self._bars = Bars(self._space)
         self._intx: Intx | None = None
@@ -83,6 +89,13 @@ class AssignedFunction:
         if express := shown.get(pciregs.CAP_EXPRESS):
             capabilities.unlink_express(space, express)
         self._power_at = shown.get(pciregs.CAP_POWER, 0)
+        if self._p2p:
+            self._resets = [
+                (capability.offset + at, bit)
+                for capability in pciregs.capabilities(read)
+                for id_, at, bit in _RESETS
+                if capability.id == id_
+            ]
         return shown
 
     def _make_messages(self, wiring: Wiring, shown: dict[int, int]) -> None:
@@ -107,6 +120,18 @@ class AssignedFunction:
         """Set header type, bit 7: whether the slot of this function 0 has other functions."""
         kept = self._space.get(pciregs.HEADER_TYPE, 1) & ~pciregs.MULTIFUNCTION
         self._space.set(pciregs.HEADER_TYPE, kept | (pciregs.MULTIFUNCTION if several else 0), 1)
+
+    # --- resets by the host
+
+    def suspend(self) -> None:
+        """Stop decoding until ``resume``, whatever the guest writes. Raises ``OSError``: it decodes as before."""
+        self._bars.decode(0)
+        self._suspended = True
+
+    def resume(self) -> None:
+        """Decode as the device's registers say after the reset."""
+        self._suspended = False
+        self._bars.decode(self._decoded())
 
     # --- the end
 
@@ -167,6 +192,8 @@ class AssignedFunction:
             self._write_command(offset, data)
         elif self._power_at and offset < self._power_at + _PMCSR + 1 <= end:
             self._write_power(offset, data)
+        elif self._starts_reset(offset, data):
+            self._change_decoding(offset, data, self._enabled, self._awake)
         else:
             self._space.write(offset, data)
             if any(own and offset < own.end and end > own.start for own in (self._msi, self._msix)):
@@ -203,8 +230,13 @@ class AssignedFunction:
         awake = not data[self._power_at + _PMCSR - offset] & _POWER_STATE
         self._change_decoding(offset, data, self._enabled, awake)
 
+    def _starts_reset(self, offset: int, data: bytes) -> bool:
+        """Whether the write may reset the function while other devices reach its BARs."""
+        return any(0 <= at - offset < len(data) and data[at - offset] & bit for at, bit in self._resets)
+
     def _change_decoding(self, offset: int, data: bytes, enabled: int, awake: bool) -> None:
-        self._bars.decode(self._bars.decoding & enabled if awake else 0)  # raises: the write is not done
+        decodes = awake and not self._starts_reset(offset, data)
+        self._bars.decode(self._bars.decoding & enabled if decodes else 0)  # raises: the write is not done
         done = self._space.write(offset, data)
         self._enabled = enabled if done else self._enabled & enabled
         self._awake = awake if done else self._awake and awake
@@ -215,6 +247,8 @@ class AssignedFunction:
 
     def _decoded(self) -> int:
         """Return the decoding bits on which the device's registers and the last write agree; 0 outside of D0."""
+        if self._suspended:
+            return 0
         try:
             asleep = self._power_at and self._device.config.read_int(self._power_at + _PMCSR, 1) & _POWER_STATE
         except OSError:

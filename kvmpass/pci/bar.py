@@ -142,7 +142,7 @@ class Bar:
 
         Raises ``OSError`` where KVM keeps a memslot: the BAR then decodes as before.
         """
-        wanted = wanted and self.enabled
+        wanted = wanted and self.enabled and not self._closed
         if wanted == self._wanted:
             return
         if not wanted:

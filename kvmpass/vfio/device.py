@@ -12,6 +12,7 @@ from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd, check, failure
 from kvmpass._native import ffi, lib
 from kvmpass._teardown import undo_on_error
+from kvmpass.errors import HostNotReady
 from kvmpass.layout import Range
 from kvmpass.memory import HostMapping
 
@@ -199,14 +200,26 @@ class Region:
         """Write a little-endian register of ``size`` bytes. Raises as ``read`` does, and ``OverflowError``."""
         self.write(offset, value.to_bytes(size, "little"))
 
-    def mmap(self, area: Range) -> HostMapping:
+    def mmap(self, area: Range) -> RegionMapping:
         """Map one of ``mmap_areas``. The mapping keeps the device open until it is closed. Raises ``OSError``.
 
         Aligned to the region's size, so that the kernel can use huge PFN maps.
         """
-        at = self._check(area.start, area.size)
-        align = max(4096, min(1 << 30, 1 << (self.info.size - 1).bit_length()))
-        return HostMapping(area.size, align=align, congruent=area.start, fd=self._device.fd, offset=at)
+        return RegionMapping(self._device, self.info, area, self._check(area.start, area.size))
+
+
+class RegionMapping(HostMapping):
+    """Part of a device's region in this process: ``area`` of ``info``, at ``offset`` of the device's file."""
+
+    def __init__(self, device: Device, info: RegionInfo, area: Range, offset: int) -> None:
+        self.device = device
+        """The device, which it keeps open."""
+        self.index = info.index
+        """VFIO's region index."""
+        self.area = area
+        """The part of the region."""
+        align = max(4096, min(1 << 30, 1 << (info.size - 1).bit_length()))
+        super().__init__(area.size, align=align, congruent=area.start, fd=device.fd, offset=offset)
 
 
 class Device(OwnedFd):
@@ -284,6 +297,25 @@ class Device(OwnedFd):
             return None
         check(result, "VFIO_DEVICE_GET_IRQ_INFO", f"{self.name} interrupt {index}")
         return Irqs(self, index, info.count, not info.flags & lib.VFIO_IRQ_INFO_NORESIZE)
+
+    def check_p2p(self) -> None:
+        """Raise ``HostNotReady`` unless VFIO exports the device's BARs (``VFIO_DEVICE_FEATURE_DMA_BUF``)."""
+        if lib.vfio_device_feature_probe(self.fd, lib.KVMPASS_VFIO_FEATURE_DMA_BUF) < 0:
+            raise HostNotReady(
+                f"peer-to-peer is unavailable: VFIO does not export the BARs of {self.name} as dma-bufs: Linux 6.19 "
+                f"and later do, with CONFIG_PCI_P2PDMA; this is {os.uname().release}",
+                "use the back end type1, or do without peer-to-peer",
+            )
+
+    def export_dma_buf(self, bar: int, offset: int, size: int) -> int:
+        """Export ``size`` bytes of a BAR, from ``offset`` on, as a dma-buf; return its descriptor.
+
+        Both are multiples of a page. ``VFIO_DEVICE_FEATURE_DMA_BUF``: what imports it loses it, without notice to
+        the process, when the device is reset or does not decode memory (drivers/vfio/pci/vfio_pci_dmabuf.c). Raises
+        ``OSError``: ``ENOTTY`` and ``EOPNOTSUPP`` where the kernel has none, ``EINVAL`` outside of the BAR.
+        """
+        result = lib.vfio_device_feature_dma_buf(self.fd, bar, offset, size)
+        return check(result, "VFIO_DEVICE_FEATURE_DMA_BUF", f"{self.name} BAR {bar}, {offset:#x}+{size:#x}")
 
     def reset(self) -> None:
         """Reset the function (``VFIO_DEVICE_RESET``). Raises ``OSError`` (``EINVAL``: not ``resettable``)."""

@@ -9,7 +9,7 @@ import uuid
 from kvmpass._fd import OwnedFd, check, failure, open_node
 from kvmpass._native import ffi, lib
 from kvmpass._teardown import undo_on_error
-from kvmpass.errors import BadDescriptor, GroupNotViable
+from kvmpass.errors import BadDescriptor, GroupNotViable, HostNotReady
 from kvmpass.layout import Range
 from kvmpass.vfio.device import Device
 
@@ -49,6 +49,19 @@ class Container(OwnedFd):
         used = lib.vfio_iommu_get_info(self.fd, info) >= 0 or lib.vfio_set_iommu(self.fd, lib.VFIO_TYPE1v2_IOMMU) >= 0
         if used:
             raise BadDescriptor("the container has a group already", "open /dev/vfio/vfio once for each VM")
+
+    def check_p2p(self) -> None:
+        """Raise ``HostNotReady`` unless the container takes a device's BAR for DMA, before a group joins.
+
+        That of iommufd (drivers/iommu/iommufd/vfio_compat.c) refuses it. It is known by an ioctl that only iommufd
+        has: there is no object 0 (``ENOENT``).
+        """
+        ranges = ffi.new("struct kvmpass_iova_ranges *")
+        if lib.iommufd_ioas_iova_ranges(self.fd, 0, ranges) == -errno.ENOENT:
+            raise HostNotReady(
+                "peer-to-peer is unavailable: iommufd serves this kernel's VFIO containers, and maps no BAR in them",
+                "use the back end iommufd, on Linux 6.19 or later, or do without peer-to-peer",
+            )
 
     def set_iommu(self) -> None:
         """Create the domain (``VFIO_SET_IOMMU``), after the first group has joined. Raises ``OSError``."""

@@ -114,6 +114,8 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
                 "pci-bridge,id=bridge0,chassis_nr=1,addr=11.0",
                 "edu,bus=bridge0,addr=01.0",
                 "edu,bus=bridge0,addr=02.0",
+                "pci-bridge,id=bridge1,chassis_nr=2,addr=12.0",
+                "ivshmem-plain,size=1M,bus=bridge1,addr=01.0",
             ),
             memory="4G",
             append="hugepagesz=1G hugepages=1",

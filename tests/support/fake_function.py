@@ -14,7 +14,7 @@ from kvmpass.memory import GuestMemory, HostMapping, RegionKind
 from kvmpass.pci import AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
 from kvmpass.pciregs import COMMAND, COMMAND_MEMORY
 from kvmpass.ports import IOAPIC_PINS
-from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM, RegionInfo
+from kvmpass.vfio.device import CONFIG, INTX, MSI, MSIX, ROM, RegionInfo, RegionMapping
 from support.fake_interrupts import FakeIrqs
 
 TABLE_AT, PENDING_AT, VECTORS = 0x2000, 0x2800, 5
@@ -32,6 +32,7 @@ class FakeRegion:
         self.accesses: list[tuple[str, int, int]] = []
         self._enabled = enabled
         self.refusing: Callable[[], bool] = lambda: False
+        self.device: FakeDevice | None = None
 
     @property
     def size(self) -> int:
@@ -61,7 +62,17 @@ class FakeRegion:
         return int.from_bytes(self.read(offset, size), "little")
 
     def mmap(self, area: Range) -> HostMapping:
-        return HostMapping(area.size)
+        return FakeMapping(self.device, self.info.index, area)
+
+
+class FakeMapping(RegionMapping):
+    """Part of a BAR in this process, as memory of its own."""
+
+    def __init__(self, device: Any, index: int, area: Range) -> None:
+        HostMapping.__init__(self, area.size)
+        self.device = device
+        self.index = index
+        self.area = area
 
 
 class FakeConfig(FakeRegion):
@@ -69,11 +80,14 @@ class FakeConfig(FakeRegion):
 
     ``virtual`` is what was written last: by it VFIO lets accesses of the device's memory pass. What reads back is the
     device's. A device without No_Soft_Reset loses it on the way from D3hot to D0, and the kernel brings back what it
-    saved on the way down: not what was written meanwhile.
+    saved on the way down: not what was written meanwhile. ``before_silence`` is called before the device stops to
+    respond at its BARs: a mapping of one for DMA would lead nowhere, and iommufd revokes it.
     """
 
     def __init__(self, info: RegionInfo, data: bytearray, power_at: int = 0, soft_reset: bool = True) -> None:
         super().__init__(info, data)
+        self.before_silence: Callable[[], None] = lambda: None
+        self.resets = 0
         self._power_at = power_at
         self._soft_reset = soft_reset
         self._saved = b""
@@ -95,7 +109,12 @@ class FakeConfig(FakeRegion):
 
     def write(self, offset: int, data: bytes) -> None:
         self._access("write", offset, len(data))
+        if self._silences(offset, data):
+            self.before_silence()
         for at, byte in enumerate(data, offset):
+            if self._power_at and at == EXPRESS_AT + 9:
+                self.resets += byte >> 7
+                byte &= 0x7F
             if COMMAND <= at < COMMAND + 2:
                 shift = 8 * (at - COMMAND)
                 self.virtual = self.virtual & ~(0xFF << shift) | byte << shift
@@ -104,6 +123,13 @@ class FakeConfig(FakeRegion):
                 byte = byte & ~3 | self.power
             if not self.gone:
                 self.data[at] = byte
+
+    def _silences(self, offset: int, data: bytes) -> bool:
+        """Whether the write turns memory decoding off, changes the power state, or resets (vfio_exp_config_write)."""
+        bits = dict(enumerate(data, offset))
+        off = COMMAND in bits and not bits[COMMAND] & COMMAND_MEMORY
+        power = self._power_at and bits.get(self._power_at + 4, self.power) & 3
+        return bool(off or power or (self._power_at and bits.get(EXPRESS_AT + 9, 0) & 0x80))
 
     def set_power(self, state: int) -> None:
         """``vfio_pci_set_power_state``; D1 and D2 are not supported."""
@@ -118,6 +144,8 @@ class FakeConfig(FakeRegion):
 
     def reset(self) -> None:
         """VFIO_DEVICE_RESET: to D0 first, and the kernel saves and restores the rest."""
+        self.before_silence()
+        self.resets += 1
         self.set_power(0)
 
 
@@ -174,6 +202,8 @@ class FakeDevice:
             CONFIG: whole,
         }
         self.regions[ROM].data[:4] = b"\x55\xaa\x04\x00"
+        for region in self.regions.values():
+            region.device = self
         self.irqs = {
             INTX: FakeIrqs(self, INTX, 1, False),
             MSI: FakeIrqs(self, MSI, MSI_VECTORS, True),
@@ -289,7 +319,8 @@ class Board:
 
     SLOT = 1
 
-    def __init__(self, device: FakeDevice | None = None) -> None:
+    def __init__(self, device: FakeDevice | None = None, *, p2p: bool = False) -> None:
+        self.p2p = p2p
         self.layout = plan_layout(MIB)
         self.memory = GuestMemory()
         self.ports, self.mmio, self.pci = Bus("port"), Bus("memory"), PciBus()
@@ -304,7 +335,7 @@ class Board:
     def make(self, device: FakeDevice | None = None) -> AssignedFunction:
         """A function of this board, not yet on its bus."""
         wiring = Wiring(self.kvm, self.kvm, self.memory, self.ports, self.mmio, self.space, GSIS)  # type: ignore[arg-type]
-        return AssignedFunction(device or self.device, wiring)  # type: ignore[arg-type]
+        return AssignedFunction(device or self.device, wiring, p2p=self.p2p)  # type: ignore[arg-type]
 
     def make_at(self, slot: int, device: FakeDevice, number: int = 0) -> AssignedFunction:
         """Another function on the bus; the caller takes it out again."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 from kvmpass.iommufd import IovaRanges
 from kvmpass.layout import PAGE, Range
 from kvmpass.vfio import DependentDevice
-from support.fake_vfio import FakeKernel, refuse
+from support.fake_vfio import FakeBar, FakeKernel, refuse
 
 
 @dataclass
@@ -25,6 +26,7 @@ class FakeIoas(FakeKernel):
 
     devices: dict[str, FakeCdev] = field(default_factory=dict)
     contexts: list[FakeIommufd] = field(default_factory=list)
+    dma_bufs: dict[int, FakeDmaBuf] = field(default_factory=dict)
 
     def state(self) -> tuple[Any, ...]:
         """All that a caller can leave behind."""
@@ -103,7 +105,23 @@ class FakeIommufd:
                 raise refuse(errno.EINVAL, "IOMMU_IOAS_MAP")
             if any(wanted.overlaps(other) for other in self.spaces[ioas]):
                 raise refuse(errno.EEXIST, "IOMMU_IOAS_MAP")
+            if hva in self.kernel.bars:
+                raise refuse(errno.EFAULT, "IOMMU_IOAS_MAP")
             self.spaces[ioas][wanted] = (hva, writable)
+
+        self.kernel.call("map", work)
+
+    def ioas_map_file(self, ioas: int, iova: int, fd: int, offset: int, size: int, *, writable: bool) -> None:
+        def work() -> None:
+            buffer, wanted = self.kernel.dma_bufs[os.fstat(fd).st_ino], Range(iova, size)
+            if offset or size != buffer.bar.area.size or iova % PAGE:
+                raise refuse(errno.EINVAL, "IOMMU_IOAS_MAP_FILE")
+            if any(wanted.overlaps(other) for other in self.spaces[ioas]):
+                raise refuse(errno.EEXIST, "IOMMU_IOAS_MAP_FILE")
+            if buffer.revoked:
+                raise refuse(errno.ENODEV, "IOMMU_IOAS_MAP_FILE")
+            buffer.mapped = True
+            self.spaces[ioas][wanted] = (buffer.bar.address, writable)
 
         self.kernel.call("map", work)
 
@@ -139,6 +157,20 @@ class FakeIommufd:
                 self.kernel.contexts.remove(self)
 
 
+@dataclass
+class FakeDmaBuf:
+    """Of part of a BAR. What is mapped of it when it is revoked stays an area without pages: it reaches nothing."""
+
+    bar: FakeBar
+    revoked: bool
+    mapped: bool = False
+    lost: bool = False
+
+    def revoke(self, revoked: bool) -> None:
+        self.revoked = revoked
+        self.lost |= revoked and self.mapped
+
+
 class FakeCdev:
     """A device that was opened by its own character device. ``vm``: who was registered when it was bound."""
 
@@ -152,6 +184,7 @@ class FakeCdev:
         self.ioas: int | None = None
         self.closed = False
         self.resets: list[list[int]] = []
+        self.memory = True  # decoded
         self._kvm: str | None = None
 
     @property
@@ -176,6 +209,28 @@ class FakeCdev:
 
         return int(self.kernel.call("bind", work))
 
+    def check_p2p(self) -> None:
+        assert self.bound is not None
+        self.kernel.check_p2p()
+
+    def export_dma_buf(self, bar: int, offset: int, size: int) -> int:
+        """A descriptor, which the caller closes. While memory is not decoded what it exports is revoked already."""
+
+        def work() -> int:
+            bars = [found for found in self.kernel.bars.values() if found.device is self and found.index == bar]
+            part = next(found for found in reversed(bars) if found.area.contains(Range(offset, size)))
+            fd = os.memfd_create("dma-buf")
+            self.kernel.dma_bufs[os.fstat(fd).st_ino] = FakeDmaBuf(part, revoked=not self.memory)
+            return fd
+
+        return int(self.kernel.call("export", work))
+
+    def revoke(self) -> None:
+        """As the kernel does before a reset, and before the device is closed: without a word to the process."""
+        for buffer in self.kernel.dma_bufs.values():
+            if buffer.bar.device is self:
+                buffer.revoke(True)
+
     def attach(self, ioas: int) -> None:
         def work() -> None:
             assert self.bound is not None
@@ -194,6 +249,7 @@ class FakeCdev:
 
     def close(self) -> None:
         def work() -> None:
+            assert not self.kernel.peers(self), "others would have an area of the address space that reaches nothing"
             self.closed = True
             self._release()
 
@@ -213,4 +269,5 @@ class FakeCdev:
 
     def pci_hot_reset(self, groups: Sequence[Any]) -> None:
         assert not groups, "every device is bound: VFIO knows them without"
+        assert not self.kernel.peers(self), "it is revoked, and stays so"
         self.resets.append([])

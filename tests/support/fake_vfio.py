@@ -12,8 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvmpass.errors import HostNotReady
 from kvmpass.layout import PAGE, Range
-from kvmpass.vfio.device import DependentDevice
+from kvmpass.memory import HostMapping
+from kvmpass.vfio.device import DependentDevice, RegionMapping
 
 
 class Refused(OSError):
@@ -27,6 +29,8 @@ class FakeKernel:
     members: dict[int, tuple[str, ...]]
     ranges: tuple[Range, ...] = (Range(0, 0xFEE0_0000), Range(0xFEF0_0000, 1 << 39))
     dependent: dict[str, list[DependentDevice]] = field(default_factory=dict)
+    bars: dict[int, FakeBar] = field(default_factory=dict)
+    maps_bars: bool = True
     log: list[str] = field(default_factory=list)
     countdown: int = 0
     after: bool = False
@@ -47,6 +51,32 @@ class FakeKernel:
     def file(self, fd: int) -> Any:
         """What is open there: KVM sets its ``kvm``."""
         raise NotImplementedError
+
+    @property
+    def mappings(self) -> dict[Range, tuple[int, bool]]:
+        """Of the only address space that there may be: host address and whether it is writable."""
+        raise NotImplementedError
+
+    def check_p2p(self) -> None:
+        """What a container, or a device, answers when it is asked for peer-to-peer."""
+        if not self.maps_bars:
+            raise HostNotReady("peer-to-peer is unavailable")
+
+    def peers(self, device: object) -> list[Range]:
+        """Where the device's BARs are mapped for DMA."""
+        bars = {range_: self.bars.get(hva) for range_, (hva, _) in self.mappings.items()}
+        return [range_ for range_, bar in bars.items() if bar is not None and bar.device is device]
+
+
+class FakeBar(RegionMapping):
+    """Part of a device's BAR in this process. The kernel recognises it by its address."""
+
+    def __init__(self, kernel: FakeKernel, device: Any, index: int, area: Range) -> None:
+        HostMapping.__init__(self, area.size)
+        self.device = device
+        self.index = index
+        self.area = area
+        kernel.bars[self.address] = self
 
 
 @dataclass
@@ -110,6 +140,10 @@ class FakeContainer:
         self.iommu = self.closed = False
         self.mappings: dict[Range, tuple[int, bool]] = {}
 
+    def check_p2p(self) -> None:
+        assert not self.groups
+        self.kernel.check_p2p()
+
     def set_iommu(self) -> None:
         def work() -> None:
             if self.iommu or not self.groups:
@@ -130,6 +164,8 @@ class FakeContainer:
                 raise refuse(errno.EINVAL, "VFIO_IOMMU_MAP_DMA")
             if any(wanted.overlaps(other) for other in self.mappings):
                 raise refuse(errno.EEXIST, "VFIO_IOMMU_MAP_DMA")
+            if (bar := self.kernel.bars.get(hva)) and not bar.device.memory:  # type: ignore[attr-defined]
+                raise refuse(errno.EFAULT, "VFIO_IOMMU_MAP_DMA")
             self.mappings[wanted] = (hva, writable)
 
         self.kernel.call("map", work)
@@ -239,10 +275,14 @@ class FakeDevice:
         self.name = name
         self.vf_token = vf_token
         self.vm = group.kvm
+        self.memory = True  # decoded
         self.resets: list[list[int]] = []
 
     def close(self) -> None:
+        """Type 1 keeps the mappings of its BARs: others would reach what has these addresses next."""
+
         def work() -> None:
+            assert not self.group.kernel.peers(self)
             if self in self.group.devices:
                 self.group.devices.remove(self)
 
@@ -256,6 +296,7 @@ class FakeDevice:
         given = {group.number for group in groups}
         if len(groups) > len(dependent) or any(device.group not in given for device in dependent):
             raise refuse(errno.EINVAL, "VFIO_DEVICE_PCI_HOT_RESET")
+        assert not self.group.kernel.peers(self)
         self.resets.append(sorted(given))
 
 

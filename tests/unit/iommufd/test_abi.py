@@ -37,6 +37,11 @@ MAP_FILE = {("kvmpass_ioas_map_file", "iommu_ioas_map_file"): "size flags ioas_i
 VFIO = {
     ("kvmpass_vfio_attach", "vfio_device_attach_iommufd_pt"): "argsz flags pt_id",
     ("kvmpass_vfio_detach", "vfio_device_detach_iommufd_pt"): "argsz flags",
+    ("kvmpass_vfio_feature", "vfio_device_feature"): "argsz flags",
+}
+DMA_BUF = {
+    ("kvmpass_vfio_dma_range", "vfio_region_dma_range"): "offset length",
+    ("kvmpass_vfio_dma_buf", "vfio_device_feature_dma_buf"): "region_index open_flags flags nr_ranges",
 }
 BIND = "argsz flags iommufd out_devid"
 NUMBERS = {
@@ -46,7 +51,9 @@ NUMBERS = {
         *("IOMMU_HWPT_SET_DIRTY_TRACKING", "IOMMU_HWPT_GET_DIRTY_BITMAP", "IOMMU_HW_CAP_DIRTY_TRACKING"),
         *("IOMMU_HWPT_ALLOC_DIRTY_TRACKING", "IOMMU_HWPT_DIRTY_TRACKING_ENABLE"),
     ),
-    "vfio.h": tuple(f"VFIO_DEVICE_{name}" for name in ("BIND_IOMMUFD", "ATTACH_IOMMUFD_PT", "DETACH_IOMMUFD_PT")),
+    "vfio.h": tuple(
+        f"VFIO_DEVICE_{name}" for name in ("BIND_IOMMUFD", "ATTACH_IOMMUFD_PT", "DETACH_IOMMUFD_PT", "FEATURE")
+    ),
 }
 
 
@@ -90,6 +97,13 @@ def program(directory: Path) -> str:
         lines.append('_Static_assert(KVMPASS_VFIO_BIND_TOKEN == VFIO_DEVICE_BIND_FLAG_TOKEN, "token");')
     else:
         lines += same_fields(*bind, BIND)
+    if "VFIO_DEVICE_FEATURE_DMA_BUF" in (directory / "vfio.h").read_text():
+        lines += same_structures(DMA_BUF)
+        lines.append('_Static_assert(KVMPASS_VFIO_FEATURE_DMA_BUF == VFIO_DEVICE_FEATURE_DMA_BUF, "dma-buf");')
+    lines += [
+        f'_Static_assert(KVMPASS_VFIO_FEATURE_{flag} == VFIO_DEVICE_FEATURE_{flag}, "{flag}");'
+        for flag in ("GET", "PROBE")
+    ]
     numbers = [name for names in NUMBERS.values() for name in names]
     lines += [f'_Static_assert(KVMPASS_{name} == {name}, "{name}");' for name in numbers]
     lines += [

@@ -13,10 +13,23 @@ import random
 import time
 
 import pytest
-from support.fake_function import MSI_AT, MSIX_AT, PENDING_AT, PM_AT, TABLE_AT, VECTORS, Board, FakeDevice, FakeRegion
+from support.fake_function import (
+    EXPRESS_AT,
+    MSI_AT,
+    MSIX_AT,
+    PENDING_AT,
+    PM_AT,
+    TABLE_AT,
+    VECTORS,
+    Board,
+    FakeDevice,
+    FakeRegion,
+)
+from support.strict_iommu import StrictIommu
 
 from kvmpass import ports
 from kvmpass.bus import Bus
+from kvmpass.dma import Domain, Mapper
 from kvmpass.kvm import Memslots
 from kvmpass.layout import GIB, PAGE, Range
 from kvmpass.memory import RegionKind
@@ -31,7 +44,7 @@ SEEDS = range(4)
 
 REGISTERS = (0x04, 0x06, 0x0C, *range(0x10, 0x28, 4), 0x30, 0x34, 0x3C, MSI_AT, MSI_AT + 2, MSI_AT + 4, MSI_AT + 8)
 REGISTERS += (MSI_AT + 12, MSI_AT + 16, MSI_AT + 20, MSIX_AT, MSIX_AT + 2, MSIX_AT + 3, MSIX_AT + 4, PM_AT + 4)
-REGISTERS += (0x100, 0x140, 0xFFC)
+REGISTERS += (0x100, 0x140, 0xFFC, EXPRESS_AT + 8)
 
 
 def vectors_of(function: AssignedFunction) -> list[MessageVector]:
@@ -71,6 +84,7 @@ class Large(FakeDevice):
         self.config.data[0x20:0x24] = (0xC).to_bytes(4, "little")
         info = RegionInfo(4, 8 * GIB, 0, True, True, (Range(0, 8 * GIB),))
         self.regions[4] = _LargeRegion(info, bytearray(), self._memory_enabled)
+        self.regions[4].device = self
 
 
 class _LargeRegion(FakeRegion):
@@ -87,16 +101,21 @@ class _LargeRegion(FakeRegion):
 class Guest:
     """Three functions: slot 1 with two of them, slot 2 with one. Every choice comes from one random generator.
 
-    ``refusals``: one call of KVM or VFIO in so many fails; 0 for none.
+    ``refusals``: one call of KVM or VFIO in so many fails; 0 for none. ``p2p``: each reaches the others' BARs.
     """
 
-    def __init__(self, seed: int, refusals: int = 0) -> None:
+    def __init__(self, seed: int, refusals: int = 0, *, p2p: bool = False) -> None:
         self.random = random.Random(seed)
-        self.board = Board(Large())
+        self.board = Board(Large(), p2p=p2p)
         self.vm = StrictVm(self.board)
         self.memslots = Memslots(self.vm)  # type: ignore[arg-type]
         self.board.memory.listen(self.memslots)
         self.devices = [self.board.device, FakeDevice(), FakeDevice()]
+        for number, device in enumerate(self.devices):
+            device.name = f"0000:0{number}:00.0"
+        self.domain = Domain(self.board.memory, self.make_iommu, p2p=p2p)
+        for number, device in enumerate(self.devices):
+            self.domain.attach(device.name, number)
         self.others = [self.board.make_at(1, self.devices[1], 5), self.board.make_at(2, self.devices[2])]
         self.functions: list[AssignedFunction] = [self.board.function, *self.others]
         self.places = (1 << 3, 1 << 3 | 5, 2 << 3)
@@ -105,6 +124,11 @@ class Guest:
         layout = self.board.layout
         self.homes = [layout.mmio64.start, layout.mmio64.start + 8 * GIB, layout.mmio32.start, layout.mmio32.end]
         self.homes += [layout.mmio64.end - 4 * PAGE, 0, layout.ecam.start, 0xFEE0_0000, 0xFEC0_0000, IO_WINDOW.start]
+
+    def make_iommu(self, mapper: Mapper) -> StrictIommu:
+        layout = self.board.layout
+        self.iommu = StrictIommu(mapper, self.devices, (layout.mmio32, layout.mmio64), self.board.kvm.refuse)
+        return self.iommu
 
     def number(self, size: int) -> int:
         """A value that a register may not like."""
@@ -175,7 +199,18 @@ class Guest:
                 break
 
     def reset_a_device(self) -> None:
-        self.random.choice(self.devices).config.reset()
+        """By the host: not while other devices reach its BARs, whatever the guest does meanwhile."""
+        number = self.random.randrange(len(self.devices))
+        device, function = self.devices[number], self.functions[number]
+        if not self.board.p2p:
+            device.config.reset()
+            return
+        with contextlib.suppress(OSError):
+            function.suspend()
+            for _ in range(3):
+                self.move_a_bar()
+            device.config.reset()
+            function.resume()
 
     def pull_or_push(self) -> None:
         """A device that is gone reads as ones; it may come back. Another says that it is awake, true or not."""
@@ -206,6 +241,10 @@ class Guest:
         slots = {(slot.gpa, slot.size) for slot in self.memslots.ledger}
         made = {(range_.start, range_.size) for range_ in self.vm.slots.values()}
         assert made <= slots
+        ledger = {(mapping.iova, mapping.size) for mapping in self.domain.ledger}
+        mapped = {(range_.start, range_.size) for range_ in self.iommu.mapped}
+        assert mapped <= ledger <= {(region.gpa, region.size) for region in board.memory}
+        assert all(device.config.memory_enabled for device in self.iommu.mapped.values())
         for device, function in zip(self.devices, self.functions, strict=True):
             shown = [region for bar in function._bars for region in bar._shown.values()]
             assert all(region.hva for region in shown), "unmapped under a memslot"
@@ -216,6 +255,11 @@ class Guest:
         assert sorted(vector._eventfd for vector in heard) == sorted(board.kvm.irqfds.values()), "it was closed"
         if exactly:
             assert made == slots
+            assert mapped == ledger == (slots if board.p2p else set())
+            self.domain.audit()
+            for function in self.functions:
+                for bar in function._bars:
+                    assert len(bar._shown) == (len(bar._mappings) if bar._connected else 0)
             assert slots == {(region.gpa, region.size) for region in board.memory if region.kind is RegionKind.BAR}
             assert set(board.kvm.irqfds) == set(board.kvm.routes)
             assert len(board.kvm.pins) == sum(device.active == INTX for device in self.devices)
@@ -232,6 +276,7 @@ class Guest:
         for other in self.others:
             self.board.pci.unplug(other)
             other.close()
+        self.domain.close()
         self.board.close()
         assert self.vm.slots == {}
 
@@ -241,9 +286,10 @@ class Guest:
 def test_a_hostile_guest(seed: int, refusals: int) -> None:
     """No exception, no wrong size, no memslot outside of the windows, no two at one place, nothing left behind.
 
-    No memslot over pages that VFIO refuses, or that are no longer mapped here, whatever is refused.
+    No memslot over pages that VFIO refuses, or that are no longer mapped here, whatever is refused. With peer-to-peer
+    the devices reach what the guest sees of their BARs, exactly, and nothing where a device does not respond.
     """
-    guest = Guest(seed, refusals)
+    guest = Guest(seed, refusals, p2p=bool(seed % 2))
     count = ACCESSES // len(SEEDS) // 3
     started, mapped = time.monotonic(), 0
     for number in range(count):
@@ -257,4 +303,5 @@ def test_a_hostile_guest(seed: int, refusals: int) -> None:
     guest.check(exactly=not refusals)
     guest.close()
     assert mapped, "not one BAR was ever mapped: the accesses miss what they are aimed at"
+    assert bool(guest.iommu.calls) == guest.board.p2p
     print(f"seed {seed}: {count} accesses in {time.monotonic() - started:.1f} s")
