@@ -172,6 +172,13 @@ static int kvm_signal_msi(int vm, uint64_t address, uint32_t data)
 	return RESULT(ioctl(vm, KVM_SIGNAL_MSI, &msi));
 }
 
+static int kvm_register_coalesced_pio(int vm, uint64_t port, uint32_t size)
+{
+	struct kvm_coalesced_mmio_zone zone = { .addr = port, .size = size, .pio = 1 };
+
+	return RESULT(ioctl(vm, KVM_REGISTER_COALESCED_MMIO, &zone));
+}
+
 static int kvm_create_vcpu(int vm, unsigned int id)
 {
 	return RESULT(ioctl(vm, KVM_CREATE_VCPU, (unsigned long)id));

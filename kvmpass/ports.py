@@ -36,6 +36,7 @@ HOTPLUG_BASE, HOTPLUG_SIZE = 0x610, 12
 EVENT_GSI = 9
 
 PCI_CONFIG_BASE, PCI_CONFIG_SIZE = 0xCF8, 8  # address and data: PCI Local Bus 3.0, section 3.2.2.3
+PCI_ADDRESS_SIZE = 4  # the address is first
 
 # INTx lines: the interrupt inputs of KVM's IOAPIC that no ISA interrupt uses.
 INTX_FIRST, INTX_COUNT = 16, 8

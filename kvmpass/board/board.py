@@ -68,6 +68,8 @@ class Board:
             self.pci = PciBus()
             """The PCI bus."""
             self.ports.add(ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE, ConfigPorts(self.pci))
+            # The address alone does nothing: the access of the data exits.
+            self.vm.coalesce_port_writes(ports.PCI_CONFIG_BASE, ports.PCI_ADDRESS_SIZE)
             self.mmio.add(layout.ecam.start, layout.ecam.size, Ecam(self.pci))
             self._bars = BarSpace(layout)
             self.serials: list[Serial16550] = []

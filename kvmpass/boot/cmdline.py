@@ -15,12 +15,14 @@ def kernel_command_line(*, verbose: bool = False, strict: bool = False, extra: I
     - ``panic=-1 reboot=panic_warm``: a panic resets at once, through the same ACPI register as a reboot, with
       ``WARM_RESET_MAGIC`` in ``WARM_RESET_WORD``; a reboot leaves 0 there (kernel/panic.c, kernel/reboot.c,
       arch/x86/kernel/reboot.c).
+    - ``pci=noearly``: no search for chipsets with errata, which no guest has (arch/x86/kernel/early-quirks.c): each
+      register that it reads is an exit.
     - ``oops=panic``, if ``strict`` (kernel/panic.c).
     - ``no_timer_check``, ``tsc=`` and the like are not needed: with hardware-reduced ACPI Linux uses no 8259 and no
       PIT, and kvm-clock reports the TSC's frequency.
     - ``i8042.nokbd`` and the like are not needed: according to the FADT there is no such controller.
     """
-    words = ["console=ttyS0,115200", "8250.nr_uarts=4", "panic=-1", "reboot=panic_warm"]
+    words = ["console=ttyS0,115200", "8250.nr_uarts=4", "panic=-1", "reboot=panic_warm", "pci=noearly"]
     extra = list(extra)
     if strict and not any(word.startswith("oops=") for word in extra):  # a later word cannot clear it
         words.append("oops=panic")

@@ -35,3 +35,5 @@ class Capability(IntEnum):
     """Number of vCPUs that a VM can have."""
     IRQ_ROUTING = lib.KVM_CAP_IRQ_ROUTING
     """Number of entries of a routing table."""
+    COALESCED_PIO = lib.KVM_CAP_COALESCED_PIO
+    """1."""

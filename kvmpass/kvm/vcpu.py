@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kvmpass._fd import OwnedFd, check, failure
@@ -11,7 +12,12 @@ from kvmpass._native import ffi, lib
 from kvmpass._teardown import undo_on_error
 from kvmpass.kvm import exits
 from kvmpass.kvm.types import CpuidEntry
+from kvmpass.layout import PAGE
 from kvmpass.memory import HostMapping
+
+_RING = lib.KVM_COALESCED_MMIO_PAGE_OFFSET * PAGE
+_RING_ENTRY = struct.Struct("=QII8s")  # struct kvm_coalesced_mmio: address, size, whether a port, data
+_RING_ENTRIES = (PAGE - 8) // _RING_ENTRY.size  # KVM_COALESCED_MMIO_MAX
 
 
 def _internal_error(out: Any) -> exits.Exit:
@@ -52,6 +58,8 @@ class Vcpu(OwnedFd):
         with undo_on_error(self.close):
             self._run = HostMapping(run_size, fd=fd)
             self._page = self._run.view(0, run_size)
+        ring = self._page[_RING : _RING + PAGE]
+        self._ring, self._ring_ends = ring, ring[:8].cast("I")
         self._exit = ffi.new("struct kvmpass_exit *")
 
     def close(self) -> None:
@@ -89,6 +97,23 @@ class Vcpu(OwnedFd):
         """Set the result of a read, of exactly the requested size. It takes effect at the next ``run()``."""
         wanted = exit_.size * (exit_.repeat if isinstance(exit_, exits.PortExit) else 1)
         self._page[exit_.offset : exit_.offset + wanted] = data
+
+    def coalesced_writes(self) -> Iterator[tuple[int, bytes]]:
+        """Take the writes that KVM has collected, of all vCPUs, oldest first: port and data.
+
+        They come before the exit that this vCPU has returned last. The buffer is the VM's (struct
+        kvm_coalesced_mmio_ring, which only KVM writes), and what other vCPUs add in the meantime can wait.
+
+        Synchronization: from one vCPU's thread at a time (the bus lock), after ``run()``.
+        """
+        ends = self._ring_ends
+        for _ in range(_RING_ENTRIES):
+            first = ends[0]
+            if first == ends[1]:
+                return
+            port, size, _, data = _RING_ENTRY.unpack_from(self._ring, 8 + first % _RING_ENTRIES * _RING_ENTRY.size)
+            ends[0] = (first + 1) % _RING_ENTRIES
+            yield port, data[:size]
 
     def request_exit(self, wanted: bool = True) -> None:
         """Make the next ``run()`` return at once, and the current one at a signal to its thread.

@@ -127,6 +127,16 @@ class Vm(OwnedFd):
         detail = f"address {address:#x}, data {data:#x}"
         return check(lib.kvm_signal_msi(self.fd, address, data), "KVM_SIGNAL_MSI", detail) > 0
 
+    def coalesce_port_writes(self, port: int, size: int) -> None:
+        """Let KVM collect the guest's writes to ``size`` ports from ``port`` on (``KVM_REGISTER_COALESCED_MMIO``).
+
+        The vCPU exits for none of them, but where the buffer is full: ``Vcpu.coalesced_writes`` has them. Only for
+        registers whose writes have no effect before another access that exits. Does nothing where KVM lacks
+        ``KVM_CAP_COALESCED_PIO`` (Linux 5.0). Raises ``OSError``.
+        """
+        if self.check_extension(Capability.COALESCED_PIO):
+            check(lib.kvm_register_coalesced_pio(self.fd, port, size), "KVM_REGISTER_COALESCED_MMIO")
+
     def create_vcpu(self, index: int) -> Vcpu:
         """Create vCPU number ``index`` (``KVM_CREATE_VCPU``). Raises ``OSError``."""
         return Vcpu(check(lib.kvm_create_vcpu(self.fd, index), "KVM_CREATE_VCPU"), index, self._run_size)

@@ -231,7 +231,9 @@ class VcpuThreads:
         return number != before + 1
 
     def _port(self, vcpu: Vcpu, exit_: exits.PortExit) -> None:
-        """Dispatch each of the ``repeat`` accesses of a string instruction."""
+        """Dispatch the writes that KVM has collected, and each of the ``repeat`` accesses of a string instruction."""
+        for written, data in vcpu.coalesced_writes():
+            self._ports.write(written, data)
         port, size = exit_.port, exit_.size
         if exit_.is_write:
             for at in range(0, size * exit_.repeat, size):

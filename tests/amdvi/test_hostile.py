@@ -29,6 +29,7 @@ from kvmpass.kvm.exits import InterruptedExit, PortExit
 from kvmpass.layout import MIB
 from kvmpass.machine import DeviceState, Machine
 from kvmpass.machine.vcpus import KICK, GuestOutcome, VcpuThreads
+from kvmpass.pci.bus import HostBridge
 from kvmpass.pciregs import BAR0, CAP_POWER, COMMAND, capabilities
 from kvmpass.vfio.device import ERR
 
@@ -178,6 +179,25 @@ def test_a_guest_that_ejects_in_a_loop(edu: str) -> None:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 << 10  # KiB
         assert len([event for event in events if isinstance(event, DeviceReleased)]) == 1
         machine.audit()
+
+
+def test_writes_of_the_configuration_address_exit_for_a_full_buffer_only() -> None:
+    """Not a Linux: 1000 addresses, the last of which selects the host bridge's first register, then one read."""
+    code = bytes.fromhex(
+        "b9e8030000"  # mov ecx, 1000
+        "8d048dfcffff7f 66baf80c ef e2f2"  # lea eax, [rcx*4 + 0x7ffffffc]; mov dx, 0xcf8; out dx, eax; loop
+        "66bafc0c ed 89c3"  # mov dx, 0xcfc; in eax, dx; mov ebx, eax
+        "b034 66ba0006 ee ebfe"  # mov al, S5; mov dx, 0x600; out dx, al; jmp to itself
+    )
+    with Machine(memory="8M") as machine, bare_metal(machine, code) as vcpu:
+        threads = VcpuThreads([vcpu], machine._board.ports, machine._board.mmio, machine._bus_lock, lambda: None)
+        machine._threads = threads
+        threads.start()
+        assert machine.wait(30) is GuestOutcome.POWEROFF
+        threads.stop()
+        assert vcpu.get_regs()["rbx"] == int.from_bytes(HostBridge().config_read(0, 4), "little")
+        assert machine.exit_reasons["Port"] < 10
+        assert not list(vcpu.coalesced_writes())
 
 
 # --- the PIC, the MTRRs, signals

@@ -22,6 +22,7 @@ class FakeVcpu:
     def __init__(self, index: int) -> None:
         self.index = index
         self.exits: list[Exit] = []
+        self.coalesced: list[tuple[int, bytes]] = []
         self.entries = 0
         self._exit_requested = threading.Event()
 
@@ -42,6 +43,10 @@ class FakeVcpu:
         return InterruptedExit()
 
     def complete(self, exit_: Exit, data: bytes) -> None: ...
+
+    def coalesced_writes(self) -> Iterator[tuple[int, bytes]]:
+        while self.coalesced:
+            yield self.coalesced.pop(0)
 
 
 class Stage:
@@ -145,6 +150,29 @@ def test_a_pause_before_the_threads_start() -> None:
     stage.threads.resume()
     settle(lambda: stage.threads.reasons.get("Port") == 1000)
     stage.threads.stop()
+
+
+def test_writes_that_kvm_has_collected_come_before_the_exit() -> None:
+    written: list[tuple[int, bytes]] = []
+
+    class Device:
+        def read(self, offset: int, size: int) -> bytes:
+            written.append((offset, b"read"))
+            return bytes(size)
+
+        def write(self, offset: int, data: bytes) -> None:
+            written.append((offset, data))
+
+    bus = Bus("port")
+    bus.add(0x70, 0x20, Device())
+    vcpu = FakeVcpu(0)
+    vcpu.coalesced = [(0x70, b"a"), (0x71, b"bc")]
+    vcpu.exits = [PortExit(0x80, 1, 1, False, b"", 0)]
+    threads = VcpuThreads(cast(list[Vcpu], [vcpu]), bus, Bus("memory"), threading.RLock(), lambda: None)
+    threads.start()
+    settle(lambda: threads.reasons.get("Port") == 1 and not vcpu.exits)
+    threads.stop()
+    assert written == [(0, b"a"), (1, b"bc"), (0x10, b"read")]
 
 
 def test_an_end_during_a_pause(stage: Stage) -> None:
