@@ -237,8 +237,8 @@ def test_killed_while_populating(nvme: str, cgroup: Path) -> None:
         import sys
         from kvmpass import host
         from kvmpass.cli.main import main
-        from kvmpass.machine import machine
-        host.doctor.check_memory = machine.check_memory = lambda *_, **__: None
+        from kvmpass.machine import assignments
+        host.doctor.check_memory = assignments.check_memory = lambda *_, **__: None
         sys.argv[1:] = ["assign", "-v", sys.argv[1], "--memory", "512M", "--", "true"]
         main()
         """
