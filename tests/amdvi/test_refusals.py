@@ -91,7 +91,7 @@ def test_a_bridge(capfd: pytest.CaptureFixture[str]) -> None:
     assert f"{bridge} is a bridge" in refuse(capfd, bridge)
 
 
-@pytest.mark.amdvi(profile="sriov")
+@pytest.mark.amdvi(profile="sriov", qemu="system")
 def test_a_device_without_a_group(capfd: pytest.CaptureFixture[str], virtual_function: str) -> None:
     if host.Sysfs().device(host.Bdf.parse(virtual_function)).group is not None:
         pytest.skip("this host's virtual functions have groups: it runs in the lab under QEMU 7.2")
