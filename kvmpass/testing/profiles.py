@@ -92,6 +92,7 @@ _MODERN = (
 )
 # Few devices for what only the newest kernel has, and for the kernel's own VFIO selftests.
 _NEXT = ("igb", "edu", "edu", "ivshmem-plain,size=64M")
+_HUGE_PAGES = "hugepagesz=1G hugepages=1 hugepagesz=2M hugepages=16"
 _SMALL = ("nvme,addr=04.0", "edu,addr=05.0")
 
 DEFAULT_PROFILES: Mapping[str, Profile] = MappingProxyType(
@@ -102,7 +103,7 @@ DEFAULT_PROFILES: Mapping[str, Profile] = MappingProxyType(
         "sriov": Profile(devices=_SRIOV),
         "devices": Profile(devices=_DEVICES, memory="4G"),
         "modern": Profile(devices=_MODERN, memory="4G"),
-        "next": Profile(devices=_NEXT, memory="4G", kernel="next"),
+        "next": Profile(devices=_NEXT, memory="4G", kernel="next", append=f"{_HUGE_PAGES} vfio_pci.enable_sriov=1"),
         "no-svm": Profile(devices=_SMALL, without=frozenset({"svm"}), lab_only=True),
         "no-iommu": Profile(devices=_SMALL, without=frozenset({"iommu"}), lab_only=True),
         "no-intremap": Profile(devices=_SMALL, without=frozenset({"intremap"}), lab_only=True),
