@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd
@@ -23,8 +24,7 @@ _RECORD_LIMIT = 8192  # no record is longer (kernel/printk/printk.c: PRINTK_MESS
 _BIGGEST_LOG = 64 << 20  # bytes: more than the maximum of log_buf_len; limits files that do not end
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):  # a log has thousands
     """One record."""
 
     facility: int
@@ -67,28 +67,17 @@ class KernelLog:
         return (record.text for record in self.records if record.by_kernel)
 
 
+# Whole records only, of 8192 bytes at most: no number in them is long.
+_RECORD = re.compile(r"^([0-9]{1,20}),([0-9]{1,20}),[0-9]+(?:,[^;\n]*)?;(.*)((?:\n .*)*)", re.MULTILINE)
+_DEVICE = re.compile(r"^ DEVICE=(.*)", re.MULTILINE)
+
+
 def parse_records(data: bytes) -> Iterator[Record]:
     """Yield whole records; other lines are skipped. Raises nothing."""
-    lines: list[str] = []
-    for line in data.decode(errors="replace").split("\n"):
-        if lines and not line.startswith(" "):
-            yield from _record(lines)
-            lines = []
-        if lines or not line.startswith(" "):
-            lines.append(line)
-    yield from _record(lines)
-
-
-def _record(lines: list[str]) -> Iterator[Record]:
-    if not lines:
-        return
-    head, separator, text = lines[0].partition(";")
-    fields = head.split(",")
-    if not separator or len(fields) < 3 or not all(field.isascii() and field.isdecimal() for field in fields[:3]):
-        return
-    properties = dict(line[1:].partition("=")[::2] for line in lines[1:])
-    device = properties.get("DEVICE", "")
-    yield Record(int(fields[0]) >> 3, int(fields[1]), text, bool(device), _function(device))
+    for priority, sequence, text, properties in _RECORD.findall(data.decode(errors="replace")):
+        found = _DEVICE.search(properties)
+        device = found[1] if found else ""
+        yield Record(int(priority) >> 3, int(sequence), text, bool(device), _function(device))
 
 
 def _function(device: str) -> Bdf | None:

@@ -86,7 +86,7 @@ class RecordedSysfs(Sysfs):
             return KernelLog((), False, _printable(str(error)))
         found = super().log()
         return replace(
-            found, records=tuple(replace(record, text=_printable(record.text)) for record in found.records)
+            found, records=tuple(record._replace(text=_printable(record.text)) for record in found.records)
         )
 
     def ask(self, question: str, answer: Callable[[], _T]) -> _T:
