@@ -73,9 +73,9 @@ class Backend(Protocol):
         """Attach a device to the translation and open it: ``name`` is its PCI address, ``group`` its IOMMU group.
 
         ``vf_token``: see ``Group.get_device_fd``. The file is registered with KVM before VFIO looks for a VM, which
-        it does when the device is opened (type 1) or bound (IOAS). Raises ``GroupNotViable`` where the kernel refuses
-        the group, also where its interface reports only ``EBUSY`` or ``EINVAL``; ``OSError``; or what ``map_all``
-        raises; ``HostNotReady`` if ``Mapper.p2p`` is set and the kernel maps no BARs. Then nothing has changed.
+        it does when the device is opened (type 1) or bound (IOAS). Raises ``GroupNotViable`` where the kernel says so
+        (type 1; an IOAS's bind reports ``EPERM``), ``OSError``, or what ``map_all`` raises; ``HostNotReady`` if
+        ``Mapper.p2p`` is set and the kernel maps no BARs. Then nothing has changed.
         """
 
     def detach(self, device: Device) -> None:

@@ -28,6 +28,7 @@ from kvmpass.errors import (
 )
 from kvmpass.host import Bdf, check_assignable
 from kvmpass.host.drivers.changes import Step
+from kvmpass.vfio import Cdev
 
 TAKING = [Step.RECORDED, Step.OVERRIDE, Step.UNBIND, Step.PROBE, Step.BOUND]
 RETURNING = [
@@ -448,6 +449,12 @@ def test_a_no_iommu_group(edu: str) -> None:
     try:
         Path("/sys/bus/pci/drivers_probe").write_text(edu)
         refused(NotAssignable, edu, "no-IOMMU group")
+        if host.Sysfs().kernel() >= (7, 3):  # before there is no node
+            with pytest.raises(NotAssignable, match=r"noiommu-vfio\d+ .*would not be translated"):
+                Cdev(edu)
+        else:
+            with pytest.raises(FileNotFoundError):
+                Cdev(edu)
     finally:
         Path("/sys/bus/pci/drivers/vfio-pci/unbind").write_text(edu)
         override.write_text("\n")

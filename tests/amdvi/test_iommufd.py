@@ -7,13 +7,15 @@ import errno
 import fcntl
 import os
 import resource
+import signal
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.drivers import Child
+from support.drivers import PCI, Child, look, set_driver
 from support.inside import LAB_ONLY
 from support.witness import BUFFER, Edu, locked_bytes, pattern
 
@@ -154,6 +156,50 @@ def test_a_device_that_is_still_open_elsewhere_reaches_nothing(edu: str, edu2: s
             os.close(other)
 
 
+# --- what the bind refuses
+
+
+def test_dma_of_the_group_belongs_to_others(iommufd: Iommufd, multifunction: str) -> None:
+    """To a driver of the host, under the other function of the device; then to another iommufd."""
+    group = (PCI / "devices" / multifunction / "iommu_group/devices").iterdir()
+    name, sibling = sorted(path.name for path in group)
+    with on_vfio(name):
+        check_bind_refused(iommufd, name, "bind all devices of its IOMMU group to vfio-pci")
+    with host.borrow(name, sibling), Iommufd() as stranger:
+        with Cdev(sibling) as other:
+            other.bind(stranger.fd)
+            check_bind_refused(iommufd, name, "end the processes that use one")
+        with Cdev(name) as device:
+            device.bind(iommufd.fd)
+
+
+@pytest.mark.amdvi(profile="no-intremap", kernel="full")
+def test_interrupts_are_not_remapped(iommufd: Iommufd, edu: str) -> None:
+    """Our own check of the host comes before; this is the kernel's."""
+    with on_vfio(edu):
+        check_bind_refused(iommufd, edu, "enable interrupt remapping in the firmware")
+
+
+@contextmanager
+def on_vfio(name: str) -> Iterator[None]:
+    """Bind a device as somebody with a shell does: ``borrow`` would refuse it."""
+    before = look(name).driver
+    set_driver(name, "vfio-pci")
+    try:
+        yield
+    finally:
+        (PCI / "drivers/vfio-pci/unbind").write_text(name)
+        (PCI / "devices" / name / "driver_override").write_text("\n")
+        (PCI / "drivers_probe").write_text(name)
+        assert look(name).driver == before
+
+
+def check_bind_refused(iommufd: Iommufd, name: str, hint: str) -> None:
+    with Cdev(name) as device, pytest.raises(PermissionError, match=f"VFIO_DEVICE_BIND_IOMMUFD.*{name}") as refused:
+        device.bind(iommufd.fd)
+    assert hint in refused.value.__notes__[0]
+
+
 # --- which pages devices write
 
 
@@ -252,8 +298,10 @@ def test_another_process_has_it(edu: str) -> None:
     with host.borrow(edu) as [found]:
         with Machine(memory="8M", backend="iommufd") as machine:
             machine.assign(edu)
-            with Machine(memory="8M", backend="iommufd") as other, pytest.raises(OSError, match="BIND") as refused:
+            # auto has chosen iommufd before, and does not try type 1 after it.
+            with Machine(memory="8M", backend="auto") as other, pytest.raises(OSError, match="BIND") as refused:
                 other.assign(edu)
+            assert str(other.backend) == "iommufd: available to this user"
             assert "has the device open" in refused.value.__notes__[0]
             assert (other.devices, other.domain.active) == ([], False)
         group = os.open(f"/dev/vfio/{found.group}", os.O_RDWR)
@@ -287,6 +335,39 @@ def test_more_than_the_user_may_lock(edu: str) -> None:
 
     with host.borrow(edu):
         assert Child(work).wait() == 0
+
+
+def test_all_processes_of_the_user_count(edu: str, edu2: str) -> None:
+    """Type 1 counts each process for itself: with it both would be there."""
+
+    def machine() -> Machine:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (48 * MIB, 48 * MIB))
+        made = Machine(memory="32M", backend="iommufd")
+        made.populate()
+        drop_capabilities()
+        return made
+
+    def first() -> None:
+        machine().assign(edu)
+        os.close(told)
+        signal.pause()
+
+    def second() -> None:
+        with machine() as made:
+            with pytest.raises(OSError, match="IOMMU_IOAS_MAP: Cannot allocate memory") as refused:
+                made.assign(edu2)
+            assert "for each user over all processes" in refused.value.__notes__[0]
+
+    with host.borrow(edu, edu2):
+        reader, told = os.pipe()
+        child = Child(first)
+        os.close(told)
+        try:
+            assert os.read(reader, 1) == b""
+            assert Child(second).wait() == 0
+        finally:
+            os.close(reader)
+            assert child.kill() == -signal.SIGKILL
 
 
 def drop_capabilities() -> None:
