@@ -81,6 +81,8 @@ class PciBus:
         function = self._find(bus, devfn)
         if function is None or offset + size > EXTENDED_SIZE:
             return b"\xff" * size
+        if (offset & 3) + size <= 4:  # nearly every access
+            return function.config_read(offset, size)
         return b"".join(function.config_read(at, length) for at, length in _dwords(offset, size))
 
     def write(self, bus: int, devfn: int, offset: int, data: bytes) -> None:

@@ -89,6 +89,8 @@ class ConfigSpace:
         if device is None or all(emulated):
             return values
         read = guarded(lambda: device.read(offset, size), b"\xff" * size)
+        if not any(emulated):
+            return read
         return bytes(a if mask else b for a, b, mask in zip(values, read, emulated, strict=True))
 
     def write(self, offset: int, data: bytes) -> bool:
