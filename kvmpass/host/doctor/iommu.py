@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from kvmpass.host.backend import TYPE1_MODULE
@@ -31,6 +32,7 @@ UNSAFE_INTERRUPTS = tuple(
 NOIOMMU_MODE = "sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
 # How the names of interrupt chips begin, with remapping and without.
 _REMAPPED, _PLAIN = ("IR-", "AMD-IR"), ("IO-APIC", "PCI-MSI")
+_HDSUP = 1 << 52  # host dirty support, of the extended features (AMD IOMMU specification, MMIO offset 30h)
 _FIRMWARE = "enable the IOMMU (AMD-Vi) in the firmware's setup"
 
 NO_IVRS = BlockerTemplate(
@@ -223,7 +225,7 @@ def _acs_override(context: CheckContext) -> Verdict:
 @precondition(
     "iommu",
     "AMD-Vi",
-    "`/sys/class/iommu/ivhd*`; without it the kernel's log",
+    "`/sys/class/iommu/ivhd*`, and their features; without it the kernel's log",
     (*IOMMU_TEMPLATES, UNUSED),
     needs=("firmware-iommu", "iommu-off"),
     vital=True,
@@ -231,12 +233,23 @@ def _acs_override(context: CheckContext) -> Verdict:
 def _iommu(context: CheckContext) -> Verdict:
     read = Reading("/sys/class/iommu", " ".join(context.iommus) or "empty")
     if context.iommus:
-        return passed(" ".join(context.iommus[:4]) + (" …" if len(context.iommus) > 4 else ""), read)
+        shown = context.iommus[:4]
+        more = " …" if len(context.iommus) > len(shown) else ""
+        return passed(" ".join(shown) + more, read, *_features(context.sysfs, shown))
     refusal = iommu_refused(context, read)
     if refusal is not None:
         return refusal
     log = [Reading(LOG, line) for line in context.log.having("AMD-Vi")[:3]]
     return failed(UNUSED, read, *log, *log_reading(context))
+
+
+def _features(sysfs: Sysfs, iommus: list[str]) -> Iterator[Reading]:
+    for name in iommus:
+        path = f"sys/class/iommu/{name}/amd-iommu/features"
+        text = sysfs.text(path) or ""
+        if match := re.match(r"([0-9a-f]{1,16}):", text):
+            tracks = "tracks" if int(match[1], 16) & _HDSUP else "does not track"
+            yield Reading(f"/{path}", f"{text}: {tracks} which pages devices write")
 
 
 @precondition("groups", "IOMMU groups", "`/sys/kernel/iommu_groups`", (NO_GROUPS,), needs=("iommu",), vital=True)

@@ -287,6 +287,24 @@ def test_a_wrong_checksum(host: Host) -> None:
     assert found(host, "ivrs-checksum").check == "firmware-iommu"
 
 
+@pytest.mark.parametrize(
+    ("features", "said"),
+    [
+        ("29d3:0", ["29d3:0: does not track which pages devices write"]),
+        ("1000000000000:ffff", ["1000000000000:ffff: does not track which pages devices write"]),
+        ("58f77ef22294a5a:0", ["58f77ef22294a5a:0: does not track which pages devices write"]),
+        ("10000000000000:0", ["10000000000000:0: tracks which pages devices write"]),
+        ("rubbish", []),
+        ("fffffffffffffffff:0", []),
+    ],
+)
+def test_whether_the_iommu_tracks_writes(host: Host, features: str, said: list[str]) -> None:
+    host.put("sys/class/iommu/ivhd0/amd-iommu/features", f"{features}\n")
+    [finding] = [finding for finding in diagnose(host) if finding.check == "iommu"]
+    assert (finding.outcome, finding.summary) == (Outcome.PASS, "ivhd0")
+    assert [reading.value for reading in finding.read] == ["ivhd0", *said]
+
+
 @pytest.mark.parametrize("flags", [0b111, 0b1111, 0b1000])
 def test_blocks_and_groups_agree(host: Host, flags: int) -> None:
     """Exclusion ranges are direct, too: never a group with a direct range beside a table that has none."""
