@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.modes import FULL, Mode
 from support.type1 import groups_of
 from support.witness import Edu, locked_bytes, traces
 
 from kvmpass import host
 from kvmpass.errors import DeviceInUse
+from kvmpass.iommufd import Iommufd
 from kvmpass.kvm import VfioDevice, Vm
 from kvmpass.layout import MIB
 from kvmpass.machine import AssignedDevice, Machine
@@ -26,11 +28,13 @@ from kvmpass.pci import AssignedFunction, PciBus
 from kvmpass.pci.bar import Bar
 from kvmpass.pci.barspace import BarSpace
 from kvmpass.pci.intx import Intx
-from kvmpass.vfio import Container, Device, Group, Irqs, Region
+from kvmpass.vfio import Cdev, Container, Device, Group, Irqs, Region
 
 Valid = Callable[[str, str | bytes], Any]
 
-ASSIGN_STEPS: list[tuple[type, str]] = [
+Steps = list[tuple[type, str]]
+
+TYPE1_STEPS: Steps = [
     (HostMapping, "populate"),
     (Group, "__init__"),
     (Group, "get_status"),
@@ -53,8 +57,22 @@ ASSIGN_STEPS: list[tuple[type, str]] = [
     (Irqs, "set_unmask_eventfd"),
     (PciBus, "plug"),
 ]
+# Those that are others than with type 1.
+IOMMUFD_STEPS: Steps = [
+    (Iommufd, "__init__"),
+    (Iommufd, "ioas_alloc"),
+    (Cdev, "__init__"),
+    (VfioDevice, "file_add"),
+    (Cdev, "bind"),
+    (Cdev, "attach"),
+    (Iommufd, "ioas_iova_ranges"),
+    (Iommufd, "ioas_map"),
+    (AssignedDevice, "quiesce"),
+    (PciBus, "plug"),
+]
+ASSIGN_STEPS = {"type1": TYPE1_STEPS, "iommufd": IOMMUFD_STEPS}
 # Out of the guest's reach: what fails here leaves the device assigned, to be tried again.
-UNPLUG_STEPS: list[tuple[type, str]] = [
+UNPLUG_STEPS: Steps = [
     (PciBus, "unplug"),
     (AssignedFunction, "close"),
     (Intx, "disable"),
@@ -63,13 +81,25 @@ UNPLUG_STEPS: list[tuple[type, str]] = [
     (Bar, "close"),
     (HostMapping, "close"),
 ]
-DEASSIGN_STEPS: list[tuple[type, str]] = [
-    (Device, "close"),
-    (VfioDevice, "file_del"),
-    (Container, "unmap_dma"),
-    (Group, "close"),
-    (Container, "close"),
-]
+DEASSIGN_STEPS: dict[str, Steps] = {
+    "type1": [
+        (AssignedDevice, "quiesce"),
+        (Device, "close"),
+        (VfioDevice, "file_del"),
+        (Container, "unmap_dma"),
+        (Group, "close"),
+        (Container, "close"),
+    ],
+    "iommufd": [
+        (Cdev, "detach"),
+        (VfioDevice, "file_del"),
+        (Device, "close"),
+        (Iommufd, "ioas_unmap"),
+        (Iommufd, "ioas_unmap_all"),
+        (Iommufd, "close"),
+    ],
+}
+with_both = pytest.mark.parametrize("mode", ["type1", pytest.param("iommufd", marks=FULL)], indirect=True)
 
 
 class Injected(Exception):
@@ -78,8 +108,8 @@ class Injected(Exception):
 
 def clean() -> None:
     """No VFIO descriptor or mapping of this process, nothing locked."""
-    assert traces("vfio") == []
-    assert locked_bytes() == 0
+    assert traces("vfio|iommu") == []
+    assert (locked_bytes(), locked_bytes("VmPin")) == (0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +145,13 @@ class FailOnce:
         patch.setattr(owner, name, wrapper)
 
 
+@with_both
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_failure_at_each_step_of_assign(borrowed: str, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
+def test_a_failure_at_each_step_of_assign(
+    mode: Mode, borrowed: str, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
     """Nothing is left, and the same machine takes the device at the next try."""
-    for owner, name in ASSIGN_STEPS:
+    for owner, name in ASSIGN_STEPS[mode.name]:
         if after and name in ("__init__", "get_device_fd", "mmap"):
             continue  # what is made and then lost has no owner yet: it cannot fail there
         with Machine(memory="2M") as machine:
@@ -215,10 +248,13 @@ def test_a_group_that_cannot_leave_stays_until_the_end(borrowed: str, monkeypatc
     clean()
 
 
+@with_both
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_failure_at_each_step_of_deassign(borrowed: str, monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
+def test_a_failure_at_each_step_of_deassign(
+    mode: Mode, borrowed: str, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
     """Nothing is left in the process at once; what KVM itself still holds goes with the machine."""
-    for owner, name in DEASSIGN_STEPS:
+    for owner, name in DEASSIGN_STEPS[mode.name]:
         if not after and name == "close":
             continue  # a close that does not close leaves its descriptor by definition
         with monkeypatch.context() as patch, Machine(memory="2M") as machine:
