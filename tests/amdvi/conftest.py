@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from support import outside
 from support.emulator_faults import EmulatorFaults
-from support.modes import mode, type1_unless_said_otherwise
+from support.modes import as_without_tests, mode, type1_unless_said_otherwise
 from support.preloaded import commands_start_preloaded
 
 from kvmpass.testing import DEFAULT_PROFILES, Profile
 from kvmpass.testing.state import Mode, State
 
-__all__ = ["mode", "type1_unless_said_otherwise"]
+__all__ = ["as_without_tests", "mode", "type1_unless_said_otherwise"]
 
 HERE = Path(__file__).parent
 SOAK = bool(os.environ.get("KVMPASS_SOAK"))

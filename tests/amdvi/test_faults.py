@@ -14,6 +14,7 @@ from kvmpass.host.kernel.faults import PAGE_FAULT, FaultLog, IommuEvent
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 
+pytestmark = pytest.mark.usefixtures("as_without_tests")
 NOWHERE = 0xD000_0000
 
 

@@ -16,7 +16,7 @@ from kvmpass.memory import RegionKind
 from kvmpass.pciregs import BAR0, CAP_MSIX, COMMAND, capabilities
 from kvmpass.vfio.device import MSIX
 
-pytestmark = pytest.mark.amdvi(duration=10)
+pytestmark = [pytest.mark.amdvi(duration=10), pytest.mark.usefixtures("as_without_tests")]
 
 
 def test_an_unbound_driver_leaves_no_interrupt(nvme: str) -> None:

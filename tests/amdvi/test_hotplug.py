@@ -24,7 +24,7 @@ from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.pci.barspace import IO_WINDOW
 from kvmpass.vfio.device import ERR
 
-pytestmark = pytest.mark.amdvi(duration=8)
+pytestmark = [pytest.mark.amdvi(duration=8), pytest.mark.usefixtures("as_without_tests")]
 PLUGS = 100 if SOAK else 5
 
 

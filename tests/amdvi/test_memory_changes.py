@@ -18,6 +18,7 @@ from support.witness import Edu, pattern
 
 from kvmpass import host
 from kvmpass.errors import NotEnoughMemory
+from kvmpass.host.backend import choose_backend
 from kvmpass.layout import GIB, MIB, PAGE
 from kvmpass.machine import Machine
 from kvmpass.memory import Backing, GuestMemory, MemoryRegion, RegionKind
@@ -96,9 +97,10 @@ class Worker(threading.Thread):
             raise self.error
 
 
-@pytest.fixture(scope="module", params=NAMES if os.environ.get("KVMPASS_SOAK") else ["type1"])
+@pytest.fixture(scope="module", params=NAMES if os.environ.get("KVMPASS_SOAK") else None)
 def bench(request: pytest.FixtureRequest, edu: str) -> Iterator[Bench]:
-    mode = MODES[request.param]
+    """All modes in the long form, else that of the kernel."""
+    mode = MODES[getattr(request, "param", None) or choose_backend(host.Sysfs()).name]
     with host.borrow(edu), machines_use(mode), Machine(memory="16M") as machine:
         yield Bench(machine, Edu(machine.assign(edu)), mode)
         machine.audit()

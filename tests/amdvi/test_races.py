@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+import pytest
 from support.inside import SOAK
 from support.living import descriptors
 from support.witness import locked_bytes
@@ -18,6 +19,7 @@ from kvmpass.errors import KvmpassError
 from kvmpass.guest import GuestImage, GuestSpec, prepare
 from kvmpass.machine import Machine
 
+pytestmark = pytest.mark.usefixtures("as_without_tests")
 SECONDS = 120 if SOAK else 8
 LIFETIME = 2.0  # of one machine
 
@@ -106,7 +108,7 @@ def test_devices_are_added_and_removed_from_every_thread(edu: str, edu2: str) ->
             time.sleep(LIFETIME)
             crowd.end()
             assert crowd.errors == []
-            assert (machine.devices, locked_bytes()) == ([], 0)
+            assert (machine.devices, locked_bytes(), locked_bytes("VmPin")) == ([], 0, 0)
             assert machine.memslots.ledger == [] == machine.domain.ledger
             done += crowd.done
     assert {"assign", "deassign", "eject", "reset", "start", "audit"} <= set(done), done

@@ -37,7 +37,6 @@ FULL = pytest.mark.amdvi(kernel="full")
 # What costs a guest's boot runs in compatibility mode only in its long form: the calls are those of type 1.
 NAMES = ["type1", pytest.param("iommufd", marks=FULL), *([pytest.param("compat", marks=FULL)] if SOAK else [])]
 through_all_modes = pytest.mark.parametrize("mode", NAMES, indirect=True)
-through_all_modes_in_the_long_form = pytest.mark.parametrize("mode", NAMES if SOAK else ["type1"], indirect=True)
 through_compat_too = pytest.mark.parametrize(
     "mode", ["type1", *(pytest.param(name, marks=FULL) for name in MODES if name != "type1")], indirect=True
 )
@@ -48,6 +47,14 @@ def type1_unless_said_otherwise() -> Iterator[None]:
     """What a machine takes that names no back end: tests of type 1's own rules run on kernels with both, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(Machine.__init__.__kwdefaults__, "backend", "type1")
+        yield
+
+
+@pytest.fixture
+def as_without_tests() -> Iterator[None]:
+    """Machines that name no back end choose one as they do for anybody: iommufd where the kernel has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Machine.__init__.__kwdefaults__, "backend", "auto")
         yield
 
 
