@@ -27,7 +27,7 @@ from kvmpass.machine import GuestOutcome, Machine
 
 Valid = Callable[[str, str | bytes], Any]
 
-pytestmark = pytest.mark.amdvi(duration=12)
+pytestmark = [pytest.mark.amdvi(duration=12), pytest.mark.usefixtures("as_without_tests")]
 HEAD = 16 << 20  # bytes at the start of a drive that are compared: a real one may be large
 HASH_HEAD = f"dd if=/dev/nvme0n1 bs=1M count={HEAD >> 20} 2>/dev/null | sha256sum"
 

@@ -33,6 +33,8 @@ from kvmpass.pci.bus import HostBridge
 from kvmpass.pciregs import BAR0, CAP_POWER, COMMAND, capabilities
 from kvmpass.vfio.device import ERR
 
+pytestmark = pytest.mark.usefixtures("as_without_tests")
+
 # --- a guest ends with its reason
 
 
