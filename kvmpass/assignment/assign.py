@@ -29,10 +29,11 @@ def check(
     backing: Backing = Backing.ANONYMOUS,
     cpus: int = 1,
     backend: str = AUTO,
+    p2p: bool = False,
 ) -> list[host.PciDevice]:
     """Run the checks of the host and of the devices; return the devices. Raises as ``assigned`` does."""
     devices = [sysfs.device(bdf) for bdf in bdfs]
-    host.doctor.check_host(sysfs, backend=backend, together=bdfs)
+    host.doctor.check_host(sysfs, backend=backend, p2p=p2p, together=bdfs)
     for bdf in bdfs:
         host.check_assignable(sysfs, bdf, together=bdfs)
     page = backing.huge_page
@@ -51,6 +52,7 @@ def assigned(
     cpus: int = 1,
     backing: Backing = Backing.ANONYMOUS,
     backend: str | BackendFactory = AUTO,
+    p2p: bool = False,
     vf_token: uuid.UUID | None = None,
     say: Say = lambda line: None,
     warn: Say = lambda line: None,
@@ -67,11 +69,13 @@ def assigned(
     bdfs = parse_distinct(addresses)
     size = parse_size(memory)
     names = host.Names(sysfs)
-    devices = check(bdfs, size, sysfs, backing, cpus, backend if isinstance(backend, str) else AUTO)
+    devices = check(bdfs, size, sysfs, backing, cpus, backend if isinstance(backend, str) else AUTO, p2p)
     image = prepare(spec, [device.modalias for device in devices])
     for line in image.warnings:
         warn(line)
-    machine = Machine(memory=size, cpus=cpus, backing=backing, backend=backend, sysfs=sysfs, on_event=on_event)
+    machine = Machine(
+        memory=size, cpus=cpus, backing=backing, backend=backend, p2p=p2p, sysfs=sysfs, on_event=on_event
+    )
     with machine:
         if cpus > len(os.sched_getaffinity(0)):
             warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
@@ -107,3 +111,5 @@ def say_mappings(machine: Machine, say: Say) -> None:
                 f"map {region.name} gpa {region.range} -> iova {Range(region.gpa, region.size)}, "
                 f"{region.size >> 20} MiB, {region.backing}, {access}"
             )
+    if machine.domain.p2p:
+        say("peer-to-peer: each BAR is mapped for the other devices' DMA while the guest lets it decode")

@@ -67,6 +67,8 @@ class Plan:
     """The number of vCPUs."""
     backend: BackendChoice
     """The DMA back end, and why it was chosen."""
+    p2p: bool
+    """Whether devices reach each other's BARs."""
     phys_bits: int
     """The CPU's physical address width in bits."""
     phys_bits_source: str
@@ -86,6 +88,12 @@ class Plan:
         return len(self.memory.mapped) if self.memory else 0
 
     @property
+    def peer_map_calls(self) -> int | None:
+        """The number of further mappings while all BARs decode; None if unknown."""
+        parts = [bar.mapped for device in self.devices for bar in device.bars if self.p2p]
+        return None if None in parts else sum(len(part) for part in parts if part is not None)
+
+    @property
     def locked(self) -> int:
         """Bytes of memory that are locked."""
         return self.memory.locked if self.memory else 0
@@ -98,6 +106,7 @@ def plan(
     cpus: int = 1,
     backing: Backing = Backing.ANONYMOUS,
     backend: str = AUTO,
+    p2p: bool = False,
     sysfs: Sysfs | None = None,
 ) -> Plan:
     """Plan the assignment of devices to a machine. It changes nothing, and works on any host.
@@ -115,7 +124,7 @@ def plan(
     except BadAddress as error:
         blockers.append(_impossible(error))
         bdfs = list(dict.fromkeys(bdfs))
-    findings = _findings(look, bdfs, size, backing, cpus, backend)
+    findings = _findings(look, bdfs, size, backing, cpus, backend, p2p)
     blockers += _blockers(findings, Outcome.FAIL)
     devices: list[PciDevice] = []
     for bdf in bdfs:
@@ -133,12 +142,13 @@ def plan(
     planned = tuple(_device(look, device, bdfs) for device in devices)
     if memory_plan is not None:
         blockers += _unfitting(planned, memory_plan.layout)
-    chosen = choose_backend(sysfs, bdfs, backend)
+    chosen = choose_backend(sysfs, bdfs, backend, p2p=p2p)
     return Plan(
         devices=planned,
         memory=memory_plan,
         cpus=cpus,
         backend=chosen,
+        p2p=p2p,
         phys_bits=bits,
         phys_bits_source=source,
         confined=any(not group.no_iommu for group in sysfs.groups()),
@@ -149,10 +159,10 @@ def plan(
 
 
 def _findings(
-    look: host.Look, bdfs: Sequence[Bdf], size: int, backing: Backing, cpus: int, backend: str
+    look: host.Look, bdfs: Sequence[Bdf], size: int, backing: Backing, cpus: int, backend: str, p2p: bool
 ) -> list[Finding]:
     """Return the findings of ``doctor`` for all devices, those of the host once."""
-    diagnose = partial(host.diagnose, look.sysfs, together=bdfs, look=look)
+    diagnose = partial(host.diagnose, look.sysfs, together=bdfs, look=look, p2p=p2p)
     unique: dict[tuple[str, str], Finding] = {}
     for bdf in bdfs:
         for finding in diagnose(bdf, memory=size, huge_page=backing.huge_page, cpus=cpus, backend=backend):

@@ -15,10 +15,10 @@ import click
 
 from kvmpass import crash
 from kvmpass.assignment.assign import assigned
-from kvmpass.cli.documents import backend_document
+from kvmpass.cli.documents import backend_document, peers_document
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
 from kvmpass.cli.output import document_text, error_fields, error_text
-from kvmpass.cli.params import BDF, backend_option
+from kvmpass.cli.params import BDF, backend_option, p2p_option
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
@@ -51,6 +51,7 @@ from kvmpass.memory import Backing
 )
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
 @backend_option
+@p2p_option
 @click.option("--vf-token", type=click.UUID, help="VF token (UUID) of a virtual function and its physical function.")
 @click.option(
     "--on-reboot",
@@ -82,6 +83,7 @@ def assign(
     cpus: int,
     hugepages: str | None,
     backend: str,
+    p2p: bool,
     vf_token: uuid.UUID | None,
     on_reboot: str,
     timeout: float | None,
@@ -96,7 +98,8 @@ def assign(
     kvmpass assign [OPTIONS] BDF... -- COMMAND...   run COMMAND in the guest
 
     Each device is bound to vfio-pci while the guest runs. When the guest ends, for any reason, the device is rebound
-    to its driver (after a SIGKILL of kvmpass: kvmpass restore). Its DMA reaches the guest's memory and nothing else.
+    to its driver (after a SIGKILL of kvmpass: kvmpass restore). Its DMA reaches the guest's memory and nothing else;
+    with --p2p also the BARs of the guest's other devices.
     Needs root; or devices that root has bound (kvmpass bind), and the permissions that kvmpass doctor lists.
 
     With COMMAND, kvmpass has the standard output, standard error and exit status of COMMAND, whose input is empty.
@@ -123,6 +126,7 @@ def assign(
         "outcome": "failed",
         "guest_exit_status": None,
         "backend": None,
+        "peer_mappings": None,
         "events": [],
         "events_dropped": 0,
         "guest_errors": [],
@@ -144,6 +148,7 @@ def assign(
                 cpus=cpus,
                 backing=Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS,
                 backend=backend,
+                p2p=p2p,
                 vf_token=vf_token,
                 say=progress.say,
                 warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
@@ -152,6 +157,7 @@ def assign(
         ):
             outcome["backend"] = backend_document(machine.backend)
             result = _run(machine, spec, log, restart=on_reboot == "restart", timeout=timeout)
+            outcome["peer_mappings"] = peers_document(machine.domain)
             outcome["guest_exit_status"] = result.status  # valid even if rebinding a device fails
         if command is not None and result.status is None:
             _explain(result)

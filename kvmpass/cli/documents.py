@@ -10,6 +10,7 @@ from kvmpass.host.view.classes import class_name
 from kvmpass.layout import Reserved
 
 if TYPE_CHECKING:
+    from kvmpass.dma import Domain
     from kvmpass.host.view.inventory import DeviceStatus, HostStatus
     from kvmpass.host.view.isolation import Sibling
 
@@ -30,6 +31,14 @@ def blocker_document(blocker: host.Blocker) -> dict[str, Any]:
 def backend_document(choice: BackendChoice | None) -> dict[str, Any] | None:
     """Return the IOMMU back end of a machine, and why it has that one."""
     return None if choice is None else {"name": choice.name, "reason": choice.reason}
+
+
+def peers_document(domain: Domain) -> list[dict[str, Any]] | None:
+    """Return the BARs that other devices reach by DMA; None without peer-to-peer."""
+    if not domain.p2p:
+        return None
+    mappings = (mapping for mapping in domain.ledger if mapping.device is not None)
+    return [{"bdf": m.device, "bar": m.bar, "iova": hex(m.iova), "size": m.size} for m in mappings]
 
 
 def host_document(status: HostStatus) -> dict[str, Any]:

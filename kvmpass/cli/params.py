@@ -95,6 +95,11 @@ backend_option = click.option(
 )
 
 
+p2p_option = click.option(
+    "--p2p", is_flag=True, help="Let each device's DMA reach the BARs of the other devices (peer-to-peer)."
+)
+
+
 def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None = None) -> list[CompletionItem]:
     """Return the host's addresses that begin with ``incomplete``, with or without the domain, and their names."""
     sysfs = host.Sysfs()

@@ -12,7 +12,7 @@ from kvmpass.assignment.plan import plan as make_plan
 from kvmpass.cli import findings, tables
 from kvmpass.cli.documents import backend_document, blocker_document, reserved_document, sibling_document
 from kvmpass.cli.output import Output, host_command
-from kvmpass.cli.params import BDF, SIZE, backend_option
+from kvmpass.cli.params import BDF, SIZE, backend_option, p2p_option
 from kvmpass.cli.tree import tree_option
 from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.sysfs import VFIO_PCI
@@ -30,6 +30,7 @@ from kvmpass.pci.barspace import BarKind
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
 @backend_option
+@p2p_option
 @host_command
 @tree_option
 def plan(
@@ -39,6 +40,7 @@ def plan(
     cpus: int,
     hugepages: str | None,
     backend: str,
+    p2p: bool,
     tree: Sysfs | None,
 ) -> int:
     """Show what kvmpass assign would do, and change nothing.
@@ -51,10 +53,10 @@ def plan(
     Root can read more. Exit status: 0 if nothing blocks the assignment, else 1.
     """
     backing = Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS
-    made = make_plan(bdf, memory=memory, cpus=cpus, backing=backing, backend=backend, sysfs=tree)
+    made = make_plan(bdf, memory=memory, cpus=cpus, backing=backing, backend=backend, p2p=p2p, sysfs=tree)
     output.document(**_document(made))
     for device in made.devices:
-        _show_device(output, device)
+        _show_device(output, device, made.p2p)
     _show_memory(output, made)
     descriptors = made.descriptors
     output.text(click.style("file descriptors", bold=True))
@@ -72,7 +74,7 @@ def plan(
     return 1 if made.blockers else 0
 
 
-def _show_device(output: Output, device: DevicePlan) -> None:
+def _show_device(output: Output, device: DevicePlan, p2p: bool) -> None:
     group = "no IOMMU group" if device.group is None else f"IOMMU group {device.group}"
     output.text(click.style(f"{device.bdf}  {device.short_name}, {group}", bold=True))
     driver = device.driver or "(none)"
@@ -84,7 +86,7 @@ def _show_device(output: Output, device: DevicePlan) -> None:
         rows.append(("group", f"{other}: {role}"))
     rows.append(("reset", _resets(device.reset_methods)))
     rows.append(("vectors", _vectors(device.vectors)))
-    rows += [(bar.name, _bar(bar)) for bar in device.bars]
+    rows += [(bar.name, _bar(bar, p2p)) for bar in device.bars]
     for label, text in rows:
         output.text(f"  {label:<8}{text}")
 
@@ -102,11 +104,12 @@ def _vectors(vectors: Vectors) -> str:
     return ", ".join(text for text, present in kinds if present) or "none"
 
 
-def _bar(bar: BarPreview) -> str:
+def _bar(bar: BarPreview, p2p: bool) -> str:
     kind = f"{size_text(bar.size)}, {bar.kind.value.replace('io', 'ports')}"
+    dma = "peer-to-peer DMA" if p2p else "no DMA"
     if bar.mapped is None:
-        return f"{kind}: memslots, no DMA; their number is unknown without root"
-    how = f"{tables.count(len(bar.mapped), 'memslot')}, no DMA" if bar.mapped else "trapped"
+        return f"{kind}: memslots, {dma}; their number is unknown without root"
+    how = f"{tables.count(len(bar.mapped), 'memslot')}, {dma}" if bar.mapped else "trapped"
     rest = bar.size - sum(part.size for part in bar.mapped)
     trapped = f", {size_text(rest)} trapped" if bar.mapped and rest else ""
     return f"{kind}: {how}{trapped}"
@@ -121,6 +124,10 @@ def _show_memory(output: Output, made: Plan) -> None:
         output.text(
             f"  {tables.count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_text(made.locked)})"
         )
+    if made.p2p:
+        calls = made.peer_map_calls
+        more = "an unknown number of map calls" if calls is None else tables.count(calls, "more map call")
+        output.text(f"  peer-to-peer: {more} while all BARs decode")
     output.text(f"  IOMMU back end {made.backend}")
     output.text(f"  {made.phys_bits} bits of guest-physical address ({made.phys_bits_source})")
     if not made.confined:
@@ -165,6 +172,8 @@ def _document(made: Plan) -> dict[str, Any]:
             for slot, region in enumerate(memory.regions)
         ],
         "map_calls": made.map_calls,
+        "p2p": made.p2p,
+        "peer_map_calls": made.peer_map_calls,
         "locked": made.locked,
         "phys_bits": made.phys_bits,
         "phys_bits_source": made.phys_bits_source,

@@ -157,6 +157,8 @@ class CheckContext:
     """Its number of vCPUs."""
     wanted_backend: str = AUTO
     """The IOMMU back end that is asked for, one of ``kvmpass.host.backend.BACKENDS``."""
+    p2p: bool = False
+    """Whether devices are to reach each other's BARs."""
     wake: bool = True
     """Whether a suspended device may be resumed to read its configuration space."""
 
@@ -202,7 +204,7 @@ class CheckContext:
     def backend(self) -> BackendChoice:
         """The interface to the IOMMU that a machine with these devices uses."""
         devices = dict.fromkeys((*([self.bdf] if self.bdf is not None else ()), *self.together))
-        return choose_backend(self.sysfs, devices, self.wanted_backend)
+        return choose_backend(self.sysfs, devices, self.wanted_backend, p2p=self.p2p)
 
     # --- this process
 

@@ -161,8 +161,8 @@ class Assignments(Execution):
         """Undo ``assign``, without asking a running guest. Idempotent.
 
         Raises ``OSError`` where KVM keeps a memslot over the device's pages, or the IOMMU a mapping: it stays
-        assigned and its pages mapped, and ``deassign`` can be repeated; ``close`` finishes it. After that every step
-        runs even if one fails.
+        assigned and its pages mapped, and ``deassign`` can be repeated. ``close`` ends what KVM keeps; a device whose
+        BAR is still mapped for DMA stays open. After that every step runs even if one fails.
         """
         with deferred(), self._device_lock:
             if not self._has(device):

@@ -84,8 +84,12 @@ ROLES: Mapping[str, tuple[str, Callable[[Candidate], bool]]] = {
     "xhci": ("a USB controller that is alone in its group", lambda d: d.class_code == XHCI and d.alone),
     "ivshmem": ("QEMU's shared memory device, alone in its group", lambda d: d.id == IVSHMEM and d.alone),
     "peer": (
-        "QEMU's shared memory device, behind a bridge or root port whose bus can be reset",
-        lambda d: d.id == IVSHMEM and not d.bdf.startswith("0000:00:"),
+        "QEMU's shared memory device, alone behind a root port whose bus can be reset",
+        lambda d: d.id == IVSHMEM and d.alone and not d.bdf.startswith("0000:00:"),
+    ),
+    "sibling": (
+        "QEMU's shared memory device, behind a bridge with others whose bus can be reset",
+        lambda d: d.id == IVSHMEM and d.members > 1,
     ),
     "multifunction": (
         "a function that shares its group with another function",

@@ -92,6 +92,14 @@ def option_rom(directory: Path) -> Path:
     return path
 
 
+# Memory of two devices whose bus is reset as a whole.
+SIBLINGS = (
+    "pci-bridge,id=bridge1,chassis_nr=2,addr=12.0",
+    "ivshmem-plain,size=1M,bus=bridge1,addr=01.0",
+    "ivshmem-plain,size=2M,bus=bridge1,addr=02.0",
+)
+
+
 def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
     """Hosts of few tests.
 
@@ -99,9 +107,9 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
     card with an expansion ROM, a drive with 2048 vectors, a BAR that is too large for any address, a page of 1 GiB.
     A command line that says the IOAPIC is elsewhere, so that the kernel remaps no interrupt. The plugin's modern host
     with a device on bus 0, where the emulated IOMMU's events name it, and with leave for vfio-pci to make virtual
-    functions.
+    functions. The plugin's newest host with two devices on one bus.
     """
-    modern = DEFAULT_PROFILES["modern"]
+    modern, newest = DEFAULT_PROFILES["modern"], DEFAULT_PROFILES["next"]
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
         "driver": Profile(devices=("edu,addr=04.0",), kernel="stock", lab_only=True),
@@ -114,8 +122,7 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
                 "pci-bridge,id=bridge0,chassis_nr=1,addr=11.0",
                 "edu,bus=bridge0,addr=01.0",
                 "edu,bus=bridge0,addr=02.0",
-                "pci-bridge,id=bridge1,chassis_nr=2,addr=12.0",
-                "ivshmem-plain,size=1M,bus=bridge1,addr=01.0",
+                *SIBLINGS,
             ),
             memory="4G",
             append="hugepagesz=1G hugepages=1",
@@ -125,5 +132,6 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
             append="ivrs_ioapic=0@00:13.0 amd_iommu=pt pcie_acs_override=downstream",
             lab_only=True,
         ),
+        "next": replace(newest, devices=(*newest.devices, *SIBLINGS)),
         "modern": replace(modern, devices=(*modern.devices, "edu,addr=06.0"), append="vfio_pci.enable_sriov=1"),
     }

@@ -38,12 +38,13 @@ def diagnose(
     look: Look | None = None,
     cpus: int = 1,
     backend: str = AUTO,
+    p2p: bool = False,
 ) -> list[Finding]:
     """Run every check; those of a device only with ``bdf``. Changes nothing, and raises nothing.
 
     ``memory`` is the guest's size in bytes, ``huge_page`` the size of its pages in bytes or 0, ``cpus`` its number of
-    vCPUs; ``together`` are devices that are assigned with ``bdf``, ``backend`` the IOMMU back end that is asked for.
-    Callers that check many devices pass one ``look``.
+    vCPUs; ``together`` are devices that are assigned with ``bdf``, ``backend`` the IOMMU back end that is asked for,
+    ``p2p`` whether devices are to reach each other's BARs. Callers that check many devices pass one ``look``.
     """
     checks = [check for check in CATALOGUE if bdf is not None or not check.device]
     context = CheckContext(
@@ -54,6 +55,7 @@ def diagnose(
         huge_page=huge_page,
         cpus=cpus,
         wanted_backend=backend,
+        p2p=p2p,
     )
     return list(run_checks(checks, context))
 
@@ -63,20 +65,23 @@ def diagnose_device(look: Look, bdf: Bdf) -> list[Finding]:
     return list(run_checks([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], CheckContext(look, bdf)))
 
 
-def check_host(sysfs: Sysfs, *, backend: str = AUTO, together: Collection[Bdf] = ()) -> None:
+def check_host(sysfs: Sysfs, *, backend: str = AUTO, p2p: bool = False, together: Collection[Bdf] = ()) -> None:
     """Check what every assignment needs: AMD-V, KVM, AMD-Vi with interrupt remapping, VFIO, permission to use them.
 
-    ``backend`` is the IOMMU back end that is asked for, ``together`` are the devices to assign.
+    ``backend`` is the IOMMU back end that is asked for, ``p2p`` whether devices are to reach each other's BARs,
+    ``together`` are the devices to assign.
     Raises ``HostNotReady`` or ``PermissionError`` for the first of the catalogue's vital checks that fails. Loads no
     module: it is sufficient that vfio-pci can be loaded.
     """
-    if blocker := host_blocker(sysfs, backend=backend, together=together):
+    if blocker := host_blocker(sysfs, backend=backend, p2p=p2p, together=together):
         raise blocker.exception()
 
 
-def host_blocker(sysfs: Sysfs, *, backend: str = AUTO, together: Collection[Bdf] = ()) -> Blocker | None:
+def host_blocker(
+    sysfs: Sysfs, *, backend: str = AUTO, p2p: bool = False, together: Collection[Bdf] = ()
+) -> Blocker | None:
     """Return the blocker for which :func:`check_host` raises; None if this host and this user can assign devices."""
-    context = CheckContext(Look(sysfs), wanted_backend=backend, together=together)
+    context = CheckContext(Look(sysfs), wanted_backend=backend, p2p=p2p, together=together)
     return next(failures((check for check in CATALOGUE if check.vital), context), None)
 
 

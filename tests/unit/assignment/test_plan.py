@@ -117,6 +117,25 @@ def test_the_back_end_is_part_of_the_plan(host: Host) -> None:
     assert str(kvmpass.plan([NVME], sysfs=host, backend="type1").backend) == "type1: requested"
 
 
+def test_peer_to_peer_is_part_of_the_plan(host: Host) -> None:
+    """One more map call for each memslot of a BAR; iommufd needs a kernel that maps BARs."""
+    host.put("proc/sys/kernel/osrelease", "6.12.117")
+    assert (kvmpass.plan([NVME], sysfs=host).p2p, kvmpass.plan([NVME], sysfs=host).peer_map_calls) == (False, 0)
+    made = kvmpass.plan([NVME], sysfs=host, p2p=True)
+    assert (made.p2p, made.map_calls, made.blockers) == (True, 1, ())
+    assert made.peer_map_calls == sum(len(bar.mapped or ()) for bar in made.devices[0].bars) > 0
+    host.put("dev/iommu", "")
+    lacks = "iommufd maps BARs for peer-to-peer since Linux 6.19; this is Linux 6.12"
+    assert str(kvmpass.plan([NVME], sysfs=host, p2p=True).backend) == f"type1: {lacks}"
+    [blocker] = kvmpass.plan([NVME], sysfs=host, p2p=True, backend="iommufd").blockers
+    assert (blocker.kind, lacks in blocker.cause) == ("no-iommufd", True)
+    host.put("proc/sys/kernel/osrelease", "6.19.0")
+    assert kvmpass.plan([NVME], sysfs=host, p2p=True, backend="iommufd").blockers == ()
+    assert str(kvmpass.plan([NVME], sysfs=host, p2p=True).backend) == "iommufd: available to this user"
+    host.put(f"sys/bus/pci/devices/{NVME}/config", config_space()[:64])
+    assert kvmpass.plan([NVME], sysfs=host, p2p=True).peer_map_calls is None
+
+
 def test_a_group_with_two_devices(host: Host) -> None:
     host.add(SOUND, "snd_hda_intel", 7, 0x040300)
     alone = kvmpass.plan([NVME], memory="64M", sysfs=host)
@@ -199,7 +218,13 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     host.put(regions, before)
     assert text.endswith("\nno blockers; nothing was changed\n")
     assert all(len(line) <= 80 for line in text.splitlines()), text
-    document = valid("plan", run(NVME, "--memory", "64M", "--json")[0])
+    assert "memslot, no DMA" in text
+    text = run(NVME, "--p2p")[0]
+    assert "memslot, peer-to-peer DMA" in text
+    assert "  peer-to-peer: 1 more map call while all BARs decode\n" in text
+    assert all(len(line) <= 80 for line in text.splitlines()), text
+    document = valid("plan", run(NVME, "--memory", "64M", "--json", "--p2p")[0])
+    assert (document["p2p"], document["map_calls"], document["peer_map_calls"]) == (True, 1, 1)
     assert [(region["gpa"], region["iova"], region["size"]) for region in document["memory_regions"]] == [
         ("0x0", "0x0", 64 * MIB)
     ]

@@ -8,6 +8,7 @@ import pytest
 from support.host_tree import Host
 
 import kvmpass.host.kernel.permissions
+from kvmpass.errors import HostNotReady
 from kvmpass.host import Bdf, diagnose
 from kvmpass.host.backend import choose_backend
 from kvmpass.host.doctor import Outcome, check_host
@@ -92,6 +93,17 @@ def test_a_token_needs_a_newer_kernel(host: Host) -> None:
     )
     host.put("proc/sys/kernel/osrelease", "6.17.1")
     assert choose_backend(host, [NVME], vf_token=True).name == "iommufd"
+
+
+def test_peer_to_peer_needs_a_newer_kernel(host: Host) -> None:
+    lacks = "iommufd maps BARs for peer-to-peer since Linux 6.19; this is Linux 6.12"
+    assert str(choose_backend(host, [NVME], p2p=True)) == f"type1: {lacks}"
+    assert choose_backend(host, [NVME], "iommufd", p2p=True).obstacle == lacks
+    assert choose_backend(host, [NVME], "type1", p2p=True).obstacle == ""
+    with pytest.raises(HostNotReady, match=r"this is Linux 6\.12"):
+        check_host(host, backend="iommufd", p2p=True)
+    host.put("proc/sys/kernel/osrelease", "6.19.0-1-amd64")
+    assert choose_backend(host, [NVME], p2p=True).name == "iommufd"
 
 
 def test_what_is_asked_for(host: Host) -> None:

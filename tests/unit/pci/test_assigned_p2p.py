@@ -152,9 +152,11 @@ def test_without_peers_a_reset_changes_no_memslot() -> None:
 
 
 def test_a_suspended_function_decodes_nothing(board: Board, peers: Peers) -> None:
-    """Whatever the guest writes meanwhile; afterwards it decodes what the registers say then."""
+    """Whatever the guest writes meanwhile, no ports either; afterwards it decodes what the registers say then."""
     before = board.bars()
+    board.config_write(COMMAND, 3, 2)
     board.function.suspend()
+    assert board.function._bars.decoding == 0
     for at, value, size in ((COMMAND, 2, 2), (PM_AT + 4, 0, 1), (FLR, 0x8000, 2), (BAR0, 0xFFFF_FFFF, 4)):
         board.config_write(at, value, size)
         assert (board.bars(), peers.mapped) == ([], [])
