@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 
 from kvmpass import host
+from kvmpass.assignment.passed import PassedDescriptors
 from kvmpass.dma import BackendFactory
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import GuestSpec, prepare
@@ -36,11 +37,34 @@ def check(
     host.doctor.check_host(sysfs, backend=backend, p2p=p2p, together=bdfs)
     for bdf in bdfs:
         host.check_assignable(sysfs, bdf, together=bdfs)
+    _check_guest(sysfs, bdfs, memory, backing, cpus)
+    return devices
+
+
+def check_passed(
+    bdfs: Sequence[host.Bdf],
+    memory: int,
+    sysfs: host.Sysfs,
+    descriptors: PassedDescriptors,
+    backing: Backing = Backing.ANONYMOUS,
+    cpus: int = 1,
+    backend: str | BackendFactory = AUTO,
+) -> dict[host.Bdf, tuple[host.PciDevice, int]]:
+    """Run the checks for devices that come by descriptors; return the devices and their descriptors."""
+    devices = descriptors.devices(sysfs, bdfs)
+    choice = descriptors.check(sysfs, devices, backend if isinstance(backend, str) else None)
+    host.doctor.check_host(sysfs, together=[*devices], passed=choice)
+    for bdf in devices:
+        host.blockers.check_passed(sysfs, bdf, together=[*devices])
+    _check_guest(sysfs, [*devices], memory, backing, cpus)
+    return devices
+
+
+def _check_guest(sysfs: host.Sysfs, bdfs: Sequence[host.Bdf], memory: int, backing: Backing, cpus: int) -> None:
     page = backing.huge_page
     host.doctor.check_memory(sysfs, memory, huge_page=page)
     # The machine refuses more CPUs than a guest can have.
     host.doctor.check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs)
-    return devices
 
 
 @contextmanager
@@ -53,6 +77,7 @@ def assigned(
     backing: Backing = Backing.ANONYMOUS,
     backend: str | BackendFactory = AUTO,
     p2p: bool = False,
+    descriptors: PassedDescriptors | None = None,
     vf_token: uuid.UUID | None = None,
     say: Say = lambda line: None,
     warn: Say = lambda line: None,
@@ -60,21 +85,36 @@ def assigned(
 ) -> Iterator[Machine]:
     """Yield a machine with the devices assigned and a guest loaded; rebind the devices to their drivers afterwards.
 
+    ``descriptors``: of devices that another process has opened, which stay bound to vfio-pci. They are closed once
+    the machine has duplicates; ``addresses`` says which of their devices are assigned, by default all.
     ``say`` is called with each step, ``warn`` with each warning, in a line; other arguments are those of ``Machine``.
     Raises before any change ``BadAddress``, ``NoSuchDevice``, ``HostNotReady``, ``NotAssignable``,
-    ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``, ``LayoutError``. Later errors are raised
-    after the devices were rebound.
+    ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``, ``LayoutError``, ``BadDescriptor``. Later
+    errors are raised after the devices were rebound.
     """
     sysfs = host.Sysfs()
     bdfs = parse_distinct(addresses)
     size = parse_size(memory)
     names = host.Names(sysfs)
-    devices = check(bdfs, size, sysfs, backing, cpus, backend if isinstance(backend, str) else AUTO, p2p)
+    fds: dict[host.Bdf, int] = {}
+    if descriptors is not None:
+        passed = check_passed(bdfs, size, sysfs, descriptors, backing, cpus, backend)
+        devices = [device for device, _ in passed.values()]
+        fds = {bdf: fd for bdf, (_, fd) in passed.items()}
+    else:
+        devices = check(bdfs, size, sysfs, backing, cpus, backend if isinstance(backend, str) else AUTO, p2p)
     image = prepare(spec, [device.modalias for device in devices])
     for line in image.warnings:
         warn(line)
     machine = Machine(
-        memory=size, cpus=cpus, backing=backing, backend=backend, p2p=p2p, sysfs=sysfs, on_event=on_event
+        memory=size,
+        cpus=cpus,
+        backing=backing,
+        backend=backend,
+        p2p=p2p,
+        iommu_fd=descriptors.iommu if descriptors else None,
+        sysfs=sysfs,
+        on_event=on_event,
     )
     with machine:
         if cpus > len(os.sched_getaffinity(0)):
@@ -82,13 +122,17 @@ def assigned(
         machine.populate()  # the last step at which the out-of-memory killer can strike
         image.load(machine)
         # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
-        with host.borrow(*bdfs, sysfs=sysfs, say=say), closing(machine):
+        borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say)
+        with borrowed, closing(machine):
             for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
                 # VFIO refuses a token for devices without SR-IOV.
-                machine.assign(device.bdf, vf_token=vf_token if sriov_of(sysfs, device.bdf) else None)
-                name = names.of(device)
+                token = vf_token if sriov_of(sysfs, device.bdf) else None
+                machine.assign(device.bdf, fd=fds.get(device.bdf), vf_token=token)
                 driver = device.driver or "no driver"
-                say(f"device {device.bdf}: {name}, IOMMU group {device.group}, was bound to {driver}")
+                origin = f"by descriptor {fds[device.bdf]}" if descriptors else f"was bound to {driver}"
+                say(f"device {device.bdf}: {names.of(device)}, IOMMU group {device.group}, {origin}")
+            if descriptors is not None:
+                descriptors.close()
             if machine.backend is not None:
                 say(f"IOMMU back end {machine.backend}")
             say_mappings(machine, say)
@@ -96,7 +140,7 @@ def assigned(
             say("audit: ok")
             yield machine
             machine.audit()
-    for device in devices:
+    for device in devices if descriptors is None else ():
         say(f"device {device.bdf}: rebound to {sysfs.driver(device.bdf) or 'no driver'}")
 
 

@@ -15,6 +15,7 @@ import click
 
 from kvmpass import crash
 from kvmpass.assignment.assign import assigned
+from kvmpass.assignment.passed import PassedDescriptors
 from kvmpass.cli.documents import backend_document, peers_document
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
 from kvmpass.cli.output import document_text, error_fields, error_text
@@ -28,7 +29,7 @@ from kvmpass.memory import Backing
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
-@click.argument("bdf", nargs=-1, required=True, shell_complete=BDF.shell_complete)
+@click.argument("bdf", nargs=-1, shell_complete=BDF.shell_complete)
 @click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T.")
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
 @click.option("--kernel", type=click.Path(path_type=Path), help="A bzImage.  [default: the running kernel's]")
@@ -52,6 +53,21 @@ from kvmpass.memory import Backing
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
 @backend_option
 @p2p_option
+@click.option(
+    "--vfio-fd",
+    "vfio_fds",
+    multiple=True,
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="An open descriptor of a device that another process has bound: its character device, or its group with "
+    "type 1.  [repeatable]",
+)
+@click.option(
+    "--iommu-fd",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="With --vfio-fd: an open descriptor of /dev/iommu, or of /dev/vfio/vfio with type 1, for this guest alone.",
+)
 @click.option("--vf-token", type=click.UUID, help="VF token (UUID) of a virtual function and its physical function.")
 @click.option(
     "--on-reboot",
@@ -84,6 +100,8 @@ def assign(
     hugepages: str | None,
     backend: str,
     p2p: bool,
+    vfio_fds: tuple[int, ...],
+    iommu_fd: int | None,
     vf_token: uuid.UUID | None,
     on_reboot: str,
     timeout: float | None,
@@ -96,11 +114,15 @@ def assign(
     \b
     kvmpass assign [OPTIONS] BDF...                 a shell in the guest, on this terminal
     kvmpass assign [OPTIONS] BDF... -- COMMAND...   run COMMAND in the guest
+    kvmpass assign --vfio-fd N --iommu-fd N ...     devices that another process has bound and opened
 
     Each device is bound to vfio-pci while the guest runs. When the guest ends, for any reason, the device is rebound
     to its driver (after a SIGKILL of kvmpass: kvmpass restore). Its DMA reaches the guest's memory and nothing else;
     with --p2p also the BARs of the guest's other devices.
     Needs root; or devices that root has bound (kvmpass bind), and the permissions that kvmpass doctor lists.
+
+    With --vfio-fd the devices stay bound to vfio-pci, and this process needs permission for /dev/kvm and a limit for
+    locked memory only. A descriptor tells its device; BDF chooses among the devices of a group.
 
     With COMMAND, kvmpass has the standard output, standard error and exit status of COMMAND, whose input is empty.
     Without COMMAND, this terminal is the guest's console, in raw mode: every key goes to the guest, and Ctrl-] ends
@@ -117,6 +139,7 @@ def assign(
       126  the guest ended without reporting a status
       130, 143  interrupted by Ctrl-C, by SIGTERM (129, 131: SIGHUP, SIGQUIT)
     """
+    descriptors = _descriptors(bdf, vfio_fds, iommu_fd)
     if status_file is not None and not os.access(status_file.absolute().parent, os.W_OK):
         raise click.UsageError(f"--status-file: {status_file.absolute().parent} is not a directory to write to")
     if status_file is not None:
@@ -149,6 +172,7 @@ def assign(
                 backing=Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS,
                 backend=backend,
                 p2p=p2p,
+                descriptors=descriptors,
                 vf_token=vf_token,
                 say=progress.say,
                 warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
@@ -156,6 +180,7 @@ def assign(
             ) as machine,
         ):
             outcome["backend"] = backend_document(machine.backend)
+            outcome["bdfs"] = list(bdf) or [str(device.bdf) for device in machine.devices]
             result = _run(machine, spec, log, restart=on_reboot == "restart", timeout=timeout)
             outcome["peer_mappings"] = peers_document(machine.domain)
             outcome["guest_exit_status"] = result.status  # valid even if rebinding a device fails
@@ -177,6 +202,18 @@ def assign(
                 _write_status(status_file, outcome)
             except OSError as failure:
                 click.echo(f"kvmpass: --status-file: {failure}", err=True)
+
+
+def _descriptors(bdf: tuple[str, ...], vfio: tuple[int, ...], iommu: int | None) -> PassedDescriptors | None:
+    """Return the descriptors to use, if there are any. Raises ``click.UsageError``."""
+    if vfio and iommu is not None:
+        return PassedDescriptors(iommu, vfio)
+    if vfio or iommu is not None:
+        missing = "--iommu-fd: the descriptor of the IOMMU" if vfio else "--vfio-fd: the descriptors of the devices"
+        raise click.UsageError(f"missing {missing}")
+    if not bdf:
+        raise click.MissingParameter(param_hint="'BDF...'", param_type="argument")
+    return None
 
 
 def _spec(command: list[str] | None, **guest: Any) -> GuestSpec:

@@ -159,6 +159,8 @@ class CheckContext:
     """The IOMMU back end that is asked for, one of ``kvmpass.host.backend.BACKENDS``."""
     p2p: bool = False
     """Whether devices are to reach each other's BARs."""
+    passed: BackendChoice | None = None
+    """The back end of which another process passes the descriptors: this one opens none of its nodes."""
     wake: bool = True
     """Whether a suspended device may be resumed to read its configuration space."""
 
@@ -203,6 +205,8 @@ class CheckContext:
     @cached_property
     def backend(self) -> BackendChoice:
         """The interface to the IOMMU that a machine with these devices uses."""
+        if self.passed is not None:
+            return self.passed
         devices = dict.fromkeys((*([self.bdf] if self.bdf is not None else ()), *self.together))
         return choose_backend(self.sysfs, devices, self.wanted_backend, p2p=self.p2p)
 

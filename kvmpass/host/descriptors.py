@@ -62,7 +62,7 @@ def identify(sysfs: Sysfs, fd: int) -> Descriptor:
     found = _kind(fd, link) if link else None
     if found is None:
         raise BadDescriptor(
-            f"descriptor {fd} is {_what(status, link)}",
+            f"descriptor {fd} is {_what(status, link)}, not a node of VFIO or iommufd",
             "open /dev/iommu and /dev/vfio/devices/vfioN (iommufd), or /dev/vfio/vfio and /dev/vfio/GROUP (type 1)",
         )
     return found

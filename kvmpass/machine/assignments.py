@@ -144,7 +144,7 @@ class Assignments(Execution):
         )
 
     def _emit_closed(self, device: AssignedDevice) -> None:
-        if device.vfio.resettable:
+        if device.vfio.resets_at_close:
             self._monitor.emit(device.reset_event(device.vfio.close_seconds, "deassign"))
 
     def unplug(self, device: AssignedDevice, timeout: float = EJECT_SECONDS) -> None:

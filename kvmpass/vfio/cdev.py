@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import time
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 from kvmpass._fd import OwnedFd, check, open_node
 from kvmpass._native import ffi, lib
-from kvmpass._teardown import run_all, undo_on_error
+from kvmpass._teardown import undo_on_error
 from kvmpass.errors import BadDescriptor, NotAssignable
-from kvmpass.pciregs import COMMAND
 from kvmpass.vfio.device import Device
 from kvmpass.vfio.group import token_remedy
 
@@ -39,10 +37,9 @@ _ATTACH_REMEDY = {
 class Cdev(Device):
     """One function, opened by ``/dev/vfio/devices/vfioN``. Most attributes of a ``Device`` exist once it is bound.
 
-    ``name`` is its PCI address. ``fd``: its node that is open already and not bound, which the object then owns:
-    another process may have a duplicate, so ``close`` detaches it. Raises ``OSError`` (``ENOENT``: it is not bound to
-    vfio-pci, or the kernel has no such nodes), ``NotAssignable`` for a device without an IOMMU, and ``BadDescriptor``
-    for an open one that is bound.
+    ``name`` is its PCI address. ``fd``: its node that is open already and not bound, which the object then owns.
+    Raises ``OSError`` (``ENOENT``: it is not bound to vfio-pci, or the kernel has no such nodes), ``NotAssignable``
+    for a device without an IOMMU, and ``BadDescriptor`` for an open one that is bound.
     """
 
     def __init__(
@@ -51,7 +48,6 @@ class Cdev(Device):
         OwnedFd.__init__(self, open_node(f"{nodes}/{node_name(name, devices)}") if fd is None else fd)
         self.name = name
         self.open_seconds = self.close_seconds = 0.0
-        self._bound = False
         self._passed = fd is not None
         if self._passed:
             with undo_on_error(self.close):
@@ -82,7 +78,6 @@ class Cdev(Device):
         else:
             remedy = token_remedy(-result, vf_token) or _BIND_REMEDY.get(-result)
         check(result, "VFIO_DEVICE_BIND_IOMMUFD", self.name, remedy)
-        self._bound = True
         self._read_info()
         return int(devid[0])
 
@@ -102,23 +97,10 @@ class Cdev(Device):
         """
         check(lib.vfio_device_detach_iommufd_pt(self.fd), "VFIO_DEVICE_DETACH_IOMMUFD_PT", self.name)
 
-    def close(self) -> None:
-        """Close the descriptor; idempotent. One that was passed: reset the device and detach it before.
-
-        The kernel does both only when the last duplicate is closed. Raises ``OSError``: then the device may still
-        be attached, and the descriptor is closed.
-        """
-        if self._passed and self._bound and not self.closed:
-            started = time.monotonic()
-            run_all(self._quiesce, self.detach, super().close)
-            self.close_seconds = time.monotonic() - started
-        else:
-            super().close()
-
-    def _quiesce(self) -> None:
-        """End its DMA, so that there is none to fault when it is detached; without effect on a removed device."""
-        with suppress(OSError, LookupError):
-            self.reset() if self.resettable else self.config.write_int(COMMAND, 0, 2)
+    @property
+    def resets_at_close(self) -> bool:
+        """See ``Device``. The kernel resets it when the last duplicate of a passed descriptor is closed."""
+        return super().resets_at_close and not self._passed
 
 
 def node_name(name: str, devices: str = _PCI_DEVICES) -> str:

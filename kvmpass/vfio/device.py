@@ -264,6 +264,11 @@ class Device(OwnedFd):
             self.close_seconds = time.monotonic() - started
 
     @property
+    def resets_at_close(self) -> bool:
+        """Whether the kernel resets it when it is closed."""
+        return self.resettable
+
+    @property
     def config(self) -> Region:
         """Configuration space: 256 or 4096 bytes."""
         return self.regions[CONFIG]

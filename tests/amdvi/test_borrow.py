@@ -27,6 +27,7 @@ from kvmpass.errors import (
     RestoreFailed,
 )
 from kvmpass.host import Bdf, check_assignable
+from kvmpass.host.descriptors import identify
 from kvmpass.host.drivers.changes import Step
 from kvmpass.vfio import Cdev
 
@@ -455,6 +456,9 @@ def test_a_no_iommu_group(edu: str) -> None:
         else:
             with pytest.raises(FileNotFoundError):
                 Cdev(edu)
+        (node,) = Path("/dev/vfio").glob("noiommu-*")
+        with node.open("rb") as passed, pytest.raises(NotAssignable, match=f"is {node.name} of VFIO"):
+            identify(SYSFS, passed.fileno())
     finally:
         Path("/sys/bus/pci/drivers/vfio-pci/unbind").write_text(edu)
         override.write_text("\n")

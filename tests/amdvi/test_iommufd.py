@@ -378,12 +378,23 @@ def drop_capabilities() -> None:
 
 def test_without_the_right_to_dev_iommu_it_is_type_1(edu: str) -> None:
     def work() -> None:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 * MIB, 8 * MIB))
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
         assert str(choose_backend(host.Sysfs())) == "type1: this user may not open /dev/iommu"
-        choice = choose_backend(host.Sysfs(), [host.Bdf.parse(edu)])
-        assert str(choice).startswith("type1: this user may not open /dev/iommu, /dev/vfio/devices/vfio")
+        with Machine(memory="8M", backend="auto") as machine:
+            machine.assign(edu)
+            machine.audit()
+            assert str(machine.backend).startswith("type1: this user may not open /dev/iommu, /dev/vfio/devices/vfio")
 
-    with host.borrow(edu):
-        assert Child(work).wait() == 0
+    with host.borrow(edu) as [found]:
+        nodes = {Path("/dev/kvm"): 0o666, Path("/dev/iommu"): 0o600, Path(f"/dev/vfio/{found.group}"): 0o666}
+        before = {node: node.stat().st_mode for node in nodes}
+        for node, mode in nodes.items():
+            node.chmod(mode)
+        try:
+            assert Child(work).wait() == 0
+        finally:
+            for node, mode in before.items():
+                node.chmod(mode)

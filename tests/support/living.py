@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,8 @@ def image_for(script: str) -> GuestImage:
 
 
 @contextmanager
-def running(
-    script: str,
-    *devices: str,
-    fds: Sequence[int] = (),
-    events: list[DeviceEvent] | None = None,
-    **options: Any,
-) -> Iterator[Running]:
-    """A guest that starts with ``devices``, bound to vfio-pci, or those of ``fds``; ``events`` gets the machine's."""
+def running(script: str, *devices: str, events: list[DeviceEvent] | None = None, **options: Any) -> Iterator[Running]:
+    """A guest that starts with ``devices``, bound to vfio-pci; ``events`` gets those of the machine."""
     said = bytearray()
     if events is not None:
         options |= {"on_event": events.append, "stop_on_error": False}
@@ -91,8 +85,6 @@ def running(
         image.load(machine)
         for bdf in devices:
             machine.assign(bdf)
-        for fd in fds:
-            machine.assign(fd=fd)
         run = Running(machine, guest, said)
         try:
             yield run

@@ -42,6 +42,17 @@ def check_assignable(sysfs: Sysfs, bdf: Bdf, together: Collection[Bdf] = ()) -> 
     return device
 
 
+def check_passed(sysfs: Sysfs, bdf: Bdf, together: Collection[Bdf] = ()) -> PciDevice:
+    """Return the device if it can be assigned by a descriptor that was passed, which is a use that counts not here.
+
+    Otherwise as :func:`check_assignable`.
+    """
+    context = CheckContext(Look(sysfs), bdf, together=together, wake=True)
+    for blocker in failures((check for check in _REFUSING if check not in use.CHECKS), context):
+        raise blocker.exception()
+    return context.device
+
+
 def blockers(
     sysfs: Sysfs,
     device: PciDevice,
@@ -66,4 +77,4 @@ def users(sysfs: Sysfs, device: PciDevice) -> Iterator[Blocker]:
     yield from failures(use.CHECKS, CheckContext(look, device.bdf, wake=False))
 
 
-__all__ = ["CHECKS", "blockers", "check_assignable", "is_harmless", "users"]
+__all__ = ["CHECKS", "blockers", "check_assignable", "check_passed", "is_harmless", "users"]

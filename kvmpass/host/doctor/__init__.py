@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from itertools import chain
 
 from kvmpass.host.address import Bdf
-from kvmpass.host.backend import AUTO
+from kvmpass.host.backend import AUTO, BackendChoice
 from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import CHECKS as DEVICE_CHECKS
 from kvmpass.host.check import Check, CheckContext, Finding, Outcome, Reading, failures, run_checks
@@ -65,23 +65,36 @@ def diagnose_device(look: Look, bdf: Bdf) -> list[Finding]:
     return list(run_checks([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], CheckContext(look, bdf)))
 
 
-def check_host(sysfs: Sysfs, *, backend: str = AUTO, p2p: bool = False, together: Collection[Bdf] = ()) -> None:
+def check_host(
+    sysfs: Sysfs,
+    *,
+    backend: str = AUTO,
+    p2p: bool = False,
+    together: Collection[Bdf] = (),
+    passed: BackendChoice | None = None,
+) -> None:
     """Check what every assignment needs: AMD-V, KVM, AMD-Vi with interrupt remapping, VFIO, permission to use them.
 
     ``backend`` is the IOMMU back end that is asked for, ``p2p`` whether devices are to reach each other's BARs,
-    ``together`` are the devices to assign.
+    ``together`` are the devices to assign. ``passed``: the back end whose descriptors another process has opened;
+    then this one needs permission for ``/dev/kvm`` only.
     Raises ``HostNotReady`` or ``PermissionError`` for the first of the catalogue's vital checks that fails. Loads no
     module: it is sufficient that vfio-pci can be loaded.
     """
-    if blocker := host_blocker(sysfs, backend=backend, p2p=p2p, together=together):
+    if blocker := host_blocker(sysfs, backend=backend, p2p=p2p, together=together, passed=passed):
         raise blocker.exception()
 
 
 def host_blocker(
-    sysfs: Sysfs, *, backend: str = AUTO, p2p: bool = False, together: Collection[Bdf] = ()
+    sysfs: Sysfs,
+    *,
+    backend: str = AUTO,
+    p2p: bool = False,
+    together: Collection[Bdf] = (),
+    passed: BackendChoice | None = None,
 ) -> Blocker | None:
     """Return the blocker for which :func:`check_host` raises; None if this host and this user can assign devices."""
-    context = CheckContext(Look(sysfs), wanted_backend=backend, p2p=p2p, together=together)
+    context = CheckContext(Look(sysfs), wanted_backend=backend, p2p=p2p, together=together, passed=passed)
     return next(failures((check for check in CATALOGUE if check.vital), context), None)
 
 

@@ -97,7 +97,9 @@ def _user_name() -> str:
 def _access(context: CheckContext) -> Verdict:
     sysfs = context.sysfs
     group = context.device.group if context.present else None
-    if context.backend.name == IOMMUFD:
+    if context.passed is not None:
+        nodes = ["dev/kvm"]
+    elif context.backend.name == IOMMUFD:
         nodes = ["dev/kvm", IOMMU_NODE, *(cdevs(sysfs, context.bdf) if context.bdf is not None else ())]
     else:
         nodes = ["dev/kvm", "dev/vfio/vfio"]

@@ -91,6 +91,8 @@ def _type1(context: CheckContext) -> Verdict:
     read = Reading(state.seen, state.value)
     if context.backend.name == IOMMUFD:
         return passed("not needed with iommufd", read)
+    if context.passed is not None:
+        return passed("in use: its descriptor was passed", read)
     if state.usable:
         return passed(str(state.status), read)
     return failed(

@@ -116,3 +116,20 @@ def test_the_status_file_reports_a_wrong_address(
         [address],
     )
     assert document["error"]["cause"] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("", "Missing argument 'BDF...'."),
+        ("--vfio-fd 9", "missing --iommu-fd: the descriptor of the IOMMU"),
+        ("--iommu-fd 9 ffff:ff:1f.7", "missing --vfio-fd: the descriptors of the devices"),
+        ("--iommu-fd 9 --vfio-fd nine", "Invalid value for '--vfio-fd'"),
+        ("--iommu-fd 999 --vfio-fd 998", "descriptor 998 is not open"),
+        ("--iommu-fd 0 --vfio-fd 0 --vfio-fd 1", "not a node of VFIO or iommufd"),
+    ],
+)
+def test_descriptors_that_are_none(words: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["assign", *words.split(), "--", "true"])
+    assert (ended.value.code, reason in capsys.readouterr().err) == (125, True)

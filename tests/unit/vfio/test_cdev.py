@@ -132,34 +132,11 @@ def test_an_open_one_that_is_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -
         os.fstat(fd)
 
 
-@pytest.mark.parametrize("resettable", [True, False])
-def test_a_passed_device_is_quiet_and_detached_before_it_is_closed(
-    monkeypatch: pytest.MonkeyPatch, resettable: bool
-) -> None:
-    """Another process may have a duplicate: the kernel then does neither at the close."""
-    done: list[str] = []
-
-    def note(name: str, result: int = 0) -> Callable[..., int]:
-        return lambda *_: done.append(name) or result
-
-    def info(fd: int, out: Any) -> int:
-        out.flags = lib.VFIO_DEVICE_FLAGS_PCI | (lib.VFIO_DEVICE_FLAGS_RESET if resettable else 0)
-        out.num_regions = out.num_irqs = 0
-        return 0
-
-    answers = {
-        "vfio_device_bind_iommufd": note("bind"),
-        "vfio_device_get_info": lambda *_: -errno.EINVAL,
-        "vfio_device_reset": note("reset", -errno.EIO),  # a removed device has none
-        "vfio_device_detach_iommufd_pt": note("detach", -errno.EINVAL),
-    }
-    use(monkeypatch, **answers)
-    with Cdev(BDF, fd=os.open(os.devnull, os.O_RDWR)):
-        assert done == [], "one that is not bound has nothing to detach"
-    device = Cdev(BDF, fd=os.open(os.devnull, os.O_RDWR))
-    use(monkeypatch, **{**answers, "vfio_device_get_info": info})
-    device.bind(9)
-    with pytest.raises(OSError, match="VFIO_DEVICE_DETACH_IOMMUFD_PT"):
-        device.close()
-    device.close()
-    assert (done, device.closed) == (["bind", *(["reset"] if resettable else []), "detach"], True)
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_passed_device_may_not_be_reset_when_it_is_closed(monkeypatch: pytest.MonkeyPatch, passed: bool) -> None:
+    """Another process may have a duplicate."""
+    use(monkeypatch, vfio_device_get_info=lambda *_: -errno.EINVAL)
+    with Cdev(BDF, fd=os.open(os.devnull, os.O_RDWR)) as device:
+        device._passed = passed
+        for device.resettable in (True, False):
+            assert device.resets_at_close == (device.resettable and not passed)
