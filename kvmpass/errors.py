@@ -48,6 +48,15 @@ class DeviceInUse(KvmpassError):
     """The host, or another process, uses the device."""
 
 
+class ProgramError(KvmpassError):
+    """A program that is not started with borrowed devices: not found, or it does not know what it would get."""
+
+    def __init__(self, message: str, remedy: str | None = None, exit_status: int = 125) -> None:
+        super().__init__(message, remedy)
+        self.exit_status = exit_status
+        """That of a shell: 126 not executable, 127 not found; else 125."""
+
+
 class BadDescriptor(KvmpassError):
     """A descriptor that was passed is not what it must be, or something uses it already."""
 

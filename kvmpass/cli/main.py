@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "assign": ("kvmpass.cli.assign", "Boot a Linux guest and assign the PCI devices BDF to it."),
     "bind": ("kvmpass.cli.bind", "Bind devices to vfio-pci, until unbind or reboot."),
+    "borrow": ("kvmpass.cli.borrow", "Run a program of this host while devices are bound to vfio-pci."),
     "completion": ("kvmpass.cli.completion", "Print the completion script for SHELL."),
     "doctor": ("kvmpass.cli.doctor", "Check everything that an assignment needs."),
     "lab": ("kvmpass.cli.lab", "Run a command or a shell in an emulated AMD host."),
@@ -155,7 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
     options, command = split_command(sys.argv[1:] if arguments is None else arguments)
     name = next((word for word in options if not word.startswith("-")), "")
     as_json = "--json" in options
-    own = ASSIGN_FAILED if name == "assign" or (name == "lab" and {"run", "selftests"} & set(options)) else None
+    in_lab = name == "lab" and bool({"run", "selftests"} & set(options))
+    own = ASSIGN_FAILED if name in ("assign", "borrow") or in_lab else None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored it hides how children end
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
@@ -176,7 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
         if own:
             hint_separator(options, command, error)
         fail(name, error, as_json)
-        status = own or int(getattr(error, "exit_code", FAILED))
+        status = getattr(error, "exit_status", own) or int(getattr(error, "exit_code", FAILED))
     except Exception:
         import traceback
 

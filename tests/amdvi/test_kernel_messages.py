@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from support.complaints import normal, unexplained
 from support.inside import SOAK
+from support.qemu_guest import qemu_words
 
 from kvmpass import host
 from kvmpass.assignment.assign import assigned
 from kvmpass.guest import Guest, GuestImage, GuestSpec, prepare
 from kvmpass.machine import GuestOutcome
-from kvmpass.ports import SERIAL_LINES
 from kvmpass.testing.state import Mode, State
 
 pytestmark = pytest.mark.amdvi(profile="devices", timeout=900, duration=25)
@@ -102,22 +102,13 @@ class Comparison:
 
 def under_qemu(bdfs: Sequence[str], image: GuestImage, folder: Path) -> Talk:
     """A guest of the host's own QEMU, with devices bound to vfio-pci."""
-    initrd, output = folder / "initrd", folder / "serial1"
-    initrd.write_bytes(image.initrd)
-    command = [QEMU, "-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", MEMORY]
-    command += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-    command += ["-kernel", str(image.kernel.path), "-initrd", str(initrd), "-append", image.cmdline]
-    for index, line in enumerate(SERIAL_LINES):
-        # Lines of their own for all four: the PC's shared ones are of no use to Linux.
-        place = f"iobase={line.port:#x},irq={line.irq},index={index}"
-        command += ["-chardev", f"file,id=serial{index},path={folder / f'serial{index}'}"]
-        command += ["-device", f"isa-serial,chardev=serial{index},{place}"]
+    command = qemu_words([QEMU], image, folder, MEMORY)
     for bdf in bdfs:
         command += ["-device", f"vfio-pci,host={bdf}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=QEMU_SECONDS, check=False)
     assert done.returncode == 0, done.stderr
     assert b"exit 0" in (folder / "serial3").read_bytes()
-    return Talk.of(output.read_bytes())
+    return Talk.of((folder / "serial1").read_bytes())
 
 
 def under_kvmpass(bdfs: Sequence[str], spec: GuestSpec) -> Talk:
