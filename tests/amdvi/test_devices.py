@@ -26,15 +26,21 @@ from support.inside import (
     outcomes,
     script,
 )
+from support.modes import FULL, MODES
 from support.nvme_admin import online_function
 from support.recording import Calls, recording
 from support.witness import iommu_events, merged, without_probe
 
+from kvmpass import host
 from kvmpass.assignment.assign import assigned
 from kvmpass.guest import Guest, GuestSpec
+from kvmpass.host.backend import choose_backend
 from kvmpass.testing.state import State
 
-pytestmark = pytest.mark.amdvi(profile="devices", timeout=3600 if SOAK else 300, duration=12)
+pytestmark = [
+    pytest.mark.amdvi(profile="devices", timeout=3600 if SOAK else 300, duration=12),
+    pytest.mark.usefixtures("backend"),  # of the guests, which tests ask for by name
+]
 
 MODERN = pytest.mark.amdvi(profile="modern", qemu="modern")
 NO_IOMMU = pytest.mark.amdvi(
@@ -72,6 +78,12 @@ def roles(pytestconfig: pytest.Config) -> dict[str, str]:
     return State.of(pytestconfig).roles
 
 
+@pytest.fixture(scope="module", params=["type1", pytest.param("iommufd", marks=FULL)] if SOAK else None)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The IOMMU back end: each in the long form, else what the kernel has."""
+    return str(getattr(request, "param", "auto"))
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("devices")
@@ -102,7 +114,7 @@ def peer(roles: dict[str, str]) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def storage(roles: dict[str, str], directory: Path, destructive: None) -> dict[str, tuple[bytes, Done]]:
+def storage(roles: dict[str, str], directory: Path, backend: str, destructive: None) -> dict[str, tuple[bytes, Done]]:
     """For each drive what was on it before, and what the guest said."""
     there = {role: roles[role] for role in DRIVES if role in roles}
     before = {}
@@ -110,7 +122,7 @@ def storage(roles: dict[str, str], directory: Path, destructive: None) -> dict[s
         before[role] = os.urandom(HEAD)
         drive_of(bdf).write_bytes(before[role])
     jobs = [Job(role, bdf, DRIVE) for role, bdf in there.items()]
-    done = boot(jobs, "--copy", f"{marker(directory)}:/marker")
+    done = boot(jobs, "--backend", backend, "--copy", f"{marker(directory)}:/marker")
     return {role: (before[role], done[role]) for role in there}
 
 
@@ -126,7 +138,7 @@ def test_drive(role: str, kind: str, request: pytest.FixtureRequest, directory: 
 
 
 @pytest.fixture(scope="module")
-def default_guest(roles: dict[str, str], peer: None, directory: Path) -> dict[str, Done]:
+def default_guest(roles: dict[str, str], peer: None, directory: Path, backend: str) -> dict[str, Done]:
     jobs = []
     if "nic2" in roles:
         jobs.append(Job("e1000e", roles["nic"], E1000E))
@@ -135,10 +147,10 @@ def default_guest(roles: dict[str, str], peer: None, directory: Path) -> dict[st
     jobs += [
         Job(role, roles[role], "echo 1 >$device/enable; /bar $device/resource2") for role in MEMORIES if role in roles
     ]
-    return boot(jobs, "--copy", f"{compiled('bar', directory)}:/bar")
+    return boot(jobs, "--backend", backend, "--copy", f"{compiled('bar', directory)}:/bar")
 
 
-def interrupt_guest(roles: dict[str, str], directory: Path, kind: str, mode: int) -> dict[str, Done]:
+def interrupt_guest(roles: dict[str, str], directory: Path, backend: str, kind: str, mode: int) -> dict[str, Done]:
     jobs = []
     if "nic2" in roles:
         jobs.append(Job("e1000e", roles["nic"], E1000E))
@@ -147,17 +159,17 @@ def interrupt_guest(roles: dict[str, str], directory: Path, kind: str, mode: int
     if "edu" in roles:
         jobs.append(Job("edu", roles["edu"], edu_script(kind, EDU_RAISES)))
     options = ("--copy", f"{compiled('edu', directory)}:/edu", "--append", f"e1000e.IntMode={mode}")
-    return boot(jobs, *options)
+    return boot(jobs, "--backend", backend, *options)
 
 
 @pytest.fixture(scope="module")
-def msi_guest(roles: dict[str, str], peer: None, directory: Path) -> dict[str, Done]:
-    return interrupt_guest(roles, directory, "msi", 1)
+def msi_guest(roles: dict[str, str], peer: None, directory: Path, backend: str) -> dict[str, Done]:
+    return interrupt_guest(roles, directory, backend, "msi", 1)
 
 
 @pytest.fixture(scope="module")
-def intx_guest(roles: dict[str, str], peer: None, directory: Path) -> dict[str, Done]:
-    return interrupt_guest(roles, directory, "intx", 0)
+def intx_guest(roles: dict[str, str], peer: None, directory: Path, backend: str) -> dict[str, Done]:
+    return interrupt_guest(roles, directory, backend, "intx", 0)
 
 
 GUESTS = {"msix": ("default_guest", MSIX), "msi": ("msi_guest", MSI), "intx": ("intx_guest", INTX)}
@@ -239,6 +251,7 @@ def test_three_devices_share_one_domain(
     edu: str,
     peer: None,
     directory: Path,
+    backend: str,
     destructive: None,
 ) -> None:
     """Each works, and the kernel saw the guest's memory mapped once, not once for each."""
@@ -251,7 +264,12 @@ def test_three_devices_share_one_domain(
     calls: Calls = []
     with (
         iommu_events() as events,
-        assigned([nvme, nic, edu], spec, memory="256M", backend=recording(calls)) as machine,
+        assigned(
+            [nvme, nic, edu],
+            spec,
+            memory="256M",
+            backend=recording(calls, MODES[choose_backend(host.Sysfs(), wanted=backend).name].backend),
+        ) as machine,
         Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
     ):
         ram = merged([region.range for region in machine.memory if region.kind.dma])
@@ -279,32 +297,33 @@ def modern_peer(nic: str) -> Iterator[None]:
 
 
 @MODERN
-def test_igb(igb: str, modern_peer: None) -> None:
-    done = boot([Job("igb", igb, PING)])["igb"]
+def test_igb(igb: str, modern_peer: None, backend: str) -> None:
+    done = boot([Job("igb", igb, PING)], "--backend", backend)["igb"]
     assert "20 packets received" in done.checked
     done.check_interrupts(MSIX, 10)
 
 
 @MODERN
-def test_nvme_virtual_function(nvme_pf: str, directory: Path, destructive: None) -> None:
+def test_nvme_virtual_function(nvme_pf: str, directory: Path, backend: str, destructive: None) -> None:
     """The physical function and the namespace that both share stay with the host."""
     before = os.urandom(HEAD)
     with online_function(nvme_pf) as function:
         drive_of(nvme_pf).write_bytes(before)
-        done = boot([Job("vf", function, DRIVE)], "--copy", f"{marker(directory)}:/marker")["vf"]
+        options = ("--backend", backend, "--copy", f"{marker(directory)}:/marker")
+        done = boot([Job("vf", function, DRIVE)], *options)["vf"]
         check_drive(done, drive_of(nvme_pf), before, marker(directory).read_bytes())
     done.check_interrupts(MSIX, 1)
 
 
 @MODERN
-def test_igb_virtual_function(igb: str, modern_peer: None, destructive: None) -> None:
+def test_igb_virtual_function(igb: str, modern_peer: None, backend: str, destructive: None) -> None:
     """Its packets reach the wire through the physical function, which stays with the host."""
     number = SYSFS / igb / "sriov_numvfs"
     with host_interface(igb, "198.51.100.1"):
         number.write_text("1")
         try:
             function = (SYSFS / igb / "virtfn0").readlink().name
-            done = boot([Job("vf", function, PING)])["vf"]
+            done = boot([Job("vf", function, PING)], "--backend", backend)["vf"]
         finally:
             number.write_text("0")
     assert "20 packets received" in done.checked
