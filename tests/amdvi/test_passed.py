@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from support.drivers import Child, facts
+from support.drivers import Child, facts, look
 from support.inside import drive_of
 from support.living import FUNCTIONS
 from support.modes import FULL
@@ -25,7 +26,7 @@ import kvmpass.cli.assign
 from kvmpass import host
 from kvmpass.cli.main import main
 from kvmpass.errors import BadDescriptor
-from kvmpass.host.backend import cdevs
+from kvmpass.host.backend import PASSED, cdevs
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 
@@ -127,19 +128,23 @@ def again(fd: int, node: str) -> None:
 
 
 @KINDS
-def test_nobody_runs_a_guest(kind: str, nvme: str, closed_nodes: None, destructive: None) -> None:
+def test_nobody_runs_a_guest(
+    kind: str, nvme: str, closed_nodes: None, destructive: None, valid: Callable[[str, str], Any]
+) -> None:
     """With one descriptor for the IOMMU, and one of the drive or its group."""
     data = os.urandom(MIB)
     drive_of(nvme).write_bytes(data)
     script = FUNCTIONS + "wait_for drive; dd if=$drive bs=64k count=16 2>/dev/null | sha256sum"
     assert kvmpass.cli.assign, "nobody need not be able to read it"
-    with host.borrow(nvme) as devices, passed(kind, *devices) as fds:
-        arguments = [*words(fds, "--memory", "192M", "-v"), "--", "sh", "-c", script]
+    with TemporaryDirectory() as directory, host.borrow(nvme) as devices, passed(kind, *devices) as fds:
+        Path(directory).chmod(0o777)
+        file = Path(directory, "status")
+        arguments = [*words(fds, "--memory", "192M", "--status-file", str(file)), "--", "sh", "-c", script]
         status, output, errors = as_nobody(lambda: main(arguments), 192 * MIB)
         assert (status, output.split()[:1]) == (0, [hashlib.sha256(data).hexdigest()]), errors
-        assert f"kvmpass: IOMMU back end {kind}: its descriptor was passed\n" in errors
-        assert f"by descriptor {fds[1]}\n" in errors
-        assert "rebound" not in errors, "the parent does that"
+        document = valid("status-file", file.read_text())
+        assert (document["bdfs"], document["backend"]) == ([nvme], {"name": kind, "reason": PASSED})
+        assert look(nvme).driver == "vfio-pci", "what the parent has bound is the parent's"
 
 
 @KINDS
