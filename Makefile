@@ -64,7 +64,7 @@ test-full: venv ## every test on all kernels and under both QEMU lines
 	done; \
 	if [ -n "$$failed" ]; then echo "failed on:$$failed"; exit 1; fi
 
-soak: venv ## the long forms of the tests that have one: half an hour
+soak: venv ## the long forms of the tests that have one: about an hour
 	@$(BIN)/kvmpass lab qemu || echo "going on without the modern QEMU: the tests that ask for it are skipped"
 	@KVMPASS_SOAK=1 $(BIN)/pytest -v --durations=20 $(SOAKING) $(ARGS)
 

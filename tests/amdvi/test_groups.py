@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from support.inside import SOAK
+from support.living import descriptors
 from support.modes import Mode, through_all_modes
 from support.recording import Calls, recording
 from support.type1 import groups_of
@@ -18,7 +20,7 @@ from support.witness import Edu, iommu_events, pattern, without_probe
 from kvmpass import host
 from kvmpass.errors import GroupNotViable, NotAssignable
 from kvmpass.events import DeviceEvent, DeviceReset
-from kvmpass.layout import Range
+from kvmpass.layout import MIB, Range
 from kvmpass.machine import Machine
 
 SYSFS = Path("/sys/bus/pci")
@@ -99,7 +101,8 @@ def test_adding_a_function_adds_no_mapping(multifunction: str, edu: str) -> None
 
 @through_all_modes
 def test_a_device_behind_a_bridge_of_its_group(mode: Mode, bridged: str) -> None:
-    """DMA both ways; and alone on its bus it can be reset with that."""
+    """DMA both ways; and alone on its bus it can be reset with that, and with the machine, again and again."""
+    rounds = 200 if SOAK else 2
     events: list[DeviceEvent] = []
     with host.borrow(bridged), Machine(memory="8M", on_event=events.append) as machine:
         device = machine.assign(bridged)
@@ -115,10 +118,18 @@ def test_a_device_behind_a_bridge_of_its_group(mode: Mode, bridged: str) -> None
         assert (event.bdf, event.reason) == (bridged, "request")
         assert event in events and isinstance(event, DeviceReset)
         assert event.method in device.reset_methods
-        device.enable()
-        edu.load(0x1000)
-        edu.store(0x3000)
-        assert machine.memory.read(0x3000, 16) == data, "it works after the reset"
+        before = None
+        for number in range(rounds):
+            machine.reset_device(device) if number % 2 else machine.reset()
+            device.enable()
+            machine.memory.write(0x3000, bytes(16))
+            edu.load(0x1000)
+            edu.store(0x3000)
+            assert machine.memory.read(0x3000, 16) == data, f"it works after reset {number}"
+            machine.audit()
+            assert mode.locked() == 8 * MIB
+            before = before or descriptors()
+            assert descriptors() == before
 
 
 def test_a_bus_with_devices_of_others_is_not_reset(edu: str) -> None:

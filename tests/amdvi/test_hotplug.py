@@ -170,7 +170,7 @@ def test_an_error_that_the_root_port_reports(nic: str) -> None:
 
 def test_a_drive_after_guest_reboot(nvme: str, destructive: None) -> None:
     """The guest counts its boots on the drive; each boot has a new VM."""
-    boots = 20 if SOAK else 3
+    boots = 100 if SOAK else 3
     script = f"""n=$(dd if=/dev/nvme0n1 bs=512 count=1 2>/dev/null | tr -d '\\0'); n=$((${{n:-0}} + 1))
         printf %s $n | dd of=/dev/nvme0n1 bs=512 conv=sync,fsync 2>/dev/null
         grep -c nvme0q /proc/interrupts; [ $n -lt {boots} ] || {{ echo "boot $n"; exit 0; }}; reboot -f; sleep 30"""
@@ -186,6 +186,7 @@ def test_a_drive_after_guest_reboot(nvme: str, destructive: None) -> None:
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == ["2"] * boots + [f"boot {boots}"]
+    assert host.Sysfs().driver(host.Bdf.parse(nvme)) == "nvme"
 
 
 @through_all_modes
