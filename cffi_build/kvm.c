@@ -154,6 +154,13 @@ static int kvm_irqfd(int vm, int eventfd, uint32_t gsi, uint32_t flags, int resa
 	return RESULT(ioctl(vm, KVM_IRQFD, &irqfd));
 }
 
+static int kvm_ioeventfd(int vm, int eventfd, uint64_t address, uint32_t size, uint32_t flags)
+{
+	struct kvm_ioeventfd ioeventfd = { .addr = address, .len = size, .fd = eventfd, .flags = flags };
+
+	return RESULT(ioctl(vm, KVM_IOEVENTFD, &ioeventfd));
+}
+
 static int kvm_irq_line(int vm, uint32_t gsi, uint32_t level)
 {
 	struct kvm_irq_level line = { .irq = gsi, .level = level };

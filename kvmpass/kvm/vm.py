@@ -115,6 +115,20 @@ class Vm(OwnedFd):
         """Undo ``irqfd`` or ``irqfd_resample`` (``KVM_IRQFD_FLAG_DEASSIGN``). Raises ``OSError``."""
         check(lib.kvm_irqfd(self.fd, eventfd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN, -1), "KVM_IRQFD", f"gsi {gsi}")
 
+    def ioeventfd(self, eventfd: int, address: int, size: int) -> None:
+        """Signal ``eventfd`` when the guest writes ``size`` bytes to ``address``, inside the kernel, without an exit.
+
+        1, 2, 4 or 8 bytes, whatever the value (``KVM_IOEVENTFD``). Raises ``OSError`` (``EEXIST``: there is one).
+        """
+        detail = f"guest-physical {address:#x}, size {size}"
+        check(lib.kvm_ioeventfd(self.fd, eventfd, address, size, 0), "KVM_IOEVENTFD", detail)
+
+    def ioeventfd_deassign(self, eventfd: int, address: int, size: int) -> None:
+        """Undo ``ioeventfd`` (``KVM_IOEVENTFD_FLAG_DEASSIGN``). Raises ``OSError`` (``ENOENT``)."""
+        detail = f"guest-physical {address:#x}, size {size}"
+        flags = lib.KVM_IOEVENTFD_FLAG_DEASSIGN
+        check(lib.kvm_ioeventfd(self.fd, eventfd, address, size, flags), "KVM_IOEVENTFD", detail)
+
     def irq_line(self, gsi: int, level: bool) -> None:
         """Set the level of an interrupt line (``KVM_IRQ_LINE``). Raises ``OSError``."""
         check(lib.kvm_irq_line(self.fd, gsi, int(level)), "KVM_IRQ_LINE", f"gsi {gsi}")

@@ -43,6 +43,17 @@ class Trap(NamedTuple):
     """The registers."""
 
 
+class Doorbell(NamedTuple):
+    """A register that KVM writes to an eventfd instead of exiting: ``Vm.ioeventfd``."""
+
+    offset: int
+    """Where it is, relative to the BAR."""
+    size: int
+    """Bytes of an access; others exit."""
+    eventfd: int
+    """What is signalled."""
+
+
 def mappable(areas: Sequence[Range], trapped: Sequence[Range] = ()) -> list[Range]:
     """Return the whole pages of ``areas`` without those that ``trapped`` ranges touch, in order."""
     cuts = [Range(-(-a.start // PAGE) * PAGE, a.end // PAGE * PAGE - -(-a.start // PAGE) * PAGE) for a in areas]
@@ -62,11 +73,22 @@ class Bar:
     Synchronization: with the bus lock held.
     """
 
-    def __init__(self, name: str, source: BarSource, flags: int, wiring: Wiring, traps: Sequence[Trap] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        source: BarSource,
+        flags: int,
+        wiring: Wiring,
+        traps: Sequence[Trap] = (),
+        doorbells: Sequence[Doorbell] = (),
+    ) -> None:
         self.name = name
         """The name of its memory regions, such as ``bar0``."""
         self._source = source
         self._memory = wiring.memory
+        self._vm = wiring.vm
+        self._doorbells = tuple(doorbells)
+        self._armed: list[tuple[Doorbell, int]] = []  # those that KVM has, and where
         self._bus = wiring.ports if flags & FLAG_IO else wiring.mmio
         self._windows = wiring.bars
         self._traps = tuple(traps)
@@ -168,6 +190,7 @@ class Bar:
             self._connected = True
             self._windows.forget(self)
             self._show()
+            self._arm()
         except LayoutError as error:
             log.debug("%s at %s: waits: %s", self.name, here, error)
             self._windows.wait(self)
@@ -211,8 +234,27 @@ class Bar:
         except OSError:
             self._show_again()
             raise
+        self._disarm()
         self._bus.remove(self)
         self._connected = False
+
+    # --- the doorbells, while it decodes
+
+    def _arm(self) -> None:
+        """Hand the doorbells to KVM. Where it refuses one, writes exit: slower, but correct."""
+        for doorbell in self._doorbells:
+            at = self.address + doorbell.offset
+            with log_errors(log, "%s: %s", self.name):
+                self._vm.ioeventfd(doorbell.eventfd, at, doorbell.size)
+                self._armed.append((doorbell, at))
+
+    def _disarm(self) -> None:
+        """Take the doorbells back. One that KVM keeps signals its eventfd, and does no harm."""
+        armed, self._armed = self._armed, []
+        for doorbell, at in armed:
+            with log_errors(log, "%s: %s", self.name):
+                if not self._vm.closed:  # a closed VM has none
+                    self._vm.ioeventfd_deassign(doorbell.eventfd, at, doorbell.size)
 
     # --- accesses without a memslot
 

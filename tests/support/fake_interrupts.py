@@ -28,6 +28,7 @@ class FakeKvm:
         self.limit = limit
         self.routes: dict[int, tuple[int, int]] = {}
         self.irqfds: dict[int, int] = {}
+        self.ioeventfds: dict[tuple[int, int], int] = {}
         self.delivered: list[tuple[int, int]] = []
         self.pins: dict[int, tuple[int, int]] = {}
         self.refusing: set[str] = set()
@@ -79,6 +80,17 @@ class FakeKvm:
             del self.irqfds[gsi]
         else:
             raise AssertionError("no such irqfd")
+
+    def ioeventfd(self, eventfd: int, address: int, size: int) -> None:
+        self._call("ioeventfd")
+        if (address, size) in self.ioeventfds:
+            raise OSError(errno.EEXIST, "KVM_IOEVENTFD")
+        os.fstat(eventfd)
+        self.ioeventfds[address, size] = eventfd
+
+    def ioeventfd_deassign(self, eventfd: int, address: int, size: int) -> None:
+        self._call("ioeventfd_deassign")
+        assert self.ioeventfds.pop((address, size)) == eventfd
 
     def pump(self) -> None:
         """Deliver what has been signalled."""
