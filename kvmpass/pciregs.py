@@ -8,8 +8,10 @@ from kvmpass._dataclass import dataclass
 
 COMMAND = 0x04
 STATUS = 0x06
+REVISION = 0x08  # and the class code, in the three bytes after it
 HEADER_TYPE = 0x0E
 BAR0 = 0x10
+SUBSYSTEM = 0x2C
 ROM = 0x30
 CAPABILITIES = 0x34
 INTERRUPT_LINE = 0x3C

@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Collection
 from functools import partial
 
+from kvmpass._eventloop import EventLoop
 from kvmpass._ratelimit import RateLimit
 from kvmpass._teardown import run_all
 from kvmpass.events import DeviceError, DeviceEvent, DeviceEventsDropped, DeviceFault, DeviceIommuError, DeviceRequest
 from kvmpass.host import Bdf
 from kvmpass.host.kernel.faults import FaultLog, IommuEvent, open_fault_log
-from kvmpass.machine.eventloop import EventLoop
 from kvmpass.vfio import Device, Irqs
 
 log = logging.getLogger(__name__)

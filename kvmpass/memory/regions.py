@@ -311,6 +311,27 @@ class GuestMemory:
             raise IndexError(f"guest-physical {gpa:#x}+{size:#x} is not in one region of guest memory")
         return region.mapping.view(region.offset + gpa - region.gpa, size)
 
+    @property
+    def state(self) -> object:
+        """A value that is another object after each change of the list: for what keeps views of it."""
+        return self._regions
+
+    def dma_views(self, gpa: int, size: int, *, write: bool) -> list[memoryview]:
+        """Return the ``size`` bytes that an emulated device reads from ``gpa`` on, or writes: a view for each region.
+
+        Raises ``IndexError`` unless a device reaches all of them by DMA. Views are valid while ``lock`` is held, or
+        the regions stay in the list.
+        """
+        views = []
+        while size > 0:
+            region = self.find(gpa)
+            if region is None or (write and not region.kind.dma_writable):
+                raise IndexError(f"guest-physical {gpa:#x}+{size:#x} is no memory that a device may access")
+            length = min(size, region.range.end - gpa)
+            views.append(region.mapping.view(region.offset + gpa - region.gpa, length))
+            gpa, size = gpa + length, size - length
+        return views
+
     def read(self, gpa: int, size: int) -> bytes:
         """Read ``size`` bytes from ``gpa`` on. Raises ``IndexError`` outside guest memory."""
         return bytes(self.view(gpa, size))

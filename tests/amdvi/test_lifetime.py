@@ -17,12 +17,12 @@ from support.type1 import groups_of
 from support.witness import Edu, locked_bytes, traces
 
 from kvmpass import host
+from kvmpass._eventloop import EventLoop
 from kvmpass.errors import DeviceInUse
 from kvmpass.iommufd import Iommufd
 from kvmpass.kvm import VfioDevice, Vm
 from kvmpass.layout import MIB
 from kvmpass.machine import AssignedDevice, Machine
-from kvmpass.machine.eventloop import EventLoop
 from kvmpass.memory import HostMapping
 from kvmpass.pci import AssignedFunction, PciBus
 from kvmpass.pci.bar import Bar

@@ -17,11 +17,25 @@ PACKAGE = Path(kvmpass.__file__).parent
 # From the lowest to the highest. A package, or a module at the top, imports from lower layers only.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"_dataclass", "_lazy"}),
-    frozenset({"errors", "events", "crash", "hugepages", "ports", "pciregs", "_native", "_teardown", "_ratelimit"}),
+    frozenset(
+        {
+            "errors",
+            "events",
+            "crash",
+            "hugepages",
+            "ports",
+            "pciregs",
+            "_native",
+            "_teardown",
+            "_ratelimit",
+            "_eventloop",
+        }
+    ),
     frozenset({"_fd", "_signals", "layout", "bus"}),
     frozenset({"memory", "initramfs"}),
     frozenset({"kvm", "vfio", "iommufd"}),
     frozenset({"boot", "pci", "dma"}),
+    frozenset({"virtio"}),
     frozenset({"board", "host"}),
     frozenset({"machine"}),
     frozenset({"guest"}),
@@ -37,7 +51,7 @@ APART = {
     "vfio": {"kvm", "iommufd"},  # they meet through file descriptors
     "kvm": {"vfio", "iommufd"},
     "iommufd": {"kvm", "vfio"},
-    "host": {"kvm", "vfio", "iommufd", "pci", "dma", "memory"},  # what looks at devices loads no VMM
+    "host": {"kvm", "vfio", "iommufd", "pci", "dma", "memory", "virtio"},  # what looks at devices loads no VMM
     "lab": {
         "memory",
         "kvm",
@@ -46,6 +60,7 @@ APART = {
         "boot",
         "pci",
         "dma",
+        "virtio",
         "board",
         "host",
         "machine",

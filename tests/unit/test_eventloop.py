@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmpass.machine.eventloop import EventLoop
+from kvmpass._eventloop import EventLoop
 
 
 @pytest.fixture

@@ -1,0 +1,197 @@
+"""A virtio console with named ports (Virtual I/O Device 1.2, section 5.3; Linux drivers/char/virtio_console.c).
+
+Each port has a queue for each direction, and there is one more pair for control messages. A guest's write is one
+buffer in its ring. A port whose reader is slow stays in the guest's memory, and holds up no other one.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from kvmpass.virtio.device import VirtioDevice
+from kvmpass.virtio.port import Port
+from kvmpass.virtio.queue import Virtqueue
+
+DEVICE_TYPE = 3
+CLASS_CODE = 0x078000  # communication controller, other
+MODALIAS = "pci:v00001AF4d00001043sv00001AF4sd00001100bc07sc80i00"
+"""Of the function, for the choice of its drivers."""
+MULTIPORT = 1 << 1
+"""Feature bit: there are several ports."""
+
+READY, ADD, REMOVE, PORT_READY, CONSOLE, RESIZE, OPEN, NAME = range(8)
+"""Events of control messages."""
+_MESSAGE = struct.Struct("<IHH")  # port, event, value
+_CONFIG = struct.Struct("<HHII")  # columns, rows, number of ports, emergency write
+
+TO_GUEST_SIZE, FROM_GUEST_SIZE = 8, 32
+"""Entries of a queue: Linux fills the first with pages, and writes at most 32 KiB into an entry of the other."""
+_CONTROL_TO, _CONTROL_FROM = 2, 3
+_MAX_MESSAGE = 64  # bytes of a control message that are looked at
+
+
+def queue_of(port: int) -> int:
+    """Return the number of the queue to the guest of port number ``port``; the one from it is the next."""
+    return 2 * port if port == 0 else 2 * port + 2
+
+
+class VirtioConsole:
+    """A ``VirtioDevice`` with ``ports``, numbered in their order.
+
+    What the driver repeats does not grow: of each kind of message one waits for each port.
+    """
+
+    device_type = DEVICE_TYPE
+    class_code = CLASS_CODE
+    features = MULTIPORT
+
+    def __init__(self, ports: Sequence[Port]) -> None:
+        self._ports = tuple(ports)
+        self.queue_sizes = (TO_GUEST_SIZE, FROM_GUEST_SIZE) * (len(ports) + 1)
+        """See ``VirtioDevice``."""
+        self.config = _CONFIG.pack(0, 0, len(ports), 0)
+        """See ``VirtioDevice``."""
+        # Not the control messages: they are few, and a driver may wait for their effect.
+        self.deferred = frozenset(queue_of(number) + way for number in range(len(ports)) for way in (0, 1))
+        """See ``VirtioDevice``."""
+        self._queues: Sequence[Virtqueue] = ()
+        self._several = False
+        self._run: Callable[[Callable[[], None]], None] = lambda function: None
+        self._messages: dict[tuple[int, int], bytes] = {}
+        self._stalled: set[int] = set()  # ports whose reader has no room
+        self._ended: set[int] = set()  # ports whose end the guest knows of
+        self._opened: set[int] = set()  # ports that a program of the guest has open: others discard what comes
+        for number, port in enumerate(self._ports):
+            port.on_send = partial(self._on_send, number)
+            port.on_resume = partial(self._on_resume, number)
+
+    def start(self, queues: Sequence[Virtqueue], features: int, run: Callable[[Callable[[], None]], None]) -> None:
+        """See ``VirtioDevice``."""
+        self._queues, self._several, self._run = queues, bool(features & MULTIPORT), run
+        for queue in queues[::2]:
+            if queue.enabled:  # buffers for the guest to read: looked for when there is something
+                queue.want_notifications(False)
+
+    def stop(self) -> None:
+        """See ``VirtioDevice``."""
+        self._queues = ()
+        self._messages.clear()
+        self._stalled.clear()
+        self._ended.clear()
+        self._opened.clear()
+
+    def serve(self, number: int) -> None:
+        """See ``VirtioDevice``."""
+        if number == _CONTROL_FROM:
+            self._read_control()
+        elif number == _CONTROL_TO:
+            self._send_messages()
+        else:
+            port = number // 2 if number < 2 else number // 2 - 1
+            if number % 2:
+                self._read_port(port)
+            else:
+                self._write_port(port)
+
+    # --- ports
+
+    def _on_send(self, number: int) -> None:
+        self._run(partial(self._write_port, number))
+
+    def _on_resume(self, number: int) -> bool:
+        self._run(partial(self._read_port, number))
+        return number in self._stalled
+
+    def _read_port(self, number: int) -> None:
+        """Take what the guest has written to a port, as far as its reader has room."""
+        port, queue = self._ports[number], self._queues[queue_of(number) + 1]
+        self._stalled.discard(number)
+        if not queue.enabled:
+            return
+        queue.want_notifications(True)
+        returned = False
+        for _ in range(queue.added()):
+            if not port.has_room():
+                self._stalled.add(number)
+                queue.want_notifications(False)  # they would change nothing until there is room
+                break
+            if (chain := queue.pop()) is not None:
+                data = chain.read()
+                queue.push(chain, 0)
+                returned = True
+                if self._several:
+                    port.output(data)
+        if returned:
+            queue.interrupt()
+
+    def _write_port(self, number: int) -> None:
+        """Give the guest what waits for it, as far as it has added buffers; then the end of the file."""
+        port, queue = self._ports[number], self._queues[queue_of(number)]
+        if not queue.enabled or number not in self._opened:
+            return
+        if port.waiting:
+            self._fill(queue, port.take, lambda: port.waiting > 0)
+        if port.ended and not port.waiting and number not in self._ended:
+            self._ended.add(number)
+            self._tell(number, OPEN, 0)
+            self._send_messages()
+
+    @staticmethod
+    def _fill(queue: Virtqueue, take: Callable[[int], bytes], more: Callable[[], bool]) -> None:
+        """Write what ``take`` returns into the driver's buffers, one after the other, while there is ``more``."""
+        queue.want_notifications(True)
+        given = False
+        for chain in queue.chains():
+            queue.push(chain, chain.write(take(chain.room)))
+            given = True
+            if not more():
+                queue.want_notifications(False)  # of new buffers, until there is something for them
+                break
+        if given:
+            queue.interrupt()
+
+    # --- control messages
+
+    def _read_control(self) -> None:
+        queue = self._queues[_CONTROL_FROM]
+        for chain in queue.chains():
+            message = chain.read()[:_MAX_MESSAGE]
+            queue.push(chain, 0)
+            if len(message) >= _MESSAGE.size:
+                self._on_message(*_MESSAGE.unpack_from(message))
+        queue.interrupt()
+        self._send_messages()
+
+    def _on_message(self, number: int, event: int, value: int) -> None:
+        """Handle a message of the driver."""
+        if event == READY and value == 1:
+            for at in range(len(self._ports)):
+                self._tell(at, ADD, 0)
+        elif event == PORT_READY and value == 1 and number < len(self._ports):
+            # The name comes first: with it the node gets its attributes.
+            self._tell(number, NAME, 1, self._ports[number].name.encode("ascii"))
+            self._tell(number, OPEN, 1)
+            self._ended.discard(number)
+        elif event == OPEN and number < len(self._ports):
+            self._opened.discard(number)
+            if value == 1:
+                self._opened.add(number)
+                self._write_port(number)
+
+    def _tell(self, number: int, event: int, value: int, more: bytes = b"") -> None:
+        self._messages.pop((number, event), None)
+        self._messages[number, event] = _MESSAGE.pack(number, event, value) + more
+
+    def _send_messages(self) -> None:
+        """Send the messages that wait, as far as the driver has added buffers."""
+        queue = self._queues[_CONTROL_TO]
+        if queue.enabled and self._messages:
+            self._fill(queue, self._take_message, lambda: bool(self._messages))
+
+    def _take_message(self, size: int) -> bytes:
+        return self._messages.pop(next(iter(self._messages)))
+
+
+_CHECKED: type[VirtioDevice] = VirtioConsole

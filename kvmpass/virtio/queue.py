@@ -1,0 +1,220 @@
+"""Split virtqueues, the device's side (Virtual I/O Device 1.2, section 2.7).
+
+A guest may write anything into its rings, at any time: each field is read once, and checked before it is used. What a
+driver must not do is a ``RingError``: the transport then needs a reset, and the guest runs on.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+from kvmpass.memory import GuestMemory
+
+MAX_CHAIN_BYTES = 1 << 20
+"""Bytes that one chain may read or write: what Linux sends is at most the capacity of a pipe."""
+
+_DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, next
+_INDEX = struct.Struct("<H")  # the whole field in one access, as struct copies native sizes
+_USED = struct.Struct("<II")
+_NEXT, _WRITE, _INDIRECT = 1, 2, 4
+_NO_INTERRUPT = 1  # of the available ring's flags
+_NO_NOTIFY = 1  # of the used ring's
+
+
+class RingError(Exception):
+    """The driver has violated the rules of the rings."""
+
+
+class Chain:
+    """A chain of descriptors: what the device reads, then what it writes."""
+
+    __slots__ = ("_memory", "head", "readable", "writable")
+
+    def __init__(self, memory: GuestMemory, head: int) -> None:
+        self._memory = memory
+        self.head = head
+        """The index of its first descriptor."""
+        self.readable: list[tuple[int, int]] = []
+        """Guest-physical addresses and sizes of the parts that the device reads."""
+        self.writable: list[tuple[int, int]] = []
+        """The same of the parts that it writes."""
+
+    def add(self, address: int, length: int, writable: bool) -> None:
+        """Add a part. Raises ``RingError`` (2.7.4.2: those that the device writes come last)."""
+        if self.writable and not writable:
+            raise RingError("a part that the device reads comes after one that it writes")
+        parts = self.writable if writable else self.readable
+        parts.append((address, length))
+        if sum(length for _, length in parts) > MAX_CHAIN_BYTES:
+            raise RingError(f"a chain of more than {MAX_CHAIN_BYTES} bytes")
+
+    def read(self) -> bytes:
+        """Return a copy of what the device reads. Raises ``RingError`` outside of RAM."""
+        return b"".join(view for part in self.readable for view in self._views(part, write=False))
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Write as much of ``data`` as there is room for; return its size. Raises ``RingError`` outside of RAM."""
+        left = memoryview(data)
+        for part in self.writable:
+            for view in self._views(part, write=True):
+                size = min(len(view), len(left))
+                view[:size] = left[:size]
+                left = left[size:]
+        return len(data) - len(left)
+
+    @property
+    def room(self) -> int:
+        """Bytes that the device may write."""
+        return sum(length for _, length in self.writable)
+
+    def _views(self, part: tuple[int, int], *, write: bool) -> list[memoryview]:
+        try:
+            return self._memory.dma_views(*part, write=write)
+        except IndexError as error:
+            raise RingError(str(error)) from None
+
+
+class Virtqueue:
+    """One queue. The driver sets the public fields before it enables it.
+
+    Synchronization: with the transport's lock and ``GuestMemory.lock`` held.
+    """
+
+    def __init__(self, memory: GuestMemory, max_size: int, signal: Callable[[int], None]) -> None:
+        self._memory = memory
+        self.max_size = max_size
+        """Entries that the device offers."""
+        self._signal = signal
+        self._fence = threading.Lock()
+        self.indirect = False
+        """Whether the driver has accepted indirect descriptors."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what the driver has set."""
+        self.size = self.max_size
+        """Entries in use, a power of two."""
+        self.descriptors = self.available = self.used = 0
+        """Guest-physical addresses of the table and of the two rings."""
+        self.vector = 0xFFFF
+        """The MSI-X vector of its interrupt; 0xffff: none."""
+        self.enabled = False
+        """Whether the driver has enabled it."""
+        self._next = self._done = 0  # available entries taken, used entries returned, modulo 2^16
+        self._notify = True
+        self._state: object = None
+        self._parts: tuple[memoryview, memoryview, memoryview]
+
+    def enable(self) -> None:
+        """Use the rings from now on. Raises ``RingError`` where they cannot be."""
+        if not 0 < self.size <= self.max_size or self.size & self.size - 1:
+            raise RingError(f"a queue of {self.size} entries")
+        if self.descriptors % 16 or self.available % 2 or self.used % 4:
+            raise RingError("an address of a ring is not aligned")
+        self._rings()
+        self.enabled = True
+
+    # --- the rings
+
+    def _rings(self) -> tuple[memoryview, memoryview, memoryview]:
+        """Return descriptors, available and used ring, as long as memory is as it was when they were found."""
+        state = self._memory.state
+        if state is not self._state:
+            size = self.size
+            self._parts = (
+                self._one(self.descriptors, 16 * size, write=False),
+                self._one(self.available, 6 + 2 * size, write=False),
+                self._one(self.used, 6 + 8 * size, write=True),
+            )
+            self._state = state
+        return self._parts
+
+    def _one(self, address: int, size: int, *, write: bool) -> memoryview:
+        try:
+            views = self._memory.dma_views(address, size, write=write)
+        except IndexError as error:
+            raise RingError(str(error)) from None
+        if len(views) != 1:
+            raise RingError("a ring is in two regions of memory")
+        return views[0]
+
+    def _barrier(self) -> None:
+        """Order what was written before what is read next: taking a lock is a full barrier on x86."""
+        with self._fence:
+            pass
+
+    def pop(self) -> Chain | None:
+        """Return the next chain, None if the driver has added none. Raises ``RingError``."""
+        if not self.added():
+            return None
+        table, available, _ = self._rings()
+        head = _INDEX.unpack_from(available, 4 + 2 * (self._next % self.size))[0]
+        chain = Chain(self._memory, head)
+        self._follow(chain, table, head, self.size, direct=True)
+        self._next = (self._next + 1) & 0xFFFF
+        return chain
+
+    def added(self) -> int:
+        """Return the number of chains that the driver has added. Raises ``RingError``."""
+        added: int = (_INDEX.unpack_from(self._rings()[1], 2)[0] - self._next) & 0xFFFF
+        if added > self.size:
+            raise RingError(f"{added} new entries in a queue of {self.size}")
+        return added
+
+    def _follow(self, chain: Chain, table: memoryview | bytes, at: int, count: int, *, direct: bool) -> None:
+        """Collect the descriptors of a table from ``at`` on: as many as the queue has entries, or it is a loop."""
+        for _ in range(self.size):
+            if at >= count:
+                raise RingError(f"descriptor {at} of a table of {count}")
+            address, length, flags, following = _DESCRIPTOR.unpack_from(table, 16 * at)
+            if flags & _INDIRECT:
+                if not (direct and self.indirect) or flags & _NEXT:
+                    raise RingError("an indirect descriptor where none may be")
+                if not length or length % 16 or length > 16 * self.size:
+                    raise RingError(f"an indirect table of {length} bytes")
+                # Copied: the guest may change it meanwhile.
+                inside = b"".join(self._indirect(address, length))
+                self._follow(chain, inside, 0, length // 16, direct=False)
+                return
+            chain.add(address, length, bool(flags & _WRITE))
+            if not flags & _NEXT:
+                return
+            at = following
+        raise RingError("a chain that does not end")
+
+    def _indirect(self, address: int, length: int) -> list[memoryview]:
+        try:
+            return self._memory.dma_views(address, length, write=False)
+        except IndexError as error:
+            raise RingError(str(error)) from None
+
+    def push(self, chain: Chain, written: int) -> None:
+        """Return ``chain`` to the driver, with ``written`` bytes in it. Raises ``RingError``."""
+        _, _, used = self._rings()
+        _USED.pack_into(used, 4 + 8 * (self._done % self.size), chain.head, written)
+        self._done = (self._done + 1) & 0xFFFF
+        _INDEX.pack_into(used, 2, self._done)  # after the entry: x86 keeps the order of stores
+
+    def interrupt(self) -> None:
+        """Signal the driver that chains were returned, unless it has turned that off. Raises ``RingError``."""
+        self._barrier()
+        if not _INDEX.unpack_from(self._rings()[1], 0)[0] & _NO_INTERRUPT:
+            self._signal(self.vector)
+
+    def want_notifications(self, wanted: bool) -> None:
+        """Ask the driver to notify the device of new chains, or not to. Look for chains after this, not before.
+
+        Raises ``RingError``.
+        """
+        if wanted != self._notify:
+            self._notify = wanted
+            _INDEX.pack_into(self._rings()[2], 0, 0 if wanted else _NO_NOTIFY)
+            self._barrier()
+
+    def chains(self) -> Iterator[Chain]:
+        """Pop the chains that there are now, not those that are added meanwhile. Raises ``RingError``."""
+        for _ in range(self.added()):
+            if (chain := self.pop()) is not None:
+                yield chain

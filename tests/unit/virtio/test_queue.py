@@ -1,0 +1,166 @@
+"""Rings that a driver may and may not make."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import pytest
+from support.virtio_driver import INDIRECT, NEXT, WRITE, Driver
+
+from kvmpass.layout import MIB
+from kvmpass.virtio.device import VERSION_1
+from kvmpass.virtio.queue import MAX_CHAIN_BYTES
+from kvmpass.virtio.transport import NEEDS_RESET
+
+FREE = 0x200000  # memory that the rings do not use
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    driver = Driver()
+    driver.start()
+    driver.open_ports()
+    yield driver
+    driver.close()
+    driver.memory.close()
+
+
+def refused(driver: Driver) -> bool:
+    """Whether the device asks for a reset when it is notified of the first port's queue; nothing has arrived."""
+    driver.notify(1)
+    assert driver.said["one"] == b""
+    return bool(driver.status & NEEDS_RESET)
+
+
+def table(*descriptors: tuple[int, int, int, int]) -> bytes:
+    return b"".join(struct.pack("<QIHH", *descriptor) for descriptor in descriptors)
+
+
+def test_a_chain_is_read_in_its_order(driver: Driver) -> None:
+    ring = driver.rings[1]
+    driver.memory.write(FREE, b"abcdef")
+    ring.describe(5, FREE + 3, 3, NEXT, 2)
+    ring.describe(2, FREE, 2, NEXT, 9)
+    ring.describe(9, FREE + 2, 1)
+    ring.offer(5)
+    driver.notify(1)
+    assert driver.said["one"] == b"defabc"
+    assert ring.returned() == [(5, b"")]
+
+
+def test_an_indirect_table(driver: Driver) -> None:
+    driver.memory.write(FREE, b"abcdef")
+    driver.memory.write(FREE + 64, table((FREE + 2, 2, NEXT, 2), (0, 0, 0, 0), (FREE, 2, 0, 0)))
+    driver.rings[1].describe(0, FREE + 64, 48, INDIRECT)
+    driver.rings[1].offer(0)
+    driver.notify(1)
+    assert driver.said["one"] == b"cdab"
+
+
+def test_indexes_wrap(driver: Driver) -> None:
+    ring = driver.rings[1]
+    for number in range(70_000 // ring.size):
+        for at in range(ring.size):
+            ring.send(bytes([number + at & 0xFF]))
+        driver.notify(1)
+        assert len(ring.returned()) == ring.size
+    assert len(driver.said["one"]) == 70_000 // ring.size * ring.size
+
+
+def test_more_entries_than_there_are(driver: Driver) -> None:
+    driver.memory.write(driver.rings[1].available + 2, struct.pack("<H", driver.rings[1].size + 1))
+    assert refused(driver)
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [(FREE, 1, NEXT, 0)],
+        [(FREE, 1, NEXT, 1), (FREE, 1, NEXT, 0)],
+        [(FREE, 1, NEXT, 32)],
+        [(FREE, 1, WRITE | NEXT, 1), (FREE, 1, 0, 0)],
+        [(4 * MIB - 1, 2, 0, 0)],
+        [(1 << 63, 1, 0, 0)],
+        [((1 << 64) - 1, 2, 0, 0)],
+        [(0xC000_0000, 4, 0, 0)],
+        [(0, MAX_CHAIN_BYTES, NEXT, 1), (0, 1, 0, 0)],
+        [(0, 0xFFFF_FFFF, 0, 0)],
+        [(FREE, 16, INDIRECT | NEXT, 1), (FREE, 1, 0, 0)],
+        [(FREE, 0, INDIRECT, 0)],
+        [(FREE, 17, INDIRECT, 0)],
+        [(FREE, 33 * 16, INDIRECT, 0)],
+        [(4 * MIB - 8, 16, INDIRECT, 0)],
+    ],
+    ids=[
+        "itself",
+        "loop",
+        "beyond the table",
+        "read after write",
+        "end of RAM",
+        "far outside",
+        "wraps around",
+        "in a BAR",
+        "too long",
+        "4 GiB",
+        "indirect and next",
+        "empty table",
+        "odd table",
+        "large table",
+        "table outside",
+    ],
+)
+def test_a_chain_that_may_not_be(driver: Driver, chain: list[tuple[int, int, int, int]]) -> None:
+    for at, descriptor in enumerate(chain):
+        driver.rings[1].describe(at, *descriptor)
+    driver.rings[1].offer(0)
+    assert refused(driver)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        table((FREE, 16, INDIRECT, 0)),
+        table((FREE, 1, NEXT, 0)),
+        table((FREE, 1, NEXT, 1)),
+        table((FREE, 1, NEXT, 1), (FREE, 1, NEXT, 0)),
+    ],
+    ids=["nested", "itself", "beyond the table", "loop"],
+)
+def test_an_indirect_table_that_may_not_be(driver: Driver, inner: bytes) -> None:
+    driver.memory.write(FREE + 64, inner)
+    driver.rings[1].describe(0, FREE + 64, len(inner), INDIRECT)
+    driver.rings[1].offer(0)
+    assert refused(driver)
+
+
+def test_indirect_tables_must_be_negotiated() -> None:
+    driver = Driver()
+    driver.start(VERSION_1 | 2)
+    driver.open_ports()
+    driver.memory.write(FREE + 64, table((FREE, 1, 0, 0)))
+    driver.rings[1].describe(0, FREE + 64, 16, INDIRECT)
+    driver.rings[1].offer(0)
+    assert refused(driver)
+    driver.close()
+    driver.memory.close()
+
+
+def test_the_device_does_not_write_rom(driver: Driver) -> None:
+    ring = driver.rings[0]
+    ring.describe(0, 8 * MIB, 16, WRITE)
+    ring.offer(0)
+    driver.host["one"].send(b"xyz")
+    assert driver.memory.read(8 * MIB, 3) == b"rom"
+    assert driver.status & NEEDS_RESET
+
+
+def test_a_buffer_across_two_regions(driver: Driver) -> None:
+    region = driver.memory.add_ram(4 * MIB, 4 * MIB)
+    driver.memory.write(4 * MIB - 2, b"ab")
+    driver.memory.write(4 * MIB, b"cd")
+    driver.rings[1].describe(0, 4 * MIB - 2, 4)
+    driver.rings[1].offer(0)
+    driver.notify(1)
+    assert driver.said["one"] == b"abcd"
+    driver.memory.remove(region)
