@@ -7,7 +7,7 @@ import select
 import sys
 import time
 import uuid
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvmpass import crash
 from kvmpass.assignment.assign import assigned
 from kvmpass.assignment.passed import PassedDescriptors
 from kvmpass.cli.documents import backend_document, peers_document
+from kvmpass.cli.input import passed_input
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
 from kvmpass.cli.output import document_text, error_fields, error_text
 from kvmpass.cli.params import BDF, backend_option, p2p_option
@@ -50,6 +51,7 @@ from kvmpass.memory import Backing
     metavar="FILE.ko",
     help="A driver to load instead of the kernel's own for the device.  [repeatable]",
 )
+@click.option("-i", "--interactive", is_flag=True, help="Pass standard input to COMMAND.")
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
 @backend_option
 @p2p_option
@@ -124,7 +126,8 @@ def assign(
     With --vfio-fd the devices stay bound to vfio-pci, and this process needs permission for /dev/kvm and a limit for
     locked memory only. A descriptor tells its device; BDF chooses among the devices of a group.
 
-    With COMMAND, kvmpass has the standard output, standard error and exit status of COMMAND, whose input is empty.
+    With COMMAND, kvmpass has the standard output, standard error and exit status of COMMAND, whose input is empty
+    unless -i passes this one.
     Without COMMAND, this terminal is the guest's console, in raw mode: every key goes to the guest, and Ctrl-] ends
     the guest. The guest follows changes of the terminal's size. If standard input is not a terminal, the shell reads
     commands from it and ends at its end.
@@ -220,6 +223,8 @@ def _spec(command: list[str] | None, **guest: Any) -> GuestSpec:
     """Return what the guest is made of. Raises ``click.UsageError``."""
     if command is not None and not command:
         raise click.UsageError("missing COMMAND after --")
+    if guest["interactive"] and command is None:
+        raise click.UsageError("-i passes standard input to a COMMAND: a shell on the console has it anyway")
     if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
     own = tuple(command) if command else None
@@ -249,12 +254,15 @@ class Progress:
 
 
 def _run(machine: Machine, spec: GuestSpec, log: ConsoleLog, *, restart: bool, timeout: float | None) -> GuestResult:
-    to_stdout, to_stderr = descriptor_sink(sys.stdout.fileno()), descriptor_sink(sys.stderr.fileno())
+    to_stdout = descriptor_sink(sys.stdout.fileno())
+    # One sink for one file: it keeps the order of what the command writes to both.
+    same = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    to_stderr = to_stdout if same else descriptor_sink(sys.stderr.fileno())
     console = to_stdout if spec.command is None else to_stderr if spec.verbose else None
     with Guest(machine, console=log.beside(console), output=to_stdout, errors=to_stderr) as guest:
         if spec.command is None:
             click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
-        with raw_terminal(guest.type, machine.stop, guest.resize) if spec.command is None else nullcontext():
+        with _terminal(machine, guest, spec):
             try:
                 return guest.run(restart=restart, timeout=timeout)
             except (KeyboardInterrupt, SystemExit) as error:
@@ -263,6 +271,13 @@ def _run(machine: Machine, spec: GuestSpec, log: ConsoleLog, *, restart: bool, t
                     click.echo(f"kvmpass: {error_text(error)}; the guest's console:", err=True)
                     _show_console(guest.console)
                 raise
+
+
+def _terminal(machine: Machine, guest: Guest, spec: GuestSpec) -> AbstractContextManager[None]:
+    """Return what passes standard input to the guest."""
+    if spec.command is None:
+        return raw_terminal(guest.type, machine.stop, guest.resize)
+    return nullcontext() if guest.input is None else passed_input(guest.input)
 
 
 def descriptor_sink(fd: int) -> Sink:

@@ -1,10 +1,11 @@
-"""A run of a Linux guest in a machine: its serial ports, and how it ended."""
+"""A run of a Linux guest in a machine: its serial and named ports, and how it ended."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +14,9 @@ from kvmpass._teardown import undo_on_error
 from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeRequest
 from kvmpass.guest.output import OutputWriter, Sink
 from kvmpass.guest.size import ConsoleSize
+from kvmpass.initramfs import init
 from kvmpass.machine import GuestOutcome, Machine
+from kvmpass.virtio import Port
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 1 << 16
@@ -48,12 +51,12 @@ class Guest:
     def __init__(self, machine: Machine, *, console: Sink | None, output: Sink, errors: Sink) -> None:
         self._machine = machine
         self._status: int | None = None
-        self._ready = False
+        self._ready = self._acknowledged = False
         self._failures: list[str] = []
-        self._control = ControlChannel()
+        self._controls = {CONTROL: ControlChannel(), init.CONTROL_PORT: ControlChannel()}
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
         self._tail: deque[int] = deque(maxlen=_TAIL_BYTES)
-        self._writer = OutputWriter(machine.stop, lambda: machine.ended)
+        self._writer = OutputWriter(machine.stop, lambda: machine.ended, self._take_output)
         to_console = self._writer.to(console) if console else None
 
         def on_console(data: bytes) -> None:
@@ -62,13 +65,20 @@ class Guest:
                 to_console(data)
 
         with undo_on_error(self._writer.close):
-            outputs = {
+            to_output, to_errors = self._writer.to(output), self._writer.to(errors)
+            outputs: dict[int | str, Sink] = {
                 CONSOLE: on_console,
-                OUTPUT: self._writer.to(output),
-                ERRORS: self._writer.to(errors),
-                CONTROL: self._on_control,
+                OUTPUT: to_output,
+                ERRORS: to_errors,
+                CONTROL: partial(self._on_control, CONTROL),
+                init.OUTPUT_PORT: to_output,
+                init.ERRORS_PORT: to_errors,
+                init.CONTROL_PORT: partial(self._on_control, init.CONTROL_PORT),
             }
-            machine.connect(outputs, self._writer.throttle)
+            outlets = {init.OUTPUT_PORT: to_output, init.ERRORS_PORT: to_errors}
+            machine.connect(
+                outputs, self._writer.throttle, lambda name: name not in outlets or outlets[name].has_room()
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -84,6 +94,11 @@ class Guest:
         """Send keystrokes to the console. Return how many bytes the guest has not read yet."""
         return self._machine.serial(CONSOLE).push(data)
 
+    @property
+    def input(self) -> Port | None:
+        """The port of the command's input (``GuestSpec.interactive``): send to it, and end it."""
+        return self._machine.ports.get(init.INPUT_PORT)
+
     def resize(self, rows: int, columns: int) -> None:
         """Set the size of the terminal that shows the console, also while the guest runs.
 
@@ -91,8 +106,27 @@ class Guest:
         """
         self._size.set(rows, columns)
 
-    def _on_control(self, data: bytes) -> None:
-        for event in self._control.feed(data):
+    def _take_output(self) -> bool:
+        """Take what named ports have kept in the guest. Return whether some of it is left."""
+        left = [port.resume() for port in self._machine.ports.values()]  # each of them
+        if not any(left):
+            self._acknowledge()
+        return any(left)
+
+    def _acknowledge(self) -> None:
+        """Tell the guest, once, that all output has been taken: it powers off then."""
+        control = self._machine.ports.get(init.CONTROL_PORT)
+        if control is not None and self._status is not None and not self._acknowledged:
+            self._acknowledged = True
+            control.send(b"taken\n")
+
+    def _take_all_output(self) -> None:
+        """Take what the guest, which has ended, has written before."""
+        while self._take_output() and self._writer.failure is None:
+            self._writer.wait_for_change()
+
+    def _on_control(self, channel: int | str, data: bytes) -> None:
+        for event in self._controls[channel].feed(data):
             match event:
                 case Ready():
                     self._ready = True
@@ -102,6 +136,8 @@ class Guest:
                     self._size.requested()
                 case Exited(status) if self._ready and self._status is None:
                     self._status = status
+                    if channel == init.CONTROL_PORT:
+                        self._take_output()
 
     @property
     def console(self) -> str:
@@ -125,10 +161,12 @@ class Guest:
                 self._machine.stop(GuestOutcome.TIMEOUT)
             elif outcome is None and reported:
                 self._machine.stop()
+            if outcome is not None:
+                self._take_all_output()
             if outcome is GuestOutcome.REBOOT and restart and self._status is None:
                 self._ready = False
                 self._machine.reset()
-                self._control = ControlChannel()  # drops an unfinished line
+                self._controls = {channel: ControlChannel() for channel in self._controls}  # drops unfinished lines
                 self._size.reset()
                 self._machine.start()
                 outcome = None

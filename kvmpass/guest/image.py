@@ -10,7 +10,7 @@ from kvmpass._dataclass import dataclass
 from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import BadKernel, NotEnoughMemory
-from kvmpass.initramfs import GuestRoot, parameters
+from kvmpass.initramfs import GuestRoot, init, parameters
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 
@@ -34,6 +34,8 @@ class GuestSpec:
     """Kernel modules to load, which replace the kernel's own."""
     command: tuple[str, ...] | None = None
     """The arguments of a command to run instead of a shell on the console."""
+    interactive: bool = False
+    """Whether the command's input is ``Guest.input``; otherwise it is empty."""
     verbose: bool = False
     """Whether the kernel prints its messages."""
     terminal: str = "linux"
@@ -56,6 +58,8 @@ class GuestImage:
     """Bytes of memory that the initramfs takes in the guest once it is unpacked; 0: unknown."""
     warnings: tuple[str, ...] = ()
     """Files that could not be copied completely, and modules for none of the devices."""
+    ports: tuple[str, ...] = ()
+    """Named ports that its init uses. Without any the guest has no virtio console, which takes time to boot."""
 
     def load(self, machine: Machine) -> None:
         """Load it into the memory of a machine that has not started. Raises ``NotEnoughMemory``.
@@ -77,6 +81,8 @@ class GuestImage:
                 f"{what}: {machine.memory.ram_size // MIB} MiB are too little",
                 f"give the guest {least} MiB (--memory {least}M){more}",
             )
+        if self.ports:
+            machine.add_ports(self.ports)
         machine.load_linux(self.kernel, self.initrd, self.cmdline)
 
 
@@ -98,13 +104,22 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     else:
         root = GuestRoot()
         release = kernel.release or os.uname().release
-        root.add_modules(release, modaliases, files=spec.modules, parameters=parameters.module_parameters(append))
+        root.add_modules(
+            release,
+            modaliases,
+            files=spec.modules,
+            parameters=parameters.module_parameters(append),
+            also=init.PORT_DRIVERS if spec.command is not None else (),
+        )
         for copy in spec.copy:
             root.copy(copy)
         if spec.command is not None:
-            root.run_command(spec.command)
+            root.run_command(spec.command, interactive=spec.interactive)
         root.terminal(spec.terminal, spec.terminal_size)
         initrd = root.build()
         unpacked, warnings = root.tree.unpacked_size, tuple(root.warnings)
     command_line = kernel_command_line(verbose=spec.verbose, strict=spec.command is not None, extra=append)
-    return GuestImage(kernel, initrd, command_line, unpacked, warnings)
+    ports: tuple[str, ...] = init.PORTS if spec.command is not None and spec.initrd is None else ()
+    if ports and spec.interactive:
+        ports += (init.INPUT_PORT,)
+    return GuestImage(kernel, initrd, command_line, unpacked, warnings, ports)

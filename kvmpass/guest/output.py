@@ -1,78 +1,143 @@
-"""The output of the guest's serial ports, written to readers that may be slow."""
+"""The output of the guest's ports, written to readers that may be slow."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 Sink = Callable[[bytes], None]
 
 
+class Outlet:
+    """Queues bytes for one reader's sink, which a thread of its own calls.
+
+    Synchronization: from any thread; made by ``OutputWriter.to``.
+    """
+
+    def __init__(self, writer: OutputWriter, sink: Sink) -> None:
+        self._writer = writer
+        self.sink = sink
+        """The reader's."""
+        self._pending = bytearray()
+        self._refused = False
+        self._thread = threading.Thread(target=self._run, name="output", daemon=True)
+        self._thread.start()
+
+    def __call__(self, data: bytes) -> None:
+        """Queue ``data``, without blocking. Dropped once the writer is closed, or a sink has failed."""
+        with self._writer.changed:
+            if not self._writer.ended:
+                self._pending += data
+                self._writer.changed.notify_all()
+
+    def has_room(self) -> bool:
+        """Whether less than ``OutputWriter.ROOM`` bytes are pending; if not, ``on_room`` is called once they are."""
+        with self._writer.changed:
+            room = len(self._pending) < OutputWriter.ROOM or self._writer.ended
+            self._refused = self._refused or not room
+        return room
+
+    @property
+    def full(self) -> bool:
+        """Whether more than ``OutputWriter.PENDING_LIMIT`` bytes are pending."""
+        return len(self._pending) > OutputWriter.PENDING_LIMIT
+
+    def join(self, timeout: float | None) -> None:
+        """Wait until what is pending is written, after the writer was closed."""
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        changed = self._writer.changed
+        try:
+            while True:
+                with changed:
+                    changed.wait_for(lambda: self._pending or self._writer.ended)
+                    pending, self._pending = self._pending, bytearray()
+                    refused, self._refused = self._refused, False
+                    changed.notify_all()
+                    if self._writer.failure is not None or not pending:
+                        return
+                if refused:
+                    self._writer.on_room()
+                self.sink(bytes(pending))
+        except BaseException as error:
+            self._writer.fail(error)
+
+
 class OutputWriter:
-    """Write the output of serial ports from a thread of its own.
+    """Write the output of ports from threads of its own, one for each reader: one that stalls delays no other.
 
     The sinks of ``to`` return at once. ``throttle`` blocks while more than ``PENDING_LIMIT`` bytes are pending for a
-    reader, until ``stopped`` returns True. ``on_failure`` is called from the thread when a reader's sink has raised.
+    reader, until ``stopped`` returns True. ``on_failure`` is called from a thread when a reader's sink has raised;
+    ``on_room`` when one that had no room for more has some again.
 
-    Synchronization: from any thread.
+    Synchronization: from any thread. ``changed`` guards all; callbacks are called without it.
     """
 
     PENDING_LIMIT = 1 << 20
-    """Bytes pending for one reader."""
+    """Bytes pending for one reader, at which a serial port's vCPU waits."""
+    ROOM = 1 << 18
+    """Bytes pending for one reader, at which a named port's data stays in the guest."""
 
-    def __init__(self, on_failure: Callable[[], None], stopped: Callable[[], bool]) -> None:
-        self._pending: dict[Sink, bytearray] = {}
-        self._changed = threading.Condition()
+    def __init__(
+        self,
+        on_failure: Callable[[], None],
+        stopped: Callable[[], bool],
+        on_room: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.changed = threading.Condition()
+        """Notified when bytes are queued or taken, and at the end."""
+        self.on_room = on_room
+        """See above."""
+        self._outlets: list[Outlet] = []
         self._closing = False
-        self._full = False
         self._on_failure = on_failure
         self._stopped = stopped
         self.failure: BaseException | None = None
         """What a reader's sink raised."""
-        self._thread = threading.Thread(target=self._run, name="output", daemon=True)
-        self._thread.start()
 
-    def to(self, sink: Sink) -> Sink:
-        """Return a sink that queues bytes for ``sink``."""
+    def to(self, sink: Sink) -> Outlet:
+        """Return what queues bytes for ``sink``: for one sink always the same, which keeps their order."""
+        outlet = next((known for known in self._outlets if known.sink == sink), None)
+        if outlet is None:
+            outlet = Outlet(self, sink)
+            self._outlets.append(outlet)
+        return outlet
 
-        def put(data: bytes) -> None:
-            with self._changed:
-                if not self._given_up():
-                    pending = self._pending.setdefault(sink, bytearray())
-                    pending.extend(data)
-                    self._full = self._full or len(pending) > self.PENDING_LIMIT
-                    self._changed.notify_all()
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is queued."""
+        return self._closing or self.failure is not None
 
-        return put
+    @property
+    def _full(self) -> bool:
+        return any(outlet.full for outlet in self._outlets)
 
     def throttle(self) -> None:
         """Block until fewer bytes are pending. Cheap while they are."""
         if self._full:
-            with self._changed:
-                while self._full and not self._given_up():
-                    self._changed.wait(0.1)
+            with self.changed:
+                while self._full and not self.ended and not self._stopped():
+                    self.changed.wait(0.1)
 
-    def _given_up(self) -> bool:
-        return self._closing or self.failure is not None or self._stopped()
+    def wait_for_change(self) -> None:
+        """Block until bytes are queued or taken, for a tenth of a second at most."""
+        with self.changed:
+            self.changed.wait(0.1)
 
-    def _run(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._pending or self._closing)
-                    pending, self._pending, self._full = self._pending, {}, False
-                    self._changed.notify_all()
-                    if not pending:
-                        return
-                for sink, data in pending.items():
-                    sink(bytes(data))
-        except BaseException as error:
-            self.failure = error
-            self._on_failure()
+    def fail(self, error: BaseException) -> None:
+        """End all output: a reader's sink has raised ``error``."""
+        with self.changed:
+            self.failure = self.failure or error
+            self.changed.notify_all()
+        self._on_failure()
 
     def close(self, timeout: float | None = None) -> None:
-        """Write what is pending, and end the thread; wait for it ``timeout`` seconds at most. Idempotent."""
-        with self._changed:
+        """Write what is pending, and end the threads; wait for them ``timeout`` seconds at most. Idempotent."""
+        with self.changed:
             self._closing = True
-            self._changed.notify_all()
-        self._thread.join(timeout)
+            self.changed.notify_all()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for outlet in self._outlets:
+            outlet.join(None if deadline is None else max(0.0, deadline - time.monotonic()))

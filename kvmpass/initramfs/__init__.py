@@ -1,22 +1,24 @@
 """The initramfs of a guest: busybox, modules for its devices, the user's files.
 
 The guest's init mounts the usual file systems, loads the modules, waits for the drivers, and runs a shell on the
-console, or a command. The command's standard output, its standard error and its status are sent through ttyS1, ttyS2
-and ttyS3; on the host :mod:`kvmpass.guest.channel` reads the status.
+console, or a command. The command's standard output, its standard error and its status are sent through named ports
+of a virtio console, or through ttyS1, ttyS2 and ttyS3 where the kernel has no driver for it; on the host
+:mod:`kvmpass.guest.channel` reads the status.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+import stat
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kvmpass.errors import KvmpassError
-from kvmpass.initramfs import elf, files, init
+from kvmpass.initramfs import elf, files, init, relay
 from kvmpass.initramfs.companions import companions
-from kvmpass.initramfs.cpio import Tree
+from kvmpass.initramfs.cpio import Node, Tree
 from kvmpass.initramfs.modules import ModuleTree, plan
 
 __all__ = ["GuestRoot", "find_busybox"]
@@ -48,7 +50,13 @@ class GuestRoot:
     def __init__(self, busybox: Path | None = None) -> None:
         self.tree = Tree()
         """The files."""
-        self._settings = {"COMMAND": "", "EXPECTED": "", "TERM": "linux", "TERMINAL_SIZE": "rows 24 cols 80"}
+        self._settings = {
+            "COMMAND": "",
+            "INPUT": "",
+            "EXPECTED": "",
+            "TERM": "linux",
+            "TERMINAL_SIZE": "rows 24 cols 80",
+        }
         self._loads: list[tuple[str, ...]] = []
         self._copied: frozenset[str] = frozenset()
         self.warnings: list[str] = []
@@ -79,17 +87,24 @@ class GuestRoot:
                 self.tree.symlink(f"/usr/bin/{applet}", "busybox")
 
     def add_modules(
-        self, release: str, modaliases: Iterable[str], *, files: Sequence[Path] = (), parameters: Mapping[str, str]
+        self,
+        release: str,
+        modaliases: Iterable[str],
+        *,
+        files: Sequence[Path] = (),
+        parameters: Mapping[str, str],
+        also: Iterable[str] = (),
     ) -> None:
         """Load the drivers of kernel ``release`` for ``modaliases`` and their companions, and the user's ``files``.
 
+        ``also``: names of further modules of the kernel, which are loaded where it has them.
         ``parameters``: by the name of a module, as from
         :func:`kvmpass.initramfs.parameters.module_parameters`. If ``/lib/modules/RELEASE`` does not exist, only
         ``files`` are loaded. Call it once.
         """
         aliases = list(modaliases)
         behind, modules = companions(aliases)
-        made = plan(ModuleTree(release), [*aliases, *behind], files, modules)
+        made = plan(ModuleTree(release), [*aliases, *behind], files, [*also, *modules])
         for path in made.idle:
             self.warnings.append(
                 f"--module {path}: no alias of it matches a device that is assigned: for these the kernel's own "
@@ -109,13 +124,19 @@ class GuestRoot:
         files.copy_into(self.tree, source, target, self.warnings.append)
         self._copied |= self.tree.names - before
 
-    def run_command(self, command: Sequence[str]) -> None:
-        """Run ``command`` instead of a shell. Its first word is a path, or searched for in the guest's PATH."""
+    def run_command(self, command: Sequence[str], *, interactive: bool = False) -> None:
+        """Run ``command`` instead of a shell. Its first word is a path, or searched for in the guest's PATH.
+
+        ``interactive``: its input comes through a named port; otherwise it is empty.
+        """
         if not command:
             raise KvmpassError("an empty command")
         if any("\0" in word for word in command):
             raise KvmpassError("a command's argument cannot contain a zero byte")
-        self._settings["COMMAND"] = "yes"
+        self._settings |= {"COMMAND": "yes", "INPUT": "yes" if interactive else ""}
+        self.tree.file(f"{init.DIRECTORY}/relay", relay.program(), 0o755)
+        for name in init.PIPES:
+            self.tree.add(f"{init.DIRECTORY}/{name}", Node(stat.S_IFIFO | 0o600))
         self.tree.file(f"{init.DIRECTORY}/command", init.calls([("exec", *command)]))
 
     def terminal(self, term: str, size: tuple[int, int]) -> None:

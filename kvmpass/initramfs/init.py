@@ -8,6 +8,14 @@ from pathlib import Path
 
 DIRECTORY = "/kvmpass"
 COMPLETE = f"{DIRECTORY}/complete"  # the archive's last file
+OUTPUT_PORT, ERRORS_PORT, CONTROL_PORT = PORTS = ("kvmpass.output", "kvmpass.errors", "kvmpass.control")
+"""Named ports of a virtio console, for a command; serial ports take their place where the kernel has no driver."""
+INPUT_PORT = "kvmpass.input"
+"""The port of a command's input."""
+PIPES = ("output", "errors", "input")
+"""Names of the pipes between a command and its ports."""
+PORT_DRIVERS = ("virtio_pci", "virtio_console")
+"""The modules of their drivers."""
 SCRIPT = Path(__file__).with_name("init.sh")
 
 # For one `mount -a`: each process takes a tenth of a second in an emulated guest.

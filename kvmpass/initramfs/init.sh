@@ -3,6 +3,7 @@
 # files in /kvmpass are made for each guest (kvmpass/initramfs): settings, load, and command if there is one.
 
 SETTLE_SECONDS=20 # of the guest's time, for a driver to bind to its device
+PORT_SECONDS=5 # from the console's driver to its ports
 NAMESPACE_SECONDS=5 # from a live NVMe controller to its namespaces, if it has any
 
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
@@ -17,17 +18,96 @@ echo kvmpass >/proc/sys/kernel/hostname
 
 now() { read -r uptime rest </proc/uptime; up=${uptime%.*}; }
 say() { echo "kvmpass: $*" >/dev/console; }
-fail() { say "$*"; [ -z "$control" ] || echo "kvmpass 1 error $*" >&6; }
-die() { fail "$*"; [ -z "$control" ] || stty -F /dev/ttyS3 115200; poweroff -f; }
+fail() { say "$*"; report "error $*"; }
+die() { fail "$*"; [ -z "$COMMAND" ] || [ -n "$opening" ] || open_channels; finish; }
+finish() { [ -n "$ports" ] || [ -z "$control" ] || drain ttyS3; poweroff -f; }
+drain() { stty -F /dev/$1 115200; } # setting a terminal's modes waits until what was written to it has been sent
 
-control=
+# What happens before the channels are open is reported once they are.
+early=; control=
+report() {
+    if [ -n "$control" ]; then echo "kvmpass 1 $*" >&6; else early="$early$*
+"; fi
+}
+
+# The channels: named ports of a virtio console if the kernel has its driver, else serial ports.
+opening=; ports=
 open_channels() {
-    for tty in ttyS1 ttyS2 ttyS3; do
-        [ -c /dev/$tty ] || die "no /dev/$tty in the guest: its kernel found no serial port there"
-        stty -F /dev/$tty 115200 raw -echo || die "/dev/$tty cannot be set up"
-    done
-    exec 4>/dev/ttyS1 5>/dev/ttyS2 6>/dev/ttyS3
+    opening=yes
+    if find_ports; then
+        exec 6<>$control_port
+        ports=yes
+    else
+        [ -z "$INPUT" ] || die "the command's input needs a kernel with CONFIG_VIRTIO_CONSOLE and CONFIG_VIRTIO_PCI"
+        for tty in ttyS1 ttyS2 ttyS3; do
+            [ -c /dev/$tty ] || die "no /dev/$tty in the guest: its kernel found no serial port there"
+            stty -F /dev/$tty 115200 raw -echo || die "/dev/$tty cannot be set up"
+        done
+        exec 4>/dev/ttyS1 5>/dev/ttyS2 6>/dev/ttyS3
+    fi
     control=yes
+    while read -r line; do [ -z "$line" ] || report "$line"; done <<EOF
+$early
+EOF
+}
+find_ports() {
+    set -- /sys/bus/virtio/drivers/virtio_console/virtio*
+    [ -e "$1" ] || return
+    now
+    end=$((up + PORT_SECONDS))
+    until port kvmpass.output && output=$node && port kvmpass.errors && errors=$node &&
+        port kvmpass.control && control_port=$node &&
+        { [ -z "$INPUT" ] || { port kvmpass.input && input=$node; }; }; do
+        now
+        [ $up -lt $end ] || { say "no named ports after $PORT_SECONDS seconds"; return 1; }
+        usleep 10000
+    done
+}
+port() { # NAME
+    for directory in /sys/class/virtio-ports/*; do
+        [ -e "$directory/name" ] || continue
+        read -r name <"$directory/name"
+        node=/dev/${directory##*/}
+        [ "$name" != "$1" ] || return 0
+    done
+    return 1
+}
+
+run_on_serial() {
+    sh /kvmpass/command </dev/null >&4 2>&5 4>&- 5>&- 6>&-
+    status=$?
+    drain ttyS1
+    drain ttyS2
+    report "exit $status"
+}
+# A program copies between a pipe and a port, which has one opener (kvmpass/initramfs/relay.py).
+run_on_ports() {
+    /kvmpass/relay </kvmpass/output >$output 6>&- &
+    relays=$!
+    /kvmpass/relay </kvmpass/errors >$errors 6>&- &
+    relays="$relays $!"
+    stdin=/dev/null
+    [ -z "$INPUT" ] || { stdin=/kvmpass/input; /kvmpass/relay <$input >$stdin 6>&- & }
+    sh /kvmpass/command <$stdin >/kvmpass/output 2>/kvmpass/errors 6>&-
+    status=$?
+    # The pipes end when all that have them open have ended: what the command has left behind is killed.
+    while usleep 300000; do kill_writers; done 6>&- &
+    killer=$!
+    wait $relays
+    kill $killer
+    report "exit $status"
+    read -r answer <&6 # the host has all of the output: powering off resets the console
+}
+kill_writers() {
+    for process in /proc/[0-9]*; do
+        for descriptor in $process/fd/*; do
+            case $descriptor in */fd/0) continue ;; esac
+            if [ $descriptor -ef /kvmpass/output ] || [ $descriptor -ef /kvmpass/errors ]; then
+                kill -9 ${process#/proc/}
+                break
+            fi
+        done
+    done
 }
 
 # Parameters on the kernel's command line take precedence.
@@ -40,7 +120,6 @@ set_sysctl() { # NAME VALUE
 }
 
 if [ -n "$COMMAND" ]; then
-    open_channels
     # A lockup or a hung task ends the guest (Documentation/admin-guide/sysctl/kernel.rst); soft lockups are detected
     # after twice the threshold.
     set_sysctl watchdog_thresh 20
@@ -60,6 +139,7 @@ load() { # MODULE UNDER-TEST PARAMETERS
     [ -z "$COMMAND" ] || die "the module under test is not usable"
 }
 . /kvmpass/load
+[ -z "$COMMAND" ] || open_channels
 
 # Drivers may probe asynchronously (NVMe does), and an NVMe controller that is live adds its namespaces later: a block
 # device below the controller, or (multipath) below its subsystem, so look in /dev.
@@ -95,16 +175,10 @@ done
 
 if [ -n "$COMMAND" ]; then
     now
-    echo "kvmpass 1 ready $uptime" >&6
+    report "ready $uptime"
     cd /root
-    sh /kvmpass/command </dev/null >&4 2>&5 4>&- 5>&- 6>&-
-    status=$?
-    # Setting a terminal's modes waits until what was written to it has been sent.
-    stty -F /dev/ttyS1 115200
-    stty -F /dev/ttyS2 115200
-    echo "kvmpass 1 exit $status" >&6
-    stty -F /dev/ttyS3 115200
-    poweroff -f
+    if [ -n "$ports" ]; then run_on_ports; else run_on_serial; fi
+    finish
 fi
 
 exec </dev/ttyS0 >/dev/ttyS0 2>&1

@@ -20,14 +20,14 @@ from kvmpass.host.limits import page_tables
 from kvmpass.host.sysfs import VFIO_PCI
 from kvmpass.machine.backends import use_backend
 from kvmpass.machine.device import AssignedDevice, DeviceState
-from kvmpass.machine.execution import Execution
+from kvmpass.machine.functions import Functions
 from kvmpass.machine.monitor import DeviceMonitor
 from kvmpass.machine.passed import PassedIommu
 from kvmpass.machine.requests import EJECT_SECONDS, Requests
 from kvmpass.vfio.device import ERR, REQ
 
 
-class Assignments(Execution):
+class Assignments(Functions):
     """The base of ``Machine`` that assigns devices, resets and deassigns them.
 
     Synchronization: from any thread; ``Execution`` says which lock guards what.
@@ -46,17 +46,9 @@ class Assignments(Execution):
         self.backend: BackendChoice | None = None
         """The back end in use, and why; None with a factory, and before the first device that is not passed."""
         self._iommu: PassedIommu | None = None
-        self._closed = False
-        self._broken = False  # a reset has failed half-way
         self._populated = False
         self.devices: list[AssignedDevice] = []
         """The assigned devices, in the order of their assignment."""
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise Closed("the machine is closed")
-        if self._broken:
-            raise Closed("a reset of this machine failed: it can only be closed")
 
     def populate(self) -> None:
         """Allocate all of the guest's memory now. Idempotent.

@@ -14,7 +14,7 @@ from kvmpass.boot import acpi, mtrr
 from kvmpass.boot.cpuid import guest_cpuid
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import BOOT_PARAMS, LONG_MODE, KernelImage, load_linux
-from kvmpass.errors import GuestError
+from kvmpass.errors import Closed, GuestError
 from kvmpass.kvm import IrqRoutes, System, Vcpu, Vm
 from kvmpass.layout import LOCAL_APIC_BASE, Layout
 from kvmpass.machine.slots import Slots
@@ -23,7 +23,7 @@ from kvmpass.memory import GuestMemory
 
 _NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
 Output = Callable[[bytes], None]
-"""Receives what the guest writes to a serial port."""
+"""Receives what the guest writes to a port."""
 
 
 class Execution:
@@ -48,12 +48,21 @@ class Execution:
         """Number of vCPUs."""
         self._bus_lock = threading.RLock()
         self._device_lock = threading.RLock()
-        self._outputs: dict[int, Output] = {}
+        self._closed = False
+        self._broken = False  # a reset has failed half-way
+        self._outputs: dict[int | str, Output] = {}
         self._throttle: Callable[[], None] = lambda: None
+        self._has_room: Callable[[str], bool] = lambda port: True
         self._linux: tuple[KernelImage, bytes | None, str] | None = None
         self._entry: int | None = None
         self._threads: VcpuThreads | None = None
         self._vcpus: list[Vcpu] = []
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise Closed("the machine is closed")
+        if self._broken:
+            raise Closed("a reset of this machine failed: it can only be closed")
 
     @property
     def _board(self) -> Board:
@@ -69,30 +78,38 @@ class Execution:
         """The VM's table of interrupt routes."""
         return self._board.routes
 
-    # --- serial ports
+    # --- serial and named ports
 
-    def _write_output(self, number: int, data: bytes) -> None:
-        if output := self._outputs.get(number):
+    def _write_output(self, port: int | str, data: bytes) -> None:
+        if output := self._outputs.get(port):
             output(data)
 
-    def connect(self, outputs: Mapping[int, Output], throttle: Callable[[], None] = lambda: None) -> None:
-        """Send what the guest writes to COM1 to COM4 (0 to 3) to ``outputs`` until ``disconnect()``; drop the rest.
+    def connect(
+        self,
+        outputs: Mapping[int | str, Output],
+        throttle: Callable[[], None] = lambda: None,
+        has_room: Callable[[str], bool] = lambda port: True,
+    ) -> None:
+        """Send what the guest writes to ``outputs`` until ``disconnect()``; drop the rest.
 
-        Outputs are called from a vCPU's thread and must not block; ``throttle``, called between accesses to ports,
-        may. Both survive ``reset()``. Raises ``GuestError`` while somebody is connected, ``IndexError`` for a port
-        that the machine does not have.
+        By number: COM1 to COM4 (0 to 3); by name: a port of ``add_ports``. Outputs are called from a vCPU's thread
+        and must not block; ``throttle``, called between accesses to I/O ports, may. While ``has_room`` returns False
+        for a named port, what the guest writes to it stays in the guest; then ``Port.resume`` takes it. All survive
+        ``reset()``. Raises ``GuestError`` while somebody is connected, ``IndexError`` for a serial port that the
+        machine does not have.
         """
-        for number in outputs:
-            self.serial(number)
+        for port in outputs:
+            if isinstance(port, int):
+                self.serial(port)
         with self._device_lock:
             if self._outputs:
                 raise GuestError("this machine's serial ports are connected", "leave the other guest first")
-            self._outputs, self._throttle = dict(outputs), throttle
+            self._outputs, self._throttle, self._has_room = dict(outputs), throttle, has_room
 
     def disconnect(self) -> None:
         """Drop what the guest writes after this. Idempotent."""
         with self._device_lock:
-            self._outputs, self._throttle = {}, lambda: None
+            self._outputs, self._throttle, self._has_room = {}, lambda: None, lambda port: True
 
     def serial(self, number: int) -> Serial16550:
         """Return the UART of COM ``number`` + 1, which takes input.

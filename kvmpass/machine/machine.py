@@ -31,7 +31,6 @@ from kvmpass.machine.slots import Slots
 from kvmpass.machine.vcpus import GuestOutcome
 from kvmpass.memory import Backing, GuestMemory, plan_memory
 from kvmpass.memory.audit import Mirrored, compare
-from kvmpass.pci import PciFunction, Wiring
 
 log = limited_log(__name__)
 
@@ -157,19 +156,6 @@ class Machine(Assignments):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def add_function(self, make: Callable[[Wiring], PciFunction]) -> None:
-        """Plug an emulated PCI function into a slot of its own until the machine is closed. Before ``start()``.
-
-        ``make`` constructs it (``kvmpass.pci.function``); ``reset()`` calls it again, and the machine closes each
-        function that it returned. Raises ``GuestError`` after ``start()``, ``LayoutError``, and what ``make``
-        raises; then nothing has changed.
-        """
-        with deferred(), self._device_lock:
-            self._check_usable()
-            if self._threads is not None:
-                raise GuestError("add functions before the guest is started")
-            self._slots.add(make)
 
     def audit(self) -> None:
         """Compare KVM's memslots and the DMA mappings with the guest's memory.

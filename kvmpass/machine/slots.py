@@ -49,10 +49,13 @@ class Slots:
         with self.bus_lock:
             board.close()
 
-    def add(self, make: Callable[[Wiring], PciFunction]) -> None:
-        """Plug an emulated function into a slot of its own. Raises ``LayoutError``, and what ``make`` raises."""
+    def add(self, make: Callable[[Wiring], PciFunction], slot: int | None = None) -> None:
+        """Plug an emulated function into ``slot``, or into the first free one.
+
+        Raises ``LayoutError``, and what ``make`` raises.
+        """
         with self.bus_lock:
-            slot = self.board.pci.free_slot()
+            slot = self.board.pci.free_slot() if slot is None else slot
             self.board.plug(make, slot)
             self._made[slot] = make
 

@@ -9,6 +9,7 @@ import pytest
 from support.configuring import CONFIGURE
 from support.emulated_edu import BUFFER, EmulatedEdu
 from support.inside import PRELUDE, SOAK, Done, compiled, edu_script
+from support.living import device_routes
 
 from kvmpass.errors import GuestError
 from kvmpass.guest import Guest, GuestSpec, prepare
@@ -61,7 +62,7 @@ def test_linux_enumerates_it_and_reads_its_registers() -> None:
             start, last, _ = (int(number, 16) for number in resource.split())
             assert last - start + 1 == 1 << 20
             assert (identity, liveness) == ("0x010000ED", "0xEEDDCCBB")
-            assert devices == ["0000:00:00.0", "0000:00:01.0"]
+            assert devices == ["0000:00:00.0", "0000:00:01.0", "0000:00:1f.0"]
             assert bytes(emulated.made[-1].registers.buffer[:4]) == bytes.fromhex("0000feca")
             [bar] = [region for region in machine.memory if region.kind is RegionKind.BAR]
             assert (bar.gpa, bar.size) == (start + BUFFER, PAGE), "ordinary memory, and the reset takes it out"
@@ -101,4 +102,4 @@ def test_each_of_its_interrupts_is_counted(tmp_path: Path) -> None:
         assert kinds == {"PCI-MSIX"}
         [function] = emulated.made
         assert total == function.registers.raised == RAISES + 2, "one at the end of each DMA"
-        assert machine.routes.msi == [], "vfio-pci in the guest has turned them off"
+        assert device_routes(machine) == [], "vfio-pci in the guest has turned them off"

@@ -56,7 +56,7 @@ def test_functions_keep_their_numbers(multifunction: str) -> None:
     result = subprocess.run([*command, "--", "sh", "-c", script], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["0000:00:00.0", "0000:00:01.0", "0000:00:01.1"]
+    assert lines[0].split() == ["0000:00:00.0", "0000:00:01.0", "0000:00:01.1", "0000:00:1f.0"]
     assert [line.split("/")[0] for line in lines[1:3]] == ["0000:00:01.0", "0000:00:01.1"], lines
     assert lines[3:] == ["live", "live", "/dev/nvme0n1", "/dev/nvme1n1"]
     assert (driver(multifunction), driver(other)) == ("nvme", "nvme")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.inside import SOAK
-from support.living import descriptors, image_for, running, wait_until
+from support.living import descriptors, device_routes, image_for, running, wait_until
 from support.modes import Mode, through_all_modes
 from support.recording import Calls, recording
 from support.witness import traces
@@ -18,7 +18,7 @@ from support.witness import traces
 from kvmpass import host
 from kvmpass.errors import GuestError
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
-from kvmpass.guest.guest import OUTPUT
+from kvmpass.initramfs.init import OUTPUT_PORT
 from kvmpass.layout import MIB, Range
 from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.pci.barspace import IO_WINDOW
@@ -43,10 +43,10 @@ def test_hotplug_of_a_drive(mode: Mode, nvme: str) -> None:
             assert mode.locked() == 192 * MIB
             guest.expect("read it", number)
             assert device.interrupt == "MSI-X"
-            assert machine.routes.msi
+            assert device_routes(machine)
             machine.unplug(device, 30)
             machine.audit()
-            assert (machine.devices, machine.routes.msi, machine.domain.ledger, mode.locked()) == ([], [], [], 0)
+            assert (machine.devices, device_routes(machine), machine.domain.ledger, mode.locked()) == ([], [], [], 0)
             assert len(machine.memslots.ledger) == len(machine.memory)
             assert traces("vfio/[0-9]|vfio/devices|vfio-device|iommu") == []
             guest.expect("gone", number)
@@ -197,7 +197,7 @@ def test_a_reset_clears_all_state(mode: Mode, nvme: str) -> None:
         image = image_for("wait_for drive; echo up; sleep 1000")
         device = machine.assign(nvme)
         image.load(machine)
-        machine.connect({OUTPUT: said.extend})
+        machine.connect({OUTPUT_PORT: said.extend})
         machine.start()
         wait_until(lambda: said.count(b"up") == 1, 60)
         assert device.interrupt == "MSI-X"

@@ -29,6 +29,7 @@ QEMU = "/usr/bin/qemu-system-x86_64"
 QEMU_SECONDS = 600
 ROLES = ("nvme", "edu", "nic", "legacy_nic", "ahci", "xhci", "virtio_blk", "ivshmem")
 MEMORY = "512M"
+CONSOLE = "0x1af4:0x1043"  # of our guest, for the command's output; the other guest has serial ports
 
 # Said at any level, these tell of a machine that is put together wrongly.
 CLASSIC = (
@@ -148,7 +149,7 @@ def comparison(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFac
 
 
 def test_drivers_are_those_under_qemu(comparison: Comparison) -> None:
-    ours = comparison.kvmpass.drivers
+    ours = {key: driver for key, driver in comparison.kvmpass.drivers.items() if key != CONSOLE}
     assert ours
     assert {key: comparison.qemu.drivers.get(key) for key in ours} == ours
 

@@ -12,7 +12,10 @@ from typing import Any
 from kvmpass import host
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestImage, GuestResult, GuestSpec, prepare
+from kvmpass.kvm.vm import MsiRoute
 from kvmpass.machine import Machine
+from kvmpass.machine.functions import CONSOLE_SLOT
+from kvmpass.virtio import VirtioFunction
 
 FUNCTIONS = """
 wait_for() {
@@ -91,6 +94,13 @@ def running(script: str, *devices: str, events: list[DeviceEvent] | None = None,
         finally:
             machine.stop()
             run._thread.join(60)
+
+
+def device_routes(machine: Machine) -> list[MsiRoute]:
+    """The routes of messages but for those of the console that a command's guest has."""
+    console = machine._board.pci._find(0, CONSOLE_SLOT << 3)
+    own = {vector._gsi for vector in console._msix._vectors} if isinstance(console, VirtioFunction) else set()
+    return [route for route in machine.routes.msi if route.gsi not in own]
 
 
 def descriptors() -> int:

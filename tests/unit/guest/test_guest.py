@@ -10,6 +10,7 @@ from kvmpass.guest import Guest, GuestResult
 from kvmpass.guest.guest import CONTROL
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import GuestOutcome
+from kvmpass.virtio import Port
 
 REPORT = b"kvmpass 1 ready 1.0\nkvmpass 1 exit 3\n"
 
@@ -18,15 +19,21 @@ class Vm:
     """A machine whose guest reports during the second of its waits, and ends as ``outcome`` in the third."""
 
     def __init__(self, outcome: GuestOutcome | None) -> None:
-        self.sinks: dict[int, Callable[[bytes], None]] = {}
+        self.sinks: dict[int | str, Callable[[bytes], None]] = {}
+        self.ports: dict[str, Port] = {}
         self.waits: list[float | None] = []
         self.stopped_after: list[int] = []
         self.stopped_in_run: list[int] = []
         self.ended, self.fault = False, ""
         self._outcome = outcome
 
-    def connect(self, outputs: Mapping[int, Callable[[bytes], None]], throttle: Callable[[], None]) -> None:
-        self.sinks = dict(outputs)
+    def connect(
+        self,
+        outputs: Mapping[int | str, Callable[[bytes], None]],
+        throttle: Callable[[], None],
+        has_room: Callable[[str], bool],
+    ) -> None:
+        self.sinks, self.has_room = dict(outputs), has_room
 
     def disconnect(self) -> None:
         self.sinks = {}

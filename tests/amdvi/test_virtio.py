@@ -1,0 +1,99 @@
+"""The channels of a command: named ports of a virtio console, or serial ports where the guest has none."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
+from kvmpass.machine import Machine
+from kvmpass.memory import RegionKind
+
+pytestmark = pytest.mark.amdvi(duration=12)
+SIZE = 10_000_000
+
+
+class Gate:
+    """A reader that stalls once it has read ``limit`` bytes, until it is opened."""
+
+    def __init__(self, limit: int) -> None:
+        self.read = bytearray()
+        self.opened = threading.Event()
+        self.in_time = True
+        self._limit = limit
+
+    def __call__(self, data: bytes) -> None:
+        self.read += data
+        if len(self.read) >= self._limit and not self.opened.is_set():
+            self.in_time = self.opened.wait(60)
+
+
+def test_output_and_input_arrive_and_a_stalled_reader_delays_nobody_else(tmp_path: Path) -> None:
+    """10 MB out byte for byte, again while its reader stalls, and 5 MB in, without an exit for each buffer."""
+    content, typed = os.urandom(SIZE), os.urandom(SIZE // 2)
+    (tmp_path / "data").write_bytes(content)
+    script = """cat /data; echo first >&2; cat /data & sleep 1; echo second >&2; wait; echo third >/dev/stderr
+        sha256sum; echo end >/dev/stdout"""
+    spec = GuestSpec(command=("sh", "-c", script), copy=(f"{tmp_path}/data:/data",), interactive=True)
+    image = prepare(spec, [])
+    output, errors = Gate(SIZE + 1), bytearray()
+
+    def on_errors(data: bytes) -> None:
+        errors.extend(data)
+        if b"second" in errors:
+            output.opened.set()
+
+    with (
+        Machine(memory="192M") as machine,
+        Guest(machine, console=None, output=output, errors=on_errors) as guest,
+    ):
+        image.load(machine)
+        assert guest.input is not None
+        guest.input.send(typed)
+        guest.input.end()
+        result = guest.run(timeout=240)
+        exits = machine.exit_reasons
+    print(exits, len(output.read), bytes(output.read[-100:]), errors)
+    assert (result.status, result.failures) == (0, ()), result
+    assert output.in_time, "errors waited for the reader of the output"
+    assert bytes(output.read[: 2 * SIZE]) == content * 2
+    assert output.read[2 * SIZE :].decode() == f"{hashlib.sha256(typed).hexdigest()}  -\nend\n"
+    assert errors == b"first\nsecond\nthird\n"
+    assert sum(exits.values()) < 2000, "those of the boot, and none for each buffer"
+
+
+def test_what_a_command_leaves_behind_does_not_delay_its_end() -> None:
+    """It holds the pipe of the output open. What it wrote before has arrived."""
+    result, said, _ = run(True, "(echo child; exec sleep 1000) & usleep 100000; echo parent; exit 4")
+    assert (result.status, sorted(said.split())) == (4, [b"child", b"parent"])
+
+
+def run(image_ports: bool, script: str) -> tuple[GuestResult, bytes, dict[str, int]]:
+    said = bytearray()
+    image = prepare(GuestSpec(command=("sh", "-c", script)), [])
+    if not image_ports:
+        image = dataclasses.replace(image, ports=())
+    with (
+        Machine(memory="192M") as machine,
+        Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,
+    ):
+        image.load(machine)
+        result = guest.run(timeout=240)
+        assert all(region.kind is not RegionKind.BAR for region in machine.memory), "its registers exit"
+        machine.audit()
+        return result, bytes(said), machine.exit_reasons
+
+
+def test_without_a_console_the_serial_ports_are_used() -> None:
+    """The status and the errors of the guest's init, too; each byte is an exit there."""
+    script = "echo out; echo err >&2; ls /sys/class/virtio-ports 2>/dev/null; exit 5"
+    result, said, exits = run(False, script)
+    assert (result.status, said) == (5, b"out\nerr\n")
+    other, said, others = run(True, script)
+    assert (other.status, said) == (5, b"out\nerr\nvport0p0\nvport0p1\nvport0p2\n")
+    print(exits, others)
