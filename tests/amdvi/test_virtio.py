@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -97,3 +99,18 @@ def test_without_a_console_the_serial_ports_are_used() -> None:
     other, said, others = run(True, script)
     assert (other.status, said) == (5, b"out\nerr\nvport0p0\nvport0p1\nvport0p2\n")
     print(exits, others)
+
+
+def test_standard_input_of_the_command_line_is_passed(edu: str) -> None:
+    """With -i: a megabyte, then its end; without it, the command's input is empty."""
+    typed = os.urandom(1_000_000)
+    words = [sys.executable, "-m", "kvmpass", "assign", edu, "--memory", "192M"]
+    script = "sha256sum; read -r line || exit 3"
+    done = subprocess.run([*words, "-i", "--", "sh", "-c", script], input=typed, capture_output=True, timeout=200)
+    assert (done.returncode, done.stderr) == (3, b"")
+    assert done.stdout.decode() == f"{hashlib.sha256(typed).hexdigest()}  -\n"
+    done = subprocess.run([*words, "--", "wc", "-c"], input=typed, capture_output=True, timeout=200)
+    assert (done.returncode, done.stdout.split()) == (0, [b"0"])
+    done = subprocess.run([*words, "-i"], input=typed, capture_output=True, timeout=60)
+    assert done.returncode == 125
+    assert b"-i passes standard input to a COMMAND" in done.stderr
