@@ -101,6 +101,7 @@ class VirtioConsole:
         self._run(partial(self._write_port, number))
 
     def _on_resume(self, number: int) -> bool:
+        self._stalled.discard(number)  # also where nothing can be taken: nobody need come back for that
         self._run(partial(self._read_port, number))
         return number in self._stalled
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import pytest
 from support.virtio_driver import BASIC, Driver
 
+from kvmpass import pciregs
 from kvmpass.virtio.console import ADD, NAME, OPEN, PORT_READY, READY
+from kvmpass.virtio.transport import NEEDS_RESET
 
 
 @pytest.fixture(params=[False, True], ids=["exits", "doorbells"])
@@ -83,6 +85,30 @@ def test_a_reader_that_stalls_delays_no_other(driver: Driver) -> None:
     assert not driver.host["one"].resume()
     assert driver.said["one"] == b"ac"
     assert driver.rings[1].wants_notifications
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["no-master", "needs-reset"])
+def test_a_guest_that_cannot_be_read_is_not_waited_for(driver: Driver, broken: bool) -> None:
+    """Its data is left in its memory: it must not keep the host from ending the run."""
+    driver.open_ports()
+    driver.room["one"] = False
+    driver.rings[1].send(b"kept")
+    driver.notify(1)
+    assert driver.host["one"].resume(), "some of it is left"
+    if broken:
+        driver.rings[5].describe(0, 1 << 60, 1)  # outside of RAM
+        driver.rings[5].offer(0)
+        driver.notify(5)
+        assert driver.status & NEEDS_RESET
+    else:
+        driver.config(pciregs.COMMAND, 2, pciregs.COMMAND_MEMORY)
+    assert not driver.host["one"].resume()
+    driver.room["one"] = True
+    assert not driver.host["one"].resume()
+    assert driver.said["one"] == b""
+    if not broken:
+        driver.config(pciregs.COMMAND, 2, pciregs.COMMAND_MEMORY | pciregs.COMMAND_MASTER)
+        assert driver.said["one"] == b"kept"
 
 
 def test_input_waits_for_buffers(driver: Driver) -> None:
