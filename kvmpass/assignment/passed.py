@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import BadDescriptor
 from kvmpass.host import Bdf, PciDevice, Sysfs
 from kvmpass.host.backend import AUTO, BackendChoice

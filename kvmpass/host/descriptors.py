@@ -8,8 +8,8 @@ from __future__ import annotations
 import enum
 import os
 import stat
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import BadDescriptor, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.sysfs import PCI_DEVICES, VFIO_PCI, PciDevice, Sysfs

@@ -10,10 +10,11 @@ import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from types import FrameType
 
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import HostNotReady, ProgramError
 from kvmpass.host.address import Bdf, parse_distinct
 from kvmpass.host.backend import IOMMU_NODE, IOMMUFD, cdevs, choose_backend

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import kvmpass
 from kvmpass._dataclass import dataclass
 
 
@@ -124,3 +126,11 @@ def test_other_options_are_the_standard_librarys() -> None:
     made = Changing(1)
     made.number = 2
     assert made == Changing(2)
+
+
+def test_the_package_uses_it_where_it_saves_something() -> None:
+    package = Path(kvmpass.__file__).parent
+    for path in package.rglob("*.py"):
+        source = path.read_text()
+        if "@dataclass(frozen=True, slots=True)" in source:
+            assert "from kvmpass._dataclass import dataclass\n" in source, path.relative_to(package)
