@@ -209,8 +209,8 @@ def _run(words: Sequence[str], opened: ExitStack, fds: Sequence[int]) -> int:
     """Run the program until it ends; ``opened`` are this process's descriptors, closed once it has its own."""
     forwarding = _Forwarding()
     with _signals(forwarding):
-        process = subprocess.Popen(words, pass_fds=fds)
-        forwarding.started(process)
-        opened.close()
-        status = process.wait()
+        with subprocess.Popen(words, pass_fds=fds) as process:  # its end is waited for, whatever fails here
+            forwarding.started(process)
+            opened.close()
+        status = process.returncode
     return status if status >= 0 else 128 - status
