@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from kvmpass.errors import LayoutError
@@ -24,6 +25,10 @@ class BusDevice(Protocol):
         """Write ``data``: 1, 2, 4 or 8 bytes."""
 
 
+Label = str | Callable[[int], str]
+"""What is at a range, for statistics, or a function that says it of an offset: a few words for each device."""
+
+
 class Bus:
     """Non-overlapping ranges of ports or of guest-physical addresses, each with its device.
 
@@ -36,9 +41,9 @@ class Bus:
         self.name = name
         """What its addresses are, for messages: ``port`` or ``memory``."""
         self._starts: list[int] = []
-        self._ranges: list[tuple[int, int, BusDevice]] = []
+        self._ranges: list[tuple[int, int, BusDevice, Label]] = []
 
-    def add(self, start: int, size: int, device: BusDevice) -> None:
+    def add(self, start: int, size: int, device: BusDevice, label: Label = "a device") -> None:
         """Add a device at ``size`` addresses from ``start`` on. Raises ``LayoutError`` if they overlap another's."""
         at = bisect.bisect_left(self._starts, start)
         before = self._ranges[at - 1] if at else None
@@ -46,7 +51,7 @@ class Bus:
         if (before and before[0] + before[1] > start) or (after and start + size > after[0]):
             raise LayoutError(f"{self.name} {start:#x}+{size:#x} overlaps another device")
         self._starts.insert(at, start)
-        self._ranges.insert(at, (start, size, device))
+        self._ranges.insert(at, (start, size, device, label))
 
     def remove(self, device: BusDevice) -> None:
         """Remove every range of ``device``."""
@@ -57,10 +62,19 @@ class Bus:
         at = bisect.bisect_right(self._starts, address) - 1
         if at < 0:
             return None
-        start, length, device = self._ranges[at]
+        start, length, device, _ = self._ranges[at]
         if address + size > start + length:
             return None
         return address - start, device
+
+    def label(self, address: int) -> str:
+        """Return what is at ``address``, for statistics."""
+        at = bisect.bisect_right(self._starts, address) - 1
+        if at >= 0:
+            start, length, _, label = self._ranges[at]
+            if address < start + length:
+                return label if isinstance(label, str) else label(address - start)
+        return f"{self.name} without a device"
 
     def read(self, address: int, size: int) -> bytes:
         """Read from the device that has all of the range; ones without a device."""

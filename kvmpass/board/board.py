@@ -67,20 +67,22 @@ class Board:
             """Guest-physical addresses without a memslot."""
             self.pci = PciBus()
             """The PCI bus."""
-            self.ports.add(ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE, ConfigPorts(self.pci))
+            self.ports.add(
+                ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE, ConfigPorts(self.pci), "PCI configuration ports"
+            )
             # The address alone does nothing: the access of the data exits.
             self.vm.coalesce_port_writes(ports.PCI_CONFIG_BASE, ports.PCI_ADDRESS_SIZE)
-            self.mmio.add(layout.ecam.start, layout.ecam.size, Ecam(self.pci))
+            self.mmio.add(layout.ecam.start, layout.ecam.size, Ecam(self.pci), "ECAM")
             self._bars = BarSpace(layout)
             self.serials: list[Serial16550] = []
             """COM1 to COM4."""
-            for line, output in zip(ports.SERIAL_LINES, events.outputs, strict=True):
+            for number, (line, output) in enumerate(zip(ports.SERIAL_LINES, events.outputs, strict=True), 1):
                 self.serials.append(Serial16550(output, partial(self._drive, line.irq)))
-                self.ports.add(line.port, ports.SERIAL_PORTS, self.serials[-1])
-            self.ports.add(ports.POWER_BASE, ports.POWER_SIZE, PowerControl(events.power))
+                self.ports.add(line.port, ports.SERIAL_PORTS, self.serials[-1], f"COM{number}")
+            self.ports.add(ports.POWER_BASE, ports.POWER_SIZE, PowerControl(events.power), "power control")
             self.hotplug = HotplugController(partial(self._drive, ports.EVENT_GSI), events.eject)
             """The ACPI hotplug controller."""
-            self.ports.add(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE, self.hotplug)
+            self.ports.add(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE, self.hotplug, "hotplug controller")
             self._undo = undo.pop_all()
 
     def _drive(self, gsi: int, level: bool) -> None:
@@ -92,7 +94,8 @@ class Board:
     def plug(self, make: Callable[[Wiring], F], slot: int, number: int = 0) -> F:
         """Plug the function that ``make`` returns into ``slot`` as function ``number``. Raises ``LayoutError``."""
         gsis = tuple(ports.intx_gsi(slot, pin) for pin in range(4))
-        wiring = Wiring(self.vm, self.routes, self._memory, self.ports, self.mmio, self._bars, gsis)
+        place = f"{slot:02x}.{number}"
+        wiring = Wiring(self.vm, self.routes, self._memory, self.ports, self.mmio, self._bars, gsis, place)
         with undo_on_error() as undo:
             function = make(wiring)
             undo.callback(function.close)

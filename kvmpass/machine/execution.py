@@ -18,7 +18,7 @@ from kvmpass.errors import Closed, GuestError
 from kvmpass.kvm import IrqRoutes, System, Vcpu, Vm
 from kvmpass.layout import LOCAL_APIC_BASE, Layout
 from kvmpass.machine.slots import Slots
-from kvmpass.machine.vcpus import GuestOutcome, VcpuThreads
+from kvmpass.machine.vcpus import Accesses, GuestOutcome, VcpuThreads
 from kvmpass.memory import GuestMemory
 
 _NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
@@ -46,6 +46,8 @@ class Execution:
     def __init__(self, cpus: int) -> None:
         self.cpus = cpus
         """Number of vCPUs."""
+        self.count_accesses = False
+        """Whether ``access_counts`` counts; from the next ``start()`` on."""
         self._bus_lock = threading.RLock()
         self._device_lock = threading.RLock()
         self._closed = False
@@ -140,7 +142,9 @@ class Execution:
         with undo_on_error(self._close_vcpus):
             self._make_vcpus(system, entry)
         board = self._board
-        self._threads = VcpuThreads(self._vcpus, board.ports, board.mmio, self._bus_lock, lambda: self._throttle())
+        self._threads = VcpuThreads(
+            self._vcpus, board.ports, board.mmio, self._bus_lock, lambda: self._throttle(), self.count_accesses
+        )
         self._threads.start()
 
     def _make_vcpus(self, system: System, entry: int) -> None:
@@ -223,6 +227,14 @@ class Execution:
     def exit_reasons(self) -> dict[str, int]:
         """Number of exits since the last start, by reason: ``Port``, ``Mmio`` … (``kvmpass.kvm.exits``)."""
         return self._threads.reasons if self._threads else {}
+
+    @property
+    def access_counts(self) -> dict[str, Accesses]:
+        """Number of exits since the last start, by what the guest accessed, most first, if ``count_accesses`` is set.
+
+        Accesses that do not leave KVM (memory, mapped BARs, doorbells of virtio, the APICs) are not among them.
+        """
+        return self._threads.accesses if self._threads else {}
 
     def _power_event(self, event: PowerEvent) -> None:
         if event is PowerEvent.POWEROFF:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from kvmpass.bus import Bus
 from kvmpass.errors import GuestError
@@ -45,11 +46,21 @@ class GuestOutcome(enum.Enum):
     """``Machine.stop`` was called, or the machine was closed."""
 
 
+class Accesses(NamedTuple):
+    """Number of exits for accesses of one device."""
+
+    reads: int
+    """Exits for reads."""
+    writes: int
+    """Exits for writes."""
+
+
 class VcpuThreads:
     """Run vCPUs until one of them, or ``end()``, ends the guest.
 
     ``lock`` is held for each dispatched exit: devices on the buses see one access at a time. ``throttle`` is called
     after each access to a port, without the lock: it may block, which delays this vCPU only.
+    ``count_accesses``: count exits by what was accessed.
 
     Synchronization: ``end``, ``wait``, ``ended``, ``stop``, ``pause`` and ``resume`` from any thread. ``_state``
     guards the outcome, whether it is paused, and which threads are inside their loop, so that none is signalled
@@ -57,7 +68,13 @@ class VcpuThreads:
     """
 
     def __init__(
-        self, vcpus: Sequence[Vcpu], ports: Bus, mmio: Bus, lock: threading.RLock, throttle: Callable[[], None]
+        self,
+        vcpus: Sequence[Vcpu],
+        ports: Bus,
+        mmio: Bus,
+        lock: threading.RLock,
+        throttle: Callable[[], None],
+        count_accesses: bool = False,
     ) -> None:
         self._vcpus = list(vcpus)
         self._ports = ports
@@ -76,6 +93,7 @@ class VcpuThreads:
         """Why KVM could not run the guest; empty otherwise."""
         self._threads: list[threading.Thread] = []
         self._reasons: list[Counter[type[exits.Exit]]] = [Counter() for _ in vcpus]  # each thread has its own
+        self._accesses: Counter[tuple[str, bool]] | None = Counter() if count_accesses else None
         self._repeated = [-1 for _ in vcpus]  # number of the exit that was repeated last
 
     def start(self) -> None:
@@ -127,8 +145,17 @@ class VcpuThreads:
     @property
     def reasons(self) -> dict[str, int]:
         """Number of exits by class of ``kvmpass.kvm.exits``, named without ``Exit``."""
-        total = sum(self._reasons, Counter[type[exits.Exit]]())
+        total = Counter[type[exits.Exit]]()
+        for reasons in self._reasons:
+            total.update(reasons.copy())  # its thread may add to it
         return {kind.__name__.removesuffix("Exit"): count for kind, count in total.items()}
+
+    @property
+    def accesses(self) -> dict[str, Accesses]:
+        """Number of exits by what was accessed, most first; empty unless they are counted."""
+        counts = (self._accesses or Counter()).copy()
+        found = {name: Accesses(counts[name, False], counts[name, True]) for name, _ in counts}
+        return dict(sorted(found.items(), key=lambda entry: -sum(entry[1])))
 
     @property
     def ended(self) -> bool:
@@ -193,10 +220,14 @@ class VcpuThreads:
         match exit_:
             case exits.PortExit():
                 with self._bus_lock:
+                    if self._accesses is not None:
+                        self._accesses[self._ports.label(exit_.port), exit_.is_write] += 1
                     self._port(vcpu, exit_)
                 self._throttle()
             case exits.MmioExit(address, size, is_write, data):
                 with self._bus_lock:
+                    if self._accesses is not None:
+                        self._accesses[self._mmio.label(address), is_write] += 1
                     if is_write:
                         self._mmio.write(address, data)
                     else:

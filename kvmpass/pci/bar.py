@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from kvmpass._ratelimit import limited_log, log_errors
@@ -41,6 +42,8 @@ class Trap(NamedTuple):
     """Where they are, relative to the BAR."""
     device: Trapped
     """The registers."""
+    name: str = "registers"
+    """What they are."""
 
 
 class Doorbell(NamedTuple):
@@ -67,7 +70,8 @@ def mappable(areas: Sequence[Range], trapped: Sequence[Range] = ()) -> list[Rang
 class Bar:
     """One BAR: its register, and its ranges in the guest's address space while it decodes.
 
-    ``name``: of its memory regions; ``flags``: the register's low bits. A ``BusDevice``: accesses without a memslot
+    ``name``: of its memory regions; ``flags``: the register's low bits; ``pages``: what is in pages of the source,
+    by their offsets, for statistics. A ``BusDevice``: accesses without a memslot
     go to a trap or to the source. Raises ``LayoutError`` where no address is free, ``OSError``.
 
     Synchronization: with the bus lock held.
@@ -81,9 +85,12 @@ class Bar:
         wiring: Wiring,
         traps: Sequence[Trap] = (),
         doorbells: Sequence[Doorbell] = (),
+        pages: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
         """The name of its memory regions, such as ``bar0``."""
+        self._label = f"{wiring.place} {name}"
+        self._pages = pages
         self._source = source
         self._memory = wiring.memory
         self._vm = wiring.vm
@@ -186,7 +193,7 @@ class Bar:
             log.debug("%s at %s: not decoded there", self.name, here)
             return
         try:
-            self._bus.add(here.start, here.size, self)
+            self._bus.add(here.start, here.size, self, self.label)
             self._connected = True
             self._windows.forget(self)
             self._show()
@@ -257,6 +264,12 @@ class Bar:
                     self._vm.ioeventfd_deassign(doorbell.eventfd, at, doorbell.size)
 
     # --- accesses without a memslot
+
+    def label(self, offset: int) -> str:
+        """Return what is at ``offset``, for statistics."""
+        trapped = (trap.name for trap in self._traps if trap.range.start <= offset < trap.range.end)
+        part = next(trapped, self._pages.get(offset // PAGE * PAGE))
+        return f"{self._label} {part}" if part else self._label
 
     def read(self, offset: int, size: int) -> bytes:
         """Read from a trap or from the source; ones outside of it, or where it fails."""

@@ -42,6 +42,8 @@ class Wiring:
     """The address windows for BARs."""
     gsis: tuple[int, ...]
     """The GSIs of INTA to INTD."""
+    place: str = ""
+    """Device and function number, such as ``01.0``."""
 
 
 class PciFunction(Protocol):

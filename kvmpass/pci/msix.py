@@ -50,8 +50,8 @@ class Msix(MessageCapability):
     def traps(self, bar: int) -> list[Trap]:
         """Return the table and the pending bits, if they are in BAR number ``bar``."""
         own = self._own
-        table = Trap(Range(own.table_offset, own.table_size), self)
-        pending = Trap(Range(own.pba_offset, own.pba_size), PendingBits(self._vectors))
+        table = Trap(Range(own.table_offset, own.table_size), self, "MSI-X table")
+        pending = Trap(Range(own.pba_offset, own.pba_size), PendingBits(self._vectors), "MSI-X pending bits")
         return [trap for at, trap in ((own.table_bar, table), (own.pba_bar, pending)) if at == bar]
 
     def read(self, offset: int, size: int) -> bytes:

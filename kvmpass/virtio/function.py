@@ -32,6 +32,13 @@ VECTORS = 2
 COMMON, ISR, CONFIG, NOTIFY, TABLE, PENDING = (PAGE * page for page in range(6))
 """Offsets in the BAR."""
 BAR_SIZE = 8 * PAGE
+PAGES = {
+    COMMON: "common configuration",
+    ISR: "ISR status",
+    CONFIG: "device configuration",
+    NOTIFY: "notification",
+}
+"""What is in the BAR's pages, for statistics."""
 NOTIFY_STEP = 4
 """Bytes from one queue's notification to the next one's."""
 
@@ -105,7 +112,7 @@ class VirtioFunction:
         self._kicks = Kicks(name, self.transport, device.deferred)
         with undo_on_error(self._kicks.close):
             doorbells = self._kicks.doorbells(NOTIFY, NOTIFY_STEP)
-            self._bar = Bar(name, self._registers, 0, wiring, self._msix.traps(0), doorbells)
+            self._bar = Bar(name, self._registers, 0, wiring, self._msix.traps(0), doorbells, PAGES)
             self._bars.add(pciregs.BAR0, self._bar)
 
     def _add_header(self, device: VirtioDevice) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from kvmpass.bus import Bus
 from kvmpass.kvm import Vcpu
-from kvmpass.kvm.exits import DeliveryExit, Exit, InterruptedExit, PortExit, RefusedExit, ShutdownExit
+from kvmpass.kvm.exits import DeliveryExit, Exit, InterruptedExit, MmioExit, PortExit, RefusedExit, ShutdownExit
 from kvmpass.machine.vcpus import GuestOutcome, VcpuThreads
 
 
@@ -169,10 +169,49 @@ def test_writes_that_kvm_has_collected_come_before_the_exit() -> None:
     vcpu.coalesced = [(0x70, b"a"), (0x71, b"bc")]
     vcpu.exits = [PortExit(0x80, 1, 1, False, b"", 0)]
     threads = VcpuThreads(cast(list[Vcpu], [vcpu]), bus, Bus("memory"), threading.RLock(), lambda: None)
+    assert threads.accesses == {}
     threads.start()
     settle(lambda: threads.reasons.get("Port") == 1 and not vcpu.exits)
     threads.stop()
     assert written == [(0, b"a"), (1, b"bc"), (0x10, b"read")]
+    assert threads.accesses == {}, "nobody asked for them"
+
+
+def test_exits_are_counted_by_what_is_accessed() -> None:
+    class Device:
+        def read(self, offset: int, size: int) -> bytes:
+            return bytes(size)
+
+        def write(self, offset: int, data: bytes) -> None:
+            pass
+
+    ports, mmio = Bus("port"), Bus("memory")
+    ports.add(0x70, 0x20, Device(), "clock")
+    mmio.add(0x1000, 0x2000, Device(), lambda offset: f"page {offset >> 12}")
+    vcpu = FakeVcpu(0)
+    vcpu.coalesced = [(0x70, b"a")]  # no exit
+    accesses: list[PortExit | MmioExit] = [
+        PortExit(0x70, 1, 4, False, b"", 0),
+        PortExit(0x71, 1, 1, True, b"1", 0),
+        PortExit(0x90, 1, 1, True, b"1", 0),
+        MmioExit(0x1008, 4, False, b"", 0),
+        MmioExit(0x2008, 4, True, bytes(4), 0),
+        MmioExit(0x2FFC, 4, True, bytes(4), 0),
+        MmioExit(0x3000, 4, False, b"", 0),
+    ]
+    vcpu.exits = [*accesses]
+    threads = VcpuThreads(cast(list[Vcpu], [vcpu]), ports, mmio, threading.RLock(), lambda: None, True)
+    threads.start()
+    settle(lambda: not vcpu.exits and sum(map(sum, threads.accesses.values())) == len(accesses))
+    threads.stop()
+    assert threads.accesses == {
+        "clock": (1, 1),
+        "port without a device": (0, 1),
+        "page 0": (1, 0),
+        "page 1": (0, 2),
+        "memory without a device": (1, 0),
+    }
+    assert next(iter(threads.accesses)) in ("clock", "page 1"), "most first"
 
 
 def test_an_end_during_a_pause(stage: Stage) -> None:

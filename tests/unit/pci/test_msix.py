@@ -37,7 +37,7 @@ class Table:
 
     @property
     def pending(self) -> Trapped:
-        [(range_, bits)] = [trap for trap in self.msix.traps(0) if trap.range.start]
+        [(range_, bits, _)] = [trap for trap in self.msix.traps(0) if trap.range.start]
         assert range_.start == PENDING_AT
         return bits
 
