@@ -19,6 +19,7 @@ from kvmpass.kvm.system import MAX_APIC_IDS
 from kvmpass.layout import Range, parse_size
 from kvmpass.machine import Machine
 from kvmpass.memory import Backing
+from kvmpass.timings import Mark, unmarked
 
 Say = Callable[[str], None]
 
@@ -82,12 +83,14 @@ def assigned(
     say: Say = lambda line: None,
     warn: Say = lambda line: None,
     on_event: Callable[[DeviceEvent], None] | None = None,
+    mark: Mark = unmarked,
 ) -> Iterator[Machine]:
     """Yield a machine with the devices assigned and a guest loaded; rebind the devices to their drivers afterwards.
 
     ``descriptors``: of devices that another process has opened, which stay bound to vfio-pci. They are closed once
     the machine has duplicates; ``addresses`` says which of their devices are assigned, by default all.
-    ``say`` is called with each step, ``warn`` with each warning, in a line; other arguments are those of ``Machine``.
+    ``say`` is called with each step, ``warn`` with each warning, in a line, ``mark`` with the name of
+    each stage that has ended; other arguments are those of ``Machine``.
     Raises before any change ``BadAddress``, ``NoSuchDevice``, ``HostNotReady``, ``NotAssignable``,
     ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``, ``LayoutError``, ``BadDescriptor``. Later
     errors are raised after the devices were rebound.
@@ -103,7 +106,9 @@ def assigned(
         fds = {bdf: fd for bdf, (_, fd) in passed.items()}
     else:
         devices = check(bdfs, size, sysfs, backing, cpus, backend if isinstance(backend, str) else AUTO, p2p)
+    mark("checks")
     image = prepare(spec, [device.modalias for device in devices])
+    mark("kernel and initramfs")
     for line in image.warnings:
         warn(line)
     machine = Machine(
@@ -116,14 +121,18 @@ def assigned(
         sysfs=sysfs,
         on_event=on_event,
     )
+    mark("machine")
     with machine:
         if cpus > len(os.sched_getaffinity(0)):
             warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
         machine.populate()  # the last step at which the out-of-memory killer can strike
+        mark("memory")
         image.load(machine)
+        mark("loading")
         # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
         borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say)
         with borrowed, closing(machine):
+            mark("binding")
             for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
                 # VFIO refuses a token for devices without SR-IOV.
                 token = vf_token if sriov_of(sysfs, device.bdf) else None
@@ -138,8 +147,10 @@ def assigned(
             say_mappings(machine, say)
             machine.audit()
             say("audit: ok")
+            mark("assignment")
             yield machine
             machine.audit()
+    mark("rebinding")
     for device in devices if descriptors is None else ():
         say(f"device {device.bdf}: rebound to {sysfs.driver(device.bdf) or 'no driver'}")
 

@@ -22,11 +22,13 @@ from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
 from kvmpass.cli.output import document_text, error_fields, error_text
 from kvmpass.cli.params import BDF, backend_option, p2p_option
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
+from kvmpass.cli.timings import Measured
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
 from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.memory import Backing
+from kvmpass.timings import Mark, unmarked
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -85,6 +87,7 @@ from kvmpass.memory import Backing
     help="End the guest after this time, boot included; exit status 124.",
 )
 @click.option("--console-log", type=click.Path(path_type=Path), help="Write the whole console to this file.")
+@click.option("--timings", is_flag=True, help="Print how long each stage took, and what made the guest exit.")
 @click.option("--status-file", type=click.Path(path_type=Path), help="Write the result to this file, as JSON.")
 @click.option(
     "-v",
@@ -108,6 +111,7 @@ def assign(
     on_reboot: str,
     timeout: float | None,
     console_log: Path | None,
+    timings: bool,
     status_file: Path | None,
     **guest: Any,
 ) -> int:
@@ -153,12 +157,16 @@ def assign(
         "guest_exit_status": None,
         "backend": None,
         "peer_mappings": None,
+        "timings": None,
         "events": [],
         "events_dropped": 0,
         "guest_errors": [],
         "error": None,
     }
     started = time.monotonic()
+    measured = Measured() if timings else None
+    mark = measured.timings.mark if measured else unmarked
+    mark("start of Python, imports")
     exit_status = ASSIGN_FAILED
     try:
         # Not the argument's type: the status file must report a wrong address, too.
@@ -180,11 +188,14 @@ def assign(
                 say=progress.say,
                 warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
                 on_event=progress.note,
+                mark=mark,
             ) as machine,
         ):
+            if measured:
+                measured.machine = machine
             outcome["backend"] = backend_document(machine.backend)
             outcome["bdfs"] = list(bdf) or [str(device.bdf) for device in machine.devices]
-            result = _run(machine, spec, log, restart=on_reboot == "restart", timeout=timeout)
+            result = _run(machine, spec, log, restart=on_reboot == "restart", timeout=timeout, mark=mark)
             outcome["peer_mappings"] = peers_document(machine.domain)
             outcome["guest_exit_status"] = result.status  # valid even if rebinding a device fails
         if command is not None and result.status is None:
@@ -199,6 +210,9 @@ def assign(
         outcome["error"] = error_fields(error)
         raise
     finally:
+        if measured:
+            outcome["timings"] = measured.document()
+            click.echo("\n".join(f"kvmpass: {line}" for line in measured.lines()), err=True)
         if status_file is not None:
             outcome.update(exit_status=exit_status, seconds=round(time.monotonic() - started, 3))
             try:
@@ -253,13 +267,15 @@ class Progress:
             self.say(f"device {event}")
 
 
-def _run(machine: Machine, spec: GuestSpec, log: ConsoleLog, *, restart: bool, timeout: float | None) -> GuestResult:
+def _run(
+    machine: Machine, spec: GuestSpec, log: ConsoleLog, *, restart: bool, timeout: float | None, mark: Mark
+) -> GuestResult:
     to_stdout = descriptor_sink(sys.stdout.fileno())
     # One sink for one file: it keeps the order of what the command writes to both.
     same = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
     to_stderr = to_stdout if same else descriptor_sink(sys.stderr.fileno())
     console = to_stdout if spec.command is None else to_stderr if spec.verbose else None
-    with Guest(machine, console=log.beside(console), output=to_stdout, errors=to_stderr) as guest:
+    with Guest(machine, console=log.beside(console), output=to_stdout, errors=to_stderr, mark=mark) as guest:
         if spec.command is None:
             click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
         with _terminal(machine, guest, spec):

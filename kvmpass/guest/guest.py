@@ -16,6 +16,7 @@ from kvmpass.guest.output import OutputWriter, Sink
 from kvmpass.guest.size import ConsoleSize
 from kvmpass.initramfs import init
 from kvmpass.machine import GuestOutcome, Machine
+from kvmpass.timings import Mark, unmarked
 from kvmpass.virtio import Port
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
@@ -43,13 +44,17 @@ class Guest:
     """Run what ``GuestImage.load`` has loaded, with the machine's serial ports connected.
 
     ``console``, ``output`` and ``errors`` are called with bytes from a thread of this object. ``with`` stops the
-    machine, ends the thread and disconnects the serial ports. Raises ``GuestError`` while another guest is connected.
+    machine, ends the thread and disconnects the serial ports. ``mark`` is called with the name of each stage that has
+    ended: the guest's boot, its command, its power off. Raises ``GuestError`` while another guest is connected.
 
     Synchronization: ``type``, ``resize`` and ``console`` from any thread.
     """
 
-    def __init__(self, machine: Machine, *, console: Sink | None, output: Sink, errors: Sink) -> None:
+    def __init__(
+        self, machine: Machine, *, console: Sink | None, output: Sink, errors: Sink, mark: Mark = unmarked
+    ) -> None:
         self._machine = machine
+        self._mark = mark
         self._status: int | None = None
         self._ready = self._acknowledged = False
         self._failures: list[str] = []
@@ -129,12 +134,15 @@ class Guest:
         for event in self._controls[channel].feed(data):
             match event:
                 case Ready():
+                    if not self._ready:
+                        self._mark("guest's boot")
                     self._ready = True
                 case GuestFailure(text) if len(self._failures) < _MAX_FAILURES:
                     self._failures.append(text)
                 case SizeRequest():
                     self._size.requested()
                 case Exited(status) if self._ready and self._status is None:
+                    self._mark("command")
                     self._status = status
                     if channel == init.CONTROL_PORT:
                         self._take_output()
@@ -170,6 +178,7 @@ class Guest:
                 self._size.reset()
                 self._machine.start()
                 outcome = None
+        self._mark("power off" if self._status is not None else "guest")
         self._writer.close()
         if self._writer.failure is not None:
             raise self._writer.failure

@@ -29,6 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "_teardown",
             "_ratelimit",
             "_eventloop",
+            "timings",
         }
     ),
     frozenset({"_fd", "_signals", "layout", "bus"}),
