@@ -17,11 +17,12 @@ from kvmpass import crash
 from kvmpass.assignment.assign import assigned
 from kvmpass.assignment.passed import PassedDescriptors
 from kvmpass.cli.documents import backend_document, peers_document
+from kvmpass.cli.guest_options import guest_options, guest_spec
 from kvmpass.cli.input import passed_input
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
 from kvmpass.cli.output import document_text, error_fields, error_text
 from kvmpass.cli.params import BDF, backend_option, p2p_option
-from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal, terminal_size
+from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal
 from kvmpass.cli.timings import Measured
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
@@ -35,25 +36,7 @@ from kvmpass.timings import Mark, unmarked
 @click.argument("bdf", nargs=-1, shell_complete=BDF.shell_complete)
 @click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T.")
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
-@click.option("--kernel", type=click.Path(path_type=Path), help="A bzImage.  [default: the running kernel's]")
-@click.option("--initrd", type=click.Path(path_type=Path), help="An initramfs to use instead of the generated one.")
-@click.option("--append", default="", help="Append to the guest kernel's command line.")
-@click.option(
-    "--copy",
-    multiple=True,
-    metavar="SRC:DST",
-    help="Copy a file, a directory, or a program with its libraries to DST in the guest; into DST if it ends with a "
-    "slash.  [repeatable]",
-)
-@click.option(
-    "--module",
-    "modules",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE.ko",
-    help="A driver to load instead of the kernel's own for the device.  [repeatable]",
-)
-@click.option("-i", "--interactive", is_flag=True, help="Pass standard input to COMMAND.")
+@guest_options
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
 @backend_option
 @p2p_option
@@ -171,7 +154,7 @@ def assign(
     try:
         # Not the argument's type: the status file must report a wrong address, too.
         bdfs = [BDF.convert(text, None, None) for text in bdf]
-        spec = _spec(command, **guest)
+        spec = guest_spec(command, **guest)
         progress = Progress(spec.verbose, outcome)
         with (
             closing(ConsoleLog(console_log)) as log,
@@ -231,18 +214,6 @@ def _descriptors(bdf: tuple[str, ...], vfio: tuple[int, ...], iommu: int | None)
     if not bdf:
         raise click.MissingParameter(param_hint="'BDF...'", param_type="argument")
     return None
-
-
-def _spec(command: list[str] | None, **guest: Any) -> GuestSpec:
-    """Return what the guest is made of. Raises ``click.UsageError``."""
-    if command is not None and not command:
-        raise click.UsageError("missing COMMAND after --")
-    if guest["interactive"] and command is None:
-        raise click.UsageError("-i passes standard input to a COMMAND: a shell on the console has it anyway")
-    if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
-        raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
-    own = tuple(command) if command else None
-    return GuestSpec(**guest, command=own, terminal=os.environ.get("TERM", "linux"), terminal_size=terminal_size())
 
 
 class Progress:

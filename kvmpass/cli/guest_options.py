@@ -1,0 +1,50 @@
+"""The options that say what a guest is made of, for every command that starts one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvmpass.cli.output import together
+from kvmpass.cli.terminal import terminal_size
+from kvmpass.guest import GuestSpec
+
+guest_options = together(
+    click.option("--kernel", type=click.Path(path_type=Path), help="A bzImage.  [default: the running kernel's]"),
+    click.option(
+        "--initrd", type=click.Path(path_type=Path), help="An initramfs to use instead of the generated one."
+    ),
+    click.option("--append", default="", help="Append to the guest kernel's command line."),
+    click.option(
+        "--copy",
+        multiple=True,
+        metavar="SRC:DST",
+        help="Copy a file, a directory, or a program with its libraries to DST in the guest; into DST if it ends "
+        "with a slash.  [repeatable]",
+    ),
+    click.option(
+        "--module",
+        "modules",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="FILE.ko",
+        help="A driver to load instead of the kernel's own for the device.  [repeatable]",
+    ),
+    click.option("-i", "--interactive", is_flag=True, help="Pass standard input to COMMAND."),
+)
+"""Their names are those of ``GuestSpec``'s fields."""
+
+
+def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
+    """Return what the guest is made of, from its options and ``verbose``. Raises ``click.UsageError``."""
+    if command is not None and not command:
+        raise click.UsageError("missing COMMAND after --")
+    if guest["interactive"] and command is None:
+        raise click.UsageError("-i passes standard input to a COMMAND: a shell on the console has it anyway")
+    if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
+        raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
+    own = tuple(command) if command else None
+    return GuestSpec(**guest, command=own, terminal=os.environ.get("TERM", "linux"), terminal_size=terminal_size())
