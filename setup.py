@@ -1,5 +1,30 @@
-"""The extension module; everything else is in pyproject.toml (cffi_modules is a keyword of setup.py only)."""
+"""The extension module, and the programs in C; everything else is in pyproject.toml."""
+
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
-setup(cffi_modules=["cffi_build/build.py:ffi"])
+# By their path, their sources below cffi_build and the compiler's further arguments.
+PROGRAMS = {
+    "kvmpass/files/confine": (["confine.c"], ["-std=gnu11", "-O2", "-Wall", "-Wextra"]),
+}
+
+
+class BuildPrograms(build_ext):
+    """Build the programs, too: beside the sources or, for a wheel, into it. cffi derives a class from this one."""
+
+    def run(self) -> None:
+        super().run()
+        for path, (sources, arguments) in PROGRAMS.items():
+            program = Path("" if self.inplace else self.build_lib, path)
+            program.parent.mkdir(parents=True, exist_ok=True)
+            files = [f"cffi_build/{source}" for source in sources]
+            self.spawn([self.compiler.compiler[0], *arguments, "-o", str(program), *files])
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), *(str(Path(self.build_lib, path)) for path in PROGRAMS)]
+
+
+# cffi_modules is a keyword of setup.py only.
+setup(cffi_modules=["cffi_build/build.py:ffi"], cmdclass={"build_ext": BuildPrograms})

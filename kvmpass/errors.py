@@ -61,6 +61,10 @@ class BadDescriptor(KvmpassError):
     """A descriptor that was passed is not what it must be, or something uses it already."""
 
 
+class ShareError(KvmpassError):
+    """Files of this host that cannot be served to a guest, or a host that cannot confine the daemon that does it."""
+
+
 class DriverPinned(KvmpassError):
     """Another tool (driverctl) binds the device to a driver at each boot."""
 

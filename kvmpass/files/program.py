@@ -1,0 +1,29 @@
+"""The program that serves files: virtiofsd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+PLACES = (
+    "usr/libexec/virtiofsd",  # Debian 13, Fedora: the daemon in Rust
+    "usr/lib/qemu/virtiofsd",  # Debian 12: QEMU's, in C
+    "usr/lib/virtiofsd",  # Arch
+    "usr/local/libexec/virtiofsd",
+)
+"""Where it is looked for, in this order, without the leading slash."""
+
+
+def find_daemon(path: Callable[[str], Path] = Path("/").joinpath) -> Path | None:
+    """Return the path of virtiofsd; None: not installed. ``path`` finds a file of the host."""
+    return next((found for place in PLACES if (found := path(place)).is_file()), None)
+
+
+def arguments(program: Path, listener: int, source: str) -> tuple[str, ...]:
+    """Return the command line. ``listener``: the descriptor of a socket that listens; ``source``: the directory.
+
+    In options that both know: QEMU's virtiofsd in C (7.2, tools/virtiofsd/helper.c), and the one in Rust, which takes
+    those of the older one as ``-o``. ``chroot``: the namespaces are made already, and the daemon's ``pivot_root``
+    fails where the root is an initramfs. The limit for descriptors is set already, too.
+    """
+    return (str(program), f"--fd={listener}", "--rlimit-nofile=0", "-o", f"source={source},sandbox=chroot")
