@@ -33,6 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"_fd", "_signals", "layout", "bus"}),
+    frozenset({"_beneath"}),
     frozenset({"memory", "initramfs", "files"}),
     frozenset({"kvm", "vfio", "iommufd"}),
     frozenset({"boot", "pci", "dma"}),
@@ -68,7 +69,7 @@ APART = {
         "guest",
     },  # runs anywhere
 }
-NATIVE_USERS = {"kvm", "vfio", "iommufd", "memory"}
+NATIVE_USERS = {"kvm", "vfio", "iommufd", "memory", "_beneath"}
 DRIVER_CHANGES = {"bind", "unbind", "borrow", "restore"}
 
 
