@@ -16,6 +16,7 @@ import click
 from kvmpass import crash
 from kvmpass.assignment.assign import assigned
 from kvmpass.assignment.passed import PassedDescriptors
+from kvmpass.cli.copied import report
 from kvmpass.cli.documents import backend_document, peers_document
 from kvmpass.cli.guest_options import guest_options, guest_spec
 from kvmpass.cli.input import passed_input
@@ -125,7 +126,7 @@ def assign(
     \b
     Exit status: with COMMAND its own, or:
       124  --timeout expired
-      125  kvmpass failed, or was called wrongly
+      125  kvmpass failed, or was called wrongly; or COMMAND has succeeded, but not --copy-out
       126  the guest ended without reporting a status
       130, 143  interrupted by Ctrl-C, by SIGTERM (129, 131: SIGHUP, SIGQUIT)
     """
@@ -141,6 +142,7 @@ def assign(
         "backend": None,
         "peer_mappings": None,
         "timings": None,
+        "copied_out": [],
         "events": [],
         "events_dropped": 0,
         "guest_errors": [],
@@ -183,8 +185,11 @@ def assign(
             outcome["guest_exit_status"] = result.status  # valid even if rebinding a device fails
         if command is not None and result.status is None:
             _explain(result)
+        for line in report(result.copied_out, verbose=spec.verbose):
+            click.echo(f"kvmpass: {line}", err=True)
         exit_status = _exit_status(result, command is not None)
         outcome.update(outcome=_outcome(result), guest_errors=list(result.failures))
+        outcome["copied_out"] = result.copied_out
         return exit_status
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
@@ -246,7 +251,14 @@ def _run(
     same = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
     to_stderr = to_stdout if same else descriptor_sink(sys.stderr.fileno())
     console = to_stdout if spec.command is None else to_stderr if spec.verbose else None
-    with Guest(machine, console=log.beside(console), output=to_stdout, errors=to_stderr, mark=mark) as guest:
+    with Guest(
+        machine,
+        console=log.beside(console),
+        output=to_stdout,
+        errors=to_stderr,
+        copy_out=spec.copy_out,
+        mark=mark,
+    ) as guest:
         if spec.command is None:
             click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
         with _terminal(machine, guest, spec):
@@ -338,7 +350,8 @@ def _exit_status(result: GuestResult, command: bool) -> int:
     if result.outcome is GuestOutcome.TIMEOUT and result.status is None:
         return TIME_UP
     if command:
-        return GUEST_SILENT if result.status is None else result.status
+        incomplete = any(copied.error is not None for copied in result.copied_out)
+        return GUEST_SILENT if result.status is None else result.status or (ASSIGN_FAILED if incomplete else 0)
     failed = (GuestOutcome.PANIC, GuestOutcome.TRIPLE_FAULT, GuestOutcome.FAULT, GuestOutcome.DEVICE_ERROR)
     return GUEST_SILENT if result.outcome in failed else 0
 

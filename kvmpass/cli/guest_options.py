@@ -26,6 +26,13 @@ guest_options = together(
         "with a slash.  [repeatable]",
     ),
     click.option(
+        "--copy-out",
+        multiple=True,
+        metavar="SRC[:DST]",
+        help="When COMMAND has ended, copy a file or a directory of the guest to DST, by default its own name in the "
+        "current directory; into DST if it ends with a slash.  [repeatable]",
+    ),
+    click.option(
         "--module",
         "modules",
         multiple=True,
@@ -44,6 +51,8 @@ def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
         raise click.UsageError("missing COMMAND after --")
     if guest["interactive"] and command is None:
         raise click.UsageError("-i passes standard input to a COMMAND: a shell on the console has it anyway")
+    if guest["copy_out"] and command is None:
+        raise click.UsageError("--copy-out brings files out when a COMMAND has ended: name one after --")
     if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
     own = tuple(command) if command else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,9 @@ from typing import Self
 from kvmpass._dataclass import dataclass
 from kvmpass._teardown import undo_on_error
 from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeRequest
+from kvmpass.guest.copyout import CopyOut
+from kvmpass.guest.destination import Destination
+from kvmpass.guest.extract import CopiedOut
 from kvmpass.guest.output import OutputWriter, Sink
 from kvmpass.guest.size import ConsoleSize
 from kvmpass.initramfs import init
@@ -38,6 +42,8 @@ class GuestResult:
     """Failures of the guest's init, and of KVM."""
     console: str
     """The last 64 KiB of its console (``kvmpass.crash.excerpt`` finds a crash in it)."""
+    copied_out: tuple[CopiedOut, ...] = ()
+    """What was brought out, for each of ``Guest``'s ``copy_out``."""
 
 
 class Guest:
@@ -45,13 +51,21 @@ class Guest:
 
     ``console``, ``output`` and ``errors`` are called with bytes from a thread of this object. ``with`` stops the
     machine, ends the thread and disconnects the serial ports. ``mark`` is called with the name of each stage that has
-    ended: the guest's boot, its command, its power off. Raises ``GuestError`` while another guest is connected.
+    ended: the guest's boot, its command, its power off. ``copy_out``: that of the ``GuestSpec``.
+    Raises ``KvmpassError`` if files cannot be created there, ``GuestError`` while another guest is connected.
 
     Synchronization: ``type``, ``resize`` and ``console`` from any thread.
     """
 
     def __init__(
-        self, machine: Machine, *, console: Sink | None, output: Sink, errors: Sink, mark: Mark = unmarked
+        self,
+        machine: Machine,
+        *,
+        console: Sink | None,
+        output: Sink,
+        errors: Sink,
+        copy_out: Sequence[str] = (),
+        mark: Mark = unmarked,
     ) -> None:
         self._machine = machine
         self._mark = mark
@@ -60,6 +74,7 @@ class Guest:
         self._failures: list[str] = []
         self._controls = {CONTROL: ControlChannel(), init.CONTROL_PORT: ControlChannel()}
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
+        self._files = CopyOut([*map(Destination.parse, copy_out)])
         self._tail: deque[int] = deque(maxlen=_TAIL_BYTES)
         self._writer = OutputWriter(machine.stop, lambda: machine.ended, self._take_output)
         to_console = self._writer.to(console) if console else None
@@ -81,6 +96,8 @@ class Guest:
                 init.CONTROL_PORT: partial(self._on_control, init.CONTROL_PORT),
             }
             outlets = {init.OUTPUT_PORT: to_output, init.ERRORS_PORT: to_errors}
+            if copy_out:
+                outputs[init.FILES_PORT] = outlets[init.FILES_PORT] = self._writer.to(self._files)
             machine.connect(
                 outputs, self._writer.throttle, lambda name: name not in outlets or outlets[name].has_room()
             )
@@ -93,6 +110,7 @@ class Guest:
     ) -> None:
         self._machine.stop()
         self._writer.close(None if error is None else _ABANDON_SECONDS)
+        self._files.close()
         self._machine.disconnect()
 
     def type(self, data: bytes) -> int:
@@ -176,6 +194,7 @@ class Guest:
                 self._machine.reset()
                 self._controls = {channel: ControlChannel() for channel in self._controls}  # drops unfinished lines
                 self._size.reset()
+                self._files.reset()
                 self._machine.start()
                 outcome = None
         self._mark("power off" if self._status is not None else "guest")
@@ -183,4 +202,4 @@ class Guest:
         if self._writer.failure is not None:
             raise self._writer.failure
         failures = filter(None, (*self._failures, self._machine.fault))
-        return GuestResult(outcome, self._status, tuple(failures), self.console)
+        return GuestResult(outcome, self._status, tuple(failures), self.console, self._files.results())

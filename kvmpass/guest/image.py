@@ -10,6 +10,7 @@ from kvmpass._dataclass import dataclass
 from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import BadKernel, NotEnoughMemory
+from kvmpass.guest.destination import Destination
 from kvmpass.initramfs import GuestRoot, init, parameters
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
@@ -34,6 +35,8 @@ class GuestSpec:
     """Kernel modules to load, which replace the kernel's own."""
     command: tuple[str, ...] | None = None
     """The arguments of a command to run instead of a shell on the console."""
+    copy_out: tuple[str, ...] = ()
+    """Files and directories to bring out when the command has ended, as ``SRC[:DST]``."""
     interactive: bool = False
     """Whether the command's input is ``Guest.input``; otherwise it is empty."""
     verbose: bool = False
@@ -96,6 +99,7 @@ def host_kernel() -> Path:
 
 def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``."""
+    brought_out = [Destination.parse(text).source for text in spec.copy_out]
     kernel = KernelImage.from_file(spec.kernel or host_kernel())
     append = parameters.words(spec.append)
     unpacked, warnings = 0, tuple[str, ...]()
@@ -115,6 +119,7 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
             root.copy(copy)
         if spec.command is not None:
             root.run_command(spec.command, interactive=spec.interactive)
+            root.copy_out(brought_out)
         root.terminal(spec.terminal, spec.terminal_size)
         initrd = root.build()
         unpacked, warnings = root.tree.unpacked_size, tuple(root.warnings)
@@ -122,4 +127,6 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     ports: tuple[str, ...] = init.PORTS if spec.command is not None and spec.initrd is None else ()
     if ports and spec.interactive:
         ports += (init.INPUT_PORT,)
+    if ports and brought_out:
+        ports += (init.FILES_PORT,)
     return GuestImage(kernel, initrd, command_line, unpacked, warnings, ports)

@@ -53,6 +53,7 @@ class GuestRoot:
         self._settings = {
             "COMMAND": "",
             "INPUT": "",
+            "FILES": "",
             "EXPECTED": "",
             "TERM": "linux",
             "TERMINAL_SIZE": "rows 24 cols 80",
@@ -138,6 +139,12 @@ class GuestRoot:
         for name in init.PIPES:
             self.tree.add(f"{init.DIRECTORY}/{name}", Node(stat.S_IFIFO | 0o600))
         self.tree.file(f"{init.DIRECTORY}/command", init.calls([("exec", *command)]))
+
+    def copy_out(self, sources: Sequence[str]) -> None:
+        """Send archives of ``sources``, paths in the guest, through a named port when the command has ended."""
+        if sources:
+            self._settings["FILES"] = "yes"
+            self.tree.file(f"{init.DIRECTORY}/files", init.calls([("archive", source) for source in sources]))
 
     def terminal(self, term: str, size: tuple[int, int]) -> None:
         """Set ``TERM``, and rows and columns, of the interactive shell's terminal."""

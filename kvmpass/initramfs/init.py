@@ -12,6 +12,8 @@ OUTPUT_PORT, ERRORS_PORT, CONTROL_PORT = PORTS = ("kvmpass.output", "kvmpass.err
 """Named ports of a virtio console, for a command; serial ports take their place where the kernel has no driver."""
 INPUT_PORT = "kvmpass.input"
 """The port of a command's input."""
+FILES_PORT = "kvmpass.files"
+"""The port of files to bring out."""
 PIPES = ("output", "errors", "input")
 """Names of the pipes between a command and its ports."""
 PORT_DRIVERS = ("virtio_pci", "virtio_console")

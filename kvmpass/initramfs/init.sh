@@ -38,7 +38,8 @@ open_channels() {
         exec 6<>$control_port
         ports=yes
     else
-        [ -z "$INPUT" ] || die "the command's input needs a kernel with CONFIG_VIRTIO_CONSOLE and CONFIG_VIRTIO_PCI"
+        [ -z "$INPUT$FILES" ] ||
+            die "-i and --copy-out need a kernel with CONFIG_VIRTIO_CONSOLE and CONFIG_VIRTIO_PCI"
         for tty in ttyS1 ttyS2 ttyS3; do
             [ -c /dev/$tty ] || die "no /dev/$tty in the guest: its kernel found no serial port there"
             stty -F /dev/$tty 115200 raw -echo || die "/dev/$tty cannot be set up"
@@ -57,7 +58,8 @@ find_ports() {
     end=$((up + PORT_SECONDS))
     until port kvmpass.output && output=$node && port kvmpass.errors && errors=$node &&
         port kvmpass.control && control_port=$node &&
-        { [ -z "$INPUT" ] || { port kvmpass.input && input=$node; }; }; do
+        { [ -z "$INPUT" ] || { port kvmpass.input && input=$node; }; } &&
+        { [ -z "$FILES" ] || { port kvmpass.files && files=$node; }; }; do
         now
         [ $up -lt $end ] || { say "no named ports after $PORT_SECONDS seconds"; return 1; }
         usleep 10000
@@ -95,8 +97,19 @@ run_on_ports() {
     killer=$!
     wait $relays
     kill $killer
+    [ -z "$FILES" ] || . /kvmpass/files | /kvmpass/relay >$files
     report "exit $status"
     read -r answer <&6 # the host has all of the output: powering off resets the console
+}
+# An archive of a file or a directory, which it names "." (kvmpass/guest/extract.py); without files if there is none.
+archive() { # PATH
+    if [ -d "$1" ]; then
+        (cd "$1" && find . -print0 | cpio -o -0 -H newc)
+    elif [ -f "$1" ]; then
+        (cd "$(dirname "$1")" && printf '%s\0' "${1##*/}" | cpio -o -0 -L -H newc)
+    else
+        cpio -o -H newc </dev/null
+    fi
 }
 kill_writers() {
     for process in /proc/[0-9]*; do

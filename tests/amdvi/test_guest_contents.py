@@ -6,6 +6,7 @@ import dataclasses
 import lzma
 import os
 import re
+import stat
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,43 @@ def test_copied_trees_are_where_cp_puts_them(tmp_path: Path) -> None:
     copies = ("tree:/", "tree/.:/", "tree:/root/", "tree/sub:/root/sub")
     result, output = boot("/tree/run", copy=tuple(f"{tmp_path}/{copy}" for copy in copies))
     assert (result.status, output) == (0, b"content\n" * 4)
+
+
+def test_files_come_out_whatever_the_commands_status(tmp_path: Path) -> None:
+    """A directory with a file of several megabytes, odd names, and what is never brought out."""
+    script = """mkdir -p /tmp/results/sub "/tmp/results/a b
+c"; cd /tmp/results; dd if=/dev/zero bs=1M count=5 | tr '\\0' x >big; echo log >sub/log; chmod 4777 sub/log
+        ln -s /etc/passwd link; ln big hard; mknod null c 1 3; mkfifo pipe;
+        ln -s /tmp/results/sub /tmp/followed; exit 3"""
+    spec = GuestSpec(
+        command=("sh", "-c", script),
+        copy_out=(
+            f"/tmp/results:{tmp_path}/out",
+            f"/etc/passwd:{tmp_path}/",
+            f"/missing:{tmp_path}/",
+            "/tmp/followed",
+        ),
+    )
+    os.chdir(tmp_path)
+    image = prepare(spec, [])
+    with (
+        Machine(memory="192M") as machine,
+        Guest(machine, console=None, output=print, errors=print, copy_out=spec.copy_out) as guest,
+    ):
+        image.load(machine)
+        result = guest.run(timeout=200)
+    assert (result.status, result.failures) == (3, ())
+    results, passwd, missing, followed = result.copied_out
+    assert (results.error, passwd.error, followed.error) == (None, None, None), result
+    assert missing.error == "no such file or directory in the guest"
+    assert {line.partition(": ")[0] for line in results.left_out} >= {"out/link", "out/null", "out/pipe"}
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    links = {"out/big", "out/hard"} & files  # the archive has the content once
+    assert files - links == {"out", "out/a b\nc", "out/sub", "out/sub/log", "passwd", "followed", "followed/log"}
+    assert all((tmp_path / path).read_bytes() == b"x" * (5 << 20) for path in links)
+    assert links
+    assert stat.S_IMODE((tmp_path / "out/sub/log").stat().st_mode) & 0o7002 == 0
+    assert (tmp_path / "passwd").read_text().startswith("root:")
 
 
 def test_files_that_exceed_the_guests_memory(tmp_path: Path) -> None:
