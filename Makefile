@@ -34,7 +34,7 @@ deps: ## install the Debian packages that everything else needs
 venv: $(STAMP) ## make .venv, with kvmpass in it as it lies here
 	@$(BIN)/python -m compileall -q kvmpass
 
-$(STAMP): pyproject.toml setup.py $(wildcard cffi_build/*.py cffi_build/*.c cffi_build/*.cdef cffi_build/*.h)
+$(STAMP): pyproject.toml setup.py $(wildcard cffi_build/*.py cffi_build/*.c cffi_build/*.cdef cffi_build/*.h cffi_build/agent/*)
 	@echo "building $(VENV)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --compile -e '.[dev]'
@@ -93,5 +93,5 @@ build: venv ## the source archive and an abi3 wheel, in dist/
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) build dist build.log .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-	rm -f kvmpass/_native.c kvmpass/*.so kvmpass/files/confine
+	rm -f kvmpass/_native.c kvmpass/*.so kvmpass/files/confine kvmpass/initramfs/agent
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,9 +5,16 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
+# Without a C library, an interpreter or relocations: it runs on whatever root file system a guest has.
+FREESTANDING = (
+    "-std=gnu11 -Os -Wall -Wextra -ffreestanding -fno-stack-protector -fno-pie -fno-asynchronous-unwind-tables "
+    "-fcf-protection=none -mno-red-zone -static -nostdlib -no-pie -s "
+    "-Wl,--build-id=none -Wl,-z,noseparate-code -Wl,-z,noexecstack"
+)
 # By their path, their sources below cffi_build and the compiler's further arguments.
 PROGRAMS = {
     "kvmpass/files/confine": (["confine.c"], ["-std=gnu11", "-O2", "-Wall", "-Wextra"]),
+    "kvmpass/initramfs/agent": (["agent/agent.c", "agent/process.c"], FREESTANDING.split()),
 }
 
 

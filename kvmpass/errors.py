@@ -104,6 +104,10 @@ class GuestError(KvmpassError):
     """An operation that the guest's state does not allow, or an exit of the guest that cannot be handled."""
 
 
+class GuestDied(GuestError):
+    """The guest, or the agent in it, has ended while something was expected of it."""
+
+
 class BadArchive(KvmpassError):
     """What a guest sent as its files is not an archive of files."""
 

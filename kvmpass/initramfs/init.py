@@ -8,6 +8,8 @@ from pathlib import Path
 
 DIRECTORY = "/kvmpass"
 COMPLETE = f"{DIRECTORY}/complete"  # the archive's last file
+AGENT = Path(__file__).with_name("agent")
+"""The program that runs processes for the host: ``cffi_build/agent``, built with the extension."""
 OUTPUT_PORT, ERRORS_PORT, CONTROL_PORT = PORTS = ("kvmpass.output", "kvmpass.errors", "kvmpass.control")
 """Named ports of a virtio console, for a command; serial ports take their place where the kernel has no driver."""
 INPUT_PORT = "kvmpass.input"

@@ -1,0 +1,108 @@
+"""The input of a process in the guest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from kvmpass.guest.frames import DATA, END, INPUT, INPUT_WINDOW, MAX_PAYLOAD, encode
+
+
+class Input:
+    """Send bytes to the input of a process, as fast as it reads them. What waits is kept here.
+
+    It can be sent to before the process is started, and given to another one when the guest reboots.
+
+    Synchronization: from any thread; ``_changed`` guards all, and is not held while frames are sent.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition(threading.Lock())
+        self._pending = bytearray()
+        self._send: Callable[[bytes], object] | None = None
+        self._process = 0
+        self._credit = 0
+        self._sending = False
+        self._ending = False  # nothing more comes
+        self._ended = False  # the guest knows
+        self._dropping = False  # nobody reads it
+
+    def attach(self, process: int, send: Callable[[bytes], object]) -> None:
+        """Send to ``process``, which is about to start, by frames."""
+        with self._changed:
+            self._process, self._send, self._credit = process, send, INPUT_WINDOW
+            self._ended = self._dropping = False
+        self._flush()
+
+    def send(self, data: bytes) -> int:
+        """Send ``data``. Return how many bytes the process has not read yet. Dropped once nobody reads it."""
+        with self._changed:
+            if not (self._dropping or self._ending):
+                self._pending += data
+        self._flush()
+        return self.waiting
+
+    def end(self) -> None:
+        """Send nothing more: the process reads the end of the file. Idempotent."""
+        with self._changed:
+            self._ending = True
+        self._flush()
+
+    @property
+    def waiting(self) -> int:
+        """Bytes that the process has not read yet."""
+        with self._changed:
+            return self._waiting()
+
+    def wait_below(self, size: int, timeout: float) -> bool:
+        """Wait until less than ``size`` bytes wait, ``timeout`` seconds at most; return whether."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._waiting() < size, timeout)
+
+    def _waiting(self) -> int:
+        on_the_way = INPUT_WINDOW - self._credit if self._send is not None else 0
+        return 0 if self._dropping else len(self._pending) + on_the_way
+
+    def granted(self, size: int) -> bool:
+        """Note that the process has read ``size`` bytes. Return whether so many were on the way."""
+        with self._changed:
+            self._credit += size
+            if self._credit > INPUT_WINDOW:
+                return False
+            self._changed.notify_all()
+        self._flush()
+        return True
+
+    def drop(self) -> None:
+        """Drop what waits, and what comes: nobody reads it. Idempotent."""
+        with self._changed:
+            self._dropping = True
+            self._pending.clear()
+            self._changed.notify_all()
+
+    def _flush(self) -> None:
+        """Send what may be sent. One thread at a time does it, which keeps the order."""
+        while True:
+            with self._changed:
+                frame = self._next_frame() if not self._sending else None
+                if frame is None:
+                    return
+                send, self._sending = self._send, True
+            assert send is not None
+            try:
+                send(frame)
+            finally:
+                with self._changed:
+                    self._sending = False
+
+    def _next_frame(self) -> bytes | None:
+        if self._send is None or self._dropping or self._ended:
+            return None
+        if data := bytes(self._pending[: min(self._credit, MAX_PAYLOAD)]):
+            del self._pending[: len(data)]
+            self._credit -= len(data)
+            return encode(self._process, DATA, data, INPUT)
+        if self._ending and not self._pending:
+            self._ended = True
+            return encode(self._process, END, b"", INPUT)
+        return None

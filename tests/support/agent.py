@@ -1,0 +1,55 @@
+"""The guest's agent, run here: its standard input is a socket instead of a port."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+from kvmpass.guest.agent import Agent
+from kvmpass.initramfs import init
+
+PROGRAM = Path(init.AGENT)
+
+
+class LocalAgent:
+    """An agent that runs, and the host's side of it."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        own, other = socket.socketpair()
+        self.failures: list[str] = []
+        self._socket = own
+        self._lock = threading.Lock()
+        self.program = subprocess.Popen([PROGRAM, *arguments], stdin=other, env=environment or dict(os.environ))
+        other.close()
+        self.agent = Agent(self.send, on_failure=self.failures.append, on_bad_frame=self.failures.append)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def send(self, data: bytes) -> None:
+        with self._lock:
+            try:
+                self._socket.sendall(data)
+            except OSError:
+                self.agent.fail("the agent has ended")
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = self._socket.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                self.agent.fail("the agent has ended")
+                return
+            self.agent.feed(data)
+
+    def close(self) -> int:
+        """Let it end, and return its exit status."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        status = self.program.wait(20)
+        self._thread.join(20)
+        self._socket.close()
+        return status

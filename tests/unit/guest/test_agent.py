@@ -1,0 +1,319 @@
+"""The agent, the real program: what it runs, and what the host gets of it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.agent import PROGRAM, LocalAgent
+from support.repository import ROOT
+
+from kvmpass.errors import GuestDied, GuestError, KvmpassError
+from kvmpass.guest import frames
+from kvmpass.guest.agent import Agent
+from kvmpass.guest.frames import ERRORS, OUTPUT
+from kvmpass.guest.input import Input
+from kvmpass.guest.process import WINDOW, AgentProcess
+from kvmpass.initramfs import elf
+
+SECONDS = 20
+
+
+@pytest.fixture
+def local() -> Iterator[LocalAgent]:
+    agent = LocalAgent()
+    yield agent
+    agent.close()
+
+
+@pytest.fixture
+def agent(local: LocalAgent) -> Agent:
+    return local.agent
+
+
+def read_all(process: AgentProcess, stream: int = OUTPUT) -> bytes:
+    return b"".join(iter(lambda: process.read(stream, timeout=SECONDS), b""))
+
+
+def shell(agent: Agent, script: str, **options: object) -> AgentProcess:
+    return agent.start(["sh", "-c", script], **options)  # type: ignore[arg-type]
+
+
+def test_it_is_a_small_static_program() -> None:
+    data = PROGRAM.read_bytes()
+    assert elf.is_elf(data)
+    assert elf.dynamic(data).interpreter is None
+    assert elf.dynamic(data).needed == ()
+    assert len(data) < 16384
+
+
+def test_both_sides_have_the_same_numbers() -> None:
+    text = (ROOT / "cffi_build/agent/frames.h").read_text()
+    numbers = {name: int(value) for name, value in re.findall(r"^#define (\w+) (\d+)", text, re.MULTILINE)}
+    numbers |= {name: int(value) for name, value in re.findall(r"([A-Z_]+) = (\d+)", text)}
+    del numbers["STREAMS"]
+    stages = {name: numbers.pop(name) for name in ("SET_UP", "CHANGE_ROOT", "CHANGE_DIRECTORY", "EXECUTE")}
+    assert [name.lower().replace("_", " ") for name in stages] == list(frames.STAGES)
+    assert list(stages.values()) == list(range(len(frames.STAGES)))
+    assert {name: getattr(frames, name) for name in numbers} == numbers
+    assert len(numbers) > 20
+
+
+def test_output_errors_and_status(agent: Agent) -> None:
+    agent.wait_ready(SECONDS)
+    assert agent.uptime is not None and agent.uptime > 0
+    process = shell(agent, "echo out; echo err >&2; exit 7")
+    process.wait_started(SECONDS)
+    assert (read_all(process), read_all(process, ERRORS)) == (b"out\n", b"err\n")
+    assert process.wait(SECONDS) == process.returncode == 7
+    assert shell(agent, "read line || exit 3").wait(SECONDS) == 3, "an empty input"
+    assert shell(agent, "kill -9 $$").wait(SECONDS) == -signal.SIGKILL
+
+
+def test_environment_directory_and_root(agent: Agent, tmp_path: Path) -> None:
+    process = shell(agent, 'echo "$A $HOME"; pwd', environment={"A": "b c", "HOME": "/h"}, directory=str(tmp_path))
+    assert read_all(process).decode() == f"b c /h\n{tmp_path}\n"
+    process = agent.start(["ls"], directory="/nowhere")
+    with pytest.raises(FileNotFoundError, match="change directory"):
+        process.wait_started(SECONDS)
+    process = agent.start(["ls"], root="/nowhere")
+    with pytest.raises(OSError, match="change root"):
+        process.wait_started(SECONDS)
+    if os.geteuid() == 0:
+        (tmp_path / "program").write_bytes(PROGRAM.read_bytes())
+        (tmp_path / "program").chmod(0o755)
+        process = agent.start(["/program"], root=str(tmp_path))
+        process.wait_started(SECONDS)
+        assert process.wait(SECONDS) == 1, "an agent without a port"
+
+
+@pytest.mark.parametrize(
+    "words, number",
+    [
+        (["no-such-program"], errno.ENOENT),
+        (["/no/such/program"], errno.ENOENT),
+        (["/etc/passwd"], errno.EACCES),
+        (["/"], errno.EACCES),
+        (["x" * 5000], errno.ENAMETOOLONG),
+    ],
+)
+def test_a_program_that_cannot_be_run(agent: Agent, words: list[str], number: int) -> None:
+    process = agent.start(words)
+    with pytest.raises(OSError, match="execute") as failed:
+        process.wait_started(SECONDS)
+    assert failed.value.errno == number
+    assert process.wait(SECONDS) == 127
+
+
+def test_a_script_without_a_first_line(agent: Agent, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text('echo "$# $2"\n')
+    script.chmod(0o755)
+    process = agent.start(["script", "a", "b"], environment={"PATH": f"/nowhere:{tmp_path}:/bin"})
+    assert read_all(process) == b"2 b\n"
+
+
+def test_a_megabyte_of_arguments_at_most(agent: Agent) -> None:
+    words = ["x" * 100_000] * 9
+    process = agent.start(["sh", "-c", 'echo $# "${#9}"', "sh", *words])
+    assert read_all(process) == b"9 100000\n"
+    with pytest.raises(GuestError, match="1048576"):
+        agent.start(["true", *words, *words])
+    with pytest.raises(KvmpassError, match="zero byte"):
+        agent.start(["true", "a\0b"])
+    for words in ([], [""]):
+        with pytest.raises(KvmpassError, match="empty command"):
+            agent.start(words)
+
+
+def test_input_and_output_byte_for_byte(agent: Agent) -> None:
+    """More than the windows, both ways at once."""
+    content = os.urandom(5_000_001)
+    source = Input()
+    process = agent.start(["cat"], input=source)
+    writer = threading.Thread(target=lambda: (source.send(content), source.end()))
+    writer.start()
+    assert read_all(process) == content
+    writer.join()
+    assert process.wait(SECONDS) == 0
+    assert source.waiting == 0
+
+
+def test_input_that_nobody_reads_is_dropped(agent: Agent) -> None:
+    source = Input()
+    process = shell(agent, "exec <&-; read -r line </dev/null; sleep 0.3; echo end", input=source)
+    source.send(bytes(1_000_000))
+    assert source.wait_below(1, SECONDS)
+    assert read_all(process) == b"end\n"
+
+
+def test_a_reader_that_stalls_stops_its_own_process_only(agent: Agent) -> None:
+    stalled = shell(agent, "head -c 10000000 /dev/zero; echo end >&2")
+    other = agent.start(["head", "-c", "5000000", "/dev/zero"])
+    assert len(read_all(other)) == 5_000_000
+    assert other.wait(SECONDS) == 0
+    with pytest.raises(TimeoutError):
+        stalled.wait(0.2)
+    assert len(stalled._kept[OUTPUT]) == WINDOW
+    assert len(read_all(stalled)) == 10_000_000
+    assert read_all(stalled, ERRORS) == b"end\n"
+
+
+def test_many_at_once_and_no_more_than_that(agent: Agent) -> None:
+    processes = [agent.start(["cat"], input=Input()) for _ in range(frames.MAX_PROCESSES)]
+    with pytest.raises(GuestError, match="64 processes"):
+        agent.start(["true"])
+    for process in processes:
+        process.wait_started(SECONDS)
+        assert process.input is not None
+        process.input.end()
+    assert [process.wait(SECONDS) for process in processes] == [0] * len(processes)
+    assert agent.start(["true"]).wait(SECONDS) == 0
+
+
+def test_from_ten_threads(agent: Agent) -> None:
+    def one(number: int) -> tuple[int, bytes]:
+        content = os.urandom(100_000)
+        source = Input()
+        process = shell(agent, f"sha256sum; exit {number}", input=source)
+        source.send(content)
+        source.end()
+        assert read_all(process).split()[0].decode() == hashlib.sha256(content).hexdigest()
+        return process.wait(SECONDS), read_all(process, ERRORS)
+
+    with ThreadPoolExecutor(10) as pool:
+        assert list(pool.map(one, range(50))) == [(number, b"") for number in range(50)]
+
+
+def test_signals_go_to_the_process_group(agent: Agent) -> None:
+    process = shell(agent, "sleep 1000 & echo $!; wait")
+    child = int(process.read(timeout=SECONDS))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SECONDS) == -signal.SIGTERM
+    process.kill()
+    eventually(lambda: not Path(f"/proc/{child}/exe").exists())
+    for number in (0, 65, -1):
+        with pytest.raises(ValueError, match="signal"):
+            process.send_signal(number)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_a_process_leaves_behind_does_not_delay_its_end(agent: Agent) -> None:
+    """What it writes at once arrives; it lives on, and finds its pipe closed when it writes later."""
+    process = shell(agent, "(sleep 0.1; echo child; sleep 0.7; echo more) & echo $!; exit 4")
+    started = time.monotonic()
+    said = read_all(process)
+    assert (process.wait(SECONDS), said.split()[1:]) == (4, [b"child"])
+    assert 0.2 < time.monotonic() - started < 0.8
+    eventually(lambda: not Path(f"/proc/{int(said.split()[0])}/exe").exists())
+
+
+def test_what_it_leaves_behind_and_never_ends_to_write(agent: Agent) -> None:
+    """What is in the pipe then is the end, also where nobody has read it yet."""
+    process = shell(agent, "yes & exit 0")
+    time.sleep(0.8)
+    assert set(read_all(process)[:-1].split(b"\n")) == {b"y"}
+    assert process.wait(SECONDS) == 0
+
+
+def test_a_terminal(agent: Agent) -> None:
+    source = Input()
+    script = "stty size; trap 'stty size; exit 5' WINCH; tty >&2; while :; do sleep 0.05; done"
+    process = shell(agent, script, input=source, terminal=(30, 90))
+    said = b""
+    while b"/dev/pts/" not in said:
+        said += process.read(timeout=SECONDS)
+    process.resize(31, 91)
+    said += read_all(process)
+    assert said.split()[:2] == [b"30", b"90"]
+    assert said.split()[-2:] == [b"31", b"91"]
+    assert process.wait(SECONDS) == 5
+
+
+def test_keys_of_a_terminal(agent: Agent) -> None:
+    """What is typed is echoed; Ctrl-C is a signal for those in the foreground, Ctrl-D the end of what is read."""
+    source = Input()
+    process = shell(agent, "trap 'echo got it' INT; sleep 1000; cat; echo $?", input=source, terminal=(24, 80))
+    time.sleep(0.3)
+    source.send(b"\x03")
+    said = b""
+    while b"got it" not in said:
+        said += process.read(timeout=SECONDS)
+    source.send(b"word\r\x04")
+    assert read_all(process) == b"word\r\nword\r\n0\r\n"
+    assert process.wait(SECONDS) == 0
+
+
+def test_it_answers(agent: Agent) -> None:
+    assert agent.ping(SECONDS) < SECONDS
+    assert agent._pings == {}
+
+
+def test_failures_are_reported_first() -> None:
+    local = LocalAgent("module x did not load: y", "z")
+    local.agent.wait_ready(SECONDS)
+    assert local.failures == ["module x did not load: y", "z"]
+    local.agent.power_off()
+    assert local.program.wait(SECONDS) == 0, "its guest would have powered off"
+    local.close()
+
+
+def test_an_unusable_guest_reports_and_ends() -> None:
+    local = LocalAgent("-", "no room")
+    assert local.program.wait(SECONDS) == 1
+    with pytest.raises(GuestDied):
+        local.agent.wait_ready(SECONDS)
+    assert local.failures == ["no room"]
+    local.close()
+
+
+def test_all_who_wait_notice_its_end(local: LocalAgent) -> None:
+    agent, source = local.agent, Input()
+    process = agent.start(["sleep", "1000"], input=source)
+    process.wait_started(SECONDS)
+    source.send(bytes(1_000_000))
+    local.program.kill()
+    for call in (process.wait, process.read, lambda: agent.ping(SECONDS), lambda: agent.start(["true"])):
+        with pytest.raises(GuestDied, match="has ended"):
+            call()
+    assert source.wait_below(1, 0)
+
+
+def test_it_ends_rather_than_believe_a_host_that_sends_rubbish() -> None:
+    for rubbish in (
+        b"\xff" * 12,
+        frames.encode(1, frames.START, frames.START_HEAD.pack(0, 0, 0, 0, 1, 0) + b"\0\0a\0"),
+    ):
+        local = LocalAgent()
+        local.send(rubbish)
+        if rubbish[0] != 0xFF:
+            local.send(frames.encode(1, frames.DATA, bytes(10)))  # without an input: ignored
+            assert local.agent.ping(SECONDS) < SECONDS
+            local.send(b"\xff" * 12)
+        assert local.program.wait(SECONDS) == 1
+        local.close()
+
+
+def test_its_descriptors_are_not_inherited(agent: Agent) -> None:
+    others = [agent.start(["cat"], input=Input()) for _ in range(3)]
+    for process in others:
+        process.wait_started(SECONDS)
+    process = agent.start(["ls", "/proc/self/fd"])
+    assert read_all(process).split() == [b"0", b"1", b"2", b"3"]  # the last is ls's own
+    for process in others:
+        process.kill()
