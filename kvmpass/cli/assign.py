@@ -256,6 +256,7 @@ def _run(
         console=log.beside(console),
         output=to_stdout,
         errors=to_stderr,
+        interactive=spec.interactive,
         copy_out=spec.copy_out,
         mark=mark,
     ) as guest:

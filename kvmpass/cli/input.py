@@ -9,15 +9,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from kvmpass.virtio import Port
+from kvmpass.guest.input import Input
 
 _CHUNK = 1 << 16
-_BACKLOG = 1 << 18  # bytes that the guest has not read
+_BACKLOG = 1 << 18  # bytes that the command has not read
 
 
 @contextmanager
-def passed_input(port: Port) -> Iterator[None]:
-    """Send standard input to ``port`` until its end, as fast as the guest reads, in a thread of its own."""
+def passed_input(input: Input) -> Iterator[None]:
+    """Send standard input to ``input`` until its end, as fast as the guest reads, in a thread of its own."""
     fd = sys.stdin.fileno()
     done, wake = os.pipe()
 
@@ -28,10 +28,10 @@ def passed_input(port: Port) -> Iterator[None]:
             except OSError:  # the terminal has gone
                 data = b""
             if not data:
-                port.end()
+                input.end()
                 return
-            port.send(data)
-            while not port.wait_below(_BACKLOG, 0.1):
+            input.send(data)
+            while not input.wait_below(_BACKLOG, 0.1):
                 if select.select([done], [], [], 0)[0]:
                     return
 

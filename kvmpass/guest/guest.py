@@ -12,21 +12,25 @@ from typing import Self
 
 from kvmpass._dataclass import dataclass
 from kvmpass._teardown import undo_on_error
+from kvmpass.guest.agent import Agent
 from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeRequest
 from kvmpass.guest.copyout import CopyOut
 from kvmpass.guest.destination import Destination
 from kvmpass.guest.extract import CopiedOut
+from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
+from kvmpass.guest.input import Input
 from kvmpass.guest.output import OutputWriter, Sink
+from kvmpass.guest.process import AgentProcess
 from kvmpass.guest.size import ConsoleSize
 from kvmpass.initramfs import init
 from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.timings import Mark, unmarked
-from kvmpass.virtio import Port
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 1 << 16
 _MAX_FAILURES = 64
 _ABANDON_SECONDS = 2.0  # for a reader that does not read, once an exception ends the run
+_SIGNALLED = 128  # a shell's status of a command that a signal has ended, without the signal's number
 _POWEROFF_SECONDS = 60.0  # from the command's status to power off; the init script does nothing in between
 
 
@@ -49,12 +53,15 @@ class GuestResult:
 class Guest:
     """Run what ``GuestImage.load`` has loaded, with the machine's serial ports connected.
 
-    ``console``, ``output`` and ``errors`` are called with bytes from a thread of this object. ``with`` stops the
-    machine, ends the thread and disconnects the serial ports. ``mark`` is called with the name of each stage that has
-    ended: the guest's boot, its command, its power off. ``copy_out``: that of the ``GuestSpec``.
+    ``console``, ``output`` and ``errors`` are called with bytes from threads of this object. ``interactive``: the
+    image's command gets ``input``. ``terminal``: rows and columns of a terminal that the command gets; its errors are
+    then part of its output. ``copy_out``: that of the ``GuestSpec``. ``mark`` is called with the name of each stage
+    that has ended: the guest's boot, its command, its power off. ``with`` stops the machine, ends the threads and
+    disconnects the serial ports.
+
     Raises ``KvmpassError`` if files cannot be created there, ``GuestError`` while another guest is connected.
 
-    Synchronization: ``type``, ``resize`` and ``console`` from any thread.
+    Synchronization: ``type``, ``resize``, ``input`` and ``console`` from any thread.
     """
 
     def __init__(
@@ -64,19 +71,26 @@ class Guest:
         console: Sink | None,
         output: Sink,
         errors: Sink,
+        interactive: bool = False,
+        terminal: tuple[int, int] | None = None,
         copy_out: Sequence[str] = (),
         mark: Mark = unmarked,
     ) -> None:
         self._machine = machine
         self._mark = mark
         self._status: int | None = None
-        self._ready = self._acknowledged = False
+        self._ready = False
         self._failures: list[str] = []
-        self._controls = {CONTROL: ControlChannel(), init.CONTROL_PORT: ControlChannel()}
+        self._control = ControlChannel()
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
         self._files = CopyOut([*map(Destination.parse, copy_out)])
+        self._terminal = terminal
+        self.input = Input() if interactive else None
+        """The command's input: send to it, and end it. None: it is empty."""
+        self._agent: Agent | None = None
+        self._process: AgentProcess | None = None
         self._tail: deque[int] = deque(maxlen=_TAIL_BYTES)
-        self._writer = OutputWriter(machine.stop, lambda: machine.ended, self._take_output)
+        self._writer = OutputWriter(machine.stop, lambda: machine.ended)
         to_console = self._writer.to(console) if console else None
 
         def on_console(data: bytes) -> None:
@@ -85,22 +99,16 @@ class Guest:
                 to_console(data)
 
         with undo_on_error(self._writer.close):
-            to_output, to_errors = self._writer.to(output), self._writer.to(errors)
+            self._to_output, self._to_errors = self._writer.to(output), self._writer.to(errors)
             outputs: dict[int | str, Sink] = {
                 CONSOLE: on_console,
-                OUTPUT: to_output,
-                ERRORS: to_errors,
-                CONTROL: partial(self._on_control, CONTROL),
-                init.OUTPUT_PORT: to_output,
-                init.ERRORS_PORT: to_errors,
-                init.CONTROL_PORT: partial(self._on_control, init.CONTROL_PORT),
+                OUTPUT: self._to_output,
+                ERRORS: self._to_errors,
+                CONTROL: self._on_control,
+                init.AGENT_PORT: self._on_agent,
             }
-            outlets = {init.OUTPUT_PORT: to_output, init.ERRORS_PORT: to_errors}
-            if copy_out:
-                outputs[init.FILES_PORT] = outlets[init.FILES_PORT] = self._writer.to(self._files)
-            machine.connect(
-                outputs, self._writer.throttle, lambda name: name not in outlets or outlets[name].has_room()
-            )
+            self._to_files = self._writer.to(self._files) if copy_out else None
+            machine.connect(outputs, self._writer.throttle)
 
     def __enter__(self) -> Self:
         return self
@@ -117,53 +125,92 @@ class Guest:
         """Send keystrokes to the console. Return how many bytes the guest has not read yet."""
         return self._machine.serial(CONSOLE).push(data)
 
-    @property
-    def input(self) -> Port | None:
-        """The port of the command's input (``GuestSpec.interactive``): send to it, and end it."""
-        return self._machine.ports.get(init.INPUT_PORT)
-
     def resize(self, rows: int, columns: int) -> None:
-        """Set the size of the terminal that shows the console, also while the guest runs.
+        """Set the size of the terminal that shows the console, or that of the command, also while the guest runs.
 
-        For a guest whose init runs a shell on the console. It gets the latest size when its init requests it.
+        A guest whose init runs a shell on the console gets the latest size when its init requests it.
         """
-        self._size.set(rows, columns)
+        if self._terminal is None:
+            self._size.set(rows, columns)
+            return
+        self._terminal = rows, columns
+        if self._process is not None:
+            self._process.resize(rows, columns)
 
-    def _take_output(self) -> bool:
-        """Take what named ports have kept in the guest. Return whether some of it is left."""
-        left = [port.resume() for port in self._machine.ports.values()]  # each of them
-        if not any(left):
-            self._acknowledge()
-        return any(left)
+    # --- the command
 
-    def _acknowledge(self) -> None:
-        """Tell the guest, once, that all output has been taken: it powers off then."""
-        control = self._machine.ports.get(init.CONTROL_PORT)
-        if control is not None and self._status is not None and not self._acknowledged:
-            self._acknowledged = True
-            control.send(b"taken\n")
+    def _start_command(self) -> None:
+        """Let the agent run the image's command, once it is there. Without its port the guest's init does."""
+        port = self._machine.ports.get(init.AGENT_PORT)
+        if port is None:
+            return
+        port.reset()
+        self._agent = Agent(
+            port.send,
+            on_ready=partial(self._mark, "guest's boot"),
+            on_failure=self._on_failure,
+            on_bad_frame=self._on_bad_frame,
+        )
+        self._process = self._agent.start(
+            init.RUN_COMMAND,
+            input=self.input,
+            terminal=self._terminal,
+            receive=self._on_output,
+            on_end=self._on_end,
+        )
 
-    def _take_all_output(self) -> None:
-        """Take what the guest, which has ended, has written before."""
-        while self._take_output() and self._writer.failure is None:
-            self._writer.wait_for_change()
+    def _on_agent(self, data: bytes) -> None:
+        if self._agent is not None:
+            self._agent.feed(data)
 
-    def _on_control(self, channel: int | str, data: bytes) -> None:
-        for event in self._controls[channel].feed(data):
+    def _on_output(self, process: AgentProcess, stream: int, data: bytes) -> None:
+        outlet = self._to_errors if stream == ERRORS_STREAM else self._to_output
+        outlet(data, partial(process.grant, stream))
+
+    def _on_end(self, process: AgentProcess) -> None:
+        """Handle the command's end, with all of its output. Its files are brought out, then the guest powers off."""
+        self._mark("command")
+        if self._agent is None or process.error is not None or self._to_files is None:
+            self._end(process)
+        else:
+            self._agent.start(init.SEND_FILES, receive=self._on_files, on_end=lambda _: self._end(process))
+
+    def _on_files(self, process: AgentProcess, stream: int, data: bytes) -> None:
+        if stream == ERRORS_STREAM or self._to_files is None:
+            process.grant(stream, len(data))
+        else:
+            self._to_files(data, partial(process.grant, stream))
+
+    def _end(self, process: AgentProcess) -> None:
+        if process.error is not None:
+            self._on_failure(f"the command was not started: {process.error}")
+        elif (code := process.returncode) is not None:
+            self._status = code if code >= 0 else _SIGNALLED - code
+        if self._agent is not None:
+            self._agent.power_off()
+
+    def _on_failure(self, text: str) -> None:
+        if len(self._failures) < _MAX_FAILURES:
+            self._failures.append(text)
+
+    def _on_bad_frame(self, text: str) -> None:
+        self._on_failure(text)
+        self._machine.stop()
+
+    def _on_control(self, data: bytes) -> None:
+        for event in self._control.feed(data):
             match event:
                 case Ready():
                     if not self._ready:
                         self._mark("guest's boot")
                     self._ready = True
-                case GuestFailure(text) if len(self._failures) < _MAX_FAILURES:
-                    self._failures.append(text)
+                case GuestFailure(text):
+                    self._on_failure(text)
                 case SizeRequest():
                     self._size.requested()
                 case Exited(status) if self._ready and self._status is None:
                     self._mark("command")
                     self._status = status
-                    if channel == init.CONTROL_PORT:
-                        self._take_output()
 
     @property
     def console(self) -> str:
@@ -177,6 +224,7 @@ class Guest:
         reported the status has a minute to power off. Raises what a sink or a vCPU raised.
         """
         deadline = time.monotonic() + timeout if timeout is not None else math.inf
+        self._start_command()
         self._machine.start()
         outcome = None
         while outcome is None:
@@ -187,16 +235,17 @@ class Guest:
                 self._machine.stop(GuestOutcome.TIMEOUT)
             elif outcome is None and reported:
                 self._machine.stop()
-            if outcome is not None:
-                self._take_all_output()
             if outcome is GuestOutcome.REBOOT and restart and self._status is None:
                 self._ready = False
                 self._machine.reset()
-                self._controls = {channel: ControlChannel() for channel in self._controls}  # drops unfinished lines
+                self._control = ControlChannel()  # drops an unfinished line
                 self._size.reset()
                 self._files.reset()
+                self._start_command()
                 self._machine.start()
                 outcome = None
+        if self._agent is not None:
+            self._agent.fail("the guest has ended")
         self._mark("power off" if self._status is not None else "guest")
         self._writer.close()
         if self._writer.failure is not None:

@@ -38,7 +38,7 @@ class GuestSpec:
     copy_out: tuple[str, ...] = ()
     """Files and directories to bring out when the command has ended, as ``SRC[:DST]``."""
     interactive: bool = False
-    """Whether the command's input is ``Guest.input``; otherwise it is empty."""
+    """Whether the command has input: then it needs a virtio console, as serial ports pass none."""
     verbose: bool = False
     """Whether the kernel prints its messages."""
     terminal: str = "linux"
@@ -124,9 +124,5 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         initrd = root.build()
         unpacked, warnings = root.tree.unpacked_size, tuple(root.warnings)
     command_line = kernel_command_line(verbose=spec.verbose, strict=spec.command is not None, extra=append)
-    ports: tuple[str, ...] = init.PORTS if spec.command is not None and spec.initrd is None else ()
-    if ports and spec.interactive:
-        ports += (init.INPUT_PORT,)
-    if ports and brought_out:
-        ports += (init.FILES_PORT,)
+    ports = (init.AGENT_PORT,) if spec.command is not None and spec.initrd is None else ()
     return GuestImage(kernel, initrd, command_line, unpacked, warnings, ports)

@@ -19,29 +19,26 @@ class Outlet:
         self._writer = writer
         self.sink = sink
         """The reader's."""
-        self._pending = bytearray()
-        self._refused = False
+        self._pending: list[tuple[bytes, Callable[[int], object] | None]] = []
+        self._size = 0  # of what is pending
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
         self._thread.start()
 
-    def __call__(self, data: bytes) -> None:
-        """Queue ``data``, without blocking. Dropped once the writer is closed, or a sink has failed."""
-        with self._writer.changed:
-            if not self._writer.ended:
-                self._pending += data
-                self._writer.changed.notify_all()
+    def __call__(self, data: bytes, taken: Callable[[int], object] | None = None) -> None:
+        """Queue ``data``, without blocking. Dropped once the writer is closed, or a sink has failed.
 
-    def has_room(self) -> bool:
-        """Whether less than ``OutputWriter.ROOM`` bytes are pending; if not, ``on_room`` is called once they are."""
+        ``taken`` is called with its size, from the thread, once the reader has it.
+        """
         with self._writer.changed:
-            room = len(self._pending) < OutputWriter.ROOM or self._writer.ended
-            self._refused = self._refused or not room
-        return room
+            if data and not self._writer.ended:
+                self._pending.append((data, taken))
+                self._size += len(data)
+                self._writer.changed.notify_all()
 
     @property
     def full(self) -> bool:
         """Whether more than ``OutputWriter.PENDING_LIMIT`` bytes are pending."""
-        return len(self._pending) > OutputWriter.PENDING_LIMIT
+        return self._size > OutputWriter.PENDING_LIMIT
 
     def join(self, timeout: float | None) -> None:
         """Wait until what is pending is written, after the writer was closed."""
@@ -53,14 +50,14 @@ class Outlet:
             while True:
                 with changed:
                     changed.wait_for(lambda: self._pending or self._writer.ended)
-                    pending, self._pending = self._pending, bytearray()
-                    refused, self._refused = self._refused, False
+                    pending, self._pending, self._size = self._pending, [], 0
                     changed.notify_all()
                     if self._writer.failure is not None or not pending:
                         return
-                if refused:
-                    self._writer.on_room()
-                self.sink(bytes(pending))
+                self.sink(b"".join(data for data, _ in pending))
+                for data, taken in pending:
+                    if taken is not None:
+                        taken(len(data))
         except BaseException as error:
             self._writer.fail(error)
 
@@ -69,27 +66,17 @@ class OutputWriter:
     """Write the output of ports from threads of its own, one for each reader: one that stalls delays no other.
 
     The sinks of ``to`` return at once. ``throttle`` blocks while more than ``PENDING_LIMIT`` bytes are pending for a
-    reader, until ``stopped`` returns True. ``on_failure`` is called from a thread when a reader's sink has raised;
-    ``on_room`` when one that had no room for more has some again.
+    reader, until ``stopped`` returns True. ``on_failure`` is called from a thread when a reader's sink has raised.
 
     Synchronization: from any thread. ``changed`` guards all; callbacks are called without it.
     """
 
     PENDING_LIMIT = 1 << 20
     """Bytes pending for one reader, at which a serial port's vCPU waits."""
-    ROOM = 1 << 18
-    """Bytes pending for one reader, at which a named port's data stays in the guest."""
 
-    def __init__(
-        self,
-        on_failure: Callable[[], None],
-        stopped: Callable[[], bool],
-        on_room: Callable[[], object] = lambda: None,
-    ) -> None:
+    def __init__(self, on_failure: Callable[[], None], stopped: Callable[[], bool]) -> None:
         self.changed = threading.Condition()
         """Notified when bytes are queued or taken, and at the end."""
-        self.on_room = on_room
-        """See above."""
         self._outlets: list[Outlet] = []
         self._closing = False
         self._on_failure = on_failure
@@ -120,11 +107,6 @@ class OutputWriter:
             with self.changed:
                 while self._full and not self.ended and not self._stopped():
                     self.changed.wait(0.1)
-
-    def wait_for_change(self) -> None:
-        """Block until bytes are queued or taken, for a tenth of a second at most."""
-        with self.changed:
-            self.changed.wait(0.1)
 
     def fail(self, error: BaseException) -> None:
         """End all output: a reader's sink has raised ``error``."""

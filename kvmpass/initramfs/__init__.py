@@ -1,24 +1,23 @@
 """The initramfs of a guest: busybox, modules for its devices, the user's files.
 
 The guest's init mounts the usual file systems, loads the modules, waits for the drivers, and runs a shell on the
-console, or a command. The command's standard output, its standard error and its status are sent through named ports
-of a virtio console, or through ttyS1, ttyS2 and ttyS3 where the kernel has no driver for it; on the host
-:mod:`kvmpass.guest.channel` reads the status.
+console, or a command. For a command it becomes the agent, which runs what the host starts over a port of a virtio
+console (:mod:`kvmpass.guest.agent`). Where the kernel has no driver for it, it runs the command itself, whose output,
+errors and status go through ttyS1, ttyS2 and ttyS3; on the host :mod:`kvmpass.guest.channel` reads the status.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-import stat
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from kvmpass.errors import KvmpassError
-from kvmpass.initramfs import elf, files, init, relay
+from kvmpass.initramfs import elf, files, init
 from kvmpass.initramfs.companions import companions
-from kvmpass.initramfs.cpio import Node, Tree
+from kvmpass.initramfs.cpio import Tree
 from kvmpass.initramfs.modules import ModuleTree, plan
 
 __all__ = ["GuestRoot", "find_busybox"]
@@ -52,8 +51,8 @@ class GuestRoot:
         """The files."""
         self._settings = {
             "COMMAND": "",
-            "INPUT": "",
-            "FILES": "",
+            "AGENT": "",  # what it is needed for, if serial ports cannot take its place
+            "PORT": init.AGENT_PORT,
             "EXPECTED": "",
             "TERM": "linux",
             "TERMINAL_SIZE": "rows 24 cols 80",
@@ -128,23 +127,27 @@ class GuestRoot:
     def run_command(self, command: Sequence[str], *, interactive: bool = False) -> None:
         """Run ``command`` instead of a shell. Its first word is a path, or searched for in the guest's PATH.
 
-        ``interactive``: its input comes through a named port; otherwise it is empty.
+        ``interactive``: it has input, and needs the agent; otherwise it is empty.
         """
         if not command:
             raise KvmpassError("an empty command")
         if any("\0" in word for word in command):
             raise KvmpassError("a command's argument cannot contain a zero byte")
-        self._settings |= {"COMMAND": "yes", "INPUT": "yes" if interactive else ""}
-        self.tree.file(f"{init.DIRECTORY}/relay", relay.program(), 0o755)
-        for name in init.PIPES:
-            self.tree.add(f"{init.DIRECTORY}/{name}", Node(stat.S_IFIFO | 0o600))
+        self._settings |= {"COMMAND": "yes", "AGENT": "-i" if interactive else ""}
+        if not init.AGENT.exists():
+            raise KvmpassError(f"{init.AGENT} was not built", "install kvmpass (make venv, or pip install .)")
+        self.tree.file(f"{init.DIRECTORY}/agent", init.AGENT.read_bytes(), 0o755)
         self.tree.file(f"{init.DIRECTORY}/command", init.calls([("exec", *command)]))
 
     def copy_out(self, sources: Sequence[str]) -> None:
-        """Send archives of ``sources``, paths in the guest, through a named port when the command has ended."""
+        """Let the host get archives of ``sources``, paths in the guest, when the command has ended.
+
+        After ``run_command``.
+        """
         if sources:
-            self._settings["FILES"] = "yes"
-            self.tree.file(f"{init.DIRECTORY}/files", init.calls([("archive", source) for source in sources]))
+            self._settings["AGENT"] = "--copy-out"
+            calls = init.calls([("archive", source) for source in sources])
+            self.tree.file(f"{init.DIRECTORY}/files", init.ARCHIVE + calls)
 
     def terminal(self, term: str, size: tuple[int, int]) -> None:
         """Set ``TERM``, and rows and columns, of the interactive shell's terminal."""

@@ -10,16 +10,26 @@ DIRECTORY = "/kvmpass"
 COMPLETE = f"{DIRECTORY}/complete"  # the archive's last file
 AGENT = Path(__file__).with_name("agent")
 """The program that runs processes for the host: ``cffi_build/agent``, built with the extension."""
-OUTPUT_PORT, ERRORS_PORT, CONTROL_PORT = PORTS = ("kvmpass.output", "kvmpass.errors", "kvmpass.control")
-"""Named ports of a virtio console, for a command; serial ports take their place where the kernel has no driver."""
-INPUT_PORT = "kvmpass.input"
-"""The port of a command's input."""
-FILES_PORT = "kvmpass.files"
-"""The port of files to bring out."""
-PIPES = ("output", "errors", "input")
-"""Names of the pipes between a command and its ports."""
+AGENT_PORT = "kvmpass.agent"
+"""Its port of a virtio console; serial ports take its place where the kernel has no driver."""
+RUN_COMMAND = ("/bin/sh", f"{DIRECTORY}/command")
+"""What the host lets it start: the guest's command."""
+SEND_FILES = ("/bin/sh", f"{DIRECTORY}/files")
+"""The same when the command has ended: its output are archives of the files to bring out."""
+# An archive of a file or a directory, which it names "." (kvmpass/guest/extract.py); without files if there is none.
+ARCHIVE = b"""\
+archive() { # PATH
+    if [ -d "$1" ]; then
+        (cd "$1" && find . -print0 | cpio -o -0 -H newc)
+    elif [ -f "$1" ]; then
+        (cd "$(dirname "$1")" && printf '%s\\0' "${1##*/}" | cpio -o -0 -L -H newc)
+    else
+        cpio -o -H newc </dev/null
+    fi
+}
+"""
 PORT_DRIVERS = ("virtio_pci", "virtio_console")
-"""The modules of their drivers."""
+"""The modules of its drivers."""
 SCRIPT = Path(__file__).with_name("init.sh")
 
 # For one `mount -a`: each process takes a tenth of a second in an emulated guest.

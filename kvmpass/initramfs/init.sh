@@ -3,7 +3,7 @@
 # files in /kvmpass are made for each guest (kvmpass/initramfs): settings, load, and command if there is one.
 
 SETTLE_SECONDS=20 # of the guest's time, for a driver to bind to its device
-PORT_SECONDS=5 # from the console's driver to its ports
+PORT_SECONDS=5 # from the console's driver to its port
 NAMESPACE_SECONDS=5 # from a live NVMe controller to its namespaces, if it has any
 
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
@@ -18,61 +18,62 @@ echo kvmpass >/proc/sys/kernel/hostname
 
 now() { read -r uptime rest </proc/uptime; up=${uptime%.*}; }
 say() { echo "kvmpass: $*" >/dev/console; }
-fail() { say "$*"; report "error $*"; }
-die() { fail "$*"; [ -z "$COMMAND" ] || [ -n "$opening" ] || open_channels; finish; }
-finish() { [ -n "$ports" ] || [ -z "$control" ] || drain ttyS3; poweroff -f; }
+fail() { say "$*"; report_failure "$*"; }
+die() {
+    fail "$*"
+    [ -z "$COMMAND" ] || [ -n "$opening" ] || open_channels
+    [ -z "$port" ] || become_agent -
+    finish
+}
+finish() { [ -z "$control" ] || drain ttyS3; poweroff -f; }
 drain() { stty -F /dev/$1 115200; } # setting a terminal's modes waits until what was written to it has been sent
 
-# What happens before the channels are open is reported once they are.
-early=; control=
-report() {
-    if [ -n "$control" ]; then echo "kvmpass 1 $*" >&6; else early="$early$*
+# Failures before the channels are open are reported once they are; to the agent's port by the agent.
+failures=; control=
+report() { echo "kvmpass 1 $*" >&6; }
+report_failure() {
+    if [ -n "$control" ]; then report "error $*"; else failures="$failures$*
 "; fi
 }
 
-# The channels: named ports of a virtio console if the kernel has its driver, else serial ports.
-opening=; ports=
+# The channels: a port of a virtio console if the kernel has its driver, else serial ports.
+opening=; port=
 open_channels() {
     opening=yes
-    if find_ports; then
-        exec 6<>$control_port
-        ports=yes
-    else
-        [ -z "$INPUT$FILES" ] ||
-            die "-i and --copy-out need a kernel with CONFIG_VIRTIO_CONSOLE and CONFIG_VIRTIO_PCI"
-        for tty in ttyS1 ttyS2 ttyS3; do
-            [ -c /dev/$tty ] || die "no /dev/$tty in the guest: its kernel found no serial port there"
-            stty -F /dev/$tty 115200 raw -echo || die "/dev/$tty cannot be set up"
-        done
-        exec 4>/dev/ttyS1 5>/dev/ttyS2 6>/dev/ttyS3
-    fi
+    find_port && return
+    [ -z "$AGENT" ] || die "$AGENT needs a kernel with CONFIG_VIRTIO_CONSOLE and CONFIG_VIRTIO_PCI"
+    for tty in ttyS1 ttyS2 ttyS3; do
+        [ -c /dev/$tty ] || die "no /dev/$tty in the guest: its kernel found no serial port there"
+        stty -F /dev/$tty 115200 raw -echo || die "/dev/$tty cannot be set up"
+    done
+    exec 4>/dev/ttyS1 5>/dev/ttyS2 6>/dev/ttyS3
     control=yes
-    while read -r line; do [ -z "$line" ] || report "$line"; done <<EOF
-$early
+    while read -r line; do [ -z "$line" ] || report_failure "$line"; done <<EOF
+$failures
 EOF
 }
-find_ports() {
+find_port() {
     set -- /sys/bus/virtio/drivers/virtio_console/virtio*
     [ -e "$1" ] || return
     now
     end=$((up + PORT_SECONDS))
-    until port kvmpass.output && output=$node && port kvmpass.errors && errors=$node &&
-        port kvmpass.control && control_port=$node &&
-        { [ -z "$INPUT" ] || { port kvmpass.input && input=$node; }; } &&
-        { [ -z "$FILES" ] || { port kvmpass.files && files=$node; }; }; do
+    while :; do
+        for directory in /sys/class/virtio-ports/*; do
+            [ -e "$directory/name" ] || continue
+            read -r name <"$directory/name"
+            [ "$name" != "$PORT" ] || { port=/dev/${directory##*/}; return 0; }
+        done
         now
-        [ $up -lt $end ] || { say "no named ports after $PORT_SECONDS seconds"; return 1; }
+        [ $up -lt $end ] || { say "no port of the agent after $PORT_SECONDS seconds"; return 1; }
         usleep 10000
     done
 }
-port() { # NAME
-    for directory in /sys/class/virtio-ports/*; do
-        [ -e "$directory/name" ] || continue
-        read -r name <"$directory/name"
-        node=/dev/${directory##*/}
-        [ "$name" != "$1" ] || return 0
-    done
-    return 1
+# It runs what the host starts, and powers off when the host lets it: see cffi_build/agent.
+become_agent() { # [-]
+    IFS='
+'
+    set -f
+    exec /kvmpass/agent "$@" $failures <>$port
 }
 
 run_on_serial() {
@@ -81,46 +82,6 @@ run_on_serial() {
     drain ttyS1
     drain ttyS2
     report "exit $status"
-}
-# A program copies between a pipe and a port, which has one opener (kvmpass/initramfs/relay.py).
-run_on_ports() {
-    /kvmpass/relay </kvmpass/output >$output 6>&- &
-    relays=$!
-    /kvmpass/relay </kvmpass/errors >$errors 6>&- &
-    relays="$relays $!"
-    stdin=/dev/null
-    [ -z "$INPUT" ] || { stdin=/kvmpass/input; /kvmpass/relay <$input >$stdin 6>&- & }
-    sh /kvmpass/command <$stdin >/kvmpass/output 2>/kvmpass/errors 6>&-
-    status=$?
-    # The pipes end when all that have them open have ended: what the command has left behind is killed.
-    while usleep 300000; do kill_writers; done 6>&- &
-    killer=$!
-    wait $relays
-    kill $killer
-    [ -z "$FILES" ] || . /kvmpass/files | /kvmpass/relay >$files
-    report "exit $status"
-    read -r answer <&6 # the host has all of the output: powering off resets the console
-}
-# An archive of a file or a directory, which it names "." (kvmpass/guest/extract.py); without files if there is none.
-archive() { # PATH
-    if [ -d "$1" ]; then
-        (cd "$1" && find . -print0 | cpio -o -0 -H newc)
-    elif [ -f "$1" ]; then
-        (cd "$(dirname "$1")" && printf '%s\0' "${1##*/}" | cpio -o -0 -L -H newc)
-    else
-        cpio -o -H newc </dev/null
-    fi
-}
-kill_writers() {
-    for process in /proc/[0-9]*; do
-        for descriptor in $process/fd/*; do
-            case $descriptor in */fd/0) continue ;; esac
-            if [ $descriptor -ef /kvmpass/output ] || [ $descriptor -ef /kvmpass/errors ]; then
-                kill -9 ${process#/proc/}
-                break
-            fi
-        done
-    done
 }
 
 # Parameters on the kernel's command line take precedence.
@@ -187,10 +148,11 @@ while unsettled; do
 done
 
 if [ -n "$COMMAND" ]; then
+    cd /root
+    [ -z "$port" ] || become_agent
     now
     report "ready $uptime"
-    cd /root
-    if [ -n "$ports" ]; then run_on_ports; else run_on_serial; fi
+    run_on_serial
     finish
 fi
 

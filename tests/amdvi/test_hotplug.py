@@ -18,7 +18,8 @@ from support.witness import traces
 from kvmpass import host
 from kvmpass.errors import GuestError
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
-from kvmpass.initramfs.init import OUTPUT_PORT
+from kvmpass.guest.agent import Agent
+from kvmpass.initramfs.init import AGENT_PORT, RUN_COMMAND
 from kvmpass.layout import MIB, Range
 from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.pci.barspace import IO_WINDOW
@@ -189,6 +190,15 @@ def test_a_drive_after_guest_reboot(nvme: str, destructive: None) -> None:
     assert host.Sysfs().driver(host.Bdf.parse(nvme)) == "nvme"
 
 
+def run_command(machine: Machine, said: bytearray) -> Agent:
+    """Let the next boot's agent run the image's command."""
+    port = machine.ports[AGENT_PORT]
+    port.reset()
+    agent = Agent(port.send)
+    agent.start(RUN_COMMAND, receive=lambda process, stream, data: said.extend(data))
+    return agent
+
+
 @through_all_modes
 def test_a_reset_clears_all_state(mode: Mode, nvme: str) -> None:
     said, events, calls = bytearray(), list[DeviceEvent](), Calls()
@@ -197,7 +207,8 @@ def test_a_reset_clears_all_state(mode: Mode, nvme: str) -> None:
         image = image_for("wait_for drive; echo up; sleep 1000")
         device = machine.assign(nvme)
         image.load(machine)
-        machine.connect({OUTPUT_PORT: said.extend})
+        agents = [run_command(machine, said)]
+        machine.connect({AGENT_PORT: lambda data: agents[-1].feed(data)})
         machine.start()
         wait_until(lambda: said.count(b"up") == 1, 60)
         assert device.interrupt == "MSI-X"
@@ -211,6 +222,7 @@ def test_a_reset_clears_all_state(mode: Mode, nvme: str) -> None:
         assert [event.reason for event in resets] == ["assign", "guest reset"]
         assert "unknown" not in [event.method for event in resets]
         machine.audit()
+        agents.append(run_command(machine, said))
         machine.start()
         wait_until(lambda: said.count(b"up") == 2, 60)
         assert descriptors() == open_before

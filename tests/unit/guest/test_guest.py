@@ -31,9 +31,8 @@ class Vm:
         self,
         outputs: Mapping[int | str, Callable[[bytes], None]],
         throttle: Callable[[], None],
-        has_room: Callable[[str], bool],
     ) -> None:
-        self.sinks, self.has_room = dict(outputs), has_room
+        self.sinks = dict(outputs)
 
     def disconnect(self) -> None:
         self.sinks = {}

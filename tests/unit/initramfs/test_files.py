@@ -136,7 +136,8 @@ def test_the_last_file_marks_a_complete_archive() -> None:
     assert names(tree.archive(init.COMPLETE))[-2:] == ["zzz/last", init.COMPLETE[1:]]
     script = init.SCRIPT.read_text()
     assert f"[ -e {init.COMPLETE} ] || die" in script
-    assert "\ndie() {" in script and "open_channels; finish; }" in script, "a failure is reported"
+    end = '|| open_channels\n    [ -z "$port" ] || become_agent -\n    finish\n}'
+    assert "\ndie() {" in script and end in script, "a failure is reported"
 
 
 def test_copied_files_are_last() -> None:
