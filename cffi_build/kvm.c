@@ -179,11 +179,18 @@ static int kvm_signal_msi(int vm, uint64_t address, uint32_t data)
 	return RESULT(ioctl(vm, KVM_SIGNAL_MSI, &msi));
 }
 
-static int kvm_register_coalesced_pio(int vm, uint64_t port, uint32_t size)
+static int kvm_register_coalesced_mmio(int vm, uint64_t address, uint32_t size, uint32_t pio)
 {
-	struct kvm_coalesced_mmio_zone zone = { .addr = port, .size = size, .pio = 1 };
+	struct kvm_coalesced_mmio_zone zone = { .addr = address, .size = size, .pio = pio };
 
 	return RESULT(ioctl(vm, KVM_REGISTER_COALESCED_MMIO, &zone));
+}
+
+static int kvm_unregister_coalesced_mmio(int vm, uint64_t address, uint32_t size, uint32_t pio)
+{
+	struct kvm_coalesced_mmio_zone zone = { .addr = address, .size = size, .pio = pio };
+
+	return RESULT(ioctl(vm, KVM_UNREGISTER_COALESCED_MMIO, &zone));
 }
 
 static int kvm_create_vcpu(int vm, unsigned int id)

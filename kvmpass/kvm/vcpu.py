@@ -98,8 +98,8 @@ class Vcpu(OwnedFd):
         wanted = exit_.size * (exit_.repeat if isinstance(exit_, exits.PortExit) else 1)
         self._page[exit_.offset : exit_.offset + wanted] = data
 
-    def coalesced_writes(self) -> Iterator[tuple[int, bytes]]:
-        """Take the writes that KVM has collected, of all vCPUs, oldest first: port and data.
+    def coalesced_writes(self) -> Iterator[tuple[bool, int, bytes]]:
+        """Take the writes that KVM has collected, of all vCPUs, oldest first: whether to a port, address, data.
 
         They come before the exit that this vCPU has returned last. The buffer is the VM's (struct
         kvm_coalesced_mmio_ring, which only KVM writes), and what other vCPUs add in the meantime can wait.
@@ -111,9 +111,11 @@ class Vcpu(OwnedFd):
             first = ends[0]
             if first == ends[1]:
                 return
-            port, size, _, data = _RING_ENTRY.unpack_from(self._ring, 8 + first % _RING_ENTRIES * _RING_ENTRY.size)
+            address, size, is_port, data = _RING_ENTRY.unpack_from(
+                self._ring, 8 + first % _RING_ENTRIES * _RING_ENTRY.size
+            )
             ends[0] = (first + 1) % _RING_ENTRIES
-            yield port, data[:size]
+            yield bool(is_port), address, data[:size]
 
     def request_exit(self, wanted: bool = True) -> None:
         """Make the next ``run()`` return at once, and the current one at a signal to its thread.

@@ -149,7 +149,23 @@ class Vm(OwnedFd):
         ``KVM_CAP_COALESCED_PIO`` (Linux 5.0). Raises ``OSError``.
         """
         if self.check_extension(Capability.COALESCED_PIO):
-            check(lib.kvm_register_coalesced_pio(self.fd, port, size), "KVM_REGISTER_COALESCED_MMIO")
+            check(lib.kvm_register_coalesced_mmio(self.fd, port, size, 1), "KVM_REGISTER_COALESCED_MMIO")
+
+    def coalesce_writes(self, address: int, size: int) -> None:
+        """Let KVM collect the guest's writes to ``size`` bytes from ``address`` on, as ``coalesce_port_writes`` does.
+
+        Reads exit. Undo it with ``stop_coalescing`` (``KVM_REGISTER_COALESCED_MMIO``). Raises ``OSError``.
+        """
+        detail = f"guest-physical {address:#x}, size {size}"
+        check(lib.kvm_register_coalesced_mmio(self.fd, address, size, 0), "KVM_REGISTER_COALESCED_MMIO", detail)
+
+    def stop_coalescing(self, address: int, size: int) -> None:
+        """Undo ``coalesce_writes`` (``KVM_UNREGISTER_COALESCED_MMIO``); what was collected is kept. Idempotent.
+
+        Raises ``OSError``.
+        """
+        detail = f"guest-physical {address:#x}, size {size}"
+        check(lib.kvm_unregister_coalesced_mmio(self.fd, address, size, 0), "KVM_UNREGISTER_COALESCED_MMIO", detail)
 
     def create_vcpu(self, index: int) -> Vcpu:
         """Create vCPU number ``index`` (``KVM_CREATE_VCPU``). Raises ``OSError``."""

@@ -222,16 +222,20 @@ class VcpuThreads:
                 with self._bus_lock:
                     if self._accesses is not None:
                         self._accesses[self._ports.label(exit_.port), exit_.is_write] += 1
+                    self._drain(vcpu)
                     self._port(vcpu, exit_)
+                    self._drain(vcpu)
                 self._throttle()
             case exits.MmioExit(address, size, is_write, data):
                 with self._bus_lock:
                     if self._accesses is not None:
                         self._accesses[self._mmio.label(address), is_write] += 1
+                    self._drain(vcpu)
                     if is_write:
                         self._mmio.write(address, data)
                     else:
                         vcpu.complete(exit_, self._mmio.read(address, size))
+                    self._drain(vcpu)
             case exits.InterruptedExit():
                 pass
             case exits.ShutdownExit():
@@ -261,10 +265,17 @@ class VcpuThreads:
         before, self._repeated[vcpu.index] = self._repeated[vcpu.index], number
         return number != before + 1
 
+    def _drain(self, vcpu: Vcpu) -> None:
+        """Dispatch the writes that KVM has collected.
+
+        Before an exit they come first. After it: if the exit has ended the collection, another vCPU may have added to
+        it in the meantime, and nothing would take that until the next exit.
+        """
+        for is_port, address, data in vcpu.coalesced_writes():
+            (self._ports if is_port else self._mmio).write(address, data)
+
     def _port(self, vcpu: Vcpu, exit_: exits.PortExit) -> None:
-        """Dispatch the writes that KVM has collected, and each of the ``repeat`` accesses of a string instruction."""
-        for written, data in vcpu.coalesced_writes():
-            self._ports.write(written, data)
+        """Dispatch each of the ``repeat`` accesses of a string instruction."""
         port, size = exit_.port, exit_.size
         if exit_.is_write:
             for at in range(0, size * exit_.repeat, size):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -44,6 +44,8 @@ class Trap(NamedTuple):
     """The registers."""
     name: str = "registers"
     """What they are."""
+    connect: Callable[[Bar], None] = lambda bar: None
+    """Called with the BAR that has them, before it decodes."""
 
 
 class Doorbell(NamedTuple):
@@ -71,8 +73,8 @@ class Bar:
     """One BAR: its register, and its ranges in the guest's address space while it decodes.
 
     ``name``: of its memory regions; ``flags``: the register's low bits; ``pages``: what is in pages of the source,
-    by their offsets, for statistics. A ``BusDevice``: accesses without a memslot
-    go to a trap or to the source. Raises ``LayoutError`` where no address is free, ``OSError``.
+    by their offsets, for statistics; ``collected``: as ``collect``, from the start. A ``BusDevice``: accesses without
+    a memslot go to a trap or to the source. Raises ``LayoutError`` where no address is free, ``OSError``.
 
     Synchronization: with the bus lock held.
     """
@@ -86,6 +88,7 @@ class Bar:
         traps: Sequence[Trap] = (),
         doorbells: Sequence[Doorbell] = (),
         pages: Mapping[int, str] = MappingProxyType({}),
+        collected: Sequence[Range] = (),
     ) -> None:
         self.name = name
         """The name of its memory regions, such as ``bar0``."""
@@ -96,6 +99,8 @@ class Bar:
         self._vm = wiring.vm
         self._doorbells = tuple(doorbells)
         self._armed: list[tuple[Doorbell, int]] = []  # those that KVM has, and where
+        self._collected = {*collected}
+        self._collecting: dict[Range, Range] = {}  # those that KVM collects, and where
         self._bus = wiring.ports if flags & FLAG_IO else wiring.mmio
         self._windows = wiring.bars
         self._traps = tuple(traps)
@@ -121,6 +126,8 @@ class Bar:
             if self.kind is not BarKind.IO:
                 for area in mappable(source.mmap_areas, [trap.range for trap in traps]):
                     self._mappings.append((area, source.mmap(area)))
+            for trap in traps:
+                trap.connect(self)
 
     def close(self) -> None:
         """Stop decoding, then unmap the BAR in this process: a mapping keeps the device open. Idempotent.
@@ -254,6 +261,8 @@ class Bar:
             with log_errors(log, "%s: %s", self.name):
                 self._vm.ioeventfd(doorbell.eventfd, at, doorbell.size)
                 self._armed.append((doorbell, at))
+        for part in self._collected:
+            self._start_collecting(part)
 
     def _disarm(self) -> None:
         """Take the doorbells back. One that KVM keeps signals its eventfd, and does no harm."""
@@ -262,6 +271,37 @@ class Bar:
             with log_errors(log, "%s: %s", self.name):
                 if not self._vm.closed:  # a closed VM has none
                     self._vm.ioeventfd_deassign(doorbell.eventfd, at, doorbell.size)
+        for part in [*self._collecting]:
+            self._stop_collecting(part)
+
+    # --- registers that the guest writes without an effect yet
+
+    def collect(self, part: Range, wanted: bool) -> None:
+        """Let KVM collect the guest's writes to ``part`` until another access exits, or stop it. Does not raise.
+
+        Only for registers whose writes have no effect before such an access. Reads exit. Idempotent.
+        """
+        if wanted and part not in self._collected:
+            self._collected.add(part)
+            if self._connected:
+                self._start_collecting(part)
+        elif not wanted:
+            self._collected.discard(part)
+            self._stop_collecting(part)
+
+    def _start_collecting(self, part: Range) -> None:
+        """Where KVM refuses, writes exit: slower, but correct."""
+        if self.kind is not BarKind.IO:
+            with log_errors(log, "%s: %s", self.name):
+                at = Range(self.address + part.start, part.size)
+                self._vm.coalesce_writes(at.start, at.size)
+                self._collecting[part] = at
+
+    def _stop_collecting(self, part: Range) -> None:
+        at = self._collecting.pop(part, None)
+        if at is not None and not self._vm.closed:
+            with log_errors(log, "%s: %s", self.name):
+                self._vm.stop_coalescing(at.start, at.size)
 
     # --- accesses without a memslot
 

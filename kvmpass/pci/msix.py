@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass.layout import Range
-from kvmpass.pci.bar import Trap
+from kvmpass.pci.bar import Bar, Trap
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.function import InterruptSink, Wiring
 from kvmpass.pci.message import MessageCapability, pending_bits
@@ -38,6 +38,8 @@ class Msix(MessageCapability):
         self._own = own
         self.end = at + 12
         """Where the capability ends."""
+        self._place = Range(own.table_offset, own.table_size)
+        self._bar: Bar | None = None  # that of the table
         self._table = bytearray(_RESET_ENTRY * own.vectors)
         self._resizable = sink.resizable
         self._enabled = False
@@ -50,9 +52,12 @@ class Msix(MessageCapability):
     def traps(self, bar: int) -> list[Trap]:
         """Return the table and the pending bits, if they are in BAR number ``bar``."""
         own = self._own
-        table = Trap(Range(own.table_offset, own.table_size), self, "MSI-X table")
+        table = Trap(self._place, self, "MSI-X table", self._connect_bar)
         pending = Trap(Range(own.pba_offset, own.pba_size), PendingBits(self._vectors), "MSI-X pending bits")
         return [trap for at, trap in ((own.table_bar, table), (own.pba_bar, pending)) if at == bar]
+
+    def _connect_bar(self, bar: Bar) -> None:
+        self._bar = bar
 
     def read(self, offset: int, size: int) -> bytes:
         """Read the table. ``offset + size`` is inside it."""
@@ -74,6 +79,9 @@ class Msix(MessageCapability):
         """Connect the vectors as the guest has written message control."""
         self._mask_all = bool(self._control & MSIX_MASK_ALL)
         enable = self.enabled
+        # Linux masks every entry, and writes those that it uses, while all are masked (msix_capability_init).
+        if self._bar is not None:
+            self._bar.collect(self._place, enable and self._mask_all)
         if self._enabled and not enable:
             with log_errors(log, "%s MSI-X: %s", self._sink.name):
                 self.disable()

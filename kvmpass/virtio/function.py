@@ -20,7 +20,7 @@ from kvmpass.pci.msix import Msix
 from kvmpass.virtio.device import VirtioDevice
 from kvmpass.virtio.interrupts import VectorSink
 from kvmpass.virtio.kicks import Kicks
-from kvmpass.virtio.transport import COMMON_SIZE, Transport
+from kvmpass.virtio.transport import COMMON_SIZE, PASSIVE, Transport
 
 log = limited_log(__name__)
 
@@ -31,6 +31,8 @@ VECTORS = 2
 
 COMMON, ISR, CONFIG, NOTIFY, TABLE, PENDING = (PAGE * page for page in range(6))
 """Offsets in the BAR."""
+COLLECTED = tuple(Range(COMMON + start, end - start) for start, end in PASSIVE)
+"""Registers of the BAR whose writes KVM collects."""
 BAR_SIZE = 8 * PAGE
 PAGES = {
     COMMON: "common configuration",
@@ -112,7 +114,7 @@ class VirtioFunction:
         self._kicks = Kicks(name, self.transport, device.deferred)
         with undo_on_error(self._kicks.close):
             doorbells = self._kicks.doorbells(NOTIFY, NOTIFY_STEP)
-            self._bar = Bar(name, self._registers, 0, wiring, self._msix.traps(0), doorbells, PAGES)
+            self._bar = Bar(name, self._registers, 0, wiring, self._msix.traps(0), doorbells, PAGES, COLLECTED)
             self._bars.add(pciregs.BAR0, self._bar)
 
     def _add_header(self, device: VirtioDevice) -> None:

@@ -42,6 +42,8 @@ COMMON_SIZE = _COMMON.size
     _QUEUE_NOTIFY_OFF,
 ) = (0, 4, 8, 12, 16, 18, 20, 21, 22, 24, 26, 28, 30)
 _DESCRIPTORS, _AVAILABLE, _USED = 32, 40, 48
+PASSIVE = (0, _STATUS), (_QUEUE_SELECT, _QUEUE_ENABLE), (_DESCRIPTORS, COMMON_SIZE)
+"""Offsets of fields whose writes have no effect by themselves: neither device_status nor queue_enable."""
 _ADDRESSES = {_DESCRIPTORS: "descriptors", _AVAILABLE: "available", _USED: "used"}
 
 

@@ -292,6 +292,12 @@ class FakeKvm:
         assert gsi not in self.irqfds, "the route goes after the irqfd"
         del self.routes[gsi]
 
+    def coalesce_writes(self, address: int, size: int) -> None:
+        self.refuse()
+
+    def stop_coalescing(self, address: int, size: int) -> None:
+        self.refuse()
+
     def irqfd(self, eventfd: int, gsi: int) -> None:
         self.refuse()
         assert gsi in self.routes, "the route comes before the irqfd"

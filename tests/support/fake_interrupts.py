@@ -29,6 +29,7 @@ class FakeKvm:
         self.routes: dict[int, tuple[int, int]] = {}
         self.irqfds: dict[int, int] = {}
         self.ioeventfds: dict[tuple[int, int], int] = {}
+        self.coalescing: set[tuple[int, int]] = set()
         self.delivered: list[tuple[int, int]] = []
         self.pins: dict[int, tuple[int, int]] = {}
         self.refusing: set[str] = set()
@@ -87,6 +88,15 @@ class FakeKvm:
             raise OSError(errno.EEXIST, "KVM_IOEVENTFD")
         os.fstat(eventfd)
         self.ioeventfds[address, size] = eventfd
+
+    def coalesce_writes(self, address: int, size: int) -> None:
+        self._call("coalesce_writes")
+        assert (address, size) not in self.coalescing
+        self.coalescing.add((address, size))
+
+    def stop_coalescing(self, address: int, size: int) -> None:
+        self._call("stop_coalescing")
+        self.coalescing.remove((address, size))
 
     def ioeventfd_deassign(self, eventfd: int, address: int, size: int) -> None:
         self._call("ioeventfd_deassign")

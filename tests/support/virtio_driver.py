@@ -110,6 +110,7 @@ class Driver:
         self.function.close()
         self.function.close()
         assert (self.kvm.routes, self.kvm.irqfds, self.kvm.ioeventfds, self.mmio._ranges) == ({}, {}, {}, [])
+        assert not self.kvm.coalescing
 
     # --- PCI
 

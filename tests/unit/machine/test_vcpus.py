@@ -22,7 +22,7 @@ class FakeVcpu:
     def __init__(self, index: int) -> None:
         self.index = index
         self.exits: list[Exit] = []
-        self.coalesced: list[tuple[int, bytes]] = []
+        self.coalesced: list[tuple[bool, int, bytes]] = []
         self.entries = 0
         self._exit_requested = threading.Event()
 
@@ -44,7 +44,7 @@ class FakeVcpu:
 
     def complete(self, exit_: Exit, data: bytes) -> None: ...
 
-    def coalesced_writes(self) -> Iterator[tuple[int, bytes]]:
+    def coalesced_writes(self) -> Iterator[tuple[bool, int, bytes]]:
         while self.coalesced:
             yield self.coalesced.pop(0)
 
@@ -166,7 +166,7 @@ def test_writes_that_kvm_has_collected_come_before_the_exit() -> None:
     bus = Bus("port")
     bus.add(0x70, 0x20, Device())
     vcpu = FakeVcpu(0)
-    vcpu.coalesced = [(0x70, b"a"), (0x71, b"bc")]
+    vcpu.coalesced = [(True, 0x70, b"a"), (True, 0x71, b"bc")]
     vcpu.exits = [PortExit(0x80, 1, 1, False, b"", 0)]
     threads = VcpuThreads(cast(list[Vcpu], [vcpu]), bus, Bus("memory"), threading.RLock(), lambda: None)
     assert threads.accesses == {}
@@ -189,7 +189,7 @@ def test_exits_are_counted_by_what_is_accessed() -> None:
     ports.add(0x70, 0x20, Device(), "clock")
     mmio.add(0x1000, 0x2000, Device(), lambda offset: f"page {offset >> 12}")
     vcpu = FakeVcpu(0)
-    vcpu.coalesced = [(0x70, b"a")]  # no exit
+    vcpu.coalesced = [(True, 0x70, b"a"), (False, 0x1000, b"a")]  # no exits
     accesses: list[PortExit | MmioExit] = [
         PortExit(0x70, 1, 4, False, b"", 0),
         PortExit(0x71, 1, 1, True, b"1", 0),

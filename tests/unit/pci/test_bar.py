@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from support.fake_bar import IO, IO_RESERVED, MEMORY32, MEMORY64, ONES, PREFETCHABLE, GuestSpace, Region, Register
@@ -233,6 +236,47 @@ def test_pages_without_a_mapping_exit(guest: GuestSpace) -> None:
     bar.decode(True)
     assert guest.slots == [Range(bar.address, 2 * PAGE), Range(bar.address + 3 * PAGE, PAGE)]
     assert sorted(region.mappings) == [Range(0, 2 * PAGE), Range(3 * PAGE, PAGE)]
+
+
+class Collecting:
+    """KVM's zones of collected writes."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.zones: list[tuple[int, int]] = []
+        self.refuses = False
+
+    def coalesce_writes(self, address: int, size: int) -> None:
+        if self.refuses:
+            raise OSError(errno.ENOSPC, "KVM_REGISTER_COALESCED_MMIO")
+        self.zones.append((address, size))
+
+    def stop_coalescing(self, address: int, size: int) -> None:
+        self.zones.remove((address, size))
+
+
+def test_writes_are_collected_where_the_bar_decodes(guest: GuestSpace) -> None:
+    vm: Any = Collecting()
+    wiring = replace(guest.wiring, vm=vm)
+    bar = Bar("bar0", Region(PAGE), MEMORY32, wiring, collected=[Range(0, 20)])
+    guest.bars.append(bar)
+    bar.collect(Range(64, 16), True)
+    assert vm.zones == [], "it does not decode yet"
+    bar.decode(True)
+    home = bar.address
+    assert sorted(vm.zones) == [(home, 20), (home + 64, 16)]
+    bar.collect(Range(64, 16), True)
+    assert len(vm.zones) == 2, "idempotent"
+    bar.collect(Range(0, 20), False)
+    assert vm.zones == [(home + 64, 16)]
+    bar.set_register(home + 4 * PAGE, False)
+    assert vm.zones == [(home + 4 * PAGE + 64, 16)]
+    bar.decode(False)
+    assert vm.zones == []
+    vm.refuses = True
+    bar.decode(True)
+    assert len(guest.bus._ranges) == 1, "it decodes, and every write exits"
 
 
 def test_close_deletes_memslots_then_unmaps(guest: GuestSpace) -> None:

@@ -6,12 +6,14 @@ import random
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from support.fake_interrupts import FakeDevice, FakeKvm
 
 from kvmpass.layout import Range
-from kvmpass.pci.bar import Trapped
+from kvmpass.pci.bar import Bar, Trapped
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.msix import Msix, PendingBits
 from kvmpass.pciregs import MSIX_ENABLE, MSIX_MASK_ALL, MsixRegisters
@@ -37,7 +39,7 @@ class Table:
 
     @property
     def pending(self) -> Trapped:
-        [(range_, bits, _)] = [trap for trap in self.msix.traps(0) if trap.range.start]
+        [(range_, bits)] = [trap[:2] for trap in self.msix.traps(0) if trap.range.start]
         assert range_.start == PENDING_AT
         return bits
 
@@ -208,6 +210,17 @@ def test_masks_of_vector_and_function(table: Table) -> None:
     assert table.connected == [1, 2, 3]
     table.mask(1, 0xFFFF_FFFE)
     assert table.connected == [1, 2, 3], "only bit 0 masks"
+
+
+def test_writes_are_collected_while_all_vectors_are_masked(table: Table) -> None:
+    calls: list[tuple[Range, bool]] = []
+    bar = SimpleNamespace(collect=lambda part, wanted: calls.append((part, wanted)))
+    [trap] = [trap for trap in table.msix.traps(0) if not trap.range.start]
+    trap.connect(cast(Bar, bar))
+    for control in (MSIX_MASK_ALL, MASKED, ON, MASKED, 0):
+        table.set_control(control)
+    assert [wanted for _, wanted in calls] == [False, True, False, True, False]
+    assert {part for part, _ in calls} == {Range(0, 5 * 16)}, "the table, and nothing beside it"
 
 
 def test_pending_interrupts_are_delivered_when_unmasked(table: Table) -> None:

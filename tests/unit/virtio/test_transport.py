@@ -46,6 +46,19 @@ def test_structures_are_inside_the_bar_and_apart(driver: Driver) -> None:
     assert ordered[-1][0] + ordered[-1][1] <= 4 * PAGE, "the table of MSI-X comes after them"
 
 
+def test_kvm_collects_what_has_no_effect_by_itself(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: set[int] = set()
+    write = driver.write
+    monkeypatch.setattr(driver, "write", lambda at, value, size: (written.add(at), write(at, value, size)))
+    driver.start()
+    zones = [(start - driver.common, size) for start, size in driver.kvm.coalescing]
+    exits = {at for at in written if not any(start <= at < start + size for start, size in zones)}
+    assert exits == {20, 28}, "device_status, queue_enable"
+    assert {0, 8, 12, 16, 22, 26, 32, 36, 40, 44, 48, 52} <= written
+    driver.config(pciregs.COMMAND, 2, 0)
+    assert not driver.kvm.coalescing
+
+
 def test_negotiation(driver: Driver) -> None:
     """Version 1 is a must, and nothing that was not offered."""
     driver.enable()
