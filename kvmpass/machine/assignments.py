@@ -59,7 +59,7 @@ class Assignments(Functions):
         with self._device_lock:
             self._check_usable()
             if not self._populated:
-                size = self.memory.anonymous_size
+                size = self.memory.ordinary_size
                 check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size))
                 self.memory.populate()
                 self._populated = True

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import enum
 import errno
+import fcntl
 import os
 import stat
+from functools import partial
 from pathlib import Path
 
 from kvmpass._fd import check
 from kvmpass._native import ffi, lib
+from kvmpass._teardown import undo_on_error
 from kvmpass.errors import Closed, LayoutError, NotEnoughMemory
 from kvmpass.hugepages import POOLS, HugePagePool, pool_name
 from kvmpass.layout import GIB, MIB, PAGE, size_text
@@ -28,8 +31,14 @@ class Backing(enum.StrEnum):
     """Private huge pages of 2 MiB from the host's pool (Documentation/admin-guide/mm/hugetlbpage.rst)."""
     HUGETLB_1G = "hugetlb-1G"
     """Private huge pages of 1 GiB from the host's pool."""
+    MEMFD = "memfd"
+    """Ordinary pages of a memfd, which daemons may map too (``GuestMemory.add_ram``)."""
+    MEMFD_2M = "memfd-2M"
+    """A memfd of huge pages of 2 MiB from the host's pool."""
+    MEMFD_1G = "memfd-1G"
+    """A memfd of huge pages of 1 GiB from the host's pool."""
     SHARED = "shared"
-    """A file or memfd that other processes may map too."""
+    """A file or memfd of somebody else's, which other processes may map too (``GuestMemory.add_shared``)."""
     DEVICE = "device"
     """An assigned device's BAR."""
 
@@ -41,7 +50,25 @@ class Backing(enum.StrEnum):
     @property
     def huge_page(self) -> int:
         """The size in bytes of the pages of its pool; 0: not from a pool."""
-        return {Backing.HUGETLB_2M: HUGE, Backing.HUGETLB_1G: GIB}.get(self, 0)
+        return _POOLS.get(self, 0)
+
+    @property
+    def shared(self) -> Backing:
+        """The backing with the same pages that daemons may map too: a memfd instead of private memory."""
+        return _SHARED.get(self, self)
+
+    @property
+    def is_memfd(self) -> bool:
+        """Whether it is a memfd that is made here."""
+        return self in _SHARED.values()
+
+
+_POOLS = {Backing.HUGETLB_2M: HUGE, Backing.HUGETLB_1G: GIB, Backing.MEMFD_2M: HUGE, Backing.MEMFD_1G: GIB}
+_SHARED = {
+    Backing.ANONYMOUS: Backing.MEMFD,
+    Backing.HUGETLB_2M: Backing.MEMFD_2M,
+    Backing.HUGETLB_1G: Backing.MEMFD_1G,
+}
 
 
 class HostMapping:
@@ -131,6 +158,20 @@ _MMAP_REMEDY = {
     errno.EACCES: "open the descriptor for reading, and for writing if the region is to be writable",
     errno.EPERM: "make the region read-only: the memfd is sealed against writing (F_SEAL_WRITE)",
 }
+
+
+def make_memfd(name: str, size: int, page: int = PAGE) -> int:
+    """Return a memfd of ``size`` bytes of zeroes, in pages of ``page`` bytes, whose size is sealed.
+
+    A process that has it may punch holes into it nevertheless: ``F_SEAL_WRITE`` would keep everybody from writing.
+    ``name`` is shown in ``/proc``. Raises ``OSError`` (``memfd_create``: ``EMFILE``, ``ENOMEM``).
+    """
+    huge = os.MFD_HUGETLB | (page.bit_length() - 1) << os.MFD_HUGE_SHIFT if page > PAGE else 0
+    fd = os.memfd_create(f"kvmpass-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | huge)
+    with undo_on_error(partial(os.close, fd)):
+        os.truncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
 
 
 def check_huge_pages(page: int, size: int) -> None:

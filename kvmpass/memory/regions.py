@@ -20,7 +20,7 @@ from typing import Protocol
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import AuditFailed, LayoutError
 from kvmpass.layout import PAGE, Range
-from kvmpass.memory.mapping import HUGE, Backing, HostMapping, check_file, check_huge_pages
+from kvmpass.memory.mapping import HUGE, Backing, HostMapping, check_file, check_huge_pages, make_memfd
 
 ADDRESS_BITS = 52  # of a physical address (AMD64 manual volume 2, section 5.3)
 
@@ -67,6 +67,10 @@ class MemoryRegion:
     """What holds its bytes."""
     offset: int = 0
     """Bytes from the start of ``mapping``."""
+    file: int = -1
+    """A descriptor of RAM that is a file or memfd, for other processes; -1: private. ``release()`` closes it."""
+    file_offset: int = 0
+    """Bytes from the start of that file."""
 
     @property
     def gpa(self) -> int:
@@ -87,6 +91,9 @@ class MemoryRegion:
         """Unmap RAM and ROM; a BAR's mapping belongs to its device."""
         if self.kind is not RegionKind.BAR:
             self.mapping.close()
+            file, self.file = self.file, -1
+            if file >= 0:
+                os.close(file)
 
     def __repr__(self) -> str:
         return f"<{self.name} {self.kind.value} {self.range}>"
@@ -148,27 +155,36 @@ class GuestMemory:
                 undo.callback(listener.region_removed, region)
             self._listeners.append(listener)
 
+    def unlisten(self, listener: RegionListener) -> None:
+        """Unregister ``listener``, without a call of its methods. Idempotent."""
+        with self.lock:
+            self._listeners = [other for other in self._listeners if other is not listener]
+
     # --- changing the list
 
     def add_ram(
         self, gpa: int, size: int, name: str = "ram", *, backing: Backing = Backing.ANONYMOUS
     ) -> MemoryRegion:
-        """Add ``size`` bytes of zeroed private memory, at a host virtual address congruent to ``gpa`` modulo 2 MiB.
+        """Add ``size`` bytes of zeroed memory, at a host virtual address congruent to ``gpa`` modulo 2 MiB.
 
-        ``backing``: anonymous, or a pool of huge pages (1 GiB pages: congruent modulo 1 GiB). Raises ``LayoutError``
-        (not whole pages, overlap), ``NotEnoughMemory`` (huge pages), ``OSError``, and what a listener raises
-        (``ReservedRange``).
+        ``backing``: private memory, anonymous or from a pool of huge pages (1 GiB pages: congruent modulo 1 GiB), or
+        a memfd of either kind. Raises ``LayoutError`` (not whole pages, overlap), ``NotEnoughMemory`` (huge pages),
+        ``OSError``, and what a listener raises (``ReservedRange``).
         """
-        if backing not in (Backing.ANONYMOUS, Backing.HUGETLB_2M, Backing.HUGETLB_1G):
+        if backing in (Backing.SHARED, Backing.DEVICE):
             raise LayoutError(f"{name}: {backing} memory is not made here: see add_shared and add_bar")
         page = backing.page_size
         with self._claim(RegionKind.RAM, gpa, size, name, page) as range_:
             if page > PAGE:
                 check_huge_pages(page, size)
-            mapping = HostMapping(size, align=max(HUGE, page), congruent=gpa, page=page)
+            file = make_memfd(name, size, page) if backing.is_memfd else -1
+            with undo_on_error() as undo:
+                if file >= 0:
+                    undo.callback(os.close, file)
+                mapping = HostMapping(size, align=max(HUGE, page), congruent=gpa, fd=file, page=page)
             if page == PAGE and size >= HUGE:
                 mapping.advise_huge()
-            return self._add(MemoryRegion(RegionKind.RAM, range_, mapping, name, backing))
+            return self._add(MemoryRegion(RegionKind.RAM, range_, mapping, name, backing, file=file))
 
     def add_shared(
         self, gpa: int, fd: int, size: int, offset: int = 0, name: str = "shared", *, writable: bool = True
@@ -176,9 +192,9 @@ class GuestMemory:
         """Add ``size`` bytes of a file or memfd from ``offset`` on, which other processes may map too.
 
         RAM, or ROM if not ``writable``: then ``fd`` may be open for reading only, and other processes can change what
-        guest and devices read. ``fd`` is not kept; the caller may close it. Seal a memfd against shrinking
-        (``F_SEAL_SHRINK``): a process that truncates it removes the pages. One that punches a hole into it separates
-        guest and device: the device keeps the page that was there, the guest gets a new one.
+        guest and devices read. The caller may close ``fd``: of RAM a duplicate is kept, for daemons. Seal a memfd
+        against shrinking (``F_SEAL_SHRINK``): a process that truncates it removes the pages. One that punches a hole
+        into it separates guest and device: the device keeps the page that was there, the guest gets a new one.
 
         Raises ``LayoutError`` (not whole pages of this file, beyond its end, overlap), what a listener raises, and
         ``OSError``: ``EBADF``, ``EACCES`` (not open for that), ``EPERM`` (sealed). Files whose pages the kernel
@@ -191,7 +207,9 @@ class GuestMemory:
             mapping = HostMapping(
                 size, align=max(HUGE, page), congruent=gpa, fd=fd, offset=offset, writable=writable, page=page
             )
-            return self._add(MemoryRegion(kind, range_, mapping, name, Backing.SHARED))
+            with undo_on_error(mapping.close):
+                file = os.dup(fd) if writable else -1
+            return self._add(MemoryRegion(kind, range_, mapping, name, Backing.SHARED, 0, file, offset))
 
     def add_rom(self, gpa: int, data: bytes, name: str = "rom") -> MemoryRegion:
         """Add pages with ``data``, rounded up to pages, which neither guest nor devices can write.
@@ -286,9 +304,10 @@ class GuestMemory:
         return sum(region.size for region in self._regions if region.kind is RegionKind.RAM)
 
     @property
-    def anonymous_size(self) -> int:
-        """Bytes of anonymous regions, which the host's free memory must provide."""
-        return sum(region.size for region in self._regions if region.backing is Backing.ANONYMOUS)
+    def ordinary_size(self) -> int:
+        """Bytes of ordinary pages that are made here, which the host's free memory must provide."""
+        ordinary = (Backing.ANONYMOUS, Backing.MEMFD)
+        return sum(region.size for region in self._regions if region.backing in ordinary)
 
     def populate(self) -> None:
         """Allocate every page of RAM and ROM now. Raises ``OSError`` (``ENOMEM``)."""

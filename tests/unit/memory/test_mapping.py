@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from kvmpass._native import lib
 from kvmpass.errors import Closed, LayoutError, NotEnoughMemory
 from kvmpass.layout import GIB, MIB, PAGE
 from kvmpass.memory import HUGE, Backing, HostMapping
-from kvmpass.memory.mapping import check_file, check_huge_pages
+from kvmpass.memory.mapping import check_file, check_huge_pages, make_memfd
 
 HUGE_SHIFT = 26  # MAP_HUGE_SHIFT (include/uapi/asm-generic/hugetlb_encode.h)
 
@@ -273,13 +274,53 @@ def test_page_sizes_of_backings() -> None:
         "anonymous": PAGE,
         "hugetlb-2M": 2 * MIB,
         "hugetlb-1G": GIB,
+        "memfd": PAGE,
+        "memfd-2M": 2 * MIB,
+        "memfd-1G": GIB,
         "shared": PAGE,
         "device": PAGE,
     }
     assert {backing.value: backing.huge_page for backing in Backing if backing.huge_page} == {
         "hugetlb-2M": 2 * MIB,
         "hugetlb-1G": GIB,
+        "memfd-2M": 2 * MIB,
+        "memfd-1G": GIB,
     }
+    assert {backing.value: backing.shared.value for backing in Backing if backing.shared is not backing} == {
+        "anonymous": "memfd",
+        "hugetlb-2M": "memfd-2M",
+        "hugetlb-1G": "memfd-1G",
+    }
+    assert all(backing.shared.is_memfd is (backing.value not in ("shared", "device")) for backing in Backing)
+
+
+def test_a_memfd_keeps_its_size() -> None:
+    fd = make_memfd("ram7", 3 * PAGE)
+    assert (os.fstat(fd).st_size, os.get_inheritable(fd)) == (3 * PAGE, False)
+    assert "kvmpass-ram7" in str(Path(f"/proc/self/fd/{fd}").readlink())
+    for size in (PAGE, 4 * PAGE):
+        with pytest.raises(PermissionError):
+            os.truncate(fd, size)
+    with pytest.raises(PermissionError):  # nor can anybody seal it against the guest's writes
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    os.close(fd)
+
+
+def test_a_memfd_of_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is asked for pages of that size. If it has none, no descriptor is left."""
+    made: list[int] = []
+    real = os.memfd_create
+
+    def memfd_create(name: str, flags: int) -> int:
+        made.append(flags)
+        return real(name, os.MFD_CLOEXEC)  # and without leave for seals
+
+    monkeypatch.setattr(os, "memfd_create", memfd_create)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(PermissionError):
+        make_memfd("ram", 2 * GIB, GIB)
+    assert made == [os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | os.MFD_HUGETLB | os.MFD_HUGE_1GB]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 # --- pools of huge pages: free, reserved, overcommitted

@@ -162,7 +162,7 @@ def test_backings_and_kinds_of_regions(memory: GuestMemory, memfd: int) -> None:
     ]
     assert [str(region.backing) for region in regions] == ["anonymous", "anonymous", "shared", "shared", "device"]
     assert [region.kind.value for region in regions] == ["ram", "rom", "ram", "rom", "bar"]
-    assert (memory.ram_size, memory.anonymous_size) == (2 * PAGE, 2 * PAGE)
+    assert (memory.ram_size, memory.ordinary_size) == (2 * PAGE, 2 * PAGE)
     mapping.close()
 
 
@@ -177,13 +177,20 @@ def test_a_file_is_shared_with_its_other_mappings(memory: GuestMemory, memfd: in
     assert memory.read(GIB + 2 * MIB - 4, 4) == b"last"
 
 
-def test_the_file_outlives_its_descriptor_and_no_descriptor_is_kept(memory: GuestMemory) -> None:
+def test_the_file_outlives_its_descriptor(memory: GuestMemory) -> None:
+    """Of RAM a duplicate is kept, for daemons, until the region is removed; of ROM none."""
     before = len(list(Path("/proc/self/fd").iterdir()))
     fd = os.memfd_create("kvmpass-test")
-    os.truncate(fd, PAGE)
-    memory.add_shared(0, fd, PAGE)
+    os.truncate(fd, 3 * PAGE)
+    region = memory.add_shared(0, fd, PAGE, 2 * PAGE)
+    rom = memory.add_shared(PAGE, fd, PAGE, writable=False)
     os.close(fd)
     memory.write(0, b"x")
+    assert (rom.file, region.file_offset, os.pread(region.file, 1, 2 * PAGE)) == (-1, 2 * PAGE, b"x")
+    assert not os.get_inheritable(region.file)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 1
+    memory.remove(region)
+    assert region.file == -1
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 

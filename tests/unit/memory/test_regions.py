@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -201,8 +202,54 @@ def test_regions_from_a_pool(
     monkeypatch.setattr(kvmpass.memory.regions, "HostMapping", Mapping)
     monkeypatch.setattr(kvmpass.memory.regions, "check_huge_pages", lambda *what: steps.append(what))
     region = memory.add_ram(2 * page, page, backing=backing)
-    assert steps == [(page, page), (page, {"align": page, "congruent": 2 * page, "page": page})]
-    assert (region.backing, memory.anonymous_size, memory.ram_size) == (backing, 0, page)
+    assert steps == [(page, page), (page, {"align": page, "congruent": 2 * page, "fd": -1, "page": page})]
+    assert (region.backing, memory.ordinary_size, memory.ram_size) == (backing, 0, page)
+
+
+def test_memory_for_daemons(memory: GuestMemory) -> None:
+    """A memfd that another process maps, at a congruent address while the region exists: ordinary memory."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    region = memory.add_ram(5 * PAGE, 4 * MIB, "ram3", backing=Backing.MEMFD)
+    assert (region.backing, region.kind, region.file_offset) == (Backing.MEMFD, RegionKind.RAM, 0)
+    assert (region.hva - region.gpa) % HUGE == 0
+    assert (memory.ordinary_size, memory.ram_size) == (4 * MIB, 4 * MIB)
+    with mmap.mmap(region.file, 4 * MIB) as peer:
+        peer[PAGE : PAGE + 5] = b"hello"
+        assert memory.read(6 * PAGE, 5) == b"hello"
+    memory.remove(region)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize("failing", ["HostMapping", "check_huge_pages"])
+def test_no_memfd_is_left_without_its_region(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "no")
+
+    monkeypatch.setattr(kvmpass.memory.regions, failing, fail)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    backing = Backing.MEMFD if failing == "HostMapping" else Backing.MEMFD_2M
+    with pytest.raises(OSError, match="no"):
+        memory.add_ram(0, HUGE, backing=backing)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_listener_that_refuses_leaves_no_memfd(memory: GuestMemory) -> None:
+    """Nor does one that has gone: it is not called any more."""
+    log: list[str] = []
+    mirror = Mirror("it", log)
+    memory.listen(mirror)
+    mirror.refusing = {"added"}
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(OSError, match="it refuses"):
+        memory.add_ram(0, PAGE, backing=Backing.MEMFD)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    memory.unlisten(mirror)
+    memory.unlisten(mirror)
+    log.clear()
+    memory.add_ram(0, PAGE, backing=Backing.MEMFD)
+    assert log == []
 
 
 def test_a_part_of_a_file(memory: GuestMemory, memfd: int) -> None:
@@ -464,7 +511,7 @@ def test_sizes_by_backing(memory: GuestMemory, memfd: int, bar: HostMapping) -> 
     memory.add_shared(3 * MIB, memfd, PAGE)
     memory.add_shared(4 * MIB, memfd, PAGE, writable=False)
     memory.add_bar(GIB, PAGE, bar, 0, "bar")
-    assert (memory.ram_size, memory.anonymous_size) == (6 * PAGE, 6 * PAGE)
+    assert (memory.ram_size, memory.ordinary_size) == (6 * PAGE, 6 * PAGE)
 
 
 def test_the_list_may_change_during_an_iteration(memory: GuestMemory) -> None:
