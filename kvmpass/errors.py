@@ -100,6 +100,10 @@ class BadKernel(KvmpassError):
     """A file that is not a bootable Linux kernel."""
 
 
+class DaemonError(KvmpassError):
+    """A daemon that serves a virtio device has violated the vhost-user protocol, has not answered, or has ended."""
+
+
 class GuestError(KvmpassError):
     """An operation that the guest's state does not allow, or an exit of the guest that cannot be handled."""
 

@@ -10,7 +10,7 @@ class DeviceEvent:
     """An event of a device. ``str()`` describes it in one line."""
 
     bdf: str
-    """The device's PCI address on the host."""
+    """The device's PCI address on the host; of a device that a daemon serves its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,17 @@ class DeviceReleased(DeviceEvent):
     def __str__(self) -> str:
         how = "ejected by the guest" if self.by == "guest" else "removed from the running guest"
         return f"{self.bdf}: {how}"
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonEnded(DeviceEvent):
+    """The daemon that serves a virtio device has ended, or the connection to it was closed: the device is gone."""
+
+    reason: str
+    """Why."""
+
+    def __str__(self) -> str:
+        return f"{self.bdf}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from kvmpass._signals import deferred
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import GuestError
+from kvmpass.events import DaemonEnded
 from kvmpass.machine.execution import Execution
+from kvmpass.machine.monitor import DeviceMonitor
 from kvmpass.pci import PciFunction, Wiring
 from kvmpass.virtio import Port, VirtioConsole, VirtioFunction
 
+if TYPE_CHECKING:
+    import socket
+
+    from kvmpass.virtio.frontend import FrontEnd
+
 CONSOLE_SLOT = 31
 """The slot of the console: the last one, so that devices have the numbers that they have without it."""
+DAEMON_SLOT = 30
+"""The slot of the first device that a daemon serves; the next ones have the slots before it."""
 
 
 class Functions(Execution):
@@ -21,9 +33,12 @@ class Functions(Execution):
     Synchronization: as ``Execution``.
     """
 
+    _monitor: DeviceMonitor
+
     def __init__(self, cpus: int) -> None:
         super().__init__(cpus)
         self._ports: dict[str, Port] = {}
+        self._front_ends: list[FrontEnd] = []
 
     def add_function(self, make: Callable[[Wiring], PciFunction]) -> None:
         """Plug an emulated PCI function into a slot of its own until the machine is closed. Before ``start()``.
@@ -56,6 +71,10 @@ class Functions(Execution):
             self._add_function(lambda wiring: VirtioFunction(VirtioConsole(ports), wiring, "console"), CONSOLE_SLOT)
             self._ports = {port.name: port for port in ports}
 
+    def _end_for_error(self) -> None:
+        """End the guest for an error of a device, unless that is not wanted."""
+        raise NotImplementedError
+
     def _room_of(self, name: str) -> bool:
         return self._has_room(name)
 
@@ -63,3 +82,40 @@ class Functions(Execution):
     def ports(self) -> Mapping[str, Port]:
         """The named ports of ``add_ports``, by name."""
         return self._ports
+
+    def add_filesystem(self, tag: str, daemon: str | os.PathLike[str] | socket.socket) -> None:
+        """Give the guest a virtio file system that a daemon such as virtiofsd serves. Before ``start()``.
+
+        The guest mounts it by its ``tag`` (1 to 36 printable ASCII characters): ``mount -t virtiofs TAG DIR``.
+        ``daemon``: the path where it listens, or a connected socket, which the machine takes over. The daemon maps
+        all of the guest's RAM, which must be memfds (``Machine(backing=Backing.MEMFD)``), and serves the requests
+        without this process. It is inside the guest's trust; its process is the caller's.
+
+        If it ends, does not answer within ten seconds, or violates the protocol, ``on_event`` receives a
+        ``DaemonEnded``, and the guest is ended as by an uncorrected error of a device. Raises ``DaemonError``,
+        ``GuestError`` (private memory; after ``start()``), ``LayoutError`` (tag, slot), ``OSError`` (``connect``);
+        then nothing has changed, except that the connection is closed.
+        """
+        from kvmpass.virtio.frontend import FrontEnd
+        from kvmpass.virtio.fs import VirtioFs
+        from kvmpass.virtio.vhost_user import connect
+
+        connection = connect(daemon) if isinstance(daemon, str | os.PathLike) else daemon
+        name = f"file system {tag}"
+        with self._device_lock:
+            with undo_on_error() as undo:
+                undo.callback(connection.close)
+                self._check_usable()
+                front = FrontEnd(name, connection, self.memory, partial(self._on_daemon_end, name))
+                undo.callback(front.close)
+                slot = DAEMON_SLOT - len(self._front_ends)
+                self._add_function(lambda wiring: VirtioFunction(VirtioFs(front, tag), wiring, name), slot)
+            self._front_ends.append(front)
+
+    def _on_daemon_end(self, name: str, reason: str) -> None:
+        self._end_for_error()
+        self._monitor.emit_later(DaemonEnded(name, reason))
+
+    def _close_front_ends(self) -> None:
+        """Close the connections to the daemons, whose functions are closed."""
+        run_all(*(front.close for front in self._front_ends))

@@ -137,13 +137,14 @@ class Machine(Assignments):
             run_all(self._close_vcpus, self._monitor.stop, self._release)
 
     def _release(self) -> None:
-        """Devices; the VM; devices whose removal failed while the VM existed; mappings; memory."""
+        """Devices; the VM; devices whose removal failed while the VM existed; daemons; mappings; memory."""
         with self._device_lock:
             run_all(
                 self._deassign_all,
                 partial(self.domain.rebind_kvm, None),
                 partial(self._slots.close, self._board),
                 self._deassign_all,
+                self._close_front_ends,
                 self.domain.close,
                 *([self._iommu.close] if self._iommu else []),
                 self.memslots.close,
@@ -158,7 +159,7 @@ class Machine(Assignments):
         self.close()
 
     def audit(self) -> None:
-        """Compare KVM's memslots and the DMA mappings with the guest's memory.
+        """Compare KVM's memslots, the DMA mappings and what daemons have with the guest's memory.
 
         Raises ``AuditFailed`` with every difference.
         """
@@ -168,6 +169,8 @@ class Machine(Assignments):
             slots = self.memslots.ledger
             found = {Mirrored(Range(slot.gpa, slot.size), slot.hva, not slot.readonly) for slot in slots}
             compare("KVM memslots", wanted, found)
+            for front in self._front_ends:
+                front.audit()
 
     # --- the guest
 

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from kvmpass.virtio.device import VirtioDevice
+from kvmpass.virtio.device import INDIRECT, LocalDevice, VirtioDevice
 from kvmpass.virtio.port import Port
 from kvmpass.virtio.queue import Virtqueue
 
@@ -37,7 +37,7 @@ def queue_of(port: int) -> int:
     return 2 * port if port == 0 else 2 * port + 2
 
 
-class VirtioConsole:
+class VirtioConsole(LocalDevice):
     """A ``VirtioDevice`` with ``ports``, numbered in their order.
 
     What the driver repeats does not grow: of each kind of message one waits for each port.
@@ -45,7 +45,7 @@ class VirtioConsole:
 
     device_type = DEVICE_TYPE
     class_code = CLASS_CODE
-    features = MULTIPORT
+    features = MULTIPORT | INDIRECT
 
     def __init__(self, ports: Sequence[Port]) -> None:
         self._ports = tuple(ports)

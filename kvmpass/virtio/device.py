@@ -30,7 +30,7 @@ class VirtioDevice(Protocol):
 
     @property
     def features(self) -> int:
-        """The feature bits of its type that it offers."""
+        """The feature bits that it offers, besides ``VERSION_1``."""
 
     @property
     def queue_sizes(self) -> Sequence[int]:
@@ -39,6 +39,14 @@ class VirtioDevice(Protocol):
     @property
     def deferred(self) -> Collection[int]:
         """The queues that a thread serves, while the guest runs on; the others are served in the exit."""
+
+    @property
+    def remote(self) -> Collection[int]:
+        """The queues that another process serves: KVM signals their ``Virtqueue.kick``."""
+
+    @property
+    def vectors(self) -> int:
+        """Number of interrupt vectors."""
 
     @property
     def config(self) -> bytes:
@@ -55,3 +63,30 @@ class VirtioDevice(Protocol):
 
     def stop(self) -> None:
         """End: the driver has reset the device, or the function is closed. Idempotent."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether memory may still be accessed after ``stop``: the driver sees the reset when it no longer may."""
+
+    def interrupts_changed(self) -> None:
+        """Handle that a queue's vector, or what it signals, is another one now. Called without the locks."""
+
+    def close(self) -> None:
+        """Access no memory after this. Called once, without the locks, after ``stop``."""
+
+
+class LocalDevice:
+    """What a ``VirtioDevice`` has whose queues are all served here."""
+
+    remote: Collection[int] = ()
+    """See ``VirtioDevice``."""
+    vectors = 2
+    """One for changes of the configuration, one for all queues: Linux shares it where there are no more."""
+    stopping = False
+    """See ``VirtioDevice``."""
+
+    def interrupts_changed(self) -> None:
+        """See ``VirtioDevice``: each signal looks it up."""
+
+    def close(self) -> None:
+        """See ``VirtioDevice``: there is nothing more to do."""

@@ -26,9 +26,6 @@ log = limited_log(__name__)
 
 VENDOR, DEVICE_BASE, SUBSYSTEM = 0x1AF4, 0x1040, 0x1100
 """Identity of a modern virtio function (section 4.1.2)."""
-VECTORS = 2
-"""One for changes of the configuration, one for all queues: Linux shares it where there are no more."""
-
 COMMON, ISR, CONFIG, NOTIFY, TABLE, PENDING = (PAGE * page for page in range(6))
 """Offsets in the BAR."""
 COLLECTED = tuple(Range(COMMON + start, end - start) for start, end in PASSIVE)
@@ -98,7 +95,7 @@ class VirtioFunction:
     """
 
     def __init__(self, device: VirtioDevice, wiring: Wiring, name: str) -> None:
-        sink = VectorSink(name, VECTORS)
+        sink = VectorSink(name, device.vectors)
         self._space = space = ConfigSpace()
         self.transport = Transport(wiring.memory, device, sink, self._is_master)
         """Status, features and queues."""
@@ -108,11 +105,11 @@ class VirtioFunction:
         at = self._window_at + _CAP_SIZE + 4
         space.set(self._window_at + 1, at, 1)
         space.emulate(at, bytes([pciregs.CAP_MSIX, 0]))
-        own = pciregs.MsixRegisters(VECTORS, False, 0, TABLE, 0, PENDING)
+        own = pciregs.MsixRegisters(device.vectors, False, 0, TABLE, 0, PENDING)
         self._msix = Msix(wiring, sink, space, at, own)
         self._bars = Bars(space)
-        self._kicks = Kicks(name, self.transport, device.deferred)
-        with undo_on_error(self._kicks.close):
+        self._kicks = Kicks(name, self.transport, device.deferred, device.remote)
+        with undo_on_error(self._kicks.close, self._kicks.stop):
             doorbells = self._kicks.doorbells(NOTIFY, NOTIFY_STEP)
             self._bar = Bar(name, self._registers, 0, wiring, self._msix.traps(0), doorbells, PAGES, COLLECTED)
             self._bars.add(pciregs.BAR0, self._bar)
@@ -189,4 +186,6 @@ class VirtioFunction:
 
     def close(self) -> None:
         """See ``PciFunction``. Ends the thread and resets the device first."""
-        run_all(self._kicks.close, self.transport.reset, self._msix.disable, self._bars.close)
+        reset = self.transport.reset, self.transport.device.close
+        # KVM takes a doorbell back by its eventfd.
+        run_all(self._kicks.stop, *reset, self._msix.disable, self._bars.close, self._kicks.close)

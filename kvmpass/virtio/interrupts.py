@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 USED_BUFFER, CONFIG_CHANGE = 1, 2
 """Reasons: bits of the ISR status (Virtual I/O Device 1.2, section 4.1.4.5)."""
@@ -23,6 +23,8 @@ class VectorSink:
         """The device, for the log."""
         self.count = count
         """Number of vectors."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when another eventfd is to be signalled for a vector, or none."""
         self._lock = threading.Lock()
         self._eventfds: dict[int, int] = {}
         self._reasons = 0
@@ -31,11 +33,22 @@ class VectorSink:
         """See ``InterruptSink``."""
         with self._lock:
             self._eventfds |= {vector: fd for vector, fd in enumerate(eventfds, start) if fd >= 0}
+        self.on_change()
 
     def disable_irqs(self) -> None:
         """See ``InterruptSink``."""
         with self._lock:
             self._eventfds.clear()
+        self.on_change()
+
+    def duplicate(self, vector: int) -> int:
+        """Return a duplicate of the eventfd of ``vector``, for somebody else to signal; -1 while it is disabled.
+
+        Raises ``OSError`` (``EMFILE``).
+        """
+        with self._lock:
+            eventfd = self._eventfds.get(vector, -1)
+            return os.dup(eventfd) if eventfd >= 0 else -1
 
     def signal(self, reason: int, vector: int) -> None:
         """Signal ``vector``, if it is enabled, for ``reason``."""

@@ -1,4 +1,4 @@
-"""Notifications of queues that a thread serves: KVM signals an eventfd, and the guest does not exit."""
+"""Notifications of queues that a thread or another process serves: KVM signals an eventfd, without an exit."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ _NOTIFICATION_SIZE = 2  # bytes of the driver's write (Virtual I/O Device 1.2, s
 
 
 class Kicks:
-    """An eventfd for each of ``queues`` of ``transport``, and one thread for all. Raises ``OSError``.
+    """An eventfd for each queue that is deferred or remote, and one thread for the deferred ones. Raises ``OSError``.
 
-    Synchronization: ``close`` while nobody else uses it, and without the transport's lock.
+    Synchronization: ``stop`` and ``close`` while nobody else uses it, and without the transport's lock.
     """
 
-    def __init__(self, name: str, transport: Transport, queues: Collection[int]) -> None:
+    def __init__(self, name: str, transport: Transport, deferred: Collection[int], remote: Collection[int]) -> None:
         self._transport = transport
         self._loop = EventLoop(name)
         self._eventfds: dict[int, int] = {}
-        self._closed = False
-        with undo_on_error(self.close):
-            for number in sorted(queues):
+        self._stopped = False
+        with undo_on_error(self.close, self.stop):
+            for number in sorted({*deferred, *remote}):
                 self._eventfds[number] = eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-                self._loop.add_reader(eventfd, partial(self._serve, number, eventfd))
+                if number in deferred:
+                    self._loop.add_reader(eventfd, partial(self._serve, number, eventfd))
+                transport.queues[number].kick = eventfd
 
     def _serve(self, number: int, eventfd: int) -> None:
         os.eventfd_read(eventfd)
@@ -38,8 +40,13 @@ class Kicks:
         """Return the doorbells of a BAR with the notifications from ``start`` on, ``step`` bytes for each queue."""
         return [Doorbell(start + step * number, _NOTIFICATION_SIZE, fd) for number, fd in self._eventfds.items()]
 
+    def stop(self) -> None:
+        """End the thread. Idempotent."""
+        if not self._stopped:
+            self._stopped = True
+            self._loop.close()
+
     def close(self) -> None:
-        """End the thread, and close the eventfds. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            run_all(self._loop.close, *(partial(os.close, eventfd) for eventfd in self._eventfds.values()))
+        """Close the eventfds, which KVM no longer signals. Idempotent."""
+        eventfds, self._eventfds = self._eventfds, {}
+        run_all(*(partial(os.close, eventfd) for eventfd in eventfds.values()))

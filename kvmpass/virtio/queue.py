@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory
+from kvmpass.virtio.interrupts import VectorSink
 
 MAX_CHAIN_BYTES = 1 << 20
 """Bytes that one chain may read or write: what Linux sends is at most the capacity of a pipe."""
@@ -82,11 +84,13 @@ class Virtqueue:
     Synchronization: with the transport's lock and ``GuestMemory.lock`` held.
     """
 
-    def __init__(self, memory: GuestMemory, max_size: int, signal: Callable[[int], None]) -> None:
+    def __init__(self, memory: GuestMemory, max_size: int, sink: VectorSink) -> None:
         self._memory = memory
         self.max_size = max_size
         """Entries that the device offers."""
-        self._signal = signal
+        self._sink = sink
+        self.kick = -1
+        """The eventfd that KVM signals for a notification; -1: it exits."""
         self._fence = threading.Lock()
         self.indirect = False
         """Whether the driver has accepted indirect descriptors."""
@@ -122,18 +126,28 @@ class Virtqueue:
         """Return descriptors, available and used ring, as long as memory is as it was when they were found."""
         state = self._memory.state
         if state is not self._state:
-            size = self.size
+            descriptors, available, used = self.places
             self._parts = (
-                self._one(self.descriptors, 16 * size, write=False),
-                self._one(self.available, 6 + 2 * size, write=False),
-                self._one(self.used, 6 + 8 * size, write=True),
+                self._one(descriptors, write=False),
+                self._one(available, write=False),
+                self._one(used, write=True),
             )
             self._state = state
         return self._parts
 
-    def _one(self, address: int, size: int, *, write: bool) -> memoryview:
+    @property
+    def places(self) -> tuple[Range, Range, Range]:
+        """Where descriptors, available and used ring are: guest-physical addresses."""
+        size = self.size
+        return (
+            Range(self.descriptors, 16 * size),
+            Range(self.available, 6 + 2 * size),
+            Range(self.used, 6 + 8 * size),
+        )
+
+    def _one(self, place: Range, *, write: bool) -> memoryview:
         try:
-            views = self._memory.dma_views(address, size, write=write)
+            views = self._memory.dma_views(place.start, place.size, write=write)
         except IndexError as error:
             raise RingError(str(error)) from None
         if len(views) != 1:
@@ -201,7 +215,11 @@ class Virtqueue:
         """Signal the driver that chains were returned, unless it has turned that off. Raises ``RingError``."""
         self._barrier()
         if not _INDEX.unpack_from(self._rings()[1], 0)[0] & _NO_INTERRUPT:
-            self._signal(self.vector)
+            self._sink.signal_queue(self.vector)
+
+    def call(self) -> int:
+        """Return a duplicate of the eventfd of its interrupt; -1 without one. Raises ``OSError`` (``EMFILE``)."""
+        return self._sink.duplicate(self.vector)
 
     def want_notifications(self, wanted: bool) -> None:
         """Ask the driver to notify the device of new chains, or not to. Look for chains after this, not before.

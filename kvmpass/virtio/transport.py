@@ -66,8 +66,8 @@ class Transport:
         self._sink = sink
         self._allowed = allowed
         self._lock = threading.RLock()
-        self._offered = device.features | VERSION_1 | INDIRECT
-        self.queues = [Virtqueue(memory, size, sink.signal_queue) for size in device.queue_sizes]
+        self._offered = device.features | VERSION_1
+        self.queues = [Virtqueue(memory, size, sink) for size in device.queue_sizes]
         """The queues, by number."""
         self._writers: dict[tuple[int, int], Callable[[int], None]] = {  # by offset and size
             (_STATUS, 1): self._set_status,
@@ -77,7 +77,9 @@ class Transport:
             (_CONFIG_VECTOR, 2): self._set_config_vector,
             (_QUEUE_SELECT, 2): self._select_queue,
         }
+        self._before_reset = 0
         self._set_defaults()
+        sink.on_change = device.interrupts_changed
 
     def _set_defaults(self) -> None:
         self._status = 0
@@ -88,8 +90,8 @@ class Transport:
 
     @property
     def status(self) -> int:
-        """The device status."""
-        return self._status
+        """The device status. While a device that was reset may still access memory, that from before (2.4.2)."""
+        return self._status or (self._before_reset if self.device.stopping else 0)
 
     @property
     def _live(self) -> bool:
@@ -101,6 +103,7 @@ class Transport:
             # What the guest has written before, while the thread that serves these was still to run.
             for number in sorted(self.device.deferred):
                 self.notify(number)
+            self._before_reset = self.status
             self.device.stop()
             self._set_defaults()
             for queue in self.queues:
@@ -171,7 +174,7 @@ class Transport:
                 accepted & 0xFFFF_FFFF,
                 self._config_vector,
                 len(self.queues),
-                self._status,
+                self.status,
                 0,  # the configuration structure does not change while a driver reads it
                 self._queue_select,
                 queue.size if queue else 0,
@@ -221,6 +224,7 @@ class Transport:
         """Write a field of the selected queue; once it is enabled only its vector can change."""
         if (offset, size) == (_QUEUE_VECTOR, 2):
             queue.vector = self._vector(value)
+            self.device.interrupts_changed()
         elif queue.enabled:
             return
         elif (offset, size) == (_QUEUE_SIZE, 2):

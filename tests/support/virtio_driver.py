@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
+import select
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from kvmpass import pciregs
 from kvmpass.bus import Bus
 from kvmpass.layout import MIB, plan_layout
-from kvmpass.memory import GuestMemory
+from kvmpass.memory import Backing, GuestMemory
 from kvmpass.pci import BarSpace, PciBus, Wiring
 from kvmpass.virtio import Port, VirtioConsole, VirtioFunction
-from kvmpass.virtio.device import VERSION_1
+from kvmpass.virtio.device import VERSION_1, VirtioDevice
 from kvmpass.virtio.function import CAP_COMMON, CAP_DEVICE, CAP_ISR, CAP_NOTIFY, CAP_PCI, TABLE
 from kvmpass.virtio.transport import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
 from support.fake_interrupts import FakeKvm
 
 SLOT = 31
 NEXT, WRITE, INDIRECT = 1, 2, 4
-MESSAGES = ((0xFEE0_1000, 0x41), (0xFEE0_1000, 0x42))  # of the two vectors
+MESSAGES = tuple((0xFEE0_1000, 0x41 + vector) for vector in range(5))  # of the vectors
 RINGS, BUFFERS = 0x10000, 0x40000  # where the driver has them
 
 
@@ -80,11 +82,17 @@ class Ring:
 class Driver:
     """A guest with a console whose ports are ``names``; what the guest writes to them is in ``said``."""
 
-    def __init__(self, names: Sequence[str] = ("one", "two"), *, doorbells: bool = False) -> None:
+    def __init__(
+        self,
+        names: Sequence[str] = ("one", "two"),
+        *,
+        doorbells: bool = False,
+        backing: Backing = Backing.ANONYMOUS,
+    ) -> None:
         self.kvm, self.memory = FakeKvm(), GuestMemory()
         self.kvm.refusing = set() if doorbells else {"ioeventfd"}
         self.ports, self.mmio, self.pci = Bus("port"), Bus("memory"), PciBus()
-        self.memory.add_ram(0, 4 * MIB, "ram")
+        self.memory.add_ram(0, 4 * MIB, "ram", backing=backing)
         self.memory.add_rom(8 * MIB, b"rom")
         self._bars = BarSpace(plan_layout(16 * MIB))
         self.said: dict[str, bytearray] = {name: bytearray() for name in names}
@@ -98,9 +106,13 @@ class Driver:
     def make(self) -> None:
         """Plug the function, as a machine and its reset do."""
         self.console = VirtioConsole(list(self.host.values()))
+        self.plug(self.console)
+
+    def plug(self, device: VirtioDevice) -> None:
+        """Plug a function with ``device``."""
         vm: Any = self.kvm
         wiring = Wiring(vm, vm, self.memory, self.ports, self.mmio, self._bars, ())
-        self.function = VirtioFunction(self.console, wiring, "console")
+        self.function = VirtioFunction(device, wiring, "console")
         self.pci.plug(self.function, SLOT)
         self.bar = self.config(pciregs.BAR0) & ~0xF
         self.rings: list[Ring] = []
@@ -134,7 +146,8 @@ class Driver:
         found = pciregs.capabilities(lambda offset, size: self.config(offset, size))
         at = next(c.offset for c in found if c.id == pciregs.CAP_MSIX)
         self.config(at + 2, 2, pciregs.MSIX_ENABLE)
-        for vector, (address, data) in enumerate(MESSAGES):
+        vectors = self.config(at + 2, 2) & 0x7FF
+        for vector, (address, data) in enumerate(MESSAGES[: vectors + 1]):
             entry = self.bar + TABLE + 16 * vector
             for offset, value in ((0, address), (8, data), (12, 0)):
                 self.mmio.write(entry + offset, value.to_bytes(4, "little"))
@@ -173,10 +186,10 @@ class Driver:
         self.write(20, ACKNOWLEDGE | DRIVER | FEATURES_OK, 1)
         return bool(self.status & FEATURES_OK)
 
-    def add_queue(self, number: int, *, enable: bool = True) -> Ring:
+    def add_queue(self, number: int, *, enable: bool = True, vector: int = 1) -> Ring:
         self.write(22, number, 2)
         ring = Ring(self.memory, number, self.read(24, 2))
-        self.write(26, 1, 2)
+        self.write(26, vector, 2)
         for offset, address in ((32, ring.table), (40, ring.available), (48, ring.used)):
             self.write(offset, address & 0xFFFF_FFFF, 4)
             self.write(offset + 4, address >> 32, 4)
@@ -187,12 +200,13 @@ class Driver:
     def ready(self) -> None:
         self.write(20, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK, 1)
 
-    def start(self, features: int | None = None) -> None:
-        """All that a driver does until it is ready, with empty rings."""
+    def start(self, features: int | None = None, *, vectors: Sequence[int] = ()) -> None:
+        """All that a driver does until it is ready, with empty rings. ``vectors``: of the queues, instead of 1."""
         self.enable()
         assert self.negotiate(features)
         self.write(16, 0, 2)
-        self.rings = [self.add_queue(number) for number in range(self.read(18, 2))]
+        numbers = range(self.read(18, 2))
+        self.rings = [self.add_queue(n, vector=vectors[n] if vectors else 1) for n in numbers]
         self.ready()
 
     def notify(self, number: int) -> None:
@@ -202,6 +216,8 @@ class Driver:
             self.mmio.write(place, number.to_bytes(2, "little"))
         else:
             os.eventfd_write(eventfd, 1)
+            while select.select([eventfd], [], [], 0)[0]:  # else it may come after the function
+                time.sleep(0.001)
             done = threading.Event()
             self.function._kicks._loop.call(done.set)
             assert done.wait(20)
