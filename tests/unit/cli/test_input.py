@@ -1,0 +1,110 @@
+"""Standard input for a command in the guest: its end, a guest that does not read, and an end of the run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kvmpass.cli import input as passing
+from kvmpass.cli.input import passed_input
+from kvmpass.virtio import Port
+
+
+class Typed:
+    """A pipe in place of standard input."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reading, self.writing = os.pipe()
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: self.reading))
+
+    def end(self) -> None:
+        if self.writing >= 0:
+            os.close(self.writing)
+        self.writing = -1
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Typed]:
+    typed, threads = Typed(monkeypatch), threading.active_count()
+    descriptors = len([*Path("/proc/self/fd").iterdir()])
+    yield typed
+    assert threading.active_count() == threads
+    assert len([*Path("/proc/self/fd").iterdir()]) == descriptors - (typed.writing < 0)
+    typed.end()
+    os.close(typed.reading)
+
+
+@pytest.fixture
+def port() -> Port:
+    return Port("input", lambda data: None, lambda: True)
+
+
+def wait_until(port: Port, size: int) -> None:
+    deadline = time.monotonic() + 10
+    while port.waiting < size and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def test_everything_is_sent_and_then_the_end(typed: Typed, port: Port) -> None:
+    with passed_input(port):
+        os.write(typed.writing, b"first\0\xff")
+        wait_until(port, 7)
+        assert (port.take(100), port.ended) == (b"first\0\xff", False)
+        os.write(typed.writing, b"last")
+        typed.end()
+        deadline = time.monotonic() + 10
+        while not port.ended and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert (port.take(100), port.ended) == (b"last", True)
+
+
+def test_a_guest_that_does_not_read_stops_the_reading(
+    typed: Typed, port: Port, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits for it is bounded; when it reads, the rest comes; the end of the run does not wait for it."""
+    monkeypatch.setattr(passing, "_CHUNK", 1000)
+    monkeypatch.setattr(passing, "_BACKLOG", 3000)
+    sent = os.urandom(20_000)
+    with passed_input(port):
+        os.write(typed.writing, sent)
+        wait_until(port, 3000)
+        time.sleep(0.05)
+        assert 3000 <= port.waiting < 4000
+        taken = port.take(1000)
+        deadline = time.monotonic() + 10
+        while len(taken) < len(sent) and time.monotonic() < deadline:
+            taken += port.take(500)
+            time.sleep(0.001)
+        assert taken == sent
+        os.write(typed.writing, sent)
+        wait_until(port, 3000)
+        before = time.monotonic()
+    assert time.monotonic() - before < 5
+    assert not port.ended
+
+
+def test_a_terminal_that_has_gone_is_the_end(typed: Typed, port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(fd: int, size: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with passed_input(port), monkeypatch.context() as patch:
+        patch.setattr(os, "read", gone)
+        os.write(typed.writing, b"x")
+        deadline = time.monotonic() + 10
+        while not port.ended and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert port.ended
+    assert port.waiting == 0
+
+
+def test_the_run_may_end_before_any_input(typed: Typed, port: Port) -> None:
+    with pytest.raises(KeyboardInterrupt), passed_input(port):
+        raise KeyboardInterrupt
+    assert not port.ended
