@@ -31,7 +31,7 @@ _TAIL_BYTES = 1 << 16
 _MAX_FAILURES = 64
 _ABANDON_SECONDS = 2.0  # for a reader that does not read, once an exception ends the run
 _SIGNALLED = 128  # a shell's status of a command that a signal has ended, without the signal's number
-_POWEROFF_SECONDS = 60.0  # from the command's status to power off; the init script does nothing in between
+_POWEROFF_SECONDS = 60.0  # from the end of the command, and of its files, to power off
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Guest:
         self._machine = machine
         self._mark = mark
         self._status: int | None = None
-        self._ready = False
+        self._ready = self._leaving = False
         self._failures: list[str] = []
         self._control = ControlChannel()
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
@@ -170,10 +170,14 @@ class Guest:
     def _on_end(self, process: AgentProcess) -> None:
         """Handle the command's end, with all of its output. Its files are brought out, then the guest powers off."""
         self._mark("command")
+        if process.error is not None:
+            self._on_failure(f"the command was not started: {process.error}")
+        elif (code := process.returncode) is not None:
+            self._status = code if code >= 0 else _SIGNALLED - code
         if self._agent is None or process.error is not None or self._to_files is None:
-            self._end(process)
+            self._power_off()
         else:
-            self._agent.start(init.SEND_FILES, receive=self._on_files, on_end=lambda _: self._end(process))
+            self._agent.start(init.SEND_FILES, receive=self._on_files, on_end=lambda _: self._power_off())
 
     def _on_files(self, process: AgentProcess, stream: int, data: bytes) -> None:
         if stream == ERRORS_STREAM or self._to_files is None:
@@ -181,11 +185,8 @@ class Guest:
         else:
             self._to_files(data, partial(process.grant, stream))
 
-    def _end(self, process: AgentProcess) -> None:
-        if process.error is not None:
-            self._on_failure(f"the command was not started: {process.error}")
-        elif (code := process.returncode) is not None:
-            self._status = code if code >= 0 else _SIGNALLED - code
+    def _power_off(self) -> None:
+        self._leaving = True
         if self._agent is not None:
             self._agent.power_off()
 
@@ -210,7 +211,7 @@ class Guest:
                     self._size.requested()
                 case Exited(status) if self._ready and self._status is None:
                     self._mark("command")
-                    self._status = status
+                    self._status, self._leaving = status, True
 
     @property
     def console(self) -> str:
@@ -221,19 +222,19 @@ class Guest:
         """Start the guest and wait until it ends, ``timeout`` seconds at most, reboots included.
 
         ``restart``: on guest reboot before its command's status, reset the machine and start again. A guest that has
-        reported the status has a minute to power off. Raises what a sink or a vCPU raised.
+        reported the status, and sent its files, has a minute to power off. Raises what a sink or a vCPU raised.
         """
         deadline = time.monotonic() + timeout if timeout is not None else math.inf
         self._start_command()
         self._machine.start()
         outcome = None
         while outcome is None:
-            reported = self._status is not None  # before the wait: a report that comes during it starts the minute
+            leaving = self._leaving  # before the wait: an end that comes during it starts the minute
             left = deadline - time.monotonic()
-            outcome = self._machine.wait(max(0.0, min(_POWEROFF_SECONDS if reported else 1.0, left)))
+            outcome = self._machine.wait(max(0.0, min(_POWEROFF_SECONDS if leaving else 1.0, left)))
             if outcome is None and time.monotonic() >= deadline:
                 self._machine.stop(GuestOutcome.TIMEOUT)
-            elif outcome is None and reported:
+            elif outcome is None and leaving:
                 self._machine.stop()
             if outcome is GuestOutcome.REBOOT and restart and self._status is None:
                 self._ready = False

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import cast
 
 from kvmpass.guest import Guest, GuestResult
+from kvmpass.guest.frames import END, EXITED, HELLO, NUMBERS, READY, STATUS, VERSION, encode
+from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
+from kvmpass.guest.frames import OUTPUT as OUTPUT_STREAM
 from kvmpass.guest.guest import CONTROL
+from kvmpass.initramfs import init
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import GuestOutcome
 from kvmpass.virtio import Port
@@ -75,6 +80,45 @@ def test_a_guest_that_does_not_power_off_is_stopped() -> None:
     assert (result.outcome, result.status) == (GuestOutcome.STOPPED, 3)
     assert vm.waits == [1.0, 1.0, 60.0]
     assert vm.stopped_in_run == [3]
+
+
+class SendingVm(Vm):
+    """Its guest's agent runs the command, and panics in the fourth wait, while it sends files."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.received = bytearray()
+        self.ports = {init.AGENT_PORT: cast(Port, self)}
+
+    def reset(self) -> None:
+        """As the port's."""
+
+    def send(self, data: bytes) -> int:
+        self.received += data
+        return 0
+
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
+        self.waits.append(timeout)
+        if len(self.waits) == 2:
+            said = [encode(0, HELLO, NUMBERS.pack(VERSION, 1000)), encode(0, READY)]
+            said += [encode(1, END, stream=stream) for stream in (OUTPUT_STREAM, ERRORS_STREAM, STATUS)]
+            said += [encode(1, EXITED, NUMBERS.pack(0, 3))]
+            self.sinks[init.AGENT_PORT](b"".join(said))
+        return GuestOutcome.PANIC if len(self.waits) == 4 else None
+
+
+def test_the_status_counts_even_if_the_guest_dies_while_it_sends_files(tmp_path: Path) -> None:
+    """Its minute begins once they have been sent."""
+    vm = SendingVm()
+    silent: Callable[[bytes], None] = lambda data: None  # noqa: E731
+    with Guest(
+        cast(Machine, vm), console=None, output=silent, errors=silent, copy_out=[f"/results:{tmp_path}/"]
+    ) as guest:
+        result = guest.run()
+    assert b"/kvmpass/files" in vm.received
+    assert (result.outcome, result.status, vm.waits) == (GuestOutcome.PANIC, 3, [1.0] * 4)
+    assert [copied.error for copied in result.copied_out] == ["the guest has not sent all of it"]
+    assert list(tmp_path.iterdir()) == []
 
 
 class RebootingVm(Vm):
