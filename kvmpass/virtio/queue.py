@@ -25,6 +25,14 @@ _NO_INTERRUPT = 1  # of the available ring's flags
 _NO_NOTIFY = 1  # of the used ring's
 
 
+def _store(ring: memoryview, at: int, value: int) -> None:
+    """Write the 16-bit field number ``at`` of a ring in one store.
+
+    ``pack_into`` would clear it first, and a driver that reads it then finds entries that are not there.
+    """
+    ring.cast("H")[at] = value
+
+
 class RingError(Exception):
     """The driver has violated the rules of the rings."""
 
@@ -209,7 +217,7 @@ class Virtqueue:
         _, _, used = self._rings()
         _USED.pack_into(used, 4 + 8 * (self._done % self.size), chain.head, written)
         self._done = (self._done + 1) & 0xFFFF
-        _INDEX.pack_into(used, 2, self._done)  # after the entry: x86 keeps the order of stores
+        _store(used, 1, self._done)  # after the entry: x86 keeps the order of stores
 
     def interrupt(self) -> None:
         """Signal the driver that chains were returned, unless it has turned that off. Raises ``RingError``."""
@@ -228,7 +236,7 @@ class Virtqueue:
         """
         if wanted != self._notify:
             self._notify = wanted
-            _INDEX.pack_into(self._rings()[2], 0, 0 if wanted else _NO_NOTIFY)
+            _store(self._rings()[2], 0, 0 if wanted else _NO_NOTIFY)
             self._barrier()
 
     def chains(self) -> Iterator[Chain]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
 from support.virtio_driver import INDIRECT, NEXT, WRITE, Driver
 
 from kvmpass.layout import MIB
+from kvmpass.memory import Backing, GuestMemory
 from kvmpass.virtio.device import VERSION_1
-from kvmpass.virtio.queue import MAX_CHAIN_BYTES
+from kvmpass.virtio.queue import MAX_CHAIN_BYTES, Chain, Virtqueue
 from kvmpass.virtio.transport import NEEDS_RESET
 
+_READS, _END = 1000, 1001  # places behind the used ring, for the test's own signs
 FREE = 0x200000  # memory that the rings do not use
 
 
@@ -31,6 +36,35 @@ def refused(driver: Driver) -> bool:
     driver.notify(1)
     assert driver.said["one"] == b""
     return bool(driver.status & NEEDS_RESET)
+
+
+def test_a_driver_sees_no_index_but_the_old_and_the_new() -> None:
+    """Another process reads it while chains are returned: it never goes back, to zero in between for instance."""
+    memory = GuestMemory()
+    region = memory.add_ram(0, 4 * MIB, backing=Backing.MEMFD)
+    queue = Virtqueue(memory, 8, lambda vector: None)
+    queue.descriptors, queue.available, queue.used = 0, 0x1000, 0x2000
+    queue.enable()
+    chain = Chain(memory, 0)
+    queue.push(chain, 0)
+    shared = mmap.mmap(region.file, 0x3000)  # guest memory itself is not inherited
+    index = memoryview(shared)[0x2000:].cast("H")
+    child = os.fork()
+    if child == 0:
+        index[_READS] = 1
+        before = back = 0
+        while index[_END] == 0:
+            back += (now := index[1]) < before
+            before = now
+        os._exit(min(back, 1))
+    while index[_READS] == 0:
+        time.sleep(0.001)
+    for _ in range(60_000):
+        queue.push(chain, 0)
+    index[_END] = 1
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    index.release()
+    memory.close()
 
 
 def table(*descriptors: tuple[int, int, int, int]) -> bytes:
