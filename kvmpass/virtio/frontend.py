@@ -29,6 +29,7 @@ from kvmpass.virtio.vhost_user import (
     MQ,
     PROTOCOL_FEATURES,
     REPLY_ACK,
+    SECONDS,
     Connection,
     Request,
     SharedRegion,
@@ -59,6 +60,7 @@ class FrontEnd:
 
     ``on_end`` is called once, in a thread of this object, with the reason: the daemon has ended, has not answered in
     time, or has violated the protocol. The connection is closed then, and the rings are left as they are.
+    ``seconds``: the time limit of an answer.
 
     Raises ``DaemonError``, ``GuestError`` where RAM is private.
 
@@ -67,7 +69,13 @@ class FrontEnd:
     """
 
     def __init__(
-        self, name: str, connection: socket.socket, memory: GuestMemory, on_end: Callable[[str], None]
+        self,
+        name: str,
+        connection: socket.socket,
+        memory: GuestMemory,
+        on_end: Callable[[str], None],
+        *,
+        seconds: float = SECONDS,
     ) -> None:
         self.name = name
         """The device, for messages."""
@@ -81,7 +89,7 @@ class FrontEnd:
         """Set by the device in use. Called in this object's thread when the daemon no longer serves the rings."""
         self._table: dict[MemoryRegion, SharedRegion] = {}
         self._rings: dict[int, RemoteRing] = {}
-        self._connection = Connection(connection, name)
+        self._connection = Connection(connection, name, seconds)
         self._nobody = -1
         self._loop = EventLoop(name)
         self._listening = False
@@ -114,6 +122,8 @@ class FrontEnd:
             self.queues = min(talk.number(Request.GET_QUEUE_NUM), MAX_QUEUES)
         if self._protocol & CONFIGURE_MEM_SLOTS:
             self._slots = min(talk.number(Request.GET_MAX_MEM_SLOTS), _SLOTS_LIMIT)
+            if not self._slots:
+                raise self._refusal("takes no memory", "use another daemon")
 
     def _refusal(self, what: str, remedy: str) -> DaemonError:
         return DaemonError(f"the daemon of {self.name} {what}", remedy)
@@ -193,7 +203,7 @@ class FrontEnd:
 
     def region_added(self, region: MemoryRegion) -> None:
         """Let the daemon map the region before it is used."""
-        if not self._reached(region):
+        if self.ended or not self._reached(region):
             return
         with self._talking() as talk:
             if not self.ended:

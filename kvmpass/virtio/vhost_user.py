@@ -100,10 +100,10 @@ class Connection:
     Synchronization: one thread at a time.
     """
 
-    def __init__(self, connection: socket.socket, name: str) -> None:
+    def __init__(self, connection: socket.socket, name: str, seconds: float) -> None:
         self._socket = connection
         self._name = name
-        self.seconds = SECONDS
+        self.seconds = seconds
         """The time limit of an answer, and of sending."""
         self.acknowledges = False
         """Whether the daemon acknowledges each request (``REPLY_ACK``)."""

@@ -82,6 +82,9 @@ class Daemon(threading.Thread):
         self.table: dict[int, tuple[int, mmap.mmap]] = {}
         self.rings: dict[int, Ring] = {}
         self.error: BaseException | None = None
+        self.going = threading.Event()
+        """Cleared: it handles no message, and no notification."""
+        self.going.set()
         self.served: Callable[[bytes], bytes] = bytes.upper
         self._ended = os.eventfd(0)
         self.start()
@@ -97,6 +100,7 @@ class Daemon(threading.Thread):
 
     def end(self) -> None:
         """As SIGKILL does."""
+        self.going.set()
         os.eventfd_write(self._ended, 1)
         self.join(20)
         assert not self.is_alive()
@@ -118,9 +122,12 @@ class Daemon(threading.Thread):
     def _loop(self) -> None:
         while True:
             kicks = {ring.files[Request.SET_VRING_KICK]: ring for ring in self.rings.values() if ring.live}
+            self.going.wait()
             ready = select.select([self._ended, self._socket, *kicks], [], [])[0]
             if self._ended in ready:
                 return
+            if not self.going.is_set():
+                continue
             if self._socket in ready:
                 if not self._message():
                     return
@@ -194,8 +201,8 @@ class Daemon(threading.Thread):
                 count, _ = struct.unpack_from("<II", payload)
                 assert (count, len(payload)) == (len(files), 8 + 32 * count)
                 assert count <= 8
-                for gpa in list(self.table):
-                    self._unmap(gpa)
+                for gpa in list(self.table):  # rings may be in what comes again
+                    self.table.pop(gpa)[1].close()
                 for at, fd in enumerate(files):
                     self._map(payload[8 + 32 * at :], fd)
             case Request.ADD_MEM_REG:
