@@ -93,5 +93,5 @@ build: venv ## the source archive and an abi3 wheel, in dist/
 
 clean: ## remove everything that was made here
 	rm -rf $(VENV) build dist build.log .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
-	rm -f kvmpass/_native.c kvmpass/*.so kvmpass/files/confine kvmpass/initramfs/agent
+	rm -f kvmpass/_native.c kvmpass/*.so kvmpass/files/confine kvmpass/files/*.so kvmpass/initramfs/agent
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
+HOSTED = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
 # Without a C library, an interpreter or relocations: it runs on whatever root file system a guest has.
 FREESTANDING = (
     "-std=gnu11 -Os -Wall -Wextra -ffreestanding -fno-stack-protector -fno-pie -fno-asynchronous-unwind-tables "
@@ -13,7 +14,8 @@ FREESTANDING = (
 )
 # By their path, their sources below cffi_build and the compiler's further arguments.
 PROGRAMS = {
-    "kvmpass/files/confine": (["confine.c"], ["-std=gnu11", "-O2", "-Wall", "-Wextra"]),
+    "kvmpass/files/confine": (["confine.c"], HOSTED),
+    "kvmpass/files/noatime.so": (["noatime.c"], [*HOSTED, "-shared", "-fPIC"]),
     "kvmpass/initramfs/agent": (["agent/agent.c", "agent/process.c"], FREESTANDING.split()),
 }
 

@@ -2,7 +2,7 @@
  *
  *   confine UID GID ro|rw SOURCE COVER... -- PROGRAM ARGUMENT...
  *
- * Standard input is a SOCK_SEQPACKET socket to kvmpass. It gets one message: "ok" with a socket that is connected to
+ * Standard output is a library to preload into the program. Standard input is a SOCK_SEQPACKET socket to kvmpass. It gets one message: "ok" with a socket that is connected to
  * the program's descriptor 3, or "STEP ERRNO". Once the other end is closed, be it by the death of kvmpass,
  * everything here ends.
  *
@@ -40,7 +40,7 @@
 #endif
 #define AT_RECURSIVE_ 0x8000 /* in linux/fcntl.h, which cannot be included beside fcntl.h */
 
-enum { CONTROL, LISTENER = 3 };
+enum { CONTROL, LIBRARY, LISTENER = 3, PRELOADED };
 static const char PLACE[] = "/tmp";     /* where the program finds SOURCE: a directory that every host has */
 static const rlim_t MOST_FILES = 1 << 19; /* each inode that the guest knows is a descriptor of the program */
 static const int FAILED = 125;
@@ -160,16 +160,22 @@ static int connect_listener(int listener)
 static void become_program(int proc, int null, char **program)
 {
 	int listener = check(socket(AF_UNIX, SOCK_STREAM, 0), "socket"), client = connect_listener(listener);
+	char library[32];
 
 	check(unshare(CLONE_NEWUSER | CLONE_NEWNS), "unshare");
 	map_users(proc, "self", 0, 0);
 	check(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl");
+	/* Descriptors that are open already come first: each dup2 closes what was there. */
+	listener = check(fcntl(listener, F_DUPFD, PRELOADED + 1), "fcntl");
+	null = check(fcntl(null, F_DUPFD, PRELOADED + 1), "fcntl");
 	report("ok", client);
+	dup2(LIBRARY, PRELOADED);
+	dup2(listener, LISTENER);
 	dup2(null, STDIN_FILENO);
 	dup2(null, STDOUT_FILENO);
-	if (listener != LISTENER)
-		dup2(listener, LISTENER);
-	syscall(SYS_close_range, LISTENER + 1, ~0U, 0);
+	syscall(SYS_close_range, PRELOADED + 1, ~0U, 0);
+	snprintf(library, sizeof(library), "/proc/self/fd/%d", PRELOADED);
+	setenv("LD_PRELOAD", library, 1);
 	execv(program[0], program);
 	dprintf(STDERR_FILENO, "%s: %s\n", program[0], strerror(errno));
 	_exit(FAILED);

@@ -20,6 +20,7 @@ from kvmpass.files.program import arguments, find_daemon
 from kvmpass.files.user import User
 
 CONFINE = Path(__file__).with_name("confine")
+PRELOADED = CONFINE.with_name("noatime.so")
 LISTENER, PLACE = 3, "/tmp"  # as confine.c has them
 _START_SECONDS = 20.0
 _END_SECONDS = 5.0  # for processes of which the first one exits as soon as it reads
@@ -63,11 +64,14 @@ class FileDaemon:
             # What nobody reads is dropped: the guest must not fill anything by making the daemon complain.
             self._messages, messages = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             undo.callback(os.close, self._messages)
-            with control, os.fdopen(messages, "wb") as errors:
+            # A copy, as the daemon's user may have no permission for the directory of the original.
+            with control, os.fdopen(messages, "wb") as errors, os.fdopen(os.memfd_create("noatime"), "wb") as library:
+                library.write(PRELOADED.read_bytes())
+                library.flush()
                 self._process = subprocess.Popen(
                     [*words, *arguments(program, LISTENER, PLACE)],
                     stdin=control.fileno(),
-                    stdout=subprocess.DEVNULL,
+                    stdout=library,
                     stderr=errors,
                     cwd="/",
                     env={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
