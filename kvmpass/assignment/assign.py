@@ -114,7 +114,7 @@ def assigned(
     machine = Machine(
         memory=size,
         cpus=cpus,
-        backing=backing,
+        backing=image.backing(backing),
         backend=backend,
         p2p=p2p,
         iommu_fd=descriptors.iommu if descriptors else None,

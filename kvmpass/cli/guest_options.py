@@ -11,6 +11,7 @@ import click
 from kvmpass.cli.output import together
 from kvmpass.cli.terminal import terminal_size
 from kvmpass.guest import GuestSpec
+from kvmpass.guest.directories import MINIMAL
 
 guest_options = together(
     click.option("--kernel", type=click.Path(path_type=Path), help="A bzImage.  [default: the running kernel's]"),
@@ -18,6 +19,24 @@ guest_options = together(
         "--initrd", type=click.Path(path_type=Path), help="An initramfs to use instead of the generated one."
     ),
     click.option("--append", default="", help="Append to the guest kernel's command line."),
+    click.option(
+        "--root",
+        default="minimal",
+        show_default=True,
+        show_envvar=True,
+        envvar="KVMPASS_GUEST_ROOT",
+        metavar="minimal|host|DIR",
+        help="The guest's root: busybox, made here; this host's files, read-only; or those of a directory. What the "
+        "guest writes there stays in its memory.",
+    ),
+    click.option(
+        "--share",
+        "shares",
+        multiple=True,
+        metavar="SRC[:DST][,rw]",
+        help="Let the guest read a directory of this host, at DST, by default the same path; with rw also write to "
+        "it.  [repeatable]",
+    ),
     click.option(
         "--copy",
         multiple=True,
@@ -55,5 +74,7 @@ def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
         raise click.UsageError("--copy-out brings files out when a COMMAND has ended: name one after --")
     if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
+    if guest["initrd"] and (guest["root"] != MINIMAL or guest["shares"]):
+        raise click.UsageError("--initrd replaces the root file system that mounts --root and --share")
     own = tuple(command) if command else None
     return GuestSpec(**guest, command=own, terminal=os.environ.get("TERM", "linux"), terminal_size=terminal_size())

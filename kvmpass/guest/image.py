@@ -11,9 +11,12 @@ from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.guest.destination import Destination
+from kvmpass.guest.directories import MINIMAL, Directory, directories, mount
 from kvmpass.initramfs import GuestRoot, init, parameters
+from kvmpass.initramfs.served import DRIVERS, Entry
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
+from kvmpass.memory import Backing
 
 _START = 8 * MIB  # what a kernel allocates before it unpacks: Debian's 6.1 panics with 3 MiB, and works with 5
 _SLACK = 32 * MIB  # beyond the minimum, in the hint
@@ -37,6 +40,10 @@ class GuestSpec:
     """The arguments of a command to run instead of a shell on the console."""
     copy_out: tuple[str, ...] = ()
     """Files and directories to bring out when the command has ended, as ``SRC[:DST]``."""
+    root: str = MINIMAL
+    """The guest's root: ``minimal``, the initramfs; ``host``, this host's own; or a directory."""
+    shares: tuple[str, ...] = ()
+    """Directories of this host for the guest, as ``SRC[:DST][,rw]``; read-only without ``rw``."""
     interactive: bool = False
     """Whether the command has input: then it needs a virtio console, as serial ports pass none."""
     verbose: bool = False
@@ -64,8 +71,19 @@ class GuestImage:
     ports: tuple[str, ...] = ()
     """Named ports that its init uses. Without any the guest has no virtio console, which takes time to boot."""
 
+    directories: tuple[Directory, ...] = ()
+    """Directories of this host that it mounts: their daemons need shared memory (``backing``)."""
+    entry: Entry | None = None
+    """How programs start in its root; None: in the initramfs itself."""
+
+    def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
+        """Return the backing for the memory of a machine that it is loaded into, ``wanted`` where it may choose."""
+        return wanted.shared if self.directories else wanted
+
     def load(self, machine: Machine) -> None:
-        """Load it into the memory of a machine that has not started. Raises ``NotEnoughMemory``.
+        """Load it into the memory of a machine that has not started, and start its daemons.
+
+        They end when the machine is closed. Raises ``NotEnoughMemory``, ``ShareError``, ``DaemonError``.
 
         The kernel runs at its preferred address or above, and uses ``init_size`` bytes from there on before it reads
         the memory map (Documentation/arch/x86/boot.rst). It unpacks into a tmpfs, which is limited to half of the
@@ -86,6 +104,8 @@ class GuestImage:
             )
         if self.ports:
             machine.add_ports(self.ports)
+        for directory in self.directories:
+            directory.serve(machine)
         machine.load_linux(self.kernel, self.initrd, self.cmdline)
 
 
@@ -99,10 +119,11 @@ def host_kernel() -> Path:
 
 def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``."""
+    served = directories(spec.root, spec.shares)
     brought_out = [Destination.parse(text).source for text in spec.copy_out]
     kernel = KernelImage.from_file(spec.kernel or host_kernel())
     append = parameters.words(spec.append)
-    unpacked, warnings = 0, tuple[str, ...]()
+    unpacked, warnings, entry = 0, tuple[str, ...](), None
     if spec.initrd is not None:
         initrd = spec.initrd.read_bytes()
     else:
@@ -113,8 +134,13 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
             modaliases,
             files=spec.modules,
             parameters=parameters.module_parameters(append),
-            also=init.PORT_DRIVERS if spec.command is not None else (),
+            also=(
+                *(init.PORT_DRIVERS if spec.command is not None else ()),
+                *(DRIVERS if served else ()),
+            ),
         )
+        if served:
+            entry = mount(root, spec.root, served)
         for copy in spec.copy:
             root.copy(copy)
         if spec.command is not None:
@@ -125,4 +151,4 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         unpacked, warnings = root.tree.unpacked_size, tuple(root.warnings)
     command_line = kernel_command_line(verbose=spec.verbose, strict=spec.command is not None, extra=append)
     ports = (init.AGENT_PORT,) if spec.command is not None and spec.initrd is None else ()
-    return GuestImage(kernel, initrd, command_line, unpacked, warnings, ports)
+    return GuestImage(kernel, initrd, command_line, unpacked, warnings, ports, served, entry)

@@ -13,9 +13,10 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from kvmpass.errors import KvmpassError
-from kvmpass.initramfs import elf, files, init
+from kvmpass.initramfs import elf, files, init, served
 from kvmpass.initramfs.companions import companions
 from kvmpass.initramfs.cpio import Tree
 from kvmpass.initramfs.modules import ModuleTree, plan
@@ -27,6 +28,8 @@ APPLETS_ABSENT = ("busybox", "init", "linuxrc")  # the program itself, and names
 _PASSWD = b"root:x:0:0:root:/root:/bin/sh\n"
 _GROUP = b"root:x:0:\n"
 _PROFILE = b"PS1='guest# '\n"
+_IN_INITRAMFS = served.Entry()
+_NOTHING: Mapping[str, bytes] = MappingProxyType({})
 
 
 def find_busybox() -> Path:
@@ -53,12 +56,16 @@ class GuestRoot:
             "COMMAND": "",
             "AGENT": "",  # what it is needed for, if serial ports cannot take its place
             "PORT": init.AGENT_PORT,
+            "MOUNTS": "",
+            "SHELL_SCRIPT": "",
             "EXPECTED": "",
             "TERM": "linux",
             "TERMINAL_SIZE": "rows 24 cols 80",
         }
         self._loads: list[tuple[str, ...]] = []
         self._copied: frozenset[str] = frozenset()
+        self._source: Path | None = None  # whose files are the root of programs
+        self._entry = _IN_INITRAMFS
         self.warnings: list[str] = []
         """Files that could not be copied completely, and modules for none of the devices."""
         for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/etc", init.DIRECTORY):
@@ -117,9 +124,35 @@ class GuestRoot:
         found = (re.match(r"pci:v0000(.{4})d0000(.{4})", alias) for alias in aliases if alias in made.matched)
         self._settings["EXPECTED"] = " ".join(f"{match[1]}:{match[2]}".lower() for match in found if match)
 
+    def serve(
+        self,
+        mounts: Sequence[served.Served],
+        source: Path | None = None,
+        entry: served.Entry = _IN_INITRAMFS,
+        *,
+        empty: Sequence[str] = (),
+        contents: Mapping[str, bytes] = _NOTHING,
+    ) -> None:
+        """Mount directories of the host. Call it before ``copy`` and ``run_command``, and load their drivers.
+
+        If one of them is the guest's root: ``source`` is that directory on the host, ``entry`` how programs start in
+        it. ``empty``: its directories that are empty in the guest; ``contents``: files that the guest has in it
+        instead of the host's, by path.
+        """
+        if served.add(self.tree, mounts, empty):
+            assert source is not None
+            self._source, self._entry = source, entry
+            for path, data in contents.items():
+                self.tree.file(served.UPPER + path, data)
+            self._settings["SHELL_SCRIPT"] = f"{init.DIRECTORY}/command"
+            self._command(())
+        self._settings["MOUNTS"] = "yes"
+
     def copy(self, spec: str) -> None:
         """Copy ``SRC:DST``, as on the command line; see :func:`kvmpass.initramfs.files.copy_into`."""
         source, target = files.split_spec(spec)
+        if self._source is not None:
+            target = served.UPPER + served.in_root(self._source, target)
         before = self.tree.names
         files.copy_into(self.tree, source, target, self.warnings.append)
         self._copied |= self.tree.names - before
@@ -137,7 +170,11 @@ class GuestRoot:
         if not init.AGENT.exists():
             raise KvmpassError(f"{init.AGENT} was not built", "install kvmpass (make venv, or pip install .)")
         self.tree.file(f"{init.DIRECTORY}/agent", init.AGENT.read_bytes(), 0o755)
-        self.tree.file(f"{init.DIRECTORY}/command", init.calls([("exec", *command)]))
+        self._command(command)
+
+    def _command(self, command: Sequence[str]) -> None:
+        script = self._entry.script(command) if self._source else init.calls([("exec", *command)])
+        self.tree.file(f"{init.DIRECTORY}/command", script)
 
     def copy_out(self, sources: Sequence[str]) -> None:
         """Let the host get archives of ``sources``, paths in the guest, when the command has ended.
@@ -146,7 +183,8 @@ class GuestRoot:
         """
         if sources:
             self._settings["AGENT"] = "--copy-out"
-            calls = init.calls([("archive", source) for source in sources])
+            prefix = served.ROOT if self._source else ""
+            calls = init.calls([("archive", prefix + source) for source in sources])
             self.tree.file(f"{init.DIRECTORY}/files", init.ARCHIVE + calls)
 
     def terminal(self, term: str, size: tuple[int, int]) -> None:

@@ -114,6 +114,9 @@ load() { # MODULE UNDER-TEST PARAMETERS
 }
 . /kvmpass/load
 [ -z "$COMMAND" ] || open_channels
+# Directories of the host: see kvmpass/initramfs/served.py.
+[ -z "$MOUNTS" ] || message=$(mount -a -T /kvmpass/fstab 2>&1) ||
+    die "the host's files were not mounted: ${message##*mount: } (needs CONFIG_VIRTIO_FS and CONFIG_OVERLAY_FS)"
 
 # Drivers may probe asynchronously (NVMe does), and an NVMe controller that is live adds its namespaces later: a block
 # device below the controller, or (multipath) below its subsystem, so look in /dev.
@@ -167,5 +170,5 @@ stty sane $TERMINAL_SIZE
     done
 ) &
 cd /root
-setsid cttyhack sh -l
+setsid cttyhack sh ${SHELL_SCRIPT:--l}
 poweroff -f

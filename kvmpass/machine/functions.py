@@ -39,6 +39,7 @@ class Functions(Execution):
         super().__init__(cpus)
         self._ports: dict[str, Port] = {}
         self._front_ends: list[FrontEnd] = []
+        self._daemon_ends: list[Callable[[], object]] = []
 
     def add_function(self, make: Callable[[Wiring], PciFunction]) -> None:
         """Plug an emulated PCI function into a slot of its own until the machine is closed. Before ``start()``.
@@ -83,13 +84,19 @@ class Functions(Execution):
         """The named ports of ``add_ports``, by name."""
         return self._ports
 
-    def add_filesystem(self, tag: str, daemon: str | os.PathLike[str] | socket.socket) -> None:
+    def add_filesystem(
+        self,
+        tag: str,
+        daemon: str | os.PathLike[str] | socket.socket,
+        on_close: Callable[[], object] = lambda: None,
+    ) -> None:
         """Give the guest a virtio file system that a daemon such as virtiofsd serves. Before ``start()``.
 
         The guest mounts it by its ``tag`` (1 to 36 printable ASCII characters): ``mount -t virtiofs TAG DIR``.
         ``daemon``: the path where it listens, or a connected socket, which the machine takes over. The daemon maps
         all of the guest's RAM, which must be memfds (``Machine(backing=Backing.MEMFD)``), and serves the requests
-        without this process. It is inside the guest's trust; its process is the caller's.
+        without this process. It is inside the guest's trust; its process is the caller's, for which ``on_close`` is
+        called once the machine has closed the connection for good.
 
         If it ends, does not answer within ten seconds, or violates the protocol, ``on_event`` receives a
         ``DaemonEnded``, and the guest is ended as by an uncorrected error of a device. Raises ``DaemonError``,
@@ -111,11 +118,12 @@ class Functions(Execution):
                 slot = DAEMON_SLOT - len(self._front_ends)
                 self._add_function(lambda wiring: VirtioFunction(VirtioFs(front, tag), wiring, name), slot)
             self._front_ends.append(front)
+            self._daemon_ends.append(on_close)
 
     def _on_daemon_end(self, name: str, reason: str) -> None:
         self._end_for_error()
         self._monitor.emit_later(DaemonEnded(name, reason))
 
     def _close_front_ends(self) -> None:
-        """Close the connections to the daemons, whose functions are closed."""
-        run_all(*(front.close for front in self._front_ends))
+        """Close the connections to the daemons, whose functions are closed, and let the daemons' owners know."""
+        run_all(*(front.close for front in self._front_ends), *self._daemon_ends)

@@ -29,6 +29,7 @@ CONTEXT = {
     "and afterwards": "further failures of a teardown",
     "as before again": "what was rolled back",
     "while the driver": "what was interrupted",
+    "virtiofsd has said": "what a daemon has printed before it ended",
     "RAISED;": "the error that was being raised, and a hint",
 }
 
