@@ -111,6 +111,9 @@ def assigned(
     mark("kernel and initramfs")
     for line in image.warnings:
         warn(line)
+    say(f"kernel {image.kernel.release or 'of an unknown release'}: {image.kernel.path}")
+    if image.symbols is not None:
+        say(f"symbols: {image.symbols}")
     machine = Machine(
         memory=size,
         cpus=cpus,

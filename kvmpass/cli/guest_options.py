@@ -14,7 +14,12 @@ from kvmpass.guest import GuestSpec
 from kvmpass.guest.directories import MINIMAL
 
 guest_options = together(
-    click.option("--kernel", type=click.Path(path_type=Path), help="A bzImage.  [default: the running kernel's]"),
+    click.option(
+        "--kernel",
+        type=click.Path(path_type=Path),
+        help="A bzImage, the directory in which a kernel was built, or /lib/modules/RELEASE.  [default: the running "
+        "kernel]",
+    ),
     click.option(
         "--initrd", type=click.Path(path_type=Path), help="An initramfs to use instead of the generated one."
     ),

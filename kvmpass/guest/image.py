@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from kvmpass._dataclass import dataclass
 from kvmpass.boot.cmdline import kernel_command_line
 from kvmpass.boot.linux import KernelImage
-from kvmpass.errors import BadKernel, NotEnoughMemory
+from kvmpass.errors import NotEnoughMemory
 from kvmpass.guest.destination import Destination
 from kvmpass.guest.directories import MINIMAL, Directory, directories, mount
+from kvmpass.guest.kernel import find_kernel
 from kvmpass.initramfs import GuestRoot, init, parameters
 from kvmpass.initramfs.served import DRIVERS, Entry
 from kvmpass.layout import MIB
@@ -27,7 +27,7 @@ class GuestSpec:
     """What to boot. ``command`` and the fields from ``copy`` on need the initramfs that ``prepare`` makes."""
 
     kernel: Path | None = None
-    """A bzImage; None: the host's kernel."""
+    """A bzImage, a kernel's build tree or ``/lib/modules/RELEASE``; None: the running kernel."""
     initrd: Path | None = None
     """An initramfs; None: one made for the devices' modaliases."""
     append: str = ""
@@ -70,11 +70,12 @@ class GuestImage:
     """Files that could not be copied completely, and modules for none of the devices."""
     ports: tuple[str, ...] = ()
     """Named ports that its init uses. Without any the guest has no virtio console, which takes time to boot."""
-
     directories: tuple[Directory, ...] = ()
     """Directories of this host that it mounts: their daemons need shared memory (``backing``)."""
     entry: Entry | None = None
     """How programs start in its root; None: in the initramfs itself."""
+    symbols: Path | None = None
+    """The vmlinux of the kernel's build tree, for a debugger."""
 
     def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
         """Return the backing for the memory of a machine that it is loaded into, ``wanted`` where it may choose."""
@@ -109,28 +110,19 @@ class GuestImage:
         machine.load_linux(self.kernel, self.initrd, self.cmdline)
 
 
-def host_kernel() -> Path:
-    """Return the path of the running kernel's image in ``/boot``. Raises ``BadKernel`` if it is not found."""
-    path = Path("/boot") / f"vmlinuz-{os.uname().release}"
-    if not path.exists():
-        raise BadKernel(f"the running kernel's image {path} was not found", "name a bzImage with --kernel")
-    return path
-
-
 def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``."""
     served = directories(spec.root, spec.shares)
     brought_out = [Destination.parse(text).source for text in spec.copy_out]
-    kernel = KernelImage.from_file(spec.kernel or host_kernel())
+    kernel = find_kernel(spec.kernel)
     append = parameters.words(spec.append)
     unpacked, warnings, entry = 0, tuple[str, ...](), None
     if spec.initrd is not None:
         initrd = spec.initrd.read_bytes()
     else:
         root = GuestRoot()
-        release = kernel.release or os.uname().release
         root.add_modules(
-            release,
+            kernel.modules,
             modaliases,
             files=spec.modules,
             parameters=parameters.module_parameters(append),
@@ -151,4 +143,4 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         unpacked, warnings = root.tree.unpacked_size, tuple(root.warnings)
     command_line = kernel_command_line(verbose=spec.verbose, strict=spec.command is not None, extra=append)
     ports = (init.AGENT_PORT,) if spec.command is not None and spec.initrd is None else ()
-    return GuestImage(kernel, initrd, command_line, unpacked, warnings, ports, served, entry)
+    return GuestImage(kernel.image, initrd, command_line, unpacked, warnings, ports, served, entry, kernel.symbols)

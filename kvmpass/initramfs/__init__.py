@@ -95,23 +95,23 @@ class GuestRoot:
 
     def add_modules(
         self,
-        release: str,
+        tree: ModuleTree,
         modaliases: Iterable[str],
         *,
         files: Sequence[Path] = (),
         parameters: Mapping[str, str],
         also: Iterable[str] = (),
     ) -> None:
-        """Load the drivers of kernel ``release`` for ``modaliases`` and their companions, and the user's ``files``.
+        """Load the drivers of ``tree`` for ``modaliases`` and their companions, and the user's ``files``.
 
         ``also``: names of further modules of the kernel, which are loaded where it has them.
         ``parameters``: by the name of a module, as from
-        :func:`kvmpass.initramfs.parameters.module_parameters`. If ``/lib/modules/RELEASE`` does not exist, only
-        ``files`` are loaded. Call it once.
+        :func:`kvmpass.initramfs.parameters.module_parameters`. If the tree does not exist, only ``files``
+        are loaded. Call it once.
         """
         aliases = list(modaliases)
         behind, modules = companions(aliases)
-        made = plan(ModuleTree(release), [*aliases, *behind], files, [*also, *modules])
+        made = plan(tree, [*aliases, *behind], files, [*also, *modules])
         for path in made.idle:
             self.warnings.append(
                 f"--module {path}: no alias of it matches a device that is assigned: for these the kernel's own "

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from mmap import mmap
 from pathlib import Path
 
 from kvmpass._dataclass import dataclass
@@ -46,8 +47,11 @@ def is_elf(data: bytes) -> bool:
     return data[:6] == MAGIC + b"\x02\x01" and data[18:20] == b"\x3e\x00"
 
 
-def _text(data: bytes, offset: int) -> str:
-    return data[offset : data.index(b"\0", offset)].decode("utf-8", "surrogateescape")
+def _text(data: bytes | mmap, offset: int) -> str:
+    end = data.find(b"\0", offset)
+    if end < 0:
+        raise IndexError
+    return data[offset:end].decode("utf-8", "surrogateescape")
 
 
 @contextmanager
@@ -173,7 +177,7 @@ def closure(path: Path, data: bytes, guest: str) -> dict[str, bytes]:
 
 
 @_parsing()
-def section(data: bytes, wanted: str) -> bytes:
+def section(data: bytes | mmap, wanted: str) -> bytes:
     """Return the content of the section ``wanted``; empty without it. Raises ``ValueError`` for a broken file."""
     (offset,) = struct.unpack_from("<Q", data, 0x28)
     size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)

@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from mmap import mmap
 from pathlib import Path
 
 from kvmpass._dataclass import dataclass
@@ -63,7 +64,7 @@ class Module:
     """Whether it is the user's."""
 
 
-def modinfo(data: bytes) -> dict[str, list[str]]:
+def modinfo(data: bytes | mmap) -> dict[str, list[str]]:
     """Return the values in ``.modinfo`` by key. Raises ``ValueError`` without it."""
     found: dict[str, list[str]] = {}
     for text in elf.section(data, ".modinfo").decode("utf-8", "replace").split("\0"):

@@ -6,6 +6,7 @@ import dataclasses
 import lzma
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from support.guests import boot, run
 
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.guest import Guest, GuestSpec, prepare
+from kvmpass.initramfs.modules import ModuleTree, decompress
 from kvmpass.machine import Machine
 
 pytestmark = pytest.mark.amdvi(duration=20)
@@ -41,13 +43,34 @@ def test_a_driver_under_test_replaces_the_kernels_own(nvme: str, tmp_path: Path)
     assert b"broken.ko" in result.stderr
 
 
+def build_tree(directory: Path, *names: str) -> None:
+    """Debian's kernel and some of its modules, as ``make bzImage modules`` leaves them: uncompressed, no tables."""
+    release = os.uname().release
+    installed = ModuleTree(release)
+    files = {path for name in names for path in installed.lookup(name) or ()}
+    for path in files:
+        place = directory / path.removeprefix("kernel/").partition(".ko")[0]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.with_name(f"{place.name}.ko").write_bytes(decompress(installed.directory / path))
+    order = sorted(path.removeprefix("kernel/").partition(".ko")[0] for path in files)
+    (directory / "modules.order").write_text("".join(f"{path}.o\n" for path in order))
+    for name in ("modules.builtin", "modules.builtin.modinfo"):
+        shutil.copy(installed.directory / name, directory)
+    for path in ("arch/x86/boot", "include/config"):
+        (directory / path).mkdir(parents=True)
+    shutil.copy(f"/boot/vmlinuz-{release}", directory / "arch/x86/boot/bzImage")
+    (directory / "include/config/kernel.release").write_text(f"{release}\n")
+
+
 @pytest.mark.amdvi(profile="single", kernel="stock")
-def test_parameters_with_spaces_and_a_module_for_no_device(nvme: str) -> None:
+def test_parameters_with_spaces_and_a_module_for_no_device(nvme: str, tmp_path: Path) -> None:
+    """The kernel's own modules, and those that the module needs, come from a build tree."""
     module = next(Path(f"/lib/modules/{os.uname().release}").rglob("scsi_debug.ko*"), None)
     if module is None:
         pytest.skip("this host has no scsi_debug module: run with --lab-kernel=stock")
+    build_tree(tmp_path, "nvme", "virtio_pci", "virtio_console", "scsi_mod")
     result = run(
-        *("assign", nvme, "--memory", "384M", "--module", str(module)),
+        *("assign", nvme, "--memory", "384M", "--kernel", str(tmp_path), "--module", str(module)),
         *("--append", 'scsi_debug.inq_vendor="a  b" scsi-debug.num_tgts=2'),
         *("--", "sh", "-c", "cd /sys/module/scsi_debug/parameters; cat inq_vendor num_tgts; ls /dev/nvme0n1"),
     )

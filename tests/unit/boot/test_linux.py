@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.kernel_files import CODE, bzimage
 
 from kvmpass import ports
 from kvmpass.boot import linux
@@ -15,36 +16,6 @@ from kvmpass.boot.e820 import E820Entry, E820Type
 from kvmpass.boot.linux import KernelImage, load_linux, place_kernel
 from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.layout import GIB, MIB, Range
-
-CODE = bytes(range(256)) * 64  # 16 KiB
-SETUP_SECTORS = 27
-
-
-def bzimage(**fields: tuple[int, str, int]) -> bytes:
-    """A bzImage of protocol 2.15; ``fields`` replace (offset, struct format, value) of the header."""
-    values: dict[str, tuple[int, str, int]] = {
-        "setup_sects": (0x1F1, "<B", SETUP_SECTORS),
-        "syssize": (0x1F4, "<I", len(CODE) // 16),
-        "boot_flag": (0x1FE, "<H", 0xAA55),
-        "jump": (0x200, "<H", 0x6AEB),
-        "magic": (0x202, "<I", 0x53726448),
-        "version": (0x206, "<H", 0x020F),
-        "kernel_version": (0x20E, "<H", 0x3000 - 0x200),
-        "loadflags": (0x211, "<B", 0x01),
-        "initrd_addr_max": (0x22C, "<I", 0x7FFF_FFFF),
-        "kernel_alignment": (0x230, "<I", 0x20_0000),
-        "relocatable": (0x234, "<B", 1),
-        "xloadflags": (0x236, "<H", 0x3),
-        "cmdline_size": (0x238, "<I", 2047),
-        "pref_address": (0x258, "<Q", 16 * MIB),
-        "init_size": (0x260, "<I", 8 * MIB),
-    }
-    values.update(fields)
-    data = bytearray((SETUP_SECTORS + 1) * 512)
-    for offset, form, value in values.values():
-        struct.pack_into(form, data, offset, value)
-    data[0x3000:0x3020] = b"6.12.1-test (someone) #1 SMP\0\0\0\0"
-    return bytes(data) + CODE
 
 
 class Memory:

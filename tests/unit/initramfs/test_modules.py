@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gzip
 import lzma
-import struct
 from pathlib import Path
 
 import pytest
 import zstandard
+from support.kernel_files import module
 
 from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import GuestRoot
@@ -18,19 +18,6 @@ RELEASE = "6.12.1-test"
 NVME = "pci:v0000144Dd0000A808sv0000144Dsd0000A801bc01sc08i02"
 NIC = "pci:v00008086d000010D3sv00008086sd00000000bc02sc00i00"
 AHCI = "pci:v00008086d00002922sv00001AF4sd00001100bc01sc06i01"
-
-
-def module(**info: str | list[str]) -> bytes:
-    """An ELF relocatable with section names and .modinfo."""
-    pairs = [(key, item) for key, value in info.items() for item in ([value] if isinstance(value, str) else value)]
-    content = b"".join(f"{key}={value}".encode() + b"\0" for key, value in pairs)
-    names = b"\0.shstrtab\0.modinfo\0"
-    header = b"\x7fELF\x02\x01\x01" + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, 64 + len(names) + len(content), 0, 64, 0, 0, 64, 3, 1)
-    sections = bytes(64)
-    sections += struct.pack("<IIQQQQIIQQ", 1, 3, 0, 0, 64, len(names), 0, 0, 1, 0)
-    sections += struct.pack("<IIQQQQIIQQ", 11, 1, 0, 0, 64 + len(names), len(content), 0, 0, 1, 0)
-    return header + names + content + sections
 
 
 @pytest.fixture
@@ -194,7 +181,8 @@ def test_the_guests_init_loads_them_with_their_parameters(tmp_path: Path) -> Non
     for path, info in zip(paths, ({"alias": "pci:v*bc01sc08i02*", "depends": "helper"}, {}, {}), strict=True):
         path.write_bytes(module(name="x", **info))
     root = GuestRoot(busybox)
-    root.add_modules(RELEASE, [NVME, NIC], files=paths, parameters={"my_nvme": 'name="a b"', "other": "x=1"})
+    parameters = {"my_nvme": 'name="a b"', "other": "x=1"}
+    root.add_modules(ModuleTree(RELEASE, tmp_path), [NVME, NIC], files=paths, parameters=parameters)
     root.build()
     load, settings, data = (root.tree.get(f"/kvmpass/{name}") for name in ("load", "settings", "modules/my_nvme.ko"))
     assert load and settings and data
