@@ -28,7 +28,7 @@ _NO_NOTIFY = 1  # of the used ring's
 def _store(ring: memoryview, at: int, value: int) -> None:
     """Write the 16-bit field number ``at`` of a ring in one store.
 
-    ``pack_into`` would clear it first, and a driver that reads it then finds entries that are not there.
+    ``pack_into`` would clear it first, and a driver that reads it then takes that for the index.
     """
     ring.cast("H")[at] = value
 
