@@ -10,6 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
+from kvmpass import crash
 from kvmpass._dataclass import dataclass
 from kvmpass._teardown import undo_on_error
 from kvmpass.guest.agent import Agent
@@ -29,6 +30,7 @@ from kvmpass.timings import Mark, unmarked
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 1 << 16
 _MAX_FAILURES = 64
+_MAX_DETAIL = 200  # characters of a line of the console
 _ABANDON_SECONDS = 2.0  # for a reader that does not read, once an exception ends the run
 _SIGNALLED = 128  # a shell's status of a command that a signal has ended, without the signal's number
 _POWEROFF_SECONDS = 60.0  # from the end of the command, and of its files, to power off
@@ -55,13 +57,14 @@ class Guest:
 
     ``console``, ``output`` and ``errors`` are called with bytes from threads of this object. ``interactive``: the
     image's command gets ``input``. ``terminal``: rows and columns of a terminal that the command gets; its errors are
-    then part of its output. ``copy_out``: that of the ``GuestSpec``. ``mark`` is called with the name of each stage
-    that has ended: the guest's boot, its command, its power off. ``with`` stops the machine, ends the threads and
-    disconnects the serial ports.
+    then part of its output. ``session``: the image has no command, and ``agent`` runs what the caller starts until
+    ``power_off``. ``copy_out``: that of the ``GuestSpec``. ``mark`` is called with the name of each stage that has
+    ended: the guest's boot, its command, its power off. ``with`` stops the machine, ends the threads and disconnects
+    the serial ports.
 
     Raises ``KvmpassError`` if files cannot be created there, ``GuestError`` while another guest is connected.
 
-    Synchronization: ``type``, ``resize``, ``input`` and ``console`` from any thread.
+    Synchronization: ``type``, ``resize``, ``input``, ``console`` and ``power_off`` from any thread.
     """
 
     def __init__(
@@ -74,9 +77,11 @@ class Guest:
         interactive: bool = False,
         terminal: tuple[int, int] | None = None,
         copy_out: Sequence[str] = (),
+        session: bool = False,
         mark: Mark = unmarked,
     ) -> None:
         self._machine = machine
+        self._session = session
         self._mark = mark
         self._status: int | None = None
         self._ready = self._leaving = False
@@ -87,7 +92,8 @@ class Guest:
         self._terminal = terminal
         self.input = Input() if interactive else None
         """The command's input: send to it, and end it. None: it is empty."""
-        self._agent: Agent | None = None
+        self.agent: Agent | None = None
+        """The agent in the guest: of a session from the start. None: the guest's init runs its command."""
         self._process: AgentProcess | None = None
         self._tail: deque[int] = deque(maxlen=_TAIL_BYTES)
         self._writer = OutputWriter(machine.stop, lambda: machine.ended)
@@ -109,6 +115,7 @@ class Guest:
             }
             self._to_files = self._writer.to(self._files) if copy_out else None
             machine.connect(outputs, self._writer.throttle)
+        self._make_agent()
 
     def __enter__(self) -> Self:
         return self
@@ -139,19 +146,23 @@ class Guest:
 
     # --- the command
 
-    def _start_command(self) -> None:
-        """Let the agent run the image's command, once it is there. Without its port the guest's init does."""
+    def _make_agent(self) -> None:
         port = self._machine.ports.get(init.AGENT_PORT)
         if port is None:
             return
         port.reset()
-        self._agent = Agent(
+        self.agent = Agent(
             port.send,
             on_ready=partial(self._mark, "guest's boot"),
             on_failure=self._on_failure,
             on_bad_frame=self._on_bad_frame,
         )
-        self._process = self._agent.start(
+
+    def _start_command(self) -> None:
+        """Let the agent run the image's command, once it is there. Without its port the guest's init does."""
+        if self.agent is None or self._session:
+            return
+        self._process = self.agent.start(
             init.RUN_COMMAND,
             input=self.input,
             terminal=self._terminal,
@@ -160,8 +171,8 @@ class Guest:
         )
 
     def _on_agent(self, data: bytes) -> None:
-        if self._agent is not None:
-            self._agent.feed(data)
+        if self.agent is not None:
+            self.agent.feed(data)
 
     def _on_output(self, process: AgentProcess, stream: int, data: bytes) -> None:
         outlet = self._to_errors if stream == ERRORS_STREAM else self._to_output
@@ -174,10 +185,10 @@ class Guest:
             self._on_failure(f"the command was not started: {process.error}")
         elif (code := process.returncode) is not None:
             self._status = code if code >= 0 else _SIGNALLED - code
-        if self._agent is None or process.error is not None or self._to_files is None:
-            self._power_off()
+        if self.agent is None or process.error is not None or self._to_files is None:
+            self.power_off()
         else:
-            self._agent.start(init.SEND_FILES, receive=self._on_files, on_end=lambda _: self._power_off())
+            self.agent.start(init.SEND_FILES, receive=self._on_files, on_end=lambda _: self.power_off())
 
     def _on_files(self, process: AgentProcess, stream: int, data: bytes) -> None:
         if stream == ERRORS_STREAM or self._to_files is None:
@@ -185,10 +196,11 @@ class Guest:
         else:
             self._to_files(data, partial(process.grant, stream))
 
-    def _power_off(self) -> None:
+    def power_off(self) -> None:
+        """Let the guest write its page cache to disks, and power off, within a minute."""
         self._leaving = True
-        if self._agent is not None:
-            self._agent.power_off()
+        if self.agent is not None:
+            self.agent.power_off()
 
     def _on_failure(self, text: str) -> None:
         if len(self._failures) < _MAX_FAILURES:
@@ -212,6 +224,15 @@ class Guest:
                 case Exited(status) if self._ready and self._status is None:
                     self._mark("command")
                     self._status, self._leaving = status, True
+
+    def _reason(self, outcome: GuestOutcome) -> str:
+        """Return why nothing more is expected of the guest's agent, in one line."""
+        details = [*self._failures[:1], self._machine.fault]
+        if outcome in (GuestOutcome.PANIC, GuestOutcome.TRIPLE_FAULT):
+            lines = self.console.splitlines()
+            at = crash.find(lines)
+            details.append("" if at is None else lines[at].strip()[:_MAX_DETAIL])
+        return ": ".join(filter(None, (f"the guest {outcome.value}", *details)))
 
     @property
     def console(self) -> str:
@@ -242,11 +263,12 @@ class Guest:
                 self._control = ControlChannel()  # drops an unfinished line
                 self._size.reset()
                 self._files.reset()
+                self._make_agent()
                 self._start_command()
                 self._machine.start()
                 outcome = None
-        if self._agent is not None:
-            self._agent.fail("the guest has ended")
+        if self.agent is not None:
+            self.agent.fail(self._reason(outcome))
         self._mark("power off" if self._status is not None else "guest")
         self._writer.close()
         if self._writer.failure is not None:

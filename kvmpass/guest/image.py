@@ -44,6 +44,8 @@ class GuestSpec:
     """The guest's root: ``minimal``, the initramfs; ``host``, this host's own; or a directory."""
     shares: tuple[str, ...] = ()
     """Directories of this host for the guest, as ``SRC[:DST][,rw]``; read-only without ``rw``."""
+    session: bool = False
+    """Whether the guest stays, without a command, and its agent runs what the host starts."""
     interactive: bool = False
     """Whether the command has input: then it needs a virtio console, as serial ports pass none."""
     verbose: bool = False
@@ -116,6 +118,7 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     brought_out = [Destination.parse(text).source for text in spec.copy_out]
     kernel = find_kernel(spec.kernel)
     append = parameters.words(spec.append)
+    with_agent = spec.command is not None or spec.session
     unpacked, warnings, entry = 0, tuple[str, ...](), None
     if spec.initrd is not None:
         initrd = spec.initrd.read_bytes()
@@ -126,10 +129,7 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
             modaliases,
             files=spec.modules,
             parameters=parameters.module_parameters(append),
-            also=(
-                *(init.PORT_DRIVERS if spec.command is not None else ()),
-                *(DRIVERS if served else ()),
-            ),
+            also=(*(init.PORT_DRIVERS if with_agent else ()), *(DRIVERS if served else ())),
         )
         if served:
             entry = mount(root, spec.root, served)
@@ -138,9 +138,11 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         if spec.command is not None:
             root.run_command(spec.command, interactive=spec.interactive)
             root.copy_out(brought_out)
+        elif spec.session:
+            root.run_agent("a session")
         root.terminal(spec.terminal, spec.terminal_size)
         initrd = root.build()
         unpacked, warnings = root.tree.unpacked_size, tuple(root.warnings)
-    command_line = kernel_command_line(verbose=spec.verbose, strict=spec.command is not None, extra=append)
-    ports = (init.AGENT_PORT,) if spec.command is not None and spec.initrd is None else ()
+    command_line = kernel_command_line(verbose=spec.verbose, strict=with_agent, extra=append)
+    ports = (init.AGENT_PORT,) if with_agent and spec.initrd is None else ()
     return GuestImage(kernel.image, initrd, command_line, unpacked, warnings, ports, served, entry, kernel.symbols)

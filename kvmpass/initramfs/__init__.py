@@ -166,11 +166,15 @@ class GuestRoot:
             raise KvmpassError("an empty command")
         if any("\0" in word for word in command):
             raise KvmpassError("a command's argument cannot contain a zero byte")
-        self._settings |= {"COMMAND": "yes", "AGENT": "-i" if interactive else ""}
+        self.run_agent("-i" if interactive else "")
+        self._command(command)
+
+    def run_agent(self, purpose: str) -> None:
+        """Run the agent instead of a shell. ``purpose``: for what; if empty, serial ports can take its place."""
+        self._settings |= {"COMMAND": "yes", "AGENT": purpose}
         if not init.AGENT.exists():
             raise KvmpassError(f"{init.AGENT} was not built", "install kvmpass (make venv, or pip install .)")
         self.tree.file(f"{init.DIRECTORY}/agent", init.AGENT.read_bytes(), 0o755)
-        self._command(command)
 
     def _command(self, command: Sequence[str]) -> None:
         script = self._entry.script(command) if self._source else init.calls([("exec", *command)])
