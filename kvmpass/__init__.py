@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from kvmpass.machine import GuestOutcome as GuestOutcome
     from kvmpass.machine import Machine as Machine
     from kvmpass.memory import GuestMemory as GuestMemory
+    from kvmpass.session import Session as Session
+    from kvmpass.session import start as start
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
@@ -37,5 +39,6 @@ __all__, __getattr__, __dir__ = lazy_names(
         "kvmpass.host": ("Bdf", "bind", "borrow", "restore", "unbind"),
         "kvmpass.machine": ("AssignedDevice", "GuestOutcome", "Machine"),
         "kvmpass.memory": ("GuestMemory",),
+        "kvmpass.session": ("Session", "start"),
     },
 )

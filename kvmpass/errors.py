@@ -7,6 +7,12 @@ before or instead of a call. The message names the cause; the remedy, if there i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvmpass.events import DeviceEvent
+
 
 class KvmpassError(Exception):
     """Base class. ``remedy``, what the user can do about it, becomes a note."""
@@ -110,6 +116,15 @@ class GuestError(KvmpassError):
 
 class GuestDied(GuestError):
     """The guest, or the agent in it, has ended while something was expected of it."""
+
+    def __init__(self, reason: str, *, console: str = "", events: Sequence[DeviceEvent] = ()) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        """How it has ended, in one line."""
+        self.console = console
+        """The last 64 KiB of its console, of a session's guest."""
+        self.events = tuple(events)
+        """The latest events of its devices, of a session's guest."""
 
 
 class BadArchive(KvmpassError):

@@ -11,7 +11,7 @@ from kvmpass import host
 from kvmpass.assignment.passed import PassedDescriptors
 from kvmpass.dma import BackendFactory
 from kvmpass.events import DeviceEvent
-from kvmpass.guest import GuestSpec, prepare
+from kvmpass.guest import GuestImage, GuestSpec, prepare
 from kvmpass.host.address import parse_distinct
 from kvmpass.host.backend import AUTO
 from kvmpass.host.view.inventory import sriov_of
@@ -83,14 +83,15 @@ def assigned(
     say: Say = lambda line: None,
     warn: Say = lambda line: None,
     on_event: Callable[[DeviceEvent], None] | None = None,
+    on_image: Callable[[GuestImage], None] = lambda image: None,
     mark: Mark = unmarked,
 ) -> Iterator[Machine]:
     """Yield a machine with the devices assigned and a guest loaded; rebind the devices to their drivers afterwards.
 
     ``descriptors``: of devices that another process has opened, which stay bound to vfio-pci. They are closed once
     the machine has duplicates; ``addresses`` says which of their devices are assigned, by default all.
-    ``say`` is called with each step, ``warn`` with each warning, in a line, ``mark`` with the name of
-    each stage that has ended; other arguments are those of ``Machine``.
+    ``say`` is called with each step, ``warn`` with each warning, in a line, ``on_image`` with what the guest boots,
+    ``mark`` with the name of each stage that has ended; other arguments are those of ``Machine``.
     Raises before any change ``BadAddress``, ``NoSuchDevice``, ``HostNotReady``, ``NotAssignable``,
     ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``, ``LayoutError``, ``BadDescriptor``. Later
     errors are raised after the devices were rebound.
@@ -108,6 +109,7 @@ def assigned(
         devices = check(bdfs, size, sysfs, backing, cpus, backend if isinstance(backend, str) else AUTO, p2p)
     mark("checks")
     image = prepare(spec, [device.modalias for device in devices])
+    on_image(image)
     mark("kernel and initramfs")
     for line in image.warnings:
         warn(line)

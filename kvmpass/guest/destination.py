@@ -42,6 +42,14 @@ class Destination:
             raise KvmpassError(f"--copy-out {spec!r} is not SRC[:DST] with an absolute SRC")
         if colon and not target:
             raise KvmpassError(f"--copy-out {spec!r} has no DST after the colon")
+        return cls.at(source, target, f"--copy-out {spec!r}")
+
+    @classmethod
+    def at(cls, source: str, target: str, what: str) -> Destination:
+        """Return the destination of an absolute ``source`` at ``target``, as ``parse`` does; ``what`` begins errors.
+
+        An empty ``target`` is the source's own name in the current directory.
+        """
         own = source.rstrip("/").rpartition("/")[2]
         place = Path(os.path.realpath(target or "."))
         if own in ("", ".", ".."):
@@ -52,7 +60,7 @@ class Destination:
             directory, name = place.parent, place.name
         existing = directory if directory.exists() else directory.parent
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise KvmpassError(f"--copy-out {spec!r}: {existing} is not a directory to write to")
+            raise KvmpassError(f"{what}: {existing} is not a directory to write to")
         return cls(source, directory, name)
 
     def open(self) -> int:

@@ -17,10 +17,10 @@ PACKAGE = Path(kvmpass.__file__).parent
 # From the lowest to the highest. A package, or a module at the top, imports from lower layers only.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"_dataclass", "_lazy"}),
+    frozenset({"events"}),
     frozenset(
         {
             "errors",
-            "events",
             "crash",
             "hugepages",
             "ports",
@@ -42,6 +42,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"machine"}),
     frozenset({"guest"}),
     frozenset({"assignment", "lab"}),
+    frozenset({"session"}),
     frozenset({"testing"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),

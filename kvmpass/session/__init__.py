@@ -1,0 +1,21 @@
+"""Guests that stay, and what is run in them: :func:`start` boots one, whose :class:`Session` runs commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvmpass._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from kvmpass.session.process import GuestProcess as GuestProcess
+    from kvmpass.session.session import Session as Session
+    from kvmpass.session.session import open_session as open_session
+    from kvmpass.session.session import start as start
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "kvmpass.session.process": ("GuestProcess",),
+        "kvmpass.session.session": ("Session", "open_session", "start"),
+    },
+)

@@ -1,0 +1,382 @@
+"""A session: a guest that stays, in which commands run until it is stopped."""
+
+from __future__ import annotations
+
+import locale
+import os
+import shlex
+import subprocess
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from kvmpass import host
+from kvmpass._teardown import run_all, undo_on_error
+from kvmpass.assignment.assign import assigned
+from kvmpass.dma import BackendFactory
+from kvmpass.errors import GuestDied, GuestError
+from kvmpass.events import DeviceEvent
+from kvmpass.guest import CopiedOut, Guest, GuestImage, GuestResult, GuestSpec, Sink
+from kvmpass.guest.agent import Agent
+from kvmpass.guest.frames import ERRORS, OUTPUT
+from kvmpass.host.backend import AUTO
+from kvmpass.initramfs import served
+from kvmpass.initramfs.served import Entry
+from kvmpass.machine import AssignedDevice, Machine
+from kvmpass.memory import Backing
+from kvmpass.session import files
+from kvmpass.session.process import Argument, GuestProcess, Target
+from kvmpass.session.streams import MAX_CAPTURED, Capture
+from kvmpass.timings import Mark, unmarked
+
+BOOT_SECONDS = 60.0
+"""That a guest has from its start until its agent runs commands."""
+STOP_SECONDS = 10.0
+"""That a guest has to power off."""
+_MAX_EVENTS = 256
+
+
+class Session:
+    """A guest that runs commands until ``stop``. Made by :func:`start`; ``with`` stops it.
+
+    Its devices are rebound to their drivers by ``stop``, also if the guest has ended before. All methods raise
+    ``GuestDied`` once it has ended.
+
+    Synchronization: from any thread, and from many at once; ``stop`` waits for one that runs already.
+    """
+
+    def __init__(self, name: str, machine: Machine, guest: Guest, agent: Agent, entry: Entry | None = None) -> None:
+        self.name = name
+        """Its name."""
+        self.machine = machine
+        """Its machine, which it closes."""
+        self.devices: tuple[AssignedDevice, ...] = tuple(machine.devices)
+        """The devices that it was started with."""
+        self._guest, self._agent = guest, agent
+        self.entry = entry
+        """How programs start in the guest's root; None: in the initramfs itself."""
+        self._events: deque[DeviceEvent] = deque(maxlen=_MAX_EVENTS)
+        self._event_count = 0
+        self._undo = ExitStack()
+        self._stopping = threading.Lock()
+        self._result: GuestResult | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"guest {name}", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._result = self._guest.run()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._agent.fail("the guest has ended" if self._error is None else f"the guest has ended: {self._error}")
+
+    def begin(self, boot_timeout: float = BOOT_SECONDS) -> None:
+        """Start the guest, and wait until it runs commands. Raises ``GuestDied``."""
+        self._thread.start()
+        try:
+            self._agent.wait_ready(boot_timeout)
+        except TimeoutError:
+            raise self._died(f"the guest does not run commands after {boot_timeout:g} seconds") from None
+        except GuestDied as error:
+            raise self._died(error.reason) from None
+
+    def own(self, undo: ExitStack) -> None:
+        """Take over what ``stop`` undoes."""
+        self._undo = undo
+
+    def note(self, event: DeviceEvent) -> None:
+        """Keep an event of a device."""
+        self._events.append(event)
+        self._event_count += 1
+
+    def _died(self, reason: str) -> GuestDied:
+        return GuestDied(reason, console=self.console, events=self.events)
+
+    @property
+    def console(self) -> str:
+        """The last 64 KiB that its console has printed."""
+        return self._guest.console
+
+    @property
+    def events(self) -> tuple[DeviceEvent, ...]:
+        """The latest 256 events of its devices."""
+        return tuple(self._events)
+
+    @property
+    def uptime(self) -> float | None:
+        """The guest's uptime in seconds when its agent had started."""
+        return self._agent.uptime
+
+    @property
+    def ended(self) -> str | None:
+        """Why nothing more can be run, in one line; None while commands can be run."""
+        return self._agent.failure
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the guest has ended, ``timeout`` seconds at most; return whether."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # --- commands
+
+    def popen(
+        self,
+        args: Argument | Sequence[Argument],
+        *,
+        stdin: Target = None,
+        stdout: Target = None,
+        stderr: Target = None,
+        tty: bool | tuple[int, int] = False,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> GuestProcess:
+        """Start a process in the guest; up to 64 run at once.
+
+        The streams are those of ``subprocess.Popen``: ``PIPE``, ``DEVNULL``, ``STDOUT`` for ``stderr``, a file, or a
+        descriptor; but without ``stdin`` its input is empty. ``tty``: it gets a terminal, of 24 rows and 80 columns
+        or of those given; its errors are then part of its output. ``cwd``: by default ``/root``, and with the host's
+        root the directory in which this process started the guest. ``env`` is added to the guest's environment.
+
+        Raises ``FileNotFoundError``, ``PermissionError`` and the other errors of running a program there;
+        ``GuestError`` (64 processes run), ``GuestDied``.
+        """
+        return self._start(args, stdin=stdin, stdout=stdout, stderr=stderr, tty=tty, cwd=cwd, env=env)
+
+    def _start(
+        self,
+        args: Argument | Sequence[Argument],
+        *,
+        cwd: str | os.PathLike[str] | None,
+        env: Mapping[str, str] | None,
+        **options: Any,
+    ) -> GuestProcess:
+        if self.entry is not None:
+            cwd, env = cwd or self.entry.directory, {**self.entry.environment, **(env or {})}
+            options["root"] = served.ROOT
+        return GuestProcess(self._agent, self._died, args, cwd=cwd, env=env, **options)
+
+    def outside(self, args: Sequence[str], *, stdout: Target) -> GuestProcess:
+        """Start a process in the initramfs, whatever the guest's root, without input and errors."""
+        return GuestProcess(self._agent, self._died, args, stdout=stdout, stderr=subprocess.DEVNULL)
+
+    def run(
+        self,
+        args: Argument | Sequence[Argument],
+        *,
+        input: bytes | str | None = None,
+        capture_output: bool = True,
+        stdout: Target = None,
+        stderr: Target = None,
+        text: bool = False,
+        encoding: str | None = None,
+        timeout: float | None = None,
+        check: bool = False,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a command in the guest and return its result: ``subprocess.run``, with output captured by default.
+
+        ``returncode`` is -N for signal N. ``stdout`` and ``stderr`` replace what ``capture_output`` says of them. See
+        ``popen`` for the other arguments.
+
+        Raises ``subprocess.TimeoutExpired`` after ``timeout`` seconds, when the command was killed;
+        ``subprocess.CalledProcessError`` with ``check``; ``GuestError`` for more than 256 MiB of output; and what
+        ``popen`` raises.
+        """
+        default = subprocess.PIPE if capture_output else None
+        stdout, stderr = default if stdout is None else stdout, default if stderr is None else stderr
+        capture = Capture(merged=stderr == subprocess.STDOUT)
+        chosen = encoding or (locale.getencoding() if text or isinstance(input, str) else None)
+        process = self._start(
+            args,
+            stdin=None if input is None else subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
+            captured=capture,
+            cwd=cwd,
+            env=env,
+            timeout=timeout,
+        )
+
+        def captured(stream: int, target: Target) -> bytes | str | None:
+            data = capture.data(stream) if target == subprocess.PIPE else None
+            if data is None or not (text or encoding):
+                return data
+            return data.decode(chosen or "utf-8").replace("\r\n", "\n").replace("\r", "\n")
+
+        try:
+            if process.input is not None and input is not None:
+                process.input.send(input.encode(chosen or "utf-8") if isinstance(input, str) else input)
+                process.input.end()
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            process.abandon()
+            error.output, error.stderr = capture.data(OUTPUT), capture.data(ERRORS)
+            raise
+        except BaseException:
+            process.abandon()
+            raise
+        if capture.full:
+            raise GuestError(
+                f"the command has written more than {MAX_CAPTURED >> 20} MiB", "write it to a file: stdout="
+            )
+        result = subprocess.CompletedProcess(args, code, captured(OUTPUT, stdout), captured(ERRORS, stderr))
+        if check:
+            result.check_returncode()
+        return result
+
+    def dmesg(self) -> str:
+        """Return the messages of the guest's kernel."""
+        return str(self.run(["dmesg"], text=True, encoding="utf-8", check=True).stdout)
+
+    # --- files
+
+    def copy_in(self, source: str | os.PathLike[str], target: str) -> None:
+        """Copy a file or a directory of this host into the guest; into ``target`` if it ends with a slash.
+
+        Directories above it are created. Raises ``OSError`` for what cannot be read here, ``GuestError`` with what
+        the guest says.
+        """
+        files.copy_in(self, Path(source), target)
+
+    def copy_out(self, source: str, target: str | os.PathLike[str]) -> CopiedOut:
+        """Copy a file or a directory of the guest to this host; into ``target`` if it ends with a slash.
+
+        Only regular files and directories are created, and only beneath ``target``; the result says what was left
+        out. Raises ``GuestError`` if it is not complete, or larger than ``--copy-out`` allows.
+        """
+        return files.copy_out(self, source, os.fspath(target))
+
+    # --- the end
+
+    def stop(self, timeout: float = STOP_SECONDS) -> GuestResult:
+        """Let the guest power off, end it after ``timeout`` seconds, and rebind its devices to their drivers.
+
+        Idempotent. Raises what rebinding raises, and the error that has ended the guest's run.
+        """
+        with self._stopping:
+            try:
+                if self._thread.is_alive():
+                    self._guest.power_off()
+                    self._thread.join(timeout)
+            finally:
+                undo, self._undo = self._undo, ExitStack()
+                run_all(self.machine.stop, self._thread.join, undo.close, failure=self._error)
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        run_all(self.stop, failure=error)
+
+    def __repr__(self) -> str:
+        return f"<Session {shlex.quote(self.name)}, {self.ended or 'running'}>"
+
+
+def open_session(
+    devices: Sequence[str | host.Bdf],
+    spec: GuestSpec,
+    *,
+    name: str | None = None,
+    console: Sink | None = None,
+    boot_timeout: float = BOOT_SECONDS,
+    on_event: Callable[[DeviceEvent], None] | None = None,
+    mark: Mark = unmarked,
+    **options: Any,
+) -> Session:
+    """Start a session from a ``GuestSpec`` whose ``session`` is set; ``options`` are those of ``assigned``.
+
+    ``console`` gets all that the guest's console prints, from a thread. Raises as :func:`start`.
+    """
+    session: Session | None = None
+    images: list[GuestImage] = []
+
+    def note(event: DeviceEvent) -> None:
+        if session is not None:
+            session.note(event)
+        if on_event is not None:
+            on_event(event)
+
+    with undo_on_error() as undo:
+        machine = undo.enter_context(
+            assigned(devices, spec, on_event=note, on_image=images.append, mark=mark, **options)
+        )
+        guest = undo.enter_context(
+            Guest(machine, console=console, output=_nowhere, errors=_nowhere, session=True, mark=mark)
+        )
+        if guest.agent is None:
+            raise GuestError("the guest's image has no agent", "leave out the initramfs of your own (initrd)")
+        first = str(machine.devices[0].bdf) if machine.devices else "guest"
+        session = Session(name or first, machine, guest, guest.agent, images[0].entry)
+        session.begin(boot_timeout)
+        session.own(undo.pop_all())
+    return session
+
+
+def start(
+    devices: Sequence[str | host.Bdf] = (),
+    *,
+    name: str | None = None,
+    memory: str = "1G",
+    cpus: int = 1,
+    root: str = "minimal",
+    kernel: str | os.PathLike[str] | None = None,
+    append: str = "",
+    shares: Sequence[str] = (),
+    copies: Sequence[str] = (),
+    modules: Sequence[str | os.PathLike[str]] = (),
+    backing: Backing = Backing.ANONYMOUS,
+    backend: str | BackendFactory = AUTO,
+    p2p: bool = False,
+    vf_token: uuid.UUID | None = None,
+    on_event: Callable[[DeviceEvent], None] | None = None,
+    boot_timeout: float = BOOT_SECONDS,
+) -> Session:
+    """Boot a Linux guest with ``devices`` assigned, and return it once it runs commands.
+
+    ``with kvmpass.start(["0000:01:00.0"]) as guest: guest.run(["lspci"])``. The arguments are the options of
+    ``kvmpass assign``: ``name`` (by default the address of the first device), ``root`` (``minimal``, ``host`` or a
+    directory), ``shares`` (``SRC[:DST][,rw]`` each), ``copies`` (``SRC:DST`` each), ``boot_timeout`` in seconds.
+    ``on_event``: as for ``Machine``.
+
+    Raises what :func:`kvmpass.assignment.assign.assigned` raises, and ``GuestDied`` for a guest that does not boot;
+    then the devices are rebound.
+    """
+    spec = GuestSpec(
+        kernel=Path(kernel) if kernel is not None else None,
+        append=append,
+        root=root,
+        shares=tuple(shares),
+        copy=tuple(copies),
+        modules=tuple(map(Path, modules)),
+        session=True,
+    )
+    return open_session(
+        devices,
+        spec,
+        name=name,
+        boot_timeout=boot_timeout,
+        on_event=on_event,
+        memory=memory,
+        cpus=cpus,
+        backing=backing,
+        backend=backend,
+        p2p=p2p,
+        vf_token=vf_token,
+    )
+
+
+def _nowhere(data: bytes) -> None:
+    """Drop ``data``: a session's guest has no command of its own."""

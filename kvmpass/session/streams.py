@@ -1,0 +1,281 @@
+"""Where the streams of a process in a guest go: into memory, to descriptors of this process, nowhere."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import signal
+import stat
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from kvmpass.errors import GuestDied
+from kvmpass.guest.frames import OUTPUT
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from kvmpass.guest.agent import Agent
+    from kvmpass.guest.input import Input
+    from kvmpass.guest.output import OutputWriter, Sink
+    from kvmpass.guest.process import AgentProcess
+
+MAX_CAPTURED = 256 << 20
+"""Bytes of both streams of one process that ``Session.run`` keeps."""
+BACKLOG = 1 << 18
+"""Bytes of a process's input that wait here."""
+_CHUNK = 1 << 16
+_ATOMIC = select.PIPE_BUF  # bytes that a pipe takes without blocking, once it is writable
+
+
+class Capture:
+    """Keep all that a process writes to its streams, ``MAX_CAPTURED`` bytes at most; more of it ends the process.
+
+    ``merged``: its errors are part of its output.
+
+    Synchronization: called by the agent; read it once the process has ended.
+    """
+
+    def __init__(self, *, merged: bool = False) -> None:
+        self._kept: dict[int, bytearray] = {}
+        self._size = 0
+        self._merged = merged
+
+    def __call__(self, process: AgentProcess, stream: int, data: bytes) -> None:
+        """Take ``data`` from the process."""
+        self._size += len(data)
+        if self.full:
+            process.kill()
+        else:
+            self._kept.setdefault(OUTPUT if self._merged else stream, bytearray()).extend(data)
+        process.grant(stream, len(data))
+
+    @property
+    def full(self) -> bool:
+        """Whether more was written than is kept."""
+        return self._size > MAX_CAPTURED
+
+    def data(self, stream: int) -> bytes:
+        """Return what was written to a stream."""
+        return bytes(self._kept.get(stream, b""))
+
+
+def drop(process: AgentProcess, stream: int, data: bytes) -> None:
+    """Drop what a process writes."""
+    process.grant(stream, len(data))
+
+
+class OutputPipe(io.RawIOBase):
+    """Output of a process, to be read here as a file. Closed, it drops what comes.
+
+    Synchronization: from any thread, one at a time; the agent's ``changed`` guards what is kept.
+    """
+
+    def __init__(self, agent: Agent, died: Callable[[str], GuestDied]) -> None:
+        super().__init__()
+        self._agent = agent
+        self._died = died
+        self._kept: deque[tuple[Callable[[int], None], bytes]] = deque()  # what grants more, and data
+        self._ended = self._dropping = False
+
+    def __call__(self, process: AgentProcess, stream: int, data: bytes) -> None:
+        """Take ``data`` from the process; nothing more comes after an empty one."""
+        with self._agent.changed:
+            dropping = self._dropping
+            if data and not dropping:
+                self._kept.append((partial(process.grant, stream), data))
+            self._ended = not data
+            self._agent.changed.notify_all()
+        if dropping:
+            process.grant(stream, len(data))
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Read what there is into ``buffer``; blocks while there is nothing. Raises ``GuestDied``."""
+        view = memoryview(buffer).cast("B")
+        changed = self._agent.changed
+        with changed:
+            changed.wait_for(lambda: self._kept or self._ended or self._agent.failure is not None)
+            if not self._kept:
+                if not self._ended:
+                    raise self._died(self._agent.failure or "")
+                return 0
+            grant, data = self._kept.popleft()
+            taken = min(len(data), len(view))
+            view[:taken] = data[:taken]
+            if taken < len(data):
+                self._kept.appendleft((grant, data[taken:]))
+        grant(taken)
+        return taken
+
+    def close(self) -> None:
+        """Drop what is kept, and what comes. Idempotent."""
+        with self._agent.changed:
+            self._dropping = True
+            kept = [*self._kept]
+            self._kept.clear()
+        for grant, data in kept:
+            grant(len(data))
+        super().close()
+
+
+class InputPipe(io.RawIOBase):
+    """The input of a process, to be written here as a file. Closing it ends the input.
+
+    Synchronization: from any thread, one at a time.
+    """
+
+    def __init__(self, agent: Agent, input: Input) -> None:
+        super().__init__()
+        self._agent = agent
+        self._input = input
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, data: ReadableBuffer) -> int:
+        """Write all of ``data``, as fast as the process reads it. What nobody reads any more is dropped."""
+        content = bytes(data)
+        self._input.send(content)
+        while not self._input.wait_below(BACKLOG, 1.0) and self._agent.failure is None:
+            pass
+        return len(content)
+
+    def close(self) -> None:
+        """End the input. Idempotent."""
+        if not self.closed:
+            self._input.end()
+        super().close()
+
+
+class Cancel:
+    """Wakes threads that wait for a descriptor. ``close`` it once they have ended.
+
+    Synchronization: ``set`` from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.is_set = False
+        """Whether ``set`` was called."""
+
+    def set(self) -> None:
+        """Wake the threads, also those that wait later."""
+        self.is_set = True
+        os.eventfd_write(self._fd, 1)
+
+    def wait(self, fd: int, events: int) -> bool:
+        """Wait until ``fd`` is ready for ``events`` of poll(2), or has failed; False if this is set."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        poll.register(fd, events)
+        return all(ready != self._fd for ready, _ in poll.poll())
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+
+def write_to(fd: int, cancel: Cancel, data: bytes) -> bool:
+    """Write ``data`` to ``fd``; return False if ``cancel`` was set before all is written. Raises ``OSError``.
+
+    A reader that stalls cannot block it: a pipe or terminal gets no more at once than it takes.
+    """
+    kind = os.fstat(fd).st_mode
+    chunk = len(data) if stat.S_ISREG(kind) else _ATOMIC
+    view = memoryview(data)
+    while view:
+        if not cancel.wait(fd, select.POLLOUT):
+            return False
+        with suppress(BlockingIOError):
+            view = view[os.write(fd, view[:chunk]) :]
+    return True
+
+
+class InputPump:
+    """Pass what a descriptor has to the input of a process until its end, in a thread. It owns the descriptor."""
+
+    def __init__(self, fd: int, input: Input, cancel: Cancel) -> None:
+        self._fd, self._input, self._cancel = fd, input, cancel
+        self._thread = threading.Thread(target=self._run, name="input", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while self._cancel.wait(self._fd, select.POLLIN):
+                try:
+                    data = os.read(self._fd, _CHUNK)
+                except BlockingIOError:
+                    continue
+                except OSError:  # the terminal has gone
+                    data = b""
+                if not data:
+                    break
+                self._input.send(data)
+                while not self._input.wait_below(BACKLOG, 0.1):
+                    if self._cancel.is_set:
+                        return
+        finally:
+            self._input.end()
+            os.close(self._fd)
+
+    def join(self) -> None:
+        """Wait for its thread, once ``cancel`` was set."""
+        self._thread.join()
+
+
+class ToDescriptor:
+    """Write one output stream of a process to a descriptor, through a thread of ``writer``.
+
+    Once the descriptor's reader has gone the process gets SIGPIPE, and what it still writes is dropped.
+
+    Synchronization: called by the agent and by the writer's thread, ``_lock`` guards what is owed.
+    """
+
+    def __init__(self, writer: OutputWriter, sink: Sink) -> None:
+        self._writer = writer
+        self._outlet = writer.to(sink)
+        self._lock = threading.Lock()
+        self._owed: dict[int, int] = {}  # bytes that are queued, by stream
+        self._process: AgentProcess | None = None
+
+    def __call__(self, process: AgentProcess, stream: int, data: bytes) -> None:
+        """Queue ``data`` from the process."""
+        with self._lock:
+            self._process = process
+            failed = self._writer.failure is not None
+            if not failed:
+                self._owed[stream] = self._owed.get(stream, 0) + len(data)
+        if failed:
+            process.grant(stream, len(data))
+        elif data:
+            self._outlet(data, partial(self._taken, stream))
+
+    def _taken(self, stream: int, size: int) -> None:
+        with self._lock:
+            self._owed[stream] -= size
+        if self._process is not None:
+            self._process.grant(stream, size)
+
+    @property
+    def pending(self) -> bool:
+        """Whether some of it is not written yet."""
+        return any(self._owed.values())
+
+    def fail(self) -> None:
+        """Note that the writer has failed: nothing that is queued will be written."""
+        with self._lock:
+            owed, self._owed = self._owed, {}
+        if self._process is not None:
+            self._process.send_signal(signal.SIGPIPE)
+            for stream, size in owed.items():
+                self._process.grant(stream, size)

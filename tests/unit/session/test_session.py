@@ -1,0 +1,194 @@
+"""Commands of a session, run by the guest's agent, which runs here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+from support.agent import LocalAgent
+
+from kvmpass.errors import GuestDied, GuestError
+from kvmpass.guest import Guest
+from kvmpass.machine import Machine
+from kvmpass.session import Session, streams
+
+CONSOLE = "the console\n"
+
+
+@pytest.fixture
+def local() -> Iterator[LocalAgent]:
+    local = LocalAgent()
+    yield local
+    local.close()
+
+
+@pytest.fixture
+def session(local: LocalAgent) -> Session:
+    machine, guest = SimpleNamespace(devices=[]), SimpleNamespace(console=CONSOLE)
+    return Session("local", cast(Machine, machine), cast(Guest, guest), local.agent)
+
+
+def test_output_errors_and_status_of_run(session: Session) -> None:
+    result = session.run(["sh", "-c", "echo out; echo err >&2; exit 7"])
+    assert (result.returncode, result.stdout, result.stderr) == (7, b"out\n", b"err\n")
+    assert session.run(["sh", "-c", "printf 'a\\r\\nb'"], text=True).stdout == "a\nb"
+    assert session.run("true").args == "true"
+
+
+def test_exceptions_are_those_of_subprocess(session: Session) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        session.run(["sh", "-c", "echo out; exit 3"], check=True)
+    assert (failed.value.returncode, failed.value.stdout) == (3, b"out\n")
+    with pytest.raises(FileNotFoundError) as missing:
+        session.run(["/no/such program"])
+    assert missing.value.filename == "/no/such program"
+    with pytest.raises(FileNotFoundError) as missing:
+        session.run(["true"], cwd="/no/such directory")
+    assert missing.value.filename == "/no/such directory"
+    with pytest.raises(subprocess.TimeoutExpired) as late:
+        session.run(["sh", "-c", "echo begun; exec sleep 100"], timeout=0.5)
+    assert late.value.output == b"begun\n"
+    assert session.run(["sh", "-c", "kill -9 $$"]).returncode == -signal.SIGKILL
+
+
+def test_streams_are_merged_dropped_or_inherited(
+    session: Session, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    script = ["sh", "-c", "echo out; echo err >&2"]
+    merged = session.run(script, stderr=subprocess.STDOUT)
+    assert (sorted(merged.stdout.split()), merged.stderr) == ([b"err", b"out"], None)
+    dropped = session.run(script, stdout=subprocess.DEVNULL)
+    assert (dropped.stdout, dropped.stderr) == (None, b"err\n")
+    with (tmp_path / "file").open("wb") as file:
+        session.run(script, stdout=file)
+    assert (tmp_path / "file").read_bytes() == b"out\n"
+    assert session.run(script, capture_output=False).stdout is None
+    assert capfd.readouterr() == ("out\n", "err\n")
+
+
+def test_a_megabyte_each_way(session: Session, tmp_path: Path) -> None:
+    data = os.urandom(1 << 20)
+    assert session.run(["cat"], input=data).stdout == data
+    (tmp_path / "data").write_bytes(data)
+    with (
+        (tmp_path / "data").open("rb") as source,
+        (tmp_path / "copy").open("wb") as target,
+        session.popen(["cat"], stdin=source, stdout=target) as process,
+    ):
+        pass
+    assert (process.returncode, (tmp_path / "copy").read_bytes() == data) == (0, True)
+
+
+def test_ten_threads_at_once(session: Session) -> None:
+    def work(number: int) -> tuple[int, bytes]:
+        result = session.run(["sh", "-c", f"cat; exit {number}"], input=b"%d" % number)
+        return result.returncode, result.stdout
+
+    with ThreadPoolExecutor(10) as pool:
+        assert list(pool.map(work, range(50))) == [(number, b"%d" % number) for number in range(50)]
+
+
+def test_pipes_of_popen(session: Session) -> None:
+    pipe = subprocess.PIPE
+    with session.popen(["sh", "-c", "read it; echo got $it; cat >&2"], stdin=pipe, stdout=pipe, stderr=pipe) as it:
+        assert it.stdin and it.stdout and it.stderr
+        it.stdin.write(b"one\ntwo")
+        it.stdin.flush()
+        assert it.stdout.readline() == b"got one\n"
+        it.stdin.close()
+        assert it.stderr.read() == b"two"
+    assert it.returncode == 0
+
+
+def test_a_pipe_that_is_not_read_delays_nothing(session: Session) -> None:
+    with session.popen(["sh", "-c", "head -c 3000000 /dev/zero"], stdout=subprocess.PIPE) as process:
+        assert session.run("true").returncode == 0
+    assert process.returncode == 0
+
+
+def test_a_reader_that_goes_away_ends_a_command(session: Session) -> None:
+    read, write = os.pipe()
+    process = session.popen(["cat", "/dev/zero"], stdout=write)
+    os.close(write)
+    os.read(read, 10)
+    os.close(read)
+    assert process.wait(20) == -signal.SIGPIPE
+
+
+def test_a_reader_that_stalls_is_a_timeout_and_can_be_abandoned(session: Session) -> None:
+    read, write = os.pipe()
+    process = session.popen(["head", "-c", "200000", "/dev/zero"], stdout=write)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.abandon()
+    assert process.poll() == 0
+    os.close(read)
+    os.close(write)
+
+
+def test_a_terminal(session: Session) -> None:
+    words = ["sh", "-c", "stty size; test -t 0 -a -t 2"]
+    with session.popen(words, stdout=subprocess.PIPE, tty=(33, 101)) as process:
+        assert process.stdout
+        assert process.stdout.read().split() == [b"33", b"101"]
+    assert process.returncode == 0
+
+
+def test_too_much_output_ends_a_command(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_CAPTURED", 1 << 20)
+    with pytest.raises(GuestError, match="has written more than"):
+        session.run(["cat", "/dev/zero"])
+
+
+def test_all_who_wait_learn_of_the_end(session: Session, local: LocalAgent) -> None:
+    deaths: list[GuestDied] = []
+    process = session.popen(["sleep", "100"], stdout=subprocess.PIPE)
+    assert process.stdout
+
+    def wait(what: object) -> None:
+        with pytest.raises(GuestDied) as died:
+            what()  # type: ignore[operator]
+        deaths.append(died.value)
+
+    waiting = [process.wait, process.stdout.read, lambda: session.run(["sleep", "100"])]
+    threads = [threading.Thread(target=wait, args=[what]) for what in waiting]
+    for thread in threads:
+        thread.start()
+    while len(local.agent._processes) < 2:
+        pass
+    local.agent.fail("the guest panicked")
+    for thread in threads:
+        thread.join(20)
+    assert [(died.reason, died.console, died.events) for died in deaths] == [("the guest panicked", CONSOLE, ())] * 3
+    with pytest.raises(GuestDied, match="panicked"):
+        session.popen("true")
+
+
+def test_files_in_and_out(session: Session, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "sub").mkdir(parents=True)
+    (source / "sub/file").write_bytes(b"content")
+    (source / "sub/file").chmod(0o750)
+    session.copy_in(source, f"{tmp_path}/inside/")
+    assert (tmp_path / "inside/source/sub/file").read_bytes() == b"content"
+    session.copy_in(source / "sub/file", f"{tmp_path}/inside/other")
+    assert (tmp_path / "inside/other").stat().st_mode & 0o777 == 0o750
+    with pytest.raises(GuestError, match="was not copied into the guest"):
+        session.copy_in(source, "/proc/here/")
+    with pytest.raises(FileNotFoundError):
+        session.copy_in(tmp_path / "missing", "/tmp/")
+
+
+def test_files_that_are_not_in_the_guest(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(GuestError, match="not an absolute path"):
+        session.copy_out("file", tmp_path)
+    with pytest.raises(GuestError, match="was not copied to"):
+        session.copy_out("/no/such file", tmp_path)
