@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from support.repository import ROOT
 
 # A block that is run has the name of its profile before it, in a comment that a page does not show.
 _EXAMPLE = re.compile(r"^<!-- run: (?P<profile>[\w-]+) -->\n```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
-# A recipe for the lab, with what it prints. In the lab already, its commands lack the words that start one.
+# A recipe for the lab, with what it prints, or a change of the sources. In the lab already, commands lack the words
+# that start one.
 _RECIPE = re.compile(
-    r"^<!-- run: driver -->\n```sh\n(?P<command>.*?)^```\n\n```text\n(?P<output>.*?)^```", re.MULTILINE | re.DOTALL
+    r"^<!-- (?P<kind>run|change): driver -->\n```sh\n(?P<command>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```)?",
+    re.MULTILINE | re.DOTALL,
 )
-_START = "kvmpass lab run --device edu -- "
+_START = "kvmpass lab run --writable . --device edu -- "
 _TIME = re.compile(r"^\[ *\d+\.\d+\]", re.MULTILINE)
 
 
@@ -37,20 +40,29 @@ def test_example(path: Path, line: int, code: str) -> None:
     exec(compile("\n" * line + code, str(path), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.amdvi(profile="driver", duration=15)
-def test_the_recipe_for_a_driver(edu: str, faulty_module: Path) -> None:
-    """Its module is built outside, by its own command; see ``tests/support/outside.py``."""
+@pytest.mark.amdvi(profile="driver", duration=30)
+def test_a_driver_authors_day(edu: str, faulty_module: Path, tmp_path: Path) -> None:
+    """Its modules are built outside, by its own commands; see ``tests/support/outside.py``."""
     assert edu == "0000:00:04.0"
-    recipes = list(_RECIPE.finditer((ROOT / "docs" / "cookbook.md").read_text()))
-    assert recipes
-    for recipe in recipes:
+    built, page = faulty_module.parent, (ROOT / "docs" / "cookbook.md").read_text()
+    assert (built / "test.sh").read_text().split("\n", 2)[2] in page
+    shutil.copy(built / "test.sh", tmp_path)
+    kinds = []
+    for recipe in _RECIPE.finditer(page):
+        kinds.append(recipe["kind"])
+        if recipe["kind"] == "change":
+            built = built / "changed"
+            continue
         assert _START in recipe["command"]
+        shutil.copy(built / "factorial.ko", tmp_path)
         done = subprocess.run(
             ["sh", "-ec", recipe["command"].replace(_START, "")],
-            cwd=faulty_module.parent,
+            cwd=tmp_path,
             stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=200,
             check=True,
         )
         assert _TIME.sub("[]", done.stdout) == _TIME.sub("[]", recipe["output"])
+    assert kinds == ["run", "change", "run"]

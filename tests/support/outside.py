@@ -18,8 +18,8 @@ OLDER_KERNEL = "KVMPASS_OLDER_KERNEL"
 FAULTY_MODULE = "KVMPASS_FAULTY_MODULE"
 
 _DOCS = ROOT / "docs"
-_SOURCES = tuple(_DOCS / "examples" / "driver" / name for name in ("Makefile", "faulty.c"))
-_BUILD = re.compile(r"^<!-- build: driver -->\n```sh\n(?P<command>.*?)^```", re.MULTILINE | re.DOTALL)
+_SOURCES = tuple(sorted((_DOCS / "examples" / "driver").iterdir()))
+_COMMANDS = re.compile(r"^<!-- (?:build|change): driver -->\n```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def older_kernel() -> str | None:
@@ -43,29 +43,32 @@ def older_kernel() -> str | None:
 
 
 def faulty_module() -> str | None:
-    """Name the module of the cookbook, built by its command, by ``FAULTY_MODULE``. Returns why there is none.
+    """Name a module of the cookbook, built by its commands, by ``FAULTY_MODULE``. Returns why there is none.
 
-    One build for each content of its sources and each kernel is kept in the cache.
+    The other modules are beside it, and below ``changed`` as the cookbook's change has made them. One build for each
+    content of the sources and each kernel is kept in the cache.
     """
     if FAULTY_MODULE in os.environ:
         return None
     try:
         tree = headers.fetch(print)
-        command = _BUILD.search((_DOCS / "cookbook.md").read_text())
-        assert command is not None, "the cookbook's command"
-        content = b"\0".join([os.fsencode(tree), command["command"].encode(), *(f.read_bytes() for f in _SOURCES)])
+        commands = _COMMANDS.findall((_DOCS / "cookbook.md").read_text())
+        assert len(commands) == 2, "the cookbook's commands"
+        content = b"\0".join([os.fsencode(tree), *map(str.encode, commands), *(f.read_bytes() for f in _SOURCES)])
         root = cache_root() / "tests" / f"faulty-{hashlib.sha256(content).hexdigest()[:16]}"
         if not root.is_dir():
             with new_directory(root) as draft:
-                for source in _SOURCES:
-                    shutil.copy(source, draft)
-                path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where kvmpass is
-                run_tool(
-                    ["sh", "-ec", command["command"]],
-                    "it could not be built, which needs gcc, make and libelf1",
-                    cwd=draft,
-                    env={**os.environ, "PATH": path},
-                )
+                for directory, command in zip((draft, draft / "changed"), commands, strict=True):
+                    directory.mkdir(exist_ok=True)
+                    for source in _SOURCES:
+                        shutil.copy(source, directory)
+                    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where kvmpass is
+                    run_tool(
+                        ["sh", "-ec", command],
+                        "it could not be built, which needs gcc, make and libelf1",
+                        cwd=directory,
+                        env={**os.environ, "PATH": path},
+                    )
         os.environ[FAULTY_MODULE] = str(root / "faulty.ko")
     except (LabError, OSError) as error:
         return f"no faulty.ko for the lab's stock kernel ({FAULTY_MODULE}=FILE names one): {error}"
