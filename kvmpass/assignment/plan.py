@@ -48,7 +48,7 @@ class Descriptors:
     """Numbers of file descriptors."""
 
     fixed: int
-    """For the machine and its devices."""
+    """For the machine, its devices, and the console of its commands."""
     vectors: int
     """For interrupts, if the guest unmasks all MSI and MSI-X vectors."""
     limit: int | None

@@ -227,10 +227,13 @@ def threads_needed(sysfs: Sysfs, cpus: int) -> int:
 # Standard input, output and error; KVM, the VM, its VFIO device; the container; epoll and eventfd of the watch over
 # devices; the kernel's log.
 _MACHINE_DESCRIPTORS = 3 + 3 + 1 + 2 + 1
+# The console of a guest's commands: its thread's epoll and eventfd; eventfds of its port's two queues, and of its two
+# vectors.
+CONSOLE_DESCRIPTORS = 2 + 2 + 2
 # A device; the eventfds of its ERR and REQ interrupts; those of INTx, raised and ended.
 _DEVICE_DESCRIPTORS = 1 + 2 + 2
 
 
 def descriptors_needed(devices: int, groups: int, cpus: int) -> int:
-    """Return the number of file descriptors of a machine with these devices before a guest unmasks a vector."""
-    return _MACHINE_DESCRIPTORS + cpus + groups + _DEVICE_DESCRIPTORS * devices
+    """Return the number of file descriptors of a guest with these devices before it unmasks one of their vectors."""
+    return _MACHINE_DESCRIPTORS + CONSOLE_DESCRIPTORS + cpus + groups + _DEVICE_DESCRIPTORS * devices

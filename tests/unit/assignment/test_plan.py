@@ -99,7 +99,7 @@ def test_a_plan(host: Host) -> None:
     assert (made.phys_bits, made.phys_bits_source) == (43, "/proc/cpuinfo")
     assert made.memory is not None
     assert made.memory == plan_memory(4 * GIB, host.reserved_regions(), 43)
-    assert (made.descriptors.fixed, made.descriptors.vectors) == (10 + 3 + 1 + 5, 17)
+    assert (made.descriptors.fixed, made.descriptors.vectors) == (10 + 6 + 3 + 1 + 5, 17)
     assert host.writes == []
 
 

@@ -201,7 +201,7 @@ def test_damaged_files(host: Host, damage: dict[str, str]) -> None:
     [
         ("address-space-low", {"as": str(GIB)}, ["RLIMIT_AS is 1024 MiB of which 50 MiB are used", "LimitAS="]),
         ("address-space-low", {"data": str(GIB)}, ["RLIMIT_DATA is 1024 MiB of which 20 MiB are used", "LimitDATA="]),
-        ("descriptors-low", {"nofile": "12"}, ["17 file descriptors are needed, 12", "LimitNOFILE=17"]),
+        ("descriptors-low", {"nofile": "12"}, ["23 file descriptors are needed, 12", "LimitNOFILE=23"]),
         ("file-size-low", {"fsize": "4096"}, ["RLIMIT_FSIZE", "LimitFSIZE=1048576"]),
         ("memlock-low", {"memlock": "8388608"}, ["LimitMEMLOCK=1073741824"]),
         ("tasks-low", {"nproc": "12"}, ["RLIMIT_NPROC leaves 5", "LimitNPROC=17"]),

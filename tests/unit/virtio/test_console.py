@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.virtio_driver import BASIC, Driver
 
 from kvmpass import pciregs
+from kvmpass.host.limits import CONSOLE_DESCRIPTORS
 from kvmpass.virtio.console import ADD, NAME, OPEN, PORT_READY, READY
 from kvmpass.virtio.transport import NEEDS_RESET
+
+
+def test_its_descriptors_are_those_of_a_plan() -> None:
+    """With the one port that a guest's agent has, and both vectors."""
+
+    def opened() -> int:
+        return len([*Path("/proc/self/fd").iterdir()])
+
+    before = opened()
+    driver = Driver(["agent"], doorbells=True)
+    driver.start()
+    assert opened() - before == CONSOLE_DESCRIPTORS
+    driver.close()
+    assert opened() == before
 
 
 @pytest.fixture(params=[False, True], ids=["exits", "doorbells"])
