@@ -187,8 +187,8 @@ class GuestRoot:
         """
         if sources:
             self._settings["AGENT"] = "--copy-out"
-            prefix = served.ROOT if self._source else ""
-            calls = init.calls([("archive", prefix + source) for source in sources])
+            root = (served.ROOT,) if self._source else ()
+            calls = init.calls([("archive", source, *root) for source in sources])
             self.tree.file(f"{init.DIRECTORY}/files", init.ARCHIVE + calls)
 
     def terminal(self, term: str, size: tuple[int, int]) -> None:

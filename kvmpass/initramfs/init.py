@@ -18,7 +18,9 @@ SEND_FILES = ("/bin/sh", f"{DIRECTORY}/files")
 """The same when the command has ended: its output are archives of the files to bring out."""
 # An archive of a file or a directory, which it names "." (kvmpass/guest/extract.py); without files if there is none.
 ARCHIVE = b"""\
-archive() { # PATH
+archive() { # PATH [ROOT]
+    # From outside of another root, its absolute symlinks lead elsewhere.
+    [ -z "$2" ] || set -- "$2$(chroot "$2" readlink -f "$1" || echo "$1")"
     if [ -d "$1" ]; then
         (cd "$1" && find . -print0 | cpio -o -0 -H newc)
     elif [ -f "$1" ]; then

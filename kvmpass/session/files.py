@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 16
 _MAX_MESSAGE = 500
 _UNPACK = 'mkdir -p "$1" && tar -x -f - -C "$1"'
-_PACK = init.ARCHIVE.decode() + 'archive "$1"'
+_PACK = init.ARCHIVE.decode() + 'archive "$1" "$2"'
 
 
 def copy_in(session: Session, source: Path, target: str) -> None:
@@ -60,8 +60,8 @@ def copy_out(session: Session, source: str, target: str) -> CopiedOut:
     reader = ArchiveReader(extraction)
     cause = None
     try:
-        path = (served.ROOT if session.entry is not None else "") + source
-        with session.outside(["sh", "-c", _PACK, "sh", path], stdout=subprocess.PIPE) as packing:
+        root = served.ROOT if session.entry is not None else ""
+        with session.outside(["sh", "-c", _PACK, "sh", source, root], stdout=subprocess.PIPE) as packing:
             output = cast("io.BufferedReader[Any]", packing.stdout)
             try:
                 while data := output.read1(_CHUNK):
