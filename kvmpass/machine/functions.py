@@ -19,6 +19,7 @@ from kvmpass.virtio import Port, VirtioConsole, VirtioFunction
 if TYPE_CHECKING:
     import socket
 
+    from kvmpass.virtio.device import VirtioDevice
     from kvmpass.virtio.frontend import FrontEnd
 
 CONSOLE_SLOT = 31
@@ -103,20 +104,33 @@ class Functions(Execution):
         ``GuestError`` (private memory; after ``start()``), ``LayoutError`` (tag, slot), ``OSError`` (``connect``);
         then nothing has changed, except that the connection is closed.
         """
-        from kvmpass.virtio.frontend import FrontEnd
         from kvmpass.virtio.fs import VirtioFs
+
+        self.add_remote(f"file system {tag}", daemon, lambda front: VirtioFs(front, tag), on_close)
+
+    def add_remote(
+        self,
+        name: str,
+        daemon: str | os.PathLike[str] | socket.socket,
+        make: Callable[[FrontEnd], VirtioDevice],
+        on_close: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Give the guest any virtio device that a daemon serves over vhost-user. Before ``start()``.
+
+        ``name``: of the device, for messages and events. ``make`` constructs it, again at each ``reset()``: a
+        ``kvmpass.virtio.remote.RemoteDevice``. See ``add_filesystem`` for the rest.
+        """
+        from kvmpass.virtio.frontend import FrontEnd
         from kvmpass.virtio.vhost_user import connect
 
         connection = connect(daemon) if isinstance(daemon, str | os.PathLike) else daemon
-        name = f"file system {tag}"
-        with self._device_lock:
-            with undo_on_error() as undo:
-                undo.callback(connection.close)
-                self._check_usable()
-                front = FrontEnd(name, connection, self.memory, partial(self._on_daemon_end, name))
-                undo.callback(front.close)
-                slot = DAEMON_SLOT - len(self._front_ends)
-                self._add_function(lambda wiring: VirtioFunction(VirtioFs(front, tag), wiring, name), slot)
+        with self._device_lock, undo_on_error() as undo:
+            undo.callback(connection.close)
+            self._check_usable()
+            front = FrontEnd(name, connection, self.memory, partial(self._on_daemon_end, name))
+            undo.callback(front.close)
+            slot = DAEMON_SLOT - len(self._front_ends)
+            self._add_function(lambda wiring: VirtioFunction(make(front), wiring, name), slot)
             self._front_ends.append(front)
             self._daemon_ends.append(on_close)
 
