@@ -16,7 +16,7 @@ from typing import Self
 
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import ShareError
-from kvmpass.files.program import arguments, find_daemon
+from kvmpass.files.program import INSTALL, arguments, find_daemon
 from kvmpass.files.user import User
 
 CONFINE = Path(__file__).with_name("confine")
@@ -50,7 +50,7 @@ class FileDaemon:
     ) -> None:
         program = program or find_daemon()
         if program is None:
-            raise ShareError("virtiofsd was not found on this host", "install it (Debian 13: virtiofsd)")
+            raise ShareError("virtiofsd was not found on this host", INSTALL)
         self.source = source
         """The directory of this host."""
         self.user = user

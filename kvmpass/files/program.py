@@ -12,11 +12,13 @@ PLACES = (
     "usr/local/libexec/virtiofsd",
 )
 """Where it is looked for, in this order, without the leading slash."""
+INSTALL = "install it: Debian 13 and Fedora have a package virtiofsd, on Debian 12 qemu-system-common has it"
+"""What to do if it is not found."""
 
 
-def find_daemon(path: Callable[[str], Path] = Path("/").joinpath) -> Path | None:
-    """Return the path of virtiofsd; None: not installed. ``path`` finds a file of the host."""
-    return next((found for place in PLACES if (found := path(place)).is_file()), None)
+def find_daemon(exists: Callable[[str], bool] = lambda place: Path("/", place).exists()) -> Path | None:
+    """Return the path of virtiofsd; None: not installed. ``exists`` looks for a file below the root of a host."""
+    return next((Path("/", place) for place in PLACES if exists(place)), None)
 
 
 def arguments(program: Path, listener: int, source: str) -> tuple[str, ...]:

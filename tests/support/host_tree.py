@@ -56,6 +56,7 @@ class Host(Sysfs):
         self.put("sys/bus/pci/drivers_probe", "")
         self.put("dev/kvm", "")
         self.put("dev/vfio/vfio", "")
+        self.put("usr/libexec/virtiofsd", "")
         for directory in (
             "module/kvm_amd",
             "module/vfio_iommu_type1",

@@ -35,7 +35,7 @@ def declared(package: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def test_there_are_such_packages() -> None:
-    assert PACKAGES == ["kvmpass", "kvmpass.host", "kvmpass.session"]
+    assert PACKAGES == ["kvmpass", "kvmpass.files", "kvmpass.host", "kvmpass.session"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -14,7 +14,7 @@ from kvmpass.host.backend import AUTO, BackendChoice
 from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import CHECKS as DEVICE_CHECKS
 from kvmpass.host.check import Check, CheckContext, Finding, Outcome, Reading, failures, run_checks
-from kvmpass.host.doctor import device, iommu, limits, memory, processor, rights, vfio
+from kvmpass.host.doctor import device, files, iommu, limits, memory, processor, rights, vfio
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.layout import GIB
@@ -22,7 +22,7 @@ from kvmpass.layout import GIB
 CATALOGUE: tuple[Check, ...] = tuple(
     chain(
         *(processor.CHECKS, iommu.CHECKS, vfio.CHECKS, DEVICE_CHECKS, device.CHECKS, rights.CHECKS, memory.CHECKS),
-        *(limits.MEMORY_CHECKS, limits.PROCESS_CHECKS),
+        *(limits.MEMORY_CHECKS, limits.PROCESS_CHECKS, files.CHECKS),
     )
 )
 """In the order in which they run: a check comes after those it depends on."""
