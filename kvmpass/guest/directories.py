@@ -10,16 +10,16 @@ from pathlib import Path
 from kvmpass._dataclass import dataclass
 from kvmpass._teardown import undo_on_error
 from kvmpass.errors import DaemonError, ShareError
-from kvmpass.files import FileDaemon, User, caller, covers, owner
+from kvmpass.files import FileDaemon, User, caller, covers, find_daemon, owner
+from kvmpass.files.program import INSTALL
 from kvmpass.host import Sysfs
 from kvmpass.host.kernel.mounts import mounts_of
-from kvmpass.initramfs import GuestRoot
+from kvmpass.initramfs import GuestRoot, init
 from kvmpass.initramfs.served import Entry, Served, in_root
 from kvmpass.machine import Machine
 
 MINIMAL, HOST = "minimal", "host"
 """Roots of a guest that are no directory: the initramfs, and this host's ``/``."""
-_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,8 @@ class Directory:
 
 def directories(root: str, shares: Sequence[str]) -> tuple[Directory, ...]:
     """Return what ``--root`` and each ``--share`` denote. Raises ``ShareError``."""
+    if (root != MINIMAL or shares) and find_daemon() is None:
+        raise ShareError("--root and --share need virtiofsd, which was not found", INSTALL)
     found = [] if root == MINIMAL else [_root(root)]
     found += [_share(f"kvmpass.share{number}", text, root) for number, text in enumerate(shares)]
     targets = [directory.mount.target for directory in found]
@@ -128,7 +130,7 @@ def entry(directory: Directory, root: str, environment: Mapping[str, str] = os.e
         shell = next(name for name in ("/bin/bash", "/bin/sh", "/usr/bin/sh") if _has(directory.source, name))
         return Entry(shell=shell)
     path = environment.get("PATH", "").split(":")
-    path += [place for place in _SYSTEM_PATH.split(":") if place not in path]
+    path += [place for place in init.PATH.split(":") if place not in path]
     shell = environment.get("SHELL", "")
     return Entry(
         directory=str(Path.cwd()),

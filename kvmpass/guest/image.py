@@ -129,7 +129,8 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
             modaliases,
             files=spec.modules,
             parameters=parameters.module_parameters(append),
-            also=(*(init.PORT_DRIVERS if with_agent else ()), *(DRIVERS if served else ())),
+            also=init.PORT_DRIVERS if with_agent else (),
+            needed=DRIVERS if served else (),
         )
         if served:
             entry = mount(root, spec.root, served)

@@ -66,6 +66,7 @@ class GuestRoot:
         self._copied: frozenset[str] = frozenset()
         self._source: Path | None = None  # whose files are the root of programs
         self._entry = _IN_INITRAMFS
+        self._targets: tuple[str, ...] = ()  # where directories of the host are mounted
         self.warnings: list[str] = []
         """Files that could not be copied completely, and modules for none of the devices."""
         for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/etc", init.DIRECTORY):
@@ -101,17 +102,25 @@ class GuestRoot:
         files: Sequence[Path] = (),
         parameters: Mapping[str, str],
         also: Iterable[str] = (),
+        needed: Iterable[str] = (),
     ) -> None:
         """Load the drivers of ``tree`` for ``modaliases`` and their companions, and the user's ``files``.
 
-        ``also``: names of further modules of the kernel, which are loaded where it has them.
+        ``also``: names of further modules of the kernel, which are loaded where it has them; ``needed``: the same,
+        but ``KvmpassError`` is raised if the kernel is known to have one neither as a module nor built in.
         ``parameters``: by the name of a module, as from
         :func:`kvmpass.initramfs.parameters.module_parameters`. If the tree does not exist, only ``files``
         are loaded. Call it once.
         """
-        aliases = list(modaliases)
+        aliases, needed = list(modaliases), list(needed)
+        for name in needed:
+            if tree.exists and tree.lookup(name) is None and not tree.is_builtin(name):
+                raise KvmpassError(
+                    f"the guest's kernel {tree.release} has no module {name}, which the host's files need",
+                    "use a kernel with CONFIG_VIRTIO_FS and CONFIG_OVERLAY_FS, or leave out --root and --share",
+                )
         behind, modules = companions(aliases)
-        made = plan(tree, [*aliases, *behind], files, [*also, *modules])
+        made = plan(tree, [*aliases, *behind], files, [*also, *needed, *modules])
         for path in made.idle:
             self.warnings.append(
                 f"--module {path}: no alias of it matches a device that is assigned: for these the kernel's own "
@@ -146,6 +155,7 @@ class GuestRoot:
                 self.tree.file(served.UPPER + path, data)
             self._settings["SHELL_SCRIPT"] = f"{init.DIRECTORY}/command"
             self._command(())
+        self._targets = tuple(mount.target for mount in mounts)
         self._settings["MOUNTS"] = "yes"
 
     def copy(self, spec: str) -> None:
@@ -167,6 +177,8 @@ class GuestRoot:
         if any("\0" in word for word in command):
             raise KvmpassError("a command's argument cannot contain a zero byte")
         self.run_agent("-i" if interactive else "")
+        if self._source is None:
+            self._check_program(command[0])
         self._command(command)
 
     def run_agent(self, purpose: str) -> None:
@@ -175,6 +187,18 @@ class GuestRoot:
         if not init.AGENT.exists():
             raise KvmpassError(f"{init.AGENT} was not built", "install kvmpass (make venv, or pip install .)")
         self.tree.file(f"{init.DIRECTORY}/agent", init.AGENT.read_bytes(), 0o755)
+
+    def _check_program(self, word: str) -> None:
+        """Add a warning if a command's first word is not found in the initramfs, nor below what is mounted there."""
+        if word.startswith("/"):
+            found = word in self.tree or any(word.startswith(f"{target}/") for target in self._targets)
+        else:
+            found = "/" in word or any(f"{directory}/{word}" in self.tree for directory in init.PATH.split(":"))
+        if not found:
+            self.warnings.append(
+                f"{word} is not in the guest's minimal root file system: --root host gives it this host's programs, "
+                "--copy a single one"
+            )
 
     def _command(self, command: Sequence[str]) -> None:
         script = self._entry.script(command) if self._source else init.calls([("exec", *command)])

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 DIRECTORY = "/kvmpass"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""``PATH`` of the guest, as init.sh sets it."""
 COMPLETE = f"{DIRECTORY}/complete"  # the archive's last file
 AGENT = Path(__file__).with_name("agent")
 """The program that runs processes for the host: ``cffi_build/agent``, built with the extension."""

@@ -206,3 +206,11 @@ def test_modinfo_and_zstd_without_a_content_size(tmp_path: Path) -> None:
     stream = zstandard.ZstdCompressor(write_content_size=False).compressobj()
     path.write_bytes(stream.compress(data) + stream.flush())
     assert decompress(path) == data
+
+
+def test_a_kernel_without_a_module_that_is_needed_is_refused(root: Path) -> None:
+    """Unless its modules are unknown: then the guest says so."""
+    GuestRoot().add_modules(ModuleTree(RELEASE, root), [], parameters={}, needed=["ptp", "ahci"])
+    GuestRoot().add_modules(ModuleTree("other", root), [], parameters={}, needed=["virtiofs"])
+    with pytest.raises(KvmpassError, match="has no module virtiofs, which the host's files need"):
+        GuestRoot().add_modules(ModuleTree(RELEASE, root), [], parameters={}, needed=["virtiofs"])

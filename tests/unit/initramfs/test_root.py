@@ -14,6 +14,7 @@ import pytest
 from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import GuestRoot, elf, files, init
 from kvmpass.initramfs.cpio import Tree
+from kvmpass.initramfs.served import Entry, Served
 
 Files = dict[str, tuple[int, bytes]]
 
@@ -255,3 +256,30 @@ def test_sources_that_cannot_be_copied(tmp_path: Path) -> None:
     broken.chmod(0o755)
     with pytest.raises(KvmpassError, match="broken ELF"):
         files.copy_into(Tree(), broken, "/x")
+
+
+def test_the_path_is_that_of_init() -> None:
+    assert f"export PATH={init.PATH} HOME=" in init.SCRIPT.read_text()
+
+
+def test_a_program_that_is_not_there_is_warned_of(busybox: Path) -> None:
+    """Before the guest boots, as far as it can be known."""
+
+    def warnings(*command: str, mounted: str = "") -> list[str]:
+        root = GuestRoot(busybox)
+        if mounted:
+            root.serve([Served("tag", mounted)])
+        root.run_command(command)
+        return root.warnings
+
+    for known in ("ls", "/bin/ls", "/usr/bin/ls", "./relative"):
+        assert warnings(known) == []
+    for missing in ("fio", "/bin/fio", "/data/tool"):
+        (warning,) = warnings(missing)
+        assert missing in warning
+        assert "--root host" in warning
+    assert warnings("/data/tool", mounted="/data") == []
+    root = GuestRoot(busybox)
+    root.serve([Served("root", "/")], Path("/"), Entry())
+    root.run_command(["fio"])
+    assert root.warnings == [], "init cannot know what is in the host's root"
