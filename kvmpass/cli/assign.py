@@ -26,7 +26,7 @@ from kvmpass.cli.params import BDF, backend_option, p2p_option
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal
 from kvmpass.cli.timings import Measured
 from kvmpass.errors import KvmpassError
-from kvmpass.events import DeviceEvent
+from kvmpass.events import DaemonEnded, DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
 from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.memory import Backing
@@ -239,8 +239,10 @@ class Progress:
         if len(self._outcome["events"]) > _MAX_EVENTS:  # a guest may reboot, or a device fail, again and again
             del self._outcome["events"][0]
             self._outcome["events_dropped"] += 1
-        if self._verbose and select.select([], [sys.stderr], [], 0)[1]:
-            self.say(f"device {event}")
+        # A daemon's end is that of the guest, which says no more than that a device has failed.
+        shown = self._verbose or isinstance(event, DaemonEnded)
+        if shown and select.select([], [sys.stderr], [], 0)[1]:
+            click.echo(f"kvmpass: device {event}", err=True)
 
 
 def _run(
