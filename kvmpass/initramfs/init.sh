@@ -115,8 +115,11 @@ load() { # MODULE UNDER-TEST PARAMETERS
 . /kvmpass/load
 [ -z "$COMMAND" ] || open_channels
 # Directories of the host: see kvmpass/initramfs/served.py.
-[ -z "$MOUNTS" ] || message=$(mount -a -T /kvmpass/fstab 2>&1) ||
-    die "the host's files were not mounted: ${message##*mount: } (needs CONFIG_VIRTIO_FS and CONFIG_OVERLAY_FS)"
+mount_all() { # FSTAB
+    message=$(mount -a -T "$1" 2>&1) ||
+        die "the host's files were not mounted: ${message##*mount: } (needs CONFIG_VIRTIO_FS and CONFIG_OVERLAY_FS)"
+}
+[ -z "$MOUNTS" ] || . /kvmpass/mounts
 
 # Drivers may probe asynchronously (NVMe does), and an NVMe controller that is live adds its namespaces later: a block
 # device below the controller, or (multipath) below its subsystem, so look in /dev.

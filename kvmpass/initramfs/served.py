@@ -13,16 +13,17 @@ from pathlib import Path
 
 from kvmpass._dataclass import dataclass
 from kvmpass.initramfs.cpio import Tree
-from kvmpass.initramfs.init import DIRECTORY
+from kvmpass.initramfs.init import DIRECTORY, calls
 
 ROOT = f"{DIRECTORY}/root"
 """The root of programs, if it is not the initramfs."""
-FSTAB = f"{DIRECTORY}/fstab"
-"""What init mounts once the modules are loaded."""
+MOUNTS = f"{DIRECTORY}/mounts"
+"""The script by which init mounts all, once the modules are loaded."""
 UPPER = f"{DIRECTORY}/upper"
 """What the overlay has above the host's files."""
 DRIVERS = ("virtio_pci", "virtiofs", "overlay")
 """The modules that all this needs."""
+_ROOT_TABLE, _SHARES_TABLE = f"{DIRECTORY}/root.fstab", f"{DIRECTORY}/shares.fstab"
 _LOWER, _WORK = f"{DIRECTORY}/lower", f"{DIRECTORY}/work"
 _OWN = ("/dev", "/proc", "/run", "/sys", "/tmp")  # of the guest, with all that is mounted there
 # A directory that cannot be read is no reason not to run the command.
@@ -74,22 +75,30 @@ def add(tree: Tree, mounts: Iterable[Served], empty: Iterable[str] = ()) -> bool
     """
     mounts = sorted(mounts, key=lambda mount: mount.target)  # the root first, and a directory before those below it
     root = mounts[0].target == "/"
-    lines: list[tuple[str, str, str, str]] = []
-    for mount in mounts:
-        access = "rw" if mount.writable else "ro"
-        if mount.target == "/":
-            for path in (_LOWER, UPPER, _WORK, ROOT):
-                tree.directory(path)
-            layers = f"lowerdir={_LOWER},upperdir={UPPER},workdir={_WORK}"
-            lines += [(mount.tag, _LOWER, "virtiofs", access), ("overlay", ROOT, "overlay", layers)]
-            lines += [(path, ROOT + path, "none", "rbind") for path in _OWN]
-            lines += [("tmpfs", ROOT + path, "tmpfs", "mode=0700") for path in empty]
-            continue
-        if not root:
-            tree.directory(mount.target)
-        lines.append((mount.tag, (ROOT if root else "") + mount.target, "virtiofs", access))
-    tree.file(FSTAB, "".join(f"{' '.join(map(_escaped, line))} 0 0\n" for line in lines).encode())
+    script: list[tuple[str, ...]] = []
+    if root:
+        for path in (_LOWER, UPPER, _WORK, ROOT):
+            tree.directory(path)
+        layers = f"lowerdir={_LOWER},upperdir={UPPER},workdir={_WORK}"
+        lines = [(mounts[0].tag, _LOWER, "virtiofs", "ro"), ("overlay", ROOT, "overlay", layers)]
+        lines += [(path, ROOT + path, "none", "rbind") for path in _OWN]
+        lines += [("tmpfs", ROOT + path, "tmpfs", "mode=0700") for path in empty]
+        tree.file(_ROOT_TABLE, _table(lines))
+        script.append(("mount_all", _ROOT_TABLE))
+    if shares := mounts[root:]:
+        places = {(ROOT if root else "") + share.target: share for share in shares}
+        access = {True: "rw", False: "ro"}
+        lines = [(share.tag, place, "virtiofs", access[share.writable]) for place, share in places.items()]
+        tree.file(_SHARES_TABLE, _table(lines))
+        # In the guest: the directory may be in one of its own file systems.
+        script += [("mkdir", "-p", *places), ("mount_all", _SHARES_TABLE)]
+    tree.file(MOUNTS, calls(script))
     return root
+
+
+def _table(lines: Iterable[tuple[str, ...]]) -> bytes:
+    """Return an fstab(5): one process mounts all of it."""
+    return "".join(f"{' '.join(map(_escaped, line))} 0 0\n" for line in lines).encode("utf-8", "surrogateescape")
 
 
 def in_root(root: Path, target: str) -> str:

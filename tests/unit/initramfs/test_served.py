@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 
 from kvmpass.initramfs.cpio import Tree
-from kvmpass.initramfs.served import FSTAB, ROOT, UPPER, Entry, Served, add, in_root
+from kvmpass.initramfs.served import MOUNTS, ROOT, UPPER, Entry, Served, add, in_root
+
+
+def lines_of(tree: Tree, path: str) -> list[list[str]]:
+    node = tree.get(path)
+    assert node is not None
+    return [line.split(" ") for line in node.data.decode().splitlines()]
 
 
 def fstab(tree: Tree) -> list[list[str]]:
-    node = tree.get(FSTAB)
-    assert node is not None
-    return [line.split(" ") for line in node.data.decode().splitlines()]
+    """The lines of all tables that the script mounts, in that order."""
+    tables = [words[1] for words in lines_of(tree, MOUNTS) if words[0] == "mount_all"]
+    return [line for table in tables for line in lines_of(tree, table)]
 
 
 def test_the_root_is_an_overlay_with_the_guests_own_directories() -> None:
@@ -29,6 +35,7 @@ def test_the_root_is_an_overlay_with_the_guests_own_directories() -> None:
     assert own == {ROOT + path: path for path in ("/dev", "/proc", "/run", "/sys", "/tmp")}
     assert lines[-2] == ["tmpfs", f"{ROOT}/root", "tmpfs", "mode=0700", "0", "0"]
     assert lines[-1] == ["data", f"{ROOT}/srv/data", "virtiofs", "rw", "0", "0"]
+    assert lines_of(tree, MOUNTS)[1] == ["mkdir", "-p", f"{ROOT}/srv/data"]
     for path in (ROOT, UPPER, "/kvmpass/lower", "/kvmpass/work"):
         assert tree.is_directory(path)
 
@@ -37,7 +44,7 @@ def test_in_the_initramfs_a_directory_is_made_for_a_share() -> None:
     tree = Tree()
     assert not add(tree, [Served("two", "/a/b"), Served("one", "/a")])
     assert [line[:4] for line in fstab(tree)] == [["one", "/a", "virtiofs", "ro"], ["two", "/a/b", "virtiofs", "ro"]]
-    assert tree.is_directory("/a/b")
+    assert lines_of(tree, MOUNTS)[0] == ["mkdir", "-p", "/a", "/a/b"]
 
 
 def test_blanks_in_a_name_are_escaped() -> None:
