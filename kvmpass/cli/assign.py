@@ -115,7 +115,7 @@ def assign(
     locked memory only. A descriptor tells its device; BDF chooses among the devices of a group.
 
     With COMMAND, kvmpass has the standard output, standard error and exit status of COMMAND, whose input is empty
-    unless -i passes this one.
+    unless -i passes this one. With -t, COMMAND has a terminal: every key goes to it, and Ctrl-] ends the guest.
     Without COMMAND, this terminal is the guest's console, in raw mode: every key goes to the guest, and Ctrl-] ends
     the guest. The guest follows changes of the terminal's size. If standard input is not a terminal, the shell reads
     commands from it and ends at its end.
@@ -258,11 +258,12 @@ def _run(
         console=log.beside(console),
         output=to_stdout,
         errors=to_stderr,
-        interactive=spec.interactive,
+        interactive=spec.interactive or spec.tty,
+        terminal=spec.terminal_size if spec.tty else None,
         copy_out=spec.copy_out,
         mark=mark,
     ) as guest:
-        if spec.command is None:
+        if spec.command is None or spec.tty:
             click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
         with _terminal(machine, guest, spec):
             try:
@@ -279,7 +280,11 @@ def _terminal(machine: Machine, guest: Guest, spec: GuestSpec) -> AbstractContex
     """Return what passes standard input to the guest."""
     if spec.command is None:
         return raw_terminal(guest.type, machine.stop, guest.resize)
-    return nullcontext() if guest.input is None else passed_input(guest.input)
+    if guest.input is None:
+        return nullcontext()
+    if spec.tty:
+        return raw_terminal(guest.input.send, machine.stop, guest.resize)
+    return passed_input(guest.input)
 
 
 def descriptor_sink(fd: int) -> Sink:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from kvmpass.cli.output import together
 from kvmpass.cli.terminal import terminal_size
 from kvmpass.guest import GuestSpec
 from kvmpass.guest.directories import MINIMAL
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 guest_options = together(
     click.option(
@@ -65,6 +69,28 @@ guest_options = together(
         help="A driver to load instead of the kernel's own for the device.  [repeatable]",
     ),
     click.option("-i", "--interactive", is_flag=True, help="Pass standard input to COMMAND."),
+    click.option(
+        "-t",
+        "--tty",
+        is_flag=True,
+        help="Give COMMAND a terminal, with the keys and the size of this one. Its errors are part of its output.",
+    ),
+    click.option(
+        "-e",
+        "--env",
+        "environment",
+        multiple=True,
+        metavar="NAME[=VALUE]",
+        help="Set a variable for COMMAND; without VALUE to its value here, if it has one.  [repeatable]",
+    ),
+    click.option(
+        "-w",
+        "--workdir",
+        "directory",
+        default="",
+        metavar="DIR",
+        help="Where COMMAND starts.  [default: this directory with --root host, else /root]",
+    ),
 )
 """Their names are those of ``GuestSpec``'s fields."""
 
@@ -75,11 +101,29 @@ def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
         raise click.UsageError("missing COMMAND after --")
     if guest["interactive"] and command is None:
         raise click.UsageError("-i passes standard input to a COMMAND: a shell on the console has it anyway")
+    if command is None and (guest["tty"] or guest["environment"] or guest["directory"]):
+        raise click.UsageError("-t, -e and -w are for a COMMAND: name one after --")
+    if guest["tty"] and not os.isatty(sys.stdin.fileno()):
+        raise click.UsageError("-t passes the keys of a terminal, and standard input is none: use -i")
     if guest["copy_out"] and command is None:
         raise click.UsageError("--copy-out brings files out when a COMMAND has ended: name one after --")
     if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
     if guest["initrd"] and (guest["root"] != MINIMAL or guest["shares"]):
         raise click.UsageError("--initrd replaces the root file system that mounts --root and --share")
+    guest["environment"] = _environment(guest["environment"])
     own = tuple(command) if command else None
     return GuestSpec(**guest, command=own, terminal=os.environ.get("TERM", "linux"), terminal_size=terminal_size())
+
+
+def _environment(variables: tuple[str, ...]) -> tuple[str, ...]:
+    """Return ``NAME=VALUE`` of each. Raises ``click.UsageError``."""
+    for variable in variables:
+        if not _NAME.fullmatch(variable.partition("=")[0]):
+            raise click.UsageError(f"-e {variable}: not a NAME, or NAME=VALUE, of letters, digits and underscores")
+    given = (name if "=" in name else f"{name}={os.environ[name]}" for name in variables if _is_set(name))
+    return tuple(given)
+
+
+def _is_set(variable: str) -> bool:
+    return "=" in variable or variable in os.environ

@@ -48,12 +48,18 @@ class GuestSpec:
     """Whether the guest stays, without a command, and its agent runs what the host starts."""
     interactive: bool = False
     """Whether the command has input: then it needs a virtio console, as serial ports pass none."""
+    tty: bool = False
+    """Whether the command has a terminal, of ``terminal_size``: it needs a virtio console, too."""
+    environment: tuple[str, ...] = ()
+    """Variables for the command, as ``NAME=VALUE``."""
+    directory: str = ""
+    """Where the command starts; empty: ``/root``, or the caller's directory in the host's root."""
     verbose: bool = False
     """Whether the kernel prints its messages."""
     terminal: str = "linux"
-    """``TERM`` of the shell on the console."""
+    """``TERM`` of the command, or of the shell on the console."""
     terminal_size: tuple[int, int] = (24, 80)
-    """Rows and columns of its terminal."""
+    """Rows and columns of the terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +143,8 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         for copy in spec.copy:
             root.copy(copy)
         if spec.command is not None:
-            root.run_command(spec.command, interactive=spec.interactive)
+            needs = "-t" if spec.tty else "-i" if spec.interactive else ""
+            root.run_command(spec.command, spec.environment, spec.directory, needs_agent=needs)
             root.copy_out(brought_out)
         elif spec.session:
             root.run_agent("a session")

@@ -30,6 +30,7 @@ _GROUP = b"root:x:0:\n"
 _PROFILE = b"PS1='guest# '\n"
 _IN_INITRAMFS = served.Entry()
 _NOTHING: Mapping[str, bytes] = MappingProxyType({})
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 
 def find_busybox() -> Path:
@@ -167,19 +168,31 @@ class GuestRoot:
         files.copy_into(self.tree, source, target, self.warnings.append)
         self._copied |= self.tree.names - before
 
-    def run_command(self, command: Sequence[str], *, interactive: bool = False) -> None:
+    def run_command(
+        self,
+        command: Sequence[str],
+        environment: Sequence[str] = (),
+        directory: str = "",
+        *,
+        needs_agent: str = "",
+    ) -> None:
         """Run ``command`` instead of a shell. Its first word is a path, or searched for in the guest's PATH.
 
-        ``interactive``: it has input, and needs the agent; otherwise it is empty.
+        ``environment``: variables for it, as ``NAME=VALUE``. ``directory``: where it starts; empty: ``/root``, or as
+        the entry of the root says. ``needs_agent``: what serial ports do not have, for the message if the guest has
+        no virtio console.
         """
         if not command:
             raise KvmpassError("an empty command")
-        if any("\0" in word for word in command):
+        for variable in environment:
+            if not _VARIABLE.match(variable):
+                raise KvmpassError(f"{variable!r} is not NAME=VALUE with a NAME of letters, digits and underscores")
+        if any("\0" in word for word in (*command, *environment, directory)):
             raise KvmpassError("a command's argument cannot contain a zero byte")
-        self.run_agent("-i" if interactive else "")
-        if self._source is None:
+        self.run_agent(needs_agent)
+        if self._source is None and not any(variable.startswith("PATH=") for variable in environment):
             self._check_program(command[0])
-        self._command(command)
+        self._command(command, environment, directory)
 
     def run_agent(self, purpose: str) -> None:
         """Run the agent instead of a shell. ``purpose``: for what; if empty, serial ports can take its place."""
@@ -200,8 +213,12 @@ class GuestRoot:
                 "--copy a single one"
             )
 
-    def _command(self, command: Sequence[str]) -> None:
-        script = self._entry.script(command) if self._source else init.calls([("exec", *command)])
+    def _command(self, command: Sequence[str], environment: Sequence[str] = (), directory: str = "") -> None:
+        if self._source:
+            script = self._entry.script(command, environment, directory)
+        else:
+            script = init.calls(("export", variable) for variable in environment)
+            script += served.change_directory(directory) + init.calls([("exec", *command)])
         self.tree.file(f"{init.DIRECTORY}/command", script)
 
     def copy_out(self, sources: Sequence[str]) -> None:

@@ -28,6 +28,13 @@ _LOWER, _WORK = f"{DIRECTORY}/lower", f"{DIRECTORY}/work"
 _OWN = ("/dev", "/proc", "/run", "/sys", "/tmp")  # of the guest, with all that is mounted there
 # A directory that cannot be read is no reason not to run the command.
 _ENTER = 'cd "$0" 2>/dev/null || echo "kvmpass: $0 cannot be entered: starting in /" >&2; exec "$@"'
+# One that was asked for is.
+_ENTER_OR_END = 'cd "$0" || exit 127; exec "$@"'
+
+
+def change_directory(directory: str) -> bytes:
+    """Return a line of a shell script for ``directory``, if there is one."""
+    return f"cd {shlex.quote(directory)} || exit 127\n".encode("utf-8", "surrogateescape") if directory else b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +68,15 @@ class Entry:
         found = {"HOME": self.home, "SHELL": self.shell, "PATH": self.path}
         return {name: value for name, value in found.items() if value}
 
-    def script(self, command: Sequence[str]) -> bytes:
-        """Return the shell script that becomes ``command``; empty: the shell."""
-        lines = [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        words = ["exec", "chroot", ROOT, "/bin/sh", "-c", _ENTER, self.directory, *(command or (self.shell, "-l"))]
+    def script(self, command: Sequence[str], environment: Sequence[str] = (), directory: str = "") -> bytes:
+        """Return the shell script that becomes ``command``; empty: the shell.
+
+        ``environment``: further variables, as ``NAME=VALUE``. ``directory``: another one, which must exist.
+        """
+        variables = [f"{name}={value}" for name, value in self.environment.items()]
+        lines = [shlex.join(("export", variable)) for variable in (*variables, *environment)]
+        enter, place = (_ENTER_OR_END, directory) if directory else (_ENTER, self.directory)
+        words = ["exec", "chroot", ROOT, "/bin/sh", "-c", enter, place, *(command or (self.shell, "-l"))]
         return "".join(f"{line}\n" for line in [*lines, shlex.join(words)]).encode("utf-8", "surrogateescape")
 
 

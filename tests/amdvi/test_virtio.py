@@ -5,9 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import pty
+import re
+import select
+import struct
 import subprocess
 import sys
+import termios
 import threading
+import time
+from fcntl import ioctl
 from pathlib import Path
 
 import pytest
@@ -114,3 +121,82 @@ def test_standard_input_of_the_command_line_is_passed(edu: str) -> None:
     done = subprocess.run([*words, "-i"], input=typed, capture_output=True, timeout=60)
     assert done.returncode == 125
     assert b"-i passes standard input to a COMMAND" in done.stderr
+
+
+class Screen:
+    """A terminal on which kvmpass runs as its session's leader."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._fd, user = pty.openpty()
+        self.resize(30, 90)
+        self._modes, self._user = termios.tcgetattr(user), user
+        words = [sys.executable, "-m", "kvmpass", *arguments]
+        self.program = subprocess.Popen(
+            words, stdin=user, stdout=user, stderr=user, start_new_session=True, preexec_fn=self._control
+        )
+
+    def _control(self) -> None:
+        ioctl(0, termios.TIOCSCTTY, 0)
+
+    def resize(self, rows: int, columns: int) -> None:
+        ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+
+    def type(self, keys: str, expected: str, seconds: float = 60) -> str:
+        """Type; return what is shown up to ``expected``, a regular expression."""
+        os.write(self._fd, keys.encode())
+        shown, deadline = "", time.monotonic() + seconds
+        while not re.search(expected, shown):
+            assert time.monotonic() < deadline, f"{expected!r} does not come: {shown!r}"
+            if select.select([self._fd], [], [], 0.1)[0]:
+                shown += os.read(self._fd, 4096).decode(errors="replace")
+        return shown
+
+    def close(self) -> int:
+        """Return the exit status. The terminal has its modes again."""
+        status = self.program.wait(60)
+        assert termios.tcgetattr(self._user) == self._modes
+        return status
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.program.poll() is None:
+            self.program.terminate()
+            self.program.wait(60)
+        os.close(self._fd)
+        os.close(self._user)
+
+
+def test_a_command_on_a_terminal(edu: str) -> None:
+    """A shell with editing and vi; resize; Ctrl-C for what runs in it; its status. -e and -w."""
+    where = ("-e", "WORD=a  b", "-e", "TERM=vt100", "-w", "/tmp")
+    with Screen("assign", edu, "--memory", "192M", "-it", *where, "--", "sh") as screen:
+        screen.type("", "/tmp # ", 120)
+        screen.type("PS1='%''% '\r", "%% ")
+        assert "30 90" in screen.type("stty size\r", r"\d+ \d+\r\n.*%% ")
+        assert "/tmp a  b vt100" in screen.type('echo "$(pwd) $WORD $TERM"\r', r"vt100\r\n.*%% ")
+        screen.type("sleep 1000\r", "sleep")
+        time.sleep(1)
+        screen.type("\x03", "%% ")
+        assert "status=130" in screen.type("echo status=$?\r", r"status=\d+\r\n.*%% ")
+        screen.type("vi file\r", "~.*- file")
+        screen.type("iword", "word")
+        screen.type("\x1b", "- file")  # what follows it at once would be read as a key's sequence
+        screen.type("yyp", "word")
+        screen.type(":wq\r", "%% ")
+        assert "word\r\nword" in screen.type("cat file\r", r"word\r\n.*%% ")
+        screen.resize(31, 91)
+        time.sleep(1)
+        assert "31 91" in screen.type("stty size\r", r"\d+ \d+\r\n.*%% ")
+        screen.type("exit 3\r", "exit")
+        assert screen.close() == 3
+
+
+def test_the_way_out_of_a_terminal(edu: str) -> None:
+    """Ctrl-] ends the guest while it boots, too."""
+    with Screen("assign", edu, "--memory", "192M", "-t", "--", "sleep", "1000") as screen:
+        screen.type("", r"Ctrl-\] ends the guest")
+        time.sleep(1)
+        screen.type("\x1d", "before its command reported a status")
+        assert screen.close() == 126

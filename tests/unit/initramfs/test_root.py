@@ -79,6 +79,17 @@ def test_the_scripts_are_shell_scripts(busybox: Path, tmp_path: Path) -> None:
             subprocess.run([*shell, path], check=True)
 
 
+def test_variables_and_the_directory_of_a_command(busybox: Path) -> None:
+    root = GuestRoot(busybox)
+    root.run_command(["ls"], ["A=b c", "D="], "/a b", needs_agent="-t")
+    content = unpack(root.build())
+    assert content["kvmpass/command"][1] == b"export 'A=b c'\nexport D=\ncd '/a b' || exit 127\nexec ls\n"
+    assert b"AGENT=-t\n" in content["kvmpass/settings"][1]
+    for variable in ("A", "=b", "1=b", "A-B=c", ""):
+        with pytest.raises(KvmpassError, match="NAME=VALUE"):
+            root.run_command(["ls"], [variable])
+
+
 @pytest.mark.parametrize("command", [["true"], None])
 def test_settings_of_the_init_script(busybox: Path, tmp_path: Path, command: list[str] | None) -> None:
     root = GuestRoot(busybox)
