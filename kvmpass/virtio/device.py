@@ -68,6 +68,12 @@ class VirtioDevice(Protocol):
     def stopping(self) -> bool:
         """Whether memory may still be accessed after ``stop``: the driver sees the reset when it no longer may."""
 
+    def allow(self, allowed: bool) -> None:
+        """Access memory, or not: the function may (its bus master bit), or may not. Not before the first call.
+
+        The transport calls nothing else that accesses memory while it may not.
+        """
+
     def interrupts_changed(self) -> None:
         """Handle that a queue's vector, or what it signals, is another one now. Called without the locks."""
 
@@ -84,6 +90,9 @@ class LocalDevice:
     """One for changes of the configuration, one for all queues: Linux shares it where there are no more."""
     stopping = False
     """See ``VirtioDevice``."""
+
+    def allow(self, allowed: bool) -> None:
+        """See ``VirtioDevice``: what is called may."""
 
     def interrupts_changed(self) -> None:
         """See ``VirtioDevice``: each signal looks it up."""

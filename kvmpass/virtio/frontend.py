@@ -269,17 +269,20 @@ class FrontEnd:
 
     # --- rings
 
-    def give(self, features: int, rings: Sequence[RemoteRing], calls: Mapping[int, int]) -> None:
+    def give(
+        self, features: int, rings: Sequence[RemoteRing], calls: Mapping[int, int], bases: Mapping[int, int]
+    ) -> None:
         """Let the daemon serve ``rings`` for a driver that has accepted ``features``.
 
-        ``calls``: the eventfds for their interrupts, -1: none.
+        ``calls``: the eventfds for their interrupts, -1: none; ``bases``: the next available entries of rings that
+        ``take`` has returned.
         """
         with self._talking() as talk:
             talk.set_number(Request.SET_FEATURES, features | self.features & PROTOCOL_FEATURES)
             for ring in rings:
                 descriptors, available, used = ring.places
                 talk.set_state(Request.SET_VRING_NUM, ring.number, ring.size)
-                talk.set_state(Request.SET_VRING_BASE, ring.number, 0)
+                talk.set_state(Request.SET_VRING_BASE, ring.number, bases.get(ring.number, 0))
                 talk.set_addresses(ring.number, descriptors.start, available.start, used.start)
                 self._set_call(ring.number, calls[ring.number])
                 self._rings[ring.number] = ring
@@ -296,10 +299,14 @@ class FrontEnd:
                 self._set_call(number, eventfd)
             talk.settle()
 
-    def take(self) -> None:
-        """Take all rings back: the daemon accesses no memory after this, or the connection is closed."""
+    def take(self) -> dict[int, int]:
+        """Take all rings back: the daemon accesses no memory after this, or the connection is closed.
+
+        Returns the next available entry of each.
+        """
         with self._talking():
-            self._take_all()
+            return self._take_all()
+        return {}
 
     # What follows raises DaemonError.
 
@@ -311,11 +318,13 @@ class FrontEnd:
     def _set_call(self, number: int, eventfd: int) -> None:
         self._connection.set_file(Request.SET_VRING_CALL, number, eventfd if eventfd >= 0 else self._nobody)
 
-    def _take_all(self) -> None:
+    def _take_all(self) -> dict[int, int]:
         self._enable(False)
+        bases = {}
         for number in list(self._rings):
-            self._connection.take_ring(number)
+            bases[number] = self._connection.take_ring(number)
             del self._rings[number]
+        return bases
 
 
 _CLOSED = "it is closed"

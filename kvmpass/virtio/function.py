@@ -171,7 +171,7 @@ class VirtioFunction:
             self._bars.decode(self._space.get(pciregs.COMMAND, 2))
             self._msix.update()
         if offset & ~3 == pciregs.COMMAND:
-            self.transport.catch_up()
+            self.transport.access_changed()
 
     def _window(self) -> tuple[int, int] | None:
         """Return offset and length of an access through configuration space (section 4.1.4.9); None if invalid."""

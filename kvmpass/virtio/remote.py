@@ -78,6 +78,8 @@ class RemoteDevice:
         self._run: Callable[[Callable[[], None]], None] = lambda function: None
         self._wanted: _Setup | None = None  # what the driver has set up last
         self._given: _Setup | None = None  # what the daemon has; guarded by the front end's lock
+        self._bases: tuple[_Setup | None, dict[int, int]] = None, {}  # of rings that may not be accessed now
+        self._allowed = False
         self._scheduled = False
 
     # --- from the transport: nothing blocks
@@ -99,6 +101,12 @@ class RemoteDevice:
         """See ``VirtioDevice``."""
         self._wanted = None
         self._schedule()
+
+    def allow(self, allowed: bool) -> None:
+        """See ``VirtioDevice``."""
+        if allowed != self._allowed:
+            self._allowed = allowed
+            self._schedule()
 
     def serve(self, number: int) -> None:
         """See ``VirtioDevice``: a notification that has exited."""
@@ -130,21 +138,22 @@ class RemoteDevice:
     # --- in the front end's thread
 
     def _reconcile(self) -> None:
-        """Let the daemon have what the driver has set up last."""
+        """Let the daemon have what the driver has set up last, while the function may access memory."""
         self._scheduled = False  # before it is looked at: what comes later comes again
         front = self._front
         with front.lock:
-            if self._given is not None and self._given is not self._wanted:
-                front.take()
+            wanted = self._wanted if self._allowed else None
+            if self._given is not None and self._given is not wanted:
+                self._bases = self._given, front.take()
                 self._given = None
-            wanted = self._wanted
             if wanted is not None and not front.ended:
                 calls = self._calls(wanted)
                 try:
                     if self._given is None:
                         front.on_loss = self._on_loss
                         self._given = wanted
-                        front.give(wanted.features, wanted.rings, calls)
+                        bases = self._bases[1] if self._bases[0] is wanted else {}
+                        front.give(wanted.features, wanted.rings, calls, bases)
                     else:
                         front.renew_calls(calls)
                         # What the daemon has signalled before has reached nobody.

@@ -125,9 +125,13 @@ class Transport:
             elif self._live:
                 self._missed = True
 
-    def catch_up(self) -> None:
-        """Serve all queues, if something was to be done while the function could not access memory."""
+    def access_changed(self) -> None:
+        """Let the device access memory or not, as the function may.
+
+        Serve all queues, if something was to be done while it could not.
+        """
         with self._lock:
+            self.device.allow(self._allowed())
             if self._missed and self._allowed():
                 self._missed = False
                 for number in range(len(self.queues)):

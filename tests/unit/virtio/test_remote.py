@@ -516,3 +516,27 @@ def test_daemons_that_are_of_no_use() -> None:
                 guest.memory.close()
     with serving(Daemon(protocol=0)) as guest, pytest.raises(DaemonError, match="has no configuration structure"):
         guest.front.config(4)
+
+
+def test_a_daemon_has_no_ring_while_the_function_may_not_access_memory() -> None:
+    """Then it goes on where it was."""
+    with serving(Daemon()) as guest:
+        guest.start()
+        assert [guest.asked(1, b"a"), guest.asked(1, b"b")] == [b"A", b"B"]
+        guest.config(pciregs.COMMAND, 2, pciregs.COMMAND_MEMORY)
+        until(lambda: guest.daemon.rings == {})
+        guest.send(1, b"c")
+        assert guest.status == 0xF
+        guest.config(pciregs.COMMAND, 2, pciregs.COMMAND_MEMORY | pciregs.COMMAND_MASTER)
+        until(lambda: guest.answers(1) == [b"C"])
+        guest.config(pciregs.COMMAND, 2, pciregs.COMMAND_MEMORY)
+        guest.write(20, 0, 1)
+        until(lambda: guest.status == 0)
+        guest.enable(pciregs.COMMAND_MEMORY)
+        guest.negotiate()
+        guest.rings = [guest.add_queue(0)]
+        guest.ready()
+        guest.send(0, b"too early")
+        assert guest.daemon.rings == {}
+        guest.config(pciregs.COMMAND, 2, pciregs.COMMAND_MEMORY | pciregs.COMMAND_MASTER)
+        until(lambda: guest.answers(0) == [b"TOO EARLY"])
