@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvmpass.virtio.device import INDIRECT, VERSION_1
@@ -40,7 +40,7 @@ RUDENESS: dict[str, Callable[[bytes], bytes]] = {
     "rubbish": lambda answer: b"\xa5" * len(answer),
     "twice": lambda answer: answer * 2,
 }
-"""What a daemon does to the bytes of an answer. Others: ``silent``, ``close``, ``files``, ``refuse``."""
+"""What a daemon does to the bytes of an answer. Others: those of ``OTHERS``, and ``any value``."""
 OTHERS = ("silent", "close", "files", "refuse")
 
 
@@ -71,12 +71,12 @@ class Daemon(threading.Thread):
         queues: int = 4,
         slots: int = 16,
         config: bytes = bytes(64),
-        rude: dict[Request, str] | None = None,
+        rude: Mapping[Request, str] | None = None,
     ) -> None:
         super().__init__(name="daemon", daemon=True)
         self.front, self._socket = socket.socketpair()
         self._numbers = dict(zip(NUMBERS, (features, protocol, queues, slots), strict=True))
-        self.config, self.rude = config, rude or {}
+        self.config, self.rude = config, {} if rude is None else rude
         self.requests: list[Request] = []
         self.accepted = self.protocol = 0
         self.table: dict[int, tuple[int, mmap.mmap]] = {}
@@ -171,6 +171,8 @@ class Daemon(threading.Thread):
             return False
         if how == "refuse" and flags & 8 and request is not Request.GET_VRING_BASE:
             answer = struct.pack("<Q", 1)
+        if how == "any value" and answer is not None:
+            answer = os.urandom(len(answer))
         if answer is not None and how != "silent":
             message = struct.pack("<III", request, 5, len(answer)) + answer
             message = RUDENESS[how](message) if how in RUDENESS else message
