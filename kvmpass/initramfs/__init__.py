@@ -115,7 +115,7 @@ class GuestRoot:
         """
         aliases, needed = list(modaliases), list(needed)
         for name in needed:
-            if tree.exists and tree.lookup(name) is None and not tree.is_builtin(name):
+            if tree.lacks(name):
                 raise KvmpassError(
                     f"the guest's kernel {tree.release} has no module {name}, which the host's files need",
                     "use a kernel with CONFIG_VIRTIO_FS and CONFIG_OVERLAY_FS, or leave out --root and --share",

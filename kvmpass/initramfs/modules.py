@@ -126,6 +126,10 @@ class ModuleTree:
         """Return whether a module is built into the kernel."""
         return normalize(name) in self._builtin
 
+    def lacks(self, name: str) -> bool:
+        """Return whether the kernel is known to have a module neither as a file nor built in."""
+        return self.exists and bool(self._builtin) and self.lookup(name) is None and not self.is_builtin(name)
+
     def find(self, modaliases: Iterable[str]) -> tuple[tuple[str, ...], frozenset[str]]:
         """Return the modules for ``modaliases``, and those of them that have a driver, a module or built in."""
         modules: dict[str, None] = {}
