@@ -16,7 +16,7 @@ FREESTANDING = (
 PROGRAMS = {
     "kvmpass/files/confine": (["confine.c"], HOSTED),
     "kvmpass/files/noatime.so": (["noatime.c"], [*HOSTED, "-shared", "-fPIC"]),
-    "kvmpass/initramfs/agent": (["agent/agent.c", "agent/process.c"], FREESTANDING.split()),
+    "kvmpass/initramfs/agent": (["agent/agent.c", "agent/streams.c", "agent/process.c"], FREESTANDING.split()),
 }
 
 

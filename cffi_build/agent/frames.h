@@ -20,6 +20,7 @@ enum stage { SET_UP = 0, CHANGE_ROOT = 1, CHANGE_DIRECTORY = 2, EXECUTE = 3 };
 
 #define WITH_INPUT 1
 #define WITH_TERMINAL 2
+#define WITH_ERRORS_IN_OUTPUT 4
 
 struct frame {
 	uint32_t size; /* of what follows the header */

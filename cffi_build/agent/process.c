@@ -186,13 +186,13 @@ long start_process(struct process *process, char **environment)
 			error = make_pipe(&input);
 		else
 			error = input.read = call3(open, "/dev/null", O_RDWR | O_CLOEXEC, 0);
-		if (error >= 0 && (error = make_pipe(&output)) >= 0)
+		if (error >= 0 && (error = make_pipe(&output)) >= 0 && !(start->flags & WITH_ERRORS_IN_OUTPUT))
 			error = make_pipe(&errors);
 	}
 	if (error >= 0) {
 		const int fds[STREAMS] = {
 			process->terminal ? user : input.read, process->terminal ? user : output.write,
-			process->terminal ? user : errors.write, status.write,
+			process->terminal ? user : errors.write >= 0 ? errors.write : output.write, status.write,
 		};
 
 		pid = error = call5(clone, SIGCHLD, 0, 0, 0, 0);

@@ -23,5 +23,31 @@ struct process {
 	uint32_t start_size;
 };
 
-/* Start what process->start describes, with the variables of the agent; 0, or the error. */
+/* process.c: start what process->start describes, with the variables of the agent; 0, or the error. */
 long start_process(struct process *process, char **environment);
+
+/* --- streams.c */
+
+#define PORT 0 /* standard input */
+
+struct outgoing {
+	struct frame head;
+	uint8_t data[MAX_FRAME - sizeof(struct frame)];
+};
+
+extern struct process processes[MAX_PROCESSES];
+extern struct outgoing frame; /* its data is what send() sends */
+
+uint64_t now(void); /* in ms since the guest has booted */
+__attribute__((noreturn)) void end(bool failed); /* power off, or exit */
+void send(uint32_t id, enum type type, enum stream stream, uint32_t size);
+void send_numbers(uint32_t id, enum type type, enum stream stream, uint32_t first, uint32_t second);
+void *reserve(size_t size); /* NULL: no memory */
+struct process *find(uint32_t id); /* 0: a free one */
+void forget(struct process *process);
+void forget_if_ended(struct process *process);
+void close_input(struct process *process);
+void write_input(struct process *process);
+void read_output(struct process *process, enum stream number);
+void limit_output(struct process *process);
+void reap(void);

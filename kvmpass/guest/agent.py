@@ -25,6 +25,7 @@ from kvmpass.guest.frames import (
     START,
     START_HEAD,
     VERSION,
+    WITH_ERRORS_IN_OUTPUT,
     WITH_INPUT,
     WITH_TERMINAL,
     BadFrame,
@@ -142,6 +143,7 @@ class Agent:
         root: str = "",
         input: Input | None = None,
         terminal: tuple[int, int] | None = None,
+        errors_in_output: bool = False,
         receive: Receiver | None = None,
         on_end: Callable[[AgentProcess], None] = lambda process: None,
     ) -> AgentProcess:
@@ -150,14 +152,15 @@ class Agent:
         The first argument is a path, or searched for in the PATH of the process. ``environment`` is added to the
         agent's. ``directory``: where it starts, by default the agent's, or ``/`` in another ``root``. Without
         ``input`` it reads an empty file. ``terminal``: rows and columns of a terminal that is its input, output and
-        errors. ``receive`` gets its output, and ``AgentProcess.grant`` is due once that is consumed; without it
-        ``AgentProcess.read`` returns it. ``on_end`` is called once it has ended and all of its output has been
-        received; it must not block.
+        errors. ``errors_in_output``: both are one stream, as with ``2>&1``. ``receive`` gets its output, and
+        ``AgentProcess.grant`` is due once that is consumed; without it ``AgentProcess.read`` returns it. ``on_end``
+        is called once it has ended and all of its output has been received; it must not block.
 
         Raises ``GuestError`` while 64 processes run, or for more than 1 MiB of arguments and variables;
         ``KvmpassError`` for a zero byte in one of them; ``GuestDied``.
         """
         flags = (WITH_INPUT if input is not None else 0) | (WITH_TERMINAL if terminal else 0)
+        flags |= WITH_ERRORS_IN_OUTPUT if errors_in_output else 0
         variables = [f"{name}={value}" for name, value in (environment or {}).items()]
         head = START_HEAD.pack(flags, WINDOW, *(terminal or (0, 0)), len(arguments), len(variables))
         payload = head + b"".join(_string(text) for text in (root, directory, *arguments, *variables))
@@ -174,7 +177,12 @@ class Agent:
                 raise GuestError(f"{MAX_PROCESSES} processes run in the guest: its agent runs no more")
             self._last += 1
             process = AgentProcess(
-                self, self._last, input=input, terminal=bool(terminal), receive=receive, on_end=on_end
+                self,
+                self._last,
+                input=input,
+                errors=not (terminal or errors_in_output),
+                receive=receive,
+                on_end=on_end,
             )
             self._processes[process.number] = process
         for at in range(0, len(payload), MAX_PAYLOAD):

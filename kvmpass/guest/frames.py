@@ -34,7 +34,7 @@ INPUT, OUTPUT, ERRORS, STATUS = range(4)
 STAGES = ("set up", "change root", "change directory", "execute")
 """What could not be done, by the stage's number."""
 
-WITH_INPUT, WITH_TERMINAL = 1, 2
+WITH_INPUT, WITH_TERMINAL, WITH_ERRORS_IN_OUTPUT = 1, 2, 4
 """Flags of ``START``."""
 
 _HEADER = struct.Struct("<IIBBH")  # size of the payload, process, type, stream, zero

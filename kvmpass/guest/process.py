@@ -62,7 +62,7 @@ class AgentProcess:
         number: int,
         *,
         input: Input | None,
-        terminal: bool,
+        errors: bool,
         receive: Receiver | None,
         on_end: Callable[[AgentProcess], None],
     ) -> None:
@@ -72,7 +72,7 @@ class AgentProcess:
         self.input = input
         """Its input; None: it is empty."""
         self._receive = receive
-        self._open = {OUTPUT, STATUS} if terminal else {OUTPUT, ERRORS, STATUS}
+        self._open = {OUTPUT, ERRORS, STATUS} if errors else {OUTPUT, STATUS}
         self._credit = {OUTPUT: WINDOW, ERRORS: WINDOW, STATUS: NUMBERS.size}
         self._owed = {OUTPUT: 0, ERRORS: 0}
         self._kept = {OUTPUT: bytearray(), ERRORS: bytearray()}

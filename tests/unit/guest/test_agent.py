@@ -79,6 +79,12 @@ def test_output_errors_and_status(agent: Agent) -> None:
     assert shell(agent, "kill -9 $$").wait(SECONDS) == -signal.SIGKILL
 
 
+def test_errors_in_the_output_keep_their_order(agent: Agent) -> None:
+    process = shell(agent, "for n in 1 2 3 4; do echo o$n; echo e$n >&2; done; exit 2", errors_in_output=True)
+    assert read_all(process).split() == [b"o1", b"e1", b"o2", b"e2", b"o3", b"e3", b"o4", b"e4"]
+    assert (process.wait(SECONDS), read_all(process, ERRORS)) == (2, b"")
+
+
 def test_environment_directory_and_root(agent: Agent, tmp_path: Path) -> None:
     process = shell(agent, 'echo "$A $HOME"; pwd', environment={"A": "b c", "HOME": "/h"}, directory=str(tmp_path))
     assert read_all(process).decode() == f"b c /h\n{tmp_path}\n"

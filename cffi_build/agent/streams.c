@@ -1,0 +1,224 @@
+/* The streams of the processes, and what the host is told of them. */
+#include "process.h"
+
+#include <asm/errno.h>
+#include <asm/ioctls.h>
+#include <linux/mman.h>
+#include <linux/reboot.h>
+#include <linux/time.h>
+#include <linux/wait.h>
+
+#define LEFT_BEHIND_MS 300 /* for what processes still write that a process has left behind */
+
+struct process processes[MAX_PROCESSES];
+
+void *memcpy(void *to, const void *from, size_t size)
+{
+	void *at = to;
+
+	__asm__ volatile("rep movsb" : "+D"(at), "+S"(from), "+c"(size) : : "memory");
+	return to;
+}
+
+void *memset(void *to, int byte, size_t size)
+{
+	void *at = to;
+
+	__asm__ volatile("rep stosb" : "+D"(at), "+c"(size) : "a"(byte) : "memory");
+	return to;
+}
+
+uint64_t now(void)
+{
+	struct __kernel_timespec time;
+
+	call2(clock_gettime, CLOCK_BOOTTIME, &time);
+	return time.tv_sec * 1000ull + time.tv_nsec / 1000000;
+}
+
+void end(bool failed)
+{
+	if (call0(getpid) == 1) {
+		call0(sync);
+		call4(reboot, LINUX_REBOOT_MAGIC1, LINUX_REBOOT_MAGIC2, LINUX_REBOOT_CMD_POWER_OFF, NULL);
+	}
+	for (;;)
+		call1(exit_group, failed);
+}
+
+/* --- to the host */
+
+struct outgoing frame; /* one write each: that is one buffer of the port */
+
+void send(uint32_t id, enum type type, enum stream stream, uint32_t size)
+{
+	const uint8_t *at = (const uint8_t *)&frame;
+	size_t left = sizeof(frame.head) + size;
+
+	frame.head = (struct frame){size, id, type, stream, 0};
+	while (left) {
+		long done = call3(write, PORT, at, left);
+
+		if (done == -EINTR || done == -EAGAIN)
+			continue;
+		if (done <= 0)
+			end(true);
+		at += done;
+		left -= done;
+	}
+}
+
+void send_numbers(uint32_t id, enum type type, enum stream stream, uint32_t first, uint32_t second)
+{
+	const uint32_t numbers[] = {first, second};
+
+	memcpy(frame.data, numbers, sizeof(numbers));
+	send(id, type, stream, sizeof(numbers));
+}
+
+/* --- processes */
+
+void *reserve(size_t size)
+{
+	long at = call5(mmap, NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+
+	return at < 0 && at > -4096 ? NULL : (void *)at;
+}
+
+struct process *find(uint32_t id)
+{
+	for (struct process *process = processes; process < processes + MAX_PROCESSES; process++)
+		if (process->id == id)
+			return process;
+	return NULL;
+}
+
+void forget(struct process *process)
+{
+	if (process->start)
+		call2(munmap, process->start, MAX_START);
+	if (process->input)
+		call2(munmap, process->input, INPUT_WINDOW);
+	memset(process, 0, sizeof(*process));
+}
+
+static void close_stream(struct process *process, enum stream number)
+{
+	struct stream_state *stream = &process->streams[number];
+
+	if (stream->fd < 0)
+		return;
+	if (!(process->terminal && (number == INPUT || number == OUTPUT) &&
+	      process->streams[INPUT + OUTPUT - number].fd >= 0)) /* of a terminal the last one closes both */
+		call1(close, stream->fd);
+	stream->fd = -1;
+	send(process->id, END, number, 0);
+}
+
+void forget_if_ended(struct process *process)
+{
+	if (!process->id || process->pid || process->start)
+		return;
+	for (int number = OUTPUT; number < STREAMS; number++)
+		if (process->streams[number].fd >= 0)
+			return;
+	close_stream(process, INPUT);
+	forget(process);
+}
+
+static void grant_input(struct process *process, uint32_t size)
+{
+	if (size)
+		send_numbers(process->id, CREDIT, INPUT, size, 0);
+}
+
+void close_input(struct process *process)
+{
+	process->input_at = process->input_size = 0;
+	close_stream(process, INPUT);
+}
+
+void write_input(struct process *process)
+{
+	uint32_t granted = 0;
+
+	while (process->input_size) {
+		uint32_t size = INPUT_WINDOW - process->input_at;
+		long done;
+
+		if (size > process->input_size)
+			size = process->input_size;
+		done = call3(write, process->streams[INPUT].fd, process->input + process->input_at, size);
+		if (done == -EAGAIN)
+			break;
+		if (done <= 0) { /* nobody reads it */
+			close_input(process);
+			return;
+		}
+		process->input_at = (process->input_at + done) % INPUT_WINDOW;
+		process->input_size -= done;
+		granted += done;
+	}
+	grant_input(process, granted);
+	if (process->input_ended && !process->input_size)
+		close_input(process);
+}
+
+void read_output(struct process *process, enum stream number)
+{
+	struct stream_state *stream = &process->streams[number];
+	size_t size = sizeof(frame.data);
+	long done = 0;
+
+	if (size > stream->credit)
+		size = stream->credit;
+	if (stream->left >= 0 && size > (size_t)stream->left)
+		size = stream->left;
+	if (size)
+		done = call3(read, stream->fd, frame.data, size);
+	if (done == -EAGAIN || done == -EINTR)
+		return;
+	if (done <= 0) { /* of a terminal the end is EIO */
+		close_stream(process, number);
+		return;
+	}
+	stream->credit -= done;
+	if (stream->left >= 0)
+		stream->left -= done;
+	send(process->id, DATA, number, done);
+}
+
+/* What processes that it has left behind have written until now is the rest. */
+void limit_output(struct process *process)
+{
+	process->deadline = 0;
+	for (int number = OUTPUT; number < STREAMS; number++) {
+		struct stream_state *stream = &process->streams[number];
+		int size = 0;
+
+		if (stream->fd < 0)
+			continue;
+		call3(ioctl, stream->fd, FIONREAD, &size);
+		stream->left = size;
+		if (!size)
+			close_stream(process, number);
+	}
+	forget_if_ended(process);
+}
+
+void reap(void)
+{
+	int status, pid;
+
+	while ((pid = call4(wait4, -1, &status, WNOHANG, NULL)) > 0) {
+		for (struct process *process = processes; process < processes + MAX_PROCESSES; process++) {
+			if (process->pid != pid)
+				continue;
+			process->pid = 0;
+			process->deadline = now() + LEFT_BEHIND_MS;
+			/* As wait(2): the signal, or the exit status. */
+			send_numbers(process->id, EXITED, 0, status & 0x7f, status >> 8 & 0xff);
+			break;
+		}
+	}
+}
