@@ -63,6 +63,8 @@ class Plan:
     """The devices that exist, in the order of the arguments."""
     memory: MemoryPlan | None
     """The guest's memory; None if it is impossible: see ``blockers``."""
+    small_pages: bool
+    """Whether its pages are of 4 KiB: memfds, of a host without transparent huge pages for them."""
     cpus: int
     """The number of vCPUs."""
     backend: BackendChoice
@@ -146,6 +148,7 @@ def plan(
     return Plan(
         devices=planned,
         memory=memory_plan,
+        small_pages=backing is Backing.MEMFD and not _has_huge_memfds(sysfs),
         cpus=cpus,
         backend=chosen,
         p2p=p2p,
@@ -196,6 +199,12 @@ def _unfitting(devices: Sequence[DevicePlan], layout: Layout) -> Iterator[Blocke
             allocate(space, device.bars)
         except KvmpassError as error:
             yield _impossible(error, device.bdf)
+
+
+def _has_huge_memfds(sysfs: Sysfs) -> bool:
+    """Return whether memfds get transparent huge pages (Documentation/admin-guide/mm/transhuge.rst)."""
+    setting = sysfs.text("sys/kernel/mm/transparent_hugepage/shmem_enabled") or ""
+    return any(f"[{name}]" in setting for name in ("always", "within_size", "advise", "force"))
 
 
 def _impossible(error: KvmpassError, bdf: Bdf | None = None) -> Blocker:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from kvmpass.cli.output import together
+from kvmpass.cli.params import files_option
 from kvmpass.cli.terminal import terminal_size
 from kvmpass.guest import GuestSpec
 from kvmpass.guest.directories import MINIMAL
@@ -28,24 +29,7 @@ guest_options = together(
         "--initrd", type=click.Path(path_type=Path), help="An initramfs to use instead of the generated one."
     ),
     click.option("--append", default="", help="Append to the guest kernel's command line."),
-    click.option(
-        "--root",
-        default="minimal",
-        show_default=True,
-        show_envvar=True,
-        envvar="KVMPASS_GUEST_ROOT",
-        metavar="minimal|host|DIR",
-        help="The guest's root: busybox, made here; this host's files, read-only; or those of a directory. What the "
-        "guest writes there stays in its memory.",
-    ),
-    click.option(
-        "--share",
-        "shares",
-        multiple=True,
-        metavar="SRC[:DST][,rw]",
-        help="Let the guest read a directory of this host, at DST, by default the same path; with rw also write to "
-        "it.  [repeatable]",
-    ),
+    files_option,
     click.option(
         "--copy",
         multiple=True,

@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from kvmpass import host
+from kvmpass.cli.output import together
 from kvmpass.errors import BadAddress, LayoutError, NoSuchDevice
 from kvmpass.host.backend import AUTO, BACKENDS
 from kvmpass.host.view.classes import class_name
@@ -98,6 +99,29 @@ backend_option = click.option(
 p2p_option = click.option(
     "--p2p", is_flag=True, help="Let each device's DMA reach the BARs of the other devices (peer-to-peer)."
 )
+
+
+files_option = together(
+    click.option(
+        "--root",
+        default="minimal",
+        show_default=True,
+        show_envvar=True,
+        envvar="KVMPASS_GUEST_ROOT",
+        metavar="minimal|host|DIR",
+        help="The guest's root: busybox, made here; this host's files, read-only; or those of a directory. What the "
+        "guest writes there stays in its memory.",
+    ),
+    click.option(
+        "--share",
+        "shares",
+        multiple=True,
+        metavar="SRC[:DST][,rw]",
+        help="Let the guest read a directory of this host, at DST, by default the same path; with rw also write to "
+        "it.  [repeatable]",
+    ),
+)
+"""Files of this host in the guest."""
 
 
 def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None = None) -> list[CompletionItem]:

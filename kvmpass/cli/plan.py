@@ -12,7 +12,7 @@ from kvmpass.assignment.plan import plan as make_plan
 from kvmpass.cli import findings, tables
 from kvmpass.cli.documents import backend_document, blocker_document, reserved_document, sibling_document
 from kvmpass.cli.output import Output, host_command
-from kvmpass.cli.params import BDF, SIZE, backend_option, p2p_option
+from kvmpass.cli.params import BDF, SIZE, backend_option, files_option, p2p_option
 from kvmpass.cli.tree import tree_option
 from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.sysfs import VFIO_PCI
@@ -29,6 +29,7 @@ from kvmpass.pci.barspace import BarKind
 )
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
 @click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
+@files_option
 @backend_option
 @p2p_option
 @host_command
@@ -39,6 +40,8 @@ def plan(
     memory: int,
     cpus: int,
     hugepages: str | None,
+    root: str,
+    shares: tuple[str, ...],
     backend: str,
     p2p: bool,
     tree: Sysfs | None,
@@ -53,6 +56,8 @@ def plan(
     Root can read more. Exit status: 0 if nothing blocks the assignment, else 1.
     """
     backing = Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS
+    if root != "minimal" or shares:
+        backing = backing.shared  # with the daemons of its files
     made = make_plan(bdf, memory=memory, cpus=cpus, backing=backing, backend=backend, p2p=p2p, sysfs=tree)
     output.document(**_document(made))
     for device in made.devices:
@@ -124,6 +129,9 @@ def _show_memory(output: Output, made: Plan) -> None:
         output.text(
             f"  {tables.count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_text(made.locked)})"
         )
+    if made.small_pages:
+        output.text("  pages of 4 KiB: memfds have no transparent huge pages on this host")
+        output.text("  (shmem_enabled); --hugepages takes huge ones from its pool")
     if made.p2p:
         calls = made.peer_map_calls
         more = "an unknown number of map calls" if calls is None else tables.count(calls, "more map call")
@@ -174,6 +182,7 @@ def _document(made: Plan) -> dict[str, Any]:
         "map_calls": made.map_calls,
         "p2p": made.p2p,
         "peer_map_calls": made.peer_map_calls,
+        "small_pages": made.small_pages,
         "locked": made.locked,
         "phys_bits": made.phys_bits,
         "phys_bits_source": made.phys_bits_source,

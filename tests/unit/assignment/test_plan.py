@@ -190,7 +190,8 @@ def test_a_host_without_anything(tmp_path: Path) -> None:
     assert (made.map_calls, made.locked) == (1, GIB)
 
 
-def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callable[..., Any]) -> None:
+@pytest.fixture
+def run(host: Host, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, object]]:
     from kvmpass.cli.plan import plan
 
     monkeypatch.setattr(planning, "Sysfs", lambda: host)
@@ -200,6 +201,10 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
         assert outcome.exception is None, outcome.exception
         return outcome.output, outcome.return_value
 
+    return run
+
+
+def test_the_command(host: Host, run: Callable[..., Any], valid: Callable[..., Any]) -> None:
     text, status = run(NVME, "--memory", "4G")
     assert status == 0
     assert "driver  nvme -> vfio-pci -> nvme" in text
@@ -234,3 +239,32 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     assert "blockers\n      cause   0000:01:00.0 is in use: it is the boot display" in text
     text, status = run(NVME, "--memory", "64M", "--json")
     assert (status, valid("plan", text)["blockers"][0]["kind"]) == (1, "in-use")
+
+
+@pytest.mark.parametrize(
+    ("options", "setting", "backing", "small"),
+    [
+        ((), "", "anonymous", False),
+        (("--root", "host"), "always within_size advise [never] deny force", "memfd", True),
+        (("--share", "/srv"), "", "memfd", True),
+        (("--share", "/srv"), "always within_size [advise] never deny force", "memfd", False),
+        (("--share", "/srv", "--hugepages", "2M"), "", "memfd-2M", False),
+    ],
+    ids=["private", "root", "share", "transparent", "pool"],
+)
+def test_memory_for_the_daemons_of_files(
+    host: Host,
+    run: Callable[..., Any],
+    valid: Callable[..., Any],
+    options: tuple[str, ...],
+    setting: str,
+    backing: str,
+    small: bool,
+) -> None:
+    host.put("sys/kernel/mm/transparent_hugepage/shmem_enabled", setting)
+    document = valid("plan", run(NVME, "--memory", "64M", "--json", *options)[0])
+    assert [region["backing"] for region in document["memory_regions"]] == [backing]
+    assert document["small_pages"] is small
+    text = run(NVME, "--memory", "64M", *options)[0]
+    assert ("pages of 4 KiB: memfds have no transparent huge pages on this host" in text) is small
+    assert all(len(line) <= 80 for line in text.splitlines()), text
