@@ -7,6 +7,7 @@ import os
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 from support.virtio_driver import INDIRECT, NEXT, WRITE, Driver
@@ -14,7 +15,7 @@ from support.virtio_driver import INDIRECT, NEXT, WRITE, Driver
 from kvmpass.layout import MIB
 from kvmpass.memory import Backing, GuestMemory
 from kvmpass.virtio.device import VERSION_1
-from kvmpass.virtio.queue import MAX_CHAIN_BYTES, Chain, Virtqueue
+from kvmpass.virtio.queue import MAX_CHAIN_BYTES, Chain, RingError, Virtqueue
 from kvmpass.virtio.transport import NEEDS_RESET
 
 _READS, _END = 1000, 1001  # places behind the used ring, for the test's own signs
@@ -64,6 +65,41 @@ def test_a_driver_sees_no_index_but_the_old_and_the_new() -> None:
     index[_END] = 1
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     index.release()
+    memory.close()
+
+
+def test_rings_may_reach_the_end_of_memory_and_not_beyond() -> None:
+    """Sizes of a split queue's parts: Virtual I/O Device 1.2, section 2.7."""
+    memory = GuestMemory()
+    memory.add_ram(0, MIB)
+    sizes = {"descriptors": 16 * 8, "available": 6 + 2 * 8, "used": 6 + 8 * 8}
+    steps = {"descriptors": 16, "available": 2, "used": 4}
+    for part, size in sizes.items():
+        last = (MIB - size) // steps[part] * steps[part]
+        for address, fits in ((last, True), (last + steps[part], False)):
+            queue = Virtqueue(memory, 8, lambda vector: None)
+            queue.descriptors, queue.available, queue.used = 0, 0x1000, 0x2000
+            setattr(queue, part, address)
+            with nullcontext() if fits else pytest.raises(RingError):
+                queue.enable()
+    memory.close()
+
+
+def test_a_new_queue_is_notified_until_it_asks_not_to_be() -> None:
+    memory = GuestMemory()
+    memory.add_ram(0, MIB)
+    queue = Virtqueue(memory, 8, lambda vector: None)
+    queue.descriptors, queue.available, queue.used = 0, 0x1000, 0x2000
+    queue.enable()
+    for wanted in (False, True):
+        queue.want_notifications(wanted)
+        assert memory.read(queue.used, 2) == struct.pack("<H", not wanted)
+    queue.want_notifications(False)
+    queue.reset()
+    queue.used, queue.available = 0x3000, 0x1000
+    queue.enable()
+    queue.want_notifications(False)
+    assert memory.read(0x3000, 2) == b"\1\0"
     memory.close()
 
 
@@ -154,12 +190,13 @@ def test_a_chain_that_may_not_be(driver: Driver, chain: list[tuple[int, int, int
 @pytest.mark.parametrize(
     "inner",
     [
+        table(*((FREE, 1, NEXT, at + 1) for at in range(15))),
         table((FREE, 16, INDIRECT, 0)),
         table((FREE, 1, NEXT, 0)),
         table((FREE, 1, NEXT, 1)),
         table((FREE, 1, NEXT, 1), (FREE, 1, NEXT, 0)),
     ],
-    ids=["nested", "itself", "beyond the table", "loop"],
+    ids=["beyond fifteen entries", "nested", "itself", "beyond the table", "loop"],
 )
 def test_an_indirect_table_that_may_not_be(driver: Driver, inner: bytes) -> None:
     driver.memory.write(FREE + 64, inner)
