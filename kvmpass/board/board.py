@@ -22,6 +22,7 @@ from kvmpass.kvm import IrqRoutes, System
 from kvmpass.layout import Layout
 from kvmpass.memory import GuestMemory
 from kvmpass.pci import BarSpace, ConfigPorts, Ecam, PciBus, PciFunction, Wiring
+from kvmpass.pci.readable import ReadableConfig
 
 log = limited_log(__name__)
 
@@ -46,8 +47,8 @@ class BoardEvents:
 class Board:
     """A VM and its fixed devices. ``close()`` closes the VM, and unplugs the remaining functions.
 
-    Synchronization: ``plug``, ``unplug`` and ``close`` with the bus lock held; the rest with the machine's device
-    lock.
+    Synchronization: ``plug``, ``unplug``, ``configure_by_ecam`` and ``close`` with the bus lock held; the rest with
+    the machine's device lock.
     """
 
     def __init__(self, system: System, layout: Layout, memory: GuestMemory, events: BoardEvents) -> None:
@@ -67,9 +68,10 @@ class Board:
             """Guest-physical addresses without a memslot."""
             self.pci = PciBus()
             """The PCI bus."""
-            self.ports.add(
-                ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE, ConfigPorts(self.pci), "PCI configuration ports"
-            )
+            self._config_ports: ConfigPorts | None = None
+            self._readable: ReadableConfig | None = None
+            self._ecam = layout.ecam
+            self._add_config_ports()
             # The address alone does nothing: the access of the data exits.
             self.vm.coalesce_port_writes(ports.PCI_CONFIG_BASE, ports.PCI_ADDRESS_SIZE)
             self.mmio.add(layout.ecam.start, layout.ecam.size, Ecam(self.pci), "ECAM")
@@ -84,6 +86,31 @@ class Board:
             """The ACPI hotplug controller."""
             self.ports.add(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE, self.hotplug, "hotplug controller")
             self._undo = undo.pop_all()
+
+    def _add_config_ports(self) -> None:
+        self._config_ports = ConfigPorts(self.pci)
+        name = "PCI configuration ports"
+        self.ports.add(ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE, self._config_ports, name)
+
+    def configure_by_ecam(self, alone: bool) -> None:
+        """Set whether the guest reaches configuration space by ECAM alone. Raises ``OSError``.
+
+        The ports are absent then, and what does not change by itself is read without an exit. Idempotent.
+        """
+        if alone and self._readable is None:
+            self._readable = ReadableConfig(self.pci, self._memory, self._ecam)
+            if self._config_ports is not None:
+                self.ports.remove(self._config_ports)
+                self._config_ports = None
+        elif not alone:
+            if self._config_ports is None:
+                self._add_config_ports()
+            self._hide_readable()
+
+    def _hide_readable(self) -> None:
+        if self._readable is not None:
+            self._readable.close()
+            self._readable = None
 
     def _drive(self, gsi: int, level: bool) -> None:
         """Set the level of an emulated device's interrupt. If KVM fails, the guest misses it, and runs on."""
@@ -108,4 +135,8 @@ class Board:
 
     def close(self) -> None:
         """Close the VM, and unplug all functions. Idempotent."""
-        run_all(self._undo.close, *(partial(self.unplug, function) for function in self.pci.functions))
+        run_all(
+            self._hide_readable,
+            self._undo.close,
+            *(partial(self.unplug, function) for function in self.pci.functions),
+        )

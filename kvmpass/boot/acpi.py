@@ -185,15 +185,15 @@ def _serial(number: int, line: ports.SerialLine) -> bytes:
     return _device(f"COM{number}", aml.eisa_id("PNP0501"), number, resources)
 
 
-def dsdt(layout: Layout) -> bytes:
-    r"""Encode the DSDT: PCI root, the motherboard's resources, generic event device, COM1 to COM4, ``\_S5``."""
+def dsdt(layout: Layout, serial_ports: int) -> bytes:
+    r"""Encode the DSDT: PCI root, the motherboard's resources, generic event device, serial ports, ``\_S5``."""
     resources = _resources(
         aml.memory32_fixed(layout.ecam.start, layout.ecam.size),
         aml.io(ports.POWER_BASE, ports.POWER_SIZE),
         aml.io(ports.HOTPLUG_BASE, ports.HOTPLUG_SIZE),
     )
     board = _device("MBRD", aml.eisa_id("PNP0C02"), 0, resources)
-    serial = [_serial(number, line) for number, line in enumerate(ports.SERIAL_LINES, 1)]
+    serial = [_serial(number, line) for number, line in enumerate(ports.SERIAL_LINES[:serial_ports], 1)]
     sleep = aml.name("\\_S5", aml.package(aml.integer(ports.S5_TYPE), aml.ZERO))
     return table(b"DSDT", 2, aml.scope("\\_SB", _pci_root(layout), _event_device(), board, *serial) + sleep)
 
@@ -207,10 +207,10 @@ def rsdp(xsdt: int) -> bytes:
     return bytes(whole)
 
 
-def build_tables(layout: Layout, cpus: int) -> dict[int, bytes]:
+def build_tables(layout: Layout, cpus: int, serial_ports: int = len(ports.SERIAL_LINES)) -> dict[int, bytes]:
     """Return all tables of a machine by guest-physical address, up to ``TABLES_END``, and the RSDP at ``RSDP_BASE``.
 
-    Raises ``LayoutError`` for more than 255 CPUs.
+    ``serial_ports``: how many they describe, from COM1 on. Raises ``LayoutError`` for more than 255 CPUs.
     """
     check_apic_ids(cpus)
     placed: dict[int, bytes] = {}
@@ -224,7 +224,7 @@ def build_tables(layout: Layout, cpus: int) -> dict[int, bytes]:
         placed[start] = data
         return start
 
-    dsdt_at = place(dsdt(layout))
+    dsdt_at = place(dsdt(layout, serial_ports))
     others = [place(fadt(dsdt_at)), place(madt(cpus)), place(mcfg(layout))]
     xsdt_at = place(table(b"XSDT", 1, struct.pack(f"<{len(others)}Q", *others)))
     placed[RSDP_BASE] = rsdp(xsdt_at)

@@ -294,7 +294,7 @@ class Domain:
 
     def region_wanted(self, kind: RegionKind, range_: Range, name: str) -> None:
         """Refuse reserved ranges before anything is mapped, also while no device is attached."""
-        if kind is not RegionKind.BAR:
+        if kind.dma:
             self._check_range(range_, name, self.backend.ranges() if self._mapped else ())
 
     def region_added(self, region: MemoryRegion) -> None:

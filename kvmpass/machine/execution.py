@@ -55,7 +55,7 @@ class Execution:
         self._outputs: dict[int | str, Output] = {}
         self._throttle: Callable[[], None] = lambda: None
         self._has_room: Callable[[str], bool] = lambda port: True
-        self._linux: tuple[KernelImage, bytes | None, str] | None = None
+        self._linux: tuple[KernelImage, bytes | None, str, bool, int] | None = None
         self._entry: int | None = None
         self._threads: VcpuThreads | None = None
         self._vcpus: list[Vcpu] = []
@@ -124,18 +124,28 @@ class Execution:
 
     # --- from loading to the end
 
-    def load_linux(self, kernel: KernelImage, initrd: bytes | None, cmdline: str) -> None:
+    def load_linux(
+        self,
+        kernel: KernelImage,
+        initrd: bytes | None,
+        cmdline: str,
+        ecam_alone: bool = False,
+        serial_ports: int = len(ports.SERIAL_LINES),
+    ) -> None:
         """Load a kernel, its initrd, command line and tables into memory (64-bit boot protocol).
 
-        ``reset()`` loads them again.
+        ``ecam_alone``: the guest reaches configuration space by ECAM (``CONFIG_PCI_MMCONFIG``) and not by ports. That
+        takes fewer exits. ``serial_ports``: how many the guest is told of, from COM1 on. ``reset()`` loads all again.
 
-        Raises ``BadKernel``, ``LayoutError``, ``NotEnoughMemory``.
+        Raises ``BadKernel``, ``LayoutError``, ``NotEnoughMemory``, ``OSError``.
         """
-        tables, e820 = acpi.build_tables(self.layout, self.cpus), e820_map(self.layout)
+        tables, e820 = acpi.build_tables(self.layout, self.cpus, serial_ports), e820_map(self.layout)
         self._entry = load_linux(self.memory, kernel, initrd=initrd, cmdline=cmdline, e820=e820)
         for gpa, data in tables.items():
             self.memory.write(gpa, data)
-        self._linux = (kernel, initrd, cmdline)
+        with self._bus_lock:
+            self._board.configure_by_ecam(ecam_alone)
+        self._linux = (kernel, initrd, cmdline, ecam_alone, serial_ports)
 
     def _start_vcpus(self, system: System, entry: int) -> None:
         """Run the guest from ``entry`` on. Raises ``OSError`` if KVM refuses: then no vCPU runs."""

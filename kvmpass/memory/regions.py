@@ -1,8 +1,8 @@
 """Guest memory: the list of regions, and access to their bytes.
 
-A region is RAM, ROM (guest and devices read it) or BAR (memory of an assigned device, which the guest reaches by a
-memslot, and other devices only in a domain with peer-to-peer). Memslots and DMA mappings follow the list as its
-listeners.
+A region is RAM, ROM (guest and devices read it), BAR (memory of an assigned device, which the guest reaches by a
+memslot, and other devices only in a domain with peer-to-peer) or registers (of an emulated device, which the guest
+reads by a memslot). Memslots and DMA mappings follow the list as its listeners.
 """
 
 from __future__ import annotations
@@ -34,21 +34,23 @@ class RegionKind(enum.Enum):
     """Guest and devices read it."""
     BAR = "bar"
     """The guest reads and writes it."""
+    REGISTERS = "registers"
+    """The guest reads it, and exits where it writes."""
 
     @property
     def guest_writable(self) -> bool:
         """Whether the guest can write it."""
-        return self is not RegionKind.ROM
+        return self in (RegionKind.RAM, RegionKind.BAR)
 
     @property
     def dma(self) -> bool:
-        """Whether devices reach it in any domain: RAM and ROM, not another device's BAR."""
-        return self is not RegionKind.BAR
+        """Whether devices reach it in any domain: RAM and ROM, not another device's BAR or registers."""
+        return self in (RegionKind.RAM, RegionKind.ROM)
 
     @property
     def dma_writable(self) -> bool:
         """Whether devices that reach it can write it."""
-        return self is not RegionKind.ROM
+        return self in (RegionKind.RAM, RegionKind.BAR)
 
 
 @dataclass(eq=False, repr=False, slots=True)
@@ -56,11 +58,11 @@ class MemoryRegion:
     """Contiguous guest-physical pages with one backing. Compared by identity."""
 
     kind: RegionKind
-    """RAM, ROM or BAR."""
+    """RAM, ROM, BAR or registers."""
     range: Range
     """Guest-physical addresses."""
     mapping: HostMapping
-    """The host virtual mapping that contains it. Released by ``release()``; a BAR's belongs to its device."""
+    """The host virtual mapping that contains it. ``release()`` unmaps that of RAM and ROM."""
     name: str
     """Its name in messages."""
     backing: Backing = Backing.ANONYMOUS
@@ -88,8 +90,8 @@ class MemoryRegion:
         return self.mapping.address + self.offset
 
     def release(self) -> None:
-        """Unmap RAM and ROM; a BAR's mapping belongs to its device."""
-        if self.kind is not RegionKind.BAR:
+        """Unmap RAM and ROM; the mapping of a BAR or of registers belongs to their device."""
+        if self.kind.dma:
             self.mapping.close()
             file, self.file = self.file, -1
             if file >= 0:
@@ -226,6 +228,11 @@ class GuestMemory:
         """Add part of a device's BAR. The mapping remains the caller's: remove the region, then close it."""
         with self._claim(RegionKind.BAR, gpa, size, name) as range_:
             return self._add(MemoryRegion(RegionKind.BAR, range_, mapping, name, Backing.DEVICE, offset))
+
+    def add_registers(self, gpa: int, size: int, mapping: HostMapping, offset: int, name: str) -> MemoryRegion:
+        """Add registers that the guest reads without an exit, as ``add_bar`` does."""
+        with self._claim(RegionKind.REGISTERS, gpa, size, name) as range_:
+            return self._add(MemoryRegion(RegionKind.REGISTERS, range_, mapping, name, Backing.DEVICE, offset))
 
     @contextmanager
     def _claim(self, kind: RegionKind, gpa: int, size: int, name: str, page: int = PAGE) -> Iterator[Range]:

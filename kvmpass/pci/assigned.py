@@ -178,6 +178,9 @@ class AssignedFunction:
             self._msi.refresh_pending()
         return self._space.read(offset, size)
 
+    def config_image(self) -> None:
+        """See ``PciFunction``: the device changes its registers, too."""
+
     def config_write(self, offset: int, data: bytes) -> None:
         """See ``PciFunction``."""
         # KVM may keep a memslot.

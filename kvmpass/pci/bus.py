@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+from kvmpass._ratelimit import limited_log, log_errors
+from kvmpass._teardown import undo_on_error
 from kvmpass.errors import LayoutError
 from kvmpass.pci.function import PciFunction
 from kvmpass.pciregs import CONVENTIONAL_SIZE, EXTENDED_SIZE
+
+log = limited_log(__name__)
 
 SLOTS = 32
 """Device numbers of a bus."""
@@ -15,11 +22,20 @@ FUNCTIONS = 8
 class HostBridge:
     """A ``PciFunction`` with an identity only: vendor 1b36, device 0008 (a generic PCI Express host bridge)."""
 
-    _HEADER = bytes.fromhex("361b0800 00000000 00000006 00000000".replace(" ", ""))
+    # Ones from the end of a conventional function's space on: it has no extended space (Linux: pci_cfg_space_size).
+    _IMAGE = (
+        bytes.fromhex("361b0800 00000000 00000006 00000000")
+        .ljust(CONVENTIONAL_SIZE, b"\0")
+        .ljust(EXTENDED_SIZE, b"\xff")
+    )
 
     def config_read(self, offset: int, size: int) -> bytes:
         """See ``PciFunction``."""
-        return self._HEADER.ljust(EXTENDED_SIZE, b"\0")[offset : offset + size]
+        return self._IMAGE[offset : offset + size]
+
+    def config_image(self) -> bytes:
+        """See ``PciFunction``."""
+        return self._IMAGE
 
     def config_write(self, offset: int, data: bytes) -> None:
         """Drop the write."""
@@ -39,11 +55,26 @@ class PciBus:
 
     def __init__(self) -> None:
         self._functions: dict[int, PciFunction] = {0: HostBridge()}
+        self._observer: Callable[[int], None] = _ignore
 
     @property
     def functions(self) -> list[PciFunction]:
         """The functions on the bus."""
         return list(self._functions.values())
+
+    @property
+    def present(self) -> list[int]:
+        """Device and function numbers (devfn) of the functions on the bus."""
+        return list(self._functions)
+
+    def observe(self, observer: Callable[[int], None] | None) -> None:
+        """Call ``observer`` with device and function number (devfn) when what a function says may have changed."""
+        self._observer = observer or _ignore
+
+    def image(self, devfn: int) -> bytes | None:
+        """Return the 4096 bytes that a guest reads of a function, ones for an absent one; None if it must exit."""
+        function = self._functions.get(devfn)
+        return _ABSENT if function is None else function.config_image()
 
     def free_slot(self) -> int:
         """Return the first empty slot. Raises ``LayoutError`` if there is none."""
@@ -54,24 +85,31 @@ class PciBus:
         return slot
 
     def plug(self, function: PciFunction, slot: int, number: int = 0) -> None:
-        """Add ``function`` at a device and function number. Raises ``LayoutError`` if that is in use or invalid."""
+        """Add ``function`` at a device and function number. Raises ``LayoutError`` if that is in use or invalid.
+
+        Raises ``OSError`` if KVM keeps memory that says that it is absent. Then nothing has changed.
+        """
         devfn = slot << 3 | number
         if not (0 <= slot < SLOTS and 0 <= number < FUNCTIONS) or devfn in self._functions:
             raise LayoutError(f"slot {slot}, function {number} of the guest's PCI bus is unavailable")
         self._functions = {**self._functions, devfn: function}
-        self._count(slot)
+        with undo_on_error(partial(self.unplug, function)):
+            self._count(slot)
+            self._observer(devfn)
 
     def unplug(self, function: PciFunction) -> None:
-        """Remove ``function``. Idempotent."""
-        slots = {devfn >> 3 for devfn, other in self._functions.items() if other is function}
+        """Remove ``function``. Idempotent. Raises ``OSError`` if KVM keeps memory with what it says."""
+        removed = [devfn for devfn, other in self._functions.items() if other is function]
         self._functions = {devfn: other for devfn, other in self._functions.items() if other is not function}
-        for slot in slots:
-            self._count(slot)
+        for devfn in removed:
+            self._count(devfn >> 3)
+            self._observer(devfn)
 
     def _count(self, slot: int) -> None:
         first = self._functions.get(slot << 3)
         if first is not None:
             first.set_multifunction(sum(devfn >> 3 == slot for devfn in self._functions) > 1)
+            self._observer(slot << 3)
 
     def _find(self, bus: int, devfn: int) -> PciFunction | None:
         return self._functions.get(devfn) if bus == 0 else None
@@ -92,6 +130,15 @@ class PciBus:
             return
         for at, length in _dwords(offset, len(data)):
             function.config_write(at, data[at - offset : at - offset + length])
+        with log_errors(log, "configuration space: %s"):
+            self._observer(devfn)
+
+
+_ABSENT = b"\xff" * EXTENDED_SIZE
+
+
+def _ignore(devfn: int) -> None:
+    """Do nothing: nobody observes."""
 
 
 def _dwords(offset: int, size: int) -> list[tuple[int, int]]:

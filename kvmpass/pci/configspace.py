@@ -64,6 +64,10 @@ class ConfigSpace:
         self._emulated[offset:end] = b"\xff" * len(data)
         self._writable[offset:end] = writable.ljust(len(data), b"\0")
 
+    def image(self) -> bytes:
+        """Return all bytes of a space without a device."""
+        return bytes(self._value)
+
     @property
     def device_size(self) -> int:
         """Bytes of the device's own space; 0 without a device."""

@@ -58,6 +58,12 @@ class PciFunction(Protocol):
     def config_write(self, offset: int, data: bytes) -> None:
         """Write ``data``, 1 to 4 bytes inside one aligned dword."""
 
+    def config_image(self) -> bytes | None:
+        """Return all 4096 bytes as ``config_read`` does, if they change by writes of the guest only; None otherwise.
+
+        The guest may then read them without an exit. None, too, if a read has an effect.
+        """
+
     def set_multifunction(self, several: bool) -> None:
         """Set whether the slot of this function 0 has other functions (header type, bit 7)."""
 

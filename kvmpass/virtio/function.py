@@ -159,6 +159,10 @@ class VirtioFunction:
             self._space.set(self._window_at + _WINDOW_DATA, int.from_bytes(self._bar.read(*place), "little"), 4)
         return self._space.read(offset, size)
 
+    def config_image(self) -> bytes | None:
+        """See ``PciFunction``."""
+        return None if self._window() else self._space.image()
+
     def config_write(self, offset: int, data: bytes) -> None:
         """See ``PciFunction``."""
         with log_errors(log, "%s: %s", self._bar.name):

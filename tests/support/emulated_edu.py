@@ -125,6 +125,8 @@ class EmulatedEdu:
             self._bars.decode(self._space.get(pciregs.COMMAND, 2))
             self._msix.update()
 
+    def config_image(self) -> None: ...
+
     def set_multifunction(self, several: bool) -> None:
         self._space.set(pciregs.HEADER_TYPE, pciregs.MULTIFUNCTION if several else 0, 1)
 

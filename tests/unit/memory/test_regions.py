@@ -88,7 +88,12 @@ def mirrors(memory: GuestMemory, log: list[str]) -> list[Mirror]:
 def test_access_by_kind() -> None:
     """The guest writes RAM and BARs, devices write RAM and read ROM; a BAR they reach only in a domain with p2p."""
     kinds = {kind.value: (kind.guest_writable, kind.dma, kind.dma_writable) for kind in RegionKind}
-    assert kinds == {"ram": (True, True, True), "rom": (False, True, False), "bar": (True, False, True)}
+    assert kinds == {
+        "ram": (True, True, True),
+        "rom": (False, True, False),
+        "bar": (True, False, True),
+        "registers": (False, False, False),
+    }
 
 
 def test_a_region_is_its_mapping_from_its_offset_on(bar: HostMapping) -> None:

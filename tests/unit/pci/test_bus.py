@@ -33,6 +33,9 @@ class Function:
         self._check(offset, len(data))
         self.space[offset : offset + len(data)] = data
 
+    def config_image(self) -> bytes | None:
+        return None
+
     def set_multifunction(self, several: bool) -> None:
         self.several = several
 
@@ -56,10 +59,11 @@ def filled() -> tuple[PciBus, dict[tuple[int, int], Function]]:
 
 
 def test_the_host_bridge_is_in_slot_0(bus: PciBus) -> None:
-    """Vendor 1b36, device 0008, class 0600, and no capabilities."""
+    """Vendor 1b36, device 0008, class 0600, no capabilities, and no extended space."""
     assert bus.read(0, 0, 0, 8) == bytes.fromhex("361b080000000000")
     assert bus.read(0, 0, 8, 8) == bytes.fromhex("0000000600000000")
-    assert bus.read(0, 0, 0xFFC, 4) == bytes(4)
+    assert bus.read(0, 0, 0xFC, 4) == bytes(4)
+    assert bus.read(0, 0, 0x100, 4) == b"\xff" * 4
     bus.write(0, 0, 0, b"\1\2\3\4")
     assert bus.read(0, 0, 0, 4) == bytes.fromhex("361b0800")
 
