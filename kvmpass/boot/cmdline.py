@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+QUIET = "quiet loglevel=3"
+"""What the guest's init looks for (kvmpass/initramfs/init.sh)."""
 
-def kernel_command_line(*, verbose: bool = False, strict: bool = False, extra: Iterable[str] = ()) -> str:
+
+def kernel_command_line(
+    *,
+    verbose: bool = False,
+    strict: bool = False,
+    quiet: str = "quiet",
+    serial_ports: int = 4,
+    extra: Iterable[str] = (),
+) -> str:
     """Return the kernel command line: the parameters that a guest needs, then ``extra``, which override them.
 
-    ``strict``: an oops ends the guest. ``verbose``: the kernel prints its messages on the console.
+    ``strict``: an oops ends the guest. ``verbose``: the kernel prints its messages on the console; otherwise only its
+    errors (``quiet``), with ``quiet=QUIET`` only critical ones until the guest's init lets it print its errors.
 
     - ``console=ttyS0``: COM1 is the console; COM2 to COM4 belong to a command.
-    - ``8250.nr_uarts=4``: the kernel's default may be less than the four ports.
+    - ``8250.nr_uarts``: the kernel's default may be less than ``serial_ports``, or more: it probes each.
     - ``panic=-1 reboot=panic_warm``: a panic resets at once, through the same ACPI register as a reboot, with
       ``WARM_RESET_MAGIC`` in ``WARM_RESET_WORD``; a reboot leaves 0 there (kernel/panic.c, kernel/reboot.c,
       arch/x86/kernel/reboot.c).
@@ -22,9 +33,9 @@ def kernel_command_line(*, verbose: bool = False, strict: bool = False, extra: I
       PIT, and kvm-clock reports the TSC's frequency.
     - ``i8042.nokbd`` and the like are not needed: according to the FADT there is no such controller.
     """
-    words = ["console=ttyS0,115200", "8250.nr_uarts=4", "panic=-1", "reboot=panic_warm", "pci=noearly"]
+    words = ["console=ttyS0,115200", f"8250.nr_uarts={serial_ports}", "panic=-1", "reboot=panic_warm", "pci=noearly"]
     extra = list(extra)
     if strict and not any(word.startswith("oops=") for word in extra):  # a later word cannot clear it
         words.append("oops=panic")
-    words += ["loglevel=7"] if verbose else ["quiet"]
+    words += ["loglevel=7"] if verbose else [quiet]
     return " ".join([*words, *extra])

@@ -87,6 +87,8 @@ class KernelImage:
     """``cmdline_size``: bytes, without the terminating zero."""
     release: str
     """Its release, as in ``uname -r``; empty: unknown."""
+    banner: str = ""
+    """Its whole version: release, who has built it, number and time of the build; empty: unknown."""
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -131,6 +133,7 @@ class KernelImage:
             raise bad(f"kernel_alignment is {alignment:#x}, not a power of two")
         if init_size < len(payload):
             raise bad(f"init_size is {init_size:#x}, less than the code's {len(payload):#x}")
+        banner = _banner(data, start)
         return cls(
             path,
             data[HEADER_START:header_end],
@@ -141,16 +144,17 @@ class KernelImage:
             bool(data[0x234]),
             initrd_max,
             cmdline_max,
-            _release(data, start),
+            banner.split(" ", 1)[0],
+            banner,
         )
 
 
-def _release(data: bytes, setup_size: int) -> str:
-    """Return the first word of ``kernel_version``, such as ``6.1.0-28-amd64 (…) #1 SMP …``."""
+def _banner(data: bytes, setup_size: int) -> str:
+    """Return ``kernel_version``, such as ``6.1.0-28-amd64 (…) #1 SMP …``."""
     (pointer,) = struct.unpack_from("<H", data, 0x20E)
     if not pointer or pointer + 0x200 >= setup_size:
         return ""
-    return data[pointer + 0x200 : pointer + 0x600].split(b"\0", 1)[0].decode("latin-1").split(" ", 1)[0]
+    return data[pointer + 0x200 : pointer + 0x600].split(b"\0", 1)[0].decode("latin-1")
 
 
 def place_kernel(kernel: KernelImage, ram: Sequence[Range]) -> Range:

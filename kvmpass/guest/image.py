@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvmpass._dataclass import dataclass
-from kvmpass.boot.cmdline import kernel_command_line
+from kvmpass.boot.cmdline import QUIET, kernel_command_line
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.guest.destination import Destination
 from kvmpass.guest.directories import MINIMAL, Directory, directories, mount
 from kvmpass.guest.kernel import find_kernel
+from kvmpass.guest.options import KernelOptions, ecam_alone, has_console
 from kvmpass.initramfs import GuestRoot, init, parameters
 from kvmpass.initramfs.served import DRIVERS, Entry
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 from kvmpass.memory import Backing
+from kvmpass.ports import SERIAL_LINES
 
 _START = 8 * MIB  # what a kernel allocates before it unpacks: Debian's 6.1 panics with 3 MiB, and works with 5
 _SLACK = 32 * MIB  # beyond the minimum, in the hint
@@ -89,6 +91,11 @@ class GuestImage:
         """Return the backing for the memory of a machine that it is loaded into, ``wanted`` where it may choose."""
         return wanted.shared if self.directories else wanted
 
+    ecam_alone: bool = False
+    """Whether its kernel reaches configuration space by ECAM, so that the machine needs no ports for it."""
+    serial_ports: int = len(SERIAL_LINES)
+    """How many it uses. Each that the kernel probes takes tens of exits."""
+
     def load(self, machine: Machine) -> None:
         """Load it into the memory of a machine that has not started, and start its daemons.
 
@@ -115,7 +122,7 @@ class GuestImage:
             machine.add_ports(self.ports)
         for directory in self.directories:
             directory.serve(machine)
-        machine.load_linux(self.kernel, self.initrd, self.cmdline)
+        machine.load_linux(self.kernel, self.initrd, self.cmdline, self.ecam_alone, self.serial_ports)
 
 
 def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
@@ -126,6 +133,7 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     append = parameters.words(spec.append)
     with_agent = spec.command is not None or spec.session
     unpacked, warnings, entry = 0, tuple[str, ...](), None
+    options, serial_ports = KernelOptions(), len(SERIAL_LINES)
     if spec.initrd is not None:
         initrd = spec.initrd.read_bytes()
     else:
@@ -150,7 +158,28 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
             root.run_agent("a session")
         root.terminal(spec.terminal, spec.terminal_size)
         initrd = root.build()
+        options = KernelOptions.of(kernel.image)
+        if with_agent and has_console(options, root.loads):
+            serial_ports = 1  # the others would take the place of the console's port
         unpacked, warnings = root.tree.unpacked_size, tuple(root.warnings)
-    command_line = kernel_command_line(verbose=spec.verbose, strict=with_agent, extra=append)
+    command_line = kernel_command_line(
+        verbose=spec.verbose,
+        strict=with_agent,
+        quiet="quiet" if spec.initrd is not None else QUIET,
+        serial_ports=serial_ports,
+        extra=append,
+    )
     ports = (init.AGENT_PORT,) if with_agent and spec.initrd is None else ()
-    return GuestImage(kernel.image, initrd, command_line, unpacked, warnings, ports, served, entry, kernel.symbols)
+    return GuestImage(
+        kernel.image,
+        initrd,
+        command_line,
+        unpacked,
+        warnings,
+        ports,
+        served,
+        entry,
+        kernel.symbols,
+        ecam_alone(options, append),
+        serial_ports,
+    )

@@ -159,6 +159,11 @@ class GuestRoot:
         self._targets = tuple(mount.target for mount in mounts)
         self._settings["MOUNTS"] = "yes"
 
+    @property
+    def loads(self) -> set[str]:
+        """Names of the modules that the guest's init loads."""
+        return {words[1] for words in self._loads}
+
     def copy(self, spec: str) -> None:
         """Copy ``SRC:DST``, as on the command line; see :func:`kvmpass.initramfs.files.copy_into`."""
         source, target = files.split_spec(spec)

@@ -15,6 +15,12 @@ cp -a /kvmpass/dev/. /dev/
 mount -a -t nodebugfs,notracefs
 mount -a -t debugfs,tracefs 2>/dev/null # where the kernel has them
 echo kvmpass >/proc/sys/kernel/hostname
+# The kernel's errors are printed from here on, unless the command line has another level (kvmpass/boot/cmdline.py).
+read -r cmdline </proc/cmdline
+case " ${cmdline#* quiet loglevel=3} " in
+*" quiet "* | *" loglevel="* | *" debug "* | *" ignore_loglevel "*) ;;
+*) echo 4 >/proc/sys/kernel/printk ;;
+esac
 
 now() { read -r uptime rest </proc/uptime; up=${uptime%.*}; }
 say() { echo "kvmpass: $*" >/dev/console; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pty
 import re
@@ -28,6 +29,8 @@ from kvmpass.machine import GuestOutcome, Machine
 Valid = Callable[[str, str | bytes], Any]
 
 pytestmark = [pytest.mark.amdvi(duration=12), pytest.mark.usefixtures("as_without_tests")]
+MOST_EXITS = 650
+"""Of a guest with a drive and a console, from its start to its command."""
 HEAD = 16 << 20  # bytes at the start of a drive that are compared: a real one may be large
 HASH_HEAD = f"dd if=/dev/nvme0n1 bs=1M count={HEAD >> 20} 2>/dev/null | sha256sum"
 
@@ -70,7 +73,7 @@ def test_the_guest_reads_and_writes_the_drive(nvme: str, tmp_path: Path, destruc
     script = f"set -e; {HASH_HEAD.replace('sha256sum', '/opt/sha256sum')}; "
     script += "dd if=/opt/marker of=/dev/nvme0n1 bs=4096 seek=3 conv=fsync"
     result = run(
-        *("assign", nvme, "--memory", "256M", "--status-file", str(tmp_path / "status.json")),
+        *("assign", nvme, "--memory", "256M", "--timings", "--status-file", str(tmp_path / "status.json")),
         *("--copy", f"{shutil.which('sha256sum')}:/opt/sha256sum", "--copy", f"{tmp_path}/marker:/opt/marker"),
         *("--", "sh", "-c", script),
     )
@@ -85,6 +88,12 @@ def test_the_guest_reads_and_writes_the_drive(nvme: str, tmp_path: Path, destruc
         0,
     )
     assert report["bdfs"] == [nvme]
+    stages = {stage["name"]: stage for stage in report["timings"]["stages"]}
+    print(json.dumps(report["timings"]))
+    assert [*stages][-4:] == ["guest's boot", "command", "power off", "rebinding"]
+    assert stages["guest's boot"]["exits"] <= MOST_EXITS, report["timings"]["accesses"]
+    assert stages["command"]["exits"] < 50, "16 MiB from the drive, 4 KiB to it"
+    assert all(f"kvmpass: {count}" in result.stderr.decode() for count in ("seconds", "  reads"))
 
 
 def test_interrupts_are_msi_x(nvme: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 # What our guests alone may say: a pattern, and why it is no fault.
 ALLOWED = {
     r"kvm_amd: SVM not supported by CPU": "guests of ours get no AMD-V, on purpose: CPUID leaves it out. QEMU's do",
+    r"PCI: Fatal: No config space access function found": "it looks for ports first; then it finds ECAM, by ACPI",
     r"clocksource: Long readout interval": "an emulated CPU was elsewhere for a while; QEMU's guests say it, too",
     r"hrtimer: interrupt took \d+ ns": "the same, seen on a busy machine and not in the next boot",
 }
