@@ -80,15 +80,19 @@ def changes(client: FuseClient, prefix: str) -> Iterator[tuple[str, int]]:
     tree, file, sub = (client.find(f"{prefix}{name}".strip("/")) for name in ("", "/file", "/sub"))
     handle = client.open(file, os.O_RDONLY)[1]
     plain: list[tuple[str, int, int, bytes]] = [
-        ("chmod", fuse.SETATTR, file, setattr_(MODE)),
+        ("chmod", fuse.SETATTR, file, setattr_(MODE, 0o777)),
+        ("set-user-ID", fuse.SETATTR, file, setattr_(MODE)),
+        ("set-group-ID", fuse.SETATTR, file, setattr_(MODE, 0o2777)),
         ("chown", fuse.SETATTR, file, setattr_(OWNER)),
         ("truncate", fuse.SETATTR, file, setattr_(LENGTH)),
         ("utimes", fuse.SETATTR, tree, setattr_(TIMES)),
         ("symlink", fuse.SYMLINK, tree, b"made\0/etc/passwd\0"),
-        ("mknod", fuse.MKNOD, tree, struct.pack("<IIII", stat.S_IFREG | 0o4755, 0, 0, 0) + b"node\0"),
+        ("mknod", fuse.MKNOD, tree, struct.pack("<IIII", stat.S_IFREG | 0o755, 0, 0, 0) + b"node\0"),
+        ("mknod set-user-ID", fuse.MKNOD, tree, struct.pack("<IIII", stat.S_IFREG | 0o4755, 0, 0, 0) + b"suid\0"),
         ("device", fuse.MKNOD, tree, struct.pack("<IIII", stat.S_IFBLK | 0o666, 0x801, 0, 0) + b"disk\0"),
         ("mkdir", fuse.MKDIR, tree, struct.pack("<II", 0o777, 0) + b"directory\0"),
-        ("create", fuse.CREATE, tree, struct.pack("<IIII", os.O_RDWR | os.O_CREAT, 0o4755, 0, 0) + b"created\0"),
+        ("create", fuse.CREATE, tree, struct.pack("<IIII", os.O_RDWR | os.O_CREAT, 0o755, 0, 0) + b"created\0"),
+        ("create set-ID", fuse.CREATE, tree, struct.pack("<IIII", os.O_RDWR | os.O_CREAT, 0o6755, 0, 0) + b"sid\0"),
         ("link", fuse.LINK, tree, struct.pack("<Q", file) + b"hard\0"),
         ("rename", fuse.RENAME, tree, struct.pack("<Q", sub) + b"file\0file\0"),
         ("exchange", fuse.RENAME2, tree, struct.pack("<QII", sub, 2, 0) + b"file\0other\0"),
@@ -115,7 +119,7 @@ def test_nothing_can_be_changed(tree: Path, whole: bool) -> None:
         if not whole:  # the tree is the file system's root, which no lookup finds
             client.find = lambda path, start=ROOT, find=client.find: find(path) if path else ROOT  # type: ignore
         tried = dict(changes(client, str(tree) if whole else ""))
-        assert len(tried) == 24
+        assert len(tried) == 28
         assert not {name: os.strerror(error) for name, error in tried.items() if error not in REFUSALS}
         assert tried["create"] == tried["unlink"] == tried["chmod"] == tried[f"open {os.O_RDWR:#o}"] == errno.EROFS
         assert daemon.running
@@ -123,7 +127,7 @@ def test_nothing_can_be_changed(tree: Path, whole: bool) -> None:
 
 
 def test_the_same_changes_are_made_where_writing_is_allowed(tree: Path) -> None:
-    """Else the refusals would prove nothing. Devices are refused, and what is outside stays as it is."""
+    """Else the refusals would prove nothing. No device, no set-user-ID, and what is outside stays as it is."""
     outside = state(tree.parent / "outside")
     with serving(tree, writable=True) as daemon, FuseClient(daemon.connection) as client:
         client.init()
@@ -131,7 +135,9 @@ def test_the_same_changes_are_made_where_writing_is_allowed(tree: Path) -> None:
         tried = dict(changes(client, ""))
     for name in ("chmod", "truncate", "utimes", "symlink", "mknod", "mkdir", "create", "link", "rename"):
         assert tried[name] == 0, (name, os.strerror(tried[name]))
-    assert tried["device"] == errno.EPERM
+    for name in ("device", "set-user-ID", "set-group-ID", "mknod set-user-ID", "create set-ID"):
+        assert tried[name] == errno.EPERM, (name, os.strerror(tried[name]))
+    assert not [path for path in tree.rglob("*") if path.lstat().st_mode & 0o6000]
     assert (tree / "created").lstat().st_uid == user().uid
     assert state(tree.parent / "outside") == outside
 
