@@ -104,6 +104,7 @@ p2p_option = click.option(
 files_option = together(
     click.option(
         "--root",
+        type=click.Path(),
         default="minimal",
         show_default=True,
         show_envvar=True,
@@ -116,6 +117,7 @@ files_option = together(
         "--share",
         "shares",
         multiple=True,
+        type=click.Path(),
         metavar="SRC[:DST][,rw]",
         help="Let the guest read a directory of this host, at DST, by default the same path; with rw also write to "
         "it.  [repeatable]",
