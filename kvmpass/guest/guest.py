@@ -160,6 +160,8 @@ class Guest:
 
     def _start_command(self) -> None:
         """Let the agent run the image's command, once it is there. Without its port the guest's init does."""
+        if self.agent is None:
+            self._make_agent()  # the image may have been loaded since
         if self.agent is None or self._session:
             return
         self._process = self.agent.start(

@@ -13,6 +13,8 @@ from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
 from kvmpass.guest.frames import OUTPUT as OUTPUT_STREAM
 from kvmpass.guest.guest import CONTROL
 from kvmpass.initramfs import init
+from kvmpass.initramfs import init
+from kvmpass.initramfs.init import AGENT_PORT
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import GuestOutcome
 from kvmpass.virtio import Port
@@ -186,3 +188,12 @@ def test_a_status_before_the_timeout_counts() -> None:
     with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
         result = guest.run(timeout=0.05)
     assert (result.outcome, result.status) == (GuestOutcome.TIMEOUT, 3)
+
+
+def test_the_image_may_be_loaded_into_a_machine_that_is_connected() -> None:
+    """Its ports come with it: the command is started all the same."""
+    vm = Vm(GuestOutcome.POWEROFF)
+    with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
+        vm.ports[AGENT_PORT] = Port(AGENT_PORT, lambda data: None, lambda: True)
+        guest.run()
+    assert init.RUN_COMMAND[1].encode() in vm.ports[AGENT_PORT].take(1000)
