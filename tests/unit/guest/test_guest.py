@@ -13,7 +13,6 @@ from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
 from kvmpass.guest.frames import OUTPUT as OUTPUT_STREAM
 from kvmpass.guest.guest import CONTROL
 from kvmpass.initramfs import init
-from kvmpass.initramfs import init
 from kvmpass.initramfs.init import AGENT_PORT
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import GuestOutcome
