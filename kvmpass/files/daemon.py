@@ -95,7 +95,9 @@ class FileDaemon:
 
     @property
     def messages(self) -> str:
-        """What the daemon has said since the last time: its first 4 KiB, in one line."""
+        """What the daemon has said since the last time: its first 4 KiB, in one line. Empty after ``close()``."""
+        if self._messages < 0:
+            return ""
         try:
             said = os.read(self._messages, _MOST_MESSAGES)
         except BlockingIOError:

@@ -152,6 +152,9 @@ class GuestRoot:
         if served.add(self.tree, mounts, empty):
             assert source is not None
             self._source, self._entry = source, entry
+            for path in (*served.OWN, *empty):
+                if not (source / path.lstrip("/")).is_dir():  # nothing can be mounted there otherwise
+                    self.tree.directory(served.UPPER + path)
             for path, data in contents.items():
                 self.tree.file(served.UPPER + path, data)
             self._settings["SHELL_SCRIPT"] = f"{init.DIRECTORY}/command"

@@ -25,7 +25,8 @@ DRIVERS = ("virtio_pci", "virtiofs", "overlay")
 """The modules that all this needs."""
 _ROOT_TABLE, _SHARES_TABLE = f"{DIRECTORY}/root.fstab", f"{DIRECTORY}/shares.fstab"
 _LOWER, _WORK = f"{DIRECTORY}/lower", f"{DIRECTORY}/work"
-_OWN = ("/dev", "/proc", "/run", "/sys", "/tmp")  # of the guest, with all that is mounted there
+OWN = ("/dev", "/proc", "/run", "/sys", "/tmp")
+"""Directories of the root that are the guest's own, with all that is mounted there."""
 # A directory that cannot be read is no reason not to run the command.
 _ENTER = 'cd "$0" 2>/dev/null || echo "kvmpass: $0 cannot be entered: starting in /" >&2; exec "$@"'
 # One that was asked for is.
@@ -93,7 +94,7 @@ def add(tree: Tree, mounts: Iterable[Served], empty: Iterable[str] = ()) -> bool
             tree.directory(path)
         layers = f"lowerdir={_LOWER},upperdir={UPPER},workdir={_WORK}"
         lines = [(mounts[0].tag, _LOWER, "virtiofs", "ro"), ("overlay", ROOT, "overlay", layers)]
-        lines += [(path, ROOT + path, "none", "rbind") for path in _OWN]
+        lines += [(path, ROOT + path, "none", "rbind") for path in OWN]
         lines += [("tmpfs", ROOT + path, "tmpfs", "mode=0700") for path in empty]
         tree.file(_ROOT_TABLE, _table(lines))
         script.append(("mount_all", _ROOT_TABLE))

@@ -114,6 +114,7 @@ def test_closing_ends_all_and_leaves_no_descriptor() -> None:
         found = processes(daemon)
         assert "connection" in daemon.messages
     daemon.close()
+    assert daemon.messages == ""
     assert not alive(found)
     assert set(Path("/proc/self/fd").iterdir()) == before
 

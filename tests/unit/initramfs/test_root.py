@@ -294,3 +294,13 @@ def test_a_program_that_is_not_there_is_warned_of(busybox: Path) -> None:
     root.serve([Served("root", "/")], Path("/"), Entry())
     root.run_command(["fio"])
     assert root.warnings == [], "init cannot know what is in the host's root"
+
+
+def test_a_root_gets_the_directories_that_it_lacks(busybox: Path, tmp_path: Path) -> None:
+    """Those that the guest has of its own are mounted there."""
+    (tmp_path / "proc").mkdir()
+    root = GuestRoot(busybox)
+    root.serve([Served("root", "/")], tmp_path, Entry(), empty=["/root"])
+    content = unpack(root.build())
+    made = {name.removeprefix("kvmpass/upper/") for name in content if name.startswith("kvmpass/upper/")}
+    assert made == {"dev", "run", "sys", "tmp", "root"}
