@@ -20,14 +20,14 @@ from kvmpass.host.limits import page_tables
 from kvmpass.host.sysfs import VFIO_PCI
 from kvmpass.machine.backends import use_backend
 from kvmpass.machine.device import AssignedDevice, DeviceState
-from kvmpass.machine.functions import Functions
 from kvmpass.machine.monitor import DeviceMonitor
 from kvmpass.machine.passed import PassedIommu
+from kvmpass.machine.remotes import Remotes
 from kvmpass.machine.requests import EJECT_SECONDS, Requests
 from kvmpass.vfio.device import ERR, REQ
 
 
-class Assignments(Functions):
+class Assignments(Remotes):
     """The base of ``Machine`` that assigns devices, resets and deassigns them.
 
     Synchronization: from any thread; ``Execution`` says which lock guards what.

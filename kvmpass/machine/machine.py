@@ -119,7 +119,7 @@ class Machine(Assignments):
 
     def _make_board(self) -> Board:
         outputs = [partial(self._write_output, number) for number in range(len(ports.SERIAL_LINES))]
-        events = BoardEvents(self._power_event, lambda slot: self._requests.on_eject(slot), outputs)
+        events = BoardEvents(self._power_event, self._on_eject, outputs)
         return Board(self._system, self.layout, self.memory, events)
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class Machine(Assignments):
                 partial(self.domain.rebind_kvm, None),
                 partial(self._slots.close, self._board),
                 self._deassign_all,
-                self._close_front_ends,
+                self._close_remotes,
                 self.domain.close,
                 *([self._iommu.close] if self._iommu else []),
                 self.memslots.close,
@@ -169,8 +169,8 @@ class Machine(Assignments):
             slots = self.memslots.ledger
             found = {Mirrored(Range(slot.gpa, slot.size), slot.hva, not slot.readonly) for slot in slots}
             compare("KVM memslots", wanted, found)
-            for front in self._front_ends:
-                front.audit()
+            for remote in list(self._remotes):
+                remote.front.audit()
 
     # --- the guest
 
@@ -184,6 +184,8 @@ class Machine(Assignments):
             self._check_usable()
             if self._entry is None or self._threads is not None:
                 raise GuestError("load a kernel first, and start it once")
+            if self._stop_on_error:
+                self._check_daemons()
             for device in self.devices:
                 if device.failed and self._stop_on_error:
                     raise GuestError(f"{device.bdf} has had an uncorrected error", "try Machine.reset_device")
@@ -207,6 +209,7 @@ class Machine(Assignments):
             for device in list(self.devices):
                 if device.ejected.is_set():  # its removal is pending
                     self.deassign(device)
+            self._remove_ejected()
             devices = sorted(self.devices, key=lambda device: device.bdf)
             for device in devices:
                 self._slots.unplug(device)
@@ -232,6 +235,10 @@ class Machine(Assignments):
             if self._linux is not None:
                 self.load_linux(*self._linux)
             self._broken = False
+
+    def _on_eject(self, slot: int) -> None:
+        self._requests.on_eject(slot)
+        self._on_eject_remote(slot)
 
     def _end_for_error(self) -> None:
         if self._stop_on_error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,6 +12,7 @@ from kvmpass.board.board import Board
 from kvmpass.errors import GuestError
 from kvmpass.machine.device import AssignedDevice
 from kvmpass.pci import AssignedFunction, PciFunction, Wiring
+from kvmpass.pci.bus import SLOTS
 
 
 @dataclass(eq=False, slots=True)
@@ -49,15 +50,30 @@ class Slots:
         with self.bus_lock:
             board.close()
 
-    def add(self, make: Callable[[Wiring], PciFunction], slot: int | None = None) -> None:
-        """Plug an emulated function into ``slot``, or into the first free one.
+    def add(self, make: Callable[[Wiring], PciFunction], order: Iterable[int] = range(SLOTS)) -> int:
+        """Plug an emulated function into the first free slot in ``order``, and return which. A running guest is told.
 
         Raises ``LayoutError``, and what ``make`` raises.
         """
         with self.bus_lock:
-            slot = self.board.pci.free_slot() if slot is None else slot
+            slot = self.board.pci.free_slot(order)
             self.board.plug(make, slot)
             self._made[slot] = make
+            if self.running():
+                self.board.hotplug.announce(slot)
+        return slot
+
+    def hide(self, slot: int, function: PciFunction) -> None:
+        """Take an emulated function off the bus, without closing it."""
+        with self.bus_lock:
+            self._made.pop(slot, None)
+            self.board.hotplug.forget(slot)
+            self.board.pci.unplug(function)
+
+    def close_function(self, function: PciFunction) -> None:
+        """Close a function that is off the bus. Raises ``OSError``."""
+        with self.bus_lock:
+            function.close()
 
     def plug(self, device: AssignedDevice) -> None:
         """Show ``device`` to the guest: in the slot of function 0 of the same device, or in one of its own.
@@ -99,15 +115,25 @@ class Slots:
 
         Raises ``GuestError`` after ``timeout`` seconds; the request is then withdrawn.
         """
-        deadline = time.monotonic() + timeout
         ejected = [other for other in self.devices if other.slot == device.slot]
-        self.request_eject(device)
-        while self.running() and not device.ejected.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
+        if not self.wait_for_eject(device.slot, device.ejected, timeout):
+            raise GuestError(
+                f"the guest did not eject {device.bdf} within {timeout:g} seconds",
+                "use Machine.deassign, which does not wait for the guest",
+            )
+        return ejected
+
+    def wait_for_eject(self, slot: int, ejected: threading.Event, timeout: float) -> bool:
+        """Request the eject of ``slot``, and wait for ``ejected``, or for the guest's end; return whether it came.
+
+        After ``timeout`` seconds the request is withdrawn.
+        """
+        deadline = time.monotonic() + timeout
+        with self.bus_lock:
+            self.board.hotplug.request_eject(slot)
+        while self.running() and not ejected.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
                 with self.bus_lock:
-                    self.board.hotplug.withdraw(device.slot)
-                raise GuestError(
-                    f"the guest did not eject {device.bdf} within {timeout:g} seconds",
-                    "use Machine.deassign, which does not wait for the guest",
-                )
-        return ejected
+                    self.board.hotplug.withdraw(slot)
+                return False
+        return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from kvmpass._ratelimit import limited_log, log_errors
@@ -76,10 +76,10 @@ class PciBus:
         function = self._functions.get(devfn)
         return _ABSENT if function is None else function.config_image()
 
-    def free_slot(self) -> int:
-        """Return the first empty slot. Raises ``LayoutError`` if there is none."""
+    def free_slot(self, order: Iterable[int] = range(SLOTS)) -> int:
+        """Return the first empty slot in ``order``. Raises ``LayoutError`` if there is none."""
         used = {devfn >> 3 for devfn in self._functions}
-        slot = next((n for n in range(SLOTS) if n not in used), None)
+        slot = next((n for n in order if n not in used), None)
         if slot is None:
             raise LayoutError(f"all {SLOTS} slots of the guest's PCI bus are in use", "unplug a device first")
         return slot

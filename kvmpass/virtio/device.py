@@ -78,7 +78,7 @@ class VirtioDevice(Protocol):
         """Handle that a queue's vector, or what it signals, is another one now. Called without the locks."""
 
     def close(self) -> None:
-        """Access no memory after this. Called once, without the locks, after ``stop``."""
+        """Access no memory after this. Called without the locks, after ``stop``. Idempotent."""
 
 
 class LocalDevice:

@@ -214,6 +214,8 @@ class FrontEnd:
 
     def region_removed(self, region: MemoryRegion) -> None:
         """Let the daemon unmap the region. Rings in it are taken back: the driver must reset the device."""
+        if region not in self._table:  # such as a BAR, which a vCPU moves: it waits for no daemon
+            return
         with self._talking() as talk:
             if region in self._table:
                 if any(place.overlaps(region.range) for ring in self._rings.values() for place in ring.places):

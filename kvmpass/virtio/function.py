@@ -188,8 +188,14 @@ class VirtioFunction:
         """See ``PciFunction``."""
         self._space.set(pciregs.HEADER_TYPE, pciregs.MULTIFUNCTION if several else 0, 1)
 
+    def quiesce(self) -> None:
+        """End the thread and reset the device: it accesses no memory after this. Idempotent.
+
+        Synchronization: from any thread, without the bus lock if possible: a daemon may take its time.
+        """
+        run_all(self._kicks.stop, self.transport.reset, self.transport.device.close)
+
     def close(self) -> None:
-        """See ``PciFunction``. Ends the thread and resets the device first."""
-        reset = self.transport.reset, self.transport.device.close
+        """See ``PciFunction``."""
         # KVM takes a doorbell back by its eventfd.
-        run_all(self._kicks.stop, *reset, self._msix.disable, self._bars.close, self._kicks.close)
+        run_all(self.quiesce, self._msix.disable, self._bars.close, self._kicks.close)

@@ -15,11 +15,12 @@ from support import daemons
 from support.witness import Edu, pattern
 
 from kvmpass import host
-from kvmpass.events import DaemonEnded, DeviceEvent
+from kvmpass.events import DaemonEnded, DeviceEvent, DeviceReleased
 from kvmpass.guest import Guest, GuestSpec, prepare
 from kvmpass.host import Sysfs
 from kvmpass.layout import GIB, MIB
 from kvmpass.machine import GuestOutcome, Machine
+from kvmpass.machine.remotes import Remote
 from kvmpass.memory import Backing
 from kvmpass.virtio.fs import MODALIAS
 
@@ -36,6 +37,9 @@ if [ ! -e /mnt/first ]; then
     echo begin; sleep 1
     i=0; while [ $i -lt {REQUESTS} ]; do [ -e /mnt/absent$i ]; i=$((i+1)); done
     echo end; sleep 1
+    mkdir -p /more; until mount -t virtiofs more /more 2>/dev/null; do usleep 100000; done
+    cat /more/data; umount /more; echo ejecting
+    while [ -d /sys/bus/pci/devices/0000:00:1c.0 ]; do usleep 100000; done
     reboot -f
 fi
 cat /mnt/first; head -c 13 /dev/vda; echo killing
@@ -83,7 +87,10 @@ def processes_and_files() -> tuple[set[str], list[str]]:
 def test_a_guest_with_a_directory_and_a_drive_of_daemons(edu: str, tmp_path: Path) -> None:
     """Requests cause no exit and wake no thread here; memory comes and goes; reboot; then one daemon is killed."""
     shared, content, disk = tmp_path / "shared", os.urandom(3_000_000), os.urandom(1 * MIB)
+    second = tmp_path / "second"
     shared.mkdir()
+    second.mkdir()
+    (second / "data").write_text("plugged later\n")
     (shared / "data").write_bytes(content)
     (tmp_path / "disk").write_bytes(disk)
     sysfs, events, reader = Sysfs(), list[DeviceEvent](), Reader()
@@ -94,6 +101,7 @@ def test_a_guest_with_a_directory_and_a_drive_of_daemons(edu: str, tmp_path: Pat
         host.borrow(edu),
         daemons.virtiofsd(shared, tmp_path / "files") as process,
         daemons.storage_daemon(tmp_path / "disk", tmp_path / "drive") as storage,
+        daemons.virtiofsd(second, tmp_path / "more") as other,
     ):
         with Machine(memory="192M", backing=Backing.MEMFD, on_event=events.append) as machine:
             device = machine.assign(edu)
@@ -110,8 +118,16 @@ def test_a_guest_with_a_directory_and_a_drive_of_daemons(edu: str, tmp_path: Pat
                     machine.audit()
                 counts["begin"] = Counts(machine)
 
+            def hot_plug() -> None:
+                counts["end"] = Counts(machine)
+                plugged.append(machine.add_filesystem("more", tmp_path / "more"))
+                assert plugged[0].slot == 28
+                machine.audit()
+
+            plugged: list[Remote] = []
             reader.actions["begin"] = change_memory
-            reader.actions["end"] = lambda: counts.update(end=Counts(machine))
+            reader.actions["end"] = hot_plug
+            reader.actions["ejecting"] = lambda: machine.remove_remote(plugged[0], 60)
             reader.actions["killing"] = process.kill
             image.load(machine)
             with Guest(machine, console=None, output=reader, errors=reader) as guest:
@@ -123,6 +139,9 @@ def test_a_guest_with_a_directory_and_a_drive_of_daemons(edu: str, tmp_path: Pat
         assert (result.outcome, result.failures) == (GuestOutcome.DEVICE_ERROR, ()), result
         ended = [event for event in events if isinstance(event, DaemonEnded)]
         assert [event.bdf for event in ended] == ["file system files"]
+        released = [event for event in events if isinstance(event, DeviceReleased)]
+        assert [(event.bdf, event.by) for event in released] == [("file system more", "guest")]
+        assert other.wait(20) == 0, "its connection was closed"
         assert storage.poll() is None
         with Machine(memory="16M", backing=Backing.MEMFD) as machine:
             machine.add_remote("drive", tmp_path / "drive", daemons.block_device)
@@ -131,6 +150,7 @@ def test_a_guest_with_a_directory_and_a_drive_of_daemons(edu: str, tmp_path: Pat
     digests = [hashlib.sha256(data).hexdigest() for data in (content, disk)]
     assert re.findall(r"^(\w{64}) ", reader.said, re.MULTILINE) == digests
     assert reader.said.count("of the guest\n") == 3
+    assert reader.said.count("plugged later\n") == 1
     assert "unreachable" not in reader.said
     assert (shared / "first").read_text() == "of the guest\n"
     assert (tmp_path / "disk").read_bytes() == b"of the guest\n" + disk[13:]
