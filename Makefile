@@ -14,7 +14,7 @@ SOAKING = $(shell grep -rlwE --include='test_*.py' 'KVMPASS_SOAK|SOAK' tests)
 SOURCES := kvmpass cffi_build tests scripts setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help deps venv demo qemu test test-full soak mutants lint format build clean
+.PHONY: help deps venv demo bench qemu test test-full soak mutants lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ $(STAMP): | deps
 demo: venv ## assign an NVMe drive to a virtual machine, inside an emulated AMD-Vi host
 	@$(BIN)/python scripts/demo.py
 
+bench: venv ## kvmpass beside QEMU's vfio-pci and C, nine rounds in one emulated host: docs/bench.json, docs/bench.svg
+	@$(BIN)/python scripts/bench/run.py $(ARGS)
+
 qemu: venv ## fetch the modern QEMU, which some tests ask for
 	@$(BIN)/kvmpass lab qemu
 
@@ -76,6 +79,7 @@ lint: venv ## ruff and mypy
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
 	@$(BIN)/mypy scripts/demo.py
+	@$(BIN)/mypy scripts/bench/run.py scripts/bench/inside.py
 
 format: venv ## let ruff format the code
 	@$(BIN)/ruff check --fix $(SOURCES)
