@@ -119,6 +119,16 @@ def test_closing_ends_all_and_leaves_no_descriptor() -> None:
     assert set(Path("/proc/self/fd").iterdir()) == before
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_closing_ends_one_that_is_stopped(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them can delay the end of what started it."""
+    monkeypatch.setattr("kvmpass.files.daemon._END_SECONDS", 0.5)
+    with serving(Path("/")) as daemon:
+        found = processes(daemon)
+        os.kill(found[number], signal.SIGSTOP)
+    assert within(10, lambda: not alive(found)), alive(found)
+
+
 def test_killing_the_process_that_started_it_ends_all(daemon: FileDaemon) -> None:
     """The fixture has shown that one can be started."""
     script = """import sys, time; from pathlib import Path; from kvmpass.files import FileDaemon, caller
