@@ -143,6 +143,8 @@ KINDS: dict[str, Callable[[GuestMemory], MemoryRegion]] = {
     "shared": lambda memory: add_shared(memory, True),
     "shared rom": lambda memory: add_shared(memory, False),
     "huge": lambda memory: memory.add_ram(PLACE, 4 * MIB, backing=Backing.HUGETLB_2M),
+    "memfd": lambda memory: memory.add_ram(PLACE, 4 * MIB, backing=Backing.MEMFD),
+    "huge memfd": lambda memory: memory.add_ram(PLACE, 4 * MIB, backing=Backing.MEMFD_2M),
 }
 
 

@@ -15,7 +15,7 @@ from support.virtio_driver import MESSAGES, NEXT, WRITE, Driver
 from kvmpass import pciregs
 from kvmpass.errors import DaemonError, GuestError, LayoutError
 from kvmpass.layout import MIB, PAGE
-from kvmpass.memory import Backing
+from kvmpass.memory import Backing, HostMapping
 from kvmpass.virtio.device import INDIRECT, VERSION_1
 from kvmpass.virtio.frontend import FrontEnd
 from kvmpass.virtio.remote import RemoteDevice
@@ -290,6 +290,25 @@ def test_memory_comes_and_goes(options: dict[str, int]) -> None:
         assert guest.daemon.access(16 * MIB, 9) == b"of a file"
         guest.memory.add_rom(32 * MIB, b"not for daemons")
         assert sorted(guest.daemon.table) == [0, 16 * MIB]
+        assert guest.reasons == []
+
+
+def test_a_daemon_that_takes_its_time_delays_no_other_memory() -> None:
+    """Such as BARs, which a vCPU moves."""
+    with serving(Daemon()) as guest:
+        guest.start()
+        guest.given()
+        guest.daemon.going.clear()
+        guest.write(20, 0, 1)
+        until(lambda: not guest.front.lock.acquire(blocking=False) or bool(guest.front.lock.release()))
+        mapping = HostMapping(PAGE)
+        for _ in range(3):
+            guest.memory.remove(guest.memory.add_bar(64 * MIB, PAGE, mapping, 0, "bar"))
+            guest.memory.remove(guest.memory.add_rom(64 * MIB, b"rom"))
+        mapping.close()
+        assert guest.status == 0xF, "the daemon has not answered yet"
+        guest.daemon.going.set()
+        until(lambda: guest.status == 0)
         assert guest.reasons == []
 
 
