@@ -16,13 +16,14 @@ import click
 from kvmpass import crash
 from kvmpass.assignment.assign import assigned
 from kvmpass.assignment.passed import PassedDescriptors
+from kvmpass.cli.console_log import ConsoleLog
 from kvmpass.cli.copied import report
 from kvmpass.cli.documents import backend_document, peers_document
-from kvmpass.cli.guest_options import guest_options, guest_spec
+from kvmpass.cli.guest_options import command_options, guest_options, guest_spec, machine_options
 from kvmpass.cli.input import passed_input
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
 from kvmpass.cli.output import document_text, error_fields, error_text
-from kvmpass.cli.params import BDF, backend_option, p2p_option
+from kvmpass.cli.params import BDF
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal
 from kvmpass.cli.timings import Measured
 from kvmpass.errors import KvmpassError
@@ -35,12 +36,9 @@ from kvmpass.timings import Mark, unmarked
 
 @click.command(context_settings={"ignore_unknown_options": False})
 @click.argument("bdf", nargs=-1, shell_complete=BDF.shell_complete)
-@click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T.")
-@click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
+@machine_options
 @guest_options
-@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
-@backend_option
-@p2p_option
+@command_options
 @click.option(
     "--vfio-fd",
     "vfio_fds",
@@ -56,7 +54,6 @@ from kvmpass.timings import Mark, unmarked
     metavar="N",
     help="With --vfio-fd: an open descriptor of /dev/iommu, or of /dev/vfio/vfio with type 1, for this guest alone.",
 )
-@click.option("--vf-token", type=click.UUID, help="VF token (UUID) of a virtual function and its physical function.")
 @click.option(
     "--on-reboot",
     type=click.Choice(["end", "restart"]),
@@ -312,43 +309,6 @@ def _show_console(console: str) -> None:
     """Print the console, from the first sign of a crash on if there is one."""
     for line in crash.excerpt(console):
         click.echo(f"  console: {''.join(c if c.isprintable() else ' ' for c in line)}", err=True)
-
-
-class ConsoleLog:
-    """``--console-log``: the whole console in a file, which the constructor opens. Raises ``OSError``.
-
-    A later write error is reported once and does not end the guest.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._file = path.open("wb", buffering=0) if path else None
-
-    def beside(self, sink: Sink | None) -> Sink | None:
-        """Return a sink that writes here, and to ``sink``."""
-        if self._file is None:
-            return sink
-
-        def write(data: bytes) -> None:
-            self._write(data)
-            if sink is not None:
-                sink(data)
-
-        return write
-
-    def _write(self, data: bytes) -> None:
-        try:
-            while self._file is not None and data:
-                data = data[self._file.write(data) or 0 :]
-        except OSError as error:
-            click.echo(f"kvmpass: --console-log: {self._path}: {error.strerror}: the rest is missing", err=True)
-            self.close()
-
-    def close(self) -> None:
-        """Idempotent."""
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
 
 
 _MAX_EVENTS = 256

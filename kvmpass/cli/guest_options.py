@@ -11,12 +11,25 @@ from typing import Any
 import click
 
 from kvmpass.cli.output import together
-from kvmpass.cli.params import files_option
+from kvmpass.cli.params import backend_option, files_option, p2p_option
 from kvmpass.cli.terminal import terminal_size
 from kvmpass.guest import GuestSpec
 from kvmpass.guest.directories import MINIMAL
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+machine_options = together(
+    click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T."),
+    click.option("--cpus", default=1, show_default=True, help="Number of vCPUs."),
+    click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool."),
+    backend_option,
+    p2p_option,
+    click.option(
+        "--vf-token", type=click.UUID, help="VF token (UUID) of a virtual function and its physical function."
+    ),
+)
+"""What the machine has."""
+
 
 guest_options = together(
     click.option(
@@ -38,19 +51,24 @@ guest_options = together(
         "with a slash.  [repeatable]",
     ),
     click.option(
-        "--copy-out",
-        multiple=True,
-        metavar="SRC[:DST]",
-        help="When COMMAND has ended, copy a file or a directory of the guest to DST, by default its own name in the "
-        "current directory; into DST if it ends with a slash.  [repeatable]",
-    ),
-    click.option(
         "--module",
         "modules",
         multiple=True,
         type=click.Path(path_type=Path),
         metavar="FILE.ko",
         help="A driver to load instead of the kernel's own for the device.  [repeatable]",
+    ),
+)
+"""What the guest is made of. Their names are those of ``GuestSpec``'s fields."""
+
+
+command_options = together(
+    click.option(
+        "--copy-out",
+        multiple=True,
+        metavar="SRC[:DST]",
+        help="When COMMAND has ended, copy a file or a directory of the guest to DST, by default its own name in the "
+        "current directory; into DST if it ends with a slash.  [repeatable]",
     ),
     click.option("-i", "--interactive", is_flag=True, help="Pass standard input to COMMAND."),
     click.option(
@@ -76,26 +94,28 @@ guest_options = together(
         help="Where COMMAND starts.  [default: this directory with --root host, else /root]",
     ),
 )
-"""Their names are those of ``GuestSpec``'s fields."""
+"""What its command gets, for a guest that has one. Their names are those of ``GuestSpec``'s fields."""
 
 
 def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
     """Return what the guest is made of, from its options and ``verbose``. Raises ``click.UsageError``."""
     if command is not None and not command:
         raise click.UsageError("missing COMMAND after --")
-    if guest["interactive"] and command is None:
+    if guest.get("interactive") and command is None:
         raise click.UsageError("-i passes standard input to a COMMAND: a shell on the console has it anyway")
-    if command is None and (guest["tty"] or guest["environment"] or guest["directory"]):
+    if command is None and any(guest.get(name) for name in ("tty", "environment", "directory")):
         raise click.UsageError("-t, -e and -w are for a COMMAND: name one after --")
-    if guest["tty"] and not os.isatty(sys.stdin.fileno()):
+    if guest.get("tty") and not os.isatty(sys.stdin.fileno()):
         raise click.UsageError("-t passes the keys of a terminal, and standard input is none: use -i")
-    if guest["copy_out"] and command is None:
+    if guest.get("copy_out") and command is None:
         raise click.UsageError("--copy-out brings files out when a COMMAND has ended: name one after --")
+    if guest["initrd"] and guest.get("session"):
+        raise click.UsageError("--initrd replaces the root file system that has the agent, which runs commands")
     if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
     if guest["initrd"] and (guest["root"] != MINIMAL or guest["shares"]):
         raise click.UsageError("--initrd replaces the root file system that mounts --root and --share")
-    guest["environment"] = _environment(guest["environment"])
+    guest["environment"] = _environment(guest.get("environment", ()))
     own = tuple(command) if command else None
     return GuestSpec(**guest, command=own, terminal=os.environ.get("TERM", "linux"), terminal_size=terminal_size())
 

@@ -23,15 +23,23 @@ COMMANDS = {
     "assign": ("kvmpass.cli.assign", "Boot a Linux guest and assign the PCI devices BDF to it."),
     "bind": ("kvmpass.cli.bind", "Bind devices to vfio-pci, until unbind or reboot."),
     "borrow": ("kvmpass.cli.borrow", "Run a program of this host while devices are bound to vfio-pci."),
+    "console": ("kvmpass.cli.console", "Attach this terminal to the console of GUEST."),
+    "cp": ("kvmpass.cli.cp", "Copy a file or a directory into a guest, or out of it."),
     "completion": ("kvmpass.cli.completion", "Print the completion script for SHELL."),
     "doctor": ("kvmpass.cli.doctor", "Check everything that an assignment needs."),
+    "exec": ("kvmpass.cli.exec", "Run COMMAND in a guest that kvmpass start has started."),
     "lab": ("kvmpass.cli.lab", "Run a command or a shell in an emulated AMD host."),
     "list": ("kvmpass.cli.list", "Show PCI devices by IOMMU group, and which can be assigned."),
+    "logs": ("kvmpass.cli.logs", "Print what the console of GUEST has printed since its start."),
     "monitor": ("kvmpass.cli.monitor", "Show events of PCI devices, drivers and VFIO groups."),
     "plan": ("kvmpass.cli.plan", "Show what kvmpass assign would do, and change nothing."),
+    "ps": ("kvmpass.cli.ps", "Show this user's guests that kvmpass start has started."),
     "restore": ("kvmpass.cli.restore", "Restore the drivers that a killed kvmpass changed."),
     "show": ("kvmpass.cli.show", "Show everything about one device and its IOMMU group."),
+    "start": ("kvmpass.cli.start", "Boot a Linux guest that stays, and assign the PCI devices BDF to it."),
+    "stop": ("kvmpass.cli.stop", "Let each GUEST power off, and rebind its devices to their drivers."),
     "unbind": ("kvmpass.cli.bind", "Unbind devices from vfio-pci and rebind them to their drivers."),
+    "wait": ("kvmpass.cli.stop", "Wait until GUEST has ended and its devices are rebound."),
 }
 
 COMPLETE = "_KVMPASS_COMPLETE"  # set by the completion function of a shell: its request
@@ -157,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     name = next((word for word in options if not word.startswith("-")), "")
     as_json = "--json" in options
     in_lab = name == "lab" and bool({"run", "selftests"} & set(options))
-    own = ASSIGN_FAILED if name in ("assign", "borrow") or in_lab else None
+    own = ASSIGN_FAILED if name in ("assign", "borrow", "exec", "start", "wait") or in_lab else None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored it hides how children end
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup

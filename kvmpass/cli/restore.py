@@ -6,6 +6,7 @@ import click
 
 from kvmpass import host
 from kvmpass.cli.output import Output, host_command
+from kvmpass.session.directory import remove_dead
 
 
 @click.command()
@@ -26,12 +27,17 @@ def restore(output: Output) -> int:
       corrupt      the entry cannot be read: renamed
       failed       the device could not be rebound: run the command again
 
+    Guests of kvmpass start whose process was killed are removed from the directory in which they are found.
+
     The command is idempotent and can be run at any time. The exit status is 1 if an entry is corrupt or failed, else
     0.
     """
     results = host.restore(say=output.note)
-    output.document(devices=results)
-    if not results:
+    dead = remove_dead()
+    output.document(devices=results, guests=dead)
+    for name in dead:
+        output.text(f"{name}: removed: the guest's process was killed")
+    if not results and not dead:
         output.text("nothing to restore")
     for result in results:
         output.text(f"{result.bdf}: {result.outcome}: {result.detail}")

@@ -26,8 +26,11 @@ def raw_terminal(
     on_input: Callable[[bytes], int],
     on_escape: Callable[[], object],
     on_size: Callable[[int, int], object] = lambda rows, columns: None,
+    escape: bytes = ESCAPE,
 ) -> Iterator[None]:
     """Pass every key, including Ctrl-C, to ``on_input`` until the escape; restore the terminal afterwards.
+
+    ``escape``: that key; empty: there is none.
 
     ``on_input`` returns how many bytes the guest has not read yet. ``on_size`` gets rows and columns of the terminal,
     at the start and at each change (in the main thread only).
@@ -60,11 +63,11 @@ def raw_terminal(
                 while saved is None and not select.select([done], [], [], _END_SECONDS)[0]:
                     on_input(END_OF_INPUT)
                 return
-            before, escape, _ = data.partition(ESCAPE) if saved else (data, b"", b"")
+            before, escaped, _ = data.partition(escape) if saved and escape else (data, b"", b"")
             waiting = on_input(before) if before else 0
             while waiting > _BACKLOG and not select.select([done], [], [], 0.1)[0]:
                 waiting = on_input(b"")
-            if escape:
+            if escaped:
                 on_escape()
                 return
 

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 from kvmpass._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from kvmpass.session.opening import open_session as open_session
+    from kvmpass.session.opening import start as start
     from kvmpass.session.process import GuestProcess as GuestProcess
     from kvmpass.session.session import Session as Session
-    from kvmpass.session.session import open_session as open_session
-    from kvmpass.session.session import start as start
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "kvmpass.session.opening": ("open_session", "start"),
         "kvmpass.session.process": ("GuestProcess",),
-        "kvmpass.session.session": ("Session", "open_session", "start"),
+        "kvmpass.session.session": ("Session",),
     },
 )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 import posixpath
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, cast
 
 from kvmpass.errors import BadArchive, GuestError
 from kvmpass.guest import CopiedOut
@@ -18,6 +17,7 @@ from kvmpass.guest.extract import Extraction
 from kvmpass.initramfs import init, served
 
 if TYPE_CHECKING:
+    from kvmpass.initramfs.served import Entry
     from kvmpass.session.session import Session
 
 _CHUNK = 1 << 16
@@ -26,56 +26,75 @@ _UNPACK = 'mkdir -p "$1" && tar -x -f - -C "$1"'
 _PACK = init.ARCHIVE.decode() + 'archive "$1" "$2"'
 
 
-def copy_in(session: Session, source: Path, target: str) -> None:
-    """Send ``source`` as an archive, which the guest's tar unpacks. See ``Session.copy_in``."""
+def unpacking(source: Path, target: str) -> tuple[list[str], str]:
+    """Return the command that unpacks in the guest what ``pack`` writes, and the name that ``pack`` needs.
+
+    ``target`` ends with a slash: the source gets its own name in it. Raises ``OSError`` if there is no source.
+    """
+    source.stat()
     if target.endswith("/"):
         target += source.resolve().name
     directory, name = posixpath.split(posixpath.normpath(target))
-    source.stat()
-    with session.popen(
-        ["sh", "-c", _UNPACK, "sh", directory or "."],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    ) as unpacking:
-        assert unpacking.stdin is not None and unpacking.stderr is not None
-        try:
-            with tarfile.open(mode="w|", fileobj=unpacking.stdin, dereference=source.is_symlink()) as archive:
-                archive.add(source, name)
-        except BaseException:
-            unpacking.kill()
-            raise
-        unpacking.stdin.close()
-        message = unpacking.stderr.read(_MAX_MESSAGE)
-        unpacking.stderr.close()
-        if unpacking.wait() != 0:
-            raise GuestError(f"{source} was not copied into the guest: {_line(message)}")
+    return ["sh", "-c", _UNPACK, "sh", directory or "."], name
 
 
-def copy_out(session: Session, source: str, target: str) -> CopiedOut:
-    """Extract the archive that the guest sends. See ``Session.copy_out``."""
+def pack(source: Path, name: str, file: IO[bytes]) -> None:
+    """Write an archive of ``source``, which it calls ``name``. Raises ``OSError``."""
+    with tarfile.open(mode="w|", fileobj=file, dereference=source.is_symlink()) as archive:
+        archive.add(source, name)
+
+
+def packing(source: str, entry: Entry | None) -> list[str]:
+    """Return the command, to be run in the initramfs, whose output ``unpack`` reads. Raises ``GuestError``."""
     if not source.startswith("/") or "\0" in source:
         raise GuestError(f"{source!r} is not an absolute path of the guest")
+    return ["sh", "-c", _PACK, "sh", source, served.ROOT if entry is not None else ""]
+
+
+def unpack(source: str, target: str, file: io.BufferedReader) -> CopiedOut:
+    """Extract what the guest sends. Raises ``KvmpassError``, also if it is not complete."""
     extraction = Extraction(Destination.at(source, target, f"copy of {source!r}"))
-    reader = ArchiveReader(extraction)
-    cause = None
+    reader, cause = ArchiveReader(extraction), None
     try:
-        root = served.ROOT if session.entry is not None else ""
-        with session.outside(["sh", "-c", _PACK, "sh", source, root], stdout=subprocess.PIPE) as packing:
-            output = cast("io.BufferedReader[Any]", packing.stdout)
+        while cause is None and (data := file.read1(_CHUNK)):
             try:
-                while data := output.read1(_CHUNK):
-                    reader.feed(data)
+                reader.feed(data)
             except BadArchive as error:
                 cause = str(error)
-                packing.kill()
         result = extraction.result(cause)
     finally:
         extraction.close()
     if result.error is not None:
         left_out = "".join(f"; {line}" for line in result.left_out[:3])
-        raise GuestError(f"{source} was not copied to {os.fspath(target)}: {result.error}{left_out}")
+        raise GuestError(f"{source} was not copied to {target}: {result.error}{left_out}")
     return result
+
+
+def copy_in(session: Session, source: Path, target: str) -> None:
+    """See ``Session.copy_in``."""
+    command, name = unpacking(source, target)
+    pipe = subprocess.PIPE
+    with session.popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe) as process:
+        assert process.stdin is not None and process.stderr is not None
+        try:
+            pack(source, name, process.stdin)
+        except BaseException:
+            process.kill()
+            raise
+        process.stdin.close()
+        message = process.stderr.read(_MAX_MESSAGE)
+        process.stderr.close()
+        if process.wait() != 0:
+            raise GuestError(f"{source} was not copied into the guest: {_line(message)}")
+
+
+def copy_out(session: Session, source: str, target: str) -> CopiedOut:
+    """See ``Session.copy_out``."""
+    with session.outside(packing(source, session.entry), stdout=subprocess.PIPE) as process:
+        try:
+            return unpack(source, target, cast("io.BufferedReader", process.stdout))
+        finally:
+            process.kill()
 
 
 def _line(message: bytes) -> str:

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -77,6 +78,7 @@ class GuestProcess:
         self._fds: list[int] = []
         self._cancel = Cancel()
         self._closed = False
+        self._lock = threading.Lock()  # of _closed
         self._pump: InputPump | None = None
         self._writer = OutputWriter(self._output_failed, lambda: False)
         input = Input() if tty or (stdin is not None and stdin != subprocess.DEVNULL) else None
@@ -217,7 +219,8 @@ class GuestProcess:
 
     def _release(self) -> None:
         """Stop the threads, and close what belongs to it. Idempotent."""
-        closed, self._closed = self._closed, True
+        with self._lock:
+            closed, self._closed = self._closed, True
         if closed:
             return
         self._cancel.set()

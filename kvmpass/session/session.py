@@ -7,32 +7,25 @@ import os
 import shlex
 import subprocess
 import threading
-import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kvmpass import host
-from kvmpass._teardown import run_all, undo_on_error
-from kvmpass.assignment.assign import assigned
-from kvmpass.dma import BackendFactory
+from kvmpass._teardown import run_all
 from kvmpass.errors import GuestDied, GuestError
 from kvmpass.events import DeviceEvent
-from kvmpass.guest import CopiedOut, Guest, GuestImage, GuestResult, GuestSpec, Sink
+from kvmpass.guest import CopiedOut, Guest, GuestResult
 from kvmpass.guest.agent import Agent
 from kvmpass.guest.frames import ERRORS, OUTPUT
-from kvmpass.host.backend import AUTO
 from kvmpass.initramfs import served
 from kvmpass.initramfs.served import Entry
 from kvmpass.machine import AssignedDevice, Machine
-from kvmpass.memory import Backing
 from kvmpass.session import files
 from kvmpass.session.process import Argument, GuestProcess, Target
 from kvmpass.session.streams import MAX_CAPTURED, Capture
-from kvmpass.timings import Mark, unmarked
 
 BOOT_SECONDS = 60.0
 """That a guest has from its start until its agent runs commands."""
@@ -161,7 +154,7 @@ class Session:
             options["root"] = served.ROOT
         return GuestProcess(self._agent, self._died, args, cwd=cwd, env=env, **options)
 
-    def outside(self, args: Sequence[str], *, stdout: Target) -> GuestProcess:
+    def outside(self, args: Sequence[str], *, stdout: Target = subprocess.DEVNULL) -> GuestProcess:
         """Start a process in the initramfs, whatever the guest's root, without input and errors."""
         return GuestProcess(self._agent, self._died, args, stdout=stdout, stderr=subprocess.DEVNULL)
 
@@ -231,6 +224,10 @@ class Session:
             result.check_returncode()
         return result
 
+    def send_keys(self, data: bytes) -> int:
+        """Send keystrokes to the console. Return how many bytes the guest has not read yet."""
+        return self._guest.type(data)
+
     def dmesg(self) -> str:
         """Return the messages of the guest's kernel."""
         return str(self.run(["dmesg"], text=True, encoding="utf-8", check=True).stdout)
@@ -283,100 +280,3 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<Session {shlex.quote(self.name)}, {self.ended or 'running'}>"
-
-
-def open_session(
-    devices: Sequence[str | host.Bdf],
-    spec: GuestSpec,
-    *,
-    name: str | None = None,
-    console: Sink | None = None,
-    boot_timeout: float = BOOT_SECONDS,
-    on_event: Callable[[DeviceEvent], None] | None = None,
-    mark: Mark = unmarked,
-    **options: Any,
-) -> Session:
-    """Start a session from a ``GuestSpec`` whose ``session`` is set; ``options`` are those of ``assigned``.
-
-    ``console`` gets all that the guest's console prints, from a thread. Raises as :func:`start`.
-    """
-    session: Session | None = None
-    images: list[GuestImage] = []
-
-    def note(event: DeviceEvent) -> None:
-        if session is not None:
-            session.note(event)
-        if on_event is not None:
-            on_event(event)
-
-    with undo_on_error() as undo:
-        machine = undo.enter_context(
-            assigned(devices, spec, on_event=note, on_image=images.append, mark=mark, **options)
-        )
-        guest = undo.enter_context(
-            Guest(machine, console=console, output=_nowhere, errors=_nowhere, session=True, mark=mark)
-        )
-        if guest.agent is None:
-            raise GuestError("the guest's image has no agent", "leave out the initramfs of your own (initrd)")
-        first = str(machine.devices[0].bdf) if machine.devices else "guest"
-        session = Session(name or first, machine, guest, guest.agent, images[0].entry)
-        session.begin(boot_timeout)
-        session.own(undo.pop_all())
-    return session
-
-
-def start(
-    devices: Sequence[str | host.Bdf] = (),
-    *,
-    name: str | None = None,
-    memory: str = "1G",
-    cpus: int = 1,
-    root: str = "minimal",
-    kernel: str | os.PathLike[str] | None = None,
-    append: str = "",
-    shares: Sequence[str] = (),
-    copies: Sequence[str] = (),
-    modules: Sequence[str | os.PathLike[str]] = (),
-    backing: Backing = Backing.ANONYMOUS,
-    backend: str | BackendFactory = AUTO,
-    p2p: bool = False,
-    vf_token: uuid.UUID | None = None,
-    on_event: Callable[[DeviceEvent], None] | None = None,
-    boot_timeout: float = BOOT_SECONDS,
-) -> Session:
-    """Boot a Linux guest with ``devices`` assigned, and return it once it runs commands.
-
-    ``with kvmpass.start(["0000:01:00.0"]) as guest: guest.run(["lspci"])``. The arguments are the options of
-    ``kvmpass assign``: ``name`` (by default the address of the first device), ``root`` (``minimal``, ``host`` or a
-    directory), ``shares`` (``SRC[:DST][,rw]`` each), ``copies`` (``SRC:DST`` each), ``boot_timeout`` in seconds.
-    ``on_event``: as for ``Machine``.
-
-    Raises what :func:`kvmpass.assignment.assign.assigned` raises, and ``GuestDied`` for a guest that does not boot;
-    then the devices are rebound.
-    """
-    spec = GuestSpec(
-        kernel=Path(kernel) if kernel is not None else None,
-        append=append,
-        root=root,
-        shares=tuple(shares),
-        copy=tuple(copies),
-        modules=tuple(map(Path, modules)),
-        session=True,
-    )
-    return open_session(
-        devices,
-        spec,
-        name=name,
-        boot_timeout=boot_timeout,
-        on_event=on_event,
-        memory=memory,
-        cpus=cpus,
-        backing=backing,
-        backend=backend,
-        p2p=p2p,
-        vf_token=vf_token,
-    )
-
-
-def _nowhere(data: bytes) -> None:
-    """Drop ``data``: a session's guest has no command of its own."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvmpass.errors import GuestDied
 from kvmpass.guest.frames import OUTPUT
@@ -160,18 +160,21 @@ class InputPipe(io.RawIOBase):
 class Cancel:
     """Wakes threads that wait for a descriptor. ``close`` it once they have ended.
 
-    Synchronization: ``set`` from any thread.
+    Synchronization: from any thread; ``_lock`` guards the descriptor's end.
     """
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.is_set = False
         """Whether ``set`` was called."""
+        self._lock = threading.Lock()
 
     def set(self) -> None:
-        """Wake the threads, also those that wait later."""
+        """Wake the threads, also those that wait later. Does nothing once it is closed."""
         self.is_set = True
-        os.eventfd_write(self._fd, 1)
+        with self._lock:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
 
     def wait(self, fd: int, events: int) -> bool:
         """Wait until ``fd`` is ready for ``events`` of poll(2), or has failed; False if this is set."""
@@ -181,8 +184,11 @@ class Cancel:
         return all(ready != self._fd for ready, _ in poll.poll())
 
     def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self._fd)
+        """Close the descriptor. Idempotent."""
+        with self._lock:
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def write_to(fd: int, cancel: Cancel, data: bytes) -> bool:
@@ -201,10 +207,23 @@ def write_to(fd: int, cancel: Cancel, data: bytes) -> bool:
     return True
 
 
-class InputPump:
-    """Pass what a descriptor has to the input of a process until its end, in a thread. It owns the descriptor."""
+class InputLike(Protocol):
+    """What takes bytes as fast as the guest reads them: ``kvmpass.guest.input.Input``, or a console."""
 
-    def __init__(self, fd: int, input: Input, cancel: Cancel) -> None:
+    def send(self, data: bytes) -> int:
+        """Send ``data``. Return how many bytes were not read yet."""
+
+    def wait_below(self, size: int, timeout: float) -> bool:
+        """Wait until less than ``size`` bytes wait, ``timeout`` seconds at most; return whether."""
+
+    def end(self) -> None:
+        """Send nothing more."""
+
+
+class InputPump:
+    """Pass what a descriptor has to an input until its end, in a thread. It owns the descriptor."""
+
+    def __init__(self, fd: int, input: InputLike, cancel: Cancel) -> None:
         self._fd, self._input, self._cancel = fd, input, cancel
         self._thread = threading.Thread(target=self._run, name="input", daemon=True)
         self._thread.start()

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import pytest
 
-from kvmpass.cli.guest_options import guest_options, guest_spec
+from kvmpass.cli.guest_options import command_options, guest_options, guest_spec
 from kvmpass.guest import GuestSpec
 
 
@@ -19,6 +19,7 @@ def spec(*arguments: str, command: tuple[str, ...] | None = ("true",)) -> GuestS
 
     @click.command()
     @guest_options
+    @command_options
     def run(**options: Any) -> None:
         made.append(guest_spec(list(command) if command is not None else None, verbose=False, **options))
 

@@ -1,0 +1,79 @@
+"""``kvmpass cp``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import IO
+
+import click
+
+from kvmpass.errors import GuestError
+from kvmpass.session.client import Client
+
+_IN_GUEST = re.compile(r"([A-Za-z0-9][^/]*):(/.*)", re.DOTALL)
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+def cp(source: str, target: str) -> None:
+    """Copy a file or a directory into a guest, or out of it.
+
+    \b
+    kvmpass cp SRC GUEST:/DST
+    kvmpass cp GUEST:/SRC DST
+
+    If DST ends with a slash, SRC is copied into that directory under its own name. A path of this host that could be
+    one of a guest is written with ./ before it. Out of a guest come regular files and directories only, within the
+    limits of --copy-out.
+    """
+    inside, outside = _IN_GUEST.fullmatch(source), _IN_GUEST.fullmatch(target)
+    if bool(inside) == bool(outside):
+        raise click.UsageError("one of SRC and DST must be GUEST:/PATH")
+    if outside:
+        _copy_in(Path(source), outside[1], outside[2])
+    elif inside:
+        _copy_out(inside[1], inside[2], target)
+
+
+def _copy_in(source: Path, guest: str, target: str) -> None:
+    from kvmpass.session.files import pack, unpacking
+
+    command, name = unpacking(source, target)
+    with Client.connect(guest) as client:
+        read, write = os.pipe()
+        with os.fdopen(write, "wb") as file:
+            _request(client, read, "exec", [read, 2, 2], args=command)
+            try:
+                pack(source, name, file)
+            except BrokenPipeError:  # the answer says why
+                _abandon(file)
+        if client.answer()["status"] != 0:
+            raise GuestError(f"{source} was not copied into the guest")
+
+
+def _copy_out(guest: str, source: str, target: str) -> None:
+    from kvmpass.session.files import unpack
+
+    with Client.connect(guest) as client:
+        read, write = os.pipe()
+        with os.fdopen(read, "rb") as file:
+            _request(client, write, "pack", [write], path=source)
+            unpack(source, target, file)
+        client.answer()
+
+
+def _request(client: Client, sent: int, do: str, streams: list[int], **arguments: object) -> None:
+    try:
+        client.request(do, streams, **arguments)
+    finally:
+        os.close(sent)
+
+
+def _abandon(file: IO[bytes]) -> None:
+    """Forget what the file has buffered."""
+    with contextlib.suppress(BrokenPipeError):
+        file.close()

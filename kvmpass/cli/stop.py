@@ -1,0 +1,58 @@
+"""``kvmpass stop`` and ``kvmpass wait``."""
+
+from __future__ import annotations
+
+import click
+
+from kvmpass.cli.guests import GUEST
+from kvmpass.cli.main import FAILED
+from kvmpass.cli.output import error_text
+from kvmpass.errors import KvmpassError
+from kvmpass.session.client import Client
+from kvmpass.session.directory import guests
+
+
+@click.command()
+@click.argument("guest", nargs=-1, type=GUEST)
+@click.option("--all", "everything", is_flag=True, help="Stop all guests of this user.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, max=3600),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Let a guest power off for so long, then end it.",
+)
+def stop(guest: tuple[str, ...], everything: bool, timeout: float) -> int:
+    """Let each GUEST power off, and rebind its devices to their drivers.
+
+    Returns once that is done. The exit status is 1 if a guest does not run, or its devices could not be rebound.
+    """
+    if everything == bool(guest):
+        raise click.UsageError("name each GUEST, or use --all")
+    names = [status.name for status in guests() if status.state != "dead"] if everything else list(guest)
+    failed = False
+    for name in names:
+        try:
+            with Client.connect(name) as client:
+                client.request("stop", timeout=timeout)
+                client.answer()
+        except KvmpassError as error:
+            failed = True
+            click.echo(f"kvmpass: {name}: {error_text(error)}", err=True)
+    return FAILED if failed else 0
+
+
+@click.command()
+@click.argument("guest", type=GUEST)
+def wait(guest: str) -> int:
+    """Wait until GUEST has ended and its devices are rebound.
+
+    The exit status is that of kvmpass assign: 0 if it powered off, rebooted or was stopped, 126 if it crashed; 125 if
+    kvmpass failed.
+    """
+    with Client.connect(guest) as client:
+        client.request("wait")
+        answer = client.answer()
+    click.echo(f"kvmpass: {client.guest}: {answer.get('outcome')}", err=True)
+    return int(answer["status"])

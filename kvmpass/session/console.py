@@ -1,0 +1,125 @@
+"""The console of a guest that stays: its log, and the terminals that are attached to it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvmpass.guest.output import Outlet, OutputWriter, Sink
+from kvmpass.initramfs import init
+from kvmpass.session.directory import CONSOLE, OLDER_CONSOLE
+from kvmpass.session.streams import Cancel, InputPump, write_to
+
+if TYPE_CHECKING:
+    from kvmpass.session.process import GuestProcess
+    from kvmpass.session.session import Session
+
+MAX_LOG = 8 << 20
+"""Bytes of each of the two files that have the log."""
+_SHELL = "exec setsid cttyhack sh {} </dev/ttyS0 >/dev/ttyS0 2>&1"
+
+
+class Console:
+    """Keep what the console prints, pass it on to ``also``, and show it on attached terminals. ``close`` it.
+
+    Synchronization: called with output by one thread; ``attached`` and ``resize`` from any. ``_lock`` guards the set
+    of those attached, and the shell.
+    """
+
+    def __init__(self, directory: Path, also: Sink | None = None) -> None:
+        self._path, self._older = directory / CONSOLE, directory / OLDER_CONSOLE
+        self._file = self._path.open("wb", buffering=0)
+        self._size = 0
+        self._also = also
+        self._lock = threading.Lock()
+        self._attached: list[Outlet] = []
+        self._shell: GuestProcess | None = None
+        self.session: Session | None = None
+        """Set once the guest runs."""
+
+    def __call__(self, data: bytes) -> None:
+        """Take what the console has printed. A terminal that stalls misses some of it."""
+        with contextlib.suppress(OSError):  # the disk is full
+            if self._size + len(data) > MAX_LOG:
+                self._file.close()
+                self._path.replace(self._older)
+                self._file, self._size = self._path.open("wb", buffering=0), 0
+            self._file.write(data)
+            self._size += len(data)
+        if self._also is not None:
+            self._also(data)
+        with self._lock:
+            outlets = [*self._attached]
+        for outlet in outlets:
+            if not outlet.full:
+                outlet(data)
+
+    @contextlib.contextmanager
+    def attached(self, source: int, target: int) -> Iterator[None]:
+        """Type what the descriptor ``source`` has, and write what the console prints to ``target``."""
+        cancel = Cancel()
+        writer = OutputWriter(lambda: None, lambda: False)
+        outlet = writer.to(lambda data: _write(target, cancel, data))
+        with self._lock:
+            self._attached.append(outlet)
+        pump = None
+        try:
+            self._start_shell()
+            pump = InputPump(os.dup(source), _Keyboard(self), cancel)
+            yield
+        finally:
+            with self._lock:
+                self._attached.remove(outlet)
+            cancel.set()
+            writer.close()
+            if pump is not None:
+                pump.join()
+            cancel.close()
+
+    def _start_shell(self) -> None:
+        """Run a shell on the console, unless one runs there. Raises ``GuestDied``."""
+        assert self.session is not None
+        with self._lock:
+            if self._shell is None or self._shell.poll() is not None:
+                what = "-l" if self.session.entry is None else f"{init.DIRECTORY}/command"
+                self._shell = self.session.outside(["sh", "-c", _SHELL.format(what)])
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Set the size of the console's terminal. Raises ``GuestDied``."""
+        assert self.session is not None
+        self.session.outside(["stty", "-F", "/dev/ttyS0", "rows", str(rows), "cols", str(columns)]).wait(10)
+
+    def type(self, data: bytes) -> int:
+        """Send keystrokes; return how many bytes the guest has not read yet."""
+        return self.session.send_keys(data) if self.session is not None else 0
+
+    def close(self) -> None:
+        """Close the log. Idempotent."""
+        self._file.close()
+
+
+def _write(fd: int, cancel: Cancel, data: bytes) -> None:
+    write_to(fd, cancel, data)
+
+
+class _Keyboard:
+    """Passes keystrokes to a console, as the input of a process."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def send(self, data: bytes) -> int:
+        return self._console.type(data)
+
+    def wait_below(self, size: int, timeout: float) -> bool:
+        if self._console.type(b"") < size:
+            return True
+        threading.Event().wait(timeout)
+        return False
+
+    def end(self) -> None:
+        pass

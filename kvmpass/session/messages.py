@@ -1,0 +1,63 @@
+"""Messages between the process of a guest and those who want something of it, over a socket in its directory.
+
+A message is a JSON object in one packet of a ``SOCK_SEQPACKET`` socket, with descriptors (unix(7)). A client sends a
+request, ``{"do": …}``; then ``{"signal": N}`` and ``{"size": [rows, columns]}`` for a command that runs. The answer
+is one object, with ``error`` if something failed. If either side ends, the other reads an empty packet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+MAX_MESSAGE = 128 << 10
+"""Bytes of one message."""
+MAX_DESCRIPTORS = 3
+"""Descriptors with one message."""
+
+
+class BadMessage(Exception):
+    """What was received is no message."""
+
+
+def send(connection: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+    """Send a message. Raises ``BadMessage`` if it is too large, ``OSError``."""
+    data = json.dumps(message).encode()
+    if len(data) > MAX_MESSAGE:
+        raise BadMessage(f"a message of {len(data)} bytes, at most {MAX_MESSAGE}")
+    socket.send_fds(connection, [data], list(descriptors), socket.MSG_NOSIGNAL)
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Return the next message and its descriptors, which belong to the caller; None at the end.
+
+    Raises ``BadMessage``, ``OSError`` (``TimeoutError``).
+    """
+    data, fds, flags, _ = socket.recv_fds(connection, MAX_MESSAGE + 1, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    try:
+        if not data:
+            if fds:
+                raise BadMessage("an empty message with descriptors")
+            return None
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise BadMessage("a message that is too large")
+        try:
+            message = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise BadMessage("not JSON") from error
+        if not isinstance(message, dict):
+            raise BadMessage("not an object")
+    except BadMessage:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return message, fds
+
+
+def peer(connection: socket.socket) -> int:
+    """Return the user id of the other side's process, when it connected or listened."""
+    size = 12
+    return int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)[4:8], "little")

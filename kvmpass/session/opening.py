@@ -1,0 +1,118 @@
+"""Start a session: from the arguments of a call, or from a ``GuestSpec``."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvmpass import host
+from kvmpass._teardown import undo_on_error
+from kvmpass.assignment.assign import assigned
+from kvmpass.dma import BackendFactory
+from kvmpass.errors import GuestError
+from kvmpass.events import DeviceEvent
+from kvmpass.guest import Guest, GuestImage, GuestSpec, Sink
+from kvmpass.host.backend import AUTO
+from kvmpass.memory import Backing
+from kvmpass.session.session import BOOT_SECONDS, Session
+from kvmpass.timings import Mark, unmarked
+
+
+def open_session(
+    devices: Sequence[str | host.Bdf],
+    spec: GuestSpec,
+    *,
+    name: str | None = None,
+    console: Sink | None = None,
+    boot_timeout: float = BOOT_SECONDS,
+    on_event: Callable[[DeviceEvent], None] | None = None,
+    mark: Mark = unmarked,
+    **options: Any,
+) -> Session:
+    """Start a session from a ``GuestSpec`` whose ``session`` is set; ``options`` are those of ``assigned``.
+
+    ``console`` gets all that the guest's console prints, from a thread. Raises as :func:`start`.
+    """
+    session: Session | None = None
+    images: list[GuestImage] = []
+
+    def note(event: DeviceEvent) -> None:
+        if session is not None:
+            session.note(event)
+        if on_event is not None:
+            on_event(event)
+
+    with undo_on_error() as undo:
+        machine = undo.enter_context(
+            assigned(devices, spec, on_event=note, on_image=images.append, mark=mark, **options)
+        )
+        guest = undo.enter_context(
+            Guest(machine, console=console, output=_nowhere, errors=_nowhere, session=True, mark=mark)
+        )
+        if guest.agent is None:
+            raise GuestError("the guest's image has no agent", "leave out the initramfs of your own (initrd)")
+        first = str(machine.devices[0].bdf) if machine.devices else "guest"
+        session = Session(name or first, machine, guest, guest.agent, images[0].entry)
+        session.begin(boot_timeout)
+        session.own(undo.pop_all())
+    return session
+
+
+def start(
+    devices: Sequence[str | host.Bdf] = (),
+    *,
+    name: str | None = None,
+    memory: str = "1G",
+    cpus: int = 1,
+    root: str = "minimal",
+    kernel: str | os.PathLike[str] | None = None,
+    append: str = "",
+    shares: Sequence[str] = (),
+    copies: Sequence[str] = (),
+    modules: Sequence[str | os.PathLike[str]] = (),
+    backing: Backing = Backing.ANONYMOUS,
+    backend: str | BackendFactory = AUTO,
+    p2p: bool = False,
+    vf_token: uuid.UUID | None = None,
+    on_event: Callable[[DeviceEvent], None] | None = None,
+    boot_timeout: float = BOOT_SECONDS,
+) -> Session:
+    """Boot a Linux guest with ``devices`` assigned, and return it once it runs commands.
+
+    ``with kvmpass.start(["0000:01:00.0"]) as guest: guest.run(["lspci"])``. The arguments are the options of
+    ``kvmpass assign``: ``name`` (by default the address of the first device), ``root`` (``minimal``, ``host`` or a
+    directory), ``shares`` (``SRC[:DST][,rw]`` each), ``copies`` (``SRC:DST`` each), ``boot_timeout`` in seconds.
+    ``on_event``: as for ``Machine``.
+
+    Raises what :func:`kvmpass.assignment.assign.assigned` raises, and ``GuestDied`` for a guest that does not boot;
+    then the devices are rebound.
+    """
+    spec = GuestSpec(
+        kernel=Path(kernel) if kernel is not None else None,
+        append=append,
+        root=root,
+        shares=tuple(shares),
+        copy=tuple(copies),
+        modules=tuple(map(Path, modules)),
+        session=True,
+    )
+    return open_session(
+        devices,
+        spec,
+        name=name,
+        boot_timeout=boot_timeout,
+        on_event=on_event,
+        memory=memory,
+        cpus=cpus,
+        backing=backing,
+        backend=backend,
+        p2p=p2p,
+        vf_token=vf_token,
+    )
+
+
+def _nowhere(data: bytes) -> None:
+    """Drop ``data``: a session's guest has no command of its own."""

@@ -1,0 +1,61 @@
+"""The process of ``kvmpass start``: a session that serves requests in its directory until the guest's end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from kvmpass import host
+from kvmpass.guest import GuestResult, GuestSpec, Sink
+from kvmpass.session.console import Console
+from kvmpass.session.directory import GuestDirectory, GuestStatus
+from kvmpass.session.opening import open_session
+from kvmpass.session.server import Server
+
+
+def stay(
+    name: str,
+    devices: Sequence[host.Bdf],
+    spec: GuestSpec,
+    ready: Callable[[Path], None],
+    answer: Callable[[GuestResult], dict[str, Any]],
+    log: Sink | None = None,
+    **options: Any,
+) -> GuestResult:
+    """Run a guest, and serve requests for it until it has ended or one wants it stopped; return how it ended.
+
+    ``ready`` is called with its directory once it runs commands, ``answer`` with how it ended: it returns what those
+    who wait for the end are told. ``log`` gets what the console prints as well. ``options``: those of
+    ``open_session``. Its devices are rebound, and its directory is removed, when this returns or raises.
+    """
+    with GuestDirectory.claim(name) as directory, closing(Console(directory.path, log)) as console:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        addresses = tuple(map(str, devices))
+
+        def write(state: str) -> None:
+            directory.write(GuestStatus(name, os.getpid(), addresses, state, since))
+
+        write("starting")
+        server: Server | None = None
+        ended: dict[str, Any] = {"error": "the guest's process has failed"}
+        try:
+            with open_session(devices, spec, name=name, console=console, **options) as session:
+                console.session = session
+                server = Server(session, directory.path, console)
+                write("running")
+                ready(directory.path)
+                server.wait()
+                write("stopping")
+                result = session.stop(server.stop_seconds)
+            ended = answer(result)
+            return result
+        except BaseException as error:
+            ended = {"error": str(error) or type(error).__name__, "hints": list(getattr(error, "__notes__", ()))}
+            raise
+        finally:
+            if server is not None:
+                server.finish(**ended)

@@ -1,0 +1,165 @@
+"""Requests to the process of a guest, whose agent runs here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from support.agent import LocalAgent
+
+from kvmpass.guest import Guest
+from kvmpass.machine import Machine
+from kvmpass.session import Session, messages
+from kvmpass.session.client import Client, RequestFailed, _connect
+from kvmpass.session.console import Console
+from kvmpass.session.directory import GuestDirectory
+from kvmpass.session.server import Server
+
+
+class Stage:
+    def __init__(self, server: Server, directory: Path, local: LocalAgent) -> None:
+        self.server, self.directory, self.local = server, directory, local
+
+    def run(self, *args: str, **more: Any) -> tuple[int, bytes]:
+        """The status and the output of a command."""
+        read, write = os.pipe()
+        with Client.connect("one") as client, os.fdopen(read, "rb") as output:
+            client.request("exec", [write, write], args=args, **more)
+            os.close(write)
+            text = output.read()
+            return client.answer(20)["status"], text
+
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+    monkeypatch.setenv("KVMPASS_RUNTIME_DIR", str(tmp_path / ("long" * 30)))
+    local = LocalAgent()
+    machine, guest = SimpleNamespace(devices=[]), SimpleNamespace(console="")
+    session = Session("one", cast(Machine, machine), cast(Guest, guest), local.agent)
+    session.wait = lambda timeout=None: threading.Event().wait(timeout)  # type: ignore[method-assign]
+    with GuestDirectory.claim("one") as directory, contextlib.closing(Console(directory.path)) as console:
+        console.session = session
+        server = Server(session, directory.path, console)
+        yield Stage(server, directory.path, local)
+        server.finish(status=0, outcome="the guest was stopped")
+    local.close()
+
+
+def test_a_command(stage: Stage) -> None:
+    assert stage.run("sh", "-c", "echo $A; pwd; exit 3", env={"A": "b"}, cwd="/tmp") == (3, b"b\n/tmp\n")
+    assert stage.run("sh", "-c", "kill -9 $$")[0] == -9
+
+
+def test_what_cannot_be_run(stage: Stage) -> None:
+    with pytest.raises(RequestFailed, match="no such: No such file or directory") as failed:
+        stage.run("no such")
+    assert failed.value.exit_status == 127
+    for args in ([], [""], ["a\0"]):
+        with pytest.raises(RequestFailed) as failed:
+            stage.run(*args)
+        assert failed.value.exit_status == 125
+
+
+def test_signals_reach_the_command(stage: Stage) -> None:
+    read, write = os.pipe()
+    with Client.connect("one") as client, os.fdopen(read, "rb") as output:
+        script = "trap 'exit 5' USR1; echo on; while :; do sleep 0.1; done"
+        client.request("exec", [write, write], args=["sh", "-c", script])
+        os.close(write)
+        assert output.readline() == b"on\n"
+        client.notify(signal=10)
+        assert client.answer(20) == {"status": 5}
+
+
+def test_the_clients_end_kills_its_command(stage: Stage) -> None:
+    read, write = os.pipe()
+    with Client.connect("one") as client, os.fdopen(read, "rb") as output:
+        client.request("exec", [write, write], args=["sh", "-c", "echo on; exec sleep 1000"])
+        os.close(write)
+        assert output.readline() == b"on\n"
+        client.leave()
+        assert output.read() == b""
+
+
+def test_a_reader_that_stalls_is_left_when_its_client_leaves(stage: Stage) -> None:
+    before = threading.active_count()
+    read, write = os.pipe()
+    with Client.connect("one") as client:
+        client.request("exec", [write, write], args=["cat", "/dev/zero"])
+        os.read(read, 1)
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline, threading.enumerate()
+        time.sleep(0.01)
+    os.close(read)
+    os.close(write)
+
+
+def test_those_who_wait_learn_of_the_end(stage: Stage) -> None:
+    with Client.connect("one") as waiting, Client.connect("one") as stopping:
+        waiting.request("wait")
+        stopping.request("stop", timeout=3)
+        stage.server.wait()
+        assert stage.server.stop_seconds == 3
+        stage.server.finish(status=126, outcome="the guest panicked")
+        for client in (waiting, stopping):
+            assert client.answer(20) == {"status": 126, "outcome": "the guest panicked"}
+
+
+def test_a_command_during_the_guests_end(stage: Stage) -> None:
+    with Client.connect("one") as client:
+        null = os.open("/dev/null", os.O_RDWR)
+        client.request("exec", [null, null], args=["sleep", "1000"])
+        os.close(null)
+        while not stage.local.agent._processes:
+            time.sleep(0.01)
+        stage.local.agent.fail("the guest panicked")
+        with pytest.raises(RequestFailed, match="the guest panicked") as failed:
+            client.answer(20)
+        assert failed.value.exit_status == 126
+
+
+def test_nonsense_is_refused_and_leaves_nothing(stage: Stage) -> None:
+    """Whatever comes: no descriptor is left, and the next request is served."""
+    source = random.Random(1)
+    stage.run("true")
+    before = len([*Path("/proc/self/fd").iterdir()])
+    requests = [b"", b"{", b"[]", b"\xff", b"[" * 50000, b'{"do": "exec"}', b'{"do": "exec", "args": 3}']
+    requests += [
+        b'{"do": "stop", "timeout": "x"}',
+        b'{"do": "console"}',
+        b'{"do": []}',
+        b'{"do": "pack", "path": "a"}',
+    ]
+    requests += [source.randbytes(source.randrange(1, 200)) for _ in range(40)]
+    for data in requests:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            _connect(connection, stage.directory)
+            socket.send_fds(connection, [data], [0] * source.randrange(4))
+            connection.settimeout(20)
+            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while connection.recv(1 << 16):
+                    pass
+    assert stage.run("true") == (0, b"")
+    deadline = time.monotonic() + 20
+    while len([*Path("/proc/self/fd").iterdir()]) > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_message_that_is_too_large(stage: Stage) -> None:
+    with Client.connect("one") as client, pytest.raises(Exception, match="the command is too long"):
+        client.request("exec", [1, 2], args=["x" * messages.MAX_MESSAGE])
