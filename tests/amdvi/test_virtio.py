@@ -25,6 +25,7 @@ from kvmpass.memory import RegionKind
 
 pytestmark = pytest.mark.amdvi(duration=12)
 SIZE = 10_000_000
+ROUNDS, INPUTS = (10, 20) if os.environ.get("KVMPASS_SOAK") else (1, 1)
 
 
 class Gate:
@@ -43,14 +44,21 @@ class Gate:
 
 
 def test_output_and_input_arrive_and_a_stalled_reader_delays_nobody_else(tmp_path: Path) -> None:
-    """10 MB out byte for byte, again while its reader stalls, and 5 MB in, without an exit for each buffer."""
+    """10 MB out byte for byte, again while its reader stalls, and 5 MB in, without an exit for each buffer.
+
+    The long form: 100 MB each way, and at least 5 MB/s out.
+    """
     content, typed = os.urandom(SIZE), os.urandom(SIZE // 2)
     (tmp_path / "data").write_bytes(content)
-    script = """cat /data; echo first >&2; cat /data & sleep 1; echo second >&2; wait; echo third >/dev/stderr
-        sha256sum; echo end >/dev/stdout"""
+    script = f"""for n in {" ".join(["."] * ROUNDS)}; do cat /data; done; echo first >&2; cat /data & sleep 1
+        echo second >&2; wait; echo third >/dev/stderr; sha256sum; echo end >/dev/stdout"""
     spec = GuestSpec(command=("sh", "-c", script), copy=(f"{tmp_path}/data:/data",), interactive=True)
     image = prepare(spec, [])
-    output, errors = Gate(SIZE + 1), bytearray()
+    output, errors, times = Gate(SIZE * ROUNDS + 1), bytearray(), list[float]()
+
+    def on_output(data: bytes) -> None:
+        times.append(time.monotonic())
+        output(data)
 
     def on_errors(data: bytes) -> None:
         errors.extend(data)
@@ -59,21 +67,27 @@ def test_output_and_input_arrive_and_a_stalled_reader_delays_nobody_else(tmp_pat
 
     with (
         Machine(memory="192M") as machine,
-        Guest(machine, console=None, output=output, errors=on_errors, interactive=True) as guest,
+        Guest(machine, console=None, output=on_output, errors=on_errors, interactive=True) as guest,
     ):
         image.load(machine)
         assert guest.input is not None
-        guest.input.send(typed)
+        for _ in range(INPUTS):
+            guest.input.send(typed)
         guest.input.end()
-        result = guest.run(timeout=240)
+        result = guest.run(timeout=240 * ROUNDS)
         exits = machine.exit_reasons
-    print(exits, len(output.read), bytes(output.read[-100:]), errors)
+    stalled = next(at for at in range(1, len(times) + 1) if at == len(times) or times[at] - times[at - 1] > 0.5)
+    rate = ROUNDS * SIZE / 1e6 / (times[stalled - 1] - times[0])
+    print(f"{rate:.1f} MB/s out", exits, len(output.read), bytes(output.read[-100:]), errors)
     assert (result.status, result.failures) == (0, ()), result
     assert output.in_time, "errors waited for the reader of the output"
-    assert bytes(output.read[: 2 * SIZE]) == content * 2
-    assert output.read[2 * SIZE :].decode() == f"{hashlib.sha256(typed).hexdigest()}  -\nend\n"
+    size = (ROUNDS + 1) * SIZE
+    assert bytes(output.read[:size]) == content * (ROUNDS + 1)
+    assert output.read[size:].decode() == f"{hashlib.sha256(typed * INPUTS).hexdigest()}  -\nend\n"
     assert errors == b"first\nsecond\nthird\n"
     assert sum(exits.values()) < 2000, "those of the boot, and none for each buffer"
+    if ROUNDS > 1:
+        assert rate > 5
 
 
 def test_what_a_command_leaves_behind_does_not_delay_its_end() -> None:
