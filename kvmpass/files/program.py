@@ -12,6 +12,7 @@ PLACES = (
     "usr/local/libexec/virtiofsd",
 )
 """Where it is looked for, in this order, without the leading slash."""
+_QUIET = "--no-announce-submounts"
 INSTALL = "install it: Debian 13 and Fedora have a package virtiofsd, on Debian 12 qemu-system-common has it"
 """What to do if it is not found."""
 
@@ -26,6 +27,13 @@ def arguments(program: Path, listener: int, source: str) -> tuple[str, ...]:
 
     In options that both know: QEMU's virtiofsd in C (7.2, tools/virtiofsd/helper.c), and the one in Rust, which takes
     those of the older one as ``-o``. ``chroot``: the namespaces are made already, and the daemon's ``pivot_root``
-    fails where the root is an initramfs. The limit for descriptors is set already, too.
+    fails where the root is an initramfs. The limit for descriptors is set already, too. The newer one announces
+    mount points unless told otherwise: an overlay does not enter a directory that would be mounted when it is entered
+    (``EREMOTE``; fs/overlayfs/namei.c).
     """
-    return (str(program), f"--fd={listener}", "--rlimit-nofile=0", "-o", f"source={source},sandbox=chroot")
+    try:
+        announces = _QUIET.removeprefix("--").encode() in program.read_bytes()  # faster than to ask it
+    except OSError:
+        announces = False  # confine.c says why it cannot be run
+    options = ("-o", f"source={source},sandbox=chroot")
+    return (str(program), f"--fd={listener}", "--rlimit-nofile=0", *options, *((_QUIET,) if announces else ()))

@@ -128,7 +128,8 @@ def entry(directory: Directory, root: str, environment: Mapping[str, str] = os.e
     """
     if root != HOST:
         shell = next(name for name in ("/bin/bash", "/bin/sh", "/usr/bin/sh") if _has(directory.source, name))
-        return Entry(shell=shell)
+        home = "/root" if (directory.source / "root").is_dir() else "/"
+        return Entry(directory=home, home=home, shell=shell)
     path = environment.get("PATH", "").split(":")
     path += [place for place in init.PATH.split(":") if place not in path]
     shell = environment.get("SHELL", "")

@@ -139,7 +139,10 @@ def test_in_another_root_it_is_as_in_any_guest(tmp_path: Path) -> None:
     assert entry(directory(tmp_path), str(tmp_path), {"PATH": "/opt", "SHELL": "/bin/zsh"}).shell == "/bin/sh"
     (tmp_path / "bin/bash").symlink_to("/elsewhere")
     found = entry(directory(tmp_path), str(tmp_path), {})
-    assert (found.directory, found.home, found.path, found.shell) == ("/root", "/root", "", "/bin/bash")
+    assert (found.directory, found.home, found.path, found.shell) == ("/", "/", "", "/bin/bash")
+    (tmp_path / "root").mkdir()
+    found = entry(directory(tmp_path), str(tmp_path), {})
+    assert (found.directory, found.home) == ("/root", "/root")
 
 
 def test_name_servers_are_those_that_can_be_reached() -> None:
