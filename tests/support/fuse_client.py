@@ -22,6 +22,7 @@ ROOT = 1  # FUSE_ROOT_ID
 LOOKUP, GETATTR, SETATTR, READLINK, SYMLINK = 1, 3, 4, 5, 6
 MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, OPEN, READ, WRITE = 8, 9, 10, 11, 12, 13, 14, 15, 16
 SETXATTR, REMOVEXATTR, INIT, OPENDIR, READDIR = 21, 24, 26, 27, 28
+SUBMOUNTS = 1 << 27  # of INIT
 CREATE, IOCTL, FALLOCATE, RENAME2 = 35, 39, 43, 45
 
 _ENTRIES = 16
@@ -121,9 +122,9 @@ class FuseClient:
         assert unique == self._unique, (opcode, length, error)
         return -error, answer[16:length]
 
-    def init(self) -> None:
-        """Mount: nothing else is answered before."""
-        error, _ = self.request(INIT, 0, struct.pack("<IIII", 7, 31, 0, 0))
+    def init(self, flags: int = 0) -> None:
+        """Mount: nothing else is answered before. ``flags``: what the client can, FUSE_* of fuse.h."""
+        error, _ = self.request(INIT, 0, struct.pack("<IIII", 7, 31, 0, flags))
         assert error == 0
 
     def lookup(self, node: int, name: str) -> tuple[int, int]:

@@ -167,6 +167,15 @@ def test_an_overlay_can_open_what_belongs_to_others() -> None:
         assert client.read(node, handle)[1].startswith(b"root:")
 
 
+def test_no_mount_point_is_announced() -> None:
+    """An overlay would not enter it (FUSE_ATTR_SUBMOUNT)."""
+    with serving(Path("/")) as daemon, FuseClient(daemon.connection) as client:
+        client.init(fuse.SUBMOUNTS)
+        for name in ("proc", "sys", "usr"):
+            error, data = client.request(fuse.LOOKUP, ROOT, name.encode() + b"\0")
+            assert (error, struct.unpack_from("<I", data, 124)[0] & 1) == (0, 0), name
+
+
 def test_nothing_leads_out_of_a_share(tree: Path) -> None:
     inside = {path.lstat().st_ino for path in (tree, *tree.rglob("*"))}
     with serving(tree) as daemon, FuseClient(daemon.connection) as client:
