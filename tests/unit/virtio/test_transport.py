@@ -75,6 +75,38 @@ def test_negotiation(driver: Driver) -> None:
     assert driver.status == 0
 
 
+def test_what_the_driver_accepts_is_read_back(driver: Driver) -> None:
+    """32 bits at a time; beyond 64 there are none."""
+    driver.enable()
+    for half, value in ((0, 0x8000_0001), (1, 0x7000_0002), (0, 0x1234_5678), (2, 0xFFFF_FFFF)):
+        driver.write(8, half, 4)
+        driver.write(12, value, 4)
+    found = []
+    for half in (0, 1, 2, 3, 0xFFFF_FFFF):
+        driver.write(8, half, 4)
+        found.append(driver.read(12, 4))
+    assert found == [0x1234_5678, 0x7000_0002, 0, 0, 0]
+
+
+@pytest.mark.parametrize("offset", [32, 40, 48], ids=["descriptors", "available", "used"])
+def test_addresses_of_a_queue(driver: Driver, offset: int) -> None:
+    """Whole or in halves, each of which leaves the other; nothing else is written."""
+    driver.enable()
+    others = [at for at in (32, 40, 48) if at != offset]
+    driver.write(offset, 0x1122_3344_5566_7780, 8)
+    assert driver.read(offset, 8) == 0x1122_3344_5566_7780
+    driver.write(offset, 0xAABB_CC00, 4)
+    assert driver.read(offset, 8) == 0x1122_3344_AABB_CC00
+    driver.write(offset + 4, 0xDEAD_BEEF, 4)
+    assert driver.read(offset, 8) == 0xDEAD_BEEF_AABB_CC00
+    for at, size in ((0, 1), (0, 2), (2, 2), (2, 4), (4, 8), (6, 2), (1, 4)):
+        driver.write(offset + at, 0, size)
+    assert driver.read(offset, 8) == 0xDEAD_BEEF_AABB_CC00
+    assert [driver.read(at, 8) for at in others] == [0, 0]
+    driver.write(22, 0xFFFF, 2)
+    assert driver.read(offset, 8) == 0, "of a queue that does not exist"
+
+
 def test_the_driver_is_not_ready_without_features(driver: Driver) -> None:
     driver.enable()
     driver.write(20, DRIVER_OK, 1)
