@@ -87,6 +87,7 @@ class FrontEnd:
         """Why the connection is closed; empty: it is not."""
         self.on_loss: Callable[[str], None] = lambda reason: None
         """Set by the device in use. Called in this object's thread when the daemon no longer serves the rings."""
+        self._config = b""
         self._table: dict[MemoryRegion, SharedRegion] = {}
         self._rings: dict[int, RemoteRing] = {}
         self._connection = Connection(connection, name, seconds)
@@ -129,14 +130,16 @@ class FrontEnd:
         return DaemonError(f"the daemon of {self.name} {what}", remedy)
 
     def config(self, size: int) -> bytes:
-        """Return ``size`` bytes of the device's configuration structure, which the daemon has.
+        """Return ``size`` bytes of the device's configuration structure, as the daemon had it when first asked.
 
-        Raises ``DaemonError``.
+        A machine's reset constructs the device again, also where the daemon has ended. Raises ``DaemonError``.
         """
         with self.lock:
             if not self._protocol & CONFIG:
                 raise self._refusal("has no configuration structure", "use a daemon for this kind of device")
-            return self._connection.config(size)
+            if len(self._config) != size:
+                self._config = self._connection.config(size)
+            return self._config
 
     # --- the end
 

@@ -213,6 +213,8 @@ def test_features() -> None:
 def test_its_configuration() -> None:
     with serving(Daemon(config=bytes(range(64)))) as guest:
         assert guest.front.config(60) == bytes(range(60))
+        assert guest.front.config(60) == bytes(range(60)), "again, for a function that is made again"
+        assert guest.daemon.requests.count(Request.GET_CONFIG) == 1
         guest.enable()
         assert guest.mmio.read(guest.device, 4) == b"conf"
 
