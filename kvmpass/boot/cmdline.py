@@ -19,7 +19,8 @@ def kernel_command_line(
     """Return the kernel command line: the parameters that a guest needs, then ``extra``, which override them.
 
     ``strict``: an oops ends the guest. ``verbose``: the kernel prints its messages on the console; otherwise only its
-    errors (``quiet``), with ``quiet=QUIET`` only critical ones until the guest's init lets it print its errors.
+    errors (``quiet``), with ``quiet=QUIET`` only critical ones until the guest's init prints its errors, those from
+    before included.
 
     - ``console=ttyS0``: COM1 is the console; COM2 to COM4 belong to a command.
     - ``8250.nr_uarts``: the kernel's default may be less than ``serial_ports``, or more: it probes each.

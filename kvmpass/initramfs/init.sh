@@ -19,7 +19,10 @@ echo kvmpass >/proc/sys/kernel/hostname
 read -r cmdline </proc/cmdline
 case " ${cmdline#* quiet loglevel=3} " in
 *" quiet "* | *" loglevel="* | *" debug "* | *" ignore_loglevel "*) ;;
-*) echo 4 >/proc/sys/kernel/printk ;;
+*)
+    echo 4 >/proc/sys/kernel/printk
+    # Those from before: all but that there are no ports for PCI, which is on purpose (kvmpass/guest/options.py).
+    dmesg -r | sed -n '/No config space access function found/d; s/^<3>//p' >/dev/console ;;
 esac
 
 now() { read -r uptime rest </proc/uptime; up=${uptime%.*}; }
