@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_all_who_wait_learn_of_the_end(session: Session, local: LocalAgent) -> N
     for thread in threads:
         thread.start()
     while len(local.agent._processes) < 2:
-        pass
+        time.sleep(0.01)
     local.agent.fail("the guest panicked")
     for thread in threads:
         thread.join(20)
