@@ -78,6 +78,7 @@ def start(
     p2p: bool = False,
     vf_token: uuid.UUID | None = None,
     on_event: Callable[[DeviceEvent], None] | None = None,
+    on_console: Sink | None = None,
     boot_timeout: float = BOOT_SECONDS,
 ) -> Session:
     """Boot a Linux guest with ``devices`` assigned, and return it once it runs commands.
@@ -85,7 +86,7 @@ def start(
     ``with kvmpass.start(["0000:01:00.0"]) as guest: guest.run(["lspci"])``. The arguments are the options of
     ``kvmpass assign``: ``name`` (by default the address of the first device), ``root`` (``minimal``, ``host`` or a
     directory), ``shares`` (``SRC[:DST][,rw]`` each), ``copies`` (``SRC:DST`` each), ``boot_timeout`` in seconds.
-    ``on_event``: as for ``Machine``.
+    ``on_event``: as for ``Machine``. ``on_console`` gets all that the guest's console prints, from a thread.
 
     Raises what :func:`kvmpass.assignment.assign.assigned` raises, and ``GuestDied`` for a guest that does not boot;
     then the devices are rebound.
@@ -103,6 +104,7 @@ def start(
         devices,
         spec,
         name=name,
+        console=on_console,
         boot_timeout=boot_timeout,
         on_event=on_event,
         memory=memory,

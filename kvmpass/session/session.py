@@ -54,7 +54,8 @@ class Session:
         self.entry = entry
         """How programs start in the guest's root; None: in the initramfs itself."""
         self._events: deque[DeviceEvent] = deque(maxlen=_MAX_EVENTS)
-        self._event_count = 0
+        self.event_count = 0
+        """Events of its devices so far, those included that are not kept."""
         self._undo = ExitStack()
         self._stopping = threading.Lock()
         self._result: GuestResult | None = None
@@ -86,7 +87,7 @@ class Session:
     def note(self, event: DeviceEvent) -> None:
         """Keep an event of a device."""
         self._events.append(event)
-        self._event_count += 1
+        self.event_count += 1
 
     def _died(self, reason: str) -> GuestDied:
         return GuestDied(reason, console=self.console, events=self.events)

@@ -11,6 +11,7 @@ from kvmpass.testing import capacity
 from kvmpass.testing import fixtures as _fixtures
 from kvmpass.testing.inner import Inner
 from kvmpass.testing.inplace import STRICT_SKIPS, InPlace, TimeLimit
+from kvmpass.testing.pool import GUEST_MARKER, GuestPlugin
 from kvmpass.testing.profiles import MARKER, Hooks, LabLike
 from kvmpass.testing.session import ENVIRONMENT, SPARES
 from kvmpass.testing.state import Mode, State, detect
@@ -63,6 +64,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "destructive: destroys data on a device; on hardware only if KVMPASS_TEST_DESTRUCTIVE=1"
     )
+    config.addinivalue_line(
+        "markers",
+        f"{GUEST_MARKER}(devices, reuse, may_die, ...): the guest that the fixture kvmpass_guest returns; "
+        "further arguments are those of kvmpass.start",
+    )
+    config.pluginmanager.register(GuestPlugin(), "kvmpass-guests")
     state = detect()
     state.store(config)
     config.pluginmanager.register(_fixtures, "kvmpass-fixtures")

@@ -1,0 +1,234 @@
+"""The marker ``guest`` and the fixture ``kvmpass_guest``: guests that several tests use, one after the other."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvmpass._dataclass import dataclass
+from kvmpass.testing.fixtures import device
+from kvmpass.testing.profiles import MARKER
+from kvmpass.testing.roles import base_role, variable
+from kvmpass.testing.state import Mode, State
+
+if TYPE_CHECKING:
+    from kvmpass.session import Session
+
+GUEST_MARKER = "guest"
+_REUSE = ("session", "module", "test")
+_KEPT = 1 << 20  # bytes of a guest's console
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """The guest that a test wants: the arguments of its marker."""
+
+    devices: tuple[str, ...] = ()
+    """Roles of its devices."""
+    reuse: str = "session"
+    """For which tests: those of the session, of the module, or this one alone."""
+    may_die: bool = False
+    """Whether the test may end its guest."""
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    """Further arguments of ``kvmpass.start``."""
+
+    @classmethod
+    def of(cls, item: pytest.Item) -> Wish | None:
+        """Return the wish of a marked test, ``None`` for any other. Raises ``UsageError``."""
+        mark = item.get_closest_marker(GUEST_MARKER)
+        if mark is None:
+            return None
+        if mark.args:
+            raise pytest.UsageError(f"{item.nodeid}: the marker {GUEST_MARKER} takes keyword arguments only")
+        options = dict(mark.kwargs)
+        own = {name: options.pop(name) for name in ("devices", "reuse", "may_die") if name in options}
+        wish = replace(cls(), **own, options=MappingProxyType(options))
+        if wish.reuse not in _REUSE:
+            raise pytest.UsageError(f"{item.nodeid}: reuse must be one of {', '.join(_REUSE)}, not {wish.reuse!r}")
+        if isinstance(wish.devices, str):
+            raise pytest.UsageError(f"{item.nodeid}: devices must be a tuple of roles, not {wish.devices!r}")
+        return wish
+
+    def key(self, item: pytest.Item) -> tuple[object, ...]:
+        """Return what tests that share a guest have in common."""
+        scope = {"session": "", "module": item.nodeid.partition("::")[0], "test": item.nodeid}[self.reuse]
+        return tuple(self.devices), scope, tuple(sorted((name, repr(value)) for name, value in self.options.items()))
+
+
+class Recording:
+    """The end of what a guest's console has printed.
+
+    Synchronization: called by one thread, read by another: it replaces what it keeps at once.
+    """
+
+    def __init__(self) -> None:
+        self._kept = b""
+        self.size = 0
+        """Bytes that were printed so far."""
+
+    def __call__(self, data: bytes) -> None:
+        """Take what is printed."""
+        self._kept = (self._kept + data)[-_KEPT:]
+        self.size += len(data)
+
+    def since(self, size: int) -> str:
+        """Return what was printed after the first ``size`` bytes, as far as it is kept."""
+        new = self.size - size
+        return self._kept[-new:].decode(errors="replace").replace("\r", "") if new > 0 else ""
+
+
+class Pooled:
+    """A guest of the pool."""
+
+    def __init__(self, session: Session, console: Recording, boot_seconds: float) -> None:
+        self.session = session
+        """The guest."""
+        self.console = console
+        """Its console."""
+        self.boot_seconds = boot_seconds
+        """How long it took to boot."""
+        self.uses = 0
+        """Tests that have used it."""
+
+
+class Pool:
+    """Guests by what their tests have in common. A device is in one of them at a time."""
+
+    def __init__(self, start: Callable[..., Session]) -> None:
+        self._start = start
+        self._guests: dict[tuple[object, ...], tuple[tuple[str, ...], Pooled]] = {}
+
+    def get(self, key: tuple[object, ...], devices: tuple[str, ...], options: Mapping[str, Any]) -> Pooled:
+        """Return the guest for ``key`` if it runs, else a new one: guests that have its devices are stopped first."""
+        known = self._guests.get(key)
+        if known is not None and known[1].session.ended is None:
+            return known[1]
+        for other, (taken, _) in list(self._guests.items()):
+            if other == key or set(taken) & set(devices):
+                self.drop(other)
+        console, started = Recording(), time.monotonic()
+        session = self._start(devices, on_console=console, **options)
+        pooled = Pooled(session, console, time.monotonic() - started)
+        self._guests[key] = devices, pooled
+        return pooled
+
+    def drop(self, key: tuple[object, ...]) -> None:
+        """Stop a guest, if there is one for ``key``."""
+        known = self._guests.pop(key, None)
+        if known is not None:
+            known[1].session.stop()
+
+    def close(self) -> None:
+        """Stop all guests."""
+        from kvmpass._teardown import run_all
+
+        guests, self._guests = self._guests, {}
+        run_all(*(pooled.session.stop for _, pooled in guests.values()))
+
+
+def _start(devices: tuple[str, ...], **options: Any) -> Session:
+    from kvmpass.session import start  # loads a VMM: only for tests that need it
+
+    return start(devices, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A test's use of a guest."""
+
+    guest: Pooled
+    """The guest."""
+    console: int
+    """Bytes that its console had printed before."""
+    events: int
+    """Events of its devices before."""
+
+
+_USE = pytest.StashKey[_Use]()
+
+
+class GuestPlugin:
+    """Provides guests to marked tests, and adds to the report of a failed one what its guest has said meanwhile."""
+
+    def __init__(self) -> None:
+        self.pool = Pool(_start)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Mark tests of guests as tests that need AMD-V, AMD-Vi and VFIO."""
+        for item in items:
+            if Wish.of(item) is not None and item.get_closest_marker(MARKER) is None:
+                item.add_marker(getattr(pytest.mark, MARKER))
+
+    @pytest.fixture
+    def kvmpass_guest(self, request: pytest.FixtureRequest) -> Iterator[Session]:
+        """Return the guest that the marker ``guest`` describes; other tests have used it, and will.
+
+        A test that ends its guest fails, unless its marker says ``may_die=True``; the next test gets a new guest.
+        """
+        item = request.node
+        wish = Wish.of(item)
+        if wish is None:
+            pytest.fail(f"the fixture kvmpass_guest is for tests marked {GUEST_MARKER}", pytrace=False)
+        key = wish.key(item)
+        devices = tuple(device(request.config, role) for role in shared_out(request.config, wish.devices))
+        guest = self.pool.get(key, devices, wish.options)
+        guest.uses += 1
+        item.stash[_USE] = _Use(guest, guest.console.size, guest.session.event_count)
+        boot = guest.boot_seconds if guest.uses == 1 else 0.0
+        item.user_properties += [("guest", guest.session.name), ("guest_boot_seconds", round(boot, 3))]
+        yield guest.session
+        died = guest.session.ended
+        if died is not None or wish.reuse == "test":
+            self.pool.drop(key)
+        if died is not None and not wish.may_die:
+            pytest.fail(f"the test has ended its guest: {died} (may_die=True allows it)", pytrace=False)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Add sections to the report of a failed test: its part of the console and of the events."""
+        report = yield
+        use = item.stash.get(_USE, None)
+        if use is not None and report.failed:
+            if new := use.guest.session.event_count - use.events:
+                events = use.guest.session.events[-new:]
+                report.sections.append(("events of the guest's devices", "\n".join(map(str, events))))
+            if text := use.guest.console.since(use.console):
+                report.sections.append(("the guest's console", text))
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        """Stop all guests."""
+        self.pool.close()
+
+
+def shared_out(config: pytest.Config, wanted: tuple[str, ...], environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the roles whose devices a guest of this process gets: with pytest-xdist each worker has its own.
+
+    Fails the test if there are fewer devices of a kind than the workers want.
+    """
+    state, workers = State.of(config), int(environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers == 1 or state.mode is not Mode.HARDWARE:
+        return list(wanted)
+    worker = int(environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    roles: list[str] = []
+    for role in wanted:
+        kind = base_role(role)
+        there = sorted((name for name in state.roles if base_role(name) == kind), key=lambda name: (len(name), name))
+        own = there[worker::workers]
+        number = sum(base_role(other) == kind for other in wanted[: len(roles)])
+        if number >= len(own):
+            pytest.fail(
+                f"{workers} workers and {len(there)} devices of the kind {kind}: run fewer workers (-n), or name "
+                f"more devices ({variable(kind)}, {variable(f'{kind}2')} …)",
+                pytrace=False,
+            )
+        roles.append(own[number])
+    return roles
