@@ -8,6 +8,11 @@ QUIET = "quiet loglevel=3"
 """What the guest's init looks for (kvmpass/initramfs/init.sh)."""
 
 
+def uarts(count: int) -> str:
+    """Return the parameter that says how many serial ports the kernel probes."""
+    return f"8250.nr_uarts={count}"
+
+
 def kernel_command_line(
     *,
     verbose: bool = False,
@@ -34,7 +39,7 @@ def kernel_command_line(
       PIT, and kvm-clock reports the TSC's frequency.
     - ``i8042.nokbd`` and the like are not needed: according to the FADT there is no such controller.
     """
-    words = ["console=ttyS0,115200", f"8250.nr_uarts={serial_ports}", "panic=-1", "reboot=panic_warm", "pci=noearly"]
+    words = ["console=ttyS0,115200", uarts(serial_ports), "panic=-1", "reboot=panic_warm", "pci=noearly"]
     extra = list(extra)
     if strict and not any(word.startswith("oops=") for word in extra):  # a later word cannot clear it
         words.append("oops=panic")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from kvmpass._dataclass import dataclass
-from kvmpass.boot.cmdline import QUIET, kernel_command_line
+from kvmpass.boot.cmdline import QUIET, kernel_command_line, uarts
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.guest.destination import Destination
@@ -87,14 +88,19 @@ class GuestImage:
     symbols: Path | None = None
     """The vmlinux of the kernel's build tree, for a debugger."""
 
-    def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
-        """Return the backing for the memory of a machine that it is loaded into, ``wanted`` where it may choose."""
-        return wanted.shared if self.directories else wanted
-
     ecam_alone: bool = False
     """Whether its kernel reaches configuration space by ECAM, so that the machine needs no ports for it."""
     serial_ports: int = len(SERIAL_LINES)
     """How many it uses. Each that the kernel probes takes tens of exits."""
+
+    def on_serial_ports(self) -> GuestImage:
+        """Return it for a machine without a virtio console, such as QEMU's: it uses COM1 to COM4."""
+        cmdline = self.cmdline.replace(uarts(self.serial_ports), uarts(len(SERIAL_LINES)))
+        return replace(self, ports=(), cmdline=cmdline, serial_ports=len(SERIAL_LINES))
+
+    def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
+        """Return the backing for the memory of a machine that it is loaded into, ``wanted`` where it may choose."""
+        return wanted.shared if self.directories else wanted
 
     def load(self, machine: Machine) -> None:
         """Load it into the memory of a machine that has not started, and start its daemons.

@@ -104,12 +104,12 @@ def guest_of_kvmpass(bdf: str) -> None:
 def guest_of_qemu(bdf: str) -> None:
     """Boot the same kernel and the same files in QEMU's q35 machine; its serial ports carry the output."""
     image = prepare(GuestSpec(command=("sh", "-c", SCRIPT)), [host.Sysfs().device(host.Bdf.parse(bdf)).modalias])
+    image = image.on_serial_ports()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "initrd").write_bytes(image.initrd)
-        cmdline = image.cmdline.replace("8250.nr_uarts=1 ", f"8250.nr_uarts={len(SERIAL_LINES)} ")
         words = [*QEMU, "-m", "256M", "-kernel", image.kernel.path, "-initrd", str(folder / "initrd")]
-        words += ["-append", cmdline, "-device", f"vfio-pci,host={bdf}"]
+        words += ["-append", image.cmdline, "-device", f"vfio-pci,host={bdf}"]
         for index, line in enumerate(SERIAL_LINES):
             words += ["-chardev", f"file,id=serial{index},path={folder / f'serial{index}'}"]
             place = f"iobase={line.port:#x},irq={line.irq},index={index}"

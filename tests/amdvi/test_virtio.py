@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import pty
@@ -100,8 +99,7 @@ def run(image_ports: bool, script: str) -> tuple[GuestResult, bytes, dict[str, i
     said = bytearray()
     image = prepare(GuestSpec(command=("sh", "-c", script)), [])
     if not image_ports:
-        words = image.cmdline.replace("8250.nr_uarts=1 ", "8250.nr_uarts=4 ")
-        image = dataclasses.replace(image, ports=(), cmdline=words, serial_ports=4)
+        image = image.on_serial_ports()
     with (
         Machine(memory="192M") as machine,
         Guest(machine, console=None, output=said.extend, errors=said.extend) as guest,

@@ -15,6 +15,7 @@ def qemu_words(program: Sequence[str], image: GuestImage, folder: Path, memory: 
     The guest's serial ports are the files ``serial0`` … in ``folder``: its console, its command's output and errors,
     the control channel.
     """
+    image = image.on_serial_ports()
     initrd = folder / "initrd"
     initrd.write_bytes(image.initrd)
     words = [*program, "-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", memory]
