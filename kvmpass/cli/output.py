@@ -107,7 +107,11 @@ def error_fields(error: BaseException) -> dict[str, Any]:
 
 
 def error_text(error: BaseException) -> str:
-    """Return the cause of an exception, in one line."""
+    """Return the cause of an exception. What is not printable is a space: a guest may have chosen the text."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in _cause(error))
+
+
+def _cause(error: BaseException) -> str:
     if isinstance(error, click.ClickException):
         return error.format_message()
     if isinstance(error, KeyboardInterrupt):

@@ -234,7 +234,8 @@ class Guest:
             lines = self.console.splitlines()
             at = crash.find(lines)
             details.append("" if at is None else lines[at].strip()[:_MAX_DETAIL])
-        return ": ".join(filter(None, (f"the guest {outcome.value}", *details)))
+        reason = ": ".join(filter(None, (f"the guest {outcome.value}", *details)))
+        return "".join(c if c.isprintable() else " " for c in reason)  # it is shown on terminals
 
     @property
     def console(self) -> str:

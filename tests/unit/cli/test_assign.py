@@ -26,6 +26,7 @@ from kvmpass.machine import GuestOutcome
         (SystemExit(2), "2"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (ValueError(), "ValueError"),
+        (ValueError("a \x1b]0;title\x07\x9b31m\nb"), "a  ]0;title  31m\nb"),
     ],
 )
 def test_the_text_of_an_error(error: BaseException, text: str) -> None:

@@ -11,7 +11,7 @@ from kvmpass.guest import Guest, GuestResult
 from kvmpass.guest.frames import END, EXITED, HELLO, NUMBERS, READY, STATUS, VERSION, encode
 from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
 from kvmpass.guest.frames import OUTPUT as OUTPUT_STREAM
-from kvmpass.guest.guest import CONTROL
+from kvmpass.guest.guest import CONSOLE, CONTROL
 from kvmpass.initramfs import init
 from kvmpass.initramfs.init import AGENT_PORT
 from kvmpass.machine import Machine
@@ -120,6 +120,25 @@ def test_the_status_counts_even_if_the_guest_dies_while_it_sends_files(tmp_path:
     assert (result.outcome, result.status, vm.waits) == (GuestOutcome.PANIC, 3, [1.0] * 4)
     assert [copied.error for copied in result.copied_out] == ["the guest has not sent all of it"]
     assert list(tmp_path.iterdir()) == []
+
+
+class PanickingVm(SendingVm):
+    """Its guest's agent is ready; the console prints what a terminal would obey, and the guest panics."""
+
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
+        self.sinks[init.AGENT_PORT](encode(0, HELLO, NUMBERS.pack(VERSION, 1000)) + encode(0, READY))
+        self.sinks[CONSOLE](b"Kernel panic - \x1b]0;title\x07\xc2\x9b31m: no init\r\n")
+        return GuestOutcome.PANIC
+
+
+def test_why_a_guest_died_is_printable() -> None:
+    """The text is the guest's, and is shown on terminals."""
+    vm = PanickingVm()
+    silent: Callable[[bytes], None] = lambda data: None  # noqa: E731
+    with Guest(cast(Machine, vm), console=None, output=silent, errors=silent, session=True) as guest:
+        guest.run()
+        assert guest.agent is not None
+        assert guest.agent.failure == "the guest panicked: Kernel panic -  ]0;title  31m: no init"
 
 
 class RebootingVm(Vm):
