@@ -109,6 +109,8 @@ def _writer(source: Path) -> User:
 
 
 def _existing(name: str, option: str) -> Path:
+    if not name:  # as a path it is the current directory, which an unset variable must not give away
+        raise ShareError(f"{option}: the name of the directory is empty", "name it: . is the current directory")
     try:
         source = Path(name).resolve(strict=True)
     except OSError as error:

@@ -77,6 +77,14 @@ def test_what_cannot_be_shared_is_refused(text: str, expected: str) -> None:
         directories(MINIMAL, [text])
 
 
+@pytest.mark.parametrize("text", ["", ":/mnt", ",rw", ":/mnt,rw"])
+def test_an_empty_name_is_not_the_current_directory(text: str) -> None:
+    with pytest.raises(ShareError, match="--share: the name of the directory is empty"):
+        directories(MINIMAL, [text])
+    with pytest.raises(ShareError, match="--root: the name of the directory is empty"):
+        directories("", [text])
+
+
 def test_one_target_has_one_directory(shared: Path) -> None:
     with pytest.raises(ShareError, match="two directories for /x"):
         directories(MINIMAL, [f"{shared}:/x", f"/etc:{'/x'}"])
