@@ -175,7 +175,8 @@ class GuestProcess:
     def wait(self, timeout: float | None = None) -> int:
         """Wait until it has ended and its output is written; return ``returncode``.
 
-        Raises ``subprocess.TimeoutExpired``, ``GuestDied``.
+        Raises ``subprocess.TimeoutExpired``, ``GuestDied``, and the ``OSError`` of output that could not be written,
+        but for a reader that has gone: as with a pipe, that is SIGPIPE for the process.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
@@ -189,6 +190,8 @@ class GuestProcess:
             self._release()
             raise self._died(error.reason) from None
         self._release()
+        if self._writer.failure is not None and not isinstance(self._writer.failure, BrokenPipeError):
+            raise self._writer.failure
         return code
 
     def send_signal(self, number: int) -> None:

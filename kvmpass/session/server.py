@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmpass._ratelimit import limited_log
-from kvmpass.errors import GuestDied, KvmpassError
+from kvmpass.errors import GuestDied, GuestError, KvmpassError
 from kvmpass.session import messages
 from kvmpass.session.console import Console
 from kvmpass.session.directory import SOCKET
@@ -178,6 +178,8 @@ class Server:
         listening.start()
         try:
             return {"status": process.wait()}
+        except OSError as error:  # not of running it: some of its output is missing
+            raise GuestError(f"the command's output cannot be written: {error.strerror}") from error
         finally:
             process.abandon()
 

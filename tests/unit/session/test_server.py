@@ -72,6 +72,16 @@ def test_what_cannot_be_run(stage: Stage) -> None:
         assert failed.value.exit_status == 125
 
 
+def test_output_that_cannot_be_written(stage: Stage) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    with Client.connect("one") as client:
+        client.request("exec", [full, full], args=["echo", "out"])
+        os.close(full)
+        with pytest.raises(RequestFailed, match="output cannot be written: No space left on device") as failed:
+            client.answer(20)
+    assert failed.value.exit_status == 125
+
+
 def test_signals_reach_the_command(stage: Stage) -> None:
     read, write = os.pipe()
     with Client.connect("one") as client, os.fdopen(read, "rb") as output:

@@ -124,6 +124,18 @@ def test_a_reader_that_goes_away_ends_a_command(session: Session) -> None:
     assert process.wait(20) == -signal.SIGPIPE
 
 
+def test_output_that_cannot_be_written_is_an_error(session: Session) -> None:
+    with Path("/dev/full").open("wb") as full:
+        for script in ("echo out", "echo out; exec sleep 1000"):
+            with pytest.raises(OSError, match="No space left on device"):
+                session.run(["sh", "-c", script], stdout=full)
+        process = session.popen(["cat", "/dev/zero"], stdout=full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left on device"):
+                process.wait(20)
+    assert process.returncode == -signal.SIGPIPE
+
+
 def test_a_reader_that_stalls_is_a_timeout_and_can_be_abandoned(session: Session) -> None:
     read, write = os.pipe()
     process = session.popen(["head", "-c", "200000", "/dev/zero"], stdout=write)
