@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from kvmpass import host
-from kvmpass.cli.output import Output, host_command
+from kvmpass.cli.output import Output, error_text, host_command
+from kvmpass.errors import KvmpassError
 from kvmpass.session.directory import remove_dead
 
 
@@ -33,7 +34,11 @@ def restore(output: Output) -> int:
     0.
     """
     results = host.restore(say=output.note)
-    dead = remove_dead()
+    dead: list[str] = []
+    try:
+        dead = remove_dead()
+    except (KvmpassError, OSError) as error:  # what was restored is printed all the same
+        output.note(f"killed guests were not looked for: {error_text(error)}")
     output.document(devices=results, guests=dead)
     for name in dead:
         output.text(f"{name}: removed: the guest's process was killed")
