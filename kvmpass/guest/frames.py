@@ -31,7 +31,8 @@ all that belongs to a process. ``EXITED`` has a signal and an exit status, ``REF
 """
 INPUT, OUTPUT, ERRORS, STATUS = range(4)
 """Streams. The data of ``STATUS`` is a stage and an errno: the process was made, and could not run the program."""
-STAGES = ("set up", "change root", "change directory", "execute")
+CHANGE_DIRECTORY, EXECUTE = "change directory", "execute"
+STAGES = ("set up", "change root", CHANGE_DIRECTORY, EXECUTE)
 """What could not be done, by the stage's number."""
 
 WITH_INPUT, WITH_TERMINAL, WITH_ERRORS_IN_OUTPUT = 1, 2, 4

@@ -30,6 +30,7 @@ def open_session(
     boot_timeout: float = BOOT_SECONDS,
     on_event: Callable[[DeviceEvent], None] | None = None,
     mark: Mark = unmarked,
+    warn: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Session:
     """Start a session from a ``GuestSpec`` whose ``session`` is set; ``options`` are those of ``assigned``.
@@ -47,7 +48,7 @@ def open_session(
 
     with undo_on_error() as undo:
         machine = undo.enter_context(
-            assigned(devices, spec, on_event=note, on_image=images.append, mark=mark, **options)
+            assigned(devices, spec, on_event=note, on_image=images.append, mark=mark, warn=warn, **options)
         )
         guest = undo.enter_context(
             Guest(machine, console=console, output=_nowhere, errors=_nowhere, session=True, mark=mark)
@@ -56,7 +57,7 @@ def open_session(
             raise GuestError("the guest's image has no agent", "leave out the initramfs of your own (initrd)")
         first = str(machine.devices[0].bdf) if machine.devices else "guest"
         session = Session(name or first, machine, guest, guest.agent, images[0].entry)
-        session.begin(boot_timeout)
+        session.begin(boot_timeout, warn)
         session.own(undo.pop_all())
     return session
 

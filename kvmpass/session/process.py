@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Self
 
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import GuestDied
-from kvmpass.guest.frames import ERRORS, OUTPUT, STAGES
+from kvmpass.guest.frames import CHANGE_DIRECTORY, ERRORS, EXECUTE, OUTPUT
 from kvmpass.guest.input import Input
 from kvmpass.guest.output import OutputWriter
 from kvmpass.session.streams import Cancel, InputPipe, InputPump, OutputPipe, ToDescriptor, drop, write_to
@@ -118,7 +118,7 @@ class GuestProcess:
                 raise
             raise subprocess.TimeoutExpired(self._shown, timeout or _START_SECONDS) from None
         except OSError as error:
-            error.filename = {STAGES[2]: cwd, STAGES[3]: program}.get(str(error.filename), error.filename)
+            error.filename = {CHANGE_DIRECTORY: cwd, EXECUTE: program}.get(str(error.filename), error.filename)
             raise
 
     @property

@@ -8,8 +8,9 @@ import shlex
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +20,7 @@ from kvmpass.errors import GuestDied, GuestError
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import CopiedOut, Guest, GuestResult
 from kvmpass.guest.agent import Agent
-from kvmpass.guest.frames import ERRORS, OUTPUT
+from kvmpass.guest.frames import CHANGE_DIRECTORY, ERRORS, OUTPUT
 from kvmpass.initramfs import served
 from kvmpass.initramfs.served import Entry
 from kvmpass.machine import AssignedDevice, Machine
@@ -70,15 +71,34 @@ class Session:
         finally:
             self._agent.fail("the guest has ended" if self._error is None else f"the guest has ended: {self._error}")
 
-    def begin(self, boot_timeout: float = BOOT_SECONDS) -> None:
-        """Start the guest, and wait until it runs commands. Raises ``GuestDied``."""
+    def begin(self, boot_timeout: float = BOOT_SECONDS, warn: Callable[[str], None] = lambda line: None) -> None:
+        """Start the guest, and wait until it runs commands; ``warn`` gets a warning. Raises ``GuestDied``."""
         self._thread.start()
         try:
             self._agent.wait_ready(boot_timeout)
+            self._check_directory(boot_timeout, warn)
         except TimeoutError:
             raise self._died(f"the guest does not run commands after {boot_timeout:g} seconds") from None
         except GuestDied as error:
             raise self._died(error.reason) from None
+
+    def _check_directory(self, timeout: float, warn: Callable[[str], None]) -> None:
+        """Let commands start in ``/`` if the guest cannot enter the directory that they should start in.
+
+        The root of this host has directories that only its owner may enter, and that the guest has its own of.
+        """
+        if self.entry is None:
+            return
+        directory = self.entry.directory
+        process = self._agent.start(["/"], root=served.ROOT, directory=directory)  # no program: nothing is run
+        try:
+            process.wait_started(timeout)
+        except OSError as error:
+            if process.error is None:
+                raise
+            if error.filename == CHANGE_DIRECTORY:
+                warn(f"{directory} cannot be entered by the guest: commands start in /")
+                self.entry = replace(self.entry, directory="/")
 
     def own(self, undo: ExitStack) -> None:
         """Take over what ``stop`` undoes."""
@@ -135,7 +155,8 @@ class Session:
         The streams are those of ``subprocess.Popen``: ``PIPE``, ``DEVNULL``, ``STDOUT`` for ``stderr``, a file, or a
         descriptor; but without ``stdin`` its input is empty. ``tty``: it gets a terminal, of 24 rows and 80 columns
         or of those given; its errors are then part of its output. ``cwd``: by default ``/root``, and with the host's
-        root the directory in which this process started the guest. ``env`` is added to the guest's environment.
+        root the directory in which this process started the guest, or ``/`` if the guest cannot enter that. ``env``
+        is added to the guest's environment.
 
         Raises ``FileNotFoundError``, ``PermissionError`` and the other errors of running a program there;
         ``GuestError`` (64 processes run), ``GuestDied``.

@@ -18,6 +18,8 @@ from support.agent import LocalAgent
 
 from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest import Guest
+from kvmpass.initramfs import served
+from kvmpass.initramfs.served import Entry
 from kvmpass.machine import Machine
 from kvmpass.session import Session, streams
 
@@ -32,9 +34,11 @@ def local() -> Iterator[LocalAgent]:
 
 
 @pytest.fixture
-def session(local: LocalAgent) -> Session:
-    machine, guest = SimpleNamespace(devices=[]), SimpleNamespace(console=CONSOLE)
-    return Session("local", cast(Machine, machine), cast(Guest, guest), local.agent)
+def session(local: LocalAgent) -> Iterator[Session]:
+    ends = threading.Event()
+    machine, guest = SimpleNamespace(devices=[]), SimpleNamespace(console=CONSOLE, run=ends.wait)
+    yield Session("local", cast(Machine, machine), cast(Guest, guest), local.agent)
+    ends.set()
 
 
 def test_output_errors_and_status_of_run(session: Session) -> None:
@@ -42,6 +46,29 @@ def test_output_errors_and_status_of_run(session: Session) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (7, b"out\n", b"err\n")
     assert session.run(["sh", "-c", "printf 'a\\r\\nb'"], text=True).stdout == "a\nb"
     assert session.run("true").args == "true"
+
+
+@pytest.mark.parametrize("directory", ["/no/such directory", "/etc/passwd"])
+def test_a_directory_that_the_guest_cannot_enter_is_replaced(
+    session: Session, directory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "ROOT", "")  # chroot needs a privilege
+    warnings: list[str] = []
+    session.entry = Entry(directory)
+    session.begin(20, warnings.append)
+    assert (session.run("pwd").stdout, len(warnings)) == (b"/\n", 1)
+    with pytest.raises(OSError, match=directory):
+        session.run("pwd", cwd=directory)
+
+
+def test_a_directory_that_the_guest_can_enter_stays(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "ROOT", "")
+    warnings: list[str] = []
+    session.entry = Entry(str(tmp_path))
+    session.begin(20, warnings.append)
+    assert (session.run("pwd").stdout.decode(), warnings) == (f"{tmp_path}\n", [])
 
 
 def test_exceptions_are_those_of_subprocess(session: Session) -> None:
