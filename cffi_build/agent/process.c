@@ -220,6 +220,7 @@ long start_process(struct process *process, char **environment)
 	process->streams[INPUT] = (struct stream_state){input.write, 0, -1};
 	process->streams[OUTPUT] = (struct stream_state){output.read, start->window, -1};
 	process->streams[ERRORS] = (struct stream_state){errors.read, start->window, -1};
-	process->streams[STATUS] = (struct stream_state){status.read, 2 * sizeof(int32_t), -1};
+	/* One byte more than the report: at 0 its end would not be seen. */
+	process->streams[STATUS] = (struct stream_state){status.read, 2 * sizeof(int32_t) + 1, -1};
 	return 0;
 }

@@ -48,6 +48,16 @@ def shell(agent: Agent, script: str, **options: object) -> AgentProcess:
     return agent.start(["sh", "-c", script], **options)  # type: ignore[arg-type]
 
 
+def test_what_cannot_be_run_is_said_at_once(agent: Agent) -> None:
+    times = []
+    for _ in range(10):
+        started = time.monotonic()
+        with pytest.raises(FileNotFoundError):
+            agent.start(["no such"]).wait_started(SECONDS)
+        times.append(time.monotonic() - started)
+    assert min(times) < 0.3, "as long as it waits for what a process has left behind"
+
+
 def test_it_is_a_small_static_program() -> None:
     data = PROGRAM.read_bytes()
     assert elf.is_elf(data)
