@@ -116,8 +116,7 @@ class Server:
         finally:
             for fd in fds:
                 os.close(fd)
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # wakes who listens for signals
+            _drain(connection)
             connection.close()
             with self._lock:
                 self._connections.discard(connection)
@@ -182,6 +181,9 @@ class Server:
             raise GuestError(f"the command's output cannot be written: {error.strerror}") from error
         finally:
             process.abandon()
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)  # wakes the thread
+            listening.join()
 
     @staticmethod
     def _listen(connection: socket.socket, process: GuestProcess) -> None:
@@ -225,6 +227,17 @@ class Server:
             if _has_gone(connection):
                 return {}
         return self._answer
+
+
+def _drain(connection: socket.socket) -> None:
+    """Read what the client still sends: its answer is lost if the connection is closed with messages in it (unix(7)).
+
+    A size, for example, on the way to a command that was not found.
+    """
+    with contextlib.suppress(OSError):  # ``BlockingIOError``: nothing is left
+        connection.shutdown(socket.SHUT_RD)
+        while connection.recv(1, socket.MSG_DONTWAIT):
+            pass
 
 
 def _has_gone(connection: socket.socket) -> bool:

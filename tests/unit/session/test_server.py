@@ -82,6 +82,21 @@ def test_output_that_cannot_be_written(stage: Stage) -> None:
     assert failed.value.exit_status == 125
 
 
+def test_what_comes_too_late_does_not_lose_the_answer(stage: Stage) -> None:
+    """A closed socket with messages in it resets its peer, which then reads no answer."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for number in range(100):
+        with Client.connect("one") as client:
+            client.request("exec", [null, null], args=["no such" if number % 2 else "true"])
+            for size in range(number % 7):
+                client.notify(size=[size, size])
+            try:
+                assert client.answer(20) == {"status": 0}
+            except RequestFailed as failed:
+                assert (failed.exit_status, number % 2) == (127, 1), failed
+    os.close(null)
+
+
 def test_signals_reach_the_command(stage: Stage) -> None:
     read, write = os.pipe()
     with Client.connect("one") as client, os.fdopen(read, "rb") as output:
