@@ -27,7 +27,7 @@ class Console:
     """Keep what the console prints, pass it on to ``also``, and show it on attached terminals. ``close`` it.
 
     Synchronization: called with output by one thread; ``attached`` and ``resize`` from any. ``_lock`` guards the set
-    of those attached, and the shell.
+    of those attached, ``_starting`` the shell: a guest that does not start one delays no output.
     """
 
     def __init__(self, directory: Path, also: Sink | None = None) -> None:
@@ -35,7 +35,7 @@ class Console:
         self._file = self._path.open("wb", buffering=0)
         self._size = 0
         self._also = also
-        self._lock = threading.Lock()
+        self._lock, self._starting = threading.Lock(), threading.Lock()
         self._attached: list[Outlet] = []
         self._shell: GuestProcess | None = None
         self.session: Session | None = None
@@ -83,7 +83,7 @@ class Console:
     def _start_shell(self) -> None:
         """Run a shell on the console, unless one runs there. Raises ``GuestDied``."""
         assert self.session is not None
-        with self._lock:
+        with self._starting:
             if self._shell is None or self._shell.poll() is not None:
                 what = "-l" if self.session.entry is None else f"{init.DIRECTORY}/command"
                 self._shell = self.session.outside(["sh", "-c", _SHELL.format(what)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -137,7 +138,7 @@ class Server:
             return handler(connection, request, fds)
         except GuestDied as error:
             return {"error": error.reason, "status": _DIED}
-        except (KvmpassError, OSError, ValueError, TypeError, LookupError) as error:
+        except (KvmpassError, OSError, subprocess.SubprocessError, ValueError, TypeError, LookupError) as error:
             text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
             status = _NOT_RUN if isinstance(error, OSError) else _FAILED
             return {"error": str(text), "hints": list(getattr(error, "__notes__", ())), "status": status}

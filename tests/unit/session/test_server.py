@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from kvmpass.machine import Machine
 from kvmpass.session import Session, messages
 from kvmpass.session.client import Client, RequestFailed, _connect
 from kvmpass.session.console import Console
-from kvmpass.session.directory import GuestDirectory
+from kvmpass.session.directory import CONSOLE, GuestDirectory
 from kvmpass.session.server import Server
 
 
@@ -183,6 +184,27 @@ def test_nonsense_is_refused_and_leaves_nothing(stage: Stage) -> None:
     while len([*Path("/proc/self/fd").iterdir()]) > before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_guest_that_starts_nothing_delays_no_output_of_its_console(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client is told, and the console's log goes on."""
+    session, over = stage.server._session, threading.Event()
+    console = stage.server._console
+
+    def outside(args: list[str]) -> None:
+        console(b"printed meanwhile\n")
+        over.set()
+        raise subprocess.TimeoutExpired(args, 60)
+
+    monkeypatch.setattr(session, "outside", outside)
+    with Client.connect("one") as client:
+        client.request("console", [0, 1])
+        with pytest.raises(RequestFailed, match="timed out after 60 seconds") as failed:
+            client.answer(20)
+    assert (failed.value.exit_status, over.is_set()) == (125, True)
+    assert (stage.directory / CONSOLE).read_bytes() == b"printed meanwhile\n"
 
 
 def test_a_message_that_is_too_large(stage: Stage) -> None:
