@@ -94,11 +94,10 @@ class Server:
                     self._connections.add(connection)
                     thread = threading.Thread(target=self._serve, args=[connection], name="request", daemon=True)
                     self._threads.add(thread)
+                    thread.start()  # with the lock: ``finish`` joins what is in the set
             if full:
                 self._reply(connection, {"error": f"{MAX_CONNECTIONS} requests are served already"})
                 connection.close()
-            else:
-                thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
         fds: list[int] = []
