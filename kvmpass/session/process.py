@@ -84,9 +84,8 @@ class GuestProcess:
         input = Input() if tty or (stdin is not None and stdin != subprocess.DEVNULL) else None
         with undo_on_error(self._release):
             self.stdout = self._target(OUTPUT, stdout, captured, 1)
-            if stderr == subprocess.STDOUT:
-                self._targets[ERRORS] = partial(self._merged, self._targets[OUTPUT])
-            else:
+            merged = stderr == subprocess.STDOUT  # by the guest, which keeps their order
+            if not merged:
                 self.stderr = self._target(ERRORS, stderr, captured, 2)
             try:
                 self._process: AgentProcess = agent.start(
@@ -96,6 +95,7 @@ class GuestProcess:
                     directory=os.fspath(cwd) if cwd is not None else "",
                     input=input,
                     terminal=((24, 80) if tty is True else tty) or None,
+                    errors_in_output=merged,
                     receive=self._receive,
                 )
                 with undo_on_error(self._process.kill):
@@ -144,12 +144,6 @@ class GuestProcess:
             self._sent_to.append(to)
             self._targets[stream] = to
         return None
-
-    @staticmethod
-    def _merged(output: Receiver, process: AgentProcess, stream: int, data: bytes) -> None:
-        """Take errors as output; the end of the output is that of its own stream."""
-        if data:
-            output(process, stream, data)
 
     def _receive(self, process: AgentProcess, stream: int, data: bytes) -> None:
         self._targets[stream](process, stream, data)

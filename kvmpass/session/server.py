@@ -159,7 +159,7 @@ class Server:
             args,
             stdin=fds[0] if len(fds) == 3 else None,
             stdout=fds[-2],
-            stderr=fds[-1],
+            stderr=subprocess.STDOUT if os.path.sameopenfile(fds[-2], fds[-1]) else fds[-1],
             tty=(_number(size[0]), _number(size[1])) if size else False,
             cwd=str(request["cwd"]) if request.get("cwd") else None,
             env={str(name): str(value) for name, value in dict(request.get("env") or {}).items()},

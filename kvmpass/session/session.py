@@ -206,7 +206,7 @@ class Session:
         """
         default = subprocess.PIPE if capture_output else None
         stdout, stderr = default if stdout is None else stdout, default if stderr is None else stderr
-        capture = Capture(merged=stderr == subprocess.STDOUT)
+        capture = Capture()
         chosen = encoding or (locale.getencoding() if text or isinstance(input, str) else None)
         process = self._start(
             args,

@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from kvmpass.errors import GuestDied
-from kvmpass.guest.frames import OUTPUT
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -36,15 +35,12 @@ _ATOMIC = select.PIPE_BUF  # bytes that a pipe takes without blocking, once it i
 class Capture:
     """Keep all that a process writes to its streams, ``MAX_CAPTURED`` bytes at most; more of it ends the process.
 
-    ``merged``: its errors are part of its output.
-
     Synchronization: called by the agent; read it once the process has ended.
     """
 
-    def __init__(self, *, merged: bool = False) -> None:
+    def __init__(self) -> None:
         self._kept: dict[int, bytearray] = {}
         self._size = 0
-        self._merged = merged
 
     def __call__(self, process: AgentProcess, stream: int, data: bytes) -> None:
         """Take ``data`` from the process."""
@@ -52,7 +48,7 @@ class Capture:
         if self.full:
             process.kill()
         else:
-            self._kept.setdefault(OUTPUT if self._merged else stream, bytearray()).extend(data)
+            self._kept.setdefault(stream, bytearray()).extend(data)
         process.grant(stream, len(data))
 
     @property

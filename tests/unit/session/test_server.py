@@ -63,6 +63,11 @@ def test_a_command(stage: Stage) -> None:
     assert stage.run("sh", "-c", "kill -9 $$")[0] == -9
 
 
+def test_errors_that_go_where_the_output_goes_keep_their_order(stage: Stage) -> None:
+    script = "for n in 1 2 3 4 5; do echo out $n; echo err $n >&2; done"
+    assert stage.run("sh", "-c", script) == (0, b"".join(b"out %d\nerr %d\n" % (n, n) for n in range(1, 6)))
+
+
 def test_what_cannot_be_run(stage: Stage) -> None:
     with pytest.raises(RequestFailed, match="no such: No such file or directory") as failed:
         stage.run("no such")

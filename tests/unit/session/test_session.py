@@ -91,8 +91,9 @@ def test_streams_are_merged_dropped_or_inherited(
     session: Session, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     script = ["sh", "-c", "echo out; echo err >&2"]
-    merged = session.run(script, stderr=subprocess.STDOUT)
-    assert (sorted(merged.stdout.split()), merged.stderr) == ([b"err", b"out"], None)
+    in_turns = ["sh", "-c", "for n in 1 2 3 4 5; do echo out $n; echo err $n >&2; done"]
+    merged = session.run(in_turns, stderr=subprocess.STDOUT)
+    assert (merged.stdout, merged.stderr) == (b"".join(b"out %d\nerr %d\n" % (n, n) for n in range(1, 6)), None)
     dropped = session.run(script, stdout=subprocess.DEVNULL)
     assert (dropped.stdout, dropped.stderr) == (None, b"err\n")
     with (tmp_path / "file").open("wb") as file:
