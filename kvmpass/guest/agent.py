@@ -115,6 +115,8 @@ class Agent:
         if process is not None and process.handle(frame):
             with self.changed:
                 self._processes.pop(frame.process, None)
+            if process.input is not None:
+                process.input.drop()  # the agent's END of it comes once the process is unknown here
             process.end()
 
     def fail(self, reason: str) -> None:
@@ -170,6 +172,8 @@ class Agent:
             raise GuestError(
                 f"the arguments and variables of a command are {len(payload)} bytes, at most {MAX_START}"
             )
+        if input is not None:
+            input.detach()  # before START: once that is sent, the end may come at any time
         with self.changed:
             if self.failure is not None:
                 raise GuestDied(self.failure)

@@ -27,11 +27,16 @@ class Input:
         self._ended = False  # the guest knows
         self._dropping = False  # nobody reads it
 
-    def attach(self, process: int, send: Callable[[bytes], object]) -> None:
-        """Send to ``process``, which is about to start, by frames."""
+    def detach(self) -> None:
+        """Send to no process, until ``attach``. What waits is kept. Idempotent."""
         with self._changed:
-            self._process, self._send, self._credit = process, send, INPUT_WINDOW
+            self._send, self._credit = None, INPUT_WINDOW
             self._ended = self._dropping = False
+
+    def attach(self, process: int, send: Callable[[bytes], object]) -> None:
+        """Send to ``process``, which is about to start, by frames. Detach first."""
+        with self._changed:
+            self._process, self._send = process, send
         self._flush()
 
     def send(self, data: bytes) -> int:

@@ -172,6 +172,28 @@ def test_input_that_nobody_reads_is_dropped(agent: Agent) -> None:
     assert read_all(process) == b"end\n"
 
 
+def test_input_of_a_process_that_has_ended_is_dropped(agent: Agent) -> None:
+    source = Input()
+    assert agent.start(["true"], input=source).wait(SECONDS) == 0
+    source.send(bytes(1_000_000))
+    assert source.wait_below(1, SECONDS)
+
+
+def test_a_process_may_end_before_its_start_has_returned() -> None:
+    """Its input is dropped all the same."""
+
+    def send(data: bytes) -> None:
+        if data == frames.encode(1, frames.START, data[12:]):
+            ends = [frames.encode(1, frames.END, stream=stream) for stream in (OUTPUT, ERRORS, frames.STATUS)]
+            agent.feed(b"".join(ends) + frames.encode(1, frames.EXITED, frames.NUMBERS.pack(0, 3)))
+
+    agent, source = Agent(send), Input()
+    agent.feed(frames.encode(0, frames.HELLO, frames.NUMBERS.pack(frames.VERSION, 0)))
+    source.send(bytes(1_000_000))
+    assert agent.start(["true"], input=source).returncode == 3
+    assert source.waiting == 0
+
+
 def test_a_reader_that_stalls_stops_its_own_process_only(agent: Agent) -> None:
     stalled = shell(agent, "head -c 10000000 /dev/zero; echo end >&2")
     other = agent.start(["head", "-c", "5000000", "/dev/zero"])
