@@ -36,12 +36,14 @@ def check_name(name: str) -> str:
 
 
 def base_directory() -> Path:
-    """Return the directory that has those of this user's guests; it need not exist. Raises ``KvmpassError``.
+    """Return the absolute path of the directory that has those of this user's guests. Raises ``KvmpassError``.
+
+    It need not exist.
 
     ``$KVMPASS_RUNTIME_DIR``, else ``/run/kvmpass`` for root, ``$XDG_RUNTIME_DIR/kvmpass`` for others.
     """
     if own := os.environ.get("KVMPASS_RUNTIME_DIR"):
-        return Path(own)
+        return Path(own).absolute()  # the process of a guest leaves its working directory
     if os.geteuid() == 0:
         return Path("/run/kvmpass")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
@@ -49,7 +51,7 @@ def base_directory() -> Path:
         raise KvmpassError(
             "XDG_RUNTIME_DIR is not set: guests are found there", "set it, or KVMPASS_RUNTIME_DIR, to a directory"
         )
-    return Path(runtime) / "kvmpass"
+    return Path(runtime).absolute() / "kvmpass"
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,8 +170,9 @@ def boot_id(sysfs: Sysfs) -> str:
 
 
 def default_state_dir() -> Path:
-    """Return ``$KVMPASS_STATE_DIR``, or ``/var/lib/kvmpass``."""
-    return Path(os.environ.get("KVMPASS_STATE_DIR") or "/var/lib/kvmpass")
+    """Return the absolute path ``$KVMPASS_STATE_DIR``, or ``/var/lib/kvmpass``."""
+    # A process may change its working directory before it rebinds a device.
+    return Path(os.environ.get("KVMPASS_STATE_DIR") or "/var/lib/kvmpass").absolute()
 
 
 class Entries:

@@ -101,3 +101,14 @@ def test_a_base_that_others_may_write_to_is_refused(base: Path) -> None:
     base.chmod(0o777)
     with pytest.raises(KvmpassError, match="only this user may write to"):
         GuestDirectory.claim("one")
+
+
+@pytest.mark.parametrize("variable, below", [("KVMPASS_RUNTIME_DIR", ""), ("XDG_RUNTIME_DIR", "kvmpass")])
+def test_a_relative_base_stays_the_same_one(
+    variable: str, below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KVMPASS_RUNTIME_DIR")
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    monkeypatch.setenv(variable, "relative")
+    monkeypatch.chdir(tmp_path)
+    assert directory.base_directory() == tmp_path / "relative" / below

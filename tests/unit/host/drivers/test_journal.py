@@ -22,6 +22,7 @@ from support.bind_stage import (
 from kvmpass.errors import JournalError
 from kvmpass.host import bind, restore
 from kvmpass.host.drivers.changes import Step
+from kvmpass.host.drivers.journal import Journal
 from kvmpass.host.drivers.lock import HostLock
 
 # --- journal and records
@@ -228,6 +229,7 @@ def test_the_lock_names_its_holder(one: Stage, monkeypatch: pytest.MonkeyPatch) 
 import sys, time
 sys.argv = ["/usr/bin/kvmpass", "bind", "{NVME}"]
 from pathlib import Path
+from kvmpass.host.drivers.journal import Journal
 from kvmpass.host.drivers.lock import HostLock
 with HostLock(Path({str(one.state / "lock")!r})).hold():
     print(flush=True)
@@ -258,3 +260,12 @@ def test_the_lock_is_taken_once_by_the_same_object(tmp_path: Path) -> None:
         assert time.monotonic() - started < 5
     with other.hold(timeout=0):
         pass
+
+
+def test_a_relative_directory_stays_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has borrowed a device may change its working directory before it rebinds the device."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KVMPASS_STATE_DIR", "state")
+    journal = Journal()
+    monkeypatch.chdir("/")
+    assert [journal.state_dir, journal.directory] == [tmp_path / "state", tmp_path / "state/journal"]
