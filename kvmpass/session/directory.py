@@ -107,12 +107,21 @@ class GuestDirectory:
         temporary.write_text(json.dumps(body, indent=2) + "\n")
         temporary.replace(self.path / STATUS)
 
+    @property
+    def exists(self) -> bool:
+        """Whether it is still found at its path."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), self.path.lstat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError):  # a file of somebody else's in it
-            _remove(self.path, self._fd)
+            if self.exists:
+                _remove(self.path, self._fd)
         os.close(self._fd)
 
 

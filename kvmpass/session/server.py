@@ -55,9 +55,9 @@ class Server:
         for work, name in ((self._accept, "requests"), (self._watch, "end")):
             threading.Thread(target=work, name=name, daemon=True).start()
 
-    def wait(self) -> None:
-        """Wait until the guest has ended, or is to be stopped."""
-        self._over.wait()
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the guest has ended, or is to be stopped; ``timeout`` seconds at most. Return whether."""
+        return self._over.wait(timeout)
 
     def finish(self, **answer: Any) -> None:
         """Answer those who wait for the guest's end; serve nothing more."""

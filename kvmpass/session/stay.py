@@ -16,6 +16,8 @@ from kvmpass.session.directory import GuestDirectory, GuestStatus
 from kvmpass.session.opening import open_session
 from kvmpass.session.server import Server
 
+_LOOK_SECONDS = 5.0  # between looks for the directory, which logind removes at a user's last logout
+
 
 def stay(
     name: str,
@@ -30,7 +32,8 @@ def stay(
 
     ``ready`` is called with its directory once it runs commands, ``answer`` with how it ended: it returns what those
     who wait for the end are told. ``log`` gets what the console prints as well. ``options``: those of
-    ``open_session``. Its devices are rebound, and its directory is removed, when this returns or raises.
+    ``open_session``. A guest whose directory was removed is stopped: nobody could find it any more. Its devices are
+    rebound, and its directory is removed, when this returns or raises.
     """
     with GuestDirectory.claim(name) as directory, closing(Console(directory.path, log)) as console:
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -48,8 +51,10 @@ def stay(
                 server = Server(session, directory.path, console)
                 write("running")
                 ready(directory.path)
-                server.wait()
-                write("stopping")
+                while not server.wait(_LOOK_SECONDS) and directory.exists:
+                    pass
+                if directory.exists:  # else a file there would be another guest's
+                    write("stopping")
                 result = session.stop(server.stop_seconds)
             ended = answer(result)
             return result

@@ -1,0 +1,54 @@
+"""The process of a guest that stays, and its directory."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvmpass.guest import GuestSpec
+from kvmpass.session import stay as module
+from kvmpass.session.stay import stay
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """A guest that runs until it is stopped."""
+    done: list[str] = []
+    ended = threading.Event()
+
+    def stop(seconds: float) -> str:
+        done.append("stopped")
+        return "stopped"
+
+    @contextlib.contextmanager
+    def opened(*arguments: Any, **options: Any) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(wait=ended.wait, stop=stop)
+        done.append("rebound")
+
+    monkeypatch.setenv("KVMPASS_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(module, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(module, "open_session", opened)
+    yield done
+    ended.set()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_guest_that_cannot_be_found_any_more_is_stopped(ends: list[str], tmp_path: Path, replaced: bool) -> None:
+    """Its devices would stay bound. A new guest of its name keeps its directory as it is."""
+
+    def removed(directory: Path) -> None:
+        shutil.rmtree(directory)
+        if replaced:
+            directory.mkdir()
+            (directory / "status.json").write_text("another's")
+
+    result: Any = stay("one", [], GuestSpec(session=True), removed, lambda result: {})
+    assert (result, ends) == ("stopped", ["stopped", "rebound"])
+    assert [path.read_text() for path in tmp_path.glob("one/*")] == ["another's"] * replaced
