@@ -186,6 +186,8 @@ void read_output(struct process *process, enum stream number)
 	if (stream->left >= 0)
 		stream->left -= done;
 	send(process->id, DATA, number, done);
+	if (!stream->left) /* what holds it open may be silent: poll would not report it */
+		close_stream(process, number);
 }
 
 /* What processes that it has left behind have written until now is the rest. */

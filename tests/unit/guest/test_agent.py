@@ -269,6 +269,15 @@ def test_what_it_leaves_behind_and_never_ends_to_write(agent: Agent) -> None:
     assert process.wait(SECONDS) == 0
 
 
+def test_what_it_leaves_behind_may_be_silent(agent: Agent) -> None:
+    """It holds the pipe open, in which output is left at the time limit."""
+    process = shell(agent, f"sleep 30 & echo $! >&2; head -c {WINDOW + 10_000} /dev/zero")
+    child = int(read_all(process, ERRORS))
+    assert len(read_all(process)) == WINDOW + 10_000
+    assert process.wait(SECONDS) == 0
+    os.kill(child, signal.SIGKILL)
+
+
 def test_a_terminal(agent: Agent) -> None:
     source = Input()
     script = "stty size; trap 'stty size; exit 5' WINCH; tty >&2; while :; do sleep 0.05; done"
