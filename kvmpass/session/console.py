@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_LOG = 8 << 20
 """Bytes of each of the two files that have the log."""
+_RESIZE_SECONDS = 10.0
 _SHELL = "exec setsid cttyhack sh {} </dev/ttyS0 >/dev/ttyS0 2>&1"
 
 
@@ -89,9 +90,14 @@ class Console:
                 self._shell = self.session.outside(["sh", "-c", _SHELL.format(what)])
 
     def resize(self, rows: int, columns: int) -> None:
-        """Set the size of the console's terminal. Raises ``GuestDied``."""
+        """Set the size of the console's terminal. Raises ``GuestDied``, ``subprocess.TimeoutExpired``."""
         assert self.session is not None
-        self.session.outside(["stty", "-F", "/dev/ttyS0", "rows", str(rows), "cols", str(columns)]).wait(10)
+        size = ["rows", str(rows), "cols", str(columns)]
+        process = self.session.outside(["stty", "-F", "/dev/ttyS0", *size])
+        try:
+            process.wait(_RESIZE_SECONDS)
+        finally:
+            process.abandon()
 
     def type(self, data: bytes) -> int:
         """Send keystrokes; return how many bytes the guest has not read yet."""

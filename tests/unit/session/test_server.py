@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import socket
 import subprocess
 import threading
@@ -19,10 +20,11 @@ from support.agent import LocalAgent
 
 from kvmpass.guest import Guest
 from kvmpass.machine import Machine
-from kvmpass.session import Session, messages
+from kvmpass.session import Session, console, messages, process
 from kvmpass.session.client import Client, RequestFailed, _connect
 from kvmpass.session.console import Console
 from kvmpass.session.directory import CONSOLE, GuestDirectory
+from kvmpass.session.process import GuestProcess
 from kvmpass.session.server import Server
 
 
@@ -101,6 +103,41 @@ def test_what_comes_too_late_does_not_lose_the_answer(stage: Stage) -> None:
             except RequestFailed as failed:
                 assert (failed.exit_status, number % 2) == (127, 1), failed
     os.close(null)
+
+
+def test_a_guest_that_stalls_has_not_ended(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_START_SECONDS", 0.2)
+    stage.local.program.send_signal(signal.SIGSTOP)
+    with pytest.raises(RequestFailed, match=r"timed out after 0\.2 seconds") as failed:
+        stage.run("true")
+    assert failed.value.exit_status == 125
+    stage.local.program.send_signal(signal.SIGCONT)
+    assert stage.run("true") == (0, b"")
+
+
+def test_a_console_of_a_guest_that_stalls(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GuestProcess, "_wait_started", lambda *_: None)
+    monkeypatch.setattr(console, "_RESIZE_SECONDS", 0.2)
+    monkeypatch.setattr(process, "_KILL_SECONDS", 0.2)
+    monkeypatch.setattr(console, "_SHELL", "exec sleep 1000")
+    monkeypatch.setattr(stage.server._session, "send_keys", len)
+    abandoned: list[GuestProcess] = []
+    abandon = GuestProcess.abandon
+    monkeypatch.setattr(GuestProcess, "abandon", lambda process: [abandoned.append(process), abandon(process)])
+    before = len(stage.local.agent._processes)
+    read, write = os.pipe()
+    with Client.connect("one") as client:
+        client.request("console", [read, write])
+        while len(stage.local.agent._processes) == before:
+            time.sleep(0.01)
+        stage.local.program.send_signal(signal.SIGSTOP)
+        client.notify(size=[24, 80])
+        with pytest.raises(RequestFailed, match=r"timed out after 0\.2 seconds"):
+            client.answer(20)
+    assert [process.args[0] for process in abandoned] == ["stty"]  # type: ignore[index]
+    stage.local.program.send_signal(signal.SIGCONT)
+    os.close(read)
+    os.close(write)
 
 
 def test_signals_reach_the_command(stage: Stage) -> None:
