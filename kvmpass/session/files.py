@@ -39,9 +39,12 @@ def unpacking(source: Path, target: str) -> tuple[list[str], str]:
 
 
 def pack(source: Path, name: str, file: IO[bytes]) -> None:
-    """Write an archive of ``source``, which it calls ``name``. Raises ``OSError``."""
-    with tarfile.open(mode="w|", fileobj=file, dereference=source.is_symlink()) as archive:
-        archive.add(source, name)
+    """Write an archive of ``source``, which it calls ``name``. Raises ``OSError``.
+
+    If ``source`` is a symlink it is followed; symlinks below it are copied as such.
+    """
+    with tarfile.open(mode="w|", fileobj=file) as archive:
+        archive.add(source.resolve(), name)
 
 
 def packing(source: str, entry: Entry | None) -> list[str]:

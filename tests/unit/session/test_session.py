@@ -228,6 +228,14 @@ def test_files_in_and_out(session: Session, tmp_path: Path) -> None:
         session.copy_in(tmp_path / "missing", "/tmp/")
 
 
+def test_of_symlinks_only_the_source_itself_is_followed(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/dangling").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to("tree")
+    session.copy_in(tmp_path / "link", f"{tmp_path}/inside/copy")
+    assert str((tmp_path / "inside/copy/dangling").readlink()) == "nowhere"
+
+
 def test_files_that_are_not_in_the_guest(session: Session, tmp_path: Path) -> None:
     with pytest.raises(GuestError, match="not an absolute path"):
         session.copy_out("file", tmp_path)
