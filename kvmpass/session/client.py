@@ -50,8 +50,13 @@ class Client:
         """Send the request. Raises ``GuestError``."""
         try:
             messages.send(self._socket, {"do": do, **arguments}, descriptors)
+        except ConnectionError:
+            raise self._ended() from None
         except messages.BadMessage as error:
             raise GuestError(f"the command is too long: {error}") from error
+
+    def _ended(self) -> RequestFailed:
+        return RequestFailed(f"the process of the guest {self.guest} has ended", exit_status=126)
 
     def notify(self, **message: Any) -> None:
         """Send a signal or a size to the command that runs. Does nothing once it has ended."""
@@ -73,7 +78,7 @@ class Client:
         except messages.BadMessage as error:
             raise RequestFailed(f"the process of the guest {self.guest} has answered {error}") from error
         if received is None:
-            raise RequestFailed(f"the process of the guest {self.guest} has ended", exit_status=126)
+            raise self._ended()
         message, fds = received
         for fd in fds:
             os.close(fd)

@@ -252,3 +252,13 @@ def test_a_guest_that_starts_nothing_delays_no_output_of_its_console(
 def test_a_message_that_is_too_large(stage: Stage) -> None:
     with Client.connect("one") as client, pytest.raises(Exception, match="the command is too long"):
         client.request("exec", [1, 2], args=["x" * messages.MAX_MESSAGE])
+
+
+def test_a_request_to_a_guest_that_has_ended() -> None:
+    """``kvmpass stop --all`` goes on with the next one."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        theirs.close()
+        with pytest.raises(RequestFailed, match="the process of the guest one has ended") as failed:
+            Client("one", ours).request("stop", timeout=1)
+    assert failed.value.exit_status == 126
