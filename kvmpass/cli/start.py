@@ -13,6 +13,7 @@ import click
 from kvmpass.cli.console_log import ConsoleLog
 from kvmpass.cli.guest_options import guest_options, guest_spec, machine_options
 from kvmpass.cli.main import GUEST_SILENT
+from kvmpass.cli.output import error_text
 from kvmpass.cli.params import BDF
 from kvmpass.guest import GuestResult, GuestSpec
 from kvmpass.host import Bdf
@@ -98,6 +99,7 @@ def start_guest(
                 ready,
                 _answer,
                 log=log.beside(None),
+                reason=error_text,
                 say=_say if spec.verbose else lambda line: None,
                 warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
                 **options,

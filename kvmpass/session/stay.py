@@ -26,14 +26,15 @@ def stay(
     ready: Callable[[Path], None],
     answer: Callable[[GuestResult], dict[str, Any]],
     log: Sink | None = None,
+    reason: Callable[[BaseException], str] = str,
     **options: Any,
 ) -> GuestResult:
     """Run a guest, and serve requests for it until it has ended or one wants it stopped; return how it ended.
 
     ``ready`` is called with its directory once it runs commands, ``answer`` with how it ended: it returns what those
-    who wait for the end are told. ``log`` gets what the console prints as well. ``options``: those of
-    ``open_session``. A guest whose directory was removed is stopped: nobody could find it any more. Its devices are
-    rebound, and its directory is removed, when this returns or raises.
+    who wait for the end are told; ``reason`` returns it of an error. ``log`` gets what the console prints as well.
+    ``options``: those of ``open_session``. A guest whose directory was removed is stopped: nobody could find it any
+    more. Its devices are rebound, and its directory is removed, when this returns or raises.
     """
     with GuestDirectory.claim(name) as directory, closing(Console(directory.path, log)) as console:
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -59,7 +60,8 @@ def stay(
             ended = answer(result)
             return result
         except BaseException as error:
-            ended = {"error": str(error) or type(error).__name__, "hints": list(getattr(error, "__notes__", ()))}
+            cause = f"the guest's process has failed: {reason(error) or type(error).__name__}"
+            ended = {"error": cause, "hints": list(getattr(error, "__notes__", ()))}
             raise
         finally:
             if server is not None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from kvmpass.cli.output import error_text
 from kvmpass.guest import GuestSpec
 from kvmpass.session import stay as module
+from kvmpass.session.client import Client, RequestFailed
 from kvmpass.session.stay import stay
 
 
@@ -52,3 +54,28 @@ def test_a_guest_that_cannot_be_found_any_more_is_stopped(ends: list[str], tmp_p
     result: Any = stay("one", [], GuestSpec(session=True), removed, lambda result: {})
     assert (result, ends) == ("stopped", ["stopped", "rebound"])
     assert [path.read_text() for path in tmp_path.glob("one/*")] == ["another's"] * replaced
+
+
+def test_who_waits_learns_why_it_has_failed(ends: list[str]) -> None:
+    answers: list[dict[str, Any]] = []
+
+    def interrupted(directory: Path) -> None:
+        def wait() -> None:
+            with Client.connect("one") as client:
+                client.request("wait")
+                connected.set()
+                with pytest.raises(RequestFailed) as failed:
+                    client.answer(20)
+                answers.append({"error": str(failed.value)})
+
+        connected = threading.Event()
+        waiting.append(threading.Thread(target=wait))
+        waiting[0].start()
+        assert connected.wait(20)
+        raise SystemExit(143)
+
+    waiting: list[threading.Thread] = []
+    with pytest.raises(SystemExit):
+        stay("one", [], GuestSpec(session=True), interrupted, lambda result: {}, reason=error_text)
+    waiting[0].join(20)
+    assert answers == [{"error": "the guest's process has failed: interrupted by SIGTERM"}]
