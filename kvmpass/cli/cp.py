@@ -13,6 +13,7 @@ import click
 from kvmpass.errors import GuestError
 from kvmpass.session.client import Client
 
+_ANSWER_SECONDS = 2.0  # once the guest has sent all it does; a guest that goes on sending gives none
 _IN_GUEST = re.compile(r"([A-Za-z0-9][^/]*):(/.*)", re.DOTALL)
 
 
@@ -58,12 +59,19 @@ def _copy_in(source: Path, guest: str, target: str) -> None:
 def _copy_out(guest: str, source: str, target: str) -> None:
     from kvmpass.session.files import unpack
 
+    failure: GuestError | None = None
     with Client.connect(guest) as client:
         read, write = os.pipe()
         with os.fdopen(read, "rb") as file:
             _request(client, write, "pack", [write], path=source)
-            unpack(source, target, file)
-        client.answer()
+            try:
+                unpack(source, target, file)
+            except GuestError as error:
+                failure = error
+            with contextlib.suppress(TimeoutError):
+                client.answer(_ANSWER_SECONDS if failure else None)  # says why, if nothing was sent for that reason
+    if failure is not None:
+        raise failure
 
 
 def _request(client: Client, sent: int, do: str, streams: list[int], **arguments: object) -> None:

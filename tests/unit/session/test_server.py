@@ -18,6 +18,8 @@ from typing import Any, cast
 import pytest
 from support.agent import LocalAgent
 
+from kvmpass.cli import cp
+from kvmpass.errors import GuestError
 from kvmpass.guest import Guest
 from kvmpass.machine import Machine
 from kvmpass.session import Session, console, messages, process
@@ -262,3 +264,16 @@ def test_a_request_to_a_guest_that_has_ended() -> None:
         with pytest.raises(RequestFailed, match="the process of the guest one has ended") as failed:
             Client("one", ours).request("stop", timeout=1)
     assert failed.value.exit_status == 126
+
+
+def test_a_copy_that_the_process_refuses_has_its_reason(stage: Stage, tmp_path: Path) -> None:
+    with pytest.raises(RequestFailed, match="'relative' is not an absolute path of the guest"):
+        cp._copy_out("one", "relative", str(tmp_path))
+    stage.local.agent.fail("the guest panicked")
+    with pytest.raises(RequestFailed, match="the guest panicked"):
+        cp._copy_out("one", "/etc/passwd", str(tmp_path))
+
+
+def test_a_copy_that_fails_here_has_that_reason(stage: Stage, tmp_path: Path) -> None:
+    with pytest.raises(GuestError, match="was not copied to"):
+        cp._copy_out("one", "/no/such file", str(tmp_path))
