@@ -21,6 +21,7 @@ from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
 from kvmpass.memory.audit import Mirrored, compare
 from kvmpass.virtio.device import VERSION_1
+from kvmpass.virtio.signals import Signals
 from kvmpass.virtio.vhost_user import (
     CONFIG,
     CONFIGURE_MEM_SLOTS,
@@ -87,6 +88,8 @@ class FrontEnd:
         """Why the connection is closed; empty: it is not."""
         self.on_loss: Callable[[str], None] = lambda reason: None
         """Set by the device in use. Called in this object's thread when the daemon no longer serves the rings."""
+        self.signals = Signals(name)
+        """Signals eventfds that the daemon has, too."""
         self._config = b""
         self._table: dict[MemoryRegion, SharedRegion] = {}
         self._rings: dict[int, RemoteRing] = {}
@@ -182,7 +185,7 @@ class FrontEnd:
             self._table.clear()
         if not closed:
             self._memory.unlisten(self)
-            run_all(self._loop.close, self._connection.close, self._close_nobody)
+            run_all(self._loop.close, self.signals.close, self._connection.close, self._close_nobody)
 
     def _close_nobody(self) -> None:
         if self._nobody >= 0:
@@ -295,7 +298,11 @@ class FrontEnd:
             self._enable(True)
             talk.settle()
             for ring in rings:  # the daemon may have dropped what has come before the ring was enabled
-                os.eventfd_write(ring.kick, 1)
+                self.kick(ring)
+
+    def kick(self, ring: RemoteRing) -> None:
+        """Notify the daemon of buffers in ``ring``, without blocking."""
+        self.signals.send(("kick", ring.number), ring.kick)
 
     def renew_calls(self, calls: Mapping[int, int]) -> None:
         """Let the daemon signal these eventfds, by ring, from now on; -1: none."""

@@ -6,6 +6,8 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
+from kvmpass.virtio.signals import Signals
+
 USED_BUFFER, CONFIG_CHANGE = 1, 2
 """Reasons: bits of the ISR status (Virtual I/O Device 1.2, section 4.1.4.5)."""
 
@@ -13,7 +15,7 @@ USED_BUFFER, CONFIG_CHANGE = 1, 2
 class VectorSink:
     """An ``InterruptSink`` with ``count`` vectors, which the device signals; and the ISR status.
 
-    Synchronization: from any thread; ``_lock`` guards the eventfds, and no other lock is taken under it.
+    Synchronization: from any thread; ``_lock`` guards the eventfds. Only that of ``Signals`` is taken under it.
     """
 
     resizable = True
@@ -28,6 +30,7 @@ class VectorSink:
         self._lock = threading.Lock()
         self._eventfds: dict[int, int] = {}
         self._reasons = 0
+        self._signals: Signals | None = None  # once somebody else has had an eventfd
 
     def set_irqs(self, start: int, eventfds: Sequence[int]) -> None:
         """See ``InterruptSink``."""
@@ -41,12 +44,13 @@ class VectorSink:
             self._eventfds.clear()
         self.on_change()
 
-    def duplicate(self, vector: int) -> int:
-        """Return a duplicate of the eventfd of ``vector``, for somebody else to signal; -1 while it is disabled.
+    def duplicate(self, vector: int, signals: Signals) -> int:
+        """Return a duplicate of the eventfd of ``vector``, for another process to signal; -1 while it is disabled.
 
-        Raises ``OSError`` (``EMFILE``).
+        From now on every vector is signalled by ``signals``. Raises ``OSError`` (``EMFILE``).
         """
         with self._lock:
+            self._signals = signals
             eventfd = self._eventfds.get(vector, -1)
             return os.dup(eventfd) if eventfd >= 0 else -1
 
@@ -55,7 +59,10 @@ class VectorSink:
         with self._lock:
             self._reasons |= reason
             if (eventfd := self._eventfds.get(vector, -1)) >= 0:
-                os.eventfd_write(eventfd, 1)
+                if self._signals is not None:
+                    self._signals.send(("vector", vector), eventfd)
+                else:
+                    os.eventfd_write(eventfd, 1)
 
     def signal_queue(self, vector: int) -> None:
         """Signal that a queue has used buffers."""

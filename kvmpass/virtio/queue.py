@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory
 from kvmpass.virtio.interrupts import VectorSink
+from kvmpass.virtio.signals import Signals
 
 MAX_CHAIN_BYTES = 1 << 20
 """Bytes that one chain may read or write: what Linux sends is at most the capacity of a pipe."""
@@ -225,9 +226,9 @@ class Virtqueue:
         if not _INDEX.unpack_from(self._rings()[1], 0)[0] & _NO_INTERRUPT:
             self._sink.signal_queue(self.vector)
 
-    def call(self) -> int:
-        """Return a duplicate of the eventfd of its interrupt; -1 without one. Raises ``OSError`` (``EMFILE``)."""
-        return self._sink.duplicate(self.vector)
+    def call(self, signals: Signals) -> int:
+        """Return a duplicate of the eventfd of its interrupt; -1 without one. See ``VectorSink.duplicate``."""
+        return self._sink.duplicate(self.vector, signals)
 
     def want_notifications(self, wanted: bool) -> None:
         """Ask the driver to notify the device of new chains, or not to. Look for chains after this, not before.

@@ -114,7 +114,7 @@ class RemoteDevice:
         if self._wanted:
             for ring in self._wanted.rings:
                 if ring.number == number:
-                    os.eventfd_write(ring.kick, 1)
+                    self._front.kick(ring)
 
     def interrupts_changed(self) -> None:
         """See ``VirtioDevice``."""
@@ -166,14 +166,13 @@ class RemoteDevice:
         for ring, queue in zip(setup.rings, setup.queues, strict=True):
             calls[ring.number] = -1
             with log_errors(log, "%s: %s", self._front.name):
-                calls[ring.number] = queue.call()
+                calls[ring.number] = queue.call(self._front.signals)
         return calls
 
-    @staticmethod
-    def _signal(calls: dict[int, int]) -> None:
-        for eventfd in calls.values():
+    def _signal(self, calls: dict[int, int]) -> None:
+        for number, eventfd in calls.items():
             if eventfd >= 0:
-                os.eventfd_write(eventfd, 1)
+                self._front.signals.send(("call", number), eventfd)
 
     @staticmethod
     def _close(calls: dict[int, int]) -> None:
