@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from kvmpass.virtio.signals import Signals
 
@@ -62,7 +63,8 @@ class VectorSink:
                 if self._signals is not None:
                     self._signals.send(("vector", vector), eventfd)
                 else:
-                    os.eventfd_write(eventfd, 1)
+                    with suppress(BlockingIOError):  # a full counter is a signal already
+                        os.eventfd_write(eventfd, 1)
 
     def signal_queue(self, vector: int) -> None:
         """Signal that a queue has used buffers."""

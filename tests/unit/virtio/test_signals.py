@@ -13,6 +13,8 @@ import pytest
 from support.remote_guest import Guest, until
 from support.vhost_daemon import Daemon
 
+from kvmpass import pciregs
+from kvmpass.virtio.interrupts import USED_BUFFER, VectorSink
 from kvmpass.virtio.signals import Signals
 from kvmpass.virtio.vhost_user import Request
 
@@ -39,7 +41,7 @@ class Hostile(Daemon):
         self.filled: list[int] = []
 
     def _handle(self, request: Request, payload: bytes, files: list[int]) -> bytes | None:  # type: ignore[override]
-        if request is self.which:
+        if files and request is self.which:
             fill(files[0], block=True)
             self.filled.append(os.dup(files[0]))
         return super()._handle(request, payload, files)
@@ -95,6 +97,30 @@ def test_a_daemon_that_fills_calls_holds_up_nobody() -> None:
         in_time(guest.close)
         daemon.drain()
     until(lambda: threading.active_count() == before)
+
+
+def test_a_full_counter_is_a_signal() -> None:
+    """A vCPU gets no exception: of a notification that was missed, or of an interrupt."""
+    with Hostile() as daemon:
+        daemon.which = Request.SET_OWNER  # it brings no eventfd
+        guest = Guest(daemon)
+        guest.start()
+        guest.given()
+        until(lambda: guest.front.signals._thread is None)
+        for ring in daemon.rings.values():
+            fill(ring.files[Request.SET_VRING_KICK], block=False)
+        guest.config(pciregs.COMMAND, 2, pciregs.COMMAND_MEMORY)
+        guest.function.transport.notify(0)
+        guest.config(pciregs.COMMAND, 2, pciregs.COMMAND_MEMORY | pciregs.COMMAND_MASTER)
+        guest.function.transport.notify(0)
+        assert guest.status == 0xF
+        guest.close()
+    sink, eventfd = VectorSink("it", 1), os.eventfd(0, os.EFD_NONBLOCK)
+    sink.set_irqs(0, [eventfd])
+    fill(eventfd, block=False)
+    sink.signal_queue(0)
+    assert sink.take_reasons() == USED_BUFFER
+    os.close(eventfd)
 
 
 def test_signals_that_wait_are_one_for_each_key() -> None:
