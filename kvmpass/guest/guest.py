@@ -152,7 +152,7 @@ class Guest:
             return
         port.reset()
         self.agent = Agent(
-            port.send,
+            port.sender(),  # threads may still grant to processes of the last boot, by the same numbers
             on_ready=partial(self._mark, "guest's boot"),
             on_failure=self._on_failure,
             on_bad_frame=self._on_bad_frame,

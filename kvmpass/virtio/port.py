@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 
@@ -34,6 +35,7 @@ class Port:
         """See ``PortUser``."""
         self._changed = threading.Condition(threading.Lock())
         self._waiting = bytearray()
+        self._resets = 0
         self.on_send: Callable[[], None] = lambda: None
         """Set by the device: give the guest what was sent."""
         self.on_resume: Callable[[], bool] = lambda: False
@@ -43,7 +45,17 @@ class Port:
 
     def send(self, data: bytes) -> int:
         """Send ``data``. Return how many bytes the guest has not taken yet."""
+        return self._send(None, data)
+
+    def sender(self) -> Callable[[bytes], int]:
+        """Return a ``send`` whose data is dropped once the port is reset: a later boot gets nothing of it."""
         with self._changed:
+            return partial(self._send, self._resets)
+
+    def _send(self, resets: int | None, data: bytes) -> int:
+        with self._changed:
+            if resets not in (None, self._resets):
+                return 0
             self._waiting += data
         if data:
             self.on_send()
@@ -62,6 +74,7 @@ class Port:
         """Drop what waits for the guest, and send again."""
         with self._changed:
             self._waiting.clear()
+            self._resets += 1
             self._changed.notify_all()
         self.ended = False
 

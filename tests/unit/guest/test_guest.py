@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
 from kvmpass.guest import Guest, GuestResult
-from kvmpass.guest.frames import END, EXITED, HELLO, NUMBERS, READY, STATUS, VERSION, encode
+from kvmpass.guest.frames import DATA, END, EXITED, HELLO, NUMBERS, READY, START, STATUS, VERSION, FrameReader, encode
 from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
 from kvmpass.guest.frames import OUTPUT as OUTPUT_STREAM
 from kvmpass.guest.guest import CONSOLE, CONTROL
@@ -94,6 +95,9 @@ class SendingVm(Vm):
     def reset(self) -> None:
         """As the port's."""
 
+    def sender(self) -> Callable[[bytes], int]:
+        return self.send
+
     def send(self, data: bytes) -> int:
         self.received += data
         return 0
@@ -168,6 +172,47 @@ def test_an_unfinished_line_is_dropped_on_reboot() -> None:
     with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
         result = guest.run(restart=True)
     assert (vm.resets, result.status, result.failures) == (1, 3, ())
+
+
+class RebootingSenderVm(Vm):
+    """Its guest reboots while the reader of its command's output stalls; that goes on in the next boot."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.port = Port(AGENT_PORT, lambda data: None, lambda: True)
+        self.ports = {AGENT_PORT: self.port}
+        self.go_on, self.took_new = threading.Event(), threading.Event()
+        self.sent: list[int] = []
+
+    def reset(self) -> None:
+        """As the machine's."""
+
+    def output(self, data: bytes) -> None:
+        assert self.go_on.wait(20)
+        if b"new" in data:
+            self.took_new.set()
+
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
+        self.waits.append(timeout)
+        first = len(self.waits) == 1
+        content = [bytes(30_000)] * 10 if first else [b"new"]
+        said = [encode(0, HELLO, NUMBERS.pack(VERSION, 1000)), encode(0, READY)]
+        said += [encode(1, DATA, data, OUTPUT_STREAM) for data in content]
+        self.sinks[AGENT_PORT](b"".join(said))
+        if first:
+            return GuestOutcome.REBOOT
+        self.go_on.set()
+        assert self.took_new.wait(20)
+        self.sent = [frame.type for frame in FrameReader().feed(self.port.take(1 << 20))]
+        return GuestOutcome.POWEROFF
+
+
+def test_what_a_reader_took_from_before_a_reboot_is_not_granted_after_it() -> None:
+    """The processes of both boots have the same numbers: the next one would write more than the host expects."""
+    vm = RebootingSenderVm()
+    with Guest(cast(Machine, vm), console=None, output=vm.output, errors=lambda data: None) as guest:
+        guest.run(restart=True)
+    assert vm.sent == [START]
 
 
 class HangingVm(Vm):
