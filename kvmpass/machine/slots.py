@@ -64,11 +64,12 @@ class Slots:
         return slot
 
     def hide(self, slot: int, function: PciFunction) -> None:
-        """Take an emulated function off the bus, without closing it."""
+        """Take an emulated function off the bus, without closing it. Idempotent, also once another has its slot."""
         with self.bus_lock:
-            self._made.pop(slot, None)
-            self.board.hotplug.forget(slot)
-            self.board.pci.unplug(function)
+            if function in self.board.pci.functions:
+                self._made.pop(slot, None)
+                self.board.hotplug.forget(slot)
+                self.board.pci.unplug(function)
 
     def close_function(self, function: PciFunction) -> None:
         """Close a function that is off the bus. Raises ``OSError``."""
@@ -108,14 +109,17 @@ class Slots:
     def request_eject(self, device: AssignedDevice) -> None:
         """Ask the running guest to eject what is in the slot of ``device``."""
         with self.bus_lock:
-            self.board.hotplug.request_eject(device.slot)
+            if not device.ejected.is_set():  # another device may have the slot then
+                self.board.hotplug.request_eject(device.slot)
 
     def eject(self, device: AssignedDevice, timeout: float) -> list[AssignedDevice]:
         """Request the eject and wait for it, or for the guest's end. Return the devices of the slot.
 
         Raises ``GuestError`` after ``timeout`` seconds; the request is then withdrawn.
         """
-        ejected = [other for other in self.devices if other.slot == device.slot]
+        with self.bus_lock:
+            done = device.ejected.is_set()  # another device may have the slot then
+            ejected = [d for d in self.devices if d.slot == device.slot and d.ejected.is_set() == done]
         if not self.wait_for_eject(device.slot, device.ejected, timeout):
             raise GuestError(
                 f"the guest did not eject {device.bdf} within {timeout:g} seconds",
@@ -130,6 +134,8 @@ class Slots:
         """
         deadline = time.monotonic() + timeout
         with self.bus_lock:
+            if ejected.is_set():  # another device may have the slot
+                return True
             self.board.hotplug.request_eject(slot)
         while self.running() and not ejected.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
