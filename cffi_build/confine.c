@@ -2,9 +2,9 @@
  *
  *   confine UID GID ro|rw SOURCE COVER... -- PROGRAM ARGUMENT...
  *
- * Standard output is a library to preload into the program. Standard input is a SOCK_SEQPACKET socket to kvmpass. It gets one message: "ok" with a socket that is connected to
- * the program's descriptor 3, or "STEP ERRNO". Once the other end is closed, be it by the death of kvmpass,
- * everything here ends.
+ * Standard output is a library to preload into the program. Standard input is a SOCK_SEQPACKET socket to kvmpass. It
+ * gets one message: "ok" with a socket that is connected to the program's descriptor 3, or "STEP ERRNO". Once the other
+ * end is closed, be it by the death of kvmpass, everything here ends.
  *
  * Three processes. This one stays in the namespaces it came from: it gives the second one its user ID, and waits for
  * it. The second is process 1 of a PID namespace: when it ends, the kernel kills the program. It makes the mounts. The
@@ -12,8 +12,8 @@
  * (mount_namespaces(7)): not even a program that was taken over can undo them.
  *
  * The program has no network. All its mounts are read-only, nosuid and nodev; /tmp is SOURCE with all that is mounted
- * below it, writable for rw, and each COVER in it is an empty directory. UID and GID, 0 in the program's user
- * namespace, are its own; -1: those of the caller.
+ * below it, writable for rw, and each COVER in it is an empty directory, or an empty file if it is no directory. UID
+ * and GID, 0 in the program's user namespace, are its own; -1: those of the caller.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -107,10 +107,9 @@ static void map_users(int proc, const char *process, uid_t uid, gid_t gid)
 	check(write_file(proc, process, "gid_map", text), "gid_map");
 }
 
-static int clone_tree(const char *path)
+static int clone_tree(int fd, const char *path, int flags)
 {
-	return check(syscall(SYS_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE_),
-		     "open_tree");
+	return check(syscall(SYS_open_tree, fd, path, flags | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC), "open_tree");
 }
 
 static void restrict_mounts(int fd, const char *path, int flags, uint64_t attributes)
@@ -118,6 +117,25 @@ static void restrict_mounts(int fd, const char *path, int flags, uint64_t attrib
 	struct mount_attr wanted = { .attr_set = attributes };
 
 	check(syscall(SYS_mount_setattr, fd, path, flags | AT_RECURSIVE_, &wanted, sizeof(wanted)), "mount_setattr");
+}
+
+static void move_tree(int tree, const char *path)
+{
+	check(syscall(SYS_move_mount, tree, "", AT_FDCWD, path, MOVE_MOUNT_F_EMPTY_PATH), "move_mount");
+	close(tree);
+}
+
+/* On a file system of its own at PLACE, where SOURCE is mounted over it. */
+static int make_empty_file(void)
+{
+	unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
+	char path[64];
+
+	check(syscall(SYS_mount, "none", PLACE, "tmpfs", flags, "mode=0555"), "mount_tmpfs");
+	snprintf(path, sizeof(path), "%s/empty", PLACE);
+	int fd = check(open(path, O_RDONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0444), "open");
+	restrict_mounts(AT_FDCWD, PLACE, 0, MOUNT_ATTR_RDONLY);
+	return fd;
 }
 
 static long mount_empty(const char *path)
@@ -132,19 +150,23 @@ static void make_mounts(const char *source, int writable, char **covers)
 	char path[4096];
 
 	check(syscall(SYS_mount, "none", "/", NULL, MS_REC | MS_PRIVATE, NULL), "mount");
-	int tree = clone_tree(source);
+	int tree = clone_tree(AT_FDCWD, source, AT_RECURSIVE_);
 	restrict_mounts(tree, "", AT_EMPTY_PATH, attributes | (writable ? 0 : MOUNT_ATTR_RDONLY));
 	restrict_mounts(AT_FDCWD, "/", 0, attributes | MOUNT_ATTR_RDONLY);
-	check(syscall(SYS_move_mount, tree, "", AT_FDCWD, PLACE, MOVE_MOUNT_F_EMPTY_PATH), "move_mount");
-	close(tree);
+	int empty = make_empty_file();
+	move_tree(tree, PLACE);
 	check(chdir(PLACE), "chdir"); /* may the user be in it? The program would end without an answer */
 	check(chdir("/"), "chdir");
 	for (; *covers; covers++) {
 		snprintf(path, sizeof(path), "%s%s", PLACE, *covers);
 		/* What is not found is below another cover, what cannot be reached is out of the program's reach, too. */
-		if (mount_empty(path) < 0 && errno != ENOENT && errno != EACCES)
+		if (mount_empty(path) == 0 || errno == ENOENT || errno == EACCES)
+			continue;
+		if (errno != ENOTDIR)
 			check(-1, "mount_tmpfs");
+		move_tree(clone_tree(empty, "", AT_EMPTY_PATH), path);
 	}
+	close(empty);
 }
 
 /* What a guest writes to a directory stays there, and other users may run it: no file gets a set-user-ID or
@@ -254,7 +276,7 @@ static void contain(int parent, uid_t uid, char **arguments, char **covers, char
 		_exit(FAILED);
 	if (unshare(CLONE_NEWIPC) < 0 && errno != EINVAL) /* a kernel without it has no System V IPC */
 		check(-1, "unshare");
-	int proc = clone_tree("/proc"); /* writable, as the others are soon not */
+	int proc = clone_tree(AT_FDCWD, "/proc", AT_RECURSIVE_); /* writable, as the others are soon not */
 	make_mounts(source, !strcmp(access, "rw"), covers);
 	pid_t child = check(fork(), "fork");
 	if (child == 0)

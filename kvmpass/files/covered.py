@@ -15,7 +15,7 @@ VIRTUAL = frozenset(_TYPES.split())
 
 
 def covers(source: str, mounts: Iterable[tuple[str, str]]) -> list[str]:
-    """Return the directories below ``source`` to cover, as paths in it, each after those that it is below.
+    """Return the directories and files below ``source`` to cover, as paths in it, each after those that it is below.
 
     ``source``: an absolute path without symlinks. ``mounts``: mount points of this host with their types.
     """

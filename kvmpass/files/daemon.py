@@ -32,9 +32,9 @@ class FileDaemon:
     """A running daemon that serves ``source``, an absolute path without symlinks, and all that is mounted below it.
 
     Read-only, unless ``writable``. ``user`` is whom the daemon runs as; this process must be root, or that user.
-    ``covers``: directories in it that are empty for the guest (:func:`kvmpass.files.covers`). ``program``: virtiofsd,
-    found where distributions have it. The process ends with ``close()``, with the connection, and with this process,
-    however that ends. Raises ``ShareError``, or the ``OSError`` of a failed call.
+    ``covers``: directories and files in it that are empty for the guest (:func:`kvmpass.files.covers`). ``program``:
+    virtiofsd, found where distributions have it. The process ends with ``close()``, with the connection, and with
+    this process, however that ends. Raises ``ShareError``, or the ``OSError`` of a failed call.
 
     Synchronization: ``close`` while no other thread uses the object.
     """

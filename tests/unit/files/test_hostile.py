@@ -9,7 +9,7 @@ import random
 import stat
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,11 +60,11 @@ def state(directory: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def serving(source: Path, *, writable: bool = False) -> FileDaemon:
+def serving(source: Path, *, writable: bool = False, covered: Sequence[str] = ()) -> FileDaemon:
     if find_daemon() is None:
         pytest.skip("no virtiofsd: apt-get install qemu-system-common (Debian 12) or virtiofsd makes it run")
     try:
-        return FileDaemon(source, user(), writable=writable, covers=covers(str(source), []))
+        return FileDaemon(source, user(), writable=writable, covers=[*covers(str(source), []), *covered])
     except ShareError as error:
         if "user namespace" in str(error):
             pytest.skip(f"{error}: a machine with user namespaces makes it run")
@@ -155,6 +155,19 @@ def test_what_the_user_may_not_read_stays_unread(tree: Path) -> None:
                 client.find(path)
         with pytest.raises(PermissionError):
             client.content("etc/shadow")
+
+
+def test_a_cover_is_empty_whatever_it_is_on(tree: Path) -> None:
+    """Also a file that a kernel's file system is mounted on, as that of a network namespace is."""
+    hidden = ["/file", "/sub", "/fifo", "/missing"]
+    with serving(tree, writable=True, covered=hidden) as daemon, FuseClient(daemon.connection) as client:
+        client.init()
+        client.find = lambda path, start=ROOT, find=client.find: find(path) if path else ROOT  # type: ignore
+        assert (client.content("file"), client.content("fifo")) == (b"", b"")
+        assert client.names("sub") <= {".", ".."}
+        for name in ("file", "fifo"):
+            assert client.open(client.find(name), os.O_RDWR)[0] == errno.EROFS
+    assert (tree / "file").read_bytes() == b"content"
 
 
 def test_an_overlay_can_open_what_belongs_to_others() -> None:
