@@ -377,7 +377,7 @@ def test_a_daemon_that_ends() -> None:
         guest.daemon.end()
         assert guest.lost() == "the daemon of it has closed the connection"
         assert guest.status & NEEDS_RESET
-        assert MESSAGES[0][1] in guest.interrupts()
+        until(lambda: MESSAGES[0][1] in guest.interrupts())
         guest.send(0, b"nobody hears that")
         guest.write(20, 0, 1)
         assert guest.status == 0
