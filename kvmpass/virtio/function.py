@@ -96,6 +96,7 @@ class VirtioFunction:
 
     def __init__(self, device: VirtioDevice, wiring: Wiring, name: str) -> None:
         sink = VectorSink(name, device.vectors)
+        self._quiesced = False
         self._space = space = ConfigSpace()
         self.transport = Transport(wiring.memory, device, sink, self._is_master)
         """Status, features and queues."""
@@ -189,11 +190,13 @@ class VirtioFunction:
         self._space.set(pciregs.HEADER_TYPE, pciregs.MULTIFUNCTION if several else 0, 1)
 
     def quiesce(self) -> None:
-        """End the thread and reset the device: it accesses no memory after this. Idempotent.
+        """End the thread and the device: it accesses no memory after this, whatever the guest writes. Idempotent.
 
         Synchronization: from any thread, without the bus lock if possible: a daemon may take its time.
         """
-        run_all(self._kicks.stop, self.transport.reset, self.transport.device.close)
+        if not self._quiesced:
+            run_all(self._kicks.stop, self.transport.end, self.transport.device.close)
+            self._quiesced = True
 
     def close(self) -> None:
         """See ``PciFunction``."""

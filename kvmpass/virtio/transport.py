@@ -78,6 +78,7 @@ class Transport:
             (_QUEUE_SELECT, 2): self._select_queue,
         }
         self._before_reset = 0
+        self._ended = False
         self._set_defaults()
         sink.on_change = device.interrupts_changed
 
@@ -108,6 +109,12 @@ class Transport:
             self._set_defaults()
             for queue in self.queues:
                 queue.reset()
+
+    def end(self) -> None:
+        """Reset the device for good: a guest whose accesses still arrive cannot set it up again. Idempotent."""
+        with self._lock:
+            self._ended = True
+            self.reset()
 
     # --- the device
 
@@ -150,6 +157,8 @@ class Transport:
     def _set_status(self, value: int) -> None:
         if value == 0:
             self.reset()
+            return
+        if self._ended:
             return
         before, value = self._status, value & ~NEEDS_RESET
         if value & FEATURES_OK and not before & FEATURES_OK:

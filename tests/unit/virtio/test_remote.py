@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import pytest
 from support.remote_guest import QUEUES, SILENT, Guest, serving, until
@@ -63,6 +64,29 @@ def test_a_daemon_that_takes_its_time_delays_no_vcpu() -> None:
         assert guest.status == 0xF
         guest.daemon.going.set()
         until(lambda: guest.status == 0)
+        assert guest.daemon.rings == {}
+
+
+def test_a_device_that_has_ended_is_not_set_up_again() -> None:
+    """The guest has ejected it, but still reaches its BAR. Its close then waits for no daemon."""
+    with serving(Daemon()) as guest:
+        guest.start()
+        guest.given()
+        guest.function.quiesce()
+        assert guest.daemon.rings == {}
+        guest.enable()
+        assert not guest.negotiate()
+        guest.rings = [guest.add_queue(0)]
+        guest.ready()
+        assert guest.status == 0
+        guest.config(pciregs.COMMAND, 2, pciregs.COMMAND_MEMORY)
+        guest.config(pciregs.COMMAND, 2, pciregs.COMMAND_MEMORY | pciregs.COMMAND_MASTER)
+        guest.send(0, b"nobody hears that")
+        with guest.front.lock:  # as during a conversation
+            closing = threading.Thread(target=guest.function.close, daemon=True)
+            closing.start()
+            closing.join(10)
+            assert not closing.is_alive()
         assert guest.daemon.rings == {}
 
 
