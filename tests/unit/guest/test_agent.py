@@ -292,6 +292,17 @@ def test_a_terminal(agent: Agent) -> None:
     assert process.wait(SECONDS) == 5
 
 
+def test_all_of_the_output_of_a_terminal_reaches_a_reader_that_stalls(agent: Agent) -> None:
+    """Once its process has ended, the rest is in the terminal's buffers, more than it says."""
+    sent = WINDOW + 5_000
+    process = agent.start(["head", "-c", str(sent), "/dev/zero"], terminal=(24, 80))
+    eventually(lambda: len(process._kept[OUTPUT]) == WINDOW)
+    eventually(lambda: process._exited is not None)
+    time.sleep(0.5)
+    assert len(read_all(process)) == sent
+    assert process.wait(SECONDS) == 0
+
+
 def test_keys_of_a_terminal(agent: Agent) -> None:
     """What is typed is echoed; Ctrl-C is a signal for those in the foreground, Ctrl-D the end of what is read."""
     source = Input()
