@@ -72,7 +72,8 @@ class Extraction:
         self._begun = self._done = self._failed = False
         self._files = self._bytes = self._seen = self._not_reported = 0
         self._left_out: list[str] = []
-        self._error: str | None = None
+        self.error: str | None = None
+        """Why nothing more of the archive is created."""
 
     # --- as an ArchiveReceiver
 
@@ -82,14 +83,14 @@ class Extraction:
         self._begun = True
         self._path = "/".join(parts)
         self._seen += 1
-        if self._error is not None:
+        if self.error is not None:
             return
         if self._seen > MAX_FILES:
-            self._error = f"more than {MAX_FILES} files"
+            self.error = f"more than {MAX_FILES} files"
         elif len(parts) > MAX_DEPTH:
             self._leave_out(f"more than {MAX_DEPTH} directories deep", failed=True)
         elif self._bytes + entry.size > MAX_BYTES:
-            self._error = f"more than {MAX_BYTES >> 30} GiB"
+            self.error = f"more than {MAX_BYTES >> 30} GiB"
         elif stat.S_ISREG(entry.mode) and entry.links > 1 and entry.size == 0:
             self._leave_out("a hard link, whose content is elsewhere in the archive")
         elif stat.S_ISREG(entry.mode) or stat.S_ISDIR(entry.mode):
@@ -123,7 +124,7 @@ class Extraction:
 
     def result(self, cause: str | None = None) -> CopiedOut:
         """Return what was done. ``cause``: why the archive is not complete, if it is not."""
-        error = self._error or (None if self._done else cause or "the guest has not sent all of it")
+        error = self.error or (None if self._done else cause or "the guest has not sent all of it")
         if error is None and not self._begun:
             error = "no such file or directory in the guest"
         if error is None and self._failed:
@@ -221,7 +222,7 @@ class Extraction:
         """Leave the file out, or everything from here on: ``error`` was raised for it."""
         self._close_file()
         if error.errno in _FULL:
-            self._error = f"{self._shown}: {error.strerror}"
+            self.error = f"{self._shown}: {error.strerror}"
         else:
             self._leave_out(error.strerror or str(error), failed=True)
 

@@ -17,6 +17,7 @@ from kvmpass.guest.extract import Extraction
 from kvmpass.initramfs import init, served
 
 if TYPE_CHECKING:
+    from kvmpass.guest.process import AgentProcess
     from kvmpass.initramfs.served import Entry
     from kvmpass.session.session import Session
 
@@ -55,11 +56,11 @@ def packing(source: str, entry: Entry | None) -> list[str]:
 
 
 def unpack(source: str, target: str, file: io.BufferedReader) -> CopiedOut:
-    """Extract what the guest sends. Raises ``KvmpassError``, also if it is not complete."""
+    """Extract what the guest sends, as far as the limits. Raises ``KvmpassError`` if it is not complete."""
     extraction = Extraction(Destination.at(source, target, f"copy of {source!r}"))
     reader, cause = ArchiveReader(extraction), None
     try:
-        while cause is None and (data := file.read1(_CHUNK)):
+        while cause is None and extraction.error is None and (data := file.read1(_CHUNK)):
             try:
                 reader.feed(data)
             except BadArchive as error:
@@ -76,30 +77,36 @@ def unpack(source: str, target: str, file: io.BufferedReader) -> CopiedOut:
 def copy_in(session: Session, source: Path, target: str) -> None:
     """See ``Session.copy_in``."""
     command, name = unpacking(source, target)
-    pipe = subprocess.PIPE
-    with session.popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe) as process:
-        assert process.stdin is not None and process.stderr is not None
-        try:
-            pack(source, name, process.stdin)
-        except BaseException:
-            process.kill()
-            raise
+    errors = bytearray()
+
+    def keep(process: AgentProcess, stream: int, data: bytes) -> None:
+        errors.extend(data[: _MAX_MESSAGE - len(errors)])
+        process.grant(stream, len(data))
+
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    process = session.spawn(command, stdin=pipe, stdout=null, stderr=pipe, captured=keep)
+    assert process.stdin is not None
+    try:
+        pack(source, name, process.stdin)
         process.stdin.close()
-        message = process.stderr.read(_MAX_MESSAGE)
-        process.stderr.close()
-        if process.wait() != 0:
-            raise GuestError(f"{source} was not copied into the guest: {_line(message)}")
+        status = process.wait()
+    finally:
+        process.abandon()
+    if status != 0:
+        raise GuestError(f"{source} was not copied into the guest: {_line(errors)}")
 
 
 def copy_out(session: Session, source: str, target: str) -> CopiedOut:
     """See ``Session.copy_out``."""
-    with session.outside(packing(source, session.entry), stdout=subprocess.PIPE) as process:
-        try:
+    process = session.outside(packing(source, session.entry), stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        with process.stdout:
             return unpack(source, target, cast("io.BufferedReader", process.stdout))
-        finally:
-            process.kill()
+    finally:
+        process.abandon()
 
 
-def _line(message: bytes) -> str:
+def _line(message: bytearray) -> str:
     text = message.decode(errors="replace").strip().partition("\n")[0]
     return "".join(letter if letter.isprintable() else "?" for letter in text) or "no reason given"

@@ -207,6 +207,8 @@ class GuestProcess:
     def abandon(self) -> None:
         """Kill it, read no more of its input, and write no more of its output: nobody waits for it. Idempotent."""
         self._cancel.set()
+        if self.input is not None:
+            self.input.drop()  # nobody who writes to it is kept waiting
         try:
             with suppress(TimeoutError, GuestDied):
                 self.kill()

@@ -161,16 +161,17 @@ class Session:
         Raises ``FileNotFoundError``, ``PermissionError`` and the other errors of running a program there;
         ``GuestError`` (64 processes run), ``GuestDied``.
         """
-        return self._start(args, stdin=stdin, stdout=stdout, stderr=stderr, tty=tty, cwd=cwd, env=env)
+        return self.spawn(args, stdin=stdin, stdout=stdout, stderr=stderr, tty=tty, cwd=cwd, env=env)
 
-    def _start(
+    def spawn(
         self,
         args: Argument | Sequence[Argument],
         *,
-        cwd: str | os.PathLike[str] | None,
-        env: Mapping[str, str] | None,
+        cwd: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
         **options: Any,
     ) -> GuestProcess:
+        """Start a process as ``popen`` does, with any of the options of ``GuestProcess``."""
         if self.entry is not None:
             cwd, env = cwd or self.entry.directory, {**self.entry.environment, **(env or {})}
             options["root"] = served.ROOT
@@ -208,7 +209,7 @@ class Session:
         stdout, stderr = default if stdout is None else stdout, default if stderr is None else stderr
         capture = Capture()
         chosen = encoding or (locale.getencoding() if text or isinstance(input, str) else None)
-        process = self._start(
+        process = self.spawn(
             args,
             stdin=None if input is None else subprocess.PIPE,
             stdout=stdout,

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import IO, cast
 
 import pytest
 from support.agent import LocalAgent
 
 from kvmpass.errors import GuestDied, GuestError
-from kvmpass.guest import Guest
+from kvmpass.guest import Guest, extract
 from kvmpass.initramfs import served
+from kvmpass.initramfs.cpio import Node, newc
 from kvmpass.initramfs.served import Entry
 from kvmpass.machine import Machine
-from kvmpass.session import Session, streams
+from kvmpass.session import Session, files, process, streams
 
 CONSOLE = "the console\n"
 
@@ -241,3 +243,56 @@ def test_files_that_are_not_in_the_guest(session: Session, tmp_path: Path) -> No
         session.copy_out("file", tmp_path)
     with pytest.raises(GuestError, match="was not copied to"):
         session.copy_out("/no/such file", tmp_path)
+
+
+def in_time(call: Callable[[], object]) -> None:
+    """Call it in a thread; it must return or raise within 20 seconds."""
+    called: Future[object] = Future()
+
+    def run() -> None:
+        try:
+            called.set_result(call())
+        except BaseException as error:
+            called.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    called.result(20)
+
+
+def test_a_guest_with_more_errors_than_are_kept(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads on once they have been read: they are, although the archive is not written yet."""
+    script = "echo first >&2; head -c 3000000 /dev/zero >&2; cat >/dev/null; exit 1"
+    monkeypatch.setattr(files, "_UNPACK", script)
+    (tmp_path / "data").write_bytes(bytes(3 << 20))
+    with pytest.raises(GuestError, match=r"guest: first$"):
+        in_time(lambda: session.copy_in(tmp_path / "data", "/tmp/"))
+
+
+def test_a_copy_into_a_guest_that_stalls_can_fail(
+    session: Session, local: LocalAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: Path, name: str, file: IO[bytes]) -> None:
+        local.program.send_signal(signal.SIGSTOP)
+        file.write(b"unwritten")
+        raise OSError("cannot be read")
+
+    monkeypatch.setattr(files, "pack", fail)
+    monkeypatch.setattr(process, "_KILL_SECONDS", 0.2)
+    try:
+        with pytest.raises(OSError, match="cannot be read"):
+            in_time(lambda: session.copy_in(tmp_path, "/tmp/"))
+    finally:
+        local.program.send_signal(signal.SIGCONT)
+
+
+def test_a_guest_that_sends_files_for_ever(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a limit is exceeded nothing more is read, and the command is killed."""
+    monkeypatch.setattr(extract, "MAX_FILES", 2)
+    nodes = [(name, Node(stat.S_IFDIR | 0o755)) for name in ("it", "it/a", "it/b", "it/c")]
+    (tmp_path / "archive").write_bytes(newc(nodes))
+    monkeypatch.setattr(files, "_PACK", f"cat {tmp_path}/archive; exec sleep 1000")
+    with pytest.raises(GuestError, match="more than 2 files"):
+        in_time(lambda: session.copy_out("/it", f"{tmp_path}/target/"))
+    assert session._agent._processes == {}
