@@ -29,6 +29,7 @@ MAX_CAPTURED = 256 << 20
 BACKLOG = 1 << 18
 """Bytes of a process's input that wait here."""
 _CHUNK = 1 << 16
+_JOIN_SECONDS = 1.0
 _ATOMIC = select.PIPE_BUF  # bytes that a pipe takes without blocking, once it is writable
 
 
@@ -174,6 +175,8 @@ class Cancel:
 
     def wait(self, fd: int, events: int) -> bool:
         """Wait until ``fd`` is ready for ``events`` of poll(2), or has failed; False if this is set."""
+        if self.is_set:  # it may be closed as well
+            return False
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         poll.register(fd, events)
@@ -233,7 +236,7 @@ class InputPump:
                     continue
                 except OSError:  # the terminal has gone
                     data = b""
-                if not data:
+                if not data or self._cancel.is_set:
                     break
                 self._input.send(data)
                 while not self._input.wait_below(BACKLOG, 0.1):
@@ -244,8 +247,12 @@ class InputPump:
             os.close(self._fd)
 
     def join(self) -> None:
-        """Wait for its thread, once ``cancel`` was set."""
-        self._thread.join()
+        """Wait for its thread, once ``cancel`` was set; a second at most.
+
+        If another reader of the same pipe or terminal was faster, the thread is blocked until there is more to read,
+        or its end. Then it ends, and drops that.
+        """
+        self._thread.join(_JOIN_SECONDS)
 
 
 class ToDescriptor:
