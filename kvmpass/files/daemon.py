@@ -87,6 +87,7 @@ class FileDaemon:
         except TimeoutError:
             raise ShareError(f"{CONFINE.name}: no answer within {_START_SECONDS:g} s") from None
         if message == b"ok" and descriptors:
+            os.set_inheritable(descriptors[0], False)
             return socket.socket(fileno=descriptors[0])
         step, _, number = message.decode("ascii", "replace").partition(" ")
         if not number.isdecimal():

@@ -36,7 +36,9 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
 
     Raises ``BadMessage``, ``OSError`` (``TimeoutError``).
     """
-    data, fds, flags, _ = socket.recv_fds(connection, MAX_MESSAGE + 1, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    data, fds, flags, _ = socket.recv_fds(connection, MAX_MESSAGE + 1, MAX_DESCRIPTORS)
+    for fd in fds:  # recv_fds ignores MSG_CMSG_CLOEXEC in Python 3.11
+        os.set_inheritable(fd, False)
     try:
         if not data:
             if fds:

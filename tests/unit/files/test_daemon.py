@@ -113,6 +113,7 @@ def test_closing_ends_all_and_leaves_no_descriptor() -> None:
     with serving(Path("/")) as daemon:
         found = processes(daemon)
         assert "connection" in daemon.messages
+        assert not daemon.connection.get_inheritable()
     daemon.close()
     assert daemon.messages == ""
     assert not alive(found)

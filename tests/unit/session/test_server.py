@@ -277,3 +277,16 @@ def test_a_copy_that_the_process_refuses_has_its_reason(stage: Stage, tmp_path: 
 def test_a_copy_that_fails_here_has_that_reason(stage: Stage, tmp_path: Path) -> None:
     with pytest.raises(GuestError, match="was not copied to"):
         cp._copy_out("one", "/no/such file", str(tmp_path))
+
+
+def test_descriptors_of_a_message_are_not_inherited() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        messages.send(theirs, {}, [ours.fileno()])
+        received = messages.receive(ours)
+    assert received is not None
+    (fd,) = received[1]
+    try:
+        assert not os.get_inheritable(fd)
+    finally:
+        os.close(fd)
