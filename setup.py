@@ -1,5 +1,6 @@
 """The extension module, and the programs in C; everything else is in pyproject.toml."""
 
+from itertools import takewhile
 from pathlib import Path
 
 from setuptools import setup
@@ -29,7 +30,8 @@ class BuildPrograms(build_ext):
             program = Path("" if self.inplace else self.build_lib, path)
             program.parent.mkdir(parents=True, exist_ok=True)
             files = [f"cffi_build/{source}" for source in sources]
-            self.spawn([self.compiler.compiler[0], *arguments, "-o", str(program), *files])
+            compiler = takewhile(lambda word: not word.startswith("-"), self.compiler.compiler)  # ccache gcc -O2
+            self.spawn([*compiler, *arguments, "-o", str(program), *files])
 
     def get_outputs(self) -> list[str]:
         return [*super().get_outputs(), *(str(Path(self.build_lib, path)) for path in PROGRAMS)]
