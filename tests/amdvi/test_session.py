@@ -42,7 +42,7 @@ def test_many_threads_and_a_panic(nvme: str) -> None:
         assert "Linux version" in guest.dmesg()
         waiting = [pool.submit(guest.run, ["sleep", "1000"]) for _ in range(AT_ONCE - 1)]
         waiting.append(pool.submit(guest.popen(["cat", "/dev/zero"], stdout=subprocess.DEVNULL).wait))
-        with pytest.raises(GuestDied, match=r"panicked: .*sysrq triggered crash"):
+        with pytest.raises(GuestDied, match=r"the guest panicked: "):
             guest.run(["sh", "-c", "echo c >/proc/sysrq-trigger; sleep 1000"], timeout=SECONDS)
         for future in waiting:
             died = future.exception(SECONDS)

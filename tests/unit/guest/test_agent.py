@@ -306,11 +306,13 @@ def test_all_of_the_output_of_a_terminal_reaches_a_reader_that_stalls(agent: Age
 def test_keys_of_a_terminal(agent: Agent) -> None:
     """What is typed is echoed; Ctrl-C is a signal for those in the foreground, Ctrl-D the end of what is read."""
     source = Input()
-    process = shell(agent, "trap 'echo got it' INT; sleep 1000; cat; echo $?", input=source, terminal=(24, 80))
-    time.sleep(0.3)
-    source.send(b"\x03")
+    script = "trap 'echo got it; got=it' INT; echo ready; until [ $got ]; do sleep 0.1; done; cat; echo $?"
+    process = shell(agent, script, input=source, terminal=(24, 80))
     said = b""
-    while b"got it" not in said:
+    while b"ready" not in said:
+        said += process.read(timeout=SECONDS)
+    source.send(b"\x03")
+    while b"got it\r\n" not in said:
         said += process.read(timeout=SECONDS)
     source.send(b"word\r\x04")
     assert read_all(process) == b"word\r\nword\r\n0\r\n"
