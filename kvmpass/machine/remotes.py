@@ -101,8 +101,9 @@ class Remotes(Functions):
         trust; its process is the caller's, for which ``on_close`` is called once the machine has closed the
         connection for good.
 
-        If it ends, does not answer within ten seconds, or violates the protocol, ``on_event`` receives a
-        ``DaemonEnded``, and the guest is ended as by an uncorrected error of a device. Raises ``DaemonError``,
+        If it ends, does not finish a set-up, a reset or a change of memory within ten seconds, or violates the
+        protocol, ``on_event`` receives a ``DaemonEnded``, and the guest is ended as by an uncorrected error of a
+        device. Raises ``DaemonError``,
         ``GuestError`` (private memory), ``LayoutError`` (tag, no slot), ``OSError`` (``connect``); then nothing has
         changed, except that the connection is closed.
         """

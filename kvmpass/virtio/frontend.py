@@ -39,7 +39,7 @@ from kvmpass.virtio.vhost_user import (
 log = limited_log(__name__)
 
 _SLOTS_LIMIT = 4096  # regions, whatever a daemon says
-_TABLE_SECONDS_PER_GIB = 1.0  # for mapping memory, beyond the time of any answer
+_TABLE_SECONDS_PER_GIB = 1.0  # for mapping memory, beyond the time of any conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,12 @@ class FrontEnd:
 
     ``on_end`` is called once, in a thread of this object, with the reason: the daemon has ended, has not answered in
     time, or has violated the protocol. The connection is closed then, and the rings are left as they are.
-    ``seconds``: the time limit of an answer.
+    ``seconds``: the time limit of a conversation, of all its requests together.
 
     Raises ``DaemonError``, ``GuestError`` where RAM is private.
 
     Synchronization: from any thread; ``lock`` guards the conversation, the table and the rings. It is taken after
-    ``GuestMemory.lock`` and held for the time limit of an answer, once.
+    ``GuestMemory.lock`` and held for the time limit of a conversation, once.
     """
 
     def __init__(
@@ -99,11 +99,12 @@ class FrontEnd:
         self._listening = False
         with undo_on_error(self.close):
             self._nobody = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-            self._negotiate()
-            with memory.lock:
-                memory.listen(self)
+            with self._connection.conversation():
+                self._negotiate()
+            memory.listen(self)
+            with self.lock:  # without that of the memory, for which vCPUs wait
                 self._send_table()
-            self._listening = True
+                self._listening = True
             self._loop.add_reader(self._connection.fileno(), self._on_readable)
 
     def _negotiate(self) -> None:
@@ -147,9 +148,15 @@ class FrontEnd:
     # --- the end
 
     @contextmanager
+    def conversation(self) -> Iterator[None]:
+        """Hold the lock for several requests, which have one time limit."""
+        with self.lock, self._connection.conversation():
+            yield
+
+    @contextmanager
     def _talking(self) -> Iterator[Connection]:
         """Hold the lock. What the daemon does wrong ends the connection, and is not raised; nor is its end before."""
-        with self.lock:
+        with self.conversation():
             try:
                 yield self._connection
             except (DaemonError, OSError) as error:
@@ -228,7 +235,8 @@ class FrontEnd:
                     self._take_all()
                     self._loop.call(lambda: self.on_loss("memory of its rings was removed"))
                 shared = self._table.pop(region)
-                self._change_table(0, lambda: talk.remove_region(shared))
+                if self._listening:
+                    self._change_table(0, lambda: talk.remove_region(shared))
 
     def holds(self, region: MemoryRegion) -> bool:
         """Return False: what a daemon has mapped are the file's pages, not this process's mapping of them."""
@@ -237,7 +245,7 @@ class FrontEnd:
     def _change_table(self, size: int, change: Callable[[], None]) -> None:
         """Change the daemon's memory by one message, or replace all of it where it knows no other way."""
         if self._protocol & CONFIGURE_MEM_SLOTS:
-            with self._more_time(size):
+            with self._connection.conversation(_more_time(size)):
                 change()
                 self._connection.settle()
         else:
@@ -245,22 +253,14 @@ class FrontEnd:
 
     def _send_table(self) -> None:
         """Send all regions. Raises ``DaemonError``."""
-        with self.lock, self._more_time(sum(region.size for region in self._table.values())):
+        size = sum(region.size for region in self._table.values())
+        with self._connection.conversation(_more_time(size)):
             if self._protocol & CONFIGURE_MEM_SLOTS:
                 for region in self._table.values():
                     self._connection.add_region(region)
             else:
                 self._connection.set_table(list(self._table.values()))
             self._connection.settle()
-
-    @contextmanager
-    def _more_time(self, size: int) -> Iterator[None]:
-        before = self._connection.seconds
-        self._connection.seconds += _TABLE_SECONDS_PER_GIB * (size >> 30)
-        try:
-            yield
-        finally:
-            self._connection.seconds = before
 
     def reaches(self, place: Range) -> bool:
         """Return whether all of ``place`` is in one region that the daemon has."""
@@ -337,6 +337,10 @@ class FrontEnd:
             bases[number] = self._connection.take_ring(number)
             del self._rings[number]
         return bases
+
+
+def _more_time(size: int) -> float:
+    return _TABLE_SECONDS_PER_GIB * (size >> 30)
 
 
 _CLOSED = "it is closed"

@@ -141,7 +141,7 @@ class RemoteDevice:
         """Let the daemon have what the driver has set up last, while the function may access memory."""
         self._scheduled = False  # before it is looked at: what comes later comes again
         front = self._front
-        with front.lock:
+        with front.conversation():
             wanted = self._wanted if self._allowed else None
             if self._given is not None and self._given is not wanted:
                 self._bases = self._given, front.take()

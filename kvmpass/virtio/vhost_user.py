@@ -11,14 +11,15 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from kvmpass._dataclass import dataclass
 from kvmpass._fd import failure
 from kvmpass.errors import DaemonError
 
 SECONDS = 10.0
-"""Time limit of an answer. A daemon finishes the requests of a ring before it returns it."""
+"""Time limit of a conversation. A daemon finishes the requests of a ring before it returns it."""
 PROTOCOL_FEATURES = 1 << 30
 """Feature bit: the daemon has protocol features, and rings are off until they are enabled. No guest sees it."""
 MQ, REPLY_ACK, CONFIG, CONFIGURE_MEM_SLOTS = 1 << 0, 1 << 3, 1 << 9, 1 << 15
@@ -104,7 +105,8 @@ class Connection:
         self._socket = connection
         self._name = name
         self.seconds = seconds
-        """The time limit of an answer, and of sending."""
+        """The time limit of a conversation: of one request, or of those within ``conversation``."""
+        self._deadline: float | None = None  # of the conversation
         self.acknowledges = False
         """Whether the daemon acknowledges each request (``REPLY_ACK``)."""
 
@@ -115,6 +117,19 @@ class Connection:
     def close(self) -> None:
         """Close the connection. Idempotent."""
         self._socket.close()
+
+    @contextmanager
+    def conversation(self, more: float = 0.0) -> Iterator[None]:
+        """Give the requests of the block ``seconds`` and ``more`` together; within another, ``more`` in addition."""
+        before = self._deadline
+        self._deadline = (time.monotonic() + self.seconds if before is None else before) + more
+        try:
+            yield
+        finally:
+            self._deadline = None if before is None else before + more
+
+    def _until(self) -> float:
+        return time.monotonic() + self.seconds if self._deadline is None else self._deadline
 
     # --- one message
 
@@ -161,7 +176,7 @@ class Connection:
 
     def ask(self, request: Request, payload: bytes, size: int, *, flags: int = 0, fds: Sequence[int] = ()) -> bytes:
         """Send a request, and return the ``size`` bytes of its answer's payload."""
-        deadline = time.monotonic() + self.seconds
+        deadline = self._until()
         self._send(request, flags, payload, fds, deadline)
         answered, flags, length = _HEADER.unpack(self._receive(request, _HEADER.size, deadline))
         if answered != request or flags & (3 | _REPLY) != _VERSION | _REPLY:
@@ -173,7 +188,7 @@ class Connection:
     def order(self, request: Request, payload: bytes, fds: Sequence[int] = ()) -> None:
         """Send a request without an answer of its own, and wait until it is done where the daemon tells."""
         if not self.acknowledges:
-            self._send(request, 0, payload, fds, time.monotonic() + self.seconds)
+            self._send(request, 0, payload, fds, self._until())
         elif result := _NUMBER.unpack(self.ask(request, payload, _NUMBER.size, flags=_NEED_REPLY, fds=fds))[0]:
             raise self._error(f"has refused {request.name} ({result:#x})")
 

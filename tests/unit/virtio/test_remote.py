@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from typing import Any
 
 import pytest
 from support.remote_guest import QUEUES, SILENT, Guest, serving, until
@@ -413,6 +415,61 @@ def test_a_daemon_that_speaks_unasked() -> None:
         assert guest.asked(0, b"x") == b"X"
         guest.daemon._socket.send(b"hello")
         assert guest.lost() == "the daemon of it has sent what nobody asked for"
+
+
+class Slow(Daemon):
+    """Takes a part of the time limit for each request."""
+
+    delay = 0.0
+
+    def _handle(self, *message: Any) -> bytes | None:
+        time.sleep(self.delay)
+        return super()._handle(*message)
+
+
+@pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
+def test_a_daemon_that_is_slow_each_time(options: dict[str, int]) -> None:
+    """All requests of a start have one time limit: no lock is held for longer."""
+    with serving(Slow(**options)) as guest:
+        guest.front._connection.seconds = 0.5
+        assert isinstance(guest.daemon, Slow)
+        guest.daemon.delay = 0.1
+        started = time.monotonic()
+        guest.start()
+        assert guest.lost().endswith("within 0.5 seconds")
+        with guest.front.lock:
+            assert 0.5 <= time.monotonic() - started < 0.5 + 20 * 0.1
+        guest.daemon.delay = 0.0
+
+
+def test_a_daemon_that_is_slow_to_map_memory_delays_no_vcpu() -> None:
+    """A running machine gets a device: vCPUs move BARs meanwhile. Memory that is removed meanwhile is not sent."""
+    with Slow() as daemon:
+        driver = Driver(backing=Backing.MEMFD)
+        region = driver.memory.add_ram(16 * MIB, PAGE, backing=Backing.MEMFD)
+        made: list[FrontEnd] = []
+        daemon.delay = 0.2
+        thread = threading.Thread(
+            target=lambda: made.append(FrontEnd("it", daemon.front, driver.memory, lambda reason: None))
+        )
+        thread.start()
+        until(lambda: Request.GET_MAX_MEM_SLOTS in daemon.requests)
+        until(lambda: bool(driver.memory._listeners))
+        daemon.going.clear()
+        mapping, started = HostMapping(PAGE), time.monotonic()
+        for _ in range(3):
+            driver.memory.remove(driver.memory.add_bar(64 * MIB, PAGE, mapping, 0, "bar"))
+        assert time.monotonic() - started < 5, "they have waited for the daemon"
+        assert not made, "the daemon has yet to map the memory"
+        daemon.going.set()
+        driver.memory.remove(region)
+        thread.join(20)
+        assert sorted(daemon.table) == [0]
+        made[0].audit()
+        made[0].close()
+        mapping.close()
+        driver.close()
+        driver.memory.close()
 
 
 def test_a_daemon_that_does_not_read() -> None:
