@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 MAX_LOG = 8 << 20
 """Bytes of each of the two files that have the log."""
 _RESIZE_SECONDS = 10.0
-_SHELL = "exec setsid cttyhack sh {} </dev/ttyS0 >/dev/ttyS0 2>&1"
+# The agent makes a session for it; setsid(1) would fork, and the process that is watched would end at once.
+_SHELL = "exec cttyhack sh {} </dev/ttyS0 >/dev/ttyS0 2>&1"
 
 
 class Console:
@@ -85,7 +86,10 @@ class Console:
         """Run a shell on the console, unless one runs there. Raises ``GuestDied``."""
         assert self.session is not None
         with self._starting:
-            if self._shell is None or self._shell.poll() is not None:
+            if self._shell is not None and self._shell.poll() is not None:
+                self._shell.wait()  # closes what belongs to it
+                self._shell = None
+            if self._shell is None:
                 what = "-l" if self.session.entry is None else f"{init.DIRECTORY}/command"
                 self._shell = self.session.outside(["sh", "-c", _SHELL.format(what)])
 
