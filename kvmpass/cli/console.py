@@ -26,7 +26,8 @@ def console(guest: str) -> None:
     with Client.connect(guest) as client, contextlib.closing(PipedInput()) as piped:
         client.request("console", [piped.source, 1])
         piped.sent()
-        click.echo(f"kvmpass: {ESCAPE_NAME} detaches from {client.guest}", err=True)
         with raw_terminal(piped.send, client.leave, lambda rows, columns: client.notify(size=[rows, columns])):
+            # In raw mode: what is typed before that is lost.
+            click.echo(f"kvmpass: {ESCAPE_NAME} detaches from {client.guest}\r", err=True)
             client.answer()
     click.echo(f"\r\nkvmpass: detached from {client.guest}", err=True)

@@ -1,4 +1,4 @@
-"""``kvmpass start``, and ``kvmpass assign -d``."""
+"""``kvmpass start``."""
 
 from __future__ import annotations
 
