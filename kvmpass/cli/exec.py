@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from kvmpass.cli.guests import GUEST
 from kvmpass.cli.input import PipedInput, passed_input
 from kvmpass.cli.main import TIME_UP
 from kvmpass.cli.terminal import raw_terminal, terminal_size
+from kvmpass.cli.variables import variables
 from kvmpass.session.client import Client
 
 _PASSED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -75,6 +75,7 @@ def exec_(
         raise click.UsageError("missing COMMAND after --")
     if tty and not sys.stdin.isatty():
         raise click.UsageError("-t passes a terminal on: standard input is none")
+    environment = dict(text.split("=", 1) for text in variables(env))
     with ExitStack() as undo:
         client = undo.enter_context(Client.connect(guest))
         streams: list[int] = [1, 2]
@@ -94,7 +95,7 @@ def exec_(
             "exec",
             streams,
             args=command,
-            env=dict(_variable(text) for text in env if "=" in text or text in os.environ),
+            env=environment,
             cwd=workdir,
             size=terminal_size() if tty else None,
         )
@@ -111,11 +112,6 @@ def exec_(
 
 def _nothing() -> None:
     """Do nothing at an escape: there is none."""
-
-
-def _variable(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    return name, value if equals else os.environ[name]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ import click
 from kvmpass.cli.output import together
 from kvmpass.cli.params import backend_option, files_option, p2p_option
 from kvmpass.cli.terminal import terminal_size
+from kvmpass.cli.variables import variables
 from kvmpass.guest import GuestSpec
 from kvmpass.guest.directories import MINIMAL
-
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 machine_options = together(
     click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T."),
@@ -115,19 +113,6 @@ def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
     if guest["initrd"] and (guest["root"] != MINIMAL or guest["shares"]):
         raise click.UsageError("--initrd replaces the root file system that mounts --root and --share")
-    guest["environment"] = _environment(guest.get("environment", ()))
+    guest["environment"] = variables(guest.get("environment", ()))
     own = tuple(command) if command else None
     return GuestSpec(**guest, command=own, terminal=os.environ.get("TERM", "linux"), terminal_size=terminal_size())
-
-
-def _environment(variables: tuple[str, ...]) -> tuple[str, ...]:
-    """Return ``NAME=VALUE`` of each. Raises ``click.UsageError``."""
-    for variable in variables:
-        if not _NAME.fullmatch(variable.partition("=")[0]):
-            raise click.UsageError(f"-e {variable}: not a NAME, or NAME=VALUE, of letters, digits and underscores")
-    given = (name if "=" in name else f"{name}={os.environ[name]}" for name in variables if _is_set(name))
-    return tuple(given)
-
-
-def _is_set(variable: str) -> bool:
-    return "=" in variable or variable in os.environ
