@@ -208,7 +208,7 @@ class GuestProcess:
         """Kill it, read no more of its input, and write no more of its output: nobody waits for it. Idempotent."""
         self._cancel.set()
         if self.input is not None:
-            self.input.drop()  # nobody who writes to it is kept waiting
+            self.input.drop()  # its writer must not block
         try:
             with suppress(TimeoutError, GuestDied):
                 self.kill()
