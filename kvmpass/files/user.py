@@ -37,10 +37,17 @@ def caller(environment: Mapping[str, str] = os.environ) -> User:
     """Return the user who runs kvmpass: this process's; under sudo the one who typed it; of root itself nobody."""
     if os.geteuid():
         return User(os.geteuid(), os.getegid())
+    return sudo_caller(environment) or User(_NOBODY, _NOBODY)
+
+
+def sudo_caller(environment: Mapping[str, str] = os.environ) -> User | None:
+    """Return the user who has called sudo, for a process of root; None for any other process."""
+    if os.geteuid():
+        return None
     words = environment.get("SUDO_UID", ""), environment.get("SUDO_GID", "")
     if all(word.isdecimal() for word in words) and 0 < int(words[0]) < 1 << 32 and int(words[1]) < 1 << 32:
         return User(*map(int, words))
-    return User(_NOBODY, _NOBODY)
+    return None
 
 
 def owner(status: os.stat_result) -> User | None:

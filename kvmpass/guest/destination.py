@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
+from kvmpass.files.user import sudo_caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +70,6 @@ class Destination:
         except FileExistsError:
             pass
         else:
-            if owner := caller():
-                os.chown(self.directory, *owner, follow_symlinks=False)
+            if owner := sudo_caller():
+                os.chown(self.directory, owner.uid, owner.gid, follow_symlinks=False)
         return os.open(self.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-def caller() -> tuple[int, int] | None:
-    """Return user and group of the caller of sudo, who is to own the files; None: this process's own."""
-    with suppress(KeyError, ValueError):
-        if os.geteuid() == 0:
-            return int(os.environ["SUDO_UID"]), int(os.environ["SUDO_GID"])
-    return None

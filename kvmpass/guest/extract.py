@@ -14,8 +14,9 @@ from contextlib import suppress
 from kvmpass._beneath import open_beneath
 from kvmpass._dataclass import dataclass
 from kvmpass.errors import BadArchive
+from kvmpass.files.user import sudo_caller
 from kvmpass.guest.archive import Entry
-from kvmpass.guest.destination import Destination, caller
+from kvmpass.guest.destination import Destination
 
 MAX_BYTES = 4 << 30
 """Of all files of one archive together."""
@@ -64,7 +65,7 @@ class Extraction:
 
     def __init__(self, destination: Destination) -> None:
         self._destination = destination
-        self._owner = caller()
+        self._owner = sudo_caller()
         self._base = -1  # until there is something to create
         self._parent: tuple[str, int] | None = None  # the latest one, open
         self._fd: int | None = None  # of the file whose content comes
@@ -195,7 +196,7 @@ class Extraction:
             os.close(open_beneath(directory, name, os.O_PATH | os.O_DIRECTORY))
         else:
             if self._owner:
-                os.chown(name, *self._owner, dir_fd=directory, follow_symlinks=False)
+                os.chown(name, self._owner.uid, self._owner.gid, dir_fd=directory, follow_symlinks=False)
         self._files += 1
 
     def _make_file(self, mode: int) -> None:
@@ -211,7 +212,7 @@ class Extraction:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._fd = os.open(name, flags, mode & 0o775 | 0o600, dir_fd=directory)
         if self._owner:
-            os.fchown(self._fd, *self._owner)
+            os.fchown(self._fd, self._owner.uid, self._owner.gid)
 
     def _close_file(self) -> None:
         fd, self._fd = self._fd, None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvmpass.files import User, caller, owner
+from kvmpass.files.user import sudo_caller
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ from kvmpass.files import User, caller, owner
 def test_of_root(environment: dict[str, str], expected: User, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert caller(environment) == expected
+    assert sudo_caller(environment) == (expected if expected.uid == 1000 else None)
 
 
 def test_of_another_user(monkeypatch: pytest.MonkeyPatch) -> None:
