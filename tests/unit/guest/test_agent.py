@@ -303,6 +303,7 @@ def test_all_of_the_output_of_a_terminal_reaches_a_reader_that_stalls(agent: Age
     assert process.wait(SECONDS) == 0
 
 
+@pytest.mark.usefixtures("usual_signals")
 def test_keys_of_a_terminal(agent: Agent) -> None:
     """What is typed is echoed; Ctrl-C is a signal for those in the foreground, Ctrl-D the end of what is read."""
     source = Input()
