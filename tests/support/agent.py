@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from kvmpass.guest.agent import Agent
@@ -47,9 +49,16 @@ class LocalAgent:
             self.agent.feed(data)
 
     def close(self) -> int:
-        """Let it end, and return its exit status."""
+        """Let it end, with what it runs, and return its exit status."""
+        try:
+            groups = Path(f"/proc/{self.program.pid}/task/{self.program.pid}/children").read_text().split()
+        except OSError:
+            groups = []
         self._socket.shutdown(socket.SHUT_RDWR)
         status = self.program.wait(20)
+        for group in groups:  # a guest would have powered off
+            with suppress(ProcessLookupError):
+                os.killpg(int(group), signal.SIGKILL)
         self._thread.join(20)
         self._socket.close()
         return status
