@@ -14,6 +14,8 @@ from kvmpass._dataclass import dataclass
 from kvmpass.errors import BadArchive
 
 MAX_NAME = 4096  # bytes, with the zero byte at its end: PATH_MAX
+MAX_ZEROS = 1 << 16
+"""Bytes of zeros between two archives; cpio fills blocks of at most a few KiB."""
 _HEADER = 110  # bytes
 _FIELDS = re.compile(rb"070701(?:[0-9A-Fa-f]{8}){13}")
 _MODE, _LINKS, _SIZE, _NAME_SIZE = 1, 4, 6, 11  # positions of fields
@@ -61,7 +63,7 @@ class ArchiveReader:
         self._head = bytearray()  # of a header and its name, as far as they have come
         self._wanted = _HEADER
         self._entry: Entry | None = None  # whose content comes
-        self._left = self._padding = 0
+        self._left = self._padding = self._zeros = 0
         self._between = True  # two archives
 
     @property
@@ -83,6 +85,9 @@ class ArchiveReader:
                 self._end_entry()
             elif self._between and not self._head and view[0] == 0:
                 taken = len(view) - len(bytes(view).lstrip(b"\0"))
+                self._zeros += taken
+                if self._zeros > MAX_ZEROS:
+                    raise BadArchive(f"the guest sent more than {MAX_ZEROS >> 10} KiB of zeros for an archive")
             else:
                 taken = min(self._wanted - len(self._head), len(view))
                 self._head += view[:taken]
@@ -108,6 +113,7 @@ class ArchiveReader:
         self._head.clear()
         self._wanted = _HEADER
         self._between = name[:-1] == _END
+        self._zeros = 0
         if self._between:
             self._receiver.end_of_archive()
             return

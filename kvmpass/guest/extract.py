@@ -71,7 +71,7 @@ class Extraction:
         self._fd: int | None = None  # of the file whose content comes
         self._path = ""
         self._begun = self._done = self._failed = False
-        self._files = self._bytes = self._seen = self._not_reported = 0
+        self._files = self._bytes = self._announced = self._seen = self._not_reported = 0
         self._left_out: list[str] = []
         self.error: str | None = None
         """Why nothing more of the archive is created."""
@@ -79,18 +79,20 @@ class Extraction:
     # --- as an ArchiveReceiver
 
     def entry(self, entry: Entry) -> None:
-        """See ``ArchiveReceiver``. Raises ``BadArchive`` for a name that is not of a file beneath the destination."""
+        """See ``ArchiveReceiver``. Raises ``BadArchive`` for a name that is not of a file beneath it."""
+        self._check_more()
         parts = self._parts(entry)
         self._begun = True
         self._path = "/".join(parts)
         self._seen += 1
+        self._announced += entry.size  # also of what is left out: the guest must not send for ever
         if self.error is not None:
             return
         if self._seen > MAX_FILES:
             self.error = f"more than {MAX_FILES} files"
         elif len(parts) > MAX_DEPTH:
             self._leave_out(f"more than {MAX_DEPTH} directories deep", failed=True)
-        elif self._bytes + entry.size > MAX_BYTES:
+        elif self._announced > MAX_BYTES:
             self.error = f"more than {MAX_BYTES >> 30} GiB"
         elif stat.S_ISREG(entry.mode) and entry.links > 1 and entry.size == 0:
             self._leave_out("a hard link, whose content is elsewhere in the archive")
@@ -118,8 +120,13 @@ class Extraction:
             self._close_file()
 
     def end_of_archive(self) -> None:
-        """See ``ArchiveReceiver``."""
+        """See ``ArchiveReceiver``. Raises ``BadArchive`` for a second archive."""
+        self._check_more()
         self._done = True
+
+    def _check_more(self) -> None:
+        if self._done:
+            raise BadArchive("the guest has sent more archives than it was asked for")
 
     # --- its end
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpass.errors import BadArchive
-from kvmpass.guest.archive import MAX_NAME, ArchiveReader, Entry
+from kvmpass.guest.archive import MAX_NAME, MAX_ZEROS, ArchiveReader, Entry
 from kvmpass.initramfs.cpio import Node, newc
 
 DIRECTORY, FILE, LINK = stat.S_IFDIR | 0o755, stat.S_IFREG | 0o644, stat.S_IFLNK | 0o777
@@ -91,6 +91,15 @@ def header(**fields: int) -> bytes:
 def test_what_is_not_an_archive_is_an_error(data: bytes) -> None:
     with pytest.raises(BadArchive):
         ArchiveReader(Taken()).feed(data)
+
+
+def test_zeros_without_end_are_an_error() -> None:
+    """Between archives, and before the first one."""
+    for before in (b"", newc([])):
+        reader = ArchiveReader(Taken())
+        reader.feed(before + bytes(MAX_ZEROS - 1024))
+        with pytest.raises(BadArchive, match="zeros"):
+            reader.feed(bytes(2048))
 
 
 def test_a_name_of_the_largest_size() -> None:

@@ -197,6 +197,29 @@ def test_the_size_is_bounded_before_it_is_written(target: Path, monkeypatch: pyt
     assert not (target / "results/b").exists()
 
 
+def test_what_is_left_out_counts(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a guest does not send for ever."""
+    monkeypatch.setattr(extract, "MAX_BYTES", 1500)
+    (target / "a").mkdir()
+    extraction = Extraction(Destination.parse(f"/results/.:{target}"))
+    nodes = [(".", Node(DIRECTORY)), *(("a", Node(FILE, b"x" * 1000)) for _ in range(2))]
+    ArchiveReader(extraction).feed(newc(nodes))
+    result = extraction.result()
+    extraction.close()
+    assert (result.bytes, result.error) == (0, "more than 0 GiB")
+
+
+def test_there_is_one_archive(target: Path) -> None:
+    extraction = Extraction(Destination.parse(f"/results:{target}/"))
+    archive = newc([(".", Node(DIRECTORY)), ("a", Node(FILE, b"x"))])
+    ArchiveReader(extraction).feed(archive)
+    for more in (newc([]), archive):
+        with pytest.raises(BadArchive, match="more archives"):
+            ArchiveReader(extraction).feed(more)
+    assert extraction.result().error is None
+    extraction.close()
+
+
 def test_the_depth_is_bounded(target: Path) -> None:
     deep = ["/".join(["d"] * depth) for depth in range(1, extract.MAX_DEPTH + 5)]
     result = unpack(target, [(".", Node(DIRECTORY)), *((name, Node(DIRECTORY)) for name in deep)])
