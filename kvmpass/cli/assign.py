@@ -16,12 +16,21 @@ import click
 from kvmpass import crash
 from kvmpass.assignment.assign import assigned
 from kvmpass.assignment.passed import PassedDescriptors
+from kvmpass.cli import ending
 from kvmpass.cli.console_log import ConsoleLog
 from kvmpass.cli.copied import report
 from kvmpass.cli.documents import backend_document, peers_document
-from kvmpass.cli.guest_options import command_options, guest_options, guest_spec, machine_options
+from kvmpass.cli.guest_options import (
+    command_options,
+    guest_options,
+    guest_spec,
+    machine_options,
+    run_options,
+    stay_options,
+    wrong_usage,
+)
 from kvmpass.cli.input import passed_input
-from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
+from kvmpass.cli.main import ASSIGN_FAILED
 from kvmpass.cli.output import document_text, error_fields, error_text
 from kvmpass.cli.params import BDF
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal
@@ -29,13 +38,15 @@ from kvmpass.cli.timings import Measured
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DaemonEnded, DeviceEvent
 from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
-from kvmpass.machine import GuestOutcome, Machine
+from kvmpass.machine import Machine
 from kvmpass.memory import Backing
 from kvmpass.timings import Mark, unmarked
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
 @click.argument("bdf", nargs=-1, shell_complete=BDF.shell_complete)
+@click.option("-d", "--detach", is_flag=True, help="Return once the guest is up, as kvmpass start does.")
+@stay_options
 @machine_options
 @guest_options
 @command_options
@@ -61,13 +72,7 @@ from kvmpass.timings import Mark, unmarked
     show_default=True,
     help="On guest reboot: end, or restart with the same devices and run COMMAND again.",
 )
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    metavar="SECONDS",
-    help="End the guest after this time, boot included; exit status 124.",
-)
-@click.option("--console-log", type=click.Path(path_type=Path), help="Write the whole console to this file.")
+@run_options
 @click.option("--timings", is_flag=True, help="Print how long each stage took, and what made the guest exit.")
 @click.option("--status-file", type=click.Path(path_type=Path), help="Write the result to this file, as JSON.")
 @click.option(
@@ -81,26 +86,17 @@ def assign(
     command: list[str] | None,
     /,
     bdf: tuple[str, ...],
-    memory: str,
-    cpus: int,
-    hugepages: str | None,
-    backend: str,
-    p2p: bool,
-    vfio_fds: tuple[int, ...],
-    iommu_fd: int | None,
-    vf_token: uuid.UUID | None,
-    on_reboot: str,
-    timeout: float | None,
-    console_log: Path | None,
-    timings: bool,
-    status_file: Path | None,
-    **guest: Any,
+    detach: bool,
+    name: str | None,
+    boot_timeout: float | None,
+    **options: Any,
 ) -> int:
     """Boot a Linux guest and assign the PCI devices BDF to it.
 
     \b
     kvmpass assign [OPTIONS] BDF...                 a shell in the guest, on this terminal
     kvmpass assign [OPTIONS] BDF... -- COMMAND...   run COMMAND in the guest
+    kvmpass assign -d [OPTIONS] BDF...              a guest that stays, as with kvmpass start
     kvmpass assign --vfio-fd N --iommu-fd N ...     devices that another process has bound and opened
 
     Each device is bound to vfio-pci while the guest runs. When the guest ends, for any reason, the device is rebound
@@ -127,6 +123,58 @@ def assign(
       126  the guest ended without reporting a status
       130, 143  interrupted by Ctrl-C, by SIGTERM (129, 131: SIGHUP, SIGQUIT)
     """
+    if detach:
+        return _detach(command, bdf, name=name, boot_timeout=boot_timeout, **options)
+    if name is not None or boot_timeout is not None:
+        raise click.UsageError("--name and --boot-timeout are for a guest that stays: add -d")
+    return _run_to_its_end(command, bdf, **options)
+
+
+def _detach(command: list[str] | None, bdf: tuple[str, ...], **options: Any) -> int:
+    """Start a guest that stays. Raises ``click.UsageError`` for an option that has no meaning for it."""
+    from kvmpass.cli.start import start_guest
+
+    if options.pop("vfio_fds") or options.pop("iommu_fd") is not None:
+        raise wrong_usage(
+            "-d outlives the process that has bound the devices of --vfio-fd", "bind them with kvmpass bind"
+        )
+    if not bdf:
+        raise click.MissingParameter(param_hint="'BDF...'", param_type="argument")
+    for option, absent in _NOT_DETACHED.items():
+        if options.pop(option) != absent:
+            raise wrong_usage(
+                f"-d has no --{option.replace('_', '-')}", "ask how the guest has ended: kvmpass wait GUEST"
+            )
+    if any(options[name] for name in ("interactive", "tty", "environment", "directory")):
+        raise wrong_usage(
+            "-d has no -i, -t, -e and -w", "give them to each command: kvmpass exec GUEST -- COMMAND"
+        )
+    return start_guest(command, tuple(BDF.convert(text, None, None) for text in bdf), **options)
+
+
+_NOT_DETACHED = {"on_reboot": "end", "timings": False, "status_file": None}
+
+
+def _run_to_its_end(
+    command: list[str] | None,
+    bdf: tuple[str, ...],
+    *,
+    memory: str,
+    cpus: int,
+    hugepages: str | None,
+    backend: str,
+    p2p: bool,
+    vfio_fds: tuple[int, ...],
+    iommu_fd: int | None,
+    vf_token: uuid.UUID | None,
+    on_reboot: str,
+    timeout: float | None,
+    console_log: Path | None,
+    timings: bool,
+    status_file: Path | None,
+    **guest: Any,
+) -> int:
+    """Run a guest until its end; return the exit status."""
     descriptors = _descriptors(bdf, vfio_fds, iommu_fd)
     if status_file is not None and not os.access(status_file.absolute().parent, os.W_OK):
         raise click.UsageError(f"--status-file: {status_file.absolute().parent} is not a directory to write to")
@@ -184,7 +232,7 @@ def assign(
             _explain(result)
         for line in report(result.copied_out, verbose=spec.verbose):
             click.echo(f"kvmpass: {line}", err=True)
-        exit_status = _exit_status(result, command is not None)
+        exit_status = ending.exit_status(result, command=command is not None)
         outcome.update(outcome=_outcome(result), guest_errors=list(result.failures))
         outcome["copied_out"] = result.copied_out
         return exit_status
@@ -312,16 +360,6 @@ def _show_console(console: str) -> None:
 
 
 _MAX_EVENTS = 256
-
-
-def _exit_status(result: GuestResult, command: bool) -> int:
-    if result.outcome is GuestOutcome.TIMEOUT and result.status is None:
-        return TIME_UP
-    if command:
-        incomplete = any(copied.error is not None for copied in result.copied_out)
-        return GUEST_SILENT if result.status is None else result.status or (ASSIGN_FAILED if incomplete else 0)
-    failed = (GuestOutcome.PANIC, GuestOutcome.TRIPLE_FAULT, GuestOutcome.FAULT, GuestOutcome.DEVICE_ERROR)
-    return GUEST_SILENT if result.outcome in failed else 0
 
 
 def _outcome(result: GuestResult) -> str:

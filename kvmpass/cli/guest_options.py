@@ -56,18 +56,42 @@ guest_options = together(
         metavar="FILE.ko",
         help="A driver to load instead of the kernel's own for the device.  [repeatable]",
     ),
-)
-"""What the guest is made of. Their names are those of ``GuestSpec``'s fields."""
-
-
-command_options = together(
     click.option(
         "--copy-out",
         multiple=True,
         metavar="SRC[:DST]",
-        help="When COMMAND has ended, copy a file or a directory of the guest to DST, by default its own name in the "
-        "current directory; into DST if it ends with a slash.  [repeatable]",
+        help="When COMMAND has ended, or a guest that stays is stopped, copy a file or a directory of the guest to "
+        "DST, by default its own name in the current directory; into DST if it ends with a slash.  [repeatable]",
     ),
+)
+"""What the guest is made of. Their names are those of ``GuestSpec``'s fields."""
+
+
+stay_options = together(
+    click.option("--name", help="Name of a guest that stays.  [default: the address of its first device]"),
+    click.option(
+        "--boot-timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="Give up if a guest that stays does not run commands after this time.  [default: 60]",
+    ),
+)
+"""What a guest that stays has. Absent ones are None."""
+
+
+run_options = together(
+    click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="SECONDS",
+        help="End the guest after this time, boot included; exit status 124.",
+    ),
+    click.option("--console-log", type=click.Path(path_type=Path), help="Write the whole console to this file."),
+)
+"""What its run has."""
+
+
+command_options = together(
     click.option("-i", "--interactive", is_flag=True, help="Pass standard input to COMMAND."),
     click.option(
         "-t",
@@ -95,6 +119,13 @@ command_options = together(
 """What its command gets, for a guest that has one. Their names are those of ``GuestSpec``'s fields."""
 
 
+def wrong_usage(message: str, remedy: str) -> click.UsageError:
+    """Return a usage error with its remedy."""
+    error = click.UsageError(message)
+    error.add_note(remedy)
+    return error
+
+
 def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
     """Return what the guest is made of, from its options and ``verbose``. Raises ``click.UsageError``."""
     if command is not None and not command:
@@ -105,10 +136,13 @@ def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
         raise click.UsageError("-t, -e and -w are for a COMMAND: name one after --")
     if guest.get("tty") and not os.isatty(sys.stdin.fileno()):
         raise click.UsageError("-t passes the keys of a terminal, and standard input is none: use -i")
-    if guest.get("copy_out") and command is None:
-        raise click.UsageError("--copy-out brings files out when a COMMAND has ended: name one after --")
+    if guest.get("copy_out") and command is None and not guest.get("session"):
+        raise click.UsageError("--copy-out brings files out when a COMMAND has ended: name one after --, or use -d")
     if guest["initrd"] and guest.get("session"):
-        raise click.UsageError("--initrd replaces the root file system that has the agent, which runs commands")
+        raise wrong_usage(
+            "--initrd replaces the root file system that has the agent, which runs commands",
+            "use --root DIR for a root of your own, or kvmpass assign --initrd without -d",
+        )
     if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
     if guest["initrd"] and (guest["root"] != MINIMAL or guest["shares"]):

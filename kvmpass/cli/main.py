@@ -42,6 +42,8 @@ COMMANDS = {
     "wait": ("kvmpass.cli.stop", "Wait until GUEST has ended and its devices are rebound."),
 }
 
+_WITH_COMMAND = ("assign", "borrow", "exec", "lab", "start")  # start says that it has none
+
 COMPLETE = "_KVMPASS_COMPLETE"  # set by the completion function of a shell: its request
 FAILED = 1
 ASSIGN_FAILED = 125  # as with `docker run`: kvmpass failed, not the command
@@ -114,8 +116,12 @@ def split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 def hint_separator(words: list[str], command: list[str] | None, error: BaseException) -> None:
     """Add a hint to a usage error that may come from a missing ``--`` before COMMAND."""
-    missing = isinstance(error, click.MissingParameter)
-    if command is None and isinstance(error, (click.UsageError, BadAddress)) and not missing:
+    if isinstance(error, click.UsageError):
+        # Another cause is known of these.
+        likely = not isinstance(error, click.MissingParameter) and not hasattr(error, "__notes__")
+    else:
+        likely = isinstance(error, BadAddress)
+    if command is None and likely:
         first = words[: 2 if words[:1] == ["lab"] else 1]
         error.add_note(f"write -- before a COMMAND: kvmpass {' '.join(first)} … -- COMMAND")
 
@@ -161,8 +167,9 @@ def main(arguments: list[str] | None = None) -> None:
         from kvmpass.cli.completion import answer
 
         sys.exit(answer(kvmpass, request))
-    options, command = split_command(sys.argv[1:] if arguments is None else arguments)
-    name = next((word for word in options if not word.startswith("-")), "")
+    words = sys.argv[1:] if arguments is None else arguments
+    name = next((word for word in words if not word.startswith("-")), "")
+    options, command = split_command(words) if name in _WITH_COMMAND else (words, None)
     as_json = "--json" in options
     in_lab = name == "lab" and bool({"run", "selftests"} & set(options))
     own = ASSIGN_FAILED if name in ("assign", "borrow", "exec", "start", "wait") or in_lab else None

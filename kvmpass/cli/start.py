@@ -11,51 +11,38 @@ from typing import Any
 import click
 
 from kvmpass.cli.console_log import ConsoleLog
-from kvmpass.cli.guest_options import guest_options, guest_spec, machine_options
-from kvmpass.cli.main import GUEST_SILENT
+from kvmpass.cli.copied import report
+from kvmpass.cli.ending import exit_status
+from kvmpass.cli.guest_options import (
+    guest_options,
+    guest_spec,
+    machine_options,
+    run_options,
+    stay_options,
+    wrong_usage,
+)
 from kvmpass.cli.output import error_text
 from kvmpass.cli.params import BDF
-from kvmpass.guest import GuestResult, GuestSpec
+from kvmpass.guest import GuestResult
 from kvmpass.host import Bdf
-from kvmpass.machine import GuestOutcome
 from kvmpass.memory import Backing
 from kvmpass.session.background import in_background
 from kvmpass.session.directory import check_name
+from kvmpass.session.session import BOOT_SECONDS
 from kvmpass.session.stay import stay
 
-CRASHED = (GuestOutcome.PANIC, GuestOutcome.TRIPLE_FAULT, GuestOutcome.FAULT, GuestOutcome.DEVICE_ERROR)
-"""Outcomes of a guest without a command that are failures."""
+_MAX_WARNINGS = 64  # lines of files that were left out: a message has a limit
 
 
 @click.command()
 @click.argument("bdf", nargs=-1, type=BDF)
-@click.option("--name", help="Name of the guest.  [default: the address of its first device]")
+@stay_options
 @machine_options
 @guest_options
-@click.option(
-    "--boot-timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give up if the guest does not run commands after this time.",
-)
-@click.option("--console-log", type=click.Path(path_type=Path), help="Write the whole console to this file, too.")
+@run_options
 @click.option("-v", "--verbose", is_flag=True, help="Print each step; show the kernel's messages on the console.")
-def start(
-    bdf: tuple[Bdf, ...],
-    name: str | None,
-    memory: str,
-    cpus: int,
-    hugepages: str | None,
-    backend: str,
-    p2p: bool,
-    vf_token: uuid.UUID | None,
-    boot_timeout: float,
-    console_log: Path | None,
-    verbose: bool,
-    **guest: Any,
-) -> int:
+@click.pass_obj
+def start(command: list[str] | None, /, bdf: tuple[Bdf, ...], **options: Any) -> int:
     """Boot a Linux guest that stays, and assign the PCI devices BDF to it.
 
     Returns once the guest runs commands; its name is printed. Then kvmpass exec runs commands in it, any number at
@@ -66,28 +53,40 @@ def start(
     root, else in $XDG_RUNTIME_DIR/kvmpass. When it ends, for any reason, its devices are rebound to their drivers
     (after a SIGKILL: kvmpass restore). Needs what kvmpass assign needs.
     """
-    if not bdf and name is None:
+    if not bdf and options["name"] is None:
         raise click.UsageError("name a BDF, or give a guest without devices a --name")
-    spec = guest_spec(None, **guest, verbose=verbose, session=True)
-    return start_guest(
-        name or str(bdf[0]),
-        bdf,
-        spec,
-        console_log,
-        boot_timeout=boot_timeout,
-        memory=memory,
-        cpus=cpus,
-        backing=Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS,
-        backend=backend,
-        p2p=p2p,
-        vf_token=vf_token,
-    )
+    return start_guest(command, bdf, **options)
 
 
 def start_guest(
-    name: str, devices: tuple[Bdf, ...], spec: GuestSpec, console_log: Path | None, **options: Any
+    command: list[str] | None,
+    devices: tuple[Bdf, ...],
+    *,
+    name: str | None,
+    boot_timeout: float | None,
+    timeout: float | None,
+    console_log: Path | None,
+    memory: str,
+    cpus: int,
+    hugepages: str | None,
+    backend: str,
+    p2p: bool,
+    vf_token: uuid.UUID | None,
+    verbose: bool,
+    **guest: Any,
 ) -> int:
-    """Start a guest in the background, print its name, and return 0; else the status of its process."""
+    """Start a guest in the background, print its name, and return 0; else the status of its process.
+
+    The arguments are the options of ``kvmpass start``. A ``command`` is refused: a guest whose end takes its log and
+    its status with it would leave nothing of it. Raises ``click.UsageError``, ``KvmpassError``.
+    """
+    name = name or str(devices[0])
+    if command is not None:
+        raise wrong_usage(
+            "a guest that stays has no COMMAND of its own",
+            f"run it once the guest has started: kvmpass exec {name} -- COMMAND",
+        )
+    spec = guest_spec(None, **guest, verbose=verbose, session=True)
     check_name(name)
 
     def run(ready: Callable[[Path], None]) -> int:
@@ -102,24 +101,31 @@ def start_guest(
                 reason=error_text,
                 say=_say if spec.verbose else lambda line: None,
                 warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
-                **options,
+                boot_timeout=BOOT_SECONDS if boot_timeout is None else boot_timeout,
+                timeout=timeout,
+                memory=memory,
+                cpus=cpus,
+                backing=Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS,
+                backend=backend,
+                p2p=p2p,
+                vf_token=vf_token,
             )
-        return _status(result)
+        return exit_status(result, command=False)
 
     status = in_background(run)
     if status == 0:
         click.echo(name)
-    return status or 0
+    return status
 
 
 def _say(line: str) -> None:
     click.echo(f"kvmpass: {line}", err=True)
 
 
-def _status(result: GuestResult) -> int:
-    return GUEST_SILENT if result.outcome in CRASHED else 0
-
-
 def _answer(result: GuestResult) -> dict[str, Any]:
     """Return what those who wait for the end are told."""
-    return {"status": _status(result), "outcome": f"the guest {result.outcome.value}"}
+    return {
+        "status": exit_status(result, command=False),
+        "outcome": f"the guest {result.outcome.value}",
+        "warnings": [*report(result.copied_out, verbose=False)][:_MAX_WARNINGS],
+    }

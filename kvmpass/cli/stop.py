@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from kvmpass.cli.guests import GUEST
-from kvmpass.cli.main import FAILED
+from kvmpass.cli.main import ASSIGN_FAILED, FAILED
 from kvmpass.cli.output import error_text
 from kvmpass.errors import KvmpassError
 from kvmpass.session.client import Client
@@ -26,7 +28,8 @@ from kvmpass.session.directory import guests
 def stop(guest: tuple[str, ...], everything: bool, timeout: float) -> int:
     """Let each GUEST power off, and rebind its devices to their drivers.
 
-    Returns once that is done. The exit status is 1 if a guest does not run, or its devices could not be rebound.
+    Returns once that is done, and files of --copy-out are here. The exit status is 1 if a guest does not run, its
+    devices could not be rebound, or files are missing.
     """
     if everything == bool(guest):
         raise click.UsageError("name each GUEST, or use --all")
@@ -36,7 +39,7 @@ def stop(guest: tuple[str, ...], everything: bool, timeout: float) -> int:
         try:
             with Client.connect(name) as client:
                 client.request("stop", timeout=timeout)
-                client.answer()
+                failed |= _ended(client.answer()) == ASSIGN_FAILED
         except KvmpassError as error:
             failed = True
             click.echo(f"kvmpass: {name}: {error_text(error)}", err=True)
@@ -48,11 +51,18 @@ def stop(guest: tuple[str, ...], everything: bool, timeout: float) -> int:
 def wait(guest: str) -> int:
     """Wait until GUEST has ended and its devices are rebound.
 
-    The exit status is that of kvmpass assign: 0 if it powered off, rebooted or was stopped, 126 if it crashed; 125 if
-    kvmpass failed.
+    The exit status is that of kvmpass assign: 0 if it powered off, rebooted or was stopped, 126 if it crashed, 124 if
+    --timeout expired; 125 if kvmpass failed, or files of --copy-out are missing.
     """
     with Client.connect(guest) as client:
         client.request("wait")
         answer = client.answer()
     click.echo(f"kvmpass: {client.guest}: {answer.get('outcome')}", err=True)
-    return int(answer["status"])
+    return _ended(answer)
+
+
+def _ended(answer: dict[str, Any]) -> int:
+    """Print the warnings of a guest's end; return the exit status of ``wait``."""
+    for line in answer.get("warnings", ()):
+        click.echo(f"kvmpass: {line}", err=True)
+    return int(answer.get("status", 0))

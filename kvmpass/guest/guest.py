@@ -13,6 +13,7 @@ from typing import Self
 from kvmpass import crash
 from kvmpass._dataclass import dataclass
 from kvmpass._teardown import undo_on_error
+from kvmpass.errors import GuestError
 from kvmpass.guest.agent import Agent
 from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeRequest
 from kvmpass.guest.copyout import CopyOut
@@ -58,9 +59,9 @@ class Guest:
     ``console``, ``output`` and ``errors`` are called with bytes from threads of this object. ``interactive``: the
     image's command gets ``input``. ``terminal``: rows and columns of a terminal that the command gets; its errors are
     then part of its output. ``session``: the image has no command, and ``agent`` runs what the caller starts until
-    ``power_off``. ``copy_out``: that of the ``GuestSpec``. ``mark`` is called with the name of each stage that has
-    ended: the guest's boot, its command, its power off. ``with`` stops the machine, ends the threads and disconnects
-    the serial ports.
+    ``power_off``. ``copy_out``: that of the ``GuestSpec``; the files come when the command has ended, or by
+    ``power_off``. ``mark`` is called with the name of each stage that has ended: the guest's boot, its command, its
+    power off. ``with`` stops the machine, ends the threads and disconnects the serial ports.
 
     Raises ``KvmpassError`` if files cannot be created there, ``GuestError`` while another guest is connected.
 
@@ -84,7 +85,7 @@ class Guest:
         self._session = session
         self._mark = mark
         self._status: int | None = None
-        self._ready = self._leaving = False
+        self._ready = self._leaving = self._files_due = False
         self._failures: list[str] = []
         self._control = ControlChannel()
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
@@ -160,6 +161,7 @@ class Guest:
 
     def _start_command(self) -> None:
         """Let the agent run the image's command, once it is there. Without its port the guest's init does."""
+        self._files_due = self._to_files is not None
         if self.agent is None:
             self._make_agent()  # the image may have been loaded since
         if self.agent is None or self._session:
@@ -187,10 +189,9 @@ class Guest:
             self._on_failure(f"the command was not started: {process.error}")
         elif (code := process.returncode) is not None:
             self._status = code if code >= 0 else _SIGNALLED - code
-        if self.agent is None or process.error is not None or self._to_files is None:
-            self.power_off()
-        else:
-            self.agent.start(init.SEND_FILES, receive=self._on_files, on_end=lambda _: self.power_off())
+        if process.error is not None:
+            self._files_due = False
+        self.power_off()
 
     def _on_files(self, process: AgentProcess, stream: int, data: bytes) -> None:
         if stream == ERRORS_STREAM or self._to_files is None:
@@ -199,7 +200,14 @@ class Guest:
             self._to_files(data, partial(process.grant, stream))
 
     def power_off(self) -> None:
-        """Let the guest write its page cache to disks, and power off, within a minute."""
+        """Let the guest send its files, then write its page cache to disks, and power off, within a minute."""
+        files_due, self._files_due = self._files_due, False
+        if self.agent is not None and files_due:
+            try:
+                self.agent.start(init.SEND_FILES, receive=self._on_files, on_end=lambda _: self.power_off())
+                return
+            except GuestError as error:
+                self._on_failure(f"no files were sent: {error}")
         self._leaving = True
         if self.agent is not None:
             self.agent.power_off()

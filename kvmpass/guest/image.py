@@ -42,7 +42,7 @@ class GuestSpec:
     command: tuple[str, ...] | None = None
     """The arguments of a command to run instead of a shell on the console."""
     copy_out: tuple[str, ...] = ()
-    """Files and directories to bring out when the command has ended, as ``SRC[:DST]``."""
+    """Files and directories to bring out when the command has ended, or a session is stopped, as ``SRC[:DST]``."""
     root: str = MINIMAL
     """The guest's root: ``minimal``, the initramfs; ``host``, this host's own; or a directory."""
     shares: tuple[str, ...] = ()
@@ -159,9 +159,9 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         if spec.command is not None:
             needs = "-t" if spec.tty else "-i" if spec.interactive else ""
             root.run_command(spec.command, spec.environment, spec.directory, needs_agent=needs)
-            root.copy_out(brought_out)
         elif spec.session:
             root.run_agent("a session")
+        root.copy_out(brought_out)
         root.terminal(spec.terminal, spec.terminal_size)
         initrd = root.build()
         options = KernelOptions.of(kernel.image)

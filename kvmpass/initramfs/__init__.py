@@ -232,7 +232,7 @@ class GuestRoot:
     def copy_out(self, sources: Sequence[str]) -> None:
         """Let the host get archives of ``sources``, paths in the guest, when the command has ended.
 
-        After ``run_command``.
+        After ``run_command`` or ``run_agent``.
         """
         if sources:
             self._settings["AGENT"] = "--copy-out"

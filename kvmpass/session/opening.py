@@ -28,6 +28,7 @@ def open_session(
     name: str | None = None,
     console: Sink | None = None,
     boot_timeout: float = BOOT_SECONDS,
+    timeout: float | None = None,
     on_event: Callable[[DeviceEvent], None] | None = None,
     mark: Mark = unmarked,
     warn: Callable[[str], None] = lambda line: None,
@@ -35,7 +36,8 @@ def open_session(
 ) -> Session:
     """Start a session from a ``GuestSpec`` whose ``session`` is set; ``options`` are those of ``assigned``.
 
-    ``console`` gets all that the guest's console prints, from a thread. Raises as :func:`start`.
+    ``console`` gets all that the guest's console prints, from a thread. ``timeout``: the guest is ended after so many
+    seconds, its boot included. Raises as :func:`start`.
     """
     session: Session | None = None
     images: list[GuestImage] = []
@@ -51,13 +53,21 @@ def open_session(
             assigned(devices, spec, on_event=note, on_image=images.append, mark=mark, warn=warn, **options)
         )
         guest = undo.enter_context(
-            Guest(machine, console=console, output=_nowhere, errors=_nowhere, session=True, mark=mark)
+            Guest(
+                machine,
+                console=console,
+                output=_nowhere,
+                errors=_nowhere,
+                copy_out=spec.copy_out,
+                session=True,
+                mark=mark,
+            )
         )
         if guest.agent is None:
             raise GuestError("the guest's image has no agent", "leave out the initramfs of your own (initrd)")
         first = str(machine.devices[0].bdf) if machine.devices else "guest"
         session = Session(name or first, machine, guest, guest.agent, images[0].entry)
-        session.begin(boot_timeout, warn)
+        session.begin(boot_timeout, warn, timeout)
         session.own(undo.pop_all())
     return session
 

@@ -57,6 +57,7 @@ class Session:
         self._events: deque[DeviceEvent] = deque(maxlen=_MAX_EVENTS)
         self.event_count = 0
         """Events of its devices so far, those included that are not kept."""
+        self._limit: float | None = None
         self._undo = ExitStack()
         self._stopping = threading.Lock()
         self._result: GuestResult | None = None
@@ -65,14 +66,23 @@ class Session:
 
     def _run(self) -> None:
         try:
-            self._result = self._guest.run()
+            self._result = self._guest.run(timeout=self._limit)
         except BaseException as error:
             self._error = error
         finally:
             self._agent.fail("the guest has ended" if self._error is None else f"the guest has ended: {self._error}")
 
-    def begin(self, boot_timeout: float = BOOT_SECONDS, warn: Callable[[str], None] = lambda line: None) -> None:
-        """Start the guest, and wait until it runs commands; ``warn`` gets a warning. Raises ``GuestDied``."""
+    def begin(
+        self,
+        boot_timeout: float = BOOT_SECONDS,
+        warn: Callable[[str], None] = lambda line: None,
+        timeout: float | None = None,
+    ) -> None:
+        """Start the guest, and wait until it runs commands; ``warn`` gets a warning. Raises ``GuestDied``.
+
+        ``timeout``: seconds after which the guest is ended, its boot included.
+        """
+        self._limit = timeout
         self._thread.start()
         try:
             self._agent.wait_ready(boot_timeout)

@@ -86,7 +86,7 @@ class Terminal:
 @pytest.fixture
 def stage(nvme: str) -> Iterator[str]:
     """A guest with a drive, by the command."""
-    started = run("start", "--memory", "256M", "--name", "stage", nvme)
+    started = run("assign", "-d", "--memory", "256M", "--name", "stage", nvme)
     assert (started.returncode, started.stdout) == (0, b"stage\n"), started.stderr
     yield "stage"
     for guest in guests():

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvmpass.cli.assign import ConsoleLog, _exit_status, _show_console
+from kvmpass.cli.assign import ConsoleLog, _show_console
+from kvmpass.cli.ending import exit_status
 from kvmpass.cli.main import main
 from kvmpass.cli.output import error_text
 from kvmpass.guest import GuestResult
@@ -36,7 +37,7 @@ def test_the_text_of_an_error(error: BaseException, text: str) -> None:
 @pytest.mark.parametrize("command", [True, False])
 def test_exit_statuses(command: bool) -> None:
     def status(outcome: GuestOutcome, reported: int | None = None) -> int:
-        return _exit_status(GuestResult(outcome, reported, (), ""), command)
+        return exit_status(GuestResult(outcome, reported, (), ""), command=command)
 
     assert status(GuestOutcome.TIMEOUT) == 124
     assert status(GuestOutcome.PANIC) == 126
@@ -134,3 +135,36 @@ def test_descriptors_that_are_none(words: str, reason: str, capsys: pytest.Captu
     with pytest.raises(SystemExit) as ended:
         main(["assign", *words.split(), "--", "true"])
     assert (ended.value.code, reason in capsys.readouterr().err) == (125, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("-d --vfio-fd 9 --iommu-fd 8", "-d outlives the process"),
+        ("-d", "Missing argument 'BDF...'."),
+        ("-d --status-file /tmp/kvmpass-none ffff:ff:1f.7", "-d has no --status-file"),
+        ("-d --on-reboot restart ffff:ff:1f.7", "-d has no --on-reboot"),
+        ("-d -i ffff:ff:1f.7", "-d has no -i"),
+        ("-d ffff:ff:1f.7 -- true", "kvmpass exec ffff:ff:1f.7 -- COMMAND"),
+        ("-d --name a/b ffff:ff:1f.7", "cannot be the name of a guest"),
+        ("-d --initrd /etc/hostname ffff:ff:1f.7", "use --root DIR"),
+        ("--name one ffff:ff:1f.7", "add -d"),
+        ("--copy-out /tmp ffff:ff:1f.7", "or use -d"),
+    ],
+)
+def test_guests_that_stay(
+    words: str, reason: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*arguments: object) -> int:
+        pytest.fail("a process was started")
+
+    monkeypatch.setattr("kvmpass.cli.start.in_background", started)
+    with pytest.raises(SystemExit) as ended:
+        main(["assign", *words.split()])
+    assert (ended.value.code, reason in capsys.readouterr().err) == (125, True)
+
+
+def test_start_has_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["start", "--name", "one", "--", "ls"])
+    assert (ended.value.code, "kvmpass exec one -- COMMAND" in capsys.readouterr().err) == (125, True)
