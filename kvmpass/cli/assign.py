@@ -146,9 +146,7 @@ def _detach(command: list[str] | None, bdf: tuple[str, ...], **options: Any) -> 
                 f"-d has no --{option.replace('_', '-')}", "ask how the guest has ended: kvmpass wait GUEST"
             )
     if any(options[name] for name in ("interactive", "tty", "environment", "directory")):
-        raise wrong_usage(
-            "-d has no -i, -t, -e and -w", "give them to each command: kvmpass exec GUEST -- COMMAND"
-        )
+        raise wrong_usage("-d has no -i, -t, -e and -w", "give them to each command: kvmpass exec GUEST -- COMMAND")
     return start_guest(command, tuple(BDF.convert(text, None, None) for text in bdf), **options)
 
 
