@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 from pathlib import Path
-from typing import IO
 
 import click
 
@@ -46,12 +45,10 @@ def _copy_in(source: Path, guest: str, target: str) -> None:
     command, name = unpacking(source, target)
     with Client.connect(guest) as client:
         read, write = os.pipe()
-        with os.fdopen(write, "wb") as file:
+        with os.fdopen(write, "wb", buffering=0) as file:
             _request(client, read, "exec", [read, 2, 2], args=command)
-            try:
+            with contextlib.suppress(BrokenPipeError):  # the answer says why
                 pack(source, name, file)
-            except BrokenPipeError:  # the answer says why
-                _abandon(file)
         if client.answer()["status"] != 0:
             raise GuestError(f"{source} was not copied into the guest")
 
@@ -79,9 +76,3 @@ def _request(client: Client, sent: int, do: str, streams: list[int], **arguments
         client.request(do, streams, **arguments)
     finally:
         os.close(sent)
-
-
-def _abandon(file: IO[bytes]) -> None:
-    """Forget what the file has buffered."""
-    with contextlib.suppress(BrokenPipeError):
-        file.close()

@@ -5,47 +5,25 @@ from __future__ import annotations
 import os
 import select
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from kvmpass.session.streams import InputLike
-
-_CHUNK = 1 << 16
-_BACKLOG = 1 << 18  # bytes that the command has not read
+from kvmpass.session.streams import BACKLOG, Cancel, InputLike, InputPump
 
 
 @contextmanager
 def passed_input(input: InputLike) -> Iterator[None]:
     """Send standard input to ``input`` until its end, as fast as the guest reads, in a thread of its own."""
-    fd = sys.stdin.fileno()
-    done, wake = os.pipe()
-
-    def read() -> None:
-        while done not in select.select([fd, done], [], [])[0]:
-            try:
-                data = os.read(fd, _CHUNK)
-            except OSError:  # the terminal has gone
-                data = b""
-            if not data:
-                input.end()
-                return
-            input.send(data)
-            while not input.wait_below(_BACKLOG, 0.1):
-                if select.select([done], [], [], 0)[0]:
-                    return
-
-    thread = threading.Thread(target=read, name="input", daemon=True)
+    cancel = Cancel()
     try:
-        thread.start()
-        yield
+        pump = InputPump(os.dup(sys.stdin.fileno()), input, cancel)
+        try:
+            yield
+        finally:
+            cancel.set()
+            pump.join()
     finally:
-        os.write(wake, b".")
-        thread.join()
-        for end in (done, wake):
-            os.close(end)
+        cancel.close()
 
 
 class PipedInput:
@@ -74,7 +52,7 @@ class PipedInput:
             while self._pending:
                 del self._pending[: os.write(self._target, self._pending)]
         except BlockingIOError:
-            return len(self._pending) + _BACKLOG
+            return len(self._pending) + BACKLOG
         except OSError:  # nobody reads it any more
             self._pending.clear()
         if self._ending:

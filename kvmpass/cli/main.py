@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvmpass.cli.output import colour, document_text, error_fields, error_text
+from kvmpass.cli.output import colour, document_text, error_fields, error_text, remedies
 from kvmpass.errors import BadAddress, KvmpassError
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def fail(command: str, error: BaseException, as_json: bool) -> None:
         error.show()
     else:
         click.echo(f"kvmpass: {error_text(error)}", err=True)
-    for note in getattr(error, "__notes__", ()):
-        click.echo(f"  hint: {note}", err=True)
+    for remedy in remedies(error):
+        click.echo(f"  hint: {remedy}", err=True)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -102,13 +102,21 @@ def _plain(value: Any) -> object:
 
 def error_fields(error: BaseException) -> dict[str, Any]:
     """Return the fields of an exception: its type, cause and remedies."""
-    remedies = list(getattr(error, "__notes__", ()))
-    return {"type": type(error).__name__, "cause": error_text(error), "remedies": remedies}
+    return {"type": type(error).__name__, "cause": error_text(error), "remedies": remedies(error)}
 
 
 def error_text(error: BaseException) -> str:
     """Return the cause of an exception. What is not printable is a space: a guest may have chosen the text."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in _cause(error))
+    return _printable(_cause(error))
+
+
+def remedies(error: BaseException) -> list[str]:
+    """Return the notes of an exception, as printable as its cause: one may quote what a guest has chosen."""
+    return [_printable(note) for note in getattr(error, "__notes__", ())]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def _cause(error: BaseException) -> str:

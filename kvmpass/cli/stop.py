@@ -8,7 +8,7 @@ import click
 
 from kvmpass.cli.guests import GUEST
 from kvmpass.cli.main import ASSIGN_FAILED, FAILED
-from kvmpass.cli.output import error_text
+from kvmpass.cli.output import error_text, remedies
 from kvmpass.errors import KvmpassError
 from kvmpass.session.client import Client
 from kvmpass.session.directory import guests
@@ -43,6 +43,8 @@ def stop(guest: tuple[str, ...], everything: bool, timeout: float) -> int:
         except KvmpassError as error:
             failed = True
             click.echo(f"kvmpass: {name}: {error_text(error)}", err=True)
+            for remedy in remedies(error):
+                click.echo(f"  hint: {remedy}", err=True)
     return FAILED if failed else 0
 
 

@@ -42,10 +42,30 @@ def unpacking(source: Path, target: str) -> tuple[list[str], str]:
 def pack(source: Path, name: str, file: IO[bytes]) -> None:
     """Write an archive of ``source``, which it calls ``name``. Raises ``OSError``.
 
-    If ``source`` is a symlink it is followed; symlinks below it are copied as such.
+    If ``source`` is a symlink it is followed; symlinks below it are copied as such. ``file`` has no buffer of its own
+    that its end would write, if this can be interrupted while its reader stalls.
     """
-    with tarfile.open(mode="w|", fileobj=file) as archive:
+    with tarfile.open(mode="w|", fileobj=cast("IO[bytes]", _UntilFailure(file))) as archive:
         archive.add(source.resolve(), name)
+
+
+class _UntilFailure:
+    """Writes to a file until that fails or is interrupted, such as by Ctrl-C; then it drops what comes.
+
+    A ``TarFile`` writes what it has kept when it is closed, also because of an exception: it would block again.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file: IO[bytes] | None = file
+
+    def write(self, data: bytes) -> int:
+        file, self._file = self._file, None
+        if file is not None:
+            view = memoryview(data)
+            while view:
+                view = view[file.write(view) :]
+            self._file = file
+        return len(data)
 
 
 def packing(source: str, entry: Entry | None) -> list[str]:

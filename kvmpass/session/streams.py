@@ -220,7 +220,10 @@ class InputLike(Protocol):
 
 
 class InputPump:
-    """Pass what a descriptor has to an input until its end, in a thread. It owns the descriptor."""
+    """Pass what a descriptor has to an input until its end, in a thread. It owns the descriptor.
+
+    ``cancel`` ends the thread, and not the input.
+    """
 
     def __init__(self, fd: int, input: InputLike, cancel: Cancel) -> None:
         self._fd, self._input, self._cancel = fd, input, cancel
@@ -236,14 +239,16 @@ class InputPump:
                     continue
                 except OSError:  # the terminal has gone
                     data = b""
-                if not data or self._cancel.is_set:
-                    break
+                if self._cancel.is_set:
+                    return
+                if not data:
+                    self._input.end()
+                    return
                 self._input.send(data)
                 while not self._input.wait_below(BACKLOG, 0.1):
                     if self._cancel.is_set:
                         return
         finally:
-            self._input.end()
             os.close(self._fd)
 
     def join(self) -> None:

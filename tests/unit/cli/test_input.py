@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvmpass.cli import input as passing
 from kvmpass.cli.input import passed_input
+from kvmpass.session import streams
 from kvmpass.virtio import Port
 
 
@@ -69,8 +69,8 @@ def test_a_guest_that_does_not_read_stops_the_reading(
     typed: Typed, port: Port, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What waits for it is bounded; when it reads, the rest comes; the end of the run does not wait for it."""
-    monkeypatch.setattr(passing, "_CHUNK", 1000)
-    monkeypatch.setattr(passing, "_BACKLOG", 3000)
+    monkeypatch.setattr(streams, "_CHUNK", 1000)
+    monkeypatch.setattr(streams, "BACKLOG", 3000)
     sent = os.urandom(20_000)
     with passed_input(port):
         os.write(typed.writing, sent)

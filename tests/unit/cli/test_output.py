@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kvmpass.cli.main import fail
+from kvmpass.errors import GuestError
 
 Valid = Callable[[str, str | bytes], Any]
 
@@ -51,3 +55,11 @@ def test_a_failure_is_a_document_too(
     error = valid("error", done.stdout)["error"]
     assert (error["type"], error["cause"]) == ("NotADirectoryError", f"{tmp_path}/journal: Not a directory")
     assert "KVMPASS_STATE_DIR" in error["remedies"][0]
+
+
+def test_what_a_guest_has_written_does_not_reach_the_terminal_in_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    error = GuestError("failed: \x1b]0;title\x07", "look at \x9b31m it")
+    fail("exec", error, as_json=False)
+    assert capsys.readouterr().err == "kvmpass: failed:  ]0;title \n  hint: look at  31m it\n"
+    fail("exec", error, as_json=True)
+    assert json.loads(capsys.readouterr().out)["error"]["remedies"] == ["look at  31m it"]

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import pytest
 from support.agent import LocalAgent
+from support.interrupts import interrupted
 
 from kvmpass.cli import cp
 from kvmpass.errors import GuestError
@@ -277,6 +278,17 @@ def test_a_copy_that_the_process_refuses_has_its_reason(stage: Stage, tmp_path: 
 def test_a_copy_that_fails_here_has_that_reason(stage: Stage, tmp_path: Path) -> None:
     with pytest.raises(GuestError, match="was not copied to"):
         cp._copy_out("one", "/no/such file", str(tmp_path))
+
+
+@pytest.mark.usefixtures("usual_signals")
+def test_a_copy_into_a_guest_that_stalls_can_be_interrupted(stage: Stage, tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(bytes(3 << 20))
+    stage.local.program.send_signal(signal.SIGSTOP)
+    try:
+        with interrupted():
+            cp._copy_in(tmp_path / "data", "one", "/tmp/")
+    finally:
+        stage.local.program.send_signal(signal.SIGCONT)
 
 
 def test_descriptors_of_a_message_are_not_inherited() -> None:

@@ -16,6 +16,7 @@ from typing import IO, cast
 
 import pytest
 from support.agent import LocalAgent
+from support.interrupts import interrupted
 
 from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest import Guest, extract
@@ -285,6 +286,18 @@ def test_a_copy_into_a_guest_that_stalls_can_fail(
             in_time(lambda: session.copy_in(tmp_path, "/tmp/"))
     finally:
         local.program.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("usual_signals")
+def test_a_copy_into_a_guest_that_stalls_can_be_interrupted(
+    session: Session, local: LocalAgent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one Ctrl-C: what the archive has kept is not written at its end."""
+    monkeypatch.setattr(files, "_UNPACK", "sleep 1000")
+    monkeypatch.setattr(process, "_KILL_SECONDS", 0.2)
+    (tmp_path / "data").write_bytes(bytes(3 << 20))
+    with interrupted():
+        session.copy_in(tmp_path / "data", "/tmp/")
 
 
 def test_a_guest_that_sends_files_for_ever(session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
