@@ -176,8 +176,19 @@ def _fields(status: GuestStatus) -> dict[str, Any]:
 # --- for readers
 
 
+@contextlib.contextmanager
+def _of_this_user() -> Iterator[None]:
+    """Add a hint to the error that another user gets."""
+    try:
+        yield
+    except PermissionError as error:
+        error.add_note("run it as the user who has started the guest")
+        raise
+
+
+@_of_this_user()
 def guests() -> list[GuestStatus]:
-    """Return this user's guests by name, dead ones included."""
+    """Return this user's guests by name, dead ones included. Raises ``PermissionError`` for those of another."""
     return [read(path) for path in _directories()]
 
 
@@ -212,8 +223,12 @@ def read(path: Path) -> GuestStatus:
     return status
 
 
+@_of_this_user()
 def find(guest: str) -> Path:
-    """Return the directory of a guest, by its name or by the address of one of its devices. Raises ``GuestError``."""
+    """Return the directory of a guest, by its name or by the address of one of its devices.
+
+    Raises ``GuestError``, ``PermissionError`` for that of another user.
+    """
     if _NAME.fullmatch(guest):
         path = base_directory() / guest
         if path.is_dir() and not is_dead(path):

@@ -112,3 +112,17 @@ def test_a_relative_base_stays_the_same_one(
     monkeypatch.setenv(variable, "relative")
     monkeypatch.chdir(tmp_path)
     assert directory.base_directory() == tmp_path / "relative" / below
+
+
+def test_another_user_is_denied(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors of the kernel have a remedy."""
+
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    monkeypatch.setattr(Path, "is_dir", denied)
+    for call in (directory.guests, lambda: directory.find("one"), lambda: directory.find("01:00.0")):
+        with pytest.raises(PermissionError) as error:
+            call()
+        assert error.value.__notes__ == ["run it as the user who has started the guest"]
