@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -233,12 +233,18 @@ def find(guest: str) -> Path:
         path = base_directory() / guest
         if path.is_dir() and not is_dead(path):
             return path
-    if match := _ADDRESS.fullmatch(guest.lower()):
-        address = f"{match[1] or '0000'}:{match[2]}"
-        for status in guests():
-            if address in status.devices and status.state != "dead":
-                return base_directory() / status.name
+    for _, status in holders([guest]):
+        return base_directory() / status.name
     raise GuestError(f"no guest {guest!r} runs", "see which do: kvmpass ps")
+
+
+def holders(addresses: Sequence[str]) -> Iterator[tuple[str, GuestStatus]]:
+    """Yield those of these devices that guests of this user have, in full, and the guests."""
+    matches = filter(None, (_ADDRESS.fullmatch(address.lower()) for address in addresses))
+    wanted = [f"{match[1] or '0000'}:{match[2]}" for match in matches]
+    for status in guests() if wanted else ():
+        if status.state != "dead":
+            yield from ((address, status) for address in wanted if address in status.devices)
 
 
 def remove_dead() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -12,11 +13,12 @@ from kvmpass import host
 from kvmpass._teardown import undo_on_error
 from kvmpass.assignment.assign import assigned
 from kvmpass.dma import BackendFactory
-from kvmpass.errors import GuestError
+from kvmpass.errors import DeviceInUse, GuestError, KvmpassError
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestImage, GuestSpec, Sink
 from kvmpass.host.backend import AUTO
 from kvmpass.memory import Backing
+from kvmpass.session.directory import holders
 from kvmpass.session.session import BOOT_SECONDS, Session
 from kvmpass.timings import Mark, unmarked
 
@@ -49,9 +51,12 @@ def open_session(
             on_event(event)
 
     with undo_on_error() as undo:
-        machine = undo.enter_context(
-            assigned(devices, spec, on_event=note, on_image=images.append, mark=mark, warn=warn, **options)
-        )
+        try:
+            machine = undo.enter_context(
+                assigned(devices, spec, on_event=note, on_image=images.append, mark=mark, warn=warn, **options)
+            )
+        except DeviceInUse as error:
+            raise _naming_guest(error, [*map(str, devices)]) from None
         guest = undo.enter_context(
             Guest(
                 machine,
@@ -125,6 +130,18 @@ def start(
         p2p=p2p,
         vf_token=vf_token,
     )
+
+
+def _naming_guest(error: DeviceInUse, devices: Sequence[str]) -> DeviceInUse:
+    """Return an error that names the guest of this user that has one of the devices; ``error`` if none has."""
+    with contextlib.suppress(KvmpassError, OSError):  # no directory for this user's guests
+        for device, guest in holders(devices):
+            if guest.pid != os.getpid():
+                return DeviceInUse(
+                    f"{device} is assigned to the guest {guest.name}, process {guest.pid}",
+                    f"stop it (kvmpass stop {guest.name}), or choose another device",
+                )
+    return error
 
 
 def _nowhere(data: bytes) -> None:
