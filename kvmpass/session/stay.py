@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmpass import host
+from kvmpass.events import DeviceEvent, DeviceReleased
 from kvmpass.guest import GuestResult, GuestSpec, Sink
 from kvmpass.session.console import Console
 from kvmpass.session.directory import GuestDirectory, GuestStatus
@@ -17,6 +19,40 @@ from kvmpass.session.opening import open_session
 from kvmpass.session.server import Server
 
 _LOOK_SECONDS = 5.0  # between looks for the directory, which logind removes at a user's last logout
+
+
+class _Status:
+    """Keeps the status document of a guest up to date.
+
+    Synchronization: ``set`` and ``note`` from any thread; ``_lock`` guards what is written.
+    """
+
+    def __init__(self, directory: GuestDirectory, name: str, devices: Sequence[host.Bdf]) -> None:
+        self._directory = directory
+        self._name = name
+        self._devices = [*map(str, devices)]
+        self._state = "starting"
+        self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._lock = threading.Lock()
+        self._write()
+
+    def _write(self) -> None:
+        if self._directory.exists:  # else a file there would be another guest's
+            status = GuestStatus(self._name, os.getpid(), tuple(self._devices), self._state, self._since)
+            self._directory.write(status)
+
+    def set(self, state: str) -> None:
+        """Set the guest's state. Raises ``OSError``."""
+        with self._lock:
+            self._state = state
+            self._write()
+
+    def note(self, event: DeviceEvent) -> None:
+        """Take a device that was removed from the running guest out of the document. Raises ``OSError``."""
+        with self._lock:
+            if isinstance(event, DeviceReleased) and event.bdf in self._devices:
+                self._devices.remove(event.bdf)
+                self._write()
 
 
 def stay(
@@ -37,25 +73,18 @@ def stay(
     more. Its devices are rebound, and its directory is removed, when this returns or raises.
     """
     with GuestDirectory.claim(name) as directory, closing(Console(directory.path, log)) as console:
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        addresses = tuple(map(str, devices))
-
-        def write(state: str) -> None:
-            directory.write(GuestStatus(name, os.getpid(), addresses, state, since))
-
-        write("starting")
+        status = _Status(directory, name, devices)
         server: Server | None = None
         ended: dict[str, Any] = {"error": "the guest's process has failed"}
         try:
-            with open_session(devices, spec, name=name, console=console, **options) as session:
+            with open_session(devices, spec, name=name, console=console, on_event=status.note, **options) as session:
                 console.session = session
                 server = Server(session, directory.path, console)
-                write("running")
+                status.set("running")
                 ready(directory.path)
                 while not server.wait(_LOOK_SECONDS) and directory.exists:
                     pass
-                if directory.exists:  # else a file there would be another guest's
-                    write("stopping")
+                status.set("stopping")
                 result = session.stop(server.stop_seconds)
             ended = answer(result)
             return result

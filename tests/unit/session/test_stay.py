@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +13,27 @@ from typing import Any
 import pytest
 
 from kvmpass.cli.output import error_text
+from kvmpass.events import DeviceEvent, DeviceReleased, DeviceRequest
 from kvmpass.guest import GuestSpec
+from kvmpass.host import Bdf
 from kvmpass.session import stay as module
 from kvmpass.session.client import Client, RequestFailed
+from kvmpass.session.directory import read
 from kvmpass.session.stay import stay
+
+FIRST, SECOND = "0000:01:00.0", "0000:01:00.1"
 
 
 @pytest.fixture
-def ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+def on_events() -> list[Callable[[DeviceEvent], None]]:
+    """What is called with events of the guest's devices."""
+    return []
+
+
+@pytest.fixture
+def ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_events: list[Callable[[DeviceEvent], None]]
+) -> Iterator[list[str]]:
     """A guest that runs until it is stopped."""
     done: list[str] = []
     ended = threading.Event()
@@ -30,7 +43,8 @@ def ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]
         return "stopped"
 
     @contextlib.contextmanager
-    def opened(*arguments: Any, **options: Any) -> Iterator[SimpleNamespace]:
+    def opened(*arguments: Any, on_event: Callable[[DeviceEvent], None], **options: Any) -> Iterator[SimpleNamespace]:
+        on_events.append(on_event)
         yield SimpleNamespace(wait=ended.wait, stop=stop)
         done.append("rebound")
 
@@ -54,6 +68,23 @@ def test_a_guest_that_cannot_be_found_any_more_is_stopped(ends: list[str], tmp_p
     result: Any = stay("one", [], GuestSpec(session=True), removed, lambda result: {})
     assert (result, ends) == ("stopped", ["stopped", "rebound"])
     assert [path.read_text() for path in tmp_path.glob("one/*")] == ["another's"] * replaced
+
+
+def test_a_device_that_was_removed_is_no_longer_the_guests(
+    ends: list[str], on_events: list[Callable[[DeviceEvent], None]]
+) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def ready(directory: Path) -> None:
+        [on_event] = on_events
+        for event in (DeviceRequest(SECOND), DeviceReleased(SECOND, "guest"), DeviceReleased("fs0", "host")):
+            on_event(event)
+            seen.append(read(directory).devices)
+        raise SystemExit(0)
+
+    with pytest.raises(SystemExit):
+        stay("one", [Bdf.parse(FIRST), Bdf.parse(SECOND)], GuestSpec(session=True), ready, lambda result: {})
+    assert seen == [(FIRST, SECOND), (FIRST,), (FIRST,)]
 
 
 def test_who_waits_learns_why_it_has_failed(ends: list[str]) -> None:
