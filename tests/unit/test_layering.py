@@ -184,6 +184,20 @@ def test_looking_loads_no_virtual_machine() -> None:
     assert not loaded & {"kvm", "vfio", "iommufd", "pci", "dma", "board", "machine", "guest", "memory", "_native"}
 
 
+def test_a_request_to_a_guest_loads_nothing_of_a_virtual_machine() -> None:
+    """What ``kvmpass exec`` and the like import, in a process of its own: hardly more than click does."""
+    names = ("exec", "console", "cp", "logs", "ps", "stop")
+    script = (
+        f"import sys, click; before = {{*sys.modules}}; import {', '.join(f'kvmpass.cli.{name}' for name in names)}; "
+    )
+    script += "print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    packages = {package_of(name) for name in loaded if name.startswith("kvmpass.")}
+    assert {"cli", "session"} <= packages <= {"cli", "session", "errors", "_dataclass", "_lazy"}
+    assert not loaded & {"asyncio", "http", "logging", "subprocess", "tarfile", "uuid"}
+
+
 @pytest.mark.parametrize(
     "source, expected",
     [
