@@ -9,7 +9,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-PARTS = ("memory", "beneath", "kvm", "vfio", "iommufd")
+PARTS = ("memory", "beneath", "fastpath", "kvm", "vfio", "iommufd")
 
 ffi = FFI()
 ffi.cdef("\n".join((HERE / f"{part}.cdef").read_text() for part in PARTS))

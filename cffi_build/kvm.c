@@ -37,6 +37,7 @@ struct kvmpass_exit {
 	uint64_t address;
 	uint64_t data_offset;
 	uint64_t detail[2];
+	uint64_t answered; /* exits that the fast path handled, since the vCPU's creation */
 };
 
 static int kvm_get_api_version(int kvm)
@@ -213,15 +214,31 @@ static int kvm_set_device_attr_file(int device, uint32_t group, uint64_t attr, i
 	return RESULT(ioctl(device, KVM_SET_DEVICE_ATTR, &request));
 }
 
-static int kvm_run(int vcpu, uintptr_t address, struct kvmpass_exit *out)
+/* Whether the exit is a read that the fast path has handled. Writes that KVM has collected come before it. */
+static int kvmpass_answered(struct kvm_run *run, struct kvmpass_fastpath *path)
+{
+	char *page = (char *)run + KVM_COALESCED_MMIO_PAGE_OFFSET * 4096;
+	volatile struct kvm_coalesced_mmio_ring *ring = (struct kvm_coalesced_mmio_ring *)page;
+
+	return run->exit_reason == KVM_EXIT_MMIO && !run->mmio.is_write && ring->first == ring->last &&
+	       kvmpass_fastpath_read(path, run->mmio.phys_addr, run->mmio.len, run->mmio.data);
+}
+
+/* Enter the guest until an exit that is not for the fast path, which may be NULL. A signal ends it in any case, as
+ * immediate_exit is set before the signal is sent. */
+static int kvm_run(int vcpu, uintptr_t address, struct kvmpass_exit *out, struct kvmpass_fastpath *path)
 {
 	struct kvm_run *run = (struct kvm_run *)address;
-	int result = RESULT_ONCE(ioctl(vcpu, KVM_RUN, 0));
+	int result;
+
+	while (!(result = RESULT_ONCE(ioctl(vcpu, KVM_RUN, 0))) && path && kvmpass_answered(run, path))
+		__atomic_store_n(&out->answered, out->answered + 1, __ATOMIC_RELAXED);
 
 	/* KVM_EXIT_MEMORY_FAULT comes with an error and a filled kvm_run. */
 	if (result < 0 && !((result == -EFAULT) && run->exit_reason == KVM_EXIT_MEMORY_FAULT))
 		return result;
-	*out = (struct kvmpass_exit){ .reason = run->exit_reason };
+	memset(out, 0, offsetof(struct kvmpass_exit, answered)); /* other threads read that */
+	out->reason = run->exit_reason;
 	switch (run->exit_reason) {
 	case KVM_EXIT_IO:
 		out->is_write = run->io.direction == KVM_EXIT_IO_OUT;

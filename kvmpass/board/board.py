@@ -18,7 +18,7 @@ from kvmpass.board.hotplug import HotplugController
 from kvmpass.board.power import PowerControl, PowerEvent
 from kvmpass.board.serial import Serial16550
 from kvmpass.bus import Bus
-from kvmpass.kvm import IrqRoutes, System
+from kvmpass.kvm import Fastpath, IrqRoutes, System
 from kvmpass.layout import Layout
 from kvmpass.memory import GuestMemory
 from kvmpass.pci import BarSpace, ConfigPorts, Ecam, PciBus, PciFunction, Wiring
@@ -68,13 +68,15 @@ class Board:
             """Guest-physical addresses without a memslot."""
             self.pci = PciBus()
             """The PCI bus."""
+            self.fastpath = Fastpath()
+            """What vCPUs read without Python."""
             self._config_ports: ConfigPorts | None = None
             self._readable: ReadableConfig | None = None
             self._ecam = layout.ecam
             self._add_config_ports()
             # The address alone does nothing: the access of the data exits.
             self.vm.coalesce_port_writes(ports.PCI_CONFIG_BASE, ports.PCI_ADDRESS_SIZE)
-            self.mmio.add(layout.ecam.start, layout.ecam.size, Ecam(self.pci), "ECAM")
+            self.mmio.add(layout.ecam.start, layout.ecam.size, Ecam(self.pci), Ecam.LABEL)
             self._bars = BarSpace(layout)
             self.serials: list[Serial16550] = []
             """COM1 to COM4."""
@@ -98,7 +100,7 @@ class Board:
         The ports are absent then, and what does not change by itself is read without an exit. Idempotent.
         """
         if alone and self._readable is None:
-            self._readable = ReadableConfig(self.pci, self._memory, self._ecam)
+            self._readable = ReadableConfig(self.pci, self._memory, self._ecam, self.fastpath)
             if self._config_ports is not None:
                 self.ports.remove(self._config_ports)
                 self._config_ports = None

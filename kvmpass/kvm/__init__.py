@@ -1,5 +1,6 @@
 """Objects over KVM's file descriptors (Documentation/virt/kvm/api.rst)."""
 
+from kvmpass.kvm.fastpath import Fastpath, FastRegisters
 from kvmpass.kvm.memslots import Memslot, Memslots
 from kvmpass.kvm.routing import IrqRoutes
 from kvmpass.kvm.system import System
@@ -10,6 +11,8 @@ from kvmpass.kvm.vm import MsiRoute, VfioDevice, Vm
 __all__ = [
     "Capability",
     "CpuidEntry",
+    "FastRegisters",
+    "Fastpath",
     "IrqRoutes",
     "Memslot",
     "Memslots",

@@ -11,6 +11,7 @@ from kvmpass._fd import OwnedFd, check, failure
 from kvmpass._native import ffi, lib
 from kvmpass._teardown import undo_on_error
 from kvmpass.kvm import exits
+from kvmpass.kvm.fastpath import Fastpath
 from kvmpass.kvm.types import CpuidEntry
 from kvmpass.layout import PAGE
 from kvmpass.memory import HostMapping
@@ -45,14 +46,15 @@ def install_kick(signal_number: int) -> None:
 
 
 class Vcpu(OwnedFd):
-    """One vCPU of a VM.
+    """One vCPU of a VM. ``fastpath``: registers that the guest reads while ``run`` does not return.
 
-    Synchronization: ``request_exit`` from any thread; everything else from the thread that runs it, or from any while
-    that one is outside of ``run()``: before the start, or while the machine is paused.
+    Synchronization: ``request_exit`` and ``answered`` from any thread; everything else from the thread that runs it,
+    or from any while that one is outside of ``run()``: before the start, or while the machine is paused.
     """
 
-    def __init__(self, fd: int, index: int, run_size: int) -> None:
+    def __init__(self, fd: int, index: int, run_size: int, fastpath: Fastpath | None = None) -> None:
         super().__init__(fd)
+        self._fastpath = fastpath  # stays while a thread may be in it
         self.index = index
         """Its number and APIC id, from 0."""
         with undo_on_error(self.close):
@@ -61,6 +63,7 @@ class Vcpu(OwnedFd):
         ring = self._page[_RING : _RING + PAGE]
         self._ring, self._ring_ends = ring, ring[:8].cast("I")
         self._exit = ffi.new("struct kvmpass_exit *")
+        self._path = ffi.NULL if fastpath is None else fastpath.native
 
     def close(self) -> None:
         """Close the vCPU, while no thread is inside ``run()``, which reads ``kvm_run``. Idempotent."""
@@ -69,14 +72,16 @@ class Vcpu(OwnedFd):
         super().close()
 
     def run(self) -> exits.Exit:
-        """Enter the guest once (``KVM_RUN``). A failure of the ioctl is an exit, too, as guests can cause it.
+        """Enter the guest until it exits (``KVM_RUN``), other than by a read of the fast path.
+
+        A failure of the ioctl is an exit, too, as guests can cause it.
 
         ``EFAULT`` is the guest's access to memory that the host cannot provide: before Linux 6.8, and for a device's
         pages later too, without ``KVM_EXIT_MEMORY_FAULT``. ``EIO``: KVM found a bug of its own and ended the VM.
         Raises ``Closed`` after ``close()``.
         """
         out = self._exit
-        result = lib.kvm_run(self.fd, self._run.address, out)
+        result = lib.kvm_run(self.fd, self._run.address, out, self._path)
         if result < 0:
             if -result in (errno.EINTR, errno.EAGAIN):
                 return _INTERRUPTED
@@ -92,6 +97,14 @@ class Vcpu(OwnedFd):
             return exits.MmioExit(out.address, size, bool(out.is_write), data, offset)
         rare = _RARE_EXITS.get(reason)
         return rare(out) if rare else exits.FailedExit("an exit that is not handled", reason, 0)
+
+    @property
+    def answered(self) -> int:
+        """Number of exits so far that the fast path has handled: reads of guest-physical addresses.
+
+        Synchronization: from any thread.
+        """
+        return int(self._exit.answered)
 
     def complete(self, exit_: exits.PortExit | exits.MmioExit, data: bytes) -> None:
         """Set the result of a read, of exactly the requested size. It takes effect at the next ``run()``."""

@@ -7,6 +7,7 @@ from typing import Any
 from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd, check
 from kvmpass._native import ffi, lib
+from kvmpass.kvm.fastpath import Fastpath
 from kvmpass.kvm.types import Capability
 from kvmpass.kvm.vcpu import Vcpu
 
@@ -167,9 +168,12 @@ class Vm(OwnedFd):
         detail = f"guest-physical {address:#x}, size {size}"
         check(lib.kvm_unregister_coalesced_mmio(self.fd, address, size, 0), "KVM_UNREGISTER_COALESCED_MMIO", detail)
 
-    def create_vcpu(self, index: int) -> Vcpu:
-        """Create vCPU number ``index`` (``KVM_CREATE_VCPU``). Raises ``OSError``."""
-        return Vcpu(check(lib.kvm_create_vcpu(self.fd, index), "KVM_CREATE_VCPU"), index, self._run_size)
+    def create_vcpu(self, index: int, fastpath: Fastpath | None = None) -> Vcpu:
+        """Create vCPU number ``index`` (``KVM_CREATE_VCPU``), which reads the registers of ``fastpath``.
+
+        Raises ``OSError``.
+        """
+        return Vcpu(check(lib.kvm_create_vcpu(self.fd, index), "KVM_CREATE_VCPU"), index, self._run_size, fastpath)
 
     def create_vfio_device(self) -> VfioDevice:
         """Create the VM's VFIO device (``KVM_CREATE_DEVICE``), one for each VM. Raises ``OSError``."""

@@ -153,14 +153,20 @@ class Execution:
             self._make_vcpus(system, entry)
         board = self._board
         self._threads = VcpuThreads(
-            self._vcpus, board.ports, board.mmio, self._bus_lock, lambda: self._throttle(), self.count_accesses
+            self._vcpus,
+            board.ports,
+            board.mmio,
+            self._bus_lock,
+            lambda: self._throttle(),
+            self.count_accesses,
+            board.fastpath,
         )
         self._threads.start()
 
     def _make_vcpus(self, system: System, entry: int) -> None:
         supported, types = system.get_supported_cpuid(), mtrr.mtrrs(system.physical_bits)
         for index in range(self.cpus):
-            vcpu = self._board.vm.create_vcpu(index)
+            vcpu = self._board.vm.create_vcpu(index, self._board.fastpath)
             self._vcpus.append(vcpu)
             vcpu.set_cpuid2(guest_cpuid(supported, cpu=index, cpus=self.cpus))
             vcpu.set_msrs(types)

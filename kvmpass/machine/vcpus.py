@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kvmpass.bus import Bus
 from kvmpass.errors import GuestError
-from kvmpass.kvm import Vcpu, exits, install_kick
+from kvmpass.kvm import Fastpath, Vcpu, exits, install_kick
 
 KICK = signal.SIGRTMIN + 4
 """Makes a vCPU leave the guest. The handler does nothing, and is C's: Python's run in the main thread only."""
@@ -60,7 +60,7 @@ class VcpuThreads:
 
     ``lock`` is held for each dispatched exit: devices on the buses see one access at a time. ``throttle`` is called
     after each access to a port, without the lock: it may block, which delays this vCPU only.
-    ``count_accesses``: count exits by what was accessed.
+    ``count_accesses``: count exits by what was accessed; ``fastpath`` has counted its reads.
 
     Synchronization: ``end``, ``wait``, ``ended``, ``stop``, ``pause`` and ``resume`` from any thread. ``_state``
     guards the outcome, whether it is paused, and which threads are inside their loop, so that none is signalled
@@ -75,6 +75,7 @@ class VcpuThreads:
         lock: threading.RLock,
         throttle: Callable[[], None],
         count_accesses: bool = False,
+        fastpath: Fastpath | None = None,
     ) -> None:
         self._vcpus = list(vcpus)
         self._ports = ports
@@ -94,6 +95,7 @@ class VcpuThreads:
         self._threads: list[threading.Thread] = []
         self._reasons: list[Counter[type[exits.Exit]]] = [Counter() for _ in vcpus]  # each thread has its own
         self._accesses: Counter[tuple[str, bool]] | None = Counter() if count_accesses else None
+        self._fastpath = fastpath
         self._repeated = [-1 for _ in vcpus]  # number of the exit that was repeated last
 
     def start(self) -> None:
@@ -148,12 +150,18 @@ class VcpuThreads:
         total = Counter[type[exits.Exit]]()
         for reasons in self._reasons:
             total.update(reasons.copy())  # its thread may add to it
+        if answered := sum(vcpu.answered for vcpu in self._vcpus):
+            total[exits.MmioExit] += answered
         return {kind.__name__.removesuffix("Exit"): count for kind, count in total.items()}
 
     @property
     def accesses(self) -> dict[str, Accesses]:
         """Number of exits by what was accessed, most first; empty unless they are counted."""
-        counts = (self._accesses or Counter()).copy()
+        if self._accesses is None:
+            return {}
+        counts = self._accesses.copy()
+        if self._fastpath is not None:
+            counts.update({(label, False): number for label, number in self._fastpath.reads.items()})
         found = {name: Accesses(counts[name, False], counts[name, True]) for name, _ in counts}
         return dict(sorted(found.items(), key=lambda entry: -sum(entry[1])))
 
@@ -261,7 +269,7 @@ class VcpuThreads:
         event is being delivered (svm_check_emulate_instruction). QEMU's emulation of AMD-V leaves the type there when
         it has delivered an exception, and clears it at the next exit.
         """
-        number = sum(self._reasons[vcpu.index].values())
+        number = sum(self._reasons[vcpu.index].values()) + vcpu.answered
         before, self._repeated[vcpu.index] = self._repeated[vcpu.index], number
         return number != before + 1
 

@@ -12,6 +12,8 @@ from contextlib import suppress
 from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._teardown import run_all, undo_on_error
+from kvmpass.kvm import FastRegisters
+from kvmpass.layout import Range
 from kvmpass.pci import capabilities
 from kvmpass.pci.bar import Bar, RomBar
 from kvmpass.pci.bars import Bars
@@ -59,6 +61,8 @@ class AssignedFunction:
             self._make_messages(wiring, self._make_capabilities())
             self._make_bars(wiring)
             self._update_interrupts()
+            pending = self._msi.pending if self._msi else Range(0, 0)
+            self._fast_registers = self._space.fast_registers(device.fd, device.config.info.offset, pending)
 
     # --- construction
 
@@ -174,12 +178,13 @@ class AssignedFunction:
 
     def config_read(self, offset: int, size: int) -> bytes:
         """See ``PciFunction``."""
-        if self._msi is not None and self._msi.start <= offset < self._msi.end:
+        if self._msi is not None and self._msi.pending.overlaps(Range(offset, size)):
             self._msi.refresh_pending()
         return self._space.read(offset, size)
 
-    def config_image(self) -> None:
+    def config_image(self) -> FastRegisters:
         """See ``PciFunction``: the device changes its registers, too."""
+        return self._fast_registers
 
     def config_write(self, offset: int, data: bytes) -> None:
         """See ``PciFunction``."""

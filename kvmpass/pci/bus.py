@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from kvmpass._ratelimit import limited_log, log_errors
-from kvmpass._teardown import undo_on_error
+from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import LayoutError
+from kvmpass.kvm import FastRegisters
 from kvmpass.pci.function import PciFunction
 from kvmpass.pciregs import CONVENTIONAL_SIZE, EXTENDED_SIZE
 
@@ -71,8 +72,8 @@ class PciBus:
         """Call ``observer`` with device and function number (devfn) when what a function says may have changed."""
         self._observer = observer or _ignore
 
-    def image(self, devfn: int) -> bytes | None:
-        """Return the 4096 bytes that a guest reads of a function, ones for an absent one; None if it must exit."""
+    def image(self, devfn: int) -> bytes | FastRegisters | None:
+        """Return the 4096 bytes that a guest reads of a function, ones for an absent one; or ``config_image``'s."""
         function = self._functions.get(devfn)
         return _ABSENT if function is None else function.config_image()
 
@@ -98,12 +99,18 @@ class PciBus:
             self._observer(devfn)
 
     def unplug(self, function: PciFunction) -> None:
-        """Remove ``function``. Idempotent. Raises ``OSError`` if KVM keeps memory with what it says."""
+        """Remove ``function``: its registers are not read any more. Idempotent.
+
+        Raises ``OSError`` if KVM keeps memory with what it says. Runs every step even if one fails.
+        """
         removed = [devfn for devfn, other in self._functions.items() if other is function]
         self._functions = {devfn: other for devfn, other in self._functions.items() if other is not function}
-        for devfn in removed:
-            self._count(devfn >> 3)
-            self._observer(devfn)
+        steps = (
+            partial(call, at)
+            for devfn in removed
+            for call, at in ((self._observer, devfn), (self._count, devfn >> 3))
+        )
+        run_all(*steps)
 
     def _count(self, slot: int) -> None:
         first = self._functions.get(slot << 3)
@@ -189,6 +196,9 @@ class Ecam:
 
     Synchronization: with the bus lock held.
     """
+
+    LABEL = "ECAM"
+    """Its label, for statistics."""
 
     def __init__(self, bus: PciBus) -> None:
         self._bus = bus

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from kvmpass._ratelimit import limited_log
+from kvmpass.kvm import FastRegisters
+from kvmpass.layout import Range
 from kvmpass.pciregs import EXTENDED_SIZE
 
 log = limited_log(__name__)
@@ -64,6 +66,10 @@ class ConfigSpace:
         self._emulated[offset:end] = b"\xff" * len(data)
         self._writable[offset:end] = writable.ljust(len(data), b"\0")
 
+    def fast_registers(self, fd: int, offset: int, exits: Range) -> FastRegisters:
+        """Return the space for a ``Fastpath``: the device's is at ``offset`` of ``fd``; Python reads ``exits``."""
+        return FastRegisters(self._value, self._emulated, fd, offset, exits)
+
     def image(self) -> bytes:
         """Return all bytes of a space without a device."""
         return bytes(self._value)
@@ -102,14 +108,16 @@ class ConfigSpace:
 
         Return whether VFIO accepted them all.
         """
-        run, accepted = bytearray(), True
-        for at, byte in enumerate(data, offset):
+        run, accepted, values = bytearray(), True, self._value[offset : offset + len(data)]
+        for number, byte in enumerate(data):
+            at = offset + number
             if self._emulated[at]:
                 accepted &= self._pass(at - len(run), run)
                 mask = self._writable[at]
-                self._value[at] = self._value[at] & ~mask | byte & mask
+                values[number] = values[number] & ~mask | byte & mask
             else:
                 run.append(byte)
+        self._value[offset : offset + len(data)] = values  # at once: a vCPU may read them on the fast path
         return accepted & self._pass(offset + len(data) - len(run), run)
 
     def _pass(self, offset: int, run: bytearray) -> bool:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from kvmpass._dataclass import dataclass
 from kvmpass.bus import Bus
-from kvmpass.kvm import IrqRoutes, Vm
+from kvmpass.kvm import FastRegisters, IrqRoutes, Vm
 from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory, HostMapping
 from kvmpass.pci.barspace import BarSpace
@@ -58,10 +58,12 @@ class PciFunction(Protocol):
     def config_write(self, offset: int, data: bytes) -> None:
         """Write ``data``, 1 to 4 bytes inside one aligned dword."""
 
-    def config_image(self) -> bytes | None:
-        """Return all 4096 bytes as ``config_read`` does, if they change by writes of the guest only; None otherwise.
+    def config_image(self) -> bytes | FastRegisters | None:
+        """Return all 4096 bytes as ``config_read`` does, if they change by writes of the guest only.
 
-        The guest may then read them without an exit. None, too, if a read has an effect.
+        The guest may then read them without an exit. Or the registers for the fast path, always the same object, if
+        ``config_read`` returns what they say; they are not read any more once the function is off its bus. None where
+        neither holds, or a read has an effect.
         """
 
     def set_multifunction(self, several: bool) -> None:

@@ -9,6 +9,7 @@ import errno
 
 from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log, log_errors
+from kvmpass.layout import Range
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.pci.function import InterruptSink, Wiring
 from kvmpass.pci.message import MessageCapability, pending_bits
@@ -45,6 +46,8 @@ class Msi(MessageCapability):
         space.emulate(self._data_at, bytes(4), b"\xff\xff\0\0")
         self.end = at + own.size
         """Where the capability ends."""
+        self.pending = Range(self._mask_at + 4, 4 if self._maskable else 0)
+        """The pending bits, which ``refresh_pending`` sets."""
         if self._maskable:
             masks = (1 << len(self._vectors)) - 1
             space.emulate(self._mask_at, bytes(8), masks.to_bytes(4, "little"))

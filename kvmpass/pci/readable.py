@@ -7,9 +7,10 @@ from functools import partial
 
 from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._teardown import run_all, undo_on_error
+from kvmpass.kvm import Fastpath, FastRegisters
 from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory, HostMapping, MemoryRegion
-from kvmpass.pci.bus import FUNCTIONS, SLOTS, PciBus
+from kvmpass.pci.bus import FUNCTIONS, SLOTS, Ecam, PciBus
 from kvmpass.pciregs import EXTENDED_SIZE
 
 log = limited_log(__name__)
@@ -22,13 +23,15 @@ class ReadableConfig:
     """Read-only memory over the ECAM window of bus 0, until ``close``.
 
     It has the functions that say what a guest reads (``PciFunction.config_image``), and the absent ones, as ones. An
-    access of the others exits, as every write does. Raises ``OSError``, ``LayoutError``.
+    access of the others exits, as every write does; reads of those with ``FastRegisters`` are left to the fast path.
+    Raises ``OSError``, ``LayoutError``.
 
     Synchronization: with the bus lock held.
     """
 
-    def __init__(self, bus: PciBus, memory: GuestMemory, window: Range) -> None:
+    def __init__(self, bus: PciBus, memory: GuestMemory, window: Range, fastpath: Fastpath) -> None:
         self._bus = bus
+        self._fastpath = fastpath
         self._memory = memory
         self._base = window.start
         self._readable = [True] * _COUNT
@@ -45,6 +48,7 @@ class ReadableConfig:
     def close(self) -> None:
         """Remove the memory from the guest. Runs every step even if one fails; idempotent. Raises ``OSError``."""
         self._bus.observe(None)
+        self._fastpath.clear()
         run_all(*(partial(self._remove, range_) for range_ in [*self._regions]))
         self._mapping.close()
 
@@ -56,8 +60,13 @@ class ReadableConfig:
     def _update(self, devfn: int) -> bool:
         """Update a function's page. Return whether it becomes readable, or ceases to be."""
         image = self._bus.image(devfn)
-        before, self._readable[devfn] = self._readable[devfn], image is not None
-        if image is not None:
+        at = self._base + devfn * EXTENDED_SIZE
+        if isinstance(image, FastRegisters):
+            self._fastpath.set(at, image, Ecam.LABEL)
+        else:  # first: the file may be closed after this
+            self._fastpath.remove(at)
+        before, self._readable[devfn] = self._readable[devfn], isinstance(image, bytes)
+        if isinstance(image, bytes):
             page = self._page[devfn * EXTENDED_SIZE : (devfn + 1) * EXTENDED_SIZE]
             for at in range(0, EXTENDED_SIZE, _STEP):
                 if page[at : at + _STEP] != image[at : at + _STEP]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.configuring import CONFIGURE, config_of
 from support.inside import SOAK
-from support.living import descriptors, device_routes, running
+from support.living import descriptors, device_routes, running, wait_until
 
 from kvmpass import host
 from kvmpass.machine import Machine
@@ -54,7 +54,11 @@ def test_an_unbound_driver_leaves_no_interrupt(nvme: str) -> None:
 
 
 def test_a_device_in_d3hot_reads_as_ones_and_returns_to_d0(nic: str) -> None:
-    """D3 and back; on hardware a register of a sleeping device is no register either."""
+    """D3 and back; on hardware a register of a sleeping device is no register either.
+
+    Its configuration space, as the guest reads it on the fast path, is as Python reads it; then it is removed while
+    the guest reads on, and the guest is not told.
+    """
     script = """
         sleeper
         echo awake $(devmem $((at + 8)) 32)
@@ -62,13 +66,27 @@ def test_a_device_in_d3hot_reads_as_ones_and_returns_to_d0(nic: str) -> None:
         echo asleep $(devmem $((at + 8)) 32)
         put $first $register $(($(get $first $register) & ~3)); usleep 20000
         echo 0 >/sys/bus/pci/devices/$first/enable; echo 1 >/sys/bus/pci/devices/$first/enable
-        echo back $(devmem $((at + 8)) 32); go_on"""
+        echo back $(devmem $((at + 8)) 32)
+        echo config $(hexdump -v -e '1/1 "%02x"' /sys/bus/pci/devices/$first/config)
+        until [ $(get $first 0) = 0xffffffff ]; do :; done; echo gone; go_on"""
     with host.borrow(nic), running(CONFIGURE + script, nic) as guest:
-        guest.expect("\n", 3)
+        guest.expect("\n", 4)
         words = dict(line.split() for line in guest.said.splitlines())
         assert words["asleep"] == "0xFFFFFFFF"
         assert words["awake"] == words["back"] != "0xFFFFFFFF"
         guest.machine.audit()
+        (device,), fastpath, config = (
+            guest.machine.devices,
+            guest.machine._board.fastpath,
+            bytes.fromhex(words["config"]),
+        )
+        read = config_of(guest.machine, device)
+        assert config == b"".join(read(at, 4).to_bytes(4, "little") for at in range(0, len(config), 4))
+        reads = fastpath.reads["ECAM"]
+        assert len(config) // 4 <= reads <= guest.machine.exit_reasons["Mmio"]
+        wait_until(lambda: fastpath.reads["ECAM"] > reads + 10)
+        guest.machine.deassign(device)
+        guest.expect("gone")
         guest.go_on()
         assert guest.end().status == 0
 

@@ -158,6 +158,7 @@ class FakeDevice:
 
     def __init__(self, space: bytes | None = None) -> None:
         self.name = "0000:00:00.0"
+        self.fd = -1  # its file; what reads that reads ones
         self.refusing: Callable[[], bool] = lambda: False
         config = bytearray(4096)
         config[0:4] = bytes.fromhex("34128765")

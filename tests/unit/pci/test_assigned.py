@@ -32,6 +32,32 @@ def board() -> Iterator[Board]:
     board.close()
 
 
+def test_the_fast_path_reads_everything_but_the_pending_bits_of_msi() -> None:
+    """These are the count of an eventfd. The file is the device's, where its configuration space is."""
+
+    def place(device: FakeDevice) -> None:
+        device.fd = 1000
+        device.config.info = dataclasses.replace(device.config.info, offset=7 << 40)
+
+    board = made(place)
+    registers = board.function.config_image()
+    assert (registers.fd, registers.offset) == (1000, 7 << 40)
+    assert registers.exits == Range(MSI_AT + 0x14, 4)
+    assert registers.values[0x0E] == 0, "one function"
+    board.function.set_multifunction(True)
+    assert registers.values[0x0E] == 0x80
+    board.config_write(BAR0, 0xD000_0000, 4)
+    assert registers.values[BAR0 : BAR0 + 4] == (0xD000_0004).to_bytes(4, "little")
+    assert board.function.config_image() is registers
+    board.close()
+
+
+def test_without_pending_bits_nothing_of_it_exits() -> None:
+    board = made(without(MSI))
+    assert board.function.config_image().exits.size == 0
+    board.close()
+
+
 # --- the header
 
 

@@ -10,6 +10,7 @@ from support.fake_bar import Listener
 from support.virtio_driver import Driver
 
 from kvmpass import pciregs
+from kvmpass.kvm import Fastpath, FastRegisters
 from kvmpass.layout import ECAM_BASE, ECAM_SIZE, PAGE, Range
 from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
 from kvmpass.pci import Ecam, PciBus
@@ -32,11 +33,24 @@ class Function:
     def close(self) -> None: ...
 
 
+class Assigned(Function):
+    """One whose registers are for the fast path; ``self.registers`` say what it is."""
+
+    def __init__(self, tag: int) -> None:
+        self.registers = FastRegisters(
+            bytearray([tag]) * PAGE, bytearray(b"\xff") * PAGE, fd=-1, offset=0, exits=Range(8, 4)
+        )
+
+    def config_image(self) -> FastRegisters:  # type: ignore[override]
+        return self.registers
+
+
 class Stage:
     def __init__(self, bus: PciBus) -> None:
         self.bus, self.memory, self.kvm = bus, GuestMemory(), Listener()
         self.memory.listen(self.kvm)
-        self.config = ReadableConfig(bus, self.memory, Range(ECAM_BASE, ECAM_SIZE))
+        self.fastpath = Fastpath()
+        self.config = ReadableConfig(bus, self.memory, Range(ECAM_BASE, ECAM_SIZE), self.fastpath)
 
     def regions(self) -> list[tuple[int, int]]:
         """First and last devfn of each."""
@@ -136,6 +150,41 @@ def test_a_memslot_that_kvm_keeps_prevents_a_plug(stage: Stage) -> None:
     stage.bus.unplug(function)
 
 
+def test_registers_of_a_device_are_read_on_the_fast_path(stage: Stage) -> None:
+    """While the function is on the bus."""
+    first, second = Assigned(1), Assigned(2)
+    stage.bus.plug(first, 1)
+    stage.bus.plug(second, 3, 2)
+    assert stage.regions() == [(0, 7), (9, 25), (27, 255)]
+    places = (ECAM_BASE + (1 << 15), ECAM_BASE + (3 << 15 | 2 << 12))
+    assert [stage.fastpath.read(place, 4) for place in places] == [b"\1" * 4, b"\2" * 4]
+    assert stage.fastpath.read(places[0] + 8, 4) is None
+    assert stage.fastpath.reads == {"ECAM": 2}
+    stage.bus.write(0, 1 << 3, 4, bytes(4))
+    assert stage.fastpath.read(places[0], 4) == b"\1" * 4, "a write changes nothing"
+    stage.bus.unplug(first)
+    assert [stage.fastpath.read(place, 4) for place in places] == [None, b"\2" * 4]
+    stage.config.close()
+    assert stage.fastpath.read(places[1], 4) is None
+    stage.bus.unplug(second)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_nothing_is_read_of_a_function_that_is_unplugged_whatever_kvm_refuses(stage: Stage, number: int) -> None:
+    """Its device will be closed, and its descriptor is then another file's."""
+    other, function = Assigned(2), Assigned(1)
+    stage.bus.plug(other, 1, 1 - number)
+    stage.bus.plug(function, 1, number)
+    at = ECAM_BASE + (1 << 15 | number << 12)
+    assert stage.fastpath.read(at, 4) == b"\1" * 4
+    stage.kvm.refusing = "removed"
+    with pytest.raises(OSError, match="KVM_SET_USER"):
+        stage.bus.unplug(function)
+    assert stage.fastpath.read(at, 4) is None
+    stage.kvm.refusing = ""
+    stage.bus.unplug(other)
+
+
 def test_without_memslots_everything_exits(stage: Stage) -> None:
     function = Function()
     stage.kvm.refusing = "added"
@@ -155,7 +204,7 @@ def test_a_failed_constructor_leaves_nothing() -> None:
 
     memory = GuestMemory()
     memory.listen(Refusing())
-    config = ReadableConfig(bus := PciBus(), memory, Range(ECAM_BASE, ECAM_SIZE))
+    config = ReadableConfig(bus := PciBus(), memory, Range(ECAM_BASE, ECAM_SIZE), Fastpath())
     assert len(memory) == 0, "it is not needed"
     config.close()
     bus.plug(function := Function(), 1)
