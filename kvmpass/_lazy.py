@@ -1,11 +1,12 @@
-"""Names of a package that are imported from their modules when they are first used."""
+"""What is made when it is first used: names of a package, imported from their modules; regular expressions."""
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, AnyStr
 
 
 def lazy_names(
@@ -24,3 +25,18 @@ def lazy_names(
         return space.setdefault(name, getattr(importlib.import_module(module_of[name]), name))
 
     return sorted(module_of), getattribute, lambda: sorted({*space, *module_of})
+
+
+def lazy_pattern(text: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """Return what ``re.compile`` would, compiled at its first use: that costs as much as importing a module."""
+    return _Pattern(text, flags)  # type: ignore[return-value]
+
+
+class _Pattern:
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(re.compile(*self._arguments), name)
+        setattr(self, name, value)  # later uses find it here
+        return value

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+
+from kvmpass._lazy import lazy_pattern
 
 # The first words of messages about crashes and lockups (arch/x86/mm/fault.c, kernel/panic.c,
 # kernel/watchdog.c, kernel/hung_task.c, kernel/rcu/tree_stall.h, lib/bug.c, arch/x86/kernel/traps.c).
-_CRASH = re.compile(
+_CRASH = lazy_pattern(
     r"\bBUG: |kernel BUG at |\bOops\b|\bgeneral protection fault\b|\bstack segment\b.*\[#|\binvalid opcode\b.*\[#"
     r"|soft lockup|hard LOCKUP|blocked for more than \d+ seconds|\bdouble fault\b|detected (?:expedited )?stalls? on"
     r"|\bKernel panic\b|Unable to mount root"
 )
-_WARNING = re.compile(r"\bWARNING: .*\bat \S+:\d+|\bWARNING: CPU: ")
+_WARNING = lazy_pattern(r"\bWARNING: .*\bat \S+:\d+|\bWARNING: CPU: ")
 _CUT = "------------[ cut here ]------------"
 _LAST = 12  # lines at the end that are shown in any case
 

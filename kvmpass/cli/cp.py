@@ -9,11 +9,12 @@ from pathlib import Path
 
 import click
 
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import GuestError
 from kvmpass.session.client import Client
 
 _ANSWER_SECONDS = 2.0  # once the guest has sent all it does; a guest that goes on sending gives none
-_IN_GUEST = re.compile(r"([A-Za-z0-9][^/]*):(/.*)", re.DOTALL)
+_IN_GUEST = lazy_pattern(r"([A-Za-z0-9][^/]*):(/.*)", re.DOTALL)
 
 
 @click.command()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 
 import click
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+from kvmpass._lazy import lazy_pattern
+
+_NAME = lazy_pattern(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def variables(given: Sequence[str]) -> tuple[str, ...]:

@@ -7,17 +7,17 @@ guest is not trusted: what is not of this form is an error, and at most a header
 from __future__ import annotations
 
 import os
-import re
 from typing import Protocol
 
 from kvmpass._dataclass import dataclass
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import BadArchive
 
 MAX_NAME = 4096  # bytes, with the zero byte at its end: PATH_MAX
 MAX_ZEROS = 1 << 16
 """Bytes of zeros between two archives; cpio fills blocks of at most a few KiB."""
 _HEADER = 110  # bytes
-_FIELDS = re.compile(rb"070701(?:[0-9A-Fa-f]{8}){13}")
+_FIELDS = lazy_pattern(rb"070701(?:[0-9A-Fa-f]{8}){13}")
 _MODE, _LINKS, _SIZE, _NAME_SIZE = 1, 4, 6, 11  # positions of fields
 _END = b"TRAILER!!!"
 

@@ -6,9 +6,8 @@ everything else is ignored.
 
 from __future__ import annotations
 
-import re
-
 from kvmpass._dataclass import dataclass
+from kvmpass._lazy import lazy_pattern
 
 MAX_LINE = 512  # bytes, with the newline; longer lines are ignored
 
@@ -44,9 +43,9 @@ class SizeRequest:
 
 ControlEvent = Ready | Exited | GuestFailure | SizeRequest
 
-_READY = re.compile(r"kvmpass 1 ready(?: ([0-9]{1,9}(?:\.[0-9]{1,3})?))?")
-_EXIT = re.compile(r"kvmpass 1 exit ([0-9]{1,3})")
-_ERROR = re.compile(r"kvmpass 1 error ([ -~]+)")
+_READY = lazy_pattern(r"kvmpass 1 ready(?: ([0-9]{1,9}(?:\.[0-9]{1,3})?))?")
+_EXIT = lazy_pattern(r"kvmpass 1 exit ([0-9]{1,3})")
+_ERROR = lazy_pattern(r"kvmpass 1 error ([ -~]+)")
 
 
 class ControlChannel:

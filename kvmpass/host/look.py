@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property, partial
 from typing import TypeVar, cast
 
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import NoSuchDevice
 from kvmpass.host.address import PATTERN, Bdf
 from kvmpass.host.kernel.kmsg import KernelLog
@@ -18,7 +18,7 @@ from kvmpass.host.names import Names
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
 
 # Components in the paths of devices that identify them: PCI addresses, NVMe subsystems.
-_COMPONENT = re.compile(rf"{PATTERN}|nvme-subsys\d+")
+_COMPONENT = lazy_pattern(rf"{PATTERN}|nvme-subsys\d+")
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ _IN_EVERY_NAMESPACE = frozenset(
 _NAMED_NAMESPACES = ("run/netns", "run/docker/netns")  # ip-netns(8)
 
 # drivers/pci/setup-res.c: pci_assign_resource; the messages before Linux 6.10, and since.
-_BAR = re.compile(
+_BAR = lazy_pattern(
     rf"(?:pci|[\w-]+) (?P<bdf>{PATTERN}): BAR (?P<index>\d+)"
     r"(?: \[(?P<new>[^\]]*)\])?: (?:(?P<refused>can't assign; no space|failed to assign|no space for)|assigned)"
     r"(?: \[(?P<old>[^\]]*)\])?"

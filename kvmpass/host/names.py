@@ -11,13 +11,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from kvmpass._lazy import lazy_pattern
 from kvmpass.host.address import Bdf
 from kvmpass.host.sysfs import PciDevice, Sysfs
 
 PCI_IDS = ("usr/share/misc/pci.ids", "usr/share/hwdata/pci.ids")
 
-_BRAND = re.compile(r"\[([^\[\]]+)\]$")  # pci.ids has the common name in brackets
-_LEGAL_FORM = re.compile(
+_BRAND = lazy_pattern(r"\[([^\[\]]+)\]$")  # pci.ids has the common name in brackets
+_LEGAL_FORM = lazy_pattern(
     r",? +(?:Co\.?,? *Ltd|Corporation|Corp|Company|Incorporated|Inc|Limited|Ltd|LLC|GmbH|AG|S\.?A)\.?$", re.IGNORECASE
 )
 

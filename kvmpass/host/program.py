@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from kvmpass._dataclass import dataclass
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import HostNotReady, ProgramError
 from kvmpass.host.address import Bdf, parse_distinct
 from kvmpass.host.backend import IOMMU_NODE, IOMMUFD, cdevs, choose_backend
@@ -24,8 +25,8 @@ from kvmpass.host.sysfs import PciDevice, Sysfs
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as a shell says
 CONTAINER_NODE = "dev/vfio/vfio"
-_PLACEHOLDER = re.compile(r"\{(?P<name>iommufd|container|(?P<kind>vfio|group|bdf)(?P<number>\d+))\}")
-_QEMU = re.compile(r"qemu-kvm|qemu-system-\w+")
+_PLACEHOLDER = lazy_pattern(r"\{(?P<name>iommufd|container|(?P<kind>vfio|group|bdf)(?P<number>\d+))\}")
+_QEMU = lazy_pattern(r"qemu-kvm|qemu-system-\w+")
 _QEMU_SECONDS = 20.0  # to list its objects
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP)
 _LEFT_TO_PROGRAM = (signal.SIGINT, signal.SIGQUIT)  # a terminal sends them to both

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import elf, files, init, served
 from kvmpass.initramfs.companions import companions
@@ -30,7 +31,7 @@ _GROUP = b"root:x:0:\n"
 _PROFILE = b"PS1='guest# '\n"
 _IN_INITRAMFS = served.Entry()
 _NOTHING: Mapping[str, bytes] = MappingProxyType({})
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
+_VARIABLE = lazy_pattern(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 
 def find_busybox() -> Path:

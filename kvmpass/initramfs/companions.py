@@ -6,12 +6,13 @@ the function of a virtio device have drivers of their own, which udev would load
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
+
+from kvmpass._lazy import lazy_pattern
 
 MASS_STORAGE, NVM, SERIAL_BUS, USB = 0x01, 0x08, 0x0C, 0x03  # PCI Code and ID Assignment, classes and subclasses
 
-_MODALIAS = re.compile(
+_MODALIAS = lazy_pattern(
     r"pci:v(?P<vendor>[0-9A-F]{8})d(?P<device>[0-9A-F]{8})sv[0-9A-F]{8}sd(?P<subsystem>[0-9A-F]{8})"
     r"bc(?P<class>[0-9A-F]{2})sc(?P<subclass>[0-9A-F]{2})"
 )

@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_WORD = re.compile(r'(?:[^\s"]|"[^"]*(?:"|$))+')
-_PARAMETER = re.compile(r'("?)([^\s".=]+)\.([^\s".=]+)(?:=(.*))?', re.DOTALL)
+from kvmpass._lazy import lazy_pattern
+
+_WORD = lazy_pattern(r'(?:[^\s"]|"[^"]*(?:"|$))+')
+_PARAMETER = lazy_pattern(r'("?)([^\s".=]+)\.([^\s".=]+)(?:=(.*))?', re.DOTALL)
 
 
 def words(command_line: str) -> list[str]:

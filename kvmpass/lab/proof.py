@@ -7,12 +7,12 @@ translates, QEMU's trace has that access with an address that differs from the o
 from __future__ import annotations
 
 import json
-import re
 import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import LabError
 from kvmpass.lab.cache import cache_root, write_atomic
 from kvmpass.lab.command import TRACE_EVENT
@@ -21,8 +21,8 @@ from kvmpass.lab.qemu import Emulator
 
 SECONDS = 5.0
 
-_LINE = re.compile(rb"devid: ([0-9a-f:.]+) gpa 0x([0-9a-f]+) hpa 0x([0-9a-f]+)")
-_BYPASSES = re.compile(r"(?:^|\s)(?:iommu=(?:pt|off|soft)|iommu\.passthrough=1|amd_iommu=off)(?=\s|$)")
+_LINE = lazy_pattern(rb"devid: ([0-9a-f:.]+) gpa 0x([0-9a-f]+) hpa 0x([0-9a-f]+)")
+_BYPASSES = lazy_pattern(r"(?:^|\s)(?:iommu=(?:pt|off|soft)|iommu\.passthrough=1|amd_iommu=off)(?=\s|$)")
 
 
 def bypassed(append: str) -> bool:

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import stat
 import time
 from collections.abc import Iterator, Sequence
@@ -14,13 +13,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from kvmpass._dataclass import dataclass
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import GuestError, KvmpassError
 
 SOCKET, STATUS, CONSOLE, OLDER_CONSOLE, MESSAGES = "socket", "status.json", "console.log", "console.log.1", "messages"
 """Names of the files in a guest's directory."""
 _FILES = (SOCKET, STATUS, CONSOLE, OLDER_CONSOLE, MESSAGES, f".{STATUS}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
-_ADDRESS = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])")
+_NAME = lazy_pattern(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
+_ADDRESS = lazy_pattern(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])")
 _MAX_STATUS = 1 << 16
 _TRIES, _PAUSE = 10, 0.02  # a reader of a directory holds its lock for a moment
 

@@ -6,16 +6,16 @@ the order of their addresses, so that no test depends on a slot number.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from kvmpass._dataclass import dataclass
+from kvmpass._lazy import lazy_pattern
 
 PREFIX = "KVMPASS_TEST_"
 NOT_ROLES = frozenset({"DESTRUCTIVE", "PLAN"})
-BDF = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+BDF = lazy_pattern(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 
 NVME, XHCI, AHCI, ISA_BRIDGE = 0x010802, 0x0C0330, 0x010601, 0x060100
 EDU, IVSHMEM, VIRTIO_BLK = (0x1234, 0x11E8), (0x1AF4, 0x1110), (0x1AF4, 0x1042)

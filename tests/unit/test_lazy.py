@@ -1,9 +1,10 @@
-"""Packages whose names are imported when they are first used."""
+"""Packages whose names are imported, and regular expressions that are compiled, when they are first used."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import kvmpass
+from kvmpass._lazy import lazy_pattern
 
 ROOT = Path(kvmpass.__file__).parent
 PACKAGES = sorted(
@@ -61,3 +63,28 @@ def test_an_import_loads_nothing_else() -> None:
     script = "import sys, kvmpass.host; print(*[name for name in sys.modules if name.startswith('kvmpass')])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == {"kvmpass", "kvmpass._lazy", "kvmpass.host"}
+
+
+def test_a_pattern_is_compiled_when_it_is_first_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    original = re.compile
+
+    def compile_(text: str, flags: int = 0) -> re.Pattern[str]:
+        compiled.append(text)
+        return original(text, flags)
+
+    monkeypatch.setattr(re, "compile", compile_)
+    pattern = lazy_pattern("(a+)b", re.IGNORECASE)
+    assert compiled == []
+    for _ in range(2):
+        match = pattern.fullmatch("AAB")
+        assert match is not None and match[1] == "AA"
+    assert compiled == ["(a+)b"]
+    assert pattern.pattern == "(a+)b"
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = pattern.nonsense  # type: ignore[attr-defined]
+
+
+def test_no_module_compiles_a_pattern_when_it_is_imported() -> None:
+    for path in ROOT.rglob("*.py"):
+        assert not re.search(r"^\w+ = re\.compile", path.read_text(), re.MULTILINE), path.relative_to(ROOT)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from kvmpass._lazy import lazy_pattern
 from kvmpass.host.blocker import BlockerTemplate
 from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
 from kvmpass.host.kernel.modules import ModuleStatus, module
 
 AMD_VENDORS = frozenset({"AuthenticAMD", "HygonGenuine"})
 # arch/x86/kernel/cpu/amd.c and arch/x86/kvm/svm/svm.c; before 6.0 arch/x86/kvm/x86.c
-_LOCKED_OFF = re.compile(
+_LOCKED_OFF = lazy_pattern(
     r"(?:(?:kvm|kvm_amd|SVM|has_svm)(?: \[[^\]]*\])?: )*(?:SVM disabled|disabled by bios)\b.*", re.IGNORECASE
 )
 

@@ -12,13 +12,14 @@ import contextlib
 import errno
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
 
+from kvmpass._dataclass import dataclass
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import BadAddress, DeviceInUse, JournalError, KvmpassError, NoSuchDevice
 from kvmpass.host.address import Bdf
 from kvmpass.host.drivers.changes import ON_VFIO_PCI, Setting, Step
@@ -38,7 +39,7 @@ class Operation(StrEnum):
 
 
 # Drivers' names become paths: no slash, nothing hidden, nothing that UTF-8 cannot say.
-_NAME = re.compile(r"(?!\.)[^/\x00-\x1f\ud800-\udfff]{1,100}")
+_NAME = lazy_pattern(r"(?!\.)[^/\x00-\x1f\ud800-\udfff]{1,100}")
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from kvmpass._dataclass import dataclass
+from kvmpass._lazy import lazy_pattern
 
 # The words of each list. The kernel compares prefixes: ``offload`` is ``off``.
 LISTS: dict[str, tuple[str, ...]] = {
@@ -27,7 +28,7 @@ LISTS: dict[str, tuple[str, ...]] = {
     ),
     "intremap": ("on", "off", "nosid", "no_x2apic_optout", "nopost", "posted_msi"),
 }
-_WORD = re.compile(r'(?:"[^"]*(?:"|\Z)|[^\s"])+', re.ASCII)  # blanks in quotes do not end it
+_WORD = lazy_pattern(r'(?:"[^"]*(?:"|\Z)|[^\s"])+', re.ASCII)  # blanks in quotes do not end it
 
 
 @dataclass(frozen=True, slots=True)

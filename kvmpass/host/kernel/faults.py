@@ -24,6 +24,7 @@ import re
 
 from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd, open_node
+from kvmpass._lazy import lazy_pattern
 from kvmpass.host.address import PATTERN, Bdf
 from kvmpass.host.kernel.kmsg import PATH, Record, parse_records, read_pieces
 
@@ -37,19 +38,19 @@ _PATIENCE = 16  # records of other CPUs that may be between the two records of o
 _FUNCTION = r"(?:[0-9a-f]{4,8}:)?[0-9a-f]{2}:[01][0-9a-f]\.[0-7]"
 # The kernel begins a message about a device with its driver's name (or its bus's), its address and a colon. No other
 # colon may precede the event: strings from a device follow one (``usb 1-1: Product: …``).
-_HEAD = re.compile(
+_HEAD = lazy_pattern(
     r"(?:iommu (?P<iommu>ivhd\d{1,4}): |"
     rf"(?:[^:\[\]]{{1,64}} )?(?P<speaker>{PATTERN}): )?"
     r"(?P<prefix>AMD-Vi: )?Event logged \[(?P<body>.*)",
     re.DOTALL,
 )
-_BODY = re.compile(
+_BODY = lazy_pattern(
     rf"(?P<kind>[A-Z][A-Z_]{{3,39}})(?: device=(?P<device>{_FUNCTION}),?)?"
     r"(?P<fields>(?:,? (?:domain|pasid|address|flags|tag|vmg_tag|spa|gpa|flags_rmp|type)=0x[0-9a-f]{1,16})*)\]"
 )
-_FIELD = re.compile(r" ([a-z_]+)=0x([0-9a-f]+)")
+_FIELD = lazy_pattern(r" ([a-z_]+)=0x([0-9a-f]+)")
 _UNATTACHED = "Device not attached to domain properly]"
-_UNATTACHED_DEVICE = re.compile(
+_UNATTACHED_DEVICE = lazy_pattern(
     rf"(?:AMD-Vi: )?  device=(?P<device>{_FUNCTION}) domain=0x(?P<domain>[0-9a-f]{{1,8}})"
 )
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import BadAddress
 from kvmpass.host.address import Bdf
 
@@ -68,8 +69,8 @@ class KernelLog:
 
 
 # Whole records only, of 8192 bytes at most: no number in them is long.
-_RECORD = re.compile(r"^([0-9]{1,20}),([0-9]{1,20}),[0-9]+(?:,[^;\n]*)?;(.*)((?:\n .*)*)", re.MULTILINE)
-_DEVICE = re.compile(r"^ DEVICE=(.*)", re.MULTILINE)
+_RECORD = lazy_pattern(r"^([0-9]{1,20}),([0-9]{1,20}),[0-9]+(?:,[^;\n]*)?;(.*)((?:\n .*)*)", re.MULTILINE)
+_DEVICE = lazy_pattern(r"^ DEVICE=(.*)", re.MULTILINE)
 
 
 def parse_records(data: bytes) -> Iterator[Record]:

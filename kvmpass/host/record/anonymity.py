@@ -15,29 +15,31 @@ import re
 import secrets
 from collections.abc import Callable
 
-_MAC = re.compile(r"(?<![0-9a-fA-F:])(?:[0-9a-fA-F]{2}[:-]){5,19}[0-9a-fA-F]{2}(?![0-9a-fA-F:])")
-_MAC_NAME = re.compile(r"(?<=enx)[0-9a-f]{12}\b")
-_UUID = re.compile(r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b")
-_VOLUME = re.compile(r"(?<=UUID=)[0-9A-Za-z-]{4,36}")
-_IPV4 = re.compile(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])")
-_IPV6 = re.compile(r"(?<![0-9a-zA-Z:.])[0-9a-fA-F:]*:[0-9a-fA-F:]*:[0-9a-fA-F]+(?![0-9a-zA-Z:.])")
+from kvmpass._lazy import lazy_pattern
+
+_MAC = lazy_pattern(r"(?<![0-9a-fA-F:])(?:[0-9a-fA-F]{2}[:-]){5,19}[0-9a-fA-F]{2}(?![0-9a-fA-F:])")
+_MAC_NAME = lazy_pattern(r"(?<=enx)[0-9a-f]{12}\b")
+_UUID = lazy_pattern(r"\b[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\b")
+_VOLUME = lazy_pattern(r"(?<=UUID=)[0-9A-Za-z-]{4,36}")
+_IPV4 = lazy_pattern(r"(?<![\d.])(?:\d{1,3}\.){3}\d{1,3}(?![\d.])")
+_IPV6 = lazy_pattern(r"(?<![0-9a-zA-Z:.])[0-9a-fA-F:]*:[0-9a-fA-F:]*:[0-9a-fA-F]+(?![0-9a-zA-Z:.])")
 # What follows one of these words is a serial number, to the end of the word or, for USB's, of the line.
-_SERIAL = re.compile(
+_SERIAL = lazy_pattern(
     r"(?P<before>\b(?:serial(?:[ _]?(?:number|no))?|uniq|s/n|wwid|wwn|wwpn|wwnn|nguid|eui64)\b[ :=\"]+)"
     r"(?P<number>[^\s\",;]+)",
     re.IGNORECASE,
 )
-_USB_SERIAL = re.compile(r"(?P<before>SerialNumber: )(?P<number>.+)")
-_WORLD_WIDE = re.compile(
+_USB_SERIAL = lazy_pattern(r"(?P<before>SerialNumber: )(?P<number>.+)")
+_WORLD_WIDE = lazy_pattern(
     r"\b(?P<before>(?:wwn|nvme|scsi|ata|eui|naa|uuid)[-.](?:0x)?)(?P<number>[0-9a-fA-F]{12,32})\b"
 )
-_NQN = re.compile(r"(?P<before>\bnqn\.)(?P<number>[^\s\",]+)")
-_HOME = re.compile(r"(?P<before>/(?:home|media|run/media)/)(?P<number>[^/\s\\]+)")
+_NQN = lazy_pattern(r"(?P<before>\bnqn\.)(?P<number>[^\s\",]+)")
+_HOME = lazy_pattern(r"(?P<before>/(?:home|media|run/media)/)(?P<number>[^/\s\\]+)")
 _SERIAL_FILES = frozenset(
     {"serial", "wwid", "unique_id", "nguid", "eui", "uuid", "subsysnqn", "hostnqn", "hostid", "vpd_pg80", "vpd_pg83"}
 )
 _TABLES = frozenset({"route", "ipv6_route", "tcp", "tcp6", "udp", "udp6"})
-_HEX_ADDRESS = re.compile(r"(?<![0-9A-Fa-f])(?:[0-9A-Fa-f]{32}|[0-9A-Fa-f]{8})(?![0-9A-Fa-f])")
+_HEX_ADDRESS = lazy_pattern(r"(?<![0-9A-Fa-f])(?:[0-9A-Fa-f]{32}|[0-9A-Fa-f]{8})(?![0-9A-Fa-f])")
 _UNTOUCHED = frozenset({"osrelease", "modules.dep", "modules.builtin", "cpuinfo", "meminfo", "iomem"})
 _PRIVATE = frozenset({0, 10, 127, 169, 172, 192})
 _SERIAL_CAPABILITY = 0x0003  # PCI Express 5.0, 7.9.3

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import posixpath
-import re
 import shutil
 import stat
 import tarfile
@@ -21,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import KvmpassError
 from kvmpass.host.kernel.kmsg import KernelLog
 from kvmpass.host.sysfs import Sysfs
@@ -30,7 +30,7 @@ VERSION = 1
 _MOST_ENTRIES = 1_000_000
 _BIGGEST_FILE = 64 << 20
 _MOST_BYTES = 1 << 30
-ONLY_READ = re.compile(r"proc/(?:\d+|self)/(?:fd|ns)/[^/]+")
+ONLY_READ = lazy_pattern(r"proc/(?:\d+|self)/(?:fd|ns)/[^/]+")
 """Links that are read, never followed: open files and namespaces of processes."""
 _CONTROLS: dict[int, str | None] = dict.fromkeys([*set(range(32)) - {9, 10}, *range(0x7F, 0xA0)], "?")
 _CONTROLS[0] = None  # the end of some of the kernel's files

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import posixpath
-import re
 import stat
 import tarfile
 import time
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import KvmpassError
 from kvmpass.host.address import Bdf
 from kvmpass.host.kernel.kmsg import PATH as KMSG
@@ -33,7 +33,7 @@ from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 _BIGGEST_FILE = 4 << 20  # bytes; /proc/iomem of the largest hosts is a tenth of it
 _DATABASES = ("usr/share/", "run/udev/")  # their answers are recorded
 _IGNORED_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/pts/", "/dev/ptmx")
-_DESCRIPTORS = re.compile(r"proc/(?:\d+|self)/fd")
+_DESCRIPTORS = lazy_pattern(r"proc/(?:\d+|self)/fd")
 _T = TypeVar("_T")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 
 from kvmpass._dataclass import dataclass
+from kvmpass._lazy import lazy_pattern
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PciDevice
 from kvmpass.host.usage.model import Use
@@ -16,7 +16,7 @@ _NETWORK = (0x02, 0x0D)  # base classes: network, wireless
 _INFINIBAND = 0x0207
 _ESTABLISHED = "01"  # include/net/tcp_states.h; of UDP: connected
 _MOST_NAMED = 3
-_ADDRESS = re.compile(r"(?:^|,)(?:addr|mountaddr|traddr)=([0-9a-fA-F.:]+)")
+_ADDRESS = lazy_pattern(r"(?:^|,)(?:addr|mountaddr|traddr)=([0-9a-fA-F.:]+)")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

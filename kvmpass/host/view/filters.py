@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from kvmpass._dataclass import dataclass
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import BadAddress, NoSuchDevice
 from kvmpass.host.address import Bdf, on_path
 from kvmpass.host.names import Names
@@ -20,10 +21,10 @@ HELP = (
     "(nvme0n1, /dev/sda1), a driver (nvme) or a pattern ('*nvme*'); kvmpass list shows all devices"
 )
 
-_SLOT = re.compile(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([01][0-9a-fA-F])")
+_SLOT = lazy_pattern(r"(?:([0-9a-fA-F]{4,8}):)?([0-9a-fA-F]{2}):([01][0-9a-fA-F])")
 # The same as lspci -s.
-_PART = re.compile(r"(?:(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):)?([01]?[0-9a-fA-F])\.([0-7])")
-_IDS = re.compile(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
+_PART = lazy_pattern(r"(?:(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):)?([01]?[0-9a-fA-F])\.([0-7])")
+_IDS = lazy_pattern(r"([0-9a-fA-F]{4}):([0-9a-fA-F]{4})")
 
 
 class EventDevice(NamedTuple):
