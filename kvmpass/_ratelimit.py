@@ -7,7 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+
+from kvmpass._dataclass import dataclass
 
 BURST, SECONDS = 10, 5.0  # those of the kernel (include/linux/ratelimit_types.h)
 

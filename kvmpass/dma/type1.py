@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 
+from kvmpass._dataclass import dataclass
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.dma.backend import Mapper
 from kvmpass.errors import AuditFailed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
+from kvmpass._dataclass import dataclass
 from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass.events import DeviceError, DeviceRequest
 from kvmpass.machine.device import AssignedDevice, DeviceState

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 
+from kvmpass._dataclass import dataclass
 from kvmpass.board.board import Board
 from kvmpass.errors import GuestError
 from kvmpass.machine.device import AssignedDevice

@@ -13,10 +13,10 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from kvmpass._dataclass import dataclass
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import AuditFailed, LayoutError
 from kvmpass.layout import PAGE, Range

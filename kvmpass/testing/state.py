@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 import pytest
 
+from kvmpass._dataclass import dataclass
 from kvmpass.testing.roles import discover, from_environment
 
 IN_LAB = "KVMPASS_LAB"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +120,82 @@ def test_what_a_class_defines_stays() -> None:
         Checked(-1)
 
 
-def test_other_options_are_the_standard_librarys() -> None:
+def test_one_that_can_change() -> None:
     @dataclass(slots=True)
     class Changing:
         number: int
+        items: list[int] = dataclasses.field(default_factory=list)
 
     made = Changing(1)
     made.number = 2
     assert made == Changing(2)
+    assert made.items is not Changing(2).items
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(made)
+
+
+def test_one_that_is_compared_by_identity() -> None:
+    @dataclass(eq=False, repr=False, slots=True)
+    class Only:
+        number: int
+
+    made = Only(1)
+    assert made != Only(1)
+    assert {made: 1}[made] == 1
+    assert "Only object" in repr(made)
+
+
+def test_order() -> None:
+    @dataclass(frozen=True, slots=True, order=True)
+    class Ordered:
+        high: int
+        low: int = 0
+        note: str = dataclasses.field(default="", compare=False)
+
+    low, high = Ordered(1, 2), Ordered(2, 1)
+    assert low < high and low <= high and high > low and high >= low
+    assert not (high < low or high <= low or low > high or low >= high)
+    assert Ordered(1, 2, "x") <= low <= Ordered(1, 2, "y")
+    assert sorted([high, low]) == [low, high]
+    with pytest.raises(TypeError):
+        _ = low < (2, 1)  # type: ignore[operator]
+
+
+def test_other_options_are_the_standard_librarys() -> None:
+    @dataclass(kw_only=True)
+    class Keywords:
+        number: int
+
+    assert Keywords(number=1) == Keywords(number=1)
+    assert vars(Keywords(number=1)) == {"number": 1}
+
+
+def test_a_class_is_complete_when_it_is_first_used() -> None:
+    """By its fields, by a class that inherits from it, and by many threads at once."""
+
+    def make() -> Any:
+        @dataclass(frozen=True, slots=True)
+        class Late:
+            number: int
+            items: list[int] = dataclasses.field(default_factory=list)
+
+        return Late
+
+    made = make()
+    assert dataclasses.is_dataclass(made)
+    assert [field.name for field in dataclasses.fields(made)] == ["number", "items"]
+    assert made.__match_args__ == ("number", "items")
+    for _ in range(20):
+        late = make()
+        with ThreadPoolExecutor(8) as pool:
+            for instance in pool.map(lambda number, late=late: late(number), range(8)):  # type: ignore[misc]
+                assert instance.items == []
+        assert dataclasses.replace(late(1), number=3) == late(3)
 
 
 def test_the_package_uses_it_where_it_saves_something() -> None:
     package = Path(kvmpass.__file__).parent
     for path in package.rglob("*.py"):
         source = path.read_text()
-        if "@dataclass(frozen=True, slots=True)" in source:
+        if re.search(r"^@dataclass\(.*slots=True", source, re.MULTILINE):
             assert "from kvmpass._dataclass import dataclass\n" in source, path.relative_to(package)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.sysfs import Sysfs
 
 # They open each new node for a moment, and close it when it is removed.
