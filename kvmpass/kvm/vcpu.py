@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kvmpass._fd import OwnedFd, check, failure
@@ -111,7 +111,7 @@ class Vcpu(OwnedFd):
         wanted = exit_.size * (exit_.repeat if isinstance(exit_, exits.PortExit) else 1)
         self._page[exit_.offset : exit_.offset + wanted] = data
 
-    def coalesced_writes(self) -> Iterator[tuple[bool, int, bytes]]:
+    def coalesced_writes(self) -> Iterable[tuple[bool, int, bytes]]:
         """Take the writes that KVM has collected, of all vCPUs, oldest first: whether to a port, address, data.
 
         They come before the exit that this vCPU has returned last. The buffer is the VM's (struct
@@ -120,6 +120,9 @@ class Vcpu(OwnedFd):
         Synchronization: from one vCPU's thread at a time (the bus lock), after ``run()``.
         """
         ends = self._ring_ends
+        return () if ends[0] == ends[1] else self._take_writes(ends)  # nearly always empty
+
+    def _take_writes(self, ends: memoryview) -> Iterator[tuple[bool, int, bytes]]:
         for _ in range(_RING_ENTRIES):
             first = ends[0]
             if first == ends[1]:

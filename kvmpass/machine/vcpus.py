@@ -285,7 +285,12 @@ class VcpuThreads:
     def _port(self, vcpu: Vcpu, exit_: exits.PortExit) -> None:
         """Dispatch each of the ``repeat`` accesses of a string instruction."""
         port, size = exit_.port, exit_.size
-        if exit_.is_write:
+        if exit_.repeat == 1:  # nearly every access
+            if exit_.is_write:
+                self._ports.write(port, exit_.data)
+            else:
+                vcpu.complete(exit_, self._ports.read(port, size))
+        elif exit_.is_write:
             for at in range(0, size * exit_.repeat, size):
                 self._ports.write(port, exit_.data[at : at + size])
         else:
