@@ -142,14 +142,18 @@ static void read_port(void)
 	static uint8_t input[2 * MAX_FRAME];
 	static uint32_t size;
 	uint32_t at = 0;
+	struct pollfd polled = {.fd = PORT, .events = POLLIN};
 	struct frame head;
-	long done = call3(read, PORT, input + size, sizeof(input) - size);
 
-	if (done == -EAGAIN || done == -EINTR)
-		return;
-	if (done <= 0)
-		end(true);
-	size += done;
+	do { /* a read returns one buffer of the port, a page */
+		long done = call3(read, PORT, input + size, sizeof(input) - size);
+
+		if (done == -EAGAIN || done == -EINTR)
+			break;
+		if (done <= 0)
+			end(true);
+		size += done;
+	} while (size < sizeof(input) && call3(poll, &polled, 1, 0) > 0);
 	while (size - at >= sizeof(head)) {
 		memcpy(&head, input + at, sizeof(head));
 		if (head.size > MAX_FRAME - sizeof(head))

@@ -19,6 +19,7 @@ struct process {
 	uint64_t deadline; /* in ms, of what processes that it has left behind still write; 0: none */
 	uint8_t *input; /* a ring of INPUT_WINDOW bytes */
 	uint32_t input_at, input_size;
+	uint32_t consumed; /* bytes of input that the process has taken, and that are not granted again yet */
 	uint8_t *start; /* what has arrived of START, MAX_START bytes */
 	uint32_t start_size;
 };

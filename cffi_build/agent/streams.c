@@ -9,6 +9,7 @@
 #include <linux/time.h>
 #include <linux/wait.h>
 
+#define INPUT_GRANT (INPUT_WINDOW / 4) /* bytes granted at once, or all once nothing waits */
 #define LEFT_BEHIND_MS 300 /* for what processes still write that a process has left behind */
 
 struct process processes[MAX_PROCESSES];
@@ -127,10 +128,13 @@ void forget_if_ended(struct process *process)
 	forget(process);
 }
 
-static void grant_input(struct process *process, uint32_t size)
+/* A pipe that was full takes a page at a time: a grant for each would be a frame each way for each page. */
+static void grant_input(struct process *process)
 {
-	if (size)
-		send_numbers(process->id, CREDIT, INPUT, size, 0);
+	if (!process->consumed || (process->input_size && process->consumed < INPUT_GRANT))
+		return;
+	send_numbers(process->id, CREDIT, INPUT, process->consumed, 0);
+	process->consumed = 0;
 }
 
 void close_input(struct process *process)
@@ -141,8 +145,6 @@ void close_input(struct process *process)
 
 void write_input(struct process *process)
 {
-	uint32_t granted = 0;
-
 	while (process->input_size) {
 		uint32_t size = INPUT_WINDOW - process->input_at;
 		long done;
@@ -158,9 +160,9 @@ void write_input(struct process *process)
 		}
 		process->input_at = (process->input_at + done) % INPUT_WINDOW;
 		process->input_size -= done;
-		granted += done;
+		process->consumed += done;
 	}
-	grant_input(process, granted);
+	grant_input(process);
 	if (process->input_ended && !process->input_size)
 		close_input(process);
 }

@@ -103,8 +103,11 @@ class Input:
     def _next_frame(self) -> bytes | None:
         if self._send is None or self._dropping or self._ended:
             return None
-        if data := bytes(self._pending[: min(self._credit, MAX_PAYLOAD)]):
-            del self._pending[: len(data)]
+        # Whole frames: the rest of a grant is not worth one. The agent grants all once nothing waits there.
+        size = min(len(self._pending), MAX_PAYLOAD)
+        if 0 < size <= self._credit:
+            data = bytes(self._pending[:size])
+            del self._pending[:size]
             self._credit -= len(data)
             return encode(self._process, DATA, data, INPUT)
         if self._ending and not self._pending:

@@ -22,6 +22,7 @@ class LocalAgent:
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         own, other = socket.socketpair()
         self.failures: list[str] = []
+        self.sent, self.received = bytearray(), bytearray()
         self._socket = own
         self._lock = threading.Lock()
         self.program = subprocess.Popen([PROGRAM, *arguments], stdin=other, env=environment or dict(os.environ))
@@ -32,6 +33,7 @@ class LocalAgent:
 
     def send(self, data: bytes) -> None:
         with self._lock:
+            self.sent += data
             try:
                 self._socket.sendall(data)
             except OSError:
@@ -46,6 +48,7 @@ class LocalAgent:
             if not data:
                 self.agent.fail("the agent has ended")
                 return
+            self.received += data
             self.agent.feed(data)
 
     def close(self) -> int:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -162,6 +163,28 @@ def test_input_and_output_byte_for_byte(agent: Agent) -> None:
     writer.join()
     assert process.wait(SECONDS) == 0
     assert source.waiting == 0
+
+
+READER = """
+import os
+while os.read(0, 4096):
+    pass
+"""
+
+
+def test_input_comes_in_few_frames(local: LocalAgent) -> None:
+    """A reader that takes a page at a time costs no frame each way for each page."""
+    source, content = Input(), bytes(1_000_000)
+    process = local.agent.start([sys.executable, "-S", "-E", "-c", READER], input=source)
+    process.wait_started(SECONDS)
+    source.send(content)
+    source.end()
+    assert process.wait(SECONDS) == 0
+    sent, received = (frames.FrameReader().feed(bytes(data)) for data in (local.sent, local.received))
+    data = [len(frame.payload) for frame in sent if frame.type == frames.DATA]
+    whole, rest = divmod(len(content), frames.MAX_PAYLOAD)
+    assert data == [frames.MAX_PAYLOAD] * whole + [rest]
+    assert len([frame for frame in received if frame.type == frames.CREDIT]) <= 2 * len(data)
 
 
 def test_input_that_nobody_reads_is_dropped(agent: Agent) -> None:
