@@ -54,7 +54,6 @@ class Execution:
         self._broken = False  # a reset has failed half-way
         self._outputs: dict[int | str, Output] = {}
         self._throttle: Callable[[], None] = lambda: None
-        self._has_room: Callable[[str], bool] = lambda port: True
         self._linux: tuple[KernelImage, bytes | None, str, bool, int] | None = None
         self._entry: int | None = None
         self._threads: VcpuThreads | None = None
@@ -86,19 +85,13 @@ class Execution:
         if output := self._outputs.get(port):
             output(data)
 
-    def connect(
-        self,
-        outputs: Mapping[int | str, Output],
-        throttle: Callable[[], None] = lambda: None,
-        has_room: Callable[[str], bool] = lambda port: True,
-    ) -> None:
+    def connect(self, outputs: Mapping[int | str, Output], throttle: Callable[[], None] = lambda: None) -> None:
         """Send what the guest writes to ``outputs`` until ``disconnect()``; drop the rest.
 
-        By number: COM1 to COM4 (0 to 3); by name: a port of ``add_ports``. Outputs are called from a vCPU's thread
-        and must not block; ``throttle``, called between accesses to I/O ports, may. While ``has_room`` returns False
-        for a named port, what the guest writes to it stays in the guest; then ``Port.resume`` takes it. All survive
-        ``reset()``. Raises ``GuestError`` while somebody is connected, ``IndexError`` for a serial port that the
-        machine does not have.
+        By number: COM1 to COM4 (0 to 3); by name: a port of ``add_ports``. Outputs are called from a vCPU's thread,
+        or from the one that serves a port, and must not block; ``throttle``, called between accesses to I/O ports,
+        may. Nothing else limits what a guest writes: outputs bound what they keep. All survive ``reset()``. Raises
+        ``GuestError`` while somebody is connected, ``IndexError`` for a serial port that the machine does not have.
         """
         for port in outputs:
             if isinstance(port, int):
@@ -106,12 +99,12 @@ class Execution:
         with self._device_lock:
             if self._outputs:
                 raise GuestError("this machine's serial ports are connected", "leave the other guest first")
-            self._outputs, self._throttle, self._has_room = dict(outputs), throttle, has_room
+            self._outputs, self._throttle = dict(outputs), throttle
 
     def disconnect(self) -> None:
         """Drop what the guest writes after this. Idempotent."""
         with self._device_lock:
-            self._outputs, self._throttle, self._has_room = {}, lambda: None, lambda port: True
+            self._outputs, self._throttle = {}, lambda: None
 
     def serial(self, number: int) -> Serial16550:
         """Return the UART of COM ``number`` + 1, which takes input.

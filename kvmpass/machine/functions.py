@@ -53,12 +53,9 @@ class Functions(Execution):
                 return
             if self._ports:
                 raise GuestError("this machine has named ports already")
-            ports = [Port(name, partial(self._write_output, name), partial(self._room_of, name)) for name in names]
+            ports = [Port(name, partial(self._write_output, name)) for name in names]
             self._add_function(lambda wiring: VirtioFunction(VirtioConsole(ports), wiring, "console"), [CONSOLE_SLOT])
             self._ports = {port.name: port for port in ports}
-
-    def _room_of(self, name: str) -> bool:
-        return self._has_room(name)
 
     @property
     def ports(self) -> Mapping[str, Port]:

@@ -1,7 +1,7 @@
 """A virtio console with named ports (Virtual I/O Device 1.2, section 5.3; Linux drivers/char/virtio_console.c).
 
 Each port has a queue for each direction, and there is one more pair for control messages. A guest's write is one
-buffer in its ring. A port whose reader is slow stays in the guest's memory, and holds up no other one.
+buffer in its ring. Flow control is for the protocol that is spoken over a port.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ READY, ADD, REMOVE, PORT_READY, CONSOLE, RESIZE, OPEN, NAME = range(8)
 _MESSAGE = struct.Struct("<IHH")  # port, event, value
 _CONFIG = struct.Struct("<HHII")  # columns, rows, number of ports, emergency write
 
-TO_GUEST_SIZE, FROM_GUEST_SIZE = 8, 32
-"""Entries of a queue: Linux fills the first with pages, and writes at most 32 KiB into an entry of the other."""
+TO_GUEST_SIZE, FROM_GUEST_SIZE = 64, 32
+"""Entries of a port's queues: Linux fills the first with pages, and writes at most 32 KiB into an entry of the other.
+
+What its programs have room for goes into the first at once: a driver that adds one page at a time notifies each time
+while something waits for it.
+"""
 _CONTROL_TO, _CONTROL_FROM = 2, 3
 _MAX_MESSAGE = 64  # bytes of a control message that are looked at
 
@@ -60,12 +64,10 @@ class VirtioConsole(LocalDevice):
         self._several = False
         self._run: Callable[[Callable[[], None]], None] = lambda function: None
         self._messages: dict[tuple[int, int], bytes] = {}
-        self._stalled: set[int] = set()  # ports whose reader has no room
         self._ended: set[int] = set()  # ports whose end the guest knows of
         self._opened: set[int] = set()  # ports that a program of the guest has open: others discard what comes
         for number, port in enumerate(self._ports):
             port.on_send = partial(self._on_send, number)
-            port.on_resume = partial(self._on_resume, number)
 
     def start(self, queues: Sequence[Virtqueue], features: int, run: Callable[[Callable[[], None]], None]) -> None:
         """See ``VirtioDevice``."""
@@ -78,7 +80,6 @@ class VirtioConsole(LocalDevice):
         """See ``VirtioDevice``."""
         self._queues = ()
         self._messages.clear()
-        self._stalled.clear()
         self._ended.clear()
         self._opened.clear()
 
@@ -100,30 +101,16 @@ class VirtioConsole(LocalDevice):
     def _on_send(self, number: int) -> None:
         self._run(partial(self._write_port, number))
 
-    def _on_resume(self, number: int) -> bool:
-        self._stalled.discard(number)  # also where nothing can be taken: nobody need come back for that
-        self._run(partial(self._read_port, number))
-        return number in self._stalled
-
     def _read_port(self, number: int) -> None:
-        """Take what the guest has written to a port, as far as its reader has room."""
+        """Take what the guest has written to a port."""
         port, queue = self._ports[number], self._queues[queue_of(number) + 1]
-        self._stalled.discard(number)
-        if not queue.enabled:
-            return
-        queue.want_notifications(True)
         returned = False
-        for _ in range(queue.added()):
-            if not port.has_room():
-                self._stalled.add(number)
-                queue.want_notifications(False)  # they would change nothing until there is room
-                break
-            if (chain := queue.pop()) is not None:
-                data = chain.read()
-                queue.push(chain, 0)
-                returned = True
-                if self._several:
-                    port.output(data)
+        for chain in queue.chains():
+            data = chain.read()
+            queue.push(chain, 0)
+            returned = True
+            if self._several:
+                port.output(data)
         if returned:
             queue.interrupt()
 

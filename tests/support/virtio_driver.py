@@ -35,7 +35,7 @@ class Ring:
         self.size = size
         self.table = RINGS + 0x1000 * number
         self.available, self.used = self.table + 0x400, self.table + 0x800
-        self.buffers = BUFFERS + 0x10000 * number
+        self.buffers = BUFFERS + 0x20000 * number
         self.added = self.seen = 0
         memory.write(self.table, bytes(0x1000))
 
@@ -96,11 +96,7 @@ class Driver:
         self.memory.add_rom(8 * MIB, b"rom")
         self._bars = BarSpace(plan_layout(16 * MIB))
         self.said: dict[str, bytearray] = {name: bytearray() for name in names}
-        self.room = dict.fromkeys(names, True)
-        self.host: dict[str, Port] = {
-            name: Port(name, self.said[name].extend, lambda name=name: self.room[name])  # type: ignore[misc]
-            for name in names
-        }
+        self.host: dict[str, Port] = {name: Port(name, self.said[name].extend) for name in names}
         self.make()
 
     def make(self) -> None:

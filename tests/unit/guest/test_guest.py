@@ -179,7 +179,7 @@ class RebootingSenderVm(Vm):
 
     def __init__(self) -> None:
         super().__init__(None)
-        self.port = Port(AGENT_PORT, lambda data: None, lambda: True)
+        self.port = Port(AGENT_PORT, lambda data: None)
         self.ports = {AGENT_PORT: self.port}
         self.go_on, self.took_new = threading.Event(), threading.Event()
         self.sent: list[int] = []
@@ -257,6 +257,6 @@ def test_the_image_may_be_loaded_into_a_machine_that_is_connected() -> None:
     """Its ports come with it: the command is started all the same."""
     vm = Vm(GuestOutcome.POWEROFF)
     with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
-        vm.ports[AGENT_PORT] = Port(AGENT_PORT, lambda data: None, lambda: True)
+        vm.ports[AGENT_PORT] = Port(AGENT_PORT, lambda data: None)
         guest.run()
     assert init.RUN_COMMAND[1].encode() in vm.ports[AGENT_PORT].take(1000)

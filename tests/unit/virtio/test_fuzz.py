@@ -1,7 +1,7 @@
 """What a hostile guest may do to a virtio function: random registers, rings and buffers, checked as they go.
 
 Random, seeded, and aimed: most steps begin with rings that work, and then change a field of them. In between memory
-comes and goes, readers stall, the host sends, the function loses the bus. ``KVMPASS_SOAK=1`` makes ten million.
+comes and goes, the host sends, the function loses the bus. ``KVMPASS_SOAK=1`` makes ten million.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ SOAK = os.environ.get("KVMPASS_SOAK") == "1"
 STEPS = 10_000_000 if SOAK else 60_000
 SEEDS = range(4)
 ROM_AT, EXTRA_AT = 8 * MIB, 16 * MIB
-ROOM = 1 << 16  # bytes after which a reader stalls
 WAITING = 4096  # bytes after which the host sends no more
 
 
@@ -38,8 +37,6 @@ class Guest:
         self.extra = self.driver.memory.add_ram(EXTRA_AT, MIB)
         self.here = True
         self.arrived = self.broken = self.given = 0
-        for name, port in self.driver.host.items():
-            port.has_room = lambda name=name: len(self.driver.said[name]) < ROOM  # type: ignore[misc]
         self.begin()
 
     def begin(self) -> None:
@@ -119,14 +116,10 @@ class Guest:
         self.driver.notify(self.random.choice((*range(len(self.driver.rings)), self.number() % 1024)))
 
     def act_on_the_host(self) -> None:
-        name, port = self.random.choice(list(self.driver.host.items()))
-        choice = self.random.randrange(8)
-        if choice < 4 and port.waiting < WAITING:
-            port.send(bytes(self.random.randrange(200)))
-        elif choice < 7:
-            self.arrived += len(self.driver.said[name])
-            self.driver.said[name].clear()
-            port.resume()
+        port = self.random.choice(list(self.driver.host.values()))
+        if self.random.randrange(5):
+            if port.waiting < WAITING:
+                port.send(bytes(self.random.randrange(200)))
         else:
             port.end()
             port.reset()
@@ -153,7 +146,8 @@ class Guest:
         assert driver.memory.read(ROM_AT, 3) == b"rom"
         assert len(driver.console._messages) <= 3 * 8
         for said in driver.said.values():
-            assert len(said) < ROOM + MAX_CHAIN_BYTES
+            self.arrived += len(said)
+            said.clear()
         assert set(driver.kvm.irqfds) <= set(driver.kvm.routes)
 
     def run(self, count: int) -> None:

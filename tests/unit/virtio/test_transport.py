@@ -136,7 +136,7 @@ def test_an_absent_queue(driver: Driver) -> None:
 
 @pytest.mark.parametrize(
     ("offset", "size", "value"),
-    [(24, 2, 0), (24, 2, 3), (24, 2, 64), (32, 8, 8), (40, 8, 1), (48, 8, 2), (32, 8, 4 << 20), (48, 8, 8 << 20)],
+    [(24, 2, 0), (24, 2, 3), (24, 2, 128), (32, 8, 8), (40, 8, 1), (48, 8, 2), (32, 8, 4 << 20), (48, 8, 8 << 20)],
     ids=["no entry", "no power of two", "too many", "table", "available", "used", "outside of RAM", "used in ROM"],
 )
 def test_a_queue_that_cannot_be(driver: Driver, offset: int, size: int, value: int) -> None:
