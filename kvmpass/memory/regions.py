@@ -324,8 +324,10 @@ class GuestMemory:
 
     def find(self, gpa: int) -> MemoryRegion | None:
         """Return the RAM or ROM region that contains ``gpa``."""
-        regions = (region for region in self._regions if region.kind.dma)
-        return next((region for region in regions if region.gpa <= gpa < region.range.end), None)
+        for region in self._regions:
+            if region.gpa <= gpa < region.range.end and region.kind.dma:
+                return region
+        return None
 
     def view(self, gpa: int, size: int) -> memoryview:
         """Return ``size`` bytes from ``gpa`` on, writable unless the region is a file mapped for reading only.

@@ -41,7 +41,7 @@ class RingError(Exception):
 class Chain:
     """A chain of descriptors: what the device reads, then what it writes."""
 
-    __slots__ = ("_memory", "head", "readable", "writable")
+    __slots__ = ("_memory", "_read", "head", "readable", "room", "writable")
 
     def __init__(self, memory: GuestMemory, head: int) -> None:
         self._memory = memory
@@ -51,14 +51,21 @@ class Chain:
         """Guest-physical addresses and sizes of the parts that the device reads."""
         self.writable: list[tuple[int, int]] = []
         """The same of the parts that it writes."""
+        self._read = 0
+        self.room = 0
+        """Bytes that the device may write."""
 
     def add(self, address: int, length: int, writable: bool) -> None:
         """Add a part. Raises ``RingError`` (2.7.4.2: those that the device writes come last)."""
-        if self.writable and not writable:
+        if writable:
+            self.writable.append((address, length))
+            self.room += length
+        elif self.writable:
             raise RingError("a part that the device reads comes after one that it writes")
-        parts = self.writable if writable else self.readable
-        parts.append((address, length))
-        if sum(length for _, length in parts) > MAX_CHAIN_BYTES:
+        else:
+            self.readable.append((address, length))
+            self._read += length
+        if max(self._read, self.room) > MAX_CHAIN_BYTES:
             raise RingError(f"a chain of more than {MAX_CHAIN_BYTES} bytes")
 
     def read(self) -> bytes:
@@ -74,11 +81,6 @@ class Chain:
                 view[:size] = left[:size]
                 left = left[size:]
         return len(data) - len(left)
-
-    @property
-    def room(self) -> int:
-        """Bytes that the device may write."""
-        return sum(length for _, length in self.writable)
 
     def _views(self, part: tuple[int, int], *, write: bool) -> list[memoryview]:
         try:
@@ -170,8 +172,9 @@ class Virtqueue:
 
     def pop(self) -> Chain | None:
         """Return the next chain, None if the driver has added none. Raises ``RingError``."""
-        if not self.added():
-            return None
+        return self._pop() if self.added() else None
+
+    def _pop(self) -> Chain:
         table, available, _ = self._rings()
         head = _INDEX.unpack_from(available, 4 + 2 * (self._next % self.size))[0]
         chain = Chain(self._memory, head)
@@ -243,5 +246,4 @@ class Virtqueue:
     def chains(self) -> Iterator[Chain]:
         """Pop the chains that there are now, not those that are added meanwhile. Raises ``RingError``."""
         for _ in range(self.added()):
-            if (chain := self.pop()) is not None:
-                yield chain
+            yield self._pop()
