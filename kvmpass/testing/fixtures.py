@@ -8,24 +8,40 @@ from pathlib import Path
 
 import pytest
 
-from kvmpass.testing.roles import ROLES, base_role, variable
+from kvmpass.testing.roles import ROLES, base_role, devices_of_kind, variable
 from kvmpass.testing.state import Mode, State
 
 SYSFS = Path("/sys/bus/pci/devices")
 
 
 def device(config: pytest.Config, role: str) -> str:
-    """Return the PCI address for ``role``. Skips the test if this host has no such device."""
+    """Return the PCI address for ``role``. Skips the test if this host has no such device.
+
+    Fails it if there are such devices, but too few for the workers of pytest-xdist.
+    """
     state = State.of(config)
     if state.mode is Mode.OUTER:
         pytest.fail(f"the fixture {role} is for tests marked amdvi", pytrace=False)
     bdf = state.roles.get(role)
     if bdf is None:
+        if there := devices_of_kind(state.shared, base_role(role)):
+            pytest.fail(too_few(state, role, len(there)), pytrace=False)
         what = ROLES[base_role(role)][0]
         if state.mode is Mode.HARDWARE:
             pytest.skip(f"no {role} ({what}): {variable(role)} is not set")
         pytest.skip(f"the profile {state.profile!r} has no {role} ({what})")
     return bdf
+
+
+def too_few(state: State, role: str, there: int) -> str:
+    """Return why a worker of pytest-xdist has no device for ``role``, and the remedy."""
+    kind = base_role(role)
+    more = f"{variable(kind)}, {variable(f'{kind}2')} …" if state.mode is Mode.HARDWARE else "lab run --device"
+    return (
+        f"no {role} for this worker: {state.workers} workers share {there} of the kind {kind} "
+        "(those of one IOMMU group belong to one worker)\n"
+        f"run fewer workers (-n), or name more devices ({more})"
+    )
 
 
 def _role_fixture(role: str, what: str) -> object:

@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "further arguments are those of kvmpass.start",
     )
     config.pluginmanager.register(GuestPlugin(), "kvmpass-guests")
-    state = detect()
+    state = detect(config)
     state.store(config)
     config.pluginmanager.register(_fixtures, "kvmpass-fixtures")
     if state.mode is Mode.OUTER:

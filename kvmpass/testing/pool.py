@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvmpass._dataclass import dataclass
+from kvmpass.errors import GuestDied, NotEnoughMemory
 from kvmpass.testing.fixtures import device
 from kvmpass.testing.profiles import MARKER
-from kvmpass.testing.roles import base_role, variable
-from kvmpass.testing.state import Mode, State
+from kvmpass.testing.state import State
 
 if TYPE_CHECKING:
     from kvmpass.session import Session
 
 GUEST_MARKER = "guest"
 _REUSE = ("session", "module", "test")
+_CONSOLE = "the guest's console"
+_BOOT_SECONDS = 60.0  # multiplied where emulated hosts share the machine, as the limits of tests are
 _KEPT = 1 << 20  # bytes of a guest's console
 
 
@@ -30,7 +32,7 @@ class Wish:
     """The guest that a test wants: the arguments of its marker."""
 
     devices: tuple[str, ...] = ()
-    """Roles of its devices."""
+    """Roles of its devices; one with a question mark at its end is left out where the host has no such device."""
     reuse: str = "session"
     """For which tests: those of the session, of the module, or this one alone."""
     may_die: bool = False
@@ -55,10 +57,21 @@ class Wish:
             raise pytest.UsageError(f"{item.nodeid}: devices must be a tuple of roles, not {wish.devices!r}")
         return wish
 
+    def addresses(self, config: pytest.Config) -> tuple[str, ...]:
+        """Return the PCI addresses of its devices. Skips or fails the test if a device is missing."""
+        there = State.of(config).roles
+        wanted = (role for role in self.devices if not role.endswith("?") or role[:-1] in there)
+        return tuple(device(config, role.removesuffix("?")) for role in wanted)
+
     def key(self, item: pytest.Item) -> tuple[object, ...]:
         """Return what tests that share a guest have in common."""
-        scope = {"session": "", "module": item.nodeid.partition("::")[0], "test": item.nodeid}[self.reuse]
-        return tuple(self.devices), scope, tuple(sorted((name, repr(value)) for name, value in self.options.items()))
+        scope = {"session": "", "module": module_of(item), "test": item.nodeid}[self.reuse]
+        return scope, tuple(self.devices), tuple(sorted((name, repr(value)) for name, value in self.options.items()))
+
+
+def module_of(item: pytest.Item) -> str:
+    """Return the part of a test's node ID that names its module."""
+    return item.nodeid.partition("::")[0]
 
 
 class Recording:
@@ -107,16 +120,38 @@ class Pool:
     def get(self, key: tuple[object, ...], devices: tuple[str, ...], options: Mapping[str, Any]) -> Pooled:
         """Return the guest for ``key`` if it runs, else a new one: guests that have its devices are stopped first."""
         known = self._guests.get(key)
-        if known is not None and known[1].session.ended is None:
-            return known[1]
-        for other, (taken, _) in list(self._guests.items()):
-            if other == key or set(taken) & set(devices):
-                self.drop(other)
-        console, started = Recording(), time.monotonic()
-        session = self._start(devices, on_console=console, **options)
-        pooled = Pooled(session, console, time.monotonic() - started)
+        if known is not None:
+            reason = known[1].session.ended
+            if reason is None:
+                return known[1]
+            warnings.warn(pytest.PytestWarning(f"the guest has ended after the tests before: {reason}"), stacklevel=2)
+        self.drop(key)
+        self.release(devices)
+        try:
+            pooled = self._boot(devices, options)
+        except NotEnoughMemory:
+            if not self._guests:
+                raise
+            self.close()  # of tests that are over, perhaps
+            pooled = self._boot(devices, options)
         self._guests[key] = devices, pooled
         return pooled
+
+    def _boot(self, devices: tuple[str, ...], options: Mapping[str, Any]) -> Pooled:
+        console, started = Recording(), time.monotonic()
+        session = self._start(devices, on_console=console, **options)
+        return Pooled(session, console, time.monotonic() - started)
+
+    def release(self, devices: Collection[str], kept: tuple[object, ...] | None = None) -> None:
+        """Stop the guests that have one of these devices, but for the one for ``kept``."""
+        for key, (taken, _) in list(self._guests.items()):
+            if key != kept and not set(devices).isdisjoint(taken):
+                self.drop(key)
+
+    def end(self, scope: str) -> None:
+        """Stop the guests of one module, or of one test."""
+        for key in [key for key in self._guests if key[0] == scope]:
+            self.drop(key)
 
     def drop(self, key: tuple[object, ...]) -> None:
         """Stop a guest, if there is one for ``key``."""
@@ -166,6 +201,22 @@ class GuestPlugin:
             if Wish.of(item) is not None and item.get_closest_marker(MARKER) is None:
                 item.add_marker(getattr(pytest.mark, MARKER))
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Stop the guests that have a device which the test asks for itself, by the fixture of its role."""
+        roles, wish = State.of(item.config).roles, Wish.of(item)
+        wanted = {roles[name] for name in getattr(item, "fixturenames", ()) if name in roles}
+        self.pool.release(wanted, wish.key(item) if wish is not None else None)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, Any, Any]:
+        """Stop the guests of a module whose tests are over."""
+        try:
+            return (yield)
+        finally:
+            if nextitem is None or module_of(nextitem) != module_of(item):
+                self.pool.end(module_of(item))
+
     @pytest.fixture
     def kvmpass_guest(self, request: pytest.FixtureRequest) -> Iterator[Session]:
         """Return the guest that the marker ``guest`` describes; other tests have used it, and will.
@@ -177,8 +228,10 @@ class GuestPlugin:
         if wish is None:
             pytest.fail(f"the fixture kvmpass_guest is for tests marked {GUEST_MARKER}", pytrace=False)
         key = wish.key(item)
-        devices = tuple(device(request.config, role) for role in shared_out(request.config, wish.devices))
-        guest = self.pool.get(key, devices, wish.options)
+        devices = wish.addresses(request.config)
+        options = dict(wish.options)
+        options["boot_timeout"] = options.get("boot_timeout", _BOOT_SECONDS) * State.of(request.config).slowdown
+        guest = self.pool.get(key, devices, options)
         guest.uses += 1
         item.stash[_USE] = _Use(guest, guest.console.size, guest.session.event_count)
         boot = guest.boot_seconds if guest.uses == 1 else 0.0
@@ -191,44 +244,26 @@ class GuestPlugin:
             pytest.fail(f"the test has ended its guest: {died} (may_die=True allows it)", pytrace=False)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Add sections to the report of a failed test: its part of the console and of the events."""
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Add sections to the report of a failed test: its part of the console and of the events.
+
+        The part of a test whose guest does not boot is the console since its start.
+        """
         report = yield
         use = item.stash.get(_USE, None)
+        if use is None and call.excinfo is not None and isinstance(call.excinfo.value, GuestDied):
+            report.sections.append((_CONSOLE, call.excinfo.value.console))
         if use is not None and report.failed:
             if new := use.guest.session.event_count - use.events:
                 events = use.guest.session.events[-new:]
                 report.sections.append(("events of the guest's devices", "\n".join(map(str, events))))
             if text := use.guest.console.since(use.console):
-                report.sections.append(("the guest's console", text))
+                report.sections.append((_CONSOLE, text))
         return report
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
         """Stop all guests."""
         self.pool.close()
-
-
-def shared_out(config: pytest.Config, wanted: tuple[str, ...], environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Return the roles whose devices a guest of this process gets: with pytest-xdist each worker has its own.
-
-    Fails the test if there are fewer devices of a kind than the workers want.
-    """
-    state, workers = State.of(config), int(environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    if workers == 1 or state.mode is not Mode.HARDWARE:
-        return list(wanted)
-    worker = int(environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    roles: list[str] = []
-    for role in wanted:
-        kind = base_role(role)
-        there = sorted((name for name in state.roles if base_role(name) == kind), key=lambda name: (len(name), name))
-        own = there[worker::workers]
-        number = sum(base_role(other) == kind for other in wanted[: len(roles)])
-        if number >= len(own):
-            pytest.fail(
-                f"{workers} workers and {len(there)} devices of the kind {kind}: run fewer workers (-n), or name "
-                f"more devices ({variable(kind)}, {variable(f'{kind}2')} …)",
-                pytrace=False,
-            )
-        roles.append(own[number])
-    return roles

@@ -127,6 +127,38 @@ def discover(sysfs: Path = Path("/sys")) -> dict[str, str]:
     return roles
 
 
+def devices_of_kind(roles: Mapping[str, str], kind: str) -> list[str]:
+    """Return the addresses for a role and its numbered ones, in the order of their numbers."""
+    there = (role for role in roles if base_role(role) == kind)
+    return [roles[role] for role in sorted(there, key=lambda role: (len(role), role))]
+
+
+def group_of(bdf: str, sysfs: Path = Path("/sys")) -> str:
+    """Return the path of a device's IOMMU group, or of the device if it has none."""
+    device = sysfs / "bus/pci/devices" / bdf
+    group = device / "iommu_group"
+    return str((group if group.exists() else device).resolve())
+
+
+def divide(roles: Mapping[str, str], workers: int, group: Callable[[str], str] = group_of) -> list[dict[str, str]]:
+    """Divide the devices among workers: for each its roles, as many of a kind for one as for another.
+
+    A device belongs to one worker, and so does an IOMMU group, because a group has one user. Devices that are left
+    over are in no share, so that it does not depend on the worker what its tests find.
+    """
+    owners: dict[str, int] = {}
+    shares: list[dict[str, str]] = [{} for _ in range(workers)]
+    for kind in dict.fromkeys(map(base_role, roles)):
+        own: list[list[str]] = [[] for _ in range(workers)]
+        for bdf in devices_of_kind(roles, kind):
+            counts = [*map(len, own)]
+            own[owners.setdefault(group(bdf), counts.index(min(counts)))].append(bdf)
+        for share, mine in zip(shares, own, strict=True):
+            for number, bdf in enumerate(mine[: min(map(len, own))], start=1):
+                share[kind if number == 1 else f"{kind}{number}"] = bdf
+    return shares
+
+
 def from_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the PCI address for each role in ``KVMPASS_TEST_<ROLE>``.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmpass._dataclass import dataclass
-from kvmpass.testing.roles import discover, from_environment
+from kvmpass.testing.roles import discover, divide, from_environment
 
 IN_LAB = "KVMPASS_LAB"
 PLAN = "KVMPASS_TEST_PLAN"
@@ -40,6 +40,10 @@ class State:
     """File of the plan, inside a lab that another pytest booted."""
     slowdown: float = 1.0
     """Factor for time limits, because hosts in parallel share the machine."""
+    workers: int = 1
+    """How many processes of pytest-xdist share the devices of this host."""
+    shared: dict[str, str] = field(default_factory=dict)
+    """PCI address by role of all workers together, if there are several."""
 
     @classmethod
     def of(cls, config: pytest.Config) -> State:
@@ -54,16 +58,22 @@ class State:
 _KEY = pytest.StashKey[State]()
 
 
-def detect() -> State:
+def detect(config: pytest.Config) -> State:
     """Return the state that the environment selects. Raises ``UsageError`` for an invalid ``KVMPASS_TEST_<ROLE>``."""
     if os.environ.get(IN_LAB):
         plan = os.environ.get(PLAN)
-        return State(Mode.LAB, discover(), plan=Path(plan) if plan else None)
-    try:
-        roles = from_environment(os.environ)
-    except ValueError as error:
-        raise pytest.UsageError(str(error)) from error
-    return State(Mode.HARDWARE, roles) if roles else State(Mode.OUTER)
+        state = State(Mode.LAB, discover(), plan=Path(plan) if plan else None)
+    else:
+        try:
+            roles = from_environment(os.environ)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from error
+        state = State(Mode.HARDWARE, roles) if roles else State(Mode.OUTER)
+    worker = getattr(config, "workerinput", None)  # of pytest-xdist
+    if worker is not None and state.plan is None and state.mode is not Mode.OUTER:
+        state.workers, state.shared = int(worker["workercount"]), state.roles
+        state.roles = divide(state.shared, state.workers)[int(worker["workerid"].removeprefix("gw"))]
+    return state
 
 
 def missing_hardware(roles: dict[str, str], root: Path = Path("/")) -> str | None:

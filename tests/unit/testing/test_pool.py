@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from kvmpass.testing.pool import Pool, Recording, Wish, shared_out
+from kvmpass.errors import NotEnoughMemory
+from kvmpass.testing.pool import Pool, Recording, Wish
 from kvmpass.testing.state import Mode, State
 
 
@@ -39,7 +40,8 @@ def test_a_guest_is_used_again_until_it_dies(guests: Guests) -> None:
     first = pool.get(("a",), ("nvme",), {})
     assert pool.get(("a",), ("nvme",), {}) is first
     guests.made[0].ended = "the guest panicked"
-    assert pool.get(("a",), ("nvme",), {}) is not first
+    with pytest.warns(pytest.PytestWarning, match="has ended after the tests before: the guest panicked"):
+        assert pool.get(("a",), ("nvme",), {}) is not first
     assert [guest.stopped for guest in guests.made] == [1, 0]
 
 
@@ -49,8 +51,36 @@ def test_a_device_is_in_one_guest_at_a_time(guests: Guests) -> None:
     pool.get(("b",), ("nic",), {})
     pool.get(("c",), ("nic", "edu"), {})
     assert [guest.stopped for guest in guests.made] == [0, 1, 0]
+    pool.release({"nvme", "edu"}, kept=("c",))
+    assert [guest.stopped for guest in guests.made] == [1, 1, 0]
     pool.close()
     assert [guest.stopped for guest in guests.made] == [1, 1, 1]
+
+
+def test_the_guests_of_a_module_end_with_it(guests: Guests) -> None:
+    pool = Pool(guests.start)
+    for name in ("a.py::x", "b.py::x"):
+        for reuse in ("session", "module"):
+            wish = Wish.of(item(name, reuse=reuse))
+            assert wish is not None
+            pool.get(wish.key(item(name)), (), {})
+    pool.end("a.py")
+    assert [guest.stopped for guest in guests.made] == [0, 1, 0]
+
+
+def test_other_guests_are_stopped_if_memory_is_short(guests: Guests) -> None:
+    def start(devices: tuple[str, ...], **options: Any) -> Any:
+        if sum(guest.stopped == 0 for guest in guests.made) == 2:
+            raise NotEnoughMemory("1 GiB is missing")
+        return guests.start(devices, **options)
+
+    pool = Pool(start)
+    for key in "abc":
+        pool.get((key,), (), {})
+    assert [guest.stopped for guest in guests.made] == [1, 1, 0]
+    guests.start(())
+    with pytest.raises(NotEnoughMemory):
+        Pool(start).get(("d",), (), {})
 
 
 def test_all_are_stopped_even_if_one_fails(guests: Guests) -> None:
@@ -96,23 +126,9 @@ def test_tests_share_a_guest_by_the_arguments_of_the_marker() -> None:
             key("a.py::x", **wrong)
 
 
-def roles(*names: str) -> pytest.Config:
-    state = State(Mode.HARDWARE, dict.fromkeys(names, "0000:01:00.0"))
-    config = SimpleNamespace(stash=pytest.Stash())
-    state.store(cast(pytest.Config, config))
-    return cast(pytest.Config, config)
-
-
-def test_workers_share_the_devices_out() -> None:
-    config = roles("nvme", "nvme2", "nvme3", "nvme4", "nic")
-
-    def share(worker: int, *wanted: str) -> list[str]:
-        environ = {"PYTEST_XDIST_WORKER": f"gw{worker}", "PYTEST_XDIST_WORKER_COUNT": "2"}
-        return shared_out(config, wanted, environ)
-
-    assert shared_out(config, ("nvme2",), {}) == ["nvme2"]
-    both = [share(worker, "nvme", "nvme2") for worker in range(2)]
-    assert both == [["nvme", "nvme3"], ["nvme2", "nvme4"]]
-    assert share(0, "nic") == ["nic"]
-    with pytest.raises(pytest.fail.Exception, match="2 workers and 1 devices of the kind nic"):
-        share(1, "nic")
+def test_a_device_may_be_missing() -> None:
+    config = cast(pytest.Config, SimpleNamespace(stash=pytest.Stash()))
+    State(Mode.HARDWARE, {"nvme": "0000:01:00.0"}).store(config)
+    assert Wish(("nvme?", "nic?")).addresses(config) == ("0000:01:00.0",)
+    with pytest.raises(pytest.skip.Exception, match="KVMPASS_TEST_NIC is not set"):
+        Wish(("nvme", "nic")).addresses(config)

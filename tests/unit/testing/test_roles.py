@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from support.repository import ROOT
 
-from kvmpass.testing.roles import ROLES, discover, from_environment, variable
+from kvmpass.testing.fixtures import device
+from kvmpass.testing.roles import ROLES, discover, divide, from_environment, group_of, variable
+from kvmpass.testing.state import detect
 
 
 def add(sysfs: Path, bdf: str, ids: str, class_code: str, group: str | None, vfs: int = 0) -> None:
@@ -73,3 +77,39 @@ def test_the_hardware_workflow_names_each_role() -> None:
     emulated = {"edu", "bridged", "ivshmem", "peer", "sibling", "virtio_blk"}
     for role in ROLES.keys() - emulated:
         assert f"{variable(role)}: ${{{{ vars.{variable(role)} }}}}" in workflow, role
+
+
+def test_workers_share_the_devices_out() -> None:
+    """As many of a kind for each; a device with two roles, and a group, belong to one worker."""
+    roles = {"nvme": "a", "nvme2": "b", "nvme10": "e", "nvme3": "c", "nvme4": "d", "nic": "f", "multifunction": "g"}
+    roles |= {"multifunction2": "h", "peer": "b", "peer2": "a"}
+    groups = {"g": "7", "h": "7"}
+    first, second = divide(roles, 2, lambda bdf: groups.get(bdf, bdf))
+    assert first == {"nvme": "a", "nvme2": "c", "peer": "a"}
+    assert second == {"nvme": "b", "nvme2": "d", "peer": "b"}
+    assert divide({"nvme2": "x"}, 1, str) == [{"nvme": "x"}]
+
+
+def test_a_group_is_a_path_of_sysfs(tmp_path: Path) -> None:
+    add(tmp_path, "0000:00:04.0", "1b36:0010", "010802", "1")
+    add(tmp_path, "0000:00:05.0", "1b36:0010", "010802", "1")
+    add(tmp_path, "0000:00:06.0", "1b36:0010", "010802", None)
+    groups = [group_of(f"0000:00:0{number}.0", tmp_path) for number in (4, 5, 6)]
+    assert groups[0] == groups[1] != groups[2]
+
+
+def test_too_few_devices_for_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KVMPASS_LAB", "KVMPASS_TEST_PLAN"):
+        monkeypatch.delenv(name, raising=False)
+    for role, bdf in (("nvme", "0000:f1:00.0"), ("nvme2", "0000:f2:00.0"), ("nic", "0000:f3:00.0")):
+        monkeypatch.setenv(variable(role), bdf)
+    given = SimpleNamespace(stash=pytest.Stash(), workerinput={"workerid": "gw1", "workercount": 2})
+    config = cast(pytest.Config, given)
+    detect(config).store(config)
+    assert device(config, "nvme") == "0000:f2:00.0"
+    with pytest.raises(pytest.fail.Exception, match="no nvme2 for this worker: 2 workers share 2 of the kind nvme"):
+        device(config, "nvme2")
+    with pytest.raises(pytest.fail.Exception, match="KVMPASS_TEST_NIC, KVMPASS_TEST_NIC2"):
+        device(config, "nic")
+    with pytest.raises(pytest.skip.Exception, match="KVMPASS_TEST_EDU is not set"):
+        device(config, "edu")
