@@ -61,7 +61,7 @@ def exec_(
     one ends this command. When this command ends, COMMAND is killed.
 
     With -t COMMAND gets a terminal, which follows changes of this one's size: every key goes to it, Ctrl-C included,
-    and its errors are part of its output.
+    and its errors are part of its output. Its TERM is this one's, unless -e sets it.
 
     \b
     Exit status: that of COMMAND, or:
@@ -75,7 +75,7 @@ def exec_(
         raise click.UsageError("missing COMMAND after --")
     if tty and not sys.stdin.isatty():
         raise click.UsageError("-t passes a terminal on: standard input is none")
-    environment = dict(text.split("=", 1) for text in variables(env))
+    environment = dict(text.split("=", 1) for text in variables(["TERM", *env] if tty else env))
     with ExitStack() as undo:
         client = undo.enter_context(Client.connect(guest))
         streams: list[int] = [1, 2]

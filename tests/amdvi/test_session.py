@@ -98,8 +98,8 @@ class Terminal:
 
 @pytest.fixture
 def stage(nvme: str) -> Iterator[str]:
-    """A guest with a drive, by the command."""
-    started = run("assign", "-d", "--memory", "256M", "--name", "stage", nvme)
+    """A guest with a drive and this host's files, by the command."""
+    started = run("assign", "-d", "--root", "host", "--memory", "384M", "--name", "stage", nvme)
     assert (started.returncode, started.stdout) == (0, b"stage\n"), started.stderr
     yield "stage"
     for guest in guests():
@@ -107,8 +107,8 @@ def stage(nvme: str) -> Iterator[str]:
     run("restore")
 
 
-@pytest.mark.amdvi(duration=50)
-def test_a_day_with_a_guest(stage: str, nvme: str, tmp_path: Path) -> None:
+@pytest.mark.amdvi(duration=60)
+def test_a_day_with_a_guest(stage: str, nvme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One boot: commands at once, what cannot be run, files, terminals, and at last a SIGKILL under load."""
     guest = guests()[0]
     assert (guest["name"], guest["devices"], guest["state"]) == (stage, [nvme], "running")
@@ -146,6 +146,7 @@ def test_a_day_with_a_guest(stage: str, nvme: str, tmp_path: Path) -> None:
     assert run("cp", f"{stage}:/tmp/in/file", str(tmp_path / "out")).returncode == 0
     assert (tmp_path / "out").read_bytes() == data
 
+    monkeypatch.setenv("TERM", "vt100")  # its programs ask the terminal nothing
     interactive(stage)
     attached(stage)
     assert b"console marker" in run("logs", stage).stdout
@@ -181,29 +182,37 @@ def left_alone(guest: str) -> None:
 
 
 def interactive(guest: str) -> None:
-    """A shell on a terminal: editing, a resize, Ctrl-C, Ctrl-Z."""
-    terminal = Terminal("exec", "-it", guest, "--", "sh", "-l")
+    """A shell on a terminal: editing, a resize, Ctrl-C, Ctrl-Z, vi that is stopped and goes on."""
+    terminal = Terminal("exec", "-it", "-w", "/tmp", guest, "--", "bash", "--norc")
     terminal.expect("# ")
-    terminal.type("echo abq\x7f\x1b[DX\r")  # a backspace, and the left arrow
-    terminal.expect(r"\naXb\r\n")
+    terminal.type("cho abq\x7f\x1b[DX ${TERM}\x01e\x05\r")  # a backspace, the left arrow, to the begin, to the end
+    terminal.expect(r"\raX vt100b\r\n")
     terminal.expect("# ")
     subprocess.run(["stty", "rows", "41", "cols", "97"], stdin=terminal.fd, check=True)
     terminal.type("until [ \"$(stty size)\" = '41 97' ]; do sleep 0.1; done; echo res''ized\r")
     terminal.expect("resized")
     terminal.expect("# ")
-    sleeping = "sh -c 'echo sl\"\"eeping; exec sleep 1000'"
-    terminal.type(f"{sleeping}; echo st''atus $?\r")
+    terminal.type("sh -c 'echo sl\"\"eeping; exec sleep 1000'\r")
     terminal.expect("sleeping")
     terminal.type("\x03")
     terminal.expect("# ")
-    terminal.type(f"{sleeping}\r")
-    terminal.expect("sleeping")
+    terminal.type("echo st''atus $?\r")
+    terminal.expect("status 130")
+    terminal.type("vi written\r")
+    terminal.expect(r"written.*\[New\]")
+    terminal.type("iword")
+    terminal.expect("word")
+    terminal.type("\x1b")
+    time.sleep(0.5)  # what follows it at once would be read as a key's sequence
+    terminal.type(":w\r")
+    terminal.expect("1L, 5B")
     terminal.type("\x1a")
     terminal.expect("Stopped")
     terminal.expect("# ")
-    terminal.type("fg\r")  # a shell with stopped jobs does not exit at once
-    terminal.expect("sleep 1000[\"']\r\n")
-    terminal.type("\x03")
+    terminal.type("cat written; fg\r")
+    terminal.expect(r"\rword\r\n")
+    terminal.expect("word")
+    terminal.type(":q\r")
     terminal.expect("# ")
     terminal.type("exit 9\r")
     assert terminal.end() == 9, terminal.text

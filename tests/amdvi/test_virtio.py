@@ -182,10 +182,10 @@ class Screen:
 
 
 def test_a_command_on_a_terminal(edu: str) -> None:
-    """A shell with editing and vi; resize; Ctrl-C for what runs in it; its status. -e and -w."""
+    """A shell with editing and vi; resize; Ctrl-C and Ctrl-Z for what runs in it; its status. -e and -w."""
     where = ("-e", "WORD=a  b", "-e", "TERM=vt100", "-w", "/tmp")
     with Screen("assign", edu, "--memory", "192M", "-it", *where, "--", "sh") as screen:
-        screen.type("", "/tmp # ", 120)
+        assert "job control" not in screen.type("", "/tmp # ", 120)
         screen.type("PS1='%''% '\r", "%% ")
         assert "30 90" in screen.type("stty size\r", r"\d+ \d+\r\n.*%% ")
         assert "/tmp a  b vt100" in screen.type('echo "$(pwd) $WORD $TERM"\r', r"vt100\r\n.*%% ")
@@ -193,6 +193,11 @@ def test_a_command_on_a_terminal(edu: str) -> None:
         time.sleep(1)
         screen.type("\x03", "%% ")
         assert "status=130" in screen.type("echo status=$?\r", r"status=\d+\r\n.*%% ")
+        screen.type("sleep 1000\r", "sleep")
+        time.sleep(1)
+        screen.type("\x1a", r"Stopped[^%]*%% ")
+        screen.type("fg\r", "sleep 1000\r\n")
+        screen.type("\x03", "%% ")
         screen.type("vi file\r", "~.*- file")
         screen.type("iword", "word")
         screen.type("\x1b", "- file")  # what follows it at once would be read as a key's sequence
