@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 
 PACKAGES := python3 python3-venv python3-dev gcc make libc6-dev linux-libc-dev qemu-system-x86 busybox-static \
 	kmod cpio xz-utils pciutils libudev1 libelf1 \
-	acpica-tools dmsetup iproute2 mount
+	acpica-tools dmsetup iproute2 mount strace
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Tests have a long form if they read KVMPASS_SOAK, or what the modules beside them made of it.
 SOAKING = $(shell grep -rlwE --include='test_*.py' 'KVMPASS_SOAK|SOAK' tests)
@@ -46,7 +46,7 @@ $(STAMP): | deps
 demo: venv ## assign an NVMe drive to a virtual machine, inside an emulated AMD-Vi host
 	@$(BIN)/python scripts/demo.py
 
-bench: venv ## kvmpass beside QEMU's vfio-pci and C, nine rounds in one emulated host: docs/bench.json, docs/bench.svg
+bench: venv ## kvmpass beside QEMU's vfio-pci and C, nine rounds in one emulated host: docs/bench.json and pictures
 	@$(BIN)/python scripts/bench/run.py $(ARGS)
 
 qemu: venv ## fetch the modern QEMU, which some tests ask for
@@ -79,7 +79,7 @@ lint: venv ## ruff and mypy
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
 	@$(BIN)/mypy scripts/demo.py
-	@$(BIN)/mypy scripts/bench/run.py scripts/bench/inside.py
+	@MYPYPATH=scripts/bench:tests $(BIN)/mypy scripts/bench/run.py scripts/bench/reads.py
 
 format: venv ## let ruff format the code
 	@$(BIN)/ruff check --fix $(SOURCES)

@@ -1,126 +1,133 @@
 """``make bench``: kvmpass, QEMU's vfio-pci and the least that C needs, in the same boot of the emulated host.
 
-Writes ``docs/bench.json`` (all samples, and the exits of a guest) and ``docs/bench.svg``. Times in an emulated host
-are counts of instructions rather than nanoseconds: the ratios count. On a host with an AMD IOMMU, as root:
-``run.py --here``.
+Writes ``docs/bench.json`` (all samples, and the counts that explain them), three pictures, and the tables of
+``docs/attach-time.md``. Times in an emulated host are counts of instructions rather than nanoseconds: the ratios
+count. On a host with an AMD IOMMU, as root, with devices named by ``KVMPASS_TEST_NVME`` …: ``run.py --here``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
+
+from inside import SECTIONS
+from ioctls import REASONS
+from report import bars, counts_table, document, growth, ioctls_table, summary, table, text, timeline
+from samples import Bench, Samples
+from trees import trees
 
 from kvmpass.lab import Lab, LabConfig
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-SUBJECT = "kvmpass"
-WIDTH, BAR, LEFT = 900, 18, 420
-COLOURS = ("#4878a8", "#a8b8c8", "#d8a048", "#78a878", "#a07898", "#888888")
+DEVICES = ("nvme", "nvme", "e1000e", "e1000e", "edu", "edu")
+RUNS = {"kvmpass": "a guest with a drive", "QEMU": "a guest of QEMU with a drive"}
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Return lower quartile, median and upper quartile."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+def compile_programs(folder: Path) -> None:
+    """Compile the program in C, and edu's, which a guest runs."""
+    subprocess.run(["cc", "-O2", "-Wall", "-o", folder / "baseline", HERE / "baseline.c"], check=True)
+    edu = HERE.parents[1] / "tests/amdvi/guest/edu.c"
+    subprocess.run(["cc", "-O1", "-static", "-o", folder / "edu", edu], check=True)
 
 
-def summary(samples: dict[str, dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """Return for each row and peer the ratio of medians, and the quartiles of both."""
-    rows = []
-    for row, programs in samples.items():
-        own = quartiles(programs[SUBJECT])
-        for peer, values in programs.items():
-            if peer != SUBJECT:
-                theirs = quartiles(values)
-                ratio = round(own[1] / theirs[1], 3)
-                rows.append({"row": row, "peer": peer, "ratio": ratio, SUBJECT: own, "peer_quartiles": theirs})
-    return rows
+def measure(folder: Path, rounds: int, kernel: str, here: bool, sections: Sequence[str]) -> dict[str, Any]:
+    """Run sections in an emulated host, or on this one."""
+    words = [sys.executable, str(HERE / "inside.py"), str(folder), str(rounds), ",".join(sections)]
+    if here:
+        subprocess.run(words, check=True)
+    else:
+        config = LabConfig(devices=DEVICES, kernel=kernel, writable=(folder,), memory="6G")
+        done = Lab(config).run(words, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
+        if done.status:
+            print(f"bench: the measurements ended with status {done.status}", file=sys.stderr)
+    found: dict[str, Any] = json.loads((folder / f"result-{sections[0]}").read_text())
+    return found
 
 
-def text(rows: list[dict[str, Any]]) -> str:
-    """Return a table."""
-    lines = [f"{'ratio':>6}  {'kvmpass':>9}  {'peer':>9}"]
-    for row in rows:
-        own, theirs = row[SUBJECT][1], row["peer_quartiles"][1]
-        lines.append(f"{row['ratio']:6.2f}  {own:9.4g}  {theirs:9.4g}  {row['row']} / {row['peer']}")
-    return "\n".join(lines)
+def outside(folder: Path, rounds: int) -> dict[str, Any]:
+    """Measure what needs no AMD host."""
+    samples = Samples()
+    with trees(Bench(samples, folder, {})) as jobs:
+        for _ in range(rounds):
+            for job in jobs:
+                job()
+    samples.save(folder / "result-outside")
+    found: dict[str, Any] = json.loads((folder / "result-outside").read_text())
+    return found
 
 
-def svg(rows: list[dict[str, Any]], timings: dict[str, Any]) -> str:
-    """Draw a bar for each ratio, with a line at 1, and the stages of one run."""
-    scale = (WIDTH - LEFT - 60) / max(2.0, *(min(row["ratio"], 6.0) for row in rows))
-    parts, y = [], 30
-    for row in rows:
-        width = min(row["ratio"], 6.0) * scale
-        label = escape(f"{row['row']} / {row['peer']}")
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 13}" text-anchor="end">{label}</text>')
-        parts.append(f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR - 4}" fill="{COLOURS[0]}"/>')
-        parts.append(f'<text x="{LEFT + width + 5:.1f}" y="{y + 12}">{row["ratio"]:.2f}</text>')
-        y += BAR
-    line = LEFT + scale
-    parts.append(f'<line x1="{line:.1f}" y1="22" x2="{line:.1f}" y2="{y}" stroke="#c03030"/>')
-    parts.append(f'<text x="{line:.1f}" y="18" text-anchor="middle">1: as long as the peer</text>')
-    y += 30
-    parts.append(f'<text x="8" y="{y}">stages of one run, {timings["seconds"]:.1f} s:</text>')
-    y += 8
-    x = 8.0
-    for number, stage in enumerate(timings["stages"]):
-        width = (WIDTH - 16) * stage["seconds"] / timings["seconds"]
-        colour = COLOURS[number % len(COLOURS)]
-        parts.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="20" fill="{colour}"/>')
-        place = y + 40 + BAR * number
-        parts.append(f'<rect x="8" y="{place - 10}" width="10" height="10" fill="{colour}"/>')
-        name = escape(f"{stage['name']}: {stage['seconds']:.2f} s, {stage['exits']} exits")
-        parts.append(f'<text x="24" y="{place}">{name}</text>')
-        x += width
-    height = y + 50 + BAR * len(timings["stages"])
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif"'
-    return f'{head} font-size="12">\n' + "\n".join(parts) + "\n</svg>\n"
+def write(found: dict[str, Any], output: Path) -> None:
+    """Write the documents."""
+    rows = found["rows"]
+    output.joinpath("bench.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, content in documents(found).items():
+        output.joinpath(name).write_text(content)
+    print(text(rows))
 
 
-def measure(rounds: int, kernel: str, here: bool) -> dict[str, Any]:
-    """Run the measurements in an emulated host, or on this one."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        baseline, result = folder / "baseline", folder / "result"
-        subprocess.run(["cc", "-O2", "-Wall", "-o", baseline, HERE / "baseline.c"], check=True)
-        words = [sys.executable, str(HERE / "inside.py"), str(baseline), str(rounds), str(result)]
-        if here:
-            subprocess.run(words, check=True)
-        else:
-            config = LabConfig(devices=("nvme",), kernel=kernel, writable=(folder,), memory="6G")
-            done = Lab(config).run(words, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
-            if done.status:
-                print(f"bench: the measurements ended with status {done.status}", file=sys.stderr)
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
+def documents(found: dict[str, Any]) -> dict[str, str]:
+    """Return the pictures, and the page with its tables, by the file's name."""
+    counts = found["counts"]
+    runs = {program: counts[name] for program, name in RUNS.items() if name in counts}
+    blocks = {
+        "ratios": table(found["rows"]),
+        "counts": counts_table(counts.get("phases", {})),
+        "ioctls": ioctls_table(counts.get("ioctls", {}), REASONS),
+    }
+    made = {
+        "bench.svg": bars(found["rows"]),
+        "bench-growth.svg": growth(found["samples"]),
+        "attach-time.md": document((DOCS / "attach-time.md").read_text(), blocks),
+    }
+    return {**made, "bench-timeline.svg": timeline(runs)} if runs else made
 
 
 def main() -> None:
     """Measure, and write the documents."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default=",".join(SECTIONS) + ",trees", help="sections, with commas between them")
     parser.add_argument("--kernel", default="full", help="of the emulated host: full, stock or a bzImage")
-    parser.add_argument("--here", action="store_true", help="measure on this host, whose NVMe drive is used")
-    parser.add_argument("--output", type=Path, default=DOCS, help="directory for bench.json and bench.svg")
+    parser.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="emulated hosts at once")
+    parser.add_argument("--here", action="store_true", help="measure on this host, as root")
+    parser.add_argument(
+        "--redraw", action="store_true", help="measure nothing: make pictures and tables of bench.json"
+    )
+    parser.add_argument("--output", type=Path, default=DOCS, help="directory for what is written")
     options = parser.parse_args()
-    found = measure(options.rounds, options.kernel, options.here)
-    rows = summary(found["samples"])
+    found: dict[str, Any]
+    if options.redraw:
+        found = json.loads((options.output / "bench.json").read_text())
+        write({**found, "rows": summary(found["samples"])}, options.output)
+        return
+    wanted = options.only.split(",")
+    if unknown := set(wanted) - {*SECTIONS, "trees"}:
+        parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
+    inside = [name for name in SECTIONS if name in wanted]
+    # The first takes about as long as the rest.
+    shares = [inside[:1], inside[1:]] if options.hosts == 2 and not options.here else [inside]
+    found = {"samples": {}, "counts": {}, "missing": {}, "seconds": {}}
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
+        folder = Path(name)
+        compile_programs(folder)
+        work = partial(measure, folder, options.rounds, options.kernel, options.here)
+        parts = list(pool.map(work, filter(None, shares)))
+        parts += [outside(folder, options.rounds)] if "trees" in wanted else []
+    for part in parts:
+        for key, value in part.items():
+            found[key].update(value)
     place = "this host" if options.here else "emulated host"
-    document = {"place": place, "rounds": found["rounds"], "rows": rows, **found}
-    options.output.joinpath("bench.json").write_text(json.dumps(document, indent=1) + "\n")
-    options.output.joinpath("bench.svg").write_text(svg(rows, found["counts"]["a guest with a drive"]))
-    print(text(rows))
+    rows = summary(found["samples"])
+    write({"place": place, "rounds": options.rounds, "rows": rows, **found}, options.output)
 
 
 if __name__ == "__main__":

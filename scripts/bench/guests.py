@@ -1,0 +1,363 @@
+"""A guest of kvmpass beside one of QEMU and the host's own drivers: boot, registers, data, interrupts, output.
+
+All three run the same script of phases. Before and after each it prints a line, and waits while KVM's counters are
+read; times are those of the guest's own clock. ``nothing`` is a phase that has only the two lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from attach import until
+from counters import Counters
+from qemu import Qemu
+from samples import KVMPASS, Bench, Job
+
+from kvmpass import host
+from kvmpass.guest import GuestSpec, prepare
+from kvmpass.ports import SERIAL_LINES
+
+MEMORY = 256
+CONFIG_READS, DRIVE_MIB, DIRECT_READS, NETWORK_MIB, INTERRUPTS, OUTPUT_MIB = 5, 64, 500, 4, 500, 16
+HOST_ADDRESS, GUEST_ADDRESS = "192.0.2.1", "192.0.2.2"  # RFC 5737
+DOWN, UP = 7001, 7002
+SECONDS = 120
+BULK = "bulk"
+ROWS: Mapping[str, str] = {
+    "config": "configuration space of the device, reads in the guest, s",
+    "drive": f"drive, {DRIVE_MIB} MiB in sequence, s",
+    "direct": f"drive, {DIRECT_READS} reads of 4 KiB one by one, s",
+    "up": f"network, {NETWORK_MIB} MiB from the guest, s",
+    "down": f"network, {NETWORK_MIB} MiB to the guest, s",
+    "interrupts": f"{INTERRUPTS} interrupts of edu, from device to handler, s",
+    "output": f"output of a command, {OUTPUT_MIB} MiB, s",
+}
+ON_THE_HOST = ("drive", "direct", "up", "down")
+"""Phases that the host's own drivers take part in."""
+
+PHASE = """
+exec 3>&1
+clock() { read -r up rest </proc/uptime; echo "$up"; }
+phase() {
+    name=$1; shift
+    echo "begin $name"; sleep 0.2
+    start=$(clock); "$@" >/dev/null 2>&1 || { echo "failed $name"; return; }
+    echo "end $name $start $(clock)"; sleep 0.2
+}
+"""
+APPLETS = "".join(f'{name}() {{ busybox {name} "$@"; }}\n' for name in ("dd", "nc", "ping"))
+"""For the host's shell: the guest's programs."""
+DRIVE = f"""
+sequence() {{ dd if=$drive of=/dev/null bs=1M count={DRIVE_MIB}; }}
+one_by_one() {{ dd if=$drive of=/dev/null bs=4k count={DIRECT_READS} iflag=direct; }}
+phase drive sequence
+phase direct one_by_one
+"""
+NETWORK = f"""
+net=$(ls $card/net)
+ip addr add {GUEST_ADDRESS}/24 dev $net; ip link set $net up
+for try in $(seq 60); do ping -q -c 1 -W 1 {HOST_ADDRESS} >/dev/null && break; done
+send() {{ dd if=/dev/zero bs=64k count={NETWORK_MIB * 16} | nc {HOST_ADDRESS} {UP}; }}
+receive() {{ nc {HOST_ADDRESS} {DOWN} </dev/null >/dev/null; }}
+phase up send
+phase down receive
+"""
+IN_A_GUEST = f"""
+configuration() {{
+    for i in {" ".join(map(str, range(CONFIG_READS)))}; do cat /sys/class/nvme/nvme0/device/config; done
+}}
+phase nothing true
+phase config configuration
+"""
+EDU = f"""
+echo 1 >/sys/module/vfio/parameters/enable_unsafe_noiommu_mode
+name=${{edu##*/}}
+echo vfio-pci >$edu/driver_override; echo $name >/sys/bus/pci/drivers_probe
+group=$(readlink $edu/iommu_group)
+phase interrupts /edu /dev/vfio/noiommu-${{group##*/}} $name msi {INTERRUPTS}
+"""
+FIND = """
+for directory in /sys/bus/pci/devices/*; do
+    read -r vendor <$directory/vendor; read -r model <$directory/device
+    [ $vendor:$model = {identity} ] && {variable}=$(readlink -f $directory)
+done
+"""
+
+
+def find(variable: str, bdf: str) -> str:
+    """Return the words of a shell that put the directory of a device into a variable."""
+    device = host.Sysfs().device(host.Bdf.parse(bdf))
+    return FIND.format(identity=f"0x{device.vendor:04x}:0x{device.device:04x}", variable=variable)
+
+
+def script(bench: Bench, output: str) -> str:
+    """Return what a guest does; ``output`` is where the bytes of the phase of this name go."""
+    text = PHASE + IN_A_GUEST + "drive=/dev/nvme0n1\n" + DRIVE
+    if has_network(bench):
+        text += find("card", bench.devices["nic"]) + NETWORK
+    if has_edu(bench):
+        text += find("edu", bench.devices["edu"]) + EDU
+    return text + f"bulk() {{ dd if=/dev/zero bs=64k count={OUTPUT_MIB * 16} >{output}; }}\nphase output bulk\n"
+
+
+def has_network(bench: Bench) -> bool:
+    """Whether there is a card for the guest, and one on the same network that stays with the host."""
+    return {"nic", "nic2"} <= bench.devices.keys()
+
+
+def has_edu(bench: Bench) -> bool:
+    """Whether there is QEMU's edu device, and its program was compiled."""
+    return "edu" in bench.devices and (bench.programs / "edu").exists()
+
+
+def assigned(bench: Bench) -> list[str]:
+    """Return the devices of the guest."""
+    names = ["nvme", *(["nic"] if has_network(bench) else []), *(["edu"] if has_edu(bench) else [])]
+    return [bench.devices[name] for name in names]
+
+
+def copies(bench: Bench) -> tuple[str, ...]:
+    """Return what is copied into the guest."""
+    return (f"{bench.programs / 'edu'}:/edu",) if has_edu(bench) else ()
+
+
+# --- the host's side
+
+
+def follow(bench: Bench, program: str, stream: IO[bytes], counters: Counters | None) -> None:
+    """Read what the script prints; record each phase, with KVM's counts during it. Other output is dropped."""
+    before: dict[str, int] = {}
+    for line in stream:
+        word, _, rest = line.strip(b"\0\n\r").decode(errors="replace").partition(" ")
+        if word == "begin" and counters is not None:
+            before = counters.read()
+        elif word == "end":
+            after = counters.read() if counters is not None else {}
+            name, start, end = rest.split()
+            found = {what: count - before[what] for what, count in after.items()}
+            record(bench, program, name, float(end) - float(start), found)
+        elif word == "failed":
+            bench.samples.lack(f"{ROWS[rest]} / {program}", "the command failed in the guest")
+
+
+def record(bench: Bench, program: str, name: str, seconds: float, found: Mapping[str, int]) -> None:
+    """Record a phase."""
+    if found:
+        bench.samples.counts.setdefault("phases", {}).setdefault(name, {})[program] = found
+    if name in ROWS:
+        bench.samples.note(ROWS[name], program, seconds)
+    if name == "config" and (exits := found.get("exits to user space")):
+        bench.samples.note("configuration space, each exit, us", program, seconds / exits * 1e6)
+    if name == "output" and found:
+        bench.samples.note("exits for each MiB of output", program, found["exits to user space"] / OUTPUT_MIB)
+
+
+def guest_of_kvmpass(bench: Bench, counters: Counters) -> None:
+    """Boot a guest with ``kvmpass assign``, which runs the script."""
+    with tempfile.TemporaryDirectory() as folder:
+        status = Path(folder, "status")
+        words = ["assign", "--memory", f"{MEMORY}M", "--backend", "type1", "--status-file", str(status), "--timings"]
+        for copy in copies(bench):
+            words += ["--copy", copy]
+        child = subprocess.Popen(
+            [*KVMPASS, *words, *assigned(bench), "--", "sh", "-c", script(bench, "&3")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert child.stdout is not None
+        with child.stdout:
+            follow(bench, "kvmpass", child.stdout, counters)
+        _, code, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(code)
+        timings: dict[str, Any] = json.loads(status.read_text())["timings"]
+    bench.samples.note("first process of the guest, s", "kvmpass", until(timings, "guest's boot"))
+    row = f"resident beyond {MEMORY} MiB of the guest, MiB"
+    bench.samples.note(row, "kvmpass", used.ru_maxrss / 1024 - MEMORY)
+    bench.samples.count("a guest with a drive", timings)
+
+
+def guest_of_qemu(bench: Bench, counters: Counters) -> None:
+    """Boot the same kernel and files in QEMU; its serial ports carry the lines, a virtio port the output in bulk."""
+    modaliases = [host.Sysfs().device(host.Bdf.parse(bdf)).modalias for bdf in assigned(bench)]
+    port = "/dev/vport0p1"
+    spec = GuestSpec(command=("sh", "-c", script(bench, port)), copy=copies(bench))
+    image = prepare(spec, modaliases).on_serial_ports()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "initrd").write_bytes(image.initrd)
+        words = ["-S", "-m", f"{MEMORY}M", "-kernel", str(image.kernel.path), "-initrd", str(folder / "initrd")]
+        words += ["-append", image.cmdline]
+        for bdf in assigned(bench):
+            words += ["-device", f"vfio-pci,host={bdf}"]
+        words += ["-chardev", f"file,id={BULK},path=/dev/null", "-device", "virtio-serial-pci"]
+        words += ["-device", f"virtserialport,chardev={BULK},name={BULK}"]
+        for end in ("in", "out"):
+            os.mkfifo(folder / f"serial1.{end}")
+        for index, line in enumerate(SERIAL_LINES):
+            kind = "pipe" if index == 1 else "file"
+            words += ["-chardev", f"{kind},id=serial{index},path={folder / f'serial{index}'}"]
+            place = f"iobase={line.port:#x},irq={line.irq},index={index}"
+            words += ["-device", f"isa-serial,chardev=serial{index},{place}"]
+        stages = Stages()
+        with Qemu(*words) as peer, (folder / "serial1.out").open("rb") as stream:
+            stages.end("start to attached devices", peer.attach_seconds)
+            reader = threading.Thread(target=follow, args=(bench, "QEMU", stream, counters), daemon=True)
+            reader.start()
+            started = time.monotonic()
+            peer.command("cont")
+            control = folder / "serial3"
+            while b"ready" not in control.read_bytes():
+                assert peer.child.poll() is None and time.monotonic() < started + SECONDS, "QEMU's guest hangs"
+                time.sleep(0.01)
+            ready = time.monotonic()
+            stages.end("guest's boot", ready - started)
+            while b"exit" not in control.read_bytes() and peer.child.poll() is None:
+                time.sleep(0.01)
+            ended = time.monotonic()
+            stages.end("command", ended - ready)
+            peer.wait()
+            stages.end("power off", time.monotonic() - ended)
+            reader.join(10)
+        bench.samples.note("first process of the guest, s", "QEMU", peer.attach_seconds + ready - started)
+        row = f"resident beyond {MEMORY} MiB of the guest, MiB"
+        bench.samples.note(row, "QEMU", peer.resident_kib / 1024 - MEMORY)
+    bench.samples.count("a guest of QEMU with a drive", stages.document())
+
+
+class Stages:
+    """The stages of a run of QEMU, in the shape of ``Timings``."""
+
+    def __init__(self) -> None:
+        self.stages: list[dict[str, Any]] = []
+
+    def end(self, name: str, seconds: float) -> None:
+        """Add a stage."""
+        self.stages.append({"name": name, "seconds": seconds})
+
+    def document(self) -> dict[str, Any]:
+        """Return the stages and their sum."""
+        return {"seconds": sum(stage["seconds"] for stage in self.stages), "stages": self.stages}
+
+
+# --- the host's own drivers
+
+
+def host_alone(bench: Bench) -> None:
+    """Run the phases of data on the host, with its own drivers; the card is in a network namespace."""
+    devices = [bench.devices["nvme"], *([bench.devices["nic"]] if has_network(bench) else [])]
+    host.unbind(devices)
+    try:
+        controller = Path("/sys/bus/pci/devices", bench.devices["nvme"], "nvme")
+        wait_for(lambda: any(controller.glob("nvme*/nvme*n1")))
+        [name] = [path.name for path in controller.glob("nvme*/nvme*n1")]
+        drive = Path("/dev", re.sub(r"c\d+n", "n", name))  # a path of a namespace that may have several
+        wait_for(drive.exists)
+        text = PHASE + APPLETS + f"drive={drive}\n" + DRIVE
+        if has_network(bench):
+            card = f"/sys/bus/pci/devices/{bench.devices['nic']}"
+            wait_for(lambda: any(Path(card, "net").iterdir()))
+            [interface] = [path.name for path in Path(card, "net").iterdir()]
+            # sysfs shows the interfaces of the namespace that it was mounted in.
+            text += NETWORK.replace("net=$(ls $card/net)", f"net={interface}")
+        words = ["unshare", "--net", "busybox", "sh", "-c", f"read go\n{text}"]
+        child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert child.stdin is not None and child.stdout is not None
+        with child, child.stdout as stream:
+            if has_network(bench):
+                wait_for(lambda: namespace(child.pid) != namespace("self"))
+                subprocess.run(["ip", "link", "set", interface, "netns", str(child.pid)], check=True)
+            child.stdin.write(b"go\n")
+            child.stdin.close()
+            follow(bench, "host", stream, None)
+    finally:
+        if has_network(bench):  # the interface returns when the namespace has ended
+            wait_for(lambda: any(Path(f"/sys/bus/pci/devices/{bench.devices['nic']}/net").glob("*")))
+        host.bind(devices)
+
+
+def namespace(process: int | str) -> Path:
+    """Return the network namespace of a process."""
+    return Path(f"/proc/{process}/ns/net").readlink()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait until a condition holds. Raises ``TimeoutError``."""
+    deadline = time.monotonic() + seconds
+    while not _holds(condition):
+        if time.monotonic() > deadline:
+            raise TimeoutError("what the benchmark waits for has not come")
+        time.sleep(0.02)
+
+
+def _holds(condition: Callable[[], bool]) -> bool:
+    try:
+        return condition()
+    except OSError:
+        return False
+
+
+def serve(port: int, handle: Callable[[socket.socket], None]) -> socket.socket:
+    """Let a thread answer each connection to a port."""
+    server = socket.create_server((HOST_ADDRESS, port))
+
+    def work() -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:  # closed
+                return
+            with connection:
+                handle(connection)
+
+    threading.Thread(target=work, daemon=True).start()
+    return server
+
+
+def take(connection: socket.socket) -> None:
+    """Receive until the peer has sent everything."""
+    while connection.recv(1 << 20):
+        pass
+
+
+@contextmanager
+def network(bench: Bench) -> Iterator[None]:
+    """Serve the second card's network: one port takes bytes, the other has some."""
+    if not has_network(bench):
+        bench.samples.lack("network", "needs two cards on one network, KVMPASS_TEST_NIC and KVMPASS_TEST_NIC2")
+        yield
+        return
+    place = Path("/sys/bus/pci/devices", bench.devices["nic2"], "net")
+    wait_for(lambda: any(place.iterdir()))
+    [name] = [path.name for path in place.iterdir()]
+    subprocess.run(["ip", "addr", "replace", f"{HOST_ADDRESS}/24", "dev", name], check=True)
+    subprocess.run(["ip", "link", "set", name, "up"], check=True)
+    try:
+        data = bytes(NETWORK_MIB << 20)
+        with closing(serve(UP, take)), closing(serve(DOWN, lambda connection: connection.sendall(data))):
+            yield
+    finally:
+        subprocess.run(["ip", "addr", "del", f"{HOST_ADDRESS}/24", "dev", name], check=True)
+
+
+@contextmanager
+def guests(bench: Bench) -> Iterator[list[Job]]:
+    """Measure a guest from its start to its end."""
+    if not has_edu(bench):
+        bench.samples.lack("interrupts of edu", "needs QEMU's edu device, and gcc")
+    with network(bench), Counters() as counters:
+        yield [
+            lambda: guest_of_kvmpass(bench, counters),
+            lambda: guest_of_qemu(bench, counters),
+            lambda: host_alone(bench),
+        ]

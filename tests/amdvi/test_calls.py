@@ -1,0 +1,42 @@
+"""The ioctls of an assignment, by strace: the short form of ``make bench``, which gates on counts."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from kvmpass import host
+
+SCRIPTS = Path(__file__).parents[2] / "scripts/bench"
+pytestmark = pytest.mark.amdvi(duration=6)
+
+
+@pytest.fixture
+def ioctls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield importlib.import_module("ioctls")
+    for path in SCRIPTS.glob("*.py"):  # their names are short
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize("backend", ["type1", "iommufd"])
+def test_no_call_without_a_reason(ioctls: ModuleType, backend: str, nvme: str, nvme2: str) -> None:
+    """Those of C, and those that the documents give a reason for; memory is mapped once, by the first device."""
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed: apt-get install strace")
+    if backend == "iommufd" and not Path("/dev/iommu").exists():
+        pytest.skip("this kernel has no /dev/iommu: the full kernel has")
+    with host.borrow(nvme, nvme2):
+        first, second, added, removed = ioctls.of_kvmpass(backend, [nvme, nvme2]).values()
+    least = ioctls.LEAST[backend]
+    assert not ioctls.extra(least, first), "strace has missed a call that there must be"
+    assert ioctls.extra(first, least).keys() <= ioctls.REASONS.keys()
+    assert ioctls.extra(second, least).keys() <= ioctls.REASONS.keys()
+    maps = [sum(calls.get(name, 0) for name in ioctls.MAPS) for calls in (first, second, added, removed)]
+    assert maps == [1, 0, 1, 0]
