@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
 from kvmpass._teardown import run_all, undo_on_error
-from kvmpass.errors import GuestDied
+from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest.frames import CHANGE_DIRECTORY, ERRORS, EXECUTE, OUTPUT
 from kvmpass.guest.input import Input
 from kvmpass.guest.output import OutputWriter
@@ -110,13 +110,22 @@ class GuestProcess:
             """What takes its input; None: it is empty."""
 
     def _wait_started(self, program: str | bytes, cwd: object, timeout: float | None) -> None:
-        """Wait until it runs its program. Raises the error of why it cannot, with the name of what was not found."""
+        """Wait until it runs its program.
+
+        Raises the error of why it cannot, with the name of what was not found; ``GuestError`` if a guest that has no
+        ``timeout`` does not answer, else ``subprocess.TimeoutExpired``.
+        """
         try:
             self._process.wait_started(_START_SECONDS if timeout is None else timeout)
         except TimeoutError as error:
             if self._process.error is error:
                 raise
-            raise subprocess.TimeoutExpired(self._shown, timeout or _START_SECONDS) from None
+            if timeout is not None:
+                raise subprocess.TimeoutExpired(self._shown, timeout) from None
+            raise GuestError(
+                f"the guest hangs, or is too busy: a command was not started within {_START_SECONDS:g} seconds",
+                "look at its console (kvmpass logs), or stop it",
+            ) from None
         except OSError as error:
             error.filename = {CHANGE_DIRECTORY: cwd, EXECUTE: program}.get(str(error.filename), error.filename)
             raise

@@ -169,7 +169,7 @@ class Session:
         is added to the guest's environment.
 
         Raises ``FileNotFoundError``, ``PermissionError`` and the other errors of running a program there;
-        ``GuestError`` (64 processes run), ``GuestDied``.
+        ``GuestError`` (64 processes run, or the guest does not answer within a minute), ``GuestDied``.
         """
         return self.spawn(args, stdin=stdin, stdout=stdout, stderr=stderr, tty=tty, cwd=cwd, env=env)
 

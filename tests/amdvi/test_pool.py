@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
+
 import pytest
 
-from kvmpass import Session
+from kvmpass import GuestOutcome, Session
 
 pytestmark = [pytest.mark.amdvi(duration=15), pytest.mark.guest(devices=("nvme",), memory="256M")]
 
@@ -26,3 +29,22 @@ def test_one_ends_its_guest(kvmpass_guest: Session) -> None:
 
 def test_then_there_is_a_new_one(kvmpass_guest: Session) -> None:
     assert kvmpass_guest.run(["test", "-e", "/tmp/was-here"]).returncode == 1
+
+
+HANG_THE_AGENT = r"""
+set -- $(sed -n '/ r-xp /{s/-/ /p;q}' /proc/1/maps)
+printf '\353\376' | dd of=/proc/1/mem bs=2 seek=$((0x$2 / 2 - 1)) conv=notrunc
+tr '\0' '\220' </dev/zero | dd of=/proc/1/mem bs=2 seek=$((0x$1 / 2)) count=$(((0x$2 - 0x$1) / 2 - 1)) conv=notrunc
+"""
+
+
+@pytest.mark.guest(devices=("nvme",), memory="256M", may_die=True)
+def test_a_guest_whose_agent_hangs_is_stopped_in_time(kvmpass_guest: Session) -> None:
+    """Its code becomes a loop; nothing is said to the host then."""
+    started = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        kvmpass_guest.run(["sh", "-c", HANG_THE_AGENT], timeout=5)
+    with pytest.raises(subprocess.TimeoutExpired):
+        kvmpass_guest.run(["true"], timeout=1)
+    assert kvmpass_guest.stop(1).outcome is GuestOutcome.STOPPED
+    assert time.monotonic() - started < 20

@@ -49,6 +49,21 @@ def shell(agent: Agent, script: str, **options: object) -> AgentProcess:
     return agent.start(["sh", "-c", script], **options)  # type: ignore[arg-type]
 
 
+def test_a_command_takes_one_frame_there_and_few_back(local: LocalAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a notification and an interrupt, and wakes a thread."""
+    there: list[bytes] = []
+    back: list[frames.Frame] = []
+    handle = local.agent._handle
+    monkeypatch.setattr(local.agent, "send", lambda frame: [there.append(frame), local.send(frame)])
+    monkeypatch.setattr(local.agent, "_handle", lambda frame: [back.append(frame), handle(frame)])
+    local.agent.wait_ready(SECONDS)
+    back.clear()
+    assert local.agent.start(["true"]).wait(SECONDS) == 0
+    kinds = sorted((frame.type, frame.stream) for frame in back)
+    ends = [(frames.END, stream) for stream in (OUTPUT, ERRORS, frames.STATUS)]
+    assert (len(there), kinds) == (1, [*ends, (frames.EXITED, 0)])
+
+
 def test_what_cannot_be_run_is_said_at_once(agent: Agent) -> None:
     times = []
     for _ in range(10):

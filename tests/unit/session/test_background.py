@@ -35,3 +35,38 @@ def test_it_keeps_no_descriptor_of_its_starter(tmp_path: Path) -> None:
     finally:
         os.close(read)
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from kvmpass.session.background import in_background
+
+def run(ready):
+    print(os.getpid(), flush=True)
+    os.read(int(sys.argv[1]), 1)
+    directory = Path.cwd()
+    try:
+        ready(directory)
+    finally:
+        (directory / "unwound").touch()
+    return 0
+
+in_background(run)
+"""
+
+
+def test_it_ends_in_order_if_its_starter_was_killed(tmp_path: Path) -> None:
+    """Nobody waits for it, nor knows its name: its devices must not stay with it."""
+    read, write = os.pipe()
+    words = [sys.executable, "-c", KILLED, str(read)]
+    with subprocess.Popen(words, cwd=tmp_path, pass_fds=[read], stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        end = os.pidfd_open(int(starter.stdout.readline()))
+        starter.kill()
+        starter.wait(60)
+        os.close(read)
+        os.close(write)  # it goes on
+    assert select.select([end], [], [], 60)[0]
+    os.close(end)
+    assert (tmp_path / "unwound").exists()

@@ -111,7 +111,7 @@ def test_what_comes_too_late_does_not_lose_the_answer(stage: Stage) -> None:
 def test_a_guest_that_stalls_has_not_ended(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_START_SECONDS", 0.2)
     stage.local.program.send_signal(signal.SIGSTOP)
-    with pytest.raises(RequestFailed, match=r"timed out after 0\.2 seconds") as failed:
+    with pytest.raises(RequestFailed, match=r"a command was not started within 0\.2 seconds") as failed:
         stage.run("true")
     assert failed.value.exit_status == 125
     stage.local.program.send_signal(signal.SIGCONT)
