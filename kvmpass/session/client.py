@@ -51,6 +51,7 @@ class Client:
         try:
             messages.send(self._socket, {"do": do, **arguments}, descriptors)
         except ConnectionError:
+            self.answer()  # it has been refused, or the process has ended: both raise
             raise self._ended() from None
         except messages.BadMessage as error:
             raise GuestError(f"the command is too long: {error}") from error

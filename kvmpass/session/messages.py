@@ -44,8 +44,10 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
             if fds:
                 raise BadMessage("an empty message with descriptors")
             return None
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & socket.MSG_TRUNC:
             raise BadMessage("a message that is too large")
+        if flags & socket.MSG_CTRUNC:
+            raise BadMessage("more descriptors than this process can have")
         try:
             message = json.loads(data)
         except (ValueError, RecursionError) as error:

@@ -100,12 +100,12 @@ class GuestProcess:
                 )
                 with undo_on_error(self._process.kill):
                     self._wait_started(words(args)[0], cwd, timeout)
+                    if input is not None and stdin == subprocess.PIPE:
+                        self.stdin = io.BufferedWriter(InputPipe(agent, input))
+                    elif input is not None and stdin is not None and stdin != subprocess.DEVNULL:
+                        self._pump = InputPump(os.dup(_fileno(stdin)), input, self._cancel)
             except GuestDied as error:
                 raise died(error.reason) from None
-            if input is not None and stdin == subprocess.PIPE:
-                self.stdin = io.BufferedWriter(InputPipe(agent, input))
-            elif input is not None and stdin is not None and stdin != subprocess.DEVNULL:
-                self._pump = InputPump(os.dup(_fileno(stdin)), input, self._cancel)
             self.input = input
             """What takes its input; None: it is empty."""
 

@@ -25,6 +25,16 @@ log = limited_log(__name__)
 MAX_CONNECTIONS = 128
 _REQUEST_SECONDS = 10.0
 _NOT_RUN, _DIED, _FAILED = 127, 126, 125
+# Of a request: what it asks for, what it is made of, and what this process lacks (a thread, memory).
+_REFUSALS = (
+    KvmpassError,
+    subprocess.SubprocessError,
+    ValueError,
+    TypeError,
+    LookupError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 class Server:
@@ -89,15 +99,24 @@ class Server:
                     return
                 continue
             with self._lock:
-                full = len(self._connections) >= MAX_CONNECTIONS
-                if not full:
-                    self._connections.add(connection)
-                    thread = threading.Thread(target=self._serve, args=[connection], name="request", daemon=True)
-                    self._threads.add(thread)
-                    thread.start()  # with the lock: ``finish`` joins what is in the set
-            if full:
-                self._reply(connection, {"error": f"{MAX_CONNECTIONS} requests are served already"})
+                refused = self._begin(connection)
+            if refused is not None:
+                self._reply(connection, {"error": refused})
+                _drain(connection)
                 connection.close()
+
+    def _begin(self, connection: socket.socket) -> str | None:
+        """Serve a connection in a thread; return why not. ``_lock`` is held: ``finish`` joins what is in the set."""
+        if len(self._connections) >= MAX_CONNECTIONS:
+            return f"{MAX_CONNECTIONS} requests are served already"
+        thread = threading.Thread(target=self._serve, args=[connection], name="request", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # a limit of this user, or of the control group
+            return f"the guest's process has no thread for the request: {error}"
+        self._connections.add(connection)
+        self._threads.add(thread)
+        return None
 
     def _serve(self, connection: socket.socket) -> None:
         fds: list[int] = []
@@ -111,7 +130,9 @@ class Server:
             request, fds = received
             connection.settimeout(None)
             self._reply(connection, self._handle(connection, request, fds))
-        except (OSError, messages.BadMessage) as error:
+        except messages.BadMessage as error:
+            self._reply(connection, {"error": f"the request was not understood: {error}"})
+        except OSError as error:
             log.debug("a request was not served: %s", error)
         finally:
             for fd in fds:
@@ -137,7 +158,7 @@ class Server:
             return handler(connection, request, fds)
         except GuestDied as error:
             return {"error": error.reason, "status": _DIED}
-        except (KvmpassError, OSError, subprocess.SubprocessError, ValueError, TypeError, LookupError) as error:
+        except (*_REFUSALS, OSError) as error:
             text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
             status = _NOT_RUN if isinstance(error, OSError) else _FAILED
             return {"error": str(text), "hints": list(getattr(error, "__notes__", ())), "status": status}
@@ -174,8 +195,8 @@ class Server:
     def _watched(self, connection: socket.socket, process: GuestProcess) -> dict[str, Any]:
         """Return the status of a process that ends when the client does."""
         listening = threading.Thread(target=self._listen, args=[connection, process], name="signals", daemon=True)
-        listening.start()
         try:
+            listening.start()
             return {"status": process.wait()}
         except OSError as error:  # not of running it: some of its output is missing
             raise GuestError(f"the command's output cannot be written: {error.strerror}") from error
@@ -183,7 +204,8 @@ class Server:
             process.abandon()
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)  # wakes the thread
-            listening.join()
+            if listening.ident is not None:
+                listening.join()
 
     @staticmethod
     def _listen(connection: socket.socket, process: GuestProcess) -> None:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from kvmpass._teardown import undo_on_error
 from kvmpass.errors import GuestDied
 
 if TYPE_CHECKING:
@@ -228,7 +229,8 @@ class InputPump:
     def __init__(self, fd: int, input: InputLike, cancel: Cancel) -> None:
         self._fd, self._input, self._cancel = fd, input, cancel
         self._thread = threading.Thread(target=self._run, name="input", daemon=True)
-        self._thread.start()
+        with undo_on_error(partial(os.close, fd)):
+            self._thread.start()
 
     def _run(self) -> None:
         try:

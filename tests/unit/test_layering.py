@@ -194,7 +194,7 @@ def test_a_request_to_a_guest_loads_nothing_of_a_virtual_machine() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     packages = {package_of(name) for name in loaded if name.startswith("kvmpass.")}
-    assert {"cli", "session"} <= packages <= {"cli", "session", "errors", "_dataclass", "_lazy"}
+    assert {"cli", "session"} <= packages <= {"cli", "session", "errors", "_dataclass", "_lazy", "_teardown"}
     assert not loaded & {"asyncio", "http", "logging", "subprocess", "tarfile", "uuid"}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -202,6 +203,13 @@ def test_a_command_during_the_guests_end(stage: Stage) -> None:
         assert failed.value.exit_status == 126
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_nonsense_is_refused_and_leaves_nothing(stage: Stage) -> None:
     """Whatever comes: no descriptor is left, and the next request is served."""
     source = random.Random(1)
@@ -225,10 +233,32 @@ def test_nonsense_is_refused_and_leaves_nothing(stage: Stage) -> None:
                 while connection.recv(1 << 16):
                     pass
     assert stage.run("true") == (0, b"")
-    deadline = time.monotonic() + 20
-    while len([*Path("/proc/self/fd").iterdir()]) > before:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: len([*Path("/proc/self/fd").iterdir()]) <= before)
+
+
+@pytest.mark.parametrize("name", ["request", "signals", "input", "output"])
+def test_a_host_without_another_thread(stage: Stage, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """One request fails, and says so; nothing of it is left, and the next one is served."""
+    stage.run("true")
+    before = len([*Path("/proc/self/fd").iterdir()])
+    start = threading.Thread.start
+
+    def fail(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    null = os.open(os.devnull, os.O_RDWR)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with Client.connect("one") as client, pytest.raises(RequestFailed, match="can't start new thread") as failed:
+            client.request("exec", [null, null, null], args=["sleep", "1000"])
+            client.answer(20)
+    assert failed.value.exit_status == 125
+    os.close(null)
+    assert stage.run("true") == (0, b"")
+    wait_until(lambda: not stage.local.agent._processes)
+    wait_until(lambda: len([*Path("/proc/self/fd").iterdir()]) <= before)
 
 
 def test_a_guest_that_starts_nothing_delays_no_output_of_its_console(
@@ -289,6 +319,24 @@ def test_a_copy_into_a_guest_that_stalls_can_be_interrupted(stage: Stage, tmp_pa
             cp._copy_in(tmp_path / "data", "one", "/tmp/")
     finally:
         stage.local.program.send_signal(signal.SIGCONT)
+
+
+def test_a_message_with_more_descriptors_than_fit() -> None:
+    """The one that fits is closed."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ours, theirs:
+        messages.send(theirs, {}, [ours.fileno()] * 2)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, limits[1]))
+        try:
+            with pytest.raises(messages.BadMessage, match="more descriptors than this process can have"):
+                messages.receive(ours)
+            assert os.dup(0) == free
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        os.close(free)
 
 
 def test_descriptors_of_a_message_are_not_inherited() -> None:
