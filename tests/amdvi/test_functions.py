@@ -3,23 +3,50 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from support.configuring import CONFIGURE, config_of
 from support.inside import SOAK
-from support.living import descriptors, device_routes, running, wait_until
+from support.living import InSession, descriptors, device_routes, running, wait_until
 
-from kvmpass import host
+from kvmpass import Session, host
 from kvmpass.machine import Machine
 from kvmpass.memory import RegionKind
 from kvmpass.pciregs import BAR0, CAP_MSIX, COMMAND, capabilities
+from kvmpass.testing.state import State
 from kvmpass.vfio.device import MSIX
 
 pytestmark = [pytest.mark.amdvi(duration=10), pytest.mark.usefixtures("as_without_tests")]
 
+# One guest for several tests. A script leaves its device as it was, or takes it as it is.
+SHARED = pytest.mark.guest(devices=("nvme?", "nic?", "edu?", "edu2?"), memory="192M", reuse="module")
 
-def test_an_unbound_driver_leaves_no_interrupt(nvme: str) -> None:
+
+class Shared:
+    """The guest, and where its devices are."""
+
+    def __init__(self, guest: Session, roles: Mapping[str, str]) -> None:
+        self.session = guest
+        names = {bdf: role for role, bdf in roles.items()}
+        self.devices = {names[str(device.bdf)]: device for device in guest.devices}
+        self._slots = "".join(f"{role}=0000:00:{device.slot:02x}.0\n" for role, device in self.devices.items())
+
+    def script(self, text: str, first: str, second: str = "") -> InSession:
+        """Start a script, in which ``$first`` and ``$second`` are the addresses of devices in the guest."""
+        chosen = f"drive=/dev/nvme0n1; first=${first}; second=${second or first}\n"
+        return InSession(self.session, CONFIGURE + self._slots + chosen + text)
+
+
+@pytest.fixture
+def shared(kvmpass_guest: Session, pytestconfig: pytest.Config) -> Shared:
+    """The guest, for tests that name the devices that they need by their fixtures."""
+    return Shared(kvmpass_guest, State.of(pytestconfig).roles)
+
+
+@SHARED
+def test_an_unbound_driver_leaves_no_interrupt(nvme: str, shared: Shared) -> None:
     """Unloaded and loaded again: MSI-X, then the pin with nothing behind it, then MSI-X again.
 
     The host counts what the guest handles, or more (two that come together are one there); of the guest's lines,
@@ -27,30 +54,115 @@ def test_an_unbound_driver_leaves_no_interrupt(nvme: str) -> None:
     """
     rounds = 20 if SOAK else 3
     script = f"""for round in $(seq {rounds}); do
-        echo 0000:00:01.0 >/sys/bus/pci/drivers/nvme/unbind; echo unbound; go_on
-        echo 0000:00:01.0 >/sys/bus/pci/drivers/nvme/bind; wait_for drive
+        echo $first >/sys/bus/pci/drivers/nvme/unbind; echo unbound; go_on
+        echo $first >/sys/bus/pci/drivers/nvme/bind; wait_for drive
         dd if=$drive of=/dev/null bs=64k count=4 2>/dev/null
         awk '/nvme0q/ {{ split($4, number, "-"); print "'$round' vector", number[1], $2 }}' /proc/interrupts
         echo bound; go_on; done"""
-    with host.borrow(nvme), running("wait_for drive; " + script, nvme) as guest:
-        machine = guest.machine
-        device = machine.devices[0]
-        for number in range(1, rounds + 1):
-            guest.expect("unbound", number)
-            assert (device.interrupt, device_routes(machine)) == ("INTx", [])
-            assert list(device.interrupt_counts()) == ["INTx"]
-            guest.go_on()
-            guest.expect("\nbound", number)
-            assert device.interrupt == "MSI-X"
-            assert len(device_routes(machine)) >= 2
-            words = [line.split()[2:] for line in guest.said.splitlines() if line.startswith(f"{number} vector ")]
-            counts = {vector: count for vector, count in device.interrupt_counts().items() if count}
-            handled = {int(vector): int(count) for vector, count in words if count != "0"}
-            assert set(counts) == set(handled) == {0, 1}
-            assert all(handled[vector] <= counts[vector] for vector in handled), (handled, counts)
-            machine.audit()
-            guest.go_on()
-        assert guest.end().status == 0
+    guest, device = shared.script(script, "nvme"), shared.devices["nvme"]
+    machine = guest.machine
+    for number in range(1, rounds + 1):
+        guest.expect("unbound", number)
+        assert (device.interrupt, device_routes(machine)) == ("INTx", [])
+        assert list(device.interrupt_counts()) == ["INTx"]
+        guest.go_on()
+        guest.expect("\nbound", number)
+        assert device.interrupt == "MSI-X"
+        assert len(device_routes(machine)) >= 2
+        words = [line.split()[2:] for line in guest.said.splitlines() if line.startswith(f"{number} vector ")]
+        counts = {vector: count for vector, count in device.interrupt_counts().items() if count}
+        handled = {int(vector): int(count) for vector, count in words if count != "0"}
+        assert set(counts) == set(handled) == {0, 1}
+        assert all(handled[vector] <= counts[vector] for vector in handled), (handled, counts)
+        machine.audit()
+        guest.go_on()
+    assert guest.end() == 0
+
+
+@SHARED
+def test_a_device_that_vfio_and_the_guest_see_differently(nic: str, shared: Shared) -> None:
+    """Asleep, decoding off, awake again: without No_Soft_Reset the device has its decoding back, VFIO does not.
+
+    The disagreement itself: ``test_config_space_and_buses_agree_on_that_device`` (``test_hostile.py``).
+    """
+    script = """
+        sleeper
+        put $first 4 6; echo on $(devmem $((at + 8)) 32)
+        put $first $register $(($(get $first $register) | 3)); usleep 20000
+        put $first 4 0
+        put $first $register $(($(get $first $register) & ~3)); usleep 20000
+        echo off $(devmem $((at + 8)) 32)
+        put $first 4 6; echo again $(devmem $((at + 8)) 32); go_on"""
+    guest = shared.script(script, "nic")
+    guest.expect("again")
+    guest.expect("\n", 3)
+    words = dict(line.split() for line in guest.said.splitlines())
+    assert words["off"] == "0xFFFFFFFF"
+    assert words["on"] == words["again"] != "0xFFFFFFFF"
+    guest.machine.audit()
+    guest.go_on()
+    assert guest.end() == 0
+
+
+@SHARED
+def test_the_guest_resets_its_function(nvme: str, shared: Shared) -> None:
+    """By the function's own reset, under a driver that works: its interrupts and its drive are there again."""
+    script = """wait_for drive
+        cd /sys/bus/pci/devices/$first; echo methods $(cat reset_method)
+        for round in 1 2 3; do
+            echo 1 >reset || exit 1
+            dd if=$drive of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null && echo "read it"; done; go_on"""
+    guest = shared.script(script, "nvme")
+    guest.expect("read it", 3)
+    methods = guest.said.split("methods ")[1].splitlines()[0].split()
+    assert "flr" in methods or "pm" in methods
+    assert shared.devices["nvme"].interrupt == "MSI-X"
+    guest.machine.audit()
+    guest.go_on()
+    assert guest.end() == 0
+
+
+@SHARED
+def test_the_guest_moves_bars(edu: str, edu2: str, shared: Shared) -> None:
+    """Twice in a row, on top of each other, switched off in between; the identification register follows."""
+    script = """
+        for device in $first $second; do echo 1 >/sys/bus/pci/devices/$device/enable; done
+        one=$(($(get $first 16) & ~15)); two=$(($(get $second 16) & ~15))
+        devmem $((one + 4)) 32 0x11; devmem $((two + 4)) 32 0x22
+        look() { echo $1 $(devmem $((one + 4)) 32) $(devmem $((two + 4)) 32) $(devmem $((0xd0000000 + 4)) 32); }
+        look home
+        put $first 16 $((0xd0000000)); look moved
+        put $first 16 $((0xd4000000)); put $first 16 $((0xd0000000)); look again
+        put $second 16 $((0xd0000000)); look on-top
+        put $first 16 $((one)); look uncovered
+        put $first 4 0; look off
+        put $second 16 $((two)); put $first 4 2; look back
+        put $first 16 $((0xffffffff)); echo size $(get $first 16); look sizing
+        put $first 16 $((one)); look end; go_on"""
+    off = "0xFFFFFFFF"
+    one, two = "0xFFFFFFEE", "0xFFFFFFDD"  # edu answers with what was written, inverted
+    expected = {
+        "home": [one, two, off],
+        "moved": [off, two, one],
+        "again": [off, two, one],
+        "on-top": [off, off, one],
+        "uncovered": [one, off, two],
+        "off": [off, off, two],
+        "back": [one, two, off],
+        "size": ["0xfff00000"],
+        "sizing": [off, two, off],
+        "end": [one, two, off],
+    }
+    guest = shared.script(script, "edu", "edu2")
+    guest.expect("end ")
+    guest.expect("\n", len(expected))
+    assert {line.split()[0]: line.split()[1:] for line in guest.said.splitlines()} == expected
+    size = shared.devices["edu"].regions[0].size  # no other device has a BAR of that size
+    bars = [region for region in guest.machine.memory if region.kind is RegionKind.BAR and region.size == size]
+    assert len(bars) == 2
+    guest.machine.audit()
+    guest.go_on()
+    assert guest.end() == 0
 
 
 def test_a_device_in_d3hot_reads_as_ones_and_returns_to_d0(nic: str) -> None:
@@ -87,64 +199,6 @@ def test_a_device_in_d3hot_reads_as_ones_and_returns_to_d0(nic: str) -> None:
         wait_until(lambda: fastpath.reads["ECAM"] > reads + 10)
         guest.machine.deassign(device)
         guest.expect("gone")
-        guest.go_on()
-        assert guest.end().status == 0
-
-
-def test_the_guest_resets_its_function(nvme: str) -> None:
-    """By the function's own reset, under a driver that works: its interrupts and its drive are there again."""
-    script = """wait_for drive
-        cd /sys/bus/pci/devices/$first; echo methods $(cat reset_method)
-        for round in 1 2 3; do
-            echo 1 >reset || exit 1
-            dd if=$drive of=/dev/null bs=64k count=4 iflag=direct 2>/dev/null && echo "read it"; done; go_on"""
-    with host.borrow(nvme), running(CONFIGURE + script, nvme) as guest:
-        guest.expect("read it", 3)
-        methods = guest.said.split("methods ")[1].splitlines()[0].split()
-        assert "flr" in methods or "pm" in methods
-        assert guest.machine.devices[0].interrupt == "MSI-X"
-        guest.machine.audit()
-        guest.go_on()
-        assert guest.end().status == 0
-
-
-def test_the_guest_moves_bars(edu: str, edu2: str) -> None:
-    """Twice in a row, on top of each other, switched off in between; the identification register follows."""
-    script = """
-        for device in $first $second; do echo 1 >/sys/bus/pci/devices/$device/enable; done
-        one=$(($(get $first 16) & ~15)); two=$(($(get $second 16) & ~15))
-        devmem $((one + 4)) 32 0x11; devmem $((two + 4)) 32 0x22
-        look() { echo $1 $(devmem $((one + 4)) 32) $(devmem $((two + 4)) 32) $(devmem $((0xd0000000 + 4)) 32); }
-        look home
-        put $first 16 $((0xd0000000)); look moved
-        put $first 16 $((0xd4000000)); put $first 16 $((0xd0000000)); look again
-        put $second 16 $((0xd0000000)); look on-top
-        put $first 16 $((one)); look uncovered
-        put $first 4 0; look off
-        put $second 16 $((two)); put $first 4 2; look back
-        put $first 16 $((0xffffffff)); echo size $(get $first 16); look sizing
-        put $first 16 $((one)); look end; go_on"""
-    off = "0xFFFFFFFF"
-    one, two = "0xFFFFFFEE", "0xFFFFFFDD"  # edu answers with what was written, inverted
-    expected = {
-        "home": [one, two, off],
-        "moved": [off, two, one],
-        "again": [off, two, one],
-        "on-top": [off, off, one],
-        "uncovered": [one, off, two],
-        "off": [off, off, two],
-        "back": [one, two, off],
-        "size": ["0xfff00000"],
-        "sizing": [off, two, off],
-        "end": [one, two, off],
-    }
-    with host.borrow(edu, edu2), running(CONFIGURE + script, edu, edu2) as guest:
-        guest.expect("end ")
-        guest.expect("\n", len(expected))
-        assert {line.split()[0]: line.split()[1:] for line in guest.said.splitlines()} == expected
-        bars = [region for region in guest.machine.memory if region.kind is RegionKind.BAR]
-        assert len(bars) == 2
-        guest.machine.audit()
         guest.go_on()
         assert guest.end().status == 0
 

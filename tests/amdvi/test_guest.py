@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from support.guests import GUEST_SECONDS, boot, kvmpass, run
 
-from kvmpass import host
+from kvmpass import Session, host
+from kvmpass.boot import mtrr
 from kvmpass.cli.main import main
 from kvmpass.errors import GuestError
 from kvmpass.guest import Guest, GuestSpec, prepare
@@ -107,17 +108,6 @@ def test_the_guest_reads_and_writes_the_drive(nvme: str, tmp_path: Path, destruc
     assert all(f"kvmpass: {count}" in result.stderr.decode() for count in ("seconds", "  reads"))
 
 
-def test_interrupts_are_msi_x(nvme: str) -> None:
-    script = "dd if=/dev/nvme0n1 of=/dev/null bs=1M count=2; grep nvme0q /proc/interrupts"
-    result = run("assign", nvme, "--memory", "256M", "--cpus", "2", "--", "sh", "-c", script)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.decode().splitlines()
-    assert len(lines) >= 2
-    for line in lines:
-        assert "PCI-MSIX" in line or "PCI-MSI" in line
-    assert interrupts(result.stdout.decode()) > 0
-
-
 HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
 
@@ -143,10 +133,11 @@ def test_a_guest_on_huge_pages(nvme: str) -> None:
 
 @pytest.mark.amdvi(duration=35)
 def test_two_guests_at_once_and_a_third_is_refused(nvme: str, nvme2: str, capfd: pytest.CaptureFixture[str]) -> None:
-    script = f"{HASH_HEAD}; echo ready; sleep 10"
+    script = f"{HASH_HEAD}; echo ready; cat"
     guests = [
         subprocess.Popen(
-            kvmpass("assign", bdf, "--memory", "192M", "--", "sh", "-c", script),
+            kvmpass("assign", "-i", bdf, "--memory", "192M", "--", "sh", "-c", script),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -164,8 +155,9 @@ def test_two_guests_at_once_and_a_third_is_refused(nvme: str, nvme2: str, capfd:
     assert re.fullmatch(rf"kvmpass: {nvme} is assigned by process {guests[0].pid} \(.+\)", complaint), complaint
     assert (driver(nvme), driver(nvme2)) == ("vfio-pci", "vfio-pci")
     for guest, bdf, line in zip(guests, (nvme, nvme2), lines, strict=True):
-        assert guest.stdout and guest.stderr
-        with guest.stdout, guest.stderr:
+        assert guest.stdin and guest.stdout and guest.stderr
+        with guest.stdin, guest.stdout, guest.stderr:
+            guest.stdin.close()  # the end of cat
             assert (guest.stdout.read(), guest.wait(GUEST_SECONDS)) == ("ready\n", 0), guest.stderr.read()
         assert line.split()[0] == hashlib.sha256(head(bdf)).hexdigest()
 
@@ -180,18 +172,6 @@ def test_a_guest_that_panics_has_no_status(nvme: str, tmp_path: Path, valid: Val
     report = valid("status-file", status.read_text())
     assert (report["outcome"], report["guest_exit_status"], report["exit_status"]) == ("panic", None, 126)
     assert driver(nvme) == "nvme"
-
-
-@pytest.mark.amdvi(duration=30)
-def test_two_cpus_and_memory_above_4_gib(nvme: str) -> None:
-    script = f"nproc; grep MemTotal /proc/meminfo; grep 'System RAM' /proc/iomem; {HASH_HEAD}"
-    result = run("assign", nvme, "--cpus", "2", "--memory", "3584M", "--", "sh", "-c", script)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.decode().splitlines()
-    assert lines[0] == "2"
-    assert int(lines[1].split()[1]) > 3_300_000
-    assert any(line.startswith("100000000-11fffffff") for line in lines), lines
-    assert lines[-1].split()[0] == hashlib.sha256(head(nvme)).hexdigest()
 
 
 def test_the_console_is_a_terminal(nvme: str) -> None:
@@ -245,6 +225,79 @@ def test_the_console_is_a_terminal(nvme: str) -> None:
     assert driver(nvme) == "nvme"
 
 
+# --- one guest with two CPUs, a drive if there is one, and memory above 4 GiB, which takes long to make
+
+TWO_CPUS = pytest.mark.guest(devices=("nvme?",), cpus=2, memory="3584M", reuse="module", boot_timeout=200.0)
+
+
+def said(guest: Session, script: str) -> list[str]:
+    """The lines that a script prints."""
+    done = guest.run(["sh", "-ec", script], text=True, check=True, timeout=GUEST_SECONDS)
+    return str(done.stdout).splitlines()
+
+
+@pytest.fixture
+def digest(nvme: str) -> str:
+    """Of the drive's content, read by the host: before the guest has the drive."""
+    return hashlib.sha256(head(nvme)).hexdigest()
+
+
+@TWO_CPUS
+@pytest.mark.amdvi(duration=30)
+def test_two_cpus_and_memory_above_4_gib(digest: str, kvmpass_guest: Session) -> None:
+    """The first of this guest's tests: it boots here."""
+    script = f"nproc; grep MemTotal /proc/meminfo; grep 'System RAM' /proc/iomem; {HASH_HEAD}"
+    lines = said(kvmpass_guest, script)
+    assert lines[0] == "2"
+    assert int(lines[1].split()[1]) > 3_300_000
+    assert any(line.startswith("100000000-11fffffff") for line in lines), lines
+    assert lines[-1].split()[0] == digest
+
+
+@TWO_CPUS
+@pytest.mark.amdvi(duration=2)
+def test_interrupts_are_msi_x(nvme: str, kvmpass_guest: Session) -> None:
+    lines = said(kvmpass_guest, "dd if=/dev/nvme0n1 of=/dev/null bs=1M count=2; grep nvme0q /proc/interrupts")
+    assert len(lines) >= 2
+    for line in lines:
+        assert "PCI-MSIX" in line or "PCI-MSI" in line
+    assert interrupts("\n".join(lines)) > 0
+
+
+@TWO_CPUS
+@pytest.mark.amdvi(duration=2)
+def test_hardware_of_the_guest(kvmpass_guest: Session) -> None:
+    """Two CPUs, kvm-clock, no PIT and no 8259, a PCI root; the kernel reports no error."""
+    script = """nproc; cat /sys/devices/system/clocksource/clocksource0/current_clocksource
+        cat /proc/interrupts; ls /sys/bus/pci/devices; dmesg -r | grep '^<[0-3]>' || true"""
+    lines = said(kvmpass_guest, script)
+    text = "\n".join(lines)
+    assert lines[:2] == ["2", "kvm-clock"]
+    assert "timer" not in re.findall(r"IO-APIC.*", text)
+    assert "XT-PIC" not in text
+    assert "0000:00:00.0" in text
+    errors = [line for line in lines if re.match(r"<[0-3]>", line)]
+    expected = r"SVM not supported|No config space access function found"  # it finds ECAM later
+    assert [line for line in errors if not re.search(expected, line)] == []
+
+
+@TWO_CPUS
+@pytest.mark.amdvi(duration=2)
+def test_every_cpu_has_the_mtrrs_of_firmware(kvmpass_guest: Session) -> None:
+    machine = kvmpass_guest.machine
+    wanted = mtrr.mtrrs(machine._system.physical_bits)
+    assert len(machine.vcpus) == 2
+    assert wanted[mtrr.DEF_TYPE] & 0xFF == mtrr.WRITE_BACK
+    machine.pause(30)
+    try:
+        for vcpu in machine.vcpus:
+            assert vcpu.get_msrs(list(wanted)) == wanted
+            with pytest.raises(OSError, match=r"KVM_GET_MSRS: Invalid argument \(vCPU .*MSR 0xdead\)"):
+                vcpu.get_msrs([mtrr.DEF_TYPE, 0xDEAD])
+    finally:
+        machine.resume()
+
+
 # --- without any device
 
 
@@ -287,22 +340,6 @@ def test_programs_find_their_streams_and_the_kernels_own_file_systems() -> None:
     result, output = boot("sh", "-c", script)
     assert result.status == 0
     assert sorted(output.decode().splitlines()) == ["3", "err", "in", "out"]
-
-
-def test_hardware_of_the_guest() -> None:
-    """Two CPUs, kvm-clock, no PIT and no 8259, four serial ports, a PCI root; the kernel reports no error."""
-    script = """nproc; cat /sys/devices/system/clocksource/clocksource0/current_clocksource
-        cat /proc/interrupts; ls /sys/bus/pci/devices; dmesg -r | grep '^<[0-3]>'; true"""
-    result, output = boot("sh", "-c", script, cpus=2)
-    text = output.decode()
-    assert result.status == 0
-    assert text.splitlines()[:2] == ["2", "kvm-clock"]
-    assert "timer" not in re.findall(r"IO-APIC.*", text)
-    assert "XT-PIC" not in text
-    assert "0000:00:00.0" in text
-    errors = [line for line in text.splitlines() if re.match(r"<[0-3]>", line)]
-    expected = r"SVM not supported|No config space access function found"  # it finds ECAM later
-    assert [line for line in errors if not re.search(expected, line)] == []
 
 
 def test_pause_registers_and_nmi() -> None:

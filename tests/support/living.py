@@ -1,15 +1,17 @@
-"""Guests in a thread of the test: it waits for their output, and lets them continue."""
+"""Scripts in guests: the test waits for their output, and lets them continue."""
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kvmpass import host
+from kvmpass import Session, host
+from kvmpass.errors import GuestDied
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestImage, GuestResult, GuestSpec, prepare
 from kvmpass.kvm.vm import MsiRoute
@@ -31,32 +33,78 @@ drive() { set -- /dev/nvme*n1; drive=$1; [ -b "$drive" ] && true 2>/dev/null <"$
 """
 
 
-class Running:
-    """A guest that runs a script in a thread of its own, and its output."""
+class Script:
+    """A script that runs in a guest, and its output."""
 
-    def __init__(self, machine: Machine, guest: Guest, said: bytearray) -> None:
+    def __init__(self, machine: Machine, said: bytearray, thread: threading.Thread) -> None:
         self.machine = machine
-        self._said = said
-        self._guest = guest
-        self._result: GuestResult | None = None
-        self._thread = threading.Thread(target=self._run)
+        self._said, self._thread = said, thread
         self._thread.start()
-
-    def _run(self) -> None:
-        self._result = self._guest.run()
 
     @property
     def said(self) -> str:
         return bytes(self._said).decode()
+
+    @property
+    def _how(self) -> object:
+        """How it ended."""
+        return None
 
     def expect(self, text: str, count: int = 1, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while self.said.count(text) < count:
             assert time.monotonic() < deadline, f"no {text!r} (x{count}) in {self.said!r}"
             assert self._thread.is_alive() or self.said.count(text) >= count, (
-                f"the guest is over: {self.said!r} {self._result}"
+                f"the script is over: {self.said!r} {self._how}"
             )
             time.sleep(0.02)
+
+
+class InSession(Script):
+    """A script that runs in a guest that stays, as a process of it."""
+
+    def __init__(self, guest: Session, script: str) -> None:
+        words = ["sh", "-c", f"{FUNCTIONS}go_on() {{ read -r word; }}\n{script}"]
+        self._process = guest.popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        super().__init__(guest.machine, bytearray(), threading.Thread(target=self._read))
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with suppress(GuestDied):
+            while data := self._process.stdout.read1():  # type: ignore[attr-defined]
+                self._said += data
+
+    @property
+    def _how(self) -> object:
+        return self._process.poll()
+
+    def go_on(self) -> None:
+        """Let the script's ``go_on`` return."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"on\n")
+        self._process.stdin.flush()
+
+    def end(self, seconds: float = 60) -> int:
+        """Its status."""
+        status = self._process.wait(seconds)
+        self._thread.join(seconds)
+        return status
+
+
+class Running(Script):
+    """A guest that runs a script, its command, in a thread of its own."""
+
+    def __init__(self, machine: Machine, guest: Guest, said: bytearray) -> None:
+        self._guest = guest
+        self._result: GuestResult | None = None
+        super().__init__(machine, said, threading.Thread(target=self._run))
+
+    def _run(self) -> None:
+        self._result = self._guest.run()
+
+    @property
+    def _how(self) -> object:
+        return self._result
 
     def go_on(self) -> None:
         """Let the guest's ``go_on`` return."""
