@@ -24,8 +24,8 @@ SOAK = bool(os.environ.get("KVMPASS_SOAK"))
 SOAK_SECONDS = 2 * 3600.0  # for each phase of a long form, of which nobody knows how fast its machine is
 
 
-# Fixtures that need something made outside: a function that makes it, and returns what keeps it from being made.
-MADE_OUTSIDE = {"older_kernel": outside.older_kernel, "faulty_module": outside.faulty_module}
+# Fixtures that need something from outside: a function that makes it, if it can be made, and returns what is missing.
+MADE_OUTSIDE = {"older_kernel": outside.older_kernel, "faulty_module": outside.faulty_module, "fio": outside.fio}
 
 
 @pytest.hookimpl(trylast=True)  # after the plugin has decided where tests run
@@ -64,6 +64,13 @@ def older_kernel() -> Path:
 def faulty_module() -> Path:
     """``faulty.ko`` of ``docs/examples/driver``, for the lab's stock kernel, in the directory where it was built."""
     return named_by(outside.FAULTY_MODULE, "docs/examples/driver/faulty.ko, built for this kernel")
+
+
+@pytest.fixture
+def fio() -> None:
+    """``fio`` and ``nvme`` are programs of this host."""
+    if missing := outside.fio():
+        pytest.skip(missing)
 
 
 def named_by(variable: str, what: str) -> Path:
@@ -112,7 +119,7 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
     modern, newest = DEFAULT_PROFILES["modern"], DEFAULT_PROFILES["next"]
     return {
         "single": Profile(devices=("nvme,addr=04.0",)),
-        "driver": Profile(devices=("edu,addr=04.0",), kernel="stock", lab_only=True),
+        "driver": Profile(devices=("edu,addr=04.0", "nvme,addr=05.0"), kernel="stock", lab_only=True),
         "odd": Profile(
             devices=(
                 f"e1000e,addr=04.0,romfile={option_rom(rom_directory(config))}",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from support import ci_examples
 from support.repository import ROOT
+
+from kvmpass import host
 
 # A block that is run has the name of its profile before it, in a comment that a page does not show.
 _EXAMPLE = re.compile(r"^<!-- run: (?P<profile>[\w-]+) -->\n```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
@@ -66,3 +72,33 @@ def test_a_driver_authors_day(edu: str, faulty_module: Path, tmp_path: Path) -> 
         )
         assert _TIME.sub("[]", done.stdout) == _TIME.sub("[]", recipe["output"])
     assert kinds == ["run", "change", "run"]
+
+
+@pytest.mark.amdvi(profile="driver", duration=45)
+@pytest.mark.usefixtures("fio")
+def test_a_job_of_ci(edu: str, nvme: str, faulty_module: Path, tmp_path: Path) -> None:
+    """Each step as a runner starts it, in a shell of its own; without sudo, and with the driver built before."""
+    built, driver, programs = faulty_module.parent, tmp_path / "driver", tmp_path / "bin"
+    driver.mkdir()
+    programs.mkdir()
+    shutil.copy(built / "changed/factorial.ko", driver)
+    shutil.copy(built / "test.sh", driver)
+    (driver / "Makefile").write_text("all: factorial.ko\n")
+    (programs / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
+    (programs / "kvmpass").write_text(f'#!/bin/sh\nexec {sys.executable} -m kvmpass "$@"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    before = [host.Sysfs().driver(host.Bdf.parse(bdf)) for bdf in (nvme, edu)]
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "DRIVE": nvme, "CARD": edu}
+    for command in ci_examples.github():
+        subprocess.run(["bash", "-e", "-c", command], cwd=tmp_path, env=environment, timeout=200, check=True)
+    assert (tmp_path / "results/guest/factorials").read_text().splitlines() == [
+        "1! = 1",
+        "5! = 120",
+        "12! = 479001600",
+    ]
+    fio = json.loads((tmp_path / "results/guest/fio.json").read_text())
+    assert [(job["error"], job["read"]["total_ios"]) for job in fio["jobs"]] == [(0, 256)]
+    assert "/dev/nvme0n1" in (tmp_path / "results/nvme.json").read_text()
+    assert (tmp_path / "results/console.log").exists()
+    assert [host.Sysfs().driver(host.Bdf.parse(bdf)) for bdf in (nvme, edu)] == before

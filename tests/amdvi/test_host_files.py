@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -97,18 +96,6 @@ def test_a_guest_works_with_the_hosts_files_and_changes_none(nvme: str, tree: Pa
     assert facts() == bindings
     assert Path("/proc/self/mountinfo").read_text() == mounts
     until(lambda: not daemons())
-
-
-@pytest.mark.skipif(
-    not (shutil.which("nvme") and shutil.which("fio")), reason="needs programs of the host: nvme-cli and fio"
-)
-def test_the_hosts_tools_drive_the_device(nvme: str) -> None:
-    script = "nvme list | grep -c /dev/nvme0n1; cd /tmp && fio --name=x --filename=/dev/nvme0n1 --rw=read --size=1M"
-    words = [*KVMPASS, "assign", "--memory", "256M", "--root", "host", nvme, "--", "bash", "-c", script]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
-    print(done.stdout, done.stderr)
-    assert done.stdout.startswith("1\n")
-    assert "io=1024KiB" in done.stdout
 
 
 @pytest.mark.usefixtures("usual_signals")

@@ -42,6 +42,12 @@ def older_kernel() -> str | None:
     return None
 
 
+def fio() -> str | None:
+    """Return why ``fio`` and ``nvme`` cannot be run, in a guest with this host's root as well."""
+    missing = [name for name in ("fio", "nvme") if shutil.which(name) is None]
+    return f"no {' and no '.join(missing)} here: apt-get install fio nvme-cli makes it run" if missing else None
+
+
 def faulty_module() -> str | None:
     """Name a module of the cookbook, built by its commands, by ``FAULTY_MODULE``. Returns why there is none.
 

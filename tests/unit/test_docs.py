@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ci_examples
 from support.repository import ROOT
 
 from kvmpass.cli.main import COMMANDS
@@ -15,6 +17,10 @@ from kvmpass.cli.main import COMMANDS
 DOCS = ROOT / "docs"
 PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
 SCHEMAS = sorted(path.stem for path in (DOCS / "schemas").glob("*.json") if path.stem != "common")
+# Files that a page shows, and that tests in the emulated host run: test_examples.py.
+SHOWN = [
+    *(("cookbook.md", path) for path in sorted(ci_examples.CI.iterdir())),
+]
 _FENCE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _VALID = re.compile(r"^<!-- valid: (\S+) -->\n```json\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -94,3 +100,15 @@ def test_python_examples_compile() -> None:
     for page in PAGES:
         for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             compile(code, page.name, "exec")
+
+
+@pytest.mark.parametrize(("page", "file"), SHOWN, ids=lambda value: getattr(value, "name", value))
+def test_a_file_that_a_page_shows_is_shown_as_it_is(page: str, file: Path) -> None:
+    assert f"\n{file.read_text()}```\n" in (DOCS / page).read_text()
+
+
+def test_both_kinds_of_ci_run_the_same_commands() -> None:
+    commands = ci_examples.github()
+    assert commands == ci_examples.gitlab()
+    for command in commands:
+        subprocess.run(["bash", "-n", "-e", "-c", command], check=True)

@@ -36,7 +36,7 @@ def test_the_pages_lie_as_in_the_source() -> None:
         assert Path(target, path.name) == PAGES / path
     left_out = {
         path.relative_to(ROOT)
-        for suffix in ("*.md", "*.json", "*.[ch]", "Makefile")
+        for suffix in ("*.md", "*.json", "*.[ch]", "*.py", "*.toml", "*.yml", "Makefile")
         for path in (ROOT / "docs").rglob(suffix)
         if ".mod." not in path.name  # made by a build of the example in place
     } - set(files)

@@ -1,0 +1,28 @@
+"""The commands of the cookbook's files for CI."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from support.repository import ROOT
+
+CI = ROOT / "docs" / "examples" / "ci"
+
+
+def _job(name: str) -> dict[str, Any]:
+    parsed = yaml.safe_load((CI / name).read_text())
+    job: dict[str, Any] = parsed["jobs"]["device"] if "jobs" in parsed else parsed["device"]
+    return job
+
+
+def github() -> list[str]:
+    """The ``run`` of each step."""
+    return [step["run"] for step in _job("github.yml")["steps"] if "run" in step]
+
+
+def gitlab() -> list[str]:
+    """The commands of ``script`` and ``after_script``."""
+    job = _job("gitlab.yml")
+    return [*job["script"], *job["after_script"]]
