@@ -58,6 +58,7 @@ _BASE = (
     "edu,addr=06.0",
     "edu,addr=07.0",
     "e1000e,addr=08.0",
+    "e1000e,addr=09.0",
     # Refusals: two functions in one group, a device that shares its group with a bridge.
     "nvme,addr=10.0,multifunction=on",
     "nvme,addr=10.1",

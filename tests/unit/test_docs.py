@@ -15,11 +15,13 @@ from support.repository import ROOT
 from kvmpass.cli.main import COMMANDS
 
 DOCS = ROOT / "docs"
+DRIVE_LAB = DOCS / "examples" / "drive-lab"
 PAGES = [*ROOT.glob("*.md"), *DOCS.glob("*.md")]
 SCHEMAS = sorted(path.stem for path in (DOCS / "schemas").glob("*.json") if path.stem != "common")
-# Files that a page shows, and that tests in the emulated host run: test_examples.py.
+# Files that a page shows, and that tests in the emulated host run: test_examples.py, test_project.py.
 SHOWN = [
     *(("cookbook.md", path) for path in sorted(ci_examples.CI.iterdir())),
+    *(("testing.md", path) for kind in ("*.toml", "*.py") for path in sorted(DRIVE_LAB.rglob(kind))),
 ]
 _FENCE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
