@@ -7,7 +7,7 @@ STAMP := $(VENV)/.stamp
 
 PACKAGES := python3 python3-venv python3-dev gcc make libc6-dev linux-libc-dev qemu-system-x86 busybox-static \
 	kmod cpio xz-utils pciutils libudev1 libelf1 \
-	acpica-tools dmsetup iproute2 mount strace
+	acpica-tools dmsetup iproute2 mount strace fio nvme-cli
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Tests have a long form if they read KVMPASS_SOAK, or what the modules beside them made of it.
 SOAKING = $(shell grep -rlwE --include='test_*.py' 'KVMPASS_SOAK|SOAK' tests)
