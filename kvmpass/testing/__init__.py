@@ -22,9 +22,10 @@ The environment inside is small; the setting ``kvmpass_environment`` of a projec
 variables that are passed to it.
 
 Modules: :mod:`.profiles` defines the hosts, :mod:`.roles` finds devices, :mod:`.fixtures` has the fixtures,
-:mod:`.inplace` runs marked tests in this process, :mod:`.inner` reports from inside the lab, :mod:`.events` is the
-protocol, :mod:`.artifacts` copies files out, :mod:`.session` is one host, :mod:`.hosts` are several in parallel
-(:mod:`.capacity`: how many), :mod:`.outer` reports their tests, :mod:`.plugin` is the entry point.
+:mod:`.pool` guests that tests share, :mod:`.inplace` runs marked tests in this process, :mod:`.inner` reports from
+inside the lab, :mod:`.events` is the protocol, :mod:`.artifacts` copies files out, :mod:`.session` is one host,
+:mod:`.hosts` are several in parallel (:mod:`.capacity`: how many), :mod:`.outer` reports their tests, :mod:`.plugin`
+is the entry point.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 from kvmpass import Session
 from kvmpass.errors import GuestDied
 
-GUEST = {"devices": ("nvme", "nic"), "memory": "256M"}
+GUEST = {"devices": ("nvme", "nic"), "memory": "256M", "boot_timeout": 120.0}
 pytestmark = [pytest.mark.amdvi(profile="two-drives", timeout=120), pytest.mark.guest(**GUEST)]
 
 
