@@ -34,13 +34,13 @@ from kvmpass.guest.frames import (
     encode,
 )
 from kvmpass.guest.input import Input
-from kvmpass.guest.process import WINDOW, AgentProcess, Receiver
+from kvmpass.guest.process import ANSWER_SECONDS, SILENT_SECONDS, WINDOW, AgentProcess, Receiver, not_answering
 
 _MAX_FAILURE_TEXT = 512
 
 
 class Agent:
-    """Run processes in the guest. ``send`` sends bytes to the agent: the ``send`` of its port.
+    """Run processes in the guest. ``send`` sends bytes to the agent, and returns how many wait, if it knows.
 
     ``on_ready`` is called when it runs processes, ``on_failure`` with the text of a failure of the guest's init,
     ``on_bad_frame`` when the agent has violated the protocol. None must block.
@@ -51,14 +51,13 @@ class Agent:
 
     def __init__(
         self,
-        send: Callable[[bytes], object],
+        send: Callable[[bytes], int | None],
         *,
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[str], None] = lambda text: None,
         on_bad_frame: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.send = send
-        """See above."""
+        self._send = send
         self.changed = threading.Condition()
         """Notified of each change."""
         self.failure: str | None = None
@@ -67,12 +66,16 @@ class Agent:
         """Whether it has said that it runs processes."""
         self.uptime: float | None = None
         """The guest's uptime when it has started, in seconds."""
+        self.answering = True
+        """Whether it answers, as far as ``look`` has found out."""
         self._on_ready, self._on_failure, self._on_bad_frame = on_ready, on_failure, on_bad_frame
         self._reader = FrameReader()
         self._greeted = False
         self._processes: dict[int, AgentProcess] = {}
         self._pings: dict[int, bool] = {}
         self._last = 0
+        self._heard = time.monotonic()
+        self._asked: float | None = None  # when, if it has said nothing since
 
     # --- what the agent sends
 
@@ -80,13 +83,18 @@ class Agent:
         """Handle what the agent has written: the output of its port. Ignored after a failure."""
         if self.failure is not None:
             return
+        with self.changed:
+            self._heard, self._asked, self.answering = time.monotonic(), None, True
         try:
             for frame in self._reader.feed(data):
                 self._handle(frame)
         except BadFrame as error:
-            text = f"the guest's agent has violated its protocol: {error}"
-            self.fail(text)
-            self._on_bad_frame(text)
+            self._violated(str(error))
+
+    def _violated(self, what: str) -> None:
+        text = f"the guest's agent has violated its protocol: {what}"
+        self.fail(text)
+        self._on_bad_frame(text)
 
     def _handle(self, frame: Frame) -> None:
         if not self._greeted:
@@ -132,6 +140,27 @@ class Agent:
 
     # --- for its users
 
+    def send(self, frames: bytes) -> None:
+        """Send frames."""
+        self._send(frames)
+
+    def look(self) -> None:
+        """Find out whether the agent answers: sets ``answering``. To be called every second or so.
+
+        A ping every ``SILENT_SECONDS``, if nothing else comes from it. One that does not answer is not dead: it may
+        answer later.
+        """
+        with self.changed:
+            now = time.monotonic()
+            asking = self._asked is None and self.ready and now - self._heard >= SILENT_SECONDS
+            if asking:
+                self._asked = now
+            elif self._asked is not None and now - self._asked >= ANSWER_SECONDS and self.answering:
+                self.answering = False
+                self.changed.notify_all()
+        if asking:
+            self.send(encode(0, PING))
+
     def wait_ready(self, timeout: float | None = None) -> None:
         """Wait until the agent runs processes. Raises ``TimeoutError``, ``GuestDied``."""
         self._wait(lambda: self.ready, timeout)
@@ -158,8 +187,8 @@ class Agent:
         ``AgentProcess.grant`` is due once that is consumed; without it ``AgentProcess.read`` returns it. ``on_end``
         is called once it has ended and all of its output has been received; it must not block.
 
-        Raises ``GuestError`` while 64 processes run, or for more than 1 MiB of arguments and variables;
-        ``KvmpassError`` for a zero byte in one of them; ``GuestDied``.
+        Raises ``GuestError`` while 64 processes run, for more than 1 MiB of arguments and variables, or if the agent
+        does not answer; ``KvmpassError`` for a zero byte in one of them; ``GuestDied``.
         """
         flags = (WITH_INPUT if input is not None else 0) | (WITH_TERMINAL if terminal else 0)
         flags |= WITH_ERRORS_IN_OUTPUT if errors_in_output else 0
@@ -177,6 +206,8 @@ class Agent:
         with self.changed:
             if self.failure is not None:
                 raise GuestDied(self.failure)
+            if not self.answering:
+                raise not_answering()
             if len(self._processes) >= MAX_PROCESSES:
                 raise GuestError(f"{MAX_PROCESSES} processes run in the guest: its agent runs no more")
             self._last += 1

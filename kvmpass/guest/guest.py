@@ -268,6 +268,8 @@ class Guest:
                 self._machine.stop(GuestOutcome.TIMEOUT)
             elif outcome is None and leaving:
                 self._machine.stop()
+            if self._session and self.agent is not None:
+                self.agent.look()
             if outcome is GuestOutcome.REBOOT and restart and self._status is None:
                 self._ready = False
                 self._machine.reset()

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from kvmpass.errors import GuestDied
+from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest.frames import (
     CREDIT,
     DATA,
@@ -32,6 +32,10 @@ from kvmpass.guest.input import Input
 
 WINDOW = 1 << 20
 """Bytes of each of its output streams that may be on the way, or kept here unread."""
+SILENT_SECONDS = 10.0
+"""After which an agent that has said nothing is asked whether it still answers."""
+ANSWER_SECONDS = 20.0
+"""That it has to answer. It runs before all other programs of the guest: one that is busy answers."""
 _GRANT = WINDOW // 8  # granted at once: each grant interrupts the guest
 _NOT_RUN = 127  # as a shell says of a program that it does not find
 _MAX_SIGNAL = 64
@@ -45,9 +49,10 @@ class Sender(Protocol):
 
     changed: threading.Condition
     failure: str | None
+    answering: bool
 
-    def send(self, frame: bytes) -> object:
-        """Send a frame to the agent."""
+    def send(self, frames: bytes) -> None:
+        """Send frames to the agent."""
 
 
 class AgentProcess:
@@ -149,11 +154,14 @@ class AgentProcess:
     def wait_started(self, timeout: float | None = None) -> None:
         """Wait until it runs its program.
 
-        Raises the ``OSError`` of why it cannot, ``TimeoutError``, ``GuestDied``.
+        Raises the ``OSError`` of why it cannot, ``TimeoutError``, ``GuestError`` if the agent does not answer
+        (``Agent.look``), ``GuestDied``.
         """
-        self._wait(lambda: STATUS not in self._open, timeout)
+        self._wait(lambda: STATUS not in self._open or not self._agent.answering, timeout)
         if self.error is not None:
             raise self.error
+        if STATUS in self._open:
+            raise not_answering()
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait until it has ended and its output is complete; return ``returncode``.
@@ -211,6 +219,14 @@ class AgentProcess:
         """Set the size of its terminal: it gets SIGWINCH. 0 to 65535 each."""
         if self._exited is None:
             self._agent.send(encode(self.number, RESIZE, struct.pack("<HH", rows, columns)))
+
+
+def not_answering() -> GuestError:
+    """Return the error of a guest whose agent does not answer."""
+    return GuestError(
+        f"the guest does not answer: its agent has said nothing for {SILENT_SECONDS + ANSWER_SECONDS:g} seconds",
+        "look at its console (kvmpass logs), and end it if it has hung (kvmpass stop)",
+    )
 
 
 def _returncode(number: int, status: int) -> int:

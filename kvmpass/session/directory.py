@@ -65,7 +65,7 @@ class GuestStatus:
     devices: tuple[str, ...]
     """Addresses of its devices."""
     state: str
-    """``starting``, ``running``, ``stopping``; ``dead`` if its process has ended."""
+    """``starting``, ``running``, ``not answering``, ``stopping``; ``dead`` if its process has ended."""
     since: str
     """When it was started: ISO 8601, UTC; empty: unknown."""
 

@@ -142,6 +142,14 @@ class Session:
         """Why nothing more can be run, in one line; None while commands can be run."""
         return self._agent.failure
 
+    @property
+    def answering(self) -> bool:
+        """Whether the guest answers. If not, its agent has said nothing for half a minute, and starts no commands.
+
+        It may answer again: nothing is ended.
+        """
+        return self._agent.answering
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the guest has ended, ``timeout`` seconds at most; return whether."""
         self._thread.join(timeout)
@@ -169,7 +177,7 @@ class Session:
         is added to the guest's environment.
 
         Raises ``FileNotFoundError``, ``PermissionError`` and the other errors of running a program there;
-        ``GuestError`` (64 processes run, or the guest does not answer within a minute), ``GuestDied``.
+        ``GuestError`` (64 processes run, or the guest does not answer), ``GuestDied``.
         """
         return self.spawn(args, stdin=stdin, stdout=stdout, stderr=stderr, tty=tty, cwd=cwd, env=env)
 
@@ -312,4 +320,5 @@ class Session:
         run_all(self.stop, failure=error)
 
     def __repr__(self) -> str:
-        return f"<Session {shlex.quote(self.name)}, {self.ended or 'running'}>"
+        state = self.ended or ("running" if self.answering else "not answering")
+        return f"<Session {shlex.quote(self.name)}, {state}>"

@@ -44,8 +44,9 @@ class _Status:
     def set(self, state: str) -> None:
         """Set the guest's state. Raises ``OSError``."""
         with self._lock:
-            self._state = state
-            self._write()
+            if state != self._state:
+                self._state = state
+                self._write()
 
     def note(self, event: DeviceEvent) -> None:
         """Take a device that was removed from the running guest out of the document. Raises ``OSError``."""
@@ -83,7 +84,7 @@ def stay(
                 status.set("running")
                 ready(directory.path)
                 while not server.wait(_LOOK_SECONDS) and directory.exists:
-                    pass
+                    status.set("running" if session.answering else "not answering")
                 status.set("stopping")
                 result = session.stop(server.stop_seconds)
             ended = answer(result)

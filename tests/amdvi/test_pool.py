@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 
 from kvmpass import GuestOutcome, Session
+from kvmpass.errors import GuestError
+from kvmpass.guest import agent
 
+SECONDS = 30
 pytestmark = [pytest.mark.amdvi(duration=15), pytest.mark.guest(devices=("nvme",), memory="256M")]
 
 
@@ -19,6 +24,36 @@ def test_a_guest_has_the_device(kvmpass_guest: Session) -> None:
 
 def test_the_next_test_has_the_same_guest(kvmpass_guest: Session) -> None:
     assert kvmpass_guest.run(["test", "-e", "/tmp/was-here"]).returncode == 0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_busy_guest_answers_and_one_that_does_not_run_does_not(
+    kvmpass_guest: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then it starts no commands; it does once it runs again."""
+    monkeypatch.setattr(agent, "SILENT_SECONDS", 0.5)
+    busy = [kvmpass_guest.popen(["sh", "-c", "while :; do :; done"]) for _ in range(4)]
+    started = kvmpass_guest._agent._heard
+    wait_until(lambda: kvmpass_guest._agent._heard > started)  # a ping was answered: nothing else is said
+    assert kvmpass_guest.answering
+    monkeypatch.setattr(agent, "ANSWER_SECONDS", 0.5)
+    kvmpass_guest.machine.pause()
+    try:
+        wait_until(lambda: not kvmpass_guest.answering)
+        with pytest.raises(GuestError, match="the guest does not answer"):
+            kvmpass_guest.run(["true"])
+    finally:
+        kvmpass_guest.machine.resume()
+    wait_until(lambda: kvmpass_guest.answering)
+    for process in busy:
+        process.kill()
+        assert process.wait(SECONDS) == -signal.SIGKILL
 
 
 HANG_THE_AGENT = r"""

@@ -19,6 +19,7 @@ from support.agent import PROGRAM, LocalAgent
 from support.repository import ROOT
 
 from kvmpass.errors import GuestDied, GuestError, KvmpassError
+from kvmpass.guest import agent as module
 from kvmpass.guest import frames
 from kvmpass.guest.agent import Agent
 from kvmpass.guest.frames import ERRORS, OUTPUT
@@ -27,6 +28,7 @@ from kvmpass.guest.process import WINDOW, AgentProcess
 from kvmpass.initramfs import elf
 
 SECONDS = 20
+BEGIN = frames.encode(0, frames.HELLO, frames.NUMBERS.pack(frames.VERSION, 0)) + frames.encode(0, frames.READY)
 
 
 @pytest.fixture
@@ -242,6 +244,68 @@ def test_a_reader_that_stalls_stops_its_own_process_only(agent: Agent) -> None:
     assert len(stalled._kept[OUTPUT]) == WINDOW
     assert len(read_all(stalled)) == 10_000_000
     assert read_all(stalled, ERRORS) == b"end\n"
+
+
+def test_an_agent_that_stops_is_noticed_and_one_that_goes_on(
+    local: LocalAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing starts meanwhile, and nothing is ended."""
+    monkeypatch.setattr(module, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.2)
+    agent = local.agent
+
+    def look(answering: bool) -> None:
+        deadline = time.monotonic() + SECONDS
+        while agent.answering != answering and time.monotonic() < deadline:
+            agent.look()
+            time.sleep(0.05)
+        assert agent.answering == answering
+
+    agent.wait_ready(SECONDS)
+    busy = shell(agent, "sleep 0.1; echo still here")
+    busy.wait_started(SECONDS)
+    os.kill(local.program.pid, signal.SIGSTOP)
+    try:
+        waiting = agent.start(["echo", "late"])
+        looking = threading.Thread(target=look, args=[False])
+        looking.start()
+        with pytest.raises(GuestError, match="does not answer") as caught:
+            waiting.wait_started(SECONDS)
+        looking.join()
+        [hint] = caught.value.__notes__
+        assert hint.startswith("look at its console (kvmpass logs)")
+        with pytest.raises(GuestError, match="said nothing for 30 seconds"):
+            agent.start(["true"])
+        assert agent.failure is None
+    finally:
+        os.kill(local.program.pid, signal.SIGCONT)
+    look(True)
+    assert (busy.wait(SECONDS), read_all(busy)) == (0, b"still here\n")
+    assert (waiting.wait(SECONDS), agent._processes) == (0, {})
+
+
+def test_a_silent_agent_gets_one_ping(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[bytes] = []
+    agent = Agent(lambda data: sent.append(data))
+    monkeypatch.setattr(module, "SILENT_SECONDS", 0.0)
+    agent.look()
+    assert sent == [], "it has not said that it is ready"
+    agent.feed(BEGIN)
+    for _ in range(3):
+        agent.look()
+    assert (sent, agent.answering) == ([frames.encode(0, frames.PING)], True), "it has time to answer"
+    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.0)
+    for _ in range(3):
+        agent.look()
+    assert (len(sent), agent.answering) == (1, False)
+    agent.feed(frames.encode(0, frames.PONG))
+    assert agent.answering
+    agent.look()
+    assert (len(sent), agent.answering) == (2, True)
+    monkeypatch.undo()
+    agent.feed(frames.encode(0, frames.PONG))
+    agent.look()
+    assert len(sent) == 2, "it has said something just now"
 
 
 def test_many_at_once_and_no_more_than_that(agent: Agent) -> None:

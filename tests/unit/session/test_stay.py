@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +32,16 @@ def on_events() -> list[Callable[[DeviceEvent], None]]:
 
 
 @pytest.fixture
+def session() -> SimpleNamespace:
+    return SimpleNamespace(answering=True)
+
+
+@pytest.fixture
 def ends(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on_events: list[Callable[[DeviceEvent], None]]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    on_events: list[Callable[[DeviceEvent], None]],
+    session: SimpleNamespace,
 ) -> Iterator[list[str]]:
     """A guest that runs until it is stopped."""
     done: list[str] = []
@@ -45,7 +54,8 @@ def ends(
     @contextlib.contextmanager
     def opened(*arguments: Any, on_event: Callable[[DeviceEvent], None], **options: Any) -> Iterator[SimpleNamespace]:
         on_events.append(on_event)
-        yield SimpleNamespace(wait=ended.wait, stop=stop)
+        session.wait, session.stop = ended.wait, stop
+        yield session
         done.append("rebound")
 
     monkeypatch.setenv("KVMPASS_RUNTIME_DIR", str(tmp_path))
@@ -85,6 +95,27 @@ def test_a_device_that_was_removed_is_no_longer_the_guests(
     with pytest.raises(SystemExit):
         stay("one", [Bdf.parse(FIRST), Bdf.parse(SECOND)], GuestSpec(session=True), ready, lambda result: {})
     assert seen == [(FIRST, SECOND), (FIRST,), (FIRST,)]
+
+
+def test_a_guest_that_does_not_answer_is_shown_until_it_does(ends: list[str], session: SimpleNamespace) -> None:
+    def ready(directory: Path) -> None:
+        def watch() -> None:
+            for answering, state in ((True, "running"), (False, "not answering"), (True, "running")):
+                session.answering = answering
+                deadline = time.monotonic() + 20
+                while read(directory).state != state and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                states.append(read(directory).state)
+            shutil.rmtree(directory)  # ends it
+
+        watching.append(threading.Thread(target=watch))
+        watching[0].start()
+
+    states: list[str] = []
+    watching: list[threading.Thread] = []
+    stay("one", [], GuestSpec(session=True), ready, lambda result: {})
+    watching[0].join(20)
+    assert states == ["running", "not answering", "running"]
 
 
 def test_who_waits_learns_why_it_has_failed(ends: list[str]) -> None:
