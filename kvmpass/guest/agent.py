@@ -36,6 +36,7 @@ from kvmpass.guest.frames import (
 from kvmpass.guest.input import Input
 from kvmpass.guest.process import ANSWER_SECONDS, SILENT_SECONDS, WINDOW, AgentProcess, Receiver, not_answering
 
+_MAX_WAITING = 2 * MAX_PROCESSES * MAX_START  # bytes that it has not read: more than all that may be started has
 _MAX_FAILURE_TEXT = 512
 
 
@@ -141,8 +142,9 @@ class Agent:
     # --- for its users
 
     def send(self, frames: bytes) -> None:
-        """Send frames."""
-        self._send(frames)
+        """Send frames. An agent that reads nothing, and makes this side send more and more, has failed."""
+        if (self._send(frames) or 0) > _MAX_WAITING and self.failure is None:
+            self._violated("it does not read")
 
     def look(self) -> None:
         """Find out whether the agent answers: sets ``answering``. To be called every second or so.

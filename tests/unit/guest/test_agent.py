@@ -308,6 +308,27 @@ def test_a_silent_agent_gets_one_ping(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(sent) == 2, "it has said something just now"
 
 
+def test_an_agent_that_writes_and_does_not_read_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this side has to say to it would grow."""
+    waiting = bytearray()
+
+    def send(data: bytes) -> int:
+        waiting.extend(data)
+        return len(waiting)
+
+    agent = Agent(send)
+    agent.feed(BEGIN)
+    process = agent.start(["yes"], receive=lambda process, stream, data: process.grant(stream, len(data)))
+    monkeypatch.setattr(module, "_MAX_WAITING", 10_000)
+    output = frames.encode(process.number, frames.DATA, bytes(frames.MAX_PAYLOAD), OUTPUT)
+    for _ in range(10_000):
+        agent.feed(output)
+    assert agent.failure == "the guest's agent has violated its protocol: it does not read"
+    assert len(waiting) < 11_000
+    with pytest.raises(GuestDied):
+        process.wait(0)
+
+
 def test_many_at_once_and_no_more_than_that(agent: Agent) -> None:
     processes = [agent.start(["cat"], input=Input()) for _ in range(frames.MAX_PROCESSES)]
     with pytest.raises(GuestError, match="64 processes"):
