@@ -11,6 +11,7 @@
 
 #define INPUT_GRANT (INPUT_WINDOW / 4) /* bytes granted at once, or all once nothing waits */
 #define LEFT_BEHIND_MS 300 /* for what processes still write that a process has left behind */
+#define TERMINAL_BUFFERS 32768 /* bytes, more than a terminal has: the kernel limits them to 4 and 8 KiB */
 
 struct process processes[MAX_PROCESSES];
 
@@ -167,6 +168,13 @@ void write_input(struct process *process)
 		close_input(process);
 }
 
+static bool readable(int fd)
+{
+	struct pollfd polled = {.fd = fd, .events = POLLIN};
+
+	return call3(poll, &polled, 1, 0) > 0 && polled.revents & POLLIN;
+}
+
 void read_output(struct process *process, enum stream number)
 {
 	struct stream_state *stream = &process->streams[number];
@@ -189,7 +197,8 @@ void read_output(struct process *process, enum stream number)
 	if (stream->left >= 0)
 		stream->left -= done;
 	send(process->id, DATA, number, done);
-	if (!stream->left) /* what holds it open may be silent: poll would not report it */
+	/* What holds it open may be silent: poll would not report the end. */
+	if (!stream->left || (stream->left > 0 && !readable(stream->fd)))
 		close_stream(process, number);
 }
 
@@ -204,10 +213,14 @@ void limit_output(struct process *process)
 
 		if (stream->fd < 0)
 			continue;
-		/* No process has left it open: it is read to its end. Of a terminal FIONREAD counts 4 KiB at most. */
+		/* No process has left it open: it is read to its end. */
 		if (call3(poll, &polled, 1, 0) > 0 && polled.revents & POLLHUP)
 			continue;
-		call3(ioctl, stream->fd, FIONREAD, &size);
+		/* Of a terminal FIONREAD counts 4 KiB at most: the rest comes when that is read. */
+		if (!process->terminal)
+			call3(ioctl, stream->fd, FIONREAD, &size);
+		else if (readable(stream->fd))
+			size = TERMINAL_BUFFERS;
 		stream->left = size;
 		if (!size)
 			close_stream(process, number);

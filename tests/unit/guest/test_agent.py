@@ -392,13 +392,24 @@ def test_what_it_leaves_behind_and_never_ends_to_write(agent: Agent) -> None:
     assert process.wait(SECONDS) == 0
 
 
-def test_what_it_leaves_behind_may_be_silent(agent: Agent) -> None:
-    """It holds the pipe open, in which output is left at the time limit."""
-    process = shell(agent, f"sleep 30 & echo $! >&2; head -c {WINDOW + 10_000} /dev/zero")
-    child = int(read_all(process, ERRORS))
-    assert len(read_all(process)) == WINDOW + 10_000
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_it_leaves_behind_may_be_silent(agent: Agent, tmp_path: Path, terminal: bool) -> None:
+    """It holds the pipe or terminal open, in which output is left at the time limit."""
+    sent, child = WINDOW + 10_000, tmp_path / "child"
+    script = f"trap '' HUP; sleep 30 & echo $! >{child}; head -c {sent} /dev/zero"
+    process = shell(agent, script, terminal=(24, 80) if terminal else None)
+    eventually(lambda: process._exited is not None)
+    time.sleep(0.5)
+    assert len(process._kept[OUTPUT]) == WINDOW
+    assert len(read_all(process)) == sent
     assert process.wait(SECONDS) == 0
-    os.kill(child, signal.SIGKILL)
+    os.kill(int(child.read_text()), signal.SIGKILL)
+
+
+def test_what_it_leaves_behind_and_never_ends_to_write_to_a_terminal(agent: Agent) -> None:
+    process = shell(agent, "trap '' HUP; yes & exit 0", terminal=(24, 80))
+    assert read_all(process)
+    assert process.wait(SECONDS) == 0
 
 
 def test_a_terminal(agent: Agent) -> None:
