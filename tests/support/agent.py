@@ -19,13 +19,13 @@ PROGRAM = Path(init.AGENT)
 class LocalAgent:
     """An agent that runs, and the host's side of it."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, program: Path = PROGRAM) -> None:
         own, other = socket.socketpair()
         self.failures: list[str] = []
         self.sent, self.received = bytearray(), bytearray()
         self._socket = own
         self._lock = threading.Lock()
-        self.program = subprocess.Popen([PROGRAM, *arguments], stdin=other, env=environment or dict(os.environ))
+        self.program = subprocess.Popen([program, *arguments], stdin=other, env=environment or dict(os.environ))
         other.close()
         self.agent = Agent(self.send, on_failure=self.failures.append, on_bad_frame=self.failures.append)
         self._thread = threading.Thread(target=self._read, daemon=True)

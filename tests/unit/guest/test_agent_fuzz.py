@@ -1,11 +1,22 @@
-"""A hostile agent: whatever it sends, the host keeps little, calls back nothing that is wrong, and hangs nobody."""
+"""Hostile agents and hosts.
+
+Whatever an agent sends, the host keeps little, calls back nothing that is wrong, and hangs nobody. Whatever the agent
+gets, it stays in step or ends.
+"""
 
 from __future__ import annotations
 
 import os
 import random
+import runpy
+import subprocess
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+import setuptools
+from support.agent import LocalAgent
+from support.repository import ROOT
 
 from kvmpass.errors import GuestDied
 from kvmpass.guest import frames
@@ -162,3 +173,79 @@ def test_a_reader_of_frames_keeps_less_than_one() -> None:
     assert (found.process, found.type, found.stream, len(found.payload)) == (5, frames.DATA, 1, frames.MAX_PAYLOAD)
     with pytest.raises(BadFrame, match="bytes"):
         FrameReader().feed((frames.MAX_PAYLOAD + 1).to_bytes(4, "little") + bytes(8))
+
+
+# --- the other way round: the program itself, and a host that sends anything
+
+PROGRAMS = (
+    (b"true",),
+    (b"cat",),
+    (b"head", b"-c", b"100000", b"/dev/zero"),
+    (b"sleep", b"0.05"),
+    (b"/nowhere",),
+)
+LARGEST = (1 << 32) - 1
+
+
+def random_start(rng: random.Random) -> bytes:
+    """What starts one of these programs, or is not quite that: no other name of a program is ever sent."""
+    words, variables = rng.choice(PROGRAMS), rng.choice([(), (b"A=b",)])
+    head = frames.START_HEAD.pack(
+        rng.choice([0, 1, 2, 3, 4, 7, rng.getrandbits(32)]),
+        rng.choice([0, 1, 4096, WINDOW, LARGEST]),
+        rng.getrandbits(16),
+        rng.getrandbits(16),
+        rng.choice([len(words)] * 4 + [0, len(words) + 1, LARGEST]),
+        rng.choice([len(variables)] * 4 + [len(variables) + 1, LARGEST]),
+    )
+    strings = (rng.choice([b"", b"", b"/nowhere"]), rng.choice([b"", b"/", b"/nowhere"]), *words, *variables)
+    payload = head + b"".join(string + b"\0" for string in strings)
+    return payload if rng.randrange(4) else payload[: rng.randrange(len(payload))]
+
+
+def random_frames(rng: random.Random) -> bytes:
+    """One frame of a host; seldom one that is too large, after which nothing can be decoded."""
+    process, stream = rng.choice([0, *range(1, 80), rng.getrandbits(32)]), rng.choice([0, 0, 1, 2, 3, 255])
+    kind = rng.choice([1, 1, *range(1, 8), *range(1, 8), rng.randrange(256)])
+    if rng.randrange(400) == 0:
+        return b"\xff" * 4 + rng.randbytes(rng.randrange(8, 64))
+    if kind == frames.START:
+        return encode(process, kind, random_start(rng), rng.choice([0, 0, 0, 1]))
+    if kind == frames.POWER_OFF and rng.randrange(50):
+        kind = frames.PING
+    number = NUMBERS.pack(rng.choice([0, 1, 9, 15, WINDOW, LARGEST]), 0)
+    small = rng.randbytes(rng.randrange(64))
+    return encode(process, kind, rng.choice([b"", number, number, small, bytes(rng.randrange(8000))]), stream)
+
+
+@pytest.fixture
+def trapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The program, built so that undefined behaviour traps."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    sources, arguments = runpy.run_path(str(ROOT / "setup.py"))["PROGRAMS"]["kvmpass/initramfs/agent"]
+    checks = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    files = [ROOT / "cffi_build" / source for source in sources]
+    subprocess.run(["gcc", *arguments, *checks, "-o", tmp_path / "agent", *files], check=True)
+    return tmp_path / "agent"
+
+
+def test_a_host_that_sends_anything(trapping: Path) -> None:
+    """The program ends by itself, or goes on answering; what it sends is always of the right form."""
+    ends, answered = set[int](), 0
+    for seed in range(SEEDS // 5):
+        rng = random.Random(seed)
+        local = LocalAgent(program=trapping)
+        for _ in range(FRAMES):
+            data = random_frames(rng)
+            cut = rng.randrange(len(data))
+            local.send(data[:cut])
+            local.send(data[cut:])
+            if local.agent.failure is not None:
+                break
+        with suppress(GuestDied):
+            local.agent.ping(20)
+            answered += 1
+        ends.add(local.close())
+        assert local.failures == [], seed
+    assert ends <= {0, 1}, "by a signal"
+    assert 0 < answered < SEEDS // 5, "the frames miss what they are aimed at"
