@@ -21,7 +21,7 @@ class Input:
         self._pending = bytearray()
         self._send: Callable[[bytes], object] | None = None
         self._process = 0
-        self._credit = 0
+        self._credit = INPUT_WINDOW
         self._sending = False
         self._ending = False  # nothing more comes
         self._ended = False  # the guest knows
