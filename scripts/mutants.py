@@ -52,10 +52,19 @@ TARGETS = (
     "kvmpass/kvm/routing.py",
     "kvmpass/virtio/queue.py",
     "kvmpass/virtio/transport.py",
+    "kvmpass/guest/agent.py",
+    "kvmpass/guest/frames.py",
+    "kvmpass/guest/input.py",
+    "kvmpass/guest/process.py",
+    "kvmpass/session/messages.py",
     "kvmpass/_teardown.py",
 )
 SEED, NUMBER, THRESHOLD = 9, 200, 90.0
-NEAR = ("dma/", "memory/", "kvm/", "pci/", "virtio/", "assignment/", "test_layout", "test_pciregs")  # their tests
+NEAR = (  # their tests
+    *("dma/", "memory/", "kvm/", "pci/", "virtio/", "assignment/", "test_layout", "test_pciregs"),
+    *(f"guest/test_{name}" for name in ("agent", "frames", "input", "process")),
+    "session/test_messages",
+)
 ADDRESS_SPACE = 16 << 30  # bytes: a mutant that allocates without end is killed by this, not by the machine
 FACTOR, SLACK, WAITING = 3.0, 3.0, 10.0  # processor time: times what the tests need, and seconds; on the clock: more
 NICE = 5
