@@ -48,6 +48,7 @@ def test_output_and_input_arrive_and_a_stalled_reader_delays_nobody_else(tmp_pat
     The long form: 100 MB each way, and at least 5 MB/s out.
     """
     content, typed = os.urandom(SIZE), os.urandom(SIZE // 2)
+    reading = list[float]()
     (tmp_path / "data").write_bytes(content)
     script = f"""for n in {" ".join(["."] * ROUNDS)}; do cat /data; done; echo first >&2; cat /data & sleep 1
         echo second >&2; wait; echo third >/dev/stderr; sha256sum; echo end >/dev/stdout"""
@@ -63,6 +64,8 @@ def test_output_and_input_arrive_and_a_stalled_reader_delays_nobody_else(tmp_pat
         errors.extend(data)
         if b"second" in errors:
             output.opened.set()
+        if b"third" in errors:
+            reading.append(time.monotonic())
 
     with (
         Machine(memory="192M") as machine,
@@ -77,7 +80,8 @@ def test_output_and_input_arrive_and_a_stalled_reader_delays_nobody_else(tmp_pat
         exits = machine.exit_reasons
     stalled = next(at for at in range(1, len(times) + 1) if at == len(times) or times[at] - times[at - 1] > 0.5)
     rate = ROUNDS * SIZE / 1e6 / (times[stalled - 1] - times[0])
-    print(f"{rate:.1f} MB/s out", exits, len(output.read), bytes(output.read[-100:]), errors)
+    rate_in = INPUTS * SIZE / 2e6 / (times[-1] - reading[0])
+    print(f"{rate:.1f} MB/s out, {rate_in:.1f} MB/s in", exits, len(output.read), bytes(output.read[-100:]), errors)
     assert (result.status, result.failures) == (0, ()), result
     assert output.in_time, "errors waited for the reader of the output"
     size = (ROUNDS + 1) * SIZE
