@@ -230,7 +230,7 @@ def not_answering() -> GuestError:
 
 
 def _returncode(number: int, status: int) -> int:
-    if not 0 <= number <= _MAX_SIGNAL or not 0 <= status <= 255:
+    if number > _MAX_SIGNAL or status > 255:
         raise BadFrame(f"an end by signal {number}, status {status}")
     return -number if number else status
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ MAX_MESSAGE = 128 << 10
 """Bytes of one message."""
 MAX_DESCRIPTORS = 3
 """Descriptors with one message."""
+
+_CREDENTIALS = struct.Struct("=3I")  # process, user, group (struct ucred)
 
 
 class BadMessage(Exception):
@@ -63,5 +66,6 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | Non
 
 def peer(connection: socket.socket) -> int:
     """Return the user id of the other side's process, when it connected or listened."""
-    size = 12
-    return int.from_bytes(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)[4:8], "little")
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(data)
+    return int(user)

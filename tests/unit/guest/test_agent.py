@@ -454,6 +454,39 @@ def test_keys_of_a_terminal(agent: Agent) -> None:
     assert process.wait(SECONDS) == 0
 
 
+def test_all_that_can_be_started_may_wait_for_the_guests_boot() -> None:
+    waiting = bytearray()
+
+    def send(data: bytes) -> int:
+        waiting.extend(data)
+        return len(waiting)
+
+    agent = Agent(send)
+    for _ in range(frames.MAX_PROCESSES):
+        agent.start(["a" * (frames.MAX_START - 100)])
+    assert agent.failure is None
+    assert len(waiting) > 0.9 * frames.MAX_PROCESSES * frames.MAX_START
+
+
+def test_how_long_the_guest_had_run_and_pings_at_once() -> None:
+    numbers: list[int] = []
+
+    def send(data: bytes) -> None:
+        [frame] = frames.FrameReader().feed(data)
+        numbers.append(frame.process)
+        if len(numbers) == 1:
+            with pytest.raises(TimeoutError, match="does not answer within 0 seconds"):
+                agent.ping(0)
+            agent.feed(frames.encode(numbers[0], frames.PONG))
+
+    agent = Agent(send)
+    agent.feed(frames.encode(0, frames.HELLO, frames.NUMBERS.pack(frames.VERSION, 2500)))
+    assert (agent.uptime, agent.ready) == (2.5, False)
+    agent.ping(0)
+    assert len(set(numbers)) == 2
+    assert agent._pings == {}
+
+
 def test_it_answers(agent: Agent) -> None:
     assert agent.ping(SECONDS) < SECONDS
     assert agent._pings == {}
