@@ -79,7 +79,7 @@ lint: venv ## ruff and mypy
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
 	@$(BIN)/mypy scripts/demo.py
-	@MYPYPATH=scripts/bench:tests $(BIN)/mypy scripts/bench/run.py scripts/bench/reads.py
+	@MYPYPATH=scripts/bench:tests $(BIN)/mypy scripts/bench/run.py scripts/bench/accesses.py
 
 format: venv ## let ruff format the code
 	@$(BIN)/ruff check --fix $(SOURCES)

@@ -1,4 +1,4 @@
-/* Registers that a guest reads without Python: some of their bytes are emulated, the others are read from a file.
+/* Registers that a guest accesses without Python: a file's, such as VFIO's, and emulated ones, which it reads.
  *
  * KVM has a fast path too: exits that it handles without the rest of its run loop (EXIT_FASTPATH_REENTER_GUEST,
  * arch/x86/kvm/x86.c). Everything else, and all that could go wrong, is for Python. */
@@ -10,17 +10,17 @@
 
 struct kvmpass_registers {
 	uint64_t gpa;  /* of the first one: a multiple of 8 */
-	uint64_t size; /* bytes, also of `values` and `emulated` */
+	uint64_t size; /* bytes: a multiple of 8; also of `values` and `emulated` */
 	const uint8_t *values;   /* what emulated bytes read as; Python changes them at any time */
-	const uint8_t *emulated; /* 0xff for each emulated byte, 0 for one of the file */
+	const uint8_t *emulated; /* 0xff for each emulated byte, 0 for one of the file; NULL if all are the file's */
 	int fd;
 	uint64_t offset; /* of the first one in the file */
 	uint64_t exit_start, exit_end; /* in between, relative to the first one, Python reads */
-	uint64_t *reads; /* counts them */
+	uint64_t *counts; /* of reads and of writes */
 };
 
 /* The lock is held for reading during an access, also of the file: once the writer has it, no thread uses what was in
- * the table before. It prefers writers, as the guest decides how often it reads. */
+ * the table before. It prefers writers, as the guest decides how often it accesses registers. */
 struct kvmpass_fastpath {
 	pthread_rwlock_t lock;
 	const struct kvmpass_registers *table; /* by address, not overlapping */
@@ -68,48 +68,69 @@ static const struct kvmpass_registers *kvmpass_registers_at(const struct kvmpass
 	return NULL;
 }
 
-static void kvmpass_registers_read(const struct kvmpass_registers *from, uint64_t at, uint32_t size, uint8_t *data)
+static void kvmpass_file_read(const struct kvmpass_registers *from, uint64_t at, uint32_t size, uint8_t *data)
+{
+	ssize_t done;
+
+	do
+		done = pread(from->fd, data, size, (off_t)(from->offset + at));
+	while (done < 0 && errno == EINTR);
+	if (done != (ssize_t)size) /* as an empty bus */
+		memset(data, 0xff, size);
+}
+
+static void kvmpass_file_write(const struct kvmpass_registers *to, uint64_t at, uint32_t size, const uint8_t *data)
+{
+	ssize_t done;
+
+	do
+		done = pwrite(to->fd, data, size, (off_t)(to->offset + at));
+	while (done < 0 && errno == EINTR); /* any other failure: lost, as on an empty bus */
+}
+
+static int kvmpass_emulated_read(const struct kvmpass_registers *from, uint64_t at, uint32_t size, uint8_t *data)
 {
 	uint8_t values[8], emulated[8], own[8];
 	int all = 1;
 
+	/* Linux reads aligned dwords, or parts of one; what crosses one is two accesses of the device. */
+	if (size > 4 || (at & 3) + size > 4)
+		return 0;
+	if (from->exit_start != from->exit_end && at + size > from->exit_start && at < from->exit_end)
+		return 0;
 	/* Whole and at once: Python writes a register with one store while others may read it. */
 	memcpy(values, from->values + (at & ~7ULL), 8);
 	memcpy(emulated, from->emulated + (at & ~7ULL), 8);
 	for (uint32_t i = 0; i < size; i++)
 		all &= emulated[(at & 7) + i] == 0xff;
-	if (!all) {
-		ssize_t done;
-
-		do
-			done = pread(from->fd, own, size, (off_t)(from->offset + at));
-		while (done < 0 && errno == EINTR);
-		if (done != (ssize_t)size) /* as an empty bus */
-			memset(own, 0xff, size);
-	}
+	if (!all)
+		kvmpass_file_read(from, at, size, own);
 	for (uint32_t i = 0; i < size; i++)
 		data[i] = emulated[(at & 7) + i] ? values[(at & 7) + i] : own[i];
+	return 1;
 }
 
-/* Read `size` bytes at `gpa` into `data`. Return 1, or 0 if Python has to. */
-static int kvmpass_fastpath_read(struct kvmpass_fastpath *path, uint64_t gpa, uint32_t size, uint8_t *data)
+/* Read `size` bytes at `gpa` into `data`, or write them. Return 1, or 0 if Python has to. */
+static int kvmpass_fastpath_access(struct kvmpass_fastpath *path, uint64_t gpa, uint32_t size, int is_write,
+                                   uint8_t *data)
 {
 	int done = 0;
 
-	/* Linux reads aligned dwords, or parts of one; what crosses one is two accesses of the device. */
-	if (!size || size > 4 || (gpa & 3) + size > 4 || pthread_rwlock_rdlock(&path->lock))
+	if (!size || size > 8 || (gpa & 7) + size > 8 || pthread_rwlock_rdlock(&path->lock))
 		return 0;
 	const struct kvmpass_registers *found = kvmpass_registers_at(path, gpa);
 
-	if (found) {
-		uint64_t at = gpa - found->gpa;
-
-		if (found->exit_start == found->exit_end || at + size <= found->exit_start || at >= found->exit_end) {
-			kvmpass_registers_read(found, at, size, data);
-			__atomic_fetch_add(found->reads, 1, __ATOMIC_RELAXED);
-			done = 1;
-		}
+	if (found && found->emulated) {
+		done = !is_write && kvmpass_emulated_read(found, gpa - found->gpa, size, data);
+	} else if (found) {
+		if (is_write)
+			kvmpass_file_write(found, gpa - found->gpa, size, data);
+		else
+			kvmpass_file_read(found, gpa - found->gpa, size, data);
+		done = 1;
 	}
+	if (done)
+		__atomic_fetch_add(&found->counts[!!is_write], 1, __ATOMIC_RELAXED);
 	pthread_rwlock_unlock(&path->lock);
 	return done;
 }

@@ -214,14 +214,14 @@ static int kvm_set_device_attr_file(int device, uint32_t group, uint64_t attr, i
 	return RESULT(ioctl(device, KVM_SET_DEVICE_ATTR, &request));
 }
 
-/* Whether the exit is a read that the fast path has handled. Writes that KVM has collected come before it. */
+/* Whether the exit is an access that the fast path has handled. Writes that KVM has collected come before it. */
 static int kvmpass_answered(struct kvm_run *run, struct kvmpass_fastpath *path)
 {
 	char *page = (char *)run + KVM_COALESCED_MMIO_PAGE_OFFSET * 4096;
 	volatile struct kvm_coalesced_mmio_ring *ring = (struct kvm_coalesced_mmio_ring *)page;
 
-	return run->exit_reason == KVM_EXIT_MMIO && !run->mmio.is_write && ring->first == ring->last &&
-	       kvmpass_fastpath_read(path, run->mmio.phys_addr, run->mmio.len, run->mmio.data);
+	return run->exit_reason == KVM_EXIT_MMIO && ring->first == ring->last &&
+	       kvmpass_fastpath_access(path, run->mmio.phys_addr, run->mmio.len, run->mmio.is_write, run->mmio.data);
 }
 
 /* Enter the guest until an exit that is not for the fast path, which may be NULL. A signal ends it in any case, as

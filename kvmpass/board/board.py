@@ -69,7 +69,7 @@ class Board:
             self.pci = PciBus()
             """The PCI bus."""
             self.fastpath = Fastpath()
-            """What vCPUs read without Python."""
+            """What vCPUs access without Python."""
             self._config_ports: ConfigPorts | None = None
             self._readable: ReadableConfig | None = None
             self._ecam = layout.ecam
@@ -124,7 +124,9 @@ class Board:
         """Plug the function that ``make`` returns into ``slot`` as function ``number``. Raises ``LayoutError``."""
         gsis = tuple(ports.intx_gsi(slot, pin) for pin in range(4))
         place = f"{slot:02x}.{number}"
-        wiring = Wiring(self.vm, self.routes, self._memory, self.ports, self.mmio, self._bars, gsis, place)
+        wiring = Wiring(
+            self.vm, self.routes, self._memory, self.ports, self.mmio, self._bars, gsis, place, self.fastpath
+        )
         with undo_on_error() as undo:
             function = make(wiring)
             undo.callback(function.close)

@@ -1,6 +1,6 @@
 """Objects over KVM's file descriptors (Documentation/virt/kvm/api.rst)."""
 
-from kvmpass.kvm.fastpath import Fastpath, FastRegisters
+from kvmpass.kvm.fastpath import FastFile, Fastpath, FastRegisters
 from kvmpass.kvm.memslots import Memslot, Memslots
 from kvmpass.kvm.routing import IrqRoutes
 from kvmpass.kvm.system import System
@@ -11,6 +11,7 @@ from kvmpass.kvm.vm import MsiRoute, VfioDevice, Vm
 __all__ = [
     "Capability",
     "CpuidEntry",
+    "FastFile",
     "FastRegisters",
     "Fastpath",
     "IrqRoutes",

@@ -46,7 +46,7 @@ def install_kick(signal_number: int) -> None:
 
 
 class Vcpu(OwnedFd):
-    """One vCPU of a VM. ``fastpath``: registers that the guest reads while ``run`` does not return.
+    """One vCPU of a VM. ``fastpath``: registers that the guest accesses without a return of ``run``.
 
     Synchronization: ``request_exit`` and ``answered`` from any thread; everything else from the thread that runs it,
     or from any while that one is outside of ``run()``: before the start, or while the machine is paused.
@@ -72,7 +72,7 @@ class Vcpu(OwnedFd):
         super().close()
 
     def run(self) -> exits.Exit:
-        """Enter the guest until it exits (``KVM_RUN``), other than by a read of the fast path.
+        """Enter the guest until it exits (``KVM_RUN``), other than by an access on the fast path.
 
         A failure of the ioctl is an exit, too, as guests can cause it.
 
@@ -100,7 +100,7 @@ class Vcpu(OwnedFd):
 
     @property
     def answered(self) -> int:
-        """Number of exits so far that the fast path has handled: reads of guest-physical addresses.
+        """Number of exits so far that the fast path has handled, all for guest-physical addresses.
 
         Synchronization: from any thread.
         """

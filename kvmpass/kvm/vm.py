@@ -169,7 +169,7 @@ class Vm(OwnedFd):
         check(lib.kvm_unregister_coalesced_mmio(self.fd, address, size, 0), "KVM_UNREGISTER_COALESCED_MMIO", detail)
 
     def create_vcpu(self, index: int, fastpath: Fastpath | None = None) -> Vcpu:
-        """Create vCPU number ``index`` (``KVM_CREATE_VCPU``), which reads the registers of ``fastpath``.
+        """Create vCPU number ``index`` (``KVM_CREATE_VCPU``), which accesses the registers of ``fastpath``.
 
         Raises ``OSError``.
         """

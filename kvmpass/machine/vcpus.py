@@ -60,7 +60,7 @@ class VcpuThreads:
 
     ``lock`` is held for each dispatched exit: devices on the buses see one access at a time. ``throttle`` is called
     after each access to a port, without the lock: it may block, which delays this vCPU only.
-    ``count_accesses``: count exits by what was accessed; ``fastpath`` has counted its reads.
+    ``count_accesses``: count exits by what was accessed; ``fastpath`` has counted its own.
 
     Synchronization: ``end``, ``wait``, ``ended``, ``stop``, ``pause`` and ``resume`` from any thread. ``_state``
     guards the outcome, whether it is paused, and which threads are inside their loop, so that none is signalled
@@ -161,7 +161,10 @@ class VcpuThreads:
             return {}
         counts = self._accesses.copy()
         if self._fastpath is not None:
-            counts.update({(label, False): number for label, number in self._fastpath.reads.items()})
+            for label, numbers in self._fastpath.counts.items():
+                counts.update(
+                    {(label, is_write): numbers[is_write] for is_write in (False, True) if numbers[is_write]}
+                )
         found = {name: Accesses(counts[name, False], counts[name, True]) for name, _ in counts}
         return dict(sorted(found.items(), key=lambda entry: -sum(entry[1])))
 

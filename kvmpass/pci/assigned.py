@@ -12,7 +12,7 @@ from contextlib import suppress
 from kvmpass import pciregs
 from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._teardown import run_all, undo_on_error
-from kvmpass.kvm import FastRegisters
+from kvmpass.kvm import FastFile, FastRegisters
 from kvmpass.layout import Range
 from kvmpass.pci import capabilities
 from kvmpass.pci.bar import Bar, RomBar
@@ -115,7 +115,9 @@ class AssignedFunction:
             if region is not None:
                 at = pciregs.BAR0 + 4 * index
                 traps = self._msix.traps(index) if self._msix else ()
-                self._bars.add(at, Bar(f"bar{index}", region, self._space.device_int(at, 4), wiring, traps))
+                file = FastFile(self._device.fd, region.info.offset, region.size)
+                flags = self._space.device_int(at, 4)
+                self._bars.add(at, Bar(f"bar{index}", region, flags, wiring, traps, file=file))
         if rom := self._device.regions.get(ROM):
             self._bars.add(pciregs.ROM, RomBar(rom, wiring))
         self._take_over()

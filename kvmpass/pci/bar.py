@@ -10,10 +10,12 @@ from typing import NamedTuple, Protocol
 from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import LayoutError
+from kvmpass.kvm import FastFile, FastRegisters
 from kvmpass.layout import PAGE, Range
 from kvmpass.memory import HostMapping, MemoryRegion
 from kvmpass.pci.barspace import BarKind
 from kvmpass.pci.configspace import guarded
+from kvmpass.pci.fastbar import FastBar
 from kvmpass.pci.function import BarSource, Wiring
 
 log = limited_log(__name__)
@@ -46,6 +48,8 @@ class Trap(NamedTuple):
     """What they are."""
     connect: Callable[[Bar], None] = lambda bar: None
     """Called with the BAR that has them, before it decodes."""
+    registers: FastRegisters | None = None
+    """What ``device`` reads, if that is also possible on the fast path."""
 
 
 class Doorbell(NamedTuple):
@@ -73,8 +77,9 @@ class Bar:
     """One BAR: its register, and its ranges in the guest's address space while it decodes.
 
     ``name``: of its memory regions; ``flags``: the register's low bits; ``pages``: what is in pages of the source,
-    by their offsets, for statistics; ``collected``: as ``collect``, from the start. A ``BusDevice``: accesses without
-    a memslot go to a trap or to the source. Raises ``LayoutError`` where no address is free, ``OSError``.
+    by their offsets, for statistics; ``collected``: as ``collect``, from the start; ``file``: that of ``source``, for
+    the fast path. A ``BusDevice``: accesses without a memslot go to a trap or to the source. Raises
+    ``LayoutError`` where no address is free, ``OSError``.
 
     Synchronization: with the bus lock held.
     """
@@ -89,6 +94,7 @@ class Bar:
         doorbells: Sequence[Doorbell] = (),
         pages: Mapping[int, str] = MappingProxyType({}),
         collected: Sequence[Range] = (),
+        file: FastFile | None = None,
     ) -> None:
         self.name = name
         """The name of its memory regions, such as ``bar0``."""
@@ -106,6 +112,8 @@ class Bar:
         self._traps = tuple(traps)
         self.size = 1 << (source.size - 1).bit_length()
         """Bytes, a power of two."""
+        fastpath = None if flags & FLAG_IO else wiring.fastpath
+        self._fast = FastBar(fastpath, self.size, [(trap.range, trap.registers) for trap in traps], file)
         self.flags = flags & (0b11 if flags & FLAG_IO else 0b1111)
         """Low bits of the register: kind, prefetchable."""
         if flags & FLAG_IO:
@@ -205,6 +213,7 @@ class Bar:
             self._windows.forget(self)
             self._show()
             self._arm()
+            self._fast.show(self.address, self.label)
         except LayoutError as error:
             log.debug("%s at %s: waits: %s", self.name, here, error)
             self._windows.wait(self)
@@ -248,6 +257,7 @@ class Bar:
         except OSError:
             self._show_again()
             raise
+        self._fast.hide()
         self._disarm()
         self._bus.remove(self)
         self._connected = False

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from kvmpass._dataclass import dataclass
 from kvmpass.bus import Bus
-from kvmpass.kvm import FastRegisters, IrqRoutes, Vm
+from kvmpass.kvm import Fastpath, FastRegisters, IrqRoutes, Vm
 from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory, HostMapping
 from kvmpass.pci.barspace import BarSpace
@@ -44,6 +44,8 @@ class Wiring:
     """The GSIs of INTA to INTD."""
     place: str = ""
     """Device and function number, such as ``01.0``."""
+    fastpath: Fastpath | None = None
+    """What vCPUs access without Python."""
 
 
 class PciFunction(Protocol):

@@ -8,6 +8,7 @@ interrupts that the device raises: the pending bit.
 from __future__ import annotations
 
 from kvmpass._ratelimit import limited_log, log_errors
+from kvmpass.kvm import FastRegisters
 from kvmpass.layout import Range
 from kvmpass.pci.bar import Bar, Trap
 from kvmpass.pci.configspace import ConfigSpace
@@ -52,7 +53,8 @@ class Msix(MessageCapability):
     def traps(self, bar: int) -> list[Trap]:
         """Return the table and the pending bits, if they are in BAR number ``bar``."""
         own = self._own
-        table = Trap(self._place, self, "MSI-X table", self._connect_bar)
+        registers = FastRegisters(self._table, bytearray(b"\xff") * own.table_size, -1, 0, exits=Range(0, 0))
+        table = Trap(self._place, self, "MSI-X table", self._connect_bar, registers)
         pending = Trap(Range(own.pba_offset, own.pba_size), PendingBits(self._vectors), "MSI-X pending bits")
         return [trap for at, trap in ((own.table_bar, table), (own.pba_bar, pending)) if at == bar]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvmpass import ports
 from kvmpass.bus import Bus
+from kvmpass.kvm import Fastpath
 from kvmpass.layout import MIB, PAGE, Range, plan_layout
 from kvmpass.memory import GuestMemory, HostMapping, RegionKind
 from kvmpass.pci import AssignedFunction, BarSpace, ConfigPorts, Ecam, PciBus, Wiring
@@ -330,6 +331,7 @@ class Board:
         self.p2p = p2p
         self.layout = plan_layout(MIB)
         self.memory = GuestMemory()
+        self.fastpath = Fastpath()
         self.ports, self.mmio, self.pci = Bus("port"), Bus("memory"), PciBus()
         self.ports.add(ports.PCI_CONFIG_BASE, ports.PCI_CONFIG_SIZE, ConfigPorts(self.pci))
         self.mmio.add(self.layout.ecam.start, self.layout.ecam.size, Ecam(self.pci))
@@ -341,7 +343,8 @@ class Board:
 
     def make(self, device: FakeDevice | None = None) -> AssignedFunction:
         """A function of this board, not yet on its bus."""
-        wiring = Wiring(self.kvm, self.kvm, self.memory, self.ports, self.mmio, self.space, GSIS)  # type: ignore[arg-type]
+        kvm: Any = self.kvm
+        wiring = Wiring(kvm, kvm, self.memory, self.ports, self.mmio, self.space, GSIS, fastpath=self.fastpath)
         return AssignedFunction(device or self.device, wiring, p2p=self.p2p)  # type: ignore[arg-type]
 
     def make_at(self, slot: int, device: FakeDevice, number: int = 0) -> AssignedFunction:
@@ -366,4 +369,5 @@ class Board:
         assert self.bars() == []
         assert self.kvm.routes == {} == self.kvm.irqfds == self.kvm.pins
         assert self.device.active is None
+        assert self.fastpath._registers == {}
         self.memory.close()
