@@ -118,7 +118,9 @@ class Fastpath:
                 out.values, out.emulated = ffi.cast("uint8_t *", values), ffi.cast("uint8_t *", emulated)
                 out.exit_start, out.exit_end = found.exits.start, found.exits.end
             out.counts = self._counters.setdefault(label, ffi.new("uint64_t[2]"))
-        self._tables.append((table, buffers))  # before C has it: a signal handler may raise after that
+        # Before C has them, as a signal handler may raise after that: what C may have can be removed.
+        self._tables.append((table, buffers))
+        self._registers = {**self._registers, **registers}
         check(lib.kvmpass_fastpath_set(self._native, table, len(registers)), "pthread_rwlock_wrlock")
         self._registers = registers
         del self._tables[:-1]

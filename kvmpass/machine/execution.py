@@ -33,7 +33,8 @@ class Execution:
 
     - ``_device_lock`` guards the set of devices, their slots and states, the board, and whether the guest was
       started. It is held while a device is added or removed, for as long as that takes.
-    - ``_bus_lock`` guards the buses, their functions and the hot plug controller. A vCPU holds it for each exit.
+    - ``_bus_lock`` guards the buses, their functions and the hot plug controller. A vCPU holds it for each exit
+      that it dispatches, which those of the fast path are not (``kvm.Fastpath``).
     - ``memory.lock`` guards the list of regions and what mirrors it.
 
     ``stop``, ``ended`` and ``wait`` take none of them: a device's error ends the guest without delay.

@@ -8,14 +8,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
-from kvmpass.kvm import Fastpath, FastRegisters
+from kvmpass._native import lib
+from kvmpass.kvm import Fastpath, FastRegisters, fastpath
 from kvmpass.layout import PAGE, Range
 from kvmpass.pci.configspace import ConfigSpace
 from kvmpass.vfio.device import CONFIG, Device, Region, RegionInfo
-from tests.support.bare import bare
+from tests.support.bare import FakeLib, bare
 
 BASE = 0xE000_0000
 OFFSET = 7 << 40  # VFIO's regions are far apart in a device's file
@@ -214,3 +216,24 @@ def test_a_register_that_changes_is_read_whole() -> None:
             space.write(4, b"\xff" * 4)
             space.set(4, 0, 4)
     assert readers.seen == {bytes(4), b"\xff" * 4}
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_what_a_signal_has_interrupted_can_be_removed(monkeypatch: pytest.MonkeyPatch, after: bool) -> None:
+    """Its handler may raise before C has the table, and after that."""
+    path = Fastpath()
+
+    def interrupted(*arguments: Any) -> int:
+        if after:
+            lib.kvmpass_fastpath_set(*arguments)
+        raise KeyboardInterrupt
+
+    for change in (lambda: path.set(BASE, emulated(bytes(8)), "here"), lambda: path.remove(BASE)):
+        monkeypatch.setattr(fastpath, "lib", FakeLib(kvmpass_fastpath_set=interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            change()
+        monkeypatch.undo()
+        path.remove(BASE)
+        assert path.read(BASE, 4) is None
+        path.set(BASE, emulated(bytes(8)), "here")
+        assert path.read(BASE, 4) == bytes(4)
