@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import logging
 import os
 import selectors
 import threading
@@ -12,7 +11,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-log = logging.getLogger(__name__)
+from kvmpass._log import Log
+
+log = Log(__name__)
 
 
 class EventLoop:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from kvmpass._dataclass import dataclass
+from kvmpass._log import Log
 
+if TYPE_CHECKING:
+    import logging
+
+_WARNING = 30  # logging.WARNING
 BURST, SECONDS = 10, 5.0  # those of the kernel (include/linux/ratelimit_types.h)
 
 
@@ -50,15 +55,14 @@ class RateLimit:
             return suppressed
 
 
-class _LogLimit(logging.Filter):
+class _LogLimit:
     """Limits warnings by their format string: there are as many keys as calls in the source."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._limit = RateLimit()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:
+        if record.levelno < _WARNING:
             return True
         suppressed = self._limit.admit(record.msg)
         if suppressed:
@@ -66,16 +70,13 @@ class _LogLimit(logging.Filter):
         return suppressed is not None
 
 
-def limited_log(name: str) -> logging.Logger:
+def limited_log(name: str) -> Log:
     """Return the logger of a module whose warnings a guest or a device can repeat: rate-limited."""
-    log = logging.getLogger(name)
-    if not any(isinstance(known, _LogLimit) for known in log.filters):
-        log.addFilter(_LogLimit())
-    return log
+    return Log(name, _LogLimit())
 
 
 @contextmanager
-def log_errors(log: logging.Logger, message: str, *args: object) -> Iterator[None]:
+def log_errors(log: Log, message: str, *args: object) -> Iterator[None]:
     """Log an ``OSError`` of the block as a warning, instead of raising it. It is the last argument of ``message``."""
     try:
         yield

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from kvmpass._log import Log
 from kvmpass.errors import LayoutError
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class BusDevice(Protocol):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvmpass._log import keep_off_standard_error
 from kvmpass.cli.output import colour, document_text, error_fields, error_text, remedies
 from kvmpass.errors import BadAddress, KvmpassError
 
@@ -82,12 +83,12 @@ class LazyGroup(click.Group):
 
 
 def _set_up_logging() -> None:
-    import logging
-
     if os.environ.get("KVMPASS_DEBUG"):
+        import logging
+
         logging.basicConfig(level=logging.DEBUG, format="%(relativeCreated)8d %(name)s: %(message)s")
     else:
-        logging.getLogger("kvmpass").addHandler(logging.NullHandler())  # standard error belongs to the command
+        keep_off_standard_error()  # it belongs to the command
 
 
 def documentation(prefix: str) -> str | None:

@@ -10,7 +10,6 @@ it does so without notice (iommufd): a device is closed only after its BARs are 
 
 from __future__ import annotations
 
-import logging
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 
 from kvmpass._dataclass import dataclass
+from kvmpass._log import Log
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.dma.backend import BackendFactory, KvmVfio
 from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
@@ -26,7 +26,7 @@ from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
 from kvmpass.memory.audit import Mirrored, compare
 from kvmpass.vfio import DependentDevice, Device, RegionMapping
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 @dataclass(frozen=True, slots=True)

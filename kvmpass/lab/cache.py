@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import shutil
 import subprocess
@@ -14,12 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from kvmpass._log import Log
 from kvmpass.errors import LabError
 
 Say = Callable[[str], None]
 """Receives progress: one line for each step that takes longer than a second."""
 
-log = logging.getLogger("kvmpass.lab")
+log = Log("kvmpass.lab")
 
 # Debian packages of tools whose name is not the package's.
 PACKAGES = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Collection
 from functools import partial
 
 from kvmpass._eventloop import EventLoop
+from kvmpass._log import Log
 from kvmpass._ratelimit import RateLimit
 from kvmpass._teardown import run_all
 from kvmpass.events import DeviceError, DeviceEvent, DeviceEventsDropped, DeviceFault, DeviceIommuError, DeviceRequest
@@ -16,7 +16,7 @@ from kvmpass.host import Bdf
 from kvmpass.host.kernel.faults import FaultLog, IommuEvent, open_fault_log
 from kvmpass.vfio import Device, Irqs
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 _REPEATED = (DeviceError, DeviceFault, DeviceIommuError, DeviceRequest)  # a device, or the host, sets their rate
 _MAX_WAITING = 1000  # events that a slow on_event has not received yet
@@ -57,8 +57,8 @@ class DeviceMonitor:
         self._deliver(event)
 
     def _deliver(self, event: DeviceEvent) -> None:
-        level = logging.WARNING if isinstance(event, _REPEATED) else logging.INFO
-        log.log(level, "%s", event)
+        note = log.warning if isinstance(event, _REPEATED) else log.info
+        note("%s", event)
         if self._on_event is not None:
             try:
                 self._on_event(event)

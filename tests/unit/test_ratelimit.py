@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from kvmpass._log import Log
 from kvmpass._ratelimit import RateLimit, limited_log, log_errors
 
 
@@ -30,7 +31,6 @@ def test_a_burst_then_silence_then_the_count() -> None:
 def test_warnings_are_limited_by_their_format(caplog: pytest.LogCaptureFixture) -> None:
     """Not by their arguments, which a guest chooses; what was asked for (debugging) is not limited."""
     log = limited_log("kvmpass.test.limited")
-    assert limited_log("kvmpass.test.limited") is log
     with caplog.at_level(logging.DEBUG, log.name):
         for number in range(1000):
             log.warning("guest wrote %d", number)
@@ -39,14 +39,14 @@ def test_warnings_are_limited_by_their_format(caplog: pytest.LogCaptureFixture) 
     texts = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert texts == [*(f"guest wrote {number}" for number in range(10)), "something else"]
     assert sum(record.levelno == logging.DEBUG for record in caplog.records) == 1000
-    (limit,) = (filter_ for filter_ in log.filters)
+    (limit,) = (filter_ for filter_ in log.logger.filters)
     limit._limit._clock = lambda: 1e9  # type: ignore[union-attr]
     log.warning("guest wrote %d", 5)
     assert caplog.records[-1].getMessage() == "guest wrote 5 (990 similar messages suppressed)"
 
 
 def test_an_error_of_a_block_is_logged_instead_of_raised(caplog: pytest.LogCaptureFixture) -> None:
-    log = logging.getLogger("kvmpass.test")
+    log = Log("kvmpass.test")
     with log_errors(log, "%s of %d: %s", "vector", 3):
         raise OSError("refused")
     with pytest.raises(ValueError), log_errors(log, "%s"):

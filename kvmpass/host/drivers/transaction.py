@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import atexit
 import errno
-import logging
 import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
+from kvmpass._log import Log
 from kvmpass._signals import deferred
 from kvmpass.errors import HostNotReady, JournalError, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
 from kvmpass.host.address import Bdf
@@ -32,7 +32,7 @@ from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PCI_DRIVERS, VFIO_PCI, PciDevice, Sysfs
 from kvmpass.host.usage import usage, vfio_nodes
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 DRIVER_TIMEOUT = 30.0  # seconds a driver may take to be unbound from a device, or bound to it
 NODE_TIMEOUT = 5.0  # seconds until /dev/vfio/GROUP exists, and until the driver link does

@@ -39,6 +39,7 @@ def test_the_help_loads_no_command() -> None:
     modules = loaded("--help")
     assert own(modules) == {
         "kvmpass._lazy",
+        "kvmpass._log",
         "kvmpass.cli",
         "kvmpass.cli.main",
         "kvmpass.cli.output",
