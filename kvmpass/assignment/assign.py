@@ -6,20 +6,22 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from kvmpass import host
-from kvmpass.assignment.passed import PassedDescriptors
 from kvmpass.dma import BackendFactory
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import GuestImage, GuestSpec, prepare
 from kvmpass.host.address import parse_distinct
 from kvmpass.host.backend import AUTO
-from kvmpass.host.view.inventory import sriov_of
 from kvmpass.kvm.system import MAX_APIC_IDS
 from kvmpass.layout import Range, parse_size
 from kvmpass.machine import Machine
 from kvmpass.memory import Backing
 from kvmpass.timings import Mark, unmarked
+
+if TYPE_CHECKING:
+    from kvmpass.assignment.passed import PassedDescriptors
 
 Say = Callable[[str], None]
 
@@ -139,8 +141,7 @@ def assigned(
         with borrowed, closing(machine):
             mark("binding")
             for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
-                # VFIO refuses a token for devices without SR-IOV.
-                token = vf_token if sriov_of(sysfs, device.bdf) else None
+                token = vf_token if vf_token is not None and _has_sriov(sysfs, device.bdf) else None
                 machine.assign(device.bdf, fd=fds.get(device.bdf), vf_token=token)
                 driver = device.driver or "no driver"
                 origin = f"by descriptor {fds[device.bdf]}" if descriptors else f"was bound to {driver}"
@@ -158,6 +159,13 @@ def assigned(
     mark("rebinding")
     for device in devices if descriptors is None else ():
         say(f"device {device.bdf}: rebound to {sysfs.driver(device.bdf) or 'no driver'}")
+
+
+def _has_sriov(sysfs: host.Sysfs, bdf: host.Bdf) -> bool:
+    """Whether VFIO takes a VF token for a function: it refuses one for others."""
+    from kvmpass.host.view.inventory import sriov_of
+
+    return sriov_of(sysfs, bdf) is not None
 
 
 def say_mappings(machine: Machine, say: Say) -> None:

@@ -9,16 +9,13 @@ import time
 import uuid
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvmpass import crash
 from kvmpass.assignment.assign import assigned
-from kvmpass.assignment.passed import PassedDescriptors
 from kvmpass.cli import ending
 from kvmpass.cli.console_log import ConsoleLog
-from kvmpass.cli.copied import report
 from kvmpass.cli.documents import backend_document, peers_document
 from kvmpass.cli.guest_options import (
     command_options,
@@ -29,7 +26,6 @@ from kvmpass.cli.guest_options import (
     stay_options,
     wrong_usage,
 )
-from kvmpass.cli.input import passed_input
 from kvmpass.cli.main import ASSIGN_FAILED
 from kvmpass.cli.output import document_text, error_fields, error_text
 from kvmpass.cli.params import BDF
@@ -37,10 +33,13 @@ from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal
 from kvmpass.cli.timings import Measured
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DaemonEnded, DeviceEvent
-from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
-from kvmpass.machine import Machine
 from kvmpass.memory import Backing
 from kvmpass.timings import Mark, unmarked
+
+if TYPE_CHECKING:
+    from kvmpass.assignment.passed import PassedDescriptors
+    from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
+    from kvmpass.machine import Machine
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -228,8 +227,11 @@ def _run_to_its_end(
             outcome["guest_exit_status"] = result.status  # valid even if rebinding a device fails
         if command is not None and result.status is None:
             _explain(result)
-        for line in report(result.copied_out, verbose=spec.verbose):
-            click.echo(f"kvmpass: {line}", err=True)
+        if result.copied_out:
+            from kvmpass.cli.copied import report
+
+            for line in report(result.copied_out, verbose=spec.verbose):
+                click.echo(f"kvmpass: {line}", err=True)
         exit_status = ending.exit_status(result, command=command is not None)
         outcome.update(outcome=_outcome(result), guest_errors=list(result.failures))
         outcome["copied_out"] = result.copied_out
@@ -255,6 +257,8 @@ def _run_to_its_end(
 def _descriptors(bdf: tuple[str, ...], vfio: tuple[int, ...], iommu: int | None) -> PassedDescriptors | None:
     """Return the descriptors to use, if there are any. Raises ``click.UsageError``."""
     if vfio and iommu is not None:
+        from kvmpass.assignment.passed import PassedDescriptors
+
         return PassedDescriptors(iommu, vfio)
     if vfio or iommu is not None:
         missing = "--iommu-fd: the descriptor of the IOMMU" if vfio else "--vfio-fd: the descriptors of the devices"
@@ -291,6 +295,8 @@ class Progress:
 def _run(
     machine: Machine, spec: GuestSpec, log: ConsoleLog, *, restart: bool, timeout: float | None, mark: Mark
 ) -> GuestResult:
+    from kvmpass.guest import Guest
+
     to_stdout = descriptor_sink(sys.stdout.fileno())
     # One sink for one file: it keeps the order of what the command writes to both.
     same = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
@@ -327,6 +333,8 @@ def _terminal(machine: Machine, guest: Guest, spec: GuestSpec) -> AbstractContex
         return nullcontext()
     if spec.tty:
         return raw_terminal(guest.input.send, machine.stop, guest.resize)
+    from kvmpass.cli.input import passed_input
+
     return passed_input(guest.input)
 
 
@@ -353,6 +361,8 @@ def _explain(result: GuestResult) -> None:
 
 def _show_console(console: str) -> None:
     """Print the console, from the first sign of a crash on if there is one."""
+    from kvmpass import crash
+
     for line in crash.excerpt(console):
         click.echo(f"  console: {''.join(c if c.isprintable() else ' ' for c in line)}", err=True)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from kvmpass.guest import Sink
+if TYPE_CHECKING:
+    from kvmpass.guest import Sink
 
 
 class ConsoleLog:

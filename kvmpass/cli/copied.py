@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from kvmpass.guest import CopiedOut
 from kvmpass.layout import size_text
+
+if TYPE_CHECKING:
+    from kvmpass.guest import CopiedOut
 
 
 def report(copies: Iterable[CopiedOut], *, verbose: bool) -> Iterator[str]:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from kvmpass import host
 from kvmpass.host.backend import BackendChoice
-from kvmpass.host.view.classes import class_name
 from kvmpass.layout import Reserved
 
 if TYPE_CHECKING:
@@ -69,6 +68,8 @@ def reserved_document(region: Reserved) -> dict[str, Any]:
 
 def device_document(status: DeviceStatus, whole: HostStatus) -> dict[str, Any]:
     """Return the fields of a device. ``assignable`` is false for every device of a host that is not ready."""
+    from kvmpass.host.view.classes import class_name
+
     device = status.device
     return {
         "bdf": device.bdf,

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from kvmpass.cli.main import ASSIGN_FAILED, GUEST_SILENT, TIME_UP
-from kvmpass.guest import GuestResult
 from kvmpass.machine import GuestOutcome
+
+if TYPE_CHECKING:
+    from kvmpass.guest import GuestResult
 
 _CRASHED = (GuestOutcome.PANIC, GuestOutcome.TRIPLE_FAULT, GuestOutcome.FAULT, GuestOutcome.DEVICE_ERROR)
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from kvmpass import host
 from kvmpass.cli.output import together
 from kvmpass.errors import BadAddress, LayoutError, NoSuchDevice
 from kvmpass.host.backend import AUTO, BACKENDS
-from kvmpass.host.view.classes import class_name
-from kvmpass.host.view.filters import select
 from kvmpass.layout import parse_size
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:  # generic since click 8.4 only
     _OfBdf = click.ParamType[host.Bdf]
@@ -76,6 +76,7 @@ SIZE = SizeType()
 def _matching(text: str, ctx: click.Context | None) -> str | None:
     """Return a hint with the addresses that ``text`` matches, on the host that the command reads (``--sysfs``)."""
     from kvmpass.host.record import open_recorded  # imports the reader of archives: only for a wrong address
+    from kvmpass.host.view.filters import select
 
     place = ctx.params.get("place") if ctx is not None else None
     try:
@@ -128,6 +129,10 @@ files_option = together(
 
 def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None = None) -> list[CompletionItem]:
     """Return the host's addresses that begin with ``incomplete``, with or without the domain, and their names."""
+    from click.shell_completion import CompletionItem
+
+    from kvmpass.host.view.classes import class_name
+
     sysfs = host.Sysfs()
     names = host.Names(sysfs)
     items = []
@@ -141,6 +146,8 @@ def addresses(incomplete: str, wanted: Callable[[host.PciDevice], bool] | None =
 
 def complete_filter(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the addresses and drivers that complete a filter."""
+    from click.shell_completion import CompletionItem
+
     items = addresses(incomplete)
     if incomplete:  # else all devices are offered already
         used = sorted({device.driver for device in host.Sysfs().devices() if device.driver})

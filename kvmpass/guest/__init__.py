@@ -1,17 +1,37 @@
 """A Linux guest in a machine."""
 
-from kvmpass.guest.extract import CopiedOut
-from kvmpass.guest.guest import Guest, GuestResult
-from kvmpass.guest.image import GuestImage, GuestSpec, prepare
-from kvmpass.guest.output import OutputWriter, Sink
+from __future__ import annotations
 
-__all__ = [
-    "CopiedOut",
-    "Guest",
-    "GuestImage",
-    "GuestResult",
-    "GuestSpec",
-    "OutputWriter",
-    "Sink",
-    "prepare",
-]
+from typing import TYPE_CHECKING
+
+from kvmpass._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from kvmpass.guest.extract import CopiedOut as CopiedOut
+    from kvmpass.guest.guest import Guest as Guest
+    from kvmpass.guest.guest import GuestResult as GuestResult
+    from kvmpass.guest.image import GuestImage as GuestImage
+    from kvmpass.guest.image import GuestSpec as GuestSpec
+    from kvmpass.guest.image import prepare as prepare
+    from kvmpass.guest.output import OutputWriter as OutputWriter
+    from kvmpass.guest.output import Sink as Sink
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "kvmpass.guest.extract": ("CopiedOut",),
+        "kvmpass.guest.guest": (
+            "Guest",
+            "GuestResult",
+        ),
+        "kvmpass.guest.image": (
+            "GuestImage",
+            "GuestSpec",
+            "prepare",
+        ),
+        "kvmpass.guest.output": (
+            "OutputWriter",
+            "Sink",
+        ),
+    },
+)

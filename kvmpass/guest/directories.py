@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from kvmpass import files
 from kvmpass._dataclass import dataclass
 from kvmpass._teardown import undo_on_error
 from kvmpass.errors import DaemonError, ShareError
-from kvmpass.files import FileDaemon, User, caller, covers, find_daemon, owner
 from kvmpass.files.program import INSTALL
 from kvmpass.host import Sysfs
 from kvmpass.host.kernel.mounts import mounts_of
@@ -30,7 +30,7 @@ class Directory:
     """The directory, without symlinks."""
     mount: Served
     """Its place in the guest."""
-    user: User
+    user: files.User
     """As whom its files are read and written."""
 
     def serve(self, machine: Machine) -> None:
@@ -39,8 +39,8 @@ class Directory:
         Raises ``ShareError``, ``OSError``, and what ``Machine.add_filesystem`` raises.
         """
         own = [(found.point, found.kind) for found in mounts_of(Sysfs(), "self")]
-        hidden = covers(str(self.source), own)
-        daemon = FileDaemon(self.source, self.user, writable=self.mount.writable, covers=hidden)
+        hidden = files.covers(str(self.source), own)
+        daemon = files.FileDaemon(self.source, self.user, writable=self.mount.writable, covers=hidden)
         with undo_on_error(daemon.close):
             try:
                 machine.add_filesystem(self.mount.tag, daemon.connection, daemon.close)
@@ -52,7 +52,7 @@ class Directory:
 
 def directories(root: str, shares: Sequence[str]) -> tuple[Directory, ...]:
     """Return what ``--root`` and each ``--share`` denote. Raises ``ShareError``."""
-    if (root != MINIMAL or shares) and find_daemon() is None:
+    if (root != MINIMAL or shares) and files.find_daemon() is None:
         raise ShareError("--root and --share need virtiofsd, which was not found", INSTALL)
     found = [] if root == MINIMAL else [_root(root)]
     found += [_share(f"kvmpass.share{number}", text, root) for number, text in enumerate(shares)]
@@ -70,7 +70,7 @@ def _root(root: str) -> Directory:
             f"--root: {source} has no bin/sh: it is not the root of a Linux system",
             f"name such a directory, made by debootstrap for example, or {HOST} for this host's own root",
         )
-    return Directory(source, Served("kvmpass.root", "/"), caller())
+    return Directory(source, Served("kvmpass.root", "/"), files.caller())
 
 
 def _share(tag: str, text: str, root: str) -> Directory:
@@ -87,14 +87,14 @@ def _share(tag: str, text: str, root: str) -> Directory:
     source = _existing(name, "--share")
     if root != MINIMAL:
         target = in_root(Path("/") if root == HOST else Path(root).resolve(), target)
-    user = _writer(source) if writable else caller()
+    user = _writer(source) if writable else files.caller()
     return Directory(source, Served(tag, target, writable), user)
 
 
-def _writer(source: Path) -> User:
+def _writer(source: Path) -> files.User:
     """Return as whom files of ``source`` are written: its owner, if this process may choose; never root."""
     if os.geteuid() == 0:
-        user = owner(source.stat())
+        user = files.owner(source.stat())
         if user is None:
             raise ShareError(
                 f"--share: {source} belongs to root, and nothing is written as root for a guest",
@@ -105,7 +105,7 @@ def _writer(source: Path) -> User:
         raise ShareError(
             f"--share: this user may not write to {source}", "give --share a directory of your own, or leave out ,rw"
         )
-    return caller()
+    return files.caller()
 
 
 def _existing(name: str, option: str) -> Path:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from kvmpass import crash
 from kvmpass._dataclass import dataclass
@@ -16,9 +16,6 @@ from kvmpass._teardown import undo_on_error
 from kvmpass.errors import GuestError
 from kvmpass.guest.agent import Agent
 from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeRequest
-from kvmpass.guest.copyout import CopyOut
-from kvmpass.guest.destination import Destination
-from kvmpass.guest.extract import CopiedOut
 from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
 from kvmpass.guest.input import Input
 from kvmpass.guest.output import OutputWriter, Sink
@@ -27,6 +24,10 @@ from kvmpass.guest.size import ConsoleSize
 from kvmpass.initramfs import init
 from kvmpass.machine import GuestOutcome, Machine
 from kvmpass.timings import Mark, unmarked
+
+if TYPE_CHECKING:
+    from kvmpass.guest.copyout import CopyOut
+    from kvmpass.guest.extract import CopiedOut
 
 CONSOLE, OUTPUT, ERRORS, CONTROL = range(4)  # COM1 to COM4, as the guest's init uses them
 _TAIL_BYTES = 1 << 16
@@ -89,7 +90,12 @@ class Guest:
         self._failures: list[str] = []
         self._control = ControlChannel()
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
-        self._files = CopyOut([*map(Destination.parse, copy_out)])
+        self._files: CopyOut | None = None
+        if copy_out:
+            from kvmpass.guest.copyout import CopyOut
+            from kvmpass.guest.destination import Destination
+
+            self._files = CopyOut([*map(Destination.parse, copy_out)])
         self._terminal = terminal
         self.input = Input() if interactive else None
         """The command's input: send to it, and end it. None: it is empty."""
@@ -114,7 +120,7 @@ class Guest:
                 CONTROL: self._on_control,
                 init.AGENT_PORT: self._on_agent,
             }
-            self._to_files = self._writer.to(self._files) if copy_out else None
+            self._to_files = self._writer.to(self._files) if self._files else None
             machine.connect(outputs, self._writer.throttle)
         self._make_agent()
 
@@ -126,7 +132,8 @@ class Guest:
     ) -> None:
         self._machine.stop()
         self._writer.close(None if error is None else _ABANDON_SECONDS)
-        self._files.close()
+        if self._files is not None:
+            self._files.close()
         self._machine.disconnect()
 
     def type(self, data: bytes) -> int:
@@ -275,7 +282,8 @@ class Guest:
                 self._machine.reset()
                 self._control = ControlChannel()  # drops an unfinished line
                 self._size.reset()
-                self._files.reset()
+                if self._files is not None:
+                    self._files.reset()
                 self._make_agent()
                 self._start_command()
                 self._machine.start()
@@ -287,4 +295,5 @@ class Guest:
         if self._writer.failure is not None:
             raise self._writer.failure
         failures = filter(None, (*self._failures, self._machine.fault))
-        return GuestResult(outcome, self._status, tuple(failures), self.console, self._files.results())
+        copied = self._files.results() if self._files is not None else ()
+        return GuestResult(outcome, self._status, tuple(failures), self.console, copied)

@@ -10,7 +10,6 @@ from kvmpass._dataclass import dataclass
 from kvmpass.boot.cmdline import QUIET, kernel_command_line, uarts
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import NotEnoughMemory
-from kvmpass.guest.destination import Destination
 from kvmpass.guest.directories import MINIMAL, Directory, directories, mount
 from kvmpass.guest.kernel import find_kernel
 from kvmpass.guest.options import KernelOptions, ecam_alone, has_console
@@ -131,10 +130,19 @@ class GuestImage:
         machine.load_linux(self.kernel, self.initrd, self.cmdline, self.ecam_alone, self.serial_ports)
 
 
+def _sources(copy_out: Sequence[str]) -> list[str]:
+    """Return what ``--copy-out`` brings out of the guest. Raises ``KvmpassError``."""
+    if not copy_out:
+        return []
+    from kvmpass.guest.destination import Destination
+
+    return [Destination.parse(text).source for text in copy_out]
+
+
 def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``."""
     served = directories(spec.root, spec.shares)
-    brought_out = [Destination.parse(text).source for text in spec.copy_out]
+    brought_out = _sources(spec.copy_out)
     kernel = find_kernel(spec.kernel)
     append = parameters.words(spec.append)
     with_agent = spec.command is not None or spec.session

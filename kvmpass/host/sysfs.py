@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -137,6 +135,8 @@ class IommuGroup:
 
 def modprobe_tool() -> str | None:
     """Return the path of modprobe, also if it is not in the PATH of a non-root user; None without it."""
+    import shutil
+
     return shutil.which("modprobe", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
@@ -239,6 +239,8 @@ class Sysfs:
             finally:
                 os.close(fd)
             return
+        import subprocess
+
         helper = subprocess.Popen(
             ["/bin/sh", "-c", _WRITE, "sh", str(path), text],
             stdin=subprocess.DEVNULL,
@@ -273,6 +275,8 @@ class Sysfs:
         tool = modprobe_tool()
         reason = "modprobe is not installed"
         if tool is not None:
+            import subprocess
+
             done = subprocess.run([tool, name], capture_output=True, text=True, errors="replace", check=False)
             if done.returncode == 0:
                 return

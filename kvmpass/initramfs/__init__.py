@@ -9,8 +9,6 @@ errors and status go through ttyS1, ttyS2 and ttyS3; on the host :mod:`kvmpass.g
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -36,6 +34,8 @@ _VARIABLE = lazy_pattern(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 def find_busybox() -> Path:
     """Return the path of the host's busybox. Raises ``KvmpassError`` if it is not installed."""
+    import shutil
+
     found = shutil.which("busybox", path="/bin:/usr/bin:/sbin:/usr/sbin:/usr/local/bin")
     if found is None:
         raise KvmpassError(
@@ -91,6 +91,8 @@ class GuestRoot:
         self.tree.file("/usr/bin/busybox", data, 0o755)
         if elf.is_elf(data):
             files.add_libraries(self.tree, program, data, "/usr/bin/busybox")
+        import subprocess
+
         listing = subprocess.run([program, "--list"], check=True, capture_output=True, text=True)
         for applet in listing.stdout.split():
             if applet not in APPLETS_ABSENT:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +103,8 @@ def _add_interpreter(tree: Tree, script: Path, data: bytes) -> None:
         names = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
         if not names:
             return
+        import shutil
+
         place, located = f"/usr/bin/{names[0]}", shutil.which(names[0])  # env searches PATH
     if not place.startswith("/"):
         raise KvmpassError(f"{script} is run by {elf.printable(place)}, which is not an absolute path")

@@ -7,8 +7,6 @@ From depmod's tables (modules.alias, .dep, .softdep, .builtin, .builtin.modinfo;
 from __future__ import annotations
 
 import fnmatch
-import gzip
-import lzma
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -37,8 +35,12 @@ def decompress(path: Path) -> bytes:
     data = path.read_bytes()
     try:
         if data[:6] == b"\xfd7zXZ\0":
+            import lzma
+
             data = lzma.decompress(data)
         elif data[:2] == b"\x1f\x8b":
+            import gzip
+
             data = gzip.decompress(data)
         elif data[:4] == b"\x28\xb5\x2f\xfd":
             import zstandard

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all
@@ -21,10 +22,12 @@ from kvmpass.host.sysfs import VFIO_PCI
 from kvmpass.machine.backends import use_backend
 from kvmpass.machine.device import AssignedDevice, DeviceState
 from kvmpass.machine.monitor import DeviceMonitor
-from kvmpass.machine.passed import PassedIommu
 from kvmpass.machine.remotes import Remotes
 from kvmpass.machine.requests import EJECT_SECONDS, Requests
 from kvmpass.vfio.device import ERR, REQ
+
+if TYPE_CHECKING:
+    from kvmpass.machine.passed import PassedIommu
 
 
 class Assignments(Remotes):

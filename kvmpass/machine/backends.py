@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import uuid
 
-from kvmpass.dma import BackendFactory, Domain, IommufdBackend, Type1
+from kvmpass import dma
+from kvmpass.dma import Domain
 from kvmpass.errors import HostNotReady
 from kvmpass.host import Bdf, Sysfs
-from kvmpass.host.backend import IOMMUFD, TYPE1, BackendChoice, choose_backend
-
-_FACTORIES: dict[str, BackendFactory] = {IOMMUFD: IommufdBackend, TYPE1: Type1}
+from kvmpass.host.backend import IOMMUFD, BackendChoice, choose_backend
 
 
 def use_backend(domain: Domain, sysfs: Sysfs, bdf: Bdf, wanted: str, vf_token: uuid.UUID | None) -> BackendChoice:
@@ -20,5 +19,5 @@ def use_backend(domain: Domain, sysfs: Sysfs, bdf: Bdf, wanted: str, vf_token: u
     choice = choose_backend(sysfs, [bdf], wanted, vf_token=vf_token is not None, p2p=domain.p2p)
     if choice.obstacle:
         raise HostNotReady(f"iommufd is unavailable: {choice.obstacle}", "use the back end type1, or auto")
-    domain.use(_FACTORIES[choice.name])
+    domain.use(dma.IommufdBackend if choice.name == IOMMUFD else dma.Type1)
     return choice

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from kvmpass._signals import deferred
 from kvmpass.errors import GuestError
 from kvmpass.machine.execution import Execution
 from kvmpass.pci import PciFunction, Wiring
 from kvmpass.pci.bus import SLOTS
-from kvmpass.virtio import Port, VirtioConsole, VirtioFunction
+
+if TYPE_CHECKING:
+    from kvmpass.virtio import Port
 
 CONSOLE_SLOT = 31
 """The slot of the console: the last one, so that devices have the numbers that they have without it."""
@@ -48,6 +51,8 @@ class Functions(Execution):
         Their names are printable ASCII. ``connect`` says where their output goes. Does nothing if the machine has
         these ports. Raises as ``add_function`` does, and ``GuestError`` if the machine has others.
         """
+        from kvmpass.virtio import Port, VirtioConsole, VirtioFunction
+
         with self._device_lock:
             if tuple(names) == tuple(self._ports):
                 return

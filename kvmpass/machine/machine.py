@@ -25,7 +25,6 @@ from kvmpass.layout import Layout, Range, parse_size
 from kvmpass.machine.assignments import Assignments
 from kvmpass.machine.device import AssignedDevice
 from kvmpass.machine.monitor import DeviceMonitor
-from kvmpass.machine.passed import PassedIommu
 from kvmpass.machine.requests import Requests
 from kvmpass.machine.slots import Slots
 from kvmpass.machine.vcpus import GuestOutcome
@@ -87,6 +86,8 @@ class Machine(Assignments):
         with undo_on_error() as undo:
             raise_nofile_limit()
             if iommu_fd is not None:
+                from kvmpass.machine.passed import PassedIommu
+
                 self._iommu = undo.enter_context(PassedIommu(self._sysfs, iommu_fd, self._wanted_backend))
                 self.backend = self._iommu.check_unused().choice
             self._system = undo.enter_context(System())

@@ -17,11 +17,11 @@ from kvmpass.machine.functions import CONSOLE_SLOT, Functions
 from kvmpass.machine.monitor import DeviceMonitor
 from kvmpass.machine.requests import EJECT_SECONDS
 from kvmpass.pci import Wiring
-from kvmpass.virtio import VirtioFunction
 
 if TYPE_CHECKING:
     import socket
 
+    from kvmpass.virtio import VirtioFunction
     from kvmpass.virtio.device import VirtioDevice
     from kvmpass.virtio.frontend import FrontEnd
 
@@ -54,6 +54,8 @@ class Remote:
 
     def make(self, wiring: Wiring) -> VirtioFunction:
         """Construct its function. Raises as ``VirtioFunction`` does, and ``DaemonError``."""
+        from kvmpass.virtio import VirtioFunction
+
         self.function = VirtioFunction(self._make(self.front), wiring, self.name)
         return self.function
 

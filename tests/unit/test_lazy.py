@@ -37,7 +37,8 @@ def declared(package: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def test_there_are_such_packages() -> None:
-    assert PACKAGES == ["kvmpass", "kvmpass.files", "kvmpass.host", "kvmpass.session"]
+    names = ("dma", "files", "guest", "host", "machine", "pci", "session", "vfio", "virtio")
+    assert ["kvmpass", *(f"kvmpass.{name}" for name in names)] == PACKAGES
 
 
 @pytest.mark.parametrize("package", PACKAGES)

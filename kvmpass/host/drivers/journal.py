@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -106,11 +105,15 @@ class Entry:
 
     def to_json(self) -> str:
         """Return the entry as JSON text."""
+        import json
+
         return json.dumps({"schema": SCHEMA, **asdict(self), "bdf": str(self.bdf)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Parse JSON text. Raises ``ValueError`` with the reason."""
+        import json
+
         try:
             content = json.loads(text)
         except RecursionError:

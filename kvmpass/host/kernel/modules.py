@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 import re
-import subprocess
 from collections.abc import Iterator, Sequence
 
 from kvmpass._dataclass import dataclass
@@ -74,6 +73,8 @@ def _asked(name: str) -> list[str] | None:
     tool = modprobe_tool()
     if tool is None:
         return None
+    import subprocess
+
     try:
         done = subprocess.run(
             [tool, "--show-depends", name],

@@ -60,3 +60,16 @@ def test_the_help_in_the_table_is_the_commands_own(name: str) -> None:
     assert command is not None
     assert not command.hidden
     assert COMMANDS[name][1] == command.get_short_help_str(200)
+
+
+def test_the_way_to_an_attached_device_loads_little() -> None:
+    """Half of the time until a small guest has its device is spent on imports: what few runs need is loaded there."""
+    script = "import sys, click; before = {*sys.modules}; import kvmpass.cli.assign; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    modules = set(done.stdout.split())
+    late = {"concurrent.futures", "gzip", "json", "logging", "lzma", "shutil", "socket", "subprocess", "traceback"}
+    assert not modules & late
+    packages = {".".join(name.split(".")[:2]) for name in own(modules)}
+    assert not packages & {"kvmpass.crash", "kvmpass.session", "kvmpass.virtio", "kvmpass.lab"}
+    assert "kvmpass.guest.guest" not in modules and "kvmpass.files.daemon" not in modules
+    assert len(own(modules)) <= 160

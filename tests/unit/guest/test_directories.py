@@ -102,14 +102,14 @@ def test_a_root_has_a_shell(shared: Path) -> None:
 
 def test_as_root_it_is_written_as_the_owner(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(module, "owner", lambda status: User(1234, 5))
+    monkeypatch.setattr(module.files, "owner", lambda status: User(1234, 5))
     found = share(f"{shared}:/x,rw")
     assert (found.user, found.mount.writable) == (User(1234, 5), True)
 
 
 def test_nothing_is_written_as_root(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(module, "owner", lambda status: None)
+    monkeypatch.setattr(module.files, "owner", lambda status: None)
     with pytest.raises(ShareError, match="belongs to root") as caught:
         share(f"{shared},rw")
     assert caught.value.__notes__ == [f"give it to a user: chown USER {shared}"]
