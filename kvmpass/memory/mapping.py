@@ -9,6 +9,7 @@ import os
 import stat
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 from kvmpass._fd import check
 from kvmpass._native import ffi, lib
@@ -128,16 +129,32 @@ class HostMapping:
         advice = lib.MADV_POPULATE_WRITE if self.writable else lib.MADV_POPULATE_READ
         step = max(_POPULATE_CHUNK, self.page)
 
-        def fill(at: int) -> int:
-            return lib.kvmpass_madvise(address + at, min(step, size - at), advice)
+        starts = iter(range(0, size, step))
+        failed: list[int] = []
 
-        from concurrent.futures import ThreadPoolExecutor  # with logging and queues, for this alone
+        def fill() -> None:
+            for at in starts:  # the threads share it: each takes the next chunk
+                result = lib.kvmpass_madvise(address + at, min(step, size - at), advice)
+                if result < 0:
+                    failed.append(result)
+                if failed:
+                    return
 
-        starts = range(0, size, step)
-        with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1)) as pool:
-            for result in pool.map(fill, starts):
-                if result != -errno.EINVAL:
-                    check(result, "madvise(MADV_POPULATE_WRITE)" if self.writable else "madvise(MADV_POPULATE_READ)")
+        # Not concurrent.futures: to import it takes longer than to populate a small guest.
+        threads = [Thread(target=fill) for _ in range(min(-(-size // step), os.cpu_count() or 1) - 1)]
+        try:
+            for thread in threads:
+                thread.start()
+            fill()
+        except BaseException:  # Ctrl-C, or no more threads: the others end with their chunks
+            failed.append(-errno.EINTR)
+            raise
+        finally:
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        if failed and failed[0] != -errno.EINVAL:
+            check(failed[0], "madvise(MADV_POPULATE_WRITE)" if self.writable else "madvise(MADV_POPULATE_READ)")
 
     def view(self, offset: int, size: int) -> memoryview:
         """Return ``size`` bytes at ``offset``, writable if the mapping is. Raises ``IndexError`` outside it."""
