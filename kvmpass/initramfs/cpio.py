@@ -8,11 +8,11 @@ from __future__ import annotations
 import itertools
 import stat
 from collections.abc import Collection, Iterable
-from pathlib import PurePosixPath
 
 from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
 
+_HEADER = b"070701" + b"%08X" * 13
 _PAGE = 4096
 _INODE = 1024  # bytes of memory, its name and directory entry included
 # Merged /usr, as in current distributions, so that /lib/x and /usr/lib/x are the same file.
@@ -43,10 +43,10 @@ class Tree:
     @staticmethod
     def canonical(path: str) -> str:
         """Return the archive's name of an absolute path: no leading slash, in the merged /usr."""
-        pure = PurePosixPath(path)
-        if not pure.is_absolute() or ".." in pure.parts:
+        parts = path.split("/")
+        if parts[0] or len(parts) < 2 or ".." in parts:
             raise KvmpassError(f"{path!r} is not an absolute path in the guest")
-        parts = list(pure.parts[1:])
+        parts = [part for part in parts if part and part != "."]
         if len(parts) > 1 and parts[0] in MERGED:
             parts.insert(0, "usr")
         return "/".join(parts)
@@ -60,11 +60,11 @@ class Tree:
 
     def is_directory(self, path: str) -> bool:
         """Return whether ``path`` is a directory, or a symlink of the merged /usr."""
-        name = self.canonical(path)
-        if name in MERGED or not name:
-            return True
+        return self._is_directory(self.canonical(path))
+
+    def _is_directory(self, name: str) -> bool:
         node = self._nodes.get(name)
-        return node is not None and stat.S_ISDIR(node.mode)
+        return name in MERGED or not name or (node is not None and stat.S_ISDIR(node.mode))
 
     def add(self, path: str, node: Node) -> None:
         """Add ``node`` at ``path``, with parent directories; it replaces a file.
@@ -72,15 +72,17 @@ class Tree:
         Raises ``KvmpassError`` if it would replace a directory by a file, or lie below a file.
         """
         name = self.canonical(path)
-        if self.is_directory(path):
+        if self._is_directory(name):
             if name and name not in MERGED and stat.S_ISDIR(node.mode):
                 self._nodes[name] = node
             elif not stat.S_ISDIR(node.mode) and node != self._nodes.get(name):
                 raise KvmpassError(f"/{name} is a directory in the guest")
             return
-        for parent in itertools.accumulate(name.split("/")[:-1], "{}/{}".format):
-            if not stat.S_ISDIR(self._nodes.setdefault(parent, Node(stat.S_IFDIR | 0o755)).mode):
-                raise KvmpassError(f"/{parent} is not a directory in the guest")
+        parents = name.split("/")[:-1]
+        if not self._is_directory("/".join(parents)):
+            for parent in itertools.accumulate(parents, "{}/{}".format):
+                if not stat.S_ISDIR(self._nodes.setdefault(parent, Node(stat.S_IFDIR | 0o755)).mode):
+                    raise KvmpassError(f"/{parent} is not a directory in the guest")
         self._nodes[name] = node
 
     def directory(self, path: str, mode: int = 0o755) -> None:
@@ -136,6 +138,6 @@ def newc(nodes: Iterable[tuple[str, Node]]) -> bytes:
         encoded = name.encode("utf-8", "surrogateescape") + b"\0"
         links = 2 if stat.S_ISDIR(node.mode) else 1
         fields = (inode, node.mode, 0, 0, links, 0, size, 0, 0, *node.device, len(encoded), 0)
-        header = b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
+        header = _HEADER % fields + encoded
         pieces += [header, bytes(-len(header) % 4), node.data, bytes(-size % 4)]
     return b"".join(pieces)
