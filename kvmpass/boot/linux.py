@@ -71,7 +71,7 @@ class KernelImage:
     """Its path, for messages."""
     header: bytes
     """The setup header, from file offset ``HEADER_START`` on."""
-    payload: bytes
+    payload: bytes | memoryview
     """The protected-mode code."""
     preferred: int
     """``pref_address``: the preferred load address."""
@@ -122,7 +122,7 @@ class KernelImage:
             raise bad(f"a setup header that ends at {header_end:#x}")
         start = ((data[HEADER_START] or 4) + 1) * 512
         (paragraphs,) = struct.unpack_from("<I", data, 0x1F4)
-        payload = data[start:]
+        payload = memoryview(data)[start:]  # tens of MiB, written to the guest from there
         # The field counts 16-byte units, rounded up.
         if len(payload) <= ENTRY_64 or len(payload) + 16 <= paragraphs * 16:
             raise bad(f"truncated: {len(payload)} of {paragraphs * 16} bytes of code")
