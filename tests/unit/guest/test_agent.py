@@ -306,6 +306,8 @@ def test_a_silent_agent_gets_one_ping(monkeypatch: pytest.MonkeyPatch) -> None:
     agent.feed(frames.encode(0, frames.PONG))
     agent.look()
     assert len(sent) == 2, "it has said something just now"
+    agent.power_off()
+    assert sent[2:] == [frames.encode(0, frames.POWER_OFF)]
 
 
 def test_an_agent_that_writes_and_does_not_read_fails(monkeypatch: pytest.MonkeyPatch) -> None:
