@@ -78,6 +78,9 @@ def exec_(
     environment = dict(text.split("=", 1) for text in variables(["TERM", *env] if tty else env))
     with ExitStack() as undo:
         client = undo.enter_context(Client.connect(guest))
+        # A signal that comes before there are handlers is for COMMAND, too. Threads inherit the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED)
+        undo.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
         streams: list[int] = [1, 2]
         passing: AbstractContextManager[object] = nullcontext()
         piped: PipedInput | None = None
@@ -102,6 +105,7 @@ def exec_(
         if piped is not None:
             piped.sent()
         with _signals_passed(client), passing:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             try:
                 status = int(client.answer(timeout)["status"])
             except TimeoutError:
