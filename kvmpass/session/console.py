@@ -63,24 +63,23 @@ class Console:
     @contextlib.contextmanager
     def attached(self, source: int, target: int) -> Iterator[None]:
         """Type what the descriptor ``source`` has, and write what the console prints to ``target``."""
-        cancel = Cancel()
-        writer = OutputWriter(lambda: None, lambda: False)
-        outlet = writer.to(lambda data: _write(target, cancel, data))
-        with self._lock:
-            self._attached.append(outlet)
-        pump = None
-        try:
-            self._start_shell()
-            pump = InputPump(os.dup(source), _Keyboard(self), cancel)
-            yield
-        finally:
+        with contextlib.closing(Cancel()) as cancel:
+            writer = OutputWriter(lambda: None, lambda: False)
+            outlet = writer.to(lambda data: _write(target, cancel, data))
             with self._lock:
-                self._attached.remove(outlet)
-            cancel.set()
-            writer.close()
-            if pump is not None:
-                pump.join()
-            cancel.close()
+                self._attached.append(outlet)
+            pump = None
+            try:
+                self._start_shell()
+                pump = InputPump(os.dup(source), _Keyboard(self), cancel)
+                yield
+            finally:
+                with self._lock:
+                    self._attached.remove(outlet)
+                cancel.set()
+                writer.close()
+                if pump is not None:
+                    pump.join()
 
     def _start_shell(self) -> None:
         """Run a shell on the console, unless one runs there. Raises ``GuestDied``."""

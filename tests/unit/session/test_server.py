@@ -236,10 +236,14 @@ def test_nonsense_is_refused_and_leaves_nothing(stage: Stage) -> None:
     wait_until(lambda: len([*Path("/proc/self/fd").iterdir()]) <= before)
 
 
-@pytest.mark.parametrize("name", ["request", "signals", "input", "output"])
-def test_a_host_without_another_thread(stage: Stage, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    "do, name",
+    [("exec", "request"), ("exec", "signals"), ("exec", "input"), ("exec", "output"), ("console", "output")],
+)
+def test_a_host_without_another_thread(stage: Stage, monkeypatch: pytest.MonkeyPatch, do: str, name: str) -> None:
     """One request fails, and says so; nothing of it is left, and the next one is served."""
     stage.run("true")
+    wait_until(lambda: not stage.server._threads)
     before = len([*Path("/proc/self/fd").iterdir()])
     start = threading.Thread.start
 
@@ -252,7 +256,7 @@ def test_a_host_without_another_thread(stage: Stage, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
         with Client.connect("one") as client, pytest.raises(RequestFailed, match="can't start new thread") as failed:
-            client.request("exec", [null, null, null], args=["sleep", "1000"])
+            client.request(do, [null, null, null] if do == "exec" else [null, null], args=["sleep", "1000"])
             client.answer(20)
     assert failed.value.exit_status == 125
     os.close(null)
