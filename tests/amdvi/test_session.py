@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import pytest
 from support.guests import kvmpass, run
-from support.sessions import MEBIBYTE, driver, guests, zeroes
+from support.sessions import MEBIBYTE, driver, expected, guests, worker, zeroes
 
 from kvmpass.cli.main import main
 from kvmpass.session.directory import base_directory
@@ -114,7 +114,7 @@ def test_a_day_with_a_guest(stage: str, nvme: str, tmp_path: Path, monkeypatch: 
     assert (guest["name"], guest["devices"], guest["state"]) == (stage, [nvme], "running")
 
     def work(number: int) -> tuple[int, bool, bytes]:
-        words = kvmpass("exec", "-i", stage, "--", "sh", "-c", f"cat; echo {number} >&2; exit {number % 100}")
+        words = kvmpass("exec", "-i", stage, "--", *worker(number))
         sent = data if SOAK or number == 0 else data[: MEBIBYTE // 8]
         done = subprocess.run(words, input=sent, capture_output=True, timeout=SECONDS, check=False)
         return done.returncode, done.stdout == sent, done.stderr
@@ -122,7 +122,8 @@ def test_a_day_with_a_guest(stage: str, nvme: str, tmp_path: Path, monkeypatch: 
     data = os.urandom(MEBIBYTE)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for number, done in enumerate(pool.map(work, range(COMMANDS))):
-            assert done == (number % 100, True, b"%d\n" % number)
+            status = expected(number)
+            assert done == (status if status >= 0 else 128 - status, True, b"%d\n" % number)
 
     assert run("exec", stage, "--", "no-such-program").returncode == 127
     assert run("exec", stage, "--", "sh", "-c", "kill -9 $$").returncode == 137
@@ -167,13 +168,20 @@ def test_a_day_with_a_guest(stage: str, nvme: str, tmp_path: Path, monkeypatch: 
 
 
 def left_alone(guest: str) -> None:
-    """A reader that stalls stops its own command only, and one that goes ends it; so does the end of ``exec``."""
+    """A reader that stalls stops its own command only, and one that goes ends it; so do signals to ``exec``."""
     stalled = zeroes(guest)
     assert run("exec", guest, "--", "echo", "meanwhile").stdout == b"meanwhile\n"
     assert stalled.poll() is None
     assert stalled.stdout is not None
     stalled.stdout.close()
     assert stalled.wait(SECONDS) == 128 + signal.SIGPIPE
+
+    script = "trap 'echo asked; exit 7' TERM; echo up; while :; do sleep 0.1; done"
+    asked = subprocess.Popen(kvmpass("exec", guest, "--", "sh", "-c", script), stdout=subprocess.PIPE)
+    assert asked.stdout is not None
+    assert asked.stdout.readline() == b"up\n"
+    asked.terminate()
+    assert (asked.communicate(timeout=SECONDS)[0], asked.returncode) == (b"asked\n", 7)
 
     script = "echo $$; exec sleep 1000"
     killed = subprocess.Popen(kvmpass("exec", guest, "--", "sh", "-c", script), stdout=subprocess.PIPE)

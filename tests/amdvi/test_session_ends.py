@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from support.guests import kvmpass, run
-from support.sessions import MEBIBYTE, driver, guests, zeroes
+from support.sessions import MEBIBYTE, driver, expected, guests, worker, zeroes
 
 import kvmpass as library
 from kvmpass.errors import GuestDied
@@ -96,8 +96,8 @@ def test_many_threads_and_the_agents_death(nvme: str, nvme2: str) -> None:
     data = os.urandom(MEBIBYTE)
 
     def work(number: int) -> None:
-        result = guest.run(["sh", "-c", f"cat; echo {number} >&2; exit {number % 100}"], input=data, timeout=SECONDS)
-        assert (result.returncode, result.stdout == data) == (number % 100, True)
+        result = guest.run(worker(number), input=data, timeout=SECONDS)
+        assert (result.returncode, result.stdout == data) == (expected(number), True)
         assert result.stderr == b"%d\n" % number
 
     with library.start([nvme, nvme2], memory="256M") as guest, ThreadPoolExecutor(AT_ONCE) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from typing import Any
 
@@ -19,6 +20,17 @@ def driver(bdf: str) -> str | None:
 def guests() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads(run("ps", "--json").stdout)["guests"]
     return found
+
+
+def worker(number: int) -> list[str]:
+    """A command that writes its input, and its number to its errors; every tenth is ended by a signal."""
+    end = "kill -TERM $$" if number % 10 == 9 else f"exit {number % 100}"
+    return ["sh", "-c", f"cat; echo {number} >&2; {end}"]
+
+
+def expected(number: int) -> int:
+    """Its ``returncode``."""
+    return -signal.SIGTERM if number % 10 == 9 else number % 100
 
 
 def zeroes(guest: str) -> subprocess.Popen[bytes]:
