@@ -186,7 +186,6 @@ def _of_this_user() -> Iterator[None]:
         raise
 
 
-@_of_this_user()
 def guests() -> list[GuestStatus]:
     """Return this user's guests by name, dead ones included. Raises ``PermissionError`` for those of another."""
     return [read(path) for path in _directories()]
@@ -194,7 +193,8 @@ def guests() -> list[GuestStatus]:
 
 def _directories() -> Iterator[Path]:
     try:
-        paths = sorted(base_directory().iterdir())
+        with _of_this_user():
+            paths = sorted(base_directory().iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return
     yield from (path for path in paths if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
@@ -223,7 +223,6 @@ def read(path: Path) -> GuestStatus:
     return status
 
 
-@_of_this_user()
 def find(guest: str) -> Path:
     """Return the directory of a guest, by its name or by the address of one of its devices.
 
@@ -231,7 +230,9 @@ def find(guest: str) -> Path:
     """
     if _NAME.fullmatch(guest):
         path = base_directory() / guest
-        if path.is_dir() and not is_dead(path):
+        with _of_this_user():
+            found = path.is_dir() and not is_dead(path)
+        if found:
             return path
     for _, status in holders([guest]):
         return base_directory() / status.name
