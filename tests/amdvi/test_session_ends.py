@@ -19,7 +19,7 @@ from support.guests import kvmpass, run
 from support.sessions import MEBIBYTE, driver, expected, guests, worker, zeroes
 
 import kvmpass as library
-from kvmpass.errors import GuestDied
+from kvmpass.errors import GuestDied, GuestError
 from kvmpass.events import DeviceReleased, DeviceRequest
 from kvmpass.session.directory import base_directory
 
@@ -91,7 +91,7 @@ sleep 1000
 """
 
 
-def test_many_threads_and_the_agents_death(nvme: str, nvme2: str) -> None:
+def test_many_threads_and_the_agents_death(nvme: str, nvme2: str, tmp_path: Path) -> None:
     """One boot: commands from ten threads, a megabyte each way; a drive that is removed; a crash under load."""
     data = os.urandom(MEBIBYTE)
 
@@ -109,6 +109,9 @@ def test_many_threads_and_the_agents_death(nvme: str, nvme2: str) -> None:
             guest.run(["sleep", "1000"], timeout=0.5)
         full = guest.run(["sh", "-c", "mount -t tmpfs -o size=64k tmpfs /mnt; cat /dev/zero >/mnt/file"])
         assert (full.returncode, b"No space left" in full.stderr) == (1, True)
+        (tmp_path / "file").write_bytes(data)
+        with pytest.raises(GuestError, match=r"was not copied into the guest: .*No space left"):
+            guest.copy_in(tmp_path / "file", "/mnt/")
         assert "Linux version" in guest.dmesg()
         commands_cost_little(guest)
         removed_by_the_host(guest, nvme2)
