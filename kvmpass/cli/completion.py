@@ -34,6 +34,7 @@ _BASH = """\
             dir) compopt -o dirnames ;;
             file) compopt -o default ;;
             plain)
+                if [[ "$value" == */ ]]; then compopt -o nospace; fi
                 value="${value#"$cut"}"
                 if [[ "$COMP_TYPE" == 63 && -n "$help" ]]; then value="$value  $help"; fi
                 COMPREPLY+=("$value")
@@ -124,8 +125,8 @@ def answer(command: click.Command, request: str) -> int:
 def completion(shell: str) -> int:
     """Print the completion script for SHELL.
 
-    It completes commands, options and devices. Addresses are completed with the names of their devices. zsh and fish
-    show the name beside each candidate, bash in its list of candidates.
+    It completes commands, options, devices and the names of guests. Addresses are completed with the names of their
+    devices. zsh and fish show the name beside each candidate, bash in its list of candidates.
 
     \b
     For each new shell:

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from kvmpass._lazy import lazy_pattern
+from kvmpass.cli.guests import PLACE
 from kvmpass.errors import GuestError
 from kvmpass.session.client import Client
 
@@ -18,8 +19,8 @@ _IN_GUEST = lazy_pattern(r"([A-Za-z0-9][^/]*):(/.*)", re.DOTALL)
 
 
 @click.command()
-@click.argument("source", metavar="SRC")
-@click.argument("target", metavar="DST")
+@click.argument("source", metavar="SRC", type=PLACE)
+@click.argument("target", metavar="DST", type=PLACE)
 def cp(source: str, target: str) -> None:
     """Copy a file or a directory into a guest, or out of it.
 

@@ -24,18 +24,33 @@ class GuestType(_OfText):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the names of this user's guests that begin with ``incomplete``."""
-        from kvmpass.errors import KvmpassError
-        from kvmpass.session.directory import guests
+        return _running(incomplete)
 
-        try:
-            found = guests()
-        except (KvmpassError, OSError):
-            return []
-        return [
-            CompletionItem(status.name, help=" ".join(status.devices))
-            for status in found
-            if status.name.startswith(incomplete) and status.state != "dead"
-        ]
+
+class PlaceType(_OfText):
+    """A path of this host, or ``GUEST:/PATH``."""
+
+    name = "PLACE"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Return the guests that begin with ``incomplete``, else this host's files; a guest's own are not known."""
+        return _running(incomplete, ":/") or [CompletionItem(incomplete, type="file")]
+
+
+def _running(incomplete: str, suffix: str = "") -> list[CompletionItem]:
+    from kvmpass.errors import KvmpassError
+    from kvmpass.session.directory import guests
+
+    try:
+        found = guests()
+    except (KvmpassError, OSError):
+        return []
+    return [
+        CompletionItem(status.name + suffix, help=" ".join(status.devices))
+        for status in found
+        if status.name.startswith(incomplete) and status.state != "dead"
+    ]
 
 
 GUEST = GuestType()
+PLACE = PlaceType()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,18 @@ def test_what_is_shown_in_c_stands_in_an_example() -> None:
     assert shown
     for code in shown:
         assert code in sources
+
+
+def test_the_unit_is_valid(tmp_path: Path) -> None:
+    """systemd-analyze wants the programs to exist, too."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("install systemd: systemd-analyze checks the unit")
+    unit = (DOCS / "examples" / "kvmpass-guest.service").read_text()
+    assert "/usr/local/bin/kvmpass" in unit
+    path = tmp_path / "kvmpass-guest.service"
+    path.write_text(unit.replace("/usr/local/bin/kvmpass", sys.executable))
+    done = subprocess.run(["systemd-analyze", "verify", path], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_python_examples_compile() -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -20,18 +21,22 @@ from support.host_tree import Host
 from kvmpass import host as library
 from kvmpass.cli.completion import SHELLS, answer
 from kvmpass.cli.main import COMMANDS, COMPLETE, kvmpass
+from kvmpass.session.directory import GuestDirectory, GuestStatus
 
 PROMPT = "ready> "
 
 
 @pytest.fixture
-def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     host = Host(tmp_path)
     host.put("usr/share/misc/pci.ids", "1022  Advanced Micro Devices, Inc. [AMD]\n\t1234  Fast: Drive")
     host.add("0000:01:00.0", "nvme", 7)
     host.add("0000:02:00.0", "e1000e", 8, 0x020000)
     monkeypatch.setattr(library, "Sysfs", lambda: host)
-    return host
+    monkeypatch.setenv("KVMPASS_RUNTIME_DIR", str(tmp_path / "run"))
+    with GuestDirectory.claim("lab") as directory:
+        directory.write(GuestStatus("lab", os.getpid(), ("0000:01:00.0",), "running", ""))
+        yield host
 
 
 def candidates(shell: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -57,6 +62,10 @@ def candidates(shell: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("bash", "kvmpass lab run --kernel f", "plain\tfull\t\n"),
         ("bash", "kvmpass lab run --kernel /bo", "file\t/bo\t\n"),
         ("zsh", "kvmpass show 0000:01", "plain\n0000\\:01\\:00.0\nNVMe: AMD Fast: Drive\n"),
+        ("bash", "kvmpass exec la", "plain\tlab\t0000:01:00.0\n"),
+        ("zsh", "kvmpass stop lab l", "plain\nlab\n0000:01:00.0\n"),
+        ("bash", "kvmpass cp l", "plain\tlab:/\t0000:01:00.0\n"),
+        ("bash", "kvmpass cp lab:/x /b", "file\t/b\t\n"),
         ("fish", "kvmpass show 0000:01", "plain,0000:01:00.0\tNVMe: AMD Fast: Drive\n"),
     ],
 )
