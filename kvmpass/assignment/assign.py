@@ -110,18 +110,10 @@ def assigned(
     else:
         devices = check(bdfs, size, sysfs, backing, cpus, backend if isinstance(backend, str) else AUTO, p2p)
     mark("checks")
-    image = prepare(spec, [device.modalias for device in devices])
-    on_image(image)
-    mark("kernel and initramfs")
-    for line in image.warnings:
-        warn(line)
-    say(f"kernel {image.kernel.release or 'of an unknown release'}: {image.kernel.path}")
-    if image.symbols is not None:
-        say(f"symbols: {image.symbols}")
     machine = Machine(
         memory=size,
         cpus=cpus,
-        backing=image.backing(backing),
+        backing=spec.backing(backing),
         backend=backend,
         p2p=p2p,
         iommu_fd=descriptors.iommu if descriptors else None,
@@ -132,7 +124,15 @@ def assigned(
     with machine:
         if cpus > len(os.sched_getaffinity(0)):
             warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
-        machine.populate()  # the last step at which the out-of-memory killer can strike
+        with machine.populating():  # the last step at which the out-of-memory killer can strike
+            image = prepare(spec, [device.modalias for device in devices])
+            on_image(image)
+            mark("kernel and initramfs")
+            for line in image.warnings:
+                warn(line)
+            say(f"kernel {image.kernel.release or 'of an unknown release'}: {image.kernel.path}")
+            if image.symbols is not None:
+                say(f"symbols: {image.symbols}")
         mark("memory")
         image.load(machine)
         mark("loading")

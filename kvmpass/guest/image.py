@@ -63,6 +63,10 @@ class GuestSpec:
     terminal_size: tuple[int, int] = (24, 80)
     """Rows and columns of the terminal."""
 
+    def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
+        """Return the backing for the memory of its machine, ``wanted`` where it may choose: see ``GuestImage``."""
+        return wanted.shared if self.root != MINIMAL or self.shares else wanted
+
 
 @dataclass(frozen=True, slots=True)
 class GuestImage:

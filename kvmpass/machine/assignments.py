@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -59,13 +60,48 @@ class Assignments(Remotes):
         ``assign`` does it otherwise. Done before any device is rebound, it leaves the host unchanged even if this
         process is killed for lack of memory. Raises ``NotEnoughMemory`` or ``OSError``.
         """
+        with self.populating():
+            pass
+
+    @contextmanager
+    def populating(self) -> Iterator[None]:
+        """Allocate all of the guest's memory while the block runs: it is complete behind the block. Idempotent.
+
+        Raises as ``populate``, ``NotEnoughMemory`` before the block. An exception of the block ends the allocation.
+
+        Synchronization: from any thread. Other threads wait with what changes the set of devices, and with ``close``.
+        """
         with self._device_lock:
             self._check_usable()
-            if not self._populated:
-                size = self.memory.ordinary_size
-                check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size))
-                self.memory.populate()
-                self._populated = True
+            if self._populated:
+                yield
+                return
+            size = self.memory.ordinary_size
+            check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size))
+            stop = threading.Event()
+            failed: list[BaseException] = []
+
+            def populate() -> None:
+                try:
+                    self.memory.populate(stop.is_set)
+                except BaseException as error:
+                    failed.append(error)
+
+            thread = threading.Thread(target=populate, name="populate")
+            try:
+                thread.start()
+                yield
+                thread.join()
+            except BaseException:
+                stop.set()
+                raise
+            finally:
+                with deferred():  # the caller unmaps the memory next
+                    if thread.ident is not None:
+                        thread.join()
+            if failed:
+                raise failed[0]
+            self._populated = True
 
     def assign(
         self, bdf: str | Bdf | None = None, *, fd: int | None = None, vf_token: uuid.UUID | None = None

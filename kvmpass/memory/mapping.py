@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -119,11 +120,12 @@ class HostMapping:
         """Request transparent huge pages (``MADV_HUGEPAGE``); a kernel without them ignores it."""
         lib.kvmpass_madvise(self.address, self._span, lib.MADV_HUGEPAGE)
 
-    def populate(self) -> None:
+    def populate(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Allocate and zero every page now, in parallel (``MADV_POPULATE_WRITE``, without the GIL).
 
-        Raises ``OSError``: ``ENOMEM``; ``EFAULT`` beyond the end of a file. On kernels older than 5.14 (``EINVAL``)
-        pages are allocated on first use.
+        It ends early, after at most 256 MiB or a page for each thread, once ``stopped`` returns true. Raises
+        ``OSError``: ``ENOMEM``; ``EFAULT`` beyond the end of a file. On kernels older than 5.14 (``EINVAL``) pages
+        are allocated on first use.
         """
         address, size = self.address, self._span
         advice = lib.MADV_POPULATE_WRITE if self.writable else lib.MADV_POPULATE_READ
@@ -134,11 +136,11 @@ class HostMapping:
 
         def fill() -> None:
             for at in starts:  # the threads share it: each takes the next chunk
+                if failed or stopped():
+                    return
                 result = lib.kvmpass_madvise(address + at, min(step, size - at), advice)
                 if result < 0:
                     failed.append(result)
-                if failed:
-                    return
 
         # Not concurrent.futures: to import it takes longer than to populate a small guest.
         threads = [Thread(target=fill) for _ in range(min(-(-size // step), os.cpu_count() or 1) - 1)]

@@ -11,7 +11,7 @@ import enum
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -316,11 +316,11 @@ class GuestMemory:
         ordinary = (Backing.ANONYMOUS, Backing.MEMFD)
         return sum(region.size for region in self._regions if region.backing in ordinary)
 
-    def populate(self) -> None:
-        """Allocate every page of RAM and ROM now. Raises ``OSError`` (``ENOMEM``)."""
+    def populate(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Allocate every page of RAM and ROM now, until ``stopped`` returns true. Raises ``OSError`` (``ENOMEM``)."""
         for region in self:
             if region.kind.dma:
-                region.mapping.populate()
+                region.mapping.populate(stopped)
 
     def find(self, gpa: int) -> MemoryRegion | None:
         """Return the RAM or ROM region that contains ``gpa``."""

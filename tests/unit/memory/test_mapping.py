@@ -145,6 +145,16 @@ def test_populate_reaches_every_page_and_nothing_else(monkeypatch: pytest.Monkey
     mapping.close()
 
 
+def test_populate_ends_early_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread finishes the chunk that it has begun; this one has none."""
+    monkeypatch.setattr(kvmpass.memory.mapping, "_POPULATE_CHUNK", PAGE)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    mapping, answers = HostMapping(7 * PAGE, align=GIB), iter([False, False, True])
+    mapping.populate(lambda: next(answers))
+    assert smaps(mapping.address).resident == 2 * PAGE
+    mapping.close()
+
+
 def test_populate_of_a_read_only_file(monkeypatch: pytest.MonkeyPatch, memfd: int) -> None:
     """It is read, not written: that would be refused."""
     os.pwrite(memfd, bytes(8 * PAGE), 0)

@@ -501,7 +501,7 @@ def test_the_host_writes_rom_but_no_read_only_file(memory: GuestMemory, memfd: i
 
 def test_populate_skips_bars(memory: GuestMemory, bar: HostMapping, monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[HostMapping] = []
-    monkeypatch.setattr(HostMapping, "populate", lambda self: filled.append(self))
+    monkeypatch.setattr(HostMapping, "populate", lambda self, stopped: filled.append(self))
     ram, rom = memory.add_ram(0, PAGE), memory.add_rom(MIB, b"x")
     memory.add_bar(GIB, PAGE, bar, 0, "bar")
     memory.populate()

@@ -1,0 +1,92 @@
+"""Memory that is allocated while something else is done: what a failure, or an interruption, of either leaves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvmpass.machine import assignments
+from kvmpass.machine.assignments import Assignments
+
+
+class Memory:
+    """Populates until it is told to stop, or lets ``work`` say how it ends."""
+
+    ordinary_size = ram_size = 1 << 20
+
+    def __init__(self, work: Callable[[], None] | None = None) -> None:
+        self.work = work
+        self.begun, self.ended = threading.Event(), threading.Event()
+        self.stopped = False
+
+    def populate(self, stopped: Callable[[], bool]) -> None:
+        self.begun.set()
+        try:
+            if self.work is not None:
+                self.work()
+                return
+            while not stopped():
+                threading.Event().wait(0.001)
+            self.stopped = True
+        finally:
+            self.ended.set()
+
+
+def machine(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(assignments, "check_memory", lambda *arguments, **options: None)
+    return SimpleNamespace(
+        memory=memory, _device_lock=threading.RLock(), _check_usable=lambda: None, _populated=False, _sysfs=None
+    )
+
+
+def test_it_runs_beside_the_block_and_is_complete_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    made = machine(memory := Memory(lambda: go.wait(10) and None), monkeypatch)
+    with Assignments.populating(made):
+        assert memory.begun.wait(10)
+        assert not memory.ended.is_set()
+        go.set()
+    assert memory.ended.is_set() and made._populated
+    memory.begun.clear()
+    with Assignments.populating(made):
+        pass
+    assert not memory.begun.is_set(), "it is populated"
+
+
+def test_a_failure_of_the_block_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = machine(memory := Memory(), monkeypatch)
+    with pytest.raises(ValueError, match="no kernel"), Assignments.populating(made):
+        raise ValueError("no kernel")
+    assert memory.ended.is_set() and memory.stopped
+    assert not made._populated
+
+
+def test_its_own_failure_is_raised_behind_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("no memory")
+
+    made, after = machine(Memory(fail), monkeypatch), False
+    with pytest.raises(OSError, match="no memory"), Assignments.populating(made):
+        after = True
+    assert after and not made._populated
+
+
+def test_an_interruption_of_the_wait_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = machine(memory := Memory(), monkeypatch)
+    join, calls = threading.Thread.join, []
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        calls.append(self.name)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        join(self, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt), Assignments.populating(made):
+        pass
+    assert memory.stopped and memory.ended.is_set()
+    assert calls == ["populate", "populate"]
