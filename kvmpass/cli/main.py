@@ -65,11 +65,13 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         _set_up_logging()
+        collecting = gc.isenabled()
         gc.disable()  # what an import makes stays: to search it for garbage takes a twentieth of the import
         try:
             command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
         finally:
-            gc.enable()
+            if collecting:
+                gc.enable()
         assert isinstance(command, click.Command)
         return command
 
