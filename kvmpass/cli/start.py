@@ -80,7 +80,7 @@ def start_guest(
     The arguments are the options of ``kvmpass start``. A ``command`` is refused: a guest whose end takes its log and
     its status with it would leave nothing of it. Raises ``click.UsageError``, ``KvmpassError``.
     """
-    name = name or str(devices[0])
+    name = str(devices[0]) if name is None else name
     if command is not None:
         raise wrong_usage(
             "a guest that stays has no COMMAND of its own",

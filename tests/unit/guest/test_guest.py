@@ -9,7 +9,20 @@ from pathlib import Path
 from typing import cast
 
 from kvmpass.guest import Guest, GuestResult
-from kvmpass.guest.frames import DATA, END, EXITED, HELLO, NUMBERS, READY, START, STATUS, VERSION, FrameReader, encode
+from kvmpass.guest.frames import (
+    DATA,
+    END,
+    EXITED,
+    HELLO,
+    NUMBERS,
+    POWER_OFF,
+    READY,
+    START,
+    STATUS,
+    VERSION,
+    FrameReader,
+    encode,
+)
 from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
 from kvmpass.guest.frames import OUTPUT as OUTPUT_STREAM
 from kvmpass.guest.guest import CONSOLE, CONTROL
@@ -124,6 +137,29 @@ def test_the_status_counts_even_if_the_guest_dies_while_it_sends_files(tmp_path:
     assert (result.outcome, result.status, vm.waits) == (GuestOutcome.PANIC, 3, [1.0] * 4)
     assert [copied.error for copied in result.copied_out] == ["the guest has not sent all of it"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_session_sends_its_files_before_it_powers_off(tmp_path: Path) -> None:
+    vm = SendingVm()
+    silent: Callable[[bytes], None] = lambda data: None  # noqa: E731
+    with Guest(
+        cast(Machine, vm),
+        console=None,
+        output=silent,
+        errors=silent,
+        session=True,
+        copy_out=[f"/results:{tmp_path}/"],
+    ) as guest:
+        guest._start_command()
+        assert vm.received == b""
+        for _ in "ab":  # its agent answers in the second wait
+            vm.wait()
+        guest.power_off()
+        assert b"/kvmpass/files" in vm.received
+        assert encode(0, POWER_OFF) not in vm.received
+        ends = [encode(1, END, stream=stream) for stream in (OUTPUT_STREAM, ERRORS_STREAM, STATUS)]
+        vm.sinks[init.AGENT_PORT](b"".join([*ends, encode(1, EXITED, NUMBERS.pack(0, 0))]))
+        assert vm.received.endswith(encode(0, POWER_OFF))
 
 
 class PanickingVm(SendingVm):
