@@ -188,6 +188,7 @@ def test_a_queue_gets_another_vector_or_none() -> None:
         until(lambda: MESSAGES[3][1] in guest.interrupts())
         guest.write(26, 0xFFFF, 2)
         until(lambda: not guest.front._loop._calls and not guest.remote._scheduled)
+        until(lambda: guest.front.signals._thread is None)  # what it still signals is from before
         with guest.front.lock:
             guest.interrupts()
         assert guest.asked(1, b"y") == b"Y"
