@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 from support.inside import SOAK
-from support.living import descriptors, device_routes, image_for, running, wait_until
+from support.living import InSession, descriptors, device_routes, image_for, running, wait_until
 from support.modes import Mode, through_all_modes
 from support.recording import Calls, recording
 from support.witness import traces
 
-from kvmpass import host
+from kvmpass import Session, host
 from kvmpass.errors import GuestError
 from kvmpass.events import DeviceError, DeviceEvent, DeviceReleased, DeviceRequest, DeviceReset
 from kvmpass.guest.agent import Agent
 from kvmpass.initramfs.init import AGENT_PORT, RUN_COMMAND
 from kvmpass.layout import MIB, Range
-from kvmpass.machine import GuestOutcome, Machine
+from kvmpass.machine import AssignedDevice, GuestOutcome, Machine
 from kvmpass.pci.barspace import IO_WINDOW
 from kvmpass.vfio.device import ERR
 
@@ -69,68 +69,108 @@ def test_a_guest_that_does_not_eject_keeps_the_device(edu: str) -> None:
         guest.machine.audit()
 
 
-def test_the_guest_ejects_a_device(edu: str) -> None:
-    script = "echo 0 > /sys/bus/pci/slots/1/power; wait_for '! present'; echo ejected; sleep 1000"
-    with host.borrow(edu), running("wait_for present; " + script, events=(events := [])) as guest:
-        guest.machine.assign(edu)
-        guest.expect("ejected")
-        wait_until(lambda: DeviceReleased(edu, "guest") in events)
-        assert guest.machine.devices == []
-        guest.machine.audit()
+# One guest for several tests, which has the drivers of these devices. A test plugs those that it is about.
+GUEST = {"devices": ("nvme?", "nic?", "edu?"), "memory": "192M", "reuse": "module"}
+SHARED = pytest.mark.guest(**GUEST)
 
 
-def test_hotplug_of_a_card_with_an_io_bar(nic: str) -> None:
+@pytest.fixture
+def empty(kvmpass_guest: Session) -> Session:
+    """The guest, once it has ejected its devices, which are still bound to vfio-pci."""
+    for device in list(kvmpass_guest.machine.devices):
+        kvmpass_guest.machine.unplug(device, 30)
+    assert kvmpass_guest.machine.devices == []
+    return kvmpass_guest
+
+
+def since(guest: Session, count: int) -> tuple[DeviceEvent, ...]:
+    """The events after the first ``count``."""
+    return guest.events[-(guest.event_count - count) :] if guest.event_count > count else ()
+
+
+def place(device: AssignedDevice) -> str:
+    """Where the guest finds it."""
+    return f"/sys/bus/pci/devices/0000:00:{device.slot:02x}.{device.number}"
+
+
+@SHARED
+def test_the_guest_ejects_a_device(edu: str, empty: Session) -> None:
+    before, device = empty.event_count, empty.machine.assign(edu)
+    script = f"""wait_for '[ -e {place(device)} ]'; echo 0 >/sys/bus/pci/slots/{device.slot}/power
+        wait_for '[ ! -e {place(device)} ]'; echo ejected"""
+    guest = InSession(empty, script)
+    guest.expect("ejected")
+    wait_until(lambda: DeviceReleased(edu, "guest") in since(empty, before))
+    assert guest.machine.devices == []
+    guest.machine.audit()
+    assert guest.end() == 0
+
+
+@SHARED
+def test_hotplug_of_a_card_with_an_io_bar(nic: str, empty: Session) -> None:
     """The guest finds ports for it, and reads a register through them: the receive address that every card has."""
-    script = """wait_for '[ -e /sys/bus/pci/devices/0000:00:01.0/net ]'; cd /sys/bus/pci/devices/0000:00:01.0
-        echo 0000:00:01.0 >driver/unbind; echo 1 >enable
+    device = empty.machine.assign(nic)
+    script = f"""wait_for '[ -e {place(device)}/net ]'; cd {place(device)}
+        echo ${{PWD##*/}} >driver/unbind; echo 1 >enable
         number=0; while read -r start end flags; do
-            [ $((flags & 0x100)) -eq 0 ] || { port=$number; echo ports $start $end; }; number=$((number + 1))
+            [ $((flags & 0x100)) -eq 0 ] || {{ port=$number; echo ports $start $end; }}; number=$((number + 1))
         done <resource
         printf '\\000\\124\\000\\000' | dd of=resource$port bs=4 count=1 conv=notrunc 2>/dev/null
         echo address $(dd if=resource$port bs=4 skip=1 count=1 2>/dev/null | hexdump -e '1/4 "%08x"'); go_on"""
-    with host.borrow(nic), running(script) as guest:
-        device = guest.machine.assign(nic)
-        guest.expect("\n", 2)
-        words = [line.split() for line in guest.said.splitlines()]
-        assert words[0][0] == "ports", guest.said
-        assert IO_WINDOW.contains(Range(int(words[0][1], 16), int(words[0][2], 16) - int(words[0][1], 16) + 1))
-        wanted = device.regions[0].read_int(0x5400)
-        assert words[1] == ["address", f"{wanted:08x}"]
-        guest.go_on()
-        assert guest.end().status == 0
+    guest = InSession(empty, script)
+    guest.expect("\n", 2)
+    words = [line.split() for line in guest.said.splitlines()]
+    assert words[0][0] == "ports", guest.said
+    assert IO_WINDOW.contains(Range(int(words[0][1], 16), int(words[0][2], 16) - int(words[0][1], 16) + 1))
+    wanted = device.regions[0].read_int(0x5400)
+    assert words[1] == ["address", f"{wanted:08x}"]
+    guest.go_on()
+    assert guest.end() == 0
 
 
-def test_hotplug_of_a_second_function(multifunction: str) -> None:
+@SHARED
+def test_hotplug_of_a_second_function(multifunction: str, empty: Session) -> None:
     """A guest does not scan a slot again whose function 0 is not multifunction: the other gets its own slot."""
     group = (Path("/sys/bus/pci/devices") / multifunction / "iommu_group/devices").iterdir()
-    functions = sorted(path.name for path in group)
-    script = "wait_for present; echo one; wait_for '[ -e /sys/bus/pci/devices/0000:00:02.0 ]'; echo two; sleep 1000"
-    with host.borrow(*functions), running(script) as guest:
-        first = guest.machine.assign(functions[0])
-        guest.expect("one")
-        second = guest.machine.assign(functions[1])
-        guest.expect("two")
-        assert [(device.slot, device.number) for device in (first, second)] == [(1, 0), (2, 0)]
-        guest.machine.unplug(first, 30)
-        assert guest.machine.devices == [second]
-        guest.machine.audit()
+    functions, machine = sorted(path.name for path in group), empty.machine
+    script = "wait_for present; echo one; wait_for '[ -e /sys/bus/pci/devices/0000:00:02.0 ]'; echo two"
+    with host.borrow(*functions):
+        try:
+            first = machine.assign(functions[0])
+            guest = InSession(empty, script)
+            guest.expect("one")
+            second = machine.assign(functions[1])
+            guest.expect("two")
+            assert [(device.slot, device.number) for device in (first, second)] == [(1, 0), (2, 0)]
+            machine.unplug(first, 30)
+            assert machine.devices == [second]
+            machine.audit()
+            machine.unplug(second, 30)
+        finally:  # if it has failed
+            for device in list(machine.devices):
+                machine.deassign(device)
+    assert guest.end() == 0
 
 
-def test_the_host_requests_a_devices_release(edu: str, nvme: str) -> None:
+@pytest.mark.guest(**GUEST, may_die=True)
+def test_the_host_requests_a_devices_release(edu: str, nvme: str, empty: Session) -> None:
     """The device is unbound: the guest ejects it, and keeps the other one."""
-    script = "wait_for drive; echo up; wait_for '[ ! -e /sys/bus/pci/devices/0000:00:02.0 ]'; "
-    script += "dd if=/dev/nvme0n1 of=/dev/null bs=64k count=4 2>/dev/null && echo 'read it'; sleep 1000"
-    with host.borrow(nvme, edu), running(script, events=(events := [])) as guest:
-        kept = guest.machine.assign(nvme)
-        guest.machine.assign(edu)
-        guest.expect("up")
-        Path("/sys/bus/pci/drivers/vfio-pci/unbind").write_text(edu)
-        assert host.Sysfs().driver(host.Bdf.parse(edu)) is None
-        guest.expect("read it")
-        assert DeviceRequest(edu) in events
-        assert DeviceReleased(edu, "guest") in events
-        assert guest.machine.devices == [kept]
-        guest.machine.audit()
+    before, machine = empty.event_count, empty.machine
+    kept, requested = machine.assign(nvme), machine.assign(edu)
+    script = (
+        f"wait_for '[ -e {place(requested)} ]'; wait_for drive; echo up; wait_for '[ ! -e {place(requested)} ]'; "
+    )
+    script += "dd if=$drive of=/dev/null bs=64k count=4 2>/dev/null && echo 'read it'"
+    guest = InSession(empty, script)
+    guest.expect("up")
+    Path("/sys/bus/pci/drivers/vfio-pci/unbind").write_text(edu)
+    assert host.Sysfs().driver(host.Bdf.parse(edu)) is None
+    guest.expect("read it")
+    assert {DeviceRequest(edu), DeviceReleased(edu, "guest")} <= set(since(empty, before))
+    assert machine.devices == [kept]
+    machine.audit()
+    assert guest.end() == 0
+    empty.stop()
     assert host.Sysfs().driver(host.Bdf.parse(edu)) is None
     assert host.Sysfs().driver(host.Bdf.parse(nvme)) == "nvme"
 
