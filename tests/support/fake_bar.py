@@ -18,6 +18,14 @@ IO, IO_RESERVED, MEMORY32, MEMORY64, PREFETCHABLE = 0b01, 0b11, 0b0000, 0b0100, 
 ONES = b"\xff" * 16
 
 
+class OnePage(HostMapping):
+    """It may say that it is larger, and still unmaps no more than its page: behind it is other memory."""
+
+    @property
+    def _span(self) -> int:
+        return PAGE
+
+
 class Region:
     """What VFIO has of a BAR; accesses outside of it are a caller's mistake (vfio.Region raises IndexError)."""
 
@@ -53,7 +61,7 @@ class Region:
         assert area.start % PAGE == 0 and area.size % PAGE == 0 and area.end <= self.size
         if self.refusing_mmap:
             raise OSError(errno.ENOMEM, "mmap")
-        mapping = HostMapping(PAGE)
+        mapping = OnePage(PAGE)
         mapping.size = area.size
         self.mappings[area] = mapping
         return mapping
