@@ -6,7 +6,7 @@
 #define VERSION 1
 #define MAX_FRAME 32768 /* bytes with the header: what Linux passes to a port in one buffer */
 #define MAX_START 1048576
-#define MAX_PROCESSES 64
+#define MAX_PROCESSES 65
 #define INPUT_WINDOW 131072
 
 enum type {

@@ -179,6 +179,7 @@ class Agent:
         errors_in_output: bool = False,
         receive: Receiver | None = None,
         on_end: Callable[[AgentProcess], None] = lambda process: None,
+        last: bool = False,
     ) -> AgentProcess:
         """Start a process, also before the guest has booted: then it starts once the agent does.
 
@@ -187,7 +188,8 @@ class Agent:
         ``input`` it reads an empty file. ``terminal``: rows and columns of a terminal that is its input, output and
         errors. ``errors_in_output``: both are one stream, as with ``2>&1``. ``receive`` gets its output, and
         ``AgentProcess.grant`` is due once that is consumed; without it ``AgentProcess.read`` returns it. ``on_end``
-        is called once it has ended and all of its output has been received; it must not block.
+        is called once it has ended and all of its output has been received; it must not block. ``last``: it may be
+        the 65th, for which the agent has room at the guest's end.
 
         Raises ``GuestError`` while 64 processes run, for more than 1 MiB of arguments and variables, or if the agent
         does not answer; ``KvmpassError`` for a zero byte in one of them; ``GuestDied``.
@@ -210,8 +212,8 @@ class Agent:
                 raise GuestDied(self.failure)
             if not self.answering:
                 raise not_answering()
-            if len(self._processes) >= MAX_PROCESSES:
-                raise GuestError(f"{MAX_PROCESSES} processes run in the guest: its agent runs no more")
+            if len(self._processes) >= (room := MAX_PROCESSES if last else MAX_PROCESSES - 1):
+                raise GuestError(f"{room} processes run in the guest: its agent runs no more")
             self._last += 1
             process = AgentProcess(
                 self,

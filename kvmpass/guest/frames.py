@@ -18,8 +18,8 @@ MAX_FRAME = 32768
 """Bytes with the header: what Linux passes to a port in one buffer (drivers/char/virtio_console.c)."""
 MAX_START = 1048576
 """Bytes of all payloads of a process's ``START``."""
-MAX_PROCESSES = 64
-"""That an agent runs at once."""
+MAX_PROCESSES = 65
+"""That an agent runs at once. The last one is for what ends the guest."""
 INPUT_WINDOW = 131072
 """Bytes of a process's input that the agent takes before it grants more."""
 

@@ -36,6 +36,7 @@ _MAX_DETAIL = 200  # characters of a line of the console
 _ABANDON_SECONDS = 2.0  # for a reader that does not read, once an exception ends the run
 _SIGNALLED = 128  # a shell's status of a command that a signal has ended, without the signal's number
 _POWEROFF_SECONDS = 60.0  # from the end of the command, and of its files, to power off
+_FILES_SECONDS = 60.0  # without any byte of its files
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class Guest:
         self._mark = mark
         self._status: int | None = None
         self._ready = self._leaving = self._files_due = False
+        self._files_heard: float | None = None  # when the latest of its files has come, while they are sent
         self._failures: list[str] = []
         self._control = ControlChannel()
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
@@ -168,7 +170,7 @@ class Guest:
 
     def _start_command(self) -> None:
         """Let the agent run the image's command, once it is there. Without its port the guest's init does."""
-        self._files_due = self._to_files is not None
+        self._files_due, self._files_heard = self._to_files is not None, None
         if self.agent is None:
             self._make_agent()  # the image may have been loaded since
         if self.agent is None or self._session:
@@ -201,23 +203,43 @@ class Guest:
         self.power_off()
 
     def _on_files(self, process: AgentProcess, stream: int, data: bytes) -> None:
+        if self._files_heard is not None:
+            self._files_heard = time.monotonic()
         if stream == ERRORS_STREAM or self._to_files is None:
             process.grant(stream, len(data))
         else:
             self._to_files(data, partial(process.grant, stream))
 
     def power_off(self) -> None:
-        """Let the guest send its files, then write its page cache to disks, and power off, within a minute."""
+        """Let the guest send its files, then write its page cache to disks, and power off.
+
+        Called again, files that have not come by then are left out.
+        """
         files_due, self._files_due = self._files_due, False
         if self.agent is not None and files_due:
+            self._files_heard = time.monotonic()
             try:
-                self.agent.start(init.SEND_FILES, receive=self._on_files, on_end=lambda _: self.power_off())
+                self.agent.start(
+                    init.SEND_FILES, receive=self._on_files, on_end=lambda _: self.power_off(), last=True
+                )
                 return
             except GuestError as error:
                 self._on_failure(f"no files were sent: {error}")
-        self._leaving = True
+        self._files_heard, self._leaving = None, True
         if self.agent is not None:
             self.agent.power_off()
+
+    @property
+    def sending_files(self) -> bool:
+        """Whether it sends its files, after which it powers off."""
+        return self._files_heard is not None
+
+    def _look_at_files(self) -> None:
+        """Let a guest power off that has sent none of its files for too long: its disks have what it has written."""
+        heard = self._files_heard
+        if heard is not None and time.monotonic() - heard >= _FILES_SECONDS:
+            self._on_failure(f"the guest has sent none of its files for {_FILES_SECONDS:g} seconds")
+            self.power_off()
 
     def _on_failure(self, text: str) -> None:
         if len(self._failures) < _MAX_FAILURES:
@@ -261,7 +283,8 @@ class Guest:
         """Start the guest and wait until it ends, ``timeout`` seconds at most, reboots included.
 
         ``restart``: on guest reboot before its command's status, reset the machine and start again. A guest that has
-        reported the status, and sent its files, has a minute to power off. Raises what a sink or a vCPU raised.
+        reported the status, and sent its files or none of them for a minute, has a minute to power off. Raises what a
+        sink or a vCPU raised.
         """
         deadline = time.monotonic() + timeout if timeout is not None else math.inf
         self._start_command()
@@ -277,6 +300,7 @@ class Guest:
                 self._machine.stop()
             if self._session and self.agent is not None:
                 self.agent.look()
+            self._look_at_files()
             if outcome is GuestOutcome.REBOOT and restart and self._status is None:
                 self._ready = False
                 self._machine.reset()

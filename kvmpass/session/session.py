@@ -296,13 +296,18 @@ class Session:
     def stop(self, timeout: float = STOP_SECONDS) -> GuestResult:
         """Let the guest power off, end it after ``timeout`` seconds, and rebind its devices to their drivers.
 
-        Idempotent. Raises what rebinding raises, and the error that has ended the guest's run.
+        A guest that still sends files of ``copy_out`` then has as long again to power off without the others, 10
+        seconds at most: its disks have what it has written. Idempotent. Raises what rebinding raises,
+        and the error that has ended the guest's run.
         """
         with self._stopping:
             try:
                 if self._thread.is_alive():
                     self._guest.power_off()
                     self._thread.join(timeout)
+                    if self._thread.is_alive() and self._guest.sending_files:
+                        self._guest.power_off()
+                        self._thread.join(min(timeout, STOP_SECONDS))
             finally:
                 undo, self._undo = self._undo, ExitStack()
                 run_all(self.machine.stop, self._thread.join, undo.close, failure=self._error)

@@ -332,9 +332,12 @@ def test_an_agent_that_writes_and_does_not_read_fails(monkeypatch: pytest.Monkey
 
 
 def test_many_at_once_and_no_more_than_that(agent: Agent) -> None:
-    processes = [agent.start(["cat"], input=Input()) for _ in range(frames.MAX_PROCESSES)]
+    processes = [agent.start(["cat"], input=Input()) for _ in range(frames.MAX_PROCESSES - 1)]
     with pytest.raises(GuestError, match="64 processes"):
         agent.start(["true"])
+    processes.append(agent.start(["cat"], input=Input(), last=True))
+    with pytest.raises(GuestError, match="65 processes"):
+        agent.start(["true"], last=True)
     for process in processes:
         process.wait_started(SECONDS)
         assert process.input is not None
@@ -464,8 +467,8 @@ def test_all_that_can_be_started_may_wait_for_the_guests_boot() -> None:
         return len(waiting)
 
     agent = Agent(send)
-    for _ in range(frames.MAX_PROCESSES):
-        agent.start(["a" * (frames.MAX_START - 100)])
+    for number in range(frames.MAX_PROCESSES):
+        agent.start(["a" * (frames.MAX_START - 100)], last=number == frames.MAX_PROCESSES - 1)
     assert agent.failure is None
     assert len(waiting) > 0.9 * frames.MAX_PROCESSES * frames.MAX_START
 

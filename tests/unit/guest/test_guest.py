@@ -8,12 +8,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
+import pytest
+
 from kvmpass.guest import Guest, GuestResult
+from kvmpass.guest import guest as module
 from kvmpass.guest.frames import (
     DATA,
     END,
     EXITED,
     HELLO,
+    MAX_PROCESSES,
     NUMBERS,
     POWER_OFF,
     READY,
@@ -160,6 +164,52 @@ def test_a_session_sends_its_files_before_it_powers_off(tmp_path: Path) -> None:
         ends = [encode(1, END, stream=stream) for stream in (OUTPUT_STREAM, ERRORS_STREAM, STATUS)]
         vm.sinks[init.AGENT_PORT](b"".join([*ends, encode(1, EXITED, NUMBERS.pack(0, 0))]))
         assert vm.received.endswith(encode(0, POWER_OFF))
+
+
+class StalledVm(SendingVm):
+    """Its guest sends none of its files, and powers off if it is told to."""
+
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
+        super().wait(timeout)
+        return GuestOutcome.POWEROFF if self.received.endswith(encode(0, POWER_OFF)) else None
+
+
+def test_a_guest_that_sends_none_of_its_files_powers_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without a timeout would never end, and its disks lack what it has written."""
+    monkeypatch.setattr(module, "_FILES_SECONDS", 0.0)
+    vm = StalledVm()
+    silent: Callable[[bytes], None] = lambda data: None  # noqa: E731
+    with Guest(
+        cast(Machine, vm), console=None, output=silent, errors=silent, copy_out=[f"/results:{tmp_path}/"]
+    ) as guest:
+        result = guest.run()
+    assert (result.outcome, result.status) == (GuestOutcome.POWEROFF, 3)
+    assert result.failures == ("the guest has sent none of its files for 0 seconds",)
+    assert [copied.error for copied in result.copied_out] == ["the guest has not sent all of it"]
+
+
+def test_files_that_have_not_come_by_the_second_power_off_are_left_out(tmp_path: Path) -> None:
+    """Also while as many commands run as users can start."""
+    vm = SendingVm()
+    silent: Callable[[bytes], None] = lambda data: None  # noqa: E731
+    with Guest(
+        cast(Machine, vm),
+        console=None,
+        output=silent,
+        errors=silent,
+        session=True,
+        copy_out=[f"/results:{tmp_path}/"],
+    ) as guest:
+        guest._start_command()
+        assert guest.agent is not None
+        for _ in range(MAX_PROCESSES - 1):
+            guest.agent.start(["sleep", "1000"])
+        guest.power_off()
+        assert (b"/kvmpass/files" in vm.received, guest.sending_files) == (True, True)
+        assert encode(0, POWER_OFF) not in vm.received
+        guest.power_off()
+        assert vm.received.endswith(encode(0, POWER_OFF))
+        assert not guest.sending_files
 
 
 class PanickingVm(SendingVm):

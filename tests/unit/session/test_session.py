@@ -74,6 +74,30 @@ def test_a_directory_that_the_guest_can_enter_stays(
     assert (session.run("pwd").stdout.decode(), warnings) == (f"{tmp_path}\n", [])
 
 
+def test_a_guest_powers_off_even_if_it_does_not_send_all_its_files(local: LocalAgent) -> None:
+    """Its disks would lack what it has written."""
+    done: list[str] = []
+    ends = threading.Event()
+    guest = SimpleNamespace(console=CONSOLE, sending_files=False)
+
+    def power_off() -> None:
+        done.append("power off")
+        guest.sending_files = len(done) == 1
+        if len(done) == 2:
+            ends.set()
+
+    def run(timeout: float | None) -> str:
+        ends.wait()
+        return "result"
+
+    guest.power_off, guest.run = power_off, run
+    machine = SimpleNamespace(devices=[], stop=lambda: done.append(f"stopped, powered off: {ends.is_set()}"))
+    session = Session("local", cast(Machine, machine), cast(Guest, guest), local.agent)
+    session.begin(20)
+    result: object = session.stop(0.1)
+    assert (result, done) == ("result", ["power off", "power off", "stopped, powered off: True"])
+
+
 def test_exceptions_are_those_of_subprocess(session: Session) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
         session.run(["sh", "-c", "echo out; exit 3"], check=True)
