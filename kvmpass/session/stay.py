@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmpass import host
+from kvmpass._ratelimit import limited_log
 from kvmpass.events import DeviceEvent, DeviceReleased
 from kvmpass.guest import GuestResult, GuestSpec, Sink
 from kvmpass.session.console import Console
@@ -18,11 +19,16 @@ from kvmpass.session.directory import GuestDirectory, GuestStatus
 from kvmpass.session.opening import open_session
 from kvmpass.session.server import Server
 
+log = limited_log(__name__)
+
 _LOOK_SECONDS = 5.0  # between looks for the directory, which logind removes at a user's last logout
 
 
 class _Status:
-    """Keeps the status document of a guest up to date.
+    """Keeps the status document of a guest up to date. Raises ``OSError`` if it cannot be written at all.
+
+    Later a document that cannot be written, on a full disk for example, is only logged: the guest runs on, and each
+    ``set`` tries again.
 
     Synchronization: ``set`` and ``note`` from any thread; ``_lock`` guards what is written.
     """
@@ -34,7 +40,17 @@ class _Status:
         self._state = "starting"
         self._since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._lock = threading.Lock()
+        self._stale = False  # whether the document lacks the latest change
         self._write()
+
+    def _update(self) -> None:
+        try:
+            self._write()
+            self._stale = False
+        except OSError as error:
+            if not self._stale:  # once, not at each look
+                log.warning("the status of the guest %s cannot be written: %s", self._name, error)
+            self._stale = True
 
     def _write(self) -> None:
         if self._directory.exists:  # else a file there would be another guest's
@@ -42,18 +58,18 @@ class _Status:
             self._directory.write(status)
 
     def set(self, state: str) -> None:
-        """Set the guest's state. Raises ``OSError``."""
+        """Set the guest's state."""
         with self._lock:
-            if state != self._state:
+            if state != self._state or self._stale:
                 self._state = state
-                self._write()
+                self._update()
 
     def note(self, event: DeviceEvent) -> None:
-        """Take a device that was removed from the running guest out of the document. Raises ``OSError``."""
+        """Take a device that was removed from the running guest out of the document."""
         with self._lock:
             if isinstance(event, DeviceReleased) and event.bdf in self._devices:
                 self._devices.remove(event.bdf)
-                self._write()
+                self._update()
 
 
 def stay(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import shutil
 import threading
 import time
@@ -19,7 +21,7 @@ from kvmpass.guest import GuestSpec
 from kvmpass.host import Bdf
 from kvmpass.session import stay as module
 from kvmpass.session.client import Client, RequestFailed
-from kvmpass.session.directory import read
+from kvmpass.session.directory import GuestDirectory, GuestStatus, read
 from kvmpass.session.stay import stay
 
 FIRST, SECOND = "0000:01:00.0", "0000:01:00.1"
@@ -116,6 +118,57 @@ def test_a_guest_that_does_not_answer_is_shown_until_it_does(ends: list[str], se
     stay("one", [], GuestSpec(session=True), ready, lambda result: {})
     watching[0].join(20)
     assert states == ["running", "not answering", "running"]
+
+
+def test_a_status_that_cannot_be_written_does_not_end_the_guest(
+    ends: list[str],
+    on_events: list[Callable[[DeviceEvent], None]],
+    session: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is written once there is room again."""
+    write, full, refused = GuestDirectory.write, threading.Event(), threading.Event()
+
+    def limited(directory: GuestDirectory, status: GuestStatus) -> None:
+        if full.is_set():
+            refused.set()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(directory, status)
+
+    def wait_for_state(directory: Path, state: str) -> None:
+        deadline = time.monotonic() + 20
+        while read(directory).state != state:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def ready(directory: Path) -> None:
+        def watch() -> None:
+            try:
+                full.set()
+                session.answering = False
+                on_events[0](DeviceReleased(FIRST, "guest"))
+                assert refused.wait(20)
+                time.sleep(0.2)  # some looks
+                states.append(read(directory).state)
+                full.clear()
+                wait_for_state(directory, "not answering")
+                states.append(",".join(read(directory).devices))
+            finally:
+                shutil.rmtree(directory)  # ends it
+
+        watching.append(threading.Thread(target=watch))
+        watching[0].start()
+
+    monkeypatch.setattr(GuestDirectory, "write", limited)
+    states: list[str] = []
+    watching: list[threading.Thread] = []
+    result: Any = stay("one", [Bdf.parse(FIRST)], GuestSpec(session=True), ready, lambda result: {})
+    watching[0].join(20)
+    assert (result, states) == ("stopped", ["running", ""])
+    assert [record.getMessage() for record in caplog.records] == [
+        "the status of the guest one cannot be written: [Errno 28] No space left on device"
+    ]
 
 
 def test_who_waits_learns_why_it_has_failed(ends: list[str]) -> None:
