@@ -189,7 +189,7 @@ class Guest:
 
     def _on_output(self, process: AgentProcess, stream: int, data: bytes) -> None:
         outlet = self._to_errors if stream == ERRORS_STREAM else self._to_output
-        outlet(data, partial(process.grant, stream))
+        outlet(data, process.grant, stream)
 
     def _on_end(self, process: AgentProcess) -> None:
         """Handle the command's end, with all of its output. Its files are brought out, then the guest powers off."""
@@ -208,7 +208,7 @@ class Guest:
         if stream == ERRORS_STREAM or self._to_files is None:
             process.grant(stream, len(data))
         else:
-            self._to_files(data, partial(process.grant, stream))
+            self._to_files(data, process.grant, stream)
 
     def power_off(self) -> None:
         """Let the guest send its files, then write its page cache to disks, and power off.

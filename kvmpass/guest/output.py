@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 
 Sink = Callable[[bytes], None]
+Taken = Callable[[int, int], object]
+"""Called with a stream and a number of bytes."""
 
 
 class Outlet:
@@ -19,26 +21,27 @@ class Outlet:
         self._writer = writer
         self.sink = sink
         """The reader's."""
-        self._pending: list[tuple[bytes, Callable[[int], object] | None]] = []
-        self._size = 0  # of what is pending
+        self._pending = bytearray()  # not a list of what came: a guest that writes single bytes would fill memory
+        self._taken: dict[tuple[Taken, int], int] = {}  # whom to tell of how many of these bytes
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
         self._thread.start()
 
-    def __call__(self, data: bytes, taken: Callable[[int], object] | None = None) -> None:
+    def __call__(self, data: bytes, taken: Taken | None = None, stream: int = 0) -> None:
         """Queue ``data``, without blocking. Dropped once the writer is closed, or a sink has failed.
 
-        ``taken`` is called with its size, from the thread, once the reader has it.
+        ``taken`` is called with ``stream`` and a size, from the thread, once the reader has so much of it.
         """
         with self._writer.changed:
             if data and not self._writer.ended:
-                self._pending.append((data, taken))
-                self._size += len(data)
+                self._pending += data
+                if taken is not None:
+                    self._taken[taken, stream] = self._taken.get((taken, stream), 0) + len(data)
                 self._writer.changed.notify_all()
 
     @property
     def full(self) -> bool:
         """Whether more than ``OutputWriter.PENDING_LIMIT`` bytes are pending."""
-        return self._size > OutputWriter.PENDING_LIMIT
+        return len(self._pending) > OutputWriter.PENDING_LIMIT
 
     def join(self, timeout: float | None) -> None:
         """Wait until what is pending is written, after the writer was closed."""
@@ -50,14 +53,14 @@ class Outlet:
             while True:
                 with changed:
                     changed.wait_for(lambda: self._pending or self._writer.ended)
-                    pending, self._pending, self._size = self._pending, [], 0
+                    pending, self._pending = self._pending, bytearray()
+                    owed, self._taken = self._taken, {}
                     changed.notify_all()
                     if self._writer.failure is not None or not pending:
                         return
-                self.sink(b"".join(data for data, _ in pending))
-                for data, taken in pending:
-                    if taken is not None:
-                        taken(len(data))
+                self.sink(bytes(pending))
+                for (taken, stream), size in owed.items():
+                    taken(stream, size)
         except BaseException as error:
             self._writer.fail(error)
 

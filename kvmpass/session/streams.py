@@ -8,7 +8,6 @@ import select
 import signal
 import stat
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -78,15 +77,17 @@ class OutputPipe(io.RawIOBase):
         super().__init__()
         self._agent = agent
         self._died = died
-        self._kept: deque[tuple[Callable[[int], None], bytes]] = deque()  # what grants more, and data
+        self._kept = bytearray()
+        self._grant: Callable[[int], None] | None = None  # so many bytes more
         self._ended = self._dropping = False
 
     def __call__(self, process: AgentProcess, stream: int, data: bytes) -> None:
         """Take ``data`` from the process; nothing more comes after an empty one."""
         with self._agent.changed:
             dropping = self._dropping
-            if data and not dropping:
-                self._kept.append((partial(process.grant, stream), data))
+            self._grant = self._grant or partial(process.grant, stream)
+            if not dropping:
+                self._kept += data
             self._ended = not data
             self._agent.changed.notify_all()
         if dropping:
@@ -106,23 +107,24 @@ class OutputPipe(io.RawIOBase):
                 if not self._ended:
                     raise self._died(self._agent.failure or "")
                 return 0
-            grant, data = self._kept.popleft()
-            taken = min(len(data), len(view))
-            view[:taken] = data[:taken]
-            if taken < len(data):
-                self._kept.appendleft((grant, data[taken:]))
-        grant(taken)
-        return taken
+            data = self._kept[: len(view)]
+            del self._kept[: len(data)]
+        view[: len(data)] = data
+        self._give_back(len(data))
+        return len(data)
 
     def close(self) -> None:
         """Drop what is kept, and what comes. Idempotent."""
         with self._agent.changed:
             self._dropping = True
-            kept = [*self._kept]
+            size = len(self._kept)
             self._kept.clear()
-        for grant, data in kept:
-            grant(len(data))
+        self._give_back(size)
         super().close()
+
+    def _give_back(self, size: int) -> None:
+        if self._grant is not None:
+            self._grant(size)
 
 
 class InputPipe(io.RawIOBase):
@@ -287,7 +289,7 @@ class ToDescriptor:
         if failed:
             process.grant(stream, len(data))
         elif data:
-            self._outlet(data, partial(self._taken, stream))
+            self._outlet(data, self._taken, stream)
 
     def _taken(self, stream: int, size: int) -> None:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import tracemalloc
 
 import pytest
 
@@ -67,6 +68,33 @@ def test_a_stalled_reader_throttles_the_guest_until_it_ends() -> None:
     writer.close(0.2)
     assert time.monotonic() - started < 5
     go.set()
+
+
+def test_single_bytes_for_a_stalled_reader_take_no_more_memory_than_they_are() -> None:
+    """A guest writes what it likes, in frames of one byte, to two streams in turns."""
+    vm, go = Vm(), threading.Event()
+    writer = vm.writer()
+    taken = {1: 0, 2: 0}
+
+    def take(stream: int, size: int) -> None:
+        taken[stream] += size
+
+    put = writer.to(lambda data: go.wait(60) and None)
+    put(b"a", take, 1)
+    deadline = time.monotonic() + 20
+    while put._pending:  # its thread is in the sink from here on
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    tracemalloc.start()
+    for _ in range(1 << 16):
+        put(b"b", take, 1)
+        put(b"c", take, 2)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert size < 1 << 18
+    go.set()
+    writer.close()
+    assert taken == {1: (1 << 16) + 1, 2: 1 << 16}
 
 
 def test_a_closed_reader_stops_the_guest() -> None:

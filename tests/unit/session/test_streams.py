@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import threading
 import time
+import tracemalloc
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from kvmpass.errors import GuestDied
+from kvmpass.guest.agent import Agent
+from kvmpass.guest.frames import OUTPUT
 from kvmpass.guest.input import Input
+from kvmpass.guest.process import AgentProcess
 from kvmpass.session import streams
-from kvmpass.session.streams import Cancel, InputPump
+from kvmpass.session.streams import Cancel, InputPump, OutputPipe
 
 
 class FasterReader(Cancel):
@@ -43,3 +50,21 @@ def test_another_reader_of_the_same_pipe_does_not_delay_the_end(monkeypatch: pyt
     os.close(write)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(read)
+
+
+def test_single_bytes_in_a_pipe_that_is_not_read_take_no_more_memory_than_they_are() -> None:
+    """A guest writes what it likes, in frames of one byte."""
+    granted: list[int] = []
+    process = cast(AgentProcess, SimpleNamespace(grant=lambda stream, size: granted.append(size)))
+    agent = cast(Agent, SimpleNamespace(changed=threading.Condition(), failure=None))
+    pipe = OutputPipe(agent, GuestDied)
+    tracemalloc.start()
+    for _ in range(1 << 16):
+        pipe(process, OUTPUT, b"a")
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert size < 1 << 17
+    assert granted == []
+    assert pipe.read(10) == b"a" * 10
+    pipe.close()
+    assert granted == [10, (1 << 16) - 10]
