@@ -109,6 +109,11 @@ class Pooled:
         self.uses = 0
         """Tests that have used it."""
 
+    @property
+    def lost(self) -> str | None:
+        """Why no further test can use it: it has ended, or hangs. None: it runs."""
+        return self.session.ended or (None if self.session.answering else "it does not answer")
+
 
 class Pool:
     """Guests by what their tests have in common. A device is in one of them at a time."""
@@ -121,10 +126,10 @@ class Pool:
         """Return the guest for ``key`` if it runs, else a new one: guests that have its devices are stopped first."""
         known = self._guests.get(key)
         if known is not None:
-            reason = known[1].session.ended
+            reason = known[1].lost
             if reason is None:
                 return known[1]
-            warnings.warn(pytest.PytestWarning(f"the guest has ended after the tests before: {reason}"), stacklevel=2)
+            warnings.warn(pytest.PytestWarning(f"the guest was lost after the tests before: {reason}"), stacklevel=2)
         self.drop(key)
         self.release(devices)
         try:
@@ -221,7 +226,8 @@ class GuestPlugin:
     def kvmpass_guest(self, request: pytest.FixtureRequest) -> Iterator[Session]:
         """Return the guest that the marker ``guest`` describes; other tests have used it, and will.
 
-        A test that ends its guest fails, unless its marker says ``may_die=True``; the next test gets a new guest.
+        A test that ends its guest, or leaves one that does not answer, fails unless its marker says ``may_die=True``;
+        the next test gets a new guest.
         """
         item = request.node
         wish = Wish.of(item)
@@ -237,11 +243,12 @@ class GuestPlugin:
         boot = guest.boot_seconds if guest.uses == 1 else 0.0
         item.user_properties += [("guest", guest.session.name), ("guest_boot_seconds", round(boot, 3))]
         yield guest.session
-        died = guest.session.ended
-        if died is not None or wish.reuse == "test":
+        ended, lost = guest.session.ended, guest.lost
+        if lost is not None or wish.reuse == "test":
             self.pool.drop(key)
-        if died is not None and not wish.may_die:
-            pytest.fail(f"the test has ended its guest: {died} (may_die=True allows it)", pytrace=False)
+        if lost is not None and not wish.may_die:
+            what = "hung" if ended is None else "ended"
+            pytest.fail(f"the test has {what} its guest: {ended or lost} (may_die=True allows it)", pytrace=False)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(

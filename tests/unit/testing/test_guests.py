@@ -27,7 +27,7 @@ def start(devices, on_console, **options):
     name = f"guest{next(numbers)}"
     if options.get("append") == "broken":
         raise GuestDied("the guest panicked", console="no init found")
-    guest = SimpleNamespace(name=name, ended=None, event_count=0, events=(), say=on_console)
+    guest = SimpleNamespace(name=name, ended=None, answering=True, event_count=0, events=(), say=on_console)
     note(f"{name} boots: {' '.join(devices)}")
     guest.stop = lambda: note(f"{name} ends")
     return guest
@@ -110,21 +110,25 @@ def test_ends_it(kvmpass_guest): kvmpass_guest.ended = "the guest powered off"
 @pytest.mark.guest(may_die=True)
 def test_may(kvmpass_guest): kvmpass_guest.ended = "the guest powered off"
 
+@pytest.mark.guest(append="hangs")
+def test_hangs(kvmpass_guest): kvmpass_guest.answering = False
+
 @pytest.mark.guest(append="broken")
 def test_boots(kvmpass_guest): pass
 """,
     )
     result = guests.runpytest_inprocess("--junitxml=report.xml", "-o", "junit_family=xunit1")
-    result.assert_outcomes(passed=3, failed=1, errors=2)
+    result.assert_outcomes(passed=4, failed=1, errors=3)
     text = result.stdout.str()
     assert "of the first" not in text
     result.stdout.fnmatch_lines_random(
         ["*events of the guest's devices*", "an error of the device", "of the second", "no init found"]
     )
     result.stdout.fnmatch_lines(["the test has ended its guest: the guest powered off (may_die=True allows it)"])
+    result.stdout.fnmatch_lines(["the test has hung its guest: it does not answer (may_die=True allows it)"])
     properties = {
         case.get("name"): {each.get("name"): each.get("value") for each in case.iter("property")}
         for case in ET.parse(guests.path / "report.xml").iter("testcase")
     }
-    assert [found.get("guest") for found in properties.values()] == ["guest1"] * 3 + ["guest2", None]
+    assert [found.get("guest") for found in properties.values()] == ["guest1"] * 3 + ["guest2", "guest3", None]
     assert properties["test_fails"]["guest_boot_seconds"] == "0.0"

@@ -19,7 +19,7 @@ class Guests:
         self.made: list[Any] = []
 
     def start(self, devices: tuple[str, ...], **options: Any) -> Any:
-        guest = SimpleNamespace(devices=devices, ended=None, stopped=0)
+        guest = SimpleNamespace(devices=devices, ended=None, answering=True, stopped=0)
 
         def stop() -> None:
             guest.stopped += 1
@@ -40,9 +40,13 @@ def test_a_guest_is_used_again_until_it_dies(guests: Guests) -> None:
     first = pool.get(("a",), ("nvme",), {})
     assert pool.get(("a",), ("nvme",), {}) is first
     guests.made[0].ended = "the guest panicked"
-    with pytest.warns(pytest.PytestWarning, match="has ended after the tests before: the guest panicked"):
+    with pytest.warns(pytest.PytestWarning, match="was lost after the tests before: the guest panicked"):
         assert pool.get(("a",), ("nvme",), {}) is not first
     assert [guest.stopped for guest in guests.made] == [1, 0]
+    guests.made[1].answering = False
+    with pytest.warns(pytest.PytestWarning, match="was lost after the tests before: it does not answer"):
+        pool.get(("a",), ("nvme",), {})
+    assert [guest.stopped for guest in guests.made] == [1, 1, 0]
 
 
 def test_a_device_is_in_one_guest_at_a_time(guests: Guests) -> None:
