@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvmpass._log import Log
+from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest.output import Outlet, OutputWriter, Sink
 from kvmpass.initramfs import init
 from kvmpass.session.directory import CONSOLE, OLDER_CONSOLE
@@ -17,6 +20,8 @@ from kvmpass.session.streams import Cancel, InputPump, write_to
 if TYPE_CHECKING:
     from kvmpass.session.process import GuestProcess
     from kvmpass.session.session import Session
+
+log = Log(__name__)
 
 MAX_LOG = 8 << 20
 """Bytes of each of the two files that have the log."""
@@ -82,7 +87,11 @@ class Console:
                     pump.join()
 
     def _start_shell(self) -> None:
-        """Run a shell on the console, unless one runs there. Raises ``GuestDied``."""
+        """Run a shell on the console, unless one runs there, or the guest does not answer.
+
+        The kernel of a guest that hangs may print on its console, and read from it. Raises ``GuestDied``, and what
+        else starting it raises.
+        """
         assert self.session is not None
         with self._starting:
             if self._shell is not None and self._shell.poll() is not None:
@@ -90,17 +99,28 @@ class Console:
                 self._shell = None
             if self._shell is None:
                 what = "-l" if self.session.entry is None else f"{init.DIRECTORY}/command"
-                self._shell = self.session.outside(["sh", "-c", _SHELL.format(what)])
+                try:
+                    self._shell = self.session.outside(["sh", "-c", _SHELL.format(what)])
+                except GuestDied:
+                    raise
+                except GuestError:
+                    if self.session.answering:
+                        raise
 
     def resize(self, rows: int, columns: int) -> None:
-        """Set the size of the console's terminal. Raises ``GuestDied``, ``subprocess.TimeoutExpired``."""
+        """Set the size of the console's terminal, if the guest can do so just now. Raises ``GuestDied``."""
         assert self.session is not None
         size = ["rows", str(rows), "cols", str(columns)]
-        process = self.session.outside(["stty", "-F", "/dev/ttyS0", *size])
         try:
-            process.wait(_RESIZE_SECONDS)
-        finally:
-            process.abandon()
+            process = self.session.outside(["stty", "-F", "/dev/ttyS0", *size], timeout=_RESIZE_SECONDS)
+            try:
+                process.wait(_RESIZE_SECONDS)
+            finally:
+                process.abandon()
+        except GuestDied:
+            raise
+        except (GuestError, OSError, subprocess.TimeoutExpired) as error:
+            log.debug("the size of the console was not set: %s", error)
 
     def type(self, data: bytes) -> int:
         """Send keystrokes; return how many bytes the guest has not read yet."""

@@ -195,9 +195,14 @@ class Session:
             options["root"] = served.ROOT
         return GuestProcess(self._agent, self._died, args, cwd=cwd, env=env, **options)
 
-    def outside(self, args: Sequence[str], *, stdout: Target = subprocess.DEVNULL) -> GuestProcess:
-        """Start a process in the initramfs, whatever the guest's root, without input and errors."""
-        return GuestProcess(self._agent, self._died, args, stdout=stdout, stderr=subprocess.DEVNULL)
+    def outside(
+        self, args: Sequence[str], *, stdout: Target = subprocess.DEVNULL, timeout: float | None = None
+    ) -> GuestProcess:
+        """Start a process in the initramfs, whatever the guest's root, without input and errors.
+
+        ``timeout``: seconds that it has to start; then ``subprocess.TimeoutExpired``.
+        """
+        return GuestProcess(self._agent, self._died, args, stdout=stdout, stderr=subprocess.DEVNULL, timeout=timeout)
 
     def run(
         self,
