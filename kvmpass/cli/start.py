@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,10 @@ from kvmpass.session.directory import check_name
 from kvmpass.session.session import BOOT_SECONDS
 from kvmpass.session.stay import stay
 
-_MAX_WARNINGS = 64  # lines of files that were left out: a message has a limit
+# A message has a limit, and the guest has a part in what they say.
+_MAX_WARNINGS = 64  # lines
+_MAX_WARNING = 300  # characters of one
+_MAX_WARNING_BYTES = 32 << 10  # of all of them in the message
 
 
 @click.command()
@@ -127,5 +132,23 @@ def _answer(result: GuestResult) -> dict[str, Any]:
     return {
         "status": exit_status(result, command=False),
         "outcome": f"the guest {result.outcome.value}",
-        "warnings": [*report(result.copied_out, verbose=False)][:_MAX_WARNINGS],
+        "warnings": _limited(
+            chain(
+                (f"warning: error in the guest: {failure}" for failure in result.failures),
+                report(result.copied_out, verbose=False),
+            )
+        ),
     }
+
+
+def _limited(lines: Iterable[str]) -> list[str]:
+    """Return what of ``lines`` has room in the answer, and whether there is more."""
+    kept: list[str] = []
+    size = 0
+    for line in lines:
+        shown = line if len(line) <= _MAX_WARNING else f"{line[:_MAX_WARNING]}…"
+        size += len(json.dumps(shown))
+        if len(kept) == _MAX_WARNINGS or size > _MAX_WARNING_BYTES:
+            return [*kept, "warning: and more"]
+        kept.append(shown)
+    return kept

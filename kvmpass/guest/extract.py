@@ -160,7 +160,7 @@ class Extraction:
             return own  # a file, whatever its name
         parts = [part for part in entry.name.split("/") if part != "."]
         if "" in parts or ".." in parts:
-            raise BadArchive(f"the guest's archive has the name {entry.name!r}")
+            raise BadArchive(f"the guest's archive has the name {_shortened(entry.name)!r}")
         return own + parts
 
     def _directory_of(self, path: str) -> int:
@@ -237,10 +237,7 @@ class Extraction:
     @property
     def _shown(self) -> str:
         """The path of the latest file, for a message."""
-        text = "".join(
-            letter if letter.isprintable() else "?" for letter in self._path or str(self._destination.path)
-        )
-        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+        return _shortened(self._path or str(self._destination.path))
 
     def _leave_out(self, why: str, *, failed: bool = False) -> None:
         self._failed = self._failed or failed
@@ -248,3 +245,8 @@ class Extraction:
             self._left_out.append(f"{self._shown}: {why}")
         else:
             self._not_reported += 1
+
+
+def _shortened(path: str) -> str:
+    text = "".join(letter if letter.isprintable() else "?" for letter in path[: _SHOWN + 1])
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

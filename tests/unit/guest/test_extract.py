@@ -85,6 +85,11 @@ def test_names_that_lead_outside(target: Path, name: str) -> None:
     assert [str(path.relative_to(target)) for path in target.rglob("*")] in (["results"], [])
 
 
+def test_a_long_name_that_leads_outside_is_shown_in_short(target: Path) -> None:
+    with pytest.raises(BadArchive, match=r"has the name '\.\./\?{197}…'$"):
+        unpack(target, [(".", Node(DIRECTORY)), ("../" + "\x1b" * 4000, Node(FILE, b"x"))])
+
+
 def test_other_types_are_left_out(target: Path) -> None:
     kinds = {stat.S_IFLNK: "a symlink", stat.S_IFCHR: "a character device", stat.S_IFBLK: "a block device"}
     kinds |= {

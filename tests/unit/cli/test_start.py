@@ -1,0 +1,41 @@
+"""What the process of ``kvmpass start`` tells those who wait for its guest's end."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from kvmpass.cli.start import _answer
+from kvmpass.guest import CopiedOut, GuestResult
+from kvmpass.machine import GuestOutcome
+from kvmpass.session import messages
+
+
+def result(failures: tuple[str, ...] = (), left_out: tuple[str, ...] = (), copies: int = 1) -> GuestResult:
+    copied = CopiedOut("/results", "/tmp/results", 0, 0, left_out, None)
+    return GuestResult(GuestOutcome.POWEROFF, None, failures, "", (copied,) * copies)
+
+
+def test_warnings_have_the_guests_failures_and_what_is_missing() -> None:
+    answer = _answer(result(("no files were sent: the guest hangs",), ("link: a symlink",)))
+    assert answer == {
+        "status": 0,
+        "outcome": "the guest powered off",
+        "warnings": [
+            "warning: error in the guest: no files were sent: the guest hangs",
+            "warning: --copy-out /results: left out: link: a symlink",
+        ],
+    }
+
+
+@pytest.mark.parametrize("letter", ["a", "\U0001d11e"])
+def test_whatever_a_guest_makes_warnings_of_the_answer_can_be_sent(letter: str) -> None:
+    """Each of the letters is twelve bytes in a message, in the worst case."""
+    answer = _answer(result((letter * 4096,) * 64, (letter * 4096,) * 17, copies=20))
+    assert answer["warnings"][-1] == "warning: and more"
+    assert {len(line) for line in answer["warnings"][:-1]} == {301}
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        messages.send(ours, answer)
+        assert messages.receive(theirs) == (answer, [])
