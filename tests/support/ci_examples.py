@@ -24,5 +24,10 @@ def github() -> list[str]:
 
 def gitlab() -> list[str]:
     """The commands of ``script`` and ``after_script``."""
-    job = _job("gitlab.yml")
-    return [*job["script"], *job["after_script"]]
+    return [*_job("gitlab.yml")["script"], *gitlab_after()]
+
+
+def gitlab_after() -> list[str]:
+    """The commands of ``after_script``: one script, which ends at the first that fails."""
+    after: list[str] = _job("gitlab.yml")["after_script"]
+    return after

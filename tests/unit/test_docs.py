@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -128,3 +129,15 @@ def test_both_kinds_of_ci_run_the_same_commands() -> None:
     assert commands == ci_examples.gitlab()
     for command in commands:
         subprocess.run(["bash", "-n", "-e", "-c", command], check=True)
+
+
+def test_a_job_whose_guest_has_ended_rebinds_the_devices(tmp_path: Path) -> None:
+    """GitLab's runner ends a script at the first command that fails."""
+    sudo = tmp_path / "sudo"
+    sudo.write_text('#!/bin/sh\necho "$*" >>log\ncase $2 in cp | stop) exit 1 ;; esac\n')
+    sudo.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = "\n".join(ci_examples.gitlab_after())
+    subprocess.run(["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=True)
+    done = [line.split()[:2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert done[:3] == [["kvmpass", "cp"], ["kvmpass", "stop"], ["kvmpass", "restore"]]
