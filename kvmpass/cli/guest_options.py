@@ -84,7 +84,7 @@ run_options = together(
         "--timeout",
         type=click.FloatRange(min=0, min_open=True),
         metavar="SECONDS",
-        help="End the guest after this time, boot included; exit status 124.",
+        help="End the guest after this time, boot included; exit status 124, of kvmpass wait for a guest that stays.",
     ),
     click.option("--console-log", type=click.Path(path_type=Path), help="Write the whole console to this file."),
 )
