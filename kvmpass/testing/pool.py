@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 GUEST_MARKER = "guest"
 _REUSE = ("session", "module", "test")
 _CONSOLE = "the guest's console"
-_BOOT_SECONDS = 60.0  # multiplied where emulated hosts share the machine, as the limits of tests are
 _KEPT = 1 << 20  # bytes of a guest's console
 
 
@@ -236,7 +235,10 @@ class GuestPlugin:
         key = wish.key(item)
         devices = wish.addresses(request.config)
         options = dict(wish.options)
-        options["boot_timeout"] = options.get("boot_timeout", _BOOT_SECONDS) * State.of(request.config).slowdown
+        from kvmpass.session.session import BOOT_SECONDS  # loads a VMM: only for tests that need it
+
+        # More where emulated hosts share the machine, as the limits of tests are.
+        options["boot_timeout"] = options.get("boot_timeout", BOOT_SECONDS) * State.of(request.config).slowdown
         guest = self.pool.get(key, devices, options)
         guest.uses += 1
         item.stash[_USE] = _Use(guest, guest.console.size, guest.session.event_count)

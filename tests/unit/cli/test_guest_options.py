@@ -10,8 +10,9 @@ from typing import Any
 import click
 import pytest
 
-from kvmpass.cli.guest_options import command_options, guest_options, guest_spec
+from kvmpass.cli.guest_options import command_options, guest_options, guest_spec, stay_options
 from kvmpass.guest import GuestSpec
+from kvmpass.session.session import BOOT_SECONDS
 
 
 def spec(*arguments: str, command: tuple[str, ...] | None = ("true",)) -> GuestSpec:
@@ -40,6 +41,20 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_what_a_command_has_by_default() -> None:
     made = spec()
     assert (made.interactive, made.tty, made.environment, made.directory) == (False, False, (), "")
+
+
+def test_the_help_has_the_limit_of_a_boot() -> None:
+    """Its text is there without the module that boots guests."""
+
+    @click.command()
+    @stay_options
+    def run(**options: Any) -> None:
+        pass
+
+    [option] = [option for option in run.params if option.name == "boot_timeout"]
+    assert isinstance(option, click.Option)
+    assert option.help is not None
+    assert option.help.endswith(f"[default: {BOOT_SECONDS:g}]")
 
 
 def test_variables_are_set_or_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
