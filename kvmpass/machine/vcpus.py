@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from kvmpass._log import load_logging
 from kvmpass.bus import Bus
 from kvmpass.errors import GuestError
 from kvmpass.kvm import Fastpath, Vcpu, exits, install_kick
@@ -105,6 +106,7 @@ class VcpuThreads:
             thread = threading.Thread(target=self._loop, args=(vcpu,), name=f"vcpu{vcpu.index}", daemon=True)
             self._threads.append(thread)
             thread.start()
+        load_logging()  # while the guest begins to boot, long before it can use up this process's descriptors
 
     def end(self, outcome: GuestOutcome) -> None:
         """End the guest with ``outcome`` (the first call wins), without waiting for its vCPUs."""

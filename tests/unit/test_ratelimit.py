@@ -39,6 +39,7 @@ def test_warnings_are_limited_by_their_format(caplog: pytest.LogCaptureFixture) 
     texts = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert texts == [*(f"guest wrote {number}" for number in range(10)), "something else"]
     assert sum(record.levelno == logging.DEBUG for record in caplog.records) == 1000
+    assert log.logger is not None
     (limit,) = (filter_ for filter_ in log.logger.filters)
     limit._limit._clock = lambda: 1e9  # type: ignore[union-attr]
     log.warning("guest wrote %d", 5)
