@@ -249,6 +249,9 @@ class Bar:
 
     def _withdraw(self) -> None:
         """Delete the memslots and leave the bus, without a retry of waiting BARs. Raises as ``_disconnect`` does."""
+        # First, and for good: where KVM keeps a memslot the device may be closed nevertheless, and its descriptor be
+        # used again. Accesses that this leaves to Python are slower, but correct.
+        self._fast.hide()
         try:
             while self._shown:
                 mapping, region = next(reversed(self._shown.items()))
@@ -257,7 +260,6 @@ class Bar:
         except OSError:
             self._show_again()
             raise
-        self._fast.hide()
         self._disarm()
         self._bus.remove(self)
         self._connected = False

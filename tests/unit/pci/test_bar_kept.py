@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from support.fake_bar import MEMORY32, GuestSpace, Region
 
+from kvmpass.kvm import FastFile, Fastpath
 from kvmpass.layout import PAGE, Range
 from kvmpass.pci.bar import Bar
 
@@ -50,6 +53,27 @@ def test_a_memslot_that_kvm_keeps_changes_nothing(guest: GuestSpace, page: int) 
     bar.close()
     assert (guest.slots, region.unmapped) == ([], True)
     bar.close()
+
+
+def test_a_memslot_that_kvm_keeps_keeps_no_descriptor_on_the_fast_path(guest: GuestSpace) -> None:
+    """The device may be closed nevertheless, and its descriptor is another file's at the guest's next access."""
+    device, fastpath = os.memfd_create("device"), Fastpath()
+    os.truncate(device, 4 * PAGE)
+    guest.wiring = replace(guest.wiring, fastpath=fastpath)
+    region = Region(4 * PAGE, [Range(0, PAGE)])
+    bar = Bar("bar0", region, MEMORY32, guest.wiring, file=FastFile(device, 0, 4 * PAGE))
+    at = bar.address + PAGE
+    bar.decode(True)
+    assert fastpath.read(at, 4) == bytes(4)
+    guest.kvm.refusing = "removed"
+    with pytest.raises(OSError, match="KVM_SET_USER_MEMORY_REGION"):
+        bar.close()
+    os.close(device)
+    assert fastpath.read(at, 4) is None and not fastpath.write(at, b"lost")
+    assert guest.bus.read(at, 2) == bytes(region.data[PAGE : PAGE + 2])
+    guest.kvm.refusing = ""
+    bar.close()
+    assert (guest.slots, region.unmapped) == ([], True)
 
 
 def test_one_refused_area_exits_and_the_other_is_mapped(guest: GuestSpace) -> None:
