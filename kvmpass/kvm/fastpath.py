@@ -63,8 +63,8 @@ class Fastpath:
 
     Once ``remove`` has returned, none of their bytes are accessed any more, neither in memory nor in their file.
 
-    Synchronization: ``set``, ``remove`` and ``clear`` with the bus lock held; they wait for the accesses in progress,
-    which take no lock of Python's. ``counts``, ``read`` and ``write`` from any thread.
+    Synchronization: ``set`` and ``remove`` with the bus lock held; they wait for the accesses in progress, which take
+    no lock of Python's. ``counts``, ``read`` and ``write`` from any thread.
     """
 
     def __init__(self) -> None:
@@ -100,11 +100,6 @@ class Fastpath:
         """Leave the registers at ``gpa`` to Python. Idempotent."""
         if gpa in self._registers:
             self._use({other: found for other, found in self._registers.items() if other != gpa})
-
-    def clear(self) -> None:
-        """Leave everything to Python. Idempotent."""
-        if self._registers:
-            self._use({})
 
     def _use(self, registers: dict[int, tuple[FastRegisters | FastFile, str]]) -> None:
         table = ffi.new("struct kvmpass_registers[]", max(1, len(registers)))

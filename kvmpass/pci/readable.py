@@ -48,7 +48,8 @@ class ReadableConfig:
     def close(self) -> None:
         """Remove the memory from the guest. Runs every step even if one fails; idempotent. Raises ``OSError``."""
         self._bus.observe(None)
-        self._fastpath.clear()
+        for devfn in range(_COUNT):  # the fast path has registers of BARs, too
+            self._fastpath.remove(self._base + devfn * EXTENDED_SIZE)
         run_all(*(partial(self._remove, range_) for range_ in [*self._regions]))
         self._mapping.close()
 

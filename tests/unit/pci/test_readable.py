@@ -164,8 +164,10 @@ def test_registers_of_a_device_are_read_on_the_fast_path(stage: Stage) -> None:
     assert stage.fastpath.read(places[0], 4) == b"\1" * 4, "a write changes nothing"
     stage.bus.unplug(first)
     assert [stage.fastpath.read(place, 4) for place in places] == [None, b"\2" * 4]
+    stage.fastpath.set(bar := ECAM_BASE + ECAM_SIZE, second.registers, "BAR")
     stage.config.close()
     assert stage.fastpath.read(places[1], 4) is None
+    assert stage.fastpath.read(bar, 4) == b"\2" * 4, "it is the BAR's"
     stage.bus.unplug(second)
 
 
