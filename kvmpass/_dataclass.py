@@ -26,6 +26,7 @@ else:
 
 
 _OPTIONS = {"slots", "frozen", "eq", "repr", "order"}
+_OWN = ("__dict__", "__weakref__")  # descriptors of one class, not of its copy
 _lock = RLock()  # a class's bases are completed with it
 
 
@@ -51,7 +52,7 @@ def _make(
     )
     if eq and not frozen:
         methods["__hash__"] = None
-    for name in ("__dict__", "__weakref__", *names):
+    for name in (*_OWN, *names):
         space.pop(name, None)
     inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "__slots__", ())}
     space["__slots__"] = tuple(name for name in names if name not in inherited)
@@ -63,8 +64,13 @@ def _make(
         nonlocal done
         with _lock:
             if not done:
-                full: Any = dataclasses.dataclass(repr=False, eq=False, frozen=frozen)(cls)
-                for name in ("__init__", "__match_args__", "__dataclass_params__", "__dataclass_fields__"):
+                # A signal handler may raise anywhere in here, or use the class, which begins again: the standard
+                # library changes a copy, and what makes the next use come here is replaced last.
+                copied = {name: value for name, value in vars(cls).items() if name not in _OWN}
+                full: Any = type(cls)(cls.__name__, cls.__bases__, copied)
+                full.__qualname__ = cls.__qualname__
+                full = dataclasses.dataclass(repr=False, eq=False, frozen=frozen)(full)
+                for name in ("__match_args__", "__dataclass_params__", "__dataclass_fields__", "__init__"):
                     if name not in space:
                         setattr(made, name, vars(full)[name])
                 done = True

@@ -6,8 +6,11 @@ import copy
 import dataclasses
 import pickle
 import re
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -191,6 +194,62 @@ def test_a_class_is_complete_when_it_is_first_used() -> None:
             for instance in pool.map(lambda number, late=late: late(number), range(8)):  # type: ignore[misc]
                 assert instance.items == []
         assert dataclasses.replace(late(1), number=3) == late(3)
+
+
+def interrupted(use: Callable[[], object], line: int, interrupt: Callable[[], None]) -> bool:
+    """Call ``interrupt`` at a line that ``use`` runs of this module's or of the library's; return whether it did."""
+    left, before = line, sys.gettrace()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename.endswith(("/_dataclass.py", "/dataclasses.py")) and event == "line":
+            left -= 1
+            if left == -1:
+                sys.settrace(before)
+                interrupt()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        use()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return left < 0
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("raises", [True, False], ids=["raises", "uses the class"])
+def test_a_signal_handler_interrupts_the_first_use(frozen: bool, raises: bool) -> None:
+    """At any line: the class can be used afterwards, as teardown does, and in the handler."""
+
+    def check(made: Any) -> None:
+        assert made(1) == made(1, items=[]) != made(2)
+        assert [field.name for field in dataclasses.fields(made)] == ["number", "text", "items"]
+        assert made.__match_args__ == ("number", "text", "items")
+        assert made.__dataclass_params__.frozen is frozen
+        with pytest.raises(TypeError, match=re.escape("Made.__init__() missing 1 required")):
+            made()
+
+    for line in range(0, 10_000, 3):
+
+        @dataclass(frozen=frozen, slots=True)
+        class Made:
+            number: int
+            text: str = "x"
+            items: list[int] = dataclasses.field(default_factory=list)
+
+        def interrupt(made: Any = Made) -> None:
+            if raises:
+                raise KeyboardInterrupt
+            check(made)
+
+        reached = interrupted(lambda made=Made: made(1), line, interrupt)  # type: ignore[misc]
+        check(Made)
+        if not reached:
+            break
+    assert line > 100
 
 
 def test_the_package_uses_it_where_it_saves_something() -> None:
