@@ -58,6 +58,13 @@ class EventLoop:
                 self._thread.start()
             os.eventfd_write(self._wake, 1)
 
+    def flush(self, seconds: float) -> None:
+        """Wait until the functions that are due have run, at most ``seconds``; in a callback not at all."""
+        done = threading.Event()
+        self.call(done.set)
+        if not self._closing and self._thread is not threading.current_thread():
+            done.wait(seconds)
+
     def close(self) -> None:
         """Wait for the callback that runs, and drop the others. A callback may call this."""
         with self._lock:

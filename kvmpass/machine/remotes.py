@@ -174,8 +174,8 @@ class Remotes(Functions):
                 )
 
     def _on_daemon_end(self, name: str, reason: str) -> None:
+        self._monitor.emit_later(DaemonEnded(name, reason))  # first: it says why the guest ends
         self._end_for_error()
-        self._monitor.emit_later(DaemonEnded(name, reason))
 
     def _end_for_error(self) -> None:
         """End the guest for an error of a device, unless that is not wanted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +50,60 @@ def test_a_listener_that_raises_is_logged(caplog: pytest.LogCaptureFixture) -> N
     monitor.stop()
     assert "uncorrected error" in caplog.text
     assert "of the listener" in caplog.text
+
+
+def busy(monitor: DeviceMonitor, work: Callable[[], object]) -> None:
+    """Let the job thread do ``work``, and return once it does."""
+    begun = threading.Event()
+
+    def job() -> None:
+        begun.set()
+        work()
+
+    monitor.defer(job)
+    assert begun.wait(10)
+
+
+def test_events_that_wait_are_passed_on_at_the_end() -> None:
+    """Such as the one that says why the guest has ended."""
+    seen: list[DeviceEvent] = []
+    monitor, go = DeviceMonitor(seen.append, list), threading.Event()
+    busy(monitor, lambda: go.wait(10))
+    events = [DeviceReset(str(BDF), "flr", 0.1, "assign"), DeviceReset(str(BDF), "flr", 0.2, "deassign")]
+    for event in events:
+        monitor.emit_later(event)
+    threading.Timer(0.05, go.set).start()
+    monitor.stop()
+    assert seen == events
+
+
+def test_a_job_that_takes_long_holds_up_the_end_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LAST_SECONDS", 0.01)
+    seen: list[DeviceEvent] = []
+    monitor = DeviceMonitor(seen.append, list)
+    busy(monitor, lambda: threading.Event().wait(0.2))
+    monitor.emit_later(DeviceError(str(BDF)))
+    monitor.stop()
+    assert not seen
+
+
+def test_a_listener_may_stop_it() -> None:
+    seen: list[DeviceEvent] = []
+    ended = threading.Event()
+
+    def listener(event: DeviceEvent) -> None:
+        seen.append(event)
+        monitor.stop()
+        ended.set()
+
+    monitor = DeviceMonitor(listener, list)
+    go = threading.Event()
+    busy(monitor, lambda: go.wait(10))
+    for _ in range(2):
+        monitor.emit_later(DeviceError(str(BDF)))
+    go.set()
+    assert ended.wait(0.9), "it waited for itself"
+    assert len(seen) == 1
 
 
 def test_an_interrupt_calls_back_until_unwatch() -> None:
