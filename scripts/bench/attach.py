@@ -13,14 +13,16 @@ from typing import Any
 
 from ioctls import node
 from qemu import Qemu
-from samples import KVMPASS, Bench, Job, elapsed
+from samples import CLICK, KVMPASS, Bench, Job, elapsed, spent
 
 import kvmpass
+from kvmpass.guest import GuestSpec, prepare
 from kvmpass.layout import GIB, MIB
 from kvmpass.machine import Machine
 
 SIZES = (256, 1024, 2048)
 MORE, MORE_AT = 64 * MIB, 5 * GIB
+TIMED_OUT = 124
 FURTHER = {1: "second", 4: "fifth"}
 
 
@@ -83,7 +85,21 @@ def processes(bench: Bench) -> Iterator[list[Job]]:
             lambda row=row, size=size: note(row, "QEMU", process_of_qemu(bdf, size)),  # type: ignore[misc]
             lambda row=row, size=size: note(row, "C", in_c(bench, "type1", size, [bdf])[0]),  # type: ignore[misc]
         ]
+    row, words = "user CPU of assign, ended at once, ms", ended_at_once(bench)
+    jobs += [
+        lambda: note(row, "kvmpass", spent(words, TIMED_OUT, user=True)),
+        lambda: note(row, "import click", spent(CLICK, user=True)),
+    ]
     yield jobs
+
+
+def ended_at_once(bench: Bench) -> list[str]:
+    """Return the words of an assignment that does little but what is Python's: 64 MiB, kernel and initramfs given."""
+    initrd = bench.programs / "initrd"
+    image = prepare(GuestSpec(command=("true",)), [])
+    initrd.write_bytes(image.initrd)
+    files = ["--kernel", str(image.kernel.path), "--initrd", str(initrd)]
+    return [*KVMPASS, "assign", "--memory", "64M", *files, "--timeout", "0.01", bench.devices["nvme"]]
 
 
 # --- from open container to open device

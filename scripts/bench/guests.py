@@ -168,6 +168,7 @@ def guest_of_kvmpass(bench: Bench, counters: Counters) -> None:
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder, "status")
         words = ["assign", "--memory", f"{MEMORY}M", "--backend", "type1", "--status-file", str(status), "--timings"]
+        words += ["--timeout", str(SECONDS)]
         for copy in copies(bench):
             words += ["--copy", copy]
         child = subprocess.Popen(
@@ -223,6 +224,7 @@ def guest_of_qemu(bench: Bench, counters: Counters) -> None:
             ready = time.monotonic()
             stages.end("guest's boot", ready - started)
             while b"exit" not in control.read_bytes() and peer.child.poll() is None:
+                assert time.monotonic() < ready + SECONDS, "a command in QEMU's guest hangs"
                 time.sleep(0.01)
             ended = time.monotonic()
             stages.end("command", ended - ready)

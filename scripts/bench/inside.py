@@ -10,6 +10,7 @@ import mmap
 import os
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -37,37 +38,52 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
     }
 )
 
+MADV_POPULATE_WRITE = 23
+"""Not in Python's ``mmap``."""
 
-def measure(bench: Bench, name: str, rounds: int) -> None:
-    """Run the jobs of a section in rounds, every second one backwards."""
+
+def measure(bench: Bench, name: str, rounds: int, result: Path) -> None:
+    """Run the jobs of a section in rounds, every second one backwards; write the samples after each round.
+
+    A job that fails leaves no sample, and the others are measured nevertheless: an emulated host has faults too.
+    """
     started = time.monotonic()
     with SECTIONS[name](bench) as jobs:
         for number in range(rounds):
             for job in jobs if number % 2 == 0 else reversed(jobs):
-                job()
-    bench.samples.seconds[name] = time.monotonic() - started
+                try:
+                    job()
+                except Exception as error:
+                    traceback.print_exc()
+                    bench.samples.fail(name, f"{type(error).__name__}: {error}")
+            bench.samples.seconds[name] = time.monotonic() - started
+            bench.samples.save(result)
 
 
 def warm_up() -> None:
     """Use half of the free memory once: an emulated host's is allocated outside when it is first used."""
     with mmap.mmap(-1, os.sysconf("SC_AVPHYS_PAGES") // 2 * mmap.PAGESIZE) as area:
-        for at in range(0, len(area), mmap.PAGESIZE):
-            area[at] = 1
+        area.madvise(mmap.MADV_HUGEPAGE)
+        area.madvise(MADV_POPULATE_WRITE)
 
 
 def main(programs: str, rounds: str, sections: str) -> None:
-    """Measure, and write everything to a file in ``programs`` after each section."""
+    """Measure, and write everything to a file in ``programs``."""
     devices = from_environment(os.environ) or discover()
     bench = Bench(Samples(), Path(programs), devices)
     if "nvme" not in devices:
         sys.exit("bench: no NVMe drive to assign: set KVMPASS_TEST_NVME=BDF")
-    bound = bench.further()
+    bound, result = bench.further(), Path(programs, f"result-{sections.split(',')[0]}")
     warm_up()
     host.bind(bound)  # until the host ends, or kvmpass unbind
     try:
         for name in sections.split(","):
-            measure(bench, name, int(rounds))
-            bench.samples.save(Path(programs, f"result-{sections.split(',')[0]}"))
+            try:
+                measure(bench, name, int(rounds), result)
+            except Exception as error:  # what the section prepares
+                traceback.print_exc()
+                bench.samples.fail(name, f"{type(error).__name__}: {error}")
+            bench.samples.save(result)
     finally:
         host.unbind(bound)
 

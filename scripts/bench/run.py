@@ -45,7 +45,9 @@ def measure(folder: Path, rounds: int, kernel: str, here: bool, sections: Sequen
     if here:
         subprocess.run(words, check=True)
     else:
-        config = LabConfig(devices=DEVICES, kernel=kernel, writable=(folder,), memory="6G")
+        config = LabConfig(
+            devices=DEVICES, kernel=kernel, writable=(folder,), memory="6G", timeout=300 * (rounds + 1)
+        )
         done = Lab(config).run(words, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
         if done.status:
             print(f"bench: the measurements ended with status {done.status}", file=sys.stderr)
@@ -115,7 +117,7 @@ def main() -> None:
     inside = [name for name in SECTIONS if name in wanted]
     # The first takes about as long as the rest.
     shares = [inside[:1], inside[1:]] if options.hosts == 2 and not options.here else [inside]
-    found = {"samples": {}, "counts": {}, "missing": {}, "seconds": {}}
+    found = {name: {} for name in vars(Samples())}
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
         folder = Path(name)
         compile_programs(folder)
@@ -127,6 +129,8 @@ def main() -> None:
             found[key].update(value)
     place = "this host" if options.here else "emulated host"
     rows = summary(found["samples"])
+    for section, reasons in found["failures"].items():
+        print(f"bench: {section}: {len(reasons)} failed, the first: {reasons[0]}", file=sys.stderr)
     write({"place": place, "rounds": options.rounds, "rows": rows, **found}, options.output)
 
 

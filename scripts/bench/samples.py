@@ -26,6 +26,7 @@ class Samples:
         self.samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         self.counts: dict[str, Any] = {}
         self.missing: dict[str, str] = {}
+        self.failures: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = {}
 
     def note(self, row: str, program: str, value: float) -> None:
@@ -43,10 +44,13 @@ class Samples:
             self.missing[row] = reason
             print(f"{row}: not measured: {reason}", flush=True)
 
+    def fail(self, section: str, reason: str) -> None:
+        """Record that a job of a section has failed."""
+        self.failures.setdefault(section, []).append(reason)
+
     def save(self, path: Path) -> None:
         """Write everything to a file."""
-        found = {"samples": self.samples, "counts": self.counts, "missing": self.missing, "seconds": self.seconds}
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(vars(self)))
 
 
 class Bench(NamedTuple):
@@ -74,14 +78,15 @@ Section = Callable[[Bench], AbstractContextManager[Sequence[Job]]]
 """Prepares what a part of the rows needs; its jobs are repeated in each round."""
 
 
-def spent(words: Sequence[str]) -> float:
-    """Run a program; return its CPU time in milliseconds."""
-    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
+def spent(words: Sequence[str], status: int = 0, *, user: bool = False) -> float:
+    """Run a program, which must exit with ``status``; return its CPU time, or that in user mode, in milliseconds."""
+    quiet = subprocess.DEVNULL
+    child = subprocess.Popen(words, stdin=quiet, stdout=quiet, stderr=quiet)
+    _, ended, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(ended)
+    if child.returncode != status:
         raise subprocess.CalledProcessError(child.returncode, words)
-    return (used.ru_utime + used.ru_stime) * 1000
+    return (used.ru_utime + (0 if user else used.ru_stime)) * 1000
 
 
 def elapsed(call: Callable[[], object]) -> float:
