@@ -27,14 +27,14 @@ from kvmpass.testing.roles import discover, from_environment
 
 SECTIONS: Mapping[str, Section] = MappingProxyType(
     {
-        "guests": guests,
-        "processes": processes,
-        "spans": spans,
-        "memory": memory,
-        "sessions": sessions,
-        "commands": commands,
         "layers": layers,
         "calls": calls,
+        "memory": memory,
+        "commands": commands,
+        "sessions": sessions,
+        "spans": spans,
+        "processes": processes,
+        "guests": guests,
     }
 )
 

@@ -58,7 +58,8 @@ def summary(samples: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[s
             if peer != SUBJECT:
                 theirs = quartiles(values)
                 ratio = round(own[1] / theirs[1], 3) if theirs[1] else None
-                found = {"row": row, "peer": peer, "ratio": ratio, "goal": GOALS.get((row, peer))}
+                rounds = min(len(programs[SUBJECT]), len(values))
+                found = {"row": row, "peer": peer, "ratio": ratio, "goal": GOALS.get((row, peer)), "rounds": rounds}
                 rows.append({**found, SUBJECT: own, "peer_quartiles": theirs})
     return rows
 
@@ -81,13 +82,15 @@ def _number(value: float | None) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a table of a Markdown document."""
-    lines = ["| row | peer | ratio | goal | kvmpass: median, quartiles | peer: median, quartiles |", "|---" * 6 + "|"]
+    lines = ["| row | peer | ratio | goal | kvmpass: median, quartiles | peer: median, quartiles | rounds |"]
+    lines.append("|---" * 7 + "|")
     for row in rows:
         goal = f"≤ {row['goal']:.2f}" if row["goal"] else ""
         if goal and row["ratio"] is not None and row["ratio"] > row["goal"]:
             goal += ", missed"
-        both = (_spread(row[SUBJECT]), _spread(row["peer_quartiles"]))
-        lines.append(f"| {row['row']} | {row['peer']} | {_number(row['ratio'])} | {goal} | {both[0]} | {both[1]} |")
+        both = f"{_spread(row[SUBJECT])} | {_spread(row['peer_quartiles'])}"
+        number = _number(row["ratio"])
+        lines.append(f"| {row['row']} | {row['peer']} | {number} | {goal} | {both} | {row['rounds']} |")
     return "\n".join(lines)
 
 

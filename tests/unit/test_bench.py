@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import sys
@@ -122,3 +123,30 @@ def test_the_measured_calls_of_c_are_the_least_of_the_test(script: Script) -> No
     document: dict[str, Any] = json.loads((ROOT / "docs" / "bench.json").read_text())
     for backend, calls in script("ioctls").LEAST.items():
         assert document["counts"]["ioctls"][backend]["C"]["first device"] == dict(calls)
+
+
+def test_a_job_that_fails_loses_its_sample_only(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, inside = script("samples"), script("inside")
+    order: list[str] = []
+
+    def fail() -> None:
+        order.append("fails")
+        raise OSError("a fault of the emulator")
+
+    @contextlib.contextmanager
+    def section(bench: Any) -> Iterator[list[Callable[[], object]]]:
+        def measure() -> None:
+            order.append("measures")
+            bench.samples.note("row", "kvmpass", 1.0)
+
+        yield [fail, measure]
+
+    monkeypatch.setattr(inside, "SECTIONS", {"section": section})
+    inside.measure(samples.Bench(samples.Samples(), tmp_path, {}), "section", 2, tmp_path / "result")
+    found = json.loads((tmp_path / "result").read_text())
+    assert order == ["fails", "measures", "measures", "fails"], "every second round is backwards"
+    assert found["samples"] == {"row": {"kvmpass": [1.0, 1.0]}}
+    assert found["failures"] == {"section": ["OSError: a fault of the emulator"] * 2}
+    assert "a fault of the emulator" in capsys.readouterr().err
