@@ -128,8 +128,8 @@ class Pool:
             reason = known[1].lost
             if reason is None:
                 return known[1]
+            self.drop(key)  # first: a warning that is an error must not leave it there for every later test
             warnings.warn(pytest.PytestWarning(f"the guest was lost after the tests before: {reason}"), stacklevel=2)
-        self.drop(key)
         self.release(devices)
         try:
             pooled = self._boot(devices, options)

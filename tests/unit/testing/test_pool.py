@@ -49,6 +49,18 @@ def test_a_guest_is_used_again_until_it_dies(guests: Guests) -> None:
     assert [guest.stopped for guest in guests.made] == [1, 1, 0]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_is_that_of_one_test(guests: Guests) -> None:
+    """With ``-W error``."""
+    pool = Pool(guests.start)
+    first = pool.get(("a",), ("nvme",), {})
+    guests.made[0].ended = "the guest panicked"
+    with pytest.raises(pytest.PytestWarning, match="the guest panicked"):
+        pool.get(("a",), ("nvme",), {})
+    assert guests.made[0].stopped == 1
+    assert pool.get(("a",), ("nvme",), {}) is not first
+
+
 def test_a_device_is_in_one_guest_at_a_time(guests: Guests) -> None:
     pool = Pool(guests.start)
     pool.get(("a",), ("nvme",), {})
