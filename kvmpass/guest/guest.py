@@ -203,11 +203,11 @@ class Guest:
         self.power_off()
 
     def _on_files(self, process: AgentProcess, stream: int, data: bytes) -> None:
-        if self._files_heard is not None:
-            self._files_heard = time.monotonic()
         if stream == ERRORS_STREAM or self._to_files is None:
             process.grant(stream, len(data))
         else:
+            if data and self._files_heard is not None:
+                self._files_heard = time.monotonic()
             self._to_files(data, process.grant, stream)
 
     def power_off(self) -> None:

@@ -167,16 +167,21 @@ def test_a_session_sends_its_files_before_it_powers_off(tmp_path: Path) -> None:
 
 
 class StalledVm(SendingVm):
-    """Its guest sends none of its files, and powers off if it is told to."""
+    """Its guest sends much, but none of its files, and powers off if it is told to."""
 
     def wait(self, timeout: float | None = None) -> GuestOutcome | None:
         super().wait(timeout)
+        assert len(self.waits) < 1000
+        if len(self.waits) > 2:
+            time.sleep(0.01)
+            said = encode(2, DATA, stream=OUTPUT_STREAM) + encode(2, DATA, b"?", ERRORS_STREAM)
+            self.sinks[init.AGENT_PORT](said)
         return GuestOutcome.POWEROFF if self.received.endswith(encode(0, POWER_OFF)) else None
 
 
 def test_a_guest_that_sends_none_of_its_files_powers_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run without a timeout would never end, and its disks lack what it has written."""
-    monkeypatch.setattr(module, "_FILES_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_FILES_SECONDS", 0.2)
     vm = StalledVm()
     silent: Callable[[bytes], None] = lambda data: None  # noqa: E731
     with Guest(
@@ -184,7 +189,7 @@ def test_a_guest_that_sends_none_of_its_files_powers_off(tmp_path: Path, monkeyp
     ) as guest:
         result = guest.run()
     assert (result.outcome, result.status) == (GuestOutcome.POWEROFF, 3)
-    assert result.failures == ("the guest has sent none of its files for 0 seconds",)
+    assert result.failures == ("the guest has sent none of its files for 0.2 seconds",)
     assert [copied.error for copied in result.copied_out] == ["the guest has not sent all of it"]
 
 
