@@ -24,7 +24,13 @@ def github() -> list[str]:
 
 def gitlab() -> list[str]:
     """The commands of ``script`` and ``after_script``."""
-    return [*_job("gitlab.yml")["script"], *gitlab_after()]
+    return [*gitlab_script(), *gitlab_after()]
+
+
+def gitlab_script() -> list[str]:
+    """The commands of ``script``: one script, which ends at the first that fails."""
+    script: list[str] = _job("gitlab.yml")["script"]
+    return script
 
 
 def gitlab_after() -> list[str]:

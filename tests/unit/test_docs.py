@@ -131,13 +131,24 @@ def test_both_kinds_of_ci_run_the_same_commands() -> None:
         subprocess.run(["bash", "-n", "-e", "-c", command], check=True)
 
 
-def test_a_job_whose_guest_has_ended_rebinds_the_devices(tmp_path: Path) -> None:
-    """GitLab's runner ends a script at the first command that fails."""
-    sudo = tmp_path / "sudo"
+def done_without_a_guest(commands: list[str], path: Path) -> list[list[str]]:
+    """Run commands as GitLab's runner does, which ends a script at the first that fails; return those of sudo."""
+    sudo = path / "sudo"
     sudo.write_text('#!/bin/sh\necho "$*" >>log\ncase $2 in cp | stop) exit 1 ;; esac\n')
     sudo.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = "\n".join(ci_examples.gitlab_after())
-    subprocess.run(["bash", "-eo", "pipefail", "-c", script], cwd=tmp_path, env=environment, check=True)
-    done = [line.split()[:2] for line in (tmp_path / "log").read_text().splitlines()]
+    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-eo", "pipefail", "-c", "\n".join(commands)], cwd=path, env=environment, check=True)
+    return [line.split()[:2] for line in (path / "log").read_text().splitlines()]
+
+
+def test_a_job_whose_guest_has_ended_rebinds_the_devices(tmp_path: Path) -> None:
+    done = done_without_a_guest(ci_examples.gitlab_after(), tmp_path)
     assert done[:3] == [["kvmpass", "cp"], ["kvmpass", "stop"], ["kvmpass", "restore"]]
+
+
+def test_a_job_without_one_before_begins(tmp_path: Path) -> None:
+    """``stop`` fails without a guest; ``restore`` must follow all the same."""
+    build, *commands = ci_examples.gitlab_script()
+    assert build == "make -C driver"
+    done = done_without_a_guest(commands[:2], tmp_path)
+    assert done == [["kvmpass", "stop"], ["kvmpass", "restore"], ["kvmpass", "plan"]]
