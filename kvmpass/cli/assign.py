@@ -139,17 +139,20 @@ def _detach(command: list[str] | None, bdf: tuple[str, ...], **options: Any) -> 
         )
     if not bdf:
         raise click.MissingParameter(param_hint="'BDF...'", param_type="argument")
-    for option, absent in _NOT_DETACHED.items():
+    for option, (absent, remedy) in _NOT_DETACHED.items():
         if options.pop(option) != absent:
-            raise wrong_usage(
-                f"-d has no --{option.replace('_', '-')}", "ask how the guest has ended: kvmpass wait GUEST"
-            )
+            raise wrong_usage(f"-d has no --{option.replace('_', '-')}", remedy)
     if any(options[name] for name in ("interactive", "tty", "environment", "directory")):
         raise wrong_usage("-d has no -i, -t, -e and -w", "give them to each command: kvmpass exec GUEST -- COMMAND")
     return start_guest(command, tuple(BDF.convert(text, None, None) for text in bdf), **options)
 
 
-_NOT_DETACHED = {"on_reboot": "end", "timings": False, "status_file": None}
+_NOT_DETACHED: dict[str, tuple[object, str]] = {
+    "on_reboot": ("end", "wait for the guest's end, then start it again: kvmpass wait GUEST"),
+    "timings": (False, "measure a guest that ends with its command: kvmpass assign --timings BDF... -- COMMAND"),
+    "status_file": (None, "ask how the guest has ended: kvmpass wait GUEST"),
+}
+"""What has no meaning for a guest that stays: its value when it is absent, and what serves instead."""
 
 
 def _run_to_its_end(
