@@ -22,9 +22,10 @@ PROGRAM = "kvmpass"
 # Readline splits words at colons, and so would split every address. So the function splits the line at blanks, and
 # removes everything up to the last colon from its candidates. A list of candidates (the second Tab: COMP_TYPE 63,
 # bash(1)) shows the help beside each; the help must never be inserted in the line.
+# Bash completes files itself (compopt) only for a function without candidates: beside guests, the function adds them.
 _BASH = """\
 %(complete_func)s() {
-    local typed="${COMP_LINE:0:COMP_POINT}" cut="" type value help answer
+    local typed="${COMP_LINE:0:COMP_POINT}" cut="" path="" files="" type value help answer
     COMPREPLY=()
     answer=$(env COMP_WORDS="$typed" %(complete_var)s=bash_complete "$1" 2>/dev/null) || return 0
     [[ "$COMP_WORDBREAKS" == *:* ]] && cut="${typed##*[[:blank:]]}"
@@ -32,7 +33,10 @@ _BASH = """\
     while IFS=$'\t' read -r type value help; do
         case "$type" in
             dir) compopt -o dirnames ;;
-            file) compopt -o default ;;
+            file)
+                compopt -o default
+                path="$value" files=1
+                ;;
             plain)
                 if [[ "$value" == */ ]]; then compopt -o nospace; fi
                 value="${value#"$cut"}"
@@ -41,6 +45,13 @@ _BASH = """\
                 ;;
         esac
     done <<< "$answer"
+    if [[ -n "$files" ]] && (( ${#COMPREPLY[@]} )); then
+        while IFS= read -r value; do
+            if [[ -d "$value" ]]; then value="$value/"; fi
+            printf -v value %%q "$value"
+            COMPREPLY+=("${value#"$cut"}")
+        done < <(compgen -f -- "$path")
+    fi
     return 0
 }
 complete -o nosort -F %(complete_func)s %(prog_name)s

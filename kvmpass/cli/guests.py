@@ -33,8 +33,8 @@ class PlaceType(_OfText):
     name = "PLACE"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Return the guests that begin with ``incomplete``, else this host's files; a guest's own are not known."""
-        return _running(incomplete, ":/") or [CompletionItem(incomplete, type="file")]
+        """Return the guests that begin with ``incomplete``, and this host's files; a guest's own are not known."""
+        return [*_running(incomplete, ":/"), CompletionItem(incomplete, type="file")]
 
 
 def _running(incomplete: str, suffix: str = "") -> list[CompletionItem]:

@@ -64,7 +64,8 @@ def candidates(shell: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("zsh", "kvmpass show 0000:01", "plain\n0000\\:01\\:00.0\nNVMe: AMD Fast: Drive\n"),
         ("bash", "kvmpass exec la", "plain\tlab\t0000:01:00.0\n"),
         ("zsh", "kvmpass stop lab l", "plain\nlab\n0000:01:00.0\n"),
-        ("bash", "kvmpass cp l", "plain\tlab:/\t0000:01:00.0\n"),
+        ("bash", "kvmpass cp l", "plain\tlab:/\t0000:01:00.0\nfile\tl\t\n"),
+        ("zsh", "kvmpass cp l", "plain\nlab\\:/\n0000:01:00.0\nfile\nl\n_\n"),
         ("bash", "kvmpass cp lab:/x /b", "file\t/b\t\n"),
         ("fish", "kvmpass show 0000:01", "plain,0000:01:00.0\tNVMe: AMD Fast: Drive\n"),
     ],
@@ -158,6 +159,24 @@ def test_a_real_bash(tmp_path: Path) -> None:
         bash.type("kvmpass restor\t", "kvmpass restore ")
         bash.type("--js\t", "--json ")
         bash.type("\x15kvmpass completion \t\t", r"bash\s+zsh\s+fish")
+    finally:
+        bash.close()
+
+
+@pytest.mark.usefixtures("host")
+def test_guests_and_files_in_a_real_bash(tmp_path: Path) -> None:
+    """One does not hide the other; a directory has a slash, and a blank is quoted."""
+    here = tmp_path / "here"
+    (here / "lab.d").mkdir(parents=True)
+    (here / "lab notes").touch()
+    (here / "other").touch()
+    bash = Bash(tmp_path)
+    try:
+        bash.type(f"cd {here}; export KVMPASS_RUNTIME_DIR={tmp_path}/run; echo do'ne'\n", "done")
+        shown = bash.type("kvmpass cp \t\t", r"other\s")
+        assert re.search(r"lab:/\s+0000:01:00.0\s", shown) and "lab.d/" in shown and r"lab\ notes" in shown
+        bash.type("lab\\ n\t", r"lab\\ notes ")
+        bash.type("\x15kvmpass cp oth\t", "other ")
     finally:
         bash.close()
 
