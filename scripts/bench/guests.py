@@ -22,7 +22,7 @@ from typing import IO, Any
 from attach import until
 from counters import Counters
 from qemu import Qemu
-from samples import KVMPASS, Bench, Job
+from samples import KVMPASS, Bench, Job, resident_mib
 
 from kvmpass import host
 from kvmpass.guest import GuestSpec, prepare
@@ -34,6 +34,8 @@ HOST_ADDRESS, GUEST_ADDRESS = "192.0.2.1", "192.0.2.2"  # RFC 5737
 DOWN, UP = 7001, 7002
 SECONDS = 120
 BULK = "bulk"
+LAST = "output"
+"""The phase that begins when all others have ended."""
 ROWS: Mapping[str, str] = {
     "config": "configuration space of the device, reads in the guest, s",
     "drive": f"drive, {DRIVE_MIB} MiB in sequence, s",
@@ -135,11 +137,17 @@ def copies(bench: Bench) -> tuple[str, ...]:
 # --- the host's side
 
 
-def follow(bench: Bench, program: str, stream: IO[bytes], counters: Counters | None) -> None:
-    """Read what the script prints; record each phase, with KVM's counts during it. Other output is dropped."""
+def follow(bench: Bench, program: str, stream: IO[bytes], counters: Counters | None, pid: int | None = None) -> None:
+    """Read what the script prints; record each phase, with KVM's counts during it. Other output is dropped.
+
+    ``pid``: of the program whose resident size is recorded when the last phase begins.
+    """
     before: dict[str, int] = {}
     for line in stream:
         word, _, rest = line.strip(b"\0\n\r").decode(errors="replace").partition(" ")
+        if word == "begin" and rest == LAST and pid is not None:
+            row = f"resident beyond {MEMORY} MiB of the guest, MiB"
+            bench.samples.note(row, program, resident_mib(pid) - MEMORY)
         if word == "begin" and counters is not None:
             before = counters.read()
         elif word == "end":
@@ -178,13 +186,10 @@ def guest_of_kvmpass(bench: Bench, counters: Counters) -> None:
         )
         assert child.stdout is not None
         with child.stdout:
-            follow(bench, "kvmpass", child.stdout, counters)
-        _, code, used = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(code)
+            follow(bench, "kvmpass", child.stdout, counters, child.pid)
+        child.wait()
         timings: dict[str, Any] = json.loads(status.read_text())["timings"]
     bench.samples.note("first process of the guest, s", "kvmpass", until(timings, "guest's boot"))
-    row = f"resident beyond {MEMORY} MiB of the guest, MiB"
-    bench.samples.note(row, "kvmpass", used.ru_maxrss / 1024 - MEMORY)
     bench.samples.count("a guest with a drive", timings)
 
 
@@ -213,7 +218,9 @@ def guest_of_qemu(bench: Bench, counters: Counters) -> None:
         stages = Stages()
         with Qemu(*words) as peer, (folder / "serial1.out").open("rb") as stream:
             stages.end("start to attached devices", peer.attach_seconds)
-            reader = threading.Thread(target=follow, args=(bench, "QEMU", stream, counters), daemon=True)
+            reader = threading.Thread(
+                target=follow, args=(bench, "QEMU", stream, counters, peer.child.pid), daemon=True
+            )
             reader.start()
             started = time.monotonic()
             peer.command("cont")
@@ -228,12 +235,10 @@ def guest_of_qemu(bench: Bench, counters: Counters) -> None:
                 time.sleep(0.01)
             ended = time.monotonic()
             stages.end("command", ended - ready)
-            peer.wait()
+            peer.child.wait()
             stages.end("power off", time.monotonic() - ended)
             reader.join(10)
         bench.samples.note("first process of the guest, s", "QEMU", peer.attach_seconds + ready - started)
-        row = f"resident beyond {MEMORY} MiB of the guest, MiB"
-        bench.samples.note(row, "QEMU", peer.resident_kib / 1024 - MEMORY)
     bench.samples.count("a guest of QEMU with a drive", stages.document())
 
 

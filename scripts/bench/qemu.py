@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from typing import Any, Self
@@ -31,8 +30,6 @@ class Qemu:
         """When it was started, on ``time.monotonic``'s clock."""
         self.attach_seconds = time.monotonic() - started
         """How long that took, from the start of the process."""
-        self.resident_kib = 0
-        """Its largest resident size, once it has ended."""
 
     def command(self, name: str, **arguments: Any) -> Any:
         """Run a command of the monitor and return its result. Raises ``RuntimeError`` with what QEMU says."""
@@ -46,12 +43,6 @@ class Qemu:
             if "return" in answer:
                 return answer["return"]
         raise RuntimeError(f"{name}: QEMU has ended")
-
-    def wait(self) -> None:
-        """Wait until it has ended; its resident size is known then."""
-        _, status, used = os.wait4(self.child.pid, 0)
-        self.child.returncode = os.waitstatus_to_exitcode(status)
-        self.resident_kib = used.ru_maxrss
 
     def __enter__(self) -> Self:
         return self

@@ -89,6 +89,15 @@ def spent(words: Sequence[str], status: int = 0, *, user: bool = False) -> float
     return (used.ru_utime + (0 if user else used.ru_stime)) * 1000
 
 
+def resident_mib(pid: int) -> float:
+    """Return the largest resident size of a program so far, in MiB.
+
+    What wait4(2) says includes that of the parent, whose memory a child has until it runs its program.
+    """
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def elapsed(call: Callable[[], object]) -> float:
     """Return the seconds that a call takes."""
     started = time.monotonic()
