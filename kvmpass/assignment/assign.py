@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from kvmpass import host
+from kvmpass.assignment.backing import choose_backing
 from kvmpass.dma import BackendFactory
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import GuestImage, GuestSpec, prepare
@@ -77,7 +78,7 @@ def assigned(
     *,
     memory: str = "1G",
     cpus: int = 1,
-    backing: Backing = Backing.ANONYMOUS,
+    backing: str = Backing.ANONYMOUS,
     backend: str | BackendFactory = AUTO,
     p2p: bool = False,
     descriptors: PassedDescriptors | None = None,
@@ -93,27 +94,30 @@ def assigned(
     ``descriptors``: of devices that another process has opened, which stay bound to vfio-pci. They are closed once
     the machine has duplicates; ``addresses`` says which of their devices are assigned, by default all.
     ``say`` is called with each step, ``warn`` with each warning, in a line, ``on_image`` with what the guest boots,
-    ``mark`` with the name of each stage that has ended; other arguments are those of ``Machine``.
-    Raises before any change ``BadAddress``, ``NoSuchDevice``, ``HostNotReady``, ``NotAssignable``,
-    ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``, ``LayoutError``, ``BadDescriptor``. Later
-    errors are raised after the devices were rebound.
+    ``mark`` with the name of each stage that has ended; ``backing`` is as for ``choose_backing``, other arguments are
+    as for ``Machine``.
+    Raises before any change ``ValueError`` (``backing``, ``backend``), ``BadAddress``, ``NoSuchDevice``,
+    ``HostNotReady``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``,
+    ``LayoutError``, ``BadDescriptor``. Later errors are raised after the devices were rebound.
     """
     sysfs = host.Sysfs()
     bdfs = parse_distinct(addresses)
     size = parse_size(memory)
+    choice = choose_backing(sysfs, size, bdfs, backing, shared=spec.backing().is_memfd)
     names = host.Names(sysfs)
     fds: dict[host.Bdf, int] = {}
     if descriptors is not None:
-        passed = check_passed(bdfs, size, sysfs, descriptors, backing, cpus, backend)
+        passed = check_passed(bdfs, size, sysfs, descriptors, choice.backing, cpus, backend)
         devices = [device for device, _ in passed.values()]
         fds = {bdf: fd for bdf, (_, fd) in passed.items()}
     else:
-        devices = check(bdfs, size, sysfs, backing, cpus, backend if isinstance(backend, str) else AUTO, p2p)
+        named = backend if isinstance(backend, str) else AUTO
+        devices = check(bdfs, size, sysfs, backing=choice.backing, cpus=cpus, backend=named, p2p=p2p)
     mark("checks")
     machine = Machine(
         memory=size,
         cpus=cpus,
-        backing=spec.backing(backing),
+        backing=choice.backing,
         backend=backend,
         p2p=p2p,
         iommu_fd=descriptors.iommu if descriptors else None,
@@ -122,6 +126,8 @@ def assigned(
     )
     mark("machine")
     with machine:
+        if choice.automatic:
+            say(f"backing {choice}")
         if cpus > len(os.sched_getaffinity(0)):
             warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
         with machine.populating():  # the last step at which the out-of-memory killer can strike

@@ -8,6 +8,7 @@ from functools import partial
 
 from kvmpass import host
 from kvmpass._dataclass import dataclass
+from kvmpass.assignment.backing import BackingChoice, choose_backing
 from kvmpass.errors import BadAddress, KvmpassError, NoSuchDevice
 from kvmpass.host import Bdf, Blocker, PciDevice, Sysfs, limits
 from kvmpass.host.address import parse_distinct
@@ -63,6 +64,8 @@ class Plan:
     """The devices that exist, in the order of the arguments."""
     memory: MemoryPlan | None
     """The guest's memory; None if it is impossible: see ``blockers``."""
+    backing: BackingChoice
+    """What holds it, and why it was chosen."""
     small_pages: bool
     """Whether its pages are of 4 KiB: memfds, of a host without transparent huge pages for them."""
     cpus: int
@@ -106,15 +109,16 @@ def plan(
     *,
     memory: str | int = "1G",
     cpus: int = 1,
-    backing: Backing = Backing.ANONYMOUS,
+    backing: str = Backing.ANONYMOUS,
+    shared: bool = False,
     backend: str = AUTO,
     p2p: bool = False,
     sysfs: Sysfs | None = None,
 ) -> Plan:
     """Plan the assignment of devices to a machine. It changes nothing, and works on any host.
 
-    ``blockers`` has every reason to refuse, not only the first. Raises ``BadAddress``, and ``LayoutError`` if
-    ``memory`` is not a size.
+    ``backing`` and ``shared`` are those of ``choose_backing``. ``blockers`` has every reason to refuse, not only the
+    first. Raises ``BadAddress``, and ``LayoutError`` if ``memory`` is not a size.
     """
     sysfs = sysfs or Sysfs()
     bdfs = [Bdf.parse(address) if isinstance(address, str) else address for address in addresses]
@@ -126,7 +130,8 @@ def plan(
     except BadAddress as error:
         blockers.append(_impossible(error))
         bdfs = list(dict.fromkeys(bdfs))
-    findings = _findings(look, bdfs, size, backing, cpus, backend, p2p)
+    chosen = choose_backing(sysfs, size, bdfs, backing, shared=shared)
+    findings = _findings(look, bdfs, size, chosen.backing, cpus, backend, p2p)
     blockers += _blockers(findings, Outcome.FAIL)
     devices: list[PciDevice] = []
     for bdf in bdfs:
@@ -135,7 +140,7 @@ def plan(
     bits, source = _physical_bits(sysfs)
     memory_plan = None
     try:
-        memory_plan = plan_memory(size, sysfs.reserved_regions(), bits, backing)
+        memory_plan = plan_memory(size, sysfs.reserved_regions(), bits, chosen.backing)
         most = _ask_kvm(sysfs, "most vCPUs", lambda system: system.max_vcpus)
         if most is not None:  # else a finding already
             check_vcpus(cpus, most)
@@ -144,18 +149,19 @@ def plan(
     planned = tuple(_device(look, device, bdfs) for device in devices)
     if memory_plan is not None:
         blockers += _unfitting(planned, memory_plan.layout)
-    chosen = choose_backend(sysfs, bdfs, backend, p2p=p2p)
+    iommu = choose_backend(sysfs, bdfs, backend, p2p=p2p)
     return Plan(
         devices=planned,
         memory=memory_plan,
-        small_pages=backing is Backing.MEMFD and not _has_huge_memfds(sysfs),
+        backing=chosen,
+        small_pages=chosen.backing is Backing.MEMFD and not _has_huge_memfds(sysfs),
         cpus=cpus,
-        backend=chosen,
+        backend=iommu,
         p2p=p2p,
         phys_bits=bits,
         phys_bits_source=source,
         confined=any(not group.no_iommu for group in sysfs.groups()),
-        descriptors=_descriptors(sysfs, planned, cpus, chosen),
+        descriptors=_descriptors(sysfs, planned, cpus, iommu),
         blockers=tuple(blockers),
         warnings=tuple(_blockers(findings, Outcome.WARN)),
     )

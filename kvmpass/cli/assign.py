@@ -33,7 +33,6 @@ from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal
 from kvmpass.cli.timings import Measured
 from kvmpass.errors import KvmpassError
 from kvmpass.events import DaemonEnded, DeviceEvent
-from kvmpass.memory import Backing
 from kvmpass.timings import Mark, unmarked
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ def _run_to_its_end(
     *,
     memory: str,
     cpus: int,
-    hugepages: str | None,
+    backing: str,
     backend: str,
     p2p: bool,
     vfio_fds: tuple[int, ...],
@@ -210,7 +209,7 @@ def _run_to_its_end(
                 spec,
                 memory=memory,
                 cpus=cpus,
-                backing=Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS,
+                backing=backing,
                 backend=backend,
                 p2p=p2p,
                 descriptors=descriptors,

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from kvmpass.cli.output import together
-from kvmpass.cli.params import backend_option, files_option, p2p_option
+from kvmpass.cli.params import backend_option, files_option, hugepages_option, p2p_option
 from kvmpass.cli.terminal import terminal_size
 from kvmpass.cli.variables import variables
 from kvmpass.guest import GuestSpec
@@ -19,7 +19,7 @@ from kvmpass.guest.directories import MINIMAL
 machine_options = together(
     click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T."),
     click.option("--cpus", default=1, show_default=True, help="Number of vCPUs."),
-    click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool."),
+    hugepages_option,
     backend_option,
     p2p_option,
     click.option(

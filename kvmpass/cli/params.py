@@ -97,6 +97,21 @@ backend_option = click.option(
 )
 
 
+def _backing(ctx: click.Context, param: click.Parameter, pages: str | None) -> str:
+    """Return the backing for ``--hugepages``."""
+    return {None: "anonymous", "auto": "auto"}.get(pages, f"hugetlb-{pages}")
+
+
+hugepages_option = click.option(
+    "--hugepages",
+    "backing",
+    type=click.Choice(["auto", "2M", "1G"]),
+    callback=_backing,
+    help="Take guest memory from the host's pool; auto: from that of the largest pages that has enough, if any.",
+)
+"""Its value is that of a ``kvmpass.memory.Backing``, or ``auto``."""
+
+
 p2p_option = click.option(
     "--p2p", is_flag=True, help="Let each device's DMA reach the BARs of the other devices (peer-to-peer)."
 )

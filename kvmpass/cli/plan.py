@@ -12,12 +12,11 @@ from kvmpass.assignment.plan import plan as make_plan
 from kvmpass.cli import findings, tables
 from kvmpass.cli.documents import backend_document, blocker_document, reserved_document, sibling_document
 from kvmpass.cli.output import Output, host_command
-from kvmpass.cli.params import BDF, SIZE, backend_option, files_option, p2p_option
+from kvmpass.cli.params import BDF, SIZE, backend_option, files_option, hugepages_option, p2p_option
 from kvmpass.cli.tree import tree_option
 from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.sysfs import VFIO_PCI
 from kvmpass.layout import size_text, translated
-from kvmpass.memory import Backing
 from kvmpass.pci import BarPreview, Vectors
 from kvmpass.pci.barspace import BarKind
 
@@ -28,7 +27,7 @@ from kvmpass.pci.barspace import BarKind
     "--memory", default="1G", show_default=True, type=SIZE, help="Guest memory: a number with K, M, G or T."
 )
 @click.option("--cpus", default=1, show_default=True, help="Number of vCPUs.")
-@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Take guest memory from the host's pool.")
+@hugepages_option
 @files_option
 @backend_option
 @p2p_option
@@ -39,7 +38,7 @@ def plan(
     bdf: tuple[Bdf, ...],
     memory: int,
     cpus: int,
-    hugepages: str | None,
+    backing: str,
     root: str,
     shares: tuple[str, ...],
     backend: str,
@@ -55,10 +54,16 @@ def plan(
     It works on any machine: without KVM the CPU's own address width is used, without an IOMMU no address is reserved.
     Root can read more. Exit status: 0 if nothing blocks the assignment, else 1.
     """
-    backing = Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS
-    if root != "minimal" or shares:
-        backing = backing.shared  # with the daemons of its files
-    made = make_plan(bdf, memory=memory, cpus=cpus, backing=backing, backend=backend, p2p=p2p, sysfs=tree)
+    made = make_plan(
+        bdf,
+        memory=memory,
+        cpus=cpus,
+        backing=backing,
+        shared=root != "minimal" or bool(shares),  # with the daemons of its files
+        backend=backend,
+        p2p=p2p,
+        sysfs=tree,
+    )
     output.document(**_document(made))
     for device in made.devices:
         _show_device(output, device, made.p2p)
@@ -129,6 +134,8 @@ def _show_memory(output: Output, made: Plan) -> None:
         output.text(
             f"  {tables.count(made.map_calls, 'map call')}, {made.locked} bytes locked ({size_text(made.locked)})"
         )
+    if made.backing.automatic:
+        output.text(click.wrap_text(f"backing {made.backing}", 80, "  ", "    "))
     if made.small_pages:
         output.text("  pages of 4 KiB: memfds have no transparent huge pages on this host")
         output.text("  (shmem_enabled); --hugepages takes huge ones from its pool")
@@ -164,6 +171,7 @@ def _document(made: Plan) -> dict[str, Any]:
         "devices": [_device_document(device) for device in made.devices],
         "cpus": made.cpus,
         "backend": backend_document(made.backend),
+        "backing": {"name": str(made.backing.backing), "reason": made.backing.reason},
         "memory_regions": None
         if memory is None
         else [

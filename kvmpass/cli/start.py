@@ -27,7 +27,6 @@ from kvmpass.cli.output import error_text
 from kvmpass.cli.params import BDF
 from kvmpass.guest import GuestResult
 from kvmpass.host import Bdf
-from kvmpass.memory import Backing
 from kvmpass.session.background import in_background
 from kvmpass.session.directory import check_name
 from kvmpass.session.session import BOOT_SECONDS
@@ -73,7 +72,7 @@ def start_guest(
     console_log: Path | None,
     memory: str,
     cpus: int,
-    hugepages: str | None,
+    backing: str,
     backend: str,
     p2p: bool,
     vf_token: uuid.UUID | None,
@@ -110,7 +109,7 @@ def start_guest(
                 timeout=timeout,
                 memory=memory,
                 cpus=cpus,
-                backing=Backing(f"hugetlb-{hugepages}") if hugepages else Backing.ANONYMOUS,
+                backing=backing,
                 backend=backend,
                 p2p=p2p,
                 vf_token=vf_token,

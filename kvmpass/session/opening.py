@@ -89,7 +89,7 @@ def start(
     shares: Sequence[str] = (),
     copies: Sequence[str] = (),
     modules: Sequence[str | os.PathLike[str]] = (),
-    backing: Backing = Backing.ANONYMOUS,
+    backing: str = Backing.ANONYMOUS,
     backend: str | BackendFactory = AUTO,
     p2p: bool = False,
     vf_token: uuid.UUID | None = None,
@@ -101,7 +101,9 @@ def start(
 
     ``with kvmpass.start(["0000:01:00.0"]) as guest: guest.run(["lspci"])``. The arguments are the options of
     ``kvmpass assign``: ``name`` (by default the address of the first device), ``root`` (``minimal``, ``host`` or a
-    directory), ``shares`` (``SRC[:DST][,rw]`` each), ``copies`` (``SRC:DST`` each), ``boot_timeout`` in seconds.
+    directory), ``shares`` (``SRC[:DST][,rw]`` each), ``copies`` (``SRC:DST`` each), ``backing`` (a value of
+    ``kvmpass.memory.Backing``, or ``auto``: the largest huge pages that the host has for all of the guest's memory,
+    else anonymous memory), ``boot_timeout`` in seconds.
     ``on_event``: as for ``Machine``. ``on_console`` gets all that the guest's console prints, from a thread.
 
     Raises what :func:`kvmpass.assignment.assign.assigned` raises, and ``GuestDied`` for a guest that does not boot;

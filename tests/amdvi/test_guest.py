@@ -120,13 +120,15 @@ def test_too_few_huge_pages_are_refused_before_anything_changes(nvme: str) -> No
     assert complaint in result.stderr.decode()
 
 
-def test_a_guest_on_huge_pages(nvme: str) -> None:
+def test_a_guest_on_the_huge_pages_that_are_free(nvme: str) -> None:
     free = int(HUGE_PAGES.read_text())
     if free < 48:
         pytest.skip(f"{free} huge pages of 2 MiB are free: 48 make it run (hugepages=48 at boot)")
     options = ("-v", "--append", "quiet")  # not the whole boot on the console: that takes 20 s
-    result = run("assign", *options, nvme, "--memory", "96M", "--hugepages", "2M", "--", "sh", "-c", HASH_HEAD)
+    result = run("assign", *options, nvme, "--memory", "96M", "--hugepages", "auto", "--", "sh", "-c", HASH_HEAD)
     assert result.returncode == 0, result.stderr
+    chosen = f"1 GiB pages: 96 MiB is not a multiple; 2 MiB pages: {2 * free} MiB free, 96 MiB wanted"
+    assert f"kvmpass: backing hugetlb-2M: {chosen}" in result.stderr.decode()
     assert b"96 MiB, hugetlb-2M, read-write" in result.stderr
     assert result.stdout.split()[0].decode() == hashlib.sha256(head(nvme)).hexdigest()
 

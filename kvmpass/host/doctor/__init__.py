@@ -65,6 +65,15 @@ def diagnose_device(look: Look, bdf: Bdf) -> list[Finding]:
     return list(run_checks([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], CheckContext(look, bdf)))
 
 
+def diagnose_huge_pages(sysfs: Sysfs, size_bytes: int, page: int) -> list[Finding]:
+    """Run the checks of huge pages alone: whether ``size_bytes`` are available in pages of ``page`` bytes.
+
+    The first finding is that of the host's pool, the other that of the limits of this process's cgroups.
+    """
+    checks = [check for check in CATALOGUE if check.id in ("huge-pages", "cgroup-huge-pages")]
+    return list(run_checks(checks, CheckContext(Look(sysfs), memory=size_bytes, huge_page=page)))
+
+
 def check_host(
     sysfs: Sysfs,
     *,
@@ -143,5 +152,6 @@ __all__ = [
     "check_memory",
     "diagnose",
     "diagnose_device",
+    "diagnose_huge_pages",
     "host_blocker",
 ]

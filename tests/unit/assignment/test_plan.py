@@ -268,3 +268,18 @@ def test_memory_for_the_daemons_of_files(
     text = run(NVME, "--memory", "64M", *options)[0]
     assert ("pages of 4 KiB: memfds have no transparent huge pages on this host" in text) is small
     assert all(len(line) <= 80 for line in text.splitlines()), text
+
+
+def test_huge_pages_as_the_host_has_them(host: Host, run: Callable[..., Any], valid: Callable[..., Any]) -> None:
+    host.put("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "128")
+    requested = (NVME, "--memory", "256M")
+    text = run(*requested, "--hugepages", "auto")[0]
+    assert "ram0  read-write  hugetlb-2M\n" in text
+    assert "  backing hugetlb-2M: 1 GiB pages: 256 MiB is not a multiple; 2 MiB pages: 256\n    MiB free" in text
+    assert all(len(line) <= 80 for line in text.splitlines()), text
+    document = valid("plan", run(*requested, "--hugepages", "auto", "--share", "/srv", "--json")[0])
+    assert document["memory_regions"][0]["backing"] == document["backing"]["name"] == "memfd-2M"
+    assert document["backing"]["reason"].endswith("2 MiB pages: 256 MiB free, 256 MiB wanted")
+    document = valid("plan", run(*requested, "--json")[0])
+    assert document["backing"] == {"name": "anonymous", "reason": "no huge pages requested"}
+    assert "backing anonymous:" not in run(*requested)[0]

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from support.host_tree import Host, ivhd, ivmd, ivrs
 
+from kvmpass.assignment.backing import choose_backing
 from kvmpass.assignment.plan import plan
 from kvmpass.cli import doctor as doctor_module
 from kvmpass.cli.doctor import doctor, look_at_device, look_at_host
@@ -63,6 +64,10 @@ def host(tmp_path: Path) -> Host:
     host.put("dev/kmsg", "\n".join(["6,0,1,-;Linux version 6.12", *messages]))
     host.put("etc/shadow", "root:secret")
     host.put(f"sys/bus/pci/devices/{NVME}/remove", "")
+    host.put(f"sys/bus/pci/devices/{NVME}/numa_node", "1")
+    for kib, pages in ((1 << 20, 3), (2 << 10, 999)):
+        for place in ("sys/kernel/mm", "sys/devices/system/node/node0", "sys/devices/system/node/node1"):
+            host.put(f"{place}/hugepages/hugepages-{kib}kB/free_hugepages", str(pages))
     return host
 
 
@@ -71,6 +76,7 @@ def answers(sysfs: Sysfs) -> list[object]:
     found: list[object] = [inventory(sysfs), diagnose(sysfs), diagnose(sysfs, huge_page=2 << 20)]
     for device in sysfs.devices():
         found += [describe(sysfs, device.bdf), diagnose(sysfs, device.bdf), plan([device.bdf], sysfs=sysfs)]
+        found += [choose_backing(sysfs, size, [device.bdf]) for size in (2 << 30, 512 << 20)]
     return found
 
 

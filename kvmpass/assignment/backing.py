@@ -1,0 +1,80 @@
+"""Which memory holds a guest's bytes: what was asked for, or what the host has of huge pages (``auto``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from kvmpass import host
+from kvmpass._dataclass import dataclass
+from kvmpass.host.blocker import mib
+from kvmpass.host.doctor import Outcome
+from kvmpass.host.doctor.memory import NODES
+from kvmpass.host.sysfs import PCI_DEVICES
+from kvmpass.hugepages import pool_name
+from kvmpass.layout import size_text
+from kvmpass.memory import Backing
+
+AUTO = "auto"
+_LARGEST_FIRST = (Backing.HUGETLB_1G, Backing.HUGETLB_2M)
+
+
+@dataclass(frozen=True, slots=True)
+class BackingChoice:
+    """What ``auto`` comes to, or what was asked for."""
+
+    backing: Backing
+    """The backing of the guest's RAM."""
+    reason: str
+    """Why: clauses with semicolons between them, one for each size of pages that was considered."""
+    automatic: bool = False
+    """Whether ``auto`` chose it."""
+
+    def __str__(self) -> str:
+        return f"{self.backing}: {self.reason}"
+
+
+def choose_backing(
+    sysfs: host.Sysfs, size: int, bdfs: Iterable[host.Bdf] = (), wanted: str = AUTO, *, shared: bool = False
+) -> BackingChoice:
+    """Return the backing for ``size`` bytes of guest memory: the largest pages that the host has for all of it.
+
+    ``wanted``: ``auto``, or a value of ``Backing``. ``auto`` takes huge pages if ``size`` is a multiple of them and
+    the checks of the host's pool and of this process's cgroups pass, else anonymous memory. ``bdfs``: the devices; if
+    they are on one NUMA node of several, the reason says how much is free there. ``shared``: whether daemons map the
+    memory, too. Only reads: if another process takes the pages before they are mapped, mapping fails
+    (``NotEnoughMemory``, ``OSError``). Raises ``ValueError`` for another ``wanted``.
+    """
+    automatic = wanted == AUTO
+    if automatic:
+        backing, reason = _largest(sysfs, size, _node(sysfs, bdfs))
+    else:
+        backing = Backing(wanted)
+        reason = "requested" if backing.huge_page else "no huge pages requested"
+    return BackingChoice(backing.shared if shared else backing, reason, automatic)
+
+
+def _largest(sysfs: host.Sysfs, size: int, node: int | None) -> tuple[Backing, str]:
+    reasons: list[str] = []
+    for backing in _LARGEST_FIRST:
+        page = backing.huge_page
+        pages = f"{size_text(page)} pages"
+        if size % page:
+            reasons.append(f"{pages}: {size_text(size)} is not a multiple")
+            continue
+        findings = host.doctor.diagnose_huge_pages(sysfs, size, page)
+        failed = next((finding for finding in findings if finding.outcome is Outcome.FAIL), None)
+        reasons.append(f"{pages}: {(failed or findings[0]).summary}")
+        if failed is None:
+            near = sysfs.number(NODES, f"node{node}", "hugepages", pool_name(page), "free_hugepages")
+            if near is not None:
+                reasons[-1] += f", {mib(near * page)} free on NUMA node {node}, the device's"
+            return backing, "; ".join(reasons)
+    return Backing.ANONYMOUS, "; ".join(reasons)
+
+
+def _node(sysfs: host.Sysfs, bdfs: Iterable[host.Bdf]) -> int | None:
+    """Return the number of the NUMA node of all these devices; None without one, and on a host with one node."""
+    nodes = [int(name.removeprefix("node")) for name in sysfs.names(NODES) if re.fullmatch(r"node\d+", name)]
+    near = {sysfs.number(PCI_DEVICES, str(bdf), "numa_node") for bdf in bdfs}
+    return next((node for node in nodes if near == {node}), None) if len(nodes) > 1 else None
