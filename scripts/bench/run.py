@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from samples import Bench, Samples
 from trees import trees
 
 from kvmpass.lab import Lab, LabConfig
+from kvmpass.testing.roles import from_environment
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
@@ -49,8 +51,8 @@ def measure(
     else:
         config = LabConfig(devices=DEVICES, kernel=kernel, writable=(folder,), memory="6G", timeout=limit)
         done = Lab(config).run(words, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
-        if done.status:
-            print(f"bench: the measurements ended with status {done.status}", file=sys.stderr)
+        if done.status and limit is None:
+            sys.exit(f"bench: the measurements ended with status {done.status}: nothing is written")
     found: dict[str, Any] = json.loads((folder / f"result-{sections[0]}").read_text())
     return found
 
@@ -115,6 +117,10 @@ def main() -> None:
     wanted = options.only.split(",")
     if unknown := set(wanted) - {*SECTIONS, "trees"}:
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
+    if options.output == DOCS and {*SECTIONS, "trees"} - set(wanted):
+        parser.error("--only needs --output DIR: the files in docs have every section")
+    if options.here and "nvme" not in from_environment(os.environ):
+        parser.error("--here assigns devices that are named only: KVMPASS_TEST_NVME=BDF …")
     inside = [name for name in SECTIONS if name in wanted]
     # The last takes about as long as the rest.
     shares = [inside[:-1], inside[-1:]] if options.hosts == 2 and not options.here else [inside]

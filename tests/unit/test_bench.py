@@ -34,6 +34,30 @@ def report(script: Script) -> ModuleType:
     return script("report")
 
 
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        (["--only", "guests"], "--only needs --output"),
+        (["--here"], "KVMPASS_TEST_NVME=BDF"),
+        (["--only", "spans,nothing"], "unknown sections: nothing"),
+    ],
+)
+def test_what_would_write_or_assign_too_much_is_refused(
+    script: Script,
+    options: list[str],
+    refusal: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = script("run")
+    monkeypatch.delenv("KVMPASS_TEST_NVME", raising=False)
+    monkeypatch.setattr(run, "measure", lambda *arguments: pytest.fail("it measured"))
+    monkeypatch.setattr(sys, "argv", ["run.py", *options])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert refusal in capsys.readouterr().err
+
+
 def test_ratios_of_medians_with_quartiles(report: ModuleType) -> None:
     samples = {
         "boot, s": {"kvmpass": [2.0, 1.0, 9.0], "QEMU": [4.0, 4.0, 4.0], "C": [1.0]},
