@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,10 +75,12 @@ def test_a_driver_authors_day(edu: str, faulty_module: Path, tmp_path: Path) -> 
     assert kinds == ["run", "change", "run"]
 
 
-@pytest.mark.amdvi(profile="driver", duration=45)
-@pytest.mark.usefixtures("fio")
-def test_a_job_of_ci(edu: str, nvme: str, faulty_module: Path, tmp_path: Path) -> None:
-    """Each step as a runner starts it, in a shell of its own; without sudo, and with the driver built before."""
+@pytest.fixture
+def job(edu: str, nvme: str, faulty_module: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a job of CI in ``tmp_path``: without sudo, and with the driver built before.
+
+    Its devices have the drivers from before, after it.
+    """
     built, driver, programs = faulty_module.parent, tmp_path / "driver", tmp_path / "bin"
     driver.mkdir()
     programs.mkdir()
@@ -89,16 +92,41 @@ def test_a_job_of_ci(edu: str, nvme: str, faulty_module: Path, tmp_path: Path) -
     for program in programs.iterdir():
         program.chmod(0o755)
     before = [host.Sysfs().driver(host.Bdf.parse(bdf)) for bdf in (nvme, edu)]
-    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "DRIVE": nvme, "CARD": edu}
+    yield os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "DRIVE": nvme, "CARD": edu}
+    after = [host.Sysfs().driver(host.Bdf.parse(bdf)) for bdf in (nvme, edu)]
+    if after != before:  # the tests that follow need the devices
+        subprocess.run([programs / "kvmpass", "stop", "ci"], timeout=60)
+    assert after == before
+
+
+@pytest.mark.amdvi(profile="driver", duration=45)
+@pytest.mark.usefixtures("fio")
+def test_a_job_of_ci(job: dict[str, str], tmp_path: Path) -> None:
+    """Each step as GitHub's runner starts it, in a shell of its own."""
     for command in ci_examples.github():
-        subprocess.run(["bash", "-e", "-c", command], cwd=tmp_path, env=environment, timeout=200, check=True)
+        subprocess.run(["bash", "-e", "-c", command], cwd=tmp_path, env=job, timeout=200, check=True)
     assert (tmp_path / "results/guest/factorials").read_text().splitlines() == [
         "1! = 1",
         "5! = 120",
         "12! = 479001600",
     ]
     fio = json.loads((tmp_path / "results/guest/fio.json").read_text())
-    assert [(job["error"], job["read"]["total_ios"]) for job in fio["jobs"]] == [(0, 256)]
+    assert [(done["error"], done["read"]["total_ios"]) for done in fio["jobs"]] == [(0, 256)]
     assert "/dev/nvme0n1" in (tmp_path / "results/nvme.json").read_text()
     assert (tmp_path / "results/console.log").exists()
-    assert [host.Sysfs().driver(host.Bdf.parse(bdf)) for bdf in (nvme, edu)] == before
+
+
+@pytest.mark.amdvi(profile="driver", duration=30)
+def test_a_job_of_ci_whose_test_fails(job: dict[str, str], tmp_path: Path) -> None:
+    """Both scripts as GitLab's runner starts them, each in one shell, which ends at the first command that fails."""
+
+    def run(commands: list[str]) -> int:
+        words = ["bash", "-eo", "pipefail", "-c", "\n".join(commands)]
+        return subprocess.run(words, cwd=tmp_path, env=job, timeout=200).returncode
+
+    (tmp_path / "driver/test.sh").write_text("mkdir /tmp/results; echo 6 >/tmp/results/wrong; exit 3\n")
+    assert run(ci_examples.gitlab_script()) == 3
+    assert not (tmp_path / "results/nvme.json").exists()
+    assert run(ci_examples.gitlab_after()) == 0
+    assert (tmp_path / "results/guest/wrong").read_text() == "6\n"
+    assert (tmp_path / "results/console.log").exists()
