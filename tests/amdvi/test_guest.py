@@ -14,6 +14,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -136,32 +137,34 @@ def test_a_guest_on_the_huge_pages_that_are_free(nvme: str) -> None:
 @pytest.mark.amdvi(duration=35)
 def test_two_guests_at_once_and_a_third_is_refused(nvme: str, nvme2: str, capfd: pytest.CaptureFixture[str]) -> None:
     script = f"{HASH_HEAD}; echo ready; cat"
-    guests = [
-        subprocess.Popen(
-            kvmpass("assign", "-i", bdf, "--memory", "192M", "--", "sh", "-c", script),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for bdf in (nvme, nvme2)
-    ]
-    lines = []
-    for guest in guests:
-        assert guest.stdout
-        lines.append(guest.stdout.readline())
-    with pytest.raises(SystemExit) as ended:
-        main(["assign", nvme, "--", "true"])
-    assert ended.value.code == 125
-    complaint = capfd.readouterr().err.splitlines()[0]
-    assert re.fullmatch(rf"kvmpass: {nvme} is assigned by process {guests[0].pid} \(.+\)", complaint), complaint
-    assert (driver(nvme), driver(nvme2)) == ("vfio-pci", "vfio-pci")
-    for guest, bdf, line in zip(guests, (nvme, nvme2), lines, strict=True):
-        assert guest.stdin and guest.stdout and guest.stderr
-        with guest.stdin, guest.stdout, guest.stderr:
+    with ExitStack() as undo:
+        guests = []
+        for bdf in (nvme, nvme2):
+            guest = subprocess.Popen(
+                kvmpass("assign", "-i", bdf, "--memory", "192M", "--", "sh", "-c", script),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            undo.enter_context(guest)  # closes its input, and waits
+            undo.callback(guest.terminate)  # does nothing once it has ended
+            guests.append(guest)
+        lines = []
+        for guest in guests:
+            assert guest.stdout
+            lines.append(guest.stdout.readline())
+        with pytest.raises(SystemExit) as ended:
+            main(["assign", nvme, "--", "true"])
+        assert ended.value.code == 125
+        complaint = capfd.readouterr().err.splitlines()[0]
+        assert re.fullmatch(rf"kvmpass: {nvme} is assigned by process {guests[0].pid} \(.+\)", complaint), complaint
+        assert (driver(nvme), driver(nvme2)) == ("vfio-pci", "vfio-pci")
+        for guest, bdf, line in zip(guests, (nvme, nvme2), lines, strict=True):
+            assert guest.stdin and guest.stdout and guest.stderr
             guest.stdin.close()  # the end of cat
             assert (guest.stdout.read(), guest.wait(GUEST_SECONDS)) == ("ready\n", 0), guest.stderr.read()
-        assert line.split()[0] == hashlib.sha256(head(bdf)).hexdigest()
+            assert line.split()[0] == hashlib.sha256(head(bdf)).hexdigest()
 
 
 def test_a_guest_that_panics_has_no_status(nvme: str, tmp_path: Path, valid: Valid) -> None:
