@@ -130,7 +130,7 @@ def assigned(
             say(f"backing {choice}")
         if cpus > len(os.sched_getaffinity(0)):
             warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
-        with machine.populating():  # the last step at which the out-of-memory killer can strike
+        with machine.populating(spec.copied_size):  # the last step at which the out-of-memory killer can strike
             image = prepare(spec, [device.modalias for device in devices])
             on_image(image)
             mark("kernel and initramfs")

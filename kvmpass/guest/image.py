@@ -13,7 +13,7 @@ from kvmpass.errors import NotEnoughMemory
 from kvmpass.guest.directories import MINIMAL, Directory, directories, mount
 from kvmpass.guest.kernel import find_kernel
 from kvmpass.guest.options import KernelOptions, ecam_alone, has_console
-from kvmpass.initramfs import GuestRoot, init, parameters
+from kvmpass.initramfs import GuestRoot, files, init, parameters
 from kvmpass.initramfs.served import DRIVERS, Entry
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
@@ -66,6 +66,17 @@ class GuestSpec:
     def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
         """Return the backing for the memory of its machine, ``wanted`` where it may choose: see ``GuestImage``."""
         return wanted.shared if self.root != MINIMAL or self.shares else wanted
+
+    @property
+    def copied_size(self) -> int:
+        """Bytes that ``prepare`` allocates for ``initrd``, or for the files of ``copy``.
+
+        Those are read first, and then written to an archive. Files that cannot be looked at are left out. Raises
+        ``KvmpassError`` as ``prepare``.
+        """
+        if self.initrd is not None:
+            return files.size_of(self.initrd)
+        return 2 * sum(files.size_of(files.split_spec(copy)[0]) for copy in self.copy)
 
 
 @dataclass(frozen=True, slots=True)

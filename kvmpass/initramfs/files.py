@@ -27,6 +27,21 @@ def split_spec(spec: str) -> tuple[Path, str]:
     return Path(source), target
 
 
+def size_of(source: Path) -> int:
+    """Return the bytes of the files that ``copy_into`` reads of ``source``, without libraries and interpreters.
+
+    Files that cannot be looked at are left out.
+    """
+    try:
+        status = source.stat()
+        if not stat.S_ISDIR(status.st_mode):
+            return status.st_size
+        with os.scandir(source) as entries:
+            return sum(size_of(Path(entry.path)) for entry in entries if not entry.is_symlink())
+    except OSError:
+        return 0
+
+
 def copy_into(tree: Tree, source: Path, target: str, warn: Callable[[str], None] = lambda text: None) -> None:
     """Copy ``source``, a file or a directory with all below it, to ``target``.
 

@@ -64,9 +64,10 @@ class Assignments(Remotes):
             pass
 
     @contextmanager
-    def populating(self) -> Iterator[None]:
+    def populating(self, others: int = 0) -> Iterator[None]:
         """Allocate all of the guest's memory while the block runs: it is complete behind the block. Idempotent.
 
+        ``others``: bytes that the block allocates, which must be available, too.
         Raises as ``populate``, ``NotEnoughMemory`` before the block. An exception of the block ends the allocation.
 
         Synchronization: from any thread. Other threads wait with what changes the set of devices, and with ``close``.
@@ -77,7 +78,7 @@ class Assignments(Remotes):
                 yield
                 return
             size = self.memory.ordinary_size
-            check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size))
+            check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size) + others)
             stop = threading.Event()
             failed: list[BaseException] = []
 

@@ -12,10 +12,10 @@ import pytest
 
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import KvmpassError, NotEnoughMemory
-from kvmpass.guest import GuestImage
+from kvmpass.guest import GuestImage, GuestSpec
 from kvmpass.initramfs import init
 from kvmpass.initramfs.cpio import Tree
-from kvmpass.initramfs.files import copy_into, split_spec
+from kvmpass.initramfs.files import copy_into, size_of, split_spec
 from kvmpass.layout import MIB
 from kvmpass.machine import Machine
 
@@ -33,6 +33,21 @@ def odd(tmp_path: Path) -> Path:
         (directory / name).chmod(0o755)
     os.mkfifo(directory / "fifo")
     return directory
+
+
+def test_the_size_of_what_is_copied_is_known_before(odd: Path) -> None:
+    (odd / "below").mkdir()
+    (odd / "below" / "large").write_bytes(bytes(5000))
+    (odd / "link").symlink_to("below/large")
+    tree = Tree()
+    copy_into(tree, odd, "/tree", lambda text: None)
+    assert size_of(odd / "below") == size_of(odd / "link") == 5000
+    found = [file for file in odd.rglob("*") if file.is_file() and file.name != "link"]
+    assert size_of(odd) == sum(file.stat().st_size for file in found)
+    assert size_of(odd / "absent") == 0
+    spec = GuestSpec(copy=(f"{odd}/below:/a", f"{odd}/good:/b", f"{odd}/absent:/c"))
+    assert spec.copied_size == 2 * (5000 + 4)
+    assert GuestSpec(initrd=odd / "below" / "large").copied_size == 5000
 
 
 def test_files_in_a_directory_that_cannot_be_copied_are_warnings(odd: Path) -> None:

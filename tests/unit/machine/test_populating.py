@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kvmpass.errors import NotEnoughMemory
 from kvmpass.machine import assignments
 from kvmpass.machine.assignments import Assignments
 
@@ -55,6 +56,24 @@ def test_it_runs_beside_the_block_and_is_complete_behind_it(monkeypatch: pytest.
     with Assignments.populating(made):
         pass
     assert not memory.begun.is_set(), "it is populated"
+
+
+def test_what_the_block_allocates_is_available_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = machine(memory := Memory(lambda: None), monkeypatch)
+    seen: list[int] = []
+
+    def check(sysfs: None, size: int, *, locked: int, overhead: int) -> None:
+        seen.append(overhead)
+        if overhead > 1 << 30:
+            raise NotEnoughMemory("it is not")
+
+    monkeypatch.setattr(assignments, "check_memory", check)
+    with pytest.raises(NotEnoughMemory), Assignments.populating(made, 1 << 30):
+        raise AssertionError
+    assert not memory.begun.is_set()
+    with Assignments.populating(made):
+        pass
+    assert seen[0] - seen[1] == 1 << 30
 
 
 def test_a_failure_of_the_block_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
