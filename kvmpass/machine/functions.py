@@ -13,6 +13,7 @@ from kvmpass.pci import PciFunction, Wiring
 from kvmpass.pci.bus import SLOTS
 
 if TYPE_CHECKING:
+    from kvmpass.machine.vcpus import GuestOutcome
     from kvmpass.virtio import Port
 
 CONSOLE_SLOT = 31
@@ -61,6 +62,14 @@ class Functions(Execution):
             ports = [Port(name, partial(self._write_output, name)) for name in names]
             self._add_function(lambda wiring: VirtioFunction(VirtioConsole(ports), wiring, "console"), [CONSOLE_SLOT])
             self._ports = {port.name: port for port in ports}
+
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
+        """See ``Execution``. What a guest has written to its ports before its end has been passed on by then."""
+        outcome = super().wait(timeout)
+        if outcome is not None:
+            for port in self._ports.values():
+                port.on_receive()
+        return outcome
 
     @property
     def ports(self) -> Mapping[str, Port]:

@@ -68,6 +68,7 @@ class VirtioConsole(LocalDevice):
         self._opened: set[int] = set()  # ports that a program of the guest has open: others discard what comes
         for number, port in enumerate(self._ports):
             port.on_send = partial(self._on_send, number)
+            port.on_receive = partial(self._on_receive, number)
 
     def start(self, queues: Sequence[Virtqueue], features: int, run: Callable[[Callable[[], None]], None]) -> None:
         """See ``VirtioDevice``."""
@@ -101,9 +102,14 @@ class VirtioConsole(LocalDevice):
     def _on_send(self, number: int) -> None:
         self._run(partial(self._write_port, number))
 
+    def _on_receive(self, number: int) -> None:
+        self._run(partial(self._read_port, number))
+
     def _read_port(self, number: int) -> None:
         """Take what the guest has written to a port."""
         port, queue = self._ports[number], self._queues[queue_of(number) + 1]
+        if not queue.enabled:
+            return
         returned = False
         for chain in queue.chains():
             data = chain.read()

@@ -26,6 +26,8 @@ class Port:
         self._resets = 0
         self.on_send: Callable[[], None] = lambda: None
         """Set by the device: give the guest what was sent."""
+        self.on_receive: Callable[[], None] = lambda: None
+        """Set by the device: call ``output`` with what the guest has written so far, before the thread does."""
         self.ended = False
         """Whether nothing more is sent: the guest reads the end of the file after what waits."""
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from support.virtio_driver import BASIC, Driver
 
 from kvmpass import pciregs
 from kvmpass.host.limits import CONSOLE_DESCRIPTORS
+from kvmpass.machine.functions import Functions
+from kvmpass.machine.vcpus import GuestOutcome, VcpuThreads
 from kvmpass.virtio.console import ADD, NAME, OPEN, PORT_READY, READY
 
 
@@ -85,6 +89,24 @@ def test_output_arrives_whole(driver: Driver) -> None:
     driver.notify(5)
     assert (driver.said["two"], driver.said["one"]) == (b"first,second,third", b"")
     assert [written for _, written in driver.rings[5].returned()] == [b""] * 3
+
+
+def test_the_end_of_a_guest_is_known_after_its_output(driver: Driver) -> None:
+    """The thread that serves the queues may not have run since: here it is not even notified."""
+    machine = Functions(1)
+    machine._ports = driver.host
+    ended = SimpleNamespace(wait=lambda timeout: None if timeout == 0 else GuestOutcome.PANIC)
+    machine._threads = cast(VcpuThreads, ended)
+    assert machine.wait() is GuestOutcome.PANIC, "without a driver"
+    driver.open_ports()
+    driver.rings[5].send(b"last words")
+    assert machine.wait(0) is None
+    assert driver.said["two"] == b""
+    assert machine.wait() is GuestOutcome.PANIC
+    assert driver.said["two"] == b"last words"
+    assert [written for _, written in driver.rings[5].returned()] == [b""]
+    driver.write(20, 0, 1)  # device_status
+    assert machine.wait() is GuestOutcome.PANIC
 
 
 def test_what_cannot_be_read_yet_stays_in_the_guest(driver: Driver) -> None:
