@@ -65,13 +65,14 @@ def _available(context: CheckContext) -> Verdict:
         return passed("unknown", Reading("/proc/meminfo", "no MemAvailable"))
     found = int(available.split()[0]) * 1024
     read = Reading("/proc/meminfo", f"MemAvailable {mib(found)}")
-    if found < context.memory:
-        return failed(SHORT, read, size=mib(context.memory), available=mib(found))
+    wanted = context.memory + (context.overhead or 0)
+    if found < wanted:
+        return failed(SHORT, read, size=mib(wanted), available=mib(found))
     nodes, nearby = _on_nodes(context)
-    if nearby is not None and nearby < context.memory:
+    if nearby is not None and nearby < wanted:
         allowed = Reading("/proc/self/status", f"Mems_allowed_list {nodes}")
-        return failed(FEW_ON_NODES, read, allowed, size=mib(context.memory), available=mib(nearby), nodes=nodes)
-    return passed(f"{mib(found)} available, {mib(context.memory)} wanted", read)
+        return failed(FEW_ON_NODES, read, allowed, size=mib(wanted), available=mib(nearby), nodes=nodes)
+    return passed(f"{mib(found)} available, {mib(wanted)} wanted", read)
 
 
 def _on_nodes(context: CheckContext) -> tuple[str, int | None]:

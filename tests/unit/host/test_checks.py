@@ -338,6 +338,11 @@ def test_memory(host: Host) -> None:
     check_memory(host, 4 * GIB)
     with pytest.raises(NotEnoughMemory, match="needs 5120 MiB of memory, 4096 MiB are available"):
         check_memory(host, 5 * GIB)
+    check_memory(host, 3 * GIB, overhead=GIB)
+    with pytest.raises(NotEnoughMemory, match="needs 5120 MiB of memory, 4096 MiB are available"):
+        check_memory(host, 3 * GIB, overhead=2 * GIB)
+    with pytest.raises(NotEnoughMemory, match="needs 5120 MiB of memory, 4096 MiB are available"):
+        check_memory(host, 0, overhead=5 * GIB)
 
 
 def test_memlock(host: Host) -> None:
