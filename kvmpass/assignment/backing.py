@@ -7,12 +7,13 @@ from collections.abc import Iterable
 
 from kvmpass import host
 from kvmpass._dataclass import dataclass
+from kvmpass.errors import KvmpassError
 from kvmpass.host.blocker import mib
 from kvmpass.host.doctor import Outcome
 from kvmpass.host.doctor.memory import NODES
 from kvmpass.host.sysfs import PCI_DEVICES
 from kvmpass.hugepages import pool_name
-from kvmpass.layout import size_text
+from kvmpass.layout import GUEST_BITS, plan_layout, size_text
 from kvmpass.memory import Backing
 
 AUTO = "auto"
@@ -62,6 +63,9 @@ def _largest(sysfs: host.Sysfs, size: int, node: int | None) -> tuple[Backing, s
         if size % page:
             reasons.append(f"{pages}: {size_text(size)} is not a multiple")
             continue
+        if not _from_zero(sysfs, size, page):
+            reasons.append(f"{pages}: this host reserves addresses that the guest's first one needs")
+            continue
         findings = host.doctor.diagnose_huge_pages(sysfs, size, page)
         failed = next((finding for finding in findings if finding.outcome is Outcome.FAIL), None)
         reasons.append(f"{pages}: {(failed or findings[0]).summary}")
@@ -71,6 +75,14 @@ def _largest(sysfs: host.Sysfs, size: int, node: int | None) -> tuple[Backing, s
                 reasons[-1] += f", {mib(near * page)} free on NUMA node {node}, the device's"
             return backing, "; ".join(reasons)
     return Backing.ANONYMOUS, "; ".join(reasons)
+
+
+def _from_zero(sysfs: host.Sysfs, size: int, page: int) -> bool:
+    """Whether RAM of such pages begins at address 0, as kernels need it."""
+    try:
+        return plan_layout(size, sysfs.reserved_regions(), GUEST_BITS, page).ram[0].start == 0
+    except KvmpassError:  # the caller's own plan says why
+        return False
 
 
 def _node(sysfs: host.Sysfs, bdfs: Iterable[host.Bdf]) -> int | None:

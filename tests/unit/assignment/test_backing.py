@@ -56,6 +56,16 @@ def test_auto_takes_the_largest_pages_that_are_enough(
     assert (shared.backing, shared.reason) == (Backing(backing).shared, choice.reason)
 
 
+def test_auto_takes_no_pages_that_leave_the_first_addresses_empty(host: Host) -> None:
+    """Such as an exclusion range of the IVRS does, where the device reaches memory past the IOMMU."""
+    host.put("sys/kernel/iommu_groups/7/reserved_regions", "0x0000000020000000 0x000000002000ffff reserved\n")
+    pool(host, GIB, 8)
+    pool(host, 2 * MIB, 4096)
+    choice = choose_backing(host, 2 * GIB, [NVME])
+    assert choice.backing is Backing.HUGETLB_2M
+    assert "1 GiB pages: this host reserves addresses that the guest's first one needs" in choice.reason
+
+
 def test_pages_that_others_have_reserved_are_not_free(host: Host) -> None:
     pool(host, GIB, 2, reserved=1)
     assert choose_backing(host, GIB).backing is Backing.HUGETLB_1G
