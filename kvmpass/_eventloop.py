@@ -60,10 +60,11 @@ class EventLoop:
 
     def flush(self, seconds: float) -> None:
         """Wait until the functions that are due have run, at most ``seconds``; in a callback not at all."""
+        if self._thread is None or self._thread is threading.current_thread() or self._closing:
+            return
         done = threading.Event()
         self.call(done.set)
-        if not self._closing and self._thread is not threading.current_thread():
-            done.wait(seconds)
+        done.wait(seconds)
 
     def close(self) -> None:
         """Wait for the callback that runs, and drop the others. A callback may call this."""

@@ -20,7 +20,7 @@ log = Log(__name__)
 
 _REPEATED = (DeviceError, DeviceFault, DeviceIommuError, DeviceRequest)  # a device, or the host, sets their rate
 _MAX_WAITING = 1000  # events that a slow on_event has not received yet
-_LAST_SECONDS = 1.0  # for those, when the machine is closed
+_LAST_SECONDS = 1.0  # for those, and for what jobs emit, when the machine is closed
 
 
 class DeviceMonitor:
@@ -129,12 +129,13 @@ class DeviceMonitor:
     def stop(self) -> None:
         """End both threads; only a callback that calls this goes on.
 
-        Events that were emitted before, such as what ended the guest, are passed on for a second at most.
+        Events that were emitted before, such as what ended the guest, are passed on for two seconds at most.
         """
         run_all(self._loop.close, self._emit_rest, self._jobs.close, *([self._faults.close] if self._faults else []))
 
     def _emit_rest(self) -> None:
-        if self._waiting:
+        self._jobs.flush(_LAST_SECONDS)
+        if self._waiting:  # a job has emitted them
             self._jobs.flush(_LAST_SECONDS)
 
 

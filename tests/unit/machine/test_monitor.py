@@ -77,6 +77,17 @@ def test_events_that_wait_are_passed_on_at_the_end() -> None:
     assert seen == events
 
 
+def test_what_a_waiting_job_emits_is_passed_on_at_the_end() -> None:
+    seen: list[DeviceEvent] = []
+    monitor, go = DeviceMonitor(seen.append, list), threading.Event()
+    event = DeviceError(str(BDF))
+    busy(monitor, lambda: go.wait(10))
+    monitor.defer(lambda: monitor.emit_later(event))
+    threading.Timer(0.05, go.set).start()
+    monitor.stop()
+    assert seen == [event]
+
+
 def test_a_job_that_takes_long_holds_up_the_end_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LAST_SECONDS", 0.01)
     seen: list[DeviceEvent] = []
