@@ -23,7 +23,7 @@ from kvmpass.session.directory import guests
     default=10.0,
     show_default=True,
     metavar="SECONDS",
-    help="Let a guest power off for so long, then end it.",
+    help="Let a guest power off for so long, up to 10 seconds more while files of --copy-out come, then end it.",
 )
 def stop(guest: tuple[str, ...], everything: bool, timeout: float) -> int:
     """Let each GUEST power off, and rebind its devices to their drivers.
