@@ -53,7 +53,10 @@ def measure(
         done = Lab(config).run(words, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
         if done.status and limit is None:
             sys.exit(f"bench: the measurements ended with status {done.status}: nothing is written")
-    found: dict[str, Any] = json.loads((folder / f"result-{sections[0]}").read_text())
+    result = folder / f"result-{sections[0]}"
+    if not result.exists():
+        sys.exit("bench: nothing was measured")
+    found: dict[str, Any] = json.loads(result.read_text())
     return found
 
 
@@ -117,8 +120,9 @@ def main() -> None:
     wanted = options.only.split(",")
     if unknown := set(wanted) - {*SECTIONS, "trees"}:
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
-    if options.output == DOCS and {*SECTIONS, "trees"} - set(wanted):
-        parser.error("--only needs --output DIR: the files in docs have every section")
+    published = options.output.resolve() == DOCS.resolve()
+    if published and (options.limit or {*SECTIONS, "trees"} - set(wanted)):
+        parser.error("--only and --limit need --output DIR: the files in docs have every section")
     if options.here and "nvme" not in from_environment(os.environ):
         parser.error("--here assigns devices that are named only: KVMPASS_TEST_NVME=BDF …")
     inside = [name for name in SECTIONS if name in wanted]
@@ -138,6 +142,8 @@ def main() -> None:
     rows = summary(found["samples"])
     for section, reasons in found["failures"].items():
         print(f"bench: {section}: {len(reasons)} failed, the first: {reasons[0]}", file=sys.stderr)
+    if published and found["failures"]:
+        sys.exit("bench: nothing is written")
     write({"place": place, "rounds": options.rounds, "rows": rows, **found}, options.output)
 
 

@@ -37,7 +37,9 @@ def report(script: Script) -> ModuleType:
 @pytest.mark.parametrize(
     ("options", "refusal"),
     [
-        (["--only", "guests"], "--only needs --output"),
+        (["--only", "guests"], "need --output DIR"),
+        (["--only", "guests", "--output", str(SCRIPTS / "../../docs")], "need --output DIR"),
+        (["--limit", "60"], "need --output DIR"),
         (["--here"], "KVMPASS_TEST_NVME=BDF"),
         (["--only", "spans,nothing"], "unknown sections: nothing"),
     ],
