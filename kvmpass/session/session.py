@@ -150,6 +150,16 @@ class Session:
         """
         return self._agent.answering
 
+    def ping(self, timeout: float) -> float:
+        """Return the seconds that the guest's agent takes to answer, ``timeout`` at most.
+
+        Unlike ``answering`` this asks now. Raises ``TimeoutError``, ``GuestDied``.
+        """
+        try:
+            return self._agent.ping(timeout)
+        except GuestDied as error:
+            raise self._died(error.reason) from None
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the guest has ended, ``timeout`` seconds at most; return whether."""
         self._thread.join(timeout)

@@ -24,6 +24,8 @@ GUEST_MARKER = "guest"
 _REUSE = ("session", "module", "test")
 _CONSOLE = "the guest's console"
 _KEPT = 1 << 20  # bytes of a guest's console
+_ANSWER_SECONDS = 10.0  # that a guest has to answer after a test; one that runs takes milliseconds
+_SILENT = "it does not answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +110,22 @@ class Pooled:
         self.uses = 0
         """Tests that have used it."""
 
-    @property
-    def lost(self) -> str | None:
-        """Why no further test can use it: it has ended, or hangs. None: it runs."""
-        return self.session.ended or (None if self.session.answering else "it does not answer")
+    def lost(self, slowdown: float = 1.0) -> str | None:
+        """Return why no further test can use it: it has ended, or hangs. None: it runs.
+
+        The guest is asked, and has 10 seconds to answer, times ``slowdown``.
+        """
+        if self.session.ended is not None:
+            return self.session.ended
+        if not self.session.answering:
+            return _SILENT
+        try:
+            self.session.ping(_ANSWER_SECONDS * slowdown)  # "answering" is known only after half a minute of silence
+        except TimeoutError:
+            return _SILENT
+        except GuestDied as error:
+            return error.reason
+        return None
 
 
 class Pool:
@@ -121,11 +135,16 @@ class Pool:
         self._start = start
         self._guests: dict[tuple[object, ...], tuple[tuple[str, ...], Pooled]] = {}
 
-    def get(self, key: tuple[object, ...], devices: tuple[str, ...], options: Mapping[str, Any]) -> Pooled:
-        """Return the guest for ``key`` if it runs, else a new one: guests that have its devices are stopped first."""
+    def get(
+        self, key: tuple[object, ...], devices: tuple[str, ...], options: Mapping[str, Any], slowdown: float = 1.0
+    ) -> Pooled:
+        """Return the guest for ``key`` if it runs, else a new one: guests that have its devices are stopped first.
+
+        ``slowdown``: that of ``Pooled.lost``.
+        """
         known = self._guests.get(key)
         if known is not None:
-            reason = known[1].lost
+            reason = known[1].lost(slowdown)
             if reason is None:
                 return known[1]
             self.drop(key)  # first: a warning that is an error must not leave it there for every later test
@@ -225,8 +244,8 @@ class GuestPlugin:
     def kvmpass_guest(self, request: pytest.FixtureRequest) -> Iterator[Session]:
         """Return the guest that the marker ``guest`` describes; other tests have used it, and will.
 
-        A test that ends its guest, or leaves one that does not answer, fails unless its marker says ``may_die=True``;
-        the next test gets a new guest.
+        A test that ends its guest, or leaves one that does not answer within 10 seconds, fails unless its marker says
+        ``may_die=True``; the next test gets a new guest.
         """
         item = request.node
         wish = Wish.of(item)
@@ -238,14 +257,15 @@ class GuestPlugin:
         from kvmpass.session.session import BOOT_SECONDS  # loads a VMM: only for tests that need it
 
         # More where emulated hosts share the machine, as the limits of tests are.
-        options["boot_timeout"] = options.get("boot_timeout", BOOT_SECONDS) * State.of(request.config).slowdown
-        guest = self.pool.get(key, devices, options)
+        slowdown = State.of(request.config).slowdown
+        options["boot_timeout"] = options.get("boot_timeout", BOOT_SECONDS) * slowdown
+        guest = self.pool.get(key, devices, options, slowdown)
         guest.uses += 1
         item.stash[_USE] = _Use(guest, guest.console.size, guest.session.event_count)
         boot = guest.boot_seconds if guest.uses == 1 else 0.0
         item.user_properties += [("guest", guest.session.name), ("guest_boot_seconds", round(boot, 3))]
         yield guest.session
-        ended, lost = guest.session.ended, guest.lost
+        lost, ended = guest.lost(slowdown), guest.session.ended
         if lost is not None or wish.reuse == "test":
             self.pool.drop(key)
         if lost is not None and not wish.may_die:

@@ -333,3 +333,18 @@ def test_a_guest_that_sends_files_for_ever(session: Session, tmp_path: Path, mon
     with pytest.raises(GuestError, match="more than 2 files"):
         in_time(lambda: session.copy_out("/it", f"{tmp_path}/target/"))
     assert session._agent._processes == {}
+
+
+def test_a_guest_is_asked_whether_it_answers(session: Session, local: LocalAgent) -> None:
+    """At once: ``answering`` waits for half a minute of silence."""
+    assert session.ping(20) < 20
+    local.program.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(TimeoutError, match="does not answer within"):
+            session.ping(0.1)
+    finally:
+        local.program.send_signal(signal.SIGCONT)
+    local.agent.fail("the guest panicked")
+    with pytest.raises(GuestDied, match="panicked") as died:
+        session.ping(20)
+    assert died.value.console == CONSOLE

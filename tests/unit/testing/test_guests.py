@@ -30,7 +30,11 @@ def start(devices, on_console, **options):
     guest = SimpleNamespace(name=name, ended=None, answering=True, event_count=0, events=(), say=on_console)
     note(f"{name} boots: {' '.join(devices)}")
     guest.stop = lambda: note(f"{name} ends")
+    guest.ping = lambda timeout: 0.001
     return guest
+
+def silent(timeout):
+    raise TimeoutError(f"{timeout} seconds")
 
 pool._start = start
 """
@@ -96,6 +100,8 @@ def test_what_reports_have_of_them(guests: pytest.Pytester) -> None:
     write(
         guests,
         """
+from conftest import silent
+
 pytestmark = pytest.mark.guest
 
 def test_good(kvmpass_guest): kvmpass_guest.say(b"of the first\\n")
@@ -113,12 +119,18 @@ def test_may(kvmpass_guest): kvmpass_guest.ended = "the guest powered off"
 @pytest.mark.guest(append="hangs")
 def test_hangs(kvmpass_guest): kvmpass_guest.answering = False
 
+@pytest.mark.guest(append="has just hung")
+def test_stalls(kvmpass_guest): kvmpass_guest.ping = silent
+
+@pytest.mark.guest(append="has just hung")
+def test_after(kvmpass_guest): pass
+
 @pytest.mark.guest(append="broken")
 def test_boots(kvmpass_guest): pass
 """,
     )
     result = guests.runpytest_inprocess("--junitxml=report.xml", "-o", "junit_family=xunit1")
-    result.assert_outcomes(passed=4, failed=1, errors=3)
+    result.assert_outcomes(passed=6, failed=1, errors=4)
     text = result.stdout.str()
     assert "of the first" not in text
     result.stdout.fnmatch_lines_random(
@@ -130,5 +142,6 @@ def test_boots(kvmpass_guest): pass
         case.get("name"): {each.get("name"): each.get("value") for each in case.iter("property")}
         for case in ET.parse(guests.path / "report.xml").iter("testcase")
     }
-    assert [found.get("guest") for found in properties.values()] == ["guest1"] * 3 + ["guest2", "guest3", None]
+    used = [found.get("guest") for found in properties.values()]
+    assert used == ["guest1"] * 3 + ["guest2", "guest3", "guest4", "guest5", None]
     assert properties["test_fails"]["guest_boot_seconds"] == "0.0"

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from kvmpass.errors import NotEnoughMemory
+from kvmpass.errors import GuestDied, NotEnoughMemory
 from kvmpass.testing.pool import Pool, Recording, Wish
 from kvmpass.testing.state import Mode, State
 
@@ -19,13 +19,13 @@ class Guests:
         self.made: list[Any] = []
 
     def start(self, devices: tuple[str, ...], **options: Any) -> Any:
-        guest = SimpleNamespace(devices=devices, ended=None, answering=True, stopped=0)
+        guest = SimpleNamespace(devices=devices, ended=None, answering=True, stopped=0, asked=[])
 
         def stop() -> None:
             guest.stopped += 1
             guest.ended = "the guest was stopped"
 
-        guest.stop = stop
+        guest.stop, guest.ping = stop, guest.asked.append
         self.made.append(guest)
         return guest
 
@@ -47,6 +47,26 @@ def test_a_guest_is_used_again_until_it_dies(guests: Guests) -> None:
     with pytest.warns(pytest.PytestWarning, match="was lost after the tests before: it does not answer"):
         pool.get(("a",), ("nvme",), {})
     assert [guest.stopped for guest in guests.made] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(TimeoutError("10 seconds"), "it does not answer"), (GuestDied("the guest panicked"), "the guest panicked")],
+)
+def test_a_guest_that_has_just_hung_is_not_used_again(guests: Guests, error: Exception, reason: str) -> None:
+    """Its silence makes ``answering`` false after half a minute only: it is asked."""
+
+    def ping(timeout: float) -> float:
+        raise error
+
+    pool = Pool(guests.start)
+    first = pool.get(("a",), ("nvme",), {})
+    assert pool.get(("a",), ("nvme",), {}, slowdown=2) is first
+    assert guests.made[0].asked == [20.0]
+    guests.made[0].ping = ping
+    with pytest.warns(pytest.PytestWarning, match=f"was lost after the tests before: {reason}"):
+        assert pool.get(("a",), ("nvme",), {}) is not first
+    assert [guest.stopped for guest in guests.made] == [1, 0]
 
 
 @pytest.mark.filterwarnings("error")
