@@ -36,7 +36,8 @@ _MAX_DETAIL = 200  # characters of a line of the console
 _ABANDON_SECONDS = 2.0  # for a reader that does not read, once an exception ends the run
 _SIGNALLED = 128  # a shell's status of a command that a signal has ended, without the signal's number
 _POWEROFF_SECONDS = 60.0  # from the end of the command, and of its files, to power off
-_FILES_SECONDS = 60.0  # without any byte of its files
+_FILES_SECONDS = 60.0  # without any byte of its files, though it may send some
+_STOPPED_SECONDS = 5.0  # between two looks at it, a second apart: this process was stopped, and its guest with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ class Guest:
         self._mark = mark
         self._status: int | None = None
         self._ready = self._leaving = self._files_due = False
-        self._files_heard: float | None = None  # when the latest of its files has come, while they are sent
+        self._sending_files = False
+        self._files_heard = self._looked = 0.0  # since when the guest could send files, and sends none; the last look
         self._failures: list[str] = []
         self._control = ControlChannel()
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
@@ -170,7 +172,7 @@ class Guest:
 
     def _start_command(self) -> None:
         """Let the agent run the image's command, once it is there. Without its port the guest's init does."""
-        self._files_due, self._files_heard = self._to_files is not None, None
+        self._files_due, self._sending_files = self._to_files is not None, False
         if self.agent is None:
             self._make_agent()  # the image may have been loaded since
         if self.agent is None or self._session:
@@ -206,7 +208,7 @@ class Guest:
         if stream == ERRORS_STREAM or self._to_files is None:
             process.grant(stream, len(data))
         else:
-            if data and self._files_heard is not None:
+            if data:
                 self._files_heard = time.monotonic()
             self._to_files(data, process.grant, stream)
 
@@ -217,7 +219,7 @@ class Guest:
         """
         files_due, self._files_due = self._files_due, False
         if self.agent is not None and files_due:
-            self._files_heard = time.monotonic()
+            self._files_heard, self._sending_files = time.monotonic(), True
             try:
                 self.agent.start(
                     init.SEND_FILES, receive=self._on_files, on_end=lambda _: self.power_off(), last=True
@@ -225,19 +227,25 @@ class Guest:
                 return
             except GuestError as error:
                 self._on_failure(f"no files were sent: {error}")
-        self._files_heard, self._leaving = None, True
+        self._sending_files, self._leaving = False, True
         if self.agent is not None:
             self.agent.power_off()
 
     @property
     def sending_files(self) -> bool:
         """Whether it sends its files, after which it powers off."""
-        return self._files_heard is not None
+        return self._sending_files
 
     def _look_at_files(self) -> None:
-        """Let a guest power off that has sent none of its files for too long: its disks have what it has written."""
-        heard = self._files_heard
-        if heard is not None and time.monotonic() - heard >= _FILES_SECONDS:
+        """Let a guest power off that has sent none of its files for too long: its disks have what it has written.
+
+        It cannot send more than a window while their destination stalls, nor anything while this process is stopped.
+        """
+        now = time.monotonic()
+        if now - self._looked >= _STOPPED_SECONDS or (self._to_files is not None and self._to_files.busy):
+            self._files_heard = now
+        self._looked = now
+        if self._sending_files and now - self._files_heard >= _FILES_SECONDS:
             self._on_failure(f"the guest has sent none of its files for {_FILES_SECONDS:g} seconds")
             self.power_off()
 
@@ -283,8 +291,8 @@ class Guest:
         """Start the guest and wait until it ends, ``timeout`` seconds at most, reboots included.
 
         ``restart``: on guest reboot before its command's status, reset the machine and start again. A guest that has
-        reported the status, and sent its files or none of them for a minute, has a minute to power off. Raises what a
-        sink or a vCPU raised.
+        reported the status, and sent its files, or none of them for a minute in which it could, has a minute to power
+        off. Raises what a sink or a vCPU raised.
         """
         deadline = time.monotonic() + timeout if timeout is not None else math.inf
         self._start_command()

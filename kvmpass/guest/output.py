@@ -23,6 +23,7 @@ class Outlet:
         """The reader's."""
         self._pending = bytearray()  # not a list of what came: a guest that writes single bytes would fill memory
         self._taken: dict[tuple[Taken, int], int] = {}  # whom to tell of how many of these bytes
+        self._writing = False
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
         self._thread.start()
 
@@ -43,6 +44,12 @@ class Outlet:
         """Whether more than ``OutputWriter.PENDING_LIMIT`` bytes are pending."""
         return len(self._pending) > OutputWriter.PENDING_LIMIT
 
+    @property
+    def busy(self) -> bool:
+        """Whether bytes are pending, or the reader's sink has not returned."""
+        with self._writer.changed:
+            return self._writing or bool(self._pending)
+
     def join(self, timeout: float | None) -> None:
         """Wait until what is pending is written, after the writer was closed."""
         self._thread.join(timeout)
@@ -52,12 +59,14 @@ class Outlet:
         try:
             while True:
                 with changed:
+                    self._writing = False
                     changed.wait_for(lambda: self._pending or self._writer.ended)
                     pending, self._pending = self._pending, bytearray()
                     owed, self._taken = self._taken, {}
                     changed.notify_all()
                     if self._writer.failure is not None or not pending:
                         return
+                    self._writing = True
                 self.sink(bytes(pending))
                 for (taken, stream), size in owed.items():
                     taken(stream, size)

@@ -12,6 +12,7 @@ import pytest
 
 from kvmpass.guest import Guest, GuestResult
 from kvmpass.guest import guest as module
+from kvmpass.guest.copyout import CopyOut
 from kvmpass.guest.frames import (
     DATA,
     END,
@@ -191,6 +192,67 @@ def test_a_guest_that_sends_none_of_its_files_powers_off(tmp_path: Path, monkeyp
     assert (result.outcome, result.status) == (GuestOutcome.POWEROFF, 3)
     assert result.failures == ("the guest has sent none of its files for 0.2 seconds",)
     assert [copied.error for copied in result.copied_out] == ["the guest has not sent all of it"]
+
+
+class Clock:
+    """Time that only passes where it is told to."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class PatientVm(SendingVm):
+    """Its guest sends a byte of its files in the third wait, no more, and powers off if it is told to.
+
+    A wait takes a second; the fourth ``stopped`` seconds more, in which kvmpass is stopped. The byte is written in
+    wait ``written``.
+    """
+
+    def __init__(self, clock: Clock, stopped: float, written: int) -> None:
+        super().__init__()
+        self._clock, self._stopped, self._written = clock, stopped, written
+        self.go_on = threading.Event()
+        self.guest: Guest
+
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
+        if self.received.endswith(encode(0, POWER_OFF)):
+            return GuestOutcome.POWEROFF
+        if len(self.waits) == 3:  # the one in which the other guest panics
+            self.waits.append(timeout)
+            self._clock.now += self._stopped
+        else:
+            super().wait(timeout)
+        self._clock.now += 1
+        assert len(self.waits) < 1000
+        if len(self.waits) == 3:
+            self.sinks[init.AGENT_PORT](encode(2, DATA, b"0", OUTPUT_STREAM))
+        if len(self.waits) == self._written:
+            self.go_on.set()
+            deadline = time.monotonic() + 20
+            while self.guest._to_files is not None and self.guest._to_files.busy:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        return None
+
+
+@pytest.mark.parametrize(("stopped", "written", "waits"), [(0, 3, 62), (3600, 3, 63), (0, 200, 258)])
+def test_a_minute_without_files_counts_while_the_guest_can_send_them(
+    stopped: float, written: int, waits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may send no more than a window until that is written, and is stopped together with kvmpass."""
+    vm = PatientVm(clock := Clock(), stopped, written)
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(CopyOut, "__call__", lambda self, data: vm.go_on.wait(20))
+    silent: Callable[[bytes], None] = lambda data: None  # noqa: E731
+    with Guest(
+        cast(Machine, vm), console=None, output=silent, errors=silent, copy_out=[f"/results:{tmp_path}/"]
+    ) as guest:
+        vm.guest = guest
+        result = guest.run()
+    assert result.failures == ("the guest has sent none of its files for 60 seconds",)
+    assert waits <= len(vm.waits) <= waits + 3
 
 
 def test_files_that_have_not_come_by_the_second_power_off_are_left_out(tmp_path: Path) -> None:
