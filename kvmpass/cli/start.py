@@ -6,7 +6,6 @@ import json
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,10 @@ from kvmpass.session.directory import check_name
 from kvmpass.session.session import BOOT_SECONDS
 from kvmpass.session.stay import stay
 
-# A message has a limit, and the guest has a part in what they say.
-_MAX_WARNINGS = 64  # lines
-_MAX_WARNING = 300  # characters of one
-_MAX_WARNING_BYTES = 32 << 10  # of all of them in the message
+# A message has a limit, and the guest has a part in what they say: its failures must not hide missing files.
+_MAX_WARNING = 300  # characters of a line
+_FAILURES = 8, 8 << 10  # lines, and their bytes in the message
+_FILES = 56, 24 << 10
 
 
 @click.command()
@@ -131,23 +130,21 @@ def _answer(result: GuestResult) -> dict[str, Any]:
     return {
         "status": exit_status(result, command=False),
         "outcome": f"the guest {result.outcome.value}",
-        "warnings": _limited(
-            chain(
-                (f"warning: error in the guest: {failure}" for failure in result.failures),
-                report(result.copied_out, verbose=False),
-            )
-        ),
+        "warnings": [
+            *_limited((f"warning: error in the guest: {failure}" for failure in result.failures), *_FAILURES),
+            *_limited(report(result.copied_out, verbose=False), *_FILES),
+        ],
     }
 
 
-def _limited(lines: Iterable[str]) -> list[str]:
-    """Return what of ``lines`` has room in the answer, and whether there is more."""
+def _limited(lines: Iterable[str], count: int, limit: int) -> list[str]:
+    """Return the first ``count`` of ``lines``, ``limit`` bytes of a message at most, and whether there is more."""
     kept: list[str] = []
     size = 0
     for line in lines:
         shown = line if len(line) <= _MAX_WARNING else f"{line[:_MAX_WARNING]}…"
         size += len(json.dumps(shown))
-        if len(kept) == _MAX_WARNINGS or size > _MAX_WARNING_BYTES:
+        if len(kept) == count or size > limit:
             return [*kept, "warning: and more"]
         kept.append(shown)
     return kept

@@ -29,12 +29,27 @@ def test_warnings_have_the_guests_failures_and_what_is_missing() -> None:
     }
 
 
+def test_a_guest_with_many_failures_does_not_hide_what_is_missing() -> None:
+    """Its init may report 64."""
+    answer = _answer(result(tuple(map(str, range(64))), ("link: a symlink",), copies=2))
+    assert answer["warnings"] == [
+        *(f"warning: error in the guest: {number}" for number in range(8)),
+        "warning: and more",
+        *["warning: --copy-out /results: left out: link: a symlink"] * 2,
+    ]
+
+
 @pytest.mark.parametrize("letter", ["a", "\U0001d11e"])
 def test_whatever_a_guest_makes_warnings_of_the_answer_can_be_sent(letter: str) -> None:
     """Each of the letters is twelve bytes in a message, in the worst case."""
     answer = _answer(result((letter * 4096,) * 64, (letter * 4096,) * 17, copies=20))
     assert answer["warnings"][-1] == "warning: and more"
-    assert {len(line) for line in answer["warnings"][:-1]} == {301}
+    lines = [line for line in answer["warnings"] if line != "warning: and more"]
+    assert {len(line) for line in lines} == {301}
+    assert {line.rstrip(f"{letter}…") for line in lines} == {
+        "warning: error in the guest: ",
+        "warning: --copy-out /results: left out: ",
+    }
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         messages.send(ours, answer)
