@@ -76,7 +76,7 @@ def test_auto_uses_iommufd_where_it_is(nvme: str, tmp_path: Path) -> None:
     assert status["backend"] == {"name": made.backend.name, "reason": made.backend.reason}
 
 
-@pytest.mark.amdvi(profile="single", kernel="stock")
+@pytest.mark.amdvi(profile="stock")
 def test_a_kernel_without_iommufd_is_named(nvme: str, tmp_path: Path) -> None:
     done, status = assign(nvme, tmp_path / "status", "--backend", "iommufd")
     assert done.returncode == 125

@@ -105,7 +105,7 @@ def test_a_qemu_that_does_not_know_iommufd(edu: str) -> None:
     assert hint.startswith("  hint: use a newer QEMU; or type 1, without {iommufd}")
 
 
-@pytest.mark.amdvi(profile="single", kernel="stock")
+@pytest.mark.amdvi(profile="stock")
 def test_a_kernel_without_iommufd(nvme: str) -> None:
     done = kvmpass("borrow", nvme, "--", "false", "{iommufd}", "{vfio0}")
     assert (done.returncode, done.stdout) == (125, "")

@@ -28,7 +28,7 @@ SCRIPT = """
     echo planted?; until [ -e /go ]; do read -r word </dev/ttyS0; >/go; done
     echo going; renice -n 1 -p 1; echo still here"""
 CONSOLE = "  console: "  # before each line that is shown of it
-DRIVER = pytest.mark.amdvi(profile="driver", duration=25)
+STOCK = pytest.mark.amdvi(profile="stock", duration=25)
 pytestmark = pytest.mark.amdvi(duration=12)
 
 
@@ -71,7 +71,7 @@ def crash(
     return result.returncode, document, shown
 
 
-@DRIVER
+@STOCK
 @pytest.mark.parametrize(
     ("append", "first", "where"),
     [
@@ -92,7 +92,7 @@ def test_a_driver_that_crashes_ends_the_guest(
     assert "Call Trace:" in text
 
 
-@DRIVER
+@STOCK
 def test_a_loop_is_ended_by_the_timeout(edu: str, faulty: Path, tmp_path: Path) -> None:
     """An endless loop: the output begins with its soft lockup, the log with the boot."""
     log = tmp_path / "console.log"

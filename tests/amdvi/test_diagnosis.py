@@ -268,7 +268,7 @@ def test_an_ordinary_user(edu: str) -> None:
         assert found == ["no-access"]
 
 
-@pytest.mark.amdvi(profile="single", kernel="stock")  # the full kernel has no modules
+@pytest.mark.amdvi(profile="stock")  # the full kernel has no modules
 def test_a_module_that_is_kept_from_loading(nvme: str, emulated_host: bool) -> None:
     if not emulated_host:
         pytest.skip(f"unloads vfio-pci: {LAB_ONLY}")

@@ -21,7 +21,7 @@ from kvmpass.machine import Machine
 pytestmark = pytest.mark.amdvi(duration=20)
 
 
-@pytest.mark.amdvi(profile="single", kernel="stock")
+@pytest.mark.amdvi(profile="stock")
 def test_a_driver_under_test_replaces_the_kernels_own(nvme: str, tmp_path: Path) -> None:
     """Debian's module with a byte after its signature: the kernel then marks it as unsigned."""
     module = next(Path(f"/lib/modules/{os.uname().release}").rglob("nvme.ko*"), None)
@@ -62,7 +62,7 @@ def build_tree(directory: Path, *names: str) -> None:
     (directory / "include/config/kernel.release").write_text(f"{release}\n")
 
 
-@pytest.mark.amdvi(profile="single", kernel="stock")
+@pytest.mark.amdvi(profile="stock")
 def test_parameters_with_spaces_and_a_module_for_no_device(nvme: str, tmp_path: Path) -> None:
     """The kernel's own modules, and those that the module needs, come from a build tree."""
     module = next(Path(f"/lib/modules/{os.uname().release}").rglob("scsi_debug.ko*"), None)
