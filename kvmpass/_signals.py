@@ -1,14 +1,64 @@
-"""Defer termination signals during an operation that must not be interrupted."""
+"""Termination signals: as exceptions, and deferred during an operation that must not be interrupted."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+_AGAIN_SECONDS = 0.01
+
+
+def raise_at_signals() -> None:
+    """Let SIGINT raise ``KeyboardInterrupt`` from now on, and the others ``SystemExit``: everything is undone.
+
+    A signal that is ignored (nohup) stays so. What is raised in a finalizer, or in a callback of an import, Python
+    prints and drops: it is raised again. Uses SIGALRM and ``sys.unraisablehook``. Main thread only.
+    """
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _terminate)
+    if not isinstance(sys.unraisablehook, _RaisedAgain):
+        sys.unraisablehook = _RaisedAgain(sys.unraisablehook)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+class _RaisedAgain:
+    """A hook for exceptions that Python drops; all but those of signals are for ``others``."""
+
+    def __init__(self, others: Callable[[sys.UnraisableHookArgs], object]) -> None:
+        self._others = others
+
+    def __call__(self, dropped: sys.UnraisableHookArgs) -> None:
+        number = _signal_of(dropped.exc_value)
+        if number is None:
+            self._others(dropped)
+            return
+
+        def handle(alarm: int, frame: FrameType | None) -> None:
+            handler = signal.getsignal(number)  # by now it may be that of ``deferred``
+            if callable(handler):
+                handler(number, frame)
+
+        # Later: here it would be dropped once more.
+        signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+
+
+def _signal_of(error: BaseException | None) -> int | None:
+    """Return the signal whose handler has raised ``error``, if one has."""
+    if isinstance(error, KeyboardInterrupt):
+        return signal.SIGINT
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code - 128 in _SIGNALS:
+        return error.code - 128
+    return None
 
 
 @contextmanager

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 import click
 
 from kvmpass._log import keep_off_standard_error
+from kvmpass._signals import deferred, raise_at_signals
 from kvmpass.cli.output import colour, document_text, error_fields, error_text, remedies
 from kvmpass.errors import BadAddress, KvmpassError
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from click.shell_completion import CompletionItem
 
 # Module and one-line help. A subcommand is imported when it is called: --help and completion of its name need none.
@@ -68,7 +67,8 @@ class LazyGroup(click.Group):
         collecting = gc.isenabled()
         gc.disable()  # what an import makes stays: to search it for garbage takes a twentieth of the import
         try:
-            command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+            with deferred():  # some of what runs in an import prints exceptions and goes on
+                command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
         finally:
             if collecting:
                 gc.enable()
@@ -150,11 +150,6 @@ def fail(command: str, error: BaseException, as_json: bool) -> None:
         click.echo(f"  hint: {remedy}", err=True)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Raise an exception, so that everything is released and devices are rebound."""
-    raise SystemExit(128 + number)
-
-
 def open_standard_streams() -> None:
     """Open /dev/null for each standard stream that the caller has closed: else the next file takes its number."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
@@ -182,11 +177,9 @@ def main(arguments: list[str] | None = None) -> None:
     in_lab = name == "lab" and bool({"run", "selftests"} & set(options))
     own = ASSIGN_FAILED if name in ("assign", "borrow", "exec", "start", "wait") or in_lab else None
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # inherited as ignored it hides how children end
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, _terminate)
     status: int
     try:
+        raise_at_signals()
         result = kvmpass.main(options, prog_name="kvmpass", standalone_mode=False, obj=command, color=colour())
         status = result if isinstance(result, int) else 0
     except (click.exceptions.Abort, KeyboardInterrupt):

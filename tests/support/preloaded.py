@@ -156,14 +156,15 @@ def _text(number: int) -> io.TextIOWrapper:
 
 def _main() -> None:
     sys.path.pop(0)  # this file's directory
-    from kvmpass.cli import main
+    from kvmpass.__main__ import main
+    from kvmpass.cli.main import COMMANDS
 
-    for module, _ in main.COMMANDS.values():
+    for module, _ in COMMANDS.values():
         importlib.import_module(module)
     gc.freeze()  # or each child copies what its collector looks at
     words = _serve(socket.socket(fileno=int(sys.argv[1])))
     sys.argv = ["kvmpass", *words]
-    main.main()
+    main()
 
 
 if __name__ == "__main__":

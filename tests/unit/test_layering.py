@@ -195,7 +195,7 @@ def test_a_request_to_a_guest_loads_nothing_of_a_virtual_machine() -> None:
     loaded = set(done.stdout.split())
     packages = {package_of(name) for name in loaded if name.startswith("kvmpass.")}
     assert {"cli", "session"} <= packages
-    assert packages <= {"cli", "session", "errors", "_dataclass", "_lazy", "_log", "_teardown"}
+    assert packages <= {"cli", "session", "errors", "_dataclass", "_lazy", "_log", "_signals", "_teardown"}
     assert not loaded & {"asyncio", "http", "logging", "subprocess", "tarfile", "uuid"}
 
 

@@ -40,6 +40,7 @@ def test_the_help_loads_no_command() -> None:
     assert own(modules) == {
         "kvmpass._lazy",
         "kvmpass._log",
+        "kvmpass._signals",
         "kvmpass.cli",
         "kvmpass.cli.main",
         "kvmpass.cli.output",

@@ -26,6 +26,36 @@ class Lab:
 kvmpass.cli.lab.Lab = Lab
 main(["lab", "run", "--", sys.argv[1]])
 """
+# Sends the signal at one moment of a command that would succeed.
+MOMENTS = """
+import atexit, os, sys
+number, moment = int(sys.argv[1]), sys.argv[2]
+
+class Importing:
+    def find_spec(self, name, path, target=None):
+        if name == moment:
+            os.kill(os.getpid(), number)
+
+class Freed:
+    def __del__(self):
+        os.kill(os.getpid(), number)
+        str(number)
+
+def callback():
+    Freed()
+    import time
+    time.sleep(30)
+
+sys.meta_path.insert(0, Importing())
+if moment == "at exit":
+    atexit.register(os.kill, os.getpid(), number)
+from kvmpass.__main__ import main
+if moment == "in a finalizer":
+    import kvmpass.cli.main
+    kvmpass.cli.main.kvmpass.callback = callback
+sys.argv = ["kvmpass", "completion", "bash"]
+main()
+"""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -55,3 +85,13 @@ def test_a_signal_that_was_ignored_does_not(number: signal.Signals) -> None:
 @pytest.mark.usefixtures("usual_signals")
 def test_the_end_of_a_child_is_seen_if_sigchld_was_ignored() -> None:
     assert status(signal.SIGHUP, signal.SIGHUP, signal.SIGCHLD) == 7
+
+
+@pytest.mark.parametrize("moment", ["click", "kvmpass.cli.completion", "in a finalizer", "at exit"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("usual_signals")
+def test_a_signal_ends_it_without_a_traceback_whenever_it_comes(number: signal.Signals, moment: str) -> None:
+    """Python prints and drops what is raised in a finalizer, and in some of what an import calls."""
+    words = [sys.executable, "-c", MOMENTS, str(int(number)), moment]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.strip()) == (128 + number, "")  # click ends the line of ^C
