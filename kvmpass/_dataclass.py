@@ -1,8 +1,9 @@
-"""``dataclass``: that of the standard library, whose classes with slots cost twenty times as much to make.
+"""``dataclass``: that of the standard library, whose classes with slots cost many times as much to make.
 
-``kvmpass assign`` imports a hundred of them, for each of which the standard library compiles up to eight functions.
-Here the methods are the same for every class; fields and ``__init__`` are made by the standard library when a class
-is first used: in most runs half of them are not.
+``kvmpass assign`` imports eighty of them, for each of which the standard library compiles up to eight functions. Here
+the methods are the same for every class, or closures over its fields, and nothing is compiled. The standard library
+makes the rest when it is first used: what ``dataclasses.fields`` returns, and an ``__init__`` that says which
+arguments are wrong.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from _thread import RLock
 from collections.abc import Callable
+from dataclasses import MISSING, Field
 from functools import cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,10 @@ if TYPE_CHECKING:  # for type checkers this is the standard library's
 else:
 
     def dataclass(cls: type | None = None, **options: bool) -> Any:
-        """Return what ``dataclasses.dataclass`` would: fields, equality, hash and text; frozen where that is set."""
+        """Return what ``dataclasses.dataclass`` would: fields, equality, hash and text; frozen where that is set.
+
+        With ``slots`` each field is an argument, by position and name, and has no ``hash`` of its own.
+        """
         if not options.get("slots") or options.keys() - _OPTIONS:
             return dataclasses.dataclass(cls, **options)
         return partial(_make, **options)
@@ -47,16 +52,20 @@ def _make(
     """Make ``cls`` a dataclass with slots; what it defines itself stays."""
     space = dict(vars(cls))
     names = space.get("__annotations__", {})
-    methods = (
-        (_FROZEN if frozen else {}) | (_EQUAL if eq else {}) | (_TEXT if repr else {}) | (_ORDER if order else {})
-    )
-    if eq and not frozen:
-        methods["__hash__"] = None
-    for name in (*_OWN, *names):
+    # Of every field, in the order of the arguments: a value, a Field, or MISSING. The bases come first.
+    defaults: dict[str, Any] = {}
+    inherited: set[str] = set()
+    for base in cls.__mro__[-2:0:-1]:
+        defaults |= vars(base).get("__defaults__", {})
+        inherited.update(vars(base).get("__slots__", ()))
+    for name in names:
+        defaults[name] = space.pop(name, MISSING)
+    for name in _OWN:
         space.pop(name, None)
-    inherited = {name for base in cls.__mro__[1:] for name in getattr(base, "__slots__", ())}
-    space["__slots__"] = tuple(name for name in names if name not in inherited)
-    made: Any = type(cls)(cls.__name__, cls.__bases__, methods | space)
+    space["__slots__"] = [name for name in names if name not in inherited]
+    space["__defaults__"] = defaults
+    methods = _methods(frozen, eq, repr, order)
+    made: Any = type(cls)(cls.__name__, cls.__bases__, {**methods, "__match_args__": (*defaults,), **space})
     made.__qualname__ = cls.__qualname__
     done = False
 
@@ -70,24 +79,59 @@ def _make(
                 full: Any = type(cls)(cls.__name__, cls.__bases__, copied)
                 full.__qualname__ = cls.__qualname__
                 full = dataclasses.dataclass(repr=False, eq=False, frozen=frozen)(full)
-                for name in ("__match_args__", "__dataclass_params__", "__dataclass_fields__", "__init__"):
+                for name in ("__dataclass_params__", "__init__", "__dataclass_fields__"):
                     if name not in space:
                         setattr(made, name, vars(full)[name])
                 done = True
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        complete()
-        made.__init__(self, *args, **kwargs)
-
     made.__dataclass_fields__ = _Fields(complete, made)
     if "__init__" not in space:
-        made.__init__ = __init__
+        made.__init__ = _initializer(made, defaults, complete)
     return made
+
+
+def _initializer(made: Any, defaults: dict[str, Any], complete: Callable[[], None]) -> Callable[..., None]:
+    """Return ``__init__`` of ``made``."""
+    setters = [getattr(made, name).__set__ for name in defaults]  # of its slots: also a frozen one is set by them
+    constants: dict[str, Any] = {}
+    factories: dict[str, Callable[[], Any]] = {}
+    for name, default in defaults.items():
+        if isinstance(default, Field):
+            if default.default_factory is not MISSING:
+                factories[name] = default.default_factory
+            default = default.default
+        if default is not MISSING:
+            constants[name] = default
+    check = getattr(made, "__post_init__", None)
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        values = args
+        if kwargs or len(args) != len(setters):
+            given = dict(zip(defaults, args, strict=False)) | kwargs
+            known = constants | given
+            if len(given) != len(args) + len(kwargs) or known.keys() | factories.keys() != defaults.keys():
+                complete()
+                made.__init__(self, *args, **kwargs)  # now the standard library's: it raises TypeError
+            values = tuple(known[name] if name in known else factories[name]() for name in defaults)
+        for setter, value in zip(setters, values, strict=True):
+            setter(self, value)
+        if check is not None:
+            self.__post_init__()
+
+    return __init__
+
+
+@cache
+def _methods(frozen: bool, eq: bool, repr: bool, order: bool) -> dict[str, Any]:
+    methods = _FROZEN if frozen else {}
+    if eq:
+        methods = methods | _EQUAL | ({} if frozen else {"__hash__": None})
+    return methods | (_TEXT if repr else {}) | (_ORDER if order else {})
 
 
 @cache
 def _compared(cls: Any) -> Callable[[Any], Any]:
-    names = [field.name for field in dataclasses.fields(cls) if field.compare]
+    names = [name for name, default in cls.__defaults__.items() if not isinstance(default, Field) or default.compare]
     return attrgetter(*names) if names else lambda _: ()
 
 
@@ -111,7 +155,8 @@ def _not_greater(self: Any, other: Any) -> bool:
 
 
 def _text(self: Any) -> str:
-    shown = [field.name for field in dataclasses.fields(self) if field.repr]
+    defaults = self.__class__.__defaults__
+    shown = [name for name, default in defaults.items() if not isinstance(default, Field) or default.repr]
     return f"{self.__class__.__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
 

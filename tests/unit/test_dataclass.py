@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import pickle
 import re
 import sys
@@ -70,6 +71,13 @@ def theirs(cls: type) -> Any:
     return dataclasses.dataclass(frozen=True, slots=True)(type(cls.__name__, (), space))
 
 
+def ours(cls: type) -> Any:
+    """Return a class of the same definition that has not been used."""
+    space = {name: value for name, value in vars(theirs(cls)).items() if name in ("__annotations__", "__qualname__")}
+    space |= {field.name: field for field in dataclasses.fields(cls)}
+    return dataclass(frozen=True, slots=True)(type(cls.__name__, (), space))
+
+
 @pytest.mark.parametrize(
     "arguments", [(1,), (2, "y"), (1, "x", "note"), (1, "x", "", "secret"), (1, "x", "", "", [3])]
 )
@@ -121,6 +129,100 @@ def test_what_a_class_defines_stays() -> None:
     assert repr(Checked(1)) == "checked"
     with pytest.raises(ValueError, match="-1"):
         Checked(-1)
+
+
+@pytest.mark.parametrize(
+    "args, kwargs",
+    [
+        ((1,), {}),
+        ((1, "y"), {"items": [2]}),
+        ((1, "y", "note", "secret", [2]), {}),
+        ((), {"text": "y", "number": 1}),
+        ((), {"secret": "s", "items": [2], "note": "n", "text": "t", "number": 1}),
+        ((), {}),
+        ((), {"text": "y"}),
+        ((1,), {"number": 1}),
+        ((1,), {"other": 1}),
+        ((), {"number": 1, "other": 1}),
+        ((1, "y", "note", "secret", [2], 6), {}),
+        ((1, "y", "note", "secret", [2], 6), {"text": "y"}),
+    ],
+)
+def test_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The same are taken, and others are refused in the same words, before and after the class is complete."""
+
+    def result(cls: Any) -> object:
+        try:
+            made = cls(*args, **kwargs)
+        except TypeError as error:
+            return str(error)
+        return [getattr(made, name) for name in ("number", "text", "note", "secret", "items")]
+
+    fresh = ours(Ours)
+    assert result(fresh) == result(theirs(Ours))
+    assert [field.name for field in dataclasses.fields(fresh)] == ["number", "text", "note", "secret", "items"]
+    assert result(fresh) == result(theirs(Ours))
+
+
+def test_what_a_factory_makes_is_no_others() -> None:
+    cls = ours(Ours)
+    assert cls(1).items is not cls(1).items
+    given: list[int] = []
+    assert cls(1, items=given).items is given
+
+
+def test_fields_of_the_bases_come_first() -> None:
+    @dataclass(frozen=True, slots=True)
+    class Base:
+        first: int
+        second: int = 2
+
+    @dataclass(frozen=True, slots=True)
+    class Other:
+        third: int = 3
+
+    @dataclass(frozen=True, slots=True)
+    class Further(Base):
+        second: int = 20
+        fourth: int = 4
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "fourth", self.fourth + self.second)
+
+    class Plain(Further):
+        __slots__ = ()
+
+    made = Further(1)
+    assert (made.first, made.second, made.fourth) == (1, 20, 24)
+    assert repr(Further(1, 5, 6)) == f"{Further.__qualname__}(first=1, second=5, fourth=11)"
+    assert Further.__match_args__ == ("first", "second", "fourth")
+    assert Plain(first=1) == Plain(1) != made
+    with pytest.raises(TypeError, match="unexpected keyword argument 'third'"):
+        Plain(1, third=1)  # type: ignore[call-arg]
+    assert [field.name for field in dataclasses.fields(Further)] == ["first", "second", "fourth"]
+    assert Base(1) == Base(1, 2) and Other() == Other(3)
+
+
+def test_an_init_of_its_own() -> None:
+    @dataclass(slots=True)
+    class Own:
+        number: int
+
+        def __init__(self, text: str) -> None:
+            self.number = int(text)
+
+    @dataclass(slots=True)
+    class Calling(Ours):  # type: ignore[misc]
+        more: int = 0
+
+        def __init__(self) -> None:
+            Ours.__init__(self, 1)
+            object.__setattr__(self, "more", 2)
+
+    assert Own("3").number == 3
+    assert [field.name for field in dataclasses.fields(Own)] == ["number"]
+    made = Calling()
+    assert (made.number, made.text, made.more) == (1, "x", 2)
 
 
 def test_one_that_can_change() -> None:
@@ -214,6 +316,8 @@ def interrupted(use: Callable[[], object], line: int, interrupt: Callable[[], No
         use()
     except KeyboardInterrupt:
         pass
+    except RuntimeError as error:  # so Python passes on what is raised in a ``__set_name__``
+        assert isinstance(error.__cause__, KeyboardInterrupt)
     finally:
         sys.settrace(before)
     return left < 0
@@ -245,7 +349,11 @@ def test_a_signal_handler_interrupts_the_first_use(frozen: bool, raises: bool) -
                 raise KeyboardInterrupt
             check(made)
 
-        reached = interrupted(lambda made=Made: made(1), line, interrupt)  # type: ignore[misc]
+        def use(made: Any = Made) -> None:
+            made(1)
+            dataclasses.fields(made)
+
+        reached = interrupted(use, line, interrupt)
         check(Made)
         if not reached:
             break
@@ -258,3 +366,17 @@ def test_the_package_uses_it_where_it_saves_something() -> None:
         source = path.read_text()
         if re.search(r"^@dataclass\(.*slots=True", source, re.MULTILINE):
             assert "from kvmpass._dataclass import dataclass\n" in source, path.relative_to(package)
+
+
+def test_each_class_of_the_package_is_one_that_the_standard_library_makes() -> None:
+    """What is wrong with a definition is found when the fields are made. Each of them is an argument, as they are."""
+    package = Path(kvmpass.__file__).parent
+    for path in package.rglob("*.py"):
+        if "from kvmpass._dataclass import" not in path.read_text():
+            continue
+        name = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        for cls in vars(importlib.import_module(name)).values():
+            if isinstance(cls, type) and cls.__module__ == name and "__defaults__" in vars(cls):
+                fields = dataclasses.fields(cls)
+                assert [field.name for field in fields] == [*vars(cls)["__defaults__"]] == [*cls.__match_args__]
+                assert all(field.init and not field.kw_only and field.hash is None for field in fields), cls
