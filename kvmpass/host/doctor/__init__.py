@@ -2,156 +2,41 @@
 
 ``kvmpass doctor`` shows all of them; :func:`check_host`, :func:`check_memory` and :func:`check_limits` raise for
 those that fail.
+
+The public names, each imported when it is first used: an assignment does not load the whole catalogue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from itertools import chain
+from typing import TYPE_CHECKING
 
-from kvmpass.host.address import Bdf
-from kvmpass.host.backend import AUTO, BackendChoice
-from kvmpass.host.blocker import Blocker
-from kvmpass.host.blockers import CHECKS as DEVICE_CHECKS
-from kvmpass.host.check import Check, CheckContext, Finding, Outcome, Reading, failures, run_checks
-from kvmpass.host.doctor import device, files, iommu, limits, memory, processor, rights, vfio
-from kvmpass.host.look import Look
-from kvmpass.host.sysfs import Sysfs
-from kvmpass.layout import GIB
+from kvmpass._lazy import lazy_names
 
-CATALOGUE: tuple[Check, ...] = tuple(
-    chain(
-        *(processor.CHECKS, iommu.CHECKS, vfio.CHECKS, DEVICE_CHECKS, device.CHECKS, rights.CHECKS, memory.CHECKS),
-        *(limits.MEMORY_CHECKS, limits.PROCESS_CHECKS, files.CHECKS),
-    )
+if TYPE_CHECKING:
+    from kvmpass.host.check import Check as Check
+    from kvmpass.host.check import Finding as Finding
+    from kvmpass.host.check import Outcome as Outcome
+    from kvmpass.host.check import Reading as Reading
+    from kvmpass.host.doctor.catalogue import CATALOGUE as CATALOGUE
+    from kvmpass.host.doctor.catalogue import diagnose as diagnose
+    from kvmpass.host.doctor.catalogue import diagnose_device as diagnose_device
+    from kvmpass.host.doctor.required import check_host as check_host
+    from kvmpass.host.doctor.required import check_limits as check_limits
+    from kvmpass.host.doctor.required import check_memory as check_memory
+    from kvmpass.host.doctor.required import diagnose_huge_pages as diagnose_huge_pages
+    from kvmpass.host.doctor.required import host_blocker as host_blocker
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "kvmpass.host.check": ("Check", "Finding", "Outcome", "Reading"),
+        "kvmpass.host.doctor.catalogue": ("CATALOGUE", "diagnose", "diagnose_device"),
+        "kvmpass.host.doctor.required": (
+            "check_host",
+            "check_limits",
+            "check_memory",
+            "diagnose_huge_pages",
+            "host_blocker",
+        ),
+    },
 )
-"""In the order in which they run: a check comes after those it depends on."""
-
-
-def diagnose(
-    sysfs: Sysfs,
-    bdf: Bdf | None = None,
-    *,
-    memory: int = GIB,
-    huge_page: int = 0,
-    together: Collection[Bdf] = (),
-    look: Look | None = None,
-    cpus: int = 1,
-    backend: str = AUTO,
-    p2p: bool = False,
-) -> list[Finding]:
-    """Run every check; those of a device only with ``bdf``. Changes nothing, and raises nothing.
-
-    ``memory`` is the guest's size in bytes, ``huge_page`` the size of its pages in bytes or 0, ``cpus`` its number of
-    vCPUs; ``together`` are devices that are assigned with ``bdf``, ``backend`` the IOMMU back end that is asked for,
-    ``p2p`` whether devices are to reach each other's BARs. Callers that check many devices pass one ``look``.
-    """
-    checks = [check for check in CATALOGUE if bdf is not None or not check.device]
-    context = CheckContext(
-        look or Look(sysfs),
-        bdf,
-        together=together,
-        memory=memory,
-        huge_page=huge_page,
-        cpus=cpus,
-        wanted_backend=backend,
-        p2p=p2p,
-    )
-    return list(run_checks(checks, context))
-
-
-def diagnose_device(look: Look, bdf: Bdf) -> list[Finding]:
-    """Run only the checks of one device and of this user's permissions: for callers that check many devices."""
-    return list(run_checks([*DEVICE_CHECKS, *device.CHECKS, *rights.CHECKS], CheckContext(look, bdf)))
-
-
-def diagnose_huge_pages(sysfs: Sysfs, size_bytes: int, page: int) -> list[Finding]:
-    """Run the checks of huge pages alone: whether ``size_bytes`` are available in pages of ``page`` bytes.
-
-    The first finding is that of the host's pool, the other that of the limits of this process's cgroups.
-    """
-    checks = [check for check in CATALOGUE if check.id in ("huge-pages", "cgroup-huge-pages")]
-    return list(run_checks(checks, CheckContext(Look(sysfs), memory=size_bytes, huge_page=page)))
-
-
-def check_host(
-    sysfs: Sysfs,
-    *,
-    backend: str = AUTO,
-    p2p: bool = False,
-    together: Collection[Bdf] = (),
-    passed: BackendChoice | None = None,
-) -> None:
-    """Check what every assignment needs: AMD-V, KVM, AMD-Vi with interrupt remapping, VFIO, permission to use them.
-
-    ``backend`` is the IOMMU back end that is asked for, ``p2p`` whether devices are to reach each other's BARs,
-    ``together`` are the devices to assign. ``passed``: the back end whose descriptors another process has opened;
-    then this one needs permission for ``/dev/kvm`` only.
-    Raises ``HostNotReady`` or ``PermissionError`` for the first of the catalogue's vital checks that fails. Loads no
-    module: it is sufficient that vfio-pci can be loaded.
-    """
-    if blocker := host_blocker(sysfs, backend=backend, p2p=p2p, together=together, passed=passed):
-        raise blocker.exception()
-
-
-def host_blocker(
-    sysfs: Sysfs,
-    *,
-    backend: str = AUTO,
-    p2p: bool = False,
-    together: Collection[Bdf] = (),
-    passed: BackendChoice | None = None,
-) -> Blocker | None:
-    """Return the blocker for which :func:`check_host` raises; None if this host and this user can assign devices."""
-    context = CheckContext(Look(sysfs), wanted_backend=backend, p2p=p2p, together=together, passed=passed)
-    return next(failures((check for check in CATALOGUE if check.vital), context), None)
-
-
-def check_memory(
-    sysfs: Sysfs,
-    size_bytes: int,
-    *,
-    huge_page: int = 0,
-    locked: int | None = None,
-    overhead: int | None = None,
-) -> None:
-    """Check that the host and this process's cgroups have ``size_bytes`` of guest memory, and that it may be locked.
-
-    ``locked`` is the number of bytes to lock if it differs, ``overhead`` the bytes that the guest needs besides its
-    memory, if known. ``huge_page`` is the page size in bytes if the memory comes from hugetlbfs, else 0. Raises
-    ``NotEnoughMemory``: pinning more than is available would invoke the OOM killer instead.
-    """
-    context = CheckContext(Look(sysfs), memory=size_bytes, huge_page=huge_page, locked=locked, overhead=overhead)
-    _refuse((*memory.CHECKS, *limits.MEMORY_CHECKS), context)
-
-
-def check_limits(
-    sysfs: Sysfs, size_bytes: int, *, huge_page: int = 0, cpus: int = 1, together: Collection[Bdf] = ()
-) -> None:
-    """Check this process's resource limits for a machine of ``size_bytes`` with ``cpus`` and devices ``together``.
-
-    Raises ``NotEnoughMemory`` (address space) or ``HostNotReady`` (threads, descriptors, file size).
-    """
-    context = CheckContext(Look(sysfs), memory=size_bytes, huge_page=huge_page, cpus=cpus, together=together)
-    _refuse(limits.PROCESS_CHECKS, context)
-
-
-def _refuse(checks: Iterable[Check], context: CheckContext) -> None:
-    for blocker in failures(checks, context):
-        raise blocker.exception()
-
-
-__all__ = [
-    "CATALOGUE",
-    "Check",
-    "Finding",
-    "Outcome",
-    "Reading",
-    "check_host",
-    "check_limits",
-    "check_memory",
-    "diagnose",
-    "diagnose_device",
-    "diagnose_huge_pages",
-    "host_blocker",
-]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pwd
 
 from kvmpass.host.backend import IOMMU_NODE, IOMMUFD, cdevs
 from kvmpass.host.blocker import BlockerTemplate
@@ -80,6 +79,8 @@ def user_name(sysfs: Sysfs) -> str:
 
 
 def _user_name() -> str:
+    import pwd
+
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:

@@ -1,19 +1,19 @@
 """What the host uses a device for at this moment.
 
 Each module finds uses of one kind, below the device at any depth (a disk on a SATA port, a USB stick on a controller)
-and, if its driver registers them elsewhere, outside its sysfs directory.
+and, if its driver registers them elsewhere, outside its sysfs directory. They are imported for a device with a driver
+other than vfio-pci.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 
 from kvmpass.host.address import Bdf
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import IOMMU_GROUPS, NOIOMMU_NAME, PCI_DEVICES, VFIO_PCI, PciDevice, Sysfs
-from kvmpass.host.usage import console, kernel, network, nodes, shares, storage
 from kvmpass.host.usage.model import Use
-from kvmpass.host.usage.storage import block_devices
 
 # Drivers that only claim a device.
 _PLACEHOLDERS = (None, VFIO_PCI, "pci-stub")
@@ -21,7 +21,8 @@ _PLACEHOLDERS = (None, VFIO_PCI, "pci-stub")
 # input, wireless; classes FireWire and USB.
 _TRACED = frozenset({0x01, 0x02, 0x03, 0x04, 0x07, 0x09, 0x0D})
 _TRACED_BUSES = frozenset({0x0C00, 0x0C03})
-_TRACED_VIRTIO = frozenset({"9pnet_virtio", "virtiofs", "virtio_console", kernel.VSOCK})
+VSOCK = "vmw_vsock_virtio_transport"
+_TRACED_VIRTIO = frozenset({"9pnet_virtio", "virtiofs", "virtio_console", VSOCK})
 
 
 def uses(look: Look, device: PciDevice) -> list[Use]:
@@ -29,8 +30,10 @@ def uses(look: Look, device: PciDevice) -> list[Use]:
 
     Processes and namespaces of other users are visible to root only.
     """
-    found = [*kernel.virtual_functions(look, device)]
+    found = [*_virtual_functions(look, device)]
     if device.driver != VFIO_PCI:  # the host no longer uses it
+        from kvmpass.host.usage import console, kernel, network, nodes, shares, storage
+
         found += chain(
             console.console(look, device),
             kernel.kernel(look, device),
@@ -40,6 +43,12 @@ def uses(look: Look, device: PciDevice) -> list[Use]:
             nodes.open_nodes(look, device),
         )
     return list(dict.fromkeys(found))
+
+
+def _virtual_functions(look: Look, device: PciDevice) -> Iterator[Use]:
+    count = look.sysfs.number(PCI_DEVICES, str(device.bdf), "sriov_numvfs") or 0
+    if count:
+        yield Use(f"{count} virtual functions are enabled on it and would be removed")
 
 
 def usage(look: Look, device: PciDevice) -> list[str]:
@@ -54,6 +63,8 @@ def untraced(look: Look, device: PciDevice) -> str:
     """
     if device.driver in _PLACEHOLDERS:
         return ""
+    from kvmpass.host.usage import network, shares
+
     routes = network.idle_routes(look, device)
     if routes:
         return f"{', '.join(routes)}: datagrams leave no trace"
@@ -75,4 +86,4 @@ def vfio_nodes(sysfs: Sysfs, bdf: Bdf, group: int | None) -> list[str]:
     return nodes
 
 
-__all__ = ["Use", "block_devices", "untraced", "usage", "uses", "vfio_nodes"]
+__all__ = ["VSOCK", "Use", "untraced", "usage", "uses", "vfio_nodes"]

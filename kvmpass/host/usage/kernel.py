@@ -1,4 +1,4 @@
-"""Uses by the kernel: memory, DMA channels, sockets, virtual functions, tunnels."""
+"""Uses by the kernel: memory, DMA channels, sockets, tunnels."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ from collections.abc import Iterator
 from kvmpass.host.address import Bdf
 from kvmpass.host.kernel.processes import sockets_of
 from kvmpass.host.look import Look
-from kvmpass.host.sysfs import PCI_DEVICES, PciDevice
+from kvmpass.host.sysfs import PciDevice
+from kvmpass.host.usage import VSOCK
 from kvmpass.host.usage.model import Use
 from kvmpass.host.usage.shares import VIRTIO
 
 _CXL_MEMORY = 0x0502
-VSOCK = "vmw_vsock_virtio_transport"
 PROTOCOL = "AF_VSOCK"  # net/vmw_vsock/af_vsock.c: vsock_proto
-
-
-def virtual_functions(look: Look, device: PciDevice) -> Iterator[Use]:
-    """Yield a use if virtual functions are enabled: the driver of the physical function removes them."""
-    count = look.sysfs.number(PCI_DEVICES, str(device.bdf), "sriov_numvfs") or 0
-    if count:
-        yield Use(f"{count} virtual functions are enabled on it and would be removed")
 
 
 def kernel(look: Look, device: PciDevice) -> Iterator[Use]:

@@ -16,6 +16,7 @@ from kvmpass.errors import HostNotReady
 from kvmpass.host import Bdf, diagnose
 from kvmpass.host.doctor import Finding, Outcome
 from kvmpass.host.doctor.ivrs import BadTable, parse_ivrs
+from kvmpass.host.doctor.required import VITAL
 from kvmpass.layout import GIB, MIB, Range
 
 NVME = Bdf(0, 1, 0, 0)
@@ -161,6 +162,10 @@ def test_what_is_needed_comes_first() -> None:
         assert check.id not in seen
         seen.add(check.id)
         assert not (check.vital and check.device), f"{check.id}: refused by check_assignable, not by check_host"
+
+
+def test_an_assignment_checks_all_that_is_vital() -> None:
+    assert tuple(check for check in library.doctor.CATALOGUE if check.vital) == VITAL
 
 
 def test_templates_can_be_filled() -> None:
