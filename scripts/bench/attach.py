@@ -1,10 +1,8 @@
-"""How long an attach takes: from the start of a process, and from open container to open device."""
+"""How long an attach takes, from open container to open device, and memory that is added to a guest."""
 
 from __future__ import annotations
 
-import json
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,16 +11,14 @@ from typing import Any
 
 from ioctls import node
 from qemu import Qemu
-from samples import CLICK, KVMPASS, Bench, Job, elapsed, spent
+from samples import Bench, Job, elapsed
 
 import kvmpass
-from kvmpass.guest import GuestSpec, prepare
 from kvmpass.layout import GIB, MIB
 from kvmpass.machine import Machine
 
 SIZES = (256, 1024, 2048)
 MORE, MORE_AT = 64 * MIB, 5 * GIB
-TIMED_OUT = 124
 FURTHER = {1: "second", 4: "fifth"}
 
 
@@ -52,54 +48,6 @@ def in_c(bench: Bench, backend: str, size: int, bdfs: Sequence[str]) -> tuple[fl
         step, nanoseconds = line.split()
         steps.setdefault(step, []).append(float(nanoseconds) / 1e9)
     return seconds, steps
-
-
-# --- from the start of a process
-
-
-def process_of_kvmpass(bdf: str, size: int) -> float:
-    """Run ``kvmpass assign``, whose guest ends as soon as it is started; return the seconds until the attach."""
-    with tempfile.TemporaryDirectory() as folder:
-        status = Path(folder, "status")
-        words = ["assign", "--memory", f"{size}M", "--backend", "type1", "--timings", "--status-file", str(status)]
-        subprocess.run([*KVMPASS, *words, "--timeout", "0.01", bdf, "--", "true"], check=False, capture_output=True)
-        return until(json.loads(status.read_text())["timings"], "assignment")
-
-
-def process_of_qemu(bdf: str, size: int) -> float:
-    """Start QEMU with the device, its CPUs stopped; return the seconds until it answers."""
-    with Qemu("-m", f"{size}M", "-S", "-device", f"vfio-pci,host={bdf}") as peer:
-        peer.command("quit")
-        return peer.attach_seconds
-
-
-@contextmanager
-def processes(bench: Bench) -> Iterator[list[Job]]:
-    """Measure from the start of the process to the attached device."""
-    bdf, note = bench.devices["nvme"], bench.samples.note
-    jobs: list[Job] = []
-    for size in SIZES:
-        row = f"process start to attached, {size} MiB, s"
-        jobs += [
-            lambda row=row, size=size: note(row, "kvmpass", process_of_kvmpass(bdf, size)),  # type: ignore[misc]
-            lambda row=row, size=size: note(row, "QEMU", process_of_qemu(bdf, size)),  # type: ignore[misc]
-            lambda row=row, size=size: note(row, "C", in_c(bench, "type1", size, [bdf])[0]),  # type: ignore[misc]
-        ]
-    row, words = "user CPU of assign, ended at once, ms", ended_at_once(bench)
-    jobs += [
-        lambda: note(row, "kvmpass", spent(words, TIMED_OUT, user=True)),
-        lambda: note(row, "import click", spent(CLICK, user=True)),
-    ]
-    yield jobs
-
-
-def ended_at_once(bench: Bench) -> list[str]:
-    """Return the words of an assignment that does little but what is Python's: 64 MiB, kernel and initramfs given."""
-    initrd = bench.programs / "initrd"
-    image = prepare(GuestSpec(command=("true",)), [])
-    initrd.write_bytes(image.initrd)
-    files = ["--kernel", str(image.kernel.path), "--initrd", str(initrd)]
-    return [*KVMPASS, "assign", "--memory", "64M", *files, "--timeout", "0.01", bench.devices["nvme"]]
 
 
 # --- from open container to open device

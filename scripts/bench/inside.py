@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from attach import memory, processes, spans
+from attach import memory, spans
 from calls import commands, layers
 from guests import guests
 from ioctls import calls
 from samples import Bench, Samples, Section
 from sessions import sessions
+from starts import parallel, processes, start
 
 from kvmpass import host
 from kvmpass.testing.roles import discover, from_environment
@@ -32,9 +33,11 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
         "memory": memory,
         "commands": commands,
         "sessions": sessions,
+        "start": start,
         "spans": spans,
         "processes": processes,
         "guests": guests,
+        "parallel": parallel,
     }
 )
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from inside import SECTIONS
 from ioctls import REASONS
-from report import bars, counts_table, document, growth, ioctls_table, summary, table, text, timeline
+from report import bars, counts_table, document, growth, ioctls_table, stages_table, summary, table, text, timeline
 from samples import Bench, Samples
+from starts import CPUS
 from trees import trees
 
 from kvmpass.lab import Lab, LabConfig
@@ -31,12 +32,15 @@ from kvmpass.testing.roles import from_environment
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 DEVICES = ("nvme", "nvme", "e1000e", "e1000e", "edu", "edu")
+PARALLEL = ("parallel",)
+"""Sections that have an emulated host of their own, with several CPUs, while no other runs."""
 RUNS = {"kvmpass": "a guest with a drive", "QEMU": "a guest of QEMU with a drive"}
 
 
 def compile_programs(folder: Path) -> None:
-    """Compile the program in C, and edu's, which a guest runs."""
-    subprocess.run(["cc", "-O2", "-Wall", "-o", folder / "baseline", HERE / "baseline.c"], check=True)
+    """Compile the programs in C, and edu's, which a guest runs."""
+    for name in ("baseline", "until_run"):
+        subprocess.run(["cc", "-O2", "-Wall", "-o", folder / name, HERE / f"{name}.c"], check=True)
     edu = HERE.parents[1] / "tests/amdvi/guest/edu.c"
     subprocess.run(["cc", "-O1", "-static", "-o", folder / "edu", edu], check=True)
 
@@ -49,7 +53,8 @@ def measure(
     if here:
         subprocess.run(words, check=True)
     else:
-        config = LabConfig(devices=DEVICES, kernel=kernel, writable=(folder,), memory="6G", timeout=limit)
+        cpus = CPUS if sections[0] in PARALLEL else 1
+        config = LabConfig(devices=DEVICES, kernel=kernel, writable=(folder,), memory="6G", cpus=cpus, timeout=limit)
         done = Lab(config).run(words, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
         if done.status and limit is None:
             sys.exit(f"bench: the measurements ended with status {done.status}: nothing is written")
@@ -88,6 +93,7 @@ def documents(found: dict[str, Any]) -> dict[str, str]:
     blocks = {
         "ratios": table(found["rows"]),
         "counts": counts_table(counts.get("phases", {})),
+        "stages": stages_table(counts),
         "ioctls": ioctls_table(counts.get("ioctls", {}), REASONS),
     }
     made = {
@@ -126,14 +132,20 @@ def main() -> None:
     if options.here and "nvme" not in from_environment(os.environ):
         parser.error("--here assigns devices that are named only: KVMPASS_TEST_NVME=BDF …")
     inside = [name for name in SECTIONS if name in wanted]
-    # The last takes about as long as the rest.
-    shares = [inside[:-1], inside[-1:]] if options.hosts == 2 and not options.here else [inside]
+    if options.here:
+        shares, alone = [inside], []
+    else:
+        alone = [name for name in inside if name in PARALLEL]
+        inside = [name for name in inside if name not in PARALLEL]
+        # The last takes about as long as the rest.
+        shares = [inside[:-1], inside[-1:]] if options.hosts == 2 else [inside]
     found = {name: {} for name in vars(Samples())}
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
         folder = Path(name)
         compile_programs(folder)
         work = partial(measure, folder, options.rounds, options.kernel, options.here, options.limit)
         parts = list(pool.map(work, filter(None, shares)))
+        parts += map(work, filter(None, [alone]))
         parts += [outside(folder, options.rounds)] if "trees" in wanted else []
     for part in parts:
         for key, value in part.items():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,6 +119,34 @@ def test_rows_that_differ_in_a_size_are_a_curve(report: ModuleType) -> None:
 def test_only_what_is_between_the_marks_is_replaced(report: ModuleType) -> None:
     before = "a\n<!-- begin: bench ratios -->\nold\n<!-- end: bench ratios -->\nb\n"
     assert report.document(before, {"ratios": r"n\1w", "other": "x"}) == before.replace("old", r"n\1w")
+
+
+def test_stages_are_medians_of_all_runs(report: ModuleType) -> None:
+    memory = {"name": "memory", "seconds": 1.0, "cpu_seconds": 2.0}
+    runs = [[{"name": "imports", "seconds": wall, "cpu_seconds": 1.0}, memory] for wall in (2.0, 9.0, 3.0)]
+    counts = {report.STAGES + "256 MiB": runs, report.STAGES + "8 MiB": [runs[0][:1]], "ioctls": {}}
+    assert report.stages_table(counts).splitlines() == [
+        "| stage | 256 MiB | 8 MiB |",
+        "|---|---|---|",
+        "| imports | 3.00 (1.00) | 2.00 (1.00) |",
+        "| memory | 1.00 (2.00) | 0.00 (0.00) |",
+        "| **all** | 4.00 (3.00) | 2.00 (1.00) |",
+    ]
+
+
+def test_time_and_cpu_end_at_the_first_kvm_run(tmp_path: Path) -> None:
+    """In any thread, on any descriptor: this program has no VM."""
+    program = tmp_path / "until_run"
+    subprocess.run(["cc", "-Wall", "-Werror", "-o", program, SCRIPTS / "until_run.c"], check=True)
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=60)
+    work = "import fcntl, threading, time; time.sleep(0.3); call = lambda: fcntl.ioctl(0, 0xae80)\n"
+    work += "threading.Thread(target=call).start(); time.sleep(50)"
+    done = run([program, sys.executable, "-c", work])
+    nanoseconds, cpu = map(int, done.stdout.split())
+    assert not done.returncode and 0.3e9 < nanoseconds < 45e9 and 0 < cpu < nanoseconds
+    for words in (["true"], ["/missing"]):
+        done = run([program, *words])
+        assert done.returncode == 1 and "ended without KVM_RUN" in done.stderr
 
 
 def test_calls_are_named_by_their_descriptor(script: Script) -> None:
