@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
 import textwrap
@@ -165,8 +166,13 @@ def _pair(call: ast.Call, module: ModuleType) -> tuple[ast.expr | None, ast.expr
     return None, None
 
 
-def raised() -> Iterator[Raised]:
-    """Yield what the code raises, in the order of the packages. Raises :class:`Unreadable`."""
+@functools.cache
+def raised() -> tuple[Raised, ...]:
+    """Return what the code raises, in the order of the packages. Raises :class:`Unreadable`."""
+    return tuple(_raised())
+
+
+def _raised() -> Iterator[Raised]:
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.name == "__main__.py":
             continue
@@ -174,6 +180,8 @@ def raised() -> Iterator[Raised]:
         module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
         for call, function in _calls(ast.parse(path.read_text())):
             message, remedy = _pair(call, module)
+            if message is None and remedy is None:
+                continue
             scope = _Scope(module, function)
             for text in (scope.texts(remedy) if remedy else []) or ([""] if message else []):
                 yield Raised(".".join(parts[:2]), scope.message(message), text)
@@ -181,7 +189,7 @@ def raised() -> Iterator[Raised]:
 
 def error_classes() -> list[type[KvmpassError]]:
     """Every exception class of kvmpass, by name."""
-    list(raised())  # imports every module
+    raised()  # imports every module
     found, todo = set(), [KvmpassError]
     while todo:
         found.add(last := todo.pop())
