@@ -50,6 +50,36 @@ static int kvmpass_madvise(uintptr_t address, size_t size, int advice)
 	return RESULT(madvise((void *)address, size, advice));
 }
 
+/* Pages to populate by any number of threads: each takes the next piece. A loop in Python would wait for the
+ * interpreter's lock after each piece, while another thread runs Python, for longer than a piece takes. */
+struct kvmpass_pieces {
+	uintptr_t address;
+	size_t size;
+	size_t step;		/* bytes of a piece */
+	int advice;
+	size_t next;		/* where the next piece begins, in bytes from the address on */
+	const int *stopped;	/* not 0: take no more */
+	int failed;		/* of another thread: not 0 */
+};
+
+/* Returns 0 once there are no more pieces, or none may be taken. */
+static int kvmpass_populate(struct kvmpass_pieces *pieces)
+{
+	while (!__atomic_load_n(pieces->stopped, __ATOMIC_RELAXED) && !__atomic_load_n(&pieces->failed, __ATOMIC_RELAXED)) {
+		size_t at = __atomic_fetch_add(&pieces->next, pieces->step, __ATOMIC_RELAXED);
+		if (at >= pieces->size)
+			break;
+		size_t left = pieces->size - at;
+		size_t size = left < pieces->step ? left : pieces->step;
+		if (madvise((void *)(pieces->address + at), size, pieces->advice) < 0) {
+			int error = errno;
+			__atomic_store_n(&pieces->failed, 1, __ATOMIC_RELAXED);
+			return -error;
+		}
+	}
+	return 0;
+}
+
 /* The page size in bytes of a file on hugetlbfs, or of a memfd made of huge pages; 0 for any other file. */
 static int64_t kvmpass_fhugepage(int fd)
 {

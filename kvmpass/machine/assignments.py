@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ from kvmpass.machine.device import AssignedDevice, DeviceState
 from kvmpass.machine.monitor import DeviceMonitor
 from kvmpass.machine.remotes import Remotes
 from kvmpass.machine.requests import EJECT_SECONDS, Requests
+from kvmpass.memory import MachineMemory
 from kvmpass.vfio.device import ERR, REQ
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Assignments(Remotes):
     domain: Domain
     _monitor: DeviceMonitor
     _requests: Requests
+    _ram: MachineMemory
 
     def __init__(self, cpus: int, sysfs: Sysfs, backend: str | None) -> None:
         super().__init__(cpus)
@@ -50,7 +51,6 @@ class Assignments(Remotes):
         self.backend: BackendChoice | None = None
         """The back end in use, and why; None with a factory, and before the first device that is not passed."""
         self._iommu: PassedIommu | None = None
-        self._populated = False
         self.devices: list[AssignedDevice] = []
         """The assigned devices, in the order of their assignment."""
 
@@ -74,35 +74,16 @@ class Assignments(Remotes):
         """
         with self._device_lock:
             self._check_usable()
-            if self._populated:
-                yield
-                return
-            size = self.memory.ordinary_size
-            check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size) + others)
-            stop = threading.Event()
-            failed: list[BaseException] = []
-
-            def populate() -> None:
-                try:
-                    self.memory.populate(stop.is_set)
-                except BaseException as error:
-                    failed.append(error)
-
-            thread = threading.Thread(target=populate, name="populate")
+            if not self._ram.populated and not self._ram.begun:  # else it was checked before it began
+                size = self.memory.ordinary_size
+                check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size) + others)
             try:
-                thread.start()
+                self._ram.begin()
                 yield
-                thread.join()
+                self._ram.wait()
             except BaseException:
-                stop.set()
+                self._ram.stop()  # the caller unmaps the memory next
                 raise
-            finally:
-                with deferred():  # the caller unmaps the memory next
-                    if thread.ident is not None:
-                        thread.join()
-            if failed:
-                raise failed[0]
-            self._populated = True
 
     def assign(
         self, bdf: str | Bdf | None = None, *, fd: int | None = None, vf_token: uuid.UUID | None = None

@@ -28,7 +28,7 @@ from kvmpass.machine.monitor import DeviceMonitor
 from kvmpass.machine.requests import Requests
 from kvmpass.machine.slots import Slots
 from kvmpass.machine.vcpus import GuestOutcome
-from kvmpass.memory import Backing, GuestMemory, plan_memory
+from kvmpass.memory import Backing, MachineMemory, plan_memory
 from kvmpass.memory.audit import Mirrored, compare
 
 log = limited_log(__name__)
@@ -48,7 +48,8 @@ def _close_all() -> None:
 class Machine(Assignments):
     """One VM: memory, vCPUs, a DMA domain, a PCI bus. ``with Machine(memory="1G", cpus=2) as m:`` is its lifetime.
 
-    ``memory``: bytes, or text such as ``512M``; ``cpus``: 1 to KVM's limit. Usable without a guest: ``memory`` reads
+    ``memory``: bytes, or text such as ``512M``, or memory that exists already, which the machine then owns, with its
+    ``backing``; ``cpus``: 1 to KVM's limit. Usable without a guest: ``memory`` reads
     and writes guest pages, and assigned devices do DMA to them. Raises ``OSError`` (no ``/dev/kvm``),
     ``LayoutError``, ``ReservedRange``, ``ValueError`` (no such ``backend``); then nothing is left behind.
 
@@ -70,7 +71,7 @@ class Machine(Assignments):
 
     def __init__(
         self,
-        memory: str | int = "1G",
+        memory: str | int | MachineMemory = "1G",
         cpus: int = 1,
         *,
         backing: Backing = Backing.ANONYMOUS,
@@ -92,14 +93,15 @@ class Machine(Assignments):
                 self.backend = self._iommu.check_unused().choice
             self._system = undo.enter_context(System())
             check_vcpus(cpus, self._system.max_vcpus)
-            planned = plan_memory(
-                parse_size(memory), self._sysfs.reserved_regions(), self._system.physical_bits, backing
-            )
-            self.layout: Layout = planned.layout
+            if not isinstance(memory, MachineMemory):
+                reserved, bits = self._sysfs.reserved_regions(), self._system.physical_bits
+                memory = MachineMemory(plan_memory(parse_size(memory), reserved, bits, backing))
+                undo.callback(memory.close)
+            self._ram = memory
+            self.layout: Layout = memory.plan.layout
             """Guest-physical addresses of RAM and of the BAR windows."""
-            self.memory = GuestMemory()
+            self.memory = memory.regions
             """The list of the guest's memory regions."""
-            undo.callback(self.memory.close)
             self._slots = Slots(self._make_board(), self.devices, self._bus_lock, lambda: self._running, p2p)
             undo.callback(lambda: self._board.close())
             self.memslots = Memslots(self._board.vm)
@@ -110,8 +112,6 @@ class Machine(Assignments):
             self.domain = Domain(self.memory, made, self._board.kvm_vfio, self.layout.reserved, p2p=p2p)
             """The DMA domain of all assigned devices."""
             undo.callback(self.domain.close)
-            for part in planned.regions:
-                self.memory.add_ram(part.range.start, part.range.size, part.name, backing=part.backing)
             self._monitor = DeviceMonitor(on_event, lambda: {device.bdf for device in list(self.devices)})
             self._requests = Requests(
                 self._slots, self._monitor, self._device_lock, self._deassign_unless_closed, self._end_for_error
@@ -149,7 +149,7 @@ class Machine(Assignments):
                 self.domain.close,
                 *([self._iommu.close] if self._iommu else []),
                 self.memslots.close,
-                self.memory.close,
+                self._ram.close,
                 self._system.close,
             )
 

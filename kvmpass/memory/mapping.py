@@ -7,13 +7,13 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from threading import Thread
 
 from kvmpass._fd import check
 from kvmpass._native import ffi, lib
+from kvmpass._signals import deferred
 from kvmpass._teardown import undo_on_error
 from kvmpass.errors import Closed, LayoutError, NotEnoughMemory
 from kvmpass.hugepages import POOLS, HugePagePool, pool_name
@@ -21,7 +21,7 @@ from kvmpass.layout import GIB, MIB, PAGE, size_text
 
 HUGE = 2 * MIB  # a large page: CPU and IOMMU tables both have 2 MiB entries (AMD IOMMU specification, 2.2.3)
 HUGE_PAGE_POOLS = Path("/", POOLS)
-_POPULATE_CHUNK = 256 * MIB
+_PIECE = HUGE  # to populate at once: what else this process maps waits for it (mmap_lock)
 
 
 class Backing(enum.StrEnum):
@@ -73,6 +73,21 @@ _SHARED = {
 }
 
 
+class StopFlag:
+    """Tells the threads that populate a mapping to end.
+
+    Synchronization: from any thread.
+    """
+
+    def __init__(self) -> None:
+        self.flag = ffi.new("int *")
+        """What C reads: not 0 once it is set."""
+
+    def set(self) -> None:
+        """Let them take no further piece."""
+        self.flag[0] = 1
+
+
 class HostMapping:
     """A mapping in this process, at an address equal to ``congruent`` modulo ``align``; all are bytes.
 
@@ -120,41 +135,42 @@ class HostMapping:
         """Request transparent huge pages (``MADV_HUGEPAGE``); a kernel without them ignores it."""
         lib.kvmpass_madvise(self.address, self._span, lib.MADV_HUGEPAGE)
 
-    def populate(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Allocate and zero every page now, in parallel (``MADV_POPULATE_WRITE``, without the GIL).
+    def populate(self, stop: StopFlag | None = None) -> None:
+        """Allocate and zero every page now, by all CPUs of this process (``MADV_POPULATE_WRITE``).
 
-        It ends early, after at most 256 MiB or a page for each thread, once ``stopped`` returns true. Raises
-        ``OSError``: ``ENOMEM``; ``EFAULT`` beyond the end of a file. On kernels older than 5.14 (``EINVAL``) pages
-        are allocated on first use.
+        It ends early, after at most 2 MiB or a page for each thread, once ``stop`` is set. Raises ``OSError``:
+        ``ENOMEM``; ``EFAULT`` beyond the end of a file. On kernels older than 5.14 (``EINVAL``) pages are allocated
+        on first use.
         """
-        address, size = self.address, self._span
-        advice = lib.MADV_POPULATE_WRITE if self.writable else lib.MADV_POPULATE_READ
-        step = max(_POPULATE_CHUNK, self.page)
-
-        starts = iter(range(0, size, step))
+        stop = stop or StopFlag()
+        pieces = ffi.new("struct kvmpass_pieces *")
+        pieces.address, pieces.size = self.address, self._span
+        pieces.step = max(_PIECE, self.page)
+        pieces.advice = lib.MADV_POPULATE_WRITE if self.writable else lib.MADV_POPULATE_READ
+        pieces.stopped = stop.flag
         failed: list[int] = []
 
         def fill() -> None:
-            for at in starts:  # the threads share it: each takes the next chunk
-                if failed or stopped():
-                    return
-                result = lib.kvmpass_madvise(address + at, min(step, size - at), advice)
-                if result < 0:
-                    failed.append(result)
+            if (result := lib.kvmpass_populate(pieces)) < 0:
+                failed.append(result)
 
-        # Not concurrent.futures: to import it takes longer than to populate a small guest.
-        threads = [Thread(target=fill) for _ in range(min(-(-size // step), os.cpu_count() or 1) - 1)]
+        # Not concurrent.futures: to import it takes longer than to populate a small guest. The caller takes no piece:
+        # the main thread would see no signal before the last one.
+        count = min(-(-self._span // pieces.step), len(os.sched_getaffinity(0)))
+        threads = [Thread(target=fill, name="populate") for _ in range(count)]
         try:
             for thread in threads:
                 thread.start()
-            fill()
-        except BaseException:  # Ctrl-C, or no more threads: the others end with their chunks
-            failed.append(-errno.EINTR)
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C, or no more threads: the others end with their pieces
+            pieces.failed = 1
             raise
         finally:
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            with deferred():  # the caller unmaps the memory next
+                for thread in threads:
+                    if thread.ident is not None:
+                        thread.join()
         if failed and failed[0] != -errno.EINVAL:
             check(failed[0], "madvise(MADV_POPULATE_WRITE)" if self.writable else "madvise(MADV_POPULATE_READ)")
 

@@ -11,7 +11,7 @@ import enum
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -20,7 +20,7 @@ from kvmpass._dataclass import dataclass
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import AuditFailed, LayoutError
 from kvmpass.layout import PAGE, Range
-from kvmpass.memory.mapping import HUGE, Backing, HostMapping, check_file, check_huge_pages, make_memfd
+from kvmpass.memory.mapping import HUGE, Backing, HostMapping, StopFlag, check_file, check_huge_pages, make_memfd
 
 ADDRESS_BITS = 52  # of a physical address (AMD64 manual volume 2, section 5.3)
 
@@ -316,11 +316,11 @@ class GuestMemory:
         ordinary = (Backing.ANONYMOUS, Backing.MEMFD)
         return sum(region.size for region in self._regions if region.backing in ordinary)
 
-    def populate(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Allocate every page of RAM and ROM now, until ``stopped`` returns true. Raises ``OSError`` (``ENOMEM``)."""
+    def populate(self, stop: StopFlag | None = None) -> None:
+        """Allocate every page of RAM and ROM now, until ``stop`` is set. Raises ``OSError`` (``ENOMEM``)."""
         for region in self:
             if region.kind.dma:
-                region.mapping.populate(stopped)
+                region.mapping.populate(stop)
 
     def find(self, gpa: int) -> MemoryRegion | None:
         """Return the RAM or ROM region that contains ``gpa``."""

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from kvmpass.errors import NotEnoughMemory
+from kvmpass.layout import MIB, plan_layout
 from kvmpass.machine import assignments
 from kvmpass.machine.assignments import Assignments
+from kvmpass.memory import MachineMemory, MemoryPlan, StopFlag
 
 
 class Memory:
@@ -24,13 +26,13 @@ class Memory:
         self.begun, self.ended = threading.Event(), threading.Event()
         self.stopped = False
 
-    def populate(self, stopped: Callable[[], bool]) -> None:
+    def populate(self, stop: StopFlag) -> None:
         self.begun.set()
         try:
             if self.work is not None:
                 self.work()
                 return
-            while not stopped():
+            while not stop.flag[0]:
                 threading.Event().wait(0.001)
             self.stopped = True
         finally:
@@ -39,9 +41,10 @@ class Memory:
 
 def machine(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(assignments, "check_memory", lambda *arguments, **options: None)
-    return SimpleNamespace(
-        memory=memory, _device_lock=threading.RLock(), _check_usable=lambda: None, _populated=False, _sysfs=None
-    )
+    ram: Any = MachineMemory(MemoryPlan(plan_layout(MIB), ()))
+    ram.regions = memory
+    lock = threading.RLock()
+    return SimpleNamespace(memory=memory, _ram=ram, _device_lock=lock, _check_usable=lambda: None, _sysfs=None)
 
 
 def test_it_runs_beside_the_block_and_is_complete_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +54,7 @@ def test_it_runs_beside_the_block_and_is_complete_behind_it(monkeypatch: pytest.
         assert memory.begun.wait(10)
         assert not memory.ended.is_set()
         go.set()
-    assert memory.ended.is_set() and made._populated
+    assert memory.ended.is_set() and made._ram.populated
     memory.begun.clear()
     with Assignments.populating(made):
         pass
@@ -76,12 +79,23 @@ def test_what_the_block_allocates_is_available_too(monkeypatch: pytest.MonkeyPat
     assert seen[0] - seen[1] == 1 << 30
 
 
+def test_what_has_begun_before_is_checked_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By then it has taken the memory that a check would look for."""
+    made = machine(memory := Memory(lambda: None), monkeypatch)
+    made._ram.begin()
+    assert memory.begun.wait(10)
+    monkeypatch.setattr(assignments, "check_memory", None)
+    with Assignments.populating(made):
+        memory.begun.clear()
+    assert made._ram.populated and not memory.begun.is_set()
+
+
 def test_a_failure_of_the_block_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = machine(memory := Memory(), monkeypatch)
     with pytest.raises(ValueError, match="no kernel"), Assignments.populating(made):
         raise ValueError("no kernel")
     assert memory.ended.is_set() and memory.stopped
-    assert not made._populated
+    assert not made._ram.populated
 
 
 def test_its_own_failure_is_raised_behind_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +105,7 @@ def test_its_own_failure_is_raised_behind_the_block(monkeypatch: pytest.MonkeyPa
     made, after = machine(Memory(fail), monkeypatch), False
     with pytest.raises(OSError, match="no memory"), Assignments.populating(made):
         after = True
-    assert after and not made._populated
+    assert after and not made._ram.populated
 
 
 def test_an_interruption_of_the_wait_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,10 @@ from typing import Any
 import pytest
 
 import kvmpass.memory.mapping
-from kvmpass._native import lib
+from kvmpass._native import ffi, lib
 from kvmpass.errors import Closed, LayoutError, NotEnoughMemory
 from kvmpass.layout import GIB, MIB, PAGE
-from kvmpass.memory import HUGE, Backing, HostMapping
+from kvmpass.memory import HUGE, Backing, HostMapping, StopFlag
 from kvmpass.memory.mapping import check_file, check_huge_pages, make_memfd
 
 HUGE_SHIFT = 26  # MAP_HUGE_SHIFT (include/uapi/asm-generic/hugetlb_encode.h)
@@ -137,7 +138,7 @@ def test_a_closed_mapping_raises() -> None:
 @pytest.mark.parametrize("chunk", [PAGE, 2 * PAGE, 3 * PAGE, 1 << 30])
 def test_populate_reaches_every_page_and_nothing_else(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """In pieces, the last of which may be smaller; behind the mapping nothing is mapped, which would be an error."""
-    monkeypatch.setattr(kvmpass.memory.mapping, "_POPULATE_CHUNK", chunk)
+    monkeypatch.setattr(kvmpass.memory.mapping, "_PIECE", chunk)
     mapping = HostMapping(7 * PAGE, align=GIB)
     assert smaps(mapping.address).resident == 0
     mapping.populate()
@@ -145,20 +146,65 @@ def test_populate_reaches_every_page_and_nothing_else(monkeypatch: pytest.Monkey
     mapping.close()
 
 
-def test_populate_ends_early_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each thread finishes the chunk that it has begun; this one has none."""
-    monkeypatch.setattr(kvmpass.memory.mapping, "_POPULATE_CHUNK", PAGE)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    mapping, answers = HostMapping(7 * PAGE, align=GIB), iter([False, False, True])
-    mapping.populate(lambda: next(answers))
-    assert smaps(mapping.address).resident == 2 * PAGE
+def test_populate_begins_nothing_once_it_is_told_to_end() -> None:
+    mapping, stop = HostMapping(7 * PAGE, align=GIB), StopFlag()
+    stop.set()
+    mapping.populate(stop)
+    assert smaps(mapping.address).resident == 0
+    mapping.populate(StopFlag())
+    assert smaps(mapping.address).resident == 7 * PAGE
+    mapping.close()
+
+
+def pieces(mapping: HostMapping, stop: StopFlag, **fields: int) -> Any:
+    made = ffi.new("struct kvmpass_pieces *")
+    made.address, made.size, made.step = mapping.address, mapping.size, PAGE
+    made.advice, made.stopped = lib.MADV_POPULATE_WRITE, stop.flag
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_each_thread_takes_the_pieces_that_are_left() -> None:
+    mapping, stop = HostMapping(7 * PAGE, align=GIB), StopFlag()
+    left = pieces(mapping, stop, next=5 * PAGE)
+    assert lib.kvmpass_populate(left) == 0
+    assert smaps(mapping.address).resident == 2 * PAGE and left.next >= 7 * PAGE
+    for ended in (pieces(mapping, stop, failed=1), pieces(mapping, stop, next=1 << 62)):
+        assert lib.kvmpass_populate(ended) == 0
+    assert smaps(mapping.address).resident == 2 * PAGE, "another thread has failed, or there is nothing left"
+    mapping.close()
+
+
+def test_a_thread_that_fails_ends_the_others() -> None:
+    mapping, stop = HostMapping(PAGE), StopFlag()
+    behind = pieces(mapping, stop, address=mapping.address + PAGE, advice=-1)
+    assert lib.kvmpass_populate(behind) == -errno.EINVAL and behind.failed
+    mapping.close()
+
+
+def test_an_interruption_ends_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the main thread waits: when the exception arrives nobody uses the mapping."""
+    join, calls = threading.Thread.join, []
+
+    def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        join(self, timeout)
+
+    mapping = HostMapping(MIB)
+    monkeypatch.setattr(threading.Thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mapping.populate()
+    assert not any(thread.is_alive() for thread in calls)
     mapping.close()
 
 
 def test_populate_of_a_read_only_file(monkeypatch: pytest.MonkeyPatch, memfd: int) -> None:
     """It is read, not written: that would be refused."""
     os.pwrite(memfd, bytes(8 * PAGE), 0)
-    monkeypatch.setattr(kvmpass.memory.mapping, "_POPULATE_CHUNK", PAGE)
+    monkeypatch.setattr(kvmpass.memory.mapping, "_PIECE", PAGE)
     mapping = HostMapping(8 * PAGE, fd=memfd, writable=False)
     mapping.populate()
     assert smaps(mapping.address).resident == 8 * PAGE
@@ -191,6 +237,15 @@ class FakeLib:
     def kvmpass_madvise(self, address: int, size: int, advice: int) -> int:
         self.calls.append(("madvise", address, size, advice))
         return self.madvise if advice in (lib.MADV_POPULATE_WRITE, lib.MADV_POPULATE_READ) else 0
+
+    def kvmpass_populate(self, pieces: Any) -> int:
+        while pieces.next < pieces.size:
+            size = min(pieces.step, pieces.size - pieces.next)
+            result = self.kvmpass_madvise(pieces.address + pieces.next, size, pieces.advice)
+            if result < 0:
+                return result
+            pieces.next += pieces.step
+        return 0
 
     def kvmpass_munmap(self, address: int, size: int) -> int:
         self.calls.append(("munmap", address, size))
@@ -236,18 +291,19 @@ def test_unmapping_covers_whole_pages(fake: FakeLib) -> None:
         assert fake.calls[1:] == [("madvise", fake.mmap, span, lib.MADV_DONTFORK), ("munmap", fake.mmap, span)]
 
 
-def test_pieces_are_never_smaller_than_a_page(fake: FakeLib) -> None:
+def test_pieces_are_never_smaller_than_a_page(fake: FakeLib, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})  # the fake's loop is for one thread
     mapping = HostMapping(3 * GIB, page=GIB)
     fake.calls.clear()
     mapping.populate()
     assert sorted(fake.calls) == [("madvise", fake.mmap + n * GIB, GIB, lib.MADV_POPULATE_WRITE) for n in range(3)]
-    plain = HostMapping(600 * MIB)
+    plain = HostMapping(5 * MIB)
     fake.calls.clear()
     plain.populate()
     assert sorted(call[1:3] for call in fake.calls) == [
-        (fake.mmap, 256 * MIB),
-        (fake.mmap + 256 * MIB, 256 * MIB),
-        (fake.mmap + 512 * MIB, 88 * MIB),
+        (fake.mmap, 2 * MIB),
+        (fake.mmap + 2 * MIB, 2 * MIB),
+        (fake.mmap + 4 * MIB, MIB),
     ]
 
 
@@ -428,11 +484,10 @@ def test_a_descriptor_that_is_not_a_file(path: str) -> None:
         os.close(fd)
 
 
-@pytest.mark.parametrize("processors", [None, 1, 64])
-def test_populate_works_on_any_number_of_processors(monkeypatch: pytest.MonkeyPatch, processors: int | None) -> None:
-    """Also where their number is unknown."""
-    monkeypatch.setattr(kvmpass.memory.mapping, "_POPULATE_CHUNK", PAGE)
-    monkeypatch.setattr(os, "cpu_count", lambda: processors)
+@pytest.mark.parametrize("processors", [1, 2, 64])
+def test_populate_works_on_any_number_of_processors(monkeypatch: pytest.MonkeyPatch, processors: int) -> None:
+    monkeypatch.setattr(kvmpass.memory.mapping, "_PIECE", PAGE)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(processors)))
     mapping = HostMapping(3 * PAGE, align=GIB)
     mapping.populate()
     assert smaps(mapping.address).resident == 3 * PAGE

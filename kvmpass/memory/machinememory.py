@@ -1,0 +1,76 @@
+"""The memory of one machine, which can exist, and be populated, before the machine does."""
+
+from __future__ import annotations
+
+from threading import Thread
+
+from kvmpass._signals import deferred
+from kvmpass._teardown import run_all, undo_on_error
+from kvmpass.memory.mapping import StopFlag
+from kvmpass.memory.plan import MemoryPlan
+from kvmpass.memory.regions import GuestMemory
+
+
+class MachineMemory:
+    """The regions of a plan, and the thread that populates them. ``close()`` ends it and unmaps them.
+
+    Raises ``NotEnoughMemory`` (huge pages), ``LayoutError``, ``OSError``.
+
+    Synchronization: from any thread, one at a time.
+    """
+
+    def __init__(self, plan: MemoryPlan) -> None:
+        self.plan = plan
+        """The layout of the machine, and its regions."""
+        self.regions = GuestMemory()
+        """The list of regions: RAM as planned, and what is added later."""
+        self.populated = False
+        """Whether every page was allocated."""
+        self._stop = StopFlag()
+        self._thread: Thread | None = None
+        self._failed: BaseException | None = None
+        with undo_on_error(self.regions.close):
+            for part in plan.regions:
+                self.regions.add_ram(part.range.start, part.range.size, part.name, backing=part.backing)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a thread populates it, or has done so."""
+        return self._thread is not None
+
+    def begin(self) -> None:
+        """Start to populate all regions of RAM and ROM. Idempotent. Raises ``RuntimeError`` without a thread."""
+        if self._thread is None and not self.populated:
+            self._stop, self._failed = StopFlag(), None
+            with deferred():  # else an exception could leave a thread that nobody ends
+                thread = Thread(target=self._populate, name="populate")
+                thread.start()
+                self._thread = thread
+
+    def _populate(self) -> None:
+        try:
+            self.regions.populate(self._stop)
+        except BaseException as error:
+            self._failed = error
+
+    def wait(self) -> None:
+        """Wait until every page is allocated. Raises what populating raises: ``OSError`` (``ENOMEM``)."""
+        self.begin()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if self._failed is not None:
+                raise self._failed
+            self.populated = True
+
+    def stop(self) -> None:
+        """Let the thread end with the piece that it populates, and wait for it. Idempotent; ``begin`` goes on."""
+        self._stop.set()
+        with deferred():  # the caller unmaps the memory next
+            if self._thread is not None:
+                self._thread.join()
+                self._thread = None
+
+    def close(self) -> None:
+        """End populating and unmap everything. Idempotent. Raises as ``GuestMemory.close``."""
+        run_all(self.stop, self.regions.close)

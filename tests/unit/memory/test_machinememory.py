@@ -1,0 +1,127 @@
+"""A machine's memory before the machine: the regions of its plan, and the thread that populates them."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kvmpass.errors import Closed, LayoutError
+from kvmpass.layout import GIB, MIB, Range, plan_layout
+from kvmpass.memory import Backing, GuestMemory, MachineMemory, MemoryPlan, PlannedRegion, RegionKind, StopFlag
+
+PLAN = MemoryPlan(
+    plan_layout(2 * MIB),
+    tuple(PlannedRegion(RegionKind.RAM, Range(at, MIB), f"ram{at}", Backing.ANONYMOUS) for at in (0, GIB)),
+)
+
+
+@pytest.fixture
+def memory() -> Iterator[MachineMemory]:
+    memory = MachineMemory(PLAN)
+    yield memory
+    memory.close()
+
+
+def populating(monkeypatch: pytest.MonkeyPatch, work: Callable[[StopFlag], None]) -> list[threading.Thread]:
+    """Let ``work`` populate; return the threads that have called it."""
+    threads: list[threading.Thread] = []
+
+    def populate(self: GuestMemory, stop: StopFlag) -> None:
+        threads.append(threading.current_thread())
+        work(stop)
+
+    monkeypatch.setattr(GuestMemory, "populate", populate)
+    return threads
+
+
+def until_stopped(stop: StopFlag) -> None:
+    while not stop.flag[0]:
+        threading.Event().wait(0.001)
+
+
+def test_its_regions_are_those_of_the_plan(memory: MachineMemory) -> None:
+    assert [(region.range, region.name) for region in memory.regions] == [
+        (part.range, part.name) for part in PLAN.regions
+    ]
+    memory.begin()
+    assert memory.begun
+    memory.wait()
+    assert memory.populated and not memory.begun
+    memory.close()
+    memory.close()
+    assert len(memory.regions) == 0
+
+
+def test_a_plan_that_fails_leaves_nothing_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    add = GuestMemory.add_ram
+
+    def second_fails(self: GuestMemory, *arguments: Any, **options: Any) -> Any:
+        if made:
+            raise OSError(errno.ENOMEM, "no more")
+        made.append(add(self, *arguments, **options))
+        return made[0]
+
+    monkeypatch.setattr(GuestMemory, "add_ram", second_fails)
+    with pytest.raises(OSError, match="no more"):
+        MachineMemory(PLAN)
+    with pytest.raises(Closed):
+        made[0].hva  # noqa: B018
+    monkeypatch.undo()
+    with pytest.raises(LayoutError):
+        MachineMemory(MemoryPlan(PLAN.layout, (PLAN.regions[0], PLAN.regions[0])))
+
+
+def test_it_is_populated_once(memory: MachineMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = populating(monkeypatch, lambda stop: None)
+    for _ in range(2):
+        memory.begin()
+    for _ in range(2):
+        memory.wait()
+    assert len(threads) == 1
+
+
+def test_to_wait_begins_it(memory: MachineMemory) -> None:
+    memory.wait()
+    assert memory.populated
+
+
+def test_closing_ends_the_thread_before_anything_is_unmapped(
+    memory: MachineMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped: list[int] = []
+
+    def work(stop: StopFlag) -> None:
+        until_stopped(stop)
+        mapped.extend(region.hva for region in memory.regions)  # raises once they are closed
+
+    threads = populating(monkeypatch, work)
+    memory.begin()
+    memory.close()
+    assert len(mapped) == 2 and not threads[0].is_alive() and not memory.populated
+
+
+def test_after_a_stop_it_can_begin_again(memory: MachineMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = populating(monkeypatch, until_stopped)
+    memory.begin()
+    memory.stop()
+    memory.stop()
+    assert not threads[0].is_alive() and not memory.begun
+    monkeypatch.undo()
+    memory.wait()
+    assert memory.populated
+
+
+def test_its_failure_is_raised_where_it_is_waited_for(memory: MachineMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(stop: StopFlag) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    populating(monkeypatch, fail)
+    memory.begin()
+    with pytest.raises(OSError, match="no memory"):
+        memory.wait()
+    assert not memory.populated and not memory.begun
