@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from kvmpass import host
+from kvmpass._signals import deferred
 from kvmpass.assignment.backing import choose_backing
 from kvmpass.dma import BackendFactory
+from kvmpass.errors import KvmpassError
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import GuestImage, GuestSpec, prepare
 from kvmpass.host.address import parse_distinct
 from kvmpass.host.backend import AUTO
-from kvmpass.kvm.system import MAX_APIC_IDS
+from kvmpass.host.limits import page_tables
+from kvmpass.kvm.system import MAX_APIC_IDS, System
 from kvmpass.layout import Range, parse_size
 from kvmpass.machine import Machine
-from kvmpass.memory import Backing
+from kvmpass.memory import Backing, MachineMemory, plan_memory
 from kvmpass.timings import Mark, unmarked
 
 if TYPE_CHECKING:
@@ -27,48 +30,46 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def check(
-    bdfs: Sequence[host.Bdf],
-    memory: int,
-    sysfs: host.Sysfs,
-    backing: Backing = Backing.ANONYMOUS,
-    cpus: int = 1,
-    backend: str = AUTO,
-    p2p: bool = False,
-) -> list[host.PciDevice]:
-    """Run the checks of the host and of the devices; return the devices. Raises as ``assigned`` does."""
-    devices = [sysfs.device(bdf) for bdf in bdfs]
+def check(bdfs: Sequence[host.Bdf], sysfs: host.Sysfs, *, backend: str = AUTO, p2p: bool = False) -> None:
+    """Run the checks of the host and of the devices. Raises as ``assigned`` does."""
     host.doctor.check_host(sysfs, backend=backend, p2p=p2p, together=bdfs)
     for bdf in bdfs:
         host.check_assignable(sysfs, bdf, together=bdfs)
-    _check_guest(sysfs, bdfs, memory, backing, cpus)
-    return devices
 
 
 def check_passed(
-    bdfs: Sequence[host.Bdf],
-    memory: int,
+    devices: Mapping[host.Bdf, tuple[host.PciDevice, int]],
     sysfs: host.Sysfs,
     descriptors: PassedDescriptors,
-    backing: Backing = Backing.ANONYMOUS,
-    cpus: int = 1,
     backend: str | BackendFactory = AUTO,
-) -> dict[host.Bdf, tuple[host.PciDevice, int]]:
-    """Run the checks for devices that come by descriptors; return the devices and their descriptors."""
-    devices = descriptors.devices(sysfs, bdfs)
+) -> None:
+    """Run the checks for devices that come by descriptors."""
     choice = descriptors.check(sysfs, devices, backend if isinstance(backend, str) else None)
     host.doctor.check_host(sysfs, together=[*devices], passed=choice)
     for bdf in devices:
         host.blockers.check_passed(sysfs, bdf, together=[*devices])
-    _check_guest(sysfs, [*devices], memory, backing, cpus)
-    return devices
 
 
-def _check_guest(sysfs: host.Sysfs, bdfs: Sequence[host.Bdf], memory: int, backing: Backing, cpus: int) -> None:
+def check_guest(
+    bdfs: Sequence[host.Bdf], sysfs: host.Sysfs, memory: int, backing: Backing, cpus: int, others: int = 0
+) -> None:
+    """Check this host's memory and this process's limits for a guest; ``others``: bytes that are allocated besides.
+
+    Raises ``NotEnoughMemory``, ``HostNotReady``.
+    """
     page = backing.huge_page
     host.doctor.check_memory(sysfs, memory, huge_page=page)
     # The machine refuses more CPUs than a guest can have.
     host.doctor.check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs)
+    ordinary = 0 if page else memory
+    host.doctor.check_memory(sysfs, ordinary, locked=memory, overhead=page_tables(ordinary) + others)
+
+
+def make_memory(sysfs: host.Sysfs, size: int, backing: Backing) -> MachineMemory:
+    """Make the memory of a machine that is made later. Raises ``OSError``, ``LayoutError``, ``NotEnoughMemory``."""
+    with System() as system:
+        bits = system.physical_bits
+    return MachineMemory(plan_memory(size, sysfs.reserved_regions(), bits, backing))
 
 
 @contextmanager
@@ -103,65 +104,76 @@ def assigned(
     sysfs = host.Sysfs()
     bdfs = parse_distinct(addresses)
     size = parse_size(memory)
+    passed = descriptors.devices(sysfs, bdfs) if descriptors is not None else {}
+    devices = [device for device, _ in passed.values()] or [sysfs.device(bdf) for bdf in bdfs]
+    bdfs = tuple(device.bdf for device in devices)
     choice = choose_backing(sysfs, size, bdfs, backing, shared=spec.backing().is_memfd)
-    names = host.Names(sysfs)
-    fds: dict[host.Bdf, int] = {}
-    if descriptors is not None:
-        passed = check_passed(bdfs, size, sysfs, descriptors, choice.backing, cpus, backend)
-        devices = [device for device, _ in passed.values()]
-        fds = {bdf: fd for bdf, (_, fd) in passed.items()}
-    else:
-        named = backend if isinstance(backend, str) else AUTO
-        devices = check(bdfs, size, sysfs, backing=choice.backing, cpus=cpus, backend=named, p2p=p2p)
-    mark("checks")
-    machine = Machine(
-        memory=size,
-        cpus=cpus,
-        backing=choice.backing,
-        backend=backend,
-        p2p=p2p,
-        iommu_fd=descriptors.iommu if descriptors else None,
-        sysfs=sysfs,
-        on_event=on_event,
-    )
-    mark("machine")
-    with machine:
-        if choice.automatic:
-            say(f"backing {choice}")
-        if cpus > len(os.sched_getaffinity(0)):
-            warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
-        with machine.populating(spec.copied_size):  # the last step at which the out-of-memory killer can strike
-            image = prepare(spec, [device.modalias for device in devices])
-            on_image(image)
-            mark("kernel and initramfs")
-            for line in image.warnings:
-                warn(line)
-            say(f"kernel {image.kernel.release or 'of an unknown release'}: {image.kernel.path}")
-            if image.symbols is not None:
-                say(f"symbols: {image.symbols}")
-        mark("memory")
-        image.load(machine)
-        mark("loading")
-        # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
-        borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say)
-        with borrowed, closing(machine):
-            mark("binding")
-            for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
-                token = vf_token if vf_token is not None and _has_sriov(sysfs, device.bdf) else None
-                machine.assign(device.bdf, fd=fds.get(device.bdf), vf_token=token)
-                driver = device.driver or "no driver"
-                origin = f"by descriptor {fds[device.bdf]}" if descriptors else f"was bound to {driver}"
-                say(f"device {device.bdf}: {names.of(device)}, IOMMU group {device.group}, {origin}")
-            if descriptors is not None:
-                descriptors.close()
-            if machine.backend is not None:
-                say(f"IOMMU back end {machine.backend}")
-            say_mappings(machine, say)
-            machine.audit()
-            say("audit: ok")
-            mark("assignment")
-            yield machine
-            machine.audit()
+    with ExitStack() as undo:
+        # Most of the time goes into memory: it is populated while the rest is imported, checked and made. What speaks
+        # against the host or a device is said before what speaks against the size, as those are looked at first.
+        refused: Exception | None = None
+        try:
+            check_guest(bdfs, sysfs, size, choice.backing, cpus, spec.copied_size)
+            with deferred():
+                made = undo.enter_context(closing(make_memory(sysfs, size, choice.backing)))
+                made.begin()
+        except (KvmpassError, OSError) as error:
+            refused = error
+        if descriptors is not None:
+            check_passed(passed, sysfs, descriptors, backend)
+        else:
+            check(bdfs, sysfs, backend=backend if isinstance(backend, str) else AUTO, p2p=p2p)
+        if refused is not None:
+            raise refused
+        mark("checks")
+        machine = Machine(
+            memory=made,
+            cpus=cpus,
+            backend=backend,
+            p2p=p2p,
+            iommu_fd=descriptors.iommu if descriptors else None,
+            sysfs=sysfs,
+            on_event=on_event,
+        )
+        mark("machine")
+        with machine:
+            if choice.automatic:
+                say(f"backing {choice}")
+            if cpus > len(os.sched_getaffinity(0)):
+                warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
+            with machine.populating():  # until its end the out-of-memory killer can strike
+                image = prepare(spec, [device.modalias for device in devices])
+                on_image(image)
+                mark("kernel and initramfs")
+                for line in image.warnings:
+                    warn(line)
+                say(f"kernel {image.kernel.release or 'of an unknown release'}: {image.kernel.path}")
+                if image.symbols is not None:
+                    say(f"symbols: {image.symbols}")
+            mark("memory")
+            image.load(machine)
+            mark("loading")
+            # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
+            borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say)
+            with borrowed, closing(machine):
+                mark("binding")
+                names = host.Names(sysfs)
+                for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
+                    token = vf_token if vf_token is not None and _has_sriov(sysfs, device.bdf) else None
+                    fd = passed[device.bdf][1] if descriptors else None
+                    machine.assign(device.bdf, fd=fd, vf_token=token)
+                    origin = f"was bound to {device.driver or 'no driver'}" if fd is None else f"by descriptor {fd}"
+                    say(f"device {device.bdf}: {names.of(device)}, IOMMU group {device.group}, {origin}")
+                if descriptors is not None:
+                    descriptors.close()
+                if machine.backend is not None:
+                    say(f"IOMMU back end {machine.backend}")
+                say_mappings(machine, say)
+                machine.audit()
+                say("audit: ok")
+                mark("assignment")
+                yield machine
+                machine.audit()
     mark("rebinding")
     for device in devices if descriptors is None else ():
         say(f"device {device.bdf}: rebound to {sysfs.driver(device.bdf) or 'no driver'}")

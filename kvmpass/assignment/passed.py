@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from kvmpass._dataclass import dataclass
@@ -45,7 +45,7 @@ class PassedDescriptors:
         return {bdf: found[bdf] for bdf in bdfs or found}
 
     def check(
-        self, sysfs: Sysfs, devices: dict[Bdf, tuple[PciDevice, int]], backend: str | None = AUTO
+        self, sysfs: Sysfs, devices: Mapping[Bdf, tuple[PciDevice, int]], backend: str | None = AUTO
     ) -> BackendChoice:
         """Check that the descriptors fit together and are unused; return the back end. Raises ``BadDescriptor``."""
         with PassedIommu(sysfs, self.iommu, backend) as iommu:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from support.host_tree import Host
 
-from kvmpass import host as hosts
 from kvmpass.assignment import passed
 from kvmpass.assignment.assign import check_passed
 from kvmpass.assignment.passed import PassedDescriptors
@@ -16,7 +15,6 @@ from kvmpass.errors import BadDescriptor, GroupNotViable, HostNotReady
 from kvmpass.host import Bdf
 from kvmpass.host.backend import PASSED, BackendChoice
 from kvmpass.host.descriptors import Descriptor, Kind
-from kvmpass.layout import MIB
 
 NIC, SOUND, DISK = (Bdf.parse(text) for text in ("0000:01:00.0", "0000:01:00.1", "0000:02:00.0"))
 
@@ -55,19 +53,18 @@ def test_what_is_checked(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """No node but /dev/kvm need be open to this user, and that a process has the devices open is no obstacle."""
     choice = BackendChoice("type1", PASSED)
     monkeypatch.setattr(PassedDescriptors, "check", lambda *_: choice)
-    monkeypatch.setattr(hosts.doctor, "check_memory", lambda *_, **__: None)
-    monkeypatch.setattr(hosts.doctor, "check_limits", lambda *_, **__: None)
     host.process(os.getpid() + 1, "parent", nodes=("/dev/vfio/2",))
     host.path("dev/vfio/vfio").unlink()
     host.path("sys/module/vfio_iommu_type1").rmdir()
-    assert [*check_passed([], MIB, host, PassedDescriptors(1, (6,)))] == [DISK]
+    passing = PassedDescriptors(1, (6,))
+    check_passed(passing.devices(host), host, passing)
     host.add("0000:02:00.1", "e1000e", 2, 0x020000)
     with pytest.raises(GroupNotViable):
-        check_passed([], MIB, host, PassedDescriptors(1, (6,)))
+        check_passed(passing.devices(host), host, passing)
     host.path("dev/kvm").unlink()
     host.path("sys/module/kvm_amd").rmdir()
     with pytest.raises(HostNotReady):
-        check_passed([], MIB, host, PassedDescriptors(1, (6,)))
+        check_passed(passing.devices(host), host, passing)
 
 
 def test_they_are_closed_once(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""What a failure of ``assigned`` leaves while memory is being populated, and which of several reasons it names."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.host_tree import Host
+
+from kvmpass import host as hosts
+from kvmpass.assignment import assign
+from kvmpass.errors import BadAddress, DeviceInUse, HostNotReady, NoSuchDevice, NotEnoughMemory
+from kvmpass.guest import GuestSpec
+from kvmpass.layout import MIB, plan_layout
+from kvmpass.memory import GuestMemory, MachineMemory, MemoryPlan, StopFlag
+
+NVME = "0000:01:00.0"
+
+
+class Made:
+    """The memory that ``assigned`` has made, and the threads that populate it until they are stopped."""
+
+    def __init__(self) -> None:
+        self.memories: list[MachineMemory] = []
+        self.closed: list[MachineMemory] = []
+        self.threads: list[threading.Thread] = []
+        self.begun = threading.Event()
+
+    def make(self, *_: Any) -> MachineMemory:
+        self.memories.append(MachineMemory(MemoryPlan(plan_layout(MIB), ())))
+        return self.memories[-1]
+
+    def populate(self, regions: GuestMemory, stop: StopFlag) -> None:
+        self.threads.append(threading.current_thread())
+        self.begun.set()
+        while not stop.flag[0]:
+            threading.Event().wait(0.001)
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+    tree = Host(tmp_path)
+    tree.add(NVME, "nvme", 1, 0x010802)
+    made = Made()
+    monkeypatch.setattr(hosts, "Sysfs", lambda: tree)
+    monkeypatch.setattr(assign, "check_guest", lambda *_: None)
+    monkeypatch.setattr(assign, "make_memory", made.make)
+    monkeypatch.setattr(GuestMemory, "populate", lambda self, stop: made.populate(self, stop))
+    return made
+
+
+def run(address: str = NVME) -> None:
+    with assign.assigned([address], GuestSpec()):
+        raise AssertionError
+
+
+def failing(error: BaseException, made: Made | None = None) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        if made is not None:
+            assert made.begun.wait(10), "it is being populated by now"
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error", [HostNotReady("no IOMMU"), DeviceInUse("mounted"), KeyboardInterrupt(), SystemExit(143)]
+)
+def test_a_failure_ends_the_thread_and_frees_the_memory(
+    made: Made, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(assign, "check", failing(error, made))
+    with pytest.raises(type(error)):
+        run()
+    assert not made.threads[0].is_alive()
+    assert not made.memories[0].begun
+
+
+def test_a_machine_that_cannot_be_made_leaves_no_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assign, "check", lambda *_, **__: None)
+    monkeypatch.setattr(assign, "Machine", failing(OSError("no VM"), made))
+    with pytest.raises(OSError, match="no VM"):
+        run()
+    assert not made.threads[0].is_alive()
+
+
+@pytest.mark.parametrize("address, error", [("nonsense", BadAddress), ("0000:7f:00.0", NoSuchDevice)])
+def test_a_wrong_address_is_said_before_memory_is_touched(made: Made, address: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        run(address)
+    assert not made.memories
+
+
+def test_a_device_in_use_is_said_before_memory_that_is_short(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assign, "check_guest", failing(NotEnoughMemory("too little")))
+    monkeypatch.setattr(assign, "check", failing(DeviceInUse("mounted")))
+    with pytest.raises(DeviceInUse, match="mounted"):
+        run()
+    monkeypatch.setattr(assign, "check", lambda *_, **__: None)
+    with pytest.raises(NotEnoughMemory, match="too little"):
+        run()
+    assert not made.memories
