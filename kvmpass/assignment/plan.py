@@ -49,7 +49,7 @@ class Descriptors:
     """Numbers of file descriptors."""
 
     fixed: int
-    """For the machine, its devices, and the console of its commands."""
+    """For the machine, its devices, its daemons, and the console of its commands."""
     vectors: int
     """For interrupts, if the guest unmasks all MSI and MSI-X vectors."""
     limit: int | None
@@ -110,15 +110,16 @@ def plan(
     memory: str | int = "1G",
     cpus: int = 1,
     backing: str = Backing.ANONYMOUS,
-    shared: bool = False,
+    daemons: int = 0,
     backend: str = AUTO,
     p2p: bool = False,
     sysfs: Sysfs | None = None,
 ) -> Plan:
     """Plan the assignment of devices to a machine. It changes nothing, and works on any host.
 
-    ``backing`` and ``shared`` are those of ``choose_backing``. ``blockers`` has every reason to refuse, not only the
-    first. Raises ``BadAddress``, and ``LayoutError`` if ``memory`` is not a size.
+    ``backing`` is as for ``choose_backing``; ``daemons``: how many serve the guest files of this host. ``blockers``
+    has every reason to refuse, not only the first. Raises ``BadAddress``, and ``LayoutError`` if ``memory`` is not a
+    size.
     """
     sysfs = sysfs or Sysfs()
     bdfs = [Bdf.parse(address) if isinstance(address, str) else address for address in addresses]
@@ -130,7 +131,7 @@ def plan(
     except BadAddress as error:
         blockers.append(_impossible(error))
         bdfs = list(dict.fromkeys(bdfs))
-    chosen = choose_backing(sysfs, size, bdfs, backing, shared=shared)
+    chosen = choose_backing(sysfs, size, bdfs, backing, shared=daemons > 0)
     findings = _findings(look, bdfs, size, chosen.backing, cpus, backend, p2p)
     blockers += _blockers(findings, Outcome.FAIL)
     devices: list[PciDevice] = []
@@ -161,7 +162,7 @@ def plan(
         phys_bits=bits,
         phys_bits_source=source,
         confined=any(not group.no_iommu for group in sysfs.groups()),
-        descriptors=_descriptors(sysfs, planned, cpus, iommu),
+        descriptors=_descriptors(sysfs, planned, cpus, iommu, daemons, memory_plan),
         blockers=tuple(blockers),
         warnings=tuple(_blockers(findings, Outcome.WARN)),
     )
@@ -240,8 +241,16 @@ def _ask_kvm(sysfs: Sysfs, question: str, number: Callable[[System], int]) -> in
     return sysfs.ask(question, answer)
 
 
-def _descriptors(sysfs: Sysfs, devices: Sequence[DevicePlan], cpus: int, backend: BackendChoice) -> Descriptors:
+def _descriptors(
+    sysfs: Sysfs,
+    devices: Sequence[DevicePlan],
+    cpus: int,
+    backend: BackendChoice,
+    daemons: int,
+    memory: MemoryPlan | None,
+) -> Descriptors:
     groups = {device.group for device in devices} if backend.name == TYPE1 else ()
     most = sum(max(device.vectors.msix or 0, device.vectors.msi or 0) for device in devices)
-    fixed = limits.descriptors_needed(len(devices), len(groups), cpus)
+    memfds = sum(region.backing.is_memfd for region in memory.regions) if memory is not None else 0
+    fixed = limits.descriptors_needed(len(devices), len(groups), cpus, daemons, memfds)
     return Descriptors(fixed, most, limits.rlimit(sysfs, "Max open files").hard)

@@ -54,12 +54,13 @@ def plan(
     It works on any machine: without KVM the CPU's own address width is used, without an IOMMU no address is reserved.
     Root can read more. Exit status: 0 if nothing blocks the assignment, else 1.
     """
+    daemons = (root != "minimal") + len(shares)
     made = make_plan(
         bdf,
         memory=memory,
         cpus=cpus,
         backing=backing,
-        shared=root != "minimal" or bool(shares),  # with the daemons of its files
+        daemons=daemons,
         backend=backend,
         p2p=p2p,
         sysfs=tree,
@@ -70,7 +71,9 @@ def plan(
     _show_memory(output, made)
     descriptors = made.descriptors
     output.text(click.style("file descriptors", bold=True))
-    output.text(f"  {descriptors.fixed} for the machine, its {tables.count(made.cpus, 'vCPU')} and its devices")
+    parts = ["the machine", f"its {tables.count(made.cpus, 'vCPU')}", "its devices"]
+    parts += [f"its {tables.count(daemons, 'daemon')}"] if daemons else []
+    output.text(f"  {descriptors.fixed} for {', '.join(parts[:-1])} and {parts[-1]}")
     output.text(f"  {descriptors.vectors} more at most, one for each MSI or MSI-X vector that the guest unmasks")
     output.text(f"  limit (RLIMIT_NOFILE): {'none' if descriptors.limit is None else descriptors.limit}")
     for title, blockers, colour in (("warnings", made.warnings, "yellow"), ("blockers", made.blockers, "red")):

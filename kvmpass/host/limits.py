@@ -232,8 +232,15 @@ _MACHINE_DESCRIPTORS = 3 + 3 + 1 + 2 + 1
 CONSOLE_DESCRIPTORS = 2 + 2 + 2
 # A device; the eventfds of its ERR and REQ interrupts; those of INTx, raised and ended.
 _DEVICE_DESCRIPTORS = 1 + 2 + 2
+# A daemon that serves files: its connection, control socket and messages; epoll and eventfd of the watch over it,
+# and of what signals it; the eventfd of vectors that are off; eventfds of two queues; of three vectors.
+_DAEMON_DESCRIPTORS = 3 + 2 + 2 + 1 + 2 + 3
 
 
-def descriptors_needed(devices: int, groups: int, cpus: int) -> int:
-    """Return the number of file descriptors of a guest with these devices before it unmasks one of their vectors."""
-    return _MACHINE_DESCRIPTORS + CONSOLE_DESCRIPTORS + cpus + groups + _DEVICE_DESCRIPTORS * devices
+def descriptors_needed(devices: int, groups: int, cpus: int, daemons: int = 0, memfds: int = 0) -> int:
+    """Return the number of file descriptors of a guest with these devices before it unmasks one of their vectors.
+
+    ``daemons``: those that serve it files; ``memfds``: regions of its memory that are memfds.
+    """
+    fixed = _MACHINE_DESCRIPTORS + CONSOLE_DESCRIPTORS + cpus + groups + memfds
+    return fixed + _DEVICE_DESCRIPTORS * devices + _DAEMON_DESCRIPTORS * daemons

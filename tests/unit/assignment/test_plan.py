@@ -103,6 +103,13 @@ def test_a_plan(host: Host) -> None:
     assert host.writes == []
 
 
+def test_daemons_take_descriptors(host: Host) -> None:
+    """As counted of a machine with virtiofsd: ten, and three vectors in the guest; a memfd for each RAM region."""
+    fixed = kvmpass.plan([NVME], memory="4G", sysfs=host).descriptors.fixed
+    made = kvmpass.plan([NVME], memory="4G", daemons=2, sysfs=host)
+    assert made.descriptors.fixed == fixed + 2 * 13 + 2
+
+
 def test_the_back_end_is_part_of_the_plan(host: Host) -> None:
     made = kvmpass.plan([NVME], sysfs=host)
     assert str(made.backend) == "type1: this kernel has no /dev/iommu"
