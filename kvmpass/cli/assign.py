@@ -7,7 +7,8 @@ import select
 import sys
 import time
 import uuid
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,14 @@ from kvmpass.cli.output import document_text, error_fields, error_text
 from kvmpass.cli.params import BDF
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal
 from kvmpass.cli.timings import Measured
-from kvmpass.errors import KvmpassError
+from kvmpass.errors import DeviceInUse, KvmpassError
 from kvmpass.events import DaemonEnded, DeviceEvent
 from kvmpass.timings import Mark, unmarked
 
 if TYPE_CHECKING:
     from kvmpass.assignment.passed import PassedDescriptors
     from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
+    from kvmpass.host import Bdf
     from kvmpass.machine import Machine
 
 
@@ -204,6 +206,7 @@ def _run_to_its_end(
         progress = Progress(spec.verbose, outcome)
         with (
             closing(ConsoleLog(console_log)) as log,
+            _naming_guest(bdfs),
             assigned(
                 bdfs,
                 spec,
@@ -254,6 +257,17 @@ def _run_to_its_end(
                 _write_status(status_file, outcome)
             except OSError as failure:
                 click.echo(f"kvmpass: --status-file: {failure}", err=True)
+
+
+@contextmanager
+def _naming_guest(bdfs: Sequence[Bdf]) -> Iterator[None]:
+    """Let the error say which guest of this user has one of the devices, if it is one that stays."""
+    try:
+        yield
+    except DeviceInUse as error:
+        from kvmpass.session.directory import naming_guest
+
+        raise naming_guest(error, [*map(str, bdfs)]) from None
 
 
 def _descriptors(bdf: tuple[str, ...], vfio: tuple[int, ...], iommu: int | None) -> PassedDescriptors | None:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from kvmpass._dataclass import dataclass
 from kvmpass._lazy import lazy_pattern
-from kvmpass.errors import GuestError, KvmpassError
+from kvmpass.errors import DeviceInUse, GuestError, KvmpassError
 
 SOCKET, STATUS, CONSOLE, OLDER_CONSOLE, MESSAGES = "socket", "status.json", "console.log", "console.log.1", "messages"
 """Names of the files in a guest's directory."""
@@ -246,6 +246,18 @@ def holders(addresses: Sequence[str]) -> Iterator[tuple[str, GuestStatus]]:
     for status in guests() if wanted else ():
         if status.state != "dead":
             yield from ((address, status) for address in wanted if address in status.devices)
+
+
+def naming_guest(error: DeviceInUse, devices: Sequence[str]) -> DeviceInUse:
+    """Return an error that names the guest of this user that has one of the devices; ``error`` if none has."""
+    with contextlib.suppress(KvmpassError, OSError):  # no directory for this user's guests
+        for device, guest in holders(devices):
+            if guest.pid != os.getpid():
+                return DeviceInUse(
+                    f"{device} is assigned to the guest {guest.name}, process {guest.pid}",
+                    f"stop it (kvmpass stop {guest.name}), or choose another device",
+                )
+    return error
 
 
 def remove_dead() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import uuid
 from collections.abc import Callable, Sequence
@@ -13,12 +12,12 @@ from kvmpass import host
 from kvmpass._teardown import undo_on_error
 from kvmpass.assignment.assign import assigned
 from kvmpass.dma import BackendFactory
-from kvmpass.errors import DeviceInUse, GuestError, KvmpassError
+from kvmpass.errors import DeviceInUse, GuestError
 from kvmpass.events import DeviceEvent
 from kvmpass.guest import Guest, GuestImage, GuestSpec, Sink
 from kvmpass.host.backend import AUTO
 from kvmpass.memory import Backing
-from kvmpass.session.directory import holders
+from kvmpass.session.directory import naming_guest
 from kvmpass.session.session import BOOT_SECONDS, Session
 from kvmpass.timings import Mark, unmarked
 
@@ -56,7 +55,7 @@ def open_session(
                 assigned(devices, spec, on_event=note, on_image=images.append, mark=mark, warn=warn, **options)
             )
         except DeviceInUse as error:
-            raise _naming_guest(error, [*map(str, devices)]) from None
+            raise naming_guest(error, [*map(str, devices)]) from None
         guest = undo.enter_context(
             Guest(
                 machine,
@@ -132,18 +131,6 @@ def start(
         p2p=p2p,
         vf_token=vf_token,
     )
-
-
-def _naming_guest(error: DeviceInUse, devices: Sequence[str]) -> DeviceInUse:
-    """Return an error that names the guest of this user that has one of the devices; ``error`` if none has."""
-    with contextlib.suppress(KvmpassError, OSError):  # no directory for this user's guests
-        for device, guest in holders(devices):
-            if guest.pid != os.getpid():
-                return DeviceInUse(
-                    f"{device} is assigned to the guest {guest.name}, process {guest.pid}",
-                    f"stop it (kvmpass stop {guest.name}), or choose another device",
-                )
-    return error
 
 
 def _nowhere(data: bytes) -> None:

@@ -130,11 +130,12 @@ def test_a_day_with_a_guest(stage: str, nvme: str, tmp_path: Path, monkeypatch: 
     assert run("exec", "--timeout", "1", stage, "--", "sleep", "100").returncode == 124
     assert run("exec", "-e", "A=b c", "-w", "/tmp", nvme, "--", "sh", "-c", "echo $A $PWD").stdout == b"b c /tmp\n"
     assert run("exec", "elsewhere", "--", "true").returncode == 125
-    for name, reason in (
-        (stage, f"a guest {stage} runs already"),
-        ("other", f"{nvme} is assigned to the guest {stage}"),
+    for words, reason in (
+        (("start", "--name", stage, nvme), f"a guest {stage} runs already"),
+        (("start", "--name", "other", nvme), f"{nvme} is assigned to the guest {stage}"),
+        (("assign", nvme, "--", "true"), f"{nvme} is assigned to the guest {stage}"),
     ):
-        refused = run("start", "--name", name, nvme)
+        refused = run(*words)
         assert (refused.returncode, reason in refused.stderr.decode()) == (125, True), refused.stderr
     for words, status in ((["exec", stage, "--", "true"], 125), (["ps"], 1), (["stop", stage], 1)):
         denied, text = as_nobody(*words)

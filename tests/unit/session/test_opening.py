@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from kvmpass.cli import assign
+from kvmpass.cli.main import main
 from kvmpass.errors import DeviceInUse
 from kvmpass.guest import GuestSpec
 from kvmpass.machine import Machine
@@ -29,6 +31,7 @@ def in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         yield
 
     monkeypatch.setattr(opening, "assigned", assigned)
+    monkeypatch.setattr(assign, "assigned", assigned)
     monkeypatch.setenv("KVMPASS_RUNTIME_DIR", str(tmp_path))
 
 
@@ -52,3 +55,15 @@ def test_who_has_a_device_that_is_no_guest_of_this_user(monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "geteuid", lambda: 65534)
     with pytest.raises(DeviceInUse, match=r"is assigned by process 4711"):
         opening.open_session([DEVICE], GuestSpec(session=True))
+
+
+def test_so_does_who_wants_it_for_a_guest_that_does_not_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    with GuestDirectory.claim("one") as directory:
+        directory.write(GuestStatus("one", 4711, (DEVICE,), "running", ""))
+        with pytest.raises(SystemExit) as ended:
+            main(["assign", "01:00.0", "--", "true"])
+    assert ended.value.code == 125
+    assert capsys.readouterr().err.splitlines() == [
+        f"kvmpass: {DEVICE} is assigned to the guest one, process 4711",
+        "  hint: stop it (kvmpass stop one), or choose another device",
+    ]
