@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import threading
@@ -89,3 +90,20 @@ def deferred() -> Iterator[None]:
         undo.close()
         for received in seen:
             signal.raise_signal(received)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import modules in the block: signals are deferred, and garbage is not collected.
+
+    Some of what runs in an import prints exceptions and goes on, or raises others. And what an import makes stays: to
+    search it for garbage takes a twentieth of the import.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with deferred():
+            yield
+    finally:
+        if collecting:
+            gc.enable()

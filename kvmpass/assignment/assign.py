@@ -1,40 +1,46 @@
-"""The steps of ``kvmpass assign``: check, build the machine, borrow and assign the devices, rebind them."""
+"""The steps of ``kvmpass assign``: check, build the machine, borrow and assign the devices, rebind them.
+
+Each step imports what it needs: memory is populated while the rest is imported.
+"""
 
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from kvmpass import host
-from kvmpass._signals import deferred
+from kvmpass._signals import deferred, importing
 from kvmpass.assignment.backing import choose_backing
-from kvmpass.dma import BackendFactory
 from kvmpass.errors import KvmpassError
-from kvmpass.events import DeviceEvent
-from kvmpass.guest import GuestImage, GuestSpec, prepare
 from kvmpass.host.address import parse_distinct
 from kvmpass.host.backend import AUTO
-from kvmpass.host.limits import page_tables
-from kvmpass.kvm.system import MAX_APIC_IDS, System
 from kvmpass.layout import Range, parse_size
-from kvmpass.machine import Machine
 from kvmpass.memory import Backing, MachineMemory, plan_memory
 from kvmpass.timings import Mark, unmarked
 
 if TYPE_CHECKING:
+    import uuid
+
     from kvmpass.assignment.passed import PassedDescriptors
+    from kvmpass.dma import BackendFactory
+    from kvmpass.events import DeviceEvent
+    from kvmpass.guest import GuestImage, GuestSpec
+    from kvmpass.machine import Machine
 
 Say = Callable[[str], None]
 
 
 def check(bdfs: Sequence[host.Bdf], sysfs: host.Sysfs, *, backend: str = AUTO, p2p: bool = False) -> None:
     """Run the checks of the host and of the devices. Raises as ``assigned`` does."""
-    host.doctor.check_host(sysfs, backend=backend, p2p=p2p, together=bdfs)
+    with importing():
+        from kvmpass.host.blockers import check_assignable
+        from kvmpass.host.doctor import check_host
+
+    check_host(sysfs, backend=backend, p2p=p2p, together=bdfs)
     for bdf in bdfs:
-        host.check_assignable(sysfs, bdf, together=bdfs)
+        check_assignable(sysfs, bdf, together=bdfs)
 
 
 def check_passed(
@@ -57,16 +63,23 @@ def check_guest(
 
     Raises ``NotEnoughMemory``, ``HostNotReady``.
     """
+    with importing():
+        from kvmpass.host.doctor import check_limits, check_memory
+        from kvmpass.host.limits import page_tables
+        from kvmpass.kvm.system import MAX_APIC_IDS
+
     page = backing.huge_page
-    host.doctor.check_memory(sysfs, memory, huge_page=page)
+    check_memory(sysfs, memory, huge_page=page)
     # The machine refuses more CPUs than a guest can have.
-    host.doctor.check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs)
+    check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs)
     ordinary = 0 if page else memory
-    host.doctor.check_memory(sysfs, ordinary, locked=memory, overhead=page_tables(ordinary) + others)
+    check_memory(sysfs, ordinary, locked=memory, overhead=page_tables(ordinary) + others)
 
 
 def make_memory(sysfs: host.Sysfs, size: int, backing: Backing) -> MachineMemory:
     """Make the memory of a machine that is made later. Raises ``OSError``, ``LayoutError``, ``NotEnoughMemory``."""
+    from kvmpass.kvm.system import System
+
     with System() as system:
         bits = system.physical_bits
     return MachineMemory(plan_memory(size, sysfs.reserved_regions(), bits, backing))
@@ -126,6 +139,9 @@ def assigned(
         if refused is not None:
             raise refused
         mark("checks")
+        with importing():
+            from kvmpass.machine import Machine
+
         machine = Machine(
             memory=made,
             cpus=cpus,
@@ -142,6 +158,9 @@ def assigned(
             if cpus > len(os.sched_getaffinity(0)):
                 warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
             with machine.populating():  # until its end the out-of-memory killer can strike
+                with importing():
+                    from kvmpass.guest import prepare
+
                 image = prepare(spec, [device.modalias for device in devices])
                 on_image(image)
                 mark("kernel and initramfs")

@@ -8,11 +8,6 @@ from collections.abc import Iterable
 from kvmpass import host
 from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
-from kvmpass.host.blocker import mib
-from kvmpass.host.doctor import Outcome
-from kvmpass.host.doctor.memory import NODES
-from kvmpass.host.sysfs import PCI_DEVICES
-from kvmpass.hugepages import pool_name
 from kvmpass.layout import GUEST_BITS, plan_layout, size_text
 from kvmpass.memory import Backing
 
@@ -56,6 +51,11 @@ def choose_backing(
 
 
 def _largest(sysfs: host.Sysfs, size: int, node: int | None) -> tuple[Backing, str]:
+    from kvmpass.host.blocker import mib
+    from kvmpass.host.doctor import Outcome
+    from kvmpass.host.doctor.memory import NODES
+    from kvmpass.hugepages import pool_name
+
     reasons: list[str] = []
     for backing in _LARGEST_FIRST:
         page = backing.huge_page
@@ -87,6 +87,9 @@ def _from_zero(sysfs: host.Sysfs, size: int, page: int) -> bool:
 
 def _node(sysfs: host.Sysfs, bdfs: Iterable[host.Bdf]) -> int | None:
     """Return the number of the NUMA node of all these devices; None without one, and on a host with one node."""
+    from kvmpass.host.doctor.memory import NODES
+    from kvmpass.host.sysfs import PCI_DEVICES
+
     nodes = [int(name.removeprefix("node")) for name in sysfs.names(NODES) if re.fullmatch(r"node\d+", name)]
     near = {sysfs.number(PCI_DEVICES, str(bdf), "numa_node") for bdf in bdfs}
     return next((node for node in nodes if near == {node}), None) if len(nodes) > 1 else None

@@ -6,7 +6,6 @@ import os
 import select
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
@@ -15,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmpass.assignment.assign import assigned
-from kvmpass.cli import ending
 from kvmpass.cli.console_log import ConsoleLog
-from kvmpass.cli.documents import backend_document, peers_document
 from kvmpass.cli.guest_options import (
     command_options,
     guest_options,
@@ -31,13 +28,14 @@ from kvmpass.cli.main import ASSIGN_FAILED
 from kvmpass.cli.output import document_text, error_fields, error_text
 from kvmpass.cli.params import BDF
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal
-from kvmpass.cli.timings import Measured
 from kvmpass.errors import DeviceInUse, KvmpassError
-from kvmpass.events import DaemonEnded, DeviceEvent
 from kvmpass.timings import Mark, unmarked
 
 if TYPE_CHECKING:
+    import uuid
+
     from kvmpass.assignment.passed import PassedDescriptors
+    from kvmpass.events import DeviceEvent
     from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
     from kvmpass.host import Bdf
     from kvmpass.machine import Machine
@@ -195,7 +193,11 @@ def _run_to_its_end(
         "error": None,
     }
     started = time.monotonic()
-    measured = Measured() if timings else None
+    measured = None
+    if timings:
+        from kvmpass.cli.timings import Measured
+
+        measured = Measured()
     mark = measured.timings.mark if measured else unmarked
     mark("start of Python, imports")
     exit_status = ASSIGN_FAILED
@@ -225,6 +227,8 @@ def _run_to_its_end(
         ):
             if measured:
                 measured.machine = machine
+            from kvmpass.cli.documents import backend_document, peers_document
+
             outcome["backend"] = backend_document(machine.backend)
             outcome["bdfs"] = list(bdf) or [str(device.bdf) for device in machine.devices]
             result = _run(machine, spec, log, restart=on_reboot == "restart", timeout=timeout, mark=mark)
@@ -237,6 +241,8 @@ def _run_to_its_end(
 
             for line in report(result.copied_out, verbose=spec.verbose):
                 click.echo(f"kvmpass: {line}", err=True)
+        from kvmpass.cli import ending
+
         exit_status = ending.exit_status(result, command=command is not None)
         outcome.update(outcome=_outcome(result), guest_errors=list(result.failures))
         outcome["copied_out"] = result.copied_out
@@ -302,6 +308,8 @@ class Progress:
         if len(self._outcome["events"]) > _MAX_EVENTS:  # a guest may reboot, or a device fail, again and again
             del self._outcome["events"][0]
             self._outcome["events_dropped"] += 1
+        from kvmpass.events import DaemonEnded  # loaded, where there is an event
+
         # A daemon's end is that of the guest, which says no more than that a device has failed.
         shown = self._verbose or isinstance(event, DaemonEnded)
         if shown and select.select([], [sys.stderr], [], 0)[1]:

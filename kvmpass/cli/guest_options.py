@@ -12,9 +12,7 @@ import click
 from kvmpass.cli.output import together
 from kvmpass.cli.params import backend_option, files_option, hugepages_option, p2p_option
 from kvmpass.cli.terminal import terminal_size
-from kvmpass.cli.variables import variables
-from kvmpass.guest import GuestSpec
-from kvmpass.guest.directories import MINIMAL
+from kvmpass.guest.spec import MINIMAL, GuestSpec
 
 machine_options = together(
     click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T."),
@@ -126,6 +124,14 @@ def wrong_usage(message: str, remedy: str) -> click.UsageError:
     return error
 
 
+def _variables(given: tuple[str, ...]) -> tuple[str, ...]:
+    if not given:
+        return ()
+    from kvmpass.cli.variables import variables
+
+    return variables(given)
+
+
 def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
     """Return what the guest is made of, from its options and ``verbose``. Raises ``click.UsageError``."""
     if command is not None and not command:
@@ -147,6 +153,6 @@ def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
     if guest["initrd"] and (guest["root"] != MINIMAL or guest["shares"]):
         raise click.UsageError("--initrd replaces the root file system that mounts --root and --share")
-    guest["environment"] = variables(guest.get("environment", ()))
+    guest["environment"] = _variables(guest.get("environment", ()))
     own = tuple(command) if command else None
     return GuestSpec(**guest, command=own, terminal=os.environ.get("TERM", "linux"), terminal_size=terminal_size())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import signal
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvmpass._log import keep_off_standard_error
-from kvmpass._signals import deferred, raise_at_signals
+from kvmpass._signals import importing, raise_at_signals
 from kvmpass.cli.output import colour, document_text, error_fields, error_text, remedies
 from kvmpass.errors import BadAddress, KvmpassError
 
@@ -64,14 +63,8 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         _set_up_logging()
-        collecting = gc.isenabled()
-        gc.disable()  # what an import makes stays: to search it for garbage takes a twentieth of the import
-        try:
-            with deferred():  # some of what runs in an import prints exceptions and goes on
-                command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
-        finally:
-            if collecting:
-                gc.enable()
+        with importing():
+            command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
         assert isinstance(command, click.Command)
         return command
 

@@ -6,9 +6,7 @@ import os
 import select
 import signal
 import sys
-import termios
 import threading
-import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
@@ -40,6 +38,9 @@ def raw_terminal(
 
     Synchronization: all three callbacks run in the thread ``keyboard``.
     """
+    import termios
+    import tty
+
     fd = sys.stdin.fileno()
     saved = termios.tcgetattr(fd) if os.isatty(fd) else None
     done, wake = os.pipe()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvmpass.machine import Machine
-from kvmpass.machine.vcpus import Accesses
 from kvmpass.timings import Stage, Timings
+
+if TYPE_CHECKING:
+    from kvmpass.machine import Machine
+    from kvmpass.machine.vcpus import Accesses
 
 
 class Measured:

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from kvmpass.guest.guest import Guest as Guest
     from kvmpass.guest.guest import GuestResult as GuestResult
     from kvmpass.guest.image import GuestImage as GuestImage
-    from kvmpass.guest.image import GuestSpec as GuestSpec
     from kvmpass.guest.image import prepare as prepare
     from kvmpass.guest.output import OutputWriter as OutputWriter
     from kvmpass.guest.output import Sink as Sink
+    from kvmpass.guest.spec import GuestSpec as GuestSpec
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
@@ -26,12 +26,12 @@ __all__, __getattr__, __dir__ = lazy_names(
         ),
         "kvmpass.guest.image": (
             "GuestImage",
-            "GuestSpec",
             "prepare",
         ),
         "kvmpass.guest.output": (
             "OutputWriter",
             "Sink",
         ),
+        "kvmpass.guest.spec": ("GuestSpec",),
     },
 )

@@ -12,14 +12,12 @@ from kvmpass._dataclass import dataclass
 from kvmpass._teardown import undo_on_error
 from kvmpass.errors import DaemonError, ShareError
 from kvmpass.files.program import INSTALL
+from kvmpass.guest.spec import HOST, MINIMAL
 from kvmpass.host import Sysfs
 from kvmpass.host.kernel.mounts import mounts_of
 from kvmpass.initramfs import GuestRoot, init
 from kvmpass.initramfs.served import Entry, Served, in_root
 from kvmpass.machine import Machine
-
-MINIMAL, HOST = "minimal", "host"
-"""Roots of a guest that are no directory: the initramfs, and this host's ``/``."""
 
 
 @dataclass(frozen=True, slots=True)

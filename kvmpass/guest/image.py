@@ -5,78 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvmpass._dataclass import dataclass
 from kvmpass.boot.cmdline import QUIET, kernel_command_line, uarts
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import NotEnoughMemory
-from kvmpass.guest.directories import MINIMAL, Directory, directories, mount
 from kvmpass.guest.kernel import find_kernel
 from kvmpass.guest.options import KernelOptions, ecam_alone, has_console
-from kvmpass.initramfs import GuestRoot, files, init, parameters
+from kvmpass.guest.spec import MINIMAL, GuestSpec
+from kvmpass.initramfs import GuestRoot, init, parameters
 from kvmpass.initramfs.served import DRIVERS, Entry
 from kvmpass.layout import MIB
-from kvmpass.machine import Machine
 from kvmpass.memory import Backing
 from kvmpass.ports import SERIAL_LINES
 
+if TYPE_CHECKING:
+    from kvmpass.guest.directories import Directory
+    from kvmpass.machine import Machine
+
 _START = 8 * MIB  # what a kernel allocates before it unpacks: Debian's 6.1 panics with 3 MiB, and works with 5
 _SLACK = 32 * MIB  # beyond the minimum, in the hint
-
-
-@dataclass(frozen=True, slots=True)
-class GuestSpec:
-    """What to boot. ``command`` and the fields from ``copy`` on need the initramfs that ``prepare`` makes."""
-
-    kernel: Path | None = None
-    """A bzImage, a kernel's build tree or ``/lib/modules/RELEASE``; None: the running kernel."""
-    initrd: Path | None = None
-    """An initramfs; None: one made for the devices' modaliases."""
-    append: str = ""
-    """Words to append to the kernel command line."""
-    copy: tuple[str, ...] = ()
-    """Files to copy into the guest, as ``SRC:DST``."""
-    modules: tuple[Path, ...] = ()
-    """Kernel modules to load, which replace the kernel's own."""
-    command: tuple[str, ...] | None = None
-    """The arguments of a command to run instead of a shell on the console."""
-    copy_out: tuple[str, ...] = ()
-    """Files and directories to bring out when the command has ended, or a session is stopped, as ``SRC[:DST]``."""
-    root: str = MINIMAL
-    """The guest's root: ``minimal``, the initramfs; ``host``, this host's own; or a directory."""
-    shares: tuple[str, ...] = ()
-    """Directories of this host for the guest, as ``SRC[:DST][,rw]``; read-only without ``rw``."""
-    session: bool = False
-    """Whether the guest stays, without a command, and its agent runs what the host starts."""
-    interactive: bool = False
-    """Whether the command has input: then it needs a virtio console, as serial ports pass none."""
-    tty: bool = False
-    """Whether the command has a terminal, of ``terminal_size``: it needs a virtio console, too."""
-    environment: tuple[str, ...] = ()
-    """Variables for the command, as ``NAME=VALUE``."""
-    directory: str = ""
-    """Where the command starts; empty: ``/root``, or the caller's directory in the host's root."""
-    verbose: bool = False
-    """Whether the kernel prints its messages."""
-    terminal: str = "linux"
-    """``TERM`` of the command, or of the shell on the console."""
-    terminal_size: tuple[int, int] = (24, 80)
-    """Rows and columns of the terminal."""
-
-    def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
-        """Return the backing for the memory of its machine, ``wanted`` where it may choose: see ``GuestImage``."""
-        return wanted.shared if self.root != MINIMAL or self.shares else wanted
-
-    @property
-    def copied_size(self) -> int:
-        """Bytes that ``prepare`` allocates for ``initrd``, or for the files of ``copy``.
-
-        Those are read first, and then written to an archive. Files that cannot be looked at are left out. Raises
-        ``KvmpassError`` as ``prepare``.
-        """
-        if self.initrd is not None:
-            return files.size_of(self.initrd)
-        return 2 * sum(files.size_of(files.split_spec(copy)[0]) for copy in self.copy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +105,11 @@ def _sources(copy_out: Sequence[str]) -> list[str]:
 
 def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``."""
-    served = directories(spec.root, spec.shares)
+    served: tuple[Directory, ...] = ()
+    if spec.root != MINIMAL or spec.shares:
+        from kvmpass.guest.directories import directories, mount
+
+        served = directories(spec.root, spec.shares)
     brought_out = _sources(spec.copy_out)
     kernel = find_kernel(spec.kernel)
     append = parameters.words(spec.append)

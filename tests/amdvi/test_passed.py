@@ -23,6 +23,10 @@ from support.modes import FULL
 from support.witness import Edu, locked_bytes, pattern
 
 import kvmpass.cli.assign
+import kvmpass.guest.guest
+import kvmpass.guest.image
+import kvmpass.host.blockers
+import kvmpass.host.doctor.vital
 from kvmpass import host
 from kvmpass.cli.main import main
 from kvmpass.errors import BadDescriptor

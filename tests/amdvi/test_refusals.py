@@ -58,7 +58,15 @@ def refuse_without(wrapper: tuple[str, ...], *arguments: str) -> str:
 
 def refuse_as(user: int, tmp_path: Path, *arguments: str) -> str:
     """The same in a fork with another user's rights, who need not be able to read the interpreter."""
-    importlib.import_module("kvmpass.cli.assign")
+    for name in (
+        "cli.assign",
+        "guest.image",
+        "host.blockers",
+        "host.doctor.resources",
+        "host.doctor.vital",
+        "machine.machine",
+    ):
+        importlib.import_module(f"kvmpass.{name}")
     output, errors = tmp_path / "out", tmp_path / "err"
     output.touch()
     errors.touch()

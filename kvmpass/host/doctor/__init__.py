@@ -20,23 +20,18 @@ if TYPE_CHECKING:
     from kvmpass.host.doctor.catalogue import CATALOGUE as CATALOGUE
     from kvmpass.host.doctor.catalogue import diagnose as diagnose
     from kvmpass.host.doctor.catalogue import diagnose_device as diagnose_device
-    from kvmpass.host.doctor.required import check_host as check_host
-    from kvmpass.host.doctor.required import check_limits as check_limits
-    from kvmpass.host.doctor.required import check_memory as check_memory
-    from kvmpass.host.doctor.required import diagnose_huge_pages as diagnose_huge_pages
-    from kvmpass.host.doctor.required import host_blocker as host_blocker
+    from kvmpass.host.doctor.resources import check_limits as check_limits
+    from kvmpass.host.doctor.resources import check_memory as check_memory
+    from kvmpass.host.doctor.resources import diagnose_huge_pages as diagnose_huge_pages
+    from kvmpass.host.doctor.vital import check_host as check_host
+    from kvmpass.host.doctor.vital import host_blocker as host_blocker
 
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "kvmpass.host.check": ("Check", "Finding", "Outcome", "Reading"),
         "kvmpass.host.doctor.catalogue": ("CATALOGUE", "diagnose", "diagnose_device"),
-        "kvmpass.host.doctor.required": (
-            "check_host",
-            "check_limits",
-            "check_memory",
-            "diagnose_huge_pages",
-            "host_blocker",
-        ),
+        "kvmpass.host.doctor.resources": ("check_limits", "check_memory", "diagnose_huge_pages"),
+        "kvmpass.host.doctor.vital": ("check_host", "host_blocker"),
     },
 )

@@ -11,6 +11,7 @@ import pytest
 from support.host_tree import Host
 
 from kvmpass import host as hosts
+from kvmpass import machine as machines
 from kvmpass.assignment import assign
 from kvmpass.errors import BadAddress, DeviceInUse, HostNotReady, NoSuchDevice, NotEnoughMemory
 from kvmpass.guest import GuestSpec
@@ -81,7 +82,7 @@ def test_a_failure_ends_the_thread_and_frees_the_memory(
 
 def test_a_machine_that_cannot_be_made_leaves_no_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assign, "check", lambda *_, **__: None)
-    monkeypatch.setattr(assign, "Machine", failing(OSError("no VM"), made))
+    monkeypatch.setattr(machines, "Machine", failing(OSError("no VM"), made))
     with pytest.raises(OSError, match="no VM"):
         run()
     assert not made.threads[0].is_alive()

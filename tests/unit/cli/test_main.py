@@ -63,14 +63,49 @@ def test_the_help_in_the_table_is_the_commands_own(name: str) -> None:
     assert COMMANDS[name][1] == command.get_short_help_str(200)
 
 
+def imported(*names: str) -> set[str]:
+    """Return the modules that ``names`` load beyond click, in a process of its own."""
+    script = (
+        f"import sys, click; before = {{*sys.modules}}; import {', '.join(names)}; print(*{{*sys.modules}} - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+# What the steps of kvmpass.assignment.assign import, until a device is assigned.
+STEPS = (
+    "host.blockers",
+    "host.doctor.vital",
+    "machine.machine",
+    "guest.image",
+    "virtio.function",
+    "virtio.console",
+)
+LATE = {"concurrent.futures", "gzip", "json", "logging", "lzma", "shutil", "socket", "subprocess", "traceback", "pwd"}
+
+
+def test_the_command_assign_loads_no_step_before_it_is_due() -> None:
+    """Its options, and the memory: that is mapped before the rest is imported."""
+    modules = imported("kvmpass.cli.assign")
+    assert not modules & {f"kvmpass.{name}" for name in STEPS} | modules & (LATE | {"termios"})
+    packages = {".".join(name.split(".")[:2]) for name in own(modules)}
+    assert not packages & {f"kvmpass.{name}" for name in ("board", "boot", "dma", "initramfs", "kvm", "pci", "vfio")}
+    assert len(own(modules)) <= 42
+
+
 def test_the_way_to_an_attached_device_loads_little() -> None:
     """Half of the time until a small guest has its device is spent on imports: what few runs need is loaded there."""
-    script = "import sys, click; before = {*sys.modules}; import kvmpass.cli.assign; print(*{*sys.modules} - before)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    modules = set(done.stdout.split())
-    late = {"concurrent.futures", "gzip", "json", "logging", "lzma", "shutil", "socket", "subprocess", "traceback"}
-    assert not modules & late
+    modules = imported("kvmpass.cli.assign", *(f"kvmpass.{name}" for name in (*STEPS, "host.drivers.borrow")))
+    assert not modules & LATE
     packages = {".".join(name.split(".")[:2]) for name in own(modules)}
-    assert not packages & {"kvmpass.crash", "kvmpass.session", "kvmpass.virtio", "kvmpass.lab"}
-    assert "kvmpass.guest.guest" not in modules and "kvmpass.files.daemon" not in modules
-    assert len(own(modules)) <= 160
+    assert not packages & {f"kvmpass.{name}" for name in ("crash", "files", "session", "lab")}
+    unused = (
+        "guest.guest",
+        "guest.directories",
+        "host.doctor.catalogue",
+        "host.usage.storage",
+        "dma.iommufd",
+        "vfio.cdev",
+    )
+    assert not modules & {f"kvmpass.{name}" for name in unused}
+    assert len(own(modules)) <= 157

@@ -10,8 +10,9 @@ import pytest
 from kvmpass.errors import ShareError
 from kvmpass.files import User, caller
 from kvmpass.guest import directories as module
-from kvmpass.guest.directories import HOST, MINIMAL, Directory, directories, entry, name_servers
+from kvmpass.guest.directories import Directory, directories, entry, name_servers
 from kvmpass.guest.image import GuestImage
+from kvmpass.guest.spec import HOST, MINIMAL
 from kvmpass.initramfs.served import Served
 from kvmpass.memory import Backing
 

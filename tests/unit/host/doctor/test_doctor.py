@@ -16,7 +16,7 @@ from kvmpass.errors import HostNotReady
 from kvmpass.host import Bdf, diagnose
 from kvmpass.host.doctor import Finding, Outcome
 from kvmpass.host.doctor.ivrs import BadTable, parse_ivrs
-from kvmpass.host.doctor.required import VITAL
+from kvmpass.host.doctor.vital import VITAL
 from kvmpass.layout import GIB, MIB, Range
 
 NVME = Bdf(0, 1, 0, 0)
