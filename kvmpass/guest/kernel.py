@@ -8,7 +8,6 @@ from pathlib import Path
 from kvmpass._dataclass import dataclass
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import BadKernel
-from kvmpass.initramfs.buildtree import BuildTree
 from kvmpass.initramfs.modules import ModuleTree
 
 _IMAGE = "arch/x86/boot/bzImage"
@@ -65,6 +64,8 @@ def _built(tree: Path) -> GuestKernel:
             f"{tree / _IMAGE} is kernel {image.release}, the modules of the tree are for {release}",
             f"build both again: make -C {tree} bzImage modules",
         )
+    from kvmpass.initramfs.buildtree import BuildTree
+
     vmlinux = tree / "vmlinux"
     return GuestKernel(image, BuildTree(tree, release), vmlinux if vmlinux.exists() else None)
 

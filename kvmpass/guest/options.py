@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from kvmpass.boot.linux import KernelImage
 
 RUNNING = Path("/proc/config.gz")
-_GZIP = 16 + zlib.MAX_WBITS
 
 
 class KernelOptions:
@@ -29,10 +27,20 @@ class KernelOptions:
         for path in _places(kernel):
             try:
                 data = path.read_bytes()
-                return cls(zlib.decompress(data, _GZIP) if path.suffix == ".gz" else data)
-            except (OSError, zlib.error):
+                return cls(_unpacked(data) if path.suffix == ".gz" else data)
+            except (OSError, ValueError):
                 continue
         return cls()
+
+
+def _unpacked(data: bytes) -> bytes:
+    """Return the content of a gzip file. Raises ``ValueError``."""
+    import zlib
+
+    try:
+        return zlib.decompress(data, 16 + zlib.MAX_WBITS)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
 
 
 def ecam_alone(options: KernelOptions, parameters: Iterable[str]) -> bool:

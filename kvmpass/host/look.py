@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property, partial
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import NoSuchDevice
@@ -14,8 +14,10 @@ from kvmpass.host.address import PATTERN, Bdf
 from kvmpass.host.kernel.kmsg import KernelLog
 from kvmpass.host.kernel.mounts import Mount, mounts
 from kvmpass.host.kernel.processes import OpenNodes, namespaces, process
-from kvmpass.host.names import Names
 from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
+
+if TYPE_CHECKING:
+    from kvmpass.host.names import Names
 
 # Components in the paths of devices that identify them: PCI addresses, NVMe subsystems.
 _COMPONENT = lazy_pattern(rf"{PATTERN}|nvme-subsys\d+")
@@ -46,9 +48,18 @@ class Look:
 
     def __init__(self, sysfs: Sysfs, names: Names | None = None) -> None:
         self.sysfs = sysfs
-        self.names = names or Names(sysfs)
+        self._names = names
         self._devices: dict[Bdf, PciDevice | None] = {}
         self._found: dict[Hashable, object] = {}
+
+    @property
+    def names(self) -> Names:
+        """The names of its devices."""
+        if self._names is None:
+            from kvmpass.host.names import Names
+
+            self._names = Names(self.sysfs)
+        return self._names
 
     def know(self, devices: Iterable[PciDevice]) -> None:
         """Store devices that were just read."""

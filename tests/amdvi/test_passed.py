@@ -26,7 +26,7 @@ import kvmpass.cli.assign
 import kvmpass.guest.guest
 import kvmpass.guest.image
 import kvmpass.host.blockers
-import kvmpass.host.doctor.vital
+import kvmpass.host.doctor.catalogue
 from kvmpass import host
 from kvmpass.cli.main import main
 from kvmpass.errors import BadDescriptor

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain
 
+from kvmpass._dataclass import dataclass
 from kvmpass.host.address import Bdf
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import IOMMU_GROUPS, NOIOMMU_NAME, PCI_DEVICES, VFIO_PCI, PciDevice, Sysfs
-from kvmpass.host.usage.model import Use
 
 # Drivers that only claim a device.
 _PLACEHOLDERS = (None, VFIO_PCI, "pci-stub")
@@ -23,6 +23,18 @@ _TRACED = frozenset({0x01, 0x02, 0x03, 0x04, 0x07, 0x09, 0x0D})
 _TRACED_BUSES = frozenset({0x0C00, 0x0C03})
 VSOCK = "vmw_vsock_virtio_transport"
 _TRACED_VIRTIO = frozenset({"9pnet_virtio", "virtiofs", "virtio_console", VSOCK})
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One use of a device by the host or by a process."""
+
+    text: str
+    """What uses it, or why it may be in use, as a clause."""
+    seen: bool = True
+    """Whether the use is visible; if not, it is only possible."""
+    waits: bool = False
+    """Whether unbinding the driver blocks until this use ends."""
 
 
 def uses(look: Look, device: PciDevice) -> list[Use]:

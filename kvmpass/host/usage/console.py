@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from kvmpass.host.address import Bdf
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PCI_DEVICES, PciDevice
-from kvmpass.host.usage.model import Use
+from kvmpass.host.usage import Use
 from kvmpass.host.usage.shares import VIRTIO
 
 _LETTERS = 0xFFFF_FFFE  # keys 1 to 31: a keyboard has them, a power button does not (the test of udev's input_id)

@@ -9,8 +9,7 @@ from kvmpass.host.address import Bdf
 from kvmpass.host.kernel.processes import sockets_of
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PciDevice
-from kvmpass.host.usage import VSOCK
-from kvmpass.host.usage.model import Use
+from kvmpass.host.usage import VSOCK, Use
 from kvmpass.host.usage.shares import VIRTIO
 
 _CXL_MEMORY = 0x0502

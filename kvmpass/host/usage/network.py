@@ -10,7 +10,7 @@ from kvmpass._dataclass import dataclass
 from kvmpass._lazy import lazy_pattern
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PciDevice
-from kvmpass.host.usage.model import Use
+from kvmpass.host.usage import Use
 
 _NETWORK = (0x02, 0x0D)  # base classes: network, wireless
 _INFINIBAND = 0x0207

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from kvmpass.host.address import Bdf
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PCI_DEVICES, PciDevice
-from kvmpass.host.usage.model import Use
+from kvmpass.host.usage import Use
 from kvmpass.host.usage.storage import block_devices
 
 _KINDS = {"dri": "GPU", "snd": "sound", "input": "input", "bus": "USB", "vfio": ""}

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PciDevice
-from kvmpass.host.usage.model import Use
+from kvmpass.host.usage import Use
 
 VIRTIO = "sys/bus/virtio/devices"
 _TAGS = "sys/fs/virtiofs"  # since Linux 6.9

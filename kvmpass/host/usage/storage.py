@@ -10,7 +10,7 @@ from pathlib import Path
 from kvmpass.host.address import Bdf
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PciDevice, Sysfs
-from kvmpass.host.usage.model import Use
+from kvmpass.host.usage import Use
 
 _STORAGE = 0x01  # base class
 # What an in-tree driver registers below its function, even if no disk is attached.
