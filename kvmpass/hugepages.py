@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Self
 
 from kvmpass._dataclass import dataclass
+from kvmpass.numa import NODES
 
 POOLS = "sys/kernel/mm/hugepages"
 
@@ -13,6 +14,11 @@ POOLS = "sys/kernel/mm/hugepages"
 def pool_name(page: int) -> str:
     """Return the directory in :data:`POOLS` of pages of ``page`` bytes."""
     return f"hugepages-{page >> 10}kB"
+
+
+def node_pool(node: int, page: int) -> str:
+    """Return the directory of the part of a pool of pages of ``page`` bytes that is on a NUMA node."""
+    return f"{NODES}/node{node}/hugepages/{pool_name(page)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +37,25 @@ class HugePagePool:
     """Pages above ``nr_hugepages``."""
     nr: int
     """Pages of the pool, ``nr_hugepages``."""
+    elsewhere: int = 0
+    """Free pages on NUMA nodes of which this process may have no memory (cpuset)."""
 
     @classmethod
-    def read(cls, page: int, number: Callable[[str], int]) -> Self:
+    def read(cls, page: int, number: Callable[[str], int], elsewhere: int = 0) -> Self:
         """Read the pool; ``number`` returns the number in the file of a given name in the pool's directory."""
         names = ("free", "resv", "nr_overcommit", "surplus", "nr")
-        return cls(page, *(number(f"{name}_hugepages") for name in names))
+        free, resv, nr_overcommit, surplus, nr = (number(f"{name}_hugepages") for name in names)
+        return cls(page, free, resv, nr_overcommit, surplus, nr, elsewhere)
 
     @property
     def available(self) -> int:
-        """Pages that a new mapping can have; negative if more are reserved for others than are free."""
-        return self.free - self.resv + max(0, self.nr_overcommit - self.surplus)
+        """Pages that a new mapping can have; negative if more are reserved for others than are free.
+
+        Pages are reserved on no particular node: those that fit on other nodes are taken to be there. Where the
+        kernel cannot reserve, it refuses the mapping (``hugetlb_acct_memory``), or sends SIGBUS at the first access.
+        """
+        free, reserved = self.free - self.elsewhere, max(0, self.resv - self.elsewhere)
+        return free - reserved + max(0, self.nr_overcommit - self.surplus)
 
     def nr_for(self, size: int) -> int:
         """Return what ``nr_hugepages`` must be for ``size`` bytes more than are mapped now."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from kvmpass import host
@@ -10,6 +9,7 @@ from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
 from kvmpass.layout import GUEST_BITS, plan_layout, size_text
 from kvmpass.memory import Backing
+from kvmpass.numa import NODES, node_numbers
 
 AUTO = "auto"
 _LARGEST_FIRST = (Backing.HUGETLB_1G, Backing.HUGETLB_2M)
@@ -53,8 +53,7 @@ def choose_backing(
 def _largest(sysfs: host.Sysfs, size: int, node: int | None) -> tuple[Backing, str]:
     from kvmpass.host.blocker import mib
     from kvmpass.host.doctor import Outcome
-    from kvmpass.host.doctor.memory import NODES
-    from kvmpass.hugepages import pool_name
+    from kvmpass.hugepages import node_pool
 
     reasons: list[str] = []
     for backing in _LARGEST_FIRST:
@@ -70,7 +69,7 @@ def _largest(sysfs: host.Sysfs, size: int, node: int | None) -> tuple[Backing, s
         failed = next((finding for finding in findings if finding.outcome is Outcome.FAIL), None)
         reasons.append(f"{pages}: {(failed or findings[0]).summary}")
         if failed is None:
-            near = sysfs.number(NODES, f"node{node}", "hugepages", pool_name(page), "free_hugepages")
+            near = None if node is None else sysfs.number(node_pool(node, page), "free_hugepages")
             if near is not None:
                 reasons[-1] += f", {mib(near * page)} free on NUMA node {node}, the device's"
             return backing, "; ".join(reasons)
@@ -87,9 +86,8 @@ def _from_zero(sysfs: host.Sysfs, size: int, page: int) -> bool:
 
 def _node(sysfs: host.Sysfs, bdfs: Iterable[host.Bdf]) -> int | None:
     """Return the number of the NUMA node of all these devices; None without one, and on a host with one node."""
-    from kvmpass.host.doctor.memory import NODES
     from kvmpass.host.sysfs import PCI_DEVICES
 
-    nodes = [int(name.removeprefix("node")) for name in sysfs.names(NODES) if re.fullmatch(r"node\d+", name)]
+    nodes = node_numbers(sysfs.names(NODES))
     near = {sysfs.number(PCI_DEVICES, str(bdf), "numa_node") for bdf in bdfs}
     return next((node for node in nodes if near == {node}), None) if len(nodes) > 1 else None

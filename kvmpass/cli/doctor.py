@@ -22,7 +22,11 @@ from kvmpass.layout import parse_size
 @click.option(
     "--memory", default="1G", show_default=True, type=SIZE, help="The guest's memory: a number with K, M, G or T."
 )
-@click.option("--hugepages", type=click.Choice(["2M", "1G"]), help="Guest memory comes from the host's pool.")
+@click.option(
+    "--hugepages",
+    type=click.Choice(["auto", "2M", "1G"]),
+    help="Guest memory comes from the host's pool; auto: from that of the largest pages that has enough, if any.",
+)
 @click.option(
     "--record",
     "archive",
@@ -62,8 +66,17 @@ def doctor(
         return _record(output, archive, anonymous, tree)
     if anonymous:
         raise click.UsageError("--anonymous needs --record")
-    page = parse_size(hugepages) if hugepages else 0
-    findings = host.diagnose(tree or host.Sysfs(), bdf, memory=memory, huge_page=page)
+    sysfs = tree or host.Sysfs()
+    page = 0
+    if hugepages == "auto":
+        from kvmpass.assignment.backing import choose_backing
+
+        choice = choose_backing(sysfs, memory, [bdf] if bdf else [])
+        output.note(f"backing {choice}")
+        page = choice.backing.huge_page
+    elif hugepages:
+        page = parse_size(hugepages)
+    findings = host.diagnose(sysfs, bdf, memory=memory, huge_page=page)
     failed = [finding for finding in findings if finding.outcome is Outcome.FAIL]
     output.document(
         bdf=bdf,

@@ -17,7 +17,7 @@ PACKAGE = Path(kvmpass.__file__).parent
 # From the lowest to the highest. A package, or a module at the top, imports from lower layers only.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"_dataclass", "_lazy", "_log"}),
-    frozenset({"events"}),
+    frozenset({"events", "numa"}),
     frozenset(
         {
             "errors",

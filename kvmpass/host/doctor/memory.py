@@ -10,11 +10,10 @@ from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, p
 from kvmpass.host.doctor.limits import raising
 from kvmpass.host.limits import own_unit, rlimit
 from kvmpass.host.sysfs import Sysfs
-from kvmpass.hugepages import POOLS, HugePagePool, pool_name
+from kvmpass.hugepages import POOLS, HugePagePool, node_pool, pool_name
+from kvmpass.numa import NODES, split_nodes, total
 
 CAP_IPC_LOCK = 14  # include/uapi/linux/capability.h
-NODES = "sys/devices/system/node"
-_MOST_NODES = 1024  # include/linux/numa.h: MAX_NUMNODES
 
 SHORT = BlockerTemplate(
     kind="memory-short",
@@ -28,6 +27,16 @@ FEW_HUGE_PAGES = BlockerTemplate(
     brief="{free} of {size} free",
     cause="the guest needs {size} of {page} KiB pages, {free} of them are free",
     remedy="reserve more: write the number of pages to {pool}/nr_hugepages",
+    commands=("echo {count} > {pool}/nr_hugepages",),
+    error=NotEnoughMemory,
+)
+FEW_HUGE_ON_NODES = BlockerTemplate(
+    kind="huge-pages-nodes-short",
+    brief="{free} of {size} free on NUMA node {nodes}",
+    cause="the guest needs {size} of {page} KiB pages, and this process may use memory of NUMA node {nodes} only, "
+    "which has {free} of them free",
+    remedy="reserve more there: write the number of pages to {pool}/nr_hugepages; or give this process more nodes: "
+    "for a systemd unit AllowedMemoryNodes=, cpuset.mems of its cgroups",
     commands=("echo {count} > {pool}/nr_hugepages",),
     error=NotEnoughMemory,
 )
@@ -78,25 +87,28 @@ def _available(context: CheckContext) -> Verdict:
 def _on_nodes(context: CheckContext) -> tuple[str, int | None]:
     """Return the NUMA nodes that this process may use, and their available bytes; None if it may use all nodes."""
     allowed = context.status.get("Mems_allowed_list", "")
-    numbers = {
-        number
-        for part in allowed.split(",")
-        if (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()))
-        for number in range(int(match[1]), min(int(match[2] or match[1]), _MOST_NODES) + 1)
-    }
-    nodes = [name for name in context.sysfs.names(NODES) if re.fullmatch(r"node\d+", name)]
-    ours = [name for name in nodes if int(name.removeprefix("node")) in numbers]
-    if not ours or len(ours) == len(nodes):
+    ours, others = _nodes(context)
+    if not others:
         return allowed, None
-    total = 0
-    for name in ours:
-        for line in context.sysfs.lines(NODES, name, "meminfo"):
+    available = 0
+    for node in ours:
+        for line in context.sysfs.lines(NODES, f"node{node}", "meminfo"):
             match = re.search(r" (MemFree|Active\(file\)|Inactive\(file\)|SReclaimable): +(\d+) kB", line)
-            total += int(match[2]) * 1024 if match else 0
-    return allowed, total
+            available += int(match[2]) * 1024 if match else 0
+    return allowed, available
 
 
-@precondition("huge-pages", "Huge pages", f"`/{POOLS}`, with `--hugepages`", (FEW_HUGE_PAGES,))
+def _nodes(context: CheckContext) -> tuple[list[int], list[int]]:
+    """Return the NUMA nodes that this process may use, and the others."""
+    return split_nodes(context.sysfs.names(NODES), context.status.get("Mems_allowed_list", ""))
+
+
+@precondition(
+    "huge-pages",
+    "Huge pages",
+    f"`/{POOLS}`, with `--hugepages`; `/{NODES}`, if this process may not use all NUMA nodes",
+    (FEW_HUGE_PAGES, FEW_HUGE_ON_NODES),
+)
 def _huge_pages(context: CheckContext) -> Verdict:
     sysfs, page = context.sysfs, context.huge_page
     if not page:
@@ -105,9 +117,25 @@ def _huge_pages(context: CheckContext) -> Verdict:
         return passed("not requested", *read)
     name = pool_name(page)
     base = f"{POOLS}/{name}"
-    pool = HugePagePool.read(page, lambda file: sysfs.number(base, file) or 0)
+    ours, others = _nodes(context)
+    elsewhere = total(others, lambda node: sysfs.number(node_pool(node, page), "free_hugepages"))
+    pool = HugePagePool.read(page, lambda file: sysfs.number(base, file) or 0, elsewhere)
     left = max(0, pool.available) * page
     read = [Reading(f"/{base}", _pool(sysfs, name) if sysfs.path(base).is_dir() else "not found")]
+    if left < context.memory and others:
+        nodes, near = context.status.get("Mems_allowed_list", ""), node_pool(ours[0], page)
+        missing = pool.nr_for(context.memory) - pool.nr
+        return failed(
+            FEW_HUGE_ON_NODES,
+            *read,
+            Reading("/proc/self/status", f"Mems_allowed_list {nodes}"),
+            size=mib(context.memory),
+            page=page >> 10,
+            free=mib(left),
+            nodes=nodes,
+            pool=f"/{near}",
+            count=(sysfs.number(near, "nr_hugepages") or 0) + missing,
+        )
     if left < context.memory:
         return failed(
             FEW_HUGE_PAGES,

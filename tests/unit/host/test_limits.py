@@ -250,6 +250,32 @@ def test_memory_of_some_nodes(host: Host) -> None:
     assert "NUMA node 0 only, which has 110 MiB" in text(found(host, "memory-nodes-short"))
 
 
+def test_huge_pages_of_some_nodes(host: Host) -> None:
+    """The pool counts those of all nodes. What others have reserved may be on nodes that are not this process's."""
+    base = "sys/kernel/mm/hugepages/hugepages-2048kB"
+    for file, number in (("free", 600), ("nr", 700), ("resv", 400)):
+        host.put(f"{base}/{file}_hugepages", str(number))
+    for node, free in ((0, 200), (1, 400)):
+        host.put(f"sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/free_hugepages", str(free))
+        host.put(f"sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/nr_hugepages", "350")
+
+    def short(pages: int) -> list[str]:
+        findings = diagnose(host, NVME, memory=pages * 2 * MIB, huge_page=2 * MIB)
+        return [finding.blocker.kind for finding in findings if finding.blocker]
+
+    host.put("proc/self/status", "Uid:\t7\nMems_allowed_list:\t0-1")
+    assert (short(200), short(201)) == ([], ["huge-pages-short"])
+    host.put("proc/self/status", "Uid:\t7\nMems_allowed_list:\t0")
+    assert (short(200), short(201)) == ([], ["huge-pages-nodes-short"])
+    host.put(f"{base}/resv_hugepages", "450")  # 50 of them are on node 0
+    assert (short(150), short(151)) == ([], ["huge-pages-nodes-short"])
+    finding = found(host, "huge-pages-nodes-short", memory=160 * 2 * MIB, huge_page=2 * MIB)
+    assert "NUMA node 0 only, which has 300 MiB of them free" in text(finding)
+    assert finding.blocker is not None and finding.blocker.commands == (
+        "echo 360 > /sys/devices/system/node/node0/hugepages/hugepages-2048kB/nr_hugepages",
+    )
+
+
 def test_this_very_process() -> None:
     """The kernel's own files: each limit is one that getrlimit tells, too."""
     import resource

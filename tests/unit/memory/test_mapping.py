@@ -440,6 +440,17 @@ def test_more_pages_reserved_than_free(pools: Path) -> None:
         check_huge_pages(HUGE, HUGE)
 
 
+def test_pages_on_other_nodes_are_not_free(pools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool(pools, HUGE, free=4, nr=4)
+    monkeypatch.setattr(kvmpass.memory.mapping, "own_nodes", lambda: ([0], [1]))
+    monkeypatch.setattr(kvmpass.memory.mapping, "node_pool", lambda node, page: f"{pools}/node{node}")
+    (pools / "node1").mkdir()
+    (pools / "node1" / "free_hugepages").write_text("3\n")
+    check_huge_pages(HUGE, HUGE)
+    with pytest.raises(NotEnoughMemory, match="2 MiB are needed, 1 are free on NUMA node 0, of which alone this"):
+        check_huge_pages(HUGE, 2 * HUGE)
+
+
 def test_a_host_without_such_pages(pools: Path) -> None:
     with pytest.raises(NotEnoughMemory, match=r"no huge pages of 2 MiB \(.*free_hugepages: No such file"):
         check_huge_pages(HUGE, HUGE)

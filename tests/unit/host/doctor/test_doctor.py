@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -531,3 +532,15 @@ def test_the_command(host: Host, monkeypatch: pytest.MonkeyPatch, valid: Callabl
     assert (status, document["ok"], document["memory"], document["bdf"]) == (1, False, 64 * MIB, str(NVME))
     [blocker] = [finding["blocker"] for finding in document["findings"] if finding["outcome"] == "fail"]
     assert blocker["kind"] == "no-intremap"
+
+
+def test_the_command_chooses_pages_as_assign_does(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvmpass.cli.doctor import doctor
+
+    monkeypatch.setattr(library, "Sysfs", lambda: host)
+    for free, page, reason in ((31, None, "anonymous: "), (32, 2 * MIB, "hugetlb-2M: ")):
+        for name in ("free", "nr"):
+            host.put(f"sys/kernel/mm/hugepages/hugepages-2048kB/{name}_hugepages", str(free))
+        result = CliRunner().invoke(doctor, ["--json", "--memory", "64M", "--hugepages", "auto"])
+        assert json.loads(result.stdout)["huge_page"] == page
+        assert f"kvmpass: backing {reason}" in result.stderr

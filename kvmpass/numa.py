@@ -1,0 +1,48 @@
+"""The NUMA nodes of the host (Documentation/ABI/stable/sysfs-devices-node), and those that a process may use."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+NODES = "sys/devices/system/node"
+_MOST_NODES = 1024  # include/linux/numa.h: MAX_NUMNODES
+
+
+def node_numbers(names: Iterable[str]) -> list[int]:
+    """Return the sorted numbers of the nodes among the names in the directory :data:`NODES`."""
+    return sorted(int(name.removeprefix("node")) for name in names if re.fullmatch(r"node\d+", name))
+
+
+def parse_nodes(text: str) -> frozenset[int]:
+    """Return the numbers in a list such as ``0-1,3`` (``Mems_allowed_list``), without what is no such list."""
+    return frozenset(
+        number
+        for part in text.split(",")
+        if (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()))
+        for number in range(int(match[1]), min(int(match[2] or match[1]), _MOST_NODES) + 1)
+    )
+
+
+def split_nodes(names: Iterable[str], allowed: str) -> tuple[list[int], list[int]]:
+    """Return the nodes among ``names`` that are ``allowed``, and the others; if none is, that is unknown: all are."""
+    nodes, numbers = node_numbers(names), parse_nodes(allowed)
+    ours = [node for node in nodes if node in numbers] or nodes
+    return ours, [node for node in nodes if node not in ours]
+
+
+def own_nodes() -> tuple[list[int], list[int]]:
+    """Return the nodes that this process may have memory of, and the others (``/proc/self/status``, cpuset)."""
+    try:
+        names, status = os.listdir(f"/{NODES}"), Path("/proc/self/status").read_text()  # noqa: PTH208 - lighter
+    except OSError:  # a kernel without CONFIG_NUMA
+        return [], []
+    allowed = re.search(r"^Mems_allowed_list:\s*(.*)$", status, re.MULTILINE)
+    return split_nodes(names, allowed[1] if allowed else "")
+
+
+def total(nodes: Iterable[int], number: Callable[[int], int | None]) -> int:
+    """Return the sum of ``number`` over ``nodes``, without those of which it is unknown."""
+    return sum(number(node) or 0 for node in nodes)
