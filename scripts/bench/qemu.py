@@ -1,15 +1,49 @@
-"""QEMU as the peer: its q35 machine under KVM, with vfio-pci and a monitor (QMP)."""
+"""QEMU as the peer: its q35 machine under KVM, with vfio-pci and a monitor (QMP), and kvmpass's guest in it."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Self
+
+from kvmpass.guest.image import GuestImage
+from kvmpass.ports import SERIAL_LINES
 
 WORDS = ["qemu-system-x86_64", "-machine", "q35", "-accel", "kvm", "-cpu", "host"]
 WORDS += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-qmp", "stdio"]
 SECONDS = 120
+FIND_PORT, FIND_NONE = b"    find_port && return\n", b"    # on serial ports  \n"
+"""Of init: it would wait for the port of kvmpass's agent wherever there is a virtio console."""
+
+
+def boot_words(folder: Path, image: GuestImage, memory: int) -> list[str]:
+    """Return the words that boot a guest with ``memory`` MiB, its CPUs stopped at first.
+
+    Its serial ports are files in ``folder``: ``serial3`` says when the command begins and ends, and what it prints
+    comes through the pipe ``serial1.out``. ``image`` is for serial ports.
+    """
+    assert image.initrd.count(FIND_PORT) == 1 and len(FIND_PORT) == len(FIND_NONE)
+    (folder / "initrd").write_bytes(image.initrd.replace(FIND_PORT, FIND_NONE))
+    words = ["-S", "-m", f"{memory}M", "-kernel", str(image.kernel.path), "-initrd", str(folder / "initrd")]
+    words += ["-append", image.cmdline]
+    for end in ("in", "out"):
+        os.mkfifo(folder / f"serial1.{end}")
+    for index, line in enumerate(SERIAL_LINES):
+        kind = "pipe" if index == 1 else "file"
+        words += ["-chardev", f"{kind},id=serial{index},path={folder / f'serial{index}'}"]
+        place = f"iobase={line.port:#x},irq={line.irq},index={index}"
+        words += ["-device", f"isa-serial,chardev=serial{index},{place}"]
+    return words
+
+
+def port_words(kind: str, path: Path) -> list[str]:
+    """Return the words for a port of a virtio console, ``/dev/vport0p1`` in the guest."""
+    words = ["-chardev", f"{kind},id=port,path={path}", "-device", "virtio-serial-pci"]
+    return [*words, "-device", "virtserialport,chardev=port,name=port"]
 
 
 class Qemu:
@@ -43,6 +77,17 @@ class Qemu:
             if "return" in answer:
                 return answer["return"]
         raise RuntimeError(f"{name}: QEMU has ended")
+
+    def wait_for(self, condition: Callable[[], bool]) -> float:
+        """Wait until a condition holds; return when it did. Raises ``TimeoutError``, or if QEMU ends first."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            if self.child.poll() is not None:
+                raise RuntimeError(f"QEMU has ended with status {self.child.returncode}")
+            if time.monotonic() > deadline:
+                raise TimeoutError("QEMU's guest hangs")
+            time.sleep(0.01)
+        return time.monotonic()
 
     def __enter__(self) -> Self:
         return self

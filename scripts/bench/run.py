@@ -34,6 +34,8 @@ DOCS = HERE.parents[1] / "docs"
 DEVICES = ("nvme", "nvme", "e1000e", "e1000e", "edu", "edu")
 PARALLEL = ("parallel",)
 """Sections that have an emulated host of their own, with several CPUs, while no other runs."""
+HALF = ("spans", "processes")
+"""Sections that take as long as the rest of those that run in a host with one CPU."""
 RUNS = {"kvmpass": "a guest with a drive", "QEMU": "a guest of QEMU with a drive"}
 
 
@@ -137,8 +139,8 @@ def main() -> None:
     else:
         alone = [name for name in inside if name in PARALLEL]
         inside = [name for name in inside if name not in PARALLEL]
-        # The last takes about as long as the rest.
-        shares = [inside[:-1], inside[-1:]] if options.hosts == 2 else [inside]
+        halves = [[name for name in inside if (name in HALF) == half] for half in (False, True)]
+        shares = halves if options.hosts == 2 else [inside]
     found = {name: {} for name in vars(Samples())}
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
         folder = Path(name)

@@ -148,6 +148,7 @@ def parallel(bench: Bench) -> Iterator[list[Job]]:
         jobs += [
             partial(attached_by_kvmpass, bench, row, size, words),
             partial(attached_by_qemu, bench, row, size),
-            partial(attached_by_qemu, bench, row, size, "QEMU, prealloc", *preallocated(size)),
         ]
+        if size == LARGE:
+            jobs += [partial(attached_by_qemu, bench, row, size, "QEMU, prealloc", *preallocated(size))]
     yield jobs + first_run(Loaded(bench), (SMALL, LARGE), f", {CPUS} CPUs")
