@@ -11,7 +11,7 @@ import enum
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -138,6 +138,9 @@ class GuestMemory:
     def __init__(self) -> None:
         # Replaced, never changed: an iteration without the lock sees one state of the list.
         self._regions: tuple[MemoryRegion, ...] = ()
+        # What ``_around`` has found last: the list then, the region, its start, end and bytes.
+        self._accessed: tuple[object, MemoryRegion | None, tuple[int, int, memoryview]]
+        self._accessed = None, None, (0, 0, memoryview(b""))
         self._listeners: list[RegionListener] = []
         self.lock = threading.RLock()
         """Held while the list changes; hold it to keep the list as it is."""
@@ -344,21 +347,34 @@ class GuestMemory:
         """A value that is another object after each change of the list: for what keeps views of it."""
         return self._regions
 
-    def dma_views(self, gpa: int, size: int, *, write: bool) -> list[memoryview]:
-        """Return the ``size`` bytes that an emulated device reads from ``gpa`` on, or writes: a view for each region.
+    def dma_views(self, parts: Iterable[tuple[int, int]], *, write: bool) -> list[memoryview]:
+        """Return what an emulated device reads, or writes, at guest-physical addresses with sizes: views, in order.
 
         Raises ``IndexError`` unless a device reaches all of them by DMA. Views are valid while ``lock`` is held, or
         the regions stay in the list.
         """
-        views = []
-        while size > 0:
-            region = self.find(gpa)
-            if region is None or (write and not region.kind.dma_writable):
-                raise IndexError(f"guest-physical {gpa:#x}+{size:#x} is no memory that a device may access")
-            length = min(size, region.range.end - gpa)
-            views.append(region.mapping.view(region.offset + gpa - region.gpa, length))
-            gpa, size = gpa + length, size - length
+        views: list[memoryview] = []
+        start = end = 0
+        for gpa, size in parts:
+            while size > 0:
+                if not start <= gpa < end:
+                    start, end, whole = self._around(gpa, write=write)
+                length = size if gpa + size <= end else end - gpa
+                views.append(whole[gpa - start : gpa - start + length])
+                gpa, size = gpa + length, size - length
         return views
+
+    def _around(self, gpa: int, *, write: bool) -> tuple[int, int, memoryview]:
+        """Return start, end and all bytes of the region in which a device may access ``gpa``."""
+        regions, region, found = self._accessed
+        if regions is not self._regions or not found[0] <= gpa < found[1]:
+            region = self.find(gpa)
+            if region is not None:
+                found = region.gpa, region.range.end, region.mapping.view(region.offset, region.size)
+                self._accessed = self._regions, region, found
+        if region is None or (write and not region.kind.dma_writable):
+            raise IndexError(f"guest-physical {gpa:#x} is no memory that a device may access")
+        return found
 
     def read(self, gpa: int, size: int) -> bytes:
         """Read ``size`` bytes from ``gpa`` on. Raises ``IndexError`` outside guest memory."""

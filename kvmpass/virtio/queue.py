@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory
@@ -18,7 +18,8 @@ from kvmpass.virtio.signals import Signals
 MAX_CHAIN_BYTES = 1 << 20
 """Bytes that one chain may read or write: what Linux sends is at most the capacity of a pipe."""
 
-_DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, next
+_ENTRY = "QIHH"  # of a descriptor table: address, length, flags, next
+_DESCRIPTOR = struct.Struct(f"<{_ENTRY}")
 _INDEX = struct.Struct("<H")  # the whole field in one access, as struct copies native sizes
 _USED = struct.Struct("<II")
 _NEXT, _WRITE, _INDIRECT = 1, 2, 4
@@ -41,7 +42,7 @@ class RingError(Exception):
 class Chain:
     """A chain of descriptors: what the device reads, then what it writes."""
 
-    __slots__ = ("_memory", "_read", "head", "readable", "room", "writable")
+    __slots__ = ("_memory", "head", "readable", "room", "writable")
 
     def __init__(self, memory: GuestMemory, head: int) -> None:
         self._memory = memory
@@ -51,40 +52,31 @@ class Chain:
         """Guest-physical addresses and sizes of the parts that the device reads."""
         self.writable: list[tuple[int, int]] = []
         """The same of the parts that it writes."""
-        self._read = 0
         self.room = 0
         """Bytes that the device may write."""
 
-    def add(self, address: int, length: int, writable: bool) -> None:
-        """Add a part. Raises ``RingError`` (2.7.4.2: those that the device writes come last)."""
-        if writable:
-            self.writable.append((address, length))
-            self.room += length
-        elif self.writable:
-            raise RingError("a part that the device reads comes after one that it writes")
-        else:
-            self.readable.append((address, length))
-            self._read += length
-        if max(self._read, self.room) > MAX_CHAIN_BYTES:
+    def check(self) -> None:
+        """Note that all parts are there. Raises ``RingError`` if they are too many bytes."""
+        self.room = sum([length for _, length in self.writable])
+        if max(self.room, sum([length for _, length in self.readable])) > MAX_CHAIN_BYTES:
             raise RingError(f"a chain of more than {MAX_CHAIN_BYTES} bytes")
 
     def read(self) -> bytes:
         """Return a copy of what the device reads. Raises ``RingError`` outside of RAM."""
-        return b"".join(view for part in self.readable for view in self._views(part, write=False))
+        return b"".join(self._views(self.readable, write=False))
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write as much of ``data`` as there is room for; return its size. Raises ``RingError`` outside of RAM."""
         left = memoryview(data)
-        for part in self.writable:
-            for view in self._views(part, write=True):
-                size = min(len(view), len(left))
-                view[:size] = left[:size]
-                left = left[size:]
+        for view in self._views(self.writable, write=True):
+            size = min(len(view), len(left))
+            view[:size] = left[:size]
+            left = left[size:]
         return len(data) - len(left)
 
-    def _views(self, part: tuple[int, int], *, write: bool) -> list[memoryview]:
+    def _views(self, parts: Sequence[tuple[int, int]], *, write: bool) -> list[memoryview]:
         try:
-            return self._memory.dma_views(*part, write=write)
+            return self._memory.dma_views(parts, write=write)
         except IndexError as error:
             raise RingError(str(error)) from None
 
@@ -158,7 +150,7 @@ class Virtqueue:
 
     def _one(self, place: Range, *, write: bool) -> memoryview:
         try:
-            views = self._memory.dma_views(place.start, place.size, write=write)
+            views = self._memory.dma_views([(place.start, place.size)], write=write)
         except IndexError as error:
             raise RingError(str(error)) from None
         if len(views) != 1:
@@ -190,7 +182,11 @@ class Virtqueue:
         return added
 
     def _follow(self, chain: Chain, table: memoryview | bytes, at: int, count: int, *, direct: bool) -> None:
-        """Collect the descriptors of a table from ``at`` on: as many as the queue has entries, or it is a loop."""
+        """Collect the descriptors of a table from ``at`` on: as many as the queue has entries, or it is a loop.
+
+        (2.7.4.2: parts that the device writes come last.)
+        """
+        readable, writable = chain.readable, chain.writable
         for _ in range(self.size):
             if at >= count:
                 raise RingError(f"descriptor {at} of a table of {count}")
@@ -202,17 +198,35 @@ class Virtqueue:
                     raise RingError(f"an indirect table of {length} bytes")
                 # Copied: the guest may change it meanwhile.
                 inside = b"".join(self._indirect(address, length))
-                self._follow(chain, inside, 0, length // 16, direct=False)
+                if not (chain.writable or self._in_order(chain, inside)):
+                    self._follow(chain, inside, 0, length // 16, direct=False)
                 return
-            chain.add(address, length, bool(flags & _WRITE))
+            if flags & _WRITE:
+                writable.append((address, length))
+            elif writable:
+                raise RingError("a part that the device reads comes after one that it writes")
+            else:
+                readable.append((address, length))
             if not flags & _NEXT:
+                chain.check()
                 return
             at = following
         raise RingError("a chain that does not end")
 
+    @staticmethod
+    def _in_order(chain: Chain, table: bytes) -> bool:
+        """Collect a table that is read, one entry after the other, as Linux makes them. Return whether it is one."""
+        count = len(table) // 16
+        fields = struct.unpack(f"<{_ENTRY * count}", table)
+        if fields[2::4] != (_NEXT,) * (count - 1) + (0,) or fields[3:-1:4] != tuple(range(1, count)):
+            return False
+        chain.readable += zip(fields[::4], fields[1::4], strict=True)
+        chain.check()
+        return True
+
     def _indirect(self, address: int, length: int) -> list[memoryview]:
         try:
-            return self._memory.dma_views(address, length, write=False)
+            return self._memory.dma_views([(address, length)], write=False)
         except IndexError as error:
             raise RingError(str(error)) from None
 
