@@ -234,6 +234,7 @@ static __attribute__((noreturn, used)) void run(long *stack)
 	call3(sched_setscheduler, 0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first);
 	call4(rt_sigprocmask, SIG_SETMASK, &blocked, NULL, sizeof(blocked));
 	children = call4(signalfd4, -1, &child, sizeof(child), O_CLOEXEC | O_NONBLOCK);
+	make_staging();
 	send_numbers(0, HELLO, 0, VERSION, now());
 	for (long number = 1 + unusable; number < count; number++) {
 		size_t size = length(arguments[number]);

@@ -3,8 +3,9 @@
 
 #include <stdint.h>
 
-#define VERSION 1
-#define MAX_FRAME 32768 /* bytes with the header: what Linux passes to a port in one buffer */
+#define VERSION 2
+#define MAX_FRAME 32768 /* bytes with the header: what Linux copies into one buffer of a port */
+#define MAX_DATA 65536 /* bytes of DATA from here: what a pipe has room for */
 #define MAX_START 1048576
 #define MAX_PROCESSES 65
 #define INPUT_WINDOW 131072

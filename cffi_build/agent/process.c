@@ -217,10 +217,10 @@ long start_process(struct process *process, char **environment)
 	non_blocking(errors.read);
 	non_blocking(status.read);
 	process->pid = pid;
-	process->streams[INPUT] = (struct stream_state){input.write, 0, -1};
-	process->streams[OUTPUT] = (struct stream_state){output.read, start->window, -1};
-	process->streams[ERRORS] = (struct stream_state){errors.read, start->window, -1};
+	process->streams[INPUT] = (struct stream_state){input.write, 0, -1, false};
+	process->streams[OUTPUT] = (struct stream_state){output.read, start->window, -1, false};
+	process->streams[ERRORS] = (struct stream_state){errors.read, start->window, -1, false};
 	/* One byte more than the report: at 0 its end would not be seen. */
-	process->streams[STATUS] = (struct stream_state){status.read, 2 * sizeof(int32_t) + 1, -1};
+	process->streams[STATUS] = (struct stream_state){status.read, 2 * sizeof(int32_t) + 1, -1, false};
 	return 0;
 }

@@ -8,6 +8,7 @@ struct stream_state {
 	int fd; /* -1: closed */
 	uint32_t credit; /* bytes that the host takes */
 	long left; /* bytes to read before the end, once the process has ended; -1: to its own end */
+	bool bulk; /* the last read has filled a frame */
 };
 
 struct process {
@@ -51,4 +52,5 @@ void close_input(struct process *process);
 void write_input(struct process *process);
 void read_output(struct process *process, enum stream number);
 void limit_output(struct process *process);
+void make_staging(void);
 void reap(void);

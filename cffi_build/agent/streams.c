@@ -4,6 +4,7 @@
 #include <asm/errno.h>
 #include <asm/ioctls.h>
 #include <asm/poll.h>
+#include <linux/fcntl.h>
 #include <linux/mman.h>
 #include <linux/reboot.h>
 #include <linux/time.h>
@@ -11,6 +12,8 @@
 
 #define INPUT_GRANT (INPUT_WINDOW / 4) /* bytes granted at once, or all once nothing waits */
 #define LEFT_BEHIND_MS 300 /* for what processes still write that a process has left behind */
+#define STAGING_SIZE 131072 /* bytes, of twice as many pages as DATA has: one is for the header */
+#define SPLICE_NONBLOCK 2 /* SPLICE_F_NONBLOCK (include/linux/splice.h) */
 #define TERMINAL_BUFFERS 32768 /* bytes, more than a terminal has: the kernel limits them to 4 and 8 KiB */
 
 struct process processes[MAX_PROCESSES];
@@ -77,6 +80,70 @@ void send_numbers(uint32_t id, enum type type, enum stream stream, uint32_t firs
 
 	memcpy(frame.data, numbers, sizeof(numbers));
 	send(id, type, stream, sizeof(numbers));
+}
+
+/* --- from a pipe to the host, whose driver of the port takes the pages as they are */
+
+static struct { int read, write; } staging = {-1, -1}; /* a pipe of the agent's own, empty between frames */
+
+void make_staging(void)
+{
+	if (call2(pipe2, &staging, O_CLOEXEC) < 0)
+		return;
+	if (call3(fcntl, staging.write, F_SETPIPE_SZ, STAGING_SIZE) < STAGING_SIZE)
+		staging.write = -1; /* everything is copied */
+}
+
+/* Send what is in the staging pipe, behind a header that does not count, as frames of their own. */
+static void copy_staged(uint32_t id, enum stream number, size_t size)
+{
+	call3(read, staging.read, &frame.head, sizeof(frame.head));
+	while (size) {
+		long done = call3(read, staging.read, frame.data, size < sizeof(frame.data) ? size : sizeof(frame.data));
+
+		if (done <= 0)
+			end(true);
+		size -= done;
+		send(id, DATA, number, done);
+	}
+}
+
+/* Move what a pipe has into one frame; 0 if that is too little, or the port takes no pages. */
+static uint32_t splice_output(struct process *process, enum stream number)
+{
+	struct stream_state *stream = &process->streams[number];
+	struct frame head = {.id = process->id, .type = DATA, .stream = number};
+	uint32_t size = 0, moved = 0, left;
+	long done;
+
+	if (staging.write < 0 || call3(ioctl, stream->fd, FIONREAD, &size) < 0)
+		return 0;
+	size = size < MAX_DATA ? size : MAX_DATA;
+	size = size < stream->credit ? size : stream->credit;
+	if (size <= sizeof(frame.data))
+		return 0;
+	head.size = size;
+	call3(write, staging.write, &head, sizeof(head));
+	while (moved < size) {
+		done = call6(splice, stream->fd, NULL, staging.write, NULL, size - moved, SPLICE_NONBLOCK);
+		if (done <= 0) /* something else has read it, or it is in more buffers than there is room for */
+			break;
+		moved += done;
+	}
+	for (left = sizeof(head) + moved; left && moved == size; left -= done) {
+		done = call6(splice, staging.read, NULL, PORT, NULL, left, 0);
+		if (done == -EINTR)
+			done = 0;
+		else if (done <= 0) {
+			if (left != sizeof(head) + moved)
+				end(true);
+			staging.write = -1; /* a port that takes no pages */
+			break;
+		}
+	}
+	if (left)
+		copy_staged(process->id, number, moved);
+	return moved;
 }
 
 /* --- processes */
@@ -181,6 +248,10 @@ void read_output(struct process *process, enum stream number)
 	size_t size = sizeof(frame.data);
 	long done = 0;
 
+	if (stream->bulk && (done = splice_output(process, number))) {
+		stream->credit -= done;
+		return;
+	}
 	if (size > stream->credit)
 		size = stream->credit;
 	if (stream->left >= 0 && size > (size_t)stream->left)
@@ -197,6 +268,7 @@ void read_output(struct process *process, enum stream number)
 	if (stream->left >= 0)
 		stream->left -= done;
 	send(process->id, DATA, number, done);
+	stream->bulk = done == sizeof(frame.data) && stream->left < 0;
 	/* What holds it open may be silent: poll would not report the end. */
 	if (!stream->left || (stream->left > 0 && !readable(stream->fd)))
 		close_stream(process, number);

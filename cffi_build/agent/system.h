@@ -6,11 +6,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
-static inline long system_call(long number, long a, long b, long c, long d, long e)
+static inline long system_call(long number, long a, long b, long c, long d, long e, long f)
 {
 	register long r10 __asm__("r10") = d;
 	register long r8 __asm__("r8") = e;
-	register long r9 __asm__("r9") = 0; /* of mmap, the only one with six arguments: the offset */
+	register long r9 __asm__("r9") = f;
 	long result;
 
 	__asm__ volatile("syscall"
@@ -21,8 +21,9 @@ static inline long system_call(long number, long a, long b, long c, long d, long
 }
 
 /* Negative: the error, as the kernel returns it. */
-#define call5(name, a, b, c, d, e) \
-	system_call(__NR_##name, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e))
+#define call6(name, a, b, c, d, e, f) \
+	system_call(__NR_##name, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), (long)(f))
+#define call5(name, a, b, c, d, e) call6(name, a, b, c, d, e, 0) /* the sixth of mmap is an offset */
 #define call4(name, a, b, c, d) call5(name, a, b, c, d, 0)
 #define call3(name, a, b, c) call5(name, a, b, c, 0, 0)
 #define call2(name, a, b) call5(name, a, b, 0, 0, 0)

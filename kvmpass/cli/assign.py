@@ -364,6 +364,7 @@ def _terminal(machine: Machine, guest: Guest, spec: GuestSpec) -> AbstractContex
 
 def descriptor_sink(fd: int) -> Sink:
     """Return a sink that writes to ``fd`` without a buffer, whose lock a stalled reader could hold."""
+    from kvmpass.guest.output import DescriptorSink
 
     def write(data: bytes) -> None:
         view = memoryview(data)
@@ -373,7 +374,7 @@ def descriptor_sink(fd: int) -> Sink:
         except BrokenPipeError as error:
             raise KvmpassError("output closed by its reader: the guest was stopped") from error
 
-    return write
+    return DescriptorSink(fd, write)
 
 
 def _explain(result: GuestResult) -> None:

@@ -106,7 +106,7 @@ class Agent:
         elif frame.process and frame.type != PONG:
             self._handle_process(frame)
         elif frame.type == FAILURE:
-            text = frame.payload[:_MAX_FAILURE_TEXT].decode("ascii", "replace")
+            text = bytes(frame.payload[:_MAX_FAILURE_TEXT]).decode("ascii", "replace")
             self._on_failure("".join(c if c.isprintable() else " " for c in text))
         elif frame.type in (READY, PONG):
             first = frame.type == READY and not self.ready

@@ -1,9 +1,9 @@
 """The protocol between the host and the agent in the guest, over one port.
 
-A frame is a header and a payload, little endian, of at most ``MAX_FRAME`` bytes. The host numbers the processes that
-it starts, and the agent forgets a number once it has sent the process's end and the ends of its streams. What a
-process writes is sent as far as the host has granted, and its input as far as the agent has. The agent's side is in
-C: ``cffi_build/agent/frames.h`` has the same numbers.
+A frame is a header and a payload, little endian, of at most ``MAX_FRAME`` bytes; output may have ``MAX_DATA``. The
+host numbers the processes that it starts, and the agent forgets a number once it has sent the process's end and the
+ends of its streams. What a process writes is sent as far as the host has granted, and its input as far as the agent
+has. The agent's side is in C: ``cffi_build/agent/frames.h`` has the same numbers.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import struct
 
 from kvmpass._dataclass import dataclass
 
-VERSION = 1
+VERSION = 2
 """Of the protocol: the first payload of ``HELLO``."""
 MAX_FRAME = 32768
-"""Bytes with the header: what Linux passes to a port in one buffer (drivers/char/virtio_console.c)."""
+"""Bytes with the header: what Linux copies into one buffer of a port (drivers/char/virtio_console.c)."""
+MAX_DATA = 65536
+"""Bytes of ``DATA`` from the agent: what a pipe has room for. A port passes pages of a pipe on as they are."""
 MAX_START = 1048576
 """Bytes of all payloads of a process's ``START``."""
 MAX_PROCESSES = 65
@@ -50,6 +52,10 @@ Strings follow, each with a zero: root, directory, arguments, variables (``NAME=
 """
 
 
+Payload = bytes | memoryview
+_SMALL = 4096  # bytes of a payload that is copied at once
+
+
 class BadFrame(Exception):
     """The agent has violated the protocol."""
 
@@ -64,8 +70,8 @@ class Frame:
     """One of the types; unknown ones are possible."""
     stream: int
     """One of the streams; unknown ones are possible."""
-    payload: bytes
-    """At most ``MAX_PAYLOAD`` bytes."""
+    payload: Payload
+    """At most ``MAX_DATA`` bytes. What keeps them makes a copy: a view keeps all that the agent wrote with them."""
 
     def numbers(self) -> tuple[int, int]:
         """Return the two numbers of the payload. Raises ``BadFrame``."""
@@ -94,12 +100,13 @@ class FrameReader:
         data, at, frames = self._rest + data, 0, []
         while len(data) - at >= _HEADER.size:
             size, process, kind, stream, _ = _HEADER.unpack_from(data, at)
-            if size > MAX_PAYLOAD:
+            if size > MAX_DATA:
                 raise BadFrame(f"a frame of {size} bytes")
             start, at_next = at + _HEADER.size, at + _HEADER.size + size
             if at_next > len(data):
                 break
-            frames.append(Frame(process, kind, stream, data[start:at_next]))
+            payload = data[start:at_next] if size < _SMALL else memoryview(data)[start:at_next]
+            frames.append(Frame(process, kind, stream, payload))
             at = at_next
         self._rest = data[at:]
         return frames

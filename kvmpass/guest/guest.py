@@ -17,6 +17,7 @@ from kvmpass.errors import GuestError
 from kvmpass.guest.agent import Agent
 from kvmpass.guest.channel import ControlChannel, Exited, GuestFailure, Ready, SizeRequest
 from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
+from kvmpass.guest.frames import Payload
 from kvmpass.guest.input import Input
 from kvmpass.guest.output import OutputWriter, Sink
 from kvmpass.guest.process import AgentProcess
@@ -189,7 +190,7 @@ class Guest:
         if self.agent is not None:
             self.agent.feed(data)
 
-    def _on_output(self, process: AgentProcess, stream: int, data: bytes) -> None:
+    def _on_output(self, process: AgentProcess, stream: int, data: Payload) -> None:
         outlet = self._to_errors if stream == ERRORS_STREAM else self._to_output
         outlet(data, process.grant, stream)
 
@@ -204,7 +205,7 @@ class Guest:
             self._files_due = False
         self.power_off()
 
-    def _on_files(self, process: AgentProcess, stream: int, data: bytes) -> None:
+    def _on_files(self, process: AgentProcess, stream: int, data: Payload) -> None:
         if stream == ERRORS_STREAM or self._to_files is None:
             process.grant(stream, len(data))
         else:

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 import threading
 import time
 from collections.abc import Callable
 
+from kvmpass.guest.frames import Payload
+
 Sink = Callable[[bytes], None]
 Taken = Callable[[int, int], object]
 """Called with a stream and a number of bytes."""
+_ALONE = 4096  # bytes that are not joined with others
+_POSITION = -1  # the descriptor's own, as for write(2)
+
+
+def write_now(fd: int, data: Payload) -> int:
+    """Write as much of ``data`` as ``fd`` takes without blocking, and return how many bytes.
+
+    0 as well where the kernel refuses ``RWF_NOWAIT``: terminals, pipes before Linux 6.4. Raises ``OSError``.
+    """
+    try:
+        return os.pwritev(fd, [data], _POSITION, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+            return 0
+        raise
+
+
+class DescriptorSink:
+    """A sink that writes to ``fd`` by ``write``, which may block, and without it what ``fd`` takes at once.
+
+    Synchronization: by one ``Outlet``, with its writer's lock.
+    """
+
+    def __init__(self, fd: int, write: Sink) -> None:
+        self._fd = fd
+        self._write = write
+        self._may_block = stat.S_ISREG(os.fstat(fd).st_mode)  # on its disk
+
+    def __call__(self, data: bytes) -> None:
+        """Write all of ``data``."""
+        self._write(data)
+
+    def now(self, data: Payload) -> int:
+        """See ``write_now``. A descriptor that fails is left to ``write``, which raises."""
+        try:
+            return 0 if self._may_block else write_now(self._fd, data)
+        except OSError:
+            return 0
 
 
 class Outlet:
     """Queues bytes for one reader's sink, which a thread of its own calls.
+
+    What a ``DescriptorSink`` takes at once, while nothing is queued, is written without the thread.
 
     Synchronization: from any thread; made by ``OutputWriter.to``.
     """
@@ -21,28 +66,46 @@ class Outlet:
         self._writer = writer
         self.sink = sink
         """The reader's."""
-        self._pending = bytearray()  # not a list of what came: a guest that writes single bytes would fill memory
+        # Small ones are joined: a guest that writes single bytes would fill memory.
+        self._pending: list[bytes | bytearray] = []
+        self._size = 0
         self._taken: dict[tuple[Taken, int], int] = {}  # whom to tell of how many of these bytes
         self._writing = False
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
         self._thread.start()
 
-    def __call__(self, data: bytes, taken: Taken | None = None, stream: int = 0) -> None:
-        """Queue ``data``, without blocking. Dropped once the writer is closed, or a sink has failed.
+    def __call__(self, data: Payload, taken: Taken | None = None, stream: int = 0) -> None:
+        """Write or queue ``data``, without blocking. Dropped once the writer is closed, or a sink has failed.
 
-        ``taken`` is called with ``stream`` and a size, from the thread, once the reader has so much of it.
+        ``taken`` is called with ``stream`` and a size, here or from the thread, once the reader has so much of it.
         """
         with self._writer.changed:
-            if data and not self._writer.ended:
-                self._pending += data
+            if self._writer.ended:
+                return
+            done = 0
+            if isinstance(self.sink, DescriptorSink) and not (self._pending or self._writing):
+                done = self.sink.now(data)
+            if done < len(data):
+                self._queue(data[done:])
                 if taken is not None:
-                    self._taken[taken, stream] = self._taken.get((taken, stream), 0) + len(data)
+                    self._taken[taken, stream] = self._taken.get((taken, stream), 0) + len(data) - done
                 self._writer.changed.notify_all()
+        if done and taken is not None:
+            taken(stream, done)
+
+    def _queue(self, data: Payload) -> None:
+        self._size += len(data)
+        if len(data) >= _ALONE:
+            self._pending.append(bytes(data))
+        elif self._pending and isinstance(self._pending[-1], bytearray):
+            self._pending[-1] += data
+        else:
+            self._pending.append(bytearray(data))
 
     @property
     def full(self) -> bool:
         """Whether more than ``OutputWriter.PENDING_LIMIT`` bytes are pending."""
-        return len(self._pending) > OutputWriter.PENDING_LIMIT
+        return self._size > OutputWriter.PENDING_LIMIT
 
     @property
     def busy(self) -> bool:
@@ -61,13 +124,15 @@ class Outlet:
                 with changed:
                     self._writing = False
                     changed.wait_for(lambda: self._pending or self._writer.ended)
-                    pending, self._pending = self._pending, bytearray()
+                    pending, self._pending = self._pending, []
+                    self._size = 0
                     owed, self._taken = self._taken, {}
                     changed.notify_all()
                     if self._writer.failure is not None or not pending:
                         return
                     self._writing = True
-                self.sink(bytes(pending))
+                for data in pending:
+                    self.sink(bytes(data))
                 for (taken, stream), size in owed.items():
                     taken(stream, size)
         except BaseException as error:

@@ -26,6 +26,7 @@ from kvmpass.guest.frames import (
     STATUS,
     BadFrame,
     Frame,
+    Payload,
     encode,
 )
 from kvmpass.guest.input import Input
@@ -36,12 +37,15 @@ SILENT_SECONDS = 10.0
 """After which an agent that has said nothing is asked whether it still answers."""
 ANSWER_SECONDS = 20.0
 """That it has to answer. It runs before all other programs of the guest: one that is busy answers."""
-_GRANT = WINDOW // 8  # granted at once: each grant interrupts the guest
+_GRANT = WINDOW // 2  # granted at once: each grant interrupts the guest
 _NOT_RUN = 127  # as a shell says of a program that it does not find
 _MAX_SIGNAL = 64
 
-Receiver = Callable[["AgentProcess", int, bytes], None]
-"""Called with a process, a stream and what was written to it, without data at its end. Must not block."""
+Receiver = Callable[["AgentProcess", int, Payload], None]
+"""Called with a process, a stream and what was written to it, without data at its end.
+
+Must not block, nor keep a view.
+"""
 
 
 class Sender(Protocol):
@@ -118,7 +122,7 @@ class AgentProcess:
             self._receive(self, frame.stream, b"")
         return ended
 
-    def _take(self, stream: int, data: bytes) -> None:
+    def _take(self, stream: int, data: Payload) -> None:
         with self._agent.changed:
             self._credit[stream] -= len(data)
             if self._credit[stream] < 0:

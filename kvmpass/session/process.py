@@ -18,11 +18,12 @@ from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest.frames import CHANGE_DIRECTORY, ERRORS, EXECUTE, OUTPUT
 from kvmpass.guest.input import Input
-from kvmpass.guest.output import OutputWriter
+from kvmpass.guest.output import DescriptorSink, OutputWriter
 from kvmpass.session.streams import Cancel, InputPipe, InputPump, OutputPipe, ToDescriptor, drop, write_to
 
 if TYPE_CHECKING:
     from kvmpass.guest.agent import Agent
+    from kvmpass.guest.frames import Payload
     from kvmpass.guest.process import AgentProcess, Receiver
 
 Argument = str | bytes | os.PathLike[str]
@@ -149,12 +150,12 @@ class GuestProcess:
         else:
             fd = os.dup(own if target is None else _fileno(target))
             self._fds.append(fd)
-            to = ToDescriptor(self._writer, partial(self._write, fd))
+            to = ToDescriptor(self._writer, DescriptorSink(fd, partial(self._write, fd)))
             self._sent_to.append(to)
             self._targets[stream] = to
         return None
 
-    def _receive(self, process: AgentProcess, stream: int, data: bytes) -> None:
+    def _receive(self, process: AgentProcess, stream: int, data: Payload) -> None:
         self._targets[stream](process, stream, data)
 
     def _write(self, fd: int, data: bytes) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from kvmpass.guest.agent import Agent
+    from kvmpass.guest.frames import Payload
     from kvmpass.guest.input import Input
     from kvmpass.guest.output import OutputWriter, Sink
     from kvmpass.guest.process import AgentProcess
@@ -43,7 +44,7 @@ class Capture:
         self._kept: dict[int, bytearray] = {}
         self._size = 0
 
-    def __call__(self, process: AgentProcess, stream: int, data: bytes) -> None:
+    def __call__(self, process: AgentProcess, stream: int, data: Payload) -> None:
         """Take ``data`` from the process."""
         self._size += len(data)
         if self.full:
@@ -62,7 +63,7 @@ class Capture:
         return bytes(self._kept.get(stream, b""))
 
 
-def drop(process: AgentProcess, stream: int, data: bytes) -> None:
+def drop(process: AgentProcess, stream: int, data: Payload) -> None:
     """Drop what a process writes."""
     process.grant(stream, len(data))
 
@@ -81,7 +82,7 @@ class OutputPipe(io.RawIOBase):
         self._grant: Callable[[int], None] | None = None  # so many bytes more
         self._ended = self._dropping = False
 
-    def __call__(self, process: AgentProcess, stream: int, data: bytes) -> None:
+    def __call__(self, process: AgentProcess, stream: int, data: Payload) -> None:
         """Take ``data`` from the process; nothing more comes after an empty one."""
         with self._agent.changed:
             dropping = self._dropping
@@ -196,16 +197,18 @@ class Cancel:
 def write_to(fd: int, cancel: Cancel, data: bytes) -> bool:
     """Write ``data`` to ``fd``; return False if ``cancel`` was set before all is written. Raises ``OSError``.
 
-    A reader that stalls cannot block it: a pipe or terminal gets no more at once than it takes.
+    A reader that stalls cannot block it: a pipe, socket or terminal gets no more at once than it takes.
     """
-    kind = os.fstat(fd).st_mode
-    chunk = len(data) if stat.S_ISREG(kind) else _ATOMIC
+    from kvmpass.guest.output import write_now  # clients, which import this module, load nothing of a guest
+
+    regular = stat.S_ISREG(os.fstat(fd).st_mode)
     view = memoryview(data)
     while view:
         if not cancel.wait(fd, select.POLLOUT):
             return False
         with suppress(BlockingIOError):
-            view = view[os.write(fd, view[:chunk]) :]
+            done = 0 if regular else write_now(fd, view)
+            view = view[done or os.write(fd, view if regular else view[:_ATOMIC]) :]
     return True
 
 
@@ -279,7 +282,7 @@ class ToDescriptor:
         self._owed: dict[int, int] = {}  # bytes that are queued, by stream
         self._process: AgentProcess | None = None
 
-    def __call__(self, process: AgentProcess, stream: int, data: bytes) -> None:
+    def __call__(self, process: AgentProcess, stream: int, data: Payload) -> None:
         """Queue ``data`` from the process."""
         with self._lock:
             self._process = process

@@ -1,7 +1,8 @@
 """A virtio console with named ports (Virtual I/O Device 1.2, section 5.3; Linux drivers/char/virtio_console.c).
 
 Each port has a queue for each direction, and there is one more pair for control messages. A guest's write is one
-buffer in its ring. Flow control is for the protocol that is spoken over a port.
+buffer in its ring, and the pages of a pipe (splice(2)) are one chain. Flow control is for the protocol that is spoken
+over a port.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _CONFIG = struct.Struct("<HHII")  # columns, rows, number of ports, emergency wr
 
 TO_GUEST_SIZE, FROM_GUEST_SIZE = 64, 32
 """Entries of a port's queues: Linux fills the first with pages, and writes at most 32 KiB into an entry of the other.
+
+A chain of the other has one for each page of a pipe that is spliced to the port: the agent's has as many at most.
 
 What its programs have room for goes into the first at once: a driver that adds one page at a time notifies each time
 while something waits for it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -19,8 +20,16 @@ PROGRAM = Path(init.AGENT)
 class LocalAgent:
     """An agent that runs, and the host's side of it."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None, program: Path = PROGRAM) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        program: Path = PROGRAM,
+        takes_pages: bool = True,
+    ) -> None:
         own, other = socket.socketpair()
+        if not takes_pages:  # splice(2) refuses what appends
+            fcntl.fcntl(other, fcntl.F_SETFL, os.O_APPEND)
         self.failures: list[str] = []
         self.sent, self.received = bytearray(), bytearray()
         self._socket = own

@@ -182,6 +182,54 @@ def test_input_and_output_byte_for_byte(agent: Agent) -> None:
     assert source.waiting == 0
 
 
+@pytest.mark.parametrize("takes_pages", [True, False], ids=["pages", "copies"])
+def test_output_comes_in_few_frames(takes_pages: bool) -> None:
+    """As much as a pipe has room for in each, where the port takes pages."""
+    local = LocalAgent(takes_pages=takes_pages)
+    content = os.urandom(2_000_001)
+    source = Input()
+    source.send(content)
+    source.end()
+    process = local.agent.start(["dd", "bs=64k", "iflag=fullblock", "status=none"], input=source)
+    assert read_all(process) == content
+    assert process.wait(SECONDS) == 0
+    received = frames.FrameReader().feed(bytes(local.received))
+    sizes = [len(frame.payload) for frame in received if (frame.type, frame.stream) == (frames.DATA, OUTPUT)]
+    assert max(sizes) == (frames.MAX_DATA if takes_pages else frames.MAX_PAYLOAD)
+    assert local.agent.failure is None
+    local.close()
+
+
+PIECES = """
+import fcntl, os, sys, time
+while not os.path.exists("go"):
+    time.sleep(0.01)
+fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 1 << 20)
+os.write(1, bytes(int(sys.argv[1])))
+reader, writer = os.pipe()
+for number in range(240):
+    os.write(writer, bytes([number]) * 200)
+    os.splice(reader, 1, 200)
+open("done", "w")
+"""
+
+
+def test_output_in_more_buffers_than_one_frame_takes(local: LocalAgent, tmp_path: Path) -> None:
+    """Of what a program splices nothing is joined: what can be moved of it is a frame all the same."""
+    words = [sys.executable, "-S", "-E", "-c", PIECES, str(frames.MAX_PAYLOAD)]
+    process = local.agent.start(words, directory=str(tmp_path))
+    process.wait_started(SECONDS)
+    os.kill(local.program.pid, signal.SIGSTOP)  # it would read them one by one
+    (tmp_path / "go").touch()
+    eventually((tmp_path / "done").exists)
+    os.kill(local.program.pid, signal.SIGCONT)
+    assert read_all(process) == bytes(frames.MAX_PAYLOAD) + b"".join(bytes([n]) * 200 for n in range(240))
+    assert process.wait(SECONDS) == 0
+    received = frames.FrameReader().feed(bytes(local.received))
+    sizes = [len(frame.payload) for frame in received if (frame.type, frame.stream) == (frames.DATA, OUTPUT)]
+    assert sizes[:3] == [frames.MAX_PAYLOAD, 31 * 200, 31 * 200], "beside the header"
+
+
 READER = """
 import os
 while os.read(0, 4096):

@@ -136,7 +136,12 @@ def test_what_violates_the_protocol(wrong: bytes, said: str) -> None:
 
 @pytest.mark.parametrize(
     "first",
-    [encode(0, frames.READY), numbers(0, frames.HELLO, 2), encode(0, frames.HELLO, b"x"), encode(1, frames.END)],
+    [
+        encode(0, frames.READY),
+        numbers(0, frames.HELLO, frames.VERSION + 1),
+        encode(0, frames.HELLO, b"x"),
+        encode(1, frames.END),
+    ],
 )
 def test_the_version_comes_first(first: bytes) -> None:
     agent = Agent(lambda data: None)
@@ -167,12 +172,12 @@ def test_failures_are_shown_without_control_characters() -> None:
 
 def test_a_reader_of_frames_keeps_less_than_one() -> None:
     reader = FrameReader()
-    frame = encode(5, frames.DATA, bytes(frames.MAX_PAYLOAD), 1)
+    frame = encode(5, frames.DATA, bytes(frames.MAX_DATA), 1)
     assert reader.feed(frame[:-1]) == []
     (found,) = reader.feed(frame[-1:] + b"\0")
-    assert (found.process, found.type, found.stream, len(found.payload)) == (5, frames.DATA, 1, frames.MAX_PAYLOAD)
+    assert (found.process, found.type, found.stream, len(found.payload)) == (5, frames.DATA, 1, frames.MAX_DATA)
     with pytest.raises(BadFrame, match="bytes"):
-        FrameReader().feed((frames.MAX_PAYLOAD + 1).to_bytes(4, "little") + bytes(8))
+        FrameReader().feed((frames.MAX_DATA + 1).to_bytes(4, "little") + bytes(8))
 
 
 # --- the other way round: the program itself, and a host that sends anything

@@ -7,6 +7,7 @@ import pytest
 from kvmpass.guest.frames import (
     CREDIT,
     DATA,
+    MAX_DATA,
     MAX_FRAME,
     MAX_PAYLOAD,
     NUMBERS,
@@ -33,9 +34,16 @@ def test_frames_may_come_in_parts(cut: int) -> None:
 
 
 def test_no_frame_is_larger() -> None:
-    assert len(FrameReader().feed(encode(1, DATA, bytes(MAX_PAYLOAD)))) == 1
-    with pytest.raises(BadFrame, match=f"a frame of {MAX_PAYLOAD + 1} bytes"):
-        FrameReader().feed(encode(1, DATA, bytes(MAX_PAYLOAD + 1)))
+    assert len(FrameReader().feed(encode(1, DATA, bytes(MAX_DATA)))) == 1
+    with pytest.raises(BadFrame, match=f"a frame of {MAX_DATA + 1} bytes"):
+        FrameReader().feed(encode(1, DATA, bytes(MAX_DATA + 1)))
+
+
+def test_a_large_payload_is_a_view_of_what_came() -> None:
+    data = encode(1, DATA, bytes(5000))
+    [frame] = FrameReader().feed(data)
+    assert isinstance(frame.payload, memoryview)
+    assert frame.payload.obj is data
 
 
 def test_two_numbers() -> None:

@@ -6,12 +6,15 @@ import os
 import threading
 import time
 import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from kvmpass.cli.assign import descriptor_sink
 from kvmpass.errors import KvmpassError
 from kvmpass.guest import OutputWriter
+from kvmpass.guest.output import write_now
 
 
 class Vm:
@@ -109,3 +112,72 @@ def test_a_closed_reader_stops_the_guest() -> None:
     assert isinstance(writer.failure, KvmpassError)
     with pytest.raises(KvmpassError, match="output closed by its reader"):
         raise writer.failure
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    reader, output = os.pipe()
+    yield reader, output
+    os.close(reader)
+    os.close(output)
+
+
+def test_what_a_descriptor_takes_at_once_needs_no_thread(pipe: tuple[int, int]) -> None:
+    reader, output = pipe
+    if not write_now(output, b"?"):
+        pytest.skip("needs Linux 6.4: before it a pipe refuses RWF_NOWAIT")
+    os.read(reader, 1)
+    taken: list[tuple[int, int, str]] = []
+    writer = Vm().writer()
+    put = writer.to(descriptor_sink(output))
+    put(memoryview(b"word"), lambda stream, size: taken.append((stream, size, threading.current_thread().name)), 7)
+    assert os.read(reader, 10) == b"word"
+    assert taken == [(7, 4, threading.current_thread().name)]
+    assert not put.busy
+    writer.close()
+
+
+def test_what_a_full_pipe_does_not_take_is_queued(pipe: tuple[int, int]) -> None:
+    """In order, and all that is granted is said once."""
+    reader, output = pipe
+    content, said, read = os.urandom(1_000_000), 0, bytearray()
+
+    def granted(stream: int, size: int) -> None:
+        nonlocal said
+        said += size
+
+    writer = Vm().writer()
+    put = writer.to(descriptor_sink(output))
+    sizes = [1, 65_536, 10, 4095, 4096, 4097, 100_000, 3]
+    at = 0
+    started = time.monotonic()
+    while at < len(content):
+        size = sizes[at % len(sizes)]
+        put(memoryview(content)[at : at + size], granted)
+        at += size
+        if at % 3 == 0:
+            read += os.read(reader, 5000)
+    assert time.monotonic() - started < 20
+    closing = threading.Thread(target=writer.close)
+    closing.start()
+    while len(read) < len(content):
+        read += os.read(reader, 1 << 16)
+    closing.join(20)
+    assert (bytes(read) == content, said) == (True, len(content))
+
+
+@pytest.mark.parametrize("kind", ["file", "terminal"])
+def test_what_may_block_is_written_by_the_thread(kind: str, tmp_path: Path) -> None:
+    """Files, whose disk may be slow, and terminals, which refuse RWF_NOWAIT."""
+    master, output = os.openpty()
+    if kind == "file":
+        os.close(output)
+        output = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    names: list[str] = []
+    writer = Vm().writer()
+    writer.to(descriptor_sink(output))(b"word", lambda stream, size: names.append(threading.current_thread().name))
+    writer.close()
+    assert names == ["output"]
+    assert (os.pread(output, 9, 0) if kind == "file" else os.read(master, 9)) == b"word"
+    os.close(master)
+    os.close(output)

@@ -14,7 +14,7 @@ from kvmpass.guest.frames import ERRORS, INPUT, NUMBERS, OUTPUT, STATUS, BadFram
 from kvmpass.guest.input import Input
 from kvmpass.guest.process import WINDOW, AgentProcess
 
-GRANT = WINDOW // 8
+GRANT = WINDOW // 2
 
 
 class FakeAgent:
