@@ -13,7 +13,10 @@ _files_only = False
 
 
 def keep_off_standard_error() -> None:
-    """Keep warnings off standard error where the process has no handler for them: there ``logging`` prints them."""
+    """Keep warnings off standard error where the process has no handler for them: there ``logging`` prints them.
+
+    What is logged while no module has imported ``logging`` is dropped then: nobody can have a handler for it.
+    """
     global _files_only
     _files_only = True
     if "logging" in sys.modules:
@@ -31,10 +34,11 @@ def _keep_off() -> None:
 def load_logging() -> None:
     """Import ``logging`` now, so that there are messages when no descriptor is left to import it with.
 
-    Does nothing where it cannot be imported. Idempotent.
+    Does nothing where it cannot be imported, or where messages would be dropped. Idempotent.
     """
-    with suppress(ImportError, OSError):
-        import logging  # noqa: F401
+    if not _files_only:
+        with suppress(ImportError, OSError):
+            import logging  # noqa: F401
 
 
 class Filter(Protocol):
@@ -60,8 +64,10 @@ class Log:
 
     @property
     def logger(self) -> logging.Logger | None:
-        """The logger itself; None while ``logging`` cannot be imported."""
+        """The logger itself; None while ``logging`` cannot be imported, or nobody can have a handler."""
         if self._found is None:
+            if _files_only and "logging" not in sys.modules:
+                return None
             try:
                 import logging
             except (ImportError, OSError):

@@ -8,6 +8,7 @@ errors and status go through ttyS1, ttyS2 and ttyS3; on the host :mod:`kvmpass.g
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["GuestRoot", "find_busybox"]
 
 APPLETS_ABSENT = ("busybox", "init", "linuxrc")  # the program itself, and names that the kernel runs
 
+_PROGRAMS = ("/bin", "/usr/bin", "/sbin", "/usr/sbin", "/usr/local/bin")
 _PASSWD = b"root:x:0:0:root:/root:/bin/sh\n"
 _GROUP = b"root:x:0:\n"
 _PROFILE = b"PS1='guest# '\n"
@@ -34,15 +36,14 @@ _VARIABLE = lazy_pattern(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 def find_busybox() -> Path:
     """Return the path of the host's busybox. Raises ``KvmpassError`` if it is not installed."""
-    import shutil
-
-    found = shutil.which("busybox", path="/bin:/usr/bin:/sbin:/usr/sbin:/usr/local/bin")
+    places = (Path(place, "busybox") for place in _PROGRAMS)
+    found = next((place for place in places if place.is_file() and os.access(place, os.X_OK)), None)
     if found is None:
         raise KvmpassError(
             "no busybox on this host: the guest's root file system is made from it",
             "install it (Debian: apt-get install busybox-static)",
         )
-    return Path(found)
+    return found
 
 
 class GuestRoot:

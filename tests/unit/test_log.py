@@ -25,7 +25,7 @@ def test_details_load_nothing() -> None:
 
 def test_a_warning_is_printed_unless_the_process_keeps_it_off() -> None:
     assert run("log.warning('a %d', 1)") == ("", "a 1\n")
-    assert run("keep_off_standard_error(); log.warning('a'); print('logging' in sys.modules)") == ("True\n", "")
+    assert run("keep_off_standard_error(); log.warning('a'); print('logging' in sys.modules)") == ("False\n", "")
     with_handler = "keep_off_standard_error(); import logging; logging.basicConfig(); log.warning('a'); log.info('b')"
     assert run(with_handler) == ("", "WARNING:kvmpass.test:a\n")
 
@@ -33,6 +33,7 @@ def test_a_warning_is_printed_unless_the_process_keeps_it_off() -> None:
 def test_logging_that_the_process_imports_later_prints_nothing_either() -> None:
     """And the logger is looked up once: every message of a guest would take a lock of the process."""
     assert run("import logging; log.warning('a'); keep_off_standard_error(); log.warning('b')") == ("", "a\n")
+    assert run("keep_off_standard_error(); log.warning('a'); import logging; log.warning('b')") == ("", "")
     looked_up = "import logging; logging.getLogger = None; log.warning('b')"
     assert run(f"log.warning('a'); {looked_up}") == ("", "a\nb\n")
 
@@ -57,10 +58,12 @@ def test_without_a_descriptor_messages_are_dropped_until_logging_is_loaded() -> 
 
 
 def test_a_guest_that_runs_has_logging_loaded() -> None:
+    """Unless its messages would go nowhere."""
     threads = "import threading; from kvmpass.machine.vcpus import VcpuThreads"
     started = "VcpuThreads([], None, None, threading.RLock(), lambda: None).start()"
     loaded = "print('logging' in sys.modules)"
     assert run(f"{threads}; {loaded}; {started}; {loaded}") == ("False\nTrue\n", "")
+    assert run(f"{threads}; keep_off_standard_error(); {started}; {loaded}") == ("False\n", "")
 
 
 def test_every_level_is_logged_with_the_place_of_its_caller(caplog: pytest.LogCaptureFixture) -> None:
