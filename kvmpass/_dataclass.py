@@ -16,8 +16,9 @@ from functools import cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for type checkers this is the standard library's
+if TYPE_CHECKING:  # for type checkers these are the standard library's
     from dataclasses import dataclass as dataclass
+    from dataclasses import replace as replace
 else:
 
     def dataclass(cls: type | None = None, **options: bool) -> Any:
@@ -28,6 +29,11 @@ else:
         if not options.get("slots") or options.keys() - _OPTIONS:
             return dataclasses.dataclass(cls, **options)
         return partial(_make, **options)
+
+    def replace(instance: Any, /, **changes: Any) -> Any:
+        """Return what ``dataclasses.replace`` would, of an instance whose class was made here: it needs no fields."""
+        cls = instance.__class__
+        return cls(**{name: getattr(instance, name) for name in cls.__defaults__} | changes)
 
 
 _OPTIONS = {"slots", "frozen", "eq", "repr", "order"}

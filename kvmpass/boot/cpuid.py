@@ -7,8 +7,8 @@ One socket, ``cpus`` cores, one thread each; APIC ID = CPU number. Leaves withou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
+from kvmpass._dataclass import replace
 from kvmpass.errors import HostNotReady
 from kvmpass.kvm.types import CpuidEntry
 

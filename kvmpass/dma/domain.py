@@ -13,10 +13,9 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 
-from kvmpass._dataclass import dataclass
+from kvmpass._dataclass import dataclass, replace
 from kvmpass._log import Log
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.dma.backend import BackendFactory, KvmVfio

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvmpass._dataclass import dataclass
+from kvmpass._dataclass import dataclass, replace
 from kvmpass.boot.cmdline import QUIET, kernel_command_line, uarts
 from kvmpass.boot.linux import KernelImage
 from kvmpass.errors import NotEnoughMemory

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import replace
 
-from kvmpass._dataclass import dataclass
+from kvmpass._dataclass import dataclass, replace
 from kvmpass.errors import HostNotReady, KvmpassError
 from kvmpass.host.address import Bdf
 from kvmpass.layout import MIB

@@ -5,11 +5,10 @@ from __future__ import annotations
 import enum
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import KW_ONLY, replace
 from functools import cached_property, partial
 from typing import Any
 
-from kvmpass._dataclass import dataclass
+from kvmpass._dataclass import dataclass, replace
 from kvmpass.host.address import Bdf
 from kvmpass.host.backend import AUTO, BackendChoice, choose_backend
 from kvmpass.host.blocker import Blocker, BlockerTemplate
@@ -131,38 +130,52 @@ device_precondition = partial(precondition, device=True)
 """The same for a check of one device."""
 
 
-@dataclass(eq=False)
 class CheckContext:
     """What checks work on: the host, a device, and the planned guest. Reads each file once.
 
     Synchronization: for one thread.
     """
 
-    look: Look
-    """The host; callers that check many devices pass the same."""
-    bdf: Bdf | None = None
-    """The device; None for checks of the host only."""
-    _: KW_ONLY
-    together: Collection[Bdf] = ()
-    """Devices that are assigned with ``bdf``."""
-    memory: int = GIB
-    """The guest's memory, in bytes."""
-    huge_page: int = 0
-    """The size of its pages in bytes; 0: ordinary pages."""
-    locked: int | None = None
-    """The bytes to lock if they differ from ``memory``."""
-    overhead: int | None = None
-    """What the guest needs besides its memory, in bytes; None if unknown."""
-    cpus: int = 1
-    """Its number of vCPUs."""
-    wanted_backend: str = AUTO
-    """The IOMMU back end that is asked for, one of ``kvmpass.host.backend.BACKENDS``."""
-    p2p: bool = False
-    """Whether devices are to reach each other's BARs."""
-    passed: BackendChoice | None = None
-    """The back end of which another process passes the descriptors: this one opens none of its nodes."""
-    wake: bool = True
-    """Whether a suspended device may be resumed to read its configuration space."""
+    def __init__(
+        self,
+        look: Look,
+        bdf: Bdf | None = None,
+        *,
+        together: Collection[Bdf] = (),
+        memory: int = GIB,
+        huge_page: int = 0,
+        locked: int | None = None,
+        overhead: int | None = None,
+        cpus: int = 1,
+        wanted_backend: str = AUTO,
+        p2p: bool = False,
+        passed: BackendChoice | None = None,
+        wake: bool = True,
+    ) -> None:
+        self.look = look
+        """The host; callers that check many devices pass the same."""
+        self.bdf = bdf
+        """The device; None for checks of the host only."""
+        self.together = together
+        """Devices that are assigned with ``bdf``."""
+        self.memory = memory
+        """The guest's memory, in bytes."""
+        self.huge_page = huge_page
+        """The size of its pages in bytes; 0: ordinary pages."""
+        self.locked = locked
+        """The bytes to lock if they differ from ``memory``."""
+        self.overhead = overhead
+        """What the guest needs besides its memory, in bytes; None if unknown."""
+        self.cpus = cpus
+        """Its number of vCPUs."""
+        self.wanted_backend = wanted_backend
+        """The IOMMU back end that is asked for, one of ``kvmpass.host.backend.BACKENDS``."""
+        self.p2p = p2p
+        """Whether devices are to reach each other's BARs."""
+        self.passed = passed
+        """The back end of which another process passes the descriptors: this one opens none of its nodes."""
+        self.wake = wake
+        """Whether a suspended device may be resumed to read its configuration space."""
 
     @property
     def sysfs(self) -> Sysfs:

@@ -139,10 +139,11 @@ class ModuleTree:
         aliases, builtin = self._text("modules.alias"), self._text("modules.builtin.modinfo")
         for modalias in sorted(set(modaliases)):
             wanted = _candidates(modalias)
-            loadable = re.findall(rf"alias ({wanted}) (\S+)", aliases)
+            # Patterns are compiled for kernels with modules only: these are among the longest.
+            loadable = re.findall(rf"alias ({wanted}) (\S+)", aliases) if aliases else []
             names = [normalize(name) for pattern, name in loadable if fnmatch.fnmatchcase(modalias, pattern)]
             modules |= dict.fromkeys(names)
-            patterns = re.findall(rf"(?:^|[\n\0])[^.\0]+\.alias=({wanted})(?=\0|$)", builtin)
+            patterns = re.findall(rf"(?:^|[\n\0])[^.\0]+\.alias=({wanted})(?=\0|$)", builtin) if builtin else []
             if names or any(fnmatch.fnmatchcase(modalias, pattern) for pattern in patterns):
                 matched.add(modalias)
         return tuple(modules), frozenset(matched)

@@ -10,11 +10,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from kvmpass._dataclass import replace
 from kvmpass._teardown import run_all
 from kvmpass.errors import GuestDied, GuestError
 from kvmpass.events import DeviceEvent

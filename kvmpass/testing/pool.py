@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from dataclasses import field, replace
+from dataclasses import field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from kvmpass._dataclass import dataclass
+from kvmpass._dataclass import dataclass, replace
 from kvmpass.errors import GuestDied, NotEnoughMemory
 from kvmpass.testing.fixtures import device
 from kvmpass.testing.profiles import MARKER

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from kvmpass._dataclass import dataclass
+from kvmpass._dataclass import dataclass, replace
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,10 +7,9 @@ the order of their addresses, so that no test depends on a slot number.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from kvmpass._dataclass import dataclass
+from kvmpass._dataclass import dataclass, replace
 from kvmpass._lazy import lazy_pattern
 
 PREFIX = "KVMPASS_TEST_"

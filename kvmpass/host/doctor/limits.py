@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
+from kvmpass._dataclass import replace
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.host import limits
 from kvmpass.host.blocker import BlockerTemplate, mib

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from kvmpass._dataclass import dataclass
+from kvmpass._dataclass import dataclass, replace
 from kvmpass._signals import deferred
 from kvmpass.errors import DriverPinned
 from kvmpass.host.address import Bdf, parse_distinct

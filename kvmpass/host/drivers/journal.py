@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Self
@@ -107,7 +106,8 @@ class Entry:
         """Return the entry as JSON text."""
         import json
 
-        return json.dumps({"schema": SCHEMA, **asdict(self), "bdf": str(self.bdf)}, indent=1) + "\n"
+        fields = {name: getattr(self, name) for name in self.__match_args__}
+        return json.dumps({"schema": SCHEMA, **fields, "bdf": str(self.bdf)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:

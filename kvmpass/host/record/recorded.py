@@ -16,10 +16,10 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kvmpass._dataclass import replace
 from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import KvmpassError
 from kvmpass.host.kernel.kmsg import KernelLog

@@ -7,11 +7,10 @@ include/uapi/linux/pci_regs.h; PCI Express base specification 5.0, the sections 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from kvmpass import pciregs
-from kvmpass._dataclass import dataclass
+from kvmpass._dataclass import dataclass, replace
 from kvmpass.host.address import Bdf
 from kvmpass.host.sysfs import PCI_DEVICES, Sysfs
 from kvmpass.pciregs import MsiRegisters, MsixRegisters, Read

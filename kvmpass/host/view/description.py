@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 
-from kvmpass._dataclass import dataclass
+from kvmpass._dataclass import dataclass, replace
 from kvmpass.errors import NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.backend import BackendChoice, choose_backend
