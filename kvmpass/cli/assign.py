@@ -227,6 +227,7 @@ def _run_to_its_end(
         ):
             if measured:
                 measured.machine = machine
+            from kvmpass.cli import ending  # before the guest can use up descriptors, or an upgrade replace the files
             from kvmpass.cli.documents import backend_document, peers_document
 
             outcome["backend"] = backend_document(machine.backend)
@@ -241,8 +242,6 @@ def _run_to_its_end(
 
             for line in report(result.copied_out, verbose=spec.verbose):
                 click.echo(f"kvmpass: {line}", err=True)
-        from kvmpass.cli import ending
-
         exit_status = ending.exit_status(result, command=command is not None)
         outcome.update(outcome=_outcome(result), guest_errors=list(result.failures))
         outcome["copied_out"] = result.copied_out

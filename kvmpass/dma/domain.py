@@ -14,16 +14,19 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from kvmpass._dataclass import dataclass, replace
 from kvmpass._log import Log
 from kvmpass._teardown import run_all, undo_on_error
-from kvmpass.dma.backend import BackendFactory, KvmVfio
 from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
 from kvmpass.layout import Range, Reserved, find_reserved
 from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
 from kvmpass.memory.audit import Mirrored, compare
 from kvmpass.vfio import DependentDevice, Device, RegionMapping
+
+if TYPE_CHECKING:
+    from kvmpass.dma.backend import BackendFactory, KvmVfio
 
 log = Log(__name__)
 

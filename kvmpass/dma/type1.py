@@ -11,14 +11,17 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from kvmpass._dataclass import dataclass
 from kvmpass._teardown import run_all, undo_on_error
-from kvmpass.dma.backend import Mapper
 from kvmpass.errors import AuditFailed
 from kvmpass.layout import Range
 from kvmpass.memory import MemoryRegion
 from kvmpass.vfio import Container, DependentDevice, Device, Group
+
+if TYPE_CHECKING:
+    from kvmpass.dma.backend import Mapper
 
 
 @dataclass(slots=True)

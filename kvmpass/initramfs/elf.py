@@ -11,11 +11,14 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from mmap import mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
+
+if TYPE_CHECKING:
+    from mmap import mmap
 
 MAGIC = b"\x7fELF"
 PT_LOAD, PT_DYNAMIC, PT_INTERP = 1, 2, 3

@@ -11,13 +11,16 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from mmap import mmap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import elf
 from kvmpass.initramfs.parameters import words as words_of
+
+if TYPE_CHECKING:
+    from mmap import mmap
 
 
 def normalize(name: str) -> str:

@@ -68,7 +68,7 @@ def test_a_framebuffer_in_a_bar_is_known_to_every_command(host: Host, capsys: py
     status, text = run(capsys, "bind", "--dry-run", bdf)
     assert (status, cause in text) == (0, True), "it can be bound, and not yet assigned"
     with pytest.raises(NotAssignable, match=cause):
-        assign.check([GPU], 1 << 26, host)
+        assign.check([GPU], host)
 
 
 def test_a_device_that_does_not_answer(host: Host) -> None:
