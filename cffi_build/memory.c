@@ -5,8 +5,11 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/vfs.h>
+#include <unistd.h>
 #include <linux/magic.h>
+#include <linux/mempolicy.h>
 
 #ifndef MADV_POPULATE_WRITE /* Linux 5.14 */
 #define MADV_POPULATE_READ 22
@@ -78,6 +81,18 @@ static int kvmpass_populate(struct kvmpass_pieces *pieces)
 		}
 	}
 	return 0;
+}
+
+/* The policy of pages that do not exist yet. `nodes` has `bits` bits; the kernel takes one less than it is told. */
+static int kvmpass_mbind(uintptr_t address, size_t size, int mode, const unsigned long *nodes, unsigned long bits)
+{
+	return RESULT(syscall(SYS_mbind, address, size, mode, nodes, bits + 1, 0));
+}
+
+/* The policy of this thread, MPOL_DEFAULT unless it or its parent has set one. */
+static int kvmpass_get_mempolicy(int *mode)
+{
+	return RESULT(syscall(SYS_get_mempolicy, mode, NULL, 0, NULL, 0));
 }
 
 /* The page size in bytes of a file on hugetlbfs, or of a memfd made of huge pages; 0 for any other file. */

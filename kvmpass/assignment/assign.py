@@ -6,13 +6,13 @@ Each step imports what it needs: memory is populated while the rest is imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from kvmpass import host
 from kvmpass._signals import deferred, importing
-from kvmpass.assignment.backing import choose_backing
+from kvmpass.assignment.backing import choose_backing, choose_nodes
 from kvmpass.errors import KvmpassError
 from kvmpass.host.address import parse_distinct
 from kvmpass.host.backend import AUTO
@@ -76,13 +76,13 @@ def check_guest(
     check_memory(sysfs, ordinary, locked=memory, overhead=page_tables(ordinary) + others)
 
 
-def make_memory(sysfs: host.Sysfs, size: int, backing: Backing) -> MachineMemory:
+def make_memory(sysfs: host.Sysfs, size: int, backing: Backing, nodes: Collection[int] = ()) -> MachineMemory:
     """Make the memory of a machine that is made later. Raises ``OSError``, ``LayoutError``, ``NotEnoughMemory``."""
     from kvmpass.kvm.system import System
 
     with System() as system:
         bits = system.physical_bits
-    return MachineMemory(plan_memory(size, sysfs.reserved_regions(), bits, backing))
+    return MachineMemory(plan_memory(size, sysfs.reserved_regions(), bits, backing), nodes)
 
 
 @contextmanager
@@ -121,6 +121,7 @@ def assigned(
     devices = [device for device, _ in passed.values()] or [sysfs.device(bdf) for bdf in bdfs]
     bdfs = tuple(device.bdf for device in devices)
     choice = choose_backing(sysfs, size, bdfs, backing, shared=spec.backing().is_memfd)
+    near = choose_nodes(sysfs, devices)
     with ExitStack() as undo:
         # Most of the time goes into memory: it is populated while the rest is imported, checked and made. What speaks
         # against the host or a device is said before what speaks against the size, as those are looked at first.
@@ -128,7 +129,7 @@ def assigned(
         try:
             check_guest(bdfs, sysfs, size, choice.backing, cpus, spec.copied_size)
             with deferred():
-                made = undo.enter_context(closing(make_memory(sysfs, size, choice.backing)))
+                made = undo.enter_context(closing(make_memory(sysfs, size, choice.backing, near.nodes)))
                 made.begin()
         except (KvmpassError, OSError) as error:
             refused = error
@@ -155,6 +156,8 @@ def assigned(
         with machine:
             if choice.automatic:
                 say(f"backing {choice}")
+            if near.reason:
+                say(f"NUMA {near}" + (f"; refused: {made.nodes_refused}" if made.nodes_refused else ""))
             if cpus > len(os.sched_getaffinity(0)):
                 warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
             with machine.populating():  # until its end the out-of-memory killer can strike

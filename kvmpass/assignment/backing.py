@@ -1,4 +1,4 @@
-"""Which memory holds a guest's bytes: what was asked for, or what the host has of huge pages (``auto``)."""
+"""Which memory holds a guest's bytes: pages as requested, or the largest (``auto``), and of which NUMA nodes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
 from kvmpass.layout import GUEST_BITS, plan_layout, size_text
 from kvmpass.memory import Backing
-from kvmpass.numa import NODES, node_numbers
+from kvmpass.memory.mapping import memory_policy
+from kvmpass.numa import NODES, node_numbers, split_nodes
 
 AUTO = "auto"
+_PREFERS_MANY = (5, 15)  # MPOL_PREFERRED_MANY
 _LARGEST_FIRST = (Backing.HUGETLB_1G, Backing.HUGETLB_2M)
 
 
@@ -91,3 +93,45 @@ def _node(sysfs: host.Sysfs, bdfs: Iterable[host.Bdf]) -> int | None:
     nodes = node_numbers(sysfs.names(NODES))
     near = {sysfs.number(PCI_DEVICES, str(bdf), "numa_node") for bdf in bdfs}
     return next((node for node in nodes if near == {node}), None) if len(nodes) > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeChoice:
+    """The NUMA nodes that are preferred, or why none is: a device reaches those of others more slowly."""
+
+    nodes: tuple[int, ...]
+    """Their numbers, in order; empty: the kernel's default, the node of the CPU that first writes a page."""
+    reason: str
+    """Why: one clause; empty on a host with one node."""
+
+    def __str__(self) -> str:
+        return f"{node_text(self.nodes)} preferred: {self.reason}" if self.nodes else f"none preferred: {self.reason}"
+
+
+def node_text(nodes: Iterable[int]) -> str:
+    """Return a text such as ``node 1``, or ``nodes 0, 2``."""
+    names = [str(node) for node in nodes]
+    return f"node{'s' if len(names) > 1 else ''} {', '.join(names)}"
+
+
+def choose_nodes(sysfs: host.Sysfs, devices: Iterable[host.PciDevice]) -> NodeChoice:
+    """Return the nodes to prefer for the memory of a guest with these devices.
+
+    A policy of this process's own (set_mempolicy(2), numactl(8), ``NUMAPolicy=`` of its unit) is respected: then none
+    is preferred. Nodes that the process may not use (cpuset) are left out. Only reads.
+    """
+    names = sysfs.names(NODES)
+    if len(node_numbers(names)) < 2:
+        return NodeChoice((), "")
+    near = sorted({device.numa_node for device in devices if device.numa_node is not None})
+    if not near:
+        return NodeChoice((), "the devices' node is unknown")
+    if sysfs.ask("memory policy", memory_policy):
+        return NodeChoice((), "this process has a memory policy of its own")
+    ours, _ = split_nodes(names, sysfs.fields("proc/self/status").get("Mems_allowed_list", ""))
+    usable = tuple(node for node in near if node in ours)
+    if not usable:
+        return NodeChoice((), f"the devices are on {node_text(near)}, this process may use {node_text(ours)} only")
+    if len(usable) > 1 and sysfs.kernel() < _PREFERS_MANY:
+        return NodeChoice((), f"the devices are on {node_text(usable)}, and Linux prefers several from 5.15 on")
+    return NodeChoice(usable, "the devices are on it" if len(usable) == 1 else "the devices are on them")

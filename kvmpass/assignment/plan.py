@@ -8,7 +8,7 @@ from functools import partial
 
 from kvmpass import host
 from kvmpass._dataclass import dataclass
-from kvmpass.assignment.backing import BackingChoice, choose_backing
+from kvmpass.assignment.backing import BackingChoice, NodeChoice, choose_backing, choose_nodes
 from kvmpass.errors import BadAddress, KvmpassError, NoSuchDevice
 from kvmpass.host import Bdf, Blocker, PciDevice, Sysfs, limits
 from kvmpass.host.address import parse_distinct
@@ -66,6 +66,8 @@ class Plan:
     """The guest's memory; None if it is impossible: see ``blockers``."""
     backing: BackingChoice
     """What holds it, and why it was chosen."""
+    nodes: NodeChoice
+    """The NUMA nodes that are preferred for it."""
     small_pages: bool
     """Whether its pages are of 4 KiB: memfds, of a host without transparent huge pages for them."""
     cpus: int
@@ -155,6 +157,7 @@ def plan(
         devices=planned,
         memory=memory_plan,
         backing=chosen,
+        nodes=choose_nodes(sysfs, devices),
         small_pages=chosen.backing is Backing.MEMFD and not _has_huge_memfds(sysfs),
         cpus=cpus,
         backend=iommu,

@@ -119,11 +119,12 @@ def look_at_host(sysfs: host.Sysfs) -> None:
 
 def look_at_device(sysfs: host.Sysfs, bdf: host.Bdf, look: host.Look) -> None:
     """Read everything else that the commands read of a device."""
-    from kvmpass.assignment.backing import choose_backing
+    from kvmpass.assignment.backing import choose_backing, choose_nodes
 
     host.describe(sysfs, bdf, look)
     host.doctor.diagnose_device(look, bdf)
     sysfs.config(bdf)
+    choose_nodes(sysfs, [sysfs.device(bdf)])
     for size in (1 << 30, 2 << 20):  # one page of each pool
         choose_backing(sysfs, size, [bdf])
 

@@ -139,6 +139,8 @@ def _show_memory(output: Output, made: Plan) -> None:
         )
     if made.backing.automatic:
         output.text(click.wrap_text(f"backing {made.backing}", 80, "  ", "    "))
+    if made.nodes.reason:
+        output.text(click.wrap_text(f"NUMA {made.nodes}", 80, "  ", "    "))
     if made.small_pages:
         output.text("  pages of 4 KiB: memfds have no transparent huge pages on this host")
         output.text("  (shmem_enabled); --hugepages takes huge ones from its pool")
@@ -193,6 +195,7 @@ def _document(made: Plan) -> dict[str, Any]:
         "map_calls": made.map_calls,
         "p2p": made.p2p,
         "peer_map_calls": made.peer_map_calls,
+        "numa": {"nodes": list(made.nodes.nodes), "reason": made.nodes.reason},
         "small_pages": made.small_pages,
         "locked": made.locked,
         "phys_bits": made.phys_bits,

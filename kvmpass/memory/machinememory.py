@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from threading import Thread
 
 from kvmpass._signals import deferred
@@ -14,14 +15,17 @@ from kvmpass.memory.regions import GuestMemory
 class MachineMemory:
     """The regions of a plan, and the thread that populates them. ``close()`` ends it and unmaps them.
 
+    ``nodes``: the NUMA nodes that their pages come from, as long as these have free ones.
     Raises ``NotEnoughMemory`` (huge pages), ``LayoutError``, ``OSError``.
 
     Synchronization: from any thread, one at a time.
     """
 
-    def __init__(self, plan: MemoryPlan) -> None:
+    def __init__(self, plan: MemoryPlan, nodes: Collection[int] = ()) -> None:
         self.plan = plan
         """The layout of the machine, and its regions."""
+        self.nodes_refused: OSError | None = None
+        """Why ``nodes`` are not preferred, where the kernel has refused that."""
         self.regions = GuestMemory()
         """The list of regions: RAM as planned, and what is added later."""
         self.populated = False
@@ -31,7 +35,12 @@ class MachineMemory:
         self._failed: BaseException | None = None
         with undo_on_error(self.regions.close):
             for part in plan.regions:
-                self.regions.add_ram(part.range.start, part.range.size, part.name, backing=part.backing)
+                region = self.regions.add_ram(part.range.start, part.range.size, part.name, backing=part.backing)
+                if nodes and self.nodes_refused is None:
+                    try:
+                        region.mapping.prefer_nodes(nodes)
+                    except OSError as error:  # it is a matter of speed alone
+                        self.nodes_refused = error
 
     @property
     def begun(self) -> bool:

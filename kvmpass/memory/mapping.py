@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -136,6 +137,18 @@ class HostMapping:
         """Request transparent huge pages (``MADV_HUGEPAGE``); a kernel without them ignores it."""
         lib.kvmpass_madvise(self.address, self._span, lib.MADV_HUGEPAGE)
 
+    def prefer_nodes(self, nodes: Collection[int]) -> None:
+        """Take pages that do not exist yet from these NUMA nodes, as long as they have free ones.
+
+        One node (``MPOL_PREFERRED``), or several from Linux 5.15 on (``MPOL_PREFERRED_MANY``). Raises ``OSError``
+        (``mbind``: ``EINVAL`` without such nodes, ``EPERM`` in some containers, ``ENOSYS``).
+        """
+        mask = ffi.new("unsigned long[]", max(nodes) // 64 + 1)
+        for node in nodes:
+            mask[node // 64] |= 1 << node % 64
+        mode = lib.MPOL_PREFERRED if len(nodes) == 1 else lib.MPOL_PREFERRED_MANY
+        check(lib.kvmpass_mbind(self.address, self._span, mode, mask, len(mask) * 64), "mbind")
+
     def populate(self, stop: StopFlag | None = None) -> None:
         """Allocate and zero every page now, by all CPUs of this process (``MADV_POPULATE_WRITE``).
 
@@ -194,6 +207,12 @@ _MMAP_REMEDY = {
     errno.EACCES: "open the descriptor for reading, and for writing if the region is to be writable",
     errno.EPERM: "make the region read-only: the memfd is sealed against writing (F_SEAL_WRITE)",
 }
+
+
+def memory_policy() -> int:
+    """Return the NUMA policy of this thread (``MPOL_*`` of linux/mempolicy.h); 0: the default, or unknown."""
+    mode = ffi.new("int *")
+    return int(mode[0]) if lib.kvmpass_get_mempolicy(mode) == 0 else lib.MPOL_DEFAULT
 
 
 def make_memfd(name: str, size: int, page: int = PAGE) -> int:

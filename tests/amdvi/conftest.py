@@ -110,7 +110,8 @@ SIBLINGS = (
 def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
     """Hosts of few tests.
 
-    Debian's kernel, with modules and without iommufd, a drive, and what the cookbook's driver is for. What hosts
+    Debian's kernel, with modules and without iommufd, a drive, what the cookbook's driver is for, and two NUMA nodes
+    that share the memory (the full kernel has no CONFIG_NUMA_EMU). What hosts
     seldom have: two devices on one bus, a card with an expansion ROM, a drive with 2048 vectors, a BAR that is too
     large for any address, a page of 1 GiB. A command line that says the IOAPIC is elsewhere, so that the kernel
     remaps no interrupt. The plugin's modern host with a device on bus 0, where the emulated IOMMU's events name it,
@@ -118,7 +119,7 @@ def pytest_kvmpass_profiles(config: pytest.Config) -> dict[str, Profile]:
     """
     modern, newest = DEFAULT_PROFILES["modern"], DEFAULT_PROFILES["next"]
     return {
-        "stock": Profile(devices=("edu,addr=04.0", "nvme,addr=05.0"), kernel="stock"),
+        "stock": Profile(devices=("edu,addr=04.0", "nvme,addr=05.0"), kernel="stock", append="numa=fake=2"),
         "odd": Profile(
             devices=(
                 f"e1000e,addr=04.0,romfile={option_rom(rom_directory(config))}",

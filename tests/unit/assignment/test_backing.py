@@ -1,16 +1,19 @@
-"""The choice of a guest's backing, on hosts made of files."""
+"""The choice of a guest's backing and of its NUMA nodes, on hosts made of files."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from support.host_tree import Host
 
-from kvmpass.assignment.backing import choose_backing
+from kvmpass.assignment import backing
+from kvmpass.assignment.backing import choose_backing, choose_nodes
 from kvmpass.host import Bdf
 from kvmpass.layout import GIB, MIB
 from kvmpass.memory import Backing
+from kvmpass.numa import NODES
 
 NVME, NIC = Bdf.parse("0000:01:00.0"), Bdf.parse("0000:02:00.0")
 SHORT = "1 GiB pages: 0 MiB of 2048 MiB free"
@@ -110,3 +113,74 @@ def test_what_is_asked_for_is_taken(host: Host) -> None:
     assert not choose_backing(host, GIB, wanted="hugetlb-1G").automatic
     with pytest.raises(ValueError, match="4K"):
         choose_backing(host, GIB, wanted="4K")
+
+
+# --- NUMA nodes
+
+
+@pytest.fixture
+def numa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """Four nodes, a process with no policy of its own that may use all, and devices without a node."""
+    numa = Host(tmp_path)
+    for number, bdf in enumerate((NVME, NIC)):
+        numa.add(str(bdf), "nvme", 7 + number)
+    for node in range(4):
+        numa.put(f"{NODES}/node{node}/meminfo", "")
+    numa.put("proc/self/status", "Mems_allowed_list:\t0-3")
+    numa.put("proc/sys/kernel/osrelease", "6.12.0")
+    monkeypatch.setattr(backing, "memory_policy", lambda: 0)
+    return numa
+
+
+def choose(numa: Host, *near: int) -> tuple[Sequence[int], str]:
+    for bdf, node in zip((NVME, NIC), near, strict=False):
+        numa.put(f"sys/bus/pci/devices/{bdf}/numa_node", str(node))
+    choice = choose_nodes(numa, [numa.device(bdf) for bdf in (NVME, NIC)[: len(near)]])
+    return choice.nodes, str(choice)
+
+
+def test_the_devices_nodes(numa: Host) -> None:
+    assert choose(numa, 2) == ((2,), "node 2 preferred: the devices are on it")
+    assert choose(numa, 3, 1) == ((1, 3), "nodes 1, 3 preferred: the devices are on them")
+    assert choose(numa, 1, 1) == ((1,), "node 1 preferred: the devices are on it")
+    assert choose(numa, -1, 0) == ((0,), "node 0 preferred: the devices are on it")
+
+
+def test_several_need_a_kernel_that_prefers_several(numa: Host) -> None:
+    numa.put("proc/sys/kernel/osrelease", "5.14.21")
+    assert choose(numa, 3, 1) == (
+        (),
+        "none preferred: the devices are on nodes 1, 3, and Linux prefers several from 5.15 on",
+    )
+    assert choose(numa, 3, 3)[0] == (3,)
+
+
+def test_devices_without_a_node(numa: Host) -> None:
+    for near in ((), (-1,), (-1, -1)):
+        assert choose(numa, *near) == ((), "none preferred: the devices' node is unknown")
+
+
+def test_a_policy_of_ones_own_is_respected(numa: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backing, "memory_policy", lambda: 3)
+    assert choose(numa, 2) == ((), "none preferred: this process has a memory policy of its own")
+
+
+def test_nodes_that_the_process_may_not_use(numa: Host) -> None:
+    numa.put("proc/self/status", "Mems_allowed_list:\t0-1")
+    assert choose(numa, 1, 3)[0] == (1,)
+    assert choose(numa, 2, 3) == (
+        (),
+        "none preferred: the devices are on nodes 2, 3, this process may use nodes 0, 1 only",
+    )
+
+
+def test_a_host_with_one_node_has_nothing_to_say(numa: Host, tmp_path: Path) -> None:
+    for node in (1, 2, 3):
+        numa.path(NODES, f"node{node}", "meminfo").unlink()
+        numa.path(NODES, f"node{node}").rmdir()
+    assert choose(numa, 0) == ((), "none preferred: ")
+    assert choose_nodes(numa, []).reason == ""
+
+
+def test_this_very_process() -> None:
+    assert backing.memory_policy() in range(8)

@@ -277,6 +277,17 @@ def test_memory_for_the_daemons_of_files(
     assert all(len(line) <= 80 for line in text.splitlines()), text
 
 
+def test_the_nodes_of_its_memory(host: Host, run: Callable[..., Any], valid: Callable[..., Any]) -> None:
+    assert valid("plan", run(NVME, "--memory", "64M", "--json")[0])["numa"] == {"nodes": [], "reason": ""}
+    assert "NUMA" not in run(NVME, "--memory", "64M")[0]
+    for node in (0, 1):
+        host.put(f"sys/devices/system/node/node{node}/meminfo", "")
+    host.put(f"sys/bus/pci/devices/{NVME}/numa_node", "1")
+    document = valid("plan", run(NVME, "--memory", "64M", "--json")[0])
+    assert document["numa"] == {"nodes": [1], "reason": "the devices are on it"}
+    assert "  NUMA node 1 preferred: the devices are on it\n" in run(NVME, "--memory", "64M")[0]
+
+
 def test_huge_pages_as_the_host_has_them(host: Host, run: Callable[..., Any], valid: Callable[..., Any]) -> None:
     host.put("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "128")
     requested = (NVME, "--memory", "256M")

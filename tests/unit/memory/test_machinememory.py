@@ -11,7 +11,16 @@ import pytest
 
 from kvmpass.errors import Closed, LayoutError
 from kvmpass.layout import GIB, MIB, Range, plan_layout
-from kvmpass.memory import Backing, GuestMemory, MachineMemory, MemoryPlan, PlannedRegion, RegionKind, StopFlag
+from kvmpass.memory import (
+    Backing,
+    GuestMemory,
+    HostMapping,
+    MachineMemory,
+    MemoryPlan,
+    PlannedRegion,
+    RegionKind,
+    StopFlag,
+)
 
 PLAN = MemoryPlan(
     plan_layout(2 * MIB),
@@ -74,6 +83,32 @@ def test_a_plan_that_fails_leaves_nothing_mapped(monkeypatch: pytest.MonkeyPatch
     monkeypatch.undo()
     with pytest.raises(LayoutError):
         MachineMemory(MemoryPlan(PLAN.layout, (PLAN.regions[0], PLAN.regions[0])))
+
+
+def test_nodes_are_preferred_before_there_are_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, object]] = []
+    monkeypatch.setattr(HostMapping, "prefer_nodes", lambda self, nodes: seen.append((self.address, nodes)))
+    memory = MachineMemory(PLAN, (1,))
+    assert seen == [(region.hva, (1,)) for region in memory.regions]
+    assert memory.nodes_refused is None
+    memory.close()
+    MachineMemory(PLAN).close()
+    assert len(seen) == 2
+
+
+def test_a_kernel_that_refuses_the_nodes_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rules of a container may forbid mbind: memory is slower then, and as good."""
+    calls: list[object] = []
+
+    def refuse(self: HostMapping, nodes: object) -> None:
+        calls.append(nodes)
+        raise PermissionError(errno.EPERM, "mbind")
+
+    monkeypatch.setattr(HostMapping, "prefer_nodes", refuse)
+    memory = MachineMemory(PLAN, (1,))
+    assert len(calls) == 1 and isinstance(memory.nodes_refused, PermissionError)
+    memory.wait()
+    memory.close()
 
 
 def test_it_is_populated_once(memory: MachineMemory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -440,6 +440,45 @@ def test_more_pages_reserved_than_free(pools: Path) -> None:
         check_huge_pages(HUGE, HUGE)
 
 
+def policy(address: int) -> str:
+    [line] = [
+        line for line in Path("/proc/self/numa_maps").read_text().splitlines() if line.startswith(f"{address:x} ")
+    ]
+    return line.split(" ", 1)[1]
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_pages_come_from_a_node(file: bool) -> None:
+    if not Path("/proc/self/numa_maps").exists():
+        pytest.skip("needs a kernel with CONFIG_NUMA")
+    fd = make_memfd("test", MIB) if file else -1
+    mapping = HostMapping(MIB, fd=fd)
+    assert policy(mapping.address).startswith("default")
+    mapping.prefer_nodes([0])
+    assert policy(mapping.address).split()[0] == "prefer:0"
+    mapping.prefer_nodes([0, 1])  # of which the kernel keeps those that exist
+    assert policy(mapping.address).startswith("prefer (many):0")
+    with pytest.raises(OSError, match="mbind") as refused:
+        mapping.prefer_nodes([1000])
+    assert refused.value.errno == errno.EINVAL
+    mapping.close()
+    if file:
+        os.close(fd)
+
+
+def test_nodes_are_bits(fake: FakeLib) -> None:
+    seen: list[tuple[int, list[int], int]] = []
+    fake.kvmpass_mbind = lambda address, size, mode, mask, bits: seen.append((mode, list(mask), bits)) or 0  # type: ignore[attr-defined, func-returns-value]
+    mapping = HostMapping(PAGE)
+    for nodes in ([3], [0, 63, 64], [130]):
+        mapping.prefer_nodes(nodes)
+    assert seen == [
+        (lib.MPOL_PREFERRED, [8], 64),
+        (lib.MPOL_PREFERRED_MANY, [1 | 1 << 63, 1], 128),
+        (lib.MPOL_PREFERRED, [0, 0, 4], 192),
+    ]
+
+
 def test_pages_on_other_nodes_are_not_free(pools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool(pools, HUGE, free=4, nr=4)
     monkeypatch.setattr(kvmpass.memory.mapping, "own_nodes", lambda: ([0], [1]))
