@@ -34,6 +34,9 @@ class PlaceType(_OfText):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the guests that begin with ``incomplete``, and this host's files; a guest's own are not known."""
+        name, colon, _ = incomplete.partition(":/")
+        if colon and any(item.value == name for item in _running(name)):
+            return []
         return [*_running(incomplete, ":/"), CompletionItem(incomplete, type="file")]
 
 
@@ -48,7 +51,7 @@ def _running(incomplete: str, suffix: str = "") -> list[CompletionItem]:
     return [
         CompletionItem(status.name + suffix, help=" ".join(status.devices))
         for status in found
-        if status.name.startswith(incomplete) and status.state != "dead"
+        if (status.name + suffix).startswith(incomplete) and status.state != "dead"
     ]
 
 

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from kvmpass.cli.main import COMMANDS, COMPLETE, kvmpass
 from kvmpass.session.directory import GuestDirectory, GuestStatus
 
 PROMPT = "ready> "
+READY = f"(?s)done.*{PROMPT}"  # what is typed before is no request to fish
 
 
 @pytest.fixture
@@ -67,6 +69,9 @@ def candidates(shell: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("bash", "kvmpass cp l", "plain\tlab:/\t0000:01:00.0\nfile\tl\t\n"),
         ("zsh", "kvmpass cp l", "plain\nlab\\:/\n0000:01:00.0\nfile\nl\n_\n"),
         ("bash", "kvmpass cp lab:/x /b", "file\t/b\t\n"),
+        ("bash", "kvmpass cp lab:", "plain\tlab:/\t0000:01:00.0\nfile\tlab:\t\n"),
+        ("bash", "kvmpass cp lab:/x", "\n"),
+        ("bash", "kvmpass cp other:/x", "file\tother:/x\t\n"),
         ("fish", "kvmpass show 0000:01", "plain,0000:01:00.0\tNVMe: AMD Fast: Drive\n"),
     ],
 )
@@ -119,10 +124,22 @@ def test_an_unknown_shell_is_wrong_usage() -> None:
         kvmpass.main(["completion", "tcsh"], standalone_mode=False)
 
 
-class Bash:
-    """An interactive bash on its own terminal, with completion enabled."""
+# By shell: its options, and what it needs before it takes completions.
+SHELL_OPTIONS = {
+    "bash": (["--norc", "--noprofile", "-i"], 'eval "$(kvmpass completion bash)"'),
+    "zsh": (["-f", "-i"], 'autoload -U compinit; compinit -u -D; eval "$(kvmpass completion zsh)"'),
+    "fish": (
+        ["--no-config", "-i"],
+        f"function fish_prompt; echo -n '{PROMPT}'; end; kvmpass completion fish | source",
+    ),
+}
+ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|\][^\x07]*\x07|\(B|[=>])|[\a\r]")
 
-    def __init__(self, directory: Path) -> None:
+
+class Shell:
+    """An interactive shell on its own terminal, with completion enabled."""
+
+    def __init__(self, directory: Path, shell: str = "bash") -> None:
         program = directory / "kvmpass"
         program.write_text(f'#!/bin/sh\nexec {sys.executable} -m kvmpass "$@"\n')
         program.chmod(0o755)
@@ -130,12 +147,14 @@ class Bash:
         if self._pid == 0:
             environment = {
                 "PATH": f"{directory}:/usr/bin:/bin",
-                "TERM": "dumb",
+                "TERM": "xterm" if shell == "fish" else "dumb",
                 "PS1": PROMPT,
                 "HISTFILE": "/dev/null",
+                "HOME": str(directory),
             }
-            os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "-i"], environment)
-        self.type('eval "$(kvmpass completion bash)"; echo do"ne"\n', "done")
+            os.execve(f"/usr/bin/{shell}", [shell, *SHELL_OPTIONS[shell][0]], environment)
+        termios.tcsetwinsize(self._fd, (40, 100))  # fish shows no list on a terminal without a size
+        self.type(f'{SHELL_OPTIONS[shell][1]}; echo do"ne"\n', READY)
 
     def type(self, keys: str, expected: str) -> str:
         """Type; return what the terminal shows up to ``expected``, a regular expression."""
@@ -144,7 +163,7 @@ class Bash:
         while not re.search(expected, shown):
             assert time.monotonic() < deadline, f"{expected!r} does not come: {shown!r}"
             if select.select([self._fd], [], [], 0.1)[0]:
-                shown += os.read(self._fd, 4096).decode(errors="replace").replace("\a", "")
+                shown += ESCAPES.sub("", os.read(self._fd, 4096).decode(errors="replace"))
         return shown
 
     def close(self) -> None:
@@ -154,7 +173,7 @@ class Bash:
 
 
 def test_a_real_bash(tmp_path: Path) -> None:
-    bash = Bash(tmp_path)
+    bash = Shell(tmp_path)
     try:
         bash.type("kvmpass restor\t", "kvmpass restore ")
         bash.type("--js\t", "--json ")
@@ -170,15 +189,37 @@ def test_guests_and_files_in_a_real_bash(tmp_path: Path) -> None:
     (here / "lab.d").mkdir(parents=True)
     (here / "lab notes").touch()
     (here / "other").touch()
-    bash = Bash(tmp_path)
+    bash = Shell(tmp_path)
     try:
-        bash.type(f"cd {here}; export KVMPASS_RUNTIME_DIR={tmp_path}/run; echo do'ne'\n", "done")
+        bash.type(f"cd {here}; export KVMPASS_RUNTIME_DIR={tmp_path}/run; echo do'ne'\n", READY)
         shown = bash.type("kvmpass cp \t\t", r"other\s")
         assert re.search(r"lab:/\s+0000:01:00.0\s", shown) and "lab.d/" in shown and r"lab\ notes" in shown
         bash.type("lab\\ n\t", r"lab\\ notes ")
         bash.type("\x15kvmpass cp oth\t", "other ")
+        bash.type("\x15kvmpass cp lab:\t", "lab:/")
     finally:
         bash.close()
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("name", ["zsh", "fish"])
+def test_guests_and_files_in_other_shells(tmp_path: Path, name: str) -> None:
+    if not Path("/usr/bin", name).exists():
+        pytest.skip(f"no {name} here: apt-get install {name} makes it run")
+    here = tmp_path / "here"
+    (here / "lab.d").mkdir(parents=True)
+    (here / "lab notes").touch()
+    (here / "other").touch()
+    shell = Shell(tmp_path, name)
+    try:
+        shell.type(f"cd {here}; export KVMPASS_RUNTIME_DIR={tmp_path}/run; echo do'ne'\n", READY)
+        shown = shell.type("kvmpass cp \t", r"(?s)lab notes.*other|lab\\ notes.*other")
+        assert "lab.d/" in shown and re.search(r"lab:/\s+(-- |\()0000:01:00.0", shown) and "notes" in shown
+        shell.type("\x15kvmpass cp oth\t", "other ")
+        shell.type("\x15kvmpass cp lab.\t", "lab.d/")
+        shell.type("\x15kvmpass cp lab:\t", "lab:/")
+    finally:
+        shell.close()
 
 
 def test_an_address_in_a_real_bash(tmp_path: Path) -> None:
@@ -188,7 +229,7 @@ def test_an_address_in_a_real_bash(tmp_path: Path) -> None:
     if not typed:
         pytest.skip("no PCI device of this machine is alone in its slot: one that is makes it run")
     bdf = max(typed)
-    bash = Bash(tmp_path)
+    bash = Shell(tmp_path)
     try:
         shown = bash.type(f"kvmpass show {typed[bdf]}\t", re.escape(bdf) + " ")
         assert shown.endswith(f"kvmpass show {bdf} ")
