@@ -17,7 +17,10 @@ FREESTANDING = (
 PROGRAMS = {
     "kvmpass/files/confine": (["confine.c"], HOSTED),
     "kvmpass/files/noatime.so": (["noatime.c"], [*HOSTED, "-shared", "-fPIC"]),
-    "kvmpass/initramfs/agent": (["agent/agent.c", "agent/streams.c", "agent/process.c"], FREESTANDING.split()),
+    "kvmpass/initramfs/agent": (
+        ["agent/agent.c", "agent/beside.c", "agent/process.c", "agent/streams.c"],
+        FREESTANDING.split(),
+    ),
 }
 
 

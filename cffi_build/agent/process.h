@@ -28,6 +28,13 @@ struct process {
 /* process.c: start what process->start describes, with the variables of the agent; 0, or the error. */
 long start_process(struct process *process, char **environment);
 
+/* --- beside.c */
+
+/* As PID 1: become the init of an initramfs of the user's. Returns in a child, once it has the port, its variables. */
+char **leave_init(char **arguments, char **environment);
+void follow_init(void); /* take the root of that init, which it may have changed; otherwise nothing */
+extern bool beside; /* whether this is that child */
+
 /* --- streams.c */
 
 #define PORT 0 /* standard input */

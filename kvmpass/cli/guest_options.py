@@ -35,7 +35,9 @@ guest_options = together(
         "kernel]",
     ),
     click.option(
-        "--initrd", type=click.Path(path_type=Path), help="An initramfs to use instead of the generated one."
+        "--initrd",
+        type=click.Path(path_type=Path),
+        help="An initramfs to use instead of the generated one. A guest that stays has the agent beside its init.",
     ),
     click.option("--append", default="", help="Append to the guest kernel's command line."),
     files_option,
@@ -144,10 +146,10 @@ def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
         raise click.UsageError("-t passes the keys of a terminal, and standard input is none: use -i")
     if guest.get("copy_out") and command is None and not guest.get("session"):
         raise click.UsageError("--copy-out brings files out when a COMMAND has ended: name one after --, or use -d")
-    if guest["initrd"] and guest.get("session"):
+    if guest["initrd"] and guest.get("copy_out"):
         raise wrong_usage(
-            "--initrd replaces the root file system that has the agent, which runs commands",
-            "use --root DIR for a root of your own, or kvmpass assign --initrd without -d",
+            "--initrd replaces the root file system that sends files when it ends",
+            "copy them while the guest runs, if its own has tar and cpio: kvmpass cp",
         )
     if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
         raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")

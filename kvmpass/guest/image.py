@@ -117,6 +117,10 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     options, serial_ports = KernelOptions(), len(SERIAL_LINES)
     if spec.initrd is not None:
         initrd = spec.initrd.read_bytes()
+        if spec.session:
+            from kvmpass.initramfs import beside
+
+            initrd, append = beside.before(initrd, kernel.modules, append)
     else:
         root = GuestRoot()
         root.add_modules(
@@ -150,7 +154,7 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         serial_ports=serial_ports,
         extra=append,
     )
-    ports = (init.AGENT_PORT,) if with_agent and spec.initrd is None else ()
+    ports = (init.AGENT_PORT,) if with_agent and (spec.initrd is None or spec.session) else ()
     return GuestImage(
         kernel.image,
         initrd,

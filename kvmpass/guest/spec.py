@@ -13,7 +13,7 @@ MINIMAL, HOST = "minimal", "host"
 
 @dataclass(frozen=True, slots=True)
 class GuestSpec:
-    """What to boot. ``command`` and the fields from ``copy`` on need the initramfs that ``prepare`` makes."""
+    """What to boot. ``command`` and ``copy`` to ``shares`` need the initramfs that ``prepare`` makes."""
 
     kernel: Path | None = None
     """A bzImage, a kernel's build tree or ``/lib/modules/RELEASE``; None: the running kernel."""
@@ -34,7 +34,7 @@ class GuestSpec:
     shares: tuple[str, ...] = ()
     """Directories of this host for the guest, as ``SRC[:DST][,rw]``; read-only without ``rw``."""
     session: bool = False
-    """Whether the guest stays, without a command, and its agent runs what the host starts."""
+    """Whether the guest stays, without a command, and its agent runs what the host starts: beside ``initrd``, too."""
     interactive: bool = False
     """Whether the command has input: then it needs a virtio console, as serial ports pass none."""
     tty: bool = False

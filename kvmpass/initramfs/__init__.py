@@ -209,9 +209,7 @@ class GuestRoot:
     def run_agent(self, purpose: str) -> None:
         """Run the agent instead of a shell. ``purpose``: for what; if empty, serial ports can take its place."""
         self._settings |= {"COMMAND": "yes", "AGENT": purpose}
-        if not init.AGENT.exists():
-            raise KvmpassError(f"{init.AGENT} was not built", "install kvmpass (make venv, or pip install .)")
-        self.tree.file(f"{init.DIRECTORY}/agent", init.AGENT.read_bytes(), 0o755)
+        self.tree.file(f"{init.DIRECTORY}/agent", init.agent(), 0o755)
 
     def _check_program(self, word: str) -> None:
         """Add a warning if a command's first word is not found in the initramfs, nor below what is mounted there."""

@@ -32,11 +32,14 @@ class Node:
 
 
 class Tree:
-    """Paths and their nodes. All are owned by root, with time 0: equal input gives equal bytes."""
+    """Paths and their nodes. All are owned by root, with time 0: equal input gives equal bytes.
 
-    def __init__(self) -> None:
+    ``merged``: whether it has the directories of a merged /usr, and the symlinks to them.
+    """
+
+    def __init__(self, *, merged: bool = True) -> None:
         self._nodes: dict[str, Node] = {}
-        for name in MERGED:
+        for name in MERGED if merged else ():
             self.directory(f"/usr/{name}")
             self._nodes[name] = Node(stat.S_IFLNK | 0o777, f"usr/{name}".encode())
 

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from kvmpass.errors import KvmpassError
+
 DIRECTORY = "/kvmpass"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """``PATH`` of the guest, as init.sh sets it."""
@@ -49,6 +51,13 @@ tracefs /sys/kernel/tracing tracefs defaults 0 0
 """
 # Symlinks in /dev that devtmpfs lacks.
 STREAMS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
+
+
+def agent() -> bytes:
+    """Return the agent's program. Raises ``KvmpassError`` if it was not built."""
+    if not AGENT.exists():
+        raise KvmpassError(f"{AGENT} was not built", "install kvmpass (make venv, or pip install .)")
+    return AGENT.read_bytes()
 
 
 def assignments(settings: dict[str, str]) -> bytes:

@@ -87,12 +87,14 @@ class Console:
                     pump.join()
 
     def _start_shell(self) -> None:
-        """Run a shell on the console, unless one runs there, or the guest does not answer.
+        """Run a shell on the console, unless one runs there, the console is another init's, or the guest hangs.
 
         The kernel of a guest that hangs may print on its console, and read from it. Raises ``GuestDied``, and what
         else starting it raises.
         """
         assert self.session is not None
+        if self.session.own_init:
+            return
         with self._starting:
             if self._shell is not None and self._shell.poll() is not None:
                 self._shell.wait()  # closes what belongs to it

@@ -68,9 +68,10 @@ def open_session(
             )
         )
         if guest.agent is None:
-            raise GuestError("the guest's image has no agent", "leave out the initramfs of your own (initrd)")
+            raise GuestError("the guest's image has no agent", "set session in its GuestSpec")
         first = str(machine.devices[0].bdf) if machine.devices else "guest"
-        session = Session(name or first, machine, guest, guest.agent, images[0].entry)
+        own_init = spec.initrd is not None
+        session = Session(name or first, machine, guest, guest.agent, images[0].entry, own_init=own_init)
         session.begin(boot_timeout, warn, timeout)
         session.own(undo.pop_all())
     return session
@@ -84,6 +85,7 @@ def start(
     cpus: int = 1,
     root: str = "minimal",
     kernel: str | os.PathLike[str] | None = None,
+    initrd: str | os.PathLike[str] | None = None,
     append: str = "",
     shares: Sequence[str] = (),
     copies: Sequence[str] = (),
@@ -99,10 +101,11 @@ def start(
     """Boot a Linux guest with ``devices`` assigned, and return it once it runs commands.
 
     ``with kvmpass.start(["0000:01:00.0"]) as guest: guest.run(["lspci"])``. The arguments are the options of
-    ``kvmpass assign``: ``name`` (by default the address of the first device), ``root`` (``minimal``, ``host`` or a
-    directory), ``shares`` (``SRC[:DST][,rw]`` each), ``copies`` (``SRC:DST`` each), ``backing`` (a value of
-    ``kvmpass.memory.Backing``, or ``auto``: the largest huge pages that the host has for all of the guest's memory,
-    else anonymous memory), ``boot_timeout`` in seconds.
+    ``kvmpass assign``: ``name`` (by default the address of the first device), ``initrd`` (an initramfs of the user's
+    own, beside whose init the agent runs; then without the next four), ``root`` (``minimal``, ``host`` or a
+    directory), ``shares`` (``SRC[:DST][,rw]`` each), ``copies`` (``SRC:DST`` each), ``modules``, ``backing`` (a value
+    of ``kvmpass.memory.Backing``, or ``auto``: the largest huge pages that the host has for all of the guest's
+    memory, else anonymous memory), ``boot_timeout`` in seconds.
     ``on_event``: as for ``Machine``. ``on_console`` gets all that the guest's console prints, from a thread.
 
     Raises what :func:`kvmpass.assignment.assign.assigned` raises, and ``GuestDied`` for a guest that does not boot;
@@ -110,6 +113,7 @@ def start(
     """
     spec = GuestSpec(
         kernel=Path(kernel) if kernel is not None else None,
+        initrd=Path(initrd) if initrd is not None else None,
         append=append,
         root=root,
         shares=tuple(shares),

@@ -44,7 +44,16 @@ class Session:
     Synchronization: from any thread, and from many at once; ``stop`` waits for one that runs already.
     """
 
-    def __init__(self, name: str, machine: Machine, guest: Guest, agent: Agent, entry: Entry | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        machine: Machine,
+        guest: Guest,
+        agent: Agent,
+        entry: Entry | None = None,
+        *,
+        own_init: bool = False,
+    ) -> None:
         self.name = name
         """Its name."""
         self.machine = machine
@@ -54,6 +63,8 @@ class Session:
         self._guest, self._agent = guest, agent
         self.entry = entry
         """How programs start in the guest's root; None: in the initramfs itself."""
+        self.own_init = own_init
+        """Whether its initramfs is the user's own, whose init has the console."""
         self._events: deque[DeviceEvent] = deque(maxlen=_MAX_EVENTS)
         self.event_count = 0
         """Events of its devices so far, those included that are not kept."""
@@ -183,8 +194,8 @@ class Session:
         The streams are those of ``subprocess.Popen``: ``PIPE``, ``DEVNULL``, ``STDOUT`` for ``stderr``, a file, or a
         descriptor; but without ``stdin`` its input is empty. ``tty``: it gets a terminal, of 24 rows and 80 columns
         or of those given; its errors are then part of its output. ``cwd``: by default ``/root``, and with the host's
-        root the directory in which this process started the guest, or ``/`` if the guest cannot enter that. ``env``
-        is added to the guest's environment.
+        root the directory in which this process started the guest, or ``/`` if the guest cannot enter that; in an
+        initramfs of the user's own ``/``. ``env`` is added to the guest's environment.
 
         Raises ``FileNotFoundError``, ``PermissionError`` and the other errors of running a program there;
         ``GuestError`` (64 processes run, or the guest does not answer), ``GuestDied``.

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import lzma
 import os
 import re
 import shutil
 import stat
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from support.guests import boot, run
+from support.guests import GUEST_SECONDS, boot, run
 
+import kvmpass
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.guest import Guest, GuestSpec, prepare
+from kvmpass.initramfs import GuestRoot
 from kvmpass.initramfs.modules import ModuleTree, decompress
-from kvmpass.machine import Machine
+from kvmpass.machine import GuestOutcome, Machine
 
 pytestmark = pytest.mark.amdvi(duration=20)
 
@@ -173,3 +178,45 @@ def test_the_memory_of_a_hint_is_enough(nvme: str, tmp_path: Path) -> None:
 
 def test_the_memory_of_a_hint_is_enough_for_an_older_kernel(nvme: str, tmp_path: Path, older_kernel: Path) -> None:
     check_refusals(tmp_path, nvme, "--kernel", str(older_kernel))
+
+
+# --- an initramfs of the user's own
+
+OWN_INIT = b"""#!/bin/sh
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mkdir /dev/pts /new
+mount -t devpts devpts /dev/pts
+mount -t tmpfs new /new
+cp -a /usr /bin /sbin /lib /new
+echo "$1" >/new/root
+for place in dev proc sys; do mkdir /new/$place; mount -o move /$place /new/$place; done
+exec switch_root /new /bin/sh -c 'echo settled >/dev/console; while :; do sleep 1000; done' own
+"""
+
+
+def test_an_initramfs_of_the_users_own_gets_the_agent(tmp_path: Path) -> None:
+    """Its init is PID 1 and goes to another root, where commands run, too."""
+    own = GuestRoot().tree
+    own.file("/init", OWN_INIT, 0o755)
+    (tmp_path / "initrd").write_bytes(gzip.compress(own.archive(), 1))
+    with kvmpass.start(initrd=tmp_path / "initrd", memory="192M", append="-- moved") as guest:
+        deadline = time.monotonic() + GUEST_SECONDS
+        while "settled" not in guest.console:  # what starts before stays in a root that is being emptied
+            assert time.monotonic() < deadline, guest.console
+            time.sleep(0.02)
+        script = "tr '\\0' ' ' </proc/1/cmdline; cat /root; ls -d /kvmpass /new; tty; mount -t tmpfs more /sbin; cat"
+        done = guest.run(["sh", "-c", script], input=b"input\n", timeout=GUEST_SECONDS)
+        assert done.stdout.decode().splitlines() == [
+            "/bin/sh -c echo settled >/dev/console; while :; do sleep 1000; done own moved",
+            "not a tty",
+            "input",
+        ]
+        with guest.popen(["tty"], stdout=subprocess.PIPE, tty=True) as process:
+            assert process.stdout is not None and process.stdout.read() == b"/dev/pts/0\r\n"
+        (tmp_path / "file").write_text("content")
+        guest.copy_in(tmp_path / "file", "/copied/")
+        guest.copy_out("/copied/file", tmp_path / "back")
+        assert (tmp_path / "back").read_text() == "content"
+    assert guest.stop().outcome is GuestOutcome.POWEROFF

@@ -151,7 +151,7 @@ def test_descriptors_that_are_none(words: str, reason: str, capsys: pytest.Captu
         ("-d ffff:ff:1f.7 -- true", "kvmpass exec ffff:ff:1f.7 -- COMMAND"),
         ("-d --name a/b ffff:ff:1f.7", "cannot be the name of a guest"),
         ("-d --name= ffff:ff:1f.7", "cannot be the name of a guest"),
-        ("-d --initrd /etc/hostname ffff:ff:1f.7", "use --root DIR"),
+        ("-d --initrd /etc/hostname --copy-out /a:/tmp/b ffff:ff:1f.7", "kvmpass cp"),
         ("--name one ffff:ff:1f.7", "add -d"),
         ("--copy-out /tmp ffff:ff:1f.7", "or use -d"),
     ],

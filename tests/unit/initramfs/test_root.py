@@ -10,10 +10,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.kernel_files import module
 
 from kvmpass.errors import KvmpassError
-from kvmpass.initramfs import GuestRoot, elf, files, init
+from kvmpass.initramfs import GuestRoot, beside, elf, files, init
 from kvmpass.initramfs.cpio import Tree
+from kvmpass.initramfs.modules import ModuleTree
 from kvmpass.initramfs.served import Entry, Served
 
 Files = dict[str, tuple[int, bytes]]
@@ -304,3 +306,32 @@ def test_a_root_gets_the_directories_that_it_lacks(busybox: Path, tmp_path: Path
     content = unpack(root.build())
     made = {name.removeprefix("kvmpass/upper/") for name in content if name.startswith("kvmpass/upper/")}
     assert made == {"dev", "run", "sys", "tmp", "root"}
+
+
+# --- before an initramfs of the user's own
+
+
+@pytest.mark.parametrize(
+    ("parameters", "own", "given"),
+    [
+        ("", "/init", ""),
+        ("quiet rdinit=/a rdinit=/b x -- rdinit=/c", "/b", "quiet x -- rdinit=/c"),
+    ],
+)
+def test_the_agent_comes_before_another_initramfs(tmp_path: Path, parameters: str, own: str, given: str) -> None:
+    """It has nothing that could be in the way of the other's files: how /bin is related to /usr/bin, for example."""
+    tree = tmp_path / "6.1-test"
+    tree.mkdir()
+    for name in ("virtio_pci", "virtio_console"):
+        (tree / f"{name}.ko").write_bytes(module(name=name))
+    (tree / "modules.dep").write_text("virtio_pci.ko:\nvirtio_console.ko: virtio_pci.ko\n")
+    archive, words = beside.before(b"other", ModuleTree("6.1-test", tmp_path), parameters.split())
+    assert " ".join(words) == f"rdinit=/kvmpass/beside {given}".strip()
+    found = unpack(archive.removesuffix(b"other"))
+    assert [*found] == [
+        *("dev", "kvmpass", "kvmpass/modules", "kvmpass/mount", "dev/console", "dev/null", "kvmpass/beside"),
+        *("kvmpass/init", "kvmpass/modules/00", "kvmpass/modules/01"),
+    ]
+    assert found["kvmpass/init"] == (stat.S_IFLNK | 0o777, own.encode())
+    assert found["kvmpass/beside"] == (stat.S_IFREG | 0o755, init.AGENT.read_bytes())
+    assert b"name=virtio_pci\0" in found["kvmpass/modules/00"][1]

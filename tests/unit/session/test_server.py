@@ -119,6 +119,20 @@ def test_a_guest_that_stalls_has_not_ended(stage: Stage, monkeypatch: pytest.Mon
     assert stage.run("true") == (0, b"")
 
 
+def test_a_console_of_another_init_gets_no_shell(stage: Stage) -> None:
+    stage.server._session.own_init = True
+    read, write = os.pipe()
+    with (
+        os.fdopen(read, "rb", buffering=0) as shown,
+        os.fdopen(write, "wb"),
+        Path("/dev/null").open("rb") as keys,
+        stage.server._console.attached(keys.fileno(), write),
+    ):
+        stage.server._console(b"a prompt of its own")
+        assert shown.read(100) == b"a prompt of its own"
+        assert not stage.local.agent._processes
+
+
 def test_a_console_of_a_guest_that_stalls(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays attached: the guest's kernel may still print, and take keys."""
     monkeypatch.setattr(GuestProcess, "_wait_started", lambda *_: None)
