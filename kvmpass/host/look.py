@@ -109,7 +109,10 @@ class Look:
         """The BARs without an assigned address, by index, with the kernel's description (``mem size 0x…``)."""
         found: dict[Bdf, dict[int, str]] = {}
         for record in self.log.records:
-            match = _BAR.match(record.text) if record.by_kernel else None
+            # Of a host's messages about BARs nearly all are none of these.
+            if not record.by_kernel or not ("assign" in record.text or "no space for" in record.text):
+                continue
+            match = _BAR.match(record.text)
             if match is None:
                 continue
             bars, index = found.setdefault(Bdf.parse(match["bdf"]), {}), int(match["index"])

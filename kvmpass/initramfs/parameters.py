@@ -16,7 +16,7 @@ _PARAMETER = lazy_pattern(r'("?)([^\s".=]+)\.([^\s".=]+)(?:=(.*))?', re.DOTALL)
 
 def words(command_line: str) -> list[str]:
     """Split a command line into words, quotes included: a space between double quotes does not separate."""
-    return _WORD.findall(command_line)
+    return _WORD.findall(command_line) if '"' in command_line else command_line.split()
 
 
 def module_parameters(command_line: Iterable[str]) -> dict[str, str]:

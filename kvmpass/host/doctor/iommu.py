@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from kvmpass.host.backend import TYPE1_MODULE
@@ -247,8 +246,9 @@ def _features(sysfs: Sysfs, iommus: list[str]) -> Iterator[Reading]:
     for name in iommus:
         path = f"sys/class/iommu/{name}/amd-iommu/features"
         text = sysfs.text(path) or ""
-        if match := re.match(r"([0-9a-f]{1,16}):", text):
-            tracks = "tracks" if int(match[1], 16) & _HDSUP else "does not track"
+        features, colon, _ = text.partition(":")
+        if colon and 1 <= len(features) <= 16 and not features.strip("0123456789abcdef"):
+            tracks = "tracks" if int(features, 16) & _HDSUP else "does not track"
             yield Reading(f"/{path}", f"{text}: {tracks} which pages devices write")
 
 

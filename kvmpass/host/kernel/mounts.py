@@ -57,4 +57,4 @@ def mounts_of(sysfs: Sysfs, pid: str, where: str = "") -> Iterator[Mount]:
 
 def _unescape(text: str) -> str:
     """Undo the octal escapes of blanks."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text) if "\\" in text else text
