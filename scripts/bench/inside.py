@@ -72,12 +72,14 @@ def warm_up() -> None:
 
 def main(programs: str, rounds: str, sections: str) -> None:
     """Measure, and write everything to a file in ``programs``."""
-    devices = from_environment(os.environ) or discover()
+    named = from_environment(os.environ)
+    devices = named or discover()
     bench = Bench(Samples(), Path(programs), devices)
     if "nvme" not in devices:
         sys.exit("bench: no NVMe drive to assign: set KVMPASS_TEST_NVME=BDF")
     bound, result = bench.further(), Path(programs, f"result-{sections.split(',')[0]}")
-    warm_up()
+    if not named:
+        warm_up()
     host.bind(bound)  # until the host ends, or kvmpass unbind
     try:
         for name in sections.split(","):
