@@ -108,7 +108,8 @@ class Look:
     def unplaced_bars(self) -> dict[Bdf, dict[int, str]]:
         """The BARs without an assigned address, by index, with the kernel's description (``mem size 0x…``)."""
         found: dict[Bdf, dict[int, str]] = {}
-        for record in self.log.records:
+        log = self.log if "log" in vars(self) else self.sysfs.log(b": BAR ")
+        for record in log.records:
             # Of a host's messages about BARs nearly all are none of these.
             if not record.by_kernel or not ("assign" in record.text or "no space for" in record.text):
                 continue

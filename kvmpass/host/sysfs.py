@@ -215,9 +215,9 @@ class Sysfs:
         except OSError:
             return []
 
-    def log(self) -> KernelLog:
-        """Return the kernel's log, as far as it reaches back."""
-        return read_log(self.place(kmsg.PATH))
+    def log(self, word: bytes = b"") -> KernelLog:
+        """Return the kernel's log, as far as it reaches back; ``word`` as for :func:`kmsg.read_log`."""
+        return read_log(self.place(kmsg.PATH), word)
 
     def ask(self, question: str, answer: Callable[[], _T]) -> _T:
         """Return the result of ``answer``, for a fact that is not in a file. A recorded tree has its host's result.

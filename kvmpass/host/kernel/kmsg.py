@@ -75,7 +75,8 @@ _DEVICE = lazy_pattern(r"^ DEVICE=(.*)", re.MULTILINE)
 
 def parse_records(data: bytes) -> Iterator[Record]:
     """Yield whole records; other lines are skipped. Raises nothing."""
-    for priority, sequence, text, properties in _RECORD.findall(data.decode(errors="replace")):
+    for match in _RECORD.finditer(data.decode(errors="replace")):
+        priority, sequence, text, properties = match.groups()
         found = _DEVICE.search(properties)
         device = found[1] if found else ""
         yield Record(int(priority) >> 3, int(sequence), text, bool(device), _function(device))
@@ -107,10 +108,11 @@ def read_pieces(fd: int) -> Iterator[bytes | None]:
         yield piece
 
 
-def read_log(path: str | os.PathLike[str]) -> KernelLog:
-    """Return the content of the log. Raises nothing: see ``KernelLog.error``.
+def read_log(path: str | os.PathLike[str], word: bytes = b"") -> KernelLog:
+    """Return the content of the log, or the records whose text has ``word``. Raises nothing: see ``KernelLog.error``.
 
-    ``path`` is ``/dev/kmsg``, or the regular file of a recording.
+    ``path`` is ``/dev/kmsg``, or the regular file of a recording. Records that are chosen by a word lack their
+    device: to parse thousands of others takes most of the time.
     """
     data = bytearray()
     try:
@@ -121,5 +123,8 @@ def read_log(path: str | os.PathLike[str]) -> KernelLog:
                     break
     except OSError as error:
         return KernelLog((), False, error.strerror or str(error))
-    records = tuple(parse_records(bytes(data)))
-    return KernelLog(records, not records or records[0].sequence == 0)
+    content = bytes(data)
+    first = next(parse_records(content), None)
+    if word:
+        content = b"\n".join(line for line in content.split(b"\n") if word in line)
+    return KernelLog(tuple(parse_records(content)), first is None or first.sequence == 0)

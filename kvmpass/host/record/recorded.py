@@ -79,12 +79,12 @@ class RecordedSysfs(Sysfs):
         """Return the names in a directory, without control characters."""
         return [_printable(name) for name in super().names(*parts)]
 
-    def log(self) -> KernelLog:
+    def log(self, word: bytes = b"") -> KernelLog:
         """Return the recorded kernel log, or the error of reading it."""
         error = self._answers.get("kernel log error")
         if error is not None:
             return KernelLog((), False, _printable(str(error)))
-        found = super().log()
+        found = super().log(word)
         return replace(
             found, records=tuple(record._replace(text=_printable(record.text)) for record in found.records)
         )

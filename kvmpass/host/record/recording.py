@@ -80,8 +80,8 @@ class Recorder(Sysfs):
         self._listed[_name(*parts)] = found
         return found
 
-    def log(self) -> KernelLog:
-        """Read the kernel's log, and note its own records: those of programs may be private."""
+    def log(self, word: bytes = b"") -> KernelLog:
+        """Read all of the kernel's log, and note its own records: those of programs may be private."""
         found = super().log()
         self._answers["kernel log error"] = found.error
         lines = []

@@ -329,6 +329,10 @@ def test_the_whole_log(log: Log) -> None:
     assert not found.complete, "its first record is not the boot's"
     log.records = [b"6,0,0,-;Linux version 6.12\n"]
     assert read_log(log.path).complete
+    log.records = [b"6,0,0,-;Linux version 6.12\n", record("two"), record("three")]
+    chosen = read_log(log.path, b"tw")
+    assert [record.text for record in chosen.records] == ["two"]
+    assert chosen.complete, "its first record is the boot's, whichever is chosen"
     log.records = [PermissionError(errno.EPERM, os.strerror(errno.EPERM))]
     assert read_log(log.path).error == "Operation not permitted"
     assert read_log("/nonexistent").error == "No such file or directory"
