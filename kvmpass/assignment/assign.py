@@ -32,32 +32,36 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def check(bdfs: Sequence[host.Bdf], sysfs: host.Sysfs, *, backend: str = AUTO, p2p: bool = False) -> None:
-    """Run the checks of the host and of the devices. Raises as ``assigned`` does."""
+def check(bdfs: Sequence[host.Bdf], look: host.Look, *, backend: str = AUTO, p2p: bool = False) -> None:
+    """Run the checks of the host and of the devices. Raises as ``assigned`` does.
+
+    ``look``: the same for all checks of an assignment, so that each file is read once.
+    """
     with importing():
         from kvmpass.host.blockers import check_assignable
         from kvmpass.host.doctor import check_host
 
-    check_host(sysfs, backend=backend, p2p=p2p, together=bdfs)
+    check_host(look.sysfs, backend=backend, p2p=p2p, together=bdfs, look=look)
     for bdf in bdfs:
-        check_assignable(sysfs, bdf, together=bdfs)
+        check_assignable(look.sysfs, bdf, together=bdfs, look=look)
 
 
 def check_passed(
     devices: Mapping[host.Bdf, tuple[host.PciDevice, int]],
-    sysfs: host.Sysfs,
+    look: host.Look,
     descriptors: PassedDescriptors,
     backend: str | BackendFactory = AUTO,
 ) -> None:
     """Run the checks for devices that come by descriptors."""
+    sysfs = look.sysfs
     choice = descriptors.check(sysfs, devices, backend if isinstance(backend, str) else None)
-    host.doctor.check_host(sysfs, together=[*devices], passed=choice)
+    host.doctor.check_host(sysfs, together=[*devices], passed=choice, look=look)
     for bdf in devices:
-        host.blockers.check_passed(sysfs, bdf, together=[*devices])
+        host.blockers.check_passed(sysfs, bdf, together=[*devices], look=look)
 
 
 def check_guest(
-    bdfs: Sequence[host.Bdf], sysfs: host.Sysfs, memory: int, backing: Backing, cpus: int, others: int = 0
+    bdfs: Sequence[host.Bdf], look: host.Look, memory: int, backing: Backing, cpus: int, others: int = 0
 ) -> None:
     """Check this host's memory and this process's limits for a guest; ``others``: bytes that are allocated besides.
 
@@ -68,12 +72,12 @@ def check_guest(
         from kvmpass.host.limits import page_tables
         from kvmpass.kvm.system import MAX_APIC_IDS
 
-    page = backing.huge_page
-    check_memory(sysfs, memory, huge_page=page)
+    sysfs, page = look.sysfs, backing.huge_page
+    check_memory(sysfs, memory, huge_page=page, look=look)
     # The machine refuses more CPUs than a guest can have.
-    check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs)
+    check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs, look=look)
     ordinary = 0 if page else memory
-    check_memory(sysfs, ordinary, locked=memory, overhead=page_tables(ordinary) + others)
+    check_memory(sysfs, ordinary, locked=memory, overhead=page_tables(ordinary) + others, look=look)
 
 
 def make_memory(sysfs: host.Sysfs, size: int, backing: Backing, nodes: Collection[int] = ()) -> MachineMemory:
@@ -97,7 +101,7 @@ def assigned(
     p2p: bool = False,
     descriptors: PassedDescriptors | None = None,
     vf_token: uuid.UUID | None = None,
-    say: Say = lambda line: None,
+    say: Say | None = None,
     warn: Say = lambda line: None,
     on_event: Callable[[DeviceEvent], None] | None = None,
     on_image: Callable[[GuestImage], None] = lambda image: None,
@@ -107,18 +111,20 @@ def assigned(
 
     ``descriptors``: of devices that another process has opened, which stay bound to vfio-pci. They are closed once
     the machine has duplicates; ``addresses`` says which of their devices are assigned, by default all.
-    ``say`` is called with each step, ``warn`` with each warning, in a line, ``on_image`` with what the guest boots,
+    ``say`` is called with each step, ``warn`` with each warning, in a line; ``on_image`` with what the guest boots,
     ``mark`` with the name of each stage that has ended; ``backing`` is as for ``choose_backing``, other arguments are
-    as for ``Machine``.
+    as for ``Machine``. Without ``say`` the names of the devices are not looked up, which takes time.
     Raises before any change ``ValueError`` (``backing``, ``backend``), ``BadAddress``, ``NoSuchDevice``,
     ``HostNotReady``, ``NotAssignable``, ``GroupNotViable``, ``DeviceInUse``, ``NotEnoughMemory``, ``BadKernel``,
     ``LayoutError``, ``BadDescriptor``. Later errors are raised after the devices were rebound.
     """
     sysfs = host.Sysfs()
+    look = host.Look(sysfs)
+    tell = say or (lambda line: None)
     bdfs = parse_distinct(addresses)
     size = parse_size(memory)
     passed = descriptors.devices(sysfs, bdfs) if descriptors is not None else {}
-    devices = [device for device, _ in passed.values()] or [sysfs.device(bdf) for bdf in bdfs]
+    devices = [device for device, _ in passed.values()] or [look.require(bdf) for bdf in bdfs]
     bdfs = tuple(device.bdf for device in devices)
     choice = choose_backing(sysfs, size, bdfs, backing, shared=spec.backing().is_memfd)
     near = choose_nodes(sysfs, devices)
@@ -127,16 +133,16 @@ def assigned(
         # against the host or a device is said before what speaks against the size, as those are looked at first.
         refused: Exception | None = None
         try:
-            check_guest(bdfs, sysfs, size, choice.backing, cpus, spec.copied_size)
+            check_guest(bdfs, look, size, choice.backing, cpus, spec.copied_size)
             with deferred():
                 made = undo.enter_context(closing(make_memory(sysfs, size, choice.backing, near.nodes)))
                 made.begin()
         except (KvmpassError, OSError) as error:
             refused = error
         if descriptors is not None:
-            check_passed(passed, sysfs, descriptors, backend)
+            check_passed(passed, look, descriptors, backend)
         else:
-            check(bdfs, sysfs, backend=backend if isinstance(backend, str) else AUTO, p2p=p2p)
+            check(bdfs, look, backend=backend if isinstance(backend, str) else AUTO, p2p=p2p)
         if refused is not None:
             raise refused
         mark("checks")
@@ -155,9 +161,9 @@ def assigned(
         mark("machine")
         with machine:
             if choice.automatic:
-                say(f"backing {choice}")
+                tell(f"backing {choice}")
             if near.reason:
-                say(f"NUMA {near}" + (f"; refused: {made.nodes_refused}" if made.nodes_refused else ""))
+                tell(f"NUMA {near}" + (f"; refused: {made.nodes_refused}" if made.nodes_refused else ""))
             if cpus > len(os.sched_getaffinity(0)):
                 warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
             with machine.populating():  # until its end the out-of-memory killer can strike
@@ -169,36 +175,37 @@ def assigned(
                 mark("kernel and initramfs")
                 for line in image.warnings:
                     warn(line)
-                say(f"kernel {image.kernel.release or 'of an unknown release'}: {image.kernel.path}")
+                tell(f"kernel {image.kernel.release or 'of an unknown release'}: {image.kernel.path}")
                 if image.symbols is not None:
-                    say(f"symbols: {image.symbols}")
+                    tell(f"symbols: {image.symbols}")
             mark("memory")
             image.load(machine)
             mark("loading")
             # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
-            borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say)
+            borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say, look=look)
             with borrowed, closing(machine):
                 mark("binding")
-                names = host.Names(sysfs)
                 for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
                     token = vf_token if vf_token is not None and _has_sriov(sysfs, device.bdf) else None
                     fd = passed[device.bdf][1] if descriptors else None
                     machine.assign(device.bdf, fd=fd, vf_token=token)
-                    origin = f"was bound to {device.driver or 'no driver'}" if fd is None else f"by descriptor {fd}"
-                    say(f"device {device.bdf}: {names.of(device)}, IOMMU group {device.group}, {origin}")
+                    if say is not None:
+                        driver = device.driver or "no driver"
+                        origin = f"was bound to {driver}" if fd is None else f"by descriptor {fd}"
+                        say(f"device {device.bdf}: {look.names.of(device)}, IOMMU group {device.group}, {origin}")
                 if descriptors is not None:
                     descriptors.close()
                 if machine.backend is not None:
-                    say(f"IOMMU back end {machine.backend}")
-                say_mappings(machine, say)
+                    tell(f"IOMMU back end {machine.backend}")
+                say_mappings(machine, tell)
                 machine.audit()
-                say("audit: ok")
+                tell("audit: ok")
                 mark("assignment")
                 yield machine
                 machine.audit()
     mark("rebinding")
-    for device in devices if descriptors is None else ():
-        say(f"device {device.bdf}: rebound to {sysfs.driver(device.bdf) or 'no driver'}")
+    for device in devices if descriptors is None and say else ():
+        tell(f"device {device.bdf}: rebound to {sysfs.driver(device.bdf) or 'no driver'}")
 
 
 def _has_sriov(sysfs: host.Sysfs, bdf: host.Bdf) -> bool:

@@ -165,7 +165,7 @@ def plan(
         phys_bits=bits,
         phys_bits_source=source,
         confined=any(not group.no_iommu for group in sysfs.groups()),
-        descriptors=_descriptors(sysfs, planned, cpus, iommu, daemons, memory_plan),
+        descriptors=_descriptors(look, planned, cpus, iommu, daemons, memory_plan),
         blockers=tuple(blockers),
         warnings=tuple(_blockers(findings, Outcome.WARN)),
     )
@@ -245,7 +245,7 @@ def _ask_kvm(sysfs: Sysfs, question: str, number: Callable[[System], int]) -> in
 
 
 def _descriptors(
-    sysfs: Sysfs,
+    look: host.Look,
     devices: Sequence[DevicePlan],
     cpus: int,
     backend: BackendChoice,
@@ -256,4 +256,4 @@ def _descriptors(
     most = sum(max(device.vectors.msix or 0, device.vectors.msi or 0) for device in devices)
     memfds = sum(region.backing.is_memfd for region in memory.regions) if memory is not None else 0
     fixed = limits.descriptors_needed(len(devices), len(groups), cpus, daemons, memfds)
-    return Descriptors(fixed, most, limits.rlimit(sysfs, "Max open files").hard)
+    return Descriptors(fixed, most, limits.rlimit(look, "Max open files").hard)

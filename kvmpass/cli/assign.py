@@ -219,7 +219,7 @@ def _run_to_its_end(
                 p2p=p2p,
                 descriptors=descriptors,
                 vf_token=vf_token,
-                say=progress.say,
+                say=progress.say if spec.verbose else None,
                 warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
                 on_event=progress.note,
                 mark=mark,
@@ -290,7 +290,7 @@ def _descriptors(bdf: tuple[str, ...], vfio: tuple[int, ...], iommu: int | None)
 
 
 class Progress:
-    """Progress, printed if ``verbose``; the latest events are stored in ``outcome``."""
+    """Progress; events are printed if ``verbose``, the latest are stored in ``outcome``."""
 
     def __init__(self, verbose: bool, outcome: dict[str, Any]) -> None:
         self._verbose = verbose
@@ -298,8 +298,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line on standard error."""
-        if self._verbose:
-            click.echo(f"kvmpass: {line}", err=True)
+        click.echo(f"kvmpass: {line}", err=True)
 
     def note(self, event: DeviceEvent) -> None:
         """Record an event. A stalled reader of standard error misses it: it must not delay a device's release."""

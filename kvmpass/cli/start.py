@@ -102,7 +102,7 @@ def start_guest(
                 _answer,
                 log=log.beside(None),
                 reason=error_text,
-                say=_say if spec.verbose else lambda line: None,
+                say=_say if spec.verbose else None,
                 warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
                 boot_timeout=BOOT_SECONDS if boot_timeout is None else boot_timeout,
                 timeout=timeout,

@@ -192,7 +192,7 @@ class CheckContext:
     @cached_property
     def cpu(self) -> tuple[str, frozenset[str]]:
         """The first CPU's vendor and flags."""
-        fields = self.sysfs.fields("proc/cpuinfo")
+        fields = self.look.fields("proc/cpuinfo")
         return fields.get("vendor_id", ""), frozenset(fields.get("flags", "").split())
 
     @cached_property
@@ -205,10 +205,10 @@ class CheckContext:
         """The AMD IOMMUs that the kernel uses, by their names in ``/sys/class/iommu``."""
         return [name for name in self.sysfs.names("sys/class/iommu") if name.startswith("ivhd")]
 
-    @cached_property
+    @property
     def groups(self) -> list[IommuGroup]:
         """All IOMMU groups."""
-        return self.sysfs.groups()
+        return self.look.groups
 
     @property
     def log(self) -> KernelLog:
@@ -228,7 +228,7 @@ class CheckContext:
     @cached_property
     def status(self) -> dict[str, str]:
         """The fields of ``/proc/self/status``."""
-        return self.sysfs.fields("proc/self/status")
+        return self.look.fields("proc/self/status")
 
     def capable(self, capability: int) -> bool:
         """Whether this process has a capability, CAP_* of include/uapi/linux/capability.h."""
@@ -259,7 +259,7 @@ class CheckContext:
     def device(self) -> PciDevice:
         """The device. Raises ``NoSuchDevice``: checks that use it depend on the check ``device``."""
         assert self.bdf is not None
-        return self.look.device(self.bdf) or self.sysfs.device(self.bdf)
+        return self.look.require(self.bdf)
 
     @property
     def present(self) -> bool:

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from kvmpass._dataclass import dataclass
 from kvmpass.host.kernel.mounts import mounts_of
 from kvmpass.host.kernel.processes import pids
+from kvmpass.host.look import Look
 from kvmpass.host.sysfs import Sysfs
 
 _LIMITS = "proc/self/limits"
@@ -77,9 +78,9 @@ class Ceiling:
         return f"/{self.cgroup.directory}/{self.file}"
 
 
-def rlimit(sysfs: Sysfs, name: str) -> Rlimit:
+def rlimit(look: Look, name: str) -> Rlimit:
     """Return one line of ``/proc/self/limits``, such as ``Max locked memory``; unlimited without it."""
-    for line in sysfs.lines(_LIMITS):
+    for line in (look.text(_LIMITS) or "").splitlines():
         if line.startswith(f"{name} "):
             words = [*line.removeprefix(name).split(), "", ""]
             return Rlimit(*(int(word) if word.isdecimal() else None for word in words[:2]))
@@ -110,7 +111,7 @@ def cgroups(sysfs: Sysfs, controller: str) -> list[Cgroup]:
             inside = ""
         innermost = PurePosixPath(f"{place}{inside}".strip("/"))
         for directory in map(str, (innermost, *innermost.parents)):
-            if directory.startswith(place.strip("/")) and sysfs.path(directory).is_dir():
+            if directory.startswith(place.strip("/")) and sysfs.exists(directory):
                 found.append(Cgroup(directory, 2 if mount.kind == "cgroup2" else 1))
     return list(dict.fromkeys(found))
 
@@ -214,13 +215,13 @@ def page_tables(memory: int) -> int:
     return memory // 128
 
 
-def threads_needed(sysfs: Sysfs, cpus: int) -> int:
+def threads_needed(look: Look, cpus: int) -> int:
     """Return the maximum number of concurrent threads and processes of an assignment.
 
     vCPUs; threads that populate memory, one for each host CPU; those for device events, interrupts and the guest's
     output, the main thread, helpers that write to sysfs or load modules.
     """
-    host = (sysfs.text("proc/cpuinfo") or "").count("\nprocessor") + 1
+    host = (look.text("proc/cpuinfo") or "").count("\nprocessor") + 1
     return cpus + host + 8
 
 

@@ -41,7 +41,7 @@ _BAR = lazy_pattern(
 class Look:
     """A host at one moment, for questions about one device or all of them. Reads each file once.
 
-    After a change, use a new one.
+    After a change, use a new one: :meth:`again`.
 
     Synchronization: for one thread.
     """
@@ -61,6 +61,16 @@ class Look:
             self._names = Names(self.sysfs)
         return self._names
 
+    def again(self) -> Look:
+        """Return a view of the host at this moment, which shares what no change of a driver changes.
+
+        That are the names of devices, and the BARs without an address, for which all of the kernel's log is read.
+        """
+        look = Look(self.sysfs, self._names)
+        if "unplaced_bars" in vars(self):
+            look.unplaced_bars = self.unplaced_bars
+        return look
+
     def know(self, devices: Iterable[PciDevice]) -> None:
         """Store devices that were just read."""
         self._devices.update((device.bdf, device) for device in devices)
@@ -73,13 +83,22 @@ class Look:
                 self._devices[bdf] = self.sysfs.device(bdf)
         return self._devices[bdf]
 
+    def require(self, bdf: Bdf) -> PciDevice:
+        """Return one function. Raises ``NoSuchDevice``."""
+        return self.device(bdf) or self.sysfs.device(bdf)  # which raises, unless it was plugged in meanwhile
+
     def group(self, number: int) -> IommuGroup:
         """Return one IOMMU group. Raises ``NotAssignable`` if the kernel has no such group."""
         return self.remembered(("group", number), lambda look: look.sysfs.group(number))
 
     def text(self, path: str) -> str | None:
-        """Return the text of a large file that is not of one device; None if it cannot be read."""
+        """Return the text of a file that is not of one device; None if it cannot be read."""
         return self.remembered(("text", path), lambda look: look.sysfs.text(path))
+
+    def fields(self, path: str) -> dict[str, str]:
+        """Return the fields in the first paragraph of such a file: names, colons and values."""
+        lines = (self.text(path) or "").partition("\n\n")[0].splitlines()
+        return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
     def below(self, listing: str, component: Bdf | str) -> list[str]:
         """Return the sorted names in a class directory such as ``sys/class/block`` that belong to a device.
@@ -97,6 +116,13 @@ class Look:
                 path = os.readlink(f"{directory}/{name}")  # noqa: PTH115
                 for component in {part for part in path.split("/") if _COMPONENT.fullmatch(part)}:
                     found.setdefault(component, []).append(name)
+        return found
+
+    @cached_property
+    def groups(self) -> list[IommuGroup]:
+        """All IOMMU groups, by number."""
+        found = self.sysfs.groups()
+        self._found.update((("group", group.id), group) for group in found)
         return found
 
     @cached_property

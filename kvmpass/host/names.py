@@ -46,7 +46,7 @@ class Names:
         self._sysfs = sysfs
         self._known: dict[tuple[Bdf, int, int], tuple[str | None, str | None]] = {}
         # udev knows the devices of this machine, not those of a recorded tree.
-        self._udev = sysfs.root == Path("/") and sysfs.path("run/udev/data").is_dir()
+        self._udev = sysfs.root == Path("/") and sysfs.exists("run/udev/data")
 
     def of(self, device: PciDevice) -> str:
         """Return vendor and model in full; the ID for an unknown model, ``vendor:device`` for an unknown vendor."""

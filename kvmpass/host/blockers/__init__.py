@@ -29,25 +29,29 @@ _REFUSING = tuple(
 )
 
 
-def check_assignable(sysfs: Sysfs, bdf: Bdf, together: Collection[Bdf] = ()) -> PciDevice:
+def check_assignable(
+    sysfs: Sysfs, bdf: Bdf, together: Collection[Bdf] = (), *, look: Look | None = None
+) -> PciDevice:
     """Return the device if it can be assigned now; ``together`` are devices that are assigned with it.
 
+    ``look``: the view of the host at this moment, if the caller has one.
     Raises ``NoSuchDevice``, or the exception of the first of :func:`blockers`: ``NotAssignable`` (bridge, no IOMMU
     group, no-IOMMU group, and more); ``GroupNotViable`` with the siblings and their drivers; ``DeviceInUse`` with
     every visible use. A device that this process has open is in use, too.
     """
-    device = sysfs.device(bdf)
-    for blocker in blockers(sysfs, device, together, wake=True):
+    look = look or Look(sysfs)
+    device = look.require(bdf)
+    for blocker in blockers(sysfs, device, together, look, wake=True):
         raise blocker.exception()
     return device
 
 
-def check_passed(sysfs: Sysfs, bdf: Bdf, together: Collection[Bdf] = ()) -> PciDevice:
+def check_passed(sysfs: Sysfs, bdf: Bdf, together: Collection[Bdf] = (), *, look: Look | None = None) -> PciDevice:
     """Return the device if it can be assigned by a descriptor that was passed, which is a use that counts not here.
 
     Otherwise as :func:`check_assignable`.
     """
-    context = CheckContext(Look(sysfs), bdf, together=together, wake=True)
+    context = CheckContext(look or Look(sysfs), bdf, together=together, wake=True)
     for blocker in failures((check for check in _REFUSING if check not in use.CHECKS), context):
         raise blocker.exception()
     return context.device

@@ -59,7 +59,7 @@ def _reset(context: CheckContext) -> Verdict:
         return passed(" ".join(device.reset_methods), read)
     if device.reset_methods:
         return failed(WEAK_RESET, read, bdf=device.bdf)
-    if context.sysfs.path(base, "reset").exists() and context.sysfs.text(base, "reset_method") is None:
+    if context.sysfs.exists(base, "reset") and context.sysfs.text(base, "reset_method") is None:
         return passed("supported", read, Reading(f"/{base}/reset", "present (before Linux 5.15)"))
     bus = [
         str(other.bdf)

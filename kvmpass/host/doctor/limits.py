@@ -175,14 +175,14 @@ def _cgroup_huge_pages(context: CheckContext) -> Verdict:
     (FEW_TASKS,),
 )
 def _tasks(context: CheckContext) -> Verdict:
-    sysfs, needed = context.sysfs, limits.threads_needed(context.sysfs, context.cpus)
+    sysfs, needed = context.sysfs, limits.threads_needed(context.look, context.cpus)
     ceilings = limits.task_ceilings(sysfs)
     read = _readings(ceilings, 1, "")
     found = []
     if (tightest := _tightest(ceilings)) is not None:
         command = _command(tightest, "TasksMax", tightest.limit + needed - tightest.left)
         found.append((tightest.left, tightest.path, command))
-    own = rlimit(sysfs, "Max processes")
+    own = rlimit(context.look, "Max processes")
     if own.soft is not None and not _exempt(context):
         left = max(0, own.soft - limits.tasks_of_user(sysfs, context.user))
         read.append(Reading(LIMITS, f"Max processes {own.soft}, {left} of them left"))
@@ -207,14 +207,14 @@ def _exempt(context: CheckContext) -> bool:
 )
 def _address_space(context: CheckContext) -> Verdict:
     """RLIMIT_AS counts memory, stacks and heaps of threads, RLIMIT_DATA memory and stacks."""
-    threads = limits.threads_needed(context.sysfs, context.cpus)
+    threads = limits.threads_needed(context.look, context.cpus)
     memory = context.memory + max(2 * MIB, context.huge_page)
     read = []
     for line, name, option, flag, item, field, needed in (
         ("Max address space", "RLIMIT_AS", "LimitAS", "-v", "as", "VmSize", memory + threads * (_STACK + _ARENA)),
         ("Max data size", "RLIMIT_DATA", "LimitDATA", "-d", "data", "VmData", memory + threads * _STACK + _ARENA),
     ):
-        limit = rlimit(context.sysfs, line)
+        limit = rlimit(context.look, line)
         if limit.soft is None:
             read.append(Reading(LIMITS, f"{line} unlimited"))
             continue
@@ -230,7 +230,7 @@ def _address_space(context: CheckContext) -> Verdict:
 
 @precondition("descriptors", "File descriptors", f"Max open files in `{LIMITS}`", (FEW_DESCRIPTORS,))
 def _descriptors(context: CheckContext) -> Verdict:
-    limit = rlimit(context.sysfs, "Max open files")
+    limit = rlimit(context.look, "Max open files")
     devices = {*context.together, *([context.bdf] if context.bdf else [])}
     found = {context.look.device(bdf) for bdf in devices}
     groups = {device.group for device in found if device is not None}
@@ -244,7 +244,7 @@ def _descriptors(context: CheckContext) -> Verdict:
 
 @precondition("file-size", "File size", f"Max file size in `{LIMITS}`", (FILE_SIZE,))
 def _file_size(context: CheckContext) -> Verdict:
-    limit = rlimit(context.sysfs, "Max file size")
+    limit = rlimit(context.look, "Max file size")
     read = Reading(LIMITS, f"Max file size {'unlimited' if limit.soft is None else limit.soft}")
     if limit.soft is not None and limit.soft < _SMALLEST_FILE:
         command = raising(context, "LimitFSIZE", "ulimit -f", _SMALLEST_FILE, 1024)
@@ -254,7 +254,7 @@ def _file_size(context: CheckContext) -> Verdict:
 
 @precondition("cpu-time", "CPU time", f"Max cpu time in `{LIMITS}`", (CPU_TIME,))
 def _cpu_time(context: CheckContext) -> Verdict:
-    limit = rlimit(context.sysfs, "Max cpu time")
+    limit = rlimit(context.look, "Max cpu time")
     read = Reading(LIMITS, f"Max cpu time {'unlimited' if limit.soft is None else limit.soft}")
     return passed("unlimited", read) if limit.soft is None else failed(CPU_TIME, read, limit=limit.soft)
 

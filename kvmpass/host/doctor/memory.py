@@ -69,7 +69,7 @@ MEMLOCK = BlockerTemplate(
 def _available(context: CheckContext) -> Verdict:
     if context.huge_page:
         return passed("not needed: huge pages", Reading("/proc/meminfo", "not read"))
-    available = context.sysfs.fields("proc/meminfo").get("MemAvailable")
+    available = context.look.fields("proc/meminfo").get("MemAvailable")
     if available is None:  # before Linux 3.14
         return passed("unknown", Reading("/proc/meminfo", "no MemAvailable"))
     found = int(available.split()[0]) * 1024
@@ -164,7 +164,7 @@ def _memlock(context: CheckContext) -> Verdict:
     capable = Reading("/proc/self/status", "CapEff with CAP_IPC_LOCK")
     if context.capable(CAP_IPC_LOCK):
         return passed("no limit: CAP_IPC_LOCK", capable)
-    limit = rlimit(context.sysfs, "Max locked memory").soft
+    limit = rlimit(context.look, "Max locked memory").soft
     text = "unlimited" if limit is None else mib(limit)
     read = Reading("/proc/self/limits", f"Max locked memory {text}"), Reading("/proc/self/status", "no CAP_IPC_LOCK")
     if limit is not None and limit < context.to_lock:

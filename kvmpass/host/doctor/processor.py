@@ -90,7 +90,7 @@ def _svm(context: CheckContext) -> Verdict:
     read = Reading("/proc/cpuinfo", "flags with svm" if supported else "flags without svm")
     if supported:
         return passed("svm", read)
-    if context.sysfs.path("dev/kvm").exists():
+    if context.sysfs.exists("dev/kvm"):
         return failed(OTHER_KVM, read, Reading("/dev/kvm", "present"))
     messages = context.log.matching(_LOCKED_OFF)
     if messages:
@@ -108,8 +108,8 @@ def _svm(context: CheckContext) -> Verdict:
 )
 def _kvm(context: CheckContext) -> Verdict:
     amd = module(context.sysfs, "kvm_amd")
-    loaded = context.sysfs.path("sys/module/kvm_amd").is_dir()
-    node = context.sysfs.path("dev/kvm").exists()
+    loaded = context.sysfs.exists("sys/module/kvm_amd")
+    node = context.sysfs.exists("dev/kvm")
     read = Reading("/dev/kvm", "present" if node else "not found"), Reading(amd.seen, amd.value)
     if node and loaded:
         return passed(f"kvm_amd is {amd.status}", *read)

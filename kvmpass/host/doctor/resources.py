@@ -28,25 +28,36 @@ def check_memory(
     huge_page: int = 0,
     locked: int | None = None,
     overhead: int | None = None,
+    look: Look | None = None,
 ) -> None:
     """Check that the host and this process's cgroups have ``size_bytes`` of guest memory, and that it may be locked.
 
     ``locked`` is the number of bytes to lock if it differs, ``overhead`` the bytes that the guest needs besides its
-    memory, if known. ``huge_page`` is the page size in bytes if the memory comes from hugetlbfs, else 0. Raises
-    ``NotEnoughMemory``: pinning more than is available would invoke the OOM killer instead.
+    memory, if known. ``huge_page`` is the page size in bytes if the memory comes from hugetlbfs, else 0. ``look`` as
+    for :func:`kvmpass.host.doctor.vital.check_host`. Raises ``NotEnoughMemory``: pinning more than is available would
+    invoke the OOM killer instead.
     """
-    context = CheckContext(Look(sysfs), memory=size_bytes, huge_page=huge_page, locked=locked, overhead=overhead)
+    look = look or Look(sysfs)
+    context = CheckContext(look, memory=size_bytes, huge_page=huge_page, locked=locked, overhead=overhead)
     _refuse((*memory.CHECKS, *limits.MEMORY_CHECKS), context)
 
 
 def check_limits(
-    sysfs: Sysfs, size_bytes: int, *, huge_page: int = 0, cpus: int = 1, together: Collection[Bdf] = ()
+    sysfs: Sysfs,
+    size_bytes: int,
+    *,
+    huge_page: int = 0,
+    cpus: int = 1,
+    together: Collection[Bdf] = (),
+    look: Look | None = None,
 ) -> None:
     """Check this process's resource limits for a machine of ``size_bytes`` with ``cpus`` and devices ``together``.
 
-    Raises ``NotEnoughMemory`` (address space) or ``HostNotReady`` (threads, descriptors, file size).
+    ``look`` as for :func:`check_memory`. Raises ``NotEnoughMemory`` (address space) or ``HostNotReady`` (threads,
+    descriptors, file size).
     """
-    context = CheckContext(Look(sysfs), memory=size_bytes, huge_page=huge_page, cpus=cpus, together=together)
+    look = look or Look(sysfs)
+    context = CheckContext(look, memory=size_bytes, huge_page=huge_page, cpus=cpus, together=together)
     _refuse(limits.PROCESS_CHECKS, context)
 
 

@@ -106,7 +106,7 @@ def _access(context: CheckContext) -> Verdict:
         nodes = ["dev/kvm", "dev/vfio/vfio"]
         if group is not None:
             nodes.append(vfio_nodes(sysfs, context.device.bdf, group)[0].lstrip("/"))  # the group's
-    present = [node for node in nodes if sysfs.path(node).exists()]
+    present = [node for node in nodes if sysfs.exists(node)]
     read = [Reading(f"/{node}", owner(sysfs, node)) for node in present]
     closed = [f"/{node}" for node in present if not may(sysfs, node)]
     if not closed:

@@ -50,7 +50,7 @@ NO_NODE = BlockerTemplate(
     vital=True,
 )
 def _vfio_pci(context: CheckContext) -> Verdict:
-    if context.sysfs.path(PCI_DRIVERS, VFIO_PCI).is_dir():
+    if context.sysfs.exists(PCI_DRIVERS, VFIO_PCI):
         return passed("present", Reading(f"/{PCI_DRIVERS}/{VFIO_PCI}", "present"))
     state = module(context.sysfs, VFIO_PCI)
     read = Reading(state.seen, state.value)
@@ -108,13 +108,13 @@ def _type1(context: CheckContext) -> Verdict:
     "vfio-node", "VFIO's node", "`/dev/vfio/vfio`, `/sys/module/vfio`", (NO_NODE,), needs=("iommu-backend",)
 )
 def _node(context: CheckContext) -> Verdict:
-    present = context.sysfs.path(NODE).exists()
+    present = context.sysfs.exists(NODE)
     read = Reading(f"/{NODE}", "present" if present else "not found")
     if context.backend.name == IOMMUFD:
         return passed("not needed with iommufd", read)
     if present:
         return passed("present", read)
-    if context.sysfs.path("sys/module/vfio").is_dir():
+    if context.sysfs.exists("sys/module/vfio"):
         return failed(NO_NODE, read, Reading("/sys/module/vfio", "present"))
     return passed("created with the module", read)
 

@@ -26,17 +26,20 @@ def check_host(
     p2p: bool = False,
     together: Collection[Bdf] = (),
     passed: BackendChoice | None = None,
+    look: Look | None = None,
 ) -> None:
     """Check what every assignment needs: AMD-V, KVM, AMD-Vi with interrupt remapping, VFIO, permission to use them.
 
     ``backend`` is the IOMMU back end that is asked for, ``p2p`` whether devices are to reach each other's BARs,
     ``together`` are the devices to assign. ``passed``: the back end whose descriptors another process has opened;
-    then this one needs permission for ``/dev/kvm`` only.
+    then this one needs permission for ``/dev/kvm`` only. ``look``: the view of the host at this moment, if the
+    caller has one.
     Raises ``HostNotReady`` or ``PermissionError`` for the first of the catalogue's vital checks that fails. Loads no
     module: it is sufficient that vfio-pci can be loaded.
     """
-    if blocker := host_blocker(sysfs, backend=backend, p2p=p2p, together=together, passed=passed):
-        raise blocker.exception()
+    found = host_blocker(sysfs, backend=backend, p2p=p2p, together=together, passed=passed, look=look)
+    if found is not None:
+        raise found.exception()
 
 
 def host_blocker(
@@ -46,7 +49,8 @@ def host_blocker(
     p2p: bool = False,
     together: Collection[Bdf] = (),
     passed: BackendChoice | None = None,
+    look: Look | None = None,
 ) -> Blocker | None:
     """Return the blocker for which :func:`check_host` raises; None if this host and this user can assign devices."""
-    context = CheckContext(Look(sysfs), wanted_backend=backend, p2p=p2p, together=together, passed=passed)
+    context = CheckContext(look or Look(sysfs), wanted_backend=backend, p2p=p2p, together=together, passed=passed)
     return next(failures(VITAL, context), None)

@@ -106,7 +106,7 @@ class _Job:
         if self.wanted is None:
             return Handover(self.bdf, "already", self.now.driver, self.now.driver)
         steps = [str(change) for change in all_changes(self.bdf, self.now, self.wanted)]
-        if self.wanted.driver == VFIO_PCI and not sysfs.path(PCI_DRIVERS, VFIO_PCI).is_dir():
+        if self.wanted.driver == VFIO_PCI and not sysfs.exists(PCI_DRIVERS, VFIO_PCI):
             steps.insert(0, f"modprobe {VFIO_PCI}")
         return Handover(self.bdf, "planned", self.now.driver, self.wanted.driver, tuple(steps), self.warnings)
 

@@ -17,6 +17,7 @@ from kvmpass.host.drivers.transaction import (
     check_privilege,
     may_change_driver,
 )
+from kvmpass.host.look import Look
 from kvmpass.host.sysfs import VFIO_PCI, PciDevice, Sysfs
 
 
@@ -27,38 +28,45 @@ class Borrow:
     driver (tens to hundreds of milliseconds; at most ``timeout`` seconds for a driver that hangs).
     """
 
-    def __init__(self, bdfs: tuple[Bdf, ...], transaction: Transaction) -> None:
+    def __init__(self, bdfs: tuple[Bdf, ...], transaction: Transaction, look: Look | None = None) -> None:
         self.bdfs = bdfs
         self.devices: list[PciDevice] = []
         self._transaction = transaction
+        self._look = look or Look(transaction.sysfs)
 
     def __enter__(self) -> list[PciDevice]:
         """Bind the devices to vfio-pci, all or none. Returns them as they are then, in the order of the arguments.
 
-        Raises what :func:`check_assignable` raises, before any change; ``PermissionError``; ``HostNotReady``,
-        ``NotAssignable``, ``OSError``, ``JournalError`` after all devices are rebound to their drivers.
+        Raises what :func:`check_assignable` raises, before any change of these devices; ``PermissionError``;
+        ``HostNotReady``, ``NotAssignable``, ``OSError``, ``JournalError`` after all devices are rebound to their
+        drivers.
         """
         transaction, sysfs = self._transaction, self._transaction.sysfs
-        devices = [check_assignable(sysfs, bdf, together=self.bdfs) for bdf in self.bdfs]
         self.devices.clear()
-        for device in devices:
-            if device.driver != VFIO_PCI:
-                check_privilege(sysfs, device.bdf)
-        if not any(may_change_driver(sysfs, bdf) for bdf in self.bdfs):
-            self.devices += devices  # bound by root for this user: nothing to change or to restore
-            return list(self.devices)
+        able = [may_change_driver(sysfs, bdf) for bdf in self.bdfs]
+        if not all(able):
+            devices = self._check()
+            for device in devices:
+                if device.driver != VFIO_PCI:
+                    check_privilege(sysfs, device.bdf)
+            if not any(able):
+                self.devices += devices  # bound by root for this user: nothing to change or to restore
+                return list(self.devices)
         try:
             with transaction.lock(), deferred():
                 for bdf in self.bdfs:
                     transaction.recover(bdf)
-                for bdf in self.bdfs:  # again: it may be in use since this waited for the lock
-                    check_assignable(sysfs, bdf, together=self.bdfs)
+                self._check()  # here: it may be in use since this waited for the lock
                 for bdf in self.bdfs:
                     self.devices.append(transaction.change(bdf, Operation.ASSIGN))
             return list(self.devices)
         except BaseException as error:
             transaction.put_back(error)
             raise
+
+    def _check(self) -> list[PciDevice]:
+        look = self._look.again()
+        return [check_assignable(look.sysfs, bdf, together=self.bdfs, look=look) for bdf in self.bdfs]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -78,6 +86,7 @@ def borrow(
     timeout: float = DRIVER_TIMEOUT,
     say: Say | None = None,
     on_step: OnStep | None = None,
+    look: Look | None = None,
 ) -> Borrow:
     """Bind devices to vfio-pci for a while: ``with host.borrow("0000:01:00.0") as [device]: …``.
 
@@ -88,7 +97,9 @@ def borrow(
     devices only, and nothing is written. If the module vfio-pci had to be loaded, it stays loaded. Close all VFIO
     descriptors of a device before the block ends: unbinding blocks until they are closed. ``timeout`` is in seconds,
     for each driver that is unbound or bound; ``say`` receives a line when another process changes drivers for more
-    than a second, ``on_step`` each step and its device, just before that change. The state of a driver (addresses of
-    a network interface, for example) is not restored.
+    than a second, ``on_step`` each step and its device, just before that change. ``look``: an earlier view of the
+    host, of which :meth:`Look.again` keeps a part. The state of a driver (addresses of a network interface, for
+    example) is not restored.
     """
-    return Borrow(parse_distinct(bdfs), Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step))
+    transaction = Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step)
+    return Borrow(parse_distinct(bdfs), transaction, look)

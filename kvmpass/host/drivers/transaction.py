@@ -94,7 +94,7 @@ class Transaction:
         Raises ``OSError``, ``HostNotReady``, ``NoSuchDevice``; ``NotAssignable`` if vfio-pci does not bind the
         device, ``RestoreFailed`` if another driver does not. After any exception, call :meth:`put_back`.
         """
-        if wanted.driver == VFIO_PCI and not self.sysfs.path(PCI_DRIVERS, VFIO_PCI).is_dir():
+        if wanted.driver == VFIO_PCI and not self.sysfs.exists(PCI_DRIVERS, VFIO_PCI):
             self.sysfs.load_module(VFIO_PCI)
         entry = Entry.of(self.sysfs, bdf, operation, wanted)
         self.entries.append(entry)
@@ -105,12 +105,14 @@ class Transaction:
             if operation is Operation.UNBIND:
                 self._set_attributes(entry, wanted)
                 self._record(entry, Step.RETURNED)
+                device = self.sysfs.device(bdf)
             else:
-                self._wait_for_node(bdf)
+                device = self.sysfs.device(bdf)
+                self._wait_for_node(device)
                 self._record(entry, Step.BOUND)
             self.confirm(bdf, wanted)
             log.debug("%s: %s, before: %s", bdf, wanted, entry.before)
-            return self.sysfs.device(bdf)
+            return device
 
     def confirm(self, bdf: Bdf, wanted: Setting) -> None:
         """Check that no other program has changed the driver. Raises ``NotAssignable`` or ``RestoreFailed``."""
@@ -319,7 +321,7 @@ class Transaction:
         kind = _refused(wanted)
         if now is not None:
             raise kind(f"{bdf} was bound to {now} instead of {driver}: another program changes its driver, too")
-        if not self.sysfs.path(PCI_DRIVERS, driver).is_dir():
+        if not self.sysfs.exists(PCI_DRIVERS, driver):
             raise kind(f"{bdf} cannot be bound to {driver}: this kernel has no such driver now", "load its module")
         raise kind(
             f"{driver} does not bind {bdf}: it has no driver now"
@@ -332,12 +334,12 @@ class Transaction:
         _wait(lambda: self.sysfs.driver(bdf) is not None or not self.sysfs.device_path(bdf).exists(), seconds)
         return self.sysfs.driver(bdf)
 
-    def _wait_for_node(self, bdf: Bdf) -> None:
-        group = self.sysfs.device(bdf).group
+    def _wait_for_node(self, device: PciDevice) -> None:
+        bdf, group = device.bdf, device.group
 
         def appeared() -> bool:
             nodes = vfio_nodes(self.sysfs, bdf, group)
-            return any(self.sysfs.path(node.lstrip("/")).exists() for node in nodes)
+            return any(self.sysfs.exists(node.lstrip("/")) for node in nodes)
 
         if not _wait(appeared, NODE_TIMEOUT):
             raise HostNotReady(

@@ -58,8 +58,8 @@ def module(sysfs: Sysfs, name: str) -> Module:
     """Return the state of the module ``name`` (``-`` and ``_`` are equivalent). Loads nothing."""
     name = name.replace("-", "_")
     directory = f"sys/module/{name}"
-    if sysfs.path(directory).is_dir():
-        loaded = sysfs.path(directory, "initstate").exists()  # a built-in one has none (kernel/module/sysfs.c)
+    if sysfs.exists(directory):
+        loaded = sysfs.exists(directory, "initstate")  # a built-in one has none (kernel/module/sysfs.c)
         return Module(ModuleStatus.LOADED if loaded else ModuleStatus.BUILT_IN, f"/{directory}", "present")
     told = sysfs.ask(f"module {name}", lambda: _asked(name) if str(sysfs.root) == "/" else None)
     found = _listed(sysfs, name) if told is None else Module(ModuleStatus(told[0]), told[1], told[2])

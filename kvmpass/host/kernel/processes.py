@@ -105,7 +105,7 @@ def pids(sysfs: Sysfs) -> list[int]:
 def _descriptors(sysfs: Sysfs) -> Iterator[tuple[int, str, str]]:
     """Yield the PID, the link and its target for each open file of each process that this user may inspect."""
     for pid in pids(sysfs):
-        directory = sysfs.path("proc", str(pid), "fd")
+        directory = sysfs.place("proc", str(pid), "fd")
         for number in sysfs.names("proc", str(pid), "fd"):
             path = f"{directory}/{number}"
             try:

@@ -12,7 +12,7 @@ from kvmpass.assignment import passed
 from kvmpass.assignment.assign import check_passed
 from kvmpass.assignment.passed import PassedDescriptors
 from kvmpass.errors import BadDescriptor, GroupNotViable, HostNotReady
-from kvmpass.host import Bdf
+from kvmpass.host import Bdf, Look
 from kvmpass.host.backend import PASSED, BackendChoice
 from kvmpass.host.descriptors import Descriptor, Kind
 
@@ -57,14 +57,14 @@ def test_what_is_checked(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     host.path("dev/vfio/vfio").unlink()
     host.path("sys/module/vfio_iommu_type1").rmdir()
     passing = PassedDescriptors(1, (6,))
-    check_passed(passing.devices(host), host, passing)
+    check_passed(passing.devices(host), Look(host), passing)
     host.add("0000:02:00.1", "e1000e", 2, 0x020000)
     with pytest.raises(GroupNotViable):
-        check_passed(passing.devices(host), host, passing)
+        check_passed(passing.devices(host), Look(host), passing)
     host.path("dev/kvm").unlink()
     host.path("sys/module/kvm_amd").rmdir()
     with pytest.raises(HostNotReady):
-        check_passed(passing.devices(host), host, passing)
+        check_passed(passing.devices(host), Look(host), passing)
 
 
 def test_they_are_closed_once(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def test_this_very_process() -> None:
     sysfs = library.Sysfs()
     for name, which in (("Max open files", resource.RLIMIT_NOFILE), ("Max address space", resource.RLIMIT_AS)):
         mine = [None if value == resource.RLIM_INFINITY else value for value in resource.getrlimit(which)]
-        found = limits.rlimit(sysfs, name)
+        found = limits.rlimit(library.Look(sysfs), name)
         assert [found.soft, found.hard] == mine
     for ceiling in [*limits.memory_ceilings(sysfs), *limits.task_ceilings(sysfs)]:
         assert ceiling.limit >= 0

@@ -18,7 +18,7 @@ from kvmpass.assignment import assign
 from kvmpass.assignment import plan as planning
 from kvmpass.cli.main import main
 from kvmpass.errors import NotAssignable
-from kvmpass.host import Bdf
+from kvmpass.host import Bdf, Look
 from kvmpass.host.blockers import blockers
 from kvmpass.host.drivers import bind as binding
 from kvmpass.host.view.inventory import inventory
@@ -68,7 +68,7 @@ def test_a_framebuffer_in_a_bar_is_known_to_every_command(host: Host, capsys: py
     status, text = run(capsys, "bind", "--dry-run", bdf)
     assert (status, cause in text) == (0, True), "it can be bound, and not yet assigned"
     with pytest.raises(NotAssignable, match=cause):
-        assign.check([GPU], host)
+        assign.check([GPU], Look(host))
 
 
 def test_a_device_that_does_not_answer(host: Host) -> None:

@@ -1,0 +1,82 @@
+"""What an assignment reads of the host: counts, as times depend on the machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from support.host_tree import Host
+
+from kvmpass.assignment import assign
+from kvmpass.host import Bdf, Look, borrow
+from kvmpass.host.kernel.kmsg import KernelLog
+from kvmpass.memory import Backing
+
+NVME, EDU = Bdf(0, 1, 0, 0), Bdf(0, 0, 4, 0)
+KMSG = "dev/kmsg"
+# Read again: the power state, which the read of configuration space changes; and small files, by what has no `Look`.
+TWICE = ("/power_state", "proc/self/cgroup", "proc/self/mountinfo", "/name", "/vfio-dev", "/hugepages", "/node")
+
+
+class CountingHost(Host):
+    """Counts the reads of each file and directory."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads: Counter[str] = Counter()
+
+    def data(self, *parts: str, size: int = -1) -> bytes:
+        self.reads["/".join(parts)] += 1
+        return super().data(*parts, size=size)
+
+    def names(self, *parts: str) -> list[str]:
+        self.reads["/".join(parts)] += 1
+        return super().names(*parts)
+
+    def log(self, word: bytes = b"") -> KernelLog:
+        self.reads[KMSG] += 1
+        return super().log(word)
+
+    def counted(self) -> Counter[str]:
+        found, self.reads = self.reads, Counter()
+        return found
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> CountingHost:
+    host = CountingHost(tmp_path / "host")
+    host.add(str(NVME), "nvme", 7)
+    host.add(str(EDU), "vfio-pci", 5)
+    return host
+
+
+def test_the_checks_read_each_file_once(host: CountingHost) -> None:
+    """The host's, those of both devices, of the memory and of the limits."""
+    look = Look(host)
+    assign.check_guest([NVME, EDU], look, 1 << 26, Backing.ANONYMOUS, 2)
+    assign.check([NVME, EDU], look)
+    reads = host.counted()
+    assert reads[KMSG] == 1
+    again = {file: count for file, count in reads.items() if count > 1}
+    assert all(file.endswith(TWICE) and count <= 3 for file, count in again.items()), again
+
+
+@pytest.mark.parametrize("bdf", [NVME, EDU])
+def test_a_borrow_checks_again_but_not_the_kernels_log(host: CountingHost, tmp_path: Path, bdf: Bdf) -> None:
+    """The uses of the device once, under the lock; open nodes once more before vfio-pci is unbound."""
+    look = Look(host)
+    assign.check([bdf], look)
+    host.counted()
+    with borrow(bdf, sysfs=host, state_dir=tmp_path / "state", look=look):
+        reads = host.counted()
+        assert (reads[KMSG], reads["proc"]) == (0, 1)
+        assert reads[f"sys/bus/pci/devices/{bdf}/vendor"] == 3  # checked; recorded in the journal; bound
+    reads = host.counted()
+    assert (reads[KMSG], reads["proc"]) == (0, 1 if bdf == NVME else 0)
+
+
+def test_a_borrow_alone_checks_once(host: CountingHost, tmp_path: Path) -> None:
+    with borrow(NVME, EDU, sysfs=host, state_dir=tmp_path / "state"):
+        reads = host.counted()
+    assert (reads[KMSG], reads["proc"]) == (1, 1)
