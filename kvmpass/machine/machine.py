@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 from collections.abc import Callable
 from functools import partial
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from weakref import WeakSet
 
 from kvmpass import ports
@@ -14,7 +14,7 @@ from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.board.board import Board, BoardEvents
-from kvmpass.dma import BackendFactory, Domain, Type1
+from kvmpass.dma import Domain, Type1
 from kvmpass.errors import GuestError, NotAssignable
 from kvmpass.events import DeviceEvent
 from kvmpass.host import Sysfs
@@ -30,6 +30,9 @@ from kvmpass.machine.slots import Slots
 from kvmpass.machine.vcpus import GuestOutcome
 from kvmpass.memory import Backing, MachineMemory, plan_memory
 from kvmpass.memory.audit import Mirrored, compare
+
+if TYPE_CHECKING:
+    from kvmpass.dma import BackendFactory
 
 log = limited_log(__name__)
 
