@@ -34,8 +34,8 @@ DOCS = HERE.parents[1] / "docs"
 DEVICES = ("nvme", "nvme", "e1000e", "e1000e", "edu", "edu")
 PARALLEL = ("parallel",)
 """Sections that have an emulated host of their own, with several CPUs, while no other runs."""
-HALF = ("spans", "processes")
-"""Sections that take as long as the rest of those that run in a host with one CPU."""
+HALF = ("memory", "spans", "processes")
+"""Sections that take as long as the rest of those that run in a host with one CPU. No row is in both halves."""
 RUNS = {"kvmpass": "a guest with a drive", "QEMU": "a guest of QEMU with a drive"}
 
 
@@ -150,6 +150,7 @@ def main() -> None:
         parts += map(work, filter(None, [alone]))
         parts += [outside(folder, options.rounds)] if "trees" in wanted else []
     for part in parts:
+        assert not found["samples"].keys() & part["samples"].keys(), "a row was measured in two hosts"
         for key, value in part.items():
             found[key].update(value)
     place = "this host" if options.here else "emulated host"
