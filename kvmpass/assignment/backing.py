@@ -102,7 +102,7 @@ class NodeChoice:
     nodes: tuple[int, ...]
     """Their numbers, in order; empty: the kernel's default, the node of the CPU that first writes a page."""
     reason: str
-    """Why: one clause; empty on a host with one node."""
+    """Why: one clause; empty on a host with one node, and without devices."""
 
     def __str__(self) -> str:
         return f"{node_text(self.nodes)} preferred: {self.reason}" if self.nodes else f"none preferred: {self.reason}"
@@ -121,9 +121,10 @@ def choose_nodes(sysfs: host.Sysfs, devices: Iterable[host.PciDevice]) -> NodeCh
     is preferred. Nodes that the process may not use (cpuset) are left out. Only reads.
     """
     names = sysfs.names(NODES)
-    if len(node_numbers(names)) < 2:
+    found = {device.numa_node for device in devices}
+    if not found or len(node_numbers(names)) < 2:
         return NodeChoice((), "")
-    near = sorted({device.numa_node for device in devices if device.numa_node is not None})
+    near = sorted(node for node in found if node is not None)
     if not near:
         return NodeChoice((), "the devices' node is unknown")
     if sysfs.ask("memory policy", memory_policy):
