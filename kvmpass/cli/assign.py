@@ -7,7 +7,7 @@ import select
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from kvmpass.cli.guest_options import (
 from kvmpass.cli.main import ASSIGN_FAILED
 from kvmpass.cli.output import document_text, error_fields, error_text
 from kvmpass.cli.params import BDF
+from kvmpass.cli.progress import Progress
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal
 from kvmpass.errors import DeviceInUse, KvmpassError
 from kvmpass.timings import Mark, unmarked
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import uuid
 
     from kvmpass.assignment.passed import PassedDescriptors
-    from kvmpass.events import DeviceEvent
     from kvmpass.guest import Guest, GuestResult, GuestSpec, Sink
     from kvmpass.host import Bdf
     from kvmpass.machine import Machine
@@ -206,35 +206,39 @@ def _run_to_its_end(
         bdfs = [BDF.convert(text, None, None) for text in bdf]
         spec = guest_spec(command, **guest)
         progress = Progress(spec.verbose, outcome)
-        with (
-            closing(ConsoleLog(console_log)) as log,
-            _naming_guest(bdfs),
-            assigned(
-                bdfs,
-                spec,
-                memory=memory,
-                cpus=cpus,
-                backing=backing,
-                backend=backend,
-                p2p=p2p,
-                descriptors=descriptors,
-                vf_token=vf_token,
-                say=progress.say if spec.verbose else None,
-                warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
-                on_event=progress.note,
-                mark=mark,
-            ) as machine,
-        ):
-            if measured:
-                measured.machine = machine
-            from kvmpass.cli import ending  # before the guest can use up descriptors, or an upgrade replace the files
-            from kvmpass.cli.documents import backend_document, peers_document
+        # The devices are rebound first: a reader of the guest's output, or a destination of its files, may stall.
+        with closing(ConsoleLog(console_log)) as log, ExitStack() as readers:
+            with (
+                _naming_guest(bdfs),
+                assigned(
+                    bdfs,
+                    spec,
+                    memory=memory,
+                    cpus=cpus,
+                    backing=backing,
+                    backend=backend,
+                    p2p=p2p,
+                    descriptors=descriptors,
+                    vf_token=vf_token,
+                    say=progress.say if spec.verbose else None,
+                    warn=lambda line: click.echo(f"kvmpass: warning: {line}", err=True),
+                    on_event=progress.note,
+                    mark=mark,
+                ) as machine,
+            ):
+                if measured:
+                    measured.machine = machine
+                # Before the guest can use up descriptors, or an upgrade replace the files.
+                from kvmpass.cli import ending
+                from kvmpass.cli.documents import backend_document, peers_document
 
-            outcome["backend"] = backend_document(machine.backend)
-            outcome["bdfs"] = list(bdf) or [str(device.bdf) for device in machine.devices]
-            result = _run(machine, spec, log, restart=on_reboot == "restart", timeout=timeout, mark=mark)
-            outcome["peer_mappings"] = peers_document(machine.domain)
-            outcome["guest_exit_status"] = result.status  # valid even if rebinding a device fails
+                outcome["backend"] = backend_document(machine.backend)
+                outcome["bdfs"] = list(bdf) or [str(device.bdf) for device in machine.devices]
+                running = readers.enter_context(_guest(machine, spec, log, mark))
+                _follow(machine, running, spec, restart=on_reboot == "restart", timeout=timeout)
+                outcome["peer_mappings"] = peers_document(machine.domain)
+                outcome["guest_exit_status"] = running.status  # valid even if rebinding a device fails
+            result = running.result()
         if command is not None and result.status is None:
             _explain(result)
         if result.copied_out:
@@ -289,34 +293,7 @@ def _descriptors(bdf: tuple[str, ...], vfio: tuple[int, ...], iommu: int | None)
     return None
 
 
-class Progress:
-    """Progress; events are printed if ``verbose``, the latest are stored in ``outcome``."""
-
-    def __init__(self, verbose: bool, outcome: dict[str, Any]) -> None:
-        self._verbose = verbose
-        self._outcome = outcome
-
-    def say(self, line: str) -> None:
-        """Print a line on standard error."""
-        click.echo(f"kvmpass: {line}", err=True)
-
-    def note(self, event: DeviceEvent) -> None:
-        """Record an event. A stalled reader of standard error misses it: it must not delay a device's release."""
-        self._outcome["events"].append(str(event))
-        if len(self._outcome["events"]) > _MAX_EVENTS:  # a guest may reboot, or a device fail, again and again
-            del self._outcome["events"][0]
-            self._outcome["events_dropped"] += 1
-        from kvmpass.events import DaemonEnded  # loaded, where there is an event
-
-        # A daemon's end is that of the guest, which says no more than that a device has failed.
-        shown = self._verbose or isinstance(event, DaemonEnded)
-        if shown and select.select([], [sys.stderr], [], 0)[1]:
-            click.echo(f"kvmpass: device {event}", err=True)
-
-
-def _run(
-    machine: Machine, spec: GuestSpec, log: ConsoleLog, *, restart: bool, timeout: float | None, mark: Mark
-) -> GuestResult:
+def _guest(machine: Machine, spec: GuestSpec, log: ConsoleLog, mark: Mark) -> Guest:
     from kvmpass.guest import Guest
 
     to_stdout = descriptor_sink(sys.stdout.fileno())
@@ -324,7 +301,7 @@ def _run(
     same = os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
     to_stderr = to_stdout if same else descriptor_sink(sys.stderr.fileno())
     console = to_stdout if spec.command is None else to_stderr if spec.verbose else None
-    with Guest(
+    return Guest(
         machine,
         console=log.beside(console),
         output=to_stdout,
@@ -333,18 +310,22 @@ def _run(
         terminal=spec.terminal_size if spec.tty else None,
         copy_out=spec.copy_out,
         mark=mark,
-    ) as guest:
-        if spec.command is None or spec.tty:
-            click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
-        with _terminal(machine, guest, spec):
-            try:
-                return guest.run(restart=restart, timeout=timeout)
-            except (KeyboardInterrupt, SystemExit) as error:
-                # A stalled reader must not delay the devices' release.
-                if spec.command is not None and select.select([], [sys.stderr], [], 0)[1]:
-                    click.echo(f"kvmpass: {error_text(error)}; the guest's console:", err=True)
-                    _show_console(guest.console)
-                raise
+    )
+
+
+def _follow(machine: Machine, guest: Guest, spec: GuestSpec, *, restart: bool, timeout: float | None) -> None:
+    """Run the guest until it ends, with this terminal, or standard input, where that is wanted."""
+    if spec.command is None or spec.tty:
+        click.echo(f"kvmpass: {ESCAPE_NAME} ends the guest", err=True)
+    with _terminal(machine, guest, spec):
+        try:
+            guest.follow(restart=restart, timeout=timeout)
+        except (KeyboardInterrupt, SystemExit) as error:
+            # A stalled reader must not delay the devices' release.
+            if spec.command is not None and select.select([], [sys.stderr], [], 0)[1]:
+                click.echo(f"kvmpass: {error_text(error)}; the guest's console:", err=True)
+                _show_console(guest.console)
+            raise
 
 
 def _terminal(machine: Machine, guest: Guest, spec: GuestSpec) -> AbstractContextManager[None]:
@@ -388,9 +369,6 @@ def _show_console(console: str) -> None:
 
     for line in crash.excerpt(console):
         click.echo(f"  console: {''.join(c if c.isprintable() else ' ' for c in line)}", err=True)
-
-
-_MAX_EVENTS = 256
 
 
 def _outcome(result: GuestResult) -> str:

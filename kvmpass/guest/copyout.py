@@ -63,9 +63,9 @@ class CopyOut:
         self._current.end_of_archive()
         self._complete += 1
 
-    def results(self) -> tuple[CopiedOut, ...]:
-        """Return what was done for each destination."""
-        return tuple(extraction.result(self._cause) for extraction in self._extractions)
+    def results(self, cause: str | None = None) -> tuple[CopiedOut, ...]:
+        """Return what was done for each destination. ``cause``: why one is not complete, unless another is known."""
+        return tuple(extraction.result(self._cause or cause) for extraction in self._extractions)
 
     def reset(self) -> None:
         """Begin again, on guest reboot. Files that were created stay."""

@@ -36,6 +36,7 @@ _MAX_FAILURES = 64
 _MAX_DETAIL = 200  # characters of a line of the console
 _ABANDON_SECONDS = 2.0  # for a reader that does not read, once an exception ends the run
 _SIGNALLED = 128  # a shell's status of a command that a signal has ended, without the signal's number
+_LAST_SECONDS = 10.0  # for a destination that does not take files, once a session's guest has ended
 _POWEROFF_SECONDS = 60.0  # from the end of the command, and of its files, to power off
 _FILES_SECONDS = 60.0  # without any byte of its files, though it may send some
 _STOPPED_SECONDS = 5.0  # between two looks at it, a second apart: this process was stopped, and its guest with it
@@ -89,6 +90,7 @@ class Guest:
         self._session = session
         self._mark = mark
         self._status: int | None = None
+        self._outcome: GuestOutcome | None = None
         self._ready = self._leaving = self._files_due = False
         self._sending_files = False
         self._files_heard = self._looked = 0.0  # since when the guest could send files, and sends none; the last look
@@ -136,7 +138,7 @@ class Guest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._machine.stop()
-        self._writer.close(None if error is None else _ABANDON_SECONDS)
+        self._writer.close(_ABANDON_SECONDS if error else _LAST_SECONDS if self._session else None)
         if self._files is not None:
             self._files.close()
         self._machine.disconnect()
@@ -288,12 +290,22 @@ class Guest:
         """The last 64 KiB that the console has printed."""
         return bytes(self._tail).decode(errors="replace").replace("\r", "")
 
+    @property
+    def status(self) -> int | None:
+        """The command's exit status, 0-255; None: not reported, so far."""
+        return self._status
+
     def run(self, *, restart: bool = False, timeout: float | None = None) -> GuestResult:
+        """Start the guest and wait until it has ended, and all of its output is written: ``follow``, ``result``."""
+        self.follow(restart=restart, timeout=timeout)
+        return self.result()
+
+    def follow(self, *, restart: bool = False, timeout: float | None = None) -> None:
         """Start the guest and wait until it ends, ``timeout`` seconds at most, reboots included.
 
         ``restart``: on guest reboot before its command's status, reset the machine and start again. A guest that has
         reported the status, and sent its files, or none of them for a minute in which it could, has a minute to power
-        off. Raises what a sink or a vCPU raised.
+        off. Raises what a vCPU raised. The machine may be closed after it.
         """
         deadline = time.monotonic() + timeout if timeout is not None else math.inf
         self._start_command()
@@ -324,9 +336,18 @@ class Guest:
         if self.agent is not None:
             self.agent.fail(self._reason(outcome))
         self._mark("power off" if self._status is not None else "guest")
-        self._writer.close()
+        self._failures += filter(None, [self._machine.fault])
+        self._outcome = outcome
+
+    def result(self, timeout: float | None = None) -> GuestResult:
+        """Return how it ended, after ``follow``, once all of its output is written; after ``timeout`` seconds anyway.
+
+        Raises what a sink raised.
+        """
+        assert self._outcome is not None
+        self._writer.close(timeout)
         if self._writer.failure is not None:
             raise self._writer.failure
-        failures = filter(None, (*self._failures, self._machine.fault))
-        copied = self._files.results() if self._files is not None else ()
-        return GuestResult(outcome, self._status, tuple(failures), self.console, copied)
+        stalled = self._to_files is not None and self._to_files.busy
+        copied = self._files.results("the destination has not taken it" if stalled else None) if self._files else ()
+        return GuestResult(self._outcome, self._status, tuple(self._failures), self.console, copied)

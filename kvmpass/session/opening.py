@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,14 @@ def open_session(
             on_event(event)
 
     with undo_on_error() as undo:
+        readers = undo.enter_context(ExitStack())  # the devices are rebound first: a destination of files may stall
         try:
             machine = undo.enter_context(
                 assigned(devices, spec, on_event=note, on_image=images.append, mark=mark, warn=warn, **options)
             )
         except DeviceInUse as error:
             raise naming_guest(error, [*map(str, devices)]) from None
-        guest = undo.enter_context(
+        guest = readers.enter_context(
             Guest(
                 machine,
                 console=console,

@@ -77,7 +77,7 @@ class Session:
 
     def _run(self) -> None:
         try:
-            self._result = self._guest.run(timeout=self._limit)
+            self._guest.follow(timeout=self._limit)
         except BaseException as error:
             self._error = error
         finally:
@@ -339,7 +339,7 @@ class Session:
                 run_all(self.machine.stop, self._thread.join, undo.close, failure=self._error)
         if self._error is not None:
             raise self._error
-        assert self._result is not None
+        self._result = self._result or self._guest.result(0.0)
         return self._result
 
     def __enter__(self) -> Self:

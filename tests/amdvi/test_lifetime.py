@@ -354,6 +354,31 @@ def test_a_stalled_reader_does_not_delay_the_release(nvme: str) -> None:
     assert state_of(nvme) == before
 
 
+# A write to the destination of files does not return, as on a file system whose server is gone.
+STALLED = """
+import os, sys
+from kvmpass.guest.extract import Extraction
+never, _ = os.pipe()
+Extraction.content = lambda self, data: os.read(never, 1)
+from kvmpass.__main__ import main
+main()
+"""
+
+
+@pytest.mark.usefixtures("usual_signals")
+def test_a_stalled_destination_does_not_delay_the_release(nvme: str, tmp_path: Path) -> None:
+    """The device is rebound although a file is never written, and Ctrl-C ends what waits for it."""
+    before = state_of(nvme)
+    words = ["assign", "-v", nvme, "--memory", "128M", "--copy-out", f"/etc/passwd:{tmp_path}/", "--", "true"]
+    process = start_and_wait_for("rebound to", [sys.executable, "-c", STALLED, *words])
+    assert state_of(nvme) == before
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+
+
 def test_a_closed_output_ends_the_guest(nvme: str) -> None:
     before = state_of(nvme)
     process = subprocess.Popen(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +15,7 @@ import pytest
 from kvmpass.guest import Guest, GuestResult
 from kvmpass.guest import guest as module
 from kvmpass.guest.copyout import CopyOut
+from kvmpass.guest.extract import Extraction
 from kvmpass.guest.frames import (
     DATA,
     END,
@@ -32,6 +35,7 @@ from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
 from kvmpass.guest.frames import OUTPUT as OUTPUT_STREAM
 from kvmpass.guest.guest import CONSOLE, CONTROL
 from kvmpass.initramfs import init
+from kvmpass.initramfs.cpio import Node, newc
 from kvmpass.initramfs.init import AGENT_PORT
 from kvmpass.machine import Machine
 from kvmpass.machine.vcpus import GuestOutcome
@@ -142,6 +146,34 @@ def test_the_status_counts_even_if_the_guest_dies_while_it_sends_files(tmp_path:
     assert (result.outcome, result.status, vm.waits) == (GuestOutcome.PANIC, 3, [1.0] * 4)
     assert [copied.error for copied in result.copied_out] == ["the guest has not sent all of it"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_destination_that_stalls_does_not_delay_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its guest has ended: who waits for the rest has given the devices back before."""
+    go_on = threading.Event()
+    monkeypatch.setattr(Extraction, "content", lambda self, data: go_on.wait(20))
+    vm = SendingVm()
+    silent: Callable[[bytes], None] = lambda data: None  # noqa: E731
+    file = newc([("file", Node(stat.S_IFREG | 0o644, b"content"))])
+    try:
+        with Guest(
+            cast(Machine, vm), console=None, output=silent, errors=silent, copy_out=[f"/results:{tmp_path}/"]
+        ) as guest:
+            monkeypatch.setattr(vm, "wait", partial(sends, vm, vm.wait, encode(2, DATA, file, OUTPUT_STREAM)))
+            guest.follow()
+            assert [copied.error for copied in guest.result(0.1).copied_out] == ["the destination has not taken it"]
+            go_on.set()
+            assert [copied.error for copied in guest.result().copied_out] == [None]
+    finally:
+        go_on.set()
+
+
+def sends(vm: Vm, wait: Callable[..., GuestOutcome | None], frame: bytes, timeout: float) -> GuestOutcome | None:
+    """Wait; in the third wait the guest sends ``frame``."""
+    outcome = wait(timeout)
+    if len(vm.waits) == 3:
+        vm.sinks[init.AGENT_PORT](frame)
+    return outcome
 
 
 def test_a_session_sends_its_files_before_it_powers_off(tmp_path: Path) -> None:

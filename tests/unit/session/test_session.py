@@ -39,7 +39,7 @@ def local() -> Iterator[LocalAgent]:
 @pytest.fixture
 def session(local: LocalAgent) -> Iterator[Session]:
     ends = threading.Event()
-    machine, guest = SimpleNamespace(devices=[]), SimpleNamespace(console=CONSOLE, run=ends.wait)
+    machine, guest = SimpleNamespace(devices=[]), SimpleNamespace(console=CONSOLE, follow=ends.wait)
     yield Session("local", cast(Machine, machine), cast(Guest, guest), local.agent)
     ends.set()
 
@@ -86,11 +86,7 @@ def test_a_guest_powers_off_even_if_it_does_not_send_all_its_files(local: LocalA
         if len(done) == 2:
             ends.set()
 
-    def run(timeout: float | None) -> str:
-        ends.wait()
-        return "result"
-
-    guest.power_off, guest.run = power_off, run
+    guest.power_off, guest.follow, guest.result = power_off, lambda timeout: ends.wait(), lambda timeout: "result"
     machine = SimpleNamespace(devices=[], stop=lambda: done.append(f"stopped, powered off: {ends.is_set()}"))
     session = Session("local", cast(Machine, machine), cast(Guest, guest), local.agent)
     session.begin(20)
