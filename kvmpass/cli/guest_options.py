@@ -73,7 +73,7 @@ stay_options = together(
         "--boot-timeout",
         type=click.FloatRange(min=0, min_open=True),
         metavar="SECONDS",
-        help="Give up if a guest that stays does not run commands after this time.  [default: 60]",
+        help="Give up if a guest that stays does not run commands after this time.  [default: 120]",
     ),
 )
 """What a guest that stays has. Absent ones are None."""
