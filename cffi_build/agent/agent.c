@@ -73,6 +73,15 @@ static void on_input(struct process *process, const uint8_t *data, uint32_t size
 		return;
 	if (size > INPUT_WINDOW - process->input_size) /* more than was granted */
 		end(true);
+	if (!process->input_size) { /* most of it does not wait */
+		long done = call3(write, process->streams[INPUT].fd, data, size);
+
+		if (done > 0) {
+			process->consumed += done;
+			data += done;
+			size -= done;
+		}
+	}
 	while (size) {
 		uint32_t at = (process->input_at + process->input_size) % INPUT_WINDOW, part = INPUT_WINDOW - at;
 
@@ -143,7 +152,6 @@ static void read_port(void)
 	static uint8_t input[2 * MAX_FRAME];
 	static uint32_t size;
 	uint32_t at = 0;
-	struct pollfd polled = {.fd = PORT, .events = POLLIN};
 	struct frame head;
 
 	do { /* a read returns one buffer of the port, a page */
@@ -154,7 +162,7 @@ static void read_port(void)
 		if (done <= 0)
 			end(true);
 		size += done;
-	} while (size < sizeof(input) && call3(poll, &polled, 1, 0) > 0);
+	} while (size < sizeof(input));
 	while (size - at >= sizeof(head)) {
 		memcpy(&head, input + at, sizeof(head));
 		if (head.size > MAX_FRAME - sizeof(head))
@@ -251,6 +259,7 @@ static __attribute__((noreturn, used)) void run(long *stack)
 	call3(sched_setscheduler, 0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first);
 	call4(rt_sigprocmask, SIG_SETMASK, &blocked, NULL, sizeof(blocked));
 	children = call4(signalfd4, -1, &child, sizeof(child), O_CLOEXEC | O_NONBLOCK);
+	call3(fcntl, PORT, F_SETFL, call2(fcntl, PORT, F_GETFL) | O_NONBLOCK);
 	make_staging();
 	send_numbers(0, HELLO, 0, VERSION, now());
 	for (long number = 1 + unusable; number < count; number++) {

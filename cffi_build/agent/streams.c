@@ -10,7 +10,7 @@
 #include <linux/time.h>
 #include <linux/wait.h>
 
-#define INPUT_GRANT (INPUT_WINDOW / 4) /* bytes granted at once, or all once nothing waits */
+#define INPUT_GRANT (INPUT_WINDOW / 2) /* bytes granted at once, or all once nothing waits */
 #define LEFT_BEHIND_MS 300 /* for what processes still write that a process has left behind */
 #define STAGING_SIZE 131072 /* bytes, of twice as many pages as DATA has: one is for the header */
 #define SPLICE_NONBLOCK 2 /* SPLICE_F_NONBLOCK (include/linux/splice.h) */
@@ -57,6 +57,16 @@ void end(bool failed)
 
 struct outgoing frame; /* one write each: that is one buffer of the port */
 
+/* Whether to try again, after waiting for room: the port does not block, to be read until it is empty. */
+static bool wait_for_port(long result)
+{
+	struct pollfd polled = {.fd = PORT, .events = POLLOUT};
+
+	if (result == -EAGAIN)
+		call3(poll, &polled, 1, -1);
+	return result == -EAGAIN || result == -EINTR;
+}
+
 void send(uint32_t id, enum type type, enum stream stream, uint32_t size)
 {
 	const uint8_t *at = (const uint8_t *)&frame;
@@ -66,7 +76,7 @@ void send(uint32_t id, enum type type, enum stream stream, uint32_t size)
 	while (left) {
 		long done = call3(write, PORT, at, left);
 
-		if (done == -EINTR || done == -EAGAIN)
+		if (wait_for_port(done))
 			continue;
 		if (done <= 0)
 			end(true);
@@ -133,7 +143,7 @@ static uint32_t splice_output(struct process *process, enum stream number)
 	}
 	for (left = sizeof(head) + moved; left && moved == size; left -= done) {
 		done = call6(splice, staging.read, NULL, PORT, NULL, left, 0);
-		if (done == -EINTR)
+		if (wait_for_port(done))
 			done = 0;
 		else if (done <= 0) {
 			if (left != sizeof(head) + moved)

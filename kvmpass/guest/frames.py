@@ -81,7 +81,7 @@ class Frame:
         return first, second
 
 
-def encode(process: int, kind: int, payload: bytes = b"", stream: int = 0) -> bytes:
+def encode(process: int, kind: int, payload: Payload = b"", stream: int = 0) -> bytes:
     """Return a frame. ``payload``: at most ``MAX_PAYLOAD`` bytes."""
     return _HEADER.pack(len(payload), process, kind, stream, 0) + payload
 

@@ -89,27 +89,30 @@ class Input:
         """Send what may be sent. One thread at a time does it, which keeps the order."""
         while True:
             with self._changed:
-                frame = self._next_frame() if not self._sending else None
-                if frame is None:
+                frames = self._next_frames() if not self._sending else None
+                if frames is None:
                     return
                 send, self._sending = self._send, True
             assert send is not None
             try:
-                send(frame)
+                send(frames)
             finally:
                 with self._changed:
                     self._sending = False
 
-    def _next_frame(self) -> bytes | None:
+    def _next_frames(self) -> bytes | None:
         if self._send is None or self._dropping or self._ended:
             return None
         # Whole frames: the rest of a grant is not worth one. The agent grants all once nothing waits there.
-        size = min(len(self._pending), MAX_PAYLOAD)
-        if 0 < size <= self._credit:
-            data = bytes(self._pending[:size])
-            del self._pending[:size]
-            self._credit -= len(data)
-            return encode(self._process, DATA, data, INPUT)
+        parts, at = list[bytes](), 0
+        with memoryview(self._pending) as pending:
+            while 0 < (size := min(len(pending) - at, MAX_PAYLOAD)) <= self._credit:
+                parts.append(encode(self._process, DATA, pending[at : at + size], INPUT))
+                self._credit -= size
+                at += size
+        if parts:
+            del self._pending[:at]
+            return b"".join(parts)
         if self._ending and not self._pending:
             self._ended = True
             return encode(self._process, END, b"", INPUT)

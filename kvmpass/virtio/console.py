@@ -129,25 +129,16 @@ class VirtioConsole(LocalDevice):
         if not queue.enabled or number not in self._opened:
             return
         if port.waiting:
-            self._fill(queue, port.take, lambda: port.waiting > 0)
+            queue.want_notifications(True)
+            given = queue.fill(port.waiting, port.take)
+            if not port.waiting:
+                queue.want_notifications(False)  # of new chains, until there is something for them
+            if given:
+                queue.interrupt()
         if port.ended and not port.waiting and number not in self._ended:
             self._ended.add(number)
             self._tell(number, OPEN, 0)
             self._send_messages()
-
-    @staticmethod
-    def _fill(queue: Virtqueue, take: Callable[[int], bytes], more: Callable[[], bool]) -> None:
-        """Write what ``take`` returns into the driver's buffers, one after the other, while there is ``more``."""
-        queue.want_notifications(True)
-        given = False
-        for chain in queue.chains():
-            queue.push(chain, chain.write(take(chain.room)))
-            given = True
-            if not more():
-                queue.want_notifications(False)  # of new buffers, until there is something for them
-                break
-        if given:
-            queue.interrupt()
 
     # --- control messages
 
@@ -184,11 +175,18 @@ class VirtioConsole(LocalDevice):
     def _send_messages(self) -> None:
         """Send the messages that wait, as far as the driver has added buffers."""
         queue = self._queues[_CONTROL_TO]
-        if queue.enabled and self._messages:
-            self._fill(queue, self._take_message, lambda: bool(self._messages))
-
-    def _take_message(self, size: int) -> bytes:
-        return self._messages.pop(next(iter(self._messages)))
+        if not (queue.enabled and self._messages):
+            return
+        queue.want_notifications(True)
+        given = False
+        for chain in queue.chains():
+            queue.push(chain, chain.write(self._messages.pop(next(iter(self._messages)))))
+            given = True
+            if not self._messages:
+                queue.want_notifications(False)
+                break
+        if given:
+            queue.interrupt()
 
 
 _CHECKED: type[VirtioDevice] = VirtioConsole

@@ -69,6 +69,7 @@ class Port:
     def take(self, size: int) -> bytes:
         """Return at most ``size`` of the bytes that wait for the guest, and forget them."""
         with self._lock:
-            data = bytes(self._waiting[:size])
+            with memoryview(self._waiting) as waiting:
+                data = waiting[:size].tobytes()
             del self._waiting[:size]
         return data

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from kvmpass.layout import Range
 from kvmpass.memory import GuestMemory
@@ -39,6 +39,23 @@ class RingError(Exception):
     """The driver has violated the rules of the rings."""
 
 
+def _views(memory: GuestMemory, parts: Sequence[tuple[int, int]], *, write: bool) -> list[memoryview]:
+    try:
+        return memory.dma_views(parts, write=write)
+    except IndexError as error:
+        raise RingError(str(error)) from None
+
+
+def _copy(data: bytes | bytearray | memoryview, views: Iterable[memoryview]) -> int:
+    """Copy as much of ``data`` as there is room for; return its size."""
+    source, at = memoryview(data), 0
+    for view in views:
+        part = source[at : at + len(view)]
+        view[: len(part)] = part
+        at += len(part)
+    return at
+
+
 class Chain:
     """A chain of descriptors: what the device reads, then what it writes."""
 
@@ -63,22 +80,11 @@ class Chain:
 
     def read(self) -> bytes:
         """Return a copy of what the device reads. Raises ``RingError`` outside of RAM."""
-        return b"".join(self._views(self.readable, write=False))
+        return b"".join(_views(self._memory, self.readable, write=False))
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
         """Write as much of ``data`` as there is room for; return its size. Raises ``RingError`` outside of RAM."""
-        left = memoryview(data)
-        for view in self._views(self.writable, write=True):
-            size = min(len(view), len(left))
-            view[:size] = left[:size]
-            left = left[size:]
-        return len(data) - len(left)
-
-    def _views(self, parts: Sequence[tuple[int, int]], *, write: bool) -> list[memoryview]:
-        try:
-            return self._memory.dma_views(parts, write=write)
-        except IndexError as error:
-            raise RingError(str(error)) from None
+        return _copy(data, _views(self._memory, self.writable, write=True))
 
 
 class Virtqueue:
@@ -149,10 +155,7 @@ class Virtqueue:
         )
 
     def _one(self, place: Range, *, write: bool) -> memoryview:
-        try:
-            views = self._memory.dma_views([(place.start, place.size)], write=write)
-        except IndexError as error:
-            raise RingError(str(error)) from None
+        views = _views(self._memory, [(place.start, place.size)], write=write)
         if len(views) != 1:
             raise RingError("a ring is in two regions of memory")
         return views[0]
@@ -197,7 +200,7 @@ class Virtqueue:
                 if not length or length % 16 or length > 16 * self.size:
                     raise RingError(f"an indirect table of {length} bytes")
                 # Copied: the guest may change it meanwhile.
-                inside = b"".join(self._indirect(address, length))
+                inside = b"".join(_views(self._memory, [(address, length)], write=False))
                 if not (chain.writable or self._in_order(chain, inside)):
                     self._follow(chain, inside, 0, length // 16, direct=False)
                 return
@@ -224,18 +227,54 @@ class Virtqueue:
         chain.check()
         return True
 
-    def _indirect(self, address: int, length: int) -> list[memoryview]:
-        try:
-            return self._memory.dma_views([(address, length)], write=False)
-        except IndexError as error:
-            raise RingError(str(error)) from None
-
     def push(self, chain: Chain, written: int) -> None:
         """Return ``chain`` to the driver, with ``written`` bytes in it. Raises ``RingError``."""
-        _, _, used = self._rings()
-        _USED.pack_into(used, 4 + 8 * (self._done % self.size), chain.head, written)
-        self._done = (self._done + 1) & 0xFFFF
-        _store(used, 1, self._done)  # after the entry: x86 keeps the order of stores
+        self._return([(chain.head, written)])
+
+    def _return(self, chains: Iterable[tuple[int, int]]) -> None:
+        """Return chains to the driver: their first descriptors, and the bytes that were written into each."""
+        used, done, size = self._rings()[2], self._done, self.size
+        for head, written in chains:
+            _USED.pack_into(used, 4 + 8 * (done % size), head, written)
+            done = (done + 1) & 0xFFFF
+        self._done = done
+        _store(used, 1, done)  # after the entries: x86 keeps the order of stores
+
+    def fill(self, wanted: int, take: Callable[[int], bytes]) -> int:
+        """Write ``wanted`` bytes, as far as the driver has added chains, into these, one after the other.
+
+        ``take`` returns as many bytes as it is called with. Return the number of chains that were used. Raises
+        ``RingError``.
+        """
+        parts, sizes, room = list[tuple[int, int]](), list[tuple[int, int]](), 0
+        table, available, _ = self._rings()
+        for _ in range(self.added()):
+            if room >= wanted:
+                break
+            head = _INDEX.unpack_from(available, 4 + 2 * (self._next % self.size))[0]
+            address, length, flags, _ = (
+                _DESCRIPTOR.unpack_from(table, 16 * head) if head < self.size else (0, 0, 0, 0)
+            )
+            if flags == _WRITE and length <= MAX_CHAIN_BYTES:  # all that Linux adds
+                self._next = (self._next + 1) & 0xFFFF
+                parts.append((address, length))
+            else:
+                chain = self._pop()
+                head, length = chain.head, chain.room
+                parts += chain.writable
+            sizes.append((head, length))
+            room += length
+        if not sizes:
+            return 0
+        views = _views(self._memory, parts, write=True)
+        data = take(min(room, wanted))
+        _copy(data, views)
+        left, written = len(data), list[tuple[int, int]]()
+        for head, length in sizes:
+            written.append((head, min(length, left)))
+            left -= written[-1][1]
+        self._return(written)
+        return len(written)
 
     def interrupt(self) -> None:
         """Signal the driver that chains were returned, unless it has turned that off. Raises ``RingError``."""

@@ -235,3 +235,41 @@ def test_a_buffer_across_two_regions(driver: Driver) -> None:
     driver.notify(1)
     assert driver.said["one"] == b"abcd"
     driver.memory.remove(region)
+
+
+def test_input_goes_into_chains_of_any_shape(driver: Driver) -> None:
+    """One after the other, as far as it goes: what is left over stays with the driver."""
+    ring = driver.rings[0]
+    ring.describe(0, FREE, 3, WRITE | NEXT, 1)
+    ring.describe(1, FREE + 10, 4, WRITE)
+    ring.describe(2, FREE + 20, 0, WRITE)
+    ring.describe(3, FREE + 30, 5, WRITE)
+    driver.memory.write(FREE + 256, table((FREE + 40, 2, WRITE | NEXT, 1), (FREE + 50, 6, WRITE, 0)))
+    ring.describe(4, FREE + 256, 32, INDIRECT)
+    ring.describe(5, FREE + 60, 5, WRITE)
+    ring.describe(6, FREE + 70, 5)
+    for head in (6, 0, 2, 3, 4, 5):
+        ring.offer(head)
+    driver.host["one"].send(b"abcdefghijklmnop")
+    parts = {at: driver.memory.read(FREE + at, 6).rstrip(b"\0") for at in (0, 10, 20, 30, 40, 50, 60, 70)}
+    assert parts == {0: b"abc", 10: b"defg", 20: b"", 30: b"hijkl", 40: b"mn", 50: b"op", 60: b"", 70: b""}
+    used = struct.unpack("<10I", driver.memory.read(ring.used + 4, 40))
+    assert used == (6, 0, 0, 7, 2, 0, 3, 5, 4, 4)
+    assert driver.memory.read(ring.used + 2, 2) == b"\5\0", "the last one was not needed"
+    driver.host["one"].send(b"next")
+    assert driver.memory.read(FREE + 60, 5) == b"next\0"
+
+
+@pytest.mark.parametrize("length", [MAX_CHAIN_BYTES + 1, 0xFFFF_FFFF])
+def test_a_buffer_for_input_that_may_not_be(driver: Driver, length: int) -> None:
+    driver.rings[0].describe(0, 0, length, WRITE)
+    driver.rings[0].offer(0)
+    driver.host["one"].send(b"x")
+    assert driver.status & NEEDS_RESET
+    assert driver.host["one"].waiting == 1
+
+
+def test_a_buffer_for_input_beyond_the_table(driver: Driver) -> None:
+    driver.rings[0].offer(driver.rings[0].size)
+    driver.host["one"].send(b"x")
+    assert driver.status & NEEDS_RESET
