@@ -46,7 +46,7 @@ $(STAMP): | deps
 demo: venv ## assign an NVMe drive to a virtual machine, inside an emulated AMD-Vi host
 	@$(BIN)/python scripts/demo.py
 
-bench: venv ## kvmpass beside QEMU's vfio-pci and C, nine rounds in one emulated host: docs/bench.json and pictures
+bench: venv ## kvmpass beside QEMU's vfio-pci and C, nine rounds in emulated hosts: docs/bench.json and pictures
 	@$(BIN)/python scripts/bench/run.py $(ARGS)
 
 qemu: venv ## fetch the modern QEMU, which some tests ask for

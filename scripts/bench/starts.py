@@ -92,7 +92,9 @@ class Loaded:
         """Record the time of a program until its first ``KVM_RUN``, and its CPU time in user mode in another row."""
         words = self.kvmpass(size) if program == "kvmpass" else self.qemu(size)
         tracer = str(self._bench.programs / "until_run")
-        done = subprocess.run([tracer, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+        done = subprocess.run([tracer, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{row}: {program}: {done.stderr.strip()}")
         nanoseconds, in_user_mode = map(int, done.stdout.splitlines()[-1].split())
         self._bench.samples.note(row, program, nanoseconds / 1e9)
         if cpu_row is not None:
