@@ -149,60 +149,62 @@ def assigned(
         with importing():
             from kvmpass.machine import Machine
 
-        machine = Machine(
-            memory=made,
-            cpus=cpus,
-            backend=backend,
-            p2p=p2p,
-            iommu_fd=descriptors.iommu if descriptors else None,
-            sysfs=sysfs,
-            on_event=on_event,
-        )
+        with deferred():  # the memory is the machine's from here on: it unmaps it once nobody uses it
+            machine = Machine(
+                memory=made,
+                cpus=cpus,
+                backend=backend,
+                p2p=p2p,
+                iommu_fd=descriptors.iommu if descriptors else None,
+                sysfs=sysfs,
+                on_event=on_event,
+            )
+            undo.pop_all()
+            undo.enter_context(machine)
         mark("machine")
-        with machine:
-            if choice.automatic:
-                tell(f"backing {choice}")
-            if near.reason:
-                tell(f"NUMA {near}" + (f"; refused: {made.nodes_refused}" if made.nodes_refused else ""))
-            if cpus > len(os.sched_getaffinity(0)):
-                warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
-            with machine.populating():  # until its end the out-of-memory killer can strike
-                with importing():
-                    from kvmpass.guest import prepare
+        if choice.automatic:
+            tell(f"backing {choice}")
+        if near.reason:
+            tell(f"NUMA {near}" + (f"; refused: {made.nodes_refused}" if made.nodes_refused else ""))
+        if cpus > len(os.sched_getaffinity(0)):
+            warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
+        with machine.populating():  # until its end the out-of-memory killer can strike
+            with importing():
+                from kvmpass.guest import prepare
 
-                image = prepare(spec, [device.modalias for device in devices])
-                on_image(image)
-                mark("kernel and initramfs")
-                for line in image.warnings:
-                    warn(line)
-                tell(f"kernel {image.kernel.release or 'of an unknown release'}: {image.kernel.path}")
-                if image.symbols is not None:
-                    tell(f"symbols: {image.symbols}")
-            mark("memory")
-            image.load(machine)
-            mark("loading")
-            # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
-            borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say, look=look)
-            with borrowed, closing(machine):
-                mark("binding")
-                for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
-                    token = vf_token if vf_token is not None and _has_sriov(sysfs, device.bdf) else None
-                    fd = passed[device.bdf][1] if descriptors else None
-                    machine.assign(device.bdf, fd=fd, vf_token=token)
-                    if say is not None:
-                        driver = device.driver or "no driver"
-                        origin = f"was bound to {driver}" if fd is None else f"by descriptor {fd}"
-                        say(f"device {device.bdf}: {look.names.of(device)}, IOMMU group {device.group}, {origin}")
-                if descriptors is not None:
-                    descriptors.close()
-                if machine.backend is not None:
-                    tell(f"IOMMU back end {machine.backend}")
-                say_mappings(machine, tell)
-                machine.audit()
-                tell("audit: ok")
-                mark("assignment")
-                yield machine
-                machine.audit()
+            image = prepare(spec, [device.modalias for device in devices])
+            on_image(image)
+            mark("kernel and initramfs")
+            for line in image.warnings:
+                warn(line)
+            tell(f"kernel {image.kernel.release or 'of an unknown release'}: {image.kernel.path}")
+            if image.symbols is not None:
+                tell(f"symbols: {image.symbols}")
+        mark("memory")
+        image.load(machine)
+        mark("loading")
+        # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
+        borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say, look=look)
+        with borrowed, closing(machine):
+            mark("binding")
+            for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
+                token = vf_token if vf_token is not None and _has_sriov(sysfs, device.bdf) else None
+                fd = passed[device.bdf][1] if descriptors else None
+                machine.assign(device.bdf, fd=fd, vf_token=token)
+                if say is not None:
+                    driver = device.driver or "no driver"
+                    origin = f"was bound to {driver}" if fd is None else f"by descriptor {fd}"
+                    say(f"device {device.bdf}: {look.names.of(device)}, IOMMU group {device.group}, {origin}")
+            if descriptors is not None:
+                descriptors.close()
+            if machine.backend is not None:
+                tell(f"IOMMU back end {machine.backend}")
+            say_mappings(machine, tell)
+            machine.audit()
+            tell("audit: ok")
+            mark("assignment")
+            yield machine
+            machine.audit()
     mark("rebinding")
     for device in devices if descriptors is None and say else ():
         tell(f"device {device.bdf}: rebound to {sysfs.driver(device.bdf) or 'no driver'}")

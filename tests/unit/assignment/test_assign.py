@@ -13,10 +13,19 @@ from support.host_tree import Host
 from kvmpass import host as hosts
 from kvmpass import machine as machines
 from kvmpass.assignment import assign
-from kvmpass.errors import BadAddress, DeviceInUse, HostNotReady, NoSuchDevice, NotEnoughMemory
+from kvmpass.errors import BadAddress, Closed, DeviceInUse, HostNotReady, NoSuchDevice, NotEnoughMemory
 from kvmpass.guest import GuestSpec
-from kvmpass.layout import MIB, plan_layout
-from kvmpass.memory import GuestMemory, MachineMemory, MemoryPlan, StopFlag
+from kvmpass.layout import MIB, Range, plan_layout
+from kvmpass.memory import (
+    Backing,
+    GuestMemory,
+    MachineMemory,
+    MemoryPlan,
+    MemoryRegion,
+    PlannedRegion,
+    RegionKind,
+    StopFlag,
+)
 
 NVME = "0000:01:00.0"
 
@@ -26,19 +35,28 @@ class Made:
 
     def __init__(self) -> None:
         self.memories: list[MachineMemory] = []
-        self.closed: list[MachineMemory] = []
+        self.regions: list[MemoryRegion] = []
         self.threads: list[threading.Thread] = []
         self.begun = threading.Event()
 
     def make(self, *_: Any) -> MachineMemory:
-        self.memories.append(MachineMemory(MemoryPlan(plan_layout(MIB), ())))
-        return self.memories[-1]
+        part = PlannedRegion(RegionKind.RAM, Range(0, MIB), "ram0", Backing.ANONYMOUS)
+        self.memories.append(memory := MachineMemory(MemoryPlan(plan_layout(MIB), (part,))))
+        self.regions.extend(memory.regions)
+        return memory
 
     def populate(self, regions: GuestMemory, stop: StopFlag) -> None:
         self.threads.append(threading.current_thread())
         self.begun.set()
         while not stop.flag[0]:
             threading.Event().wait(0.001)
+
+    def check_gone(self) -> None:
+        """No thread populates, and nothing is mapped."""
+        assert self.threads and not any(thread.is_alive() for thread in self.threads)
+        [region] = self.regions
+        with pytest.raises(Closed):
+            region.hva  # noqa: B018
 
 
 @pytest.fixture
@@ -76,8 +94,7 @@ def test_a_failure_ends_the_thread_and_frees_the_memory(
     monkeypatch.setattr(assign, "check", failing(error, made))
     with pytest.raises(type(error)):
         run()
-    assert not made.threads[0].is_alive()
-    assert not made.memories[0].begun
+    made.check_gone()
 
 
 def test_a_machine_that_cannot_be_made_leaves_no_memory(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +102,61 @@ def test_a_machine_that_cannot_be_made_leaves_no_memory(made: Made, monkeypatch:
     monkeypatch.setattr(machines, "Machine", failing(OSError("no VM"), made))
     with pytest.raises(OSError, match="no VM"):
         run()
-    assert not made.threads[0].is_alive()
+    made.check_gone()
+
+
+class Using:
+    """In the place of a machine: it owns its memory, and uses the regions until it is closed."""
+
+    failure: OSError | None = None
+
+    def __init__(self, memory: MachineMemory, **_: Any) -> None:
+        self.memory, self.used = memory, True
+        memory.regions.listen(self)
+
+    def region_wanted(self, *_: Any) -> None:
+        """Take any."""
+
+    region_added = region_removed = region_wanted
+
+    def holds(self, region: MemoryRegion) -> bool:
+        return self.used
+
+    def __enter__(self) -> Using:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.failure is not None:  # a mapping that the kernel keeps: nothing is unmapped
+            self.memory.stop()
+            raise self.failure
+        self.used = False
+        self.memory.close()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_signal_once_the_machine_is_made(made: Made, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """The machine owns the memory then: nobody else unmaps it first, which would be refused by what uses it."""
+
+    def mark(stage: str) -> None:
+        if stage == "machine":
+            raise error
+
+    monkeypatch.setattr(assign, "check", lambda *_, **__: None)
+    monkeypatch.setattr(machines, "Machine", Using)
+    with pytest.raises(type(error)) as raised, assign.assigned([NVME], GuestSpec(), mark=mark):
+        raise AssertionError
+    assert raised.value is error
+    made.check_gone()
+
+
+def test_a_machine_that_cannot_be_closed_says_why(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assign, "check", lambda *_, **__: None)
+    monkeypatch.setattr(machines, "Machine", Using)
+    monkeypatch.setattr(Using, "failure", OSError("the IOMMU keeps a mapping"))
+    monkeypatch.setattr("kvmpass.guest.prepare", failing(OSError("no kernel")))
+    with pytest.raises(OSError, match="the IOMMU keeps a mapping"):
+        run()
+    assert made.regions[0].hva and not made.threads[0].is_alive()
 
 
 @pytest.mark.parametrize("address, error", [("nonsense", BadAddress), ("0000:7f:00.0", NoSuchDevice)])
