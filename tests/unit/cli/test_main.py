@@ -85,7 +85,7 @@ LATE = {"concurrent.futures", "gzip", "json", "logging", "lzma", "shutil", "sock
 
 
 def test_the_command_assign_loads_no_step_before_it_is_due() -> None:
-    """Its options, and the memory: that is mapped before the rest is imported."""
+    """Its options, and what maps memory: the rest is imported while that is populated."""
     modules = imported("kvmpass.cli.assign")
     assert not modules & {f"kvmpass.{name}" for name in STEPS} | modules & (LATE | {"termios"})
     packages = {".".join(name.split(".")[:2]) for name in own(modules)}
