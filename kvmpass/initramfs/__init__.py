@@ -95,9 +95,8 @@ class GuestRoot:
         import subprocess
 
         listing = subprocess.run([program, "--list"], check=True, capture_output=True, text=True)
-        for applet in listing.stdout.split():
-            if applet not in APPLETS_ABSENT:
-                self.tree.symlink(f"/usr/bin/{applet}", "busybox")
+        applets = (applet for applet in listing.stdout.split() if applet not in APPLETS_ABSENT)
+        self.tree.symlinks("/usr/bin", applets, "busybox")
 
     def add_modules(
         self,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import itertools
 import stat
 from collections.abc import Collection, Iterable
+from typing import NamedTuple
 
-from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
 
 _HEADER = b"070701" + b"%08X" * 13
@@ -19,8 +19,7 @@ _INODE = 1024  # bytes of memory, its name and directory entry included
 MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):  # a tree has hundreds
     """A file."""
 
     mode: int
@@ -99,6 +98,17 @@ class Tree:
     def symlink(self, path: str, target: str) -> None:
         """Add a symlink."""
         self.add(path, Node(stat.S_IFLNK | 0o777, target.encode("utf-8", "surrogateescape")))
+
+    def symlinks(self, directory: str, names: Iterable[str], target: str) -> None:
+        """Add symlinks to one target, of these names, in ``directory``. Raises as ``add``."""
+        node = Node(stat.S_IFLNK | 0o777, target.encode("utf-8", "surrogateescape"))
+        self.directory(directory)
+        place = self.canonical(f"{directory}/_")[:-1]
+        for name in names:
+            if "/" in name or not name.strip(".") or self._is_directory(place + name):
+                self.add(f"{directory}/{name}", node)
+            else:
+                self._nodes[place + name] = node
 
     def character_device(self, path: str, major: int, minor: int, mode: int = 0o600) -> None:
         """Add a character device node."""

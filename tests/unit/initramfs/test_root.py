@@ -151,6 +151,22 @@ def test_files_and_directories_never_replace_each_other() -> None:
             tree.file(path, b"")
 
 
+def test_many_symlinks_are_as_each_alone() -> None:
+    many, alone = Tree(), Tree()
+    names = ["[", "ls", "cat", "..."]
+    many.symlinks("/bin", names, "busybox")
+    for name in names:
+        alone.symlink(f"/bin/{name}", "busybox")
+    assert many.archive() == alone.archive()
+    assert "/usr/bin/ls" in many
+    many.directory("/usr/bin/d/e")
+    with pytest.raises(KvmpassError, match="is a directory"):
+        many.symlinks("/bin", ["d"], "busybox")
+    for name in ("../x", ".."):
+        with pytest.raises(KvmpassError, match="absolute path"):
+            many.symlinks("/bin", [name], "busybox")
+
+
 def test_a_directory_keeps_modes_and_symlinks(tmp_path: Path) -> None:
     source = tmp_path / "tree"
     (source / "sub").mkdir(parents=True)
