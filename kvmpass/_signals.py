@@ -12,6 +12,7 @@ from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _AGAIN_SECONDS = 0.01
+_deferring = False  # whether a block of ``deferred`` runs; of the main thread
 
 
 def raise_at_signals() -> None:
@@ -64,12 +65,15 @@ def _signal_of(error: BaseException | None) -> int | None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Defer SIGINT, SIGTERM, SIGHUP and SIGQUIT to the end of the block. Does nothing outside of the main thread.
+    """Defer SIGINT, SIGTERM, SIGHUP and SIGQUIT to the end of the block; inside of such a block, to the end of that.
+
+    Does nothing outside of the main thread.
 
     Handlers are replaced instead of signals blocked: a blocked signal is delivered to another thread of the process,
     and Python then runs its handler in the main thread nevertheless.
     """
-    if threading.current_thread() is not threading.main_thread():
+    global _deferring
+    if threading.current_thread() is not threading.main_thread() or _deferring:
         yield
         return
     seen: list[int] = []
@@ -85,8 +89,10 @@ def deferred() -> Iterator[None]:
             if handler is not None:  # None: installed by C code, not ours to replace
                 undo.callback(signal.signal, number, handler)
                 signal.signal(number, note)
+        _deferring = True
         yield
     finally:
+        _deferring = False
         undo.close()
         for received in seen:
             signal.raise_signal(received)
