@@ -7,9 +7,15 @@ from threading import Thread
 
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all, undo_on_error
+from kvmpass.errors import HostNotReady
 from kvmpass.memory.mapping import StopFlag
 from kvmpass.memory.plan import MemoryPlan
 from kvmpass.memory.regions import GuestMemory
+
+_MORE_THREADS = (
+    "raise the limit of threads: TasksMax= of a systemd unit, the pids limit of a container, LimitNPROC= of a unit, "
+    "or ulimit -u"
+)
 
 
 class MachineMemory:
@@ -48,12 +54,18 @@ class MachineMemory:
         return self._thread is not None
 
     def begin(self) -> None:
-        """Start to populate all regions of RAM and ROM. Idempotent. Raises ``RuntimeError`` without a thread."""
+        """Start to populate all regions of RAM and ROM. Idempotent.
+
+        The thread ends with the process, even if nobody has stopped it. Raises ``HostNotReady`` without a thread.
+        """
         if self._thread is None and not self.populated:
             self._stop, self._failed = StopFlag(), None
             with deferred():  # else an exception could leave a thread that nobody ends
-                thread = Thread(target=self._populate, name="populate")
-                thread.start()
+                thread = Thread(target=self._populate, name="populate", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise HostNotReady(f"memory cannot be populated: {error}", _MORE_THREADS) from None
                 self._thread = thread
 
     def _populate(self) -> None:
@@ -74,12 +86,13 @@ class MachineMemory:
 
     def stop(self) -> None:
         """Let the thread end with the piece that it populates, and wait for it. Idempotent; ``begin`` goes on."""
-        self._stop.set()
         with deferred():  # the caller unmaps the memory next
+            self._stop.set()
             if self._thread is not None:
                 self._thread.join()
                 self._thread = None
 
     def close(self) -> None:
         """End populating and unmap everything. Idempotent. Raises as ``GuestMemory.close``."""
-        run_all(self.stop, self.regions.close)
+        with deferred():  # an exception in between would unmap what a thread populates
+            run_all(self.stop, self.regions.close)

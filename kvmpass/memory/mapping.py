@@ -8,6 +8,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Collection
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -164,27 +165,29 @@ class HostMapping:
         pieces.stopped = stop.flag
         failed: list[int] = []
 
-        def fill() -> None:
+        def fill(flag: StopFlag = stop) -> None:  # which C reads until this thread ends, even if nobody waits for it
             if (result := lib.kvmpass_populate(pieces)) < 0:
                 failed.append(result)
 
         # Not concurrent.futures: to import it takes longer than to populate a small guest. The caller takes no piece:
-        # the main thread would see no signal before the last one.
+        # the main thread would see no signal before the last one. Daemons: the process never waits for them at exit.
         count = min(-(-self._span // pieces.step), len(os.sched_getaffinity(0)))
-        threads = [Thread(target=fill, name="populate") for _ in range(count)]
+        threads: list[Thread] = []
         try:
-            for thread in threads:
-                thread.start()
+            with deferred(), suppress(RuntimeError):  # a limit of threads: those that have started take all pieces
+                for _ in range(count):
+                    thread = Thread(target=fill, name="populate", daemon=True)
+                    thread.start()
+                    threads.append(thread)
+            if not threads:
+                fill()
             for thread in threads:
                 thread.join()
-        except BaseException:  # Ctrl-C, or no more threads: the others end with their pieces
-            pieces.failed = 1
-            raise
         finally:
             with deferred():  # the caller unmaps the memory next
+                pieces.failed = 1  # after Ctrl-C the threads end with their pieces
                 for thread in threads:
-                    if thread.ident is not None:
-                        thread.join()
+                    thread.join()
         if failed and failed[0] != -errno.EINVAL:
             check(failed[0], "madvise(MADV_POPULATE_WRITE)" if self.writable else "madvise(MADV_POPULATE_READ)")
 

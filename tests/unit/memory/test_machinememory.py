@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from kvmpass.errors import Closed, LayoutError
+from kvmpass.errors import Closed, HostNotReady, LayoutError
 from kvmpass.layout import GIB, MIB, Range, plan_layout
 from kvmpass.memory import (
     Backing,
@@ -160,3 +161,32 @@ def test_its_failure_is_raised_where_it_is_waited_for(memory: MachineMemory, mon
     with pytest.raises(OSError, match="no memory"):
         memory.wait()
     assert not memory.populated and not memory.begun
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_a_signal_while_it_is_stopped(memory: MachineMemory, monkeypatch: pytest.MonkeyPatch, close: bool) -> None:
+    """It is raised once the thread has ended, and what is to be unmapped is."""
+
+    def interrupting(stop: StopFlag) -> None:
+        signal.raise_signal(signal.SIGINT)
+        StopFlag.set(stop)
+
+    threads = populating(monkeypatch, until_stopped)
+    memory.begin()
+    flag = memory._stop
+    monkeypatch.setattr(flag, "set", lambda: interrupting(flag))
+    with pytest.raises(KeyboardInterrupt):
+        memory.close() if close else memory.stop()
+    assert not threads[0].is_alive() and not memory.begun
+    assert len(memory.regions) == (0 if close else 2)
+
+
+def test_no_thread_for_it(memory: MachineMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(HostNotReady, match="memory cannot be populated: can't start new thread") as refused:
+        memory.begin()
+    assert "TasksMax=" in refused.value.__notes__[0]
+    assert not memory.begun

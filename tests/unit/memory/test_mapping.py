@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,6 +201,55 @@ def test_an_interruption_ends_every_thread(monkeypatch: pytest.MonkeyPatch) -> N
         mapping.populate()
     assert not any(thread.is_alive() for thread in calls)
     mapping.close()
+
+
+def test_populate_ends_midway_once_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the pieces that its threads are at, not after all: those of this mapping take seconds."""
+    monkeypatch.setattr(kvmpass.memory.mapping, "_PIECE", PAGE)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    mapping, stop = HostMapping(GIB), StopFlag()
+    thread = threading.Thread(target=mapping.populate, args=(stop,))
+    thread.start()
+    for _ in range(10_000):
+        if seen := smaps(mapping.address).resident:
+            break
+    stop.set()
+    thread.join()
+    assert 0 < seen <= smaps(mapping.address).resident < mapping.size
+    mapping.close()
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_populate_with_too_few_threads(monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
+    start, left = threading.Thread.start, [None] * allowed
+
+    def limited(self: threading.Thread) -> None:
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left.pop()
+        start(self)
+
+    monkeypatch.setattr(kvmpass.memory.mapping, "_PIECE", PAGE)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    mapping = HostMapping(7 * PAGE, align=GIB)
+    mapping.populate()
+    assert smaps(mapping.address).resident == 7 * PAGE
+    mapping.close()
+
+
+def test_populating_does_not_delay_the_end_of_the_process() -> None:
+    """Even where an exception has skipped what ends it."""
+    code = """
+import threading
+from kvmpass.memory import GuestMemory, MachineMemory, plan_memory
+memory = MachineMemory(plan_memory(1 << 20))
+begun = threading.Event()
+GuestMemory.populate = lambda self, stop: (begun.set(), threading.Event().wait())
+memory.begin()
+begun.wait()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_populate_of_a_read_only_file(monkeypatch: pytest.MonkeyPatch, memfd: int) -> None:
