@@ -284,26 +284,35 @@ class CheckContext:
 
 def run_checks(checks: Iterable[Check], context: CheckContext) -> Iterator[Finding]:
     """Run ``checks`` in order, each when the caller asks for its finding; skip those that depend on a failed one."""
+    for check, verdict in _verdicts(checks, context):
+        bdf = context.bdf if check.device else None
+        if isinstance(verdict, str):
+            yield Finding(check.id, check.title, Outcome.SKIPPED, "", needs=verdict, bdf=bdf)
+            continue
+        outcome, summary, blocker = Outcome.PASS, verdict.summary, verdict.blocker
+        if blocker is not None:
+            outcome, summary = Outcome.WARN if blocker.warning else Outcome.FAIL, blocker.brief
+            blocker = replace(blocker, bdf=bdf)
+        yield Finding(check.id, check.title, outcome, summary, verdict.read, blocker, bdf=bdf)
+
+
+def _verdicts(checks: Iterable[Check], context: CheckContext) -> Iterator[tuple[Check, Verdict | str]]:
+    """Yield each check with its verdict, or the ``id`` of the failed one for which it is skipped."""
     causes: dict[str, str] = {}  # of each check that failed or was skipped: the check that failed first
     for check in checks:
-        bdf = context.bdf if check.device else None
-        cause = next((causes[need] for need in check.needs if need in causes), None)
+        cause = next((causes[need] for need in check.needs if need in causes), None) if causes else None
         if cause is not None:
             causes[check.id] = cause
-            yield Finding(check.id, check.title, Outcome.SKIPPED, "", needs=cause, bdf=bdf)
+            yield check, cause
             continue
         verdict = check.run(context)
-        outcome, summary = Outcome.PASS, verdict.summary
-        if verdict.blocker is not None:
-            outcome, summary = Outcome.WARN if verdict.blocker.warning else Outcome.FAIL, verdict.blocker.brief
-        if outcome is Outcome.FAIL:
+        if verdict.blocker is not None and not verdict.blocker.warning:
             causes[check.id] = check.id
-        blocker = replace(verdict.blocker, bdf=bdf) if verdict.blocker else None
-        yield Finding(check.id, check.title, outcome, summary, verdict.read, blocker, bdf=bdf)
+        yield check, verdict
 
 
 def failures(checks: Iterable[Check], context: CheckContext) -> Iterator[Blocker]:
     """Run ``checks`` as :func:`run_checks`; yield the blockers of those that fail, without warnings."""
-    for finding in run_checks(checks, context):
-        if finding.outcome is Outcome.FAIL and finding.blocker is not None:
-            yield finding.blocker
+    for check, verdict in _verdicts(checks, context):
+        if isinstance(verdict, Verdict) and verdict.blocker is not None and not verdict.blocker.warning:
+            yield replace(verdict.blocker, bdf=context.bdf if check.device else None)

@@ -121,9 +121,7 @@ class Look:
     @cached_property
     def groups(self) -> list[IommuGroup]:
         """All IOMMU groups, by number."""
-        found = self.sysfs.groups()
-        self._found.update((("group", group.id), group) for group in found)
-        return found
+        return self.sysfs.groups(self.group)
 
     @cached_property
     def log(self) -> KernelLog:

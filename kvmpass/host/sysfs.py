@@ -368,10 +368,10 @@ class Sysfs:
 
     # --- IOMMU groups
 
-    def groups(self) -> list[IommuGroup]:
-        """Return all IOMMU groups, by number."""
+    def groups(self, find: Callable[[int], IommuGroup] | None = None) -> list[IommuGroup]:
+        """Return all IOMMU groups, by number; ``find`` returns one, by default as it is at this moment."""
         numbers = sorted(int(name) for name in self.names(IOMMU_GROUPS) if name.isdecimal())
-        return [self.group(number) for number in numbers]
+        return [(find or self.group)(number) for number in numbers]
 
     def group(self, number: int) -> IommuGroup:
         """Return one group. Raises ``NotAssignable`` if the kernel has no such group."""

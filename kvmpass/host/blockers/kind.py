@@ -110,7 +110,8 @@ def _kind(context: CheckContext) -> Verdict:
 def _responds(context: CheckContext) -> Verdict:
     device, base = context.device, f"{PCI_DEVICES}/{context.bdf}"
     header = context.header  # not only the IDs: those of a virtual function read as ones
-    power = context.sysfs.text(base, "power_state") or "unknown"
+    # Only a read that may resume it changes this.
+    power = (context.sysfs.text(base, "power_state") or "unknown") if context.wake else device.power_state
     read = [Reading(f"/{base}/config", header[:4].hex(" ") or "not read"), Reading(f"/{base}/power_state", power)]
     for name in ("d3cold_allowed", "power/control", "power/runtime_status"):
         value = context.sysfs.text(base, name)

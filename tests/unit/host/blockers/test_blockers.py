@@ -242,3 +242,26 @@ def test_the_work_grows_with_the_number_of_functions(tmp_path: Path, monkeypatch
         work.append(calls)
     Host.made.clear()
     assert work[1] < 2.2 * work[0]
+
+
+@pytest.mark.parametrize("details, most", [(False, 29), (True, 36)])
+def test_files_that_are_read_of_each_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, details: bool, most: int
+) -> None:
+    """Opens, links and listings of one more device, alone in its group."""
+    seen: list[str] = []
+    for name in ("open", "readlink", "listdir"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda path, *rest, real=real, **more: (seen.append(str(path)), real(path, *rest, **more))[1]
+        )
+    counts = []
+    for number in (1, 11):
+        host = Host(tmp_path / str(number))
+        for index in range(number):
+            host.add(f"0000:{index + 1:02x}:00.0", "nvme", index, config=bytes(64))
+        seen.clear()
+        assert len(inventory(host, details=details).devices) == number
+        counts.append(len(seen))
+    Host.made.clear()
+    assert counts[1] - counts[0] <= 10 * most
