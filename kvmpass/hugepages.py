@@ -51,11 +51,13 @@ class HugePagePool:
     def available(self) -> int:
         """Pages that a new mapping can have; negative if more are reserved for others than are free.
 
-        Pages are reserved on no particular node: those that fit on other nodes are taken to be there. Where the
-        kernel cannot reserve, it refuses the mapping (``hugetlb_acct_memory``), or sends SIGBUS at the first access.
+        Pages are reserved on no particular node: those that fit on other nodes are taken to be there. The kernel
+        refuses what it cannot reserve (``hugetlb_acct_memory``). It makes surplus pages only for what all nodes
+        together lack (``gather_surplus_pages``): none while others have pages that are not reserved. (mm/hugetlb.c)
         """
-        free, reserved = self.free - self.elsewhere, max(0, self.resv - self.elsewhere)
-        return free - reserved + max(0, self.nr_overcommit - self.surplus)
+        if self.resv < self.elsewhere:
+            return self.free - self.elsewhere
+        return self.free - self.resv + max(0, self.nr_overcommit - self.surplus)
 
     def nr_for(self, size: int) -> int:
         """Return what ``nr_hugepages`` must be for ``size`` bytes more than are mapped now."""

@@ -40,3 +40,13 @@ def test_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_reserved_is_elsewhere_if_it_fits(resv: int, available: int) -> None:
     pool = HugePagePool(1 << 21, free=5, resv=resv, nr_overcommit=0, surplus=0, nr=5, elsewhere=2)
     assert pool.available == available
+
+
+@pytest.mark.parametrize("resv, available", [(0, 2), (7, 2), (8, 10), (9, 9), (10, 8), (19, -1)])
+def test_pages_above_the_pool_are_made_for_what_all_nodes_lack(resv: int, available: int) -> None:
+    pool = HugePagePool(1 << 21, free=10, resv=resv, nr_overcommit=8, surplus=0, nr=10, elsewhere=8)
+    assert pool.available == available
+    for wanted in range(1, 20):  # gather_surplus_pages and hugetlb_acct_memory (mm/hugetlb.c)
+        needed = max(0, resv + wanted - pool.free)
+        accepted = needed <= pool.nr_overcommit and wanted <= pool.free - pool.elsewhere + needed
+        assert accepted is (wanted <= available)
