@@ -259,7 +259,8 @@ void read_output(struct process *process, enum stream number)
 	size_t size = sizeof(frame.data);
 	long done = 0;
 
-	if (stream->bulk && (done = splice_output(process, number))) {
+	/* Once what is left is counted it is read: a splice could take more. */
+	if (stream->bulk && stream->left < 0 && (done = splice_output(process, number))) {
 		stream->credit -= done;
 		return;
 	}
@@ -279,7 +280,7 @@ void read_output(struct process *process, enum stream number)
 	if (stream->left >= 0)
 		stream->left -= done;
 	send(process->id, DATA, number, done);
-	stream->bulk = done == sizeof(frame.data) && stream->left < 0;
+	stream->bulk = done == sizeof(frame.data);
 	/* What holds it open may be silent: poll would not report the end. */
 	if (!stream->left || (stream->left > 0 && !readable(stream->fd)))
 		close_stream(process, number);

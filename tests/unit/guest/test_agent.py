@@ -445,6 +445,12 @@ def test_what_it_leaves_behind_and_never_ends_to_write(agent: Agent) -> None:
     assert process.wait(SECONDS) == 0
 
 
+def test_what_it_leaves_behind_and_never_ends_to_write_in_bulk(agent: Agent) -> None:
+    """It writes so much that its pages are spliced, and is read as fast."""
+    process = shell(agent, "cat /dev/zero & sleep 0.2", receive=lambda it, stream, data: it.grant(stream, len(data)))
+    assert process.wait(SECONDS) == 0
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_what_it_leaves_behind_may_be_silent(agent: Agent, tmp_path: Path, terminal: bool) -> None:
     """It holds the pipe or terminal open, in which output is left at the time limit."""
