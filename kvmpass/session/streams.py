@@ -296,8 +296,10 @@ class ToDescriptor:
 
     def _taken(self, stream: int, size: int) -> None:
         with self._lock:
-            self._owed[stream] -= size
-        if self._process is not None:
+            owed = stream in self._owed  # the writer may have failed since, which has granted all
+            if owed:
+                self._owed[stream] -= size
+        if owed and self._process is not None:
             self._process.grant(stream, size)
 
     @property

@@ -13,11 +13,12 @@ import pytest
 
 from kvmpass.errors import GuestDied
 from kvmpass.guest.agent import Agent
-from kvmpass.guest.frames import OUTPUT
+from kvmpass.guest.frames import OUTPUT, Payload
 from kvmpass.guest.input import Input
+from kvmpass.guest.output import DescriptorSink, OutputWriter
 from kvmpass.guest.process import AgentProcess
 from kvmpass.session import streams
-from kvmpass.session.streams import Cancel, InputPump, OutputPipe
+from kvmpass.session.streams import Cancel, InputPump, OutputPipe, ToDescriptor
 
 
 class FasterReader(Cancel):
@@ -68,3 +69,24 @@ def test_single_bytes_in_a_pipe_that_is_not_read_take_no_more_memory_than_they_a
     assert pipe.read(10) == b"a" * 10
     pipe.close()
     assert granted == [10, (1 << 16) - 10]
+
+
+def test_output_that_was_written_when_another_reader_closes_is_granted_once() -> None:
+    """The readers of a process's streams share a writer, which ends for both."""
+    granted: list[int] = []
+
+    class Sink(DescriptorSink):
+        def now(self, data: Payload) -> int:
+            writer.fail(BrokenPipeError())  # as the thread of the other reader could, once this has returned
+            return len(data)
+
+    process = cast(
+        AgentProcess,
+        SimpleNamespace(grant=lambda stream, size: granted.append(size), send_signal=lambda number: None),
+    )
+    writer = OutputWriter(lambda: to.fail(), lambda: False)
+    to = ToDescriptor(writer, Sink(1, lambda data: None))
+    to(process, OUTPUT, b"word")
+    writer.close()
+    assert granted == [4]
+    assert not to.pending
