@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
+from kvmpass._log import Log
 from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest.frames import (
     CREDIT,
@@ -31,6 +32,7 @@ from kvmpass.guest.frames import (
 )
 from kvmpass.guest.input import Input
 
+log = Log(__name__)
 WINDOW = 1 << 20
 """Bytes of each of its output streams that may be on the way, or kept here unread."""
 SILENT_SECONDS = 10.0
@@ -44,7 +46,7 @@ _MAX_SIGNAL = 64
 Receiver = Callable[["AgentProcess", int, Payload], None]
 """Called with a process, a stream and what was written to it, without data at its end.
 
-Must not block, nor keep a view.
+Must not block, nor keep a view. If it raises, that is logged, the process is killed, and the rest is dropped.
 """
 
 
@@ -119,7 +121,7 @@ class AgentProcess:
             self._agent.changed.notify_all()
             ended = self._ended
         if frame.type == END and frame.stream in (OUTPUT, ERRORS) and self._receive is not None:
-            self._receive(self, frame.stream, b"")
+            self._pass(self._receive, frame.stream, b"")
         return ended
 
     def _take(self, stream: int, data: Payload) -> None:
@@ -137,7 +139,17 @@ class AgentProcess:
                 self._kept[stream] += data
                 self._agent.changed.notify_all()
                 return
-        self._receive(self, stream, data)
+        self._pass(self._receive, stream, data)
+
+    def _pass(self, receive: Receiver, stream: int, data: Payload) -> None:
+        """Pass output to ``receive``. If that raises, only this process is killed: others' frames follow."""
+        try:
+            receive(self, stream, data)
+        except Exception:
+            log.exception("the output of a command in the guest could not be handled: it is killed")
+            self._receive = drop
+            self.grant(stream, len(data))
+            self.kill()
 
     def end(self) -> None:
         """Note that its last frame was handled."""
@@ -223,6 +235,11 @@ class AgentProcess:
         """Set the size of its terminal: it gets SIGWINCH. 0 to 65535 each."""
         if self._exited is None:
             self._agent.send(encode(self.number, RESIZE, struct.pack("<HH", rows, columns)))
+
+
+def drop(process: AgentProcess, stream: int, data: Payload) -> None:
+    """Drop what a process writes: a ``Receiver``."""
+    process.grant(stream, len(data))
 
 
 def not_answering() -> GuestError:

@@ -19,7 +19,8 @@ from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest.frames import CHANGE_DIRECTORY, ERRORS, EXECUTE, OUTPUT
 from kvmpass.guest.input import Input
 from kvmpass.guest.output import DescriptorSink, OutputWriter
-from kvmpass.session.streams import Cancel, InputPipe, InputPump, OutputPipe, ToDescriptor, drop, write_to
+from kvmpass.guest.process import drop
+from kvmpass.session.streams import Cancel, InputPipe, InputPump, OutputPipe, ToDescriptor, write_to
 
 if TYPE_CHECKING:
     from kvmpass.guest.agent import Agent

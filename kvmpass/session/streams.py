@@ -63,11 +63,6 @@ class Capture:
         return bytes(self._kept.get(stream, b""))
 
 
-def drop(process: AgentProcess, stream: int, data: Payload) -> None:
-    """Drop what a process writes."""
-    process.grant(stream, len(data))
-
-
 class OutputPipe(io.RawIOBase):
     """Output of a process, to be read here as a file. Closed, it drops what comes.
 

@@ -10,7 +10,8 @@ import pytest
 
 from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest import frames
-from kvmpass.guest.frames import ERRORS, INPUT, NUMBERS, OUTPUT, STATUS, BadFrame, Frame, FrameReader
+from kvmpass.guest.agent import Agent
+from kvmpass.guest.frames import ERRORS, INPUT, NUMBERS, OUTPUT, STATUS, BadFrame, Frame, FrameReader, Payload
 from kvmpass.guest.input import Input
 from kvmpass.guest.process import WINDOW, AgentProcess
 
@@ -202,6 +203,29 @@ def test_what_is_kept_is_read_as_far_as_asked() -> None:
         stage.process.read(timeout=0)
     stage.end(OUTPUT)
     assert stage.process.read(timeout=0) == b""
+
+
+def test_a_receiver_that_raises_loses_its_own_process_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """What comes after it in the port, of other processes, is handled: the frames of both are one buffer."""
+    sent: list[Frame] = []
+    received: list[bytes] = []
+    agent = Agent(lambda frames: sent.extend(FrameReader().feed(frames)))
+
+    def fail(process: AgentProcess, stream: int, data: Payload) -> None:
+        raise MemoryError
+
+    broken = agent.start(["a"], receive=fail)
+    agent.start(["b"], receive=lambda process, stream, data: received.append(bytes(data)))
+    sent.clear()
+    word = [frames.encode(number, frames.DATA, b"word", OUTPUT) for number in (1, 2)]
+    more = [frames.encode(1, frames.DATA, bytes(frames.MAX_DATA), OUTPUT)] * (GRANT // frames.MAX_DATA)
+    agent.feed(frames.encode(0, frames.HELLO, pair(frames.VERSION)) + b"".join([*word, *more]))
+    assert received == [b"word"]
+    assert [(frame.process, frame.type) for frame in sent] == [(1, frames.SIGNAL), (1, frames.CREDIT)]
+    agent.feed(b"".join([frames.encode(1, frames.END, stream=stream) for stream in (OUTPUT, ERRORS, STATUS)]))
+    agent.feed(frames.encode(1, frames.EXITED, pair(9)))
+    assert broken.returncode == -9
+    assert len(caplog.records) == 1
 
 
 def test_streams_that_it_does_not_have_are_ignored() -> None:
