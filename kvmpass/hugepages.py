@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Self
 
 from kvmpass._dataclass import dataclass
 from kvmpass.numa import NODES
 
+_Nodes = tuple[Sequence[int], Sequence[int]]
 POOLS = "sys/kernel/mm/hugepages"
 
 
@@ -39,13 +41,32 @@ class HugePagePool:
     """Pages of the pool, ``nr_hugepages``."""
     elsewhere: int = 0
     """Free pages on NUMA nodes of which this process may have no memory (cpuset)."""
+    node: int | None = None
+    """The first node of which it may, if there are such nodes; None: it may have pages of all."""
+    node_nr: int = 0
+    """Pages of the pool on that node."""
 
     @classmethod
-    def read(cls, page: int, number: Callable[[str], int], elsewhere: int = 0) -> Self:
-        """Read the pool; ``number`` returns the number in the file of a given name in the pool's directory."""
+    def read(cls, page: int, number: Callable[[str], int | None], nodes: _Nodes = ((), ())) -> Self:
+        """Read the pool; ``nodes``: those that this process may use, and the others.
+
+        ``number`` returns the number in a file, or None, which counts as 0; ``OSError`` is raised if a file of the
+        whole pool is not found. A node has no directory of a pool that it never had pages of.
+        """
         names = ("free", "resv", "nr_overcommit", "surplus", "nr")
-        free, resv, nr_overcommit, surplus, nr = (number(f"{name}_hugepages") for name in names)
-        return cls(page, free, resv, nr_overcommit, surplus, nr, elsewhere)
+        base = f"{POOLS}/{pool_name(page)}"
+        free, resv, nr_overcommit, surplus, nr = (number(f"{base}/{name}_hugepages") or 0 for name in names)
+
+        def on(node: int, name: str) -> int:
+            with suppress(OSError):
+                return number(f"{node_pool(node, page)}/{name}_hugepages") or 0
+            return 0
+
+        ours, others = nodes
+        elsewhere = sum(on(node, "free") for node in others)
+        node = ours[0] if ours and others else None
+        node_nr = on(node, "nr") if node is not None else 0
+        return cls(page, free, resv, nr_overcommit, surplus, nr, elsewhere, node, node_nr)
 
     @property
     def available(self) -> int:
@@ -59,6 +80,11 @@ class HugePagePool:
             return self.free - self.elsewhere
         return self.free - self.resv + max(0, self.nr_overcommit - self.surplus)
 
+    @property
+    def place(self) -> str:
+        """The directory whose ``nr_hugepages`` to raise: that of ``node``, or of the pool, which is on all nodes."""
+        return f"{POOLS}/{pool_name(self.page)}" if self.node is None else node_pool(self.node, self.page)
+
     def nr_for(self, size: int) -> int:
-        """Return what ``nr_hugepages`` must be for ``size`` bytes more than are mapped now."""
-        return self.nr + -(-size // self.page) - self.available
+        """Return what ``nr_hugepages`` in ``place`` must be for ``size`` bytes more than are mapped now."""
+        return (self.nr if self.node is None else self.node_nr) + -(-size // self.page) - self.available

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 NODES = "sys/devices/system/node"
@@ -26,9 +27,14 @@ def parse_nodes(text: str) -> frozenset[int]:
     )
 
 
-def split_nodes(names: Iterable[str], allowed: str) -> tuple[list[int], list[int]]:
-    """Return the nodes among ``names`` that are ``allowed``, and the others; if none is, that is unknown: all are."""
-    nodes, numbers = node_numbers(names), parse_nodes(allowed)
+def split_nodes(names: Iterable[str], memory: str, allowed: str) -> tuple[list[int], list[int]]:
+    """Return the nodes with memory that are ``allowed``, and the others; if none is, that is unknown: all are.
+
+    ``names``: those in the directory :data:`NODES`; ``memory``: the list in its file ``has_memory``. The kernel never
+    allows a node without memory; where that list is unknown, all nodes are taken to have some.
+    """
+    nodes, present, numbers = node_numbers(names), parse_nodes(memory), parse_nodes(allowed)
+    nodes = [node for node in nodes if node in present] or nodes
     ours = [node for node in nodes if node in numbers] or nodes
     return ours, [node for node in nodes if node not in ours]
 
@@ -40,9 +46,7 @@ def own_nodes() -> tuple[list[int], list[int]]:
     except OSError:  # a kernel without CONFIG_NUMA
         return [], []
     allowed = re.search(r"^Mems_allowed_list:\s*(.*)$", status, re.MULTILINE)
-    return split_nodes(names, allowed[1] if allowed else "")
-
-
-def total(nodes: Iterable[int], number: Callable[[int], int | None]) -> int:
-    """Return the sum of ``number`` over ``nodes``, without those of which it is unknown."""
-    return sum(number(node) or 0 for node in nodes)
+    memory = ""
+    with suppress(OSError):  # before Linux 3.8
+        memory = Path("/", NODES, "has_memory").read_text()
+    return split_nodes(names, memory, allowed[1] if allowed else "")

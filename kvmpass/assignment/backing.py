@@ -129,7 +129,8 @@ def choose_nodes(sysfs: host.Sysfs, devices: Iterable[host.PciDevice]) -> NodeCh
         return NodeChoice((), "the devices' node is unknown")
     if sysfs.ask("memory policy", memory_policy):
         return NodeChoice((), "this process has a memory policy of its own")
-    ours, _ = split_nodes(names, sysfs.fields("proc/self/status").get("Mems_allowed_list", ""))
+    allowed = sysfs.fields("proc/self/status").get("Mems_allowed_list", "")
+    ours, _ = split_nodes(names, sysfs.text(NODES, "has_memory") or "", allowed)
     usable = tuple(node for node in near if node in ours)
     if not usable:
         return NodeChoice((), f"the devices are on {node_text(near)}, this process may use {node_text(ours)} only")

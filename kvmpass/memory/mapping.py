@@ -18,12 +18,12 @@ from kvmpass._native import ffi, lib
 from kvmpass._signals import deferred
 from kvmpass._teardown import undo_on_error
 from kvmpass.errors import Closed, LayoutError, NotEnoughMemory
-from kvmpass.hugepages import POOLS, HugePagePool, node_pool, pool_name
+from kvmpass.hugepages import HugePagePool
 from kvmpass.layout import GIB, MIB, PAGE, size_text
-from kvmpass.numa import own_nodes, total
+from kvmpass.numa import own_nodes
 
 HUGE = 2 * MIB  # a large page: CPU and IOMMU tables both have 2 MiB entries (AMD IOMMU specification, 2.2.3)
-HUGE_PAGE_POOLS = Path("/", POOLS)
+ROOT = "/"
 _PIECE = HUGE  # to populate at once: what else this process maps waits for it (mmap_lock)
 
 
@@ -237,24 +237,22 @@ def check_huge_pages(page: int, size: int) -> None:
 
     Only those on NUMA nodes that this process may use are counted.
     """
-    directory, text = HUGE_PAGE_POOLS / pool_name(page), size_text(page)
+    text = size_text(page)
     ours, others = own_nodes()
     try:
-        elsewhere = total(others, lambda node: int(Path("/", node_pool(node, page), "free_hugepages").read_text()))
-        pool = HugePagePool.read(page, lambda name: int((directory / name).read_text()), elsewhere)
+        pool = HugePagePool.read(page, lambda path: int(Path(ROOT, path).read_text()), (ours, others))
     except OSError as error:
         raise NotEnoughMemory(
             f"this host has no huge pages of {text} ({error.filename}: {error.strerror})",
             "use another backing; 1 GiB pages need the CPU flag pdpe1gb and a kernel with CONFIG_HUGETLBFS",
         ) from None
     if size > pool.available * page:
-        enough, where = pool.nr_for(size), ""
-        if others:
-            where = f" on NUMA node {', '.join(map(str, ours))}, of which alone this process may have memory"
-        boot = f", or boot with hugepagesz={page >> 30}G hugepages={enough}" if page >= GIB else ""
+        enough = pool.nr_for(size)
+        where = f" on the NUMA nodes that this process may use: {', '.join(map(str, ours))}" if others else ""
+        boot = f", or boot with hugepagesz={page >> 30}G hugepages={enough}" if page >= GIB and not others else ""
         raise NotEnoughMemory(
             f"{size // page} huge pages of {text} are needed, {max(0, pool.available)} are free{where}",
-            f"reserve them: echo {enough} > {directory}/nr_hugepages{boot}",
+            f"reserve them: echo {enough} > /{pool.place}/nr_hugepages{boot}",
         )
 
 

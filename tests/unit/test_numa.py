@@ -23,10 +23,18 @@ def test_a_list_never_grows_beyond_what_a_kernel_has() -> None:
 
 def test_the_nodes_that_a_process_may_use() -> None:
     names = ["node10", "node2", "possible", "nodes", "node0"]
-    assert split_nodes(names, "0,10") == ([0, 10], [2])
-    assert split_nodes(names, "0-1023") == ([0, 2, 10], [])
+    assert split_nodes(names, "", "0,10") == ([0, 10], [2])
+    assert split_nodes(names, "", "0-1023") == ([0, 2, 10], [])
     for unknown in ("", "77"):
-        assert split_nodes(names, unknown) == ([0, 2, 10], [])
+        assert split_nodes(names, "0,2,10", unknown) == ([0, 2, 10], [])
+        assert split_nodes(names, unknown, "0") == ([0], [2, 10])
+
+
+def test_nodes_without_memory_are_nobodys() -> None:
+    """They are online, and never allowed."""
+    names = ["node0", "node1", "node2"]
+    assert split_nodes(names, "0,2\n", "0,2") == ([0, 2], [])
+    assert split_nodes(names, "0,2", "0") == ([0], [2])
 
 
 def test_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

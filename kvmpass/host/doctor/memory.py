@@ -10,8 +10,8 @@ from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, p
 from kvmpass.host.doctor.limits import raising
 from kvmpass.host.limits import own_unit, rlimit
 from kvmpass.host.sysfs import Sysfs
-from kvmpass.hugepages import POOLS, HugePagePool, node_pool, pool_name
-from kvmpass.numa import NODES, split_nodes, total
+from kvmpass.hugepages import POOLS, HugePagePool, pool_name
+from kvmpass.numa import NODES, split_nodes
 
 CAP_IPC_LOCK = 14  # include/uapi/linux/capability.h
 
@@ -32,9 +32,9 @@ FEW_HUGE_PAGES = BlockerTemplate(
 )
 FEW_HUGE_ON_NODES = BlockerTemplate(
     kind="huge-pages-nodes-short",
-    brief="{free} of {size} free on NUMA node {nodes}",
-    cause="the guest needs {size} of {page} KiB pages, and this process may use memory of NUMA node {nodes} only, "
-    "which has {free} of them free",
+    brief="{free} of {size} free on allowed nodes {nodes}",
+    cause="the guest needs {size} of {page} KiB pages, {free} of them are free on the NUMA nodes that this process "
+    "may use: {nodes}",
     remedy="reserve more there: write the number of pages to {pool}/nr_hugepages; or give this process more nodes: "
     "for a systemd unit AllowedMemoryNodes=, cpuset.mems of its cgroups",
     commands=("echo {count} > {pool}/nr_hugepages",),
@@ -42,9 +42,9 @@ FEW_HUGE_ON_NODES = BlockerTemplate(
 )
 FEW_ON_NODES = BlockerTemplate(
     kind="memory-nodes-short",
-    brief="{available} of {size} on NUMA node {nodes}",
-    cause="the guest needs {size} of memory, and this process may use memory of NUMA node {nodes} only, which has "
-    "{available} available",
+    brief="{available} of {size} on allowed nodes {nodes}",
+    cause="the guest needs {size} of memory, {available} are available on the NUMA nodes that this process may use: "
+    "{nodes}",
     remedy="give the guest less memory, or this process more nodes: for a systemd unit AllowedMemoryNodes=, "
     "cpuset.mems of its cgroups",
     error=NotEnoughMemory,
@@ -79,28 +79,32 @@ def _available(context: CheckContext) -> Verdict:
         return failed(SHORT, read, size=mib(wanted), available=mib(found))
     nodes, nearby = _on_nodes(context)
     if nearby is not None and nearby < wanted:
-        allowed = Reading("/proc/self/status", f"Mems_allowed_list {nodes}")
-        return failed(FEW_ON_NODES, read, allowed, size=mib(wanted), available=mib(nearby), nodes=nodes)
+        return failed(FEW_ON_NODES, read, _allowed(context), size=mib(wanted), available=mib(nearby), nodes=nodes)
     return passed(f"{mib(found)} available, {mib(wanted)} wanted", read)
 
 
 def _on_nodes(context: CheckContext) -> tuple[str, int | None]:
     """Return the NUMA nodes that this process may use, and their available bytes; None if it may use all nodes."""
-    allowed = context.status.get("Mems_allowed_list", "")
     ours, others = _nodes(context)
+    nodes = ", ".join(map(str, ours))
     if not others:
-        return allowed, None
+        return nodes, None
     available = 0
     for node in ours:
         for line in context.sysfs.lines(NODES, f"node{node}", "meminfo"):
             match = re.search(r" (MemFree|Active\(file\)|Inactive\(file\)|SReclaimable): +(\d+) kB", line)
             available += int(match[2]) * 1024 if match else 0
-    return allowed, available
+    return nodes, available
+
+
+def _allowed(context: CheckContext) -> Reading:
+    return Reading("/proc/self/status", f"Mems_allowed_list {context.status.get('Mems_allowed_list', '')}")
 
 
 def _nodes(context: CheckContext) -> tuple[list[int], list[int]]:
     """Return the NUMA nodes that this process may use, and the others."""
-    return split_nodes(context.sysfs.names(NODES), context.status.get("Mems_allowed_list", ""))
+    memory = context.look.text(f"{NODES}/has_memory") or ""
+    return split_nodes(context.sysfs.names(NODES), memory, context.status.get("Mems_allowed_list", ""))
 
 
 @precondition(
@@ -118,23 +122,20 @@ def _huge_pages(context: CheckContext) -> Verdict:
     name = pool_name(page)
     base = f"{POOLS}/{name}"
     ours, others = _nodes(context)
-    elsewhere = total(others, lambda node: sysfs.number(node_pool(node, page), "free_hugepages"))
-    pool = HugePagePool.read(page, lambda file: sysfs.number(base, file) or 0, elsewhere)
+    pool = HugePagePool.read(page, sysfs.number, (ours, others))
     left = max(0, pool.available) * page
     read = [Reading(f"/{base}", _pool(sysfs, name) if sysfs.path(base).is_dir() else "not found")]
     if left < context.memory and others:
-        nodes, near = context.status.get("Mems_allowed_list", ""), node_pool(ours[0], page)
-        missing = pool.nr_for(context.memory) - pool.nr
         return failed(
             FEW_HUGE_ON_NODES,
             *read,
-            Reading("/proc/self/status", f"Mems_allowed_list {nodes}"),
+            _allowed(context),
             size=mib(context.memory),
             page=page >> 10,
             free=mib(left),
-            nodes=nodes,
-            pool=f"/{near}",
-            count=(sysfs.number(near, "nr_hugepages") or 0) + missing,
+            nodes=", ".join(map(str, ours)),
+            pool=f"/{pool.place}",
+            count=pool.nr_for(context.memory),
         )
     if left < context.memory:
         return failed(
@@ -143,7 +144,7 @@ def _huge_pages(context: CheckContext) -> Verdict:
             size=mib(context.memory),
             page=page >> 10,
             free=mib(left),
-            pool=f"/{base}",
+            pool=f"/{pool.place}",
             count=pool.nr_for(context.memory),
         )
     return passed(f"{mib(left)} free, {mib(context.memory)} wanted", *read)

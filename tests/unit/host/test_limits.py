@@ -247,7 +247,9 @@ def test_memory_of_some_nodes(host: Host) -> None:
     host.put("proc/self/status", "Uid:\t7\nMems_allowed_list:\t0-1")
     assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
     host.put("proc/self/status", "Uid:\t7\nMems_allowed_list:\t0")
-    assert "NUMA node 0 only, which has 110 MiB" in text(found(host, "memory-nodes-short"))
+    assert "110 MiB are available on the NUMA nodes that this process may use: 0" in text(
+        found(host, "memory-nodes-short")
+    )
 
 
 def test_huge_pages_of_some_nodes(host: Host) -> None:
@@ -265,12 +267,15 @@ def test_huge_pages_of_some_nodes(host: Host) -> None:
 
     host.put("proc/self/status", "Uid:\t7\nMems_allowed_list:\t0-1")
     assert (short(200), short(201)) == ([], ["huge-pages-short"])
+    host.put("sys/devices/system/node/node2/meminfo", "")  # a node without memory is online, and never allowed
+    host.put("sys/devices/system/node/has_memory", "0-1\n")
+    assert (short(200), short(201)) == ([], ["huge-pages-short"])
     host.put("proc/self/status", "Uid:\t7\nMems_allowed_list:\t0")
     assert (short(200), short(201)) == ([], ["huge-pages-nodes-short"])
     host.put(f"{base}/resv_hugepages", "450")  # 50 of them are on node 0
     assert (short(150), short(151)) == ([], ["huge-pages-nodes-short"])
     finding = found(host, "huge-pages-nodes-short", memory=160 * 2 * MIB, huge_page=2 * MIB)
-    assert "NUMA node 0 only, which has 300 MiB of them free" in text(finding)
+    assert "300 MiB of them are free on the NUMA nodes that this process may use: 0" in text(finding)
     assert finding.blocker is not None and finding.blocker.commands == (
         "echo 360 > /sys/devices/system/node/node0/hugepages/hugepages-2048kB/nr_hugepages",
     )

@@ -19,6 +19,7 @@ import pytest
 import kvmpass.memory.mapping
 from kvmpass._native import ffi, lib
 from kvmpass.errors import Closed, LayoutError, NotEnoughMemory
+from kvmpass.hugepages import POOLS, node_pool
 from kvmpass.layout import GIB, MIB, PAGE
 from kvmpass.memory import HUGE, Backing, HostMapping, StopFlag
 from kvmpass.memory.mapping import check_file, check_huge_pages, make_memfd
@@ -453,8 +454,10 @@ def pool(directory: Path, page: int, **values: int) -> None:
 
 @pytest.fixture
 def pools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(kvmpass.memory.mapping, "HUGE_PAGE_POOLS", tmp_path)
-    return tmp_path
+    monkeypatch.setattr(kvmpass.memory.mapping, "ROOT", str(tmp_path))
+    pools = tmp_path / POOLS
+    pools.mkdir(parents=True)
+    return pools
 
 
 @pytest.mark.parametrize(
@@ -471,7 +474,7 @@ def test_free_pages_of_a_pool(
     message = f"{available + 2} huge pages of 2 MiB are needed, {available} are free"
     with pytest.raises(NotEnoughMemory, match=message) as refused:
         check_huge_pages(HUGE, (available + 2) * HUGE)
-    assert refused.value.__notes__ == [f"reserve them: echo 8 > {pools}/hugepages-2048kB/nr_hugepages"]
+    assert refused.value.__notes__ == [f"reserve them: echo 8 > /{POOLS}/hugepages-2048kB/nr_hugepages"]
 
 
 def test_gigantic_pages_are_best_reserved_at_boot(pools: Path) -> None:
@@ -480,7 +483,7 @@ def test_gigantic_pages_are_best_reserved_at_boot(pools: Path) -> None:
     with pytest.raises(NotEnoughMemory, match="4 huge pages of 1 GiB are needed, 1 are free") as refused:
         check_huge_pages(GIB, 4 * GIB)
     assert refused.value.__notes__ == [
-        f"reserve them: echo 5 > {pools}/hugepages-1048576kB/nr_hugepages, or boot with hugepagesz=1G hugepages=5"
+        f"reserve them: echo 5 > /{POOLS}/hugepages-1048576kB/nr_hugepages, or boot with hugepagesz=1G hugepages=5"
     ]
 
 
@@ -532,13 +535,15 @@ def test_nodes_are_bits(fake: FakeLib) -> None:
 
 def test_pages_on_other_nodes_are_not_free(pools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool(pools, HUGE, free=4, nr=4)
-    monkeypatch.setattr(kvmpass.memory.mapping, "own_nodes", lambda: ([0], [1]))
-    monkeypatch.setattr(kvmpass.memory.mapping, "node_pool", lambda node, page: f"{pools}/node{node}")
-    (pools / "node1").mkdir()
-    (pools / "node1" / "free_hugepages").write_text("3\n")
+    monkeypatch.setattr(kvmpass.memory.mapping, "own_nodes", lambda: ([0, 2], [1, 3]))
+    place = Path(kvmpass.memory.mapping.ROOT, node_pool(1, HUGE))
+    place.mkdir(parents=True)
+    (place / "free_hugepages").write_text("3\n")
     check_huge_pages(HUGE, HUGE)
-    with pytest.raises(NotEnoughMemory, match="2 MiB are needed, 1 are free on NUMA node 0, of which alone this"):
+    message = "2 MiB are needed, 1 are free on the NUMA nodes that this process may use: 0, 2"
+    with pytest.raises(NotEnoughMemory, match=message) as refused:
         check_huge_pages(HUGE, 2 * HUGE)
+    assert refused.value.__notes__ == [f"reserve them: echo 1 > /{node_pool(0, HUGE)}/nr_hugepages"]
 
 
 def test_a_host_without_such_pages(pools: Path) -> None:

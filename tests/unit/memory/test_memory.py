@@ -11,6 +11,7 @@ import pytest
 
 import kvmpass.memory.mapping
 from kvmpass.errors import AuditFailed, Closed, LayoutError, NotEnoughMemory
+from kvmpass.hugepages import POOLS
 from kvmpass.layout import GIB, MIB, PAGE, Range
 from kvmpass.memory import HUGE, Backing, GuestMemory, HostMapping, MemoryRegion, RegionKind
 
@@ -142,12 +143,12 @@ def memfd() -> Iterator[int]:
 @pytest.fixture
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A host with four huge pages of 2 MiB, one of them reserved by another process."""
-    path = tmp_path / "hugepages-2048kB"
-    path.mkdir()
+    path = tmp_path / POOLS / "hugepages-2048kB"
+    path.mkdir(parents=True)
     values = {"free": 4, "resv": 1, "nr": 6, "nr_overcommit": 0, "surplus": 0}
     for name, value in values.items():
         (path / f"{name}_hugepages").write_text(f"{value}\n")
-    monkeypatch.setattr(kvmpass.memory.mapping, "HUGE_PAGE_POOLS", tmp_path)
+    monkeypatch.setattr(kvmpass.memory.mapping, "ROOT", str(tmp_path))
     return path
 
 
@@ -255,12 +256,12 @@ def test_descriptors_that_are_not_files(memory: GuestMemory) -> None:
 
 @pytest.mark.usefixtures("pool")
 def test_too_few_huge_pages_are_refused_before_anything_is_mapped(
-    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HostMapping, "__init__", lambda *_, **__: pytest.fail("something was mapped"))
     with pytest.raises(NotEnoughMemory, match="4 huge pages of 2 MiB are needed, 3 are free") as refused:
         memory.add_ram(0, 8 * MIB, backing=Backing.HUGETLB_2M)
-    assert refused.value.__notes__ == [f"reserve them: echo 7 > {tmp_path}/hugepages-2048kB/nr_hugepages"]
+    assert refused.value.__notes__ == [f"reserve them: echo 7 > /{POOLS}/hugepages-2048kB/nr_hugepages"]
     with pytest.raises(NotEnoughMemory, match="no huge pages of 1 GiB") as refused:
         memory.add_ram(0, GIB, backing=Backing.HUGETLB_1G)
     assert "pdpe1gb" in refused.value.__notes__[0]
