@@ -18,17 +18,28 @@ _ALONE = 4096  # bytes that are not joined with others
 _POSITION = -1  # the descriptor's own, as for write(2)
 
 
-def write_now(fd: int, data: Payload) -> int:
+def write_now(fd: int, data: Payload) -> int | None:
     """Write as much of ``data`` as ``fd`` takes without blocking, and return how many bytes.
 
-    0 as well where the kernel refuses ``RWF_NOWAIT``: terminals, pipes before Linux 6.4. Raises ``OSError``.
+    A pipe that another process writes to or reads just then may take none, although there is room.
+
+    None where this cannot be done: the kernel refuses ``RWF_NOWAIT`` for terminals, and before Linux 6.4 for pipes.
+    Raises ``OSError``.
     """
     try:
         return os.pwritev(fd, [data], _POSITION, os.RWF_NOWAIT)
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+        if error.errno == errno.EAGAIN:
             return 0
+        if error.errno == errno.EOPNOTSUPP:
+            return None
         raise
+
+
+def is_on_disk(fd: int) -> bool:
+    """Return whether ``fd`` is a file or a block device: poll(2) does not wait until these take more."""
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
 
 
 class DescriptorSink:
@@ -40,16 +51,16 @@ class DescriptorSink:
     def __init__(self, fd: int, write: Sink) -> None:
         self._fd = fd
         self._write = write
-        self._may_block = stat.S_ISREG(os.fstat(fd).st_mode)  # on its disk
+        self._on_disk = is_on_disk(fd)  # which may be slow
 
     def __call__(self, data: bytes) -> None:
         """Write all of ``data``."""
         self._write(data)
 
     def now(self, data: Payload) -> int:
-        """See ``write_now``. A descriptor that fails is left to ``write``, which raises."""
+        """See ``write_now``, 0 for None. A descriptor that fails is left to ``write``, which raises."""
         try:
-            return 0 if self._may_block else write_now(self._fd, data)
+            return 0 if self._on_disk else write_now(self._fd, data) or 0
         except OSError:
             return 0
 

@@ -6,8 +6,8 @@ import io
 import os
 import select
 import signal
-import stat
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -31,6 +31,7 @@ BACKLOG = 1 << 18
 """Bytes of a process's input that wait here."""
 _CHUNK = 1 << 16
 _JOIN_SECONDS = 1.0
+_RETRY_SECONDS = 0.001
 _ATOMIC = select.PIPE_BUF  # bytes that a pipe takes without blocking, once it is writable
 
 
@@ -194,16 +195,21 @@ def write_to(fd: int, cancel: Cancel, data: bytes) -> bool:
 
     A reader that stalls cannot block it: a pipe, socket or terminal gets no more at once than it takes.
     """
-    from kvmpass.guest.output import write_now  # clients, which import this module, load nothing of a guest
+    # Clients, which import this module, load nothing of a guest.
+    from kvmpass.guest.output import is_on_disk, write_now
 
-    regular = stat.S_ISREG(os.fstat(fd).st_mode)
+    on_disk = is_on_disk(fd)
     view = memoryview(data)
     while view:
         if not cancel.wait(fd, select.POLLOUT):
             return False
         with suppress(BlockingIOError):
-            done = 0 if regular else write_now(fd, view)
-            view = view[done or os.write(fd, view if regular else view[:_ATOMIC]) :]
+            done = None if on_disk else write_now(fd, view)
+            if done is None:
+                done = os.write(fd, view if on_disk else view[:_ATOMIC])
+            elif not done:  # another writer has filled it, or holds the pipe's lock: for that poll does not wait
+                time.sleep(_RETRY_SECONDS)
+            view = view[done:]
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 import time
@@ -15,10 +16,10 @@ from kvmpass.errors import GuestDied
 from kvmpass.guest.agent import Agent
 from kvmpass.guest.frames import OUTPUT, Payload
 from kvmpass.guest.input import Input
-from kvmpass.guest.output import DescriptorSink, OutputWriter
+from kvmpass.guest.output import DescriptorSink, OutputWriter, write_now
 from kvmpass.guest.process import AgentProcess
 from kvmpass.session import streams
-from kvmpass.session.streams import Cancel, InputPump, OutputPipe, ToDescriptor
+from kvmpass.session.streams import Cancel, InputPump, OutputPipe, ToDescriptor, write_to
 
 
 class FasterReader(Cancel):
@@ -51,6 +52,43 @@ def test_another_reader_of_the_same_pipe_does_not_delay_the_end(monkeypatch: pyt
     os.close(write)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(read)
+
+
+class FasterWriter(Cancel):
+    """Another writer fills a pipe, the first time that it was writable."""
+
+    filled = 0
+
+    def wait(self, fd: int, events: int) -> bool:
+        ready = super().wait(fd, events)
+        if ready and not self.filled:
+            self.filled = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+            os.write(fd, bytes(self.filled))
+        return ready
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_another_writer_of_the_same_pipe_does_not_block(cancelled: bool) -> None:
+    """Two commands have this process's output, say, and its reader stalls, for a while or for ever."""
+    read, write = os.pipe()
+    if write_now(write, b"?") is None:
+        pytest.skip("needs Linux 6.4: before it a pipe refuses RWF_NOWAIT")
+    os.read(read, 1)
+    cancel, written = FasterWriter(), list[bool]()
+    writing = threading.Thread(target=lambda: written.append(write_to(write, cancel, b"word")), daemon=True)
+    writing.start()
+    time.sleep(0.1)
+    if cancelled:
+        cancel.set()
+    else:
+        assert os.read(read, cancel.filled) == bytes(cancel.filled)
+    writing.join(20)
+    assert written == [not cancelled]
+    if not cancelled:
+        assert os.read(read, 10) == b"word"
+    cancel.close()
+    os.close(read)
+    os.close(write)
 
 
 def test_single_bytes_in_a_pipe_that_is_not_read_take_no_more_memory_than_they_are() -> None:
