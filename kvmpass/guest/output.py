@@ -23,11 +23,14 @@ def write_now(fd: int, data: Payload) -> int | None:
 
     A pipe that another process writes to or reads just then may take none, although there is room.
 
-    None where this cannot be done: the kernel refuses ``RWF_NOWAIT`` for terminals, and before Linux 6.4 for pipes.
-    Raises ``OSError``.
+    None where this cannot be done: the kernel refuses ``RWF_NOWAIT`` for terminals, and before Linux 6.4 for pipes; a
+    Python made for a C library without pwritev2(2) does not have it. Raises ``OSError``.
     """
+    nowait = getattr(os, "RWF_NOWAIT", 0)
+    if not nowait:
+        return None
     try:
-        return os.pwritev(fd, [data], _POSITION, os.RWF_NOWAIT)
+        return os.pwritev(fd, [data], _POSITION, nowait)
     except OSError as error:
         if error.errno == errno.EAGAIN:
             return 0

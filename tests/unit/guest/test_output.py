@@ -137,6 +137,18 @@ def test_what_a_descriptor_takes_at_once_needs_no_thread(pipe: tuple[int, int]) 
     writer.close()
 
 
+def test_a_python_without_pwritev2_writes_by_the_thread(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, output = pipe
+    monkeypatch.delattr(os, "RWF_NOWAIT")
+    writer = Vm().writer()
+    writer.to(descriptor_sink(output))(b"word")
+    writer.close()
+    assert writer.failure is None
+    assert os.read(reader, 10) == b"word"
+
+
 def test_what_a_full_pipe_does_not_take_is_queued(pipe: tuple[int, int]) -> None:
     """In order, and all that is granted is said once."""
     reader, output = pipe
