@@ -47,7 +47,7 @@ ON_THE_HOST = ("drive", "direct", "up", "down")
 """Phases that the host's own drivers take part in."""
 
 PHASE = """
-exec 3>&1
+exec 3>&1 4>&2
 clock() { read -r up rest </proc/uptime; echo "$up"; }
 phase() {
     name=$1; shift
@@ -178,9 +178,9 @@ def guest_of_kvmpass(bench: Bench, counters: Counters) -> None:
         for copy in copies(bench):
             words += ["--copy", copy]
         child = subprocess.Popen(
-            [*KVMPASS, *words, *assigned(bench), "--", "sh", "-c", script(bench, "&3")],
+            [*KVMPASS, *words, *assigned(bench), "--", "sh", "-c", script(bench, "&4")],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # takes the bytes of the last phase, as from QEMU
         )
         assert child.stdout is not None
         with child.stdout:
