@@ -64,19 +64,18 @@ class Assignments(Remotes):
             pass
 
     @contextmanager
-    def populating(self, others: int = 0) -> Iterator[None]:
+    def populating(self) -> Iterator[None]:
         """Allocate all of the guest's memory while the block runs: it is complete behind the block. Idempotent.
 
-        ``others``: bytes that the block allocates, which must be available, too.
         Raises as ``populate``, ``NotEnoughMemory`` before the block. An exception of the block ends the allocation.
 
         Synchronization: from any thread. Other threads wait with what changes the set of devices, and with ``close``.
         """
         with self._device_lock:
             self._check_usable()
-            if not self._ram.populated and not self._ram.begun:  # else it was checked before it began
-                size = self.memory.ordinary_size
-                check_memory(self._sysfs, size, locked=self.memory.ram_size, overhead=page_tables(size) + others)
+            added = self.memory.ordinary_size - self._ram.begun_size  # the rest was checked before it began
+            if not self._ram.populated and (added > 0 or not self._ram.begun):
+                check_memory(self._sysfs, added, locked=self.memory.ram_size, overhead=page_tables(added))
             try:
                 self._ram.begin()
                 yield

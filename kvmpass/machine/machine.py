@@ -51,10 +51,11 @@ def _close_all() -> None:
 class Machine(Assignments):
     """One VM: memory, vCPUs, a DMA domain, a PCI bus. ``with Machine(memory="1G", cpus=2) as m:`` is its lifetime.
 
-    ``memory``: bytes, or text such as ``512M``, or memory that exists already, which the machine then owns, with its
-    ``backing``; ``cpus``: 1 to KVM's limit. Usable without a guest: ``memory`` reads
-    and writes guest pages, and assigned devices do DMA to them. Raises ``OSError`` (no ``/dev/kvm``),
-    ``LayoutError``, ``ReservedRange``, ``ValueError`` (no such ``backend``); then nothing is left behind.
+    ``memory``: bytes, or text such as ``512M``, or memory that exists already, with its ``backing``: the machine owns
+    it from the call on, and closes it even if the machine cannot be made. ``cpus``: 1 to KVM's limit. Usable without
+    a guest: ``memory`` reads and writes guest pages, and assigned devices do DMA to them. Raises ``OSError`` (no
+    ``/dev/kvm``), ``LayoutError``, ``ReservedRange``, ``ValueError`` (no such ``backend``; another machine's
+    memory), ``Closed`` (memory that is closed); then nothing is left behind.
 
     ``backing``: huge pages of the host's pools instead of anonymous memory (``NotEnoughMemory`` if they are too few).
     ``backend``: ``auto``, ``iommufd`` or ``type1`` (``kvmpass.host.backend``), or a ``kvmpass.dma.BackendFactory``.
@@ -85,9 +86,12 @@ class Machine(Assignments):
         stop_on_error: bool = True,
         p2p: bool = False,
     ) -> None:
-        super().__init__(cpus, sysfs or Sysfs(), backend if isinstance(backend, str) else None)
-        self._stop_on_error = stop_on_error
         with undo_on_error() as undo:
+            if isinstance(memory, MachineMemory):
+                memory.claim()
+                undo.callback(memory.close)
+            super().__init__(cpus, sysfs or Sysfs(), backend if isinstance(backend, str) else None)
+            self._stop_on_error = stop_on_error
             raise_nofile_limit()
             if iommu_fd is not None:
                 from kvmpass.machine.passed import PassedIommu

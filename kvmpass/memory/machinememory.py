@@ -7,7 +7,7 @@ from threading import Thread
 
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all, undo_on_error
-from kvmpass.errors import HostNotReady
+from kvmpass.errors import Closed, HostNotReady
 from kvmpass.memory.mapping import StopFlag
 from kvmpass.memory.plan import MemoryPlan
 from kvmpass.memory.regions import GuestMemory
@@ -36,8 +36,11 @@ class MachineMemory:
         """The list of regions: RAM as planned, and what is added later."""
         self.populated = False
         """Whether every page was allocated."""
+        self._size = 0
         self._stop = StopFlag()
         self._thread: Thread | None = None
+        self._covered: object = None  # the list of regions when it was begun
+        self._owned = self._closed = False
         self._failed: BaseException | None = None
         with undo_on_error(self.regions.close):
             for part in plan.regions:
@@ -48,10 +51,23 @@ class MachineMemory:
                     except OSError as error:  # it is a matter of speed alone
                         self.nodes_refused = error
 
+    def claim(self) -> None:
+        """Make the caller its owner, who closes it. Raises ``Closed``; ``ValueError`` if it has an owner."""
+        if self._closed:
+            raise Closed("the memory is closed")
+        if self._owned:
+            raise ValueError("the memory is another machine's")
+        self._owned = True
+
     @property
     def begun(self) -> bool:
         """Whether a thread populates it, or has done so."""
         return self._thread is not None
+
+    @property
+    def begun_size(self) -> int:
+        """The bytes of ordinary pages that the thread populates, or has populated; 0 without a thread."""
+        return self._size if self.begun else 0
 
     def begin(self) -> None:
         """Start to populate all regions of RAM and ROM. Idempotent.
@@ -60,6 +76,7 @@ class MachineMemory:
         """
         if self._thread is None and not self.populated:
             self._stop, self._failed = StopFlag(), None
+            self._covered, self._size = self.regions.state, self.regions.ordinary_size
             with deferred():  # else an exception could leave a thread that nobody ends
                 thread = Thread(target=self._populate, name="populate", daemon=True)
                 try:
@@ -76,13 +93,14 @@ class MachineMemory:
 
     def wait(self) -> None:
         """Wait until every page is allocated. Raises what populating raises: ``OSError`` (``ENOMEM``)."""
-        self.begin()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        while not self.populated:
+            self.begin()
+            if self._thread is not None:
+                self._thread.join()
+                self._thread = None
             if self._failed is not None:
                 raise self._failed
-            self.populated = True
+            self.populated = self._covered is self.regions.state  # else a region was added meanwhile
 
     def stop(self) -> None:
         """Let the thread end with the piece that it populates, and wait for it. Idempotent; ``begin`` goes on."""
@@ -95,4 +113,5 @@ class MachineMemory:
     def close(self) -> None:
         """End populating and unmap everything. Idempotent. Raises as ``GuestMemory.close``."""
         with deferred():  # an exception in between would unmap what a thread populates
+            self._closed = True
             run_all(self.stop, self.regions.close)

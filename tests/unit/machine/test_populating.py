@@ -20,6 +20,7 @@ class Memory:
     """Populates until it is told to stop, or lets ``work`` say how it ends."""
 
     ordinary_size = ram_size = 1 << 20
+    state: object = ()
 
     def __init__(self, work: Callable[[], None] | None = None) -> None:
         self.work = work
@@ -61,22 +62,28 @@ def test_it_runs_beside_the_block_and_is_complete_behind_it(monkeypatch: pytest.
     assert not memory.begun.is_set(), "it is populated"
 
 
-def test_what_the_block_allocates_is_available_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = machine(memory := Memory(lambda: None), monkeypatch)
+def test_what_is_added_meanwhile_is_checked_and_populated(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, rounds = machine(memory := Memory(lambda: rounds.append(None)), monkeypatch), list[None]()
     seen: list[int] = []
-
-    def check(sysfs: None, size: int, *, locked: int, overhead: int) -> None:
-        seen.append(overhead)
-        if overhead > 1 << 30:
-            raise NotEnoughMemory("it is not")
-
-    monkeypatch.setattr(assignments, "check_memory", check)
-    with pytest.raises(NotEnoughMemory), Assignments.populating(made, 1 << 30):
-        raise AssertionError
-    assert not memory.begun.is_set()
+    monkeypatch.setattr(assignments, "check_memory", lambda sysfs, size, **_: seen.append(size))
+    made._ram.begin()
+    assert memory.ended.wait(10)
+    memory.ordinary_size, memory.state = 5 << 20, object()
     with Assignments.populating(made):
         pass
-    assert seen[0] - seen[1] == 1 << 30
+    assert (seen, len(rounds)) == ([4 << 20], 2)
+    assert made._ram.populated
+
+
+def test_memory_that_is_short_is_said_before_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotEnoughMemory("too little")
+
+    made = machine(memory := Memory(lambda: None), monkeypatch)
+    monkeypatch.setattr(assignments, "check_memory", refuse)
+    with pytest.raises(NotEnoughMemory), Assignments.populating(made):
+        raise AssertionError
+    assert not memory.begun.is_set()
 
 
 def test_what_has_begun_before_is_checked_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

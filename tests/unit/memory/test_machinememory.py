@@ -12,6 +12,7 @@ import pytest
 
 from kvmpass.errors import Closed, HostNotReady, LayoutError
 from kvmpass.layout import GIB, MIB, Range, plan_layout
+from kvmpass.machine import Machine
 from kvmpass.memory import (
     Backing,
     GuestMemory,
@@ -190,3 +191,51 @@ def test_no_thread_for_it(memory: MachineMemory, monkeypatch: pytest.MonkeyPatch
         memory.begin()
     assert "TasksMax=" in refused.value.__notes__[0]
     assert not memory.begun
+
+
+def test_a_region_that_is_added_meanwhile_is_populated(
+    memory: MachineMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    populate = GuestMemory.populate
+
+    def counting(self: GuestMemory, stop: StopFlag) -> None:
+        seen.append(len(self))
+        populate(self, stop)
+
+    monkeypatch.setattr(GuestMemory, "populate", counting)
+    memory.begin()
+    memory.regions.add_ram(2 * GIB, MIB)
+    memory.wait()
+    assert memory.populated and seen[-1] == 3
+
+
+def test_one_owner(memory: MachineMemory) -> None:
+    memory.claim()
+    with pytest.raises(ValueError, match="another machine's"):
+        memory.claim()
+    memory.close()
+    with pytest.raises(Closed):
+        memory.claim()
+
+
+def test_a_machine_that_cannot_be_made_closes_the_memory(
+    memory: MachineMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of that machine listens to it any more, as it is of no use to another."""
+
+    def refuse() -> None:
+        raise OSError(errno.ENOENT, "no KVM")
+
+    monkeypatch.setattr("kvmpass.machine.machine.System", refuse)
+    with pytest.raises(OSError, match="no KVM"):
+        Machine(memory)
+    assert len(memory.regions) == 0
+    with pytest.raises(Closed):
+        Machine(memory)
+    other = MachineMemory(PLAN)
+    other.claim()
+    with pytest.raises(ValueError, match="another machine's"):
+        Machine(other)
+    assert len(other.regions) == 2, "it is still the other machine's"
+    other.close()
