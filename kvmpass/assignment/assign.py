@@ -127,7 +127,7 @@ def assigned(
     devices = [device for device, _ in passed.values()] or [look.require(bdf) for bdf in bdfs]
     bdfs = tuple(device.bdf for device in devices)
     choice = choose_backing(sysfs, size, bdfs, backing, shared=spec.backing().is_memfd)
-    near = choose_nodes(sysfs, devices)
+    near = choose_nodes(sysfs, bdfs)
     with ExitStack() as undo:
         # Most of the time goes into memory: it is populated while the rest is imported, checked and made. What speaks
         # against the host or a device is said before what speaks against the size, as those are looked at first.
@@ -165,7 +165,7 @@ def assigned(
         if choice.automatic:
             tell(f"backing {choice}")
         if near.reason:
-            tell(f"NUMA {near}" + (f"; refused: {made.nodes_refused}" if made.nodes_refused else ""))
+            tell(str(near) + (f"; refused: {made.nodes_refused}" if made.nodes_refused else ""))
         if cpus > len(os.sched_getaffinity(0)):
             warn(f"{cpus} CPUs for the guest, {len(os.sched_getaffinity(0))} for this process: vCPUs share them")
         with machine.populating():  # until its end the out-of-memory killer can strike

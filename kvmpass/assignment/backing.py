@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from kvmpass import host
 from kvmpass._dataclass import dataclass
@@ -45,7 +45,7 @@ def choose_backing(
     """
     automatic = wanted == AUTO
     if automatic:
-        backing, reason = _largest(sysfs, size, _node(sysfs, bdfs))
+        backing, reason = _largest(sysfs, size, _only_node(sysfs, bdfs))
     else:
         backing = Backing(wanted)
         reason = "requested" if backing.huge_page else "no huge pages requested"
@@ -86,12 +86,18 @@ def _from_zero(sysfs: host.Sysfs, size: int, page: int) -> bool:
         return False
 
 
-def _node(sysfs: host.Sysfs, bdfs: Iterable[host.Bdf]) -> int | None:
-    """Return the number of the NUMA node of all these devices; None without one, and on a host with one node."""
+def _devices_nodes(sysfs: host.Sysfs, bdfs: Iterable[host.Bdf]) -> dict[host.Bdf, int | None]:
+    """Return the number of each device's NUMA node; None where the kernel knows none."""
     from kvmpass.host.sysfs import PCI_DEVICES
 
+    nodes = {bdf: sysfs.number(PCI_DEVICES, str(bdf), "numa_node") for bdf in bdfs}
+    return {bdf: node if node is not None and node >= 0 else None for bdf, node in nodes.items()}
+
+
+def _only_node(sysfs: host.Sysfs, bdfs: Iterable[host.Bdf]) -> int | None:
+    """Return the number of the NUMA node of all these devices; None without one, and on a host with one node."""
     nodes = node_numbers(sysfs.names(NODES))
-    near = {sysfs.number(PCI_DEVICES, str(bdf), "numa_node") for bdf in bdfs}
+    near = set(_devices_nodes(sysfs, bdfs).values())
     return next((node for node in nodes if near == {node}), None) if len(nodes) > 1 else None
 
 
@@ -105,7 +111,8 @@ class NodeChoice:
     """Why: one clause; empty on a host with one node, and without devices."""
 
     def __str__(self) -> str:
-        return f"{node_text(self.nodes)} preferred: {self.reason}" if self.nodes else f"none preferred: {self.reason}"
+        nodes = f"NUMA {node_text(self.nodes)}" if self.nodes else "no NUMA node"
+        return f"{nodes} preferred: {self.reason}"
 
 
 def node_text(nodes: Iterable[int]) -> str:
@@ -114,26 +121,41 @@ def node_text(nodes: Iterable[int]) -> str:
     return f"node{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
-def choose_nodes(sysfs: host.Sysfs, devices: Iterable[host.PciDevice]) -> NodeChoice:
+def choose_nodes(sysfs: host.Sysfs, bdfs: Iterable[host.Bdf]) -> NodeChoice:
     """Return the nodes to prefer for the memory of a guest with these devices.
 
     A policy of this process's own (set_mempolicy(2), numactl(8), ``NUMAPolicy=`` of its unit) is respected: then none
-    is preferred. Nodes that the process may not use (cpuset) are left out. Only reads.
+    is preferred. Nodes that the process may not use (cpuset) or that have no memory are left out. Only reads.
     """
     names = sysfs.names(NODES)
-    found = {device.numa_node for device in devices}
-    if not found or len(node_numbers(names)) < 2:
+    near = _devices_nodes(sysfs, bdfs)
+    if not near or len(node_numbers(names)) < 2:
         return NodeChoice((), "")
-    near = sorted(node for node in found if node is not None)
-    if not near:
+    found = {node for node in near.values() if node is not None}
+    if not found:
         return NodeChoice((), "the devices' node is unknown")
     if sysfs.ask("memory policy", memory_policy):
         return NodeChoice((), "this process has a memory policy of its own")
     allowed = sysfs.fields("proc/self/status").get("Mems_allowed_list", "")
-    ours, _ = split_nodes(names, sysfs.text(NODES, "has_memory") or "", allowed)
-    usable = tuple(node for node in near if node in ours)
-    if not usable:
-        return NodeChoice((), f"the devices are on {node_text(near)}, this process may use {node_text(ours)} only")
+    ours, others = split_nodes(names, sysfs.text(NODES, "has_memory") or "", allowed)
+    usable = tuple(sorted(found.intersection(ours)))
+    if len(usable) == len(set(near.values())):  # each device is on one of them
+        reason = "the devices are on it" if len(usable) == 1 else "the devices are on them"
+    else:
+        reason = _places(near)
+        if found.intersection(others):
+            reason += f", this process may use {node_text(ours)} only"
+        if bare := found.difference(ours, others):
+            reason += f", {node_text(sorted(bare))} {'has' if len(bare) == 1 else 'have'} no memory"
     if len(usable) > 1 and sysfs.kernel() < _PREFERS_MANY:
-        return NodeChoice((), f"the devices are on {node_text(usable)}, and Linux prefers several from 5.15 on")
-    return NodeChoice(usable, "the devices are on it" if len(usable) == 1 else "the devices are on them")
+        return NodeChoice((), f"{_places(near)}, and Linux prefers several nodes from 5.15 on")
+    return NodeChoice(usable, reason)
+
+
+def _places(near: Mapping[host.Bdf, int | None]) -> str:
+    """Return a clause about the nodes of devices, of which one at least is known."""
+    nodes = set(near.values())
+    if len(nodes) == 1:
+        return f"the devices are on node {nodes.pop()}"
+    places = {bdf: "an unknown node" if node is None else f"node {node}" for bdf, node in near.items()}
+    return ", ".join(f"{bdf} is on {place}" for bdf, place in places.items())

@@ -157,7 +157,7 @@ def plan(
         devices=planned,
         memory=memory_plan,
         backing=chosen,
-        nodes=choose_nodes(sysfs, devices),
+        nodes=choose_nodes(sysfs, bdfs),
         small_pages=chosen.backing is Backing.MEMFD and not _has_huge_memfds(sysfs),
         cpus=cpus,
         backend=iommu,

@@ -124,7 +124,7 @@ def look_at_device(sysfs: host.Sysfs, bdf: host.Bdf, look: host.Look) -> None:
     host.describe(sysfs, bdf, look)
     host.doctor.diagnose_device(look, bdf)
     sysfs.config(bdf)
-    choose_nodes(sysfs, [sysfs.device(bdf)])
+    choose_nodes(sysfs, [bdf])
     for size in (1 << 30, 2 << 20):  # one page of each pool
         choose_backing(sysfs, size, [bdf])
 

@@ -140,7 +140,7 @@ def _show_memory(output: Output, made: Plan) -> None:
     if made.backing.automatic:
         output.text(click.wrap_text(f"backing {made.backing}", 80, "  ", "    "))
     if made.nodes.reason:
-        output.text(click.wrap_text(f"NUMA {made.nodes}", 80, "  ", "    "))
+        output.text(click.wrap_text(str(made.nodes), 80, "  ", "    "))
     if made.small_pages:
         output.text("  pages of 4 KiB: memfds have no transparent huge pages on this host")
         output.text("  (shmem_enabled); --hugepages takes huge ones from its pool")

@@ -135,50 +135,59 @@ def numa(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
 def choose(numa: Host, *near: int) -> tuple[Sequence[int], str]:
     for bdf, node in zip((NVME, NIC), near, strict=False):
         numa.put(f"sys/bus/pci/devices/{bdf}/numa_node", str(node))
-    choice = choose_nodes(numa, [numa.device(bdf) for bdf in (NVME, NIC)[: len(near)]])
+    choice = choose_nodes(numa, (NVME, NIC)[: len(near)])
     return choice.nodes, str(choice)
 
 
 def test_the_devices_nodes(numa: Host) -> None:
-    assert choose(numa, 2) == ((2,), "node 2 preferred: the devices are on it")
-    assert choose(numa, 3, 1) == ((1, 3), "nodes 1, 3 preferred: the devices are on them")
-    assert choose(numa, 1, 1) == ((1,), "node 1 preferred: the devices are on it")
-    assert choose(numa, -1, 0) == ((0,), "node 0 preferred: the devices are on it")
+    assert choose(numa, 2) == ((2,), "NUMA node 2 preferred: the devices are on it")
+    assert choose(numa, 3, 1) == ((1, 3), "NUMA nodes 1, 3 preferred: the devices are on them")
+    assert choose(numa, 1, 1) == ((1,), "NUMA node 1 preferred: the devices are on it")
+    assert choose(numa, -1, 0) == (
+        (0,),
+        "NUMA node 0 preferred: 0000:01:00.0 is on an unknown node, 0000:02:00.0 is on node 0",
+    )
 
 
 def test_several_need_a_kernel_that_prefers_several(numa: Host) -> None:
     numa.put("proc/sys/kernel/osrelease", "5.14.21")
     assert choose(numa, 3, 1) == (
         (),
-        "none preferred: the devices are on nodes 1, 3, and Linux prefers several from 5.15 on",
+        "no NUMA node preferred: 0000:01:00.0 is on node 3, 0000:02:00.0 is on node 1, and Linux prefers several "
+        "nodes from 5.15 on",
     )
     assert choose(numa, 3, 3)[0] == (3,)
 
 
 def test_devices_without_a_node(numa: Host) -> None:
     for near in ((-1,), (-1, -1)):
-        assert choose(numa, *near) == ((), "none preferred: the devices' node is unknown")
+        assert choose(numa, *near) == ((), "no NUMA node preferred: the devices' node is unknown")
 
 
 def test_a_policy_of_ones_own_is_respected(numa: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backing, "memory_policy", lambda: 3)
-    assert choose(numa, 2) == ((), "none preferred: this process has a memory policy of its own")
+    assert choose(numa, 2) == ((), "no NUMA node preferred: this process has a memory policy of its own")
 
 
 def test_nodes_that_the_process_may_not_use(numa: Host) -> None:
     numa.put("proc/self/status", "Mems_allowed_list:\t0-1")
-    assert choose(numa, 1, 3)[0] == (1,)
-    assert choose(numa, 2, 3) == (
-        (),
-        "none preferred: the devices are on nodes 2, 3, this process may use nodes 0, 1 only",
-    )
+    places, only = "0000:01:00.0 is on node {}, 0000:02:00.0 is on node {}", "this process may use nodes 0, 1 only"
+    assert choose(numa, 1, 3) == ((1,), f"NUMA node 1 preferred: {places.format(1, 3)}, {only}")
+    assert choose(numa, 2, 3) == ((), f"no NUMA node preferred: {places.format(2, 3)}, {only}")
+    assert choose(numa, 3, 3) == ((), f"no NUMA node preferred: the devices are on node 3, {only}")
+
+
+def test_nodes_without_memory(numa: Host) -> None:
+    numa.put(f"{NODES}/has_memory", "0-1")
+    assert choose(numa, 2) == ((), "no NUMA node preferred: the devices are on node 2, node 2 has no memory")
+    assert choose(numa, 1) == ((1,), "NUMA node 1 preferred: the devices are on it")
 
 
 def test_a_host_with_one_node_has_nothing_to_say(numa: Host, tmp_path: Path) -> None:
     for node in (1, 2, 3):
         numa.path(NODES, f"node{node}", "meminfo").unlink()
         numa.path(NODES, f"node{node}").rmdir()
-    assert choose(numa, 0) == ((), "none preferred: ")
+    assert choose(numa, 0) == ((), "no NUMA node preferred: ")
     assert choose_nodes(numa, []).reason == ""
 
 
