@@ -201,7 +201,7 @@ def guest_of_qemu(bench: Bench, counters: Counters) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         words = boot_words(folder, image, MEMORY)
-        for bdf in assigned(bench):  # its firmware would run a card's option ROM
+        for bdf in assigned(bench):  # on hardware its firmware would run option ROMs
             words += ["-device", f"vfio-pci,host={bdf},rombar=0"]
         words += port_words("file", Path("/dev/null"))
         stages = Stages()

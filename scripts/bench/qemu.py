@@ -81,13 +81,15 @@ class Qemu:
     def wait_for(self, condition: Callable[[], bool]) -> float:
         """Wait until a condition holds; return when it did. Raises ``TimeoutError``, or if QEMU ends first."""
         deadline = time.monotonic() + SECONDS
-        while not condition():
-            if self.child.poll() is not None:
-                raise RuntimeError(f"QEMU has ended with status {self.child.returncode}")
+        while True:
+            status = self.child.poll()  # first: what it did last counts
+            if condition():
+                return time.monotonic()
+            if status is not None:
+                raise RuntimeError(f"QEMU has ended with status {status}")
             if time.monotonic() > deadline:
                 raise TimeoutError("QEMU's guest hangs")
             time.sleep(0.01)
-        return time.monotonic()
 
     def __enter__(self) -> Self:
         return self
