@@ -100,7 +100,7 @@ class MachineMemory:
                 self._thread = None
             if self._failed is not None:
                 raise self._failed
-            self.populated = self._covered is self.regions.state  # else a region was added meanwhile
+            self.populated = self._covered is self.regions.state  # else a region was added concurrently
 
     def stop(self) -> None:
         """Let the thread end with the piece that it populates, and wait for it. Idempotent; ``begin`` goes on."""

@@ -62,7 +62,7 @@ def test_it_runs_beside_the_block_and_is_complete_behind_it(monkeypatch: pytest.
     assert not memory.begun.is_set(), "it is populated"
 
 
-def test_what_is_added_meanwhile_is_checked_and_populated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_added_concurrently_is_checked_and_populated(monkeypatch: pytest.MonkeyPatch) -> None:
     made, rounds = machine(memory := Memory(lambda: rounds.append(None)), monkeypatch), list[None]()
     seen: list[int] = []
     monkeypatch.setattr(assignments, "check_memory", lambda sysfs, size, **_: seen.append(size))

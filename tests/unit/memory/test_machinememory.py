@@ -193,7 +193,7 @@ def test_no_thread_for_it(memory: MachineMemory, monkeypatch: pytest.MonkeyPatch
     assert not memory.begun
 
 
-def test_a_region_that_is_added_meanwhile_is_populated(
+def test_a_region_that_is_added_concurrently_is_populated(
     memory: MachineMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
