@@ -154,8 +154,8 @@ class HostMapping:
         """Allocate and zero every page now, by all CPUs of this process (``MADV_POPULATE_WRITE``).
 
         It ends early, after at most 2 MiB or a page for each thread, once ``stop`` is set. Raises ``OSError``:
-        ``ENOMEM``; ``EFAULT`` beyond the end of a file. On kernels older than 5.14 (``EINVAL``) pages are allocated
-        on first use.
+        ``ENOMEM``; ``EFAULT`` beyond the end of a file, or without a huge page that a limit or a NUMA node allows. On
+        kernels older than 5.14 (``EINVAL``) pages are allocated on first use.
         """
         stop = stop or StopFlag()
         pieces = ffi.new("struct kvmpass_pieces *")
@@ -189,7 +189,8 @@ class HostMapping:
                 for thread in threads:
                     thread.join()
         if failed and failed[0] != -errno.EINVAL:
-            check(failed[0], "madvise(MADV_POPULATE_WRITE)" if self.writable else "madvise(MADV_POPULATE_READ)")
+            name = "madvise(MADV_POPULATE_WRITE)" if self.writable else "madvise(MADV_POPULATE_READ)"
+            check(failed[0], name, remedy=_POPULATE_REMEDY.get(-failed[0]))
 
     def view(self, offset: int, size: int) -> memoryview:
         """Return ``size`` bytes at ``offset``, writable if the mapping is. Raises ``IndexError`` outside it."""
@@ -209,6 +210,10 @@ _MMAP_REMEDY = {
     errno.ENOMEM: "free memory or huge pages, or raise the process's limits (ulimit -v, max_map_count)",
     errno.EACCES: "open the descriptor for reading, and for writing if the region is to be writable",
     errno.EPERM: "make the region read-only: the memfd is sealed against writing (F_SEAL_WRITE)",
+}
+_POPULATE_REMEDY = {  # of what would be a SIGBUS for an access (mm/madvise.c)
+    errno.EFAULT: "make the file as large as the region; for huge pages raise hugetlb.SIZE.max of this process's "
+    "cgroups, or reserve them on NUMA nodes that it may use",
 }
 
 

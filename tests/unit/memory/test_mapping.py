@@ -269,6 +269,7 @@ def test_populate_beyond_the_end_of_a_file(memfd: int) -> None:
         with pytest.raises(OSError, match=rf"madvise\({name}\)") as refused:
             mapping.populate()
         assert refused.value.errno == errno.EFAULT
+        assert "make the file as large" in refused.value.__notes__[0]
         mapping.close()
 
 
