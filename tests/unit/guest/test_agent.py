@@ -230,6 +230,33 @@ def test_output_in_more_buffers_than_one_frame_takes(local: LocalAgent, tmp_path
     assert sizes[:3] == [frames.MAX_PAYLOAD, 31 * 200, 31 * 200], "beside the header"
 
 
+LOSES_PAGES = """
+import ctypes, os, struct, sys
+LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
+FILTER = [
+    (LOAD, 0, 0, 0), (EQUAL, 0, 3, 275),  # splice
+    (LOAD, 0, 0, 32), (EQUAL, 0, 1, 0),  # its third argument: to the port
+    (RETURN, 0, 0, 0x00050000), (RETURN, 0, 0, 0x7FFF0000),  # no error, with 0; or the call
+]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in FILTER))
+libc = ctypes.CDLL(None, use_errno=True)
+for words in ((38, 1, 0, 0, 0), (22, 2, struct.pack("HxxxxxxP", len(FILTER), ctypes.addressof(code)))):
+    if libc.prctl(*words):
+        sys.exit(os.strerror(ctypes.get_errno()))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_it_ends_once_the_port_has_lost_output() -> None:
+    """Without room in its ring the driver drops the pages that it took of the pipe, and returns 0."""
+    local = LocalAgent("-S", "-E", "-c", LOSES_PAGES, str(PROGRAM), program=Path(sys.executable))
+    process = local.agent.start(["cat", "/dev/zero"])
+    with pytest.raises(GuestDied, match="has ended"):
+        process.wait(SECONDS)
+    assert local.program.wait(SECONDS) == 1
+    assert local.close() == 1
+
+
 READER = """
 import os
 while os.read(0, 4096):
