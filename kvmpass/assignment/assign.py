@@ -69,15 +69,14 @@ def check_guest(
     """
     with importing():
         from kvmpass.host.doctor import check_limits, check_memory
-        from kvmpass.host.limits import page_tables
+        from kvmpass.host.limits import needed_besides
         from kvmpass.kvm.system import MAX_APIC_IDS
 
     sysfs, page = look.sysfs, backing.huge_page
-    check_memory(sysfs, memory, huge_page=page, look=look)
+    besides = needed_besides(0 if page else memory) + others
+    check_memory(sysfs, memory, huge_page=page, overhead=besides, look=look)
     # The machine refuses more CPUs than a guest can have.
     check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs, look=look)
-    ordinary = 0 if page else memory
-    check_memory(sysfs, ordinary, locked=memory, overhead=page_tables(ordinary) + others, look=look)
 
 
 def make_memory(sysfs: host.Sysfs, size: int, backing: Backing, nodes: Collection[int] = ()) -> MachineMemory:

@@ -207,6 +207,14 @@ def tasks_of_user(sysfs: Sysfs, uid: int) -> int:
     return total
 
 
+def needed_besides(ordinary: int) -> int:
+    """Return the maximum size in bytes of what a guest with so many bytes of ordinary pages needs besides them.
+
+    Page tables, and 64 MiB for copies of kernel and initramfs; not the files that are to be copied into the guest.
+    """
+    return page_tables(ordinary) + (64 << 20)
+
+
 def page_tables(memory: int) -> int:
     """Return the maximum size in bytes of the page tables of KVM and IOMMU for a guest of ``memory`` bytes.
 

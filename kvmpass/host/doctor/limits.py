@@ -86,8 +86,10 @@ CPU_TIME = BlockerTemplate(
 
 
 def overhead(context: CheckContext) -> int:
-    """Return the bytes that the guest needs besides its memory: page tables, and copies of kernel and initramfs."""
-    return 64 * MIB + limits.page_tables(context.memory) if context.overhead is None else context.overhead
+    """Return the bytes that the guest needs besides its memory."""
+    if context.overhead is not None:
+        return context.overhead
+    return limits.needed_besides(0 if context.huge_page else context.memory)
 
 
 def _command(ceiling: Ceiling, option: str, value: object) -> str:

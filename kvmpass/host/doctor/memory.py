@@ -67,14 +67,14 @@ MEMLOCK = BlockerTemplate(
     (SHORT, FEW_ON_NODES),
 )
 def _available(context: CheckContext) -> Verdict:
-    if context.huge_page:
+    wanted = (0 if context.huge_page else context.memory) + (context.overhead or 0)
+    if context.huge_page and not wanted:
         return passed("not needed: huge pages", Reading("/proc/meminfo", "not read"))
     available = context.look.fields("proc/meminfo").get("MemAvailable")
     if available is None:  # before Linux 3.14
         return passed("unknown", Reading("/proc/meminfo", "no MemAvailable"))
     found = int(available.split()[0]) * 1024
     read = Reading("/proc/meminfo", f"MemAvailable {mib(found)}")
-    wanted = context.memory + (context.overhead or 0)
     if found < wanted:
         return failed(SHORT, read, size=mib(wanted), available=mib(found))
     nodes, nearby = _on_nodes(context)

@@ -13,6 +13,7 @@ from support.host_tree import Host
 from kvmpass import host as hosts
 from kvmpass import machine as machines
 from kvmpass.assignment import assign
+from kvmpass.assignment.assign import check_guest
 from kvmpass.errors import BadAddress, Closed, DeviceInUse, HostNotReady, NoSuchDevice, NotEnoughMemory
 from kvmpass.guest import GuestSpec
 from kvmpass.layout import MIB, Range, plan_layout
@@ -175,3 +176,25 @@ def test_a_device_in_use_is_said_before_memory_that_is_short(made: Made, monkeyp
     with pytest.raises(NotEnoughMemory, match="too little"):
         run()
     assert not made.memories
+
+
+@pytest.mark.parametrize("page", [0, 2 * MIB])
+def test_what_a_guest_needs_besides_its_memory(tmp_path: Path, page: int) -> None:
+    """Page tables, copies of kernel and initramfs, and the files to copy, of the host and of a cgroup: in one sum."""
+    tree, size, copied = Host(tmp_path), 256 * MIB, 100 * MIB
+    tree.put("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "128")
+    needed = copied + 64 * MIB if page else size + size // 128 + copied + 64 * MIB
+    tree.put("proc/self/mountinfo", "30 24 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw")
+    tree.put("proc/self/cgroup", "0::/part")
+    tree.put("sys/fs/cgroup/part/memory.current", "0")
+    backing = Backing.HUGETLB_2M if page else Backing.ANONYMOUS
+
+    def check(available: int, limit: int) -> None:
+        tree.put("proc/meminfo", f"MemAvailable: {available >> 10} kB")
+        tree.put("sys/fs/cgroup/part/memory.max", str(limit))
+        check_guest((), hosts.Look(tree), size, backing, 1, copied)
+
+    check(needed, needed)
+    for available, limit in ((needed - MIB, needed), (needed, needed - MIB)):
+        with pytest.raises(NotEnoughMemory):
+            check(available, limit)
