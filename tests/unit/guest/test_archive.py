@@ -52,7 +52,7 @@ def in_pieces(data: bytes, seed: int) -> Taken:
 NODES = st.lists(
     st.tuples(
         st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=50),
-        st.builds(Node, st.sampled_from((DIRECTORY, FILE, LINK)), st.binary(max_size=300)),
+        st.builds(Node, st.sampled_from((DIRECTORY, FILE, LINK)), st.binary(max_size=300), st.just((0, 0))),
     ),
     max_size=8,
 )
