@@ -193,7 +193,8 @@ class Cancel:
 def write_to(fd: int, cancel: Cancel, data: bytes) -> bool:
     """Write ``data`` to ``fd``; return False if ``cancel`` was set before all is written. Raises ``OSError``.
 
-    A reader that stalls cannot block it: a pipe, socket or terminal gets no more at once than it takes.
+    A reader that stalls cannot block it: a pipe, socket or terminal gets no more at once than it takes. But before
+    Linux 6.4 another writer may take a pipe's room between poll(2) and write(2).
     """
     # Clients, which import this module, load nothing of a guest.
     from kvmpass.guest.output import is_on_disk, write_now
