@@ -12,7 +12,8 @@ import click
 from kvmpass.cli.output import together
 from kvmpass.cli.params import backend_option, files_option, hugepages_option, p2p_option
 from kvmpass.cli.terminal import terminal_size
-from kvmpass.guest.spec import MINIMAL, GuestSpec
+from kvmpass.errors import KvmpassError
+from kvmpass.guest.spec import GuestSpec
 
 machine_options = together(
     click.option("--memory", default="1G", show_default=True, help="Guest memory: a number with K, M, G or T."),
@@ -146,15 +147,13 @@ def guest_spec(command: list[str] | None, **guest: Any) -> GuestSpec:
         raise click.UsageError("-t passes the keys of a terminal, and standard input is none: use -i")
     if guest.get("copy_out") and command is None and not guest.get("session"):
         raise click.UsageError("--copy-out brings files out when a COMMAND has ended: name one after --, or use -d")
-    if guest["initrd"] and guest.get("copy_out"):
-        raise wrong_usage(
-            "--initrd replaces the root file system that sends files when it ends",
-            "copy them while the guest runs, if its own has tar and cpio: kvmpass cp",
-        )
-    if guest["initrd"] and (command or guest["copy"] or guest["modules"]):
-        raise click.UsageError("--initrd replaces the root file system that COMMAND, --copy and --module need")
-    if guest["initrd"] and (guest["root"] != MINIMAL or guest["shares"]):
-        raise click.UsageError("--initrd replaces the root file system that mounts --root and --share")
     guest["environment"] = _variables(guest.get("environment", ()))
     own = tuple(command) if command else None
-    return GuestSpec(**guest, command=own, terminal=os.environ.get("TERM", "linux"), terminal_size=terminal_size())
+    spec = GuestSpec(**guest, command=own, terminal=os.environ.get("TERM", "linux"), terminal_size=terminal_size())
+    try:
+        spec.check()
+    except KvmpassError as error:
+        usage = click.UsageError(str(error))
+        usage.__notes__ = getattr(error, "__notes__", [])
+        raise usage from None
+    return spec

@@ -104,6 +104,7 @@ def _sources(copy_out: Sequence[str]) -> list[str]:
 
 def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
     """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``."""
+    spec.check()
     served: tuple[Directory, ...] = ()
     if spec.root != MINIMAL or spec.shares:
         from kvmpass.guest.directories import directories, mount

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvmpass._dataclass import dataclass
+from kvmpass.errors import KvmpassError
 from kvmpass.memory import Backing
 
 MINIMAL, HOST = "minimal", "host"
@@ -13,7 +14,7 @@ MINIMAL, HOST = "minimal", "host"
 
 @dataclass(frozen=True, slots=True)
 class GuestSpec:
-    """What to boot. ``command`` and ``copy`` to ``shares`` need the initramfs that ``prepare`` makes."""
+    """What to boot. ``command`` and ``copy`` to ``shares`` need the initramfs that ``prepare`` makes (``check``)."""
 
     kernel: Path | None = None
     """A bzImage, a kernel's build tree or ``/lib/modules/RELEASE``; None: the running kernel."""
@@ -53,6 +54,20 @@ class GuestSpec:
     def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
         """Return the backing for the memory of its machine, ``wanted`` where it may choose: see ``GuestImage``."""
         return wanted.shared if self.root != MINIMAL or self.shares else wanted
+
+    def check(self) -> None:
+        """Raise ``KvmpassError`` if something is to be in an initramfs that is the user's own."""
+        if self.initrd is None:
+            return
+        if self.command is not None or self.copy or self.modules:
+            raise KvmpassError("--initrd replaces the root file system that COMMAND, --copy and --module need")
+        if self.root != MINIMAL or self.shares:
+            raise KvmpassError("--initrd replaces the root file system that mounts --root and --share")
+        if self.copy_out:
+            raise KvmpassError(
+                "--initrd replaces the root file system that sends files when it ends",
+                "run kvmpass cp while the guest runs, if its own root has sh, find and cpio",
+            )
 
     @property
     def copied_size(self) -> int:

@@ -104,7 +104,7 @@ def start(
 
     ``with kvmpass.start(["0000:01:00.0"]) as guest: guest.run(["lspci"])``. The arguments are the options of
     ``kvmpass assign``: ``name`` (by default the address of the first device), ``initrd`` (an initramfs of the user's
-    own, beside whose init the agent runs; then without the next four), ``root`` (``minimal``, ``host`` or a
+    own, beside whose init the agent runs; the next four are refused with it), ``root`` (``minimal``, ``host`` or a
     directory), ``shares`` (``SRC[:DST][,rw]`` each), ``copies`` (``SRC:DST`` each), ``modules``, ``backing`` (a value
     of ``kvmpass.memory.Backing``, or ``auto``: the largest huge pages that the host has for all of the guest's
     memory, else anonymous memory), ``boot_timeout`` in seconds.

@@ -152,6 +152,7 @@ def test_descriptors_that_are_none(words: str, reason: str, capsys: pytest.Captu
         ("-d --name a/b ffff:ff:1f.7", "cannot be the name of a guest"),
         ("-d --name= ffff:ff:1f.7", "cannot be the name of a guest"),
         ("-d --initrd /etc/hostname --copy-out /a:/tmp/b ffff:ff:1f.7", "kvmpass cp"),
+        ("--initrd /etc/hostname --copy-out /a:/b ffff:ff:1f.7 -- true", "COMMAND, --copy and --module need"),
         ("--name one ffff:ff:1f.7", "add -d"),
         ("--copy-out /tmp ffff:ff:1f.7", "or use -d"),
     ],
