@@ -22,19 +22,31 @@ _DEFAULT = "/init"  # init/main.c: ramdisk_execute_command
 def before(initrd: bytes, modules: ModuleTree, parameters: Sequence[str]) -> tuple[bytes, list[str]]:
     """Return ``initrd`` with the agent's archive before it, for a kernel with ``modules``, and its ``parameters``.
 
-    One of the given parameters may name the user's init. Raises ``KvmpassError``, and the ``OSError`` of reading a
-    module.
+    One of the given parameters may name the user's init. The agent is named before the others: what comes before
+    ``rdinit=`` does not become an argument of init (``rdinit_setup``, init/main.c). Raises ``KvmpassError``, and the
+    ``OSError`` of reading a module.
     """
-    own = parameters[: parameters.index("--")] if "--" in parameters else parameters  # the others are the init's
-    named = [word for word in own if word.startswith(_NAMES_INIT)]
+    end = next((at for at, word in enumerate(parameters) if _plain(word) == "--"), len(parameters))
+    own = parameters[:end]  # the others are the init's
+    named = [word for word in own if _plain(word).startswith(_NAMES_INIT)]
     tree = Tree(merged=False)  # how the user's has them is unknown
     # The kernel opens the former for PID 1, the agent the latter for processes without input.
     tree.character_device("/dev/console", 5, 1)
     tree.character_device("/dev/null", 1, 3, 0o666)
     tree.directory(f"{init.DIRECTORY}/mount")
     tree.file(PROGRAM, init.agent(), 0o755)
-    tree.symlink(f"{init.DIRECTORY}/init", named[-1].removeprefix(_NAMES_INIT) if named else _DEFAULT)
+    tree.symlink(f"{init.DIRECTORY}/init", _value(named[-1]) if named else _DEFAULT)
     for number, module in enumerate(plan(modules, (), (), init.PORT_DRIVERS).modules):
         tree.file(f"{init.DIRECTORY}/modules/{number:02}", module.data)
     words = [word for word in own if word not in named]
-    return tree.archive() + initrd, [_NAMES_INIT + PROGRAM, *words, *parameters[len(own) :]]
+    return tree.archive() + initrd, [_NAMES_INIT + PROGRAM, *words, *parameters[end:]]
+
+
+def _plain(word: str) -> str:
+    """Return a parameter without the quotes around it, as the kernel compares it (``next_arg``, lib/cmdline.c)."""
+    return word.removeprefix('"').removesuffix('"') if word.startswith('"') else word
+
+
+def _value(word: str) -> str:
+    """Return the value of a parameter, without the quotes around either."""
+    return _plain(_plain(word).partition("=")[2])

@@ -14,6 +14,7 @@ from support.kernel_files import module
 
 from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import GuestRoot, beside, elf, files, init
+from kvmpass.initramfs import parameters as parameters_module
 from kvmpass.initramfs.cpio import Tree
 from kvmpass.initramfs.modules import ModuleTree
 from kvmpass.initramfs.served import Entry, Served
@@ -332,6 +333,8 @@ def test_a_root_gets_the_directories_that_it_lacks(busybox: Path, tmp_path: Path
     [
         ("", "/init", ""),
         ("quiet rdinit=/a rdinit=/b x -- rdinit=/c", "/b", "quiet x -- rdinit=/c"),
+        ('quiet "rdinit=/a b" x', "/a b", "quiet x"),  # as the kernel reads them: next_arg in lib/cmdline.c
+        ('rdinit="/a b" "--" rdinit=/c', "/a b", '"--" rdinit=/c'),
     ],
 )
 def test_the_agent_comes_before_another_initramfs(tmp_path: Path, parameters: str, own: str, given: str) -> None:
@@ -341,7 +344,7 @@ def test_the_agent_comes_before_another_initramfs(tmp_path: Path, parameters: st
     for name in ("virtio_pci", "virtio_console"):
         (tree / f"{name}.ko").write_bytes(module(name=name))
     (tree / "modules.dep").write_text("virtio_pci.ko:\nvirtio_console.ko: virtio_pci.ko\n")
-    archive, words = beside.before(b"other", ModuleTree("6.1-test", tmp_path), parameters.split())
+    archive, words = beside.before(b"other", ModuleTree("6.1-test", tmp_path), parameters_module.words(parameters))
     assert " ".join(words) == f"rdinit=/kvmpass/beside {given}".strip()
     found = unpack(archive.removesuffix(b"other"))
     assert [*found] == [
