@@ -73,13 +73,13 @@ class GuestSpec:
     def copied_size(self) -> int:
         """Bytes that ``prepare`` allocates for ``initrd``, or for the files of ``copy``.
 
-        Those are read first, and then written to an archive. Files that cannot be looked at are left out. Raises
-        ``KvmpassError`` as ``prepare``.
+        Those are read first, and then written to an archive; so is ``initrd`` for a session. Files that cannot be
+        looked at are left out. Raises ``KvmpassError`` as ``prepare``.
         """
         if self.initrd is None and not self.copy:
             return 0
         from kvmpass.initramfs import files
 
         if self.initrd is not None:
-            return files.size_of(self.initrd)
+            return (2 if self.session else 1) * files.size_of(self.initrd)
         return 2 * sum(files.size_of(files.split_spec(copy)[0]) for copy in self.copy)

@@ -48,6 +48,7 @@ def test_the_size_of_what_is_copied_is_known_before(odd: Path) -> None:
     spec = GuestSpec(copy=(f"{odd}/below:/a", f"{odd}/good:/b", f"{odd}/absent:/c"))
     assert spec.copied_size == 2 * (5000 + 4)
     assert GuestSpec(initrd=odd / "below" / "large").copied_size == 5000
+    assert GuestSpec(initrd=odd / "below" / "large", session=True).copied_size == 2 * 5000, "behind the agent's"
 
 
 def test_files_in_a_directory_that_cannot_be_copied_are_warnings(odd: Path) -> None:
