@@ -28,8 +28,16 @@ def raise_at_signals() -> None:
         sys.unraisablehook = _RaisedAgain(sys.unraisablehook)
 
 
+class _Terminated(SystemExit):
+    """What a signal other than SIGINT raises."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    raise _Terminated(number)
 
 
 class _RaisedAgain:
@@ -37,30 +45,32 @@ class _RaisedAgain:
 
     def __init__(self, others: Callable[[sys.UnraisableHookArgs], object]) -> None:
         self._others = others
+        self._again: list[int] = []
 
     def __call__(self, dropped: sys.UnraisableHookArgs) -> None:
         number = _signal_of(dropped.exc_value)
-        if number is None:
+        if number is None or threading.current_thread() is not threading.main_thread():
             self._others(dropped)
             return
-
-        def handle(alarm: int, frame: FrameType | None) -> None:
-            handler = signal.getsignal(number)  # by now it may be that of ``deferred``
-            if callable(handler):
-                handler(number, frame)
-
+        self._again.append(number)
         # Later: here it would be dropped once more.
-        signal.signal(signal.SIGALRM, handle)
+        signal.signal(signal.SIGALRM, self._raise)
         signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+
+    def _raise(self, alarm: int, frame: FrameType | None) -> None:
+        if not self._again:  # the alarm of somebody else
+            return
+        number = self._again.pop(0)
+        if self._again:
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+        signal.raise_signal(number)  # by now its handler may be that of ``deferred``, or the default one
 
 
 def _signal_of(error: BaseException | None) -> int | None:
     """Return the signal whose handler has raised ``error``, if one has."""
     if isinstance(error, KeyboardInterrupt):
         return signal.SIGINT
-    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code - 128 in _SIGNALS:
-        return error.code - 128
-    return None
+    return error.number if isinstance(error, _Terminated) else None
 
 
 @contextmanager

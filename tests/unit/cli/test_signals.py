@@ -56,6 +56,49 @@ if moment == "in a finalizer":
 sys.argv = ["kvmpass", "completion", "bash"]
 main()
 """
+# Signals and exceptions that Python drops, in a finalizer: what the second word does.
+DROPPED = """
+import os, signal, sys, threading, time
+from kvmpass._signals import raise_at_signals
+
+class Freed:
+    def __init__(self, *numbers):
+        self.numbers = numbers
+
+    def __del__(self):
+        if not self.numbers:
+            raise SystemExit(128 + signal.SIGTERM)
+        for number in self.numbers:
+            os.kill(os.getpid(), number)
+        str(self)
+
+def free(*numbers):
+    Freed(*numbers)
+
+raise_at_signals()
+match sys.argv[1]:
+    case "default":
+        free(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    case "two":
+        free(signal.SIGTERM)
+        free(signal.SIGHUP)
+        try:
+            time.sleep(30)
+        except SystemExit as first:
+            print(first.code, flush=True)
+    case "exit":
+        free()
+        time.sleep(0.1)
+        sys.exit(3)
+    case "thread":
+        thread = threading.Thread(target=free)
+        thread.start()
+        thread.join()
+        time.sleep(0.1)
+        sys.exit(3)
+time.sleep(30)
+"""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -95,3 +138,22 @@ def test_a_signal_ends_it_without_a_traceback_whenever_it_comes(number: signal.S
     words = [sys.executable, "-c", MOMENTS, str(int(number)), moment]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr.strip()) == (128 + number, "")  # click ends the line of ^C
+
+
+@pytest.mark.parametrize(
+    ("case", "status", "printed", "error"),
+    [
+        ("default", -signal.SIGTERM, "", ""),
+        ("two", 128 + signal.SIGHUP, f"{128 + signal.SIGTERM}", ""),
+        ("exit", 3, "", "SystemExit: 143"),
+        ("thread", 3, "", "SystemExit: 143"),
+    ],
+)
+@pytest.mark.usefixtures("usual_signals")
+def test_only_signals_are_raised_again(case: str, status: int, printed: str, error: str) -> None:
+    """Each of them, whatever its handler is by then; and no exit of another origin."""
+    words = [sys.executable, "-c", DROPPED, case]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (status, printed), done.stderr
+    assert done.stderr.splitlines()[-1:] == ([error] if error else []), done.stderr
+    assert "signal only works" not in done.stderr
