@@ -58,7 +58,8 @@ class Assignments(Remotes):
         """Allocate all of the guest's memory now. Idempotent.
 
         ``assign`` does it otherwise. Done before any device is rebound, it leaves the host unchanged even if this
-        process is killed for lack of memory. Raises ``NotEnoughMemory`` or ``OSError``.
+        process is killed for lack of memory. Raises ``NotEnoughMemory``, ``HostNotReady`` (no thread for it) or
+        ``OSError``.
         """
         with self.populating():
             pass

@@ -21,6 +21,8 @@ _MORE_THREADS = (
 class MachineMemory:
     """The regions of a plan, and the thread that populates them. ``close()`` ends it and unmaps them.
 
+    It serves one machine, which closes it (``claim``).
+
     ``nodes``: the NUMA nodes that their pages come from, as long as these have free ones.
     Raises ``NotEnoughMemory`` (huge pages), ``LayoutError``, ``OSError``.
 
@@ -92,7 +94,10 @@ class MachineMemory:
             self._failed = error
 
     def wait(self) -> None:
-        """Wait until every page is allocated. Raises what populating raises: ``OSError`` (``ENOMEM``)."""
+        """Wait until every page is allocated, also of regions that were added since ``begin``.
+
+        Raises as ``begin``, and what populating raises: ``OSError`` (``ENOMEM``).
+        """
         while not self.populated:
             self.begin()
             if self._thread is not None:
