@@ -32,19 +32,20 @@ class Borrow:
         self.bdfs = bdfs
         self.devices: list[PciDevice] = []
         self._transaction = transaction
-        self._look = look or Look(transaction.sysfs)
+        self._look = look
 
     def __enter__(self) -> list[PciDevice]:
         """Bind the devices to vfio-pci, all or none. Returns them as they are then, in the order of the arguments.
 
-        Raises what :func:`check_assignable` raises, before any change of these devices; ``PermissionError``;
-        ``HostNotReady``, ``NotAssignable``, ``OSError``, ``JournalError`` after all devices are rebound to their
-        drivers.
+        The devices are checked before this waits for other processes, and once more with the lock held. Raises what
+        :func:`check_assignable` raises, before any change of these devices, except that a device which a killed
+        process has left is restored before the second check; ``PermissionError``; ``HostNotReady``,
+        ``NotAssignable``, ``OSError``, ``JournalError`` after all devices are rebound to their drivers.
         """
         transaction, sysfs = self._transaction, self._transaction.sysfs
         self.devices.clear()
         able = [may_change_driver(sysfs, bdf) for bdf in self.bdfs]
-        if not all(able):
+        if self._look is None or not all(able):
             devices = self._check()
             for device in devices:
                 if device.driver != VFIO_PCI:
@@ -53,19 +54,21 @@ class Borrow:
                 self.devices += devices  # bound by root for this user: nothing to change or to restore
                 return list(self.devices)
         try:
-            with transaction.lock(), deferred():
-                for bdf in self.bdfs:
-                    transaction.recover(bdf)
+            with transaction.lock():
+                with deferred():
+                    for bdf in self.bdfs:
+                        transaction.recover(bdf)
                 self._check()  # here: it may be in use since this waited for the lock
-                for bdf in self.bdfs:
-                    self.devices.append(transaction.change(bdf, Operation.ASSIGN))
+                with deferred():
+                    for bdf in self.bdfs:
+                        self.devices.append(transaction.change(bdf, Operation.ASSIGN))
             return list(self.devices)
         except BaseException as error:
             transaction.put_back(error)
             raise
 
     def _check(self) -> list[PciDevice]:
-        look = self._look.again()
+        self._look = look = self._look.again() if self._look is not None else Look(self._transaction.sysfs)
         return [check_assignable(look.sysfs, bdf, together=self.bdfs, look=look) for bdf in self.bdfs]
 
     def __exit__(
@@ -97,9 +100,9 @@ def borrow(
     devices only, and nothing is written. If the module vfio-pci had to be loaded, it stays loaded. Close all VFIO
     descriptors of a device before the block ends: unbinding blocks until they are closed. ``timeout`` is in seconds,
     for each driver that is unbound or bound; ``say`` receives a line when another process changes drivers for more
-    than a second, ``on_step`` each step and its device, just before that change. ``look``: an earlier view of the
-    host, of which :meth:`Look.again` keeps a part. The state of a driver (addresses of a network interface, for
-    example) is not restored.
+    than a second, ``on_step`` each step and its device, just before that change. ``look``: the view of the
+    host with which the caller has just checked these devices, so that they are checked only once more, with the lock
+    held. The state of a driver (addresses of a network interface, for example) is not restored.
     """
     transaction = Transaction(sysfs or Sysfs(), Journal(state_dir), timeout, say, on_step)
     return Borrow(parse_distinct(bdfs), transaction, look)

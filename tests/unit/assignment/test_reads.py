@@ -76,7 +76,8 @@ def test_a_borrow_checks_again_but_not_the_kernels_log(host: CountingHost, tmp_p
     assert (reads[KMSG], reads["proc"]) == (0, 1 if bdf == NVME else 0)
 
 
-def test_a_borrow_alone_checks_once(host: CountingHost, tmp_path: Path) -> None:
+def test_a_borrow_alone_checks_twice_but_reads_the_kernels_log_once(host: CountingHost, tmp_path: Path) -> None:
+    """Before the lock, and under it."""
     with borrow(NVME, EDU, sysfs=host, state_dir=tmp_path / "state"):
         reads = host.counted()
-    assert (reads[KMSG], reads["proc"]) == (1, 1)
+    assert (reads[KMSG], reads["proc"]) == (1, 2)

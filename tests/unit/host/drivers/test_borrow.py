@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from kvmpass.assignment.assign import assigned
 from kvmpass.assignment.plan import plan
 from kvmpass.errors import BadAddress, DeviceInUse, HostNotReady, JournalError, NotAssignable, RestoreFailed
 from kvmpass.guest import GuestSpec
-from kvmpass.host import Bdf, bind, borrow, restore, unbind
+from kvmpass.host import Bdf, Look, bind, borrow, restore, unbind
 from kvmpass.host.drivers import transaction
 from kvmpass.host.drivers.changes import Step
+from kvmpass.host.drivers.lock import HostLock
 
 NVME, EDU, NIC = "0000:01:00.0", "0000:00:04.0", "0000:02:00.0"
 BEFORE: dict[str, tuple[str | None, str | None]] = {
@@ -234,6 +236,26 @@ def test_signals_wait_and_are_not_lost(
     assert as_before(host, state)
 
 
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.usefixtures("usual_signals")
+def test_a_signal_interrupts_the_checks(
+    host: Host, state: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """Those before the lock, and those under it, with which a caller that has checked the devices begins."""
+    checked: list[Bdf] = []
+
+    def check(sysfs: object, bdf: Bdf, **_: object) -> None:
+        checked.append(bdf)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("kvmpass.host.drivers.borrow.check_assignable", check)
+    with pytest.raises(KeyboardInterrupt):
+        borrow(NVME, NIC, sysfs=host, state_dir=state, look=None if before else Look(host)).__enter__()
+    assert checked == [Bdf.parse(NVME)]
+    assert (state / "lock").exists() is not before
+    assert host.writes == []
+
+
 def test_from_another_thread(host: Host, state: Path) -> None:
     results: list[str | None] = []
 
@@ -280,6 +302,24 @@ def test_what_a_killed_process_left_is_no_obstacle(host: Host, state: Path) -> N
     assert host.state(NVME) == kept
     with borrow(NVME, sysfs=host, state_dir=state):
         assert json.loads((state / "journal" / f"{NVME}.json").read_text())["driver"] == "nvme"
+    assert as_before(host, state)
+
+
+def test_what_cannot_be_assigned_waits_for_no_lock_and_restores_nothing(
+    host: Host, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmpass.host.drivers.lock.LOCK_TIMEOUT", 0.1)
+    host.add("0000:03:00.0", "e1000e", group=None)
+    with borrow(NVME, sysfs=host, state_dir=state):
+        file = state / "journal" / f"{NVME}.json"
+        text = file.read_text()
+        file.write_text(text.replace(f'"pid": {os.getpid()}', '"pid": 999999'))
+        host.writes.clear()
+        for lock in (HostLock(state / "lock").hold(), nullcontext()):
+            with lock, pytest.raises(NotAssignable, match="03:00"):
+                borrow(NVME, "03:00.0", sysfs=host, state_dir=state).__enter__()
+        assert host.writes == []
+        file.write_text(text)
     assert as_before(host, state)
 
 
