@@ -38,6 +38,7 @@ _ABANDON_SECONDS = 2.0  # for a reader that does not read, once an exception end
 _SIGNALLED = 128  # a shell's status of a command that a signal has ended, without the signal's number
 _LAST_SECONDS = 10.0  # for a destination that does not take files, once a session's guest has ended
 _POWEROFF_SECONDS = 60.0  # from the end of the command, and of its files, to power off
+_CLOSED_SECONDS = 5.0  # from the end of the agent to that of the guest, whose init may end all programs first
 _FILES_SECONDS = 60.0  # without any byte of its files, though it may send some
 _STOPPED_SECONDS = 5.0  # between two looks at it, a second apart: this process was stopped, and its guest with it
 
@@ -92,6 +93,7 @@ class Guest:
         self._status: int | None = None
         self._outcome: GuestOutcome | None = None
         self._ready = self._leaving = self._files_due = False
+        self._agent_closed: float | None = None  # when it has ended, if it has
         self._sending_files = False
         self._files_heard = self._looked = 0.0  # since when the guest could send files, and sends none; the last look
         self._failures: list[str] = []
@@ -166,6 +168,8 @@ class Guest:
         if port is None:
             return
         port.reset()
+        self._agent_closed = None
+        port.on_close = self._on_agent_closed
         self.agent = Agent(
             port.sender(),  # threads may still grant to processes of the last boot, by the same numbers
             on_ready=partial(self._mark, "guest's boot"),
@@ -191,6 +195,18 @@ class Guest:
     def _on_agent(self, data: bytes) -> None:
         if self.agent is not None:
             self.agent.feed(data)
+
+    def _on_agent_closed(self) -> None:
+        if self.agent is not None and self.agent.ready:
+            self._agent_closed = time.monotonic()
+
+    def _look_at_agent(self) -> None:
+        """Find out whether the agent answers, and let all who wait for one that has ended get ``GuestDied``."""
+        if self.agent is None:
+            return
+        self.agent.look()
+        if self._agent_closed is not None and time.monotonic() - self._agent_closed >= _CLOSED_SECONDS:
+            self.agent.fail("the agent in the guest has ended")
 
     def _on_output(self, process: AgentProcess, stream: int, data: Payload) -> None:
         outlet = self._to_errors if stream == ERRORS_STREAM else self._to_output
@@ -319,8 +335,8 @@ class Guest:
                 self._machine.stop(GuestOutcome.TIMEOUT)
             elif outcome is None and leaving:
                 self._machine.stop()
-            if self._session and self.agent is not None:
-                self.agent.look()
+            if self._session:
+                self._look_at_agent()
             self._look_at_files()
             if outcome is GuestOutcome.REBOOT and restart and self._status is None:
                 self._ready = False

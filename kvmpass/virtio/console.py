@@ -163,10 +163,12 @@ class VirtioConsole(LocalDevice):
             self._tell(number, OPEN, 1)
             self._ended.discard(number)
         elif event == OPEN and number < len(self._ports):
-            self._opened.discard(number)
             if value == 1:
                 self._opened.add(number)
                 self._write_port(number)
+            elif number in self._opened:
+                self._opened.discard(number)
+                self._ports[number].on_close()
 
     def _tell(self, number: int, event: int, value: int, more: bytes = b"") -> None:
         self._messages.pop((number, event), None)

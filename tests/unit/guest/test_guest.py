@@ -445,3 +445,43 @@ def test_the_image_may_be_loaded_into_a_machine_that_is_connected() -> None:
         vm.ports[AGENT_PORT] = Port(AGENT_PORT, lambda data: None)
         guest.run()
     assert init.RUN_COMMAND[1].encode() in vm.ports[AGENT_PORT].take(1000)
+
+
+class ClosedVm(Vm):
+    """Its guest's agent ends once it is ready, or before; the guest itself powers off after ``waits`` of a second."""
+
+    def __init__(self, ready: bool, waits: int) -> None:
+        super().__init__(None)
+        self.port = Port(AGENT_PORT, lambda data: None)
+        self.ports = {AGENT_PORT: self.port}
+        self._said = [encode(0, HELLO, NUMBERS.pack(VERSION, 1000)), *([encode(0, READY)] if ready else [])]
+        self._left = waits
+        self.now = 100.0
+
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
+        self.now += 1
+        self.sinks[AGENT_PORT](b"".join(self._said))
+        if self._said:
+            self._said.clear()
+            self.port.on_close()
+        self._left -= 1
+        return None if self._left else GuestOutcome.POWEROFF
+
+
+@pytest.mark.parametrize(
+    ("ready", "waits", "reason"),
+    [
+        (True, 10, "the agent in the guest has ended"),
+        (True, 4, f"the guest {GuestOutcome.POWEROFF.value}"),  # its init ends all programs first
+        (False, 10, f"the guest {GuestOutcome.POWEROFF.value}"),  # another program: the agent has not begun
+    ],
+)
+def test_who_waits_for_an_agent_that_has_ended_is_told(
+    ready: bool, waits: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = ClosedVm(ready, waits)
+    monkeypatch.setattr("kvmpass.guest.guest.time.monotonic", lambda: vm.now)
+    with Guest(cast(Machine, vm), console=None, output=print, errors=print, session=True) as guest:
+        guest.follow()
+        assert guest.agent is not None
+        assert guest.agent.failure == reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -170,6 +171,23 @@ def test_without_several_ports_there_is_no_output(driver: Driver) -> None:
     driver.notify(1)
     driver.host["one"].send(b"y")
     assert (driver.said["one"], len(driver.rings[1].returned()), driver.status) == (b"", 1, 0xF)
+
+
+def test_the_host_learns_that_a_program_has_closed_its_port(driver: Driver) -> None:
+    """Once, however often the guest says so, and not of a port that was not open."""
+    closed: list[str] = []
+    for port in driver.host.values():
+        port.on_close = partial(closed.append, port.name)
+    driver.start()
+    driver.tell(0, OPEN, 0)
+    driver.open_ports()
+    assert closed == []
+    driver.tell(1, OPEN, 0)
+    driver.tell(1, OPEN, 0)
+    assert closed == ["two"]
+    driver.tell(1, OPEN, 1)
+    driver.tell(1, OPEN, 0)
+    assert closed == ["two", "two"]
 
 
 def test_a_driver_starts_again(driver: Driver) -> None:
