@@ -16,6 +16,8 @@
 #define PORT_NAME "kvmpass.agent\n"
 #define MNT_DETACH 2
 #define LOOK_MS 20
+#define SLOW_LOOK_MS 200 /* once the kernel seems to have no driver of the port */
+#define LOOKS 100 /* until then */
 
 struct entry { /* of getdents64(2) */
 	uint64_t inode;
@@ -31,6 +33,22 @@ static char path_variable[] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/us
 static char home_variable[] = "HOME=/root", term_variable[] = "TERM=linux";
 static char *variables[] = {path_variable, home_variable, term_variable, NULL};
 static int proc;
+
+static void say(const char *text)
+{
+	call3(write, 2, text, length(text));
+}
+
+static void say_number(unsigned int number)
+{
+	char digits[] = "0000000000";
+	size_t at = sizeof(digits) - 1;
+
+	do
+		digits[--at] = '0' + number % 10;
+	while (number /= 10);
+	say(digits + at);
+}
 
 /* A descriptor of the root of a file system of the kernel's, which is mounted nowhere. */
 static int open_file_system(const char *kind)
@@ -100,19 +118,39 @@ static long open_port(int sys, int dev)
 static void become_init(char **arguments, char **environment)
 {
 	static char path[4096];
-	static const char failure[] = "kvmpass: the init of the initramfs cannot be run\n";
+	long error;
 
 	call3(readlink, INIT, path, sizeof(path) - 1);
 	arguments[0] = path;
-	call3(execve, path, arguments, environment);
-	call3(write, 2, failure, sizeof(failure) - 1);
+	error = call3(execve, path, arguments, environment);
+	say("kvmpass: the init of the initramfs cannot be run: ");
+	say(path);
+	say(", error ");
+	say_number(-error);
+	say("\n");
 	call1(exit_group, 127); /* as PID 1: the kernel panics */
+}
+
+static void set_oom_score_adj(const char *value)
+{
+	long fd = call4(openat, proc, "self/oom_score_adj", O_WRONLY | O_CLOEXEC, 0);
+
+	if (fd < 0)
+		return;
+	call3(write, fd, value, length(value));
+	call1(close, fd);
+}
+
+void be_killable(void)
+{
+	if (beside)
+		set_oom_score_adj("0");
 }
 
 char **leave_init(char **arguments, char **environment)
 {
-	const struct __kernel_timespec pause = {.tv_nsec = LOOK_MS * 1000000};
-	int sys, dev;
+	struct __kernel_timespec pause = {.tv_nsec = LOOK_MS * 1000000};
+	int sys, dev, looks = 0;
 	long port;
 
 	proc = open_file_system("proc");
@@ -124,8 +162,15 @@ char **leave_init(char **arguments, char **environment)
 	beside = true;
 	call0(setsid);
 	arguments[0][0] = '@'; /* systemd ends no such process when it changes the root (ROOT_STORAGE_DAEMONS) */
-	while ((port = open_port(sys, dev)) < 0)
+	set_oom_score_adj("-1000");
+	while ((port = open_port(sys, dev)) < 0) {
+		if (++looks == LOOKS) {
+			say("kvmpass: no port of the agent: the kernel needs CONFIG_VIRTIO_PCI, CONFIG_VIRTIO_CONSOLE and "
+			    "CONFIG_DEVTMPFS\n");
+			pause.tv_nsec = SLOW_LOOK_MS * 1000000; /* a module may still come */
+		}
 		call2(nanosleep, &pause, NULL);
+	}
 	call2(dup2, port, PORT);
 	call1(close, port);
 	call1(close, sys);

@@ -132,6 +132,7 @@ static void child(struct process *process, char **environment, const int fds[STR
 	long error;
 
 	call0(setsid);
+	be_killable();
 	if (process->terminal)
 		call3(ioctl, fds[INPUT], TIOCSCTTY, 0);
 	for (int number = INPUT; number <= ERRORS; number++)
