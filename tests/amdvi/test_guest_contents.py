@@ -17,7 +17,7 @@ import pytest
 from support.guests import GUEST_SECONDS, boot, run
 
 import kvmpass
-from kvmpass.errors import NotEnoughMemory
+from kvmpass.errors import GuestDied, NotEnoughMemory
 from kvmpass.guest import Guest, GuestSpec, prepare
 from kvmpass.initramfs import GuestRoot
 from kvmpass.initramfs.modules import ModuleTree, decompress
@@ -196,22 +196,30 @@ exec switch_root /new /bin/sh -c 'echo settled >/dev/console; while :; do sleep 
 """
 
 
+def wait_until_settled(guest: kvmpass.Session) -> None:
+    """What starts before stays in a root that is being emptied."""
+    deadline = time.monotonic() + GUEST_SECONDS
+    while "settled" not in guest.console:
+        assert time.monotonic() < deadline, guest.console
+        time.sleep(0.02)
+
+
 def test_an_initramfs_of_the_users_own_gets_the_agent(tmp_path: Path) -> None:
     """Its init is PID 1 and goes to another root, where commands run, too."""
     own = GuestRoot().tree
     own.file("/init", OWN_INIT, 0o755)
     (tmp_path / "initrd").write_bytes(gzip.compress(own.archive(), 1))
     with kvmpass.start(initrd=tmp_path / "initrd", memory="192M", append="-- moved") as guest:
-        deadline = time.monotonic() + GUEST_SECONDS
-        while "settled" not in guest.console:  # what starts before stays in a root that is being emptied
-            assert time.monotonic() < deadline, guest.console
-            time.sleep(0.02)
+        wait_until_settled(guest)
         script = "tr '\\0' ' ' </proc/1/cmdline; cat /root; ls -d /kvmpass /new; tty; mount -t tmpfs more /sbin; cat"
+        script += "; cat /proc/$PPID/oom_score_adj /proc/self/oom_score_adj"
         done = guest.run(["sh", "-c", script], input=b"input\n", timeout=GUEST_SECONDS)
         assert done.stdout.decode().splitlines() == [
             "/bin/sh -c echo settled >/dev/console; while :; do sleep 1000; done own moved",
             "not a tty",
             "input",
+            "-1000",
+            "0",
         ]
         with guest.popen(["tty"], stdout=subprocess.PIPE, tty=True) as process:
             assert process.stdout is not None and process.stdout.read() == b"/dev/pts/0\r\n"
@@ -219,4 +227,19 @@ def test_an_initramfs_of_the_users_own_gets_the_agent(tmp_path: Path) -> None:
         guest.copy_in(tmp_path / "file", "/copied/")
         guest.copy_out("/copied/file", tmp_path / "back")
         assert (tmp_path / "back").read_text() == "content"
+    assert guest.stop().outcome is GuestOutcome.POWEROFF
+
+
+@pytest.mark.skipif(not os.environ.get("KVMPASS_SOAK"), reason="another guest: KVMPASS_SOAK=1 runs it")
+def test_the_end_of_the_agent_beside_an_init_is_noticed(tmp_path: Path) -> None:
+    own = GuestRoot().tree
+    own.file("/init", OWN_INIT, 0o755)
+    (tmp_path / "initrd").write_bytes(own.archive())
+    with kvmpass.start(initrd=tmp_path / "initrd", memory="192M", append="-- moved") as guest:
+        wait_until_settled(guest)
+        begin = time.monotonic()
+        with pytest.raises(GuestDied, match=r"^the agent in the guest has ended$"):
+            guest.run(["sh", "-c", "(sleep 12; poweroff -f) & kill -9 $PPID; sleep 1000"], timeout=GUEST_SECONDS)
+        assert time.monotonic() - begin >= 5
+        assert guest.wait(GUEST_SECONDS)
     assert guest.stop().outcome is GuestOutcome.POWEROFF
