@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from kvmpass._dataclass import dataclass, replace
 from kvmpass.boot.cmdline import QUIET, kernel_command_line, uarts
 from kvmpass.boot.linux import KernelImage
-from kvmpass.errors import NotEnoughMemory
+from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.guest.kernel import find_kernel
-from kvmpass.guest.options import KernelOptions, ecam_alone, has_console
+from kvmpass.guest.options import KernelOptions, agent_lacks, ecam_alone, has_console
 from kvmpass.guest.spec import MINIMAL, GuestSpec
 from kvmpass.initramfs import GuestRoot, init, parameters
 from kvmpass.initramfs.served import DRIVERS, Entry
@@ -121,6 +121,11 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         if spec.session:
             from kvmpass.initramfs import beside
 
+            if lacking := agent_lacks(KernelOptions.of(kernel.image)):
+                raise BadKernel(
+                    f"kernel {kernel.image.release} lacks {', '.join(lacking)}, which the agent beside an init needs",
+                    "name another kernel with --kernel, or leave --initrd out",
+                )
             initrd, append = beside.before(initrd, kernel.modules, append)
     else:
         root = GuestRoot()

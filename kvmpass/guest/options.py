@@ -9,6 +9,7 @@ from pathlib import Path
 from kvmpass.boot.linux import KernelImage
 
 RUNNING = Path("/proc/config.gz")
+_CONSOLE = ("VIRTIO_PCI", "VIRTIO_CONSOLE")
 
 
 class KernelOptions:
@@ -16,10 +17,16 @@ class KernelOptions:
 
     def __init__(self, text: bytes = b"") -> None:
         self._lines = b"\n" + text
+        self.known = bool(text)
+        """Whether there is a configuration."""
 
     def built_in(self, *names: str) -> bool:
         """Whether all of the options are ``y``."""
         return all(b"\nCONFIG_%s=y\n" % name.encode() in self._lines for name in names)
+
+    def has(self, name: str) -> bool:
+        """Whether an option is ``y`` or ``m``."""
+        return any(b"\nCONFIG_%s=%s\n" % (name.encode(), value) in self._lines for value in (b"y", b"m"))
 
     @classmethod
     def of(cls, kernel: KernelImage) -> KernelOptions:
@@ -55,7 +62,16 @@ def ecam_alone(options: KernelOptions, parameters: Iterable[str]) -> bool:
 
 def has_console(options: KernelOptions, modules: Container[str]) -> bool:
     """Whether the kernel drives a virtio console, by itself or with ``modules`` that its init loads."""
-    return all(options.built_in(name) or name.lower() in modules for name in ("VIRTIO_PCI", "VIRTIO_CONSOLE"))
+    return all(options.built_in(name) or name.lower() in modules for name in _CONSOLE)
+
+
+def agent_lacks(options: KernelOptions) -> list[str]:
+    """Return the options that the kernel lacks for an agent beside another init; none if its options are unknown.
+
+    A module may be in that initramfs, wherever this host has it.
+    """
+    wanted = (*_CONSOLE, "DEVTMPFS")
+    return [f"CONFIG_{name}" for name in wanted if options.known and not options.has(name)]
 
 
 def _places(kernel: KernelImage) -> Iterator[Path]:
