@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -135,12 +136,13 @@ def fail(command: str, error: BaseException, as_json: bool) -> None:
             return
         except OSError:  # a full disk, which may be the very error
             sys.stdout = None
-    if isinstance(error, click.ClickException):
-        error.show()
-    else:
-        click.echo(f"kvmpass: {error_text(error)}", err=True)
-    for remedy in remedies(error):
-        click.echo(f"  hint: {remedy}", err=True)
+    with suppress(OSError):  # the exit status tells of the error, too
+        if isinstance(error, click.ClickException):
+            error.show()
+        else:
+            click.echo(f"kvmpass: {error_text(error)}", err=True)
+        for remedy in remedies(error):
+            click.echo(f"  hint: {remedy}", err=True)
 
 
 def open_standard_streams() -> None:

@@ -45,6 +45,11 @@ def test_a_closed_stream_changes_nothing_else(words: str, tmp_path: Path) -> Non
             assert result.stdout == usual.stdout
 
 
+@pytest.mark.parametrize("words", ["show ffff:ff:1f.7", "assign ffff:ff:1f.7 -- true", "no-such-command"])
+def test_an_error_that_cannot_be_printed_has_its_exit_status(words: str, tmp_path: Path) -> None:
+    assert run(words, "2>/dev/full", tmp_path).returncode == run(words, "", tmp_path).returncode
+
+
 def test_the_next_file_does_not_become_the_output(tmp_path: Path) -> None:
     """A file that kvmpass writes must not become its standard output."""
     status = tmp_path / "status.json"
