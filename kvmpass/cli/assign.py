@@ -200,7 +200,6 @@ def _run_to_its_end(
         measured = Measured()
     mark = measured.timings.mark if measured else unmarked
     mark("start of Python, imports")
-    exit_status = ASSIGN_FAILED
     try:
         # Not the argument's type: the status file must report a wrong address, too.
         bdfs = [BDF.convert(text, None, None) for text in bdf]
@@ -232,6 +231,11 @@ def _run_to_its_end(
                 from kvmpass.cli import ending
                 from kvmpass.cli.documents import backend_document, peers_document
 
+                if spec.copy_out:
+                    from kvmpass.cli.copied import report
+                if status_file is not None:
+                    import json  # noqa: F401 - document_text uses it
+
                 outcome["backend"] = backend_document(machine.backend)
                 outcome["bdfs"] = list(bdf) or [str(device.bdf) for device in machine.devices]
                 running = readers.enter_context(_guest(machine, spec, log, mark))
@@ -239,18 +243,17 @@ def _run_to_its_end(
                 outcome["peer_mappings"] = peers_document(machine.domain)
                 outcome["guest_exit_status"] = running.status  # valid even if rebinding a device fails
             result = running.result()
-        if command is not None and result.status is None:
-            _explain(result)
-        if result.copied_out:
-            from kvmpass.cli.copied import report
-
-            for line in report(result.copied_out, verbose=spec.verbose):
-                click.echo(f"kvmpass: {line}", err=True)
         exit_status = ending.exit_status(result, command=command is not None)
         outcome.update(outcome=_outcome(result), guest_errors=list(result.failures))
         outcome["copied_out"] = result.copied_out
+        if command is not None and result.status is None:
+            _explain(result)
+        if result.copied_out:
+            for line in report(result.copied_out, verbose=spec.verbose):
+                click.echo(f"kvmpass: {line}", err=True)
         return exit_status
     except BaseException as error:
+        exit_status = ASSIGN_FAILED
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             exit_status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 130
             outcome.update(outcome="interrupted")
@@ -259,13 +262,14 @@ def _run_to_its_end(
     finally:
         if measured:
             outcome["timings"] = measured.document()
-            click.echo("\n".join(f"kvmpass: {line}" for line in measured.lines()), err=True)
         if status_file is not None:
             outcome.update(exit_status=exit_status, seconds=round(time.monotonic() - started, 3))
             try:
                 _write_status(status_file, outcome)
             except OSError as failure:
                 click.echo(f"kvmpass: --status-file: {failure}", err=True)
+        if measured:  # last: it may be that nothing can be printed
+            click.echo("\n".join(f"kvmpass: {line}" for line in measured.lines()), err=True)
 
 
 @contextmanager

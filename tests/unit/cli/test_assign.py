@@ -17,6 +17,44 @@ from kvmpass.cli.output import error_text
 from kvmpass.guest import GuestResult
 from kvmpass.machine import GuestOutcome
 
+# A guest that ends with status 0 and one file to copy, after which nothing can be imported; the arguments are the
+# command's.
+ENDED = """
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace as Fake
+
+class Upgrade:
+    done = False
+
+    def find_spec(self, name, path, target=None):
+        if self.done:
+            raise ImportError(f"{name} is another version's")
+
+upgrade = Upgrade()
+sys.meta_path.insert(0, upgrade)
+
+import kvmpass.cli.assign as module
+from kvmpass.cli.main import main
+from kvmpass.guest import CopiedOut, GuestResult
+from kvmpass.machine import GuestOutcome
+
+@contextmanager
+def assigned(*arguments, **options):
+    yield Fake(backend=None, devices=(), domain=Fake(p2p=False), exit_reasons={}, access_counts={})
+
+@contextmanager
+def guest(*arguments):
+    copied = CopiedOut("/etc/hostname", "/tmp/hostname", 1, 5, (), None)
+    yield Fake(status=0, result=lambda: GuestResult(GuestOutcome.POWEROFF, 0, (), "", (copied,)))
+
+def follow(*arguments, **options):
+    upgrade.done = True
+
+module.assigned, module._guest, module._follow = assigned, guest, follow
+main(["assign", *sys.argv[1:], "ffff:ff:1f.7", "--", "true"])
+"""
+
 
 @pytest.mark.parametrize(
     ("error", "text"),
@@ -118,6 +156,21 @@ def test_the_status_file_reports_a_wrong_address(
         [address],
     )
     assert document["error"]["cause"] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("errors", "exit_status"), [("/dev/null", 0), ("/dev/full", 125)])
+def test_the_end_of_a_guest_imports_nothing(
+    tmp_path: Path, errors: str, exit_status: int, valid: Callable[..., Any]
+) -> None:
+    """An upgrade may have replaced the files meanwhile. How the guest has ended is kept if it cannot be printed."""
+    status = tmp_path / "status.json"
+    options = ["-v", "--timings", "--copy-out", f"/etc/hostname:{tmp_path}/hostname", "--status-file", str(status)]
+    with Path(errors).open("w") as stderr:
+        words = [sys.executable, "-c", ENDED, *options]
+        done = subprocess.run(words, stderr=stderr, timeout=60, check=False)
+    document = valid("status-file", status.read_text())
+    assert (document["outcome"], document["guest_exit_status"], len(document["copied_out"])) == ("exited", 0, 1)
+    assert (document["exit_status"], done.returncode) == (exit_status, exit_status), document["error"]
 
 
 @pytest.mark.parametrize(
