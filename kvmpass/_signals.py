@@ -115,11 +115,11 @@ def importing() -> Iterator[None]:
     Some of what runs in an import prints exceptions and goes on, or raises others. And what an import makes stays: to
     search it for garbage takes a twentieth of the import.
     """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with deferred():
+    with deferred():
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
             yield
-    finally:
-        if collecting:
-            gc.enable()
+        finally:
+            if collecting:
+                gc.enable()

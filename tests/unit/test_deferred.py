@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import signal
+import sys
 import threading
+from types import FrameType
+from typing import Any
 
 import pytest
 
-from kvmpass._signals import deferred
+from kvmpass._signals import deferred, importing
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +67,30 @@ def test_another_thread_defers_nothing() -> None:
     thread.start()
     thread.join()
     assert ran == [signal.default_int_handler]
+
+
+def test_garbage_is_collected_again_after_a_signal_at_any_line_of_importing() -> None:
+    function = inspect.unwrap(importing)
+    lines, first = inspect.getsourcelines(function)
+    interrupted = set()
+    for line in range(first, first + len(lines)):
+
+        def trace(frame: FrameType, event: str, argument: object, line: int = line) -> Any:
+            if frame.f_code is not function.__code__:
+                return None
+            if event == "line" and frame.f_lineno == line and line not in interrupted:
+                interrupted.add(line)
+                signal.raise_signal(signal.SIGINT)
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with importing():
+                assert not gc.isenabled()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert gc.isenabled(), line
+    assert len(interrupted) > 4
