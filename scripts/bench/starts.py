@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from attach import SIZES, in_c, until
-from qemu import WORDS, Qemu
+from qemu import SECONDS, WORDS, Qemu
 from report import STAGES
 from samples import CLICK, KVMPASS, Bench, Job, spent
 
@@ -91,8 +91,9 @@ class Loaded:
     def measure(self, row: str, program: str, size: int, cpu_row: str | None = None) -> None:
         """Record the time of a program until its first ``KVM_RUN``, and its CPU time in user mode in another row."""
         words = self.kvmpass(size) if program == "kvmpass" else self.qemu(size)
-        tracer = str(self._bench.programs / "until_run")
-        done = subprocess.run([tracer, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        tracer = [str(self._bench.programs / "until_run"), str(SECONDS)]
+        quiet = subprocess.DEVNULL
+        done = subprocess.run([*tracer, *words], stdin=quiet, capture_output=True, text=True, timeout=2 * SECONDS)
         if done.returncode:
             raise RuntimeError(f"{row}: {program}: {done.stderr.strip()}")
         nanoseconds, in_user_mode = map(int, done.stdout.splitlines()[-1].split())

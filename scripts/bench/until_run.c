@@ -1,10 +1,11 @@
 /*
  * How long a program takes to its first KVM_RUN, and how much CPU: whatever VMM it is, and without its help.
  *
- *	until_run PROGRAM [ARGUMENT…]
+ *	until_run SECONDS PROGRAM [ARGUMENT…]
  *
- * A filter of system calls (seccomp(2)) tells this process of the call before it is made. Then the program is killed.
- * Prints nanoseconds from its start, and of CPU time in user mode; the end of the process costs none.
+ * A filter of system calls (seccomp(2)) tells this process of the call before it is made. Then the program is killed,
+ * as it is after so many seconds without one. Prints nanoseconds from its start, and of CPU time in user mode; the end
+ * of the process costs none.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -64,26 +65,34 @@ int main(int argc, char **argv)
 	struct pollfd first = { .fd = LISTENER, .events = POLLIN };
 	struct timespec before, after;
 	struct rusage used;
+	int seconds, found;
 	pid_t pid;
 
-	if (argc < 2)
+	seconds = argc < 3 ? 0 : atoi(argv[1]);
+	if (seconds < 1 || seconds > 3600) {
+		fprintf(stderr, "usage: until_run SECONDS PROGRAM [ARGUMENT...], 1 to 3600 seconds\n");
 		return 2;
+	}
 	clock_gettime(CLOCK_MONOTONIC, &before);
 	/* The descriptors are shared until the child runs the program: then the listener is here. */
 	pid = syscall(SYS_clone, CLONE_FILES | CLONE_VFORK | SIGCHLD, NULL, NULL, NULL, 0);
 	if (pid < 0)
 		fail("clone");
 	if (!pid)
-		start(argv + 1);
-	while (poll(&first, 1, -1) < 0)
+		start(argv + 2);
+	while ((found = poll(&first, 1, seconds * 1000)) < 0)
 		if (errno != EINTR)
 			fail("poll");
 	clock_gettime(CLOCK_MONOTONIC, &after);
 	kill(pid, SIGKILL);
 	if (wait4(pid, NULL, 0, &used) < 0)
 		fail("wait4");
+	if (!found) {
+		fprintf(stderr, "%s: no KVM_RUN within %d s: killed\n", argv[2], seconds);
+		return 1;
+	}
 	if (!(first.revents & POLLIN)) {
-		fprintf(stderr, "%s: ended without KVM_RUN\n", argv[1]);
+		fprintf(stderr, "%s: ended without KVM_RUN\n", argv[2]);
 		return 1;
 	}
 	printf("%lld %lld\n", (after.tv_sec - before.tv_sec) * 1000000000LL + after.tv_nsec - before.tv_nsec,

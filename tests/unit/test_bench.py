@@ -141,12 +141,15 @@ def test_time_and_cpu_end_at_the_first_kvm_run(tmp_path: Path) -> None:
     run = partial(subprocess.run, capture_output=True, text=True, timeout=60)
     work = "import fcntl, threading, time; time.sleep(0.3); call = lambda: fcntl.ioctl(0, 0xae80)\n"
     work += "threading.Thread(target=call).start(); time.sleep(50)"
-    done = run([program, sys.executable, "-c", work])
+    done = run([program, "60", sys.executable, "-c", work])
     nanoseconds, cpu = map(int, done.stdout.split())
     assert not done.returncode and 0.3e9 < nanoseconds < 45e9 and 0 < cpu < nanoseconds
     for words in (["true"], ["/missing"]):
-        done = run([program, *words])
+        done = run([program, "60", *words])
         assert done.returncode == 1 and "ended without KVM_RUN" in done.stderr
+    done = run([program, "1", "sleep", "55"])
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "sleep: no KVM_RUN within 1 s: killed\n")
+    assert run([program, "0", "true"]).returncode == run([program, "sleep", "1"]).returncode == 2
 
 
 def test_calls_are_named_by_their_descriptor(script: Script) -> None:
