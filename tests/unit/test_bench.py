@@ -152,6 +152,32 @@ def test_time_and_cpu_end_at_the_first_kvm_run(tmp_path: Path) -> None:
     assert run([program, "0", "true"]).returncode == run([program, "sleep", "1"]).returncode == 2
 
 
+def test_neither_program_of_the_cpu_row_finalizes_its_interpreter(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is killed at its first KVM_RUN: the other must not count its end."""
+    starts, samples = script("starts"), script("samples")
+    ends = "import atexit; atexit.register(print, 'finalized')\n"
+
+    def printed(words: list[str], *, user: bool) -> float:
+        assert user and words[:2] == [sys.executable, "-c"]
+        done = subprocess.run([*words[:2], ends + words[2]], check=True, capture_output=True, text=True)
+        assert not done.stdout
+        return 1.0
+
+    class Nothing:
+        def __init__(self, bench: Any) -> None:
+            self.measure = lambda *arguments: None
+
+    monkeypatch.setattr(starts, "spent", printed)
+    monkeypatch.setattr(starts, "Loaded", Nothing)
+    bench = samples.Bench(samples.Samples(), tmp_path, {})
+    with starts.start(bench) as jobs:
+        for job in jobs:
+            job()
+    assert bench.samples.samples == {"user CPU until the first KVM_RUN, ms": {"import click": [1.0]}}
+
+
 def test_calls_are_named_by_their_descriptor(script: Script) -> None:
     """VFIO has given some numbers twice."""
     lines = [
