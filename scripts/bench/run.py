@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,7 +22,20 @@ from typing import Any
 
 from inside import SECTIONS
 from ioctls import REASONS
-from report import bars, counts_table, document, growth, ioctls_table, stages_table, summary, table, text, timeline
+from report import (
+    bars,
+    conditions,
+    counts_table,
+    document,
+    growth,
+    ioctls_table,
+    sections_table,
+    stages_table,
+    summary,
+    table,
+    text,
+    timeline,
+)
 from samples import Bench, Samples
 from starts import CPUS
 from trees import trees
@@ -70,10 +84,12 @@ def measure(
 def outside(folder: Path, rounds: int) -> dict[str, Any]:
     """Measure what needs no AMD host."""
     samples = Samples()
+    started = time.monotonic()
     with trees(Bench(samples, folder, {})) as jobs:
         for _ in range(rounds):
             for job in jobs:
                 job()
+    samples.seconds["trees"] = time.monotonic() - started
     samples.save(folder / "result-outside")
     found: dict[str, Any] = json.loads((folder / "result-outside").read_text())
     return found
@@ -93,6 +109,8 @@ def documents(found: dict[str, Any]) -> dict[str, str]:
     counts = found["counts"]
     runs = {program: counts[name] for program, name in RUNS.items() if name in counts}
     blocks = {
+        "conditions": conditions(found),
+        "sections": sections_table(found["seconds"]),
         "ratios": table(found["rows"]),
         "counts": counts_table(counts.get("phases", {})),
         "stages": stages_table(counts),
@@ -146,8 +164,9 @@ def main() -> None:
         folder = Path(name)
         compile_programs(folder)
         work = partial(measure, folder, options.rounds, options.kernel, options.here, options.limit)
-        parts = list(pool.map(work, filter(None, shares)))
-        parts += map(work, filter(None, [alone]))
+        together = [share for share in shares if share]
+        parts = list(pool.map(work, together))
+        parts += [work(alone)] if alone else []
         parts += [outside(folder, options.rounds)] if "trees" in wanted else []
     for part in parts:
         assert not found["samples"].keys() & part["samples"].keys(), "a row was measured in two hosts"
@@ -159,7 +178,9 @@ def main() -> None:
         print(f"bench: {section}: {len(reasons)} failed, the first: {reasons[0]}", file=sys.stderr)
     if published and found["failures"]:
         sys.exit("bench: nothing is written")
-    write({"place": place, "rounds": options.rounds, "rows": rows, **found}, options.output)
+    hosts = [] if options.here else [*together, *([alone] if alone else [])]
+    where = {"place": place, "cpus": os.cpu_count(), "hosts": hosts, "at_once": len(together)}
+    write({**where, "rounds": options.rounds, "rows": rows, **found}, options.output)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,30 @@ def test_stages_are_medians_of_all_runs(report: ModuleType) -> None:
     ]
 
 
+def test_how_often_and_where_is_said_by_the_data(report: ModuleType) -> None:
+    found: dict[str, Any] = {
+        "rounds": 9,
+        "cpus": 2,
+        "at_once": 2,
+        "hosts": [["layers", "guests"], ["spans"], ["parallel"]],
+    }
+    found["rows"] = [{"rounds": 9}, {"rounds": 9}]
+    assert report.conditions(found) == (
+        "Rounds: 9; CPUs of the machine: 2; emulated host 1: `layers`, `guests`; emulated host 2: `spans`; "
+        "emulated host 3:\n`parallel`; hosts 1 and 2 at the same time."
+    )
+    found |= {"rows": [{"rounds": 7}, {"rounds": 9}], "at_once": 0, "hosts": [], "note": "It was busy."}
+    assert report.conditions(found) == "Rounds: 7 to 9; CPUs of the machine: 2.\n\nIt was busy."
+    assert report.conditions({**found, "rows": []}).startswith("Rounds: 9; ")
+
+
+def test_every_section_is_described(script: Script, report: ModuleType) -> None:
+    assert report.MEASURED.keys() == {*script("inside").SECTIONS, "trees"}
+    table = report.sections_table({"guests": 508.4}).splitlines()
+    assert table[2:3] == ["| `layers` | one ioctl through each layer |  |"]
+    assert "| `guests` | boots, data, interrupts, output | 508 |" in table
+
+
 def test_time_and_cpu_end_at_the_first_kvm_run(tmp_path: Path) -> None:
     """In any thread, on any descriptor: this program has no VM."""
     program = tmp_path / "until_run"
