@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from kvmpass import host
@@ -16,7 +16,7 @@ from kvmpass.assignment.backing import choose_backing, choose_nodes
 from kvmpass.errors import KvmpassError
 from kvmpass.host.address import parse_distinct
 from kvmpass.host.backend import AUTO
-from kvmpass.layout import Range, parse_size
+from kvmpass.layout import GUEST_BITS, Range, parse_size
 from kvmpass.memory import Backing, MachineMemory, plan_memory
 from kvmpass.timings import Mark, unmarked
 
@@ -61,11 +61,18 @@ def check_passed(
 
 
 def check_guest(
-    bdfs: Sequence[host.Bdf], look: host.Look, memory: int, backing: Backing, cpus: int, others: int = 0
+    bdfs: Sequence[host.Bdf],
+    look: host.Look,
+    memory: int,
+    backing: Backing,
+    cpus: int,
+    others: int = 0,
+    daemons: int = 0,
 ) -> None:
-    """Check this host's memory and this process's limits for a guest; ``others``: bytes that are allocated besides.
+    """Check this host's memory and this process's limits for a guest.
 
-    Raises ``NotEnoughMemory``, ``HostNotReady``.
+    ``others``: bytes that are allocated besides; ``daemons``: how many serve it files of this host. Raises
+    ``NotEnoughMemory``, ``HostNotReady``.
     """
     with importing():
         from kvmpass.host.doctor import check_limits, check_memory
@@ -75,8 +82,23 @@ def check_guest(
     sysfs, page = look.sysfs, backing.huge_page
     besides = needed_besides(0 if page else memory) + others
     check_memory(sysfs, memory, huge_page=page, overhead=besides, look=look)
-    # The machine refuses more CPUs than a guest can have.
-    check_limits(sysfs, memory, huge_page=page, cpus=min(cpus, MAX_APIC_IDS), together=bdfs, look=look)
+    check_limits(
+        sysfs,
+        memory,
+        huge_page=page,
+        cpus=min(cpus, MAX_APIC_IDS),  # the machine refuses more than a guest can have
+        daemons=daemons,
+        memfds=_memfds(sysfs, memory, backing),
+        together=bdfs,
+        look=look,
+    )
+
+
+def _memfds(sysfs: host.Sysfs, memory: int, backing: Backing) -> int:
+    if backing.is_memfd:
+        with suppress(KvmpassError):  # ``make_memory`` says why
+            return plan_memory(memory, sysfs.reserved_regions(), GUEST_BITS, backing).memfds
+    return 0
 
 
 def make_memory(sysfs: host.Sysfs, size: int, backing: Backing, nodes: Collection[int] = ()) -> MachineMemory:
@@ -125,14 +147,14 @@ def assigned(
     passed = descriptors.devices(sysfs, bdfs) if descriptors is not None else {}
     devices = [device for device, _ in passed.values()] or [look.require(bdf) for bdf in bdfs]
     bdfs = tuple(device.bdf for device in devices)
-    choice = choose_backing(sysfs, size, bdfs, backing, shared=spec.backing().is_memfd)
+    choice = choose_backing(sysfs, size, bdfs, backing, shared=spec.daemons > 0)
     near = choose_nodes(sysfs, bdfs)
     with ExitStack() as undo:
         # Most of the time goes into memory: it is populated while the rest is imported, checked and made. What speaks
         # against the host or a device is said before what speaks against the size, as those are looked at first.
         refused: Exception | None = None
         try:
-            check_guest(bdfs, look, size, choice.backing, cpus, spec.copied_size)
+            check_guest(bdfs, look, size, choice.backing, cpus, spec.copied_size, spec.daemons)
             with deferred():
                 made = undo.enter_context(closing(make_memory(sysfs, size, choice.backing, near.nodes)))
                 made.begin()

@@ -134,21 +134,36 @@ def plan(
         blockers.append(_impossible(error))
         bdfs = list(dict.fromkeys(bdfs))
     chosen = choose_backing(sysfs, size, bdfs, backing, shared=daemons > 0)
-    findings = _findings(look, bdfs, size, chosen.backing, cpus, backend, p2p)
-    blockers += _blockers(findings, Outcome.FAIL)
-    devices: list[PciDevice] = []
-    for bdf in bdfs:
-        with suppress(NoSuchDevice):  # a finding already
-            devices.append(sysfs.device(bdf))
     bits, source = _physical_bits(sysfs)
-    memory_plan = None
+    memory_plan, impossible = None, None
     try:
         memory_plan = plan_memory(size, sysfs.reserved_regions(), bits, chosen.backing)
         most = _ask_kvm(sysfs, "most vCPUs", lambda system: system.max_vcpus)
         if most is not None:  # else a finding already
             check_vcpus(cpus, most)
     except KvmpassError as error:
-        blockers.append(_impossible(error))
+        impossible = _impossible(error)
+    memfds = memory_plan.memfds if memory_plan else 0
+    diagnose = partial(
+        host.diagnose,
+        sysfs,
+        memory=size,
+        huge_page=chosen.backing.huge_page,
+        together=bdfs,
+        look=look,
+        cpus=cpus,
+        daemons=daemons,
+        memfds=memfds,
+        backend=backend,
+        p2p=p2p,
+    )
+    findings = _findings(diagnose, bdfs)
+    blockers += _blockers(findings, Outcome.FAIL)
+    blockers += [impossible] if impossible else []
+    devices: list[PciDevice] = []
+    for bdf in bdfs:
+        with suppress(NoSuchDevice):  # a finding already
+            devices.append(sysfs.device(bdf))
     planned = tuple(_device(look, device, bdfs) for device in devices)
     if memory_plan is not None:
         blockers += _unfitting(planned, memory_plan.layout)
@@ -165,20 +180,17 @@ def plan(
         phys_bits=bits,
         phys_bits_source=source,
         confined=any(not group.no_iommu for group in sysfs.groups()),
-        descriptors=_descriptors(look, planned, cpus, iommu, daemons, memory_plan),
+        descriptors=_descriptors(look, planned, cpus, iommu, daemons, memfds),
         blockers=tuple(blockers),
         warnings=tuple(_blockers(findings, Outcome.WARN)),
     )
 
 
-def _findings(
-    look: host.Look, bdfs: Sequence[Bdf], size: int, backing: Backing, cpus: int, backend: str, p2p: bool
-) -> list[Finding]:
+def _findings(diagnose: Callable[[Bdf], list[Finding]], bdfs: Sequence[Bdf]) -> list[Finding]:
     """Return the findings of ``doctor`` for all devices, those of the host once."""
-    diagnose = partial(host.diagnose, look.sysfs, together=bdfs, look=look, p2p=p2p)
     unique: dict[tuple[str, str], Finding] = {}
     for bdf in bdfs:
-        for finding in diagnose(bdf, memory=size, huge_page=backing.huge_page, cpus=cpus, backend=backend):
+        for finding in diagnose(bdf):
             unique.setdefault((finding.check, finding.blocker.cause if finding.blocker else ""), finding)
     return list(unique.values())
 
@@ -250,10 +262,9 @@ def _descriptors(
     cpus: int,
     backend: BackendChoice,
     daemons: int,
-    memory: MemoryPlan | None,
+    memfds: int,
 ) -> Descriptors:
     groups = {device.group for device in devices} if backend.name == TYPE1 else ()
     most = sum(max(device.vectors.msix or 0, device.vectors.msi or 0) for device in devices)
-    memfds = sum(region.backing.is_memfd for region in memory.regions) if memory is not None else 0
     fixed = limits.descriptors_needed(len(devices), len(groups), cpus, daemons, memfds)
     return Descriptors(fixed, most, limits.rlimit(look, "Max open files").hard)

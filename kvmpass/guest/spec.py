@@ -53,7 +53,12 @@ class GuestSpec:
 
     def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
         """Return the backing for the memory of its machine, ``wanted`` where it may choose: see ``GuestImage``."""
-        return wanted.shared if self.root != MINIMAL or self.shares else wanted
+        return wanted.shared if self.daemons else wanted
+
+    @property
+    def daemons(self) -> int:
+        """How many daemons serve it files of this host."""
+        return (self.root != MINIMAL) + len(self.shares)
 
     def check(self) -> None:
         """Raise ``KvmpassError`` if something is to be in an initramfs that is the user's own."""

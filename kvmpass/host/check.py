@@ -147,6 +147,8 @@ class CheckContext:
         locked: int | None = None,
         overhead: int | None = None,
         cpus: int = 1,
+        daemons: int = 0,
+        memfds: int = 0,
         wanted_backend: str = AUTO,
         p2p: bool = False,
         passed: BackendChoice | None = None,
@@ -168,6 +170,10 @@ class CheckContext:
         """What the guest needs besides its memory, in bytes; None if unknown."""
         self.cpus = cpus
         """Its number of vCPUs."""
+        self.daemons = daemons
+        """How many daemons serve it files."""
+        self.memfds = memfds
+        """How many regions of its memory are memfds."""
         self.wanted_backend = wanted_backend
         """The IOMMU back end that is asked for, one of ``kvmpass.host.backend.BACKENDS``."""
         self.p2p = p2p

@@ -43,6 +43,11 @@ class MemoryPlan:
         """Bytes that mapping locks in memory."""
         return sum(region.range.size for region in self.mapped)
 
+    @property
+    def memfds(self) -> int:
+        """The number of regions that are memfds."""
+        return sum(region.backing.is_memfd for region in self.regions)
+
 
 def plan_memory(
     size: int, reserved: Iterable[Reserved] = (), phys_bits: int = 40, backing: Backing = Backing.ANONYMOUS

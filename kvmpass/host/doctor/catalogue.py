@@ -32,14 +32,17 @@ def diagnose(
     together: Collection[Bdf] = (),
     look: Look | None = None,
     cpus: int = 1,
+    daemons: int = 0,
+    memfds: int = 0,
     backend: str = AUTO,
     p2p: bool = False,
 ) -> list[Finding]:
     """Run every check; those of a device only with ``bdf``. Changes nothing, and raises nothing.
 
     ``memory`` is the guest's size in bytes, ``huge_page`` the size of its pages in bytes or 0, ``cpus`` its number of
-    vCPUs; ``together`` are devices that are assigned with ``bdf``, ``backend`` the IOMMU back end that is asked for,
-    ``p2p`` whether devices are to reach each other's BARs. Callers that check many devices pass one ``look``.
+    vCPUs, ``daemons`` how many serve it files, ``memfds`` how many regions of its memory are memfds; ``together`` are
+    devices that are assigned with ``bdf``, ``backend`` the IOMMU back end that is asked for, ``p2p`` whether devices
+    are to reach each other's BARs. Callers that check many devices pass one ``look``.
     """
     checks = [check for check in CATALOGUE if bdf is not None or not check.device]
     context = CheckContext(
@@ -49,6 +52,8 @@ def diagnose(
         memory=memory,
         huge_page=huge_page,
         cpus=cpus,
+        daemons=daemons,
+        memfds=memfds,
         wanted_backend=backend,
         p2p=p2p,
     )

@@ -236,7 +236,9 @@ def _descriptors(context: CheckContext) -> Verdict:
     devices = {*context.together, *([context.bdf] if context.bdf else [])}
     found = {context.look.device(bdf) for bdf in devices}
     groups = {device.group for device in found if device is not None}
-    needed = limits.descriptors_needed(max(1, len(devices)), max(1, len(groups)), context.cpus)
+    needed = limits.descriptors_needed(
+        max(1, len(devices)), max(1, len(groups)), context.cpus, context.daemons, context.memfds
+    )
     read = Reading(LIMITS, f"Max open files {'unlimited' if limit.hard is None else limit.hard} (hard)")
     if limit.hard is not None and limit.hard < needed:
         command = raising(context, "LimitNOFILE", "ulimit -Hn", needed)

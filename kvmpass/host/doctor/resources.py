@@ -48,16 +48,26 @@ def check_limits(
     *,
     huge_page: int = 0,
     cpus: int = 1,
+    daemons: int = 0,
+    memfds: int = 0,
     together: Collection[Bdf] = (),
     look: Look | None = None,
 ) -> None:
     """Check this process's resource limits for a machine of ``size_bytes`` with ``cpus`` and devices ``together``.
 
-    ``look`` as for :func:`check_memory`. Raises ``NotEnoughMemory`` (address space) or ``HostNotReady`` (threads,
-    descriptors, file size).
+    ``daemons`` and ``memfds`` as for :class:`CheckContext`, ``look`` as for :func:`check_memory`. Raises
+    ``NotEnoughMemory`` (address space) or ``HostNotReady`` (threads, descriptors, file size).
     """
     look = look or Look(sysfs)
-    context = CheckContext(look, memory=size_bytes, huge_page=huge_page, cpus=cpus, together=together)
+    context = CheckContext(
+        look,
+        memory=size_bytes,
+        huge_page=huge_page,
+        cpus=cpus,
+        daemons=daemons,
+        memfds=memfds,
+        together=together,
+    )
     _refuse(limits.PROCESS_CHECKS, context)
 
 

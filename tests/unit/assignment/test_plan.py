@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from support.host_tree import Host
 
 import kvmpass
 from kvmpass.assignment import plan as planning
-from kvmpass.errors import BadAddress, LayoutError
+from kvmpass.assignment.assign import check_guest
+from kvmpass.errors import BadAddress, HostNotReady, LayoutError
+from kvmpass.host import Bdf, Look
 from kvmpass.layout import GIB, MIB, Range, Reserved
 from kvmpass.memory import Backing, RegionKind, plan_memory
 from kvmpass.pci import preview_bars, preview_vectors
@@ -108,6 +111,23 @@ def test_daemons_take_descriptors(host: Host) -> None:
     fixed = kvmpass.plan([NVME], memory="4G", sysfs=host).descriptors.fixed
     made = kvmpass.plan([NVME], memory="4G", daemons=2, sysfs=host)
     assert made.descriptors.fixed == fixed + 2 * 13 + 2
+
+
+@pytest.mark.parametrize(("daemons", "backing"), [(0, Backing.ANONYMOUS), (0, Backing.MEMFD), (2, Backing.MEMFD)])
+def test_the_descriptors_of_the_plan_are_those_that_are_checked(host: Host, daemons: int, backing: Backing) -> None:
+    """By the plan's own blockers, and by an assignment."""
+
+    def make() -> planning.Plan:
+        return kvmpass.plan([NVME], memory="4G", backing=backing, daemons=daemons, sysfs=host)
+
+    host.put("proc/meminfo", f"MemAvailable: {8 * GIB >> 10} kB")
+    needed = make().descriptors.fixed
+    for limit in (needed - 1, needed):
+        host.put("proc/self/limits", f"Max open files {limit} {limit} files")
+        refused = limit < needed
+        assert [blocker.kind for blocker in make().blockers] == ["descriptors-low"] * refused
+        with pytest.raises(HostNotReady, match=f"{needed} file descriptors") if refused else nullcontext():
+            check_guest([Bdf.parse(NVME)], Look(host), 4 * GIB, backing, 1, daemons=daemons)
 
 
 def test_the_back_end_is_part_of_the_plan(host: Host) -> None:
