@@ -24,19 +24,24 @@ else:
     def dataclass(cls: type | None = None, **options: bool) -> Any:
         """Return what ``dataclasses.dataclass`` would: fields, equality, hash and text; frozen where that is set.
 
-        With ``slots`` each field is an argument, by position and name, and has no ``hash`` of its own.
+        With ``slots`` each field is an argument, by position and name, and has no ``hash`` of its own. Raises
+        ``TypeError`` for other definitions, and what the standard library does: ``ValueError`` for a mutable default.
         """
         if not options.get("slots") or options.keys() - _OPTIONS:
             return dataclasses.dataclass(cls, **options)
         return partial(_make, **options)
 
     def replace(instance: Any, /, **changes: Any) -> Any:
-        """Return what ``dataclasses.replace`` would, of an instance whose class was made here: it needs no fields."""
+        """Return what ``dataclasses.replace`` would: of an instance whose class was made here, without its fields."""
         cls = instance.__class__
-        return cls(**{name: getattr(instance, name) for name in cls.__defaults__} | changes)
+        defaults = vars(cls).get("__defaults__")
+        if defaults is None:
+            return dataclasses.replace(instance, **changes)
+        return cls(**{name: getattr(instance, name) for name in defaults} | changes)
 
 
 _OPTIONS = {"slots", "frozen", "eq", "repr", "order"}
+_NO_FIELDS = {"ClassVar", "InitVar", "KW_ONLY"}  # annotations; those of every module here are text
 _OWN = ("__dict__", "__weakref__")  # descriptors of one class, not of its copy
 _lock = RLock()  # a class's bases are completed with it
 
@@ -64,8 +69,11 @@ def _make(
     for base in cls.__mro__[-2:0:-1]:
         defaults |= vars(base).get("__defaults__", {})
         inherited.update(vars(base).get("__slots__", ()))
-    for name in names:
+    for name, annotation in names.items():
+        if str(annotation).partition("[")[0].rpartition(".")[2] in _NO_FIELDS:
+            raise TypeError(f"{name!r} of {cls.__qualname__} is no field: {annotation}")
         defaults[name] = space.pop(name, MISSING)
+    _check(defaults)
     for name in _OWN:
         space.pop(name, None)
     space["__slots__"] = [name for name in names if name not in inherited]
@@ -94,6 +102,24 @@ def _make(
     if "__init__" not in space:
         made.__init__ = _initializer(made, defaults, complete)
     return made
+
+
+def _check(defaults: dict[str, Any]) -> None:
+    """Raise what the standard library would, later; and ``TypeError`` for what has no effect here."""
+    optional = ""
+    for name, default in defaults.items():
+        value = default
+        if isinstance(default, Field):
+            if not default.init or default.kw_only is True or default.hash is not None:
+                raise TypeError(f"field {name!r} has init, kw_only or hash: use dataclasses.dataclass")
+            value = default.default if default.default_factory is MISSING else None
+        if value is not MISSING:
+            optional = name
+        elif optional:
+            raise TypeError(f"non-default argument {name!r} follows default argument {optional!r}")
+        kind = value.__class__
+        if kind.__hash__ is None:
+            raise ValueError(f"mutable default {kind} for field {name} is not allowed: use default_factory")
 
 
 def _initializer(made: Any, defaults: dict[str, Any], complete: Callable[[], None]) -> Callable[..., None]:
