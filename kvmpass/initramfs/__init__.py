@@ -36,14 +36,15 @@ _VARIABLE = lazy_pattern(r"[A-Za-z_][A-Za-z0-9_]*=")
 
 def find_busybox() -> Path:
     """Return the path of the host's busybox. Raises ``KvmpassError`` if it is not installed."""
-    places = (Path(place, "busybox") for place in _PROGRAMS)
-    found = next((place for place in places if place.is_file() and os.access(place, os.X_OK)), None)
+    places = [f"{place}/busybox" for place in _PROGRAMS]
+    # Unlike a Path, this finds nothing in a directory that the user may not search, and raises nothing.
+    found = next((place for place in places if os.path.isfile(place) and os.access(place, os.X_OK)), None)  # noqa: PTH113
     if found is None:
         raise KvmpassError(
             "no busybox on this host: the guest's root file system is made from it",
             "install it (Debian: apt-get install busybox-static)",
         )
-    return found
+    return Path(found)
 
 
 class GuestRoot:

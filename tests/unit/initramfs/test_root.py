@@ -13,7 +13,8 @@ import pytest
 from support.kernel_files import module
 
 from kvmpass.errors import KvmpassError
-from kvmpass.initramfs import GuestRoot, beside, elf, files, init
+from kvmpass.files import find_daemon
+from kvmpass.initramfs import GuestRoot, beside, elf, files, find_busybox, init
 from kvmpass.initramfs import parameters as parameters_module
 from kvmpass.initramfs.cpio import Tree
 from kvmpass.initramfs.modules import ModuleTree
@@ -51,6 +52,30 @@ def busybox(tmp_path: Path) -> Path:
     path.write_text("#!/bin/sh\nprintf 'sh\\nbusybox\\nls\\ninit\\n'\n")
     path.chmod(0o755)
     return path
+
+
+def test_programs_are_not_found_where_the_user_may_not_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    for name in ("busybox", "virtiofsd"):
+        (locked / name).touch(0o755)
+    locked.chmod(0)
+    monkeypatch.setattr("kvmpass.initramfs._PROGRAMS", (str(locked),))
+    monkeypatch.setattr("kvmpass.files.program.PLACES", (f"{locked}/virtiofsd".lstrip("/"),))
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:  # who may search any directory
+                os.setuid(65534)
+            assert find_daemon() is None
+            with pytest.raises(KvmpassError, match="no busybox on this host"):
+                find_busybox()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_equal_content_gives_equal_bytes(busybox: Path) -> None:
