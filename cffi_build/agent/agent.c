@@ -57,7 +57,9 @@ static void on_start(uint32_t id, bool more, const uint8_t *data, uint32_t size)
 		process->start_size += size;
 		if (more)
 			return;
+		follow_init();
 		error = start_process(process, environment);
+		leave_root();
 	}
 	if (error < 0) {
 		refuse(process, id, error);

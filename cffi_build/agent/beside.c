@@ -32,7 +32,7 @@ bool beside;
 static char path_variable[] = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 static char home_variable[] = "HOME=/root", term_variable[] = "TERM=linux";
 static char *variables[] = {path_variable, home_variable, term_variable, NULL};
-static int proc;
+static int proc, own_root;
 
 static void say(const char *text)
 {
@@ -153,6 +153,7 @@ char **leave_init(char **arguments, char **environment)
 	int sys, dev, looks = 0;
 	long port;
 
+	own_root = call3(open, "/", O_PATH | O_DIRECTORY | O_CLOEXEC, 0);
 	proc = open_file_system("proc");
 	sys = open_file_system("sysfs");
 	dev = open_file_system("devtmpfs");
@@ -187,4 +188,10 @@ void follow_init(void)
 	if (call1(fchdir, root) == 0)
 		call1(chroot, ".");
 	call1(close, root);
+}
+
+void leave_root(void)
+{
+	if (beside && call1(fchdir, own_root) == 0)
+		call1(chroot, ".");
 }

@@ -176,7 +176,6 @@ long start_process(struct process *process, char **environment)
 
 	if (process->start_size < sizeof(*start))
 		return -EINVAL;
-	follow_init();
 	process->terminal = start->flags & WITH_TERMINAL;
 	if ((error = make_pipe(&status)) < 0)
 		return error;

@@ -33,6 +33,7 @@ long start_process(struct process *process, char **environment);
 /* As PID 1: become the init of an initramfs of the user's. Returns in a child, once it has the port, its variables. */
 char **leave_init(char **arguments, char **environment);
 void follow_init(void); /* take the root of that init, which it may have changed; otherwise nothing */
+void leave_root(void); /* go back: that init may want to unmount it */
 void be_killable(void); /* in a process that it runs: no longer spared by the OOM killer */
 extern bool beside; /* whether this is that child */
 

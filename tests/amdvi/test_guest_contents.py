@@ -213,6 +213,7 @@ def test_an_initramfs_of_the_users_own_gets_the_agent(tmp_path: Path) -> None:
         wait_until_settled(guest)
         script = "tr '\\0' ' ' </proc/1/cmdline; cat /root; ls -d /kvmpass /new; tty; mount -t tmpfs more /sbin; cat"
         script += "; cat /proc/$PPID/oom_score_adj /proc/self/oom_score_adj"
+        script += '; [ "$(stat -c %d /proc/$PPID/root/)" = "$(stat -c %d /)" ] || echo apart'
         done = guest.run(["sh", "-c", script], input=b"input\n", timeout=GUEST_SECONDS)
         assert done.stdout.decode().splitlines() == [
             "/bin/sh -c echo settled >/dev/console; while :; do sleep 1000; done own moved",
@@ -220,6 +221,7 @@ def test_an_initramfs_of_the_users_own_gets_the_agent(tmp_path: Path) -> None:
             "input",
             "-1000",
             "0",
+            "apart",  # it keeps nobody from unmounting that root
         ]
         with guest.popen(["tty"], stdout=subprocess.PIPE, tty=True) as process:
             assert process.stdout is not None and process.stdout.read() == b"/dev/pts/0\r\n"
