@@ -150,8 +150,8 @@ def assigned(
     choice = choose_backing(sysfs, size, bdfs, backing, shared=spec.daemons > 0)
     near = choose_nodes(sysfs, bdfs)
     with ExitStack() as undo:
-        # Most of the time goes into memory: it is populated while the rest is imported, checked and made. What speaks
-        # against the host or a device is said before what speaks against the size, as those are looked at first.
+        # Most of the time goes into memory: it is populated while the rest is imported, checked and made. Errors of
+        # the host and of devices are raised before errors of the size.
         refused: Exception | None = None
         try:
             check_guest(bdfs, look, size, choice.backing, cpus, spec.copied_size, spec.daemons)
