@@ -5,10 +5,9 @@ The public names, each imported when it is first used: ``import kvmpass`` costs 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from kvmpass._lazy import lazy_names
 
+TYPE_CHECKING = False  # as in _lazy
 if TYPE_CHECKING:
     from kvmpass.assignment.plan import Plan as Plan
     from kvmpass.assignment.plan import plan as plan

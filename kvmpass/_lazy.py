@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, AnyStr
+
+TYPE_CHECKING = False  # for type checkers it is True; typing is not imported: the command comes here before all else
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import Any, AnyStr
 
 
 def lazy_names(
@@ -37,6 +40,8 @@ class _Pattern:
         self._arguments = arguments
 
     def __getattr__(self, name: str) -> Any:
+        import re
+
         value = getattr(re.compile(*self._arguments), name)
         setattr(self, name, value)  # later uses find it here
         return value

@@ -66,6 +66,13 @@ def test_an_import_loads_nothing_else() -> None:
     assert set(done.stdout.split()) == {"kvmpass", "kvmpass._lazy", "kvmpass.host"}
 
 
+def test_the_first_import_is_short() -> None:
+    """The command answers signals after it: before, Ctrl-C prints a traceback."""
+    script = "import sys; before = {*sys.modules}; import kvmpass; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not {"typing", "re", "collections", "enum"} & set(done.stdout.split())
+
+
 def test_a_pattern_is_compiled_when_it_is_first_used(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[str] = []
     original = re.compile
