@@ -7,7 +7,7 @@ import re
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.host.blocker import BlockerTemplate, mib
 from kvmpass.host.check import CheckContext, Reading, Verdict, failed, passed, precondition
-from kvmpass.host.doctor.limits import raising
+from kvmpass.host.doctor.limits import overhead, raising
 from kvmpass.host.limits import own_unit, rlimit
 from kvmpass.host.sysfs import Sysfs
 from kvmpass.hugepages import POOLS, HugePagePool, pool_name
@@ -18,7 +18,8 @@ CAP_IPC_LOCK = 14  # include/uapi/linux/capability.h
 SHORT = BlockerTemplate(
     kind="memory-short",
     brief="{available} of {size} available",
-    cause="the guest needs {size} of memory, {available} are available on this host",
+    cause="the guest needs {size} of memory, with page tables and copies of files; {available} are available on this "
+    "host",
     remedy="give the guest less memory, or free some",
     error=NotEnoughMemory,
 )
@@ -43,8 +44,8 @@ FEW_HUGE_ON_NODES = BlockerTemplate(
 FEW_ON_NODES = BlockerTemplate(
     kind="memory-nodes-short",
     brief="{available} of {size} on allowed nodes {nodes}",
-    cause="the guest needs {size} of memory, {available} are available on the NUMA nodes that this process may use: "
-    "{nodes}",
+    cause="the guest needs {size} of memory, with page tables and copies of files; {available} are available on the "
+    "NUMA nodes that this process may use: {nodes}",
     remedy="give the guest less memory, or this process more nodes: for a systemd unit AllowedMemoryNodes=, "
     "cpuset.mems of its cgroups",
     error=NotEnoughMemory,
@@ -67,9 +68,7 @@ MEMLOCK = BlockerTemplate(
     (SHORT, FEW_ON_NODES),
 )
 def _available(context: CheckContext) -> Verdict:
-    wanted = (0 if context.huge_page else context.memory) + (context.overhead or 0)
-    if context.huge_page and not wanted:
-        return passed("not needed: huge pages", Reading("/proc/meminfo", "not read"))
+    wanted = (0 if context.huge_page else context.memory) + overhead(context)
     available = context.look.fields("proc/meminfo").get("MemAvailable")
     if available is None:  # before Linux 3.14
         return passed("unknown", Reading("/proc/meminfo", "no MemAvailable"))

@@ -42,6 +42,7 @@ def host(tmp_path: Path) -> Host:
     host.add(NVME, "nvme", 7)
     host.put(f"sys/bus/pci/devices/{NVME}/config", config_space())
     host.put("proc/self/limits", "Max locked memory  unlimited  unlimited  bytes")
+    host.put("proc/meminfo", "MemAvailable: 8388608 kB")
     host.put(
         "proc/cpuinfo", "vendor_id : AuthenticAMD\nflags : svm npt\naddress sizes : 43 bits physical, 48 bits virtual"
     )
@@ -177,7 +178,7 @@ def test_all_blockers(host: Host) -> None:
     host.add("0000:02:00.0", "xhci_hcd", 8)
     host.put("sys/bus/pci/devices/0000:02:00.0/boot_vga", "1")
     host.put("sys/kernel/irq/9/chip_name", "IO-APIC")
-    made = kvmpass.plan([NVME, "02:00.0", NVME, "09:00.0"], memory="5G", sysfs=host)
+    made = kvmpass.plan([NVME, "02:00.0", NVME, "09:00.0"], memory="9G", sysfs=host)
     assert sorted((str(blocker.bdf), blocker.kind) for blocker in made.blockers) == [
         ("0000:02:00.0", "in-use"),
         ("0000:09:00.0", "no-device"),

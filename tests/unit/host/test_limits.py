@@ -260,6 +260,7 @@ def test_huge_pages_of_some_nodes(host: Host) -> None:
     for node, free in ((0, 200), (1, 400)):
         host.put(f"sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/free_hugepages", str(free))
         host.put(f"sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/nr_hugepages", "350")
+        host.put(f"sys/devices/system/node/node{node}/meminfo", f"Node {node} MemFree: {100 << 10} kB")
 
     def short(pages: int) -> list[str]:
         findings = diagnose(host, NVME, memory=pages * 2 * MIB, huge_page=2 * MIB)
