@@ -60,6 +60,11 @@ def test_relative_links_lead_somewhere(page: Path, target: str) -> None:
         assert anchor in anchors(file), f"{page.name}: {file.name} has no heading #{anchor}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_conflict_was_left(page: Path) -> None:
+    assert not re.search(r"^(<{7}|\|{7}|={7}|>{7})( |$)", page.read_text(), re.MULTILINE), "a merge is unfinished"
+
+
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_every_schema_has_an_example_that_is_valid(schema: str, valid: Callable[[str, str | bytes], Any]) -> None:
     """One line of an answer without end is a document, too."""
