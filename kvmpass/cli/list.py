@@ -55,7 +55,9 @@ def list(output: Output, filters: tuple[str, ...], wide: bool, tree: host.Sysfs 
 
     The exit status is 1 if a FILTER selects nothing, else 0, whether or not devices can be assigned.
     """
-    found = host.inventory(tree or host.Sysfs(), filters, details=wide or output.as_json)
+    from kvmpass.host.view.inventory import take_inventory
+
+    found = take_inventory(tree or host.Sysfs(), filters, details=wide or output.as_json)
     output.document(
         host=host_document(found.host),
         complete=found.complete,

@@ -78,11 +78,11 @@ class DeviceStatus:
     blockers: tuple[Blocker, ...]
     """Why it cannot be assigned; empty if it can on a host that is ready."""
     link: Link | None
-    """Its PCI Express link; None without one, or without details."""
+    """Its PCI Express link; None without one."""
     sriov: Sriov | None
-    """None without SR-IOV, or without details."""
+    """None without SR-IOV."""
     cdev: str | None
-    """Its VFIO character device, such as ``/dev/vfio/devices/vfio0``; None without one, or without details."""
+    """Its VFIO character device, such as ``/dev/vfio/devices/vfio0``; None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +103,15 @@ class Inventory:
     """All devices of this host that killed processes have left for ``kvmpass restore``."""
 
 
-def inventory(sysfs: Sysfs, filters: Iterable[str] = (), *, details: bool = True) -> Inventory:
-    """List all devices, or those that ``filters`` select. Only reads. Raises what :func:`select` raises.
+def inventory(sysfs: Sysfs, filters: Iterable[str] = ()) -> Inventory:
+    """List all devices, or those that ``filters`` select. Only reads. Raises what :func:`select` raises."""
+    return take_inventory(sysfs, filters, details=True)
 
-    Without ``details`` links, SR-IOV and character devices are not looked at: seven files less of each device.
+
+def take_inventory(sysfs: Sysfs, filters: Iterable[str], *, details: bool) -> Inventory:
+    """Return the inventory for ``kvmpass list``, which shows ``details`` only if asked to.
+
+    Without them ``link``, ``sriov`` and ``cdev`` are None for every device: this reads seven fewer files for each.
     """
     names = Names(sysfs)
     selected = select(sysfs, filters, names)
@@ -137,7 +142,7 @@ def inventory(sysfs: Sysfs, filters: Iterable[str] = (), *, details: bool = True
 def device_status(look: Look, device: PciDevice, *, details: bool = True) -> DeviceStatus:
     """Return a device with its names and blockers. Raises ``NotAssignable`` if its group was removed concurrently.
 
-    ``details``: as for :func:`inventory`.
+    ``details``: as for :func:`take_inventory`.
     """
     return DeviceStatus(
         device=device,
