@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-TYPE_CHECKING = False  # for type checkers it is True; typing is not imported: the command comes here before all else
+TYPE_CHECKING = False  # for type checkers it is True; Ctrl-C while typing is imported prints a traceback
 if TYPE_CHECKING:
     import re
     from collections.abc import Callable, Mapping, Sequence
