@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from kvmpass import host
 from kvmpass._dataclass import dataclass
 from kvmpass.errors import KvmpassError
-from kvmpass.layout import GUEST_BITS, plan_layout, size_text
+from kvmpass.layout import GUEST_BITS, Reserved, plan_layout, size_text
 from kvmpass.memory import Backing
 from kvmpass.memory.mapping import memory_policy
 from kvmpass.numa import NODES, node_numbers, split_nodes
@@ -58,13 +58,14 @@ def _largest(sysfs: host.Sysfs, size: int, node: int | None) -> tuple[Backing, s
     from kvmpass.hugepages import node_pool
 
     reasons: list[str] = []
+    reserved = sysfs.reserved_regions()
     for backing in _LARGEST_FIRST:
         page = backing.huge_page
         pages = f"{size_text(page)} pages"
         if size % page:
             reasons.append(f"{pages}: {size_text(size)} is not a multiple")
             continue
-        if not _from_zero(sysfs, size, page):
+        if not _from_zero(reserved, size, page):
             reasons.append(f"{pages}: this host reserves addresses that the guest's first one needs")
             continue
         findings = host.doctor.diagnose_huge_pages(sysfs, size, page)
@@ -78,10 +79,10 @@ def _largest(sysfs: host.Sysfs, size: int, node: int | None) -> tuple[Backing, s
     return Backing.ANONYMOUS, "; ".join(reasons)
 
 
-def _from_zero(sysfs: host.Sysfs, size: int, page: int) -> bool:
+def _from_zero(reserved: Sequence[Reserved], size: int, page: int) -> bool:
     """Whether RAM of such pages begins at address 0, as kernels need it."""
     try:
-        return plan_layout(size, sysfs.reserved_regions(), GUEST_BITS, page).ram[0].start == 0
+        return plan_layout(size, reserved, GUEST_BITS, page).ram[0].start == 0
     except KvmpassError:  # the caller's own plan says why
         return False
 
