@@ -35,7 +35,7 @@ Say = Callable[[str], None]
 def check(bdfs: Sequence[host.Bdf], look: host.Look, *, backend: str = AUTO, p2p: bool = False) -> None:
     """Run the checks of the host and of the devices. Raises as ``assigned`` does.
 
-    ``look``: the same for all checks of an assignment, so that each file is read once.
+    ``look``: the same for all checks of an assignment, so that what several of them need is read once.
     """
     with importing():
         from kvmpass.host.blockers import check_assignable

@@ -131,7 +131,7 @@ device_precondition = partial(precondition, device=True)
 
 
 class CheckContext:
-    """What checks work on: the host, a device, and the planned guest. Reads each file once.
+    """What checks work on: the host, a device, and the planned guest. What several checks need is read once.
 
     Synchronization: for one thread.
     """

@@ -39,9 +39,9 @@ _BAR = lazy_pattern(
 
 
 class Look:
-    """A host at one moment, for questions about one device or all of them. Reads each file once.
+    """A host at one moment, for questions about one device or all of them. Reads once what it returns.
 
-    After a change, use a new one: :meth:`again`.
+    What is read through ``sysfs`` is read again each time. After a change, use a new one: :meth:`again`.
 
     Synchronization: for one thread.
     """
@@ -64,7 +64,7 @@ class Look:
     def again(self) -> Look:
         """Return a view of the host at this moment, which shares what no change of a driver changes.
 
-        That are the names of devices, and the BARs without an address, for which all of the kernel's log is read.
+        These are the names of devices, and the BARs without an address, for which all of the kernel's log is read.
         """
         look = Look(self.sysfs, self._names)
         if "unplaced_bars" in vars(self):

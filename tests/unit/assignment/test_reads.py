@@ -9,14 +9,34 @@ import pytest
 from support.host_tree import Host
 
 from kvmpass.assignment import assign
+from kvmpass.assignment.backing import choose_backing, choose_nodes
 from kvmpass.host import Bdf, Look, borrow
 from kvmpass.host.kernel.kmsg import KernelLog
-from kvmpass.memory import Backing
+from kvmpass.memory import Backing, plan_memory
 
 NVME, EDU = Bdf(0, 1, 0, 0), Bdf(0, 0, 4, 0)
 KMSG = "dev/kmsg"
-# Read again: the power state, which the read of configuration space changes; and small files, by what has no `Look`.
-TWICE = ("/power_state", "proc/self/cgroup", "proc/self/mountinfo", "/name", "/vfio-dev", "/hugepages", "/node")
+GROUPS = "sys/kernel/iommu_groups"
+# Read by the checks more than once: the power state, which the read of configuration space changes; and small files,
+# by what has no `Look`.
+BY_CHECKS = {
+    "proc/self/cgroup": 2,
+    "proc/self/mountinfo": 2,
+    **{f"sys/bus/pci/devices/{bdf}/power_state": 2 for bdf in (NVME, EDU)},
+    **{f"{GROUPS}/{group}/name": 2 for group in (5, 7)},
+}
+# With the choice of pages, that of nodes, and the plan of memory.
+BY_ALL = BY_CHECKS | {
+    "proc/self/cgroup": 4,
+    "proc/self/mountinfo": 4,
+    "proc/self/status": 3,
+    "sys/devices/system/node": 5,
+    "sys/devices/system/node/has_memory": 3,
+    **{f"sys/bus/pci/devices/{bdf}/numa_node": 3 for bdf in (NVME, EDU)},
+    GROUPS: 3,
+    **{f"{GROUPS}/{group}/{file}": 3 for group in (5, 7) for file in ("devices", "reserved_regions", "type")},
+    **{f"{GROUPS}/{group}/name": 4 for group in (5, 7)},
+}
 
 
 class CountingHost(Host):
@@ -51,15 +71,29 @@ def host(tmp_path: Path) -> CountingHost:
     return host
 
 
-def test_the_checks_read_each_file_once(host: CountingHost) -> None:
+def test_the_checks_read_few_files_again(host: CountingHost) -> None:
     """The host's, those of both devices, of the memory and of the limits."""
     look = Look(host)
     assign.check_guest([NVME, EDU], look, 1 << 26, Backing.ANONYMOUS, 2)
     assign.check([NVME, EDU], look)
     reads = host.counted()
     assert reads[KMSG] == 1
-    again = {file: count for file, count in reads.items() if count > 1}
-    assert all(file.endswith(TWICE) and count <= 3 for file, count in again.items()), again
+    assert {file: count for file, count in reads.items() if count > 1} == BY_CHECKS
+
+
+def test_an_assignment_reads_few_files_again(host: CountingHost) -> None:
+    """All that is read before the machine is made, in the order of an assignment."""
+    look, bdfs, size = Look(host), [NVME, EDU], 1 << 30
+    for bdf in bdfs:
+        look.require(bdf)
+    backing = choose_backing(host, size, bdfs).backing
+    choose_nodes(host, bdfs)
+    assign.check_guest(bdfs, look, size, backing, 2)
+    plan_memory(size, host.reserved_regions(), backing=backing)
+    assign.check(bdfs, look)
+    reads = host.counted()
+    assert reads[KMSG] == 1
+    assert {file: count for file, count in reads.items() if count > 1} == BY_ALL
 
 
 @pytest.mark.parametrize("bdf", [NVME, EDU])
