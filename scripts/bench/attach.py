@@ -90,6 +90,8 @@ def spans(bench: Bench) -> Iterator[list[Job]]:
             bench.samples.lack(f"{name} device", f"needs {number + 1} devices, {len(devices)} are named")
     jobs: list[Job] = []
     for backend in backends(bench):
+        with Machine(memory=f"{SIZES[0]}M", backend=backend) as machine:
+            machine.assign(devices[0])  # imports what an assignment needs
         for size in SIZES:
             bdfs = devices if size == SIZES[0] else devices[:1]
             jobs += [
