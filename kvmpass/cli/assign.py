@@ -6,8 +6,8 @@ import os
 import select
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,6 +200,7 @@ def _run_to_its_end(
         measured = Measured()
     mark = measured.timings.mark if measured else unmarked
     mark("start of Python, imports")
+    exit_status = ASSIGN_FAILED
     try:
         # Not the argument's type: the status file must report a wrong address, too.
         bdfs = [BDF.convert(text, None, None) for text in bdf]
@@ -267,9 +268,15 @@ def _run_to_its_end(
             try:
                 _write_status(status_file, outcome)
             except OSError as failure:
-                click.echo(f"kvmpass: --status-file: {failure}", err=True)
-        if measured:  # last: it may be that nothing can be printed
-            click.echo("\n".join(f"kvmpass: {line}" for line in measured.lines()), err=True)
+                _print_last([f"--status-file: {failure}"])
+        if measured:
+            _print_last(measured.lines())
+
+
+def _print_last(lines: Iterable[str]) -> None:
+    """Print lines on standard error if it takes any: a full disk must not change how the command ends."""
+    with suppress(OSError):
+        click.echo("\n".join(f"kvmpass: {line}" for line in lines), err=True)
 
 
 @contextmanager

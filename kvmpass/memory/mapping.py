@@ -242,13 +242,13 @@ def check_huge_pages(page: int, size: int) -> None:
 
     Only those on NUMA nodes that this process may use are counted.
     """
-    text = size_text(page)
+    page_size, count = size_text(page), size // page
     ours, others = own_nodes()
     try:
         pool = HugePagePool.read(page, lambda path: int(Path(ROOT, path).read_text()), (ours, others))
     except OSError as error:
         raise NotEnoughMemory(
-            f"this host has no huge pages of {text} ({error.filename}: {error.strerror})",
+            f"this host has no huge pages of {page_size} ({error.filename}: {error.strerror})",
             "use another backing; 1 GiB pages need the CPU flag pdpe1gb and a kernel with CONFIG_HUGETLBFS",
         ) from None
     if size > pool.available * page:
@@ -256,7 +256,7 @@ def check_huge_pages(page: int, size: int) -> None:
         where = f" on the NUMA nodes that this process may use: {', '.join(map(str, ours))}" if others else ""
         boot = f", or boot with hugepagesz={page >> 30}G hugepages={enough}" if page >= GIB and not others else ""
         raise NotEnoughMemory(
-            f"{size // page} huge pages of {text} are needed, {max(0, pool.available)} are free{where}",
+            f"{count} huge pages of {page_size} are needed, {max(0, pool.available)} are free{where}",
             f"reserve them: echo {enough} > /{pool.place}/nr_hugepages{boot}",
         )
 
