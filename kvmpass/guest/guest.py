@@ -95,7 +95,8 @@ class Guest:
         self._ready = self._leaving = self._files_due = False
         self._agent_closed: float | None = None  # when it has ended, if it has
         self._sending_files = False
-        self._files_heard = self._looked = 0.0  # since when the guest could send files, and sends none; the last look
+        self._files_heard = 0.0  # since when the guest could send files, and sends none
+        self._looked = self._resumed = 0.0  # the last look; the last before which this process was stopped
         self._failures: list[str] = []
         self._control = ControlChannel()
         self._size = ConsoleSize(lambda data: machine.serial(CONTROL).push(data))
@@ -200,12 +201,26 @@ class Guest:
         if self.agent is not None and self.agent.ready:
             self._agent_closed = time.monotonic()
 
-    def _look_at_agent(self) -> None:
-        """Find out whether the agent answers, and let all who wait for one that has ended get ``GuestDied``."""
+    def _look(self) -> None:
+        """Look at a guest that runs: what does nothing for too long while it could is given up."""
+        now = time.monotonic()
+        if now - self._looked >= _STOPPED_SECONDS:
+            self._resumed = now
+        self._looked = now
+        if self._session and not self._leaving:
+            self._look_at_agent(now)
+        self._look_at_files(now)
+
+    def _look_at_agent(self, now: float) -> None:
+        """Find out whether the agent answers, and let all who wait for one that has ended get ``GuestDied``.
+
+        Not of one that was told to power off: it ends before the guest has written its page cache.
+        """
         if self.agent is None:
             return
         self.agent.look()
-        if self._agent_closed is not None and time.monotonic() - self._agent_closed >= _CLOSED_SECONDS:
+        closed = self._agent_closed
+        if closed is not None and now - max(closed, self._resumed) >= _CLOSED_SECONDS:
             self.agent.fail("the agent in the guest has ended")
 
     def _on_output(self, process: AgentProcess, stream: int, data: Payload) -> None:
@@ -255,16 +270,14 @@ class Guest:
         """Whether it sends its files, after which it powers off."""
         return self._sending_files
 
-    def _look_at_files(self) -> None:
+    def _look_at_files(self, now: float) -> None:
         """Let a guest power off that has sent none of its files for too long: its disks have what it has written.
 
         It cannot send more than a window while their destination stalls, nor anything while this process is stopped.
         """
-        now = time.monotonic()
-        if now - self._looked >= _STOPPED_SECONDS or (self._to_files is not None and self._to_files.busy):
+        if self._to_files is not None and self._to_files.busy:
             self._files_heard = now
-        self._looked = now
-        if self._sending_files and now - self._files_heard >= _FILES_SECONDS:
+        if self._sending_files and now - max(self._files_heard, self._resumed) >= _FILES_SECONDS:
             self._on_failure(f"the guest has sent none of its files for {_FILES_SECONDS:g} seconds")
             self.power_off()
 
@@ -335,9 +348,8 @@ class Guest:
                 self._machine.stop(GuestOutcome.TIMEOUT)
             elif outcome is None and leaving:
                 self._machine.stop()
-            if self._session:
-                self._look_at_agent()
-            self._look_at_files()
+            if outcome is None:
+                self._look()
             if outcome is GuestOutcome.REBOOT and restart and self._status is None:
                 self._ready = False
                 self._machine.reset()

@@ -448,40 +448,53 @@ def test_the_image_may_be_loaded_into_a_machine_that_is_connected() -> None:
 
 
 class ClosedVm(Vm):
-    """Its guest's agent ends once it is ready, or before; the guest itself powers off after ``waits`` of a second."""
+    """Its guest's agent ends once it is ready, or before; the guest itself powers off in wait ``waits``.
 
-    def __init__(self, ready: bool, waits: int) -> None:
+    A wait takes a second, but each that ``longer`` names. It is told to power off in wait ``told``, or never.
+    """
+
+    def __init__(self, clock: Clock, ready: bool, waits: int, longer: Mapping[int, float], told: int) -> None:
         super().__init__(None)
         self.port = Port(AGENT_PORT, lambda data: None)
         self.ports = {AGENT_PORT: self.port}
         self._said = [encode(0, HELLO, NUMBERS.pack(VERSION, 1000)), *([encode(0, READY)] if ready else [])]
-        self._left = waits
-        self.now = 100.0
+        self._clock, self._last, self._longer, self._told = clock, waits, longer, told
+        self.guest: Guest
 
     def wait(self, timeout: float | None = None) -> GuestOutcome | None:
-        self.now += 1
-        self.sinks[AGENT_PORT](b"".join(self._said))
-        if self._said:
-            self._said.clear()
+        self.waits.append(timeout)
+        self._clock.now += self._longer.get(len(self.waits), 1)
+        if len(self.waits) == 1:
+            self.sinks[AGENT_PORT](b"".join(self._said))
+        if len(self.waits) == self._told:
+            self.guest.power_off()
+        if len(self.waits) == 1:
             self.port.on_close()
-        self._left -= 1
-        return None if self._left else GuestOutcome.POWEROFF
+        return GuestOutcome.POWEROFF if len(self.waits) == self._last else None
+
+
+ENDED, POWERED_OFF = "the agent in the guest has ended", f"the guest {GuestOutcome.POWEROFF.value}"
 
 
 @pytest.mark.parametrize(
-    ("ready", "waits", "reason"),
+    ("ready", "waits", "longer", "told", "reason"),
     [
-        (True, 10, "the agent in the guest has ended"),
-        (True, 4, f"the guest {GuestOutcome.POWEROFF.value}"),  # its init ends all programs first
-        (False, 10, f"the guest {GuestOutcome.POWEROFF.value}"),  # another program: the agent has not begun
+        (True, 10, {}, 0, ENDED),
+        (True, 6, {}, 0, POWERED_OFF),  # its init ends all programs first
+        (False, 10, {}, 0, POWERED_OFF),  # another program: the agent has not begun
+        (True, 2, {2: 50}, 1, POWERED_OFF),  # it writes its page cache, after its agent has ended
+        (True, 7, {}, 6, POWERED_OFF),
+        (True, 7, {3: 3600}, 0, POWERED_OFF),  # kvmpass was stopped, and the guest with it
+        (True, 10, {3: 3600}, 0, ENDED),
     ],
 )
 def test_who_waits_for_an_agent_that_has_ended_is_told(
-    ready: bool, waits: int, reason: str, monkeypatch: pytest.MonkeyPatch
+    ready: bool, waits: int, longer: Mapping[int, float], told: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vm = ClosedVm(ready, waits)
-    monkeypatch.setattr("kvmpass.guest.guest.time.monotonic", lambda: vm.now)
+    vm = ClosedVm(clock := Clock(), ready, waits, longer, told)
+    monkeypatch.setattr(module, "time", clock)
     with Guest(cast(Machine, vm), console=None, output=print, errors=print, session=True) as guest:
+        vm.guest = guest
         guest.follow()
         assert guest.agent is not None
         assert guest.agent.failure == reason
