@@ -46,7 +46,8 @@ _MAX_SIGNAL = 64
 Receiver = Callable[["AgentProcess", int, Payload], None]
 """Called with a process, a stream and what was written to it, without data at its end.
 
-Must not block, nor keep a view. If it raises, that is logged, the process is killed, and the rest is dropped.
+Must not block, nor keep a view. If it raises, that is logged, the process is killed, and the rest is dropped, but for
+the ends of its streams.
 """
 
 
@@ -83,6 +84,7 @@ class AgentProcess:
         self.input = input
         """Its input; None: it is empty."""
         self._receive = receive
+        self._dropping = False
         self._open = {OUTPUT, ERRORS, STATUS} if errors else {OUTPUT, STATUS}
         self._credit = {OUTPUT: WINDOW, ERRORS: WINDOW, STATUS: NUMBERS.size}
         self._owed = {OUTPUT: 0, ERRORS: 0}
@@ -143,11 +145,16 @@ class AgentProcess:
 
     def _pass(self, receive: Receiver, stream: int, data: Payload) -> None:
         """Pass output to ``receive``. If that raises, only this process is killed: others' frames follow."""
+        if self._dropping and data:
+            drop(self, stream, data)
+            return
         try:
             receive(self, stream, data)
         except Exception:
+            if self._dropping:
+                return
             log.exception("the output of a command in the guest could not be handled: it is killed")
-            self._receive = drop
+            self._dropping = True
             self.grant(stream, len(data))
             self.kill()
 

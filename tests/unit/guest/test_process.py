@@ -14,6 +14,7 @@ from kvmpass.guest.agent import Agent
 from kvmpass.guest.frames import ERRORS, INPUT, NUMBERS, OUTPUT, STATUS, BadFrame, Frame, FrameReader, Payload
 from kvmpass.guest.input import Input
 from kvmpass.guest.process import WINDOW, AgentProcess
+from kvmpass.session.streams import OutputPipe
 
 GRANT = WINDOW // 2
 
@@ -226,6 +227,33 @@ def test_a_receiver_that_raises_loses_its_own_process_alone(caplog: pytest.LogCa
     agent.feed(frames.encode(1, frames.EXITED, pair(9)))
     assert broken.returncode == -9
     assert len(caplog.records) == 1
+
+
+def test_who_reads_what_a_failed_receiver_got_sees_its_end() -> None:
+    """Also of its other stream, and of one whose end fails as well."""
+    agent = Agent(lambda frames: 0)
+    pipes = {stream: OutputPipe(agent, GuestDied) for stream in (OUTPUT, ERRORS)}
+    failing: list[int] = []
+
+    def receive(process: AgentProcess, stream: int, data: Payload) -> None:
+        if stream in failing:
+            raise MemoryError
+        pipes[stream](process, stream, data)
+        if data:
+            failing.append(ERRORS)
+
+    process = agent.start(["a"], receive=receive)
+    agent.feed(frames.encode(0, frames.HELLO, pair(frames.VERSION)))
+    for stream in (OUTPUT, ERRORS, OUTPUT):
+        agent.feed(frames.encode(1, frames.DATA, b"word", stream))
+    agent.feed(b"".join([frames.encode(1, frames.END, stream=stream) for stream in (ERRORS, OUTPUT, STATUS)]))
+    agent.feed(frames.encode(1, frames.EXITED, pair(9)))
+    assert process.wait(0) == -9
+    read: list[bytes | None] = []
+    reading = threading.Thread(target=lambda: read.append(pipes[OUTPUT].read()), daemon=True)
+    reading.start()
+    reading.join(20)
+    assert read == [b"word"]
 
 
 def test_streams_that_it_does_not_have_are_ignored() -> None:
