@@ -93,7 +93,7 @@ class Guest:
         self._status: int | None = None
         self._outcome: GuestOutcome | None = None
         self._ready = self._leaving = self._files_due = False
-        self._agent_closed: float | None = None  # when it has ended, if it has
+        self._agent_closed: float | None = None  # when its port was closed, if no program has it open
         self._sending_files = False
         self._files_heard = 0.0  # since when the guest could send files, and sends none
         self._looked = self._resumed = 0.0  # the last look; the last before which this process was stopped
@@ -170,7 +170,7 @@ class Guest:
             return
         port.reset()
         self._agent_closed = None
-        port.on_close = self._on_agent_closed
+        port.on_open, port.on_close = self._on_agent_opened, self._on_agent_closed
         self.agent = Agent(
             port.sender(),  # threads may still grant to processes of the last boot, by the same numbers
             on_ready=partial(self._mark, "guest's boot"),
@@ -197,9 +197,11 @@ class Guest:
         if self.agent is not None:
             self.agent.feed(data)
 
+    def _on_agent_opened(self) -> None:
+        self._agent_closed = None
+
     def _on_agent_closed(self) -> None:
-        if self.agent is not None and self.agent.ready:
-            self._agent_closed = time.monotonic()
+        self._agent_closed = time.monotonic()
 
     def _look(self) -> None:
         """Look at a guest that runs: what does nothing for too long while it could is given up."""
@@ -214,13 +216,15 @@ class Guest:
     def _look_at_agent(self, now: float) -> None:
         """Find out whether the agent answers, and let all who wait for one that has ended get ``GuestDied``.
 
-        Not of one that was told to power off: it ends before the guest has written its page cache.
+        Not of one that was told to power off: it ends before the guest has written its page cache. Nor of one that is
+        not ready: another program had the port. That an agent is ready may be read later than that it has ended, as
+        these come by different queues.
         """
         if self.agent is None:
             return
         self.agent.look()
         closed = self._agent_closed
-        if closed is not None and now - max(closed, self._resumed) >= _CLOSED_SECONDS:
+        if self.agent.ready and closed is not None and now - max(closed, self._resumed) >= _CLOSED_SECONDS:
             self.agent.fail("the agent in the guest has ended")
 
     def _on_output(self, process: AgentProcess, stream: int, data: Payload) -> None:

@@ -165,6 +165,7 @@ class VirtioConsole(LocalDevice):
         elif event == OPEN and number < len(self._ports):
             if value == 1:
                 self._opened.add(number)
+                self._ports[number].on_open()
                 self._write_port(number)
             elif number in self._opened:
                 self._opened.discard(number)

@@ -28,6 +28,8 @@ class Port:
         """Set by the device: give the guest what was sent."""
         self.on_receive: Callable[[], None] = lambda: None
         """Set by the device: call ``output`` with what the guest has written so far, before the thread does."""
+        self.on_open: Callable[[], None] = lambda: None
+        """Called when a program of the guest has opened it. It must not block."""
         self.on_close: Callable[[], None] = lambda: None
         """Called when the guest's program has closed it, or has ended. It must not block."""
         self.ended = False

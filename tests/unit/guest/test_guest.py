@@ -451,31 +451,38 @@ class ClosedVm(Vm):
     """Its guest's agent ends once it is ready, or before; the guest itself powers off in wait ``waits``.
 
     A wait takes a second, but each that ``longer`` names. It is told to power off in wait ``told``, or never.
+    ``read_late``: what the agent has said is read after its end.
     """
 
-    def __init__(self, clock: Clock, ready: bool, waits: int, longer: Mapping[int, float], told: int) -> None:
+    def __init__(
+        self, clock: Clock, ready: bool, waits: int, longer: Mapping[int, float], told: int, read_late: bool
+    ) -> None:
         super().__init__(None)
         self.port = Port(AGENT_PORT, lambda data: None)
         self.ports = {AGENT_PORT: self.port}
         self._said = [encode(0, HELLO, NUMBERS.pack(VERSION, 1000)), *([encode(0, READY)] if ready else [])]
-        self._clock, self._last, self._longer, self._told = clock, waits, longer, told
+        self._clock, self._last, self._longer = clock, waits, longer
+        self._told, self._read_late = told, read_late
         self.guest: Guest
 
     def wait(self, timeout: float | None = None) -> GuestOutcome | None:
         self.waits.append(timeout)
         self._clock.now += self._longer.get(len(self.waits), 1)
-        if len(self.waits) == 1:
+        if len(self.waits) == 1 and not self._read_late:
             self.sinks[AGENT_PORT](b"".join(self._said))
         if len(self.waits) == self._told:
             self.guest.power_off()
         if len(self.waits) == 1:
             self.port.on_close()
+            if self._read_late:
+                self.sinks[AGENT_PORT](b"".join(self._said))
         return GuestOutcome.POWEROFF if len(self.waits) == self._last else None
 
 
 ENDED, POWERED_OFF = "the agent in the guest has ended", f"the guest {GuestOutcome.POWEROFF.value}"
 
 
+@pytest.mark.parametrize("read_late", [False, True])
 @pytest.mark.parametrize(
     ("ready", "waits", "longer", "told", "reason"),
     [
@@ -489,12 +496,37 @@ ENDED, POWERED_OFF = "the agent in the guest has ended", f"the guest {GuestOutco
     ],
 )
 def test_who_waits_for_an_agent_that_has_ended_is_told(
-    ready: bool, waits: int, longer: Mapping[int, float], told: int, reason: str, monkeypatch: pytest.MonkeyPatch
+    ready: bool,
+    waits: int,
+    longer: Mapping[int, float],
+    told: int,
+    reason: str,
+    read_late: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    vm = ClosedVm(clock := Clock(), ready, waits, longer, told)
+    vm = ClosedVm(clock := Clock(), ready, waits, longer, told, read_late)
     monkeypatch.setattr(module, "time", clock)
     with Guest(cast(Machine, vm), console=None, output=print, errors=print, session=True) as guest:
         vm.guest = guest
         guest.follow()
         assert guest.agent is not None
         assert guest.agent.failure == reason
+
+
+class ReopenedVm(ClosedVm):
+    """Another program has had the port: it is closed before the agent opens it, and stays."""
+
+    def wait(self, timeout: float | None = None) -> GuestOutcome | None:
+        outcome = super().wait(timeout)
+        if len(self.waits) == 1:
+            self.port.on_open()
+        return outcome
+
+
+def test_an_agent_that_has_opened_its_port_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    vm = ReopenedVm(clock := Clock(), True, 10, {}, 0, True)
+    monkeypatch.setattr(module, "time", clock)
+    with Guest(cast(Machine, vm), console=None, output=print, errors=print, session=True) as guest:
+        guest.follow()
+        assert guest.agent is not None
+        assert guest.agent.failure == POWERED_OFF

@@ -173,19 +173,21 @@ def test_without_several_ports_there_is_no_output(driver: Driver) -> None:
     assert (driver.said["one"], len(driver.rings[1].returned()), driver.status) == (b"", 1, 0xF)
 
 
-def test_the_host_learns_that_a_program_has_closed_its_port(driver: Driver) -> None:
-    """Once, however often the guest says so, and not of a port that was not open."""
+def test_the_host_learns_that_a_program_has_opened_or_closed_its_port(driver: Driver) -> None:
+    """Of the close once, however often the guest says so, and not of a port that was not open."""
+    opened: list[str] = []
     closed: list[str] = []
     for port in driver.host.values():
-        port.on_close = partial(closed.append, port.name)
+        port.on_open, port.on_close = partial(opened.append, port.name), partial(closed.append, port.name)
     driver.start()
     driver.tell(0, OPEN, 0)
     driver.open_ports()
-    assert closed == []
+    assert (opened, closed) == (["one", "two"], [])
     driver.tell(1, OPEN, 0)
     driver.tell(1, OPEN, 0)
-    assert closed == ["two"]
+    assert (opened, closed) == (["one", "two"], ["two"])
     driver.tell(1, OPEN, 1)
+    assert opened == ["one", "two", "two"]
     driver.tell(1, OPEN, 0)
     assert closed == ["two", "two"]
 
