@@ -84,7 +84,6 @@ class AgentProcess:
         self.input = input
         """Its input; None: it is empty."""
         self._receive = receive
-        self._dropping = False
         self._open = {OUTPUT, ERRORS, STATUS} if errors else {OUTPUT, STATUS}
         self._credit = {OUTPUT: WINDOW, ERRORS: WINDOW, STATUS: NUMBERS.size}
         self._owed = {OUTPUT: 0, ERRORS: 0}
@@ -92,6 +91,8 @@ class AgentProcess:
         self._exited: int | None = None
         self.error: OSError | None = None
         """Why its program could not be run; the ``filename`` is what could not be done."""
+        self.receive_error: Exception | None = None
+        """What its receiver raised first: some of its output is lost."""
         self._on_end = on_end
 
     # --- what the agent sends
@@ -145,16 +146,16 @@ class AgentProcess:
 
     def _pass(self, receive: Receiver, stream: int, data: Payload) -> None:
         """Pass output to ``receive``. If that raises, only this process is killed: others' frames follow."""
-        if self._dropping and data:
+        if self.receive_error is not None and data:
             drop(self, stream, data)
             return
         try:
             receive(self, stream, data)
-        except Exception:
-            if self._dropping:
+        except Exception as error:
+            if self.receive_error is not None:
                 return
             log.exception("the output of a command in the guest could not be handled: it is killed")
-            self._dropping = True
+            self.receive_error = error
             self.grant(stream, len(data))
             self.kill()
 

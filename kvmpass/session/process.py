@@ -181,7 +181,8 @@ class GuestProcess:
         """Wait until it has ended and its output is written; return ``returncode``.
 
         Raises ``subprocess.TimeoutExpired``, ``GuestDied``, and the ``OSError`` of output that could not be written,
-        but for a reader that has gone: as with a pipe, that is SIGPIPE for the process.
+        but for a reader that has gone: as with a pipe, that is SIGPIPE for the process. ``GuestError`` if some of the
+        output is lost for another reason, as for lack of memory.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
@@ -195,8 +196,13 @@ class GuestProcess:
             self._release()
             raise self._died(error.reason) from None
         self._release()
-        if self._writer.failure is not None and not isinstance(self._writer.failure, BrokenPipeError):
-            raise self._writer.failure
+        failure = self._writer.failure
+        if failure is None or isinstance(failure, BrokenPipeError):
+            failure = self._process.receive_error
+        if isinstance(failure, OSError):
+            raise failure
+        if failure is not None:
+            raise GuestError(f"some of the command's output is lost: {failure!r}") from failure
         return code
 
     def send_signal(self, number: int) -> None:

@@ -246,8 +246,8 @@ class Session:
         ``popen`` for the other arguments.
 
         Raises ``subprocess.TimeoutExpired`` after ``timeout`` seconds, when the command was killed;
-        ``subprocess.CalledProcessError`` with ``check``; ``GuestError`` for more than 256 MiB of output; ``OSError``
-        for output that could not be written to a file; and what ``popen`` raises.
+        ``subprocess.CalledProcessError`` with ``check``; ``GuestError`` for more than 256 MiB of output, or if it is
+        not complete; ``OSError`` for output that could not be written to a file; and what ``popen`` raises.
         """
         default = subprocess.PIPE if capture_output else None
         stdout, stderr = default if stdout is None else stdout, default if stderr is None else stderr

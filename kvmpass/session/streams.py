@@ -294,7 +294,10 @@ class ToDescriptor:
         if failed:
             process.grant(stream, len(data))
         elif data:
-            self._outlet(data, self._taken, stream)
+            try:
+                self._outlet(data, self._taken, stream)
+            except Exception as error:  # no memory, say; what is owed would never be taken
+                self._writer.fail(error)
 
     def _taken(self, stream: int, size: int) -> None:
         with self._lock:

@@ -226,6 +226,7 @@ def test_a_receiver_that_raises_loses_its_own_process_alone(caplog: pytest.LogCa
     agent.feed(b"".join([frames.encode(1, frames.END, stream=stream) for stream in (OUTPUT, ERRORS, STATUS)]))
     agent.feed(frames.encode(1, frames.EXITED, pair(9)))
     assert broken.returncode == -9
+    assert isinstance(broken.receive_error, MemoryError)
     assert len(caplog.records) == 1
 
 

@@ -19,7 +19,7 @@ from support.agent import LocalAgent
 from support.interrupts import interrupted
 
 from kvmpass.errors import GuestDied, GuestError
-from kvmpass.guest import Guest, extract
+from kvmpass.guest import Guest, extract, output
 from kvmpass.initramfs import served
 from kvmpass.initramfs.cpio import Node, newc
 from kvmpass.initramfs.served import Entry
@@ -185,6 +185,24 @@ def test_output_that_cannot_be_written_is_an_error(session: Session) -> None:
             with pytest.raises(OSError, match="No space left on device"):
                 process.wait(20)
     assert process.returncode == -signal.SIGPIPE
+
+
+@pytest.mark.parametrize("target", [subprocess.PIPE, subprocess.DEVNULL, None])
+def test_output_that_is_lost_is_an_error(
+    session: Session, target: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever receiver has no memory left: the command is ended, and who waits for it does not wait for ever."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(streams.Capture, "__call__", fail)
+    monkeypatch.setattr(process, "drop", fail)
+    monkeypatch.setattr(output.Outlet, "_queue", fail)
+    lost = pytest.raises(GuestError, match=r"some of the command's output is lost: MemoryError\(\)")
+    with (tmp_path / "file").open("wb") as file, lost as caught:
+        session.run(["sh", "-c", "echo word; exec sleep 1000"], stdout=file if target is None else target)
+    assert isinstance(caught.value.__cause__, MemoryError)
 
 
 def test_a_reader_that_stalls_is_a_timeout_and_can_be_abandoned(session: Session) -> None:
