@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
-import time
 import tracemalloc
 from types import SimpleNamespace
 from typing import cast
@@ -25,10 +24,15 @@ from kvmpass.session.streams import Cancel, InputPump, OutputPipe, ToDescriptor,
 class FasterReader(Cancel):
     """Another reader takes what a descriptor has, each time that it was ready."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.emptied = threading.Event()
+
     def wait(self, fd: int, events: int) -> bool:
         ready = super().wait(fd, events)
         if ready:
             os.read(fd, 100)
+            self.emptied.set()
         return ready
 
 
@@ -38,7 +42,7 @@ def test_another_reader_of_the_same_pipe_does_not_delay_the_end(monkeypatch: pyt
     input, cancel = Input(), FasterReader()
     pump = InputPump(read, input, cancel)
     os.write(write, b"taken")
-    time.sleep(0.1)  # its thread is blocked now: it reads an empty pipe
+    assert cancel.emptied.wait(20)  # its thread reads an empty pipe now
     cancel.set()
     joining = threading.Thread(target=pump.join, daemon=True)
     joining.start()
@@ -59,11 +63,16 @@ class FasterWriter(Cancel):
 
     filled = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = threading.Event()
+
     def wait(self, fd: int, events: int) -> bool:
         ready = super().wait(fd, events)
         if ready and not self.filled:
             self.filled = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
             os.write(fd, bytes(self.filled))
+            self.full.set()
         return ready
 
 
@@ -77,7 +86,7 @@ def test_another_writer_of_the_same_pipe_does_not_block(cancelled: bool) -> None
     cancel, written = FasterWriter(), list[bool]()
     writing = threading.Thread(target=lambda: written.append(write_to(write, cancel, b"word")), daemon=True)
     writing.start()
-    time.sleep(0.1)
+    assert cancel.full.wait(20)
     if cancelled:
         cancel.set()
     else:
