@@ -166,8 +166,8 @@ char **leave_init(char **arguments, char **environment)
 	set_oom_score_adj("-1000");
 	while ((port = open_port(sys, dev)) < 0) {
 		if (++looks == LOOKS) {
-			say("kvmpass: no port of the agent: the kernel needs CONFIG_VIRTIO_PCI, CONFIG_VIRTIO_CONSOLE and "
-			    "CONFIG_DEVTMPFS\n");
+			say("kvmpass: no port of the agent yet: it needs the drivers virtio_pci and virtio_console, and "
+			    "devtmpfs: load the drivers in the initramfs, or name another kernel\n");
 			pause.tv_nsec = SLOW_LOOK_MS * 1000000; /* a module may still come */
 		}
 		call2(nanosleep, &pause, NULL);
