@@ -145,10 +145,11 @@ static uint32_t splice_output(struct process *process, enum stream number)
 		done = call6(splice, staging.read, NULL, PORT, NULL, left, 0);
 		if (wait_for_port(done))
 			done = 0;
-		else if (done == -EINVAL && left == sizeof(head) + moved) {
-			staging.write = -1; /* a port that takes no pages */
+		else if (done < 0 && left == sizeof(head) + moved) { /* nothing was taken: -ENOMEM, say, which may pass */
+			if (done == -EINVAL)
+				staging.write = -1; /* a port that takes no pages */
 			break;
-		} else if (done <= 0) /* its driver may have dropped what it took (drivers/char/virtio_console.c) */
+		} else if (done <= 0) /* 0: its driver has dropped what it took (drivers/char/virtio_console.c) */
 			end(true);
 	}
 	if (left)

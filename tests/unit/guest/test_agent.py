@@ -230,13 +230,13 @@ def test_output_in_more_buffers_than_one_frame_takes(local: LocalAgent, tmp_path
     assert sizes[:3] == [frames.MAX_PAYLOAD, 31 * 200, 31 * 200], "beside the header"
 
 
-LOSES_PAGES = """
+TAKES_NO_PAGES = """
 import ctypes, os, struct, sys
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
 FILTER = [
     (LOAD, 0, 0, 0), (EQUAL, 0, 3, 275),  # splice
     (LOAD, 0, 0, 32), (EQUAL, 0, 1, 0),  # its third argument: to the port
-    (RETURN, 0, 0, 0x00050000), (RETURN, 0, 0, 0x7FFF0000),  # no error, with 0; or the call
+    (RETURN, 0, 0, 0x00050000 | int(sys.argv.pop(1))), (RETURN, 0, 0, 0x7FFF0000),  # 0 or an error; or the call
 ]
 code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in FILTER))
 libc = ctypes.CDLL(None, use_errno=True)
@@ -249,12 +249,25 @@ os.execv(sys.argv[1], sys.argv[1:])
 
 def test_it_ends_once_the_port_has_lost_output() -> None:
     """Without room in its ring the driver drops the pages that it took of the pipe, and returns 0."""
-    local = LocalAgent("-S", "-E", "-c", LOSES_PAGES, str(PROGRAM), program=Path(sys.executable))
+    local = LocalAgent("-S", "-E", "-c", TAKES_NO_PAGES, "0", str(PROGRAM), program=Path(sys.executable))
     process = local.agent.start(["cat", "/dev/zero"])
     with pytest.raises(GuestDied, match="has ended"):
         process.wait(SECONDS)
     assert local.program.wait(SECONDS) == 1
     assert local.close() == 1
+
+
+NUMBERED = "import sys; sys.stdout.write(''.join('%7d\\n' % number for number in range(100000)))"
+
+
+def test_output_is_copied_where_the_driver_has_no_memory() -> None:
+    """It allocates its buffer before it takes anything of the pipe."""
+    words = ["-S", "-E", "-c", TAKES_NO_PAGES, str(errno.ENOMEM), str(PROGRAM)]
+    local = LocalAgent(*words, program=Path(sys.executable))
+    process = local.agent.start([sys.executable, "-S", "-E", "-c", NUMBERED])
+    assert read_all(process) == b"".join(b"%7d\n" % number for number in range(100_000))
+    assert process.wait(SECONDS) == 0
+    local.close()
 
 
 READER = """
