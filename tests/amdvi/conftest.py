@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in needing:
                 item.add_marker(pytest.mark.skip(lacks))
     for item in items:
+        if not SOAK and (soak := item.get_closest_marker("soak")) is not None:
+            item.add_marker(pytest.mark.skip(f"{soak.args[0]}: KVMPASS_SOAK=1 runs it"))
         if HERE in item.path.parents and item.get_closest_marker("amdvi") is None:
             item.add_marker(pytest.mark.amdvi)
         if SOAK and HERE in item.path.parents:

@@ -16,10 +16,9 @@ CPU = "user CPU until the first KVM_RUN, ms"
 pytestmark = pytest.mark.amdvi(duration=20)
 
 
+@pytest.mark.soak("half a minute in an emulated host")
 def test_until_the_first_kvm_run(nvme: str, tmp_path: Path) -> None:
     """Of kvmpass and of QEMU, with the same files and the same device."""
-    if not os.environ.get("KVMPASS_SOAK"):
-        pytest.skip("half a minute in an emulated host: KVMPASS_SOAK=1 runs it")
     for program in ("cc", "qemu-system-x86_64"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed: make deps")

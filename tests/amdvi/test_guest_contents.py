@@ -232,7 +232,7 @@ def test_an_initramfs_of_the_users_own_gets_the_agent(tmp_path: Path) -> None:
     assert guest.stop().outcome is GuestOutcome.POWEROFF
 
 
-@pytest.mark.skipif(not os.environ.get("KVMPASS_SOAK"), reason="another guest: KVMPASS_SOAK=1 runs it")
+@pytest.mark.soak("another guest")
 def test_the_end_of_the_agent_beside_an_init_is_noticed(tmp_path: Path) -> None:
     own = GuestRoot().tree
     own.file("/init", OWN_INIT, 0o755)

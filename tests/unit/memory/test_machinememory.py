@@ -164,6 +164,7 @@ def test_its_failure_is_raised_where_it_is_waited_for(memory: MachineMemory, mon
     assert not memory.populated and not memory.begun
 
 
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("close", [False, True])
 def test_a_signal_while_it_is_stopped(memory: MachineMemory, monkeypatch: pytest.MonkeyPatch, close: bool) -> None:
     """It is raised once the thread has ended, and what is to be unmapped is."""
