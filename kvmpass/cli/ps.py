@@ -15,7 +15,7 @@ def ps(output: Output) -> None:
     """Show this user's guests that kvmpass start has started.
 
     A guest is starting, running or stopping. One that is not answering has hung: its agent has said nothing for half
-    a minute. The process of a dead one was killed: kvmpass restore removes it, and rebinds its devices.
+    a minute, or has ended. The process of a dead one was killed: kvmpass restore removes it, and rebinds its devices.
     """
     found = guests()
     output.document(guests=found)

@@ -157,9 +157,9 @@ class Session:
     def answering(self) -> bool:
         """Whether the guest answers. If not, its agent has said nothing for half a minute, and starts no commands.
 
-        It may answer again: nothing is ended.
+        It may answer again: nothing is ended. False once the agent has ended, as beside an init of the user's own.
         """
-        return self._agent.answering
+        return self._agent.answering and self.ended is None
 
     def ping(self, timeout: float) -> float:
         """Return the seconds that the guest's agent takes to answer, ``timeout`` at most.

@@ -362,3 +362,10 @@ def test_a_guest_is_asked_whether_it_answers(session: Session, local: LocalAgent
     with pytest.raises(GuestDied, match="panicked") as died:
         session.ping(20)
     assert died.value.console == CONSOLE
+
+
+def test_an_agent_that_has_ended_does_not_answer(session: Session, local: LocalAgent) -> None:
+    """At once: its guest may run on, beside an init of the user's own."""
+    assert session.answering
+    local.agent.fail("the agent in the guest has ended")
+    assert not session.answering
