@@ -20,7 +20,7 @@ from kvmpass.guest.frames import ERRORS as ERRORS_STREAM
 from kvmpass.guest.frames import Payload
 from kvmpass.guest.input import Input
 from kvmpass.guest.output import OutputWriter, Sink
-from kvmpass.guest.process import AgentProcess
+from kvmpass.guest.process import AgentProcess, lost
 from kvmpass.guest.size import ConsoleSize
 from kvmpass.initramfs import init
 from kvmpass.machine import GuestOutcome, Machine
@@ -95,6 +95,7 @@ class Guest:
         self._ready = self._leaving = self._files_due = False
         self._agent_closed: float | None = None  # when its port was closed, if no program has it open
         self._sending_files = False
+        self._files_lost: str | None = None  # why files are missing that the guest has sent
         self._files_heard = 0.0  # since when the guest could send files, and sends none
         self._looked = self._resumed = 0.0  # the last look; the last before which this process was stopped
         self._failures: list[str] = []
@@ -250,6 +251,11 @@ class Guest:
                 self._files_heard = time.monotonic()
             self._to_files(data, process.grant, stream)
 
+    def _on_files_end(self, process: AgentProcess) -> None:
+        if process.receive_error is not None:
+            self._files_lost = str(lost(process.receive_error, "some of the files are lost"))
+        self.power_off()
+
     def power_off(self) -> None:
         """Let the guest send its files, then write its page cache to disks, and power off.
 
@@ -259,9 +265,7 @@ class Guest:
         if self.agent is not None and files_due:
             self._files_heard, self._sending_files = time.monotonic(), True
             try:
-                self.agent.start(
-                    init.SEND_FILES, receive=self._on_files, on_end=lambda _: self.power_off(), last=True
-                )
+                self.agent.start(init.SEND_FILES, receive=self._on_files, on_end=self._on_files_end, last=True)
                 return
             except GuestError as error:
                 self._on_failure(f"no files were sent: {error}")
@@ -374,12 +378,16 @@ class Guest:
     def result(self, timeout: float | None = None) -> GuestResult:
         """Return how it ended, after ``follow``, once all of its output is written; after ``timeout`` seconds anyway.
 
-        Raises what a sink raised.
+        Raises what a sink raised; ``GuestError``, or an ``OSError``, if some of the command's output is lost for
+        another reason, as for lack of memory: it was killed then.
         """
         assert self._outcome is not None
         self._writer.close(timeout)
         if self._writer.failure is not None:
             raise self._writer.failure
+        if self._process is not None and self._process.receive_error is not None:
+            raise lost(self._process.receive_error)
         stalled = self._to_files is not None and self._to_files.busy
-        copied = self._files.results("the destination has not taken it" if stalled else None) if self._files else ()
+        cause = "the destination has not taken it" if stalled else self._files_lost
+        copied = self._files.results(cause) if self._files else ()
         return GuestResult(self._outcome, self._status, tuple(self._failures), self.console, copied)

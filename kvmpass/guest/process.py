@@ -250,6 +250,15 @@ def drop(process: AgentProcess, stream: int, data: Payload) -> None:
     process.grant(stream, len(data))
 
 
+def lost(error: BaseException, what: str = "some of the command's output is lost") -> BaseException:
+    """Return the exception to raise because of ``what``: the cause itself if it is an ``OSError``."""
+    if isinstance(error, OSError):
+        return error
+    made = GuestError(f"{what}: {error!r}")
+    made.__cause__ = error
+    return made
+
+
 def not_answering() -> GuestError:
     """Return the error of a guest whose agent does not answer."""
     return GuestError(

@@ -19,7 +19,7 @@ from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest.frames import CHANGE_DIRECTORY, ERRORS, EXECUTE, OUTPUT
 from kvmpass.guest.input import Input
 from kvmpass.guest.output import DescriptorSink, OutputWriter
-from kvmpass.guest.process import drop
+from kvmpass.guest.process import drop, lost
 from kvmpass.session.streams import Cancel, InputPipe, InputPump, OutputPipe, ToDescriptor, write_to
 
 if TYPE_CHECKING:
@@ -199,10 +199,8 @@ class GuestProcess:
         failure = self._writer.failure
         if failure is None or isinstance(failure, BrokenPipeError):
             failure = self._process.receive_error
-        if isinstance(failure, OSError):
-            raise failure
         if failure is not None:
-            raise GuestError(f"some of the command's output is lost: {failure!r}") from failure
+            raise lost(failure)
         return code
 
     def send_signal(self, number: int) -> None:

@@ -12,7 +12,8 @@ from typing import cast
 
 import pytest
 
-from kvmpass.guest import Guest, GuestResult
+from kvmpass.errors import GuestError
+from kvmpass.guest import Guest, GuestResult, output
 from kvmpass.guest import guest as module
 from kvmpass.guest.copyout import CopyOut
 from kvmpass.guest.extract import Extraction
@@ -309,6 +310,37 @@ def test_files_that_have_not_come_by_the_second_power_off_are_left_out(tmp_path:
         guest.power_off()
         assert vm.received.endswith(encode(0, POWER_OFF))
         assert not guest.sending_files
+
+
+def full(*_: object) -> None:
+    raise MemoryError
+
+
+def test_output_that_is_lost_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command is killed: a status alone would say that something in the guest did it."""
+    monkeypatch.setattr(output.Outlet, "_queue", full)
+    vm = SendingVm()
+    silent: Callable[[bytes], None] = lambda data: None  # noqa: E731
+    with Guest(cast(Machine, vm), console=None, output=silent, errors=silent) as guest:
+        guest._start_command()
+        vm.sinks[AGENT_PORT](encode(0, HELLO, NUMBERS.pack(VERSION, 1000)) + encode(1, DATA, b"word", OUTPUT_STREAM))
+        guest._start_command = lambda: None  # type: ignore[method-assign]
+        with pytest.raises(GuestError, match=r"some of the command's output is lost: MemoryError\(\)"):
+            guest.run()
+
+
+def test_why_files_are_lost_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    vm = SendingVm()
+    silent: Callable[[bytes], None] = lambda data: None  # noqa: E731
+    with Guest(
+        cast(Machine, vm), console=None, output=silent, errors=silent, copy_out=[f"/results:{tmp_path}/"]
+    ) as guest:
+        ends = [encode(2, END, stream=stream) for stream in (OUTPUT_STREAM, ERRORS_STREAM, STATUS)]
+        sent = b"".join([encode(2, DATA, b"word", OUTPUT_STREAM), *ends, encode(2, EXITED, NUMBERS.pack(0, 9))])
+        monkeypatch.setattr(vm, "wait", partial(sends, vm, vm.wait, sent))
+        monkeypatch.setattr(output.Outlet, "_queue", full)
+        result = guest.run()
+    assert [copied.error for copied in result.copied_out] == ["some of the files are lost: MemoryError()"]
 
 
 class PanickingVm(SendingVm):
