@@ -14,6 +14,7 @@ from kvmpass.cli.documents import backend_document, blocker_document, reserved_d
 from kvmpass.cli.output import Output, host_command
 from kvmpass.cli.params import BDF, SIZE, backend_option, files_option, hugepages_option, p2p_option
 from kvmpass.cli.tree import tree_option
+from kvmpass.guest.spec import GuestSpec
 from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.sysfs import VFIO_PCI
 from kvmpass.layout import size_text, translated
@@ -54,7 +55,7 @@ def plan(
     It works on any machine: without KVM the CPU's own address width is used, without an IOMMU no address is reserved.
     Root can read more. Exit status: 0 if nothing blocks the assignment, else 1.
     """
-    daemons = (root != "minimal") + len(shares)
+    daemons = GuestSpec(root=root, shares=shares).daemons
     made = make_plan(
         bdf,
         memory=memory,
