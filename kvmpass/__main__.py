@@ -1,7 +1,8 @@
 """The ``kvmpass`` command, and ``python -m kvmpass``: what happens to signals before and after the command runs."""
 
+# Not signal, which imports enum: that takes some milliseconds, in which Ctrl-C would print a traceback.
+import _signal  # type: ignore[import-not-found]
 import os
-import signal
 import sys
 
 
@@ -13,16 +14,16 @@ def main() -> None:
     try:
         run()
     except KeyboardInterrupt:  # while the error of the command is printed
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + _signal.SIGINT)
     finally:
         _exit_at_signals()
 
 
 def _exit_at_signals() -> None:
     """Without a traceback of an import. No driver is changed yet, or every change is undone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda number, frame: os._exit(128 + number))
+    for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT):
+        if _signal.getsignal(number) != _signal.SIG_IGN:  # nohup
+            _signal.signal(number, lambda number, frame: os._exit(128 + number))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_the_end_of_a_child_is_seen_if_sigchld_was_ignored() -> None:
     assert status(signal.SIGHUP, signal.SIGHUP, signal.SIGCHLD) == 7
 
 
-@pytest.mark.parametrize("moment", ["click", "kvmpass.cli.completion", "in a finalizer", "at exit"])
+@pytest.mark.parametrize("moment", ["enum", "click", "kvmpass.cli.completion", "in a finalizer", "at exit"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.usefixtures("usual_signals")
 def test_a_signal_ends_it_without_a_traceback_whenever_it_comes(number: signal.Signals, moment: str) -> None:
