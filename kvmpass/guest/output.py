@@ -23,14 +23,15 @@ def write_now(fd: int, data: Payload) -> int | None:
 
     A pipe that another process writes to or reads just then may take none, although there is room.
 
-    None where this cannot be done: the kernel refuses ``RWF_NOWAIT`` for terminals, and before Linux 6.4 for pipes; a
-    Python made for a C library without pwritev2(2) does not have it. Raises ``OSError``.
+    None where this cannot be done for a descriptor that blocks: the kernel refuses ``RWF_NOWAIT`` for terminals, for
+    named pipes, and before Linux 6.4 for all pipes; a Python made for a C library without pwritev2(2) lacks it.
+    Raises ``OSError``.
     """
     nowait = getattr(os, "RWF_NOWAIT", 0)
-    if not nowait:
-        return None
     try:
-        return os.pwritev(fd, [data], _POSITION, nowait)
+        if not os.get_blocking(fd):
+            return os.write(fd, data)
+        return os.pwritev(fd, [data], _POSITION, nowait) if nowait else None
     except OSError as error:
         if error.errno == errno.EAGAIN:
             return 0

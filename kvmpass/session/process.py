@@ -20,7 +20,7 @@ from kvmpass.guest.frames import CHANGE_DIRECTORY, ERRORS, EXECUTE, OUTPUT
 from kvmpass.guest.input import Input
 from kvmpass.guest.output import DescriptorSink, OutputWriter
 from kvmpass.guest.process import drop, lost
-from kvmpass.session.streams import Cancel, InputPipe, InputPump, OutputPipe, ToDescriptor, write_to
+from kvmpass.session.streams import Cancel, InputPipe, InputPump, OutputPipe, ToDescriptor, duplicate, write_to
 
 if TYPE_CHECKING:
     from kvmpass.guest.agent import Agent
@@ -149,7 +149,7 @@ class GuestProcess:
         elif target == subprocess.DEVNULL:
             self._targets[stream] = drop
         else:
-            fd = os.dup(own if target is None else _fileno(target))
+            fd = duplicate(own if target is None else _fileno(target))
             self._fds.append(fd)
             to = ToDescriptor(self._writer, DescriptorSink(fd, partial(self._write, fd)))
             self._sent_to.append(to)

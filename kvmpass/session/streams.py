@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import select
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -190,11 +192,24 @@ class Cancel:
             os.close(fd)
 
 
+def duplicate(fd: int) -> int:
+    """Return a duplicate of a descriptor to write to, of a pipe with a description of its own that does not block.
+
+    That of ``fd`` may be shared with others who expect it to block, and before Linux 6.4 the kernel refuses
+    ``RWF_NOWAIT`` for pipes (fs/pipe.c: ``FMODE_NOWAIT``). Raises ``OSError``.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode) and flags & os.O_ACCMODE == os.O_WRONLY:
+        with suppress(OSError):  # nobody reads it, or another user has made it
+            return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    return os.dup(fd)
+
+
 def write_to(fd: int, cancel: Cancel, data: bytes) -> bool:
     """Write ``data`` to ``fd``; return False if ``cancel`` was set before all is written. Raises ``OSError``.
 
-    A reader that stalls cannot block it: a pipe, socket or terminal gets no more at once than it takes. But before
-    Linux 6.4 another writer may take a pipe's room between poll(2) and write(2).
+    A reader that stalls cannot block it: a pipe, socket or terminal gets no more at once than it takes. But where
+    ``write_now`` is None another writer may take the room between poll(2) and write(2): ``duplicate`` a pipe first.
     """
     # Clients, which import this module, load nothing of a guest.
     from kvmpass.guest.output import is_on_disk, write_now

@@ -6,6 +6,7 @@ import fcntl
 import os
 import threading
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -15,10 +16,10 @@ from kvmpass.errors import GuestDied
 from kvmpass.guest.agent import Agent
 from kvmpass.guest.frames import OUTPUT, Payload
 from kvmpass.guest.input import Input
-from kvmpass.guest.output import DescriptorSink, OutputWriter, write_now
+from kvmpass.guest.output import DescriptorSink, OutputWriter
 from kvmpass.guest.process import AgentProcess
 from kvmpass.session import streams
-from kvmpass.session.streams import Cancel, InputPump, OutputPipe, ToDescriptor, write_to
+from kvmpass.session.streams import Cancel, InputPump, OutputPipe, ToDescriptor, duplicate, write_to
 
 
 class FasterReader(Cancel):
@@ -79,10 +80,9 @@ class FasterWriter(Cancel):
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_another_writer_of_the_same_pipe_does_not_block(cancelled: bool) -> None:
     """Two commands have this process's output, say, and its reader stalls, for a while or for ever."""
-    read, write = os.pipe()
-    if write_now(write, b"?") is None:
-        pytest.skip("needs Linux 6.4: before it a pipe refuses RWF_NOWAIT")
-    os.read(read, 1)
+    read, shared = os.pipe()
+    write = duplicate(shared)
+    assert (os.get_blocking(shared), os.get_blocking(write)) == (True, False)
     cancel, written = FasterWriter(), list[bool]()
     writing = threading.Thread(target=lambda: written.append(write_to(write, cancel, b"word")), daemon=True)
     writing.start()
@@ -96,8 +96,27 @@ def test_another_writer_of_the_same_pipe_does_not_block(cancelled: bool) -> None
     if not cancelled:
         assert os.read(read, 10) == b"word"
     cancel.close()
+    for fd in (read, write, shared):
+        os.close(fd)
+
+
+def test_what_cannot_be_opened_again_is_the_same(tmp_path: Path) -> None:
+    """A pipe that nobody reads, the end for reading, a file, which keeps its position."""
+    read, write = os.pipe()
+    file = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    made = [duplicate(read), duplicate(file)]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(made[0], b"?")
+    os.write(file, b"one")
+    os.write(made[1], b"two")
+    assert (tmp_path / "file").read_bytes() == b"onetwo"
+    os.close(made[0])
     os.close(read)
-    os.close(write)
+    made[0] = duplicate(write)
+    with pytest.raises(BrokenPipeError):
+        os.write(made[0], b"?")
+    for fd in (write, file, *made):
+        os.close(fd)
 
 
 def test_single_bytes_in_a_pipe_that_is_not_read_take_no_more_memory_than_they_are() -> None:
