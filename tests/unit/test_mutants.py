@@ -35,17 +35,23 @@ def mutants() -> ModuleType:
     return mutants
 
 
+@pytest.fixture(scope="module")
+def mutation(mutants: ModuleType) -> ModuleType:
+    """It is imported with the script."""
+    return sys.modules["mutation"]
+
+
 def changes(mutants: ModuleType, number: int = 100, seed: int = 1) -> list[tuple[str, str, str]]:
     chosen = mutants.choose({"f.py": SOURCE}, number, seed)
     return [(mutant.kind, *mutant.changed) for mutant in chosen]
 
 
-def test_a_call_left_out_as_its_examples_say(mutants: ModuleType) -> None:
-    for example in mutants.CallLeftOut.examples():
-        made = mutants.mutate_code(example.pre_mutation_code, mutants.CallLeftOut(), example.occurrence)
+def test_a_call_left_out_as_its_examples_say(mutation: ModuleType) -> None:
+    for example in mutation.CallLeftOut.examples():
+        made = mutation.mutate_code(example.pre_mutation_code, mutation.CallLeftOut(), example.occurrence)
         assert made == example.post_mutation_code
     for kept in ("x = f(1)", "return_(f)[0]", "x", "x += f()", "await_"):
-        assert mutants.mutate_code(kept, mutants.CallLeftOut(), 0) is None
+        assert mutation.mutate_code(kept, mutation.CallLeftOut(), 0) is None
 
 
 def test_every_place_is_changed_once_and_the_rest_left_alone(mutants: ModuleType) -> None:
