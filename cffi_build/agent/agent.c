@@ -2,7 +2,7 @@
  * The agent: a program of the guest that runs processes for the host, over standard input, a port of a virtio console.
  *
  * Each argument is a failure to report. If the first is "-", the guest is unusable: the agent reports, and powers off.
- * By its other name it is beside the init of another initramfs: see beside.c.
+ * By other names it is the guest's init at its start (init.c), or beside the init of another initramfs (beside.c).
  * One thread waits for the port and for all processes. What a process writes is read as far as the host has granted,
  * so that one whose reader stalls waits alone; what the host may send is limited by what each process can take.
  */
@@ -232,17 +232,6 @@ static void wait_and_serve(void)
 	}
 }
 
-/* Whether it has been started by its other name. */
-static bool is_beside(const char *name)
-{
-	static const char other[] = "/kvmpass/beside";
-
-	for (size_t at = 0; at < sizeof(other); at++)
-		if (name[at] != other[at])
-			return false;
-	return true;
-}
-
 static __attribute__((noreturn, used)) void run(long *stack)
 {
 	const uint64_t blocked = SIGNAL_BIT(SIGCHLD) | SIGNAL_BIT(SIGPIPE), child = SIGNAL_BIT(SIGCHLD);
@@ -252,7 +241,9 @@ static __attribute__((noreturn, used)) void run(long *stack)
 	bool unusable = count > 1 && arguments[1][0] == '-' && !arguments[1][1];
 
 	environment = arguments + count + 1;
-	if (call0(getpid) == 1 && is_beside(arguments[0])) {
+	if (call0(getpid) == 1 && equal(arguments[0], "/init"))
+		start_init(arguments, environment);
+	if (call0(getpid) == 1 && equal(arguments[0], "/kvmpass/beside")) {
 		environment = leave_init(arguments, environment);
 		count = 1; /* the others are that init's */
 		unusable = false;

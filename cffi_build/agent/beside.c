@@ -34,22 +34,6 @@ static char home_variable[] = "HOME=/root", term_variable[] = "TERM=linux";
 static char *variables[] = {path_variable, home_variable, term_variable, NULL};
 static int proc, own_root;
 
-static void say(const char *text)
-{
-	call3(write, 2, text, length(text));
-}
-
-static void say_number(unsigned int number)
-{
-	char digits[] = "0000000000";
-	size_t at = sizeof(digits) - 1;
-
-	do
-		digits[--at] = '0' + number % 10;
-	while (number /= 10);
-	say(digits + at);
-}
-
 /* A descriptor of the root of a file system of the kernel's, which is mounted nowhere. */
 static int open_file_system(const char *kind)
 {

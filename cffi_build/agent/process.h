@@ -28,6 +28,14 @@ struct process {
 /* process.c: start what process->start describes, with the variables of the agent; 0, or the error. */
 long start_process(struct process *process, char **environment);
 
+/* --- init.c */
+
+void say(const char *text); /* on standard error */
+void say_number(unsigned int number);
+bool equal(const char *text, const char *other);
+/* As PID 1: prepare the guest, and become the script of its init. */
+__attribute__((noreturn)) void start_init(char **arguments, char **environment);
+
 /* --- beside.c */
 
 /* As PID 1: become the init of an initramfs of the user's. Returns in a child, once it has the port, its variables. */

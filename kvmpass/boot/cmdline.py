@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 QUIET = "quiet loglevel=3"
-"""What the guest's init looks for (kvmpass/initramfs/init.sh)."""
+"""What the guest's init looks for (cffi_build/agent/init.c)."""
 
 
 def uarts(count: int) -> str:

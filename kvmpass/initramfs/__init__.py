@@ -1,9 +1,10 @@
 """The initramfs of a guest: busybox, modules for its devices, the user's files.
 
-The guest's init mounts the usual file systems, loads the modules, waits for the drivers, and runs a shell on the
-console, or a command. For a command it becomes the agent, which runs what the host starts over a port of a virtio
-console (:mod:`kvmpass.guest.agent`). Where the kernel has no driver for it, it runs the command itself, whose output,
-errors and status go through ttyS1, ttyS2 and ttyS3; on the host :mod:`kvmpass.guest.channel` reads the status.
+The guest's init mounts the usual file systems (cffi_build/agent/init.c: no process for each). A script then loads
+the modules, waits for the drivers, and runs a shell on the console, or a command. For a command it becomes the agent,
+which runs what the host starts over a port of a virtio console (:mod:`kvmpass.guest.agent`). Where the kernel has no
+driver for it, it runs the command itself, whose output, errors and status go through ttyS1, ttyS2 and ttyS3; on the
+host :mod:`kvmpass.guest.channel` reads the status.
 """
 
 from __future__ import annotations
@@ -80,12 +81,11 @@ class GuestRoot:
         # The kernel opens /dev/console for init before anything is mounted.
         self.tree.character_device("/dev/console", 5, 1)
         self.tree.character_device("/dev/null", 1, 3, 0o666)
-        for name, target in init.STREAMS.items():
-            self.tree.symlink(f"{init.DIRECTORY}/dev/{name}", target)
         self.tree.file("/etc/passwd", _PASSWD)
         self.tree.file("/etc/group", _GROUP)
         self.tree.file("/etc/profile", _PROFILE)
-        self.tree.file("/etc/fstab", init.FSTAB)
+        self.tree.file(f"{init.DIRECTORY}/agent", init.agent(), 0o755)
+        self.tree.symlink("/init", f"{init.DIRECTORY}/agent")
         self._add_busybox(busybox or find_busybox())
 
     def _add_busybox(self, program: Path) -> None:
@@ -209,7 +209,6 @@ class GuestRoot:
     def run_agent(self, purpose: str) -> None:
         """Run the agent instead of a shell. ``purpose``: for what; if empty, serial ports can take its place."""
         self._settings |= {"COMMAND": "yes", "AGENT": purpose}
-        self.tree.file(f"{init.DIRECTORY}/agent", init.agent(), 0o755)
 
     def _check_program(self, word: str) -> None:
         """Add a warning if a command's first word is not found in the initramfs, nor below what is mounted there."""
@@ -251,7 +250,7 @@ class GuestRoot:
 
         Uncompressed: the guest boots faster, at the price of memory.
         """
-        self.tree.file("/init", init.SCRIPT.read_bytes(), 0o755)
+        self.tree.file(f"{init.DIRECTORY}/init.sh", init.SCRIPT.read_bytes(), 0o755)
         self.tree.file(f"{init.DIRECTORY}/settings", init.assignments(self._settings))
         self.tree.file(f"{init.DIRECTORY}/load", init.calls(self._loads))
         return self.tree.archive(init.COMPLETE, self._copied)

@@ -1,4 +1,4 @@
-"""The files in ``/kvmpass`` that the guest's init (init.sh) reads."""
+"""The guest's init, and the files in ``/kvmpass`` that it reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """``PATH`` of the guest, as init.sh sets it."""
 COMPLETE = f"{DIRECTORY}/complete"  # the archive's last file
 AGENT = Path(__file__).with_name("agent")
-"""The program that runs processes for the host: ``cffi_build/agent``, built with the extension."""
+"""The program that runs processes for the host, and init's start: ``cffi_build/agent``, built with the extension."""
 AGENT_PORT = "kvmpass.agent"
 """Its port of a virtio console; serial ports take its place where the kernel has no driver."""
 RUN_COMMAND = ("/bin/sh", f"{DIRECTORY}/command")
@@ -37,20 +37,7 @@ archive() { # PATH [ROOT]
 PORT_DRIVERS = ("virtio_pci", "virtio_console")
 """The modules of its drivers."""
 SCRIPT = Path(__file__).with_name("init.sh")
-
-# For one `mount -a`: each process takes a tenth of a second in an emulated guest.
-FSTAB = b"""\
-proc /proc proc defaults 0 0
-sysfs /sys sysfs defaults 0 0
-devpts /dev/pts devpts defaults 0 0
-tmpfs /dev/shm tmpfs defaults 0 0
-tmpfs /tmp tmpfs defaults 0 0
-tmpfs /run tmpfs mode=0755 0 0
-debugfs /sys/kernel/debug debugfs defaults 0 0
-tracefs /sys/kernel/tracing tracefs defaults 0 0
-"""
-# Symlinks in /dev that devtmpfs lacks.
-STREAMS = {"fd": "/proc/self/fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
+"""What PID 1 becomes once it has mounted file systems: ``cffi_build/agent/init.c``."""
 
 
 def agent() -> bytes:

@@ -1,6 +1,7 @@
 #!/usr/bin/busybox sh
-# The guest's init: mount file systems, load modules, wait for drivers, run a command or a shell, power off. The other
-# files in /kvmpass are made for each guest (kvmpass/initramfs): settings, load, and command if there is one.
+# The guest's init, once file systems are mounted (cffi_build/agent/init.c): load modules, wait for drivers, run a
+# command or a shell, power off. Other files in /kvmpass are made for each guest (kvmpass/initramfs): settings, load, and
+# command if there is one.
 
 SETTLE_SECONDS=20 # of the guest's time, for a driver to bind to its device
 PORT_SECONDS=5 # from the console's driver to its port
@@ -9,21 +10,6 @@ NAMESPACE_SECONDS=5 # from a live NVMe controller to its namespaces, if it has a
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
 . /kvmpass/settings
 export TERM
-mount -t devtmpfs devtmpfs /dev
-mkdir -p /dev/pts /dev/shm
-cp -a /kvmpass/dev/. /dev/
-mount -a -t nodebugfs,notracefs
-mount -a -t debugfs,tracefs 2>/dev/null # where the kernel has them
-echo kvmpass >/proc/sys/kernel/hostname
-# The kernel's errors are printed from here on, unless the command line has another level (kvmpass/boot/cmdline.py).
-read -r cmdline </proc/cmdline
-case " ${cmdline#* quiet loglevel=3} " in
-*" quiet "* | *" loglevel="* | *" debug "* | *" ignore_loglevel "*) ;;
-*)
-    echo 4 >/proc/sys/kernel/printk
-    # Those from before: all but that there are no ports for PCI, which is on purpose (kvmpass/guest/options.py).
-    dmesg -r | sed -n '/No config space access function found/d; s/^<3>//p' >/dev/console ;;
-esac
 
 now() { read -r uptime rest </proc/uptime; up=${uptime%.*}; }
 say() { echo "kvmpass: $*" >/dev/console; }

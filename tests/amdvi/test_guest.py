@@ -283,6 +283,10 @@ def test_hardware_of_the_guest(kvmpass_guest: Session) -> None:
     errors = [line for line in lines if re.match(r"<[0-3]>", line)]
     expected = r"SVM not supported|No config space access function found"  # it finds ECAM later
     assert [line for line in errors if not re.search(expected, line)] == []
+    said_before_init = [line[3:] for line in errors if line.startswith("<3>") and "config space" not in line]
+    console = kvmpass_guest.console.splitlines()
+    assert [line for line in said_before_init if line not in console] == []
+    assert "config space" not in kvmpass_guest.console
 
 
 @TWO_CPUS

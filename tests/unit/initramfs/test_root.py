@@ -89,7 +89,9 @@ def test_equal_content_gives_equal_bytes(busybox: Path) -> None:
     assert content["bin"] == (stat.S_IFLNK | 0o777, b"usr/bin")
     assert content["usr/bin/sh"] == (stat.S_IFLNK | 0o777, b"busybox")
     assert "usr/bin/init" not in content
-    assert content["init"][0] == stat.S_IFREG | 0o755
+    assert content["init"] == (stat.S_IFLNK | 0o777, b"/kvmpass/agent")
+    assert content["kvmpass/agent"] == (stat.S_IFREG | 0o755, init.agent())
+    assert content["kvmpass/init.sh"][0] == stat.S_IFREG | 0o755
     assert stat.S_ISCHR(content["dev/console"][0])
     assert content["tmp"][0] == stat.S_IFDIR | 0o1777
     assert content["kvmpass/command"][1] == b"exec ls -l\n"
