@@ -55,6 +55,18 @@ def test_completing_a_command_loads_no_command() -> None:
     assert "kvmpass.host" not in modules
 
 
+def test_imports_are_not_searched_for_garbage() -> None:
+    """Of the command: what a program that imports kvmpass wants is its own matter."""
+    script = "import atexit, gc, sys; usual = gc.get_threshold(); import kvmpass; "
+    script += "assert gc.get_threshold() == usual; "
+    script += "collected = lambda: sum(generation['collections'] for generation in gc.get_stats()); "
+    script += "from kvmpass.__main__ import main; gc.collect(); before = collected(); "
+    script += "atexit.register(lambda: print(collected() - before, file=sys.stderr)); main()"
+    words = [sys.executable, "-c", script, "assign", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "--kernel" in done.stdout and done.stderr == "0\n"
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_the_help_in_the_table_is_the_commands_own(name: str) -> None:
     command = kvmpass.get_command(click.Context(kvmpass), name)
