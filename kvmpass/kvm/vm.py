@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmpass._dataclass import dataclass
 from kvmpass._fd import OwnedFd, check
 from kvmpass._native import ffi, lib
 from kvmpass.kvm.fastpath import Fastpath
 from kvmpass.kvm.types import Capability
-from kvmpass.kvm.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    from kvmpass.kvm.vcpu import Vcpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,8 @@ class Vm(OwnedFd):
 
         Raises ``OSError``.
         """
+        from kvmpass.kvm.vcpu import Vcpu
+
         return Vcpu(check(lib.kvm_create_vcpu(self.fd, index), "KVM_CREATE_VCPU"), index, self._run_size, fastpath)
 
     def create_vfio_device(self) -> VfioDevice:

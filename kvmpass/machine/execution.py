@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from kvmpass import ports
+from kvmpass._signals import importing
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.board.board import Board
 from kvmpass.board.power import PowerEvent
 from kvmpass.board.serial import Serial16550
-from kvmpass.boot import acpi, mtrr
-from kvmpass.boot.cpuid import guest_cpuid
+from kvmpass.boot import acpi
 from kvmpass.boot.e820 import e820_map
 from kvmpass.boot.linux import BOOT_PARAMS, LONG_MODE, KernelImage, load_linux
 from kvmpass.errors import Closed, GuestError
-from kvmpass.kvm import IrqRoutes, System, Vcpu, Vm
 from kvmpass.layout import LOCAL_APIC_BASE, Layout
 from kvmpass.machine.slots import Slots
-from kvmpass.machine.vcpus import Accesses, GuestOutcome, VcpuThreads
 from kvmpass.memory import GuestMemory
+
+if TYPE_CHECKING:
+    from kvmpass.kvm import IrqRoutes, System, Vcpu, Vm
+    from kvmpass.machine.vcpus import Accesses, GuestOutcome, VcpuThreads
 
 _NMI = 4 << 8  # delivery mode of a message (AMD64 manual volume 2, 16.11)
 Output = Callable[[bytes], None]
@@ -143,6 +146,9 @@ class Execution:
 
     def _start_vcpus(self, system: System, entry: int) -> None:
         """Run the guest from ``entry`` on. Raises ``OSError`` if KVM refuses: then no vCPU runs."""
+        with importing():  # after the devices are attached, which does not wait for it
+            from kvmpass.machine.vcpus import VcpuThreads
+
         with undo_on_error(self._close_vcpus):
             self._make_vcpus(system, entry)
         board = self._board
@@ -158,6 +164,10 @@ class Execution:
         self._threads.start()
 
     def _make_vcpus(self, system: System, entry: int) -> None:
+        with importing():
+            from kvmpass.boot import mtrr
+            from kvmpass.boot.cpuid import guest_cpuid
+
         supported, types = system.get_supported_cpuid(), mtrr.mtrrs(system.physical_bits)
         for index in range(self.cpus):
             vcpu = self._board.vm.create_vcpu(index, self._board.fastpath)
@@ -185,8 +195,11 @@ class Execution:
             raise GuestError("the guest was not started")
         return threads.wait(timeout)
 
-    def stop(self, outcome: GuestOutcome = GuestOutcome.STOPPED) -> None:
-        """End the guest without waiting for its vCPUs; ``wait()`` returns ``outcome`` if this is the first end."""
+    def stop(self, outcome: GuestOutcome | None = None) -> None:
+        """End the guest without waiting for its vCPUs; ``wait()`` returns ``outcome`` if this is the first end.
+
+        None is ``GuestOutcome.STOPPED``.
+        """
         if threads := self._threads:
             threads.end(outcome)
 
@@ -247,6 +260,8 @@ class Execution:
         return self._threads.accesses if self._threads else {}
 
     def _power_event(self, event: PowerEvent) -> None:
+        from kvmpass.machine.vcpus import GuestOutcome  # loaded, where a guest runs
+
         if event is PowerEvent.POWEROFF:
             self.stop(GuestOutcome.POWEROFF)
             return

@@ -27,7 +27,6 @@ from kvmpass.machine.device import AssignedDevice
 from kvmpass.machine.monitor import DeviceMonitor
 from kvmpass.machine.requests import Requests
 from kvmpass.machine.slots import Slots
-from kvmpass.machine.vcpus import GuestOutcome
 from kvmpass.memory import Backing, MachineMemory, plan_memory
 from kvmpass.memory.audit import Mirrored, compare
 
@@ -250,4 +249,6 @@ class Machine(Assignments):
 
     def _end_for_error(self) -> None:
         if self._stop_on_error:
+            from kvmpass.machine.vcpus import GuestOutcome  # loaded, where a guest runs
+
             self.stop(GuestOutcome.DEVICE_ERROR)

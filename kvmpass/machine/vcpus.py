@@ -108,11 +108,11 @@ class VcpuThreads:
             thread.start()
         load_logging()  # while the guest begins to boot, long before it can use up this process's descriptors
 
-    def end(self, outcome: GuestOutcome) -> None:
-        """End the guest with ``outcome`` (the first call wins), without waiting for its vCPUs."""
+    def end(self, outcome: GuestOutcome | None = None) -> None:
+        """End the guest with ``outcome`` (the first call wins), without waiting for its vCPUs; None: ``STOPPED``."""
         with self._state:
             if self._outcome is None:
-                self._outcome = outcome
+                self._outcome = outcome or GuestOutcome.STOPPED
             self._ended.set()
             self._kick()
             self._changed.notify_all()
@@ -189,7 +189,7 @@ class VcpuThreads:
 
     def stop(self) -> None:
         """End the guest and wait for the threads. Idempotent. Not from a vCPU's thread."""
-        self.end(GuestOutcome.STOPPED)
+        self.end()
         for thread in self._threads:
             thread.join()
         self._threads.clear()

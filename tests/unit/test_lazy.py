@@ -37,7 +37,7 @@ def declared(package: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def test_there_are_such_packages() -> None:
-    names = ("dma", "files", "guest", "host", "host.doctor", "machine", "pci", "session", "vfio", "virtio")
+    names = ("dma", "files", "guest", "host", "host.doctor", "kvm", "machine", "pci", "session", "vfio", "virtio")
     assert ["kvmpass", *(f"kvmpass.{name}" for name in names)] == PACKAGES
 
 
