@@ -250,19 +250,17 @@ class Sysfs:
             start_new_session=True,  # out of reach of the terminal's Ctrl-C
         )
         assert helper.stderr is not None
-        with helper.stderr as errors:
+        with helper.stderr:
             try:
-                status = helper.wait(timeout)
+                _, message = helper.communicate(timeout=timeout)  # wait() would look only every 50 ms
             except subprocess.TimeoutExpired:
                 helper.returncode = 0  # it exits by itself: it cannot be killed there
                 raise TimeoutError(
                     errno.ETIMEDOUT, f"no answer from the kernel in {timeout:g} s", str(path)
                 ) from None
-            if status:
-                message = errors.read().decode(errors="replace").strip()
-                raise OSError(
-                    errno.EIO, message.rpartition(": ")[2] or f"helper exited with status {status}", str(path)
-                )
+        if helper.returncode:
+            reason = message.decode(errors="replace").strip().rpartition(": ")[2]
+            raise OSError(errno.EIO, reason or f"helper exited with status {helper.returncode}", str(path))
 
     def kernel(self) -> tuple[int, int]:
         """Return major and minor of the running kernel's version: ``(6, 12)``; zeros if unknown."""
