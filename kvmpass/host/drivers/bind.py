@@ -140,9 +140,8 @@ class _Work:
                     for bdf in chosen:
                         transaction.recover(bdf)
                     jobs = self._look(chosen)
-                    for job in jobs:
-                        if job.wanted is not None:
-                            transaction.change(job.bdf, self.operation, job.wanted)
+                    wanted = {job.bdf: job.wanted for job in jobs if job.wanted is not None}
+                    transaction.change(self.operation, wanted)
                     for job in jobs:  # the first may have been rebound while the last was changed
                         transaction.confirm(job.bdf, job.wanted or job.now)
                 # A signal received until now is raised here: all changes are reverted. A later one has no effect.

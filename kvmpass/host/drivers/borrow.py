@@ -8,6 +8,7 @@ from types import TracebackType
 from kvmpass._signals import deferred
 from kvmpass.host.address import Bdf, parse_distinct
 from kvmpass.host.blockers import check_assignable
+from kvmpass.host.drivers.changes import ON_VFIO_PCI
 from kvmpass.host.drivers.journal import Journal, Operation
 from kvmpass.host.drivers.lock import Say
 from kvmpass.host.drivers.transaction import (
@@ -60,8 +61,7 @@ class Borrow:
                         transaction.recover(bdf)
                 self._check()  # here: it may be in use since this waited for the lock
                 with deferred():
-                    for bdf in self.bdfs:
-                        self.devices.append(transaction.change(bdf, Operation.ASSIGN))
+                    self.devices += transaction.change(Operation.ASSIGN, dict.fromkeys(self.bdfs, ON_VFIO_PCI))
             return list(self.devices)
         except BaseException as error:
             transaction.put_back(error)
@@ -100,7 +100,8 @@ def borrow(
     devices only, and nothing is written. If the module vfio-pci had to be loaded, it stays loaded. Close all VFIO
     descriptors of a device before the block ends: unbinding blocks until they are closed. ``timeout`` is in seconds,
     for each driver that is unbound or bound; ``say`` receives a line when another process changes drivers for more
-    than a second, ``on_step`` each step and its device, just before that change. ``look``: the view of the
+    than a second, ``on_step`` each step and its device, just before that change. Several devices change at the same
+    time, each in a thread of its own, from which ``on_step`` is called. ``look``: the view of the
     host with which the caller has just checked these devices, so that they are checked only once more, with the lock
     held. The state of a driver (addresses of a network interface, for example) is not restored.
     """

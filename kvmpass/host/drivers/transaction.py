@@ -6,16 +6,17 @@ import atexit
 import errno
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 
 from kvmpass._log import Log
 from kvmpass._signals import deferred
+from kvmpass._together import run_together
 from kvmpass.errors import HostNotReady, JournalError, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
 from kvmpass.host.address import Bdf
 from kvmpass.host.drivers.changes import (
     MATCHING,
-    ON_VFIO_PCI,
     PROBES,
     UNBINDS,
     Change,
@@ -39,7 +40,7 @@ NODE_TIMEOUT = 5.0  # seconds until /dev/vfio/GROUP exists, and until the driver
 RESTORE_HINT = "try again: kvmpass restore"
 
 OnStep = Callable[[Step, Bdf], object]
-"""Called with each step and its device once the journal has it, just before the change."""
+"""Called with each step and its device once the journal has it, just before the change. Each device has a thread."""
 
 
 class Transaction:
@@ -88,21 +89,27 @@ class Transaction:
             log.info("%s was left by process %d, restoring it first", bdf, left.pid)
             self.give_back(left)
 
-    def change(self, bdf: Bdf, operation: Operation, wanted: Setting = ON_VFIO_PCI) -> PciDevice:
-        """Record the device, then bind the wanted driver. Returns the device as it is then.
+    def change(self, operation: Operation, wanted: Mapping[Bdf, Setting]) -> list[PciDevice]:
+        """Record each device, then bind the wanted driver, of all devices at the same time.
 
-        Raises ``OSError``, ``HostNotReady``, ``NoSuchDevice``; ``NotAssignable`` if vfio-pci does not bind the
-        device, ``RestoreFailed`` if another driver does not. After any exception, call :meth:`put_back`.
+        Returns the devices as they are then, in the same order. Raises ``OSError``, ``HostNotReady``,
+        ``NoSuchDevice``; ``NotAssignable`` if vfio-pci does not bind a device, ``RestoreFailed`` if another driver
+        does not. After any exception, call :meth:`put_back`.
         """
-        if wanted.driver == VFIO_PCI and not self.sysfs.exists(PCI_DRIVERS, VFIO_PCI):
+        to_vfio = any(setting.driver == VFIO_PCI for setting in wanted.values())
+        if to_vfio and not self.sysfs.exists(PCI_DRIVERS, VFIO_PCI):
             self.sysfs.load_module(VFIO_PCI)
-        entry = Entry.of(self.sysfs, bdf, operation, wanted)
-        self.entries.append(entry)
+        entries = [Entry.of(self.sysfs, bdf, operation, setting) for bdf, setting in wanted.items()]
+        self.entries += entries
         _open.add(self)
+        return run_together(*(partial(self._change, entry, wanted[entry.bdf]) for entry in entries))
+
+    def _change(self, entry: Entry, wanted: Setting) -> PciDevice:
+        bdf = entry.bdf
         with device_lock(self.sysfs, bdf, self._timeout) as held:
             self._record(entry, Step.RECORDED)
             self._set_driver(entry, wanted, held)
-            if operation is Operation.UNBIND:
+            if entry.operation is Operation.UNBIND:
                 self._set_attributes(entry, wanted)
                 self._record(entry, Step.RETURNED)
                 device = self.sysfs.device(bdf)
@@ -133,7 +140,7 @@ class Transaction:
         _open.discard(self)
 
     def put_back(self, error: BaseException | None = None) -> None:
-        """Revert what is still changed, the last device first; idempotent, and tries each device even if one fails.
+        """Revert what is still changed, of all devices at the same time; idempotent. Tries each even if one fails.
 
         Raises ``RestoreFailed`` with the devices, ``JournalError``, ``OSError``; if ``error`` is set, they become its
         note. ``entries`` are those that remain changed.
@@ -145,12 +152,9 @@ class Transaction:
             with deferred():
                 if self.entries:
                     with self.lock():
-                        for entry in reversed(self.entries[:]):
-                            failure = self._try_twice(entry)
-                            if failure is None:
-                                self.entries.remove(entry)
-                            else:
-                                failed.append(failure)
+                        failures = run_together(*(partial(self._try_twice, entry) for entry in self.entries))
+                    self.entries = [entry for entry, why in zip(self.entries, failures, strict=True) if why]
+                    failed = [why for why in failures if why]
             if failed:
                 raise RestoreFailed(f"cannot restore {'; '.join(failed)}", RESTORE_HINT)
         except (RestoreFailed, JournalError, OSError) as raised:

@@ -194,6 +194,46 @@ def test_all_or_none(host: Host, state: Path) -> None:
     assert as_before(host, state)
 
 
+def test_several_devices_change_at_the_same_time(host: Host, state: Path) -> None:
+    """A drive that takes long to shut down delays no other; each has its entry before its own change."""
+    together = threading.Barrier(2, timeout=10)
+    seen: list[str] = []
+
+    def hook(step: Step, bdf: Bdf) -> None:
+        if step in (Step.UNBIND, Step.RETURN_PROBE):
+            assert json.loads((state / "journal" / f"{bdf}.json").read_text())["step"] == step
+            together.wait()
+            seen.append(f"{step} {bdf}")
+
+    with borrow(NVME, NIC, sysfs=host, state_dir=state, on_step=hook) as devices:
+        assert [str(device.bdf) for device in devices] == [NVME, NIC]
+    assert sorted(seen) == sorted(f"{step} {bdf}" for step in (Step.UNBIND, Step.RETURN_PROBE) for bdf in (NVME, NIC))
+    assert as_before(host, state)
+
+
+@pytest.mark.parametrize("step", [Step.UNBIND, Step.PROBE, Step.RETURN_UNBIND, Step.RETURN_PROBE])
+def test_killed_while_several_devices_change(host: Host, state: Path, step: Step) -> None:
+    together = threading.Barrier(2, timeout=10)
+
+    def hook(now: Step, _: Bdf) -> None:
+        if now == step:
+            together.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def child() -> None:
+        host.process(os.getpid(), "kvmpass", Path("/proc/self/stat").read_text())
+        with borrow(NVME, NIC, sysfs=host, state_dir=state, on_step=hook):
+            pass
+
+    assert in_child(child) == signal.SIGKILL
+    for name in host.names("proc"):
+        if name.isdecimal() and int(name) != os.getpid():
+            host.path("proc", name, "stat").unlink()
+    results = [(result.bdf, result.outcome) for result in restore(host, state)]
+    assert results == [(NVME, "restored"), (NIC, "restored")]
+    assert as_before(host, state)
+
+
 def test_vfio_pci_refuses(host: Host, state: Path) -> None:
     host.refuses.add("vfio-pci")
     with pytest.raises(NotAssignable, match="does not bind"), borrow(NVME, sysfs=host, state_dir=state):
