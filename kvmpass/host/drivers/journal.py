@@ -4,6 +4,9 @@ One JSON file for each device in ``$KVMPASS_STATE_DIR/journal`` (default ``/var/
 driver is being changed, or while it is borrowed. A file is replaced atomically (rename(2)). An entry belongs to a
 boot, because bindings do not survive one, and to a process: while a borrower runs, no other process changes the
 device. The entry of a completed bind moves to the directory ``bound``: the record for a later unbind.
+
+Nothing is synced: an entry is for other processes of its boot, which read it from the page cache. What a power
+failure leaves of a file is of an earlier boot.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -194,16 +198,13 @@ class Entries:
         return self.directory / f"{bdf}.json"
 
     def write(self, entry: Entry) -> None:
-        """Write the entry to disk, atomically (rename(2)). Raises ``OSError``."""
+        """Write the entry, atomically (rename(2)). Raises ``OSError``."""
         path = self.path(entry.bdf)
         scratch = path.with_suffix(".tmp")
         fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
             file.write(entry.to_json().encode())
-            file.flush()
-            os.fsync(fd)
         scratch.rename(path)
-        self._sync()
 
     def read(self, bdf: Bdf) -> Entry | None:
         """Return the entry of a device, None without one. Raises ``JournalError`` for an invalid file."""
@@ -237,10 +238,7 @@ class Entries:
 
     def remove(self, bdf: Bdf) -> None:
         """Remove the entry of a device, if there is one. Raises ``OSError``."""
-        path = self.path(bdf)
-        if path.exists():
-            path.unlink(missing_ok=True)
-            self._sync()
+        self.path(bdf).unlink(missing_ok=True)
 
     def set_aside(self, path: Path) -> Path:
         """Rename an invalid entry so that it is ignored; return its new path. Raises ``OSError``."""
@@ -250,7 +248,6 @@ class Entries:
             number += 1
             aside = path.with_suffix(f".corrupt-{number}")
         path.rename(aside)
-        self._sync()
         return aside
 
     def files(self) -> list[Path]:
@@ -263,13 +260,6 @@ class Entries:
     def scratch(self) -> list[Path]:
         """Return the temporary files of processes killed in :meth:`write`; remove them under the lock only."""
         return sorted(self.directory.glob("*.tmp"))
-
-    def _sync(self) -> None:
-        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 class Journal(Entries):
@@ -306,7 +296,7 @@ class Journal(Entries):
 
         Raises ``DeviceInUse`` for the entry of a running process that has borrowed the device.
         """
-        entry = self.read(bdf)
+        entry = None if self._is_lost(bdf) else self.read(bdf)
         if entry is not None and entry.is_owned(sysfs):
             raise DeviceInUse(
                 f"{bdf} is assigned by {Process(entry.pid, entry.command)}",
@@ -314,8 +304,13 @@ class Journal(Entries):
             )
         return entry
 
+    def _is_lost(self, bdf: Bdf) -> bool:
+        """Whether a power failure or a panic has taken the entry's text: it is empty, and older than this boot."""
+        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        with contextlib.suppress(FileNotFoundError):
+            return self.path(bdf).stat().st_mtime < booted and not self.path(bdf).read_bytes().strip(b"\0")
+        return False
+
     def keep(self, bdf: Bdf) -> None:
         """Turn the entry of a completed bind into its record, atomically (rename(2)). Raises ``OSError``."""
         self.path(bdf).rename(self.bound.path(bdf))
-        self._sync()
-        self.bound._sync()

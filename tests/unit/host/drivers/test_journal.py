@@ -55,6 +55,33 @@ def test_a_broken_entry_is_put_aside_and_the_rest_restored(
     assert one.restore() == []
 
 
+@pytest.mark.parametrize("left", [b"", b"\0" * 300])
+@pytest.mark.parametrize("operation", ["bind", "unbind"])
+def test_what_a_power_failure_leaves_of_an_entry_is_no_obstacle(
+    made: Callable[[str], Stage], operation: str, left: bytes
+) -> None:
+    """Nothing is synced; bindings do not survive a power failure either."""
+    one = made(operation)
+    (one.state / "journal").mkdir(parents=True, exist_ok=True)
+    file = one.state / "journal" / f"{NVME}.json"
+    file.write_bytes(left)
+    with pytest.raises(JournalError, match="cannot be read"):  # an entry of this boot
+        one.run()
+    os.utime(file, (0, 0))
+    assert [result.outcome for result in one.run()] == ["changed"]
+    assert list((one.state / "journal").iterdir()) == []
+    assert one.restore() == []
+
+
+def test_no_change_waits_for_the_disk(made: Callable[[str], Stage], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry is read from the page cache, by processes of the same boot."""
+    for name in ("fsync", "fdatasync", "sync"):
+        monkeypatch.setattr(os, name, lambda *_: pytest.fail("synced"))
+    one = made("bind")
+    assert [result.outcome for result in one.run()] == ["changed"]
+    assert [result.outcome for result in one.unbind(NVME)] == ["changed"]
+
+
 def test_a_broken_record_keeps_a_device_from_being_given_back_wrongly(made: Callable[[str], Stage]) -> None:
     one = made("unbind")
     (one.state / "bound" / f"{NVME}.json").write_text("{")
