@@ -135,10 +135,18 @@ def _initializer(made: Any, defaults: dict[str, Any], complete: Callable[[], Non
         if default is not MISSING:
             constants[name] = default
     check = getattr(made, "__post_init__", None)
+    names = list(defaults)
+    required = max((number for number, name in enumerate(names, 1) if name not in constants), default=0)
+    rest = tuple(constants.get(name) for name in names)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         values = args
-        if kwargs or len(args) != len(setters):
+        if not kwargs and required <= len(args) <= len(setters):
+            if len(args) < len(setters):
+                values += rest[len(args) :]
+        elif not args and kwargs.keys() == defaults.keys():
+            values = tuple(map(kwargs.__getitem__, names))
+        else:
             given = dict(zip(defaults, args, strict=False)) | kwargs
             known = constants | given
             if len(given) != len(args) + len(kwargs) or known.keys() | factories.keys() != defaults.keys():
