@@ -153,6 +153,7 @@ class CheckContext:
         p2p: bool = False,
         passed: BackendChoice | None = None,
         wake: bool = True,
+        shown: bool = True,
     ) -> None:
         self.look = look
         """The host; callers that check many devices pass the same."""
@@ -182,6 +183,8 @@ class CheckContext:
         """The back end of which another process passes the descriptors: this one opens none of its nodes."""
         self.wake = wake
         """Whether a suspended device may be resumed to read its configuration space."""
+        self.shown = shown
+        """Whether what checks have read is shown: if not, they need not read what is only for that."""
 
     @property
     def sysfs(self) -> Sysfs:
@@ -275,7 +278,8 @@ class CheckContext:
     @cached_property
     def header(self) -> bytes:
         """The first 64 bytes of configuration space; empty for a suspended device unless ``wake`` is set."""
-        return self.sysfs.config(self.device.bdf, 0x40, wake=self.wake)
+        awake = self.device.power_state != "D3cold"
+        return self.sysfs.config(self.device.bdf, 0x40, wake=self.wake or awake)
 
     @cached_property
     def uses(self) -> list[Use]:

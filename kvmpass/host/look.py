@@ -14,7 +14,7 @@ from kvmpass.host.address import PATTERN, Bdf
 from kvmpass.host.kernel.kmsg import KernelLog
 from kvmpass.host.kernel.mounts import Mount, mounts
 from kvmpass.host.kernel.processes import OpenNodes, namespaces, process
-from kvmpass.host.sysfs import IommuGroup, PciDevice, Sysfs
+from kvmpass.host.sysfs import PCI_DEVICES, IommuGroup, PciDevice, Sysfs
 
 if TYPE_CHECKING:
     from kvmpass.host.names import Names
@@ -90,6 +90,16 @@ class Look:
     def group(self, number: int) -> IommuGroup:
         """Return one IOMMU group. Raises ``NotAssignable`` if the kernel has no such group."""
         return self.remembered(("group", number), lambda look: look.sysfs.group(number))
+
+    def attributes(self, bdf: Bdf) -> frozenset[str]:
+        """Return the names in a function's directory: with them, what most functions lack need not be tried."""
+        return self.remembered(("attributes", bdf), lambda look: frozenset(look.sysfs.names(PCI_DEVICES, str(bdf))))
+
+    def virtual_functions(self, bdf: Bdf) -> list[Bdf]:
+        """Return the enabled virtual functions of a physical one, by address."""
+        if any(name.startswith("virtfn") for name in self.attributes(bdf)):
+            return self.sysfs.virtual_functions(bdf)
+        return []
 
     def text(self, path: str) -> str | None:
         """Return the text of a file that is not of one device; None if it cannot be read."""

@@ -7,17 +7,18 @@ sysfs-kernel-iommu_groups.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from kvmpass._dataclass import dataclass
+from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.kernel import kmsg
 from kvmpass.host.kernel.kmsg import KernelLog, read_log
+from kvmpass.host.kernel.writing import write_in_time
 from kvmpass.layout import Range, Reserved
 
 PCI_DEVICES = "sys/bus/pci/devices"
@@ -30,10 +31,15 @@ BARS = 6  # the first lines of `resource`; then the expansion ROM, then BARs of 
 # include/linux/ioport.h
 IORESOURCE_IO, IORESOURCE_MEM, IORESOURCE_MEM_64, IORESOURCE_UNSET = 0x100, 0x200, 0x0010_0000, 0x2000_0000
 
+_IDENTITY = ("vendor", "device", "subsystem_vendor", "subsystem_device", "class")
+_MODALIAS = lazy_pattern(
+    "pci:v([0-9A-F]{8})d([0-9A-F]{8})sv([0-9A-F]{8})sd([0-9A-F]{8})bc([0-9A-F]{2})sc([0-9A-F]{2})i([0-9A-F]{2})"
+)
 _PIECE = 1 << 16  # bytes to read at once
+_ATTRIBUTES = ("sys/bus/pci/", "sys/kernel/iommu_groups/")
+_PAGE = 4096  # fs/kernfs/file.c: what is shorter than a page is all that the file has
 
 _T = TypeVar("_T")
-_WRITE = 'printf "%s" "$2" >"$1"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +190,11 @@ class Sysfs:
         fd = os.open(self.place(*parts), os.O_RDONLY | os.O_CLOEXEC)
         try:
             pieces = []
+            if size < 0 and parts[0].startswith(_ATTRIBUTES):
+                first = os.read(fd, _PIECE)
+                if len(first) < _PAGE:
+                    return first
+                pieces.append(first)
             while size and (piece := os.read(fd, _PIECE if size < 0 else size)):
                 pieces.append(piece)
                 size -= len(piece) if size > 0 else 0
@@ -229,8 +240,7 @@ class Sysfs:
     def write(self, path: Path, text: str, timeout: float | None = None, held: int | None = None) -> None:
         """Write ``text`` in one call. Raises ``OSError``, ``TimeoutError`` after ``timeout`` seconds.
 
-        With a timeout another process writes, and keeps the descriptor ``held`` open until it exits: a thread that
-        waits in vfio_unregister_group_dev would keep this process from exiting and closing the device.
+        With a timeout another process writes, and keeps the descriptor ``held`` open until it exits.
         """
         if timeout is None:
             fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
@@ -239,28 +249,7 @@ class Sysfs:
             finally:
                 os.close(fd)
             return
-        import subprocess
-
-        helper = subprocess.Popen(
-            ["/bin/sh", "-c", _WRITE, "sh", str(path), text],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=() if held is None else (held,),
-            start_new_session=True,  # out of reach of the terminal's Ctrl-C
-        )
-        assert helper.stderr is not None
-        with helper.stderr:
-            try:
-                _, message = helper.communicate(timeout=timeout)  # wait() would look only every 50 ms
-            except subprocess.TimeoutExpired:
-                helper.returncode = 0  # it exits by itself: it cannot be killed there
-                raise TimeoutError(
-                    errno.ETIMEDOUT, f"no answer from the kernel in {timeout:g} s", str(path)
-                ) from None
-        if helper.returncode:
-            reason = message.decode(errors="replace").strip().rpartition(": ")[2]
-            raise OSError(errno.EIO, reason or f"helper exited with status {helper.returncode}", str(path))
+        write_in_time(path, text, timeout, held)
 
     def kernel(self) -> tuple[int, int]:
         """Return major and minor of the running kernel's version: ``(6, 12)``; zeros if unknown."""
@@ -301,22 +290,23 @@ class Sysfs:
     def device(self, bdf: Bdf) -> PciDevice:
         """Return one function. Raises ``NoSuchDevice``."""
         base = f"{PCI_DEVICES}/{bdf}"
-        vendor = self.number(base, "vendor")
+        modalias = self.text(base, "modalias") or ""
+        vendor, device, subsystem_vendor, subsystem_device, class_code = self._identity(base, modalias)
         group = self.link(base, "iommu_group") if self.exists(base, "iommu_group") else None
         node = self.number(base, "numa_node")
         found = PciDevice(
             bdf=bdf,
             vendor=vendor or 0,
-            device=self.number(base, "device") or 0,
-            subsystem_vendor=self.number(base, "subsystem_vendor") or 0,
-            subsystem_device=self.number(base, "subsystem_device") or 0,
-            class_code=self.number(base, "class") or 0,
+            device=device or 0,
+            subsystem_vendor=subsystem_vendor or 0,
+            subsystem_device=subsystem_device or 0,
+            class_code=class_code or 0,
             revision=self.number(base, "revision") or 0,
             driver=self.link(base, "driver"),
             driver_override=self.driver_override(bdf),
             group=int(group) if group is not None and group.isdecimal() else None,
             numa_node=node if node is not None and node >= 0 else None,
-            modalias=self.text(base, "modalias") or "",
+            modalias=modalias,
             resources=tuple(self._resources(base)),
             power_state=self.text(base, "power_state") or "unknown",
             reset_methods=tuple((self.text(base, "reset_method") or "").split()),
@@ -324,6 +314,13 @@ class Sysfs:
         if vendor is None or not self.exists(base, "vendor"):  # or it was removed concurrently
             raise NoSuchDevice(f"there is no PCI device {bdf}", "kvmpass list shows the devices of this host")
         return found
+
+    def _identity(self, base: str, modalias: str) -> list[int | None]:
+        """Return vendor, device, those of the subsystem, and the class: one file has all of them (modalias_show)."""
+        if match := _MODALIAS.fullmatch(modalias):
+            *numbers, base_class, sub_class, interface = (int(text, 16) for text in match.groups())
+            return [*numbers, base_class << 16 | sub_class << 8 | interface]
+        return [self.number(base, name) for name in _IDENTITY]
 
     def driver(self, bdf: Bdf) -> str | None:
         """Return the name of the driver that is bound at this moment; None without one."""
@@ -374,7 +371,8 @@ class Sysfs:
     def group(self, number: int) -> IommuGroup:
         """Return one group. Raises ``NotAssignable`` if the kernel has no such group."""
         base = f"{IOMMU_GROUPS}/{number}"
-        if not self.exists(base):
+        members = [Bdf.parse(name) for name in self.names(base, "devices") if name.count(":") == 2]
+        if not members and not self.exists(base):
             raise NotAssignable(f"there is no IOMMU group {number}")
         reserved = []
         for line in self.lines(base, "reserved_regions"):
@@ -383,7 +381,6 @@ class Sysfs:
                 low = int(start, 16)
                 # An empty region ends before it begins; one at 0 ends at all ones.
                 reserved.append(Reserved(Range(low, (int(last, 16) - low + 1) % (1 << 64)), kind))
-        members = [Bdf.parse(name) for name in self.names(base, "devices") if name.count(":") == 2]
         return IommuGroup(
             id=number,
             devices=tuple(sorted(members)),

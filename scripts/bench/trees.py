@@ -24,7 +24,9 @@ def make(folder: Path, functions: int) -> Path:
         bus, slot = divmod(number, 256)
         bdf = f"0000:{bus:02x}:{slot >> 3:02x}.{slot & 7}"
         driver, kind = ("nvme", None, "vfio-pci")[number % 3], (0x010802, 0x020000)[number % 2]
-        tree.add(bdf, driver=driver, group=number, class_code=kind)
+        names = "bc{:02X}sc{:02X}i{:02X}".format(*kind.to_bytes(3, "big"))
+        modalias = f"pci:v00001022d00001234sv00001022sd00000000{names}"
+        tree.add(bdf, driver=driver, group=number, class_code=kind, modalias=modalias, revision="0x00")
     return folder
 
 

@@ -51,7 +51,7 @@ def check_passed(sysfs: Sysfs, bdf: Bdf, together: Collection[Bdf] = (), *, look
 
     Otherwise as :func:`check_assignable`.
     """
-    context = CheckContext(look or Look(sysfs), bdf, together=together, wake=True)
+    context = CheckContext(look or Look(sysfs), bdf, together=together, wake=True, shown=False)
     for blocker in failures((check for check in _REFUSING if check not in use.CHECKS), context):
         raise blocker.exception()
     return context.device
@@ -71,14 +71,14 @@ def blockers(
     """
     look = look or Look(sysfs)
     look.know([device])
-    yield from failures(_REFUSING, CheckContext(look, device.bdf, together=together, wake=wake))
+    yield from failures(_REFUSING, CheckContext(look, device.bdf, together=together, wake=wake, shown=False))
 
 
 def users(sysfs: Sysfs, device: PciDevice) -> Iterator[Blocker]:
     """Yield only the blockers that end when a process or the host stops using the device."""
     look = Look(sysfs)
     look.know([device])
-    yield from failures(use.CHECKS, CheckContext(look, device.bdf, wake=False))
+    yield from failures(use.CHECKS, CheckContext(look, device.bdf, wake=False, shown=False))
 
 
 __all__ = ["CHECKS", "blockers", "check_assignable", "check_passed", "is_harmless", "users"]

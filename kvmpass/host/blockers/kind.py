@@ -113,7 +113,7 @@ def _responds(context: CheckContext) -> Verdict:
     # Only a read that may resume it changes this.
     power = (context.sysfs.text(base, "power_state") or "unknown") if context.wake else device.power_state
     read = [Reading(f"/{base}/config", header[:4].hex(" ") or "not read"), Reading(f"/{base}/power_state", power)]
-    for name in ("d3cold_allowed", "power/control", "power/runtime_status"):
+    for name in ("d3cold_allowed", "power/control", "power/runtime_status") if context.shown else ():
         value = context.sysfs.text(base, name)
         if value is not None:
             read.append(Reading(f"/{base}/{name}", value))

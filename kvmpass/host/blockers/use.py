@@ -13,7 +13,7 @@ from kvmpass.host.drivers.journal import Journal
 from kvmpass.host.kernel.processes import Process
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import Sysfs
-from kvmpass.host.usage import untraced, vfio_nodes
+from kvmpass.host.usage import known_nodes, untraced, vfio_nodes
 
 ASSIGNED = BlockerTemplate(
     kind="assigned",
@@ -84,15 +84,15 @@ def _borrowed_now(sysfs: Sysfs) -> list[tuple[str, int, str]]:
 
 def _holders(context: CheckContext) -> Iterator[str]:
     """Through its own nodes or its group's; through those of its virtual functions, which its driver removes."""
-    sysfs, device, look = context.sysfs, context.device, context.look
+    device, look = context.device, context.look
     members = () if context.group is None else context.group.devices
-    own = vfio_nodes(sysfs, device.bdf, device.group)
-    siblings = [node for other in members if other != device.bdf for node in vfio_nodes(sysfs, other, None)]
+    own = known_nodes(look, device.bdf, context.group)
+    siblings = [node for other in members if other != device.bdf for node in known_nodes(look, other, None)]
     what = "is assigned by" if len(members) <= 1 else f"is in IOMMU group {device.group}, assigned by"
     yield from _held(context, [*own, *siblings], what)
-    for function in sysfs.virtual_functions(device.bdf):
+    for function in look.virtual_functions(device.bdf):
         found = look.device(function)
-        nodes = vfio_nodes(sysfs, function, found.group) if found is not None else []
+        nodes = vfio_nodes(look.sysfs, function, found.group) if found is not None else []
         yield from _held(context, nodes, f"has the virtual function {function}, assigned by")
 
 

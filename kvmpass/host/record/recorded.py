@@ -103,7 +103,7 @@ class RecordedSysfs(Sysfs):
 
 def _printable(text: str) -> str:
     """Without control characters."""
-    return text.translate(_CONTROLS)
+    return text if text.isprintable() else text.translate(_CONTROLS)
 
 
 def map_texts(value: Any, text: Callable[[str], str], key: Callable[[str], str] = str) -> Any:

@@ -13,7 +13,7 @@ from itertools import chain
 from kvmpass._dataclass import dataclass
 from kvmpass.host.address import Bdf
 from kvmpass.host.look import Look
-from kvmpass.host.sysfs import IOMMU_GROUPS, NOIOMMU_NAME, PCI_DEVICES, VFIO_PCI, PciDevice, Sysfs
+from kvmpass.host.sysfs import IOMMU_GROUPS, NOIOMMU_NAME, PCI_DEVICES, VFIO_PCI, IommuGroup, PciDevice, Sysfs
 
 # Drivers that only claim a device.
 _PLACEHOLDERS = (None, VFIO_PCI, "pci-stub")
@@ -21,6 +21,7 @@ _PLACEHOLDERS = (None, VFIO_PCI, "pci-stub")
 # input, wireless; classes FireWire and USB.
 _TRACED = frozenset({0x01, 0x02, 0x03, 0x04, 0x07, 0x09, 0x0D})
 _TRACED_BUSES = frozenset({0x0C00, 0x0C03})
+_OWN_NODE = "/dev/vfio/devices/{}"
 VSOCK = "vmw_vsock_virtio_transport"
 _TRACED_VIRTIO = frozenset({"9pnet_virtio", "virtiofs", "virtio_console", VSOCK})
 
@@ -58,6 +59,8 @@ def uses(look: Look, device: PciDevice) -> list[Use]:
 
 
 def _virtual_functions(look: Look, device: PciDevice) -> Iterator[Use]:
+    if "sriov_numvfs" not in look.attributes(device.bdf):
+        return
     count = look.sysfs.number(PCI_DEVICES, str(device.bdf), "sriov_numvfs") or 0
     if count:
         yield Use(f"{count} virtual functions are enabled on it and would be removed")
@@ -93,9 +96,18 @@ def vfio_nodes(sysfs: Sysfs, bdf: Bdf, group: int | None) -> list[str]:
     nodes = []
     if group is not None:
         no_iommu = sysfs.text(IOMMU_GROUPS, str(group), "name") == NOIOMMU_NAME
-        nodes.append(f"/dev/vfio/{'noiommu-' if no_iommu else ''}{group}")  # drivers/vfio/group.c
-    nodes += [f"/dev/vfio/devices/{name}" for name in sysfs.names(PCI_DEVICES, str(bdf), "vfio-dev")]
-    return nodes
+        nodes.append(_group_node(group, no_iommu))
+    return [*nodes, *map(_OWN_NODE.format, sysfs.names(PCI_DEVICES, str(bdf), "vfio-dev"))]
 
 
-__all__ = ["VSOCK", "Use", "untraced", "usage", "uses", "vfio_nodes"]
+def known_nodes(look: Look, bdf: Bdf, group: IommuGroup | None) -> list[str]:
+    """Return the same nodes, as they are at the moment of ``look``."""
+    own = look.sysfs.names(PCI_DEVICES, str(bdf), "vfio-dev") if "vfio-dev" in look.attributes(bdf) else []
+    return [*([_group_node(group.id, group.no_iommu)] if group is not None else []), *map(_OWN_NODE.format, own)]
+
+
+def _group_node(group: int, no_iommu: bool) -> str:
+    return f"/dev/vfio/{'noiommu-' if no_iommu else ''}{group}"  # drivers/vfio/group.c
+
+
+__all__ = ["VSOCK", "Use", "known_nodes", "untraced", "usage", "uses", "vfio_nodes"]

@@ -17,7 +17,8 @@ _LETTERS = 0xFFFF_FFFE  # keys 1 to 31: a keyboard has them, a power button does
 def console(look: Look, device: PciDevice) -> Iterator[Use]:
     """Yield uses as boot display, text console, console keyboard, serial and virtio console."""
     sysfs, base = look.sysfs, f"{PCI_DEVICES}/{device.bdf}"
-    if sysfs.text(base, "boot_vga") == "1" or sysfs.text(base, "boot_display") == "1":
+    shows = look.attributes(device.bdf) & {"boot_vga", "boot_display"}
+    if any(sysfs.text(base, name) == "1" for name in shows):
         yield Use("it is the boot display of this host")
     elif "fb0" in look.below("sys/class/graphics", device.bdf) and _text_console(look):
         yield Use("the text console is on it (fb0)")

@@ -23,7 +23,6 @@ BY_CHECKS = {
     "proc/self/cgroup": 2,
     "proc/self/mountinfo": 2,
     **{f"sys/bus/pci/devices/{bdf}/power_state": 2 for bdf in (NVME, EDU)},
-    **{f"{GROUPS}/{group}/name": 2 for group in (5, 7)},
 }
 # With the choice of pages, that of nodes, and the plan of memory.
 BY_ALL = BY_CHECKS | {
@@ -34,8 +33,7 @@ BY_ALL = BY_CHECKS | {
     "sys/devices/system/node/has_memory": 3,
     **{f"sys/bus/pci/devices/{bdf}/numa_node": 3 for bdf in (NVME, EDU)},
     GROUPS: 3,
-    **{f"{GROUPS}/{group}/{file}": 3 for group in (5, 7) for file in ("devices", "reserved_regions", "type")},
-    **{f"{GROUPS}/{group}/name": 4 for group in (5, 7)},
+    **{f"{GROUPS}/{group}/{file}": 3 for group in (5, 7) for file in ("devices", "name", "reserved_regions", "type")},
 }
 
 

@@ -15,7 +15,7 @@ from kvmpass import host as library
 from kvmpass.cli.main import main
 from kvmpass.host import Bdf, describe
 from kvmpass.host.drivers.journal import Entry
-from kvmpass.host.view.inventory import DeviceStatus, HostStatus, Link, Sriov, inventory
+from kvmpass.host.view.inventory import DeviceStatus, HostStatus, Link, Sriov, inventory, take_inventory
 
 Valid = Callable[[str, str | bytes], Any]
 PORT, NVME_BDF, VF = "0000:00:01.0", "0000:01:00.0", "0000:01:00.1"
@@ -328,3 +328,39 @@ def test_show_of_what_is_not_there(host: Host, capsys: pytest.CaptureFixture[str
     assert "there is no PCI device 0000:77:00.0" in run(capsys, "show", "77:00.0", status=1)[1]
     output, errors = run(capsys, "show", "02:00", status=2)
     assert output == "" and "02:00 matches: 0000:02:00.0" in errors
+
+
+class CountingHost(Host):
+    """A host whose reads are counted."""
+
+    reads = 0
+
+    def place(self, *parts: str) -> str:
+        self.reads += 1
+        return super().place(*parts)
+
+
+def test_a_list_reads_little_of_each_function(tmp_path: Path) -> None:
+    """A host has thousands of them: the calls for files and links that one more function, in its group, takes."""
+    host = CountingHost(tmp_path)
+    counts = []
+    for number in range(1, 4):
+        modalias = "pci:v00001022d00001234sv00000000sd00000000bc01sc08i02"
+        host.add(f"0000:0{number}:00.0", driver="nvme", group=number, modalias=modalias)
+        host.reads = 0
+        found = take_inventory(host, [], details=False)
+        counts.append(host.reads)
+        assert len(found.devices) == number
+    assert counts[2] - counts[1] == counts[1] - counts[0] <= 18
+
+
+def test_the_identity_of_a_function_is_in_one_file(tmp_path: Path) -> None:
+    """The kernel writes its modalias from the same fields as the files of their names."""
+    host = Host(tmp_path)
+    host.add("0000:01:00.0", modalias="pci:v0000144Dd0000A80Asv0000144Esd0000A801bc01sc08i02", vendor="0xffff")
+    host.add("0000:02:00.0", class_code=0x020000, modalias="", vendor="0x8086", subsystem_vendor="0x8087")
+    first, second = host.devices()
+    ids = (first.vendor, first.device, first.subsystem_vendor, first.subsystem_device, first.class_code)
+    assert ids == (0x144D, 0xA80A, 0x144E, 0xA801, 0x010802)
+    ids = (second.vendor, second.device, second.subsystem_vendor, second.subsystem_device, second.class_code)
+    assert ids == (0x8086, 0x1234, 0x8087, 0, 0x020000)
