@@ -3,15 +3,14 @@
 ``kvmpass assign`` imports eighty of them, for each of which the standard library compiles up to eight functions. Here
 the methods are the same for every class, or closures over its fields, and nothing is compiled. The standard library
 makes the rest when it is first used: what ``dataclasses.fields`` returns, and an ``__init__`` that says which
-arguments are wrong.
+arguments are wrong. It is not loaded before that.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import sys
 from _thread import RLock
 from collections.abc import Callable
-from dataclasses import MISSING, Field
 from functools import cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,8 @@ else:
         ``TypeError`` for other definitions, and what the standard library does: ``ValueError`` for a mutable default.
         """
         if not options.get("slots") or options.keys() - _OPTIONS:
+            import dataclasses
+
             return dataclasses.dataclass(cls, **options)
         return partial(_make, **options)
 
@@ -36,6 +37,8 @@ else:
         cls = instance.__class__
         defaults = vars(cls).get("__defaults__")
         if defaults is None:
+            import dataclasses
+
             return dataclasses.replace(instance, **changes)
         return cls(**{name: getattr(instance, name) for name in defaults} | changes)
 
@@ -43,6 +46,7 @@ else:
 _OPTIONS = {"slots", "frozen", "eq", "repr", "order"}
 _NO_FIELDS = {"ClassVar", "InitVar", "KW_ONLY"}  # annotations; those of every module here are text
 _OWN = ("__dict__", "__weakref__")  # descriptors of one class, not of its copy
+_MISSING = object()  # in the place of a default
 _lock = RLock()  # a class's bases are completed with it
 
 
@@ -63,7 +67,7 @@ def _make(
     """Make ``cls`` a dataclass with slots; what it defines itself stays."""
     space = dict(vars(cls))
     names = space.get("__annotations__", {})
-    # Of every field, in the order of the arguments: a value, a Field, or MISSING. The bases come first.
+    # Of every field, in the order of the arguments: a value, a Field, or _MISSING. The bases come first.
     defaults: dict[str, Any] = {}
     inherited: set[str] = set()
     for base in cls.__mro__[-2:0:-1]:
@@ -72,7 +76,7 @@ def _make(
     for name, annotation in names.items():
         if str(annotation).partition("[")[0].rpartition(".")[2] in _NO_FIELDS:
             raise TypeError(f"{name!r} of {cls.__qualname__} is no field: {annotation}")
-        defaults[name] = space.pop(name, MISSING)
+        defaults[name] = space.pop(name, _MISSING)
     _check(defaults)
     for name in _OWN:
         space.pop(name, None)
@@ -89,6 +93,8 @@ def _make(
             if not done:
                 # A signal handler may raise anywhere in here, or use the class, which begins again: the standard
                 # library changes a copy, and what makes the next use come here is replaced last.
+                import dataclasses
+
                 copied = {name: value for name, value in vars(cls).items() if name not in _OWN}
                 full: Any = type(cls)(cls.__name__, cls.__bases__, copied)
                 full.__qualname__ = cls.__qualname__
@@ -104,16 +110,28 @@ def _make(
     return made
 
 
+def _field_type() -> Any:
+    """Return ``dataclasses.Field`` for ``isinstance``, or ``()`` before it exists: then no default is one."""
+    return getattr(sys.modules.get("dataclasses"), "Field", ())
+
+
+def _given(value: Any) -> bool:
+    """Whether a value of a ``Field`` is set."""
+    return value is not sys.modules["dataclasses"].MISSING
+
+
 def _check(defaults: dict[str, Any]) -> None:
     """Raise what the standard library would, later; and ``TypeError`` for what has no effect here."""
     optional = ""
+    field = _field_type()
     for name, default in defaults.items():
         value = default
-        if isinstance(default, Field):
+        if isinstance(default, field):
             if not default.init or default.kw_only is True or default.hash is not None:
                 raise TypeError(f"field {name!r} has init, kw_only or hash: use dataclasses.dataclass")
-            value = default.default if default.default_factory is MISSING else None
-        if value is not MISSING:
+            value = None if _given(default.default_factory) else default.default
+            value = value if _given(value) else _MISSING
+        if value is not _MISSING:
             optional = name
         elif optional:
             raise TypeError(f"non-default argument {name!r} follows default argument {optional!r}")
@@ -127,13 +145,15 @@ def _initializer(made: Any, defaults: dict[str, Any], complete: Callable[[], Non
     setters = [getattr(made, name).__set__ for name in defaults]  # of its slots: also a frozen one is set by them
     constants: dict[str, Any] = {}
     factories: dict[str, Callable[[], Any]] = {}
+    field = _field_type()
     for name, default in defaults.items():
-        if isinstance(default, Field):
-            if default.default_factory is not MISSING:
+        value = default
+        if isinstance(default, field):
+            if _given(default.default_factory):
                 factories[name] = default.default_factory
-            default = default.default
-        if default is not MISSING:
-            constants[name] = default
+            value = default.default if _given(default.default) else _MISSING
+        if value is not _MISSING:
+            constants[name] = value
     check = getattr(made, "__post_init__", None)
     names = list(defaults)
     required = max((number for number, name in enumerate(names, 1) if name not in constants), default=0)
@@ -171,7 +191,8 @@ def _methods(frozen: bool, eq: bool, repr: bool, order: bool) -> dict[str, Any]:
 
 @cache
 def _compared(cls: Any) -> Callable[[Any], Any]:
-    names = [name for name, default in cls.__defaults__.items() if not isinstance(default, Field) or default.compare]
+    field = _field_type()
+    names = [name for name, default in cls.__defaults__.items() if not isinstance(default, field) or default.compare]
     return attrgetter(*names) if names else lambda _: ()
 
 
@@ -195,18 +216,22 @@ def _not_greater(self: Any, other: Any) -> bool:
 
 
 def _text(self: Any) -> str:
-    defaults = self.__class__.__defaults__
-    shown = [name for name, default in defaults.items() if not isinstance(default, Field) or default.repr]
+    defaults, field = self.__class__.__defaults__, _field_type()
+    shown = [name for name, default in defaults.items() if not isinstance(default, field) or default.repr]
     return f"{self.__class__.__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
 
 def _set(self: Any, name: str, value: object) -> None:
     if hasattr(self, name):  # else it is a copy, which is being made
+        import dataclasses
+
         raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
     object.__setattr__(self, name, value)
 
 
 def _delete(self: Any, name: str) -> None:
+    import dataclasses
+
     raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ class _Joined:
     """A group in the container, and its devices that are open."""
 
     group: Group
-    devices: list[Device] = field(default_factory=list)
+    devices: list[Device]
 
 
 class Type1:
@@ -91,7 +90,7 @@ class Type1:
             undo.callback(group.unset_container)
             if not self._groups:
                 self._container.set_iommu()
-            joined = self._groups[number] = _Joined(group)
+            joined = self._groups[number] = _Joined(group, [])
         return joined
 
     def _leave(self, number: int) -> None:

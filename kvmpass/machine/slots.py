@@ -5,10 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import field
 from functools import partial
 
-from kvmpass._dataclass import dataclass
 from kvmpass.board.board import Board
 from kvmpass.errors import GuestError
 from kvmpass.machine.device import AssignedDevice
@@ -16,7 +14,6 @@ from kvmpass.pci import AssignedFunction, PciFunction, Wiring
 from kvmpass.pci.bus import SLOTS
 
 
-@dataclass(eq=False, slots=True)
 class Slots:
     """Plugs assigned devices and emulated functions into a board's PCI bus.
 
@@ -26,18 +23,25 @@ class Slots:
     ``eject``.
     """
 
-    board: Board
-    """The board that is in use; each reset of the machine replaces it."""
-    devices: Sequence[AssignedDevice]
-    """The machine's devices."""
-    bus_lock: threading.RLock
-    """The machine's."""
-    running: Callable[[], bool]
-    """Whether a guest runs."""
-    p2p: bool = False
-    """Whether the devices reach each other's BARs."""
-    _made: dict[int, Callable[[Wiring], PciFunction]] = field(default_factory=dict)
-    """Constructors of emulated functions, by slot."""
+    def __init__(
+        self,
+        board: Board,
+        devices: Sequence[AssignedDevice],
+        bus_lock: threading.RLock,
+        running: Callable[[], bool],
+        p2p: bool = False,
+    ) -> None:
+        self.board = board
+        """The board that is in use; each reset of the machine replaces it."""
+        self.devices = devices
+        """The machine's devices."""
+        self.bus_lock = bus_lock
+        """The machine's."""
+        self.running = running
+        """Whether a guest runs."""
+        self.p2p = p2p
+        """Whether the devices reach each other's BARs."""
+        self._made: dict[int, Callable[[Wiring], PciFunction]] = {}  # constructors of emulated functions, by slot
 
     def use(self, board: Board) -> None:
         """Replace the board. Raises what a function's constructor raises: the old board is then still in use."""
