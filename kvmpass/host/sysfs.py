@@ -18,7 +18,6 @@ from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.kernel import kmsg
 from kvmpass.host.kernel.kmsg import KernelLog, read_log
-from kvmpass.host.kernel.writing import write_in_time
 from kvmpass.layout import Range, Reserved
 
 PCI_DEVICES = "sys/bus/pci/devices"
@@ -249,6 +248,8 @@ class Sysfs:
             finally:
                 os.close(fd)
             return
+        from kvmpass.host.kernel.writing import write_in_time
+
         write_in_time(path, text, timeout, held)
 
     def kernel(self) -> tuple[int, int]:
