@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from kvmpass._cache import cache_root as cache_root
 from kvmpass._log import Log
 from kvmpass.errors import LabError
 
@@ -33,15 +34,6 @@ PACKAGES = {
     "xz": "xz-utils",
 }
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-def cache_root() -> Path:
-    """Return the cache's directory, which may not exist."""
-    named = os.environ.get("KVMPASS_CACHE")
-    if named:
-        return Path(named).absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").absolute() / "kvmpass"
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)

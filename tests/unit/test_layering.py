@@ -33,7 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"_fd", "_signals", "layout", "bus"}),
-    frozenset({"_beneath", "_together"}),
+    frozenset({"_beneath", "_cache", "_together"}),
     frozenset({"memory", "initramfs", "files"}),
     frozenset({"kvm", "vfio", "iommufd"}),
     frozenset({"boot", "pci", "dma"}),

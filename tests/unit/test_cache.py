@@ -1,0 +1,223 @@
+"""Files that a run keeps for later ones: only what is whole and the user's own is used."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from kvmpass import _cache
+from kvmpass._cache import KeptFiles, cache_root, drop_pages
+
+KEPT = KeptFiles("kept", most_files=3, most_bytes=100_000)
+CONTENT = memoryview(bytes(range(256)) * 64)
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVMPASS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / "kept").iterdir())
+
+
+def test_what_is_kept_is_read(root: Path) -> None:
+    assert KEPT.read("a") is None
+    assert not root.exists(), "reading makes nothing"
+    KEPT.keep("a", CONTENT)
+    assert KEPT.read("a") == CONTENT
+    KEPT.keep("a", CONTENT[:100])
+    assert KEPT.read("a") == CONTENT[:100]
+    assert stat.S_IMODE((root / "kept").stat().st_mode) == 0o700
+    assert stat.S_IMODE((root / "kept/a").stat().st_mode) == 0o600
+
+
+def test_its_pages_are_not_this_processs_memory(root: Path) -> None:
+    def mapped() -> int:
+        text = Path("/proc/self/smaps").read_text().partition(f"{root}/kept/large")[2]
+        return int(text.partition("\nRss:")[2].split()[0]) * 1024
+
+    kept, content = KeptFiles("kept", 1, 1 << 24), memoryview(os.urandom(3 << 20))
+    kept.keep("large", content)
+    found = kept.read("large")
+    assert found is not None and mapped() == 0
+    assert found == content and mapped() >= len(content)
+    drop_pages(found)
+    assert mapped() == 0 and found == content
+    drop_pages(content)
+    assert content == found
+
+
+def test_a_file_in_use_may_be_replaced_and_removed(root: Path) -> None:
+    KEPT.keep("a", CONTENT)
+    used = KEPT.read("a")
+    KEPT.keep("a", memoryview(b"other"))
+    (root / "kept/a").unlink()
+    assert used == CONTENT
+
+
+def test_torn_files_are_not_used(root: Path) -> None:
+    KEPT.keep("a", CONTENT)
+    file = root / "kept/a"
+    whole = file.read_bytes()
+    assert len(whole) == 64 + len(CONTENT) and whole[64:] == CONTENT
+    for torn in (
+        b"",
+        whole[:64],
+        whole[:-1],
+        whole + b"\0",
+        b"x" + whole[1:],
+        whole[:-1] + b"x",
+        whole[:30] + bytes(len(whole) - 30),
+        whole[:24] + bytes([whole[24] ^ 1]) + whole[25:],
+    ):
+        file.write_bytes(torn)
+        assert KEPT.read("a") is None
+    file.write_bytes(whole)
+    assert KEPT.read("a") == CONTENT
+
+
+def test_files_of_others_are_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    KEPT.keep("a", CONTENT)
+    directory, file = root / "kept", root / "kept/a"
+    for path, mode in ((file, 0o620), (file, 0o602), (directory, 0o770), (directory, 0o703)):
+        usual = stat.S_IMODE(path.stat().st_mode)
+        path.chmod(mode)
+        assert KEPT.read("a") is None, (path, mode)
+        path.chmod(usual)
+        assert KEPT.read("a") == CONTENT
+    file.rename(root / "elsewhere")
+    file.symlink_to(root / "elsewhere")
+    assert KEPT.read("a") is None
+    file.unlink()
+    os.mkfifo(file)
+    assert KEPT.read("a") is None
+    file.unlink()
+    file.mkdir()
+    assert KEPT.read("a") is None
+    file.rmdir()
+    (root / "elsewhere").rename(file)
+    assert KEPT.read("a") == CONTENT
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    assert KEPT.read("a") is None
+    KEPT.keep("b", CONTENT)
+    assert names(root) == ["a"]
+
+
+def test_the_home_of_another_user_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)
+    KEPT.keep("a", CONTENT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("step", ["flock", "rename", "mkdir", "open"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_cache_that_cannot_be_written(root: Path, monkeypatch: pytest.MonkeyPatch, step: str, code: int) -> None:
+    def fails(*arguments: object, **more: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    if step != "mkdir":
+        (root / "kept").mkdir(mode=0o700, parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr({"flock": fcntl, "mkdir": Path}.get(step, os), step, fails)
+        KEPT.keep("a", CONTENT)
+        if step == "open":
+            assert KEPT.read("a") is None
+    assert step == "mkdir" or names(root) == []
+    KEPT.keep("a", CONTENT)
+    assert KEPT.read("a") == CONTENT
+
+
+def test_a_disk_that_is_full_half_way(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fdopen = os.fdopen
+
+    def full(fd: int, mode: str) -> object:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), fd)
+        return fdopen(fd, mode)
+
+    monkeypatch.setattr(os, "fdopen", full)
+    KEPT.keep("a", CONTENT)
+    assert names(root) == []
+
+
+def test_without_a_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root.write_text("a file")
+    KEPT.keep("a", CONTENT)
+    assert KEPT.read("a") is None
+    monkeypatch.delenv("KVMPASS_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    KEPT.keep("a", CONTENT)
+    assert KEPT.read("a") is None
+
+
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVMPASS_CACHE", "here")
+    assert cache_root() == Path.cwd() / "here"
+    monkeypatch.delenv("KVMPASS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_root() == Path("/x/kvmpass")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cache_root() == Path("/home/me/.cache/kvmpass")
+
+
+def test_the_least_recently_used_are_removed(root: Path) -> None:
+    for number, name in enumerate("abc"):
+        KEPT.keep(name, CONTENT)
+        os.utime(root / "kept" / name, (1000 + number, 1000 + number))
+    assert KEPT.read("a") == CONTENT  # now it is the latest
+    KEPT.keep("d", CONTENT)
+    assert names(root) == ["a", "c", "d"]
+    KEPT.keep("large", memoryview(bytes(100_000 - 64)))
+    assert names(root) == ["large"], "with it there would be too many bytes"
+    KEPT.keep("larger", memoryview(bytes(100_001)))
+    assert names(root) == ["large"]
+
+
+def test_what_a_killed_writer_has_left_is_removed(root: Path) -> None:
+    KEPT.keep("a", CONTENT)
+    (root / "kept/.b.123").write_bytes(b"half")
+    with (root / "kept/.c.124").open("w") as written:
+        fcntl.flock(written, fcntl.LOCK_EX)
+        KEPT.keep("d", CONTENT)
+        assert names(root) == [".c.124", "a", "d"]
+    KEPT.keep("e", CONTENT)
+    assert names(root) == ["a", "d", "e"]
+
+
+def test_two_processes_at_once(root: Path) -> None:
+    """Each reads what one of them has written, and never a part of it."""
+    program = """if True:
+        import sys
+        from kvmpass._cache import KeptFiles
+        kept = KeptFiles("kept", 3, 1 << 24)
+        for round in range(30):
+            kept.keep("a", memoryview(bytes([round]) * 300_000))
+            content = kept.read("a")
+            assert content is None or len(content) == 300_000 and len(set(content)) == 1
+            sys.exit(3) if content is None else None"""
+    running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    assert [process.wait(60) for process in running] == [0, 0]
+    assert names(root) == ["a"]
+
+
+def test_the_checksum_is_of_the_content(root: Path) -> None:
+    KEPT.keep("a", CONTENT)
+    _, size, checksum, zero = _cache._HEADER.unpack((root / "kept/a").read_bytes()[:64])
+    assert (size, checksum, zero) == (len(CONTENT), zlib.crc32(CONTENT), 0)
