@@ -203,6 +203,8 @@ def assigned(
                 tell(f"symbols: {image.symbols}")
         mark("memory")
         image.load(machine)
+        how = "on this host, and loaded where it was linked to" if machine.kernel_decompressed else "by itself"
+        tell(f"kernel decompressed {how}")
         mark("loading")
         # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
         borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say, look=look)

@@ -14,13 +14,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 from kvmpass._dataclass import dataclass
+from kvmpass._log import Log
 from kvmpass.boot.acpi import RSDP_BASE
 from kvmpass.boot.e820 import E820Entry, E820Type
+from kvmpass.boot.vmlinux import FOUR_LEVELS, Vmlinux, Writes
 from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.layout import GIB, MIB, PAGE, Range
+
+log = Log("kvmpass.boot")
 
 GDT_BASE = 0x6000
 BOOT_PARAMS = 0x7000
@@ -40,6 +44,7 @@ LOADED_HIGH, QUIET = 1 << 0, 1 << 5
 LOADER_UNDEFINED = 0xFF
 
 HEADER_START = 0x1F1
+PAYLOAD_AT = 0x248
 _WANTED = "name a bzImage of a 64-bit x86 kernel, such as /boot/vmlinuz-$(uname -r)"
 
 
@@ -54,13 +59,6 @@ _KINDS = (
     (0, b"070701", "a cpio archive: an initramfs is named with --initrd"),
     (0, b"\x27\x05\x19\x56", "a U-Boot image"),
 )
-
-
-class GuestWrites(Protocol):
-    """Guest memory for loading."""
-
-    def write(self, gpa: int, data: bytes | memoryview, /) -> object:
-        """Write ``data`` to ``gpa``. Raises for addresses outside RAM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +87,13 @@ class KernelImage:
     """Its release, as in ``uname -r``; empty: unknown."""
     banner: str = ""
     """Its whole version: release, who has built it, number and time of the build; empty: unknown."""
+
+    def compressed(self) -> memoryview:
+        """Return the compressed kernel in the protected-mode code (protocol 2.08). Raises ``ValueError``."""
+        offset, length = struct.unpack_from("<II", self.header, PAYLOAD_AT - HEADER_START)
+        if not offset or length < 16 or offset + length > len(self.payload):
+            raise ValueError("no payload")
+        return memoryview(self.payload)[offset : offset + length]
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -225,17 +230,29 @@ def boot_params(kernel: KernelImage, code: Range, initrd: Range, e820: Sequence[
     return bytes(page)
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A kernel in guest memory."""
+
+    entry: int
+    """Where the first CPU starts, in ``LONG_MODE``, interrupts disabled, with ``BOOT_PARAMS`` in RSI."""
+    decompressed: bool
+    """Whether it was decompressed here; else it decompresses itself."""
+
+
 def load_linux(
-    memory: GuestWrites,
+    memory: Writes,
     kernel: KernelImage,
     *,
     initrd: bytes | memoryview | None,
     cmdline: str,
     e820: Sequence[E820Entry],
-) -> int:
-    """Write kernel, initrd, command line and boot_params into guest memory; return the entry point.
+    unpacked: memoryview | None = None,
+) -> Loaded:
+    """Write kernel, initrd, command line and boot_params into guest memory.
 
-    The first CPU starts there in ``LONG_MODE``, interrupts disabled, with ``BOOT_PARAMS`` in RSI.
+    ``unpacked``: the kernel that is compressed in ``kernel``, which is loaded instead where it can be; else the
+    kernel decompresses itself.
 
     The caller writes the ACPI tables. Raises ``BadKernel`` for an invalid command line, ``NotEnoughMemory``.
     """
@@ -254,7 +271,23 @@ def load_linux(
     memory.write(PAGE_TABLES, page_tables())
     memory.write(CMDLINE_BASE, text + b"\0")
     memory.write(BOOT_PARAMS, boot_params(kernel, code, place, e820))
-    memory.write(code.start, kernel.payload)
     if image:
         memory.write(place.start, image)
-    return code.start + ENTRY_64
+    if unpacked is not None and (vmlinux := _where_linked(kernel, unpacked, code, ram)):
+        vmlinux.write(memory)
+        return Loaded(vmlinux.entry, True)
+    memory.write(code.start, kernel.payload)
+    return Loaded(code.start + ENTRY_64, False)
+
+
+def _where_linked(kernel: KernelImage, unpacked: memoryview, code: Range, ram: Sequence[Range]) -> Vmlinux | None:
+    """Return a decompressed kernel that can be loaded at the address that it was linked to, else None."""
+    try:
+        if code.start != kernel.preferred:
+            raise ValueError(f"no memory at {kernel.preferred:#x}")
+        if max(part.end for part in ram) > FOUR_LEVELS:
+            raise ValueError("so much memory needs page tables of five levels")
+        return Vmlinux.parse(unpacked, code)
+    except ValueError as error:
+        log.debug("%s decompresses itself: %s", kernel.path, error)
+        return None

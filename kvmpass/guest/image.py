@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kvmpass._dataclass import dataclass, replace
 from kvmpass.boot.cmdline import QUIET, kernel_command_line, uarts
 from kvmpass.boot.linux import KernelImage
+from kvmpass.boot.unpacking import Unpacking
 from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.guest.kernel import find_kernel
 from kvmpass.guest.options import KernelOptions, agent_lacks, ecam_alone, has_console
@@ -54,6 +55,8 @@ class GuestImage:
     """Whether its kernel reaches configuration space by ECAM, so that the machine needs no ports for it."""
     serial_ports: int = len(SERIAL_LINES)
     """How many it uses. Each that the kernel probes takes tens of exits."""
+    unpacking: Unpacking | None = None
+    """Decompression of the kernel on this host; None: the kernel decompresses itself."""
 
     def on_serial_ports(self) -> GuestImage:
         """Return it for a machine without a virtio console, such as QEMU's: it uses COM1 to COM4."""
@@ -90,7 +93,7 @@ class GuestImage:
             machine.add_ports(self.ports)
         for directory in self.directories:
             directory.serve(machine)
-        machine.load_linux(self.kernel, self.initrd, self.cmdline, self.ecam_alone, self.serial_ports)
+        machine.load_linux(self.kernel, self.initrd, self.cmdline, self.ecam_alone, self.serial_ports, self.unpacking)
 
 
 def _sources(copy_out: Sequence[str]) -> list[str]:
@@ -112,6 +115,8 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         served = directories(spec.root, spec.shares)
     brought_out = _sources(spec.copy_out)
     kernel = find_kernel(spec.kernel)
+    unpacking = Unpacking(kernel.image)
+    unpacking.begin()
     append = parameters.words(spec.append)
     with_agent = spec.command is not None or spec.session
     unpacked, warnings, entry = 0, tuple[str, ...](), None
@@ -173,4 +178,5 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         kernel.symbols,
         ecam_alone(options, append),
         serial_ports,
+        unpacking,
     )

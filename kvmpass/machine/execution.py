@@ -21,6 +21,7 @@ from kvmpass.machine.slots import Slots
 from kvmpass.memory import GuestMemory
 
 if TYPE_CHECKING:
+    from kvmpass.boot.unpacking import Unpacking
     from kvmpass.kvm import IrqRoutes, System, Vcpu, Vm
     from kvmpass.machine.vcpus import Accesses, GuestOutcome, VcpuThreads
 
@@ -52,13 +53,15 @@ class Execution:
         """Number of vCPUs."""
         self.count_accesses = False
         """Whether ``access_counts`` counts; from the next ``start()`` on."""
+        self.kernel_decompressed = False
+        """Whether the kernel that was loaded last was decompressed on this host; else it decompresses itself."""
         self._bus_lock = threading.RLock()
         self._device_lock = threading.RLock()
         self._closed = False
         self._broken = False  # a reset has failed half-way
         self._outputs: dict[int | str, Output] = {}
         self._throttle: Callable[[], None] = lambda: None
-        self._linux: tuple[KernelImage, bytes | None, str, bool, int] | None = None
+        self._linux: tuple[KernelImage, bytes | None, str, bool, int, Unpacking | None] | None = None
         self._entry: int | None = None
         self._threads: VcpuThreads | None = None
         self._vcpus: list[Vcpu] = []
@@ -128,21 +131,25 @@ class Execution:
         cmdline: str,
         ecam_alone: bool = False,
         serial_ports: int = len(ports.SERIAL_LINES),
+        unpacking: Unpacking | None = None,
     ) -> None:
         """Load a kernel, its initrd, command line and tables into memory (64-bit boot protocol).
 
         ``ecam_alone``: the guest reaches configuration space by ECAM (``CONFIG_PCI_MMCONFIG``) and not by ports. That
-        takes fewer exits. ``serial_ports``: how many the guest is told of, from COM1 on. ``reset()`` loads all again.
+        takes fewer exits. ``serial_ports``: how many the guest is told of, from COM1 on. ``unpacking``: of
+        this kernel, which then does not decompress itself where that is possible. ``reset()`` loads all again.
 
         Raises ``BadKernel``, ``LayoutError``, ``NotEnoughMemory``, ``OSError``.
         """
         tables, e820 = acpi.build_tables(self.layout, self.cpus, serial_ports), e820_map(self.layout)
-        self._entry = load_linux(self.memory, kernel, initrd=initrd, cmdline=cmdline, e820=e820)
+        unpacked = unpacking.take() if unpacking is not None else None
+        loaded = load_linux(self.memory, kernel, initrd=initrd, cmdline=cmdline, e820=e820, unpacked=unpacked)
+        self._entry, self.kernel_decompressed = loaded.entry, loaded.decompressed
         for gpa, data in tables.items():
             self.memory.write(gpa, data)
         with self._bus_lock:
             self._board.configure_by_ecam(ecam_alone)
-        self._linux = (kernel, initrd, cmdline, ecam_alone, serial_ports)
+        self._linux = (kernel, initrd, cmdline, ecam_alone, serial_ports, unpacking)
 
     def _start_vcpus(self, system: System, entry: int) -> None:
         """Run the guest from ``entry`` on. Raises ``OSError`` if KVM refuses: then no vCPU runs."""

@@ -131,6 +131,7 @@ def test_a_guest_on_the_huge_pages_that_are_free(nvme: str) -> None:
     chosen = f"1 GiB pages: 96 MiB is not a multiple; 2 MiB pages: {2 * free} MiB free, 96 MiB wanted"
     assert f"kvmpass: backing hugetlb-2M: {chosen}" in result.stderr.decode()
     assert b"96 MiB, hugetlb-2M, read-write" in result.stderr
+    assert b"kvmpass: kernel decompressed " in result.stderr
     assert result.stdout.split()[0].decode() == hashlib.sha256(head(nvme)).hexdigest()
 
 
@@ -320,7 +321,9 @@ def test_every_cpu_has_the_mtrrs_of_firmware(kvmpass_guest: Session) -> None:
     ids=["poweroff", "reboot", "panic", "triple-fault"],
 )
 def test_each_outcome_is_recognized(command: str, append: str, outcome: GuestOutcome) -> None:
-    result, output = boot("sh", "-c", f"cat /proc/sys/kernel/osrelease; {command}; sleep 30", append=append)
+    """In a guest whose kernel was decompressed here, and for one outcome in one that does so itself."""
+    script = f"cat /proc/sys/kernel/osrelease; {command}; sleep 30"
+    result, output = boot("sh", "-c", script, append=append, decompressed=outcome is not GuestOutcome.PANIC)
     assert (result.outcome, result.status) == (outcome, None)
     assert output.decode().strip() == os.uname().release
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from kvmpass._dataclass import replace
 from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
 from kvmpass.machine import Machine
 
@@ -25,14 +27,20 @@ def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
         pytest.fail(f"no end after {GUEST_SECONDS} s; standard error so far:\n{said[-8000:]}", pytrace=False)
 
 
-def boot(*command: str, append: str = "", cpus: int = 1, copy: tuple[str, ...] = ()) -> tuple[GuestResult, bytes]:
-    """A guest from the library, in this process."""
+def boot(
+    *command: str, append: str = "", cpus: int = 1, copy: tuple[str, ...] = (), decompressed: bool = True
+) -> tuple[GuestResult, bytes]:
+    """A guest from the library, in this process; its kernel ``decompressed`` here, or by itself."""
     output = bytearray()
     image = prepare(GuestSpec(command=command, append=append, copy=copy), [])
+    if not decompressed:
+        image = replace(image, unpacking=None)
     with (
         Machine(memory="192M", cpus=cpus) as machine,
         Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,
     ):
         image.load(machine)
+        if os.environ.get("KVMPASS_LAB"):  # elsewhere the kernel may be compressed in a way that Python does not know
+            assert machine.kernel_decompressed == decompressed
         result = guest.run()
     return result, bytes(output)

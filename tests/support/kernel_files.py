@@ -48,3 +48,30 @@ def module(**info: str | list[str]) -> bytes:
     sections += struct.pack("<IIQQQQIIQQ", 1, 3, 0, 0, 64, len(names), 0, 0, 1, 0)
     sections += struct.pack("<IIQQQQIIQQ", 11, 1, 0, 0, 64 + len(names), len(content), 0, 0, 1, 0)
     return header + names + content + sections
+
+
+def vmlinux(*segments: tuple[int, bytes, int], entry: int = 16 * MIB, **fields: tuple[int, str, int]) -> bytes:
+    """An ELF program whose ``segments`` are (address, content, bytes in memory); ``fields`` are as of ``bzimage``."""
+    segments = segments or ((16 * MIB, b"code" * 1024, 4096), (18 * MIB, b"data" * 512, 8192))
+    table, content = b"", b""
+    start = 64 + 56 * len(segments)
+    for address, data, span in segments:
+        table += struct.pack("<IIQQQQQQ", 1, 5, start + len(content), 0, address, len(data), span, 0x20_0000)
+        content += data
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 2, 62, 1, entry, 64, 0, 0, 64, 56, len(segments), 64, 0, 0)
+    made = bytearray(header + table + content)
+    for offset, form, value in fields.values():
+        struct.pack_into(form, made, offset, value)
+    return bytes(made)
+
+
+def bzimage_of(payload: bytes, **fields: tuple[int, str, int]) -> bytes:
+    """A bzImage with a compressed kernel: ``payload``, whose last four bytes are the decompressed size."""
+    code = (CODE[:1024] + payload).ljust(-(-(1024 + len(payload)) // 16) * 16, b"\0")
+    values = {
+        "syssize": (0x1F4, "<I", len(code) // 16),
+        "payload_offset": (0x248, "<I", 1024),
+        "payload_length": (0x24C, "<I", len(payload)),
+    }
+    return bzimage(**(values | fields))[: -len(CODE)] + code

@@ -50,8 +50,9 @@ def memory_map(size: int) -> list[E820Entry]:
 def load(size: int = 64 * MIB, initrd: bytes | None = b"initrd", data: bytes | None = None) -> tuple[Memory, int]:
     memory = Memory(size)
     kernel = KernelImage.parse(data or bzimage())
-    entry = load_linux(memory, kernel, initrd=initrd, cmdline="console=ttyS0", e820=memory_map(size))
-    return memory, entry
+    loaded = load_linux(memory, kernel, initrd=initrd, cmdline="console=ttyS0", e820=memory_map(size))
+    assert not loaded.decompressed
+    return memory, loaded.entry
 
 
 def translate(memory: Memory, cr3: int, address: int) -> int:

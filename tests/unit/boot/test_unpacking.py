@@ -1,0 +1,175 @@
+"""Decompressing the kernel in a bzImage, and what is kept of it."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from support.kernel_files import bzimage, bzimage_of, vmlinux
+
+from kvmpass.boot import unpacking
+from kvmpass.boot.e820 import E820Entry, E820Type
+from kvmpass.boot.linux import ENTRY_64, KernelImage, Loaded, load_linux
+from kvmpass.boot.unpacking import Unpacking, decompress
+from kvmpass.layout import MIB, Range
+
+KERNEL = vmlinux() + bytes(range(256)) * 20_000  # 5 MB: several pieces
+X86_XZ = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "dict_size": 32 * MIB}]
+
+
+def sized(data: bytes, content: bytes = KERNEL) -> bytes:
+    return data + struct.pack("<I", len(content))
+
+
+def xz(content: bytes = KERNEL) -> bytes:
+    """As scripts/xz_wrap.sh of the kernel does it."""
+    return sized(lzma.compress(content, check=lzma.CHECK_CRC32, filters=X86_XZ), content)
+
+
+FORMATS: dict[str, Callable[[], bytes]] = {
+    "xz": xz,
+    "gzip": lambda: gzip.compress(KERNEL, 1),  # its last four bytes are the size
+    "bzip2": lambda: sized(bz2.compress(KERNEL)),
+    "lzma": lambda: sized(lzma.compress(KERNEL, lzma.FORMAT_ALONE)),
+    "zstd": lambda: sized(zstandard.ZstdCompressor(write_content_size=False).compress(KERNEL)),
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KVMPASS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/vmlinux"
+
+
+@pytest.fixture
+def decompressed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with each decompression."""
+    calls: list[int] = []
+
+    def counted(data: memoryview, most: int) -> memoryview:
+        calls.append(len(data))
+        return decompress(data, most)
+
+    monkeypatch.setattr(unpacking, "decompress", counted)
+    return calls
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_formats(form: str) -> None:
+    kernel = KernelImage.parse(bzimage_of(FORMATS[form]()))
+    content = Unpacking(kernel).take()
+    assert content is not None and content == KERNEL
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_broken_payloads(form: str) -> None:
+    """Truncated, longer or shorter than it says, larger than the kernel may be: never a piece too much."""
+    whole = FORMATS[form]()
+    for data in (
+        whole[: len(whole) // 2] + struct.pack("<I", len(KERNEL)),
+        whole[:-4] + struct.pack("<I", len(KERNEL) + 1),
+        whole[:-4] + struct.pack("<I", len(KERNEL) - 1),
+        whole[:-4] + struct.pack("<I", 0),
+        whole[:-4] + struct.pack("<I", 2**32 - 1),
+        whole[:6] + os.urandom(64) + struct.pack("<I", 4096),
+    ):
+        assert Unpacking(KernelImage.parse(bzimage_of(data))).take() is None, data[-4:]
+    with pytest.raises(ValueError, match=f"{len(KERNEL)} bytes when decompressed, of at most"):
+        decompress(memoryview(whole), len(KERNEL) - 1)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        bzimage(),
+        bzimage_of(sized(b"\x02\x21\x4c\x18" + bytes(100))),  # LZ4
+        bzimage_of(xz(), payload_offset=(0x248, "<I", 2**31)),
+        bzimage_of(xz(), payload_length=(0x24C, "<I", 2**32 - 1)),
+        bzimage_of(xz(), payload_length=(0x24C, "<I", 3)),
+    ],
+    ids=["none", "lz4", "offset", "length", "short"],
+)
+def test_payloads_that_are_left_to_the_kernel(image: bytes, cache: Path) -> None:
+    assert Unpacking(KernelImage.parse(image)).take() is None
+    assert not cache.exists()
+
+
+def test_the_second_run_reads_the_cache(cache: Path, decompressed: list[int]) -> None:
+    for _ in range(2):
+        run = Unpacking(KernelImage.parse(bzimage_of(xz())))
+        assert run.take() == KERNEL
+        assert run.take() == KERNEL, "on guest reboot"
+    assert len(decompressed) == 1 and len(list(cache.iterdir())) == 1
+    other = xz(KERNEL + b"built again")
+    assert Unpacking(KernelImage.parse(bzimage_of(other))).take() == KERNEL + b"built again"
+    assert len(decompressed) == 2 and len(list(cache.iterdir())) == 2
+
+
+def test_in_a_thread(cache: Path, decompressed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken is there before it is in the cache; without a thread ``take`` does it all."""
+    keep, may_keep = unpacking.KeptFiles.keep, threading.Event()
+
+    def later(*arguments: object) -> None:
+        assert may_keep.wait(10)
+        keep(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(unpacking.KeptFiles, "keep", later)
+    run = Unpacking(KernelImage.parse(bzimage_of(xz())))
+    run.begin()
+    run.begin()
+    assert run.take() == KERNEL and not cache.exists()
+    may_keep.set()
+    for thread in threading.enumerate():
+        if thread.name == "unpack":
+            thread.join(10)
+    assert len(list(cache.iterdir())) == 1
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    run.begin()
+    assert run.take() == KERNEL and len(decompressed) == 1
+
+
+class Memory:
+    """Guest memory that takes anything."""
+
+    def __init__(self) -> None:
+        self.writes: dict[int, bytes] = {}
+
+    def write(self, gpa: int, data: bytes | memoryview, /) -> None:
+        self.writes[gpa] = bytes(data)
+
+
+def load(kernel: KernelImage, unpacked: bytes, *ram: Range) -> tuple[Memory, Loaded]:
+    memory = Memory()
+    e820 = [E820Entry(part, E820Type.USABLE) for part in ram or (Range(MIB, 63 * MIB),)]
+    content = memoryview(unpacked)
+    return memory, load_linux(memory, kernel, initrd=b"initrd", cmdline="x", e820=e820, unpacked=content)
+
+
+def test_loading_one_way_or_the_other() -> None:
+    kernel = KernelImage.parse(bzimage_of(xz()))
+    memory, loaded = load(kernel, KERNEL)
+    assert loaded == Loaded(16 * MIB, True)
+    assert memory.writes[16 * MIB] == b"code" * 1024
+    assert kernel.payload not in memory.writes.values()
+    # The file is not as expected; the kernel is not where it was linked to; it would have to reach too much.
+    high = (Range(MIB, 19 * MIB), Range(33 * MIB, 31 * MIB))
+    for content, ram, place in (
+        (vmlinux(entry=0), (), 16 * MIB),
+        (KERNEL, high, 34 * MIB),
+        (KERNEL, (Range(MIB, 63 * MIB), Range(2**46, MIB)), 16 * MIB),
+    ):
+        memory, loaded = load(kernel, content, *ram)
+        assert loaded == Loaded(place + ENTRY_64, False)
+        assert memory.writes[place] == kernel.payload
