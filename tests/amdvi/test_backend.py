@@ -27,6 +27,7 @@ SIZE = 4 * MIB
 
 
 @through_all_modes
+@pytest.mark.amdvi(duration=13)
 def test_a_guest_does_io_over_each_back_end(mode: Mode, nvme: str, edu: str, destructive: None) -> None:
     """The guest reads and writes its drive; memory and a second device come while it runs, and all of them go."""
     before = os.urandom(SIZE)

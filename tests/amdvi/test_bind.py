@@ -216,6 +216,7 @@ def test_without_privilege(nvme: str, edu: str, state: Path) -> None:
     host.unbind([edu])
 
 
+@pytest.mark.amdvi(duration=20)
 def test_a_user_assigns_what_root_has_bound(nvme: str, edu: str, state: Path) -> None:
     """With the rights to the nodes and to locked memory that doctor asks for; what is not bound still needs root."""
     host.bind([nvme])

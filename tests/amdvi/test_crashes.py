@@ -92,7 +92,7 @@ def test_a_driver_that_crashes_ends_the_guest(
     assert "Call Trace:" in text
 
 
-@STOCK
+@pytest.mark.amdvi(profile="stock", duration=65)
 def test_a_loop_is_ended_by_the_timeout(edu: str, faulty: Path, tmp_path: Path) -> None:
     """An endless loop: the output begins with its soft lockup, the log with the boot."""
     log = tmp_path / "console.log"

@@ -201,7 +201,7 @@ def in_cgroup(cgroup: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.amdvi(kernel="full")
+@pytest.mark.amdvi(kernel="full", duration=20)
 def test_the_memory_of_a_cgroup(nvme: str, cgroup: Path) -> None:
     """doctor, plan and assign see the limit, be it the group's own or that of one above it; the drive stays."""
     for limited in (cgroup, cgroup.parent):

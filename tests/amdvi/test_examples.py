@@ -47,7 +47,7 @@ def test_example(path: Path, line: int, code: str) -> None:
     exec(compile("\n" * line + code, str(path), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.amdvi(profile="stock", duration=30)
+@pytest.mark.amdvi(profile="stock", duration=47)
 def test_a_driver_authors_day(edu: str, faulty_module: Path, tmp_path: Path) -> None:
     """Its modules are built outside, by its own commands; see ``tests/support/outside.py``."""
     assert edu == "0000:00:04.0"
@@ -99,7 +99,7 @@ def job(edu: str, nvme: str, faulty_module: Path, tmp_path: Path) -> Iterator[di
     assert after == before
 
 
-@pytest.mark.amdvi(profile="stock", duration=45)
+@pytest.mark.amdvi(profile="stock", duration=60)
 @pytest.mark.usefixtures("fio")
 def test_a_job_of_ci(job: dict[str, str], tmp_path: Path) -> None:
     """Each step as GitHub's runner starts it, in a shell of its own."""
@@ -116,7 +116,7 @@ def test_a_job_of_ci(job: dict[str, str], tmp_path: Path) -> None:
     assert (tmp_path / "results/console.log").exists()
 
 
-@pytest.mark.amdvi(profile="stock", duration=30)
+@pytest.mark.amdvi(profile="stock", duration=57)
 def test_a_job_of_ci_whose_test_fails(job: dict[str, str], tmp_path: Path) -> None:
     """Both scripts as GitLab's runner starts them, each in one shell, which ends at the first command that fails."""
 

@@ -14,7 +14,7 @@ import pytest
 from support.inside import SOAK
 from support.repository import ROOT
 
-pytestmark = pytest.mark.amdvi(duration=60)
+pytestmark = pytest.mark.amdvi(duration=70)
 PROJECT = ROOT / "docs/examples/drive-lab"
 TESTS = 20
 # Hypothesis takes seconds to import, in each worker.

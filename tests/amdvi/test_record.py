@@ -83,7 +83,7 @@ def open_place() -> Iterator[Path]:
     shutil.rmtree(place)
 
 
-@pytest.mark.amdvi(kernel="full", duration=30)
+@pytest.mark.amdvi(kernel="full", duration=40)
 @pytest.mark.parametrize("user", [0, 65534], ids=["root", "nobody"])
 def test_a_record_gives_the_same_answers(open_place: Path, user: int, nvme: str, nic: str, bridged: str) -> None:
     """Also that of a user without rights, read by root: what that user could not see stays unseen."""
@@ -92,7 +92,7 @@ def test_a_record_gives_the_same_answers(open_place: Path, user: int, nvme: str,
         assert host.inventory(tree).complete is (user == 0)
 
 
-@pytest.mark.amdvi(kernel="full", duration=30)
+@pytest.mark.amdvi(kernel="full", duration=24)
 def test_a_record_without_addresses(nic: str, tmp_path: Path) -> None:
     """Its cards' addresses are in no byte of it, and the devices are judged the same."""
     addresses = [path.read_text().strip() for path in Path("/sys/class/net").glob("*/address")]
