@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import KvmpassError
 from kvmpass.initramfs import elf, files, init, served
 from kvmpass.initramfs.companions import companions
-from kvmpass.initramfs.cpio import Tree
+from kvmpass.initramfs.cpio import Node, Tree
 from kvmpass.initramfs.modules import ModuleTree, plan
 
 __all__ = ["GuestRoot", "find_busybox"]
@@ -81,6 +82,7 @@ class GuestRoot:
         # The kernel opens /dev/console for init before anything is mounted.
         self.tree.character_device("/dev/console", 5, 1)
         self.tree.character_device("/dev/null", 1, 3, 0o666)
+        self.tree.add(f"{init.DIRECTORY}/never", Node(stat.S_IFIFO | 0o600))  # to wait with a time limit
         self.tree.file("/etc/passwd", _PASSWD)
         self.tree.file("/etc/group", _GROUP)
         self.tree.file("/etc/profile", _PROFILE)

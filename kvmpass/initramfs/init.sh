@@ -11,6 +11,7 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 . /kvmpass/settings
 export TERM
 
+pause() { read -t 0.02 nothing <>/kvmpass/never; } # without a process: what is waited for may need the guest's one CPU
 now() { read -r uptime rest </proc/uptime; up=${uptime%.*}; }
 say() { echo "kvmpass: $*" >/dev/console; }
 fail() { say "$*"; report_failure "$*"; }
@@ -60,7 +61,7 @@ find_port() {
         done
         now
         [ $up -lt $end ] || { say "no port of the agent after $PORT_SECONDS seconds"; return 1; }
-        usleep 10000
+        pause
     done
 }
 # It runs what the host starts, and powers off when the host lets it: see cffi_build/agent.
@@ -145,7 +146,7 @@ end=$((up + SETTLE_SECONDS)); live=
 while unsettled; do
     now
     [ $up -lt $end ] || { fail "${device##*/} is not ready after $SETTLE_SECONDS seconds"; break; }
-    usleep 50000
+    pause
 done
 
 if [ -n "$COMMAND" ]; then
