@@ -210,14 +210,16 @@ def assigned(
         borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say, look=look)
         with borrowed, closing(machine):
             mark("binding")
-            for device in sorted(devices, key=lambda device: device.bdf):  # function 0 of a slot comes first
-                token = vf_token if vf_token is not None and _has_sriov(sysfs, device.bdf) else None
-                fd = passed[device.bdf][1] if descriptors else None
-                machine.assign(device.bdf, fd=fd, vf_token=token)
-                if say is not None:
-                    driver = device.driver or "no driver"
-                    origin = f"was bound to {driver}" if fd is None else f"by descriptor {fd}"
-                    say(f"device {device.bdf}: {look.names.of(device)}, IOMMU group {device.group}, {origin}")
+            fds = {bdf: fd for bdf, (_, fd) in passed.items()}
+            machine.assign_all(
+                sorted(bdfs),  # function 0 of a slot comes first
+                fds=fds,
+                vf_tokens={bdf: vf_token for bdf in bdfs if vf_token is not None and _has_sriov(sysfs, bdf)},
+            )
+            for device in sorted(devices, key=lambda device: device.bdf) if say is not None else ():
+                bound = f"was bound to {device.driver or 'no driver'}"
+                origin = f"by descriptor {fds[device.bdf]}" if descriptors else bound
+                tell(f"device {device.bdf}: {look.names.of(device)}, IOMMU group {device.group}, {origin}")
             if descriptors is not None:
                 descriptors.close()
             if machine.backend is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from kvmpass.layout import Range
@@ -34,7 +35,7 @@ class KvmVfio(Protocol):
 
 
 class Mapper(KvmVfio, Protocol):
-    """The domain, as its back end calls it in ``attach``, ``detach`` and ``close``: it maps memory.
+    """The domain, as its back end calls it in ``attaching``, ``detach`` and ``close``: it maps memory.
 
     It also registers VFIO files with the VM, if there is one: ``file_add`` and ``file_del``, which is idempotent.
 
@@ -43,12 +44,12 @@ class Mapper(KvmVfio, Protocol):
 
     @property
     def p2p(self) -> bool:
-        """Whether BARs of attached devices are mapped, too: ``attach`` checks that the kernel can."""
+        """Whether BARs of attached devices are mapped, too: ``attaching`` checks that the kernel can."""
 
     def map_all(self) -> None:
         """Check all memory against ``ranges`` and map what is not mapped, once the new device counts in ``ranges``.
 
-        All or nothing. Raises ``ReservedRange``, ``OSError``: ``attach`` fails with it.
+        All or nothing. Raises ``ReservedRange``, ``OSError``: ``attaching`` fails with it.
         """
 
     def unmap_all(self) -> None:
@@ -62,20 +63,27 @@ class Backend(Protocol):
     """One translation for all devices of a VM.
 
     Synchronization: ``map``, ``unmap``, ``unmap_rest`` and ``ranges`` are called from any thread with the memory's
-    lock held, while memory is mapped; the others from one thread at a time, without that lock.
+    lock held, while memory is mapped; the others from one thread at a time, without that lock. The calls that open
+    devices are made from several threads, while the thread of their blocks waits for them.
     """
 
     @property
     def active(self) -> bool:
         """Whether mappings can exist."""
 
-    def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
-        """Attach a device to the translation and open it: ``name`` is its PCI address, ``group`` its IOMMU group.
+    def attaching(
+        self, name: str, group: int, vf_token: uuid.UUID | None = None
+    ) -> AbstractContextManager[Callable[[], Device]]:
+        """Attach a device to the translation: ``name`` is its PCI address, ``group`` its IOMMU group.
+
+        The block makes the one call that it is given, which opens the device: this takes most of the time, for the
+        kernel resets the device. Blocks of several devices can be nested, and their calls be made at the same time in
+        several threads. If the innermost block raises, nothing has changed.
 
         ``vf_token``: see ``Group.get_device_fd``. The file is registered with KVM before VFIO looks for a VM, which
-        it does when the device is opened (type 1) or bound (IOAS). Raises ``GroupNotViable`` where the kernel says so
-        (type 1; an IOAS's bind reports ``EPERM``), ``OSError``, or what ``map_all`` raises; ``HostNotReady`` if
-        ``Mapper.p2p`` is set and the kernel maps no BARs. Then nothing has changed.
+        it does when the device is opened (type 1) or bound (IOAS). Block or call raise ``GroupNotViable`` where the
+        kernel says so (type 1; an IOAS's bind reports ``EPERM``), ``OSError``, or what ``map_all`` raises;
+        ``HostNotReady`` if ``Mapper.p2p`` is set and the kernel maps no BARs.
         """
 
     def detach(self, device: Device) -> None:

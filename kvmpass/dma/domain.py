@@ -11,14 +11,15 @@ it does so without notice (iommufd): a device is closed only after its BARs are 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmpass._dataclass import dataclass, replace
 from kvmpass._log import Log
 from kvmpass._teardown import run_all, undo_on_error
+from kvmpass._together import run_together
 from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
 from kvmpass.layout import Range, Reserved, find_reserved
 from kvmpass.memory import GuestMemory, MemoryRegion, RegionKind
@@ -107,12 +108,25 @@ class Domain:
         ``vf_token``: see ``Group.get_device_fd``. The first device maps all memory.
         Raises ``OSError``, ``DeviceInUse``, ``GroupNotViable``, ``ReservedRange``; then nothing has changed.
         """
-        if any(device.name == name for device in self._devices):
-            raise DeviceInUse(f"{name} is in this domain already")
-        with self._until_inactive():
-            device = self.backend.attach(name, group, vf_token)
-            self._devices.append(device)
+        [device] = self.attach_all({name: group}, {name: vf_token} if vf_token else {})
         return device
+
+    def attach_all(self, groups: Mapping[str, int], vf_tokens: Mapping[str, uuid.UUID]) -> list[Device]:
+        """Attach several devices, all or none: by their PCI addresses, with their groups; see ``attach``.
+
+        They are opened, and thereby reset, at the same time; with VF tokens in their order, since opening a physical
+        function sets the token of its virtual functions.
+        """
+        for name in groups:
+            if any(device.name == name for device in self._devices):
+                raise DeviceInUse(f"{name} is in this domain already")
+        with self._until_inactive():
+            with ExitStack() as stack:
+                entered = (self.backend.attaching(name, group, vf_tokens.get(name)) for name, group in groups.items())
+                calls = [stack.enter_context(attaching) for attaching in entered]
+                devices = [call() for call in calls] if vf_tokens else run_together(*calls)
+            self._devices += devices
+        return devices
 
     def detach(self, device: Device) -> None:
         """Close ``device`` and detach it; the last detach unmaps everything. Idempotent.

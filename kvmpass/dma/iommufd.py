@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from kvmpass._teardown import run_all, undo_on_error
@@ -40,31 +41,44 @@ class IommufdBackend:
         self._iommufd: Iommufd | None = None
         self._ioas = 0
         self._devices: list[Cdev] = []
+        self._attaching = 0
 
     @property
     def active(self) -> bool:
         """Whether the IOAS exists."""
         return self._iommufd is not None
 
-    def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
+    @contextmanager
+    def attaching(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Iterator[Callable[[], Device]]:
         """See ``Backend``. Only the first device maps memory."""
-        with undo_on_error() as undo:
-            if not self._devices:
-                undo.callback(self.close)
-            if self._iommufd is None:
-                self._open()
-            device = (self._make_cdev or Cdev)(name)
-            undo.callback(device.close)
-            undo.callback(self._mapper.file_del, device.fd)
-            self._mapper.file_add(device.fd)
+
+        def open_device() -> Device:
             device.bind(self.iommufd.fd, vf_token)
             undo.callback(device.detach)
             if self._mapper.p2p:
                 device.check_p2p()
             device.attach(self._ioas)
             self._mapper.map_all()
+            return device
+
+        with undo_on_error() as undo:
+            first = not self._devices and not self._attaching
+            if first:
+                undo.callback(self.close)
+            if self._iommufd is None:
+                self._open()
+            if first:
+                undo.callback(self._mapper.unmap_all)
+            device = (self._make_cdev or Cdev)(name)
+            undo.callback(device.close)
+            undo.callback(self._mapper.file_del, device.fd)
+            self._mapper.file_add(device.fd)
+            self._attaching += 1
+            try:
+                yield open_device
+            finally:
+                self._attaching -= 1
             self._devices.append(device)
-        return device
 
     def detach(self, device: Device) -> None:
         """See ``Backend``. Its DMA is blocked first.

@@ -8,7 +8,8 @@ the last group leaves.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ class _Joined:
 
     group: Group
     devices: list[Device]
+    attaching: int = 0
 
 
 class Type1:
@@ -56,18 +58,31 @@ class Type1:
         """Whether a group is in the container."""
         return bool(self._groups)
 
-    def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Device:
+    @contextmanager
+    def attaching(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Iterator[Callable[[], Device]]:
         """See ``Backend``. A group joins with its first device; only the first group maps memory."""
+        opened: list[Device] = []
         with undo_on_error() as undo:
-            if group not in self._groups or not self._groups[group].devices:
-                joined = self._join(group)
+            found = self._groups.get(group)
+            joined = found if found and (found.devices or found.attaching) else self._join(group)
+            if joined is not found:
                 undo.callback(self._leave, group)
                 self._mapper.map_all()
                 self._mapper.file_add(joined.group.fd)
-            joined = self._groups[group]
-            device = joined.group.get_device_fd(name, vf_token)
-            joined.devices.append(device)
-        return device
+
+            def open_device() -> Device:
+                opened.append(joined.group.get_device_fd(name, vf_token))
+                return opened[0]
+
+            joined.attaching += 1
+            try:
+                yield open_device
+            except BaseException as error:
+                run_all(*(device.close for device in opened), failure=error)
+                raise
+            finally:
+                joined.attaching -= 1
+            joined.devices += opened
 
     def detach(self, device: Device) -> None:
         """See ``Backend``. A group leaves with its last device."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all
@@ -15,6 +15,7 @@ from kvmpass.dma import Domain
 from kvmpass.errors import Closed, NotAssignable
 from kvmpass.events import DeviceReleased, DeviceReset
 from kvmpass.host import Bdf, PciDevice, Sysfs
+from kvmpass.host.address import parse_distinct
 from kvmpass.host.backend import BackendChoice, check_backend
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
@@ -29,6 +30,8 @@ from kvmpass.vfio.device import ERR, REQ
 
 if TYPE_CHECKING:
     from kvmpass.machine.passed import PassedIommu
+
+_NONE: Mapping[Bdf, Any] = {}
 
 
 class Assignments(Remotes):
@@ -103,18 +106,55 @@ class Assignments(Remotes):
         """
         self._check_usable()
         found = self._find(Bdf.parse(bdf) if isinstance(bdf, str) else bdf, fd)
+        [device] = self._assign([found], {found.bdf: fd} if fd is not None else {}, {found.bdf: vf_token})
+        return device
+
+    def assign_all(
+        self,
+        bdfs: Sequence[str | Bdf],
+        *,
+        fds: Mapping[Bdf, int] = _NONE,
+        vf_tokens: Mapping[Bdf, uuid.UUID | None] = _NONE,
+    ) -> list[AssignedDevice]:
+        """Assign several devices, all or none, in this order; otherwise as ``assign``.
+
+        They are opened at the same time, so that their resets take as long as that of one; with VF tokens one after
+        the other. ``fds`` and ``vf_tokens`` are by address.
+        """
+        self._check_usable()
+        wanted = parse_distinct(bdfs)
+        return self._assign([self._find(bdf, fds.get(bdf)) for bdf in wanted], fds, vf_tokens)
+
+    def _assign(
+        self, found: Sequence[PciDevice], fds: Mapping[Bdf, int], vf_tokens: Mapping[Bdf, uuid.UUID | None]
+    ) -> list[AssignedDevice]:
+        tokens = {str(bdf): token for bdf, token in vf_tokens.items() if token is not None}
+        groups = {str(device.bdf): device.group for device in found if device.group is not None}
         with self._device_lock:
             self.populate()
-            offered = nullcontext() if self._iommu is None or fd is None else self._iommu.offer(fd)
+            offered = nullcontext() if self._iommu is None else self._iommu.offer(found, fds)
             with deferred(), offered:
                 self._monitor.follow_faults()
                 if self._iommu is None and self._wanted_backend and not self.domain.active:
-                    self.backend = use_backend(self.domain, self._sysfs, found.bdf, self._wanted_backend, vf_token)
-                assert found.group is not None
-                vfio = self.domain.attach(str(found.bdf), found.group, vf_token)
-                device = AssignedDevice(found, vfio, self._bus_lock)
-                self._connect(device)
-        return device
+                    bdfs = [device.bdf for device in found]
+                    self.backend = use_backend(
+                        self.domain, self._sysfs, bdfs, self._wanted_backend, vf_token=bool(tokens)
+                    )
+                opened = zip(found, self.domain.attach_all(groups, tokens), strict=True)
+                devices = [AssignedDevice(device, vfio, self._bus_lock) for device, vfio in opened]
+                try:
+                    for device in devices:
+                        self._connect(device)
+                except BaseException as error:
+                    run_all(*(partial(self._undo, device) for device in reversed(devices)), failure=error)
+                    raise
+        return devices
+
+    def _undo(self, device: AssignedDevice) -> None:
+        if device in self.devices:
+            self.deassign(device)
+        else:
+            run_all(*self._return_steps(device))
 
     def _find(self, bdf: Bdf | None, fd: int | None) -> PciDevice:
         """Return the device that ``assign`` is to open, by its descriptor or its node."""
@@ -134,16 +174,12 @@ class Assignments(Remotes):
 
     def _connect(self, device: AssignedDevice) -> None:
         """Monitor a device that is in the domain, and plug it into the guest's bus."""
-        try:
-            if device.vfio.resettable:  # the kernel resets a device when it is opened, and again when it is closed
-                self._monitor.emit(device.reset_event(device.vfio.open_seconds, "assign"))
-            device.quiesce()
-            self._monitor.watch(device.vfio, ERR, partial(self._requests.on_error, device))
-            self._monitor.watch(device.vfio, REQ, partial(self._requests.on_request, device))
-            self._slots.plug(device)
-        except BaseException as error:
-            run_all(*self._return_steps(device), failure=error)
-            raise
+        if device.vfio.resettable:  # the kernel resets a device when it is opened, and again when it is closed
+            self._monitor.emit(device.reset_event(device.vfio.open_seconds, "assign"))
+        device.quiesce()
+        self._monitor.watch(device.vfio, ERR, partial(self._requests.on_error, device))
+        self._monitor.watch(device.vfio, REQ, partial(self._requests.on_request, device))
+        self._slots.plug(device)
         self.devices.append(device)
         self._slots.announce(device)
 

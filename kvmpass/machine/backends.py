@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+from collections.abc import Sequence
 
 from kvmpass import dma
 from kvmpass.dma import Domain
@@ -11,12 +11,12 @@ from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.backend import IOMMUFD, BackendChoice, choose_backend
 
 
-def use_backend(domain: Domain, sysfs: Sysfs, bdf: Bdf, wanted: str, vf_token: uuid.UUID | None) -> BackendChoice:
-    """Set the back end of ``domain``, before its first device is attached. Return which one it is, and why.
+def use_backend(domain: Domain, sysfs: Sysfs, bdfs: Sequence[Bdf], wanted: str, *, vf_token: bool) -> BackendChoice:
+    """Set the back end of ``domain``, before its first devices are attached. Return which one it is, and why.
 
     Raises ``HostNotReady`` where the requested one is unavailable.
     """
-    choice = choose_backend(sysfs, [bdf], wanted, vf_token=vf_token is not None, p2p=domain.p2p)
+    choice = choose_backend(sysfs, bdfs, wanted, vf_token=vf_token, p2p=domain.p2p)
     if choice.obstacle:
         raise HostNotReady(f"iommufd is unavailable: {choice.obstacle}", "use the back end type1, or auto")
     domain.use(dma.IommufdBackend if choice.name == IOMMUFD else dma.Type1)

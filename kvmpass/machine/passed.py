@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Self
 
@@ -27,7 +27,7 @@ def duplicate(fd: int) -> int:
 class PassedIommu(OwnedFd):
     """A duplicate of a descriptor of ``/dev/iommu`` or ``/dev/vfio/vfio``, and the back end over it.
 
-    The back end opens no node: devices come by descriptors, one at a time (``offer``).
+    The back end opens no node: devices come by descriptors (``offer``).
     ``wanted``: one of ``BACKENDS``, or None for a factory, which has no place here.
     Raises ``BadDescriptor``: another kind, or one that is in use; ``OSError``, ``ValueError``.
 
@@ -50,7 +50,7 @@ class PassedIommu(OwnedFd):
         self.choice = BackendChoice(name, PASSED)
         """The back end, by the kind of descriptor."""
         super().__init__(duplicate(fd))
-        self._offered: int | None = None
+        self._offered: dict[str | int | None, int] = {}  # by address, and by group
 
     def check_unused(self) -> Self:
         """Raise ``BadDescriptor`` if it has devices, groups or mappings already; else return this object."""
@@ -86,13 +86,14 @@ class PassedIommu(OwnedFd):
         return chosen[0]
 
     @contextmanager
-    def offer(self, fd: int) -> Iterator[None]:
-        """Let the back end open a device or group by ``fd`` while the block runs."""
-        self._offered = fd
+    def offer(self, devices: Iterable[PciDevice], fds: Mapping[Bdf, int]) -> Iterator[None]:
+        """Let the back end open the devices, or their groups, by ``fds`` while the block runs."""
+        for device in devices:
+            self._offered[str(device.bdf)] = self._offered[device.group] = fds[device.bdf]
         try:
             yield
         finally:
-            self._offered = None
+            self._offered.clear()
 
     def _iommufd(self) -> Iommufd:
         return Iommufd(fd=duplicate(self.fd))
@@ -101,9 +102,7 @@ class PassedIommu(OwnedFd):
         return Container(fd=duplicate(self.fd))
 
     def _cdev(self, name: str) -> Cdev:
-        assert self._offered is not None
-        return Cdev(name, fd=duplicate(self._offered))
+        return Cdev(name, fd=duplicate(self._offered[name]))
 
     def _group(self, number: int) -> Group:
-        assert self._offered is not None
-        return Group(number, fd=duplicate(self._offered))
+        return Group(number, fd=duplicate(self._offered[number]))

@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.inside import drive_of
 from support.living import running
-from support.modes import FULL, Mode, through_all_modes
+from support.modes import FULL, Mode, through_all_modes, through_compat_too
 from support.recording import Calls, recording
 from support.witness import iommu_events, merged, traces, without_probe
 
@@ -21,7 +22,8 @@ import kvmpass
 from kvmpass import host
 from kvmpass.errors import HostNotReady
 from kvmpass.layout import GIB, MIB, Range
-from kvmpass.machine import Machine
+from kvmpass.machine import AssignedDevice, Machine
+from kvmpass.machine.slots import Slots
 
 SIZE = 4 * MIB
 
@@ -59,6 +61,33 @@ def test_a_guest_does_io_over_each_back_end(mode: Mode, nvme: str, edu: str, des
     assert traces("vfio|iommu") == []
     with drive_of(nvme).open("rb") as drive:
         assert drive.read(SIZE) == before[:MIB] + before[:MIB] + before[2 * MIB :]
+
+
+@through_compat_too
+def test_devices_are_assigned_all_or_none(mode: Mode, nvme: str, nvme2: str, edu: str) -> None:
+    """The third is open elsewhere, or cannot be shown to the guest: the others are closed, and nothing is mapped."""
+    plug = Slots.plug
+
+    def refuse(slots: Slots, device: AssignedDevice) -> None:
+        if str(device.bdf) == edu:
+            raise OSError("no slot")
+        plug(slots, device)
+
+    with host.borrow(nvme, nvme2, edu) as found, Machine(memory="8M", backend=mode.backend) as machine:
+        for attempt in ("open elsewhere", "no slot"):
+            with pytest.MonkeyPatch.context() as patch, ExitStack() as obstacle:
+                if attempt == "no slot":
+                    patch.setattr(Slots, "plug", refuse)
+                else:
+                    obstacle.enter_context(Path(f"/dev/vfio/{found[2].group}").open("rb+", buffering=0))
+                with pytest.raises(OSError, match=r"busy|no slot"):
+                    machine.assign_all([nvme, nvme2, edu])
+                assert (machine.devices, machine.domain.ledger, mode.locked()) == ([], [], 0)
+        devices = machine.assign_all([nvme, nvme2, edu])
+        assert machine.devices == devices
+        assert [str(device.bdf) for device in devices] == [nvme, nvme2, edu]
+        assert len({device.slot for device in devices}) == 3
+        machine.audit()
 
 
 def assign(nvme: str, status: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:

@@ -312,7 +312,7 @@ def test_a_plan_equals_the_assignment(mode: Mode, nvme: str, edu: str, sysfs: Sy
         host.borrow(nvme, edu),
         kvmpass.Machine(memory="64M", cpus=2, sysfs=sysfs, backend=recording(calls, mode.backend)) as machine,
     ):
-        devices = [machine.assign(nvme), machine.assign(edu)]
+        devices = machine.assign_all([nvme, edu])
         assert machine.layout == made.memory.layout
         real = [region for region in machine.memory if region.kind.dma]  # devices may have BARs in it already
         assert [(region.kind, region.range, region.name, region.backing) for region in real] == [

@@ -49,7 +49,8 @@ class Space:
     def __init__(self, mode: Mode, name: str, group: int) -> None:
         self.mode = mode
         self.backend = mode.backend(NoMemory())
-        self.device: Device = self.backend.attach(name, group)
+        with self.backend.attaching(name, group) as open_device:
+            self.device: Device = open_device()
 
     def map(self, iova: int, hva: int, size: int) -> None:
         if isinstance(self.backend, IommufdBackend):

@@ -7,6 +7,7 @@ do is an assertion here, what the kernel refuses is an ``OSError``.
 from __future__ import annotations
 
 import errno
+import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,15 +35,18 @@ class FakeKernel:
     log: list[str] = field(default_factory=list)
     countdown: int = 0
     after: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def fail(self, number: int, *, after: bool = False) -> None:
         """Let the ``number``-th call from now on fail, once, without doing its work or ``after`` it."""
         self.countdown, self.after = number, after
 
     def call(self, what: str, work: Callable[[], Any]) -> Any:
-        self.countdown -= 1
-        self.log.append(what)
-        if self.countdown != 0:
+        with self.lock:  # devices are opened by several threads
+            self.countdown -= 1
+            self.log.append(what)
+            fails = self.countdown == 0
+        if not fails:
             return work()
         if self.after and what != "get_device_fd":  # one that failed has made no descriptor
             work()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,9 +38,10 @@ class StrictIommu:
     def _check_silence(self, device: FakeDevice) -> None:
         assert device not in self.mapped.values(), f"{device.name} stops to respond where it is mapped"
 
-    def attach(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Any:
+    @contextmanager
+    def attaching(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Iterator[Any]:
         self._mapper.map_all()
-        return self._devices[name]
+        yield lambda: self._devices[name]
 
     def detach(self, device: Any) -> None:
         self._check_silence(device)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import itertools
+import threading
 import uuid
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from support.dma_stage import DISK, NIC, SOUND, Stage
@@ -99,6 +102,66 @@ def test_memory_that_the_host_cannot_translate_refuses_the_device(stage: Stage, 
 def test_an_iommu_without_ranges_accepts_all_memory(stage: Stage) -> None:
     stage.kernel.ranges = ()
     stage.domain.attach(NIC, 1)
+    stage.check()
+
+
+# --- several at once
+
+ALL = {NIC: 1, SOUND: 1, DISK: 2}
+
+
+def test_devices_are_opened_at_the_same_time(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel resets each when it is opened (type 1), or bound (IOAS)."""
+    together = threading.Barrier(len(ALL), timeout=10)
+    call = stage.kernel.call
+
+    def wait(what: str, work: Callable[[], object]) -> object:
+        if what in ("get_device_fd", "bind"):
+            together.wait()
+        return call(what, work)
+
+    monkeypatch.setattr(stage.kernel, "call", wait)
+    devices = stage.domain.attach_all(ALL, {})
+    assert [device.name for device in devices] == [*ALL]
+    assert [name for name, _ in stage.calls].count("map") == 2
+    stage.check()
+    with pytest.raises(DeviceInUse):
+        stage.domain.attach(SOUND, 1)
+
+
+def test_devices_with_a_token_are_opened_in_order(stage: Stage) -> None:
+    """A physical function sets the token that its virtual functions need."""
+    token = uuid.uuid4()
+    threads = set()
+    call = stage.kernel.call
+
+    def note(what: str, work: Callable[[], object]) -> object:
+        threads.add(threading.current_thread())
+        return call(what, work)
+
+    stage.kernel.call = note
+    devices: list[Any] = stage.domain.attach_all(ALL, {DISK: token})
+    assert [device.vf_token for device in devices] == [None, None, token]
+    assert threads == {threading.current_thread()}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("present", [{}, {SOUND: 1}, {DISK: 2}], ids=["first", "same group", "other group"])
+def test_several_are_attached_all_or_none(stage: Stage, present: dict[str, int], after: bool) -> None:
+    stage.domain.attach_all(present, {})
+    before = stage.kernel.state()
+    wanted = {name: group for name, group in ALL.items() if name not in present}
+    for number in itertools.count(1):
+        stage.kernel.fail(number, after=after)
+        try:
+            stage.domain.attach_all(wanted, {})
+        except Refused:
+            stage.kernel.fail(0)
+            assert stage.kernel.state() == before
+            stage.check()
+        else:
+            break
+    assert number > 4
     stage.check()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
 
 def test_the_domain_gets_what_is_chosen(stage: Stage, host: Host) -> None:
     for wanted, kind in (("type1", Type1), ("iommufd", IommufdBackend), ("type1", Type1), ("auto", IommufdBackend)):
-        choice = use_backend(stage.domain, host, BDF, wanted, None)
+        choice = use_backend(stage.domain, host, [BDF], wanted, vf_token=False)
         assert isinstance(stage.domain.backend, kind)
         assert choice.name == ("type1" if kind is Type1 else "iommufd")
     device = stage.domain.attach(NIC, 1)
@@ -54,10 +53,10 @@ def test_the_domain_gets_what_is_chosen(stage: Stage, host: Host) -> None:
 def test_a_back_end_that_the_kernel_lacks(stage: Stage, host: Host) -> None:
     before = stage.domain.backend
     with pytest.raises(HostNotReady, match=r"iommufd is unavailable: .* tokens since Linux 6\.17") as refused:
-        use_backend(stage.domain, host, BDF, "iommufd", uuid.uuid4())
+        use_backend(stage.domain, host, [BDF], "iommufd", vf_token=True)
     assert refused.value.__notes__ == ["use the back end type1, or auto"]
     assert stage.domain.backend is before
-    assert use_backend(stage.domain, host, BDF, "auto", uuid.uuid4()).name == "type1"
+    assert use_backend(stage.domain, host, [BDF], "auto", vf_token=True).name == "type1"
     stage.close()
 
 

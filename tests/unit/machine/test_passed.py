@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,7 +124,8 @@ def test_the_back_end_opens_what_is_offered(
         stage.kernel = kernel
         stage.kvm.kernel = kernel
         stage.domain.use(passed)
-        with passed.offer(fd):
+        disk: Any = SimpleNamespace(bdf=Bdf.parse(DISK), group=2)
+        with passed.offer([disk], {disk.bdf: fd}):
             device = stage.domain.attach(DISK, 2)
         stage.check()
         nodes = [os.makedev(1, 3), os.makedev(1, 5)]
