@@ -243,5 +243,6 @@ def test_the_end_of_the_agent_beside_an_init_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(GuestDied, match=r"^the agent in the guest has ended$"):
             guest.run(["sh", "-c", "(sleep 12; poweroff -f) & kill -9 $PPID; sleep 1000"], timeout=GUEST_SECONDS)
         assert time.monotonic() - begin >= 5
+        assert not guest.answering
         assert guest.wait(GUEST_SECONDS)
     assert guest.stop().outcome is GuestOutcome.POWEROFF
