@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ PRELOADED = CONFINE.with_name("noatime.so")
 LISTENER, PLACE = 3, "/tmp"  # as confine.c has them
 _START_SECONDS = 20.0
 _END_SECONDS = 5.0  # for processes of which the first one exits as soon as it reads
+_FATE_SECONDS = 1.0  # from the end of the connection to that of the processes
+_SIGNALLED = 128  # confine.c: status_of
 _MOST_MESSAGES = 4096
 _NAMESPACES = ("clone", "unshare", "uid_map", "gid_map", "setgroups", "mount", "move_mount", "mount_tmpfs")
 
@@ -105,6 +108,18 @@ class FileDaemon:
             return ""
         lines = said.decode("utf-8", "replace").splitlines()
         return "; ".join("".join(c if c.isprintable() else " " for c in line).strip() for line in lines)
+
+    def fate(self) -> str:
+        """Return how it has ended, and what it has said, as a clause; after a second, if it runs on, nothing."""
+        try:
+            status = self._process.wait(_FATE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return ""
+        number = status - _SIGNALLED if status > _SIGNALLED else -status
+        names = {entry.value: entry.name for entry in signal.Signals}
+        how = f"virtiofsd was ended by {names[number]}" if number in names else f"virtiofsd has exited with {status}"
+        said = self.messages
+        return f"{how}: {said}" if said else how
 
     @property
     def running(self) -> bool:

@@ -41,7 +41,7 @@ class Directory:
         daemon = files.FileDaemon(self.source, self.user, writable=self.mount.writable, covers=hidden)
         with undo_on_error(daemon.close):
             try:
-                machine.add_filesystem(self.mount.tag, daemon.connection, daemon.close)
+                machine.add_filesystem(self.mount.tag, daemon.connection, daemon.close, daemon.fate)
             except DaemonError as error:
                 if said := daemon.messages:
                     error.add_note(f"virtiofsd has said: {said}")

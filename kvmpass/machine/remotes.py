@@ -77,6 +77,7 @@ class Remotes(Functions):
         tag: str,
         daemon: str | os.PathLike[str] | socket.socket,
         on_close: Callable[[], object] = lambda: None,
+        fate: Callable[[], str] = lambda: "",
     ) -> Remote:
         """Give the guest a virtio file system that a daemon such as virtiofsd serves.
 
@@ -85,7 +86,7 @@ class Remotes(Functions):
         """
         from kvmpass.virtio.fs import VirtioFs
 
-        return self.add_remote(f"file system {tag}", daemon, lambda front: VirtioFs(front, tag), on_close)
+        return self.add_remote(f"file system {tag}", daemon, lambda front: VirtioFs(front, tag), on_close, fate)
 
     def add_remote(
         self,
@@ -93,6 +94,7 @@ class Remotes(Functions):
         daemon: str | os.PathLike[str] | socket.socket,
         make: Callable[[FrontEnd], VirtioDevice],
         on_close: Callable[[], object] = lambda: None,
+        fate: Callable[[], str] = lambda: "",
     ) -> Remote:
         """Give the guest a virtio device that a daemon serves over vhost-user. A running guest is notified.
 
@@ -101,7 +103,8 @@ class Remotes(Functions):
         ``kvmpass.virtio.remote.RemoteDevice``. The daemon maps all of the guest's RAM, which must be memfds
         (``Machine(backing=Backing.MEMFD)``), and serves the requests without this process. It is inside the guest's
         trust; its process is the caller's, for which ``on_close`` is called once the machine has closed the
-        connection for good.
+        connection for good. ``fate`` is called in a thread when the connection is lost before: it returns what the
+        caller knows of the reason, as a clause, or nothing, within a second or so.
 
         If it ends, does not finish a set-up, a reset or a change of memory within ten seconds, or violates the
         protocol, ``on_event`` receives a ``DaemonEnded``, and the guest is ended as by an uncorrected error of a
@@ -116,7 +119,7 @@ class Remotes(Functions):
         with undo_on_error() as undo:
             undo.callback(connection.close)
             self._check_usable()
-            front = FrontEnd(name, connection, self.memory, partial(self._on_daemon_end, name))
+            front = FrontEnd(name, connection, self.memory, partial(self._on_daemon_end, name, fate))
             undo.callback(front.close)
             remote = Remote(front, make, on_close)
             with deferred(), self._device_lock:
@@ -173,9 +176,12 @@ class Remotes(Functions):
                     f"{remote.name} is gone: {remote.front.ended}", "make another machine, with a daemon that runs"
                 )
 
-    def _on_daemon_end(self, name: str, reason: str) -> None:
-        self._monitor.emit_later(DaemonEnded(name, reason))  # first: it says why the guest ends
-        self._end_for_error()
+    def _on_daemon_end(self, name: str, fate: Callable[[], str], reason: str) -> None:
+        try:
+            reason = "; ".join(filter(None, (reason, fate())))
+        finally:
+            self._monitor.emit_later(DaemonEnded(name, reason))  # first: it says why the guest ends
+            self._end_for_error()
 
     def _end_for_error(self) -> None:
         """End the guest for an error of a device, unless that is not wanted."""

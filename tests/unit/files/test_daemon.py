@@ -16,6 +16,7 @@ import pytest
 
 from kvmpass.errors import ShareError
 from kvmpass.files import FileDaemon, User, caller, covers, find_daemon
+from kvmpass.files import daemon as module
 from kvmpass.files.daemon import CONFINE, refusal
 
 NOBODY = User(65534, 65534)
@@ -106,6 +107,17 @@ def test_when_one_process_is_killed_all_end(daemon: FileDaemon, number: int) -> 
     os.kill(found[number], signal.SIGKILL)
     assert within(10, lambda: not daemon.running)
     assert within(10, lambda: not alive(found)), alive(found)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
+def test_how_it_has_ended_is_known(daemon: FileDaemon, number: signal.Signals) -> None:
+    os.kill(processes(daemon)[-1], number)
+    assert daemon.fate().startswith(f"virtiofsd was ended by {number.name}")
+
+
+def test_one_that_runs_has_no_fate(daemon: FileDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FATE_SECONDS", 0.01)
+    assert daemon.fate() == ""
 
 
 def test_closing_ends_all_and_leaves_no_descriptor() -> None:
