@@ -93,8 +93,8 @@ class Crowd:
 
 def test_devices_are_added_and_removed_from_every_thread(edu: str, edu2: str) -> None:
     """No error and no deadlock, each audit passes, and nothing is left."""
-    image = prepare(GuestSpec(command=("sh", "-c", "while true; do :; done")), [])
     before, done = descriptors(), Counter[str]()
+    image = prepare(GuestSpec(command=("sh", "-c", "while true; do :; done")), [])
     end = time.monotonic() + SECONDS
     with host.borrow(edu, edu2):
         for seed in range(1000):
