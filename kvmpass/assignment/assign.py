@@ -203,8 +203,7 @@ def assigned(
                 tell(f"symbols: {image.symbols}")
         mark("memory")
         image.load(machine)
-        how = "on this host, and loaded where it was linked to" if machine.kernel_decompressed else "by itself"
-        tell(f"kernel decompressed {how}")
+        tell(f"kernel loaded as a {'vmlinux: no KASLR' if machine.kernel_decompressed else 'bzImage'}")
         mark("loading")
         # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
         borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say, look=look)

@@ -1,4 +1,4 @@
-"""Load Linux from a bzImage, with the 64-bit boot protocol (Documentation/arch/x86/boot.rst).
+"""Load Linux from a bzImage or a vmlinux, with the 64-bit boot protocol (Documentation/arch/x86/boot.rst).
 
 Guest-physical memory below 1 MiB at the kernel's entry::
 
@@ -11,10 +11,11 @@ The kernel is at its preferred address (usually 16 MiB), the initrd as high as p
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from kvmpass._dataclass import dataclass
 from kvmpass._log import Log
@@ -46,11 +47,13 @@ LOADER_UNDEFINED = 0xFF
 HEADER_START = 0x1F1
 PAYLOAD_AT = 0x248
 _WANTED = "name a bzImage of a 64-bit x86 kernel, such as /boot/vmlinuz-$(uname -r)"
+_ELF = b"\x7fELF"
+# What arch/x86/boot/header.S has for any kernel.
+_INITRD_MAX, _CMDLINE_MAX, _ALIGNMENT = 0x7FFF_FFFF, 2047, 2 * MIB
 
 
 # Files that are often mistaken for a bzImage, by magic numbers (arm64: Documentation/arch/arm64/booting.rst).
 _KINDS = (
-    (0, b"\x7fELF", "an ELF file, such as vmlinux: the bzImage is made beside it, as arch/x86/boot/bzImage"),
     (0, b"\x1f\x8b", "compressed by gzip, as the kernels of other architectures are"),
     (0, b"\xfd7zXZ\0", "compressed by xz: unpack it"),
     (0, b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it"),
@@ -63,7 +66,7 @@ _KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class KernelImage:
-    """A bzImage and the fields of its setup header that loading needs."""
+    """A bzImage and the fields of its setup header that loading needs; or a vmlinux, with such fields."""
 
     path: str
     """Its path, for messages."""
@@ -87,6 +90,8 @@ class KernelImage:
     """Its release, as in ``uname -r``; empty: unknown."""
     banner: str = ""
     """Its whole version: release, who has built it, number and time of the build; empty: unknown."""
+    vmlinux: Vmlinux | None = None
+    """What is loaded instead of ``payload``: the file was a vmlinux."""
 
     def compressed(self) -> memoryview:
         """Return the compressed kernel in the protected-mode code (protocol 2.08). Raises ``ValueError``."""
@@ -97,8 +102,42 @@ class KernelImage:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Read and check a kernel. Raises ``BadKernel``, or the ``OSError`` of reading the file."""
-        return cls.parse(Path(path).read_bytes(), str(path))
+        """Read and check a kernel: a bzImage or a vmlinux. Raises ``BadKernel``, or the ``OSError`` of reading it."""
+        with Path(path).open("rb") as file:
+            if file.read(len(_ELF)) == _ELF:
+                return cls._from_vmlinux(file, str(path))
+            file.seek(0)
+            return cls.parse(file.read(), str(path))
+
+    @classmethod
+    def _from_vmlinux(cls, file: BinaryIO, path: str) -> Self:
+        """Return the kernel in a vmlinux, with a setup header as that of its bzImage."""
+        try:
+            vmlinux = Vmlinux.read(file, os.fstat(file.fileno()).st_size)
+        except ValueError as error:
+            raise BadKernel(f"{path}: no vmlinux: {error}", _WANTED) from None
+        code, banner = vmlinux.code, vmlinux.banner
+        if not banner or code.start % _ALIGNMENT:
+            raise BadKernel(f"{path}: an ELF file that is no Linux kernel", _WANTED)
+        page = bytearray(0x268)
+        struct.pack_into("<HH4sH", page, 0x1FE, 0xAA55, 0, b"HdrS", 0x20F)
+        page[0x211] = LOADED_HIGH
+        struct.pack_into("<IIBBHI", page, 0x22C, _INITRD_MAX, _ALIGNMENT, 0, 21, XLF_KERNEL_64, _CMDLINE_MAX)
+        struct.pack_into("<QI", page, 0x258, code.start, code.size)
+        return cls(
+            path,
+            bytes(page[HEADER_START:]),
+            b"",
+            code.start,
+            code.size,
+            _ALIGNMENT,
+            False,
+            _INITRD_MAX,
+            _CMDLINE_MAX,
+            banner.split(" ", 1)[0],
+            banner,
+            vmlinux,
+        )
 
     @classmethod
     def parse(cls, data: bytes, path: str = "kernel") -> Self:
@@ -237,7 +276,7 @@ class Loaded:
     entry: int
     """Where the first CPU starts, in ``LONG_MODE``, interrupts disabled, with ``BOOT_PARAMS`` in RSI."""
     decompressed: bool
-    """Whether it was decompressed here; else it decompresses itself."""
+    """Whether it was loaded as it was linked; else it is a bzImage, which decompresses itself."""
 
 
 def load_linux(
@@ -273,7 +312,10 @@ def load_linux(
     memory.write(BOOT_PARAMS, boot_params(kernel, code, place, e820))
     if image:
         memory.write(place.start, image)
-    if unpacked is not None and (vmlinux := _where_linked(kernel, unpacked, code, ram)):
+    vmlinux = kernel.vmlinux
+    if vmlinux is None and unpacked is not None:
+        vmlinux = _where_linked(kernel, unpacked, code, ram)
+    if vmlinux is not None:
         vmlinux.write(memory)
         return Loaded(vmlinux.entry, True)
     memory.write(code.start, kernel.payload)

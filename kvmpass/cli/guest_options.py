@@ -32,8 +32,8 @@ guest_options = together(
     click.option(
         "--kernel",
         type=click.Path(path_type=Path),
-        help="A bzImage, the directory in which a kernel was built, or /lib/modules/RELEASE.  [default: the running "
-        "kernel]",
+        help="A bzImage or vmlinux, the directory in which a kernel was built, or /lib/modules/RELEASE.  [default: "
+        "the running kernel]",
     ),
     click.option(
         "--initrd",

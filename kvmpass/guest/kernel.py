@@ -1,4 +1,4 @@
-"""The kernel of a guest: the running one, a bzImage, or a directory with a kernel and its modules."""
+"""The kernel of a guest: the running one, a bzImage or vmlinux, or a directory with a kernel and its modules."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class GuestKernel:
     """A kernel and its modules."""
 
     image: KernelImage
-    """The bzImage."""
+    """The bzImage or vmlinux."""
     modules: ModuleTree
     """Its modules; there may be none."""
     symbols: Path | None = None
-    """The vmlinux of its build tree, for a debugger."""
+    """Its vmlinux, or that of its build tree, for a debugger."""
 
 
 def host_kernel() -> Path:
@@ -34,13 +34,15 @@ def host_kernel() -> Path:
 
 
 def find_kernel(path: Path | None) -> GuestKernel:
-    """Return the kernel at ``path``: a bzImage, a build tree or ``/lib/modules/RELEASE``; None: the running kernel.
+    """Return the kernel at ``path``: bzImage, vmlinux, build tree or ``/lib/modules/RELEASE``; None: the running one.
 
-    The modules of a bzImage are those in ``/lib/modules``. Raises ``BadKernel``, or the ``OSError`` of reading.
+    The modules of a bzImage or vmlinux are those in ``/lib/modules``. Raises ``BadKernel``, or the ``OSError`` of
+    reading.
     """
     if path is None or not path.is_dir():
         image = KernelImage.from_file(path or host_kernel())
-        return GuestKernel(image, ModuleTree(image.release or os.uname().release))
+        symbols = path if image.vmlinux is not None else None
+        return GuestKernel(image, ModuleTree(image.release or os.uname().release), symbols)
     if (path / "include/config/kernel.release").exists() or (path / _IMAGE).exists():
         return _built(path)
     if (path / "modules.dep").exists():

@@ -84,6 +84,8 @@ def _places(kernel: KernelImage) -> Iterator[Path]:
         yield Path("/lib/modules", kernel.release, "config")
     if image.parts[-4:-1] == ("arch", "x86", "boot"):
         yield image.parents[3] / ".config"
+    if kernel.vmlinux is not None:
+        yield image.with_name(".config")
 
 
 def _is_running(banner: str) -> bool:

@@ -17,7 +17,7 @@ class GuestSpec:
     """What to boot. ``command`` and ``copy`` to ``shares`` need the initramfs that ``prepare`` makes (``check``)."""
 
     kernel: Path | None = None
-    """A bzImage, a kernel's build tree or ``/lib/modules/RELEASE``; None: the running kernel."""
+    """A bzImage or vmlinux, a kernel's build tree or ``/lib/modules/RELEASE``; None: the running kernel."""
     initrd: Path | None = None
     """An initramfs; None: one made for the devices' modaliases."""
     append: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,11 +29,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[bytes]:
 
 
 def boot(
-    *command: str, append: str = "", cpus: int = 1, copy: tuple[str, ...] = (), decompressed: bool = True
+    *command: str,
+    append: str = "",
+    cpus: int = 1,
+    copy: tuple[str, ...] = (),
+    kernel: Path | None = None,
+    decompressed: bool = True,
 ) -> tuple[GuestResult, bytes]:
     """A guest from the library, in this process; its kernel ``decompressed`` here, or by itself."""
     output = bytearray()
-    image = prepare(GuestSpec(command=command, append=append, copy=copy), [])
+    image = prepare(GuestSpec(command=command, append=append, copy=copy, kernel=kernel), [])
     if not decompressed:
         image = replace(image, unpacking=None)
     with (

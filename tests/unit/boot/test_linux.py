@@ -136,7 +136,7 @@ def _set(offset: int, form: str, value: int) -> Callable[[], bytes]:
     ("data", "reason"),
     [
         (lambda: b"", "too short"),
-        (lambda: b"\x7fELF" + bytes(4096), "arch/x86/boot/bzImage"),
+        (lambda: b"\x7fELF" + bytes(4096), "no Linux boot header"),
         (lambda: b"\x1f\x8b\x08" + bytes(4096), "compressed by gzip"),
         (lambda: b"\xfd7zXZ\0" + bytes(4096), "compressed by xz"),
         (lambda: b"MZ".ljust(0x38, b"\0") + b"ARM\x64" + bytes(4096), "a kernel for arm64"),

@@ -19,6 +19,7 @@ from kvmpass.boot import unpacking
 from kvmpass.boot.e820 import E820Entry, E820Type
 from kvmpass.boot.linux import ENTRY_64, KernelImage, Loaded, load_linux
 from kvmpass.boot.unpacking import Unpacking, decompress
+from kvmpass.errors import NotEnoughMemory
 from kvmpass.layout import MIB, Range
 
 KERNEL = vmlinux() + bytes(range(256)) * 20_000  # 5 MB: several pieces
@@ -155,6 +156,18 @@ def load(kernel: KernelImage, unpacked: bytes, *ram: Range) -> tuple[Memory, Loa
     e820 = [E820Entry(part, E820Type.USABLE) for part in ram or (Range(MIB, 63 * MIB),)]
     content = memoryview(unpacked)
     return memory, load_linux(memory, kernel, initrd=b"initrd", cmdline="x", e820=e820, unpacked=content)
+
+
+def test_a_vmlinux_is_loaded_as_it_is(tmp_path: Path) -> None:
+    banner = b"Linux version 6.12.1 (me) #1\n"
+    (tmp_path / "vmlinux").write_bytes(vmlinux((16 * MIB, banner, 4096)))
+    kernel = KernelImage.from_file(tmp_path / "vmlinux")
+    assert Unpacking(kernel).take() is None
+    memory, loaded = load(kernel, KERNEL)
+    assert loaded == Loaded(16 * MIB, True)
+    assert memory.writes[16 * MIB] == banner
+    with pytest.raises(NotEnoughMemory):
+        load(kernel, KERNEL, Range(MIB, MIB), Range(32 * MIB, 32 * MIB))
 
 
 def test_loading_one_way_or_the_other() -> None:

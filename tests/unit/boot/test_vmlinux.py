@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import struct
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.kernel_files import vmlinux
+from support.kernel_files import bzimage, vmlinux
 
+from kvmpass.boot.linux import KernelImage, boot_params
 from kvmpass.boot.vmlinux import Vmlinux
+from kvmpass.errors import BadKernel
 from kvmpass.layout import MIB, Range
 
 CODE = Range(16 * MIB, 8 * MIB)
@@ -60,13 +64,13 @@ def test_an_entry_in_the_second_segment() -> None:
         (vmlinux(offset=(64 + 8, "<Q", 2**64 - 1)), "is not in the file"),
         (vmlinux(size=(64 + 32, "<Q", 2**64 - 1)), "is not in the file"),
         (vmlinux((16 * MIB, b"x" * 4096, 4095)), "is not in the file"),
-        (vmlinux((16 * MIB, b"x", 9 * MIB)), "overlaps another one, or is not in"),
-        (vmlinux((16 * MIB, b"x", 2**64 - 1)), "overlaps another one, or is not in"),
-        (vmlinux((16 * MIB, b"x", 8192), (16 * MIB + 4096, b"y", 4096)), "overlaps another one"),
+        (vmlinux((16 * MIB, b"x", 9 * MIB)), "is not in"),
+        (vmlinux((16 * MIB, b"x", 2**64 - 1)), "is not in"),
+        (vmlinux((16 * MIB, b"x", 8192), (16 * MIB + 4096, b"y", 4096)), "overlap"),
         (vmlinux((17 * MIB, b"x", 4096), entry=17 * MIB), "nothing is loaded at 0x1000000"),
         (vmlinux((15 * MIB, b"x", 4096), (16 * MIB, b"y", 4096)), "nothing is loaded at"),
-        (vmlinux((16 * MIB, b"x", 4096), (2**64 - 4096, b"y", 4096)), "overlaps another one, or is not in"),
-        (vmlinux(kind=(64, "<I", 4), other=(64 + 56, "<I", 4)), "nothing is loaded"),
+        (vmlinux((16 * MIB, b"x", 4096), (2**64 - 4096, b"y", 4096)), "is not in"),
+        (vmlinux(kind=(64, "<I", 4), other=(64 + 56, "<I", 4)), "is in no segment"),
         (vmlinux(entry=0), "is in no segment"),
     ],
 )
@@ -92,6 +96,72 @@ def test_a_hostile_file_is_refused_or_loaded_inside_the_kernels_range(changes: l
 def test_truncated_files_are_refused(size: int) -> None:
     with pytest.raises(ValueError):
         parse(vmlinux()[:size])
+
+
+BANNER = b"Linux version 6.12.1-test (me@here) (gcc) #2 SMP Mon\n\0"
+
+
+def elf(content: bytes = BANNER, **fields: tuple[int, str, int]) -> bytes:
+    """A vmlinux with symbols behind what is loaded."""
+    return vmlinux((16 * MIB, b"code" * 1024, 4096), (18 * MIB, content, 8192), **fields) + bytes(100_000)
+
+
+def test_a_vmlinux_is_read_without_its_symbols(tmp_path: Path) -> None:
+    path = tmp_path / "vmlinux"
+    path.write_bytes(elf())
+    kernel = KernelImage.from_file(path)
+    assert kernel.release == "6.12.1-test"
+    assert kernel.banner == "6.12.1-test (me@here) (gcc) #2 SMP Mon"
+    found = kernel.vmlinux
+    assert found is not None and len(found.content) == 4096 + len(BANNER)
+    assert found.code == Range(16 * MIB, 2 * MIB + 8192)
+    path.write_bytes(b"built again")
+    memory = Memory()
+    found.write(memory)
+    assert memory.bytes[:4096] == b"code" * 1024
+    assert memory.bytes[2 * MIB : 2 * MIB + 8192] == BANNER.ljust(8192, b"\0")
+    with pytest.raises(ValueError, match="no payload"):
+        kernel.compressed()
+
+
+def test_a_vmlinux_has_the_setup_header_of_a_bzimage(tmp_path: Path) -> None:
+    """Which is that of the bzImage in this test, but for what they differ in."""
+    (tmp_path / "vmlinux").write_bytes(elf())
+    kernel = KernelImage.from_file(tmp_path / "vmlinux")
+    code = Range(kernel.preferred, kernel.init_size)
+    page = boot_params(kernel, code, Range(0, 0), [])
+    image = KernelImage.parse(bzimage(init_size=(0x260, "<I", kernel.init_size), relocatable=(0x234, "<B", 0)))
+    wanted = bytearray(boot_params(image, code, Range(0, 0), []))
+    for start, end in ((0x1F1, 0x1F8), (0x200, 0x202), (0x20E, 0x210), (0x234, 0x238)):
+        wanted[start:end] = page[start:end]
+    assert page[0x235:0x238] == b"\x15\x01\0"
+    assert bytes(wanted[:0x268]) == page[:0x268]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (elf(b"no banner"), "an ELF file that is no Linux kernel"),
+        (b"\x7fELF", "no vmlinux: too short"),
+        (elf()[:4000], "no vmlinux: the content of the segment"),
+        (elf(start=(24, "<Q", 0)), "no vmlinux: the entry point 0x0 is in no segment"),
+        (vmlinux((4096, BANNER, 4096), entry=4096), "no vmlinux: no kernel is loaded at"),
+        (vmlinux((MIB, BANNER, 4096), entry=MIB), "an ELF file that is no Linux kernel"),
+        (vmlinux((16 * MIB, BANNER, 2**30 + 1)), "no vmlinux: no kernel is loaded at"),
+        (vmlinux((16 * MIB, BANNER, 4096), (2**63, b"x", 2**63)), "no vmlinux: no kernel is loaded at"),
+    ],
+)
+def test_other_elf_files_are_no_kernels(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(BadKernel, match=f"file: {reason}") as refused:
+        KernelImage.from_file(tmp_path / "file")
+    assert "name a bzImage" in refused.value.__notes__[0]
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read() -> None:
+    for size in (100, 4000):
+        with pytest.raises(ValueError, match="became shorter"):
+            Vmlinux.read(io.BytesIO(elf()[:size]), len(elf()))
 
 
 def test_the_test_files_are_as_the_format_says() -> None:

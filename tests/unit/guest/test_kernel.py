@@ -1,15 +1,17 @@
-"""What ``--kernel`` may name: a bzImage, a build tree, a directory in /lib/modules."""
+"""What ``--kernel`` may name: a bzImage, a vmlinux, a build tree, a directory in /lib/modules."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from support.kernel_files import bzimage
+from support.kernel_files import bzimage, vmlinux
 
 from kvmpass.errors import BadKernel
 from kvmpass.guest.kernel import find_kernel
+from kvmpass.guest.options import KernelOptions
 from kvmpass.initramfs.buildtree import BuildTree
+from kvmpass.layout import MIB
 
 RELEASE = "6.12.1-test"
 
@@ -24,6 +26,16 @@ def test_a_bzimage_has_the_hosts_modules(tmp_path: Path) -> None:
     found = find_kernel(tmp_path / "bzImage")
     assert (found.image.release, found.symbols) == (RELEASE, None)
     assert found.modules.directory == Path("/lib/modules", RELEASE)
+
+
+def test_a_vmlinux_has_them_too_and_symbols(tmp_path: Path) -> None:
+    write(tmp_path / "vmlinux", vmlinux((16 * MIB, f"Linux version {RELEASE} (me) #1\n".encode(), 4096)))
+    found = find_kernel(tmp_path / "vmlinux")
+    assert (found.image.release, found.symbols) == (RELEASE, tmp_path / "vmlinux")
+    assert found.modules.directory == Path("/lib/modules", RELEASE)
+    assert not KernelOptions.of(found.image).known
+    write(tmp_path / ".config", "CONFIG_PCI_MMCONFIG=y\n")
+    assert KernelOptions.of(found.image).built_in("PCI_MMCONFIG")
 
 
 def test_a_build_tree(tmp_path: Path) -> None:
