@@ -1,4 +1,4 @@
-"""The measurements of ``make bench``, inside a host with AMD-V and AMD-Vi: ``inside.py PROGRAMS ROUNDS SECTIONS``.
+"""The measurements of ``make bench``, inside a host with AMD-V and AMD-Vi: ``inside.py PROGRAMS SECTION:ROUNDS…``.
 
 Programs take turns in each round, so that what else the machine does meets them alike. Each value is one sample;
 units are in the names of the rows. Devices are those that ``KVMPASS_TEST_…`` names, else what is found by role.
@@ -6,7 +6,6 @@ units are in the names of the rows. Devices are those that ``KVMPASS_TEST_…`` 
 
 from __future__ import annotations
 
-import mmap
 import os
 import sys
 import time
@@ -41,9 +40,6 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
     }
 )
 
-MADV_POPULATE_WRITE = 23
-"""Not in Python's ``mmap``."""
-
 
 def measure(bench: Bench, name: str, rounds: int, result: Path) -> None:
     """Run the jobs of a section in rounds, every second one backwards; write the samples after each round.
@@ -60,29 +56,23 @@ def measure(bench: Bench, name: str, rounds: int, result: Path) -> None:
                     traceback.print_exc()
                     bench.samples.fail(name, f"{type(error).__name__}: {error}")
             bench.samples.seconds[name] = time.monotonic() - started
+            bench.samples.done[name] = number + 1
             bench.samples.save(result)
 
 
-def warm_up() -> None:
-    """Use half of the free memory once: an emulated host's is allocated outside when it is first used."""
-    with mmap.mmap(-1, os.sysconf("SC_AVPHYS_PAGES") // 2 * mmap.PAGESIZE) as area:
-        area.madvise(mmap.MADV_HUGEPAGE)
-        area.madvise(MADV_POPULATE_WRITE)
-
-
-def main(programs: str, rounds: str, sections: str) -> None:
+def main(programs: str, *sections: str) -> None:
     """Measure, and write everything to a file in ``programs``."""
     named = from_environment(os.environ)
     devices = named or discover()
-    bench = Bench(Samples(), Path(programs), devices)
+    bench = Bench(Samples(), Path(programs), devices, emulated=not named)
     if "nvme" not in devices:
         sys.exit("bench: no NVMe drive to assign: set KVMPASS_TEST_NVME=BDF")
-    bound, result = bench.further(), Path(programs, f"result-{sections.split(',')[0]}")
-    if not named:
-        warm_up()
+    bound, result = bench.further(), Path(programs, f"result-{sections[0].partition(':')[0]}")
+    bench.settle()
     host.bind(bound)  # until the host ends, or kvmpass unbind
     try:
-        for name in sections.split(","):
+        for section in sections:
+            name, _, rounds = section.partition(":")
             try:
                 measure(bench, name, int(rounds), result)
             except Exception as error:  # what the section prepares

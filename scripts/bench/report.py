@@ -213,6 +213,8 @@ def bars(rows: Sequence[Mapping[str, Any]]) -> str:
     parts, y = [], 30
     for row in rows:
         width = min(row["ratio"], LONGEST) * scale
+    if replaced := sum(found.get("replaced", {}).values()):
+        lines.append(f"emulated hosts that ended by a fault of the emulator, and were replaced: {replaced}")
         label = escape(f"{row['row']} / {row['peer']}")
         parts.append(f'<text x="{LEFT - 8}" y="{y + 13}" text-anchor="end">{label}</text>')
         parts.append(f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR - 4}" fill="{COLOURS[0]}"/>')

@@ -36,7 +36,7 @@ from report import (
     text,
     timeline,
 )
-from samples import Bench, Samples
+from samples import Bench, Samples, merged
 from starts import CPUS
 from trees import trees
 
@@ -48,9 +48,11 @@ DOCS = HERE.parents[1] / "docs"
 DEVICES = ("nvme", "nvme", "e1000e", "e1000e", "edu", "edu")
 PARALLEL = ("parallel",)
 """Sections that have an emulated host of their own, with several CPUs, while no other runs."""
-HALF = ("memory", "spans", "processes")
+HALF = ("memory", "commands", "start", "spans", "processes")
 """Sections that take as long as the rest of those that run in a host with one CPU. No row is in both halves."""
 RUNS = {"kvmpass": "a guest with a drive", "QEMU": "a guest of QEMU with a drive"}
+REPLACED, LEAST_SECONDS = 2, 90
+"""How many emulated hosts that end early are replaced, at most, and if how many seconds are left at least."""
 
 
 def compile_programs(folder: Path) -> None:
@@ -64,24 +66,57 @@ def compile_programs(folder: Path) -> None:
 def measure(
     folder: Path, rounds: int, kernel: str, here: bool, limit: float | None, sections: Sequence[str]
 ) -> dict[str, Any]:
-    """Run sections in an emulated host, which ends after ``limit`` seconds, or on this one."""
-    words = [sys.executable, str(HERE / "inside.py"), str(folder), str(rounds), ",".join(sections)]
-    if here:
-        subprocess.run(words, check=True)
+    """Run sections on this host, or in an emulated one that ends after ``limit`` seconds.
+
+    Where a fault of the emulator ends that early, another one measures the rounds that are missing.
+    """
+    found: dict[str, Any] = vars(Samples())
+    left = dict.fromkeys(sections, rounds)
+    until = None if limit is None else time.monotonic() + limit
+    for number in range(1 + REPLACED):
+        words = [sys.executable, str(HERE / "inside.py"), str(folder)]
+        words += [f"{name}:{count}" for name, count in left.items()]
+        if here:
+            subprocess.run(words, check=True)
+            complete = True
+        else:
+            seconds = None if until is None else until - time.monotonic()
+            complete = run_emulated(words, folder, kernel, sections, seconds)
+        result = folder / f"result-{next(iter(left))}"
+        if result.exists():
+            found = merged(found, json.loads(result.read_text()))
+            result.unlink()
+        left = {name: rounds - found["done"].get(name, 0) for name in sections}
+        left = {name: count for name, count in left.items() if count}
+        if complete or not left:
+            break
+        if until is not None and time.monotonic() + LEAST_SECONDS > until:
+            break
+        found["replaced"] = {sections[0]: number + 1}
     else:
-        cpus = CPUS if sections[0] in PARALLEL else 1
-        config = LabConfig(devices=DEVICES, kernel=kernel, writable=(folder,), memory="6G", cpus=cpus, timeout=limit)
-        done = Lab(config).run(words, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
-        if done.status and limit is None:
-            sys.exit(f"bench: the measurements ended with status {done.status}: nothing is written")
-    result = folder / f"result-{sections[0]}"
-    if not result.exists():
+        if limit is None:
+            sys.exit("bench: too many emulated hosts ended early: nothing is written")
+    if not found["samples"]:
         sys.exit("bench: nothing was measured")
-    found: dict[str, Any] = json.loads(result.read_text())
     return found
 
 
 def outside(folder: Path, rounds: int) -> dict[str, Any]:
+def run_emulated(
+    words: Sequence[str], folder: Path, kernel: str, sections: Sequence[str], timeout: float | None
+) -> bool:
+    """Run words in an emulated host for sections. Return whether they ended, or else the host before them."""
+    # The less memory, the sooner all of it was used.
+    memory, cpus = "6G" if {*sections} & {*HALF, *PARALLEL} else "2G", CPUS if sections[0] in PARALLEL else 1
+    config = LabConfig(devices=DEVICES, kernel=kernel, writable=(folder,), memory=memory, cpus=cpus, timeout=timeout)
+    done = Lab(config).run(words, stdout=sys.stdout.buffer, stderr=sys.stderr.buffer)
+    if done.status:
+        sys.exit(f"bench: {', '.join(sections)}: {done.summary}: nothing is written")
+    if done.status is None:
+        print(f"bench: {', '.join(sections)}: {done.summary}\n{done.console_tail}", file=sys.stderr)
+    return done.status is not None
+
+
     """Measure what needs no AMD host."""
     samples = Samples()
     started = time.monotonic()
@@ -157,10 +192,9 @@ def main() -> None:
     else:
         alone = [name for name in inside if name in PARALLEL]
         inside = [name for name in inside if name not in PARALLEL]
-        halves = [[name for name in inside if (name in HALF) == half] for half in (False, True)]
-        shares = halves if options.hosts == 2 else [inside]
+        shares = [[name for name in inside if (name in HALF) == half] for half in (False, True)]
     found = {name: {} for name in vars(Samples())}
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.hosts) as pool:
         folder = Path(name)
         compile_programs(folder)
         work = partial(measure, folder, options.rounds, options.kernel, options.here, options.limit)
@@ -179,7 +213,7 @@ def main() -> None:
     if published and found["failures"]:
         sys.exit("bench: nothing is written")
     hosts = [] if options.here else [*together, *([alone] if alone else [])]
-    where = {"place": place, "cpus": os.cpu_count(), "hosts": hosts, "at_once": len(together)}
+    where = {"place": place, "cpus": os.cpu_count(), "hosts": hosts, "at_once": min(options.hosts, len(together))}
     write({**where, "rounds": options.rounds, "rows": rows, **found}, options.output)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -13,10 +14,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvmpass.layout import MIB
+
 KVMPASS = [sys.executable, "-m", "kvmpass"]
 CLICK = [sys.executable, "-c", "import click"]
 """The peer of what is Python's alone."""
 Job = Callable[[], object]
+MADV_POPULATE_WRITE = 23
+"""Not in Python's ``mmap``."""
+LEFT = 256 * MIB
+"""Bytes for the emulated host itself, which would end processes without them."""
 
 
 class Samples:
@@ -28,6 +35,10 @@ class Samples:
         self.missing: dict[str, str] = {}
         self.failures: dict[str, list[str]] = {}
         self.seconds: dict[str, float] = {}
+        self.done: dict[str, int] = {}
+        """Rounds that are complete, by section."""
+        self.replaced: dict[str, int] = {}
+        """How many emulated hosts have ended early and were replaced, by their first section."""
 
     def note(self, row: str, program: str, value: float) -> None:
         """Record a sample."""
@@ -53,6 +64,23 @@ class Samples:
         path.write_text(json.dumps(vars(self)))
 
 
+def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what two hosts have measured of the same sections, one after the other; of each count the latest."""
+    both = {name: {**first[name], **second[name]} for name in first}
+    for row, programs in second["samples"].items():
+        before = first["samples"].get(row, {})
+        both["samples"][row] = {
+            **before,
+            **{name: before.get(name, []) + values for name, values in programs.items()},
+        }
+    for name in ("seconds", "done"):
+        both[name] |= {section: first[name].get(section, 0) + value for section, value in second[name].items()}
+    for name in ("counts", "failures"):  # runs, reasons
+        lists = {what: value for what, value in second[name].items() if isinstance(value, list)}
+        both[name] |= {what: first[name].get(what, []) + value for what, value in lists.items()}
+    return both
+
+
 class Bench(NamedTuple):
     """What a section works with."""
 
@@ -62,16 +90,34 @@ class Bench(NamedTuple):
     """Directory of the compiled programs; it can be written to."""
     devices: Mapping[str, str]
     """PCI address by role (``kvmpass.testing.roles``)."""
+    emulated: bool = False
+    """Whether this host is emulated."""
 
     @property
     def baseline(self) -> str:
         """The program in C."""
         return str(self.programs / "baseline")
 
+    def settle(self) -> None:
+        """Use nearly all free memory of an emulated host once.
+
+        Memory that was never used is allocated outside first, and takes three times as long to populate.
+        """
+        free = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+        if self.emulated and free > LEFT:
+            populate(free - LEFT)
+
     def further(self) -> list[str]:
         """Return the devices that are assigned, the drive first, one of the two network cards left out."""
         names = ("nvme", "nvme2", "edu", "edu2", "nic", "ahci", "xhci", "virtio_blk")
         return [self.devices[name] for name in names if name in self.devices]
+
+
+def populate(size: int) -> None:
+    """Allocate bytes, and free them again."""
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:  # shared memory has small pages
+        area.madvise(mmap.MADV_HUGEPAGE)
+        area.madvise(MADV_POPULATE_WRITE)
 
 
 Section = Callable[[Bench], AbstractContextManager[Sequence[Job]]]

@@ -16,6 +16,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from kvmpass.lab import LabResult
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "bench"
 STAGES = [{"name": "imports & checks", "seconds": 1.0, "exits": 0}, {"name": "boot", "seconds": 3.0, "exits": 420}]
@@ -149,6 +151,7 @@ def test_how_often_and_where_is_said_by_the_data(report: ModuleType) -> None:
     found |= {"rows": [{"rounds": 7}, {"rounds": 9}], "at_once": 0, "hosts": [], "note": "It was busy."}
     assert report.conditions(found) == "Rounds: 7 to 9; CPUs of the machine: 2.\n\nIt was busy."
     assert report.conditions({**found, "rows": []}).startswith("Rounds: 9; ")
+    assert "and were replaced: 2." in report.conditions({**found, "replaced": {"spans": 2}}).replace("\n", " ")
 
 
 def test_every_section_is_described(script: Script, report: ModuleType) -> None:
@@ -260,3 +263,72 @@ def test_a_job_that_fails_loses_its_sample_only(
     assert found["samples"] == {"row": {"kvmpass": [1.0, 1.0]}}
     assert found["failures"] == {"section": ["OSError: a fault of the emulator"] * 2}
     assert "a fault of the emulator" in capsys.readouterr().err
+
+
+def test_what_two_hosts_have_measured_is_one_run(script: Script) -> None:
+    samples = script("samples")
+    hosts = []
+    for value in (1.0, 2.0):
+        part = samples.Samples()
+        part.note("row", "kvmpass", value)
+        part.note("another" if value == 2 else "row", "C", value)
+        part.counts |= {"runs": [value], "phases": {"boot": {"exits": 7}}}
+        part.fail("spans", f"fault {value:.0f}")
+        part.seconds["spans"], part.done["spans"] = value, 1
+        hosts.append(json.loads(json.dumps(vars(part))))
+    both = samples.merged(*hosts)
+    assert both["samples"] == {"row": {"kvmpass": [1.0, 2.0], "C": [1.0]}, "another": {"C": [2.0]}}
+    assert both["counts"] == {"runs": [1.0, 2.0], "phases": {"boot": {"exits": 7}}}
+    assert both["failures"] == {"spans": ["fault 1", "fault 2"]}
+    assert (both["seconds"], both["done"]) == ({"spans": 3.0}, {"spans": 2})
+    assert samples.merged(vars(samples.Samples()), hosts[0]) == hosts[0]
+
+
+@pytest.mark.parametrize(("faults", "limit", "replaced"), [(0, None, 0), (1, None, 1), (2, 600.0, 2), (1, 60.0, 0)])
+def test_a_host_that_the_emulator_ends_is_replaced(
+    script: Script,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    faults: int,
+    limit: float | None,
+    replaced: int,
+) -> None:
+    """Each host here measures two rounds of the first section before it ends; a whole one measures what is asked."""
+    run, samples = script("run"), script("samples")
+    asked: list[list[str]] = []
+
+    class Lab:
+        def __init__(self, config: Any) -> None:
+            assert (config.timeout is None) == (limit is None)
+
+        def run(self, words: list[str], **streams: Any) -> Any:
+            asked.append(words[3:])
+            ends = len(asked) <= faults
+            part = samples.Samples()
+            for section in words[3:4] if ends else words[3:]:
+                name, _, rounds = section.partition(":")
+                for _ in range(2 if ends else int(rounds)):
+                    part.note(name, "kvmpass", 1.0)
+                    part.done[name] = part.done.get(name, 0) + 1
+            part.save(Path(words[2], f"result-{words[3].partition(':')[0]}"))
+            return LabResult(None if ends else 0, "panic" if ends else "exited", "double fault", 1.0)
+
+    monkeypatch.setattr(run, "Lab", Lab)
+    found = run.measure(tmp_path, 5, "full", False, limit, ["memory", "spans"])
+    assert found["replaced"] == ({"memory": replaced} if replaced else {})
+    assert asked[: replaced + 1] == [[f"memory:{5 - 2 * n}", "spans:5"] for n in range(replaced + 1)]
+    if limit == 60:  # too little time is left: what it has measured is kept
+        assert found["done"] == {"memory": 2}
+    else:
+        assert found["done"] == {"memory": 5, "spans": 5} and len(found["samples"]["memory"]["kvmpass"]) == 5
+    assert ("double fault" in capsys.readouterr().err) is bool(faults)
+
+
+def test_too_many_faults_of_the_emulator_write_nothing(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = script("run")
+    monkeypatch.setattr(run, "run_emulated", lambda *arguments: False)
+    with pytest.raises(SystemExit, match="too many emulated hosts"):
+        run.measure(tmp_path, 5, "full", False, None, ["spans"])
