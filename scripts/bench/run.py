@@ -24,6 +24,7 @@ from inside import SECTIONS
 from ioctls import REASONS
 from report import (
     bars,
+    bound_table,
     conditions,
     counts_table,
     document,
@@ -50,9 +51,9 @@ PARALLEL = ("parallel",)
 """Sections that have an emulated host of their own, with several CPUs, while no other runs."""
 HALF = ("memory", "commands", "start", "spans", "processes")
 """Sections that take as long as the rest of those that run in a host with one CPU. No row is in both halves."""
-RUNS = {"kvmpass": "a guest with a drive", "QEMU": "a guest of QEMU with a drive"}
 REPLACED, LEAST_SECONDS = 2, 90
 """How many emulated hosts that end early are replaced, at most, and if how many seconds are left at least."""
+RUNS = {"kvmpass": "a guest with a drive", "QEMU": "a guest of QEMU with a drive"}
 
 
 def compile_programs(folder: Path) -> None:
@@ -101,7 +102,6 @@ def measure(
     return found
 
 
-def outside(folder: Path, rounds: int) -> dict[str, Any]:
 def run_emulated(
     words: Sequence[str], folder: Path, kernel: str, sections: Sequence[str], timeout: float | None
 ) -> bool:
@@ -117,6 +117,7 @@ def run_emulated(
     return done.status is not None
 
 
+def outside(folder: Path, rounds: int) -> dict[str, Any]:
     """Measure what needs no AMD host."""
     samples = Samples()
     started = time.monotonic()
@@ -149,6 +150,7 @@ def documents(found: dict[str, Any]) -> dict[str, str]:
         "ratios": table(found["rows"]),
         "counts": counts_table(counts.get("phases", {})),
         "stages": stages_table(counts),
+        "bound": bound_table(found["samples"]),
         "ioctls": ioctls_table(counts.get("ioctls", {}), REASONS),
     }
     made = {

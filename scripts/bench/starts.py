@@ -22,8 +22,8 @@ from typing import Any
 
 from attach import SIZES, in_c, until
 from qemu import SECONDS, WORDS, Qemu
-from report import STAGES
-from samples import KVMPASS, Bench, Job, spent
+from report import BOUND, IMPORT, PASS, STAGES
+from samples import CLICK, KVMPASS, Bench, Job, elapsed, spent
 
 from kvmpass.guest import GuestSpec, prepare
 
@@ -128,10 +128,18 @@ def start(bench: Bench) -> Iterator[list[Job]]:
     ]
 
 
+def whole(bench: Bench, program: str, words: Sequence[str]) -> None:
+    """Record how long a program of Python takes."""
+    bench.samples.note(BOUND, program, elapsed(partial(subprocess.run, words, check=True)))
+
+
 @contextmanager
 def processes(bench: Bench) -> Iterator[list[Job]]:
     """Measure until the device is attached, and until the first ``KVM_RUN``."""
-    jobs: list[Job] = []
+    jobs: list[Job] = [
+        partial(whole, bench, PASS, [sys.executable, "-c", "pass"]),
+        partial(whole, bench, IMPORT, CLICK),
+    ]
     for size in SIZES:
         row = f"process start to attached, {size} MiB, s"
         jobs += [

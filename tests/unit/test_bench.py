@@ -332,3 +332,20 @@ def test_too_many_faults_of_the_emulator_write_nothing(
     monkeypatch.setattr(run, "run_emulated", lambda *arguments: False)
     with pytest.raises(SystemExit, match="too many emulated hosts"):
         run.measure(tmp_path, 5, "full", False, None, ["spans"])
+
+
+def test_the_lower_bound_is_click_and_what_c_takes(report: ModuleType) -> None:
+    assert report.bound_table({}) == "not measured"
+    samples = {
+        report.BOUND: {report.PASS: [0.25], report.IMPORT: [0.6]},
+        report.ATTACHED: {"kvmpass": [2.0], "QEMU": [1.0], "C": [0.5]},
+    }
+    assert (
+        "| **`import click`, then C: the lower bound** | 1.10 | 1.10 |\n| kvmpass | 2.00 | 2.00 |"
+        in report.bound_table(samples)
+    )
+
+
+def test_parts_of_the_imports_add_up(report: ModuleType) -> None:
+    table = report.instructions_table({"Python": (24_000_000, 35, 0), "click": (115_400_000, 97, 1)})
+    assert table.splitlines()[2:] == ["| Python | 24 | 24 | 35 | 0 |", "| click | 91 | 115 | 62 | 1 |"]
