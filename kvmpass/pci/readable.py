@@ -39,6 +39,7 @@ class ReadableConfig:
         self._mapping = HostMapping(_COUNT * EXTENDED_SIZE)
         self._page = self._mapping.view(0, self._mapping.size)
         self._page[:] = b"\xff" * self._mapping.size
+        self._images = [b"\xff" * EXTENDED_SIZE] * _COUNT  # what is there
         with undo_on_error(self.close):
             for devfn in bus.present:
                 self._update(devfn)
@@ -67,10 +68,11 @@ class ReadableConfig:
         else:  # first: the file may be closed after this
             self._fastpath.remove(at)
         before, self._readable[devfn] = self._readable[devfn], isinstance(image, bytes)
-        if isinstance(image, bytes):
+        if isinstance(image, bytes) and image != self._images[devfn]:
+            shown, self._images[devfn] = self._images[devfn], image
             page = self._page[devfn * EXTENDED_SIZE : (devfn + 1) * EXTENDED_SIZE]
             for at in range(0, EXTENDED_SIZE, _STEP):
-                if page[at : at + _STEP] != image[at : at + _STEP]:
+                if shown[at : at + _STEP] != image[at : at + _STEP]:
                     for dword in range(at, at + _STEP, 4):  # a vCPU that reads one at the moment sees it whole
                         page[dword : dword + 4] = image[dword : dword + 4]
         return before != self._readable[devfn]
