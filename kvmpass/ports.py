@@ -5,12 +5,13 @@ The ACPI tables and the machine's port bus must agree on them; both read them he
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from kvmpass._dataclass import dataclass
 
 SERIAL_PORTS = 8  # registers, one port each
 
 
-class SerialLine(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SerialLine:
     """The resources of a 16550."""
 
     port: int

@@ -6,7 +6,8 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+
+from kvmpass._dataclass import dataclass
 
 Mark = Callable[[str], None]
 """Called with the name of a stage when it ends."""
@@ -16,7 +17,8 @@ def unmarked(name: str) -> None:
     """Do nothing: a ``Mark`` for callers that do not measure."""
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Stage:
     """One stage of a run, which ends where the next one begins."""
 
     name: str

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from kvmpass._dataclass import dataclass
 from kvmpass.errors import AuditFailed
 from kvmpass.layout import Range
 
 
-class Mirrored(NamedTuple):
+@dataclass(frozen=True, slots=True, order=True)
+class Mirrored:
     """A region as a memslot or DMA mapping."""
 
     range: Range

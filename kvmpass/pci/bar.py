@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from kvmpass._dataclass import dataclass
 from kvmpass._ratelimit import limited_log, log_errors
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.errors import LayoutError
@@ -37,7 +38,8 @@ class Trapped(Protocol):
         """Write all of ``data``."""
 
 
-class Trap(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Trap:
     """Emulated registers and their place."""
 
     range: Range
@@ -52,7 +54,8 @@ class Trap(NamedTuple):
     """What ``device`` reads, if that is also possible on the fast path."""
 
 
-class Doorbell(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Doorbell:
     """A register that KVM writes to an eventfd instead of exiting: ``Vm.ioeventfd``."""
 
     offset: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvmpass._dataclass import replace
 from kvmpass.errors import AuditFailed
 from kvmpass.layout import PAGE, Range
 from kvmpass.memory.audit import Mirrored, compare
@@ -21,7 +22,7 @@ def test_every_difference_is_named_by_address() -> None:
         compare("these", {HIGH, LOW}, set())
     assert str(failed.value) == "these differ from guest memory: missing 0x0-0xfff rw; missing 0x1000-0x1fff rw"
     with pytest.raises(AuditFailed) as failed:
-        compare("these", {LOW}, {HIGH, LOW._replace(writable=False), LOW})
+        compare("these", {LOW}, {HIGH, replace(LOW, writable=False), LOW})
     assert str(failed.value) == "these differ from guest memory: unexpected 0x0-0xfff ro; unexpected 0x1000-0x1fff rw"
     with pytest.raises(AuditFailed, match=r"missing .* unexpected"):
-        compare("these", {LOW}, {LOW._replace(hva=PAGE)})
+        compare("these", {LOW}, {replace(LOW, hva=PAGE)})

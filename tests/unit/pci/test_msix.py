@@ -39,9 +39,9 @@ class Table:
 
     @property
     def pending(self) -> Trapped:
-        [(range_, bits)] = [trap[:2] for trap in self.msix.traps(0) if trap.range.start]
-        assert range_.start == PENDING_AT
-        return bits
+        [trap] = [trap for trap in self.msix.traps(0) if trap.range.start]
+        assert trap.range.start == PENDING_AT
+        return trap.device
 
     def program(self, vector: int, address: int = ADDRESS, data: int | None = None, masked: int = 0) -> None:
         self.msix.write(16 * vector, address.to_bytes(8, "little"))
