@@ -8,7 +8,6 @@ both windows avoid every range that this host's IOMMU does not translate
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 
 from kvmpass._dataclass import dataclass
@@ -39,10 +38,14 @@ def parse_size(text: str | int) -> int:
     """
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
+    rest = text.strip().upper()
+    rest = rest.removesuffix("IB" if rest.endswith("IB") else "B")
+    unit = rest[-1:] if rest[-1:] in _UNITS else ""
+    number = rest.removesuffix(unit).rstrip()
+    whole, dot, fraction = number.partition(".")
+    if not whole.isdecimal() or bool(dot) != fraction.isdecimal():
         raise LayoutError(f"{text!r} is not a size: write a number and K, M, G or T, such as 512M")
-    return int(float(match[1]) * _UNITS[match[2].upper()]) // PAGE * PAGE
+    return int(float(number) * _UNITS[unit]) // PAGE * PAGE
 
 
 def size_text(size: int) -> str:

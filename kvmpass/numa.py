@@ -14,17 +14,17 @@ _MOST_NODES = 1024  # include/linux/numa.h: MAX_NUMNODES
 
 def node_numbers(names: Iterable[str]) -> list[int]:
     """Return the sorted numbers of the nodes among the names in the directory :data:`NODES`."""
-    return sorted(int(name.removeprefix("node")) for name in names if re.fullmatch(r"node\d+", name))
+    return sorted(int(name[4:]) for name in names if name.startswith("node") and name[4:].isdecimal())
 
 
 def parse_nodes(text: str) -> frozenset[int]:
     """Return the numbers in a list such as ``0-1,3`` (``Mems_allowed_list``), without what is no such list."""
-    return frozenset(
-        number
-        for part in text.split(",")
-        if (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()))
-        for number in range(int(match[1]), min(int(match[2] or match[1]), _MOST_NODES) + 1)
-    )
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if first.isdecimal() and (last.isdecimal() or not dash):
+            numbers.update(range(int(first), min(int(last or first), _MOST_NODES) + 1))
+    return frozenset(numbers)
 
 
 def split_nodes(names: Iterable[str], memory: str, allowed: str) -> tuple[list[int], list[int]]:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvmpass._dataclass import dataclass
-from kvmpass._lazy import lazy_pattern
 from kvmpass.errors import HostNotReady, NoSuchDevice, NotAssignable
 from kvmpass.host.address import Bdf
 from kvmpass.host.kernel import kmsg
 from kvmpass.host.kernel.kmsg import KernelLog, read_log
 from kvmpass.layout import Range, Reserved
+from kvmpass.modalias import pci_ids
 
 PCI_DEVICES = "sys/bus/pci/devices"
 PCI_DRIVERS = "sys/bus/pci/drivers"
@@ -31,9 +31,6 @@ BARS = 6  # the first lines of `resource`; then the expansion ROM, then BARs of 
 IORESOURCE_IO, IORESOURCE_MEM, IORESOURCE_MEM_64, IORESOURCE_UNSET = 0x100, 0x200, 0x0010_0000, 0x2000_0000
 
 _IDENTITY = ("vendor", "device", "subsystem_vendor", "subsystem_device", "class")
-_MODALIAS = lazy_pattern(
-    "pci:v([0-9A-F]{8})d([0-9A-F]{8})sv([0-9A-F]{8})sd([0-9A-F]{8})bc([0-9A-F]{2})sc([0-9A-F]{2})i([0-9A-F]{2})"
-)
 _PIECE = 1 << 16  # bytes to read at once
 _ATTRIBUTES = ("sys/bus/pci/", "sys/kernel/iommu_groups/")
 _PAGE = 4096  # fs/kernfs/file.c: what is shorter than a page is all that the file has
@@ -318,8 +315,8 @@ class Sysfs:
 
     def _identity(self, base: str, modalias: str) -> list[int | None]:
         """Return vendor, device, those of the subsystem, and the class: one file has all of them (modalias_show)."""
-        if match := _MODALIAS.fullmatch(modalias):
-            *numbers, base_class, sub_class, interface = (int(text, 16) for text in match.groups())
+        if ids := pci_ids(modalias):
+            *numbers, base_class, sub_class, interface = ids
             return [*numbers, base_class << 16 | sub_class << 8 | interface]
         return [self.number(base, name) for name in _IDENTITY]
 

@@ -10,7 +10,6 @@ host :mod:`kvmpass.guest.channel` reads the status.
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from kvmpass.initramfs import elf, files, init, served
 from kvmpass.initramfs.companions import companions
 from kvmpass.initramfs.cpio import Node, Tree
 from kvmpass.initramfs.modules import ModuleTree, plan
+from kvmpass.modalias import pci_ids
 
 __all__ = ["GuestRoot", "find_busybox"]
 
@@ -137,8 +137,8 @@ class GuestRoot:
             self.tree.file(f"{init.DIRECTORY}/modules/{module.name}.ko", module.data)
             under_test = "yes" if module.under_test else ""
             self._loads.append(("load", module.name, under_test, parameters.get(module.name, "")))
-        found = (re.match(r"pci:v0000(.{4})d0000(.{4})", alias) for alias in aliases if alias in made.matched)
-        self._settings["EXPECTED"] = " ".join(f"{match[1]}:{match[2]}".lower() for match in found if match)
+        found = (pci_ids(alias) for alias in aliases if alias in made.matched)
+        self._settings["EXPECTED"] = " ".join(f"{ids[0]:04x}:{ids[1]:04x}" for ids in found if ids)
 
     def serve(
         self,

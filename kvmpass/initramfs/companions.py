@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvmpass._lazy import lazy_pattern
+from kvmpass.modalias import pci_ids
 
 MASS_STORAGE, NVM, SERIAL_BUS, USB = 0x01, 0x08, 0x0C, 0x03  # PCI Code and ID Assignment, classes and subclasses
 
-_MODALIAS = lazy_pattern(
-    r"pci:v(?P<vendor>[0-9A-F]{8})d(?P<device>[0-9A-F]{8})sv[0-9A-F]{8}sd(?P<subsystem>[0-9A-F]{8})"
-    r"bc(?P<class>[0-9A-F]{2})sc(?P<subclass>[0-9A-F]{2})"
-)
 _VIRTIO_VENDOR, _VIRTIO_MODERN, _VIRTIO_TRANSITIONAL = 0x1AF4, 0x1040, 0x1000
 _VIRTIO_SCSI = 8
 _DISK = ("sd_mod",)
@@ -28,9 +24,8 @@ def companions(modaliases: Iterable[str]) -> tuple[list[str], list[str]]:
     """
     aliases: list[str] = []
     modules: list[str] = []
-    for match in filter(None, map(_MODALIAS.match, modaliases)):
-        kind, subkind = int(match["class"], 16), int(match["subclass"], 16)
-        virtio = _virtio_type(int(match["vendor"], 16), int(match["device"], 16), int(match["subsystem"], 16))
+    for vendor, device, _, subsystem, kind, subkind, _ in filter(None, map(pci_ids, modaliases)):
+        virtio = _virtio_type(vendor, device, subsystem)
         if virtio is not None:
             aliases.append(f"virtio:d{virtio:08X}v{_VIRTIO_VENDOR:08X}")
         if virtio == _VIRTIO_SCSI or (virtio is None and kind == MASS_STORAGE and subkind != NVM):

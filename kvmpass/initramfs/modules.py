@@ -84,13 +84,15 @@ def modinfo(data: bytes | mmap) -> dict[str, list[str]]:
 def _candidates(modalias: str) -> str:
     """Return a regular expression for the patterns that agree with ``modalias`` up to their first wildcard.
 
-    The tables have tens of thousands of lines: few of them remain for ``fnmatch``. Twenty characters contain a PCI
+    Some more may match: it compares five characters at a time, as one at a time takes twice as long to compile. The
+    tables have tens of thousands of lines: few of them remain for ``fnmatch``. Twenty characters contain a PCI
     device's vendor and device ID.
     """
     bus, colon, rest = modalias.partition(":")
     expression = r"[^\s\0]*"
-    for letter in reversed(rest[:20]):
-        expression = rf"(?:[*?\[][^\s\0]*|{re.escape(letter)}{expression})"
+    for start in range(15, -1, -5):
+        if part := rest[start : start + 5]:
+            expression = rf"(?:{re.escape(part)}{expression}|[^\s\0*?\[]{{0,4}}+[*?\[][^\s\0]*)"
     return re.escape(bus + colon) + expression
 
 

@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "hugepages",
             "ports",
             "pciregs",
+            "modalias",
             "_native",
             "_teardown",
             "_ratelimit",
