@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvmpass.host.names import Names
 
 # Components in the paths of devices that identify them: PCI addresses, NVMe subsystems.
-_COMPONENT = lazy_pattern(rf"{PATTERN}|nvme-subsys\d+")
+_COMPONENT = lazy_pattern(rf"(?:^|/)({PATTERN}|nvme-subsys\d+)(?=/|$)")
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ class Look:
             with contextlib.suppress(OSError):
                 # Links have the whole device path: no need to resolve hundreds of them.
                 path = os.readlink(f"{directory}/{name}")  # noqa: PTH115
-                for component in {part for part in path.split("/") if _COMPONENT.fullmatch(part)}:
+                for component in set(_COMPONENT.findall(path)):
                     found.setdefault(component, []).append(name)
         return found
 
