@@ -143,12 +143,13 @@ class ModuleTree:
         matched: set[str] = set()
         aliases, builtin = self._text("modules.alias"), self._text("modules.builtin.modinfo")
         for modalias in sorted(set(modaliases)):
-            wanted = _candidates(modalias)
-            # Patterns are compiled for kernels with modules only: these are among the longest.
-            loadable = re.findall(rf"alias ({wanted}) (\S+)", aliases) if aliases else []
+            wanted, bus = _candidates(modalias), modalias.partition(":")[0]
+            # The patterns are among the longest: they are compiled only for tables with aliases of that bus.
+            loadable = re.findall(rf"alias ({wanted}) (\S+)", aliases) if f"alias {bus}:" in aliases else []
             names = [normalize(name) for pattern, name in loadable if fnmatch.fnmatchcase(modalias, pattern)]
             modules |= dict.fromkeys(names)
-            patterns = re.findall(rf"(?:^|[\n\0])[^.\0]+\.alias=({wanted})(?=\0|$)", builtin) if builtin else []
+            in_kernel = rf"(?:^|[\n\0])[^.\0]+\.alias=({wanted})(?=\0|$)"
+            patterns = re.findall(in_kernel, builtin) if f".alias={bus}:" in builtin else []
             if names or any(fnmatch.fnmatchcase(modalias, pattern) for pattern in patterns):
                 matched.add(modalias)
         return tuple(modules), frozenset(matched)
