@@ -145,12 +145,9 @@ def _pieces(data: memoryview) -> Iterator[bytes]:
 
 
 def _from(stream: Any, data: memoryview) -> Iterator[bytes]:
-    """Yield the pieces of a decompressor of the standard library that keeps its input. Raises ``EOFError``."""
-    piece = stream.decompress(data, _PIECE)
-    while True:
-        yield piece
-        if stream.eof:
-            return
-        if stream.needs_input:
-            raise EOFError("truncated")
-        piece = stream.decompress(b"", _PIECE)
+    """Yield the pieces of a decompressor of the standard library that keeps its input."""
+    for start in range(0, len(data), _PIECE):
+        rest: bytes | memoryview = data[start : start + _PIECE]
+        while not stream.eof and (rest or not stream.needs_input):
+            yield stream.decompress(rest, _PIECE)
+            rest = b""

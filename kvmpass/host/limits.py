@@ -210,9 +210,10 @@ def tasks_of_user(sysfs: Sysfs, uid: int) -> int:
 def needed_besides(ordinary: int) -> int:
     """Return the maximum size in bytes of what a guest with so many bytes of ordinary pages needs besides them.
 
-    Page tables, and 64 MiB for copies of kernel and initramfs; not the files that are to be copied into the guest.
+    Page tables, and 160 MiB for copies of kernel and initramfs, and for decompressing the kernel (Debian's takes 101
+    in the first run); not the files that are to be copied into the guest.
     """
-    return page_tables(ordinary) + (64 << 20)
+    return page_tables(ordinary) + (160 << 20)
 
 
 def page_tables(memory: int) -> int:

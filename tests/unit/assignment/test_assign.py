@@ -183,7 +183,7 @@ def test_what_a_guest_needs_besides_its_memory(tmp_path: Path, page: int) -> Non
     """Page tables, copies of kernel and initramfs, and the files to copy, of the host and of a cgroup: in one sum."""
     tree, size, copied = Host(tmp_path), 256 * MIB, 100 * MIB
     tree.put("sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "128")
-    needed = copied + 64 * MIB if page else size + size // 128 + copied + 64 * MIB
+    needed = copied + 160 * MIB if page else size + size // 128 + copied + 160 * MIB
     tree.put("proc/self/mountinfo", "30 24 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw")
     tree.put("proc/self/cgroup", "0::/part")
     tree.put("sys/fs/cgroup/part/memory.current", "0")

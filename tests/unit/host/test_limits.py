@@ -72,7 +72,7 @@ def test_without_limits(host: Host) -> None:
     [
         (SERVICE, "systemctl set-property --runtime lab.service MemoryMax="),
         (ABOVE, "systemctl set-property --runtime system.slice MemoryMax="),
-        ("sys/fs/cgroup", f"echo {1096 * MIB} > /sys/fs/cgroup/memory.max"),
+        ("sys/fs/cgroup", f"echo {1192 * MIB} > /sys/fs/cgroup/memory.max"),
     ],
 )
 def test_memory_at_every_level(host: Host, directory: str, command: str) -> None:
@@ -89,16 +89,16 @@ def test_memory_at_every_level(host: Host, directory: str, command: str) -> None
 
 
 def test_what_the_cgroup_uses_counts_and_its_files_do_not(host: Host) -> None:
-    host.put(f"{SERVICE}/memory.max", str(1170 * MIB))
+    host.put(f"{SERVICE}/memory.max", str(1266 * MIB))
     host.put(f"{SERVICE}/memory.current", str(100 * MIB))
-    found(host, "cgroup-memory")  # 1090 MiB are left: 20 of the 100 are files
+    found(host, "cgroup-memory")  # 1186 MiB are left: 20 of the 100 are files
     host.put(f"{SERVICE}/memory.stat", f"active_file {50 * MIB}\ninactive_file {50 * MIB}\nshmem 7")
     assert {finding.outcome for finding in diagnose(host, NVME)} == {Outcome.PASS}
     [ceiling] = limits.memory_ceilings(host)
-    assert ceiling.left == 1170 * MIB
-    library.doctor.check_memory(host, 1162 * MIB, overhead=8 * MIB)
+    assert ceiling.left == 1266 * MIB
+    library.doctor.check_memory(host, 1258 * MIB, overhead=8 * MIB)
     with pytest.raises(NotEnoughMemory):
-        library.doctor.check_memory(host, 1163 * MIB, overhead=8 * MIB)
+        library.doctor.check_memory(host, 1259 * MIB, overhead=8 * MIB)
 
 
 def test_memory_high_stalls(host: Host) -> None:
@@ -260,7 +260,7 @@ def test_huge_pages_of_some_nodes(host: Host) -> None:
     for node, free in ((0, 200), (1, 400)):
         host.put(f"sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/free_hugepages", str(free))
         host.put(f"sys/devices/system/node/node{node}/hugepages/hugepages-2048kB/nr_hugepages", "350")
-        host.put(f"sys/devices/system/node/node{node}/meminfo", f"Node {node} MemFree: {100 << 10} kB")
+        host.put(f"sys/devices/system/node/node{node}/meminfo", f"Node {node} MemFree: {200 << 10} kB")
 
     def short(pages: int) -> list[str]:
         findings = diagnose(host, NVME, memory=pages * 2 * MIB, huge_page=2 * MIB)
