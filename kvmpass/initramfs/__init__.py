@@ -49,6 +49,25 @@ def find_busybox() -> Path:
     return Path(found)
 
 
+def _applets(program: Path) -> list[str]:
+    """Return the names that a busybox has. Raises ``KvmpassError`` if it fails, ``OSError``."""
+    # Without subprocess: to import it takes as long as all that is read for the initramfs.
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as output:
+        try:
+            actions = [(os.POSIX_SPAWN_DUP2, writer, 1)]
+            child = os.posix_spawn(program, [str(program), "--list"], os.environ, file_actions=actions)
+        finally:
+            os.close(writer)
+        names = output.read().decode(errors="replace").split()
+    if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        raise KvmpassError(
+            f"{program} --list failed with status {status}: the guest's root file system is made from it",
+            "install another busybox (Debian: apt-get install busybox-static)",
+        )
+    return names
+
+
 class GuestRoot:
     """The builder of a guest's initramfs.
 
@@ -95,10 +114,7 @@ class GuestRoot:
         self.tree.file("/usr/bin/busybox", data, 0o755)
         if elf.is_elf(data):
             files.add_libraries(self.tree, program, data, "/usr/bin/busybox")
-        import subprocess
-
-        listing = subprocess.run([program, "--list"], check=True, capture_output=True, text=True)
-        applets = (applet for applet in listing.stdout.split() if applet not in APPLETS_ABSENT)
+        applets = (applet for applet in _applets(program) if applet not in APPLETS_ABSENT)
         self.tree.symlinks("/usr/bin", applets, "busybox")
 
     def add_modules(

@@ -54,6 +54,20 @@ def busybox(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_busybox_that_fails_is_named(busybox: Path) -> None:
+    busybox.write_text("#!/bin/sh\necho sh\nexit 3\n")
+    before = {*Path("/proc/self/fd").iterdir()}
+    with pytest.raises(KvmpassError, match="fake-busybox --list failed with status 3: ") as failed:
+        GuestRoot(busybox)
+    assert "busybox-static" in failed.value.__notes__[0]
+    busybox.write_text("no program")
+    with pytest.raises(OSError, match="Exec format error"):
+        GuestRoot(busybox)
+    assert {*Path("/proc/self/fd").iterdir()} == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
 def test_programs_are_not_found_where_the_user_may_not_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
