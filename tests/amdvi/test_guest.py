@@ -34,7 +34,7 @@ from kvmpass.machine import GuestOutcome, Machine
 Valid = Callable[[str, str | bytes], Any]
 
 pytestmark = [pytest.mark.amdvi(duration=12), pytest.mark.usefixtures("as_without_tests")]
-MOST_EXITS = 550
+MOST_EXITS = 500
 """Of a guest with a drive and a console, from its start to its command."""
 HEAD = 16 << 20  # bytes at the start of a drive that are compared: a real one may be large
 SINGLE_READS = 200
