@@ -87,10 +87,16 @@ def test_a_device_that_came_into_use_during_the_wait_is_not_taken(
 
 
 def test_success_is_said_of_no_device_that_was_taken_meanwhile(host: Host, state: Path) -> None:
+    bound = threading.Event()  # each device has a thread
+
     def rebind(step: Step, bdf: Bdf) -> None:
+        if (step, str(bdf)) == (Step.BOUND, NIC):
+            bound.set()
         if (step, str(bdf)) == (Step.BOUND, NVME):
-            host.path("sys/bus/pci/devices", NIC, "driver").unlink()
-            host._bind(NIC, "e1000e")
+            assert bound.wait(20)
+            link = host.path("sys/bus/pci/devices", NIC, "driver")
+            link.with_name("other").symlink_to(host.path("sys/bus/pci/drivers/e1000e"))
+            link.with_name("other").replace(link)
 
     with pytest.raises(NotAssignable, match=f"{NIC} is bound to e1000e now"):
         bind([NIC, NVME], sysfs=host, state_dir=state, on_step=rebind)
