@@ -235,7 +235,8 @@ def _run_to_its_end(
                 if spec.copy_out:
                     from kvmpass.cli.copied import report
                 if status_file is not None:
-                    import json  # noqa: F401 - document_text uses it
+                    import dataclasses  # noqa: F401 - document_text uses both
+                    import json  # noqa: F401
 
                 outcome["backend"] = backend_document(machine.backend)
                 outcome["bdfs"] = list(bdf) or [str(device.bdf) for device in machine.devices]
