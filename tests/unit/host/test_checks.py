@@ -337,7 +337,7 @@ def test_who_may_not_change_drivers_uses_what_is_on_vfio_pci(
 def test_memory(host: Host) -> None:
     check_memory(host, 3 * GIB)
     text = "needs 5120 MiB of memory, with page tables and copies of files; 4096 MiB are available"
-    with pytest.raises(NotEnoughMemory, match="needs 4192 MiB of memory"):
+    with pytest.raises(NotEnoughMemory, match="needs 4288 MiB of memory"):
         check_memory(host, 4 * GIB)
     check_memory(host, 3 * GIB, overhead=GIB)
     with pytest.raises(NotEnoughMemory, match=text):
