@@ -14,14 +14,13 @@ from kvmpass._teardown import run_all
 from kvmpass.dma import Domain
 from kvmpass.errors import Closed, NotAssignable
 from kvmpass.events import DeviceReleased, DeviceReset
-from kvmpass.host import Bdf, PciDevice, Sysfs
+from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.address import parse_distinct
 from kvmpass.host.backend import BackendChoice, check_backend
 from kvmpass.host.doctor import check_memory
 from kvmpass.host.limits import page_tables
-from kvmpass.host.sysfs import VFIO_PCI
 from kvmpass.machine.backends import use_backend
-from kvmpass.machine.device import AssignedDevice, DeviceState
+from kvmpass.machine.device import AssignedDevice, BoundDevice, DeviceState, find_bound
 from kvmpass.machine.monitor import DeviceMonitor
 from kvmpass.machine.remotes import Remotes
 from kvmpass.machine.requests import EJECT_SECONDS, Requests
@@ -126,10 +125,10 @@ class Assignments(Remotes):
         return self._assign([self._find(bdf, fds.get(bdf)) for bdf in wanted], fds, vf_tokens)
 
     def _assign(
-        self, found: Sequence[PciDevice], fds: Mapping[Bdf, int], vf_tokens: Mapping[Bdf, uuid.UUID | None]
+        self, found: Sequence[BoundDevice], fds: Mapping[Bdf, int], vf_tokens: Mapping[Bdf, uuid.UUID | None]
     ) -> list[AssignedDevice]:
         tokens = {str(bdf): token for bdf, token in vf_tokens.items() if token is not None}
-        groups = {str(device.bdf): device.group for device in found if device.group is not None}
+        groups = {str(device.bdf): device.group for device in found}
         with self._device_lock:
             self.populate()
             offered = nullcontext() if self._iommu is None else self._iommu.offer(found, fds)
@@ -156,21 +155,17 @@ class Assignments(Remotes):
         else:
             run_all(*self._return_steps(device))
 
-    def _find(self, bdf: Bdf | None, fd: int | None) -> PciDevice:
+    def _find(self, bdf: Bdf | None, fd: int | None) -> BoundDevice:
         """Return the device that ``assign`` is to open, by its descriptor or its node."""
         if (fd is None) is not (self._iommu is None):
             raise ValueError("a device is assigned by its descriptor (fd) in a machine with iommu_fd, and only there")
         if self._iommu is not None and fd is not None:
-            return self._iommu.device(fd, bdf)
+            device = self._iommu.device(fd, bdf)
+            assert device.group is not None
+            return BoundDevice(device.bdf, device.group, device.reset_methods)
         if bdf is None:
             raise TypeError("assign() needs the device's address or descriptor")
-        found = self._sysfs.device(bdf)
-        if found.driver != VFIO_PCI or found.group is None:
-            raise NotAssignable(
-                f"{found.bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
-                "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
-            )
-        return found
+        return find_bound(self._sysfs, bdf)
 
     def _connect(self, device: AssignedDevice) -> None:
         """Monitor a device that is in the domain, and plug it into the guest's bus."""

@@ -7,10 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kvmpass._dataclass import dataclass
 from kvmpass._signals import deferred
+from kvmpass.errors import NotAssignable
 from kvmpass.events import DeviceReset
-from kvmpass.host import PciDevice, Sysfs
+from kvmpass.host import Bdf, Sysfs
 from kvmpass.host.kernel.interrupts import interrupt_counts
+from kvmpass.host.sysfs import PCI_DEVICES, VFIO_PCI
 from kvmpass.pci import AssignedFunction
 from kvmpass.pciregs import COMMAND, COMMAND_DECODING, COMMAND_MASTER
 from kvmpass.vfio import Device, Region
@@ -25,6 +28,34 @@ class DeviceState(enum.Enum):
     """It has left the guest; its registers are unusable."""
 
 
+@dataclass(frozen=True, slots=True)
+class BoundDevice:
+    """What an assignment needs of a device that is bound to vfio-pci."""
+
+    bdf: Bdf
+    """Its address."""
+    group: int
+    """The number of its IOMMU group."""
+    reset_methods: tuple[str, ...]
+    """As of ``PciDevice``."""
+
+
+def find_bound(sysfs: Sysfs, bdf: Bdf) -> BoundDevice:
+    """Return a device that is bound to vfio-pci. Raises ``NoSuchDevice``, ``NotAssignable``.
+
+    ``Sysfs.device`` reads a dozen files more, which a further device would wait for.
+    """
+    group = sysfs.link(PCI_DEVICES, str(bdf), "iommu_group")
+    if sysfs.driver(bdf) != VFIO_PCI or group is None or not group.isdecimal():
+        found = sysfs.device(bdf)
+        raise NotAssignable(
+            f"{bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
+            "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",
+        )
+    methods = sysfs.text(PCI_DEVICES, str(bdf), "reset_method") or ""
+    return BoundDevice(bdf, int(group), tuple(methods.split()))
+
+
 class AssignedDevice:
     """A device in a machine's domain, from ``Machine.assign`` to ``Machine.deassign``.
 
@@ -33,7 +64,7 @@ class AssignedDevice:
     Synchronization: its registers from any thread (the bus lock); slot and state are the machine's (its device lock).
     """
 
-    def __init__(self, found: PciDevice, device: Device, lock: threading.RLock) -> None:
+    def __init__(self, found: BoundDevice, device: Device, lock: threading.RLock) -> None:
         self.bdf = found.bdf
         """Its address on the host."""
         self.group = found.group

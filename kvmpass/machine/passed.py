@@ -14,6 +14,7 @@ from kvmpass.host import Bdf, PciDevice, Sysfs
 from kvmpass.host.backend import AUTO, IOMMUFD, PASSED, TYPE1, BackendChoice
 from kvmpass.host.descriptors import Kind, identify, passed_devices
 from kvmpass.iommufd import Iommufd
+from kvmpass.machine.device import BoundDevice
 from kvmpass.vfio import Cdev, Container, Group
 
 _OF_DEVICES = {Kind.IOMMUFD: Kind.DEVICE, Kind.CONTAINER: Kind.GROUP}
@@ -86,7 +87,7 @@ class PassedIommu(OwnedFd):
         return chosen[0]
 
     @contextmanager
-    def offer(self, devices: Iterable[PciDevice], fds: Mapping[Bdf, int]) -> Iterator[None]:
+    def offer(self, devices: Iterable[BoundDevice], fds: Mapping[Bdf, int]) -> Iterator[None]:
         """Let the back end open the devices, or their groups, by ``fds`` while the block runs."""
         for device in devices:
             self._offered[str(device.bdf)] = self._offered[device.group] = fds[device.bdf]
