@@ -49,7 +49,7 @@ DOCS = HERE.parents[1] / "docs"
 DEVICES = ("nvme", "nvme", "e1000e", "e1000e", "edu", "edu")
 PARALLEL = ("parallel",)
 """Sections that have an emulated host of their own, with several CPUs, while no other runs."""
-HALF = ("memory", "commands", "start", "spans", "processes")
+HALF = ("memory", "start", "spans", "processes")
 """Sections that take as long as the rest of those that run in a host with one CPU. No row is in both halves."""
 REPLACED, LEAST_SECONDS = 2, 90
 """How many emulated hosts that end early are replaced, at most, and if how many seconds are left at least."""
