@@ -18,7 +18,7 @@ log = Log("kvmpass.boot")
 
 _KEPT = KeptFiles("vmlinux", most_files=4, most_bytes=256 * MIB)
 _PIECE = MIB
-_MOST_WINDOW = 256 * MIB  # of a decompressor: the kernel's Makefiles use up to 128 MiB
+_MOST_WINDOW = 256 * MIB  # of a decompressor: zstd --ultra -22 (scripts/Makefile.lib) has 128 MiB
 
 
 class Compressed(Protocol):

@@ -54,7 +54,7 @@ class Execution:
         self.count_accesses = False
         """Whether ``access_counts`` counts; from the next ``start()`` on."""
         self.kernel_decompressed = False
-        """Whether the kernel that was loaded last was decompressed on this host; else it decompresses itself."""
+        """Whether the kernel loaded last starts as a vmlinux; else it is a bzImage, which decompresses itself."""
         self._bus_lock = threading.RLock()
         self._device_lock = threading.RLock()
         self._closed = False
