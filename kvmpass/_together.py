@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -13,36 +14,55 @@ from kvmpass._teardown import run_all
 
 T = TypeVar("T")
 
+_AGAIN_SECONDS = 0.01
+
 
 def run_together(*calls: Callable[[], T]) -> list[T]:
     """Make all calls at the same time, each but the last in a thread of its own; return their results in order.
 
-    It returns, or raises, only once every call has ended: signals are deferred until then. Raises the first failure
-    in the order of ``calls``; the others become its notes. Calls for which there is no thread are made one by one.
+    It returns, or raises, only once every call has ended: signals are deferred until then, and so is what a handler
+    of another signal raises outside of a call. Raises that first, then the failures in the order of ``calls``: the
+    others become notes of the first. Calls for which there is no thread are made one by one.
     """
     results: dict[int, T] = {}
     failures: dict[int, BaseException] = {}
+    makers: dict[int, int] = {}  # the thread that makes each call
+    arrived: list[BaseException] = []
+
+    def ended(number: int) -> bool:
+        return number in results or number in failures
 
     def make(number: int) -> None:
+        this = threading.get_ident()
+        if makers.setdefault(number, this) != this or ended(number):
+            return
         try:
             results[number] = calls[number]()
         except BaseException as error:
             failures[number] = error
 
     with deferred():
-        numbers = [*range(len(calls))]
-        threads = []
-        with suppress(RuntimeError):  # the limit of threads
-            while len(numbers) > 1:
-                thread = threading.Thread(target=make, args=[numbers[0]], name="together", daemon=True)
-                thread.start()
-                threads.append(thread)
-                del numbers[0]
-        for number in numbers:
-            make(number)
-        for thread in threads:
-            thread.join()
-    run_all(*(partial(_raise, failures[number]) for number in sorted(failures)))
+        numbers = [*range(len(calls))]  # without a thread, as far as this one knows: ``start`` may be interrupted
+        threads: list[threading.Thread] = []
+        while not all(map(ended, range(len(calls)))):
+            try:
+                with suppress(RuntimeError, MemoryError):  # the limit of threads
+                    while len(numbers) > 1:
+                        threads.append(threading.Thread(target=make, args=[numbers[0]], name="together", daemon=True))
+                        threads[-1].start()
+                        del numbers[0]
+                while numbers:
+                    make(numbers[0])
+                    del numbers[0]
+                for thread in threads:
+                    if thread.is_alive():
+                        thread.join()
+                if arrived:  # a thread whose ``join`` was interrupted counts as stopped, and may run (bpo-45274)
+                    time.sleep(_AGAIN_SECONDS)
+            except BaseException as error:
+                if not arrived:  # the first is enough, of a timer that repeats
+                    arrived.append(error)
+    run_all(*(partial(_raise, error) for error in (*arrived, *(failures[number] for number in sorted(failures)))))
     return [results[number] for number in range(len(calls))]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -79,4 +81,80 @@ def test_without_threads_the_calls_are_made_one_by_one(monkeypatch: pytest.Monke
     monkeypatch.setattr(threading.Thread, "start", start)
     done: list[int] = []
     assert run_together(*(lambda number=number: done.append(number) for number in range(4))) == [None] * 4  # type: ignore[misc]
+    assert sorted(done) == [0, 1, 2, 3]
+
+
+class _TimeLimit(Exception):
+    """What a handler of SIGALRM raises."""
+
+
+@pytest.fixture
+def time_limit() -> Iterator[None]:
+    def handler(*_: object) -> None:
+        raise _TimeLimit
+
+    before = signal.signal(signal.SIGALRM, handler)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("time_limit")
+def test_what_another_handler_raises_waits_for_every_call() -> None:
+    ended = []
+
+    def slow(number: int) -> None:
+        time.sleep(0.5)
+        ended.append(number)
+
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    with pytest.raises(_TimeLimit) as caught:
+        run_together(partial(slow, 0), partial(slow, 1), failing(OSError("third")))
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert sorted(ended) == [0, 1]
+    assert "OSError: third" in caught.value.__notes__[-1]
+
+
+@pytest.mark.usefixtures("time_limit")
+@pytest.mark.parametrize("begun", [True, False])
+def test_each_call_is_made_once_even_if_its_thread_is_interrupted_at_the_start(
+    begun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, left = threading.Thread.start, iter([True])
+
+    def start(thread: threading.Thread) -> None:
+        interrupted = next(left, False)
+        if begun or not interrupted:
+            original(thread)
+        if interrupted:
+            signal.raise_signal(signal.SIGALRM)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    done: list[int] = []
+
+    def slow(number: int) -> None:
+        time.sleep(0.1)
+        done.append(number)
+
+    with pytest.raises(_TimeLimit):
+        run_together(*(partial(slow, number) for number in range(3)))
+    assert sorted(done) == [0, 1, 2]
+
+
+def test_without_memory_for_a_thread_every_call_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, left = threading.Thread.start, iter([False, True])
+
+    def start(thread: threading.Thread) -> None:
+        if next(left, False):
+            raise MemoryError
+        original(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    done: list[int] = []
+
+    def slow(number: int) -> None:
+        time.sleep(0.1)
+        done.append(number)
+
+    run_together(*(partial(slow, number) for number in range(4)))
     assert sorted(done) == [0, 1, 2, 3]
