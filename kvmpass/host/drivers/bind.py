@@ -13,11 +13,11 @@ from kvmpass.host.address import Bdf, parse_distinct
 from kvmpass.host.blocker import Blocker
 from kvmpass.host.blockers import blockers, users
 from kvmpass.host.blockers.kind import is_bridge
-from kvmpass.host.drivers.changes import MATCHING, ON_VFIO_PCI, Setting, all_changes
+from kvmpass.host.drivers.changes import MATCHING, ON_VFIO_PCI, Setting, all_changes, check_privilege
 from kvmpass.host.drivers.driverctl import saved_override
 from kvmpass.host.drivers.journal import Journal, Operation
 from kvmpass.host.drivers.lock import Say
-from kvmpass.host.drivers.transaction import DRIVER_TIMEOUT, OnStep, Transaction, check_privilege
+from kvmpass.host.drivers.transaction import DRIVER_TIMEOUT, OnStep, Transaction
 from kvmpass.host.sysfs import PCI_DRIVERS, VFIO_PCI, PciDevice, Sysfs
 
 FORCE_HINT = "use --force to bind it nevertheless: what uses it will fail"

@@ -8,16 +8,10 @@ from types import TracebackType
 from kvmpass._signals import deferred
 from kvmpass.host.address import Bdf, parse_distinct
 from kvmpass.host.blockers import check_assignable
-from kvmpass.host.drivers.changes import ON_VFIO_PCI
+from kvmpass.host.drivers.changes import ON_VFIO_PCI, check_privilege, may_change_driver
 from kvmpass.host.drivers.journal import Journal, Operation
 from kvmpass.host.drivers.lock import Say
-from kvmpass.host.drivers.transaction import (
-    DRIVER_TIMEOUT,
-    OnStep,
-    Transaction,
-    check_privilege,
-    may_change_driver,
-)
+from kvmpass.host.drivers.transaction import DRIVER_TIMEOUT, OnStep, Transaction
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import VFIO_PCI, PciDevice, Sysfs
 

@@ -7,6 +7,8 @@ drivers/pci/pci-driver.c (``new_id`` is never used: it would bind siblings), dri
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Self
@@ -137,3 +139,17 @@ def all_changes(bdf: Bdf, now: Setting, wanted: Setting) -> list[Change]:
 
 def _override(bdf: Bdf) -> str:
     return f"{PCI_DEVICES}/{bdf}/driver_override"
+
+
+def check_privilege(sysfs: Sysfs, bdf: Bdf) -> None:
+    """Check that this user may change the device's driver. Raises ``PermissionError``."""
+    if not may_change_driver(sysfs, bdf):
+        path = sysfs.device_path(bdf) / "driver_override"
+        error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        error.add_note("run as root: this changes the device's driver")
+        raise error
+
+
+def may_change_driver(sysfs: Sysfs, bdf: Bdf) -> bool:
+    """Return whether this user may write the device's ``driver_override``."""
+    return os.access(sysfs.device_path(bdf) / "driver_override", os.W_OK, effective_ids=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,7 +27,7 @@ from kvmpass.host.drivers.changes import (
 )
 from kvmpass.host.drivers.journal import Entry, Journal, Operation
 from kvmpass.host.drivers.lock import Say, device_lock
-from kvmpass.host.kernel.processes import holders
+from kvmpass.host.kernel.processes import holders, start_time
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PCI_DRIVERS, VFIO_PCI, PciDevice, Sysfs
 from kvmpass.host.usage import usage, vfio_nodes
@@ -100,6 +99,8 @@ class Transaction:
         if to_vfio and not self.sysfs.exists(PCI_DRIVERS, VFIO_PCI):
             self.sysfs.load_module(VFIO_PCI)
         entries = [Entry.of(self.sysfs, bdf, operation, setting) for bdf, setting in wanted.items()]
+        for other in _open:  # of this process: `recover` found no borrowed device, so it has restored these
+            other.entries = [entry for entry in other.entries if entry.bdf not in wanted]
         self.entries += entries
         _open.add(self)
         return run_together(*(partial(self._change, entry, wanted[entry.bdf]) for entry in entries))
@@ -143,17 +144,20 @@ class Transaction:
         """Revert what is still changed, of all devices at the same time; idempotent. Tries each even if one fails.
 
         Raises ``RestoreFailed`` with the devices, ``JournalError``, ``OSError``; if ``error`` is set, they become its
-        note. ``entries`` are those that remain changed.
+        note. ``entries`` are those that remain changed, whatever is raised.
         """
         if self._pid != os.getpid():
             return
         failed: list[str] = []
+        restored: list[Bdf] = []
         try:
             with deferred():
                 if self.entries:
                     with self.lock():
-                        failures = run_together(*(partial(self._try_twice, entry) for entry in self.entries))
-                    self.entries = [entry for entry, why in zip(self.entries, failures, strict=True) if why]
+                        try:
+                            failures = run_together(*(partial(self._try_twice, e, restored) for e in self.entries))
+                        finally:  # what another process has borrowed since is not to be restored once more
+                            self.entries = [entry for entry in self.entries if entry.bdf not in restored]
                     failed = [why for why in failures if why]
             if failed:
                 raise RestoreFailed(f"cannot restore {'; '.join(failed)}", RESTORE_HINT)
@@ -184,14 +188,21 @@ class Transaction:
 
     # --- one device, reverted
 
-    def _try_twice(self, entry: Entry) -> str | None:
-        """Restore the device; the reason if that fails twice, the second time from the state that the first left."""
+    def _try_twice(self, entry: Entry, restored: list[Bdf]) -> str | None:
+        """Restore the device and append it to ``restored``; or return why that failed twice.
+
+        The second attempt is made from the state that the first has left.
+        """
         failure: Exception | None = None
         for _attempt in range(2):
             try:
-                self.give_back(entry)
+                if self._is_of_another_process(entry.bdf):
+                    log.warning("%s was restored, and is changed by another process", entry.bdf)
+                else:
+                    self.give_back(entry)
             except NoSuchDevice:
                 log.warning("%s was removed from this host", entry.bdf)
+                restored.append(entry.bdf)
                 return None
             except TimeoutError as error:  # once is long enough
                 return f"{entry.bdf}: {error.strerror}"
@@ -199,8 +210,17 @@ class Transaction:
                 log.warning("cannot restore %s: %s", entry.bdf, error)
                 failure = error
             else:
+                restored.append(entry.bdf)
                 return None
         return f"{entry.bdf}: {failure}"
+
+    def _is_of_another_process(self, bdf: Bdf) -> bool:
+        """Whether the journal's entry of a device of this transaction is not of this process."""
+        try:
+            entry = self.journal.read(bdf)
+        except (JournalError, OSError):  # invalid: this process still knows the setting before
+            return False
+        return entry is not None and (entry.pid, entry.start_time) != (self._pid, start_time(self.sysfs, self._pid))
 
     def _give_back(self, entry: Entry, held: int) -> str:
         bdf = entry.bdf
@@ -363,20 +383,6 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(0.01)
     return True
-
-
-def check_privilege(sysfs: Sysfs, bdf: Bdf) -> None:
-    """Check that this user may change the device's driver. Raises ``PermissionError``."""
-    if not may_change_driver(sysfs, bdf):
-        path = sysfs.device_path(bdf) / "driver_override"
-        error = PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        error.add_note("run as root: this changes the device's driver")
-        raise error
-
-
-def may_change_driver(sysfs: Sysfs, bdf: Bdf) -> bool:
-    """Return whether this user may write the device's ``driver_override``."""
-    return os.access(sysfs.device_path(bdf) / "driver_override", os.W_OK, effective_ids=True)
 
 
 _open: set[Transaction] = set()

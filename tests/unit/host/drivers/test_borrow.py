@@ -234,6 +234,49 @@ def test_killed_while_several_devices_change(host: Host, state: Path, step: Step
     assert as_before(host, state)
 
 
+@pytest.mark.parametrize("stolen", [False, True], ids=["ours", "by another process"])
+def test_an_interrupted_return_takes_no_device_from_a_later_borrow(host: Host, state: Path, stolen: bool) -> None:
+    """Neither from one of this process nor from that of another, whose entry is in the journal by then."""
+
+    def interrupt(step: Step, bdf: Bdf) -> None:
+        if step is Step.RETURN_UNBIND and bdf == Bdf.parse(NIC):
+            raise KeyboardInterrupt
+
+    first = borrow(NVME, NIC, sysfs=host, state_dir=state, on_step=interrupt)
+    first.__enter__()
+    with pytest.raises(KeyboardInterrupt):
+        first.close()
+    assert [str(entry.bdf) for entry in first._transaction.entries] == [NIC]
+    assert host.state(NVME) == BEFORE[NVME]
+    if stolen:
+        entry = json.loads((state / "journal" / f"{NIC}.json").read_text()) | {"pid": 1, "start_time": 5}
+        (state / "journal" / f"{NIC}.json").write_text(json.dumps(entry))
+        first._transaction._on_step = None
+        first.close()
+        assert host.state(NIC)[0] == "vfio-pci"
+        return
+    with borrow(NVME, sysfs=host, state_dir=state):
+        first._transaction._on_step = None
+        first.close()
+        assert host.state(NVME)[0] == "vfio-pci"
+        assert (state / "journal" / f"{NVME}.json").exists()
+    assert as_before(host, state)
+
+
+def test_a_later_borrow_of_this_process_is_the_only_one_that_restores(host: Host, state: Path) -> None:
+    """Even if the first has an entry in memory that is no longer, or was never, in the journal."""
+    first = borrow(NVME, sysfs=host, state_dir=state)
+    first.__enter__()
+    [entry] = first._transaction.entries
+    first.close()
+    first._transaction.entries.append(entry)
+    transaction._open.add(first._transaction)
+    with borrow(NVME, sysfs=host, state_dir=state):
+        first.close()
+        assert host.state(NVME)[0] == "vfio-pci"
+    assert as_before(host, state)
+
+
 def test_vfio_pci_refuses(host: Host, state: Path) -> None:
     host.refuses.add("vfio-pci")
     with pytest.raises(NotAssignable, match="does not bind"), borrow(NVME, sysfs=host, state_dir=state):
