@@ -177,6 +177,10 @@ def boot_id(sysfs: Sysfs) -> str:
     return text
 
 
+def _boot_time() -> float:
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 def default_state_dir() -> Path:
     """Return the absolute path ``$KVMPASS_STATE_DIR``, or ``/var/lib/kvmpass``."""
     # A process may change its working directory before it rebinds a device.
@@ -207,20 +211,24 @@ class Entries:
         scratch.rename(path)
 
     def read(self, bdf: Bdf) -> Entry | None:
-        """Return the entry of a device, None without one. Raises ``JournalError`` for an invalid file."""
+        """Return the entry of a device; None without one, or if a power failure or a panic has taken its text.
+
+        That has left a file without text which is older than this boot. Raises ``JournalError`` for an invalid file.
+        """
+        path = self.path(bdf)
         try:
-            text = self.path(bdf).read_text()
+            content = path.read_bytes()
+            if not content.strip(b"\0") and path.stat().st_mtime < _boot_time():
+                return None
         except FileNotFoundError:
             return None
-        except UnicodeDecodeError:
-            text = ""
         try:
-            entry = Entry.from_json(text)
+            entry = Entry.from_json(content.decode())
             if entry.bdf != bdf:
                 raise ValueError(f"it refers to {entry.bdf}")
         except ValueError as error:
             raise JournalError(
-                f"the {self._what} {self.path(bdf)} cannot be read: {error}",
+                f"the {self._what} {path} cannot be read: {error}",
                 "kvmpass restore renames it; check the device's driver before using the device",
             ) from None
         return entry
@@ -296,20 +304,13 @@ class Journal(Entries):
 
         Raises ``DeviceInUse`` for the entry of a running process that has borrowed the device.
         """
-        entry = None if self._is_lost(bdf) else self.read(bdf)
+        entry = self.read(bdf)
         if entry is not None and entry.is_owned(sysfs):
             raise DeviceInUse(
                 f"{bdf} is assigned by {Process(entry.pid, entry.command)}",
                 "stop that process first, or choose another device",
             )
         return entry
-
-    def _is_lost(self, bdf: Bdf) -> bool:
-        """Whether a power failure or a panic has taken the entry's text: it is empty, and older than this boot."""
-        booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        with contextlib.suppress(FileNotFoundError):
-            return self.path(bdf).stat().st_mtime < booted and not self.path(bdf).read_bytes().strip(b"\0")
-        return False
 
     def keep(self, bdf: Bdf) -> None:
         """Turn the entry of a completed bind into its record, atomically (rename(2)). Raises ``OSError``."""

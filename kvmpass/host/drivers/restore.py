@@ -94,8 +94,8 @@ def _safely(path: Path, work: Callable[[Path], Restored | None]) -> Restored | N
     return Restored(path.stem, "failed", detail)
 
 
-def _read(entries: Entries, path: Path) -> Entry | Restored:
-    """Return the entry in a file, or the result for an invalid one."""
+def _read(entries: Entries, path: Path, operation: str | None = None) -> Entry | Restored:
+    """Return the entry in a file, or the result for one that is invalid or has lost its text."""
     try:
         bdf = Bdf.parse(path.stem)
         if str(bdf) != path.stem:
@@ -104,8 +104,10 @@ def _read(entries: Entries, path: Path) -> Entry | Restored:
     except (BadAddress, JournalError) as error:
         aside = entries.set_aside(path)
         return Restored(path.stem, "corrupt", f"{error}; renamed to {aside.name}")
-    assert entry is not None  # entries are removed under the lock only
-    return entry
+    if entry is not None:
+        return entry
+    entries.remove(bdf)
+    return Restored(path.stem, "stale", "emptied when another boot ended: nothing to do", operation)
 
 
 def _restore_one(transaction: Transaction, path: Path) -> Restored:
@@ -133,7 +135,7 @@ def _restore_one(transaction: Transaction, path: Path) -> Restored:
 
 def _check_record(sysfs: Sysfs, journal: Journal, path: Path) -> Restored | None:
     """Remove the record of a binding that no longer exists; None if there is nothing to report."""
-    record = _read(journal.bound, path)
+    record = _read(journal.bound, path, "bound")
     if isinstance(record, Restored):
         return record
     result = None

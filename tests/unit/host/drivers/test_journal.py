@@ -24,6 +24,7 @@ from kvmpass.host import bind, restore
 from kvmpass.host.drivers.changes import Step
 from kvmpass.host.drivers.journal import Journal
 from kvmpass.host.drivers.lock import HostLock
+from kvmpass.host.drivers.restore import Restored
 
 # --- journal and records
 
@@ -56,21 +57,43 @@ def test_a_broken_entry_is_put_aside_and_the_rest_restored(
 
 
 @pytest.mark.parametrize("left", [b"", b"\0" * 300])
-@pytest.mark.parametrize("operation", ["bind", "unbind"])
+@pytest.mark.parametrize("place", ["journal", "bound"])
+@pytest.mark.parametrize("reader", ["bind", "unbind", "restore"])
 def test_what_a_power_failure_leaves_of_an_entry_is_no_obstacle(
-    made: Callable[[str], Stage], operation: str, left: bytes
+    made: Callable[[str], Stage], reader: str, place: str, left: bytes
 ) -> None:
     """Nothing is synced; bindings do not survive a power failure either."""
-    one = made(operation)
-    (one.state / "journal").mkdir(parents=True, exist_ok=True)
-    file = one.state / "journal" / f"{NVME}.json"
+    one = made("unbind" if reader == "unbind" else "bind")
+    for directory in ("journal", "bound"):
+        (one.state / directory).mkdir(parents=True, exist_ok=True)
+    file = one.state / place / f"{NVME}.json"
     file.write_bytes(left)
-    with pytest.raises(JournalError, match="cannot be read"):  # an entry of this boot
-        one.run()
     os.utime(file, (0, 0))
-    assert [result.outcome for result in one.run()] == ["changed"]
-    assert list((one.state / "journal").iterdir()) == []
+    if reader == "restore":
+        assert restore(one.host, one.state) == [
+            Restored(
+                NVME,
+                "stale",
+                "emptied when another boot ended: nothing to do",
+                "bound" if place == "bound" else None,
+            )
+        ]
+    else:
+        assert [(result.outcome, result.after) for result in one.run()] == [
+            ("changed", "vfio-pci" if reader == "bind" else "nvme")
+        ]
     assert one.restore() == []
+    assert list((one.state / "journal").iterdir()) == []
+    assert [path.name for path in (one.state / "bound").iterdir()] == ([file.name] if reader == "bind" else [])
+
+
+@pytest.mark.parametrize("place", ["journal", "bound"])
+def test_an_entry_of_this_boot_without_text_is_an_obstacle(made: Callable[[str], Stage], place: str) -> None:
+    one = made("unbind")
+    (one.state / place / f"{NVME}.json").write_bytes(b"")
+    with pytest.raises(JournalError, match="cannot be read"):
+        one.run()
+    assert (NVME, "corrupt") in one.restore()
 
 
 def test_no_change_waits_for_the_disk(made: Callable[[str], Stage], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +281,7 @@ sys.argv = ["/usr/bin/kvmpass", "bind", "{NVME}"]
 from pathlib import Path
 from kvmpass.host.drivers.journal import Journal
 from kvmpass.host.drivers.lock import HostLock
+from kvmpass.host.drivers.restore import Restored
 with HostLock(Path({str(one.state / "lock")!r})).hold():
     print(flush=True)
     time.sleep(60)
