@@ -117,6 +117,7 @@ class Assignments(Remotes):
     ) -> list[AssignedDevice]:
         """Assign several devices, all or none, in this order; otherwise as ``assign``.
 
+        A running guest is notified once all are plugged in.
         They are opened at the same time, so that their resets take as long as that of one; with VF tokens one after
         the other. ``fds`` and ``vf_tokens`` are by address.
         """
@@ -139,13 +140,19 @@ class Assignments(Remotes):
                     self.backend = use_backend(
                         self.domain, self._sysfs, bdfs, self._wanted_backend, vf_token=bool(tokens)
                     )
-                opened = zip(found, self.domain.attach_all(groups, tokens), strict=True)
-                devices = [AssignedDevice(device, vfio, self._bus_lock) for device, vfio in opened]
+                opened = self.domain.attach_all(groups, tokens)
+                devices: list[AssignedDevice] = []
                 try:
+                    for bound, vfio in zip(found, opened, strict=True):
+                        devices.append(AssignedDevice(bound, vfio, self._bus_lock))
                     for device in devices:
                         self._connect(device)
+                    for device in devices:  # last: a guest that probes one must not lose it when another fails
+                        self._slots.announce(device)
                 except BaseException as error:
-                    run_all(*(partial(self._undo, device) for device in reversed(devices)), failure=error)
+                    undo = [partial(self._undo, device) for device in reversed(devices)]
+                    undo += [partial(self.domain.detach, vfio) for vfio in opened[len(devices) :]]
+                    run_all(*undo, failure=error)
                     raise
         return devices
 
@@ -176,7 +183,6 @@ class Assignments(Remotes):
         self._monitor.watch(device.vfio, REQ, partial(self._requests.on_request, device))
         self._slots.plug(device)
         self.devices.append(device)
-        self._slots.announce(device)
 
     def _return_steps(self, device: AssignedDevice) -> Iterable[Callable[[], None]]:
         """Return the steps for a device that is unplugged from the guest's bus."""
