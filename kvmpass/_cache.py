@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -18,22 +18,24 @@ from kvmpass._log import Log
 
 log = Log("kvmpass.cache")
 
-PIECE = 1 << 20
-"""Bytes after which to call ``drop_pages``."""
-
+_PIECE = 1 << 20
 _MAGIC = b"kvmpass kept 1\n\0"
 _HEADER = struct.Struct("<16sQII32x")  # magic, bytes of content, their CRC-32, zero; a cache line each
 _DRAFT = "."  # what names of unfinished files begin with
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_resolved: dict[str, Path] = {}  # directories by what names them: a guest's process changes its working directory
 
 
 def cache_root() -> Path:
-    """Return the cache's directory, which may not exist. Raises ``RuntimeError`` for a user without a home."""
-    named = os.environ.get("KVMPASS_CACHE")
-    if named:
-        return Path(named).absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").absolute() / "kvmpass"
+    """Return the cache's directory, which may not exist. Raises ``RuntimeError`` for a user without a home.
+
+    A relative ``KVMPASS_CACHE`` keeps the meaning that it has in the first call; a relative ``XDG_CACHE_HOME`` is
+    invalid, and ignored (XDG Base Directory Specification).
+    """
+    if named := os.environ.get("KVMPASS_CACHE"):
+        return _resolved.get(named) or _resolved.setdefault(named, Path(named).absolute())
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home().absolute() / ".cache") / "kvmpass"
 
 
 class KeptFiles(NamedTuple):
@@ -49,17 +51,18 @@ class KeptFiles(NamedTuple):
     most_bytes: int
     """Their bytes together."""
 
-    def read(self, name: str) -> memoryview | None:
-        """Return the content of a file, mapped for reading; None if there is none that can be trusted.
+    def read(self, name: str, step: Callable[[], None] = lambda: None) -> memoryview | None:
+        """Return a copy of a file's content; None if there is none that can be trusted.
 
-        ``drop_pages`` keeps it from counting as this process's memory.
+        What is checked is the copy: whatever happens to the file later changes nothing. ``step`` is called after
+        each MiB.
         """
         try:
             with _directory(self.folder) as directory:
                 flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO has no writer
                 fd = os.open(name, flags, dir_fd=directory)
                 try:
-                    return _checked(fd)
+                    return _checked(fd, self.most_bytes, step)
                 finally:
                     os.close(fd)
         except FileNotFoundError:
@@ -69,29 +72,27 @@ class KeptFiles(NamedTuple):
         return None
 
     def keep(self, name: str, content: memoryview) -> None:
-        """Write a file, and remove what is too much. It fails silently, and leaves nothing incomplete."""
+        """Write a file, and remove what is too much. It fails silently, and leaves nothing incomplete.
+
+        Nothing is kept while another process writes one.
+        """
         try:
-            if len(content) <= self.most_bytes:
-                with _directory(self.folder, make=True) as directory:
-                    self._remove_drafts(directory)
-                    _write(directory, name, content)
-                    self._prune(directory)
+            if len(content) > self.most_bytes:
+                raise ValueError(f"{len(content)} bytes, of at most {self.most_bytes}")
+            with _directory(self.folder, make=True) as directory, _only_writer(directory):
+                _remove_drafts(directory)
+                _write(directory, name, content)
+                self._prune(directory)
         except (OSError, RuntimeError, ValueError) as error:
             log.debug("%s/%s is not kept in the cache: %s", self.folder, name, error)
 
-    def _remove_drafts(self, directory: int) -> None:
-        """Remove files of writers that have been killed: those that are written are locked."""
-        import fcntl
-
-        for name in os.listdir(directory):
-            if name.startswith(_DRAFT):
-                with suppress(OSError):
-                    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-                    try:
-                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        os.unlink(name, dir_fd=directory)
-                    finally:
-                        os.close(fd)
+    def obstacle(self) -> str:
+        """Return why nothing can be kept in the directory, which is made if it is missing; empty: nothing known."""
+        try:
+            with _directory(self.folder, make=True):
+                return ""
+        except (OSError, RuntimeError, ValueError) as error:
+            return str(error)
 
     def _prune(self, directory: int) -> None:
         found: list[tuple[int, int, str]] = []
@@ -108,12 +109,11 @@ class KeptFiles(NamedTuple):
                     os.unlink(name, dir_fd=directory)
 
 
-def drop_pages(content: memoryview) -> None:
-    """Unmap the pages of what ``KeptFiles.read`` returned: the next access maps them again. Others are left alone."""
+def private_memory(size: int) -> memoryview:
+    """Return so many bytes, which leave the process once they are not used: memory of malloc may stay."""
     import mmap
 
-    if content.readonly and isinstance(content.obj, mmap.mmap):
-        content.obj.madvise(mmap.MADV_DONTNEED)
+    return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 @contextmanager
@@ -121,10 +121,7 @@ def _directory(folder: str, *, make: bool = False) -> Iterator[int]:
     """Yield a descriptor of a directory of the cache that only this user can change. Raises ``OSError``."""
     path = cache_root() / folder
     if make and not path.is_dir():
-        # With another user's HOME (sudo -E) they would own a cache that they cannot write.
-        above = next(parent for parent in path.parents if parent.is_dir())
-        if above.stat().st_uid != os.geteuid():
-            raise PermissionError(f"{above} is another user's")
+        _check_above(next(parent for parent in path.parents if parent.is_dir()))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -135,14 +132,44 @@ def _directory(folder: str, *, make: bool = False) -> Iterator[int]:
         os.close(directory)
 
 
+def _check_above(path: Path) -> None:
+    """Check a directory that the cache is to be made in: this user's, or one of root where nobody replaces it.
+
+    With another user's HOME (sudo -E) they would own a cache that they cannot write.
+    """
+    at = path.stat()
+    replaceable = at.st_mode & _OTHERS_WRITE and not at.st_mode & stat.S_ISVTX
+    if at.st_uid != os.geteuid() and (at.st_uid != 0 or replaceable):
+        raise PermissionError(f"{path} is another user's, or all can replace what is in it")
+
+
+@contextmanager
+def _only_writer(directory: int) -> Iterator[None]:
+    """Lock the directory against other writers. Raises ``OSError`` at once if there is one."""
+    import fcntl
+
+    fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        yield
+    finally:
+        fcntl.flock(directory, fcntl.LOCK_UN)  # a child may have inherited the descriptor
+
+
+def _remove_drafts(directory: int) -> None:
+    """Remove files of writers that were killed: this is the only one."""
+    for name in os.listdir(directory):
+        if name.startswith(_DRAFT):
+            with suppress(OSError):
+                os.unlink(name, dir_fd=directory)
+
+
 def _check_owner(at: os.stat_result) -> None:
     if at.st_uid != os.geteuid() or at.st_mode & _OTHERS_WRITE:
         raise PermissionError("another user can write it")
 
 
-def _checked(fd: int) -> memoryview:
-    """Return the content of a file of ours. Raises ``OSError``, and ``ValueError`` for one that is torn."""
-    import mmap
+def _checked(fd: int, most: int, step: Callable[[], None]) -> memoryview:
+    """Return a copy of a file of ours. Raises ``OSError``, and ``ValueError`` for one that is torn."""
     import zlib
 
     at = os.fstat(fd)
@@ -150,13 +177,17 @@ def _checked(fd: int) -> memoryview:
     if not stat.S_ISREG(at.st_mode) or at.st_size <= _HEADER.size:
         raise ValueError("no file of kvmpass")
     magic, size, checksum, _ = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))
-    if magic != _MAGIC or _HEADER.size + size != at.st_size:
+    if magic != _MAGIC or _HEADER.size + size != at.st_size or size > most:
         raise ValueError("not complete")
-    content = memoryview(mmap.mmap(fd, at.st_size, mmap.MAP_PRIVATE, mmap.PROT_READ))[_HEADER.size :]
-    found = 0
-    for start in range(0, size, PIECE):
-        found = zlib.crc32(content[start : start + PIECE], found)
-        drop_pages(content)
+    content, found, start = private_memory(size), 0, 0
+    while start < size:
+        # Not a mapping of the file: one that becomes shorter, or cannot be read, would be a SIGBUS.
+        length = os.preadv(fd, [content[start : start + _PIECE]], _HEADER.size + start)
+        if not length:
+            raise ValueError("it became shorter while it was read")
+        found = zlib.crc32(content[start : start + length], found)
+        start += length
+        step()
     if found != checksum:
         raise ValueError("its checksum is wrong")
     with suppress(OSError):  # the cache may be read-only
@@ -166,14 +197,12 @@ def _checked(fd: int) -> memoryview:
 
 def _write(directory: int, name: str, content: memoryview) -> None:
     """Write a file so that it is never seen incomplete (rename(2)). Raises ``OSError``."""
-    import fcntl
     import zlib
 
     draft = f"{_DRAFT}{name}.{os.getpid()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with os.fdopen(os.open(draft, flags, 0o600, dir_fd=directory), "wb") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(_HEADER.pack(_MAGIC, len(content), zlib.crc32(content), 0))
             file.write(content)
             file.flush()

@@ -13,7 +13,6 @@ import struct
 from collections.abc import Callable
 from typing import BinaryIO, Protocol, Self
 
-from kvmpass._cache import PIECE, drop_pages
 from kvmpass._dataclass import dataclass
 from kvmpass.layout import GIB, MIB, Range
 
@@ -26,6 +25,7 @@ _MOST_HEADERS = 64
 _MOST_SIZE = GIB  # KERNEL_IMAGE_SIZE (arch/x86/include/asm/page_64_types.h)
 _BANNER = b"Linux version "
 _MOST_BANNER = 1024
+_ZEROS = memoryview(bytes(64 << 10))  # written again and again: a file can name a GiB of them
 FOUR_LEVELS = 1 << 46
 """Bytes of physical memory that a kernel reaches with page tables of four levels."""
 
@@ -108,12 +108,9 @@ class Vmlinux:
         """Load it into guest memory."""
         for segment in self.segments:
             start = segment.place.start
-            for at in range(0, segment.size, PIECE):
-                size = min(PIECE, segment.size - at)
-                memory.write(start + at, self.content[segment.offset + at : segment.offset + at + size])
-                drop_pages(self.content)
-            if zeros := segment.place.size - segment.size:
-                memory.write(start + segment.size, bytes(zeros))
+            memory.write(start, self.content[segment.offset : segment.offset + segment.size])
+            for at in range(segment.size, segment.place.size, len(_ZEROS)):
+                memory.write(start + at, _ZEROS[: segment.place.size - at])
 
 
 def _layout(read: Callable[[int, int], bytes | memoryview], size: int) -> tuple[int, tuple[Segment, ...]]:

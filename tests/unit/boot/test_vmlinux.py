@@ -166,3 +166,18 @@ def test_a_file_that_becomes_shorter_while_it_is_read() -> None:
 
 def test_the_test_files_are_as_the_format_says() -> None:
     assert struct.unpack_from("<HH", vmlinux(), 54) == (56, 2)
+
+
+def test_zeros_are_written_without_holding_them() -> None:
+    """A file may ask for a GiB of them."""
+    sizes: list[int] = []
+
+    class Counts:
+        def write(self, gpa: int, data: bytes | memoryview, /) -> None:
+            assert gpa == 16 * MIB + sum(sizes)
+            sizes.append(len(data))
+
+    code = Range(16 * MIB, 900 * MIB)
+    data = vmlinux((16 * MIB, b"code", 900 * MIB - 3))
+    Vmlinux.parse(memoryview(data), code).write(Counts())
+    assert sum(sizes) == 900 * MIB - 3 and max(sizes) <= MIB
