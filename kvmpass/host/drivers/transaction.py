@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-import time
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -12,7 +12,7 @@ from functools import partial
 from kvmpass._log import Log
 from kvmpass._signals import deferred
 from kvmpass._together import run_together
-from kvmpass.errors import HostNotReady, JournalError, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
+from kvmpass.errors import JournalError, KvmpassError, NoSuchDevice, NotAssignable, RestoreFailed
 from kvmpass.host.address import Bdf
 from kvmpass.host.drivers.changes import (
     MATCHING,
@@ -27,10 +27,11 @@ from kvmpass.host.drivers.changes import (
 )
 from kvmpass.host.drivers.journal import Entry, Journal, Operation
 from kvmpass.host.drivers.lock import Say, device_lock
-from kvmpass.host.kernel.processes import holders, start_time
+from kvmpass.host.drivers.nodes import check_closed, wait_for_node, wait_until
+from kvmpass.host.kernel.processes import start_time
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PCI_DRIVERS, VFIO_PCI, PciDevice, Sysfs
-from kvmpass.host.usage import usage, vfio_nodes
+from kvmpass.host.usage import usage
 
 log = Log(__name__)
 
@@ -91,6 +92,9 @@ class Transaction:
     def change(self, operation: Operation, wanted: Mapping[Bdf, Setting]) -> list[PciDevice]:
         """Record each device, then bind the wanted driver, of all devices at the same time.
 
+        Once one has failed no other driver is unbound. A driver that was unbound before that is rebound, without its
+        state: the addresses of a network interface, for example.
+
         Returns the devices as they are then, in the same order. Raises ``OSError``, ``HostNotReady``,
         ``NoSuchDevice``; ``NotAssignable`` if vfio-pci does not bind a device, ``RestoreFailed`` if another driver
         does not. After any exception, call :meth:`put_back`.
@@ -103,24 +107,31 @@ class Transaction:
             other.entries = [entry for entry in other.entries if entry.bdf not in wanted]
         self.entries += entries
         _open.add(self)
-        return run_together(*(partial(self._change, entry, wanted[entry.bdf]) for entry in entries))
+        failed = threading.Event()
+        return run_together(*(partial(self._change, entry, wanted[entry.bdf], failed) for entry in entries))
 
-    def _change(self, entry: Entry, wanted: Setting) -> PciDevice:
+    def _change(self, entry: Entry, wanted: Setting, failed: threading.Event) -> PciDevice:
+        """Change the device; stop before its driver is unbound if another device has failed."""
         bdf = entry.bdf
-        with device_lock(self.sysfs, bdf, self._timeout) as held:
-            self._record(entry, Step.RECORDED)
-            self._set_driver(entry, wanted, held)
-            if entry.operation is Operation.UNBIND:
-                self._set_attributes(entry, wanted)
-                self._record(entry, Step.RETURNED)
-                device = self.sysfs.device(bdf)
-            else:
-                device = self.sysfs.device(bdf)
-                self._wait_for_node(device)
-                self._record(entry, Step.BOUND)
-            self.confirm(bdf, wanted)
-            log.debug("%s: %s, before: %s", bdf, wanted, entry.before)
-            return device
+        try:
+            with device_lock(self.sysfs, bdf, self._timeout) as held:
+                self._record(entry, Step.RECORDED)
+                if not self._set_driver(entry, wanted, held, unless=failed.is_set):
+                    return self.sysfs.device(bdf)  # for nobody: `change` raises
+                if entry.operation is Operation.UNBIND:
+                    self._set_attributes(entry, wanted)
+                    self._record(entry, Step.RETURNED)
+                    device = self.sysfs.device(bdf)
+                else:
+                    device = self.sysfs.device(bdf)
+                    wait_for_node(self.sysfs, device, NODE_TIMEOUT)
+                    self._record(entry, Step.BOUND)
+                self.confirm(bdf, wanted)
+                log.debug("%s: %s, before: %s", bdf, wanted, entry.before)
+                return device
+        except BaseException:
+            failed.set()
+            raise
 
     def confirm(self, bdf: Bdf, wanted: Setting) -> None:
         """Check that no other program has changed the driver. Raises ``NotAssignable`` or ``RestoreFailed``."""
@@ -260,12 +271,19 @@ class Transaction:
         if self._on_step is not None:
             self._on_step(step, entry.bdf)
 
-    def _set_driver(self, entry: Entry, wanted: Setting, held: int) -> None:
-        """Record each step, make it, and check it. Raises ``OSError``, ``RestoreFailed``, ``NotAssignable``."""
+    def _set_driver(
+        self, entry: Entry, wanted: Setting, held: int, unless: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """Record each step, make it, and check it. Returns False if ``unless`` has stopped it before the unbinding.
+
+        Raises ``OSError``, ``RestoreFailed``, ``NotAssignable``.
+        """
         now = Setting.of(self.sysfs, entry.bdf)
         if now.driver == VFIO_PCI != wanted.driver:
-            self._check_closed(entry.bdf)
+            check_closed(self.sysfs, entry.bdf)
         for change in driver_changes(entry.bdf, now, wanted):
+            if change.step not in PROBES and unless():  # once it is unbound, binding is the shortest way
+                return False
             self._record(entry, change.step)
             refusal: OSError | None = None
             try:
@@ -279,6 +297,7 @@ class Transaction:
                 self._check_unbound(entry.bdf, now.driver, refusal)
             elif change.step in PROBES:
                 self._check_bound(entry.bdf, wanted, refusal, held)
+        return True
 
     def _set_attributes(self, entry: Entry, wanted: Setting) -> None:
         """Set override and power settings after the driver is bound. Raises ``OSError``, ``RestoreFailed``."""
@@ -298,19 +317,6 @@ class Transaction:
             self.sysfs.write(self.sysfs.path(change.path), f"{change.text}\n")
 
     # --- checked
-
-    def _check_closed(self, bdf: Bdf) -> None:
-        # Unbinding would block until the holder closes it: for ever if the holder is this process.
-        device = self.sysfs.device(bdf)
-        found = holders(self.sysfs, vfio_nodes(self.sysfs, bdf, None))
-        held = {who for processes in found.values() for who in processes}
-        if device.group is not None:
-            shared = len(self.sysfs.group(device.group).devices) > 1
-            for processes in holders(self.sysfs, vfio_nodes(self.sysfs, bdf, device.group)).values():
-                # This process may have a shared group open for a sibling.
-                held.update(who for who in processes if not shared or who.pid != os.getpid())
-        if held:
-            raise RestoreFailed(f"{bdf} is still open in {' and '.join(map(str, sorted(held)))}")
 
     def _check_unbound(self, bdf: Bdf, driver: str | None, refusal: OSError | None) -> None:
         now = self.sysfs.driver(bdf)
@@ -355,34 +361,12 @@ class Transaction:
 
     def _await_driver(self, bdf: Bdf, seconds: float) -> str | None:
         # Probing is complete when the write returns, except for drivers that probe asynchronously.
-        _wait(lambda: self.sysfs.driver(bdf) is not None or not self.sysfs.device_path(bdf).exists(), seconds)
+        wait_until(lambda: self.sysfs.driver(bdf) is not None or not self.sysfs.device_path(bdf).exists(), seconds)
         return self.sysfs.driver(bdf)
-
-    def _wait_for_node(self, device: PciDevice) -> None:
-        bdf, group = device.bdf, device.group
-
-        def appeared() -> bool:
-            nodes = vfio_nodes(self.sysfs, bdf, group)
-            return any(self.sysfs.exists(node.lstrip("/")) for node in nodes)
-
-        if not _wait(appeared, NODE_TIMEOUT):
-            raise HostNotReady(
-                f"{bdf} is bound to vfio-pci, but {' or '.join(vfio_nodes(self.sysfs, bdf, group))} does not exist",
-                "make sure that /dev is a devtmpfs, or that udev runs",
-            )
 
 
 def _refused(wanted: Setting) -> type[KvmpassError]:
     return NotAssignable if wanted.driver == VFIO_PCI else RestoreFailed
-
-
-def _wait(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 _open: set[Transaction] = set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from kvmpass.errors import DriverPinned, HostNotReady, KvmpassError, NoSuchDevic
 from kvmpass.host import Bdf
 from kvmpass.host.drivers.changes import Step
 from kvmpass.host.drivers.journal import Journal
+from kvmpass.host.drivers.transaction import Transaction
+from kvmpass.host.sysfs import PciDevice
 
 # --- at each step
 
@@ -283,6 +286,38 @@ def test_all_or_none(one: Stage) -> None:
     with pytest.raises(DriverPinned):
         one.unbind(NVME, EDU)
     assert one.snapshot() == bound
+
+
+@pytest.mark.parametrize("step", [Step.RECORDED, Step.OVERRIDE])
+def test_no_driver_is_unbound_once_a_device_has_failed(one: Stage, step: Step) -> None:
+    """A network interface, for example, would lose its addresses for nothing."""
+    before, failed = one.snapshot(), threading.Event()
+    original = one.host.write
+
+    def on_step(reached: Step, bdf: Bdf) -> None:
+        if str(bdf) == NVME and reached is Step.OVERRIDE:
+            raise OSError(errno.EIO, "refused at once")
+        if str(bdf) == NIC and reached is step:
+            failed.wait(10)
+
+    def record(transaction: Transaction, *arguments: Any) -> PciDevice:
+        try:
+            return change(transaction, *arguments)
+        finally:
+            failed.set()
+
+    def write(path: Path, text: str, *more: Any) -> None:
+        assert path.name != "unbind", "its driver stays"
+        original(path, text, *more)
+
+    change = Transaction._change
+    one.host.write, one.on_step = write, on_step  # type: ignore[method-assign, assignment]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transaction, "_change", record)
+        with pytest.raises(OSError, match="refused at once") as caught:
+            one.bind(NIC, NVME)
+    assert caught.value.__notes__[-1] == f"as before again: {NIC}, {NVME}"
+    assert one.snapshot() == before
 
 
 @pytest.mark.parametrize("operation", ["bind", "unbind"])
