@@ -60,7 +60,11 @@ def _applets(program: Path) -> list[str]:
         finally:
             os.close(writer)
         names = output.read().decode(errors="replace").split()
-    if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+    try:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except ChildProcessError:  # SIGCHLD is ignored, as some supervisors leave it: the kernel keeps no status
+        status = 0 if names else 1
+    if status:
         raise KvmpassError(
             f"{program} --list failed with status {status}: the guest's root file system is made from it",
             "install another busybox (Debian: apt-get install busybox-static)",
