@@ -204,6 +204,8 @@ def assigned(
         mark("memory")
         image.load(machine)
         tell(f"kernel loaded as a {'vmlinux: no KASLR' if machine.kernel_decompressed else 'bzImage'}")
+        if image.unpacking is not None and image.unpacking.note:
+            tell(f"kernel {image.unpacking.note}")
         mark("loading")
         # Nothing has changed on the host so far. The machine closes the devices before they are rebound.
         borrowed = nullcontext() if descriptors else host.borrow(*bdfs, sysfs=sysfs, say=say, look=look)

@@ -6,17 +6,19 @@ The payload is the vmlinux without symbols, and relocations after it that only a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from threading import Event, Thread
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from threading import Event, Lock, Thread
 from typing import Any, Protocol
 
-from kvmpass._cache import KeptFiles
+from kvmpass._cache import KeptFiles, private_memory
 from kvmpass._log import Log
 from kvmpass.layout import MIB
 
 log = Log("kvmpass.boot")
 
 _KEPT = KeptFiles("vmlinux", most_files=4, most_bytes=256 * MIB)
+_PATIENCE = 10.0  # seconds without a MiB of progress: a file system stalls (a CPU that is shared by many takes 1)
 _PIECE = MIB
 _MOST_WINDOW = 256 * MIB  # of a decompressor: zstd --ultra -22 (scripts/Makefile.lib) has 128 MiB
 
@@ -39,75 +41,136 @@ class Compressed(Protocol):
 class Unpacking:
     """Decompression of a kernel's payload, or of what a run before has left in the cache.
 
-    Synchronization: from any thread, one at a time. Its own thread ends by itself.
+    Only the first ``take`` decompresses, and keeps the result. Later ones, on guest reboot, read the cache: they are
+    made while a machine is locked.
+
+    Synchronization: from any thread. Its own threads, at most two, end by themselves.
     """
 
     def __init__(self, kernel: Compressed) -> None:
-        self._kernel = kernel
-        self._ready: Event | None = None
-        self._content: memoryview | None = None
+        self.kernel = kernel
+        """The kernel."""
+        self.note = ""
+        """Why the last ``take`` returned nothing, or why the result cannot be kept; empty: neither."""
+        self._lock = Lock()
+        self._attempt: _Attempt | None = None  # that the next ``take`` gets
+        self._latest: _Attempt | None = None
+        self._stalled = False
 
     def begin(self) -> None:
         """Start a thread that prepares what the next ``take`` returns. Idempotent."""
-        if self._ready is None:
-            self._ready = ready = Event()
-            try:
-                Thread(target=self._prepare, args=(ready,), name="unpack", daemon=True).start()
-            except RuntimeError:  # a limit of threads: ``take`` does it
-                self._ready = None
+        with self._lock:
+            if self._attempt is None and not self._stalled:
+                attempt = _Attempt(self.kernel, self._latest)
+                with suppress(RuntimeError):  # a limit of threads: nothing is taken
+                    attempt.thread.start()
+                    self._attempt = self._latest = attempt
 
     def take(self) -> memoryview | None:
-        """Return the decompressed payload; None if it cannot be decompressed here. It is not kept in this object."""
-        if self._ready is None:
-            self._prepare(Event())
-        else:
-            self._ready.wait()
-        content, self._content, self._ready = self._content, None, None
+        """Return the decompressed payload; None if it cannot be decompressed here. It is not kept in this object.
+
+        None as well once nothing has come from the cache or the decompressor for ten seconds: of a file system that
+        stalls nothing is wanted after that.
+        """
+        self.begin()
+        with self._lock:
+            attempt, self._attempt = self._attempt, None
+        if attempt is None:
+            return None
+        content = attempt.wait()
+        with self._lock:
+            self._stalled |= attempt.stalled
+        self.note = attempt.note
         return content
 
-    def _prepare(self, ready: Event) -> None:
-        """Prepare the payload, and set ``ready`` before it is written to the cache."""
+
+class _Attempt:
+    """One preparation, in a thread of its own.
+
+    Synchronization: ``wait`` from one thread.
+    """
+
+    def __init__(self, kernel: Compressed, before: _Attempt | None) -> None:
+        self._kernel = kernel
+        self._first = before is None
+        self._before: Thread | None = before.thread if before is not None else None
+        self._ready = Event()
+        self._steps = 0
+        self._content: memoryview | None = None
+        self.stalled = False
+        self.note = ""
+        self.thread: Thread = Thread(target=self._prepare, name="unpack", daemon=True)
+
+    def wait(self) -> memoryview | None:
+        """Return what was prepared; None as well if it makes no progress, and then nothing of it stays."""
+        steps = -1
+        while not self._ready.wait(_PATIENCE):
+            if steps == self._steps:
+                self.stalled = True
+                self.note = f"not decompressed on this host: no progress in {_PATIENCE:g} seconds"
+                break
+            steps = self._steps
+        content, self._content = self._content, None
+        return None if self.stalled else content
+
+    def _step(self) -> None:
+        self._steps += 1
+
+    def _prepare(self) -> None:
+        """Prepare the payload, and say so before it is written to the cache."""
         new: memoryview | None = None
         name = ""
         try:
+            if self._before is not None:
+                self._before.join()  # it may be writing what is to be read
+                self._before = None
             data = self._kernel.compressed()
             name = _name(data)
-            self._content = _KEPT.read(name)
-            if self._content is None:
-                self._content = new = decompress(data, self._kernel.init_size)
+            self._content = _KEPT.read(name, self._step)
+            if self._content is None and self._first:
+                self._content = new = decompress(data, min(self._kernel.init_size, _KEPT.most_bytes), self._step)
+                if obstacle := _KEPT.obstacle():
+                    self.note = f"not kept in the cache: {obstacle}"
+            elif self._content is None:
+                self.note = "not in the cache"
         except Exception as error:  # of any of the decompressors: the kernel decompresses itself then
-            log.debug("%s is not decompressed: %s", self._kernel.path, error or type(error).__name__)
+            self.note = f"not decompressed on this host: {error or type(error).__name__}"
+            log.debug("%s is %s", self._kernel.path, self.note)
         finally:
-            ready.set()
+            self._ready.set()
+        if self.stalled:
+            self._content = None
         if new is not None:
             _KEPT.keep(name, new)
 
 
 def _name(data: memoryview) -> str:
-    """Return a name for the payload: two checksums of all of it, and its size."""
-    import zlib
+    """Return a name for the payload: nobody can make another one of the same name."""
+    try:
+        from _blake2 import blake2b  # ``hashlib`` loads OpenSSL, which takes ten times as long as hashing 5 MB
+    except ImportError:  # CPython may be built without its own
+        from hashlib import blake2b
 
-    return f"{zlib.crc32(data):08x}{zlib.adler32(data):08x}-{len(data):x}"
+    return blake2b(data, digest_size=32).hexdigest()
 
 
-def decompress(data: memoryview, most: int) -> memoryview:
+def decompress(data: memoryview, most: int, step: Callable[[], None] = lambda: None) -> memoryview:
     """Decompress a payload (gzip, bzip2, LZMA, XZ, Zstandard) to at most ``most`` bytes.
 
+    ``step`` is called after each MiB, or less.
     Raises ``ValueError``, and what its decompressor raises for a broken one.
     """
-    import mmap
-
     size = int.from_bytes(data[-4:], "little")
     if not 0 < size <= most:
         raise ValueError(f"{size} bytes when decompressed, of at most {most}")
-    # Not a bytearray: memory of malloc may stay with the process.
-    content = memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    content = private_memory(size)
     at = 0
     for piece in _pieces(data):
         if at + len(piece) > size:
             raise ValueError("more bytes than it says")
         content[at : at + len(piece)] = piece
         at += len(piece)
+        step()
     if at != size:
         raise ValueError(f"{at} of {size} bytes")
     return content

@@ -137,10 +137,14 @@ class Execution:
 
         ``ecam_alone``: the guest reaches configuration space by ECAM (``CONFIG_PCI_MMCONFIG``) and not by ports. That
         takes fewer exits. ``serial_ports``: how many the guest is told of, from COM1 on. ``unpacking``: of
-        this kernel, which then does not decompress itself where that is possible. ``reset()`` loads all again.
+        this kernel, which then does not decompress itself where that is possible. ``reset()`` loads all again, and
+        the kernel decompresses itself if the cache no longer has the result.
 
-        Raises ``BadKernel``, ``LayoutError``, ``NotEnoughMemory``, ``OSError``.
+        Raises ``BadKernel``, ``LayoutError``, ``NotEnoughMemory``, ``OSError``; ``ValueError`` for the ``unpacking``
+        of another kernel.
         """
+        if unpacking is not None and unpacking.kernel is not kernel:
+            raise ValueError(f"the decompression of {unpacking.kernel.path}, and not of {kernel.path}")
         tables, e820 = acpi.build_tables(self.layout, self.cpus, serial_ports), e820_map(self.layout)
         unpacked = unpacking.take() if unpacking is not None else None
         loaded = load_linux(self.memory, kernel, initrd=initrd, cmdline=cmdline, e820=e820, unpacked=unpacked)

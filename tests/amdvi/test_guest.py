@@ -134,7 +134,8 @@ def test_a_guest_on_the_huge_pages_that_are_free(nvme: str) -> None:
     chosen = f"1 GiB pages: 96 MiB is not a multiple; 2 MiB pages: {2 * free} MiB free, 96 MiB wanted"
     assert f"kvmpass: backing hugetlb-2M: {chosen}" in result.stderr.decode()
     assert b"96 MiB, hugetlb-2M, read-write" in result.stderr
-    assert b"kvmpass: kernel loaded as a " in result.stderr
+    if os.environ.get("KVMPASS_LAB"):  # elsewhere the kernel may be compressed in a way that Python does not know
+        assert b"kvmpass: kernel loaded as a vmlinux" in result.stderr
     assert result.stdout.split()[0].decode() == hashlib.sha256(head(nvme)).hexdigest()
 
 
@@ -327,7 +328,7 @@ def test_every_cpu_has_the_mtrrs_of_firmware(kvmpass_guest: Session) -> None:
     ids=["poweroff", "reboot", "panic", "triple-fault"],
 )
 def test_each_outcome_is_recognized(command: str, append: str, outcome: GuestOutcome, tmp_path: Path) -> None:
-    """In guests whose kernel was decompressed here, by itself, or never was compressed."""
+    """In guests whose kernel was decompressed here, decompresses itself, or never was compressed."""
     kernel = None
     if outcome is GuestOutcome.TRIPLE_FAULT and (content := Unpacking(KernelImage.from_file(host_kernel())).take()):
         kernel = tmp_path / "vmlinux"

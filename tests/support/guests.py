@@ -36,7 +36,7 @@ def boot(
     kernel: Path | None = None,
     decompressed: bool = True,
 ) -> tuple[GuestResult, bytes]:
-    """A guest from the library, in this process; its kernel ``decompressed`` here, or by itself."""
+    """A guest from the library, in this process; its kernel ``decompressed`` here, or else in the guest."""
     output = bytearray()
     image = prepare(GuestSpec(command=command, append=append, copy=copy, kernel=kernel), [])
     if not decompressed:

@@ -8,8 +8,10 @@ import lzma
 import os
 import struct
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -21,6 +23,7 @@ from kvmpass.boot.linux import ENTRY_64, KernelImage, Loaded, load_linux
 from kvmpass.boot.unpacking import Unpacking, decompress
 from kvmpass.errors import NotEnoughMemory
 from kvmpass.layout import MIB, Range
+from kvmpass.machine.execution import Execution
 
 KERNEL = vmlinux() + bytes(range(256)) * 20_000  # 5 MB: several pieces
 X86_XZ = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "dict_size": 32 * MIB}]
@@ -55,9 +58,9 @@ def decompressed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows with each decompression."""
     calls: list[int] = []
 
-    def counted(data: memoryview, most: int) -> memoryview:
+    def counted(data: memoryview, most: int, step: Callable[[], None]) -> memoryview:
         calls.append(len(data))
-        return decompress(data, most)
+        return decompress(data, most, step)
 
     monkeypatch.setattr(unpacking, "decompress", counted)
     return calls
@@ -126,7 +129,7 @@ def test_in_a_thread(cache: Path, decompressed: list[int], monkeypatch: pytest.M
     run = Unpacking(KernelImage.parse(bzimage_of(xz())))
     run.begin()
     run.begin()
-    assert run.take() == KERNEL and not cache.exists()
+    assert run.take() == KERNEL and not list(cache.iterdir())
     may_keep.set()
     for thread in threading.enumerate():
         if thread.name == "unpack":
@@ -137,8 +140,73 @@ def test_in_a_thread(cache: Path, decompressed: list[int], monkeypatch: pytest.M
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    run.begin()
-    assert run.take() == KERNEL and len(decompressed) == 1
+    assert Unpacking(KernelImage.parse(bzimage_of(xz()))).take() is None and len(decompressed) == 1
+
+
+def test_a_reboot_neither_decompresses_nor_writes(cache: Path, decompressed: list[int]) -> None:
+    run = Unpacking(KernelImage.parse(bzimage_of(xz())))
+    assert run.take() == KERNEL and not run.note
+    assert run.take() == KERNEL
+    [file] = cache.iterdir()
+    with file.open("r+b") as written:
+        written.truncate(1000)
+    assert run.take() is None and run.note == "not in the cache"
+    file.unlink()
+    assert run.take() is None
+    assert len(decompressed) == 1 and not list(cache.iterdir())
+    file.parent.chmod(0o770)
+    again = Unpacking(KernelImage.parse(bzimage_of(xz())))
+    assert again.take() == KERNEL and again.note == "not kept in the cache: another user can write it"
+
+
+@pytest.mark.parametrize("step", ["read", "keep"])
+def test_a_cache_that_stalls(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """It holds up nothing for long, and after that nothing at all: no further thread waits for it."""
+    may_go_on = threading.Event()
+
+    def stalls(*arguments: object) -> None:
+        may_go_on.wait(30)
+
+    monkeypatch.setattr(unpacking, "_PATIENCE", 0.1)
+    monkeypatch.setattr(unpacking.KeptFiles, step, stalls)
+    run = Unpacking(KernelImage.parse(bzimage_of(xz())))
+    assert (run.take() is None) == (step == "read")
+    for _ in range(5):
+        assert run.take() is None
+    assert run.note == "not decompressed on this host: no progress in 0.1 seconds"
+    waiting = [thread for thread in threading.enumerate() if thread.name == "unpack"]
+    assert len(waiting) == (1 if step == "read" else 2)
+    may_go_on.set()
+    for thread in waiting:
+        thread.join(10)
+
+
+def test_who_is_slow_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(data: memoryview, most: int, step: Callable[[], None]) -> memoryview:
+        for _ in range(10):
+            threading.Event().wait(0.1)
+            step()
+        return decompress(data, most)
+
+    monkeypatch.setattr(unpacking, "_PATIENCE", 0.4)
+    monkeypatch.setattr(unpacking, "decompress", slow)
+    assert Unpacking(KernelImage.parse(bzimage_of(xz()))).take() == KERNEL
+
+
+def test_the_host_bounds_what_a_kernel_file_may_take() -> None:
+    """Its ``init_size`` is its own word."""
+    data = xz()[:-4] + struct.pack("<I", 257 * MIB)
+    kernel = KernelImage.parse(bzimage_of(data, init_size=(0x260, "<I", 0xFFFF_F000)))
+    run = Unpacking(kernel)
+    assert run.take() is None
+    assert run.note.endswith(f"{257 * MIB} bytes when decompressed, of at most {256 * MIB}")
+
+
+def test_payloads_with_equal_checksums(decompressed: list[int]) -> None:
+    """The name in the cache is one that nobody can find another payload for."""
+    names = {unpacking._name(memoryview(data)) for data in (b"plumless", b"buckeroo")}
+    assert zlib.crc32(b"plumless") == zlib.crc32(b"buckeroo")
+    assert len(names) == 2 and all(len(name) == 64 for name in names)
 
 
 class Memory:
@@ -186,3 +254,10 @@ def test_loading_one_way_or_the_other() -> None:
         memory, loaded = load(kernel, content, *ram)
         assert loaded == Loaded(place + ENTRY_64, False)
         assert memory.writes[place] == kernel.payload
+
+
+def test_a_machine_refuses_the_decompression_of_another_kernel() -> None:
+    kernel, other = (KernelImage.parse(bzimage_of(xz()), name) for name in ("one", "other"))
+    nobody: Any = None  # it is refused before anything is done
+    with pytest.raises(ValueError, match="the decompression of other, and not of one"):
+        Execution.load_linux(nobody, kernel, None, "", unpacking=Unpacking(other))
