@@ -193,7 +193,7 @@ def assigned(
             with importing():
                 from kvmpass.guest import prepare
 
-            image = prepare(spec, [device.modalias for device in devices])
+            image = prepare(spec, [device.modalias for device in devices], machine.memory.ram_size)
             on_image(image)
             mark("kernel and initramfs")
             for line in image.warnings:

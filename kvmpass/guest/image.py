@@ -61,7 +61,7 @@ class GuestImage:
     def on_serial_ports(self) -> GuestImage:
         """Return it for a machine without a virtio console, such as QEMU's: it uses COM1 to COM4."""
         cmdline = self.cmdline.replace(uarts(self.serial_ports), uarts(len(SERIAL_LINES)))
-        return replace(self, ports=(), cmdline=cmdline, serial_ports=len(SERIAL_LINES))
+        return replace(self, ports=(), cmdline=cmdline, serial_ports=len(SERIAL_LINES), unpacking=None)
 
     def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
         """Return the backing for the memory of a machine that it is loaded into, ``wanted`` where it may choose."""
@@ -105,8 +105,12 @@ def _sources(copy_out: Sequence[str]) -> list[str]:
     return [Destination.parse(text).source for text in copy_out]
 
 
-def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
-    """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``."""
+def prepare(spec: GuestSpec, modaliases: Sequence[str], memory: int = 0) -> GuestImage:
+    """Read the kernel and make or read the initramfs. Raises ``BadKernel``, ``KvmpassError`` or ``OSError``.
+
+    ``memory``: bytes of RAM of the machine that will load it. If the kernel fits into them, its decompression
+    begins now, in a thread; else when it is loaded.
+    """
     spec.check()
     served: tuple[Directory, ...] = ()
     if spec.root != MINIMAL or spec.shares:
@@ -115,8 +119,9 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str]) -> GuestImage:
         served = directories(spec.root, spec.shares)
     brought_out = _sources(spec.copy_out)
     kernel = find_kernel(spec.kernel)
-    unpacking = Unpacking(kernel.image)
-    unpacking.begin()
+    unpacking = Unpacking(kernel.image) if kernel.image.vmlinux is None else None
+    if unpacking is not None and kernel.image.preferred + kernel.image.init_size <= memory:
+        unpacking.begin()
     append = parameters.words(spec.append)
     with_agent = spec.command is not None or spec.session
     unpacked, warnings, entry = 0, tuple[str, ...](), None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.kernel_files import bzimage
+from support.kernel_files import bzimage, vmlinux
 
+from kvmpass.boot.unpacking import Unpacking
 from kvmpass.errors import BadKernel, KvmpassError
 from kvmpass.guest import GuestSpec, prepare
+from kvmpass.layout import MIB
 
 
 @pytest.mark.parametrize(
@@ -48,3 +50,22 @@ def test_a_kernel_without_a_port_for_the_agent_beside_an_init(tmp_path: Path, te
         return
     with pytest.raises(BadKernel, match=f"^kernel 6.12.1-test lacks {lacking}, which the agent"):
         prepare(spec, ())
+
+
+def test_a_kernel_is_decompressed_early_for_a_machine_that_it_fits_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a file that asks for more than the guest has, nor for a machine of another VMM."""
+    begun: list[Unpacking] = []
+    monkeypatch.setattr(Unpacking, "begin", lambda run: begun.append(run))
+    (tmp_path / "bzImage").write_bytes(bzimage())
+    (tmp_path / "own").write_bytes(b"own")
+    spec = GuestSpec(kernel=tmp_path / "bzImage", initrd=tmp_path / "own")
+    image = prepare(spec, ())
+    end = image.kernel.preferred + image.kernel.init_size
+    prepare(spec, (), end - 1)
+    assert not begun and image.unpacking is not None
+    assert image.on_serial_ports().unpacking is None
+    assert [prepare(spec, (), end).unpacking] == begun
+    (tmp_path / "bzImage").write_bytes(vmlinux((16 * MIB, b"Linux version 6.12.1 (me) #1\n", 4096)))
+    assert prepare(spec, (), end).unpacking is None
