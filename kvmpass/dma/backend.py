@@ -59,26 +59,30 @@ class Mapper(KvmVfio, Protocol):
         """
 
 
+Open = Callable[[], Callable[[], Device]]
+"""Opens a device; returns the call that completes its attachment and returns it. See ``Backend.attaching``."""
+
+
 class Backend(Protocol):
     """One translation for all devices of a VM.
 
     Synchronization: ``map``, ``unmap``, ``unmap_rest`` and ``ranges`` are called from any thread with the memory's
-    lock held, while memory is mapped; the others from one thread at a time, without that lock. The calls that open
-    devices are made from several threads, while the thread of their blocks waits for them.
+    lock held, while memory is mapped; the others from one thread at a time, without that lock. ``Open`` is called
+    from several threads, while the thread of their blocks waits for them.
     """
 
     @property
     def active(self) -> bool:
         """Whether mappings can exist."""
 
-    def attaching(
-        self, name: str, group: int, vf_token: uuid.UUID | None = None
-    ) -> AbstractContextManager[Callable[[], Device]]:
+    def attaching(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> AbstractContextManager[Open]:
         """Attach a device to the translation: ``name`` is its PCI address, ``group`` its IOMMU group.
 
         The block makes the one call that it is given, which opens the device: this takes most of the time, for the
-        kernel resets the device. Blocks of several devices can be nested, and their calls be made at the same time in
-        several threads. If the innermost block raises, nothing has changed.
+        kernel resets the device. Then it makes the call that this one returns, which completes the attachment and
+        returns the device. Blocks of several devices can be nested, and the first of these calls be made at the same
+        time in several threads; the second are made in one thread, in the order of the blocks, so that each maps or
+        is refused as if the devices had been attached one by one. If the innermost block raises, nothing has changed.
 
         ``vf_token``: see ``Group.get_device_fd``. The file is registered with KVM before VFIO looks for a VM, which
         it does when the device is opened (type 1) or bound (IOAS). Block or call raise ``GroupNotViable`` where the

@@ -124,7 +124,8 @@ class Domain:
             with ExitStack() as stack:
                 entered = (self.backend.attaching(name, group, vf_tokens.get(name)) for name, group in groups.items())
                 calls = [stack.enter_context(attaching) for attaching in entered]
-                devices = [call() for call in calls] if vf_tokens else run_together(*calls)
+                completing = [call() for call in calls] if vf_tokens else run_together(*calls)
+                devices = [complete() for complete in completing]
             self._devices += devices
         return devices
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from kvmpass._teardown import run_all, undo_on_error
-from kvmpass.dma.backend import Mapper
+from kvmpass.dma.backend import Mapper, Open
 from kvmpass.iommufd import Iommufd
 from kvmpass.layout import Range
 from kvmpass.memory import MemoryRegion
@@ -49,14 +49,17 @@ class IommufdBackend:
         return self._iommufd is not None
 
     @contextmanager
-    def attaching(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Iterator[Callable[[], Device]]:
+    def attaching(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Iterator[Open]:
         """See ``Backend``. Only the first device maps memory."""
 
-        def open_device() -> Device:
+        def open_device() -> Callable[[], Device]:
             device.bind(self.iommufd.fd, vf_token)
-            undo.callback(device.detach)
+            return attach
+
+        def attach() -> Device:
             if self._mapper.p2p:
                 device.check_p2p()
+            undo.callback(device.detach)
             device.attach(self._ioas)
             self._mapper.map_all()
             return device

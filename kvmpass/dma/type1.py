@@ -21,7 +21,7 @@ from kvmpass.memory import MemoryRegion
 from kvmpass.vfio import Container, DependentDevice, Device, Group
 
 if TYPE_CHECKING:
-    from kvmpass.dma.backend import Mapper
+    from kvmpass.dma.backend import Mapper, Open
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Type1:
         return bool(self._groups)
 
     @contextmanager
-    def attaching(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Iterator[Callable[[], Device]]:
+    def attaching(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Iterator[Open]:
         """See ``Backend``. A group joins with its first device; only the first group maps memory."""
         opened: list[Device] = []
         with undo_on_error() as undo:
@@ -70,9 +70,9 @@ class Type1:
                 self._mapper.map_all()
                 self._mapper.file_add(joined.group.fd)
 
-            def open_device() -> Device:
+            def open_device() -> Callable[[], Device]:
                 opened.append(joined.group.get_device_fd(name, vf_token))
-                return opened[0]
+                return lambda: opened[0]
 
             joined.attaching += 1
             try:

@@ -50,7 +50,7 @@ class Space:
         self.mode = mode
         self.backend = mode.backend(NoMemory())
         with self.backend.attaching(name, group) as open_device:
-            self.device: Device = open_device()
+            self.device: Device = open_device()()
 
     def map(self, iova: int, hva: int, size: int) -> None:
         if isinstance(self.backend, IommufdBackend):

@@ -41,7 +41,7 @@ class StrictIommu:
     @contextmanager
     def attaching(self, name: str, group: int, vf_token: uuid.UUID | None = None) -> Iterator[Any]:
         self._mapper.map_all()
-        yield lambda: self._devices[name]
+        yield lambda: lambda: self._devices[name]
 
     def detach(self, device: Any) -> None:
         self._check_silence(device)

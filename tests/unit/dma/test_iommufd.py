@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 from support.dma_stage import DISK, NIC, SOUND, Stage
 from support.fake_ioas import FakeCdev
@@ -14,6 +17,7 @@ from kvmpass.vfio.device import DependentDevice
 
 JOINS = ["file_add", "bind", "attach"]
 LEAVES = ["detach", "file_del", "device.close"]
+GROUPS = {NIC: 1, SOUND: 1, DISK: 2}
 ENDS = ["unmap", "unmap", "unmap_all", "destroy", "iommufd.close"]
 
 
@@ -32,6 +36,37 @@ def test_the_order_in_which_the_kernel_wants_it(ioas: Stage) -> None:
     ioas.kernel.log.clear()
     ioas.domain.detach(other)
     assert ioas.kernel.log == LEAVES + ENDS
+    ioas.check()
+
+
+def test_devices_are_attached_and_mapped_in_order(ioas: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is bound first: else it would be chance which refusal the user reads."""
+    bound = [threading.Event() for _ in GROUPS]
+    bind = FakeCdev.bind
+
+    def backwards(device: FakeCdev, *arguments: Any) -> int:
+        number = [*GROUPS].index(device.name)
+        if number + 1 < len(GROUPS):
+            assert bound[number + 1].wait(10)
+        try:
+            return bind(device, *arguments)
+        finally:
+            bound[number].set()
+
+    attached = []
+    attach = FakeCdev.attach
+
+    def note(device: FakeCdev, space: int) -> None:
+        attached.append(device.name)
+        attach(device, space)
+
+    monkeypatch.setattr(FakeCdev, "bind", backwards)
+    monkeypatch.setattr(FakeCdev, "attach", note)
+    ioas.domain.attach_all(GROUPS, {})
+    assert attached == [*GROUPS]
+    start = ioas.kernel.log.index("attach")
+    assert ioas.kernel.log[start:] == ["attach", "map", "map", "attach", "attach"]
+    assert ioas.kernel.log[:start].count("bind") == len(GROUPS)
     ioas.check()
 
 
