@@ -2,19 +2,16 @@
 
 # Not signal, which imports enum: that takes some milliseconds, in which Ctrl-C would print a traceback.
 import _signal  # type: ignore[import-not-found]
-import gc
 import os
 import sys
 
-_OBJECTS_BETWEEN_COLLECTIONS = 50_000
+from kvmpass._garbage import collect_rarely
 
 
 def main() -> None:
     """Run the command line and exit; a signal before that or after it exits at once."""
     _exit_at_signals()
-    # Imports make 40 000 objects, and nearly all stay: by default they are searched for garbage over and over. From
-    # here on garbage can be as many objects as this, a few MiB, before it is collected.
-    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    collect_rarely()  # a command that runs a guest ends this; others are short, or make little garbage
     from kvmpass.cli.main import main as run
 
     try:

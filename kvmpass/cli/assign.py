@@ -229,6 +229,7 @@ def _run_to_its_end(
                 if measured:
                     measured.machine = machine
                 # Before the guest can use up descriptors, or an upgrade replace the files.
+                from kvmpass._garbage import collect_as_usual
                 from kvmpass.cli import ending
                 from kvmpass.cli.documents import backend_document, peers_document
 
@@ -241,6 +242,7 @@ def _run_to_its_end(
                 outcome["backend"] = backend_document(machine.backend)
                 outcome["bdfs"] = list(bdf) or [str(device.bdf) for device in machine.devices]
                 running = readers.enter_context(_guest(machine, spec, log, mark))
+                collect_as_usual()
                 _follow(machine, running, spec, restart=on_reboot == "restart", timeout=timeout)
                 outcome["peer_mappings"] = peers_document(machine.domain)
                 outcome["guest_exit_status"] = running.status  # valid even if rebinding a device fails

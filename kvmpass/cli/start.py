@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from kvmpass._garbage import collect_as_usual
 from kvmpass.cli.console_log import ConsoleLog
 from kvmpass.cli.copied import report
 from kvmpass.cli.ending import exit_status
@@ -93,12 +94,16 @@ def start_guest(
     check_name(name)
 
     def run(ready: Callable[[Path], None]) -> int:
+        def running(directory: Path) -> None:
+            collect_as_usual()
+            ready(directory)
+
         with closing(ConsoleLog(console_log)) as log:
             result = stay(
                 name,
                 devices,
                 spec,
-                ready,
+                running,
                 _answer,
                 log=log.beside(None),
                 reason=error_text,

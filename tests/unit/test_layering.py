@@ -30,6 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "_teardown",
             "_ratelimit",
             "_eventloop",
+            "_garbage",
             "timings",
         }
     ),

@@ -20,6 +20,7 @@ from kvmpass.machine import GuestOutcome
 # A guest that ends with status 0 and one file to copy, after which nothing can be imported; the arguments are the
 # command's.
 ENDED = """
+import gc
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace as Fake
@@ -31,16 +32,18 @@ class Upgrade:
         if self.done:
             raise ImportError(f"{name} is another version's")
 
+usual = gc.get_threshold()
 upgrade = Upgrade()
 sys.meta_path.insert(0, upgrade)
 
 import kvmpass.cli.assign as module
-from kvmpass.cli.main import main
+from kvmpass.__main__ import main
 from kvmpass.guest import CopiedOut, GuestResult
 from kvmpass.machine import GuestOutcome
 
 @contextmanager
 def assigned(*arguments, **options):
+    assert gc.get_threshold()[0] > usual[0]
     yield Fake(backend=None, devices=(), domain=Fake(p2p=False), exit_reasons={}, access_counts={})
 
 @contextmanager
@@ -49,10 +52,12 @@ def guest(*arguments):
     yield Fake(status=0, result=lambda: GuestResult(GuestOutcome.POWEROFF, 0, (), "", (copied,)))
 
 def follow(*arguments, **options):
+    assert gc.get_threshold() == usual, "garbage of a guest that runs for days is not collected"
     upgrade.done = True
 
 module.assigned, module._guest, module._follow = assigned, guest, follow
-main(["assign", *sys.argv[1:], "ffff:ff:1f.7", "--", "true"])
+sys.argv[1:] = ["assign", *sys.argv[1:], "ffff:ff:1f.7", "--", "true"]
+main()
 """
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import socket
+from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from kvmpass._garbage import collect_as_usual, collect_rarely
+from kvmpass.cli import start
 from kvmpass.cli.start import _answer
-from kvmpass.guest import CopiedOut, GuestResult
+from kvmpass.guest import CopiedOut, GuestResult, GuestSpec
 from kvmpass.machine import GuestOutcome
 from kvmpass.session import messages
 
@@ -54,3 +60,31 @@ def test_whatever_a_guest_makes_warnings_of_the_answer_can_be_sent(letter: str) 
     with ours, theirs:
         messages.send(ours, answer)
         assert messages.receive(theirs) == (answer, [])
+
+
+@pytest.mark.parametrize("command", [True, False])
+def test_garbage_is_collected_as_usual_once_the_guest_runs(command: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the command; a program that uses this package keeps what it has set."""
+    usual, frozen, kept = gc.get_threshold(), gc.get_freeze_count(), GuestSpec(session=True)
+    found: list[Any] = []
+
+    def stay(*arguments: Any, **options: Any) -> GuestResult:
+        found.append(gc.get_threshold())
+        arguments[3](Path("/directory"))
+        found.append(gc.get_threshold())
+        return result()
+
+    monkeypatch.setattr(start, "guest_spec", lambda *arguments, **options: kept)
+    monkeypatch.setattr(start, "stay", stay)
+    monkeypatch.setattr(start, "in_background", lambda run: run(lambda directory: found.append(directory)))
+    try:
+        gc.set_threshold(123, 4, 5)
+        if command:
+            collect_rarely()
+        assert CliRunner().invoke(start.start, ["--name", "one"], obj=None).exit_code == 0
+        assert found == [(50_000 if command else 123, 4, 5), Path("/directory"), (123, 4, 5)]
+        assert (gc.get_freeze_count() > frozen) == command
+    finally:
+        collect_as_usual()
+        gc.unfreeze()
+        gc.set_threshold(*usual)
