@@ -41,6 +41,11 @@ guest_options = together(
         help="An initramfs to use instead of the generated one. A guest that stays has the agent beside its init.",
     ),
     click.option("--append", default="", help="Append to the guest kernel's command line."),
+    click.option(
+        "--kaslr",
+        is_flag=True,
+        help="Let the kernel decompress itself and choose a random address (KASLR); it boots more slowly.",
+    ),
     files_option,
     click.option(
         "--copy",

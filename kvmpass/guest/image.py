@@ -119,7 +119,12 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str], memory: int = 0) -> Gues
         served = directories(spec.root, spec.shares)
     brought_out = _sources(spec.copy_out)
     kernel = find_kernel(spec.kernel)
-    unpacking = Unpacking(kernel.image) if kernel.image.vmlinux is None else None
+    if spec.kaslr and kernel.image.vmlinux is not None:
+        raise BadKernel(
+            f"{kernel.image.path}: a vmlinux starts where it was linked to, without KASLR",
+            "name its bzImage with --kernel, or leave --kaslr out",
+        )
+    unpacking = None if spec.kaslr or kernel.image.vmlinux is not None else Unpacking(kernel.image)
     if unpacking is not None and kernel.image.preferred + kernel.image.init_size <= memory:
         unpacking.begin()
     append = parameters.words(spec.append)

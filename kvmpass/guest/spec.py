@@ -50,6 +50,8 @@ class GuestSpec:
     """``TERM`` of the command, or of the shell on the console."""
     terminal_size: tuple[int, int] = (24, 80)
     """Rows and columns of the terminal."""
+    kaslr: bool = False
+    """Whether a bzImage decompresses itself, to a random address if the kernel has KASLR; it boots more slowly."""
 
     def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
         """Return the backing for the memory of its machine, ``wanted`` where it may choose: see ``GuestImage``."""

@@ -99,6 +99,7 @@ def start(
     on_event: Callable[[DeviceEvent], None] | None = None,
     on_console: Sink | None = None,
     boot_timeout: float = BOOT_SECONDS,
+    kaslr: bool = False,
 ) -> Session:
     """Boot a Linux guest with ``devices`` assigned, and return it once it runs commands.
 
@@ -117,6 +118,7 @@ def start(
         kernel=Path(kernel) if kernel is not None else None,
         initrd=Path(initrd) if initrd is not None else None,
         append=append,
+        kaslr=kaslr,
         root=root,
         shares=tuple(shares),
         copy=tuple(copies),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from kvmpass._dataclass import replace
 from kvmpass.guest import Guest, GuestResult, GuestSpec, prepare
 from kvmpass.machine import Machine
 
@@ -38,9 +37,7 @@ def boot(
 ) -> tuple[GuestResult, bytes]:
     """A guest from the library, in this process; its kernel ``decompressed`` here, or else in the guest."""
     output = bytearray()
-    image = prepare(GuestSpec(command=command, append=append, copy=copy, kernel=kernel), [])
-    if not decompressed:
-        image = replace(image, unpacking=None)
+    image = prepare(GuestSpec(command=command, append=append, copy=copy, kernel=kernel, kaslr=not decompressed), [])
     with (
         Machine(memory="192M", cpus=cpus) as machine,
         Guest(machine, console=None, output=output.extend, errors=output.extend) as guest,

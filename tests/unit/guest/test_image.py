@@ -69,3 +69,15 @@ def test_a_kernel_is_decompressed_early_for_a_machine_that_it_fits_into(
     assert [prepare(spec, (), end).unpacking] == begun
     (tmp_path / "bzImage").write_bytes(vmlinux((16 * MIB, b"Linux version 6.12.1 (me) #1\n", 4096)))
     assert prepare(spec, (), end).unpacking is None
+
+
+def test_a_kernel_with_kaslr_decompresses_itself(tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(bzimage())
+    (tmp_path / "own").write_bytes(b"own")
+    spec = GuestSpec(kernel=kernel, initrd=tmp_path / "own", kaslr=True)
+    assert prepare(spec, (), 1 << 40).unpacking is None
+    kernel.write_bytes(vmlinux((16 * MIB, b"Linux version 6.12.1 (me) #1\n", 4096)))
+    with pytest.raises(BadKernel, match="a vmlinux starts where it was linked to, without KASLR") as refused:
+        prepare(spec, ())
+    assert "leave --kaslr out" in refused.value.__notes__[0]
