@@ -11,7 +11,7 @@ it does so without notice (iommufd): a device is closed only after its BARs are 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
@@ -114,18 +114,30 @@ class Domain:
     def attach_all(self, groups: Mapping[str, int], vf_tokens: Mapping[str, uuid.UUID]) -> list[Device]:
         """Attach several devices, all or none: by their PCI addresses, with their groups; see ``attach``.
 
-        They are opened, and thereby reset, at the same time; with VF tokens in their order, since opening a physical
-        function sets the token of its virtual functions.
+        They are opened, and thereby reset, at the same time; those with VF tokens one after the other, in their
+        order, since opening a physical function sets the token of its virtual functions. Raises ``ValueError`` for
+        the token of another device.
         """
+        for name in vf_tokens:
+            if name not in groups:
+                raise ValueError(f"a VF token of {name}, which is not among the devices")
         for name in groups:
             if any(device.name == name for device in self._devices):
                 raise DeviceInUse(f"{name} is in this domain already")
         with self._until_inactive():
             with ExitStack() as stack:
                 entered = (self.backend.attaching(name, group, vf_tokens.get(name)) for name, group in groups.items())
-                calls = [stack.enter_context(attaching) for attaching in entered]
-                completing = [call() for call in calls] if vf_tokens else run_together(*calls)
-                devices = [complete() for complete in completing]
+                calls = dict(zip(groups, (stack.enter_context(attaching) for attaching in entered), strict=True))
+                completing: dict[str, Callable[[], Device]] = {}
+
+                def open_in_order(names: list[str]) -> None:
+                    for name in names:
+                        completing[name] = calls[name]()
+
+                in_order = [name for name in groups if name in vf_tokens]
+                batches = [[name] for name in groups if name not in vf_tokens] + ([in_order] if in_order else [])
+                run_together(*(partial(open_in_order, batch) for batch in batches))
+                devices = [completing[name]() for name in groups]
             self._devices += devices
         return devices
 

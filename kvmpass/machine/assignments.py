@@ -118,8 +118,8 @@ class Assignments(Remotes):
         """Assign several devices, all or none, in this order; otherwise as ``assign``.
 
         A running guest is notified once all are plugged in.
-        They are opened at the same time, so that their resets take as long as that of one; with VF tokens one after
-        the other. ``fds`` and ``vf_tokens`` are by address.
+        They are opened at the same time, so that their resets take as long as that of one; those with VF
+        tokens one after the other. ``fds`` and ``vf_tokens`` are by address.
         """
         self._check_usable()
         wanted = parse_distinct(bdfs)

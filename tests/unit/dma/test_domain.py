@@ -6,7 +6,8 @@ import errno
 import itertools
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from support.dma_stage import DISK, NIC, SOUND, Stage
 from support.fake_vfio import FakeKvmVfio, Refused
 
 from kvmpass.dma import DmaMapping, Domain
+from kvmpass.dma.backend import Open
 from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
 from kvmpass.layout import GIB, MIB, PAGE, Range
 from kvmpass.memory import HostMapping
+from kvmpass.vfio import Device
 from kvmpass.vfio.device import DependentDevice
 
 # --- attach
@@ -129,20 +132,39 @@ def test_devices_are_opened_at_the_same_time(stage: Stage, monkeypatch: pytest.M
         stage.domain.attach(SOUND, 1)
 
 
-def test_devices_with_a_token_are_opened_in_order(stage: Stage) -> None:
-    """A physical function sets the token that its virtual functions need."""
+@pytest.mark.parametrize("order", list(itertools.permutations(ALL)))
+def test_devices_with_a_token_are_opened_in_order(stage: Stage, order: tuple[str, ...]) -> None:
+    """A physical function sets the token that its virtual functions need. Others are opened meanwhile."""
     token = uuid.uuid4()
-    threads = set()
-    call = stage.kernel.call
+    opened: dict[threading.Thread, list[str]] = {}
+    beside = threading.Barrier(2, timeout=10)
+    real = stage.domain.backend.attaching
 
-    def note(what: str, work: Callable[[], object]) -> object:
-        threads.add(threading.current_thread())
-        return call(what, work)
+    @contextmanager
+    def attaching(name: str, group: int, vf_token: uuid.UUID | None = None) -> Iterator[Open]:
+        def call() -> Callable[[], Device]:
+            this = threading.current_thread()
+            if this not in opened:
+                opened[this] = []
+                beside.wait()
+            opened[this].append(name)
+            return open_device()
 
-    stage.kernel.call = note
-    devices: list[Any] = stage.domain.attach_all(ALL, {DISK: token})
-    assert [device.vf_token for device in devices] == [None, None, token]
-    assert threads == {threading.current_thread()}
+        with real(name, group, vf_token) as open_device:
+            yield call
+
+    stage.domain.backend.attaching = attaching  # type: ignore[method-assign]
+    tokens = {name: token for name in order if name != SOUND}
+    devices: list[Any] = stage.domain.attach_all({name: ALL[name] for name in order}, tokens)
+    assert [(device.name, device.vf_token) for device in devices] == [(name, tokens.get(name)) for name in order]
+    assert sorted(opened.values(), key=len) == [[SOUND], [*tokens]]
+    stage.check()
+
+
+def test_a_token_of_another_device_is_refused(stage: Stage) -> None:
+    with pytest.raises(ValueError, match=f"a VF token of {DISK}, which is not among the devices"):
+        stage.domain.attach_all({NIC: 1}, {DISK: uuid.uuid4()})
+    assert stage.kernel.log == []
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
