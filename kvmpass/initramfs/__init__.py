@@ -109,8 +109,6 @@ class GuestRoot:
         self.tree.file("/etc/passwd", _PASSWD)
         self.tree.file("/etc/group", _GROUP)
         self.tree.file("/etc/profile", _PROFILE)
-        self.tree.file(f"{init.DIRECTORY}/agent", init.agent(), 0o755)
-        self.tree.symlink("/init", f"{init.DIRECTORY}/agent")
         self._add_busybox(busybox or find_busybox())
 
     def _add_busybox(self, program: Path) -> None:
@@ -272,6 +270,9 @@ class GuestRoot:
 
         Uncompressed: the guest boots faster, at the price of memory.
         """
+        # Last, so that no copied file replaces them.
+        self.tree.file(f"{init.DIRECTORY}/agent", init.agent(), 0o755)
+        self.tree.symlink("/init", f"{init.DIRECTORY}/agent")
         self.tree.file(f"{init.DIRECTORY}/init.sh", init.SCRIPT.read_bytes(), 0o755)
         self.tree.file(f"{init.DIRECTORY}/settings", init.assignments(self._settings))
         self.tree.file(f"{init.DIRECTORY}/load", init.calls(self._loads))

@@ -120,6 +120,20 @@ def test_equal_content_gives_equal_bytes(busybox: Path) -> None:
     assert content["kvmpass/command"][1] == b"exec ls -l\n"
 
 
+def test_no_copied_file_replaces_the_guests_init(busybox: Path, tmp_path: Path) -> None:
+    """Most root file systems that one copies have an /init, or a link to systemd, of their own."""
+    own = tmp_path / "rootfs"
+    (own / "kvmpass").mkdir(parents=True)
+    (own / "init").write_text("another")
+    for name in ("agent", "init.sh", "settings", "load"):
+        (own / "kvmpass" / name).write_text("another")
+    expected = unpack(GuestRoot(busybox).build())
+    root = GuestRoot(busybox)
+    root.copy(f"{own}/.:/")
+    found = unpack(root.build())
+    assert found == expected
+
+
 def test_the_scripts_are_shell_scripts(busybox: Path, tmp_path: Path) -> None:
     root = GuestRoot(busybox)
     root.run_command(["true"])
