@@ -74,6 +74,8 @@ class GuestProcess:
         """Its output, with ``PIPE``."""
         self.stderr: IO[bytes] | None = None
         """Its errors, with ``PIPE``."""
+        # Nothing of these refers back to this object: such a cycle would keep what was captured, up to 256 MiB, until
+        # garbage is collected.
         self._agent, self._died = agent, died
         self._targets: dict[int, Receiver] = {}
         self._sent_to: list[ToDescriptor] = []
@@ -82,7 +84,7 @@ class GuestProcess:
         self._closed = False
         self._lock = threading.Lock()  # of _closed
         self._pump: InputPump | None = None
-        self._writer = OutputWriter(self._output_failed, lambda: False)
+        self._writer = OutputWriter(partial(_fail, self._sent_to), lambda: False)
         input = Input() if tty or (stdin is not None and stdin != subprocess.DEVNULL) else None
         with undo_on_error(self._release):
             self.stdout = self._target(OUTPUT, stdout, captured, 1)
@@ -98,7 +100,7 @@ class GuestProcess:
                     input=input,
                     terminal=((24, 80) if tty is True else tty) or None,
                     errors_in_output=merged,
-                    receive=self._receive,
+                    receive=partial(_receive, self._targets),
                 )
                 with undo_on_error(self._process.kill):
                     self._wait_started(words(args)[0], cwd, timeout)
@@ -151,20 +153,10 @@ class GuestProcess:
         else:
             fd = duplicate(own if target is None else _fileno(target))
             self._fds.append(fd)
-            to = ToDescriptor(self._writer, DescriptorSink(fd, partial(self._write, fd)))
+            to = ToDescriptor(self._writer, DescriptorSink(fd, partial(_write, fd, self._cancel)))
             self._sent_to.append(to)
             self._targets[stream] = to
         return None
-
-    def _receive(self, process: AgentProcess, stream: int, data: Payload) -> None:
-        self._targets[stream](process, stream, data)
-
-    def _write(self, fd: int, data: bytes) -> None:
-        write_to(fd, self._cancel, data)
-
-    def _output_failed(self) -> None:
-        for to in self._sent_to:
-            to.fail()
 
     # --- its end
 
@@ -258,6 +250,19 @@ class GuestProcess:
             if file is not None:
                 file.close()
         self.wait()
+
+
+def _receive(targets: Mapping[int, Receiver], process: AgentProcess, stream: int, data: Payload) -> None:
+    targets[stream](process, stream, data)
+
+
+def _write(fd: int, cancel: Cancel, data: bytes) -> None:
+    write_to(fd, cancel, data)
+
+
+def _fail(sent_to: Sequence[ToDescriptor]) -> None:
+    for to in sent_to:
+        to.fail()
 
 
 def _fileno(target: Target) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import stat
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -228,6 +230,40 @@ def test_too_much_output_ends_a_command(session: Session, monkeypatch: pytest.Mo
     monkeypatch.setattr(streams, "MAX_CAPTURED", 1 << 20)
     with pytest.raises(GuestError, match="has written more than"):
         session.run(["cat", "/dev/zero"])
+
+
+def test_a_process_that_has_ended_keeps_nothing(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference cycle would keep what was captured until garbage is collected."""
+    kept: list[weakref.ref[object]] = []
+
+    class Capture(streams.Capture):
+        def __init__(self) -> None:
+            super().__init__()
+            kept.append(weakref.ref(self))
+
+    monkeypatch.setattr("kvmpass.session.session.Capture", Capture)
+    words = ["sh", "-c", "echo word; echo word >&2"]
+    gc.disable()
+    try:
+        with (tmp_path / "file").open("wb") as file:
+            assert session.run(words).stdout == b"word\n"
+            processes = [
+                session.popen(words, stdout=file, stderr=file),
+                session.popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT),
+            ]
+            kept += [weakref.ref(process) for process in processes]
+            while processes:
+                with processes.pop() as ended:
+                    pass
+                del ended
+        until = time.monotonic() + 20
+        while any(reference() for reference in kept) and time.monotonic() < until:
+            time.sleep(0.01)  # the agent's thread may still hold the last frame's process
+        assert [reference() for reference in kept] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_all_who_wait_learn_of_the_end(session: Session, local: LocalAgent) -> None:
