@@ -6,11 +6,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import TypeVar
 
 from kvmpass._signals import deferred
-from kvmpass._teardown import run_all
 
 T = TypeVar("T")
 
@@ -21,8 +19,8 @@ def run_together(*calls: Callable[[], T]) -> list[T]:
     """Make all calls at the same time, each but the last in a thread of its own; return their results in order.
 
     It returns, or raises, only once every call has ended: signals are deferred until then, and so is what a handler
-    of another signal raises outside of a call. Raises that first, then the failures in the order of ``calls``: the
-    others become notes of the first. Calls for which there is no thread are made one by one.
+    of another signal raises outside of a call. Raises that, or else the first failure in the order of ``calls``; the
+    other failures, and their notes, become its notes. Calls for which there is no thread are made one by one.
     """
     results: dict[int, T] = {}
     failures: dict[int, BaseException] = {}
@@ -62,9 +60,17 @@ def run_together(*calls: Callable[[], T]) -> list[T]:
             except BaseException as error:
                 if not arrived:  # the first is enough, of a timer that repeats
                     arrived.append(error)
-    run_all(*(partial(_raise, error) for error in (*arrived, *(failures[number] for number in sorted(failures)))))
+    arrived += [failures[number] for number in sorted(failures)]
+    if arrived:
+        raise _with_notes_of(*arrived)
     return [results[number] for number in range(len(calls))]
 
 
-def _raise(error: BaseException) -> None:
-    raise error
+def _with_notes_of(first: BaseException, *others: BaseException) -> BaseException:
+    notes = set(getattr(first, "__notes__", ()))
+    for error in others:
+        own = [note for note in getattr(error, "__notes__", ()) if note not in notes]
+        first.add_note(f"and at the same time: {type(error).__name__}: {error}")
+        first.__notes__ += own  # what to do about it
+        notes.update(own)
+    return first

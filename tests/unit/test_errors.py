@@ -27,6 +27,7 @@ COMMANDS = frozenset({"apt-get", "driverctl", "echo", "kvmpass"})
 # Notes that say what else happened, and the reason that they are no hints.
 CONTEXT = {
     "and afterwards": "further failures of a teardown",
+    "and at the same time": "failures of calls that were made together",
     "as before again": "what was rolled back",
     "while the driver": "what was interrupted",
     "virtiofsd has said": "what a daemon has printed before it ended",

@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from kvmpass._together import run_together
+from kvmpass.errors import HostNotReady
 
 
 def test_the_calls_run_at_the_same_time_and_the_results_are_in_order() -> None:
@@ -41,15 +42,23 @@ def failing(error: BaseException, meanwhile: Callable[[], object] = lambda: None
 
 def test_the_first_failure_is_raised_when_every_call_has_ended() -> None:
     ended = threading.Event()
-    first = OSError("first")
+    first, third = OSError("first"), HostNotReady("third", "load its module")
+    first.add_note("run as root")
+    third.add_note("run as root")
     with pytest.raises(OSError, match="first") as caught:
         run_together(
             ended.set,
             failing(first, lambda: ended.wait(10)),
             failing(KeyboardInterrupt("second")),
+            failing(third),
         )
     assert caught.value is first
-    assert first.__notes__ == ["and afterwards: KeyboardInterrupt: second"]
+    assert first.__notes__ == [
+        "run as root",
+        "and at the same time: KeyboardInterrupt: second",
+        "and at the same time: HostNotReady: third",
+        "load its module",
+    ]
     assert ended.is_set()
 
 
