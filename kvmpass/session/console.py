@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmpass._log import Log
+from kvmpass._teardown import undo_on_error
 from kvmpass.errors import GuestDied, GuestError
 from kvmpass.guest.output import Outlet, OutputWriter, Sink
 from kvmpass.initramfs import init
-from kvmpass.session.directory import CONSOLE, OLDER_CONSOLE
+from kvmpass.session.directory import CONSOLE, NEWER_CONSOLE, OLDER_CONSOLE
 from kvmpass.session.streams import Cancel, InputPump, write_to
 
 if TYPE_CHECKING:
@@ -50,11 +51,9 @@ class Console:
 
     def __call__(self, data: bytes) -> None:
         """Take what the console has printed. A terminal that stalls misses some of it."""
-        with contextlib.suppress(OSError):  # the disk is full
+        with contextlib.suppress(OSError):  # the disk is full, or no descriptor is free: the log lacks this
             if self._size + len(data) > MAX_LOG:
-                self._file.close()
-                self._path.replace(self._older)
-                self._file, self._size = self._path.open("wb", buffering=0), 0
+                self._rotate()
             self._file.write(data)
             self._size += len(data)
         if self._also is not None:
@@ -64,6 +63,17 @@ class Console:
         for outlet in outlets:
             if not outlet.full:
                 outlet(data)
+
+    def _rotate(self) -> None:
+        """Begin another file. Raises ``OSError``, and then the log stays as it is: the next output tries again."""
+        made = self._path.with_name(NEWER_CONSOLE)
+        newer = made.open("wb", buffering=0)
+        with undo_on_error(newer.close):
+            with contextlib.suppress(FileNotFoundError):  # the step after it has failed before
+                self._path.replace(self._older)
+            made.replace(self._path)
+        older, self._file, self._size = self._file, newer, 0
+        older.close()
 
     @contextlib.contextmanager
     def attached(self, source: int, target: int) -> Iterator[None]:

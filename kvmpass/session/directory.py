@@ -18,7 +18,8 @@ from kvmpass.errors import DeviceInUse, GuestError, KvmpassError
 
 SOCKET, STATUS, CONSOLE, OLDER_CONSOLE, MESSAGES = "socket", "status.json", "console.log", "console.log.1", "messages"
 """Names of the files in a guest's directory."""
-_FILES = (SOCKET, STATUS, CONSOLE, OLDER_CONSOLE, MESSAGES, f".{STATUS}")
+NEWER_CONSOLE = f".{CONSOLE}.new"  # while the log is rotated
+_FILES = (SOCKET, STATUS, CONSOLE, OLDER_CONSOLE, NEWER_CONSOLE, MESSAGES, f".{STATUS}")
 _NAME = lazy_pattern(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,63}")
 _ADDRESS = lazy_pattern(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}:[0-9a-f]{2}\.[0-7])")
 _MAX_STATUS = 1 << 16
