@@ -29,8 +29,6 @@ def kernel_command_line(
 
     - ``console=ttyS0``: COM1 is the console; COM2 to COM4 belong to a command.
     - ``8250.nr_uarts``: the kernel's default may be less than ``serial_ports``, or more: it probes each.
-    - ``8250.skip_txen_test=1``: no test for an erratum of some transmitters when a port is opened, which takes five
-      exits (drivers/tty/serial/8250/8250_port.c).
     - ``pty.legacy_count=0``: no BSD pseudo terminals, which ``CONFIG_LEGACY_PTYS`` makes 256 pairs of at each boot;
       those of Unix98 are others (drivers/tty/pty.c).
     - ``panic=-1 reboot=panic_warm``: a panic resets at once, through the same ACPI register as a reboot, with
@@ -43,7 +41,7 @@ def kernel_command_line(
       PIT, and kvm-clock reports the TSC's frequency.
     - ``i8042.nokbd`` and the like are not needed: according to the FADT there is no such controller.
     """
-    words = ["console=ttyS0,115200", uarts(serial_ports), "8250.skip_txen_test=1", "pty.legacy_count=0"]
+    words = ["console=ttyS0,115200", uarts(serial_ports), "pty.legacy_count=0"]
     words += ["panic=-1", "reboot=panic_warm", "pci=noearly"]
     extra = list(extra)
     if strict and not any(word.startswith("oops=") for word in extra):  # a later word cannot clear it
