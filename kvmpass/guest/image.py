@@ -18,6 +18,7 @@ from kvmpass.initramfs import GuestRoot, init, parameters
 from kvmpass.initramfs.served import DRIVERS, Entry
 from kvmpass.layout import MIB
 from kvmpass.memory import Backing
+from kvmpass.modalias import pci_ids
 from kvmpass.ports import SERIAL_LINES
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _START = 8 * MIB  # what a kernel allocates before it unpacks: Debian's 6.1 panics with 3 MiB, and works with 5
 _SLACK = 32 * MIB  # beyond the minimum, in the hint
+_COMMUNICATION = 0x07  # base class (include/linux/pci_ids.h)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class GuestImage:
 
     def on_serial_ports(self) -> GuestImage:
         """Return it for a machine without a virtio console, such as QEMU's: it uses COM1 to COM4."""
-        cmdline = self.cmdline.replace(uarts(self.serial_ports), uarts(len(SERIAL_LINES)))
+        cmdline = self.cmdline.replace(f"{uarts(self.serial_ports)} ", f"{uarts(len(SERIAL_LINES))} ")
         return replace(self, ports=(), cmdline=cmdline, serial_ports=len(SERIAL_LINES), unpacking=None)
 
     def backing(self, wanted: Backing = Backing.ANONYMOUS) -> Backing:
@@ -103,6 +105,11 @@ def _sources(copy_out: Sequence[str]) -> list[str]:
     from kvmpass.guest.destination import Destination
 
     return [Destination.parse(text).source for text in copy_out]
+
+
+def _serial_cards(modaliases: Sequence[str]) -> int:
+    """Return how many devices are communication controllers: a serial card may be any sub-class of them."""
+    return sum(ids is not None and ids[4] == _COMMUNICATION for ids in map(pci_ids, modaliases))
 
 
 def prepare(spec: GuestSpec, modaliases: Sequence[str], memory: int = 0) -> GuestImage:
@@ -173,6 +180,7 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str], memory: int = 0) -> Gues
         strict=with_agent,
         quiet="quiet" if spec.initrd is not None else QUIET,
         serial_ports=serial_ports,
+        serial_cards=_serial_cards(modaliases),
         extra=append,
     )
     ports = (init.AGENT_PORT,) if with_agent and (spec.initrd is None or spec.session) else ()

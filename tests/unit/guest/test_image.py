@@ -9,7 +9,7 @@ from support.kernel_files import bzimage, vmlinux
 
 from kvmpass.boot.unpacking import Unpacking
 from kvmpass.errors import BadKernel, KvmpassError
-from kvmpass.guest import GuestSpec, prepare
+from kvmpass.guest import GuestImage, GuestSpec, prepare
 from kvmpass.layout import MIB
 
 
@@ -81,3 +81,22 @@ def test_a_kernel_with_kaslr_decompresses_itself(tmp_path: Path) -> None:
     with pytest.raises(BadKernel, match="a vmlinux starts where it was linked to, without KASLR") as refused:
         prepare(spec, ())
     assert "leave --kaslr out" in refused.value.__notes__[0]
+
+
+def test_an_assigned_serial_card_gets_ports(tmp_path: Path) -> None:
+    """Before Linux 6.2, only those below ``8250.nr_uarts`` that COM1 to COM4 do not take."""
+    (tmp_path / "bzImage").write_bytes(bzimage())
+    (tmp_path / "config-6.12.1-test").write_text("CONFIG_VIRTIO_PCI=y\nCONFIG_VIRTIO_CONSOLE=y\n")
+    spec = GuestSpec(kernel=tmp_path / "bzImage", command=("true",))
+    drive = "pci:v00001B36d00000010sv00001AF4sd00001100bc01sc08i02"
+    card = "pci:v00001B36d00000004sv00001AF4sd00001100bc07sc80i02"
+
+    def uarts(image: GuestImage) -> list[str]:
+        return [word for word in image.cmdline.split() if "nr_uarts" in word]
+
+    without, one, two = (prepare(spec, [drive, *[card] * count]) for count in range(3))
+    assert [uarts(image) for image in (without, one, two)] == [[f"8250.nr_uarts={count}"] for count in (1, 12, 20)]
+    assert {image.serial_ports for image in (without, one, two)} == {1}
+    others = [image.on_serial_ports() for image in (without, one, two)]
+    assert [uarts(image) for image in others] == [[f"8250.nr_uarts={count}"] for count in (4, 12, 20)]
+    assert {image.serial_ports for image in others} == {4}
