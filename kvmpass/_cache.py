@@ -126,7 +126,7 @@ def _directory(folder: str, *, make: bool = False) -> Iterator[int]:
         path.mkdir(mode=0o700, exist_ok=True)
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        _check_owner(os.fstat(directory))
+        _check_owner(os.fstat(directory), str(path))
         yield directory
     finally:
         os.close(directory)
@@ -163,9 +163,9 @@ def _remove_drafts(directory: int) -> None:
                 os.unlink(name, dir_fd=directory)
 
 
-def _check_owner(at: os.stat_result) -> None:
+def _check_owner(at: os.stat_result, name: str) -> None:
     if at.st_uid != os.geteuid() or at.st_mode & _OTHERS_WRITE:
-        raise PermissionError("another user can write it")
+        raise PermissionError(f"another user can write {name}")
 
 
 def _checked(fd: int, most: int, step: Callable[[], None]) -> memoryview:
@@ -173,7 +173,7 @@ def _checked(fd: int, most: int, step: Callable[[], None]) -> memoryview:
     import zlib
 
     at = os.fstat(fd)
-    _check_owner(at)
+    _check_owner(at, "it")
     if not stat.S_ISREG(at.st_mode) or at.st_size <= _HEADER.size:
         raise ValueError("no file of kvmpass")
     magic, size, checksum, _ = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))

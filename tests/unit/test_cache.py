@@ -255,6 +255,22 @@ def test_what_a_killed_writer_has_left_is_removed(root: Path) -> None:
     assert names(root) == ["a", "e"]
 
 
+def test_a_process_that_ends_while_it_writes(root: Path) -> None:
+    """It does not wait for the thread; what that leaves is removed by the next writer."""
+    program = """if True:
+        import threading, time
+        from kvmpass._cache import KeptFiles, cache_root
+        keep = KeptFiles("kept", 3, 1 << 28).keep
+        threading.Thread(target=keep, args=("a", memoryview(bytes(1 << 26))), daemon=True).start()
+        while not (cache_root() / "kept").exists() or not any((cache_root() / "kept").iterdir()):
+            time.sleep(0)"""
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+    [left] = names(root)
+    KEPT.keep("b", CONTENT)
+    assert names(root) == ["b"], left
+    assert KEPT.read("b") == CONTENT
+
+
 def test_two_processes_at_once(root: Path) -> None:
     """Each reads what one of them has written, and never a part of it. One at a time writes."""
     program = """if True:
@@ -265,7 +281,8 @@ def test_two_processes_at_once(root: Path) -> None:
             kept.keep("a", memoryview(bytes([round]) * 300_000))
             content = kept.read("a")
             assert content is None or len(content) == 300_000 and len(set(content)) == 1
-            sys.exit(3) if content is None and round else None"""
+            sys.exit(3) if content is None else None"""
+    KeptFiles("kept", 3, 1 << 24).keep("a", memoryview(bytes(300_000)))  # who is not the first keeps nothing
     running = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
     assert [process.wait(60) for process in running] == [0, 0]
     assert names(root) == ["a"]
