@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmpass._signals import deferred
 from kvmpass._teardown import run_all
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvmpass.machine.passed import PassedIommu
 
 _NONE: Mapping[Bdf, Any] = {}
+V = TypeVar("V")
 
 
 class Assignments(Remotes):
@@ -112,18 +113,20 @@ class Assignments(Remotes):
         self,
         bdfs: Sequence[str | Bdf],
         *,
-        fds: Mapping[Bdf, int] = _NONE,
-        vf_tokens: Mapping[Bdf, uuid.UUID | None] = _NONE,
+        fds: Mapping[str, int] | Mapping[Bdf, int] = _NONE,
+        vf_tokens: Mapping[str, uuid.UUID | None] | Mapping[Bdf, uuid.UUID | None] = _NONE,
     ) -> list[AssignedDevice]:
         """Assign several devices, all or none, in this order; otherwise as ``assign``.
 
         A running guest is notified once all are plugged in.
         They are opened at the same time, so that their resets take as long as that of one; those with VF
-        tokens one after the other. ``fds`` and ``vf_tokens`` are by address.
+        tokens one after the other. ``fds`` and ``vf_tokens`` are by address. Raises ``ValueError`` for those of
+        another device.
         """
         self._check_usable()
         wanted = parse_distinct(bdfs)
-        return self._assign([self._find(bdf, fds.get(bdf)) for bdf in wanted], fds, vf_tokens)
+        fd_of, token_of = _by_address("a descriptor", fds, wanted), _by_address("a VF token", vf_tokens, wanted)
+        return self._assign([self._find(bdf, fd_of.get(bdf)) for bdf in wanted], fd_of, token_of)
 
     def _assign(
         self, found: Sequence[BoundDevice], fds: Mapping[Bdf, int], vf_tokens: Mapping[Bdf, uuid.UUID | None]
@@ -271,3 +274,11 @@ class Assignments(Remotes):
                 if other.vfio.name in names:
                     stack.enter_context(other.suspended())
             yield
+
+
+def _by_address(what: str, values: Mapping[str, V] | Mapping[Bdf, V], wanted: Sequence[Bdf]) -> dict[Bdf, V]:
+    found = {Bdf.parse(bdf) if isinstance(bdf, str) else bdf: value for bdf, value in values.items()}
+    for bdf in found:
+        if bdf not in wanted:
+            raise ValueError(f"{what} of {bdf}, which is not among the devices")
+    return found

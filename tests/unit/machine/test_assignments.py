@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from types import SimpleNamespace
 from typing import Any
 
@@ -86,6 +87,37 @@ def test_an_announcement_that_fails_is_undone() -> None:
         machine.assign_three()
     assert machine.devices == []
     assert machine.names("detach") == [SOUND, NIC, DISK]
+
+
+TOKEN = uuid.UUID(int=7)
+
+
+@pytest.mark.parametrize("bdf", ["02:00.0", NIC, Bdf.parse(NIC)])
+def test_what_belongs_to_a_device_is_by_its_address(bdf: str | Bdf, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, attached = Stub(), []
+
+    def attach_all(groups: dict[str, int], tokens: dict[str, uuid.UUID]) -> list[Any]:
+        attached.append((groups, tokens))
+        return [machine.opened(name) for name in groups]
+
+    machine.domain.attach_all = attach_all  # type: ignore[method-assign, assignment]
+    monkeypatch.setattr(assignments, "find_bound", lambda sysfs, bdf: BoundDevice(bdf, 5, ()))
+    machine.assign_all([DISK, NIC], vf_tokens={bdf: TOKEN})  # type: ignore[dict-item]
+    assert attached == [({DISK: 5, NIC: 5}, {NIC: TOKEN})]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"vf_tokens": {SOUND: TOKEN}}, f"a VF token of {SOUND}, which is not among the devices"),
+        ({"fds": {Bdf.parse(SOUND): 5}}, f"a descriptor of {SOUND}, which is not among the devices"),
+    ],
+)
+def test_what_belongs_to_another_device_is_refused(given: dict[str, Any], match: str) -> None:
+    machine = Stub()
+    with pytest.raises(ValueError, match=match):
+        machine.assign_all([DISK, NIC], **given)
+    assert machine.calls == []
 
 
 def test_what_is_open_is_closed_whatever_fails_next(monkeypatch: pytest.MonkeyPatch) -> None:
