@@ -25,7 +25,7 @@ from kvmpass.cli.guest_options import (
     wrong_usage,
 )
 from kvmpass.cli.main import ASSIGN_FAILED
-from kvmpass.cli.output import document_text, error_fields, error_text
+from kvmpass.cli.output import document_text, error_fields, error_text, write_all
 from kvmpass.cli.params import BDF
 from kvmpass.cli.progress import Progress
 from kvmpass.cli.terminal import ESCAPE_NAME, raw_terminal
@@ -360,10 +360,8 @@ def descriptor_sink(fd: int) -> Sink:
     from kvmpass.guest.output import DescriptorSink
 
     def write(data: bytes) -> None:
-        view = memoryview(data)
         try:
-            while view:
-                view = view[os.write(fd, view) :]
+            write_all(fd, data)
         except BrokenPipeError as error:
             raise KvmpassError("output closed by its reader: the guest was stopped") from error
 

@@ -9,6 +9,7 @@ import time
 import click
 
 from kvmpass.cli.guests import GUEST
+from kvmpass.cli.output import write_all
 from kvmpass.session.directory import CONSOLE, OLDER_CONSOLE, find, is_dead
 
 _PAUSE = 0.2
@@ -26,27 +27,22 @@ def logs(guest: str, follow: bool) -> None:
     path = find(guest)
     with contextlib.suppress(FileNotFoundError), (path / OLDER_CONSOLE).open("rb") as older:
         while data := older.read(_CHUNK):
-            _write(data)
+            write_all(1, data)
     file = (path / CONSOLE).open("rb")
     try:
         while True:
             ended = not path.exists() or is_dead(path)  # before the last read
             while data := file.read(_CHUNK):
-                _write(data)
+                write_all(1, data)
             if not follow or ended:
                 return
             with contextlib.suppress(FileNotFoundError):
                 if not os.path.samestat(os.fstat(file.fileno()), (path / CONSOLE).stat()):
                     newer = (path / CONSOLE).open("rb")
-                    _write(file.read())  # what was written since
+                    write_all(1, file.read())  # what was written since
                     file.close()
                     file = newer
                     continue
             time.sleep(_PAUSE)
     finally:
         file.close()
-
-
-def _write(data: bytes) -> None:
-    while data:
-        data = data[os.write(1, data) :]

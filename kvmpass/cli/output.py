@@ -129,3 +129,20 @@ def _cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of ``data``, and wait for a reader that takes it, even if ``fd`` does not block. Raises ``OSError``.
+
+    Standard output may not: its description belongs to others as well, and one of them has set ``O_NONBLOCK``.
+    """
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            import select
+
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            poll.poll()

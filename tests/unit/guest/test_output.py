@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 import tracemalloc
@@ -176,6 +177,21 @@ def test_what_a_full_pipe_does_not_take_is_queued(pipe: tuple[int, int]) -> None
         read += os.read(reader, 1 << 16)
     closing.join(20)
     assert (bytes(read) == content, said) == (True, len(content))
+
+
+def test_a_full_pipe_that_does_not_block_loses_nothing(pipe: tuple[int, int]) -> None:
+    """Standard output, which another program has set ``O_NONBLOCK`` on."""
+    reader, output = pipe
+    os.set_blocking(output, False)
+    content, read = os.urandom(200_000), bytearray()
+    writer = Vm().writer()
+    put = writer.to(descriptor_sink(output))
+    for at in range(0, len(content), 4000):
+        put(content[at : at + 4000])
+    while len(read) < len(content) and select.select([reader], [], [], 20)[0]:
+        read += os.read(reader, 1 << 16)
+    writer.close()
+    assert (writer.failure, bytes(read)) == (None, content)
 
 
 @pytest.mark.parametrize("kind", ["file", "terminal"])
