@@ -278,8 +278,7 @@ class CheckContext:
     @cached_property
     def header(self) -> bytes:
         """The first 64 bytes of configuration space; empty for a suspended device unless ``wake`` is set."""
-        awake = self.device.power_state != "D3cold"
-        return self.sysfs.config(self.device.bdf, 0x40, wake=self.wake or awake)
+        return self.sysfs.config(self.device.bdf, 0x40, wake=self.wake)  # it may be suspended since it was looked at
 
     @cached_property
     def uses(self) -> list[Use]:

@@ -77,14 +77,25 @@ def test_a_device_that_does_not_answer(host: Host) -> None:
     assert inventory(host).devices[0].blockers[0].brief == "does not respond (D0)"
 
 
-def test_looking_wakes_nobody(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["before", "meanwhile"])
+def test_looking_wakes_nobody(host: Host, meanwhile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that sleeps is not asked by ``list``; who is about to use it, or to examine it, asks."""
-    for name, text in (("power_state", "D3cold"), ("power/runtime_status", "suspended")):
-        host.put(f"{DEVICE}/{name}", text)
     asked: list[str] = []
     real = host.data
+
+    def suspend() -> None:
+        for name, text in (("power_state", "D3cold"), ("power/runtime_status", "suspended")):
+            host.put(f"{DEVICE}/{name}", text)
+
     monkeypatch.setattr(host, "data", lambda *parts, size=-1: asked.append(parts[-1]) or real(*parts, size=size))
-    inventory(host)
+    if meanwhile:
+        look = Look(host)
+        assert look.require(GPU).power_state == "D0"
+        suspend()
+        assert [*blockers(host, look.require(GPU), look=look)] == []
+    else:
+        suspend()
+        inventory(host)
     assert "config" not in asked
     library.check_assignable(host, GPU)
     assert "config" in asked
