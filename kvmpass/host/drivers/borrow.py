@@ -88,8 +88,8 @@ def borrow(
     """Bind devices to vfio-pci for a while: ``with host.borrow("0000:01:00.0") as [device]: …``.
 
     Only these functions change, never their siblings. Before each change the journal (``state_dir``, default
-    ``$KVMPASS_STATE_DIR`` or ``/var/lib/kvmpass``) records the driver on disk. When the block ends, for any reason,
-    the original driver is bound and the original ``driver_override`` set; :func:`restore` does it for a process that
+    ``$KVMPASS_STATE_DIR`` or ``/var/lib/kvmpass``) records the driver. When the block ends, for any reason, the
+    original driver is bound and the original ``driver_override`` set; :func:`restore` does it for a process that
     was killed. A device that is bound to vfio-pci already stays so; a user who may not change drivers can borrow such
     devices only, and nothing is written. If the module vfio-pci had to be loaded, it stays loaded. Close all VFIO
     descriptors of a device before the block ends: unbinding blocks until they are closed. ``timeout`` is in seconds,

@@ -1,4 +1,4 @@
-"""The journal: the drivers of devices before a change, on disk.
+"""The journal: the drivers of devices before a change, in files.
 
 One JSON file for each device in ``$KVMPASS_STATE_DIR/journal`` (default ``/var/lib/kvmpass/journal``) while its
 driver is being changed, or while it is borrowed. A file is replaced atomically (rename(2)). An entry belongs to a
@@ -6,7 +6,9 @@ boot, because bindings do not survive one, and to a process: while a borrower ru
 device. The entry of a completed bind moves to the directory ``bound``: the record for a later unbind.
 
 Nothing is synced: an entry is for other processes of its boot, which read it from the page cache. What a power
-failure leaves of a file is of an earlier boot.
+failure leaves of a file is of an earlier boot. A write error of the disk may go unnoticed, and the entry be
+lost once the page cache drops it. A state directory in /run, a tmpfs, has no such errors, and entries are of no use
+after their boot.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ class Transaction:
             )
 
     def commit(self) -> None:
-        """Complete the entries on disk: no device is reverted any more. Raises ``OSError``."""
+        """Complete the entries in the journal: no device is reverted any more. Raises ``OSError``."""
         for entry in self.entries:
             if entry.operation is Operation.BIND:
                 self.journal.keep(entry.bdf)
@@ -266,7 +266,7 @@ class Transaction:
         except OSError as error:
             if step is Step.RECORDED:
                 raise
-            # The setting before is on disk; a full disk must not prevent restoring it.
+            # The setting before is in the journal; a full disk must not prevent restoring it.
             log.warning("cannot write the journal entry of %s: %s", entry.bdf, error)
         if self._on_step is not None:
             self._on_step(step, entry.bdf)
