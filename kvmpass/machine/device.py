@@ -48,6 +48,8 @@ def find_bound(sysfs: Sysfs, bdf: Bdf) -> BoundDevice:
     group = sysfs.link(PCI_DEVICES, str(bdf), "iommu_group")
     if sysfs.driver(bdf) != VFIO_PCI or group is None or not group.isdecimal():
         found = sysfs.device(bdf)
+        if found.driver == VFIO_PCI:
+            raise NotAssignable(f"{bdf} has no IOMMU group", f"see why: kvmpass doctor {bdf}")
         raise NotAssignable(
             f"{bdf} is bound to {found.driver or 'no driver'}, not to vfio-pci",
             "use it inside `with kvmpass.host.borrow(bdf):`, or the command kvmpass assign",

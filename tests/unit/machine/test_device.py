@@ -30,6 +30,13 @@ def test_another_driver_is_refused_by_name(tmp_path: Path, driver: str | None) -
         find_bound(host, NVME)
 
 
+def test_a_device_without_a_group_is_not_said_to_have_another_driver(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.add(str(NVME), "vfio-pci", None)
+    with pytest.raises(NotAssignable, match=f"{NVME} has no IOMMU group"):
+        find_bound(host, NVME)
+
+
 def test_a_device_that_does_not_exist_is_not_one_without_a_driver(tmp_path: Path) -> None:
     with pytest.raises(NoSuchDevice, match=str(NVME)):
         find_bound(Host(tmp_path), NVME)
