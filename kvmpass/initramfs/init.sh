@@ -11,7 +11,12 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 . /kvmpass/settings
 export TERM
 
-pause() { read -t 0.02 nothing <>/kvmpass/never; } # without a process: what is waited for may need the guest's one CPU
+# Without a process, where busybox has FEATURE_SH_READ_FRAC: what is waited for may need the guest's one CPU.
+if read -t 0.02 nothing </kvmpass/settings 2>/dev/null; then
+    pause() { read -t 0.02 nothing <>/kvmpass/never; }
+else
+    pause() { usleep 20000 2>/dev/null || sleep 1; }
+fi
 now() { read -r uptime rest </proc/uptime; up=${uptime%.*}; }
 say() { echo "kvmpass: $*" >/dev/console; }
 fail() { say "$*"; report_failure "$*"; }
