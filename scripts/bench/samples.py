@@ -60,8 +60,10 @@ class Samples:
         self.failures.setdefault(section, []).append(reason)
 
     def save(self, path: Path) -> None:
-        """Write everything to a file."""
-        path.write_text(json.dumps(vars(self)))
+        """Write everything to a file, which is whole even if the host ends meanwhile."""
+        begun = path.with_name(f"{path.name}.new")
+        begun.write_text(json.dumps(vars(self)))
+        begun.replace(path)
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -265,6 +265,26 @@ def test_a_job_that_fails_loses_its_sample_only(
     assert "a fault of the emulator" in capsys.readouterr().err
 
 
+def test_what_was_saved_stays_whole_if_the_host_ends_while_it_saves_again(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, write = script("samples").Samples(), Path.write_text
+    samples.done["memory"] = 1
+    samples.save(tmp_path / "result")
+
+    def end(path: Path, text: str) -> None:
+        write(path, text[:40])
+        raise OSError("the host has ended")
+
+    samples.done["memory"] = 2
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="has ended"):
+        patch.setattr(Path, "write_text", end)
+        samples.save(tmp_path / "result")
+    assert json.loads((tmp_path / "result").read_text())["done"] == {"memory": 1}
+    samples.save(tmp_path / "result")
+    assert json.loads((tmp_path / "result").read_text())["done"] == {"memory": 2}
+
+
 def test_what_two_hosts_have_measured_is_one_run(script: Script) -> None:
     samples = script("samples")
     hosts = []
