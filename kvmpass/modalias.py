@@ -7,7 +7,7 @@ _PLACES = ((5, 13), (14, 22), (24, 32), (34, 42), (44, 46), (48, 50), (51, 53)) 
 
 
 def pci_ids(modalias: str) -> list[int] | None:
-    """Return the numbers in the modalias of a PCI function; None if it is none.
+    """Return the numbers in the modalias of a PCI function; None for another text.
 
     Vendor, device, subsystem vendor, subsystem, base class, sub-class, programming interface.
     """

@@ -31,7 +31,7 @@ static const struct {
 	{"/sys/kernel/tracing", "tracefs", NULL, true},
 };
 
-/* Of what the guest lacks on purpose: ports for PCI (kvmpass/guest/options.py), AMD-V (kvmpass/boot/cpuid.py). */
+/* Errors about what the guest lacks on purpose: ports for PCI (kvmpass/guest/options.py), AMD-V (kvmpass/boot/cpuid.py). */
 static const char *const expected_errors[] = {
 	"PCI: Fatal: No config space access function found",
 	"kvm_amd: SVM not supported by CPU",

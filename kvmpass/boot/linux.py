@@ -115,10 +115,10 @@ class KernelImage:
         try:
             vmlinux = Vmlinux.read(file, os.fstat(file.fileno()).st_size)
         except ValueError as error:
-            raise BadKernel(f"{path}: no vmlinux: {error}", _WANTED) from None
+            raise BadKernel(f"{path}: not a vmlinux: {error}", _WANTED) from None
         code, banner = vmlinux.code, vmlinux.banner
         if not banner or code.start % _ALIGNMENT:
-            raise BadKernel(f"{path}: an ELF file that is no Linux kernel", _WANTED)
+            raise BadKernel(f"{path}: an ELF file, but not a Linux kernel", _WANTED)
         page = bytearray(0x268)
         struct.pack_into("<HH4sH", page, 0x1FE, 0xAA55, 0, b"HdrS", 0x20F)
         page[0x211] = LOADED_HIGH

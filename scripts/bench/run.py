@@ -51,8 +51,10 @@ PARALLEL = ("parallel",)
 """Sections that have an emulated host of their own, with several CPUs, while no other runs."""
 HALF = ("memory", "start", "spans", "processes")
 """Sections that take as long as the rest of those that run in a host with one CPU. No row is in both halves."""
-REPLACED, LEAST_SECONDS = 2, 90
-"""How many emulated hosts that end early are replaced, at most, and if how many seconds are left at least."""
+REPLACED = 2
+"""How many emulated hosts that end early are replaced, at most."""
+LEAST_SECONDS = 90
+"""Seconds that must be left of the limit for one to be replaced."""
 RUNS = {"kvmpass": "a guest with a drive", "QEMU": "a guest of QEMU with a drive"}
 
 

@@ -141,14 +141,14 @@ def test_a_vmlinux_has_the_setup_header_of_a_bzimage(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (elf(b"no banner"), "an ELF file that is no Linux kernel"),
-        (b"\x7fELF", "no vmlinux: too short"),
-        (elf()[:4000], "no vmlinux: the content of the segment"),
-        (elf(start=(24, "<Q", 0)), "no vmlinux: the entry point 0x0 is in no segment"),
-        (vmlinux((4096, BANNER, 4096), entry=4096), "no vmlinux: no kernel is loaded at"),
-        (vmlinux((MIB, BANNER, 4096), entry=MIB), "an ELF file that is no Linux kernel"),
-        (vmlinux((16 * MIB, BANNER, 2**30 + 1)), "no vmlinux: no kernel is loaded at"),
-        (vmlinux((16 * MIB, BANNER, 4096), (2**63, b"x", 2**63)), "no vmlinux: no kernel is loaded at"),
+        (elf(b"no banner"), "an ELF file, but not a Linux kernel"),
+        (b"\x7fELF", "not a vmlinux: too short"),
+        (elf()[:4000], "not a vmlinux: the content of the segment"),
+        (elf(start=(24, "<Q", 0)), "not a vmlinux: the entry point 0x0 is in no segment"),
+        (vmlinux((4096, BANNER, 4096), entry=4096), "not a vmlinux: no kernel is loaded at"),
+        (vmlinux((MIB, BANNER, 4096), entry=MIB), "an ELF file, but not a Linux kernel"),
+        (vmlinux((16 * MIB, BANNER, 2**30 + 1)), "not a vmlinux: no kernel is loaded at"),
+        (vmlinux((16 * MIB, BANNER, 4096), (2**63, b"x", 2**63)), "not a vmlinux: no kernel is loaded at"),
     ],
 )
 def test_other_elf_files_are_no_kernels(tmp_path: Path, data: bytes, reason: str) -> None:
