@@ -55,8 +55,9 @@ def run_together(*calls: Callable[[], T]) -> list[T]:
                 for thread in threads:
                     if thread.is_alive():
                         thread.join()
-                if arrived:  # a thread whose ``join`` was interrupted counts as stopped, and may run (bpo-45274)
-                    time.sleep(_AGAIN_SECONDS)
+                if not arrived:
+                    break
+                time.sleep(_AGAIN_SECONDS)  # a thread whose ``join`` was interrupted counts as stopped (bpo-45274)
             except BaseException as error:
                 if not arrived:  # the first is enough, of a timer that repeats
                     arrived.append(error)

@@ -28,7 +28,6 @@ from kvmpass.host.drivers.changes import (
 from kvmpass.host.drivers.journal import Entry, Journal, Operation
 from kvmpass.host.drivers.lock import Say, device_lock
 from kvmpass.host.drivers.nodes import check_closed, wait_for_node, wait_until
-from kvmpass.host.kernel.processes import start_time
 from kvmpass.host.look import Look
 from kvmpass.host.sysfs import PCI_DRIVERS, VFIO_PCI, PciDevice, Sysfs
 from kvmpass.host.usage import usage
@@ -103,8 +102,9 @@ class Transaction:
         if to_vfio and not self.sysfs.exists(PCI_DRIVERS, VFIO_PCI):
             self.sysfs.load_module(VFIO_PCI)
         entries = [Entry.of(self.sysfs, bdf, operation, setting) for bdf, setting in wanted.items()]
-        for other in _open:  # of this process: `recover` found no borrowed device, so it has restored these
-            other.entries = [entry for entry in other.entries if entry.bdf not in wanted]
+        for other in list(_open):  # of this process: `recover` found no entry of theirs in the journal
+            if other.journal.state_dir == self.journal.state_dir:
+                other.entries = [entry for entry in other.entries if entry.bdf not in wanted]
         self.entries += entries
         _open.add(self)
         failed = threading.Event()
@@ -207,7 +207,7 @@ class Transaction:
         failure: Exception | None = None
         for _attempt in range(2):
             try:
-                if self._is_of_another_process(entry.bdf):
+                if self._is_of_another_process(entry):
                     log.warning("%s was restored, and is changed by another process", entry.bdf)
                 else:
                     self.give_back(entry)
@@ -225,13 +225,13 @@ class Transaction:
                 return None
         return f"{entry.bdf}: {failure}"
 
-    def _is_of_another_process(self, bdf: Bdf) -> bool:
-        """Whether the journal's entry of a device of this transaction is not of this process."""
+    def _is_of_another_process(self, entry: Entry) -> bool:
+        """Whether the journal's entry of the device is of another process than ``entry``."""
         try:
-            entry = self.journal.read(bdf)
+            now = self.journal.read(entry.bdf)
         except (JournalError, OSError):  # invalid: this process still knows the setting before
             return False
-        return entry is not None and (entry.pid, entry.start_time) != (self._pid, start_time(self.sysfs, self._pid))
+        return now is not None and (now.pid, now.start_time) != (entry.pid, entry.start_time)
 
     def _give_back(self, entry: Entry, held: int) -> str:
         bdf = entry.bdf

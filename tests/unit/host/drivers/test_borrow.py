@@ -277,6 +277,26 @@ def test_a_later_borrow_of_this_process_is_the_only_one_that_restores(host: Host
     assert as_before(host, state)
 
 
+def test_each_state_directory_has_its_own_borrows(host: Host, state: Path, tmp_path: Path) -> None:
+    first = borrow(NVME, sysfs=host, state_dir=state)
+    first.__enter__()
+    with borrow(NVME, sysfs=host, state_dir=tmp_path / "other") as [device]:
+        assert device.driver == "vfio-pci"
+    assert host.state(NVME)[0] == "vfio-pci"
+    first.close()
+    assert as_before(host, state)
+
+
+def test_a_process_without_a_start_time_gets_its_devices_back(
+    host: Host, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where /proc is not readable."""
+    monkeypatch.setattr("kvmpass.host.drivers.journal.start_time", lambda sysfs, pid: None)
+    with borrow(NVME, sysfs=host, state_dir=state):
+        assert host.state(NVME)[0] == "vfio-pci"
+    assert as_before(host, state)
+
+
 def test_vfio_pci_refuses(host: Host, state: Path) -> None:
     host.refuses.add("vfio-pci")
     with pytest.raises(NotAssignable, match="does not bind"), borrow(NVME, sysfs=host, state_dir=state):
