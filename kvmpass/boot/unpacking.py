@@ -103,7 +103,7 @@ class _Attempt:
 
     def wait(self) -> memoryview | None:
         """Return what was prepared; None as well if it makes no progress, and then nothing of it stays."""
-        steps = -1
+        steps = self._steps
         while not self._ready.wait(_PATIENCE):
             if steps == self._steps:
                 self.stalled = True
