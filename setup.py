@@ -18,7 +18,7 @@ PROGRAMS = {
     "kvmpass/files/confine": (["confine.c"], HOSTED),
     "kvmpass/files/noatime.so": (["noatime.c"], [*HOSTED, "-shared", "-fPIC"]),
     "kvmpass/initramfs/agent": (
-        ["agent/agent.c", "agent/beside.c", "agent/init.c", "agent/process.c", "agent/streams.c"],
+        [f"agent/{name}.c" for name in ("agent", "beside", "init", "process", "streams", "text")],
         FREESTANDING.split(),
     ),
 }

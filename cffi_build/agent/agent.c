@@ -7,6 +7,7 @@
  * so that one whose reader stalls waits alone; what the host may send is limited by what each process can take.
  */
 #include "process.h"
+#include "text.h"
 
 #include <asm/errno.h>
 #include <asm/ioctls.h>

@@ -3,6 +3,7 @@
  * this program as PID 1: it becomes that init, and leaves a child, the agent, which needs nothing of that file system.
  */
 #include "process.h"
+#include "text.h"
 
 #include <asm/errno.h>
 #include <asm/signal.h>

@@ -3,8 +3,7 @@
  * would start a process for each of these (kvmpass/initramfs).
  */
 #include "process.h"
-
-#include <linux/mount.h>
+#include "text.h"
 
 #define SCRIPT "/kvmpass/init.sh"
 #define QUIET " quiet loglevel=3" /* kvmpass/boot/cmdline.py */
@@ -43,44 +42,6 @@ static const struct {
 } links[] = {
 	{"/proc/self/fd", "/dev/fd"}, {"fd/0", "/dev/stdin"}, {"fd/1", "/dev/stdout"}, {"fd/2", "/dev/stderr"},
 };
-
-void say(const char *text)
-{
-	call3(write, 2, text, length(text));
-}
-
-void say_number(unsigned int number)
-{
-	char digits[] = "0000000000";
-	size_t at = sizeof(digits) - 1;
-
-	do
-		digits[--at] = '0' + number % 10;
-	while (number /= 10);
-	say(digits + at);
-}
-
-static bool begins(const char *text, const char *with)
-{
-	while (*with)
-		if (*text++ != *with++)
-			return false;
-	return true;
-}
-
-bool equal(const char *text, const char *other)
-{
-	return begins(text, other) && begins(other, text);
-}
-
-/* Where a text has a part for the first time, what follows that; NULL: nowhere. */
-static char *after(char *text, const char *part)
-{
-	for (; *text; text++)
-		if (begins(text, part))
-			return text + length(part);
-	return NULL;
-}
 
 static void mount_all(void)
 {

@@ -30,9 +30,6 @@ long start_process(struct process *process, char **environment);
 
 /* --- init.c */
 
-void say(const char *text); /* on standard error */
-void say_number(unsigned int number);
-bool equal(const char *text, const char *other);
 /* As PID 1: prepare the guest, and become the script of its init. */
 __attribute__((noreturn)) void start_init(char **arguments, char **environment);
 
