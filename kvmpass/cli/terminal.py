@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
+from kvmpass._signals import deferred
+
 ESCAPE = b"\x1d"  # Ctrl-], as in telnet and virsh
 ESCAPE_NAME = "Ctrl-]"
 END_OF_INPUT = b"\x04"  # Ctrl-D
@@ -73,20 +75,21 @@ def raw_terminal(
                 return
 
     thread = threading.Thread(target=read, name="keyboard", daemon=True)
-    if saved is not None:
-        tty.setraw(fd)
     try:
+        if saved is not None:
+            tty.setraw(fd)
         with _on_resize(resize) if saved is not None else nullcontext():
             thread.start()
             yield
     finally:
-        os.write(wake, b".")
-        thread.join()
+        if saved is not None:
+            with deferred(), suppress(termios.error):  # the terminal has gone
+                termios.tcsetattr(fd, termios.TCSADRAIN, saved)
+        if thread.ident is not None:  # started
+            os.write(wake, b".")
+            thread.join()
         for end in (done, wake, resized, resize):
             os.close(end)
-        if saved is not None:
-            with suppress(termios.error):  # the terminal has gone
-                termios.tcsetattr(fd, termios.TCSADRAIN, saved)
 
 
 @contextmanager

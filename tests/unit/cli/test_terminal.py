@@ -84,6 +84,17 @@ def test_resizes_without_a_reader_do_not_block(screen: int) -> None:
             signal.raise_signal(signal.SIGWINCH)
 
 
+def test_the_terminal_is_restored_without_a_thread(screen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = termios.tcgetattr(screen)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="new thread"), terminal.raw_terminal(lambda data: 0, lambda: None):
+        pytest.fail("it has begun")
+    assert termios.tcgetattr(screen) == before
+
+
 def test_a_guest_that_ends_first_is_not_waited_for(pipe: int) -> None:
     with terminal.raw_terminal(lambda data: 0, lambda: None):
         pass
