@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,9 @@ class ConsoleLog:
             while self._file is not None and data:
                 data = data[self._file.write(data) or 0 :]
         except OSError as error:
-            click.echo(f"kvmpass: --console-log: {self._path}: {error.strerror}: the rest is missing", err=True)
             self.close()
+            with suppress(OSError):  # standard error is full, too, or closed
+                click.echo(f"kvmpass: --console-log: {self._path}: {error.strerror}: the rest is missing", err=True)
 
     def close(self) -> None:
         """Idempotent."""

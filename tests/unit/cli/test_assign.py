@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,20 @@ def test_a_full_disk_is_reported_once_and_ends_nothing(capsys: pytest.CaptureFix
     assert seen == [b"one", b"two"]
     expected = "kvmpass: --console-log: /dev/full: No space left on device: the rest is missing\n"
     assert capsys.readouterr().err == expected
+
+
+def test_a_full_disk_under_log_and_standard_error_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+    write = ConsoleLog(Path("/dev/full")).beside(seen.append)
+    assert write is not None
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        write(b"one")
+        monkeypatch.undo()
+        with suppress(OSError):  # what is buffered still
+            full.close()
+    write(b"two")
+    assert seen == [b"one", b"two"]
 
 
 @pytest.mark.parametrize(
