@@ -199,9 +199,10 @@ def duplicate(fd: int) -> int:
     ``RWF_NOWAIT`` for pipes (fs/pipe.c: ``FMODE_NOWAIT``). Raises ``OSError``.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    if stat.S_ISFIFO(os.fstat(fd).st_mode) and flags & os.O_ACCMODE == os.O_WRONLY:
+    if stat.S_ISFIFO(os.fstat(fd).st_mode) and flags & os.O_ACCMODE != os.O_RDONLY:
+        writing = flags & ~os.O_ACCMODE | os.O_WRONLY  # a FIFO may be open for both
         with suppress(OSError):  # nobody reads it, or another user has made it
-            return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_CLOEXEC)
+            return os.open(f"/proc/self/fd/{fd}", writing | os.O_NONBLOCK | os.O_CLOEXEC)
     return os.dup(fd)
 
 

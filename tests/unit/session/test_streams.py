@@ -119,6 +119,18 @@ def test_what_cannot_be_opened_again_is_the_same(tmp_path: Path) -> None:
         os.close(fd)
 
 
+def test_a_fifo_that_is_open_for_both_directions_does_not_block(tmp_path: Path) -> None:
+    """As of ``exec 3<>FIFO`` in a shell, with which several writers share a description."""
+    os.mkfifo(tmp_path / "fifo")
+    shared = os.open(tmp_path / "fifo", os.O_RDWR)
+    write = duplicate(shared)
+    assert (os.get_blocking(shared), os.get_blocking(write)) == (True, False)
+    os.write(write, b"word")
+    assert os.read(shared, 10) == b"word"
+    for fd in (shared, write):
+        os.close(fd)
+
+
 def test_single_bytes_in_a_pipe_that_is_not_read_take_no_more_memory_than_they_are() -> None:
     """A guest writes what it likes, in frames of one byte."""
     granted: list[int] = []
