@@ -77,6 +77,8 @@ def measure(
     left = dict.fromkeys(sections, rounds)
     until = None if limit is None else time.monotonic() + limit
     for number in range(1 + REPLACED):
+        if number:
+            found["replaced"] = {sections[0]: number}
         words = [sys.executable, str(HERE / "inside.py"), str(folder)]
         words += [f"{name}:{count}" for name, count in left.items()]
         if here:
@@ -95,7 +97,6 @@ def measure(
             break
         if until is not None and time.monotonic() + LEAST_SECONDS > until:
             break
-        found["replaced"] = {sections[0]: number + 1}
     else:
         if limit is None:
             sys.exit("bench: too many emulated hosts ended early: nothing is written")
