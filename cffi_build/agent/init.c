@@ -5,6 +5,8 @@
 #include "process.h"
 #include "text.h"
 
+#include <asm/errno.h>
+
 #define SCRIPT "/kvmpass/init.sh"
 #define QUIET " quiet loglevel=3" /* kvmpass/boot/cmdline.py */
 #define HOST_NAME "kvmpass"
@@ -53,8 +55,14 @@ static void mount_all(void)
 		if (error < 0 && !mounts[at].optional) {
 			say("kvmpass: ");
 			say(mounts[at].place);
-			say(" was not mounted, error ");
-			say_number(-error);
+			say(" was not mounted");
+			if (error == -ENODEV) {
+				say(": the kernel has no ");
+				say(mounts[at].kind);
+			} else {
+				say(", error ");
+				say_number(-error);
+			}
 			say("\n");
 		}
 	}
