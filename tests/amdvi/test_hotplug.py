@@ -57,8 +57,10 @@ def test_hotplug_of_a_drive(mode: Mode, nvme: str) -> None:
 
 
 def test_a_guest_that_does_not_eject_keeps_the_device(edu: str) -> None:
-    """A guest that has not booted yet cannot eject; ``deassign`` does not ask."""
-    with host.borrow(edu), running("sleep 1000", events=(events := [])) as guest:
+    """A paused guest runs, and cannot eject; ``deassign`` does not ask."""
+    with host.borrow(edu), running("echo up; sleep 1000", events=(events := [])) as guest:
+        guest.expect("up")
+        guest.machine.pause()
         device = guest.machine.assign(edu)
         with pytest.raises(GuestError, match="did not eject"):
             guest.machine.unplug(device, 0.05)
