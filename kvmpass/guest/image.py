@@ -69,22 +69,28 @@ class GuestImage:
         """Return the backing for the memory of a machine that it is loaded into, ``wanted`` where it may choose."""
         return wanted.shared if self.directories else wanted
 
-    def load(self, machine: Machine) -> None:
-        """Load it into the memory of a machine that has not started, and start its daemons.
-
-        They end when the machine is closed. Raises ``NotEnoughMemory``, ``ShareError``, ``DaemonError``.
+    @property
+    def least_memory(self) -> int:
+        """Bytes of memory that a machine must have at least to load it.
 
         The kernel runs at its preferred address or above, and uses ``init_size`` bytes from there on before it reads
         the memory map (Documentation/arch/x86/boot.rst). It unpacks into a tmpfs, which is limited to half of the
         memory beside the kernel and the archive (``shmem_default_max_blocks``, mm/shmem.c;
         Documentation/filesystems/ramfs-rootfs-initramfs.rst).
         """
-        before_files, files = self.kernel.preferred + _START, 2 * self.unpacked + len(self.initrd)
-        needed = self.kernel.init_size + max(before_files, files)
+        files = 2 * self.unpacked + len(self.initrd)
+        return self.kernel.init_size + max(self.kernel.preferred + _START, files)
+
+    def load(self, machine: Machine) -> None:
+        """Load it into the memory of a machine that has not started, and start its daemons.
+
+        They end when the machine is closed. Raises ``NotEnoughMemory``, ``ShareError``, ``DaemonError``.
+        """
+        needed = self.least_memory
         if machine.memory.ram_size < needed:
             least = -(-(needed + _SLACK) // (16 * MIB)) * 16
             what, more = f"the guest's kernel needs {needed / MIB:.0f} MiB to start", ""
-            if self.unpacked and files > before_files:
+            if self.unpacked and needed > self.kernel.init_size + self.kernel.preferred + _START:
                 unpacked = f"the guest's files need {self.unpacked / MIB:.0f} MiB unpacked"
                 what, more = f"{unpacked}, and at most half of its memory can hold files", ", or copy less into it"
             raise NotEnoughMemory(

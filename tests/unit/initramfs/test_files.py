@@ -196,6 +196,7 @@ def test_a_kernel_that_does_not_fit_is_refused_with_the_size_that_does(initrd: i
     """It needs ``init_size`` bytes from its preferred address on."""
     kernel = cast(KernelImage, SimpleNamespace(init_size=56 * MIB, preferred=16 * MIB))
     image = GuestImage(kernel, bytes(initrd), "", unpacked=unpacked)
+    assert image.least_memory == 80 * MIB
     for size in (2, 64, 79):
         with pytest.raises(NotEnoughMemory, match=f"needs 80 MiB to start: {size} MiB are too little") as refused:
             image.load(cast(Machine, Memory(size * MIB)))
