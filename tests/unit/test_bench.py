@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -195,7 +195,7 @@ def test_neither_program_of_the_cpu_row_finalizes_its_interpreter(
 
     class Nothing:
         def __init__(self, bench: Any) -> None:
-            self.measure = lambda *arguments: None
+            self.measure, self.least = lambda *arguments: None, 64
 
     monkeypatch.setattr(starts, "spent", printed)
     monkeypatch.setattr(starts, "Loaded", Nothing)
@@ -204,6 +204,16 @@ def test_neither_program_of_the_cpu_row_finalizes_its_interpreter(
         for job in jobs:
             job()
     assert bench.samples.samples == {"user CPU until the first KVM_RUN, ms": {"import click": [1.0]}}
+
+
+@pytest.mark.parametrize(("needed", "size"), [(64, 64), (65, 128), (80, 128), (129, 256)])
+def test_the_least_memory_is_what_the_guests_kernel_takes(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, size: int
+) -> None:
+    starts, samples = script("starts"), script("samples")
+    image = SimpleNamespace(kernel=SimpleNamespace(path="/k"), cmdline="", initrd=b"", least_memory=needed << 20)
+    monkeypatch.setattr(starts, "prepare", lambda *arguments: image)
+    assert starts.Loaded(samples.Bench(samples.Samples(), tmp_path, {})).least == size
 
 
 def test_calls_are_named_by_their_descriptor(script: Script) -> None:
