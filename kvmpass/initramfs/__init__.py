@@ -92,7 +92,7 @@ class GuestRoot:
             "TERMINAL_SIZE": "rows 24 cols 80",
         }
         self._loads: list[tuple[str, ...]] = []
-        self._copied: frozenset[str] = frozenset()
+        self._copied: dict[str, Node | None] = {}  # by name in the archive; may have been replaced since
         self._source: Path | None = None  # whose files are the root of programs
         self._entry = _IN_INITRAMFS
         self._targets: tuple[str, ...] = ()  # where directories of the host are mounted
@@ -198,7 +198,7 @@ class GuestRoot:
             target = served.UPPER + served.in_root(self._source, target)
         before = self.tree.names
         files.copy_into(self.tree, source, target, self.warnings.append)
-        self._copied |= self.tree.names - before
+        self._copied |= {name: self.tree.get(f"/{name}") for name in self.tree.names - before}
 
     def run_command(
         self,
@@ -276,4 +276,5 @@ class GuestRoot:
         self.tree.file(f"{init.DIRECTORY}/init.sh", init.SCRIPT.read_bytes(), 0o755)
         self.tree.file(f"{init.DIRECTORY}/settings", init.assignments(self._settings))
         self.tree.file(f"{init.DIRECTORY}/load", init.calls(self._loads))
-        return self.tree.archive(init.COMPLETE, self._copied)
+        copied = {name for name, node in self._copied.items() if self.tree.get(f"/{name}") is node}
+        return self.tree.archive(init.COMPLETE, copied)

@@ -130,8 +130,9 @@ def test_no_copied_file_replaces_the_guests_init(busybox: Path, tmp_path: Path) 
     expected = unpack(GuestRoot(busybox).build())
     root = GuestRoot(busybox)
     root.copy(f"{own}/.:/")
-    found = unpack(root.build())
-    assert found == expected
+    archive = root.build()
+    assert unpack(archive) == expected
+    assert archive == GuestRoot(busybox).build(), "nor does one move them behind the others"
 
 
 def test_the_scripts_are_shell_scripts(busybox: Path, tmp_path: Path) -> None:
