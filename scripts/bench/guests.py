@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from attach import until
 from counters import Counters
+from network import DOWN, GUEST_ADDRESS, HOST_ADDRESS, NETWORK_MIB, SECONDS, UP, has_network, network, wait_for
 from qemu import Qemu, boot_words, port_words
 from samples import KVMPASS, Bench, Job, populate, resident_mib
 
@@ -28,10 +28,7 @@ from kvmpass.guest import GuestSpec, prepare
 from kvmpass.layout import MIB
 
 MEMORY = 256
-CONFIG_READS, DRIVE_MIB, DIRECT_READS, NETWORK_MIB, INTERRUPTS, OUTPUT_MIB = 5, 64, 500, 4, 500, 16
-HOST_ADDRESS, GUEST_ADDRESS = "192.0.2.1", "192.0.2.2"  # RFC 5737
-DOWN, UP = 7001, 7002
-SECONDS = 120
+CONFIG_READS, DRIVE_MIB, DIRECT_READS, INTERRUPTS, OUTPUT_MIB = 5, 64, 500, 500, 16
 LAST = "output"
 """The phase that begins when all others have ended."""
 ROWS: Mapping[str, str] = {
@@ -115,11 +112,6 @@ def script(bench: Bench, output: str) -> str:
     if has_edu(bench):
         text += find("edu", bench.devices["edu"]) + EDU
     return text + f"bulk() {{ dd if=/dev/zero bs=64k count={OUTPUT_MIB * 16} >{output}; }}\nphase output bulk\n"
-
-
-def has_network(bench: Bench) -> bool:
-    """Whether there is a card for the guest, and one on the same network that stays with the host."""
-    return {"nic", "nic2"} <= bench.devices.keys()
 
 
 def has_edu(bench: Bench) -> bool:
@@ -307,65 +299,6 @@ def host_alone(bench: Bench) -> None:
 def namespace(process: int | str) -> Path:
     """Return the network namespace of a process."""
     return Path(f"/proc/{process}/ns/net").readlink()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Wait until a condition holds. Raises ``TimeoutError``."""
-    deadline = time.monotonic() + seconds
-    while not _holds(condition):
-        if time.monotonic() > deadline:
-            raise TimeoutError("what the benchmark waits for has not come")
-        time.sleep(0.02)
-
-
-def _holds(condition: Callable[[], bool]) -> bool:
-    try:
-        return condition()
-    except OSError:
-        return False
-
-
-def serve(port: int, handle: Callable[[socket.socket], None]) -> socket.socket:
-    """Let a thread answer each connection to a port."""
-    server = socket.create_server((HOST_ADDRESS, port))
-
-    def work() -> None:
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:  # closed
-                return
-            with connection:
-                handle(connection)
-
-    threading.Thread(target=work, daemon=True).start()
-    return server
-
-
-def take(connection: socket.socket) -> None:
-    """Receive until the peer has sent everything."""
-    while connection.recv(1 << 20):
-        pass
-
-
-@contextmanager
-def network(bench: Bench) -> Iterator[None]:
-    """Serve the second card's network: one port takes bytes, the other has some."""
-    if not has_network(bench):
-        bench.samples.lack("network", "needs two cards on one network, KVMPASS_TEST_NIC and KVMPASS_TEST_NIC2")
-        yield
-        return
-    place = Path("/sys/bus/pci/devices", bench.devices["nic2"], "net")
-    wait_for(lambda: any(place.iterdir()))
-    [name] = [path.name for path in place.iterdir()]
-    subprocess.run(["ip", "addr", "replace", f"{HOST_ADDRESS}/24", "dev", name], check=True)
-    subprocess.run(["ip", "link", "set", name, "up"], check=True)
-    try:
-        data = bytes(NETWORK_MIB << 20)
-        with closing(serve(UP, take)), closing(serve(DOWN, lambda connection: connection.sendall(data))):
-            yield
-    finally:
-        subprocess.run(["ip", "addr", "del", f"{HOST_ADDRESS}/24", "dev", name], check=True)
 
 
 @contextmanager

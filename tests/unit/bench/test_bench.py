@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import subprocess
 import sys
@@ -18,19 +17,10 @@ import pytest
 
 from kvmpass.lab import LabResult
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "scripts" / "bench"
 STAGES = [{"name": "imports & checks", "seconds": 1.0, "exits": 0}, {"name": "boot", "seconds": 3.0, "exits": 420}]
 Script = Callable[[str], ModuleType]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
-    """Imports one of them."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    yield importlib.import_module
-    for path in SCRIPTS.glob("*.py"):  # their names are short
-        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture
