@@ -204,7 +204,8 @@ class Assignments(Remotes):
         """Ask the running guest to eject ``device``, wait until it has, and deassign it.
 
         A guest ejects a slot: devices that share it are deassigned, too. Raises ``GuestError`` if the guest does not
-        eject it within ``timeout`` seconds: it is still assigned then, and ``deassign`` removes it without asking.
+        eject it within ``timeout`` seconds: it is still assigned then, and ``deassign`` removes it without asking. A
+        guest that has read the request may eject it later; it is then deassigned (``DeviceReleased`` by ``guest``).
         """
         if self._has(device):
             ejected = self._slots.eject(device, timeout) if self._running else [device]

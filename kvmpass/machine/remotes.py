@@ -131,8 +131,8 @@ class Remotes(Functions):
     def remove_remote(self, remote: Remote, timeout: float = EJECT_SECONDS) -> None:
         """Ask a running guest to eject a device of ``add_remote``, wait until it has, and close the connection.
 
-        Raises ``GuestError`` if the guest does not eject it within ``timeout`` seconds: it has it still then.
-        Idempotent.
+        Raises ``GuestError`` if the guest does not eject it within ``timeout`` seconds: it has it still then, and
+        may eject it later if it has read the request. Idempotent.
         """
         if remote in self._remotes:
             if self._running and not self._slots.wait_for_eject(remote.slot, remote.ejected, timeout):

@@ -120,7 +120,7 @@ class Slots:
     def eject(self, device: AssignedDevice, timeout: float) -> list[AssignedDevice]:
         """Request the eject and wait for it, or for the guest's end. Return the devices of the slot.
 
-        Raises ``GuestError`` after ``timeout`` seconds; the request is then withdrawn.
+        Raises ``GuestError`` after ``timeout`` seconds, as ``wait_for_eject`` returns false.
         """
         with self.bus_lock:
             done = device.ejected.is_set()  # another device may have the slot then
@@ -135,7 +135,7 @@ class Slots:
     def wait_for_eject(self, slot: int, ejected: threading.Event, timeout: float) -> bool:
         """Request the eject of ``slot``, and wait for ``ejected``, or for the guest's end; return whether it came.
 
-        After ``timeout`` seconds the request is withdrawn.
+        After ``timeout`` seconds the request is withdrawn. A guest that has read it may still eject.
         """
         deadline = time.monotonic() + timeout
         with self.bus_lock:
@@ -144,7 +144,8 @@ class Slots:
             self.board.hotplug.request_eject(slot)
         while self.running() and not ejected.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
             if time.monotonic() >= deadline:
-                with self.bus_lock:
-                    self.board.hotplug.withdraw(slot)
-                return False
+                with self.bus_lock:  # a vCPU that ejects holds it
+                    if not ejected.is_set():
+                        self.board.hotplug.withdraw(slot)
+                        return False
         return True

@@ -82,6 +82,22 @@ def test_a_guest_that_does_not_eject_keeps_the_device(machine: Stub) -> None:
     assert machine.hotplug.calls == [("request", 2), ("withdraw", 2)]
 
 
+def test_an_eject_at_the_last_moment_counts(machine: Stub) -> None:
+    """The guest ejects once the time is up, before the request is withdrawn."""
+    device = machine.devices[2]
+
+    class AtLast(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            before = super().wait(timeout)
+            self.set()
+            return before
+
+    device.ejected = AtLast()
+    machine.unplug(device, 0)
+    assert machine.released == ["0000:02:00.0"]
+    assert machine.hotplug.calls == [("request", 2)]
+
+
 def test_a_timeout_of_zero_does_not_wait(machine: Stub) -> None:
     with pytest.raises(GuestError):
         machine.unplug(machine.devices[2], 0)
