@@ -137,8 +137,7 @@ class _Work:
         with transaction.lock():
             try:
                 with deferred():
-                    for bdf in chosen:
-                        transaction.recover(bdf)
+                    transaction.recover(chosen)
                     jobs = self._look(chosen)
                     wanted = {job.bdf: job.wanted for job in jobs if job.wanted is not None}
                     transaction.change(self.operation, wanted)

@@ -51,8 +51,7 @@ class Borrow:
         try:
             with transaction.lock():
                 with deferred():
-                    for bdf in self.bdfs:
-                        transaction.recover(bdf)
+                    transaction.recover(self.bdfs)
                 self._check()  # here: it may be in use since this waited for the lock
                 with deferred():
                     self.devices += transaction.change(Operation.ASSIGN, dict.fromkeys(self.bdfs, ON_VFIO_PCI))

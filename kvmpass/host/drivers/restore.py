@@ -9,6 +9,7 @@ from typing import Literal
 
 from kvmpass._dataclass import dataclass
 from kvmpass._signals import deferred
+from kvmpass._together import run_together
 from kvmpass.errors import BadAddress, JournalError, KvmpassError, NoSuchDevice
 from kvmpass.host.address import Bdf
 from kvmpass.host.drivers.journal import Entries, Entry, Journal
@@ -43,6 +44,8 @@ def restore(
 ) -> list[Restored]:
     """Rebind the devices that killed processes have left to their drivers: one result for each, by address.
 
+    They are rebound at the same time, each in a thread of its own, from which ``on_step`` is called.
+
     ``restored``: as before the operation; ``stale``: of another boot or device, removed; ``owner-alive``: borrowed by
     a running process, unchanged; ``corrupt``: invalid, renamed; ``gone``: the device was removed, and so is the
     entry; ``failed``: the entry stays, try again. A device whose bind is complete stays bound; of such records only
@@ -60,7 +63,8 @@ def restore(
             for path in [*journal.scratch(), *journal.bound.scratch()]:
                 path.unlink(missing_ok=True)
             transaction = Transaction(sysfs, journal, timeout, say, on_step)
-            results = [_safely(path, partial(_restore_one, transaction)) for path in journal.files()]
+            restore_one = partial(_restore_one, transaction)
+            results = run_together(*(partial(_safely, path, restore_one) for path in journal.files()))
             results += [_safely(path, partial(_check_record, sysfs, journal)) for path in journal.bound.files()]
             return [result for result in results if result is not None]
     except PermissionError as error:

@@ -45,7 +45,7 @@ OnStep = Callable[[Step, Bdf], object]
 class Transaction:
     """Changes the drivers of several devices together. Without a commit they are reverted, at the latest at exit.
 
-    The order is that of the methods: ``recover`` and ``change`` each device, ``confirm`` each, then ``commit`` or
+    The order is that of the methods: ``recover`` and ``change`` the devices, ``confirm`` each, then ``commit`` or
     ``put_back``. The caller holds the :meth:`lock`, except for ``put_back``, which takes it if necessary.
 
     ``timeout`` is in seconds, for each write that may block; ``say`` is for the lock; ``on_step`` is called before
@@ -74,18 +74,20 @@ class Transaction:
         """Return the lock for changes of drivers; see :meth:`Journal.lock`."""
         return self.journal.lock(self._say)
 
-    def recover(self, bdf: Bdf) -> None:
-        """Restore the device first if a killed process has left it.
+    def recover(self, bdfs: Iterable[Bdf]) -> None:
+        """Restore those of the devices first that a killed process has left, at the same time.
 
-        Raises ``DeviceInUse`` if a running process has borrowed it, and what :meth:`give_back` raises.
+        Raises ``DeviceInUse`` if a running process has borrowed one, before it restores any, and what
+        :meth:`give_back` raises.
         """
-        left = self.journal.read_unowned(self.sysfs, bdf)
-        if left is None:
-            return
+        left = [entry for bdf in bdfs if (entry := self.journal.read_unowned(self.sysfs, bdf)) is not None]
+        run_together(*(partial(self._recover, entry) for entry in left))
+
+    def _recover(self, left: Entry) -> None:
         if left.is_stale(self.sysfs):
-            self.journal.remove(bdf)
+            self.journal.remove(left.bdf)
         else:
-            log.info("%s was left by process %d, restoring it first", bdf, left.pid)
+            log.info("%s was left by process %d, restoring it first", left.bdf, left.pid)
             self.give_back(left)
 
     def change(self, operation: Operation, wanted: Mapping[Bdf, Setting]) -> list[PciDevice]:

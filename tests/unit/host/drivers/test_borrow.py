@@ -21,7 +21,9 @@ from kvmpass.guest import GuestSpec
 from kvmpass.host import Bdf, Look, bind, borrow, restore, unbind
 from kvmpass.host.drivers import transaction
 from kvmpass.host.drivers.changes import Step
+from kvmpass.host.drivers.journal import Journal
 from kvmpass.host.drivers.lock import HostLock
+from kvmpass.host.drivers.transaction import Transaction
 
 NVME, EDU, NIC = "0000:01:00.0", "0000:00:04.0", "0000:02:00.0"
 BEFORE: dict[str, tuple[str | None, str | None]] = {
@@ -405,6 +407,47 @@ def test_what_a_killed_process_left_is_no_obstacle(host: Host, state: Path) -> N
     assert host.state(NVME) == kept
     with borrow(NVME, sysfs=host, state_dir=state):
         assert json.loads((state / "journal" / f"{NVME}.json").read_text())["driver"] == "nvme"
+    assert as_before(host, state)
+
+
+@pytest.mark.parametrize("by", ["restore", "borrow"])
+def test_what_a_killed_process_left_is_rebound_at_the_same_time(host: Host, state: Path, by: str) -> None:
+    """A driver that takes long delays no other device."""
+
+    def child() -> None:
+        host.process(os.getpid(), "kvmpass", Path("/proc/self/stat").read_text())
+        with borrow(NVME, NIC, sysfs=host, state_dir=state):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(child) == signal.SIGKILL
+    for name in host.names("proc"):
+        if name.isdecimal() and int(name) != os.getpid():
+            host.path("proc", name, "stat").unlink()
+    together = threading.Barrier(2, timeout=10)
+
+    def hook(step: Step, _: Bdf) -> None:
+        if step == Step.RETURN_PROBE:
+            together.wait()
+
+    if by == "restore":
+        results = restore(host, state, on_step=hook)
+        assert [(result.bdf, result.outcome) for result in results] == [(NVME, "restored"), (NIC, "restored")]
+    else:
+        with borrow(NVME, NIC, sysfs=host, state_dir=state, on_step=hook):
+            pass
+    assert as_before(host, state)
+
+
+def test_none_is_rebound_if_one_is_borrowed(host: Host, state: Path) -> None:
+    with borrow(NVME, NIC, sysfs=host, state_dir=state):
+        file = state / "journal" / f"{NVME}.json"
+        text = file.read_text()
+        file.write_text(text.replace(f'"pid": {os.getpid()}', '"pid": 999999'))
+        host.writes.clear()
+        with pytest.raises(DeviceInUse, match=f"{NIC} is assigned by"):
+            Transaction(host, Journal(state)).recover([Bdf.parse(NVME), Bdf.parse(NIC)])
+        assert host.writes == []
+        file.write_text(text)
     assert as_before(host, state)
 
 
