@@ -6,17 +6,27 @@ checksum is right. Whatever is wrong with the cache, it is as if the file were m
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmpass._log import Log
+from kvmpass._teardown import undo_on_error
+
+if TYPE_CHECKING:
+    from queue import SimpleQueue
+    from threading import Thread
 
 log = Log("kvmpass.cache")
+
+PATIENCE = 10.0
+"""Seconds without a MiB of progress after which a file system stalls (a CPU that is shared by many takes 1)."""
 
 _PIECE = 1 << 20
 _MAGIC = b"kvmpass kept 1\n\0"
@@ -51,20 +61,14 @@ class KeptFiles(NamedTuple):
     most_bytes: int
     """Their bytes together."""
 
-    def read(self, name: str, step: Callable[[], None] = lambda: None) -> memoryview | None:
-        """Return a copy of a file's content; None if there is none that can be trusted.
-
-        What is checked is the copy: whatever happens to the file later changes nothing. ``step`` is called after
-        each MiB.
-        """
+    def open(self, name: str) -> KeptFile | None:
+        """Open a file; None if there is none that can be trusted. The reader finds out about its checksum."""
         try:
             with _directory(self.folder) as directory:
                 flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO has no writer
-                fd = os.open(name, flags, dir_fd=directory)
-                try:
-                    return _checked(fd, self.most_bytes, step)
-                finally:
-                    os.close(fd)
+                file = FileIO(os.open(name, flags, dir_fd=directory))
+                with undo_on_error(file.close):
+                    return KeptFile(file, *_checked(file.fileno(), self.most_bytes))
         except FileNotFoundError:
             pass
         except (OSError, RuntimeError, ValueError) as error:
@@ -85,6 +89,11 @@ class KeptFiles(NamedTuple):
                 self._prune(directory)
         except (OSError, RuntimeError, ValueError) as error:
             log.debug("%s/%s is not kept in the cache: %s", self.folder, name, error)
+
+    def remove(self, name: str) -> None:
+        """Remove a file whose content turned out to be wrong. It fails silently."""
+        with suppress(OSError, RuntimeError), _directory(self.folder) as directory:
+            os.unlink(name, dir_fd=directory)
 
     def obstacle(self) -> str:
         """Return why nothing can be kept in the directory, which is made if it is missing; empty: nothing known."""
@@ -107,6 +116,80 @@ class KeptFiles(NamedTuple):
             if number >= self.most_files or total > self.most_bytes:
                 with suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=directory)
+
+
+class KeptFile:
+    """An open file of the cache.
+
+    Synchronization: from one thread.
+    """
+
+    def __init__(self, file: FileIO, size: int, checksum: int) -> None:
+        self.size = size
+        """Bytes of its content."""
+        self._file, self._checksum = file, checksum
+        self._reader: Thread | None = None
+
+    def pieces(self) -> Generator[memoryview]:
+        """Yield its content, once, in pieces of at most a MiB. Each is valid until the next one is asked for.
+
+        A thread reads ahead. Raises ``TimeoutError`` once it has read nothing for ``PATIENCE`` seconds, and other
+        ``OSError``: ``EBADMSG`` instead of the last piece if the content is not what was written.
+        """
+        from queue import Empty, SimpleQueue
+        from threading import Thread
+
+        free, full = SimpleQueue[memoryview | None](), SimpleQueue[tuple[memoryview, int] | OSError]()
+        for _ in range(2):
+            free.put(private_memory(_PIECE))
+        thread = Thread(target=self._read_ahead, args=(free, full), name="read", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # a limit of threads
+            raise OSError(errno.EAGAIN, str(error)) from None
+        self._reader, left = thread, self.size
+        try:
+            while left:
+                got = full.get(timeout=PATIENCE)
+                if isinstance(got, OSError):
+                    raise got
+                buffer, length = got
+                yield buffer[:length]
+                left -= length
+                free.put(buffer)
+        except Empty:
+            raise TimeoutError(errno.ETIMEDOUT, f"no progress in {PATIENCE:g} seconds") from None
+        finally:
+            free.put(None)
+
+    def _read_ahead(
+        self, free: SimpleQueue[memoryview | None], full: SimpleQueue[tuple[memoryview, int] | OSError]
+    ) -> None:
+        """Read until the end, or until nobody wants more, and close the file."""
+        import zlib
+
+        found, left = 0, self.size
+        try:
+            with self._file as file:
+                file.seek(_HEADER.size)
+                while left and (buffer := free.get()) is not None:
+                    # Not a mapping of the file: one that becomes shorter, or cannot be read, would be a SIGBUS.
+                    length = file.readinto(buffer[:left])
+                    found = zlib.crc32(buffer[:length], found)
+                    left -= length
+                    if not length or (not left and found != self._checksum):
+                        raise OSError(errno.EBADMSG, "what is in the cache is not what was written")
+                    if not left:
+                        with suppress(OSError):  # the cache may be read-only
+                            os.utime(file.fileno())
+                    full.put((buffer, length))
+        except OSError as error:
+            full.put(error)
+
+    def close(self) -> None:
+        """Close it, unless its reader does. Idempotent."""
+        if self._reader is None:
+            self._file.close()
 
 
 def private_memory(size: int) -> memoryview:
@@ -168,10 +251,8 @@ def _check_owner(at: os.stat_result, name: str) -> None:
         raise PermissionError(f"another user can write {name}")
 
 
-def _checked(fd: int, most: int, step: Callable[[], None]) -> memoryview:
-    """Return a copy of a file of ours. Raises ``OSError``, and ``ValueError`` for one that is torn."""
-    import zlib
-
+def _checked(fd: int, most: int) -> tuple[int, int]:
+    """Return size and checksum of a file of ours. Raises ``OSError``, and ``ValueError`` for one that is torn."""
     at = os.fstat(fd)
     _check_owner(at, "it")
     if not stat.S_ISREG(at.st_mode) or at.st_size <= _HEADER.size:
@@ -179,20 +260,7 @@ def _checked(fd: int, most: int, step: Callable[[], None]) -> memoryview:
     magic, size, checksum, _ = _HEADER.unpack(os.pread(fd, _HEADER.size, 0))
     if magic != _MAGIC or _HEADER.size + size != at.st_size or size > most:
         raise ValueError("not complete")
-    content, found, start = private_memory(size), 0, 0
-    while start < size:
-        # Not a mapping of the file: one that becomes shorter, or cannot be read, would be a SIGBUS.
-        length = os.preadv(fd, [content[start : start + _PIECE]], _HEADER.size + start)
-        if not length:
-            raise ValueError("it became shorter while it was read")
-        found = zlib.crc32(content[start : start + length], found)
-        start += length
-        step()
-    if found != checksum:
-        raise ValueError("its checksum is wrong")
-    with suppress(OSError):  # the cache may be read-only
-        os.utime(fd)
-    return content
+    return size, checksum
 
 
 def _write(directory: int, name: str, content: memoryview) -> None:

@@ -15,17 +15,17 @@ import os
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 from kvmpass._dataclass import dataclass
-from kvmpass._log import Log
 from kvmpass.boot.acpi import RSDP_BASE
 from kvmpass.boot.e820 import E820Entry, E820Type
 from kvmpass.boot.vmlinux import FOUR_LEVELS, Vmlinux, Writes
 from kvmpass.errors import BadKernel, NotEnoughMemory
 from kvmpass.layout import GIB, MIB, PAGE, Range
 
-log = Log("kvmpass.boot")
+if TYPE_CHECKING:
+    from kvmpass.boot.unpacking import Unpacking
 
 GDT_BASE = 0x6000
 BOOT_PARAMS = 0x7000
@@ -286,12 +286,11 @@ def load_linux(
     initrd: bytes | memoryview | None,
     cmdline: str,
     e820: Sequence[E820Entry],
-    unpacked: memoryview | None = None,
+    unpacking: Unpacking | None = None,
 ) -> Loaded:
     """Write kernel, initrd, command line and boot_params into guest memory.
 
-    ``unpacked``: the kernel that is compressed in ``kernel``, which is loaded instead where it can be; else the
-    kernel decompresses itself.
+    ``unpacking``: of ``kernel``, whose result is loaded instead where it can be; else the kernel decompresses itself.
 
     The caller writes the ACPI tables. Raises ``BadKernel`` for an invalid command line, ``NotEnoughMemory``.
     """
@@ -312,24 +311,23 @@ def load_linux(
     memory.write(BOOT_PARAMS, boot_params(kernel, code, place, e820))
     if image:
         memory.write(place.start, image)
-    vmlinux = kernel.vmlinux
-    if vmlinux is None and unpacked is not None:
-        vmlinux = _where_linked(kernel, unpacked, code, ram)
-    if vmlinux is not None:
-        vmlinux.write(memory)
-        return Loaded(vmlinux.entry, True)
+    if kernel.vmlinux is not None:
+        kernel.vmlinux.write(memory)
+        return Loaded(kernel.vmlinux.entry, True)
+    if unpacking is not None and (entry := _load_unpacked(memory, kernel, unpacking, code, ram)) is not None:
+        return Loaded(entry, True)
     memory.write(code.start, kernel.payload)
     return Loaded(code.start + ENTRY_64, False)
 
 
-def _where_linked(kernel: KernelImage, unpacked: memoryview, code: Range, ram: Sequence[Range]) -> Vmlinux | None:
-    """Return a decompressed kernel that can be loaded at the address that it was linked to, else None."""
-    try:
-        if code.start != kernel.preferred:
-            raise ValueError(f"no memory at {kernel.preferred:#x}")
-        if max(part.end for part in ram) > FOUR_LEVELS:
-            raise ValueError("so much memory needs page tables of five levels")
-        return Vmlinux.parse(unpacked, code)
-    except ValueError as error:
-        log.debug("%s decompresses itself: %s", kernel.path, error)
-        return None
+def _load_unpacked(
+    memory: Writes, kernel: KernelImage, unpacking: Unpacking, code: Range, ram: Sequence[Range]
+) -> int | None:
+    """Load the decompressed kernel if it can run at the address that it was linked to; return its entry point."""
+    if code.start != kernel.preferred:
+        unpacking.leave(f"no memory at {kernel.preferred:#x}, where it was linked to")
+    elif max(part.end for part in ram) > FOUR_LEVELS:
+        unpacking.leave("so much memory needs page tables of five levels")
+    else:
+        return unpacking.load(code, memory)
+    return None

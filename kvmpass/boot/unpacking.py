@@ -6,19 +6,21 @@ The payload is the vmlinux without symbols, and relocations after it that only a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import errno
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
 from threading import Event, Lock, Thread
 from typing import Any, Protocol
 
+from kvmpass import _cache
 from kvmpass._cache import KeptFiles, private_memory
 from kvmpass._log import Log
-from kvmpass.layout import MIB
+from kvmpass.boot import vmlinux
+from kvmpass.layout import MIB, Range
 
 log = Log("kvmpass.boot")
 
 _KEPT = KeptFiles("vmlinux", most_files=4, most_bytes=256 * MIB)
-_PATIENCE = 10.0  # seconds without a MiB of progress: a file system stalls (a CPU that is shared by many takes 1)
 _PIECE = MIB
 _MOST_WINDOW = 256 * MIB  # of a decompressor: zstd --ultra -22 (scripts/Makefile.lib) has 128 MiB
 
@@ -41,24 +43,24 @@ class Compressed(Protocol):
 class Unpacking:
     """Decompression of a kernel's payload, or of what a run before has left in the cache.
 
-    Only the first ``take`` decompresses, and keeps the result. Later ones, on guest reboot, read the cache: they are
+    Only the first ``load`` decompresses, and keeps the result. Later ones, on guest reboot, read the cache: they are
     made while a machine is locked.
 
-    Synchronization: from any thread. Its own threads, at most two, end by themselves.
+    Synchronization: from any thread. Its own threads, at most three, end by themselves.
     """
 
     def __init__(self, kernel: Compressed) -> None:
         self.kernel = kernel
         """The kernel."""
         self.note = ""
-        """Why the last ``take`` returned nothing, or why the result cannot be kept; empty: neither."""
+        """Why the last ``load`` loaded nothing, or why the result cannot be kept; empty: neither."""
         self._lock = Lock()
         self._attempt: _Attempt | None = None  # that the next ``take`` gets
         self._latest: _Attempt | None = None
         self._stalled = False
 
     def begin(self) -> None:
-        """Start a thread that prepares what the next ``take`` returns. Idempotent."""
+        """Start a thread that prepares what the next ``load`` loads. Idempotent."""
         with self._lock:
             if self._attempt is None and not self._stalled:
                 attempt = _Attempt(self.kernel, self._latest)
@@ -66,12 +68,39 @@ class Unpacking:
                     attempt.thread.start()
                     self._attempt = self._latest = attempt
 
-    def take(self) -> memoryview | None:
-        """Return the decompressed payload; None if it cannot be decompressed here. It is not kept in this object.
+    def load(self, code: Range, memory: vmlinux.Writes) -> int | None:
+        """Load the decompressed kernel, which was linked to the start of ``code``, and return its entry point.
 
-        None as well once nothing has come from the cache or the decompressor for ten seconds: of a file system that
-        stalls nothing is wanted after that.
+        None if that cannot be done here: ``code`` may have been written to, and the kernel decompresses itself. None
+        as well once nothing has come from the cache or the decompressor for ten seconds: of a file system that stalls
+        nothing is wanted after that.
         """
+        content = self.take()
+        if content is None:
+            return None
+        try:
+            with closing(content):
+                return vmlinux.load(content, code, memory)
+        except ValueError as error:
+            self._refuse(str(error))
+        except OSError as error:
+            self._refuse(error.strerror or str(error))
+            if isinstance(error, TimeoutError):
+                self._stalled = True
+            elif error.errno == errno.EBADMSG:
+                _KEPT.remove(_name(self.kernel.compressed()))
+        return None
+
+    def leave(self, reason: str) -> None:
+        """Let the kernel decompress itself: nothing will be loaded."""
+        with self._lock:
+            attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            attempt.abandon()
+        self._refuse(reason)
+
+    def take(self) -> vmlinux.Content | None:
+        """Return what ``load`` loads, which the caller closes; None as ``load``. It is not kept in this object."""
         self.begin()
         with self._lock:
             attempt, self._attempt = self._attempt, None
@@ -83,11 +112,29 @@ class Unpacking:
         self.note = attempt.note
         return content
 
+    def _refuse(self, reason: str) -> None:
+        self.note = f"not decompressed on this host: {reason}"
+        log.debug("%s is %s", self.kernel.path, self.note)
+
+
+class _Decompressed:
+    """A payload in memory."""
+
+    def __init__(self, content: memoryview) -> None:
+        self.size = len(content)
+        self._content = content
+
+    def pieces(self) -> Generator[memoryview]:
+        yield self._content
+
+    def close(self) -> None:
+        self._content = memoryview(b"")
+
 
 class _Attempt:
     """One preparation, in a thread of its own.
 
-    Synchronization: ``wait`` from one thread.
+    Synchronization: ``wait`` and ``abandon`` from one thread.
     """
 
     def __init__(self, kernel: Compressed, before: _Attempt | None) -> None:
@@ -96,22 +143,34 @@ class _Attempt:
         self._before: Thread | None = before.thread if before is not None else None
         self._ready = Event()
         self._steps = 0
-        self._content: memoryview | None = None
+        self._content: vmlinux.Content | None = None
+        self._abandoned = False
         self.stalled = False
         self.note = ""
         self.thread: Thread = Thread(target=self._prepare, name="unpack", daemon=True)
 
-    def wait(self) -> memoryview | None:
+    def wait(self) -> vmlinux.Content | None:
         """Return what was prepared; None as well if it makes no progress, and then nothing of it stays."""
         steps = self._steps
-        while not self._ready.wait(_PATIENCE):
+        while not self._ready.wait(_cache.PATIENCE):
             if steps == self._steps:
                 self.stalled = True
-                self.note = f"not decompressed on this host: no progress in {_PATIENCE:g} seconds"
-                break
+                self.note = f"not decompressed on this host: no progress in {_cache.PATIENCE:g} seconds"
+                self.abandon()
+                return None
             steps = self._steps
         content, self._content = self._content, None
-        return None if self.stalled else content
+        return content
+
+    def abandon(self) -> None:
+        """Release what was prepared, or will be."""
+        self._abandoned = True
+        self._release()
+
+    def _release(self) -> None:
+        content, self._content = self._content, None
+        if content is not None:
+            content.close()
 
     def _step(self) -> None:
         self._steps += 1
@@ -126,9 +185,10 @@ class _Attempt:
                 self._before = None
             data = self._kernel.compressed()
             name = _name(data)
-            self._content = _KEPT.read(name, self._step)
+            self._content = _KEPT.open(name)
             if self._content is None and self._first:
-                self._content = new = decompress(data, min(self._kernel.init_size, _KEPT.most_bytes), self._step)
+                new = decompress(data, min(self._kernel.init_size, _KEPT.most_bytes), self._step)
+                self._content = _Decompressed(new)
                 if obstacle := _KEPT.obstacle():
                     self.note = f"not kept in the cache: {obstacle}"
             elif self._content is None:
@@ -138,8 +198,8 @@ class _Attempt:
             log.debug("%s is %s", self._kernel.path, self.note)
         finally:
             self._ready.set()
-        if self.stalled:
-            self._content = None
+        if self._abandoned:
+            self._release()
         if new is not None:
             _KEPT.keep(name, new)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import BinaryIO, Protocol, Self
 
 from kvmpass._dataclass import dataclass
@@ -30,6 +31,20 @@ FOUR_LEVELS = 1 << 46
 """Bytes of physical memory that a kernel reaches with page tables of four levels."""
 
 
+class Content(Protocol):
+    """An ELF file that is read once, from its beginning on."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+
+    def pieces(self) -> Generator[memoryview]:
+        """Yield them. A piece is valid until the next one is asked for. Raises ``OSError``."""
+
+    def close(self) -> None:
+        """Release it. Idempotent."""
+
+
 class Writes(Protocol):
     """Guest memory for loading."""
 
@@ -44,36 +59,34 @@ class Segment:
     place: Range
     """Where it is in guest memory."""
     offset: int
-    """Where its content begins in the file."""
+    """Where its content begins."""
     size: int
-    """Bytes of the file; the rest of ``place`` is zero."""
+    """Bytes of its content; the rest of ``place`` is zero."""
+
+    def write(self, memory: Writes, at: int, piece: memoryview) -> None:
+        """Write what ``piece``, which is found at ``at``, has of its content."""
+        start, end = max(self.offset, at), min(self.offset + self.size, at + len(piece))
+        if start < end:
+            memory.write(self.place.start + start - self.offset, piece[start - at : end - at])
+
+    def write_zeros(self, memory: Writes) -> None:
+        """Write what follows its content."""
+        for at in range(self.size, self.place.size, len(_ZEROS)):
+            memory.write(self.place.start + at, _ZEROS[: self.place.size - at])
 
 
 @dataclass(frozen=True, slots=True)
 class Vmlinux:
-    """An ELF file of a kernel that can be loaded where it was linked to."""
+    """What is loaded of a file, without its symbols."""
 
     content: memoryview
-    """The file."""
+    """The contents of its segments."""
     segments: tuple[Segment, ...]
     """What is loaded, by address."""
     entry: int
     """The physical address of its entry point."""
     banner: str = ""
     """Its version, where it was read from a file: release, who has built it, number and time of the build."""
-
-    @classmethod
-    def parse(cls, content: memoryview, code: Range) -> Self:
-        """Check and parse a file whose first segment is at the start of ``code``, and all of them inside.
-
-        Raises ``ValueError`` with the reason.
-        """
-        entry, segments = _layout(lambda at, size: content[at : at + size], len(content))
-        if segments[0].place.start != code.start:
-            raise ValueError(f"nothing is loaded at {code.start:#x}")
-        if segments[-1].place.end > code.end:
-            raise ValueError(f"the segment {segments[-1].place} is not in {code}")
-        return cls(content, segments, entry)
 
     @classmethod
     def read(cls, file: BinaryIO, size: int) -> Self:
@@ -107,10 +120,31 @@ class Vmlinux:
     def write(self, memory: Writes) -> None:
         """Load it into guest memory."""
         for segment in self.segments:
-            start = segment.place.start
-            memory.write(start, self.content[segment.offset : segment.offset + segment.size])
-            for at in range(segment.size, segment.place.size, len(_ZEROS)):
-                memory.write(start + at, _ZEROS[: segment.place.size - at])
+            segment.write(memory, 0, self.content)
+            segment.write_zeros(memory)
+
+
+def load(content: Content, code: Range, memory: Writes) -> int:
+    """Load an ELF file whose first segment is at the start of ``code``, and all of them inside.
+
+    Returns its entry point. Raises ``ValueError`` with the reason, and ``OSError`` of reading it: then parts of
+    ``code`` may have been written.
+    """
+    with closing(content.pieces()) as pieces:
+        first = next(pieces, memoryview(b""))
+        entry, segments = _layout(lambda at, size: first[at : at + size], content.size)
+        if segments[0].place.start != code.start:
+            raise ValueError(f"nothing is loaded at {code.start:#x}")
+        if segments[-1].place.end > code.end:
+            raise ValueError(f"the segment {segments[-1].place} is not in {code}")
+        at = 0
+        for piece in itertools.chain((first,), pieces):
+            for segment in segments:
+                segment.write(memory, at, piece)
+            at += len(piece)
+    for segment in segments:
+        segment.write_zeros(memory)
+    return entry
 
 
 def _layout(read: Callable[[int, int], bytes | memoryview], size: int) -> tuple[int, tuple[Segment, ...]]:

@@ -146,8 +146,7 @@ class Execution:
         if unpacking is not None and unpacking.kernel is not kernel:
             raise ValueError(f"the decompression of {unpacking.kernel.path}, and not of {kernel.path}")
         tables, e820 = acpi.build_tables(self.layout, self.cpus, serial_ports), e820_map(self.layout)
-        unpacked = unpacking.take() if unpacking is not None else None
-        loaded = load_linux(self.memory, kernel, initrd=initrd, cmdline=cmdline, e820=e820, unpacked=unpacked)
+        loaded = load_linux(self.memory, kernel, initrd=initrd, cmdline=cmdline, e820=e820, unpacking=unpacking)
         self._entry, self.kernel_decompressed = loaded.entry, loaded.decompressed
         for gpa, data in tables.items():
             self.memory.write(gpa, data)

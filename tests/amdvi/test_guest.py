@@ -332,7 +332,7 @@ def test_each_outcome_is_recognized(command: str, append: str, outcome: GuestOut
     kernel = None
     if outcome is GuestOutcome.TRIPLE_FAULT and (content := Unpacking(KernelImage.from_file(host_kernel())).take()):
         kernel = tmp_path / "vmlinux"
-        kernel.write_bytes(content)
+        kernel.write_bytes(b"".join(bytes(piece) for piece in content.pieces()))
     script = f"cat /proc/sys/kernel/osrelease; {command}; sleep 30"
     itself = outcome is GuestOutcome.PANIC
     result, output = boot("sh", "-c", script, append=append, kernel=kernel, decompressed=not itself)

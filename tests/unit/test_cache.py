@@ -9,13 +9,18 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import zlib
+from contextlib import closing
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvmpass import _cache
-from kvmpass._cache import KeptFiles, cache_root
+from kvmpass._cache import KeptFile, KeptFiles, cache_root
 
 KEPT = KeptFiles("kept", most_files=3, most_bytes=100_000)
 CONTENT = memoryview(bytes(range(256)) * 64)
@@ -27,62 +32,111 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def pieces_of(file: KeptFile) -> bytes:
+    return b"".join(bytes(piece) for piece in file.pieces())
+
+
+def read(kept: KeptFiles, name: str) -> bytes | None:
+    """The content of a file; None if it is not used or not what was written."""
+    file = kept.open(name)
+    if file is None:
+        return None
+    try:
+        return pieces_of(file)
+    except OSError as error:
+        if error.errno != errno.EBADMSG:
+            raise
+        return None
+
+
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "kept").iterdir())
 
 
 def test_what_is_kept_is_read(root: Path) -> None:
-    assert KEPT.read("a") is None
+    assert read(KEPT, "a") is None
     assert not root.exists(), "reading makes nothing"
     KEPT.keep("a", CONTENT)
-    assert KEPT.read("a") == CONTENT
+    assert read(KEPT, "a") == CONTENT
     KEPT.keep("a", CONTENT[:100])
-    assert KEPT.read("a") == CONTENT[:100]
+    assert read(KEPT, "a") == CONTENT[:100]
     assert stat.S_IMODE((root / "kept").stat().st_mode) == 0o700
     assert stat.S_IMODE((root / "kept/a").stat().st_mode) == 0o600
 
 
-def test_what_happens_to_a_file_later_changes_nothing(root: Path) -> None:
-    """It is a copy that is checked and used: a mapping of a file that became shorter would be a SIGBUS."""
+def test_an_open_file_is_still_read_when_it_is_replaced(root: Path) -> None:
     KEPT.keep("a", CONTENT)
-    used = KEPT.read("a")
-    with (root / "kept/a").open("r+b") as file:
-        file.write(bytes(100))
-        file.truncate(100)
+    file = KEPT.open("a")
     KEPT.keep("a", memoryview(b"other"))
-    (root / "kept/a").unlink()
-    assert used == CONTENT
+    KEPT.remove("a")
+    KEPT.remove("a")
+    assert names(root) == []
+    assert file is not None and pieces_of(file) == CONTENT
 
 
 def test_a_file_that_changes_while_it_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, content, file = KeptFiles("kept", 1, 1 << 24), memoryview(os.urandom(3 << 20)), root / "kept/large"
-    for length in (64 + (1 << 20), 100, (3 << 20) + 63):
-        kept.keep("large", content)
-        steps: list[int] = []
+    """A mapping of a file that became shorter would be a SIGBUS."""
+    size = 5 << 20
+    kept, content, path = KeptFiles("kept", 1, 1 << 24), memoryview(os.urandom(size)), root / "kept/large"
 
-        def shorter(steps: list[int] = steps, length: int = length) -> None:
-            steps.append(1)
-            os.truncate(file, length)
-
-        assert kept.read("large", shorter) is None
-        assert len(steps) < 4
-    kept.keep("large", content)
-
-    def other() -> None:
-        with file.open("r+b") as written:
-            written.seek(64 + (2 << 20))
+    def other(at: int) -> None:
+        with path.open("r+b") as written:
+            written.seek(at)
             written.write(b"other")
 
-    assert kept.read("large", other) is None
+    for change in (
+        lambda: os.truncate(path, 64 + (3 << 20)),
+        lambda: os.truncate(path, 100),
+        lambda: os.truncate(path, size + 63),
+        lambda: other(64 + (4 << 20)),
+    ):
+        kept.keep("large", content)
+        file = kept.open("large")
+        assert file is not None
+        pieces, found = file.pieces(), 0
+        with pytest.raises(OSError, match="is not what was written") as refused:
+            for piece in pieces:
+                found += len(piece)
+                change()
+        assert refused.value.errno == errno.EBADMSG and found < size
     kept.keep("large", content)
 
-    def unreadable(*arguments: object) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    class Unreadable(FileIO):
+        def readinto(self, buffer: Any, /) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "preadv", unreadable)
-        assert kept.read("large") is None
-    assert kept.read("large") == content
+        patch.setattr(_cache, "FileIO", Unreadable)
+        with pytest.raises(OSError, match="Input/output error"):
+            read(kept, "large")
+    assert read(kept, "large") == content
+
+
+def test_a_reader_ends_with_who_asks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first piece, before it, or at a limit of threads: the file is closed."""
+    kept = KeptFiles("kept", 1, 1 << 24)
+    kept.keep("large", memoryview(bytes(5 << 20)))
+    before = sorted(path.name for path in Path("/proc/self/fd").iterdir())
+    for begun in (True, False):
+        file = kept.open("large")
+        assert file is not None
+        pieces = file.pieces()
+        if begun:
+            next(pieces)
+        pieces.close()
+        file.close()
+    while "read" in (thread.name for thread in threading.enumerate()):
+        time.sleep(0.01)
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    file = kept.open("large")
+    assert file is not None
+    with closing(file), pytest.raises(OSError, match="can't start new thread"):
+        next(file.pieces())
+    assert sorted(path.name for path in Path("/proc/self/fd").iterdir()) == before
 
 
 def test_torn_files_are_not_used(root: Path) -> None:
@@ -101,9 +155,9 @@ def test_torn_files_are_not_used(root: Path) -> None:
         whole[:24] + bytes([whole[24] ^ 1]) + whole[25:],
     ):
         file.write_bytes(torn)
-        assert KEPT.read("a") is None
+        assert read(KEPT, "a") is None
     file.write_bytes(whole)
-    assert KEPT.read("a") == CONTENT
+    assert read(KEPT, "a") == CONTENT
 
 
 def test_files_of_others_are_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,24 +166,24 @@ def test_files_of_others_are_not_used(root: Path, monkeypatch: pytest.MonkeyPatc
     for path, mode in ((file, 0o620), (file, 0o602), (directory, 0o770), (directory, 0o703)):
         usual = stat.S_IMODE(path.stat().st_mode)
         path.chmod(mode)
-        assert KEPT.read("a") is None, (path, mode)
+        assert read(KEPT, "a") is None, (path, mode)
         path.chmod(usual)
-        assert KEPT.read("a") == CONTENT
+        assert read(KEPT, "a") == CONTENT
     file.rename(root / "elsewhere")
     file.symlink_to(root / "elsewhere")
-    assert KEPT.read("a") is None
+    assert read(KEPT, "a") is None
     file.unlink()
     os.mkfifo(file)
-    assert KEPT.read("a") is None
+    assert read(KEPT, "a") is None
     file.unlink()
     file.mkdir()
-    assert KEPT.read("a") is None
+    assert read(KEPT, "a") is None
     file.rmdir()
     (root / "elsewhere").rename(file)
-    assert KEPT.read("a") == CONTENT
+    assert read(KEPT, "a") == CONTENT
     own = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: own + 1)
-    assert KEPT.read("a") is None
+    assert read(KEPT, "a") is None
     KEPT.keep("b", CONTENT)
     assert names(root) == ["a"]
 
@@ -156,12 +210,13 @@ def test_below_a_directory_of_root(mode: int) -> None:
     if os.geteuid():
         pytest.skip("root makes it run: it becomes another user")
     program = f"""if True:
-        import fcntl, mmap, os, zlib
+        import fcntl, mmap, os, queue, threading, zlib
         from kvmpass._cache import KeptFiles
         os.setgid(65534), os.setuid(65534)
         kept = KeptFiles("kept", 3, 1 << 24)
         kept.keep("a", memoryview(b"content"))
-        found = kept.read("a")
+        file = kept.open("a")
+        found = file and b"".join(map(bytes, file.pieces()))
         assert (found, not kept.obstacle()) == ((b"content", True) if {mode == 0o1777} else (None, False)), found"""
     with tempfile.TemporaryDirectory() as above:  # another user reaches it, which pytest's own directories are not
         Path(above).chmod(mode)
@@ -181,10 +236,10 @@ def test_a_cache_that_cannot_be_written(root: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr({"flock": fcntl, "mkdir": Path}.get(step, os), step, fails)
         KEPT.keep("a", CONTENT)
         if step == "open":
-            assert KEPT.read("a") is None
+            assert read(KEPT, "a") is None
     assert step == "mkdir" or names(root) == []
     KEPT.keep("a", CONTENT)
-    assert KEPT.read("a") == CONTENT
+    assert read(KEPT, "a") == CONTENT
 
 
 def test_a_disk_that_is_full_half_way(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +257,7 @@ def test_a_disk_that_is_full_half_way(root: Path, monkeypatch: pytest.MonkeyPatc
 def test_without_a_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root.write_text("a file")
     KEPT.keep("a", CONTENT)
-    assert KEPT.read("a") is None
+    assert read(KEPT, "a") is None
     monkeypatch.delenv("KVMPASS_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
@@ -211,7 +266,7 @@ def test_without_a_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Path, "home", homeless)
     KEPT.keep("a", CONTENT)
-    assert KEPT.read("a") is None
+    assert read(KEPT, "a") is None
 
 
 def test_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +289,7 @@ def test_the_least_recently_used_are_removed(root: Path) -> None:
     for number, name in enumerate("abc"):
         KEPT.keep(name, CONTENT)
         os.utime(root / "kept" / name, (1000 + number, 1000 + number))
-    assert KEPT.read("a") == CONTENT  # now it is the latest
+    assert read(KEPT, "a") == CONTENT  # now it is the latest
     KEPT.keep("d", CONTENT)
     assert names(root) == ["a", "c", "d"]
     KEPT.keep("large", memoryview(bytes(100_000 - 64)))
@@ -259,7 +314,7 @@ def test_a_process_that_ends_while_it_writes(root: Path) -> None:
     """It does not wait for the thread; what that leaves is removed by the next writer."""
     program = """if True:
         import threading, time
-        from kvmpass._cache import KeptFiles, cache_root
+        from kvmpass._cache import KeptFile, KeptFiles, cache_root
         keep = KeptFiles("kept", 3, 1 << 28).keep
         threading.Thread(target=keep, args=("a", memoryview(bytes(1 << 26))), daemon=True).start()
         while not (cache_root() / "kept").exists() or not any((cache_root() / "kept").iterdir()):
@@ -268,7 +323,7 @@ def test_a_process_that_ends_while_it_writes(root: Path) -> None:
     [left] = names(root)
     KEPT.keep("b", CONTENT)
     assert names(root) == ["b"], left
-    assert KEPT.read("b") == CONTENT
+    assert read(KEPT, "b") == CONTENT
 
 
 def test_two_processes_at_once(root: Path) -> None:
@@ -279,7 +334,8 @@ def test_two_processes_at_once(root: Path) -> None:
         kept = KeptFiles("kept", 3, 1 << 24)
         for round in range(30):
             kept.keep("a", memoryview(bytes([round]) * 300_000))
-            content = kept.read("a")
+            file = kept.open("a")
+            content = file and b"".join(map(bytes, file.pieces()))
             assert content is None or len(content) == 300_000 and len(set(content)) == 1
             sys.exit(3) if content is None else None"""
     KeptFiles("kept", 3, 1 << 24).keep("a", memoryview(bytes(300_000)))  # who is not the first keeps nothing

@@ -10,6 +10,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import zstandard
 from support.kernel_files import bzimage, bzimage_of, vmlinux
 
+from kvmpass import _cache
 from kvmpass.boot import unpacking
 from kvmpass.boot.e820 import E820Entry, E820Type
 from kvmpass.boot.linux import ENTRY_64, KernelImage, Loaded, load_linux
@@ -47,10 +49,18 @@ FORMATS: dict[str, Callable[[], bytes]] = {
 }
 
 
+def content_of(run: Unpacking) -> bytes | None:
+    content = run.take()
+    if content is None:
+        return None
+    with closing(content):
+        return b"".join(bytes(piece) for piece in content.pieces())  # each is in a buffer that is used again
+
+
 def written() -> None:
     """Wait until what was taken is in the cache, too."""
     for thread in threading.enumerate():
-        if thread.name == "unpack":
+        if thread.name in ("unpack", "read"):
             thread.join(30)
             assert not thread.is_alive()
 
@@ -78,7 +88,7 @@ def decompressed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("form", FORMATS)
 def test_formats(form: str) -> None:
     kernel = KernelImage.parse(bzimage_of(FORMATS[form]()))
-    content = Unpacking(kernel).take()
+    content = content_of(Unpacking(kernel))
     assert content is not None and content == KERNEL
 
 
@@ -94,7 +104,7 @@ def test_broken_payloads(form: str) -> None:
         whole[:-4] + struct.pack("<I", 2**32 - 1),
         whole[:6] + os.urandom(64) + struct.pack("<I", 4096),
     ):
-        assert Unpacking(KernelImage.parse(bzimage_of(data))).take() is None, data[-4:]
+        assert content_of(Unpacking(KernelImage.parse(bzimage_of(data)))) is None, data[-4:]
     with pytest.raises(ValueError, match=f"{len(KERNEL)} bytes when decompressed, of at most"):
         decompress(memoryview(whole), len(KERNEL) - 1)
 
@@ -111,19 +121,19 @@ def test_broken_payloads(form: str) -> None:
     ids=["none", "lz4", "offset", "length", "short"],
 )
 def test_payloads_that_are_left_to_the_kernel(image: bytes, cache: Path) -> None:
-    assert Unpacking(KernelImage.parse(image)).take() is None
+    assert content_of(Unpacking(KernelImage.parse(image))) is None
     assert not cache.exists()
 
 
 def test_the_second_run_reads_the_cache(cache: Path, decompressed: list[int]) -> None:
     for _ in range(2):
         run = Unpacking(KernelImage.parse(bzimage_of(xz())))
-        assert run.take() == KERNEL
-        assert run.take() == KERNEL, "on guest reboot"
+        assert content_of(run) == KERNEL
+        assert content_of(run) == KERNEL, "on guest reboot"
     written()
     assert len(decompressed) == 1 and len(list(cache.iterdir())) == 1
     other = xz(KERNEL + b"built again")
-    assert Unpacking(KernelImage.parse(bzimage_of(other))).take() == KERNEL + b"built again"
+    assert content_of(Unpacking(KernelImage.parse(bzimage_of(other)))) == KERNEL + b"built again"
     written()
     assert len(decompressed) == 2 and len(list(cache.iterdir())) == 2
 
@@ -140,7 +150,7 @@ def test_in_a_thread(cache: Path, decompressed: list[int], monkeypatch: pytest.M
     run = Unpacking(KernelImage.parse(bzimage_of(xz())))
     run.begin()
     run.begin()
-    assert run.take() == KERNEL and not list(cache.iterdir())
+    assert content_of(run) == KERNEL and not list(cache.iterdir())
     may_keep.set()
     written()
     assert len(list(cache.iterdir())) == 1
@@ -149,25 +159,25 @@ def test_in_a_thread(cache: Path, decompressed: list[int], monkeypatch: pytest.M
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    assert Unpacking(KernelImage.parse(bzimage_of(xz()))).take() is None and len(decompressed) == 1
+    assert content_of(Unpacking(KernelImage.parse(bzimage_of(xz())))) is None and len(decompressed) == 1
 
 
 def test_a_reboot_neither_decompresses_nor_writes(cache: Path, decompressed: list[int]) -> None:
     run = Unpacking(KernelImage.parse(bzimage_of(xz())))
-    assert run.take() == KERNEL and not run.note
-    assert run.take() == KERNEL
+    assert content_of(run) == KERNEL and not run.note
+    assert content_of(run) == KERNEL
     [file] = cache.iterdir()
     os.truncate(file, 1000)
-    assert run.take() is None and run.note == "not in the cache"
+    assert content_of(run) is None and run.note == "not in the cache"
     file.unlink()
-    assert run.take() is None
+    assert content_of(run) is None
     assert len(decompressed) == 1 and not list(cache.iterdir())
     file.parent.chmod(0o770)
     again = Unpacking(KernelImage.parse(bzimage_of(xz())))
-    assert again.take() == KERNEL and again.note == f"not kept in the cache: another user can write {cache}"
+    assert content_of(again) == KERNEL and again.note == f"not kept in the cache: another user can write {cache}"
 
 
-@pytest.mark.parametrize("step", ["read", "keep"])
+@pytest.mark.parametrize("step", ["open", "keep"])
 def test_a_cache_that_stalls(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """It holds up nothing for long, and after that nothing at all: no further thread waits for it."""
     may_go_on = threading.Event()
@@ -178,13 +188,13 @@ def test_a_cache_that_stalls(monkeypatch: pytest.MonkeyPatch, step: str) -> None
     monkeypatch.setattr(unpacking.KeptFiles, step, stalls)
     run = Unpacking(KernelImage.parse(bzimage_of(xz())))
     if step == "keep":
-        assert run.take() == KERNEL
-    monkeypatch.setattr(unpacking, "_PATIENCE", 0.1)
+        assert content_of(run) == KERNEL
+    monkeypatch.setattr(_cache, "PATIENCE", 0.1)
     for _ in range(5):
-        assert run.take() is None
+        assert content_of(run) is None
     assert run.note == "not decompressed on this host: no progress in 0.1 seconds"
     waiting = [thread for thread in threading.enumerate() if thread.name == "unpack"]
-    assert len(waiting) == (1 if step == "read" else 2)
+    assert len(waiting) == (1 if step == "open" else 2)
     may_go_on.set()
 
 
@@ -195,9 +205,9 @@ def test_who_is_slow_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
             step()
         return decompress(data, most, step)
 
-    monkeypatch.setattr(unpacking, "_PATIENCE", 1.5)
+    monkeypatch.setattr(_cache, "PATIENCE", 1.5)
     monkeypatch.setattr(unpacking, "decompress", slow)
-    assert Unpacking(KernelImage.parse(bzimage_of(xz()))).take() == KERNEL
+    assert content_of(Unpacking(KernelImage.parse(bzimage_of(xz())))) == KERNEL
 
 
 def test_the_host_bounds_what_a_kernel_file_may_take() -> None:
@@ -205,7 +215,7 @@ def test_the_host_bounds_what_a_kernel_file_may_take() -> None:
     data = xz()[:-4] + struct.pack("<I", 257 * MIB)
     kernel = KernelImage.parse(bzimage_of(data, init_size=(0x260, "<I", 0xFFFF_F000)))
     run = Unpacking(kernel)
-    assert run.take() is None
+    assert content_of(run) is None
     assert run.note.endswith(f"{257 * MIB} bytes when decompressed, of at most {256 * MIB}")
 
 
@@ -217,50 +227,140 @@ def test_payloads_with_equal_checksums(decompressed: list[int]) -> None:
 
 
 class Memory:
-    """Guest memory that takes anything."""
+    """The guest memory of ``CODE``, and nothing of what is written elsewhere."""
 
     def __init__(self) -> None:
-        self.writes: dict[int, bytes] = {}
+        self.code = bytearray(CODE.size)
 
     def write(self, gpa: int, data: bytes | memoryview, /) -> None:
-        self.writes[gpa] = bytes(data)
+        at = gpa - CODE.start
+        if 0 <= at < CODE.size:
+            self.code[at : at + len(data)] = data
 
 
-def load(kernel: KernelImage, unpacked: bytes, *ram: Range) -> tuple[Memory, Loaded]:
+CODE = Range(16 * MIB, 24 * MIB)
+
+
+def load(kernel: KernelImage, unpacking: Unpacking | None, *ram: Range) -> tuple[Memory, Loaded]:
     memory = Memory()
     e820 = [E820Entry(part, E820Type.USABLE) for part in ram or (Range(MIB, 63 * MIB),)]
-    content = memoryview(unpacked)
-    return memory, load_linux(memory, kernel, initrd=b"initrd", cmdline="x", e820=e820, unpacked=content)
+    return memory, load_linux(memory, kernel, initrd=b"initrd", cmdline="x", e820=e820, unpacking=unpacking)
 
 
 def test_a_vmlinux_is_loaded_as_it_is(tmp_path: Path) -> None:
     banner = b"Linux version 6.12.1 (me) #1\n"
     (tmp_path / "vmlinux").write_bytes(vmlinux((16 * MIB, banner, 4096)))
     kernel = KernelImage.from_file(tmp_path / "vmlinux")
-    assert Unpacking(kernel).take() is None
-    memory, loaded = load(kernel, KERNEL)
+    assert content_of(Unpacking(kernel)) is None
+    memory, loaded = load(kernel, Unpacking(kernel))
     assert loaded == Loaded(16 * MIB, True)
-    assert memory.writes[16 * MIB] == banner
+    assert memory.code.startswith(banner + b"\0")
     with pytest.raises(NotEnoughMemory):
-        load(kernel, KERNEL, Range(MIB, MIB), Range(32 * MIB, 32 * MIB))
+        load(kernel, None, Range(MIB, MIB), Range(32 * MIB, 32 * MIB))
+
+
+def is_bzimage(kernel: KernelImage, memory: Memory, loaded: Loaded, place: int = 16 * MIB) -> bool:
+    return loaded == Loaded(place + ENTRY_64, False) and memory.code[place - CODE.start :].startswith(kernel.payload)
 
 
 def test_loading_one_way_or_the_other() -> None:
-    kernel = KernelImage.parse(bzimage_of(xz()))
-    memory, loaded = load(kernel, KERNEL)
-    assert loaded == Loaded(16 * MIB, True)
-    assert memory.writes[16 * MIB] == b"code" * 1024
-    assert kernel.payload not in memory.writes.values()
+    def kernel_of(content: bytes) -> KernelImage:
+        return KernelImage.parse(bzimage_of(xz(content)))
+
+    kernel = kernel_of(KERNEL)
+    for _ in range(2):  # decompressed, and from the cache
+        run = Unpacking(kernel)
+        memory, loaded = load(kernel, run)
+        assert loaded == Loaded(16 * MIB, True) and not run.note
+        assert memory.code.startswith(b"code" * 1024) and kernel.payload not in memory.code
+        written()
     # The file is not as expected; the kernel is not where it was linked to; it would have to reach too much.
     high = (Range(MIB, 19 * MIB), Range(33 * MIB, 31 * MIB))
-    for content, ram, place in (
-        (vmlinux(entry=0), (), 16 * MIB),
-        (KERNEL, high, 34 * MIB),
-        (KERNEL, (Range(MIB, 63 * MIB), Range(2**46, MIB)), 16 * MIB),
+    for content, ram, place, reason in (
+        (vmlinux(entry=0), (), 16 * MIB, "the entry point 0x0 is in no segment"),
+        (KERNEL, high, 34 * MIB, "no memory at 0x1000000, where it was linked to"),
+        (
+            KERNEL,
+            (Range(MIB, 63 * MIB), Range(2**46, MIB)),
+            16 * MIB,
+            "so much memory needs page tables of five levels",
+        ),
     ):
-        memory, loaded = load(kernel, content, *ram)
-        assert loaded == Loaded(place + ENTRY_64, False)
-        assert memory.writes[place] == kernel.payload
+        other = kernel_of(content)
+        for begin in (True, False):
+            run = Unpacking(other)
+            if begin:
+                run.begin()
+            assert is_bzimage(other, *load(other, run, *ram), place), reason
+            assert run.note == f"not decompressed on this host: {reason}"
+        written()
+
+
+def kept(cache: Path) -> Path:
+    """The file in the cache of a kernel that was decompressed."""
+    assert content_of(Unpacking(KernelImage.parse(bzimage_of(xz())))) == KERNEL
+    written()
+    [file] = cache.iterdir()
+    return file
+
+
+def test_a_kept_kernel_that_is_not_what_was_written(cache: Path, decompressed: list[int]) -> None:
+    """It is found out at the end: the bzImage is loaded instead, and the next run decompresses again."""
+    file = kept(cache)
+    for at in (64 + 4096, -1):
+        data = bytearray(file.read_bytes())
+        data[at] ^= 1
+        file.write_bytes(data)
+        kernel = KernelImage.parse(bzimage_of(xz()))
+        run = Unpacking(kernel)
+        assert is_bzimage(kernel, *load(kernel, run))
+        assert run.note == "not decompressed on this host: what is in the cache is not what was written"
+        assert not file.exists()
+        assert is_bzimage(kernel, *load(kernel, run)) and run.note == "not in the cache", "on guest reboot"
+        before = len(decompressed)
+        assert load(kernel, Unpacking(kernel))[1].decompressed and len(decompressed) == before + 1
+        written()
+
+
+def test_a_kept_kernel_that_stalls_while_it_is_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes later is written nowhere, and nothing is read a second time."""
+    kept(cache)
+    may_go_on, readinto = threading.Event(), _cache.FileIO.readinto
+
+    class Stalls(_cache.FileIO):
+        def readinto(self, buffer: Any, /) -> int:
+            if self.tell() > MIB:
+                assert may_go_on.wait(30)
+            return readinto(self, buffer)
+
+    monkeypatch.setattr(_cache, "FileIO", Stalls)
+    monkeypatch.setattr(_cache, "PATIENCE", 0.1)
+    kernel = KernelImage.parse(bzimage_of(xz()))
+    run = Unpacking(kernel)
+    memory, loaded = load(kernel, run)
+    assert is_bzimage(kernel, memory, loaded)
+    assert run.note == "not decompressed on this host: no progress in 0.1 seconds"
+    before = bytes(memory.code)
+    may_go_on.set()
+    written()
+    assert memory.code == before
+    assert is_bzimage(kernel, *load(kernel, run))
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_what_is_left_is_closed(cache: Path) -> None:
+    """A kernel that decompresses itself holds neither memory nor a descriptor."""
+    kept(cache)
+    kernel, before = KernelImage.parse(bzimage_of(xz())), descriptors()
+    run = Unpacking(kernel)
+    run.begin()
+    run.leave("a reason")
+    written()
+    assert run._latest is not None and run._latest._content is None
+    assert descriptors() == before
 
 
 def test_a_machine_refuses_the_decompression_of_another_kernel() -> None:
