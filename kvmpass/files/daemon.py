@@ -27,7 +27,9 @@ _START_SECONDS = 20.0
 _END_SECONDS = 5.0  # for processes of which the first one exits as soon as it reads
 _FATE_SECONDS = 1.0  # from the end of the connection to that of the processes
 _SIGNALLED = 128  # confine.c: status_of
-_MOST_MESSAGES = 4096
+_PIPE = 65536  # bytes, unless made larger
+_MOST_MESSAGES = 1024
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _NAMESPACES = ("clone", "unshare", "uid_map", "gid_map", "setgroups", "mount", "move_mount", "mount_tmpfs")
 
 
@@ -54,6 +56,7 @@ class FileDaemon:
         program = program or find_daemon()
         if program is None:
             raise ShareError("virtiofsd was not found on this host", INSTALL)
+        self._program = program
         self.source = source
         """The directory of this host."""
         self.user = user
@@ -99,27 +102,35 @@ class FileDaemon:
 
     @property
     def messages(self) -> str:
-        """What the daemon has said since the last time: its first 4 KiB, in one line. Empty after ``close()``."""
+        """What the daemon has said since the last time: in one line. Empty after ``close()``.
+
+        It is the last 1 KiB of the first 64 KiB.
+        """
         if self._messages < 0:
             return ""
         try:
-            said = os.read(self._messages, _MOST_MESSAGES)
+            said = os.read(self._messages, _PIPE)[-_MOST_MESSAGES:]
         except BlockingIOError:
             return ""
         lines = said.decode("utf-8", "replace").splitlines()
         return "; ".join("".join(c if c.isprintable() else " " for c in line).strip() for line in lines)
 
     def fate(self) -> str:
-        """Return how it has ended, and what it has said, as a clause; after a second, if it runs on, nothing."""
+        """Return how it has ended, what it has said, and what to do; after a second, if it runs on, nothing."""
         try:
             status = self._process.wait(_FATE_SECONDS)
         except subprocess.TimeoutExpired:
             return ""
         number = status - _SIGNALLED if status > _SIGNALLED else -status
         names = {entry.value: entry.name for entry in signal.Signals}
-        how = f"virtiofsd was ended by {names[number]}" if number in names else f"virtiofsd has exited with {status}"
+        how = f"was ended by {names[number]}" if number in names else f"has exited with {status}"
+        remedy = ""
+        if number in _CRASHES:
+            remedy = "; it has crashed: install another version of it"
+        elif number == signal.SIGKILL:
+            remedy = "; see if the kernel has ended it for lack of memory: dmesg"
         said = self.messages
-        return f"{how}: {said}" if said else how
+        return f"{self._program}, which serves {self.source}, {how}{f': {said}' if said else ''}{remedy}"
 
     @property
     def running(self) -> bool:

@@ -43,8 +43,8 @@ class Directory:
             try:
                 machine.add_filesystem(self.mount.tag, daemon.connection, daemon.close, daemon.fate)
             except DaemonError as error:
-                if said := daemon.messages:
-                    error.add_note(f"virtiofsd has said: {said}")
+                if said := daemon.fate() or daemon.messages:
+                    error.add_note(f"see what is known of virtiofsd: {said}")
                 raise
 
 

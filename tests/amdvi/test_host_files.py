@@ -129,7 +129,7 @@ def test_the_guest_ends_with_its_daemon(edu: str, tree: Path) -> None:
         assert process.wait(60) == 126
         said = process.stderr.read()
     assert "kvmpass.share0" in said, said
-    assert "; virtiofsd was ended by SIGKILL" in said, said
+    assert f"virtiofsd, which serves {tree}, was ended by SIGKILL" in said, said
     until(lambda: not daemons())
 
 

@@ -30,7 +30,6 @@ CONTEXT = {
     "and at the same time": "failures of calls that were made together",
     "as before again": "what was rolled back",
     "while the driver": "what was interrupted",
-    "virtiofsd has said": "what a daemon has printed before it ended",
     "RAISED;": "the error that was being raised, and a hint",
 }
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from kvmpass.files.daemon import CONFINE, refusal
 NOBODY = User(65534, 65534)
 
 
-def serving(source: Path, **arguments: bool) -> FileDaemon:
+def serving(source: Path, **arguments: Any) -> FileDaemon:
     """A daemon, or the reason why this machine has none."""
     if find_daemon() is None:
         pytest.skip("no virtiofsd: apt-get install qemu-system-common (Debian 12) or virtiofsd makes it run")
@@ -109,10 +110,32 @@ def test_when_one_process_is_killed_all_end(daemon: FileDaemon, number: int) -> 
     assert within(10, lambda: not alive(found)), alive(found)
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL])
-def test_how_it_has_ended_is_known(daemon: FileDaemon, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(signal.SIGSEGV, "install another version"), (signal.SIGKILL, "lack of memory: dmesg")]
+)
+def test_how_it_has_ended_is_known(daemon: FileDaemon, number: signal.Signals, remedy: str) -> None:
     os.kill(processes(daemon)[-1], number)
-    assert daemon.fate().startswith(f"virtiofsd was ended by {number.name}")
+    fate = daemon.fate()
+    assert fate.startswith(f"{find_daemon()}, which serves /, was ended by {number.name}")
+    assert remedy in fate
+
+
+@pytest.mark.parametrize("end", ["kill -SEGV $$", "exit 3"])
+def test_the_last_words_of_one_that_ends_at_once_are_kept(end: str) -> None:
+    with TemporaryDirectory(dir="/var/tmp") as directory:
+        program = Path(directory, "virtiofsd")
+        program.write_text(f"#!/bin/sh\nseq 2000 >&2\necho the reason >&2\n{end}\n")
+        for path in (program, program.parent):
+            path.chmod(0o755)
+        with serving(Path("/"), program=program) as daemon:
+            fate = daemon.fate()
+    if end == "exit 3":
+        assert fate.startswith(f"{program}, which serves /, has exited with 3: ")
+        assert fate.endswith("; 2000; the reason")
+    else:
+        assert fate.startswith(f"{program}, which serves /, was ended by SIGSEGV: ")
+        assert fate.endswith("; 2000; the reason; it has crashed: install another version of it")
+    assert len(fate) < 2000
 
 
 def test_one_that_runs_has_no_fate(daemon: FileDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +203,7 @@ def test_what_it_says_is_bounded_and_delays_nothing(daemon: FileDaemon) -> None:
             path.chmod(0o755)
         with FileDaemon(Path("/"), caller({}), program=program) as other:
             assert within(30, lambda: not other.running)
-            assert other.messages.startswith("complaint 1; complaint 2; ")
+            assert "; complaint 4400; complaint 4401; " in other.messages
             assert len(other.messages) < 2 * 4096
 
 

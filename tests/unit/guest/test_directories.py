@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
-from kvmpass.errors import ShareError
+from kvmpass.errors import DaemonError, ShareError
 from kvmpass.files import User, caller
 from kvmpass.guest import directories as module
 from kvmpass.guest.directories import Directory, directories, entry, name_servers
 from kvmpass.guest.image import GuestImage
 from kvmpass.guest.spec import HOST, MINIMAL
 from kvmpass.initramfs.served import Served
-from kvmpass.memory import Backing
+from kvmpass.memory import Backing, GuestMemory
+from kvmpass.virtio.frontend import FrontEnd
 
 
 @pytest.fixture
@@ -152,6 +156,30 @@ def test_in_another_root_it_is_as_in_any_guest(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     found = entry(directory(tmp_path), str(tmp_path), {})
     assert (found.directory, found.home) == ("/root", "/root")
+
+
+def test_a_daemon_that_crashes_at_once_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = GuestMemory()
+
+    class Machine:
+        def add_filesystem(self, tag: str, daemon: socket.socket, *more: object) -> None:
+            with daemon:
+                FrontEnd(f"file system {tag}", daemon, memory, lambda reason: None)
+
+    machine: Any = Machine()
+    with TemporaryDirectory(dir="/var/tmp") as name:
+        program = Path(name, "virtiofsd")
+        program.write_text("#!/bin/sh\necho the reason >&2\nkill -SEGV $$\n")
+        for path in (program, program.parent):
+            path.chmod(0o755)
+        monkeypatch.setattr("kvmpass.files.daemon.find_daemon", lambda: program)
+        with pytest.raises((DaemonError, ShareError)) as failed:
+            directory(Path("/")).serve(machine)
+    if "user namespace" in str(failed.value):
+        pytest.skip(f"{failed.value}: a machine with user namespaces makes it run")
+    assert "the daemon of file system" in str(failed.value)
+    assert f"{program}, which serves /, was ended by SIGSEGV: the reason" in failed.value.__notes__[-1]
+    memory.close()
 
 
 def test_name_servers_are_those_that_can_be_reached() -> None:
