@@ -17,6 +17,8 @@ STOCK_IMAGE = r"linux-image-6\.12\.[0-9.]+\S*-amd64"
 # Linux Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
 _MAGIC_AT, _MAGIC = 0x202, b"HdrS"
 _VERSION_AT = 0x20E
+_SETUP_SECTORS_AT, _PARAGRAPHS_AT = 0x1F1, 0x1F4
+_NAME_KERNEL = "name a bzImage with --kernel, or stock, full or next"
 # From this release on the kernel looks for the IOAPIC's PCI function (drivers/iommu/amd/init.c, check_sb_ioapic).
 _SOUTHBRIDGE_SINCE = 7
 
@@ -113,14 +115,22 @@ class Kernel:
 
 
 def kernel_release(image: Path) -> str:
-    """Return what ``uname -r`` prints under a bzImage. Raises ``LabError`` for another file."""
+    """Return what ``uname -r`` prints under a bzImage. Raises ``LabError`` for another file, and for half of one."""
     try:
         with image.open("rb") as file:
             head = file.read(0x10000)
+            size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise LabError(f"{image}: {error.strerror}") from error
+        raise LabError(f"{image}: {error.strerror}", _NAME_KERNEL) from error
     if head[_MAGIC_AT : _MAGIC_AT + 4] != _MAGIC:
-        raise LabError(f"{image} is not a Linux kernel (bzImage) for x86")
+        raise LabError(f"{image} is not a Linux kernel (bzImage) for x86", _NAME_KERNEL)
+    # As kvmpass/boot/linux.py: in units of 16 bytes, rounded up. QEMU would start it, without a word on the console.
+    start = ((head[_SETUP_SECTORS_AT] or 4) + 1) * 512
+    code = int.from_bytes(head[_PARAGRAPHS_AT : _PARAGRAPHS_AT + 4], "little") * 16
+    if code and size - start + 16 <= code:
+        raise LabError(
+            f"{image} is truncated: {max(0, size - start)} of {code} bytes of code", "name a whole one with --kernel"
+        )
     at = int.from_bytes(head[_VERSION_AT : _VERSION_AT + 2], "little") + 0x200
     words = head[at:].split(b"\0", 1)[0].split()
     if not words:

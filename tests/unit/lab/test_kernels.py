@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,18 @@ def test_a_file_that_is_not_a_kernel_is_refused(tmp_path: Path) -> None:
         kernels.kernel_release(tmp_path / "text")
     with pytest.raises(LabError, match="No such file"):
         kernels.kernel_release(tmp_path / "nothing")
+
+
+def test_half_of_a_kernel_is_refused(tmp_path: Path) -> None:
+    """It would not boot, and print nothing."""
+    whole = bytearray(bzimage("6.12.1-own") + bytes(0x600 + 0x1000 - 8))
+    whole[0x1F1], whole[0x1F5] = 4, 1  # sectors of the setup, and 256 units of 16 bytes
+    (tmp_path / "bzImage").write_bytes(whole)
+    assert kernels.kernel_release(tmp_path / "bzImage") == "6.12.1-own"
+    for size in (0xA00 + 0x1000 - 16, 0xA00, 0x400):
+        os.truncate(tmp_path / "bzImage", size)
+        with pytest.raises(LabError, match=f"is truncated: {max(0, size - 0xA00)} of 4096 bytes of code"):
+            kernels.kernel_release(tmp_path / "bzImage")
 
 
 @pytest.mark.parametrize("recipe", kernels.RECIPES.values(), ids=list(kernels.RECIPES))
