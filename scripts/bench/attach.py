@@ -11,7 +11,7 @@ from typing import Any
 
 from ioctls import node
 from qemu import Qemu
-from samples import Bench, Job, elapsed
+from samples import Bench, Job, elapsed, running
 
 import kvmpass
 from kvmpass.layout import GIB, MIB
@@ -36,7 +36,7 @@ def in_c(bench: Bench, backend: str, size: int, bdfs: Sequence[str]) -> tuple[fl
     """Run the program in C; return the seconds from its start, and those of each step."""
     words = [bench.baseline, backend, str(size), *(f"{bdf}:{node(bdf, backend)}" for bdf in bdfs)]
     started = time.monotonic()
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+    with running(words, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         lines = [child.stdout.readline()]
         seconds = time.monotonic() - started

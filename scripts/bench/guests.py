@@ -12,7 +12,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +22,7 @@ from attach import until
 from counters import Counters
 from network import DOWN, GUEST_ADDRESS, HOST_ADDRESS, NETWORK_MIB, SECONDS, UP, has_network, network, wait_for
 from qemu import Qemu, boot_words, port_words
-from samples import KVMPASS, Bench, Job, populate, resident_mib
+from samples import KVMPASS, Bench, Job, populate, resident_mib, running
 
 from kvmpass import host
 from kvmpass.guest import GuestSpec, prepare
@@ -29,6 +30,8 @@ from kvmpass.layout import MIB
 
 MEMORY = 256
 CONFIG_READS, DRIVE_MIB, DIRECT_READS, INTERRUPTS, OUTPUT_MIB = 5, 64, 500, 500, 16
+LINES, WIDTH = 20, 200
+"""How much of a guest that hangs is recorded: last lines, and characters of each."""
 LAST = "output"
 """The phase that begins when all others have ended."""
 ROWS: Mapping[str, str] = {
@@ -145,14 +148,36 @@ def reuse_memory(bench: Bench) -> None:
         peer.command("quit")
 
 
-def follow(bench: Bench, program: str, stream: IO[bytes], counters: Counters | None, pid: int | None = None) -> None:
+@contextmanager
+def explained(said: Iterable[str], console: Path | None = None) -> Iterator[None]:
+    """Add to an error what a script has said last, and the last lines of its guest's console."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note("\n".join(["said last:", *said]))
+        if console is not None and console.exists():
+            lines = console.read_text(errors="replace").splitlines()[-LINES:]
+            error.add_note("\n".join(["on the console last:", *(line[:WIDTH] for line in lines)]))
+        raise
+
+
+def follow(
+    bench: Bench,
+    program: str,
+    stream: IO[bytes],
+    said: deque[str],
+    counters: Counters | None = None,
+    pid: int | None = None,
+) -> None:
     """Read what the script prints; record each phase, with KVM's counts during it. Other output is dropped.
 
-    ``pid``: of the program whose resident size is recorded when the last phase begins.
+    ``said`` gets the lines. ``pid``: of the program whose resident size is recorded when the last phase begins.
     """
     before: dict[str, int] = {}
     for line in stream:
-        word, _, rest = line.strip(b"\0\n\r").decode(errors="replace").partition(" ")
+        text = line.strip(b"\0\n\r").decode(errors="replace")
+        said.append(text[:WIDTH])
+        word, _, rest = text.partition(" ")
         if word == "begin" and rest == LAST and pid is not None:
             row = f"resident beyond {MEMORY} MiB of the guest, MiB"
             bench.samples.note(row, program, resident_mib(pid) - MEMORY)
@@ -182,22 +207,22 @@ def record(bench: Bench, program: str, name: str, seconds: float, found: Mapping
 def guest_of_kvmpass(bench: Bench, counters: Counters) -> None:
     """Boot a guest with ``kvmpass assign``, which runs the script."""
     reuse_memory(bench)
-    with tempfile.TemporaryDirectory() as folder:
+    said = deque[str](maxlen=LINES)
+    with tempfile.TemporaryDirectory() as folder, explained(said, Path(folder, "console")):
         status = Path(folder, "status")
         words = ["assign", "--memory", f"{MEMORY}M", "--backend", "type1", "--status-file", str(status), "--timings"]
-        words += ["--timeout", str(SECONDS)]
+        words += ["--timeout", str(SECONDS), "--console-log", f"{folder}/console"]
         for copy in copies(bench):
             words += ["--copy", copy]
-        child = subprocess.Popen(
-            [*KVMPASS, *words, *assigned(bench), "--", "sh", "-c", script(bench, "&4")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # takes the bytes of the last phase, as from QEMU
-        )
-        assert child.stdout is not None
-        with child.stdout:
-            follow(bench, "kvmpass", child.stdout, counters, child.pid)
-        child.wait()
-        timings: dict[str, Any] = json.loads(status.read_text())["timings"]
+        words = [*KVMPASS, *words, *assigned(bench), "--", "sh", "-c", script(bench, "&4")]
+        # stderr has the bytes of the last phase, as QEMU's port
+        with running(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+            assert child.stdout is not None
+            follow(bench, "kvmpass", child.stdout, said, counters, child.pid)
+        outcome: dict[str, Any] = json.loads(status.read_text())
+        if child.returncode:
+            raise RuntimeError(f"kvmpass assign: status {child.returncode}: {outcome['outcome']}, {outcome['error']}")
+        timings = outcome["timings"]
     bench.samples.note("first process of the guest, s", "kvmpass", until(timings, "guest's boot"))
     [boot] = [stage["seconds"] for stage in timings["stages"] if stage["name"] == "guest's boot"]
     bench.samples.note(BOOT, "kvmpass", boot)
@@ -216,7 +241,8 @@ def guest_of_qemu(
     spec = GuestSpec(command=words, copy=copies(bench))
     image = prepare(spec, modaliases).on_serial_ports()
     reuse_memory(bench)
-    with tempfile.TemporaryDirectory() as name:
+    said = deque[str](maxlen=LINES)
+    with tempfile.TemporaryDirectory() as name, explained(said, Path(name, "serial0")):
         folder = Path(name)
         given = [*machine, *boot_words(folder, image, MEMORY)]
         for bdf in assigned(bench):  # on hardware its firmware would run option ROMs
@@ -226,19 +252,22 @@ def guest_of_qemu(
         with Qemu(*given) as peer, (folder / "serial1.out").open("rb") as stream:
             stages.end("start to attached devices", peer.attach_seconds)
             reader = threading.Thread(
-                target=follow, args=(bench, program, stream, counters, peer.child.pid), daemon=True
+                target=follow, args=(bench, program, stream, said, counters, peer.child.pid), daemon=True
             )
             reader.start()
-            started = time.monotonic()
-            peer.command("cont")
-            control = folder / "serial3"
-            ready = peer.wait_for(lambda: b"ready" in control.read_bytes())
-            stages.end("guest's boot", ready - started)
-            ended = peer.wait_for(lambda: b"exit" in control.read_bytes())
-            stages.end("command", ended - ready)
-            peer.child.wait()
-            stages.end("power off", time.monotonic() - ended)
-            reader.join(10)
+            try:
+                started = time.monotonic()
+                peer.command("cont")
+                control = folder / "serial3"
+                ready = peer.wait_for(lambda: b"ready" in control.read_bytes())
+                stages.end("guest's boot", ready - started)
+                ended = peer.wait_for(lambda: b"exit" in control.read_bytes())
+                stages.end("command", ended - ready)
+                peer.child.wait()
+                stages.end("power off", time.monotonic() - ended)
+            finally:
+                peer.child.kill()  # ends what is read
+                reader.join(10)
         bench.samples.note("first process of the guest, s", program, peer.attach_seconds + ready - started)
         bench.samples.note(BOOT, program, ready - started)
     if not command:
@@ -281,15 +310,15 @@ def host_alone(bench: Bench) -> None:
             # sysfs shows the interfaces of the namespace that it was mounted in.
             text += NETWORK.replace("net=$(ls $card/net)", f"net={interface}")
         words = ["unshare", "--net", "busybox", "sh", "-c", f"read go\n{text}"]
-        child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert child.stdin is not None and child.stdout is not None
-        with child, child.stdout as stream:
+        said = deque[str](maxlen=LINES)
+        with explained(said), running(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdin is not None and child.stdout is not None
             if has_network(bench):
                 wait_for(lambda: namespace(child.pid) != namespace("self"))
                 subprocess.run(["ip", "link", "set", interface, "netns", str(child.pid)], check=True)
             child.stdin.write(b"go\n")
             child.stdin.close()
-            follow(bench, "host", stream, None)
+            follow(bench, "host", child.stdout, said)
     finally:
         if has_network(bench):  # the interface returns when the namespace has ended
             wait_for(lambda: any(Path(f"/sys/bus/pci/devices/{bench.devices['nic']}/net").glob("*")))

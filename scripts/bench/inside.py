@@ -7,10 +7,12 @@ units are in the names of the rows. Devices are those that ``KVMPASS_TEST_…`` 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,7 +20,7 @@ from attach import memory, spans
 from calls import commands, layers
 from guests import guests
 from ioctls import calls
-from samples import Bench, Samples, Section
+from samples import Bench, Job, Samples, Section
 from sessions import sessions
 from starts import parallel, processes, start
 
@@ -41,20 +43,59 @@ SECTIONS: Mapping[str, Section] = MappingProxyType(
 )
 
 
+SECONDS = 200
+"""Of a job, or of what a section prepares, at most: the longest takes 20, and a program that hangs is given 120."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise ``TimeoutError`` in the block, whatever it waits for, after some seconds."""
+
+    def expire(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def attempt(bench: Bench, job: Job) -> str:
+    """Run a job, which leaves no sample if it fails. Return why it has failed, or nothing."""
+    try:
+        with bench.samples.complete(), time_limit(SECONDS):
+            job()
+    except Exception as error:
+        traceback.print_exc()
+        return explanation(error)
+    return ""
+
+
+def explanation(error: Exception) -> str:
+    """Return what is recorded of an error."""
+    return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+
+
 def measure(bench: Bench, name: str, rounds: int, result: Path) -> None:
     """Run the jobs of a section in rounds, every second one backwards; write the samples after each round.
 
-    A job that fails leaves no sample, and the others are measured nevertheless: an emulated host has faults too.
+    A job that fails is repeated: an emulated host has faults too. When as many were repeated as may be, it is left
+    out from then on, and the others are measured nevertheless.
     """
     started = time.monotonic()
-    with SECTIONS[name](bench) as jobs:
+    with ExitStack() as stack:
+        with time_limit(SECONDS):
+            jobs = list(stack.enter_context(SECTIONS[name](bench)))
         for number in range(rounds):
-            for job in jobs if number % 2 == 0 else reversed(jobs):
-                try:
-                    job()
-                except Exception as error:
-                    traceback.print_exc()
-                    bench.samples.fail(name, f"{type(error).__name__}: {error}")
+            for job in jobs[:: 1 if number % 2 == 0 else -1]:
+                while reason := attempt(bench, job):
+                    if not bench.samples.repeat(name, reason):
+                        bench.samples.fail(name, reason)
+                        jobs.remove(job)
+                        break
             bench.samples.seconds[name] = time.monotonic() - started
             bench.samples.done[name] = number + 1
             bench.samples.save(result)
@@ -77,7 +118,7 @@ def main(programs: str, *sections: str) -> None:
                 measure(bench, name, int(rounds), result)
             except Exception as error:  # what the section prepares
                 traceback.print_exc()
-                bench.samples.fail(name, f"{type(error).__name__}: {error}")
+                bench.samples.fail(name, explanation(error))
             bench.samples.save(result)
     finally:
         host.unbind(bound)

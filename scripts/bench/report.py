@@ -215,6 +215,9 @@ def conditions(found: Mapping[str, Any]) -> str:
         lines.append("hosts 1 and 2 at the same time")
     if replaced := sum(found.get("replaced", {}).values()):
         lines.append(f"emulated hosts that ended by a fault of the emulator, and were replaced: {replaced}")
+    if repeated := found.get("repeated"):
+        where = ", ".join(f"{len(reasons)} in `{name}`" for name, reasons in repeated.items())
+        lines.append(f"measurements that failed or hung, and were repeated: {where}")
     paragraphs = ["; ".join(lines) + ".", *([found["note"]] if "note" in found else [])]
     return "\n\n".join(textwrap.fill(text, 118, break_on_hyphens=False) for text in paragraphs)
 

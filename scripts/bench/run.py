@@ -213,8 +213,9 @@ def main() -> None:
             found[key].update(value)
     place = "this host" if options.here else "emulated host"
     rows = summary(found["samples"])
-    for section, reasons in found["failures"].items():
-        print(f"bench: {section}: {len(reasons)} failed, the first: {reasons[0]}", file=sys.stderr)
+    for what, sections in (("failed", found["failures"]), ("repeated", found["repeated"])):
+        for section, reasons in sections.items():
+            print(f"bench: {section}: {len(reasons)} {what}, the first: {reasons[0]}", file=sys.stderr)
     if published and found["failures"]:
         sys.exit("bench: nothing is written")
     hosts = [] if options.here else [*together, *([alone] if alone else [])]

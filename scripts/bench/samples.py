@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import mmap
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ CLICK = [sys.executable, "-c", "import click"]
 Job = Callable[[], object]
 MADV_POPULATE_WRITE = 23
 """Not in Python's ``mmap``."""
+REPEATS = 3
+"""How many jobs of a section that fail are repeated, at most."""
 LEFT = 256 * MIB
 """Bytes for the emulated host itself, which would end processes without them."""
 
@@ -34,6 +38,9 @@ class Samples:
         self.counts: dict[str, Any] = {}
         self.missing: dict[str, str] = {}
         self.failures: dict[str, list[str]] = {}
+        """Why jobs have failed for good, by section."""
+        self.repeated: dict[str, list[str]] = {}
+        """Why jobs have failed and were repeated, by section."""
         self.seconds: dict[str, float] = {}
         self.done: dict[str, int] = {}
         """Rounds that are complete, by section."""
@@ -59,6 +66,24 @@ class Samples:
         """Record that a job of a section has failed."""
         self.failures.setdefault(section, []).append(reason)
 
+    def repeat(self, section: str, reason: str) -> bool:
+        """Record that a job of a section is repeated. Return False if as many were repeated as may be."""
+        reasons = self.repeated.setdefault(section, [])
+        if len(reasons) == REPEATS:
+            return False
+        reasons.append(reason)
+        return True
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Forget what the block has recorded if it fails."""
+        before = copy.deepcopy(vars(self))
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            raise
+
     def save(self, path: Path) -> None:
         """Write everything to a file, which is whole even if the host ends meanwhile."""
         begun = path.with_name(f"{path.name}.new")
@@ -77,7 +102,7 @@ def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any
         }
     for name in ("seconds", "done"):
         both[name] |= {section: first[name].get(section, 0) + value for section, value in second[name].items()}
-    for name in ("counts", "failures"):  # runs, reasons
+    for name in ("counts", "failures", "repeated"):  # runs, reasons
         lists = {what: value for what, value in second[name].items() if isinstance(value, list)}
         both[name] |= {what: first[name].get(what, []) + value for what, value in lists.items()}
     return both
@@ -126,12 +151,24 @@ Section = Callable[[Bench], AbstractContextManager[Sequence[Job]]]
 """Prepares what a part of the rows needs; its jobs are repeated in each round."""
 
 
+@contextmanager
+def running(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """Run a program until it ends, or kill it and its children if the block fails."""
+    with subprocess.Popen(words, start_new_session=True, **options) as child:
+        try:
+            yield child
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            raise
+
+
 def spent(words: Sequence[str], status: int = 0, *, user: bool = False) -> float:
     """Run a program, which must exit with ``status``; return its CPU time, or that in user mode, in milliseconds."""
     quiet = subprocess.DEVNULL
-    child = subprocess.Popen(words, stdin=quiet, stdout=quiet, stderr=quiet)
-    _, ended, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(ended)
+    with running(words, stdin=quiet, stdout=quiet, stderr=quiet) as child:
+        _, ended, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(ended)
     if child.returncode != status:
         raise subprocess.CalledProcessError(child.returncode, words)
     return (used.ru_utime + (0 if user else used.ru_stime)) * 1000

@@ -50,7 +50,7 @@ class Peer:
 
     def exec(self) -> None:
         """Run ``true`` by a process of the host."""
-        subprocess.run(["sh", "-c", ASK, str(self._port)], check=True)
+        subprocess.run(["sh", "-c", ASK, str(self._port)], check=True, timeout=SECONDS)
 
     def close(self) -> None:
         """Close the pipes."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -142,6 +141,9 @@ def test_how_often_and_where_is_said_by_the_data(report: ModuleType) -> None:
     assert report.conditions(found) == "Rounds: 7 to 9; CPUs of the machine: 2.\n\nIt was busy."
     assert report.conditions({**found, "rows": []}).startswith("Rounds: 9; ")
     assert "and were replaced: 2." in report.conditions({**found, "replaced": {"spans": 2}}).replace("\n", " ")
+    found |= {"note": "", "repeated": {"guests": ["hung", "hung"], "spans": ["failed"]}}
+    said = "measurements that failed or hung, and were repeated: 2 in `guests`, 1 in `spans`."
+    assert said in report.conditions(found).replace("\n", " ")
 
 
 def test_every_section_is_described(script: Script, report: ModuleType) -> None:
@@ -238,33 +240,6 @@ def test_the_measured_calls_of_c_are_the_least_of_the_test(script: Script) -> No
         assert document["counts"]["ioctls"][backend]["C"]["first device"] == dict(calls)
 
 
-def test_a_job_that_fails_loses_its_sample_only(
-    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    samples, inside = script("samples"), script("inside")
-    order: list[str] = []
-
-    def fail() -> None:
-        order.append("fails")
-        raise OSError("a fault of the emulator")
-
-    @contextlib.contextmanager
-    def section(bench: Any) -> Iterator[list[Callable[[], object]]]:
-        def measure() -> None:
-            order.append("measures")
-            bench.samples.note("row", "kvmpass", 1.0)
-
-        yield [fail, measure]
-
-    monkeypatch.setattr(inside, "SECTIONS", {"section": section})
-    inside.measure(samples.Bench(samples.Samples(), tmp_path, {}), "section", 2, tmp_path / "result")
-    found = json.loads((tmp_path / "result").read_text())
-    assert order == ["fails", "measures", "measures", "fails"], "every second round is backwards"
-    assert found["samples"] == {"row": {"kvmpass": [1.0, 1.0]}}
-    assert found["failures"] == {"section": ["OSError: a fault of the emulator"] * 2}
-    assert "a fault of the emulator" in capsys.readouterr().err
-
-
 def test_what_was_saved_stays_whole_if_the_host_ends_while_it_saves_again(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,12 +269,14 @@ def test_what_two_hosts_have_measured_is_one_run(script: Script) -> None:
         part.note("another" if value == 2 else "row", "C", value)
         part.counts |= {"runs": [value], "phases": {"boot": {"exits": 7}}}
         part.fail("spans", f"fault {value:.0f}")
+        assert part.repeat("spans", f"hang {value:.0f}")
         part.seconds["spans"], part.done["spans"] = value, 1
         hosts.append(json.loads(json.dumps(vars(part))))
     both = samples.merged(*hosts)
     assert both["samples"] == {"row": {"kvmpass": [1.0, 2.0], "C": [1.0]}, "another": {"C": [2.0]}}
     assert both["counts"] == {"runs": [1.0, 2.0], "phases": {"boot": {"exits": 7}}}
     assert both["failures"] == {"spans": ["fault 1", "fault 2"]}
+    assert both["repeated"] == {"spans": ["hang 1", "hang 2"]}
     assert (both["seconds"], both["done"]) == ({"spans": 3.0}, {"spans": 2})
     assert samples.merged(vars(samples.Samples()), hosts[0]) == hosts[0]
 
