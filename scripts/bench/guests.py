@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from attach import until
 from counters import Counters
-from network import DOWN, GUEST_ADDRESS, HOST_ADDRESS, NETWORK_MIB, SECONDS, UP, has_network, network, wait_for
+from network import DOWN, DOWN_MIB, GUEST_ADDRESS, HOST_ADDRESS, SECONDS, UP, UP_MIB, has_network, network, wait_for
 from qemu import Qemu, boot_words, port_words
 from samples import KVMPASS, Bench, Job, populate, resident_mib, running
 
@@ -38,8 +38,8 @@ ROWS: Mapping[str, str] = {
     "config": "configuration space of the device, reads in the guest, s",
     "drive": f"drive, {DRIVE_MIB} MiB in sequence, s",
     "direct": f"drive, {DIRECT_READS} reads of 4 KiB one by one, s",
-    "up": f"network, {NETWORK_MIB} MiB from the guest, s",
-    "down": f"network, {NETWORK_MIB} MiB to the guest, s",
+    "up": f"network, {UP_MIB} MiB from the guest, s",
+    "down": f"network, {DOWN_MIB} MiB to the guest, s",
     "interrupts": f"{INTERRUPTS} interrupts of edu, from device to handler, s",
     "output": f"output of a command, {OUTPUT_MIB} MiB, s",
 }
@@ -74,7 +74,7 @@ NETWORK = f"""
 net=$(ls $card/net)
 ip addr add {GUEST_ADDRESS}/24 dev $net; ip link set $net up
 for try in $(seq 60); do ping -q -c 1 -W 1 {HOST_ADDRESS} >/dev/null && break; done
-send() {{ dd if=/dev/zero bs=64k count={NETWORK_MIB * 16} | nc {HOST_ADDRESS} {UP}; }}
+send() {{ dd if=/dev/zero bs=64k count={UP_MIB * 16} | nc {HOST_ADDRESS} {UP}; }}
 receive() {{ nc {HOST_ADDRESS} {DOWN} </dev/null >/dev/null; }}
 phase up send
 phase down receive

@@ -132,3 +132,8 @@ def test_an_error_says_how_far_a_guest_has_come(script: Script, tmp_path: Path) 
     with pytest.raises(TimeoutError) as caught, guests.explained(said):
         raise TimeoutError
     assert len(caught.value.__notes__) == 1
+
+
+def test_data_has_a_goal_beside_qemu(script: Script) -> None:
+    goals, rows = script("report").GOALS, script("guests").ROWS
+    assert all((rows[phase], "QEMU") in goals for phase in ("drive", "up", "down"))
