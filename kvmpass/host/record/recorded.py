@@ -162,7 +162,9 @@ def _unpack(file: Path, directory: Path) -> None:
                     raise BadRecord(f"{file} is too large for a recording")
                 _unpack_one(archive, member, directory)
     except (tarfile.TarError, EOFError, ValueError, UnicodeError) as error:
-        raise BadRecord(f"{file} is not an archive of a recorded host: {error}") from None
+        raise BadRecord(
+            f"{file} is not an archive of a recorded host: {error}", "name one that kvmpass doctor --record has made"
+        ) from None
     if not entries:
         raise BadRecord(f"{file} is empty")
 

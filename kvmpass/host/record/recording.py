@@ -126,10 +126,15 @@ class Recorder(Sysfs):
         try:
             with tarfile.open(file, mode, format=tarfile.PAX_FORMAT) as archive:  # type: ignore[call-overload]
                 _write(archive, members)
-        except FileExistsError:
+        except FileExistsError as error:
+            error.add_note("name another file, or remove this one")
             raise
-        except BaseException:
-            file.unlink(missing_ok=True)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # it has the same reason, or one that matters less
+                file.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(file)  # a failed write has none
+                error.add_note("name a file in a directory where this user may write, and that has space")
             raise
         return len(members)
 

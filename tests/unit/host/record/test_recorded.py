@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -171,6 +172,20 @@ def test_an_interrupt_leaves_no_file(host: Host, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tarfile.TarFile, "addfile", interrupt)
     with pytest.raises(KeyboardInterrupt):
         recorder.write_tar(tmp_path / "x.tar.gz")
+    assert not (tmp_path / "x.tar.gz").exists()
+
+
+def test_a_full_disk_leaves_no_file_and_names_it(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    recorder = Recorder(host.root)
+    look_at_host(recorder)
+    monkeypatch.setattr(tarfile.TarFile, "addfile", refuse)
+    with pytest.raises(OSError, match="No space left") as refused:
+        recorder.write_tar(tmp_path / "x.tar.gz")
+    assert refused.value.filename == str(tmp_path / "x.tar.gz")
+    assert refused.value.__notes__ == ["name a file in a directory where this user may write, and that has space"]
     assert not (tmp_path / "x.tar.gz").exists()
 
 
