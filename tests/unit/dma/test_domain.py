@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import uuid
+from typing import Any
 
 import pytest
 from support.dma_stage import DISK, NIC, SOUND, Stage
@@ -46,6 +47,20 @@ def test_a_device_that_is_attached_already(stage: Stage) -> None:
     assert stage.kernel.state() == before
     stage.check()
     assert stage.domain.attach(SOUND, 1).name == SOUND
+
+
+def test_a_back_end_without_the_stages_of_an_attach_is_named(stage: Stage) -> None:
+    class OneStage:
+        active = False
+
+        def attach(self, name: str, group: int) -> None:
+            raise NotImplementedError
+
+    backend: Any = OneStage()
+    domain = Domain(stage.memory, lambda mapper: backend, stage.kvm)
+    with pytest.raises(AttributeError, match="'OneStage' object has no attribute 'attaching'"):
+        domain.attach(DISK, 2)
+    assert (domain.ledger, stage.kernel.log, stage.kvm.files) == ([], [], set())
 
 
 def test_a_domain_without_kvm(stage: Stage) -> None:
