@@ -74,6 +74,7 @@ NETWORK = f"""
 net=$(ls $card/net)
 ip addr add {GUEST_ADDRESS}/24 dev $net; ip link set $net up
 for try in $(seq 60); do ping -q -c 1 -W 1 {HOST_ADDRESS} >/dev/null && break; done
+echo "pings until an answer: $try"
 send() {{ dd if=/dev/zero bs=64k count={UP_MIB * 16} | nc {HOST_ADDRESS} {UP}; }}
 receive() {{ nc {HOST_ADDRESS} {DOWN} </dev/null >/dev/null; }}
 phase up send
