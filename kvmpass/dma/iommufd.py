@@ -15,6 +15,7 @@ from functools import partial
 
 from kvmpass._teardown import run_all, undo_on_error
 from kvmpass.dma.backend import Mapper, Open
+from kvmpass.errors import Closed
 from kvmpass.iommufd import Iommufd
 from kvmpass.layout import Range
 from kvmpass.memory import MemoryRegion
@@ -110,8 +111,9 @@ class IommufdBackend:
 
     @property
     def iommufd(self) -> Iommufd:
-        """The context; only while ``active``."""
-        assert self._iommufd is not None
+        """The context. Raises ``Closed`` unless ``active``."""
+        if self._iommufd is None:
+            raise Closed("/dev/iommu is open only while a device is attached")
         return self._iommufd
 
     def map(self, region: MemoryRegion) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from kvmpass._dataclass import dataclass
 from kvmpass._teardown import run_all, undo_on_error
-from kvmpass.errors import AuditFailed
+from kvmpass.errors import AuditFailed, Closed
 from kvmpass.layout import Range
 from kvmpass.memory import MemoryRegion
 from kvmpass.vfio import Container, DependentDevice, Device, Group
@@ -144,8 +144,9 @@ class Type1:
 
     @property
     def container(self) -> Container:
-        """The container; only while ``active``."""
-        assert self._container is not None
+        """The container. Raises ``Closed`` unless ``active``."""
+        if self._container is None:
+            raise Closed("the container is open only while a device is attached")
         return self._container
 
     def map(self, region: MemoryRegion) -> None:

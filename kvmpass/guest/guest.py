@@ -379,9 +379,10 @@ class Guest:
         """Return how it ended, after ``follow``, once all of its output is written; after ``timeout`` seconds anyway.
 
         Raises what a sink raised; ``GuestError``, or an ``OSError``, if some of the command's output is lost for
-        another reason, as for lack of memory: it was killed then.
+        another reason, as for lack of memory: it was killed then. Raises ``GuestError`` if it was not followed.
         """
-        assert self._outcome is not None
+        if self._outcome is None:
+            raise GuestError("the guest was not run to its end", "use run(), or follow() before result()")
         self._writer.close(timeout)
         if self._writer.failure is not None:
             raise self._writer.failure

@@ -171,10 +171,11 @@ class GuestRoot:
 
         If one of them is the guest's root: ``source`` is that directory on the host, ``entry`` how programs start in
         it. ``empty``: its directories that are empty in the guest; ``contents``: files that the guest has in it
-        instead of the host's, by path.
+        instead of the host's, by path. Raises ``ValueError`` for a root without ``source``.
         """
         if served.add(self.tree, mounts, empty):
-            assert source is not None
+            if source is None:
+                raise ValueError("a guest's root needs its source, the directory on the host")
             self._source, self._entry = source, entry
             for path in (*served.OWN, *empty):
                 if not (source / path.lstrip("/")).is_dir():  # nothing can be mounted there otherwise

@@ -12,7 +12,7 @@ from support.dma_stage import DISK, NIC, SOUND, Stage
 from support.fake_vfio import FakeKvmVfio, Refused
 
 from kvmpass.dma import DmaMapping, Domain
-from kvmpass.errors import AuditFailed, DeviceInUse, NotAssignable, ReservedRange
+from kvmpass.errors import AuditFailed, Closed, DeviceInUse, NotAssignable, ReservedRange
 from kvmpass.layout import GIB, MIB, PAGE, Range
 from kvmpass.memory import HostMapping
 from kvmpass.vfio.device import DependentDevice
@@ -32,6 +32,13 @@ def test_the_first_device_maps_everything_and_others_nothing(stage: Stage) -> No
     stage.domain.attach(SOUND, 1)
     assert len(stage.calls) == 2
     stage.check()
+
+
+def test_what_maps_memory_is_open_only_while_a_device_is_attached(stage: Stage) -> None:
+    device = stage.domain.attach(DISK, 2)
+    stage.domain.detach(device)
+    with pytest.raises(Closed, match="open only while a device is attached"):
+        stage.domain.backend.map(stage.ram)
 
 
 def test_a_token_reaches_vfio(stage: Stage) -> None:

@@ -470,6 +470,15 @@ def test_a_status_before_the_timeout_counts() -> None:
     assert (result.outcome, result.status) == (GuestOutcome.TIMEOUT, 3)
 
 
+def test_a_guest_that_was_not_run_has_no_result() -> None:
+    vm = cast(Machine, Vm(GuestOutcome.POWEROFF))
+    with (
+        Guest(vm, console=None, output=lambda data: None, errors=lambda data: None) as guest,
+        pytest.raises(GuestError, match="the guest was not run to its end"),
+    ):
+        guest.result()
+
+
 def test_the_image_may_be_loaded_into_a_machine_that_is_connected() -> None:
     """Its ports come with it: the command is started all the same."""
     vm = Vm(GuestOutcome.POWEROFF)

@@ -378,6 +378,8 @@ def test_a_program_that_is_not_there_is_warned_of(busybox: Path) -> None:
     root.serve([Served("root", "/")], Path("/"), Entry())
     root.run_command(["fio"])
     assert root.warnings == [], "init cannot know what is in the host's root"
+    with pytest.raises(ValueError, match="needs its source"):
+        GuestRoot(busybox).serve([Served("root", "/")])
 
 
 def test_a_root_gets_the_directories_that_it_lacks(busybox: Path, tmp_path: Path) -> None:
