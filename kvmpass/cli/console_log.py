@@ -20,7 +20,11 @@ class ConsoleLog:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._file = path.open("wb", buffering=0) if path else None
+        try:
+            self._file = path.open("wb", buffering=0) if path else None
+        except OSError as error:
+            error.add_note("name a file with --console-log that this user may write")
+            raise
 
     def beside(self, sink: Sink | None) -> Sink | None:
         """Return a sink that writes here, and to ``sink``."""

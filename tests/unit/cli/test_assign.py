@@ -109,6 +109,12 @@ def test_the_whole_console_goes_to_the_log_and_the_sink(tmp_path: Path) -> None:
     assert ConsoleLog(None).beside(None) is None
 
 
+def test_a_log_that_cannot_be_made_is_refused_with_the_option(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as refused:
+        ConsoleLog(tmp_path / "missing" / "log")
+    assert refused.value.__notes__ == ["name a file with --console-log that this user may write"]
+
+
 def test_a_full_disk_is_reported_once_and_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[bytes] = []
     write = ConsoleLog(Path("/dev/full")).beside(seen.append)
