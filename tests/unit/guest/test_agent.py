@@ -467,19 +467,29 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_what_a_process_leaves_behind_does_not_delay_its_end(agent: Agent) -> None:
-    """What it writes at once arrives; it lives on, and finds its pipe closed when it writes later."""
-    process = shell(agent, "(sleep 0.1; echo child; sleep 0.7; echo more) & echo $!; exit 4")
+def until(path: Path) -> str:
+    """A shell's loop, which ends once ``path`` exists."""
+    return f"until [ -e '{path}' ]; do sleep 0.01; done"
+
+
+def test_what_a_process_leaves_behind_does_not_delay_its_end(agent: Agent, tmp_path: Path) -> None:
+    """What it has written arrives; it lives on, and finds its pipe closed when it writes later."""
+    written, go_on = tmp_path / "written", tmp_path / "go on"
+    child = f"echo child; >'{written}'; {until(go_on)}; echo more"
+    process = shell(agent, f"({child}) & {until(written)}; echo $!; exit 4")
     started = time.monotonic()
     said = read_all(process)
-    assert (process.wait(SECONDS), said.split()[1:]) == (4, [b"child"])
-    assert 0.2 < time.monotonic() - started < 0.8
-    eventually(lambda: not Path(f"/proc/{int(said.split()[0])}/exe").exists())
+    assert (process.wait(SECONDS), said.split()[0], len(said.split())) == (4, b"child", 2)
+    assert time.monotonic() - started > 0.2, "the time for what is still written"
+    go_on.touch()
+    eventually(lambda: not Path(f"/proc/{int(said.split()[1])}/exe").exists())
 
 
-def test_what_it_leaves_behind_and_never_ends_to_write(agent: Agent) -> None:
+def test_what_it_leaves_behind_and_never_ends_to_write(agent: Agent, tmp_path: Path) -> None:
     """What is in the pipe then is the end, also where nobody has read it yet."""
-    process = shell(agent, "yes & exit 0")
+    written = tmp_path / "written"
+    process = shell(agent, f"(echo y; >'{written}'; exec yes) & {until(written)}; exit 0")
+    eventually(lambda: process._exited is not None)
     time.sleep(0.8)
     assert set(read_all(process)[:-1].split(b"\n")) == {b"y"}
     assert process.wait(SECONDS) == 0
@@ -499,6 +509,7 @@ def test_what_it_leaves_behind_may_be_silent(agent: Agent, tmp_path: Path, termi
     script = f"trap '' HUP; sleep 30 & echo $! >{child}; head -c {sent} /dev/zero"
     process = shell(agent, script, terminal=(24, 80) if terminal else None)
     eventually(lambda: process._exited is not None)
+    eventually(lambda: len(process._kept[OUTPUT]) == WINDOW)
     time.sleep(0.5)
     assert len(process._kept[OUTPUT]) == WINDOW
     assert len(read_all(process)) == sent
