@@ -105,13 +105,13 @@ def test_delayed_functions_run_in_the_order_of_their_times(loop: EventLoop) -> N
     seen: list[str] = []
     done = threading.Event()
     started = time.monotonic()
-    loop.call(done.set, 0.2)
-    loop.call(lambda: seen.append("later"), 0.1)
+    loop.call(done.set, 0.8)
+    loop.call(lambda: seen.append("later"), 0.4)
     loop.call(lambda: seen.append("now"), 0.0)
     loop.call(lambda: seen.append("called"))
     assert done.wait(10)
     assert seen[-1] == "later" and set(seen) == {"now", "called", "later"}
-    assert 0.2 <= time.monotonic() - started < 5
+    assert time.monotonic() - started >= 0.8
 
 
 def test_calls_after_close_are_dropped() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -110,16 +111,24 @@ def time_limit() -> Iterator[None]:
 
 @pytest.mark.usefixtures("time_limit")
 def test_what_another_handler_raises_waits_for_every_call() -> None:
-    ended = []
+    ended, failed, twice, count = [], threading.Event(), threading.Event(), itertools.count(1)
+
+    def handler(*_: object) -> None:
+        if next(count) == 2:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            twice.set()
+        raise _TimeLimit
 
     def slow(number: int) -> None:
-        time.sleep(0.5)
+        if number == 0:
+            failed.wait(10)
+            signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        twice.wait(10)
         ended.append(number)
 
-    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    signal.signal(signal.SIGALRM, handler)  # the fixture restores the former one
     with pytest.raises(_TimeLimit) as caught:
-        run_together(partial(slow, 0), partial(slow, 1), failing(OSError("third")))
-    signal.setitimer(signal.ITIMER_REAL, 0)
+        run_together(partial(slow, 0), partial(slow, 1), failing(OSError("third"), failed.set))
     assert sorted(ended) == [0, 1]
     assert "OSError: third" in caught.value.__notes__[-1]
 

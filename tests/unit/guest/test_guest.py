@@ -466,7 +466,7 @@ def test_a_status_before_the_timeout_counts() -> None:
     """It hangs while it powers off: the command's status is known."""
     vm = HangingVm(reports=True)
     with Guest(cast(Machine, vm), console=None, output=lambda data: None, errors=lambda data: None) as guest:
-        result = guest.run(timeout=0.05)
+        result = guest.run(timeout=0.5)
     assert (result.outcome, result.status) == (GuestOutcome.TIMEOUT, 3)
 
 

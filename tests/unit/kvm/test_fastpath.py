@@ -181,7 +181,7 @@ def test_a_file_is_not_read_after_its_removal() -> None:
             os.dup2(evil, fd)
         os.close(fd)
     assert readers.seen == {b"good", None}
-    assert slowest < 1
+    assert slowest < 5
 
 
 def test_a_removal_waits_for_the_reads_in_progress() -> None:

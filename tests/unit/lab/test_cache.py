@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -90,11 +89,13 @@ def test_waiting_for_a_lock_is_reported(own_cache: Path) -> None:
     own_cache.mkdir()
     with (own_cache / ".kernel.lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        release = threading.Timer(0.2, fcntl.flock, (other, fcntl.LOCK_UN))
-        release.start()
-        with cache.locked("kernel", said.append):
+
+        def say(line: str) -> None:
+            said.append(line)
+            fcntl.flock(other, fcntl.LOCK_UN)
+
+        with cache.locked("kernel", say):
             pass
-        release.join()
     assert said == ["waiting for another run that prepares kernel"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -64,8 +65,9 @@ def busy(monitor: DeviceMonitor, work: Callable[[], object]) -> None:
     assert begun.wait(10)
 
 
-def test_events_that_wait_are_passed_on_at_the_end() -> None:
+def test_events_that_wait_are_passed_on_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as the one that says why the guest has ended."""
+    monkeypatch.setattr(module, "_LAST_SECONDS", 20.0)
     seen: list[DeviceEvent] = []
     monitor, go = DeviceMonitor(seen.append, list), threading.Event()
     busy(monitor, lambda: go.wait(10))
@@ -77,7 +79,8 @@ def test_events_that_wait_are_passed_on_at_the_end() -> None:
     assert seen == events
 
 
-def test_what_a_waiting_job_emits_is_passed_on_at_the_end() -> None:
+def test_what_a_waiting_job_emits_is_passed_on_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LAST_SECONDS", 20.0)
     seen: list[DeviceEvent] = []
     monitor, go = DeviceMonitor(seen.append, list), threading.Event()
     event = DeviceError(str(BDF))
@@ -92,13 +95,19 @@ def test_a_job_that_takes_long_holds_up_the_end_for_a_while(monkeypatch: pytest.
     monkeypatch.setattr(module, "_LAST_SECONDS", 0.01)
     seen: list[DeviceEvent] = []
     monitor = DeviceMonitor(seen.append, list)
-    busy(monitor, lambda: threading.Event().wait(0.2))
+
+    def until_it_is_closed() -> None:
+        while not monitor._jobs._closing:
+            time.sleep(0.001)
+
+    busy(monitor, until_it_is_closed)
     monitor.emit_later(DeviceError(str(BDF)))
     monitor.stop()
     assert not seen
 
 
-def test_a_listener_may_stop_it() -> None:
+def test_a_listener_may_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LAST_SECONDS", 60.0)
     seen: list[DeviceEvent] = []
     ended = threading.Event()
 
@@ -113,7 +122,7 @@ def test_a_listener_may_stop_it() -> None:
     for _ in range(2):
         monitor.emit_later(DeviceError(str(BDF)))
     go.set()
-    assert ended.wait(0.9), "it waited for itself"
+    assert ended.wait(20), "it waited for itself"
     assert len(seen) == 1
 
 
