@@ -50,7 +50,7 @@ class Placeholders:
         for match in self._matches():
             if match["number"] and int(match["number"]) >= self.devices:
                 raise ProgramError(
-                    f"{match[0]} is in the arguments, and there are {self.devices} devices",
+                    f"{match[0]} is in the arguments, and the number of devices is {self.devices}",
                     "write their numbers from 0 on",
                 )
 

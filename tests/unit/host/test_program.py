@@ -61,7 +61,7 @@ def test_placeholders() -> None:
     bdfs = [Bdf.parse(DISK), Bdf.parse(NIC)]
     assert made.filled(numbers, bdfs) == ["{vfio0}", "a=3,fd=5", DISK, "67", '{"driver": "x"}', "${x}{vfio}{0}"]
     for word in ("{vfio2}", "x{group2}", "{bdf10}"):
-        with pytest.raises(ProgramError, match=r"is in the arguments, and there are 2 devices"):
+        with pytest.raises(ProgramError, match=r"is in the arguments, and the number of devices is 2"):
             Placeholders(("program", word), 2)
 
 
