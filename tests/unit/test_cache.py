@@ -313,8 +313,9 @@ def test_what_a_killed_writer_has_left_is_removed(root: Path) -> None:
 def test_a_process_that_ends_while_it_writes(root: Path) -> None:
     """It does not wait for the thread; what that leaves is removed by the next writer."""
     program = """if True:
-        import threading, time
+        import os, threading, time
         from kvmpass._cache import KeptFile, KeptFiles, cache_root
+        os.rename = lambda *arguments, **options: time.sleep(1000)  # however fast it writes
         keep = KeptFiles("kept", 3, 1 << 28).keep
         threading.Thread(target=keep, args=("a", memoryview(bytes(1 << 26))), daemon=True).start()
         while not (cache_root() / "kept").exists() or not any((cache_root() / "kept").iterdir()):
