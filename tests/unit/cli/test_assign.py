@@ -156,6 +156,17 @@ def test_a_command_without_its_separator(words: str, first: str) -> None:
     assert result.stderr.endswith(f"  hint: write -- before a COMMAND: {first}\n")
 
 
+@pytest.mark.parametrize(
+    "words", ["start", "start ffff:ff:1f.7 ls", "assign -d ffff:ff:1f.7 ls", "wait --none x", "lab selftests --none"]
+)
+def test_where_there_is_no_command_no_separator_is_missing(words: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "kvmpass", *words.split()], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (125, "")
+    assert "before a COMMAND" not in result.stderr
+
+
 def test_selftests_that_cannot_be_started_are_no_failure_of_a_test(tmp_path: Path) -> None:
     words = ["lab", "selftests", "--kernel-tree", str(tmp_path)]
     result = subprocess.run(
