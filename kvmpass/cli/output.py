@@ -34,22 +34,30 @@ class Output:
     def document(self, **body: Any) -> None:
         """Print the answer, if ``--json`` is set. Addresses and bit masks are hex strings, absent values null."""
         if self.as_json:
-            click.echo(document_text(self.command, **body))
+            _answer(document_text(self.command, **body))
 
     def record(self, **body: Any) -> None:
         """Print one line of an answer that has no end (JSON Lines), if ``--json`` is set."""
         if self.as_json:
-            click.echo(document_text(self.command, indent=None, **body))
+            _answer(document_text(self.command, indent=None, **body))
 
     def text(self, line: str = "") -> None:
         """Print one line of the answer, unless ``--json`` is set. May have ``click.style``."""
         if not self.as_json:
-            click.echo(line)
+            _answer(line)
 
     def note(self, line: str) -> None:
         """Print progress and remarks on standard error, unless ``--quiet`` is set."""
         if not self.quiet:
             click.echo(f"kvmpass: {line}", err=True)
+
+
+def _answer(text: str) -> None:
+    try:
+        click.echo(text)
+    except OSError as error:
+        error.filename = "standard output"  # a failed write names nothing
+        raise
 
 
 def together(*decorators: Decorator) -> Decorator:

@@ -57,6 +57,21 @@ def test_a_failure_is_a_document_too(
     assert "KVMPASS_STATE_DIR" in error["remedies"][0]
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_full_standard_output_is_named(more: list[str], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "kvmpass", "restore", *more],
+            env={"KVMPASS_STATE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "kvmpass: standard output: No space left on device\n")
+
+
 def test_what_a_guest_has_written_does_not_reach_the_terminal_in_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
     error = GuestError("failed: \x1b]0;title\x07", "look at \x9b31m it")
     fail("exec", error, as_json=False)
