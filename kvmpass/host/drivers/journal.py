@@ -207,10 +207,18 @@ class Entries:
         """Write the entry, atomically (rename(2)). Raises ``OSError``."""
         path = self.path(entry.bdf)
         scratch = path.with_suffix(".tmp")
-        fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(entry.to_json().encode())
-        scratch.rename(path)
+        try:
+            fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(fd, "wb") as file:
+                file.write(entry.to_json().encode())
+            scratch.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                error.filename = str(path)  # a failed write names nothing
+                error.add_note("free some space there, or set KVMPASS_STATE_DIR to another directory")
+                with contextlib.suppress(OSError):
+                    scratch.unlink(missing_ok=True)
+            raise
 
     def read(self, bdf: Bdf) -> Entry | None:
         """Return the entry of a device; None without one, or if a power failure or a panic has taken its text.

@@ -71,6 +71,16 @@ def test_a_full_disk_does_not_keep_a_device(host: Host, state: Path, monkeypatch
     assert host.state(NIC) == ("e1000e", None)
 
 
+def test_a_full_disk_is_named(host: Host, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "rename", full_disk)
+    with pytest.raises(OSError, match="No space left") as refused, borrow(NIC, sysfs=host, state_dir=state):
+        pass
+    assert refused.value.filename == str(state / "journal" / f"{NIC}.json")
+    assert refused.value.__notes__[0] == "free some space there, or set KVMPASS_STATE_DIR to another directory"
+    assert host.state(NIC) == ("e1000e", None)
+    assert list((state / "journal").iterdir()) == []
+
+
 def test_a_device_that_came_into_use_during_the_wait_is_not_taken(
     host: Host, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
