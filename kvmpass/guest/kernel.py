@@ -40,7 +40,11 @@ def find_kernel(path: Path | None) -> GuestKernel:
     reading.
     """
     if path is None or not path.is_dir():
-        image = KernelImage.from_file(path or host_kernel())
+        try:
+            image = KernelImage.from_file(path or host_kernel())
+        except OSError as error:
+            error.add_note("name a bzImage or vmlinux that this user may read with --kernel")
+            raise
         symbols = path if image.vmlinux is not None else None
         return GuestKernel(image, ModuleTree(image.release or os.uname().release), symbols)
     if (path / "include/config/kernel.release").exists() or (path / _IMAGE).exists():

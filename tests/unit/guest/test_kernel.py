@@ -70,5 +70,6 @@ def test_an_installed_kernel(tmp_path: Path, image: str, place: str) -> None:
 def test_another_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadKernel, match=r"has neither arch/x86/boot/bzImage nor modules\.dep"):
         find_kernel(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError) as missing:
         find_kernel(tmp_path / "nothing")
+    assert "--kernel" in missing.value.__notes__[0]
