@@ -27,7 +27,7 @@ from kvmpass.guest import Guest, GuestSpec, prepare
 from kvmpass.kvm import System, Vcpu, install_kick
 from kvmpass.kvm.exits import InterruptedExit, PortExit
 from kvmpass.layout import MIB
-from kvmpass.machine import DeviceState, Machine
+from kvmpass.machine import DeviceState, Machine, requests
 from kvmpass.machine.vcpus import KICK, GuestOutcome, VcpuThreads
 from kvmpass.pci.bus import HostBridge
 from kvmpass.pciregs import BAR0, CAP_POWER, COMMAND, capabilities
@@ -88,8 +88,11 @@ def test_truncated_shared_memory_ends_the_guest_with_the_reason() -> None:
 # --- nobody waits for a slow guest
 
 
-def test_a_device_error_does_not_wait_for_a_pending_eject(nvme: str, edu: str) -> None:
+def test_a_device_error_does_not_wait_for_a_pending_eject(
+    nvme: str, edu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The guest does not eject one device; meanwhile another one has an uncorrected error."""
+    monkeypatch.setattr(requests, "EJECT_SECONDS", 1000.0)
     # Nothing in this guest listens to the event device: its one CPU never leaves a loop in the kernel's stead.
     with host.borrow(nvme, edu), running("echo up; while true; do :; done", nvme, edu) as guest:
         guest.expect("up")
@@ -101,14 +104,12 @@ def test_a_device_error_does_not_wait_for_a_pending_eject(nvme: str, edu: str) -
         )
         unbinding.start()
         wait_until(lambda: kept.requested)
-        started = time.monotonic()
         failing.vfio.irqs[ERR].trigger()
-        assert machine.wait(5) is GuestOutcome.DEVICE_ERROR
-        assert time.monotonic() - started < 3
+        assert machine.wait(60) is GuestOutcome.DEVICE_ERROR
         assert kept.state is DeviceState.ASSIGNED, "it is still being waited for"
-        exits = machine.exit_reasons.get("Port")
-        time.sleep(0.2)
-        assert machine.exit_reasons.get("Port") == exits, "a guest that has ended does not run"
+        assert machine._threads is not None
+        vcpus = machine._threads._threads
+        wait_until(lambda: not any(thread.is_alive() for thread in vcpus))  # a guest that has ended does not run
         machine.deassign(kept)
         unbinding.join(30)
         assert not unbinding.is_alive()
@@ -149,13 +150,12 @@ def test_a_guest_that_ejects_in_a_loop(edu: str) -> None:
                 threads.start()
                 wait_until(device.ejected.is_set)
                 waiting = []
-                for _ in range(300 if SOAK else 30):
+                while len(waiting) < (300 if SOAK else 30) or machine.exit_reasons["Port"] <= 1000:
                     waiting.append(len(machine._monitor._jobs._calls))
                     time.sleep(0.1)
             wait_until(lambda: DeviceReleased(edu, "guest") in events)
             threads.stop()
         assert machine.devices == []
-        assert machine.exit_reasons["Port"] > 1000
         assert max(waiting) <= 2, "one job for each device, however often it is ejected"
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 << 10  # KiB
         assert len([event for event in events if isinstance(event, DeviceReleased)]) == 1
@@ -260,7 +260,7 @@ def test_no_interrupt_line_is_routed_to_the_pic() -> None:
             pic.imr = 0
             assert lib.kvm_set_irqchip_pic(machine.vm.fd, lib.KVM_IRQCHIP_PIC_MASTER, pic) == 0
             machine.vm.irq_line(line, True)
-            exit_ = run_for(vcpu, 5.0)
+            exit_ = run_for(vcpu, 60.0)
             assert exit_ is not None and exit_.port == 0x80, "a planted route to the PIC is not seen"
 
 
@@ -315,6 +315,8 @@ def test_interrupted_system_calls_are_repeated() -> None:
     try:
         with System() as system:
             assert raw_failures(system, 1500 if SOAK else 200) == 0
+            while next(sent) <= 200:
+                assert raw_failures(system, 10) == 0
         with Machine(memory="8M") as machine:
             for _ in range(5):
                 machine.reset()
@@ -322,4 +324,3 @@ def test_interrupted_system_calls_are_repeated() -> None:
     finally:
         over.set()
         sender.join()
-    assert next(sent) > 200
