@@ -386,8 +386,10 @@ def test_pause_registers_and_nmi() -> None:
             assert time.monotonic() < deadline, said
             time.sleep(0.02)
         machine.pause(30)
-        time.sleep(0.5)  # what it has sent is on its way
-        length, exits = len(said), machine.exit_reasons
+        length, exits = -1, machine.exit_reasons
+        while length != len(said):  # what it has sent is on its way
+            length = len(said)
+            time.sleep(0.5)
         control = [vcpu.get_sregs() for vcpu in machine.vcpus]
         assert len(control) == 2 and all(sregs["cr0"] >> 31 and sregs["efer"] >> 10 & 1 for sregs in control), (
             "long mode"
