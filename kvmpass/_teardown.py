@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import TracebackType
 
 
 def run_all(*steps: Callable[[], object], failure: BaseException | None = None) -> None:
@@ -24,11 +28,16 @@ def run_all(*steps: Callable[[], object], failure: BaseException | None = None) 
         raise first
 
 
-@contextmanager
-def undo_on_error(*steps: Callable[[], object]) -> Iterator[ExitStack]:
+class undo_on_error(ExitStack):
     """Undo the block if it raises: the callbacks of the stack, last first, and then ``steps``, last first."""
-    with ExitStack() as undo:
+
+    def __init__(self, *steps: Callable[[], object]) -> None:
+        super().__init__()
         for step in steps:
-            undo.callback(step)
-        yield undo
-        undo.pop_all()
+            self.callback(step)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        if kind is not None:
+            super().__exit__(kind, error, trace)
