@@ -39,8 +39,9 @@ class EventLoop:
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
         """Call ``callback`` while ``fd`` is readable: it reads the descriptor, or removes it."""
-        self._selector.register(fd, selectors.EVENT_READ, callback)
-        self.call(lambda: None)
+        self._selector.register(fd, selectors.EVENT_READ, callback)  # a thread that waits already sees it
+        with self._lock:
+            self._start()
 
     def remove_reader(self, fd: int) -> None:
         """Begin no callback for ``fd`` after this. Idempotent."""
@@ -53,10 +54,14 @@ class EventLoop:
             if self._closing:
                 return
             heapq.heappush(self._calls, (time.monotonic() + seconds, next(self._numbers), function))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+            self._start()
             os.eventfd_write(self._wake, 1)
+
+    def _start(self) -> None:
+        """Start the thread. Idempotent; ``_lock`` is held."""
+        if self._thread is None and not self._closing:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
 
     def flush(self, seconds: float) -> None:
         """Wait until the functions that are due have run, at most ``seconds``; in a callback not at all."""

@@ -61,6 +61,19 @@ def test_a_callback_that_raises_does_not_end_the_loop(
     assert "of the test" in caplog.text
 
 
+def test_a_descriptor_is_added_without_waking_the_thread(
+    loop: EventLoop, eventfd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, started = threading.Event(), threading.Event()
+    loop.call(started.set)
+    assert started.wait(10)
+    with monkeypatch.context() as patched:
+        patched.delattr(os, "eventfd_write")
+        loop.add_reader(eventfd, lambda: [os.eventfd_read(eventfd), called.set()])
+    os.eventfd_write(eventfd, 1)
+    assert called.wait(10)
+
+
 def test_a_removed_callback_is_not_called(loop: EventLoop, eventfd: int) -> None:
     called = threading.Event()
     loop.add_reader(eventfd, called.set)
