@@ -86,8 +86,9 @@ def capabilities(read: Read) -> list[Capability]:
         return []
     offset = read(CAPABILITIES, 1) & ~3
     while HEADER_SIZE <= offset < CONVENTIONAL_SIZE and offset not in found:
-        found[offset] = read(offset, 1)
-        offset = read(offset + 1, 1) & ~3
+        entry = read(offset, 2)
+        found[offset] = entry & 0xFF
+        offset = entry >> 8 & ~3
     return [Capability(number, at, _end(at, found, CONVENTIONAL_SIZE)) for at, number in found.items()]
 
 

@@ -257,10 +257,10 @@ class AssignedFunction:
 
     def _decoded(self) -> int:
         """Return the decoding bits on which the device's registers and the last write agree; 0 outside of D0."""
-        if self._suspended:
+        if self._suspended or not self._awake or not self._enabled:
             return 0
         try:
             asleep = self._power_at and self._device.config.read_int(self._power_at + _PMCSR, 1) & _POWER_STATE
         except OSError:
             return 0
-        return self._enabled & self._command() if self._awake and not asleep else 0
+        return 0 if asleep else self._enabled & self._command()

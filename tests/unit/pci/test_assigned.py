@@ -52,6 +52,20 @@ def test_the_fast_path_reads_everything_but_the_pending_bits_of_msi() -> None:
     board.close()
 
 
+def test_what_is_read_of_a_device() -> None:
+    """An assignment waits for each access. A capability is one; without decoding the power state does not matter."""
+    seen: list[int] = []
+
+    def count(device: FakeDevice) -> None:
+        read = device.config.read_int
+        device.config.read_int = lambda offset, size=4: (seen.append(offset), read(offset, size))[1]  # type: ignore
+
+    board = made(count)
+    assert PM_AT + 4 not in seen
+    assert (len(seen), len({*seen})) == (23, 22), "message control of MSI gives its size, too"
+    board.close()
+
+
 def test_without_pending_bits_nothing_of_it_exits() -> None:
     board = made(without(MSI))
     assert board.function.config_image().exits.size == 0

@@ -75,7 +75,7 @@ def test_a_device_without_extended_space_has_zeroes_there() -> None:
 
 
 def test_a_list_of_capabilities_that_loops_ends() -> None:
-    config = {0x06: 0x10, 0x34: 0x40, 0x40: 0x11, 0x41: 0x50, 0x50: 0x10, 0x51: 0x40}
+    config = {0x06: 0x10, 0x34: 0x40, 0x40: 0x5011, 0x50: 0x4010}
     assert [cap.offset for cap in capabilities(lambda offset, size: config.get(offset, 0))] == [0x40, 0x50]
     looping = {0x100: 0x140_1_0003, 0x140: 0x100_1_000B}
     found = extended_capabilities(lambda offset, size: looping.get(offset, 0))
