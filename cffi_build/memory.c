@@ -23,6 +23,10 @@ static intptr_t kvmpass_mmap(size_t size, size_t align, size_t congruent, int pr
 {
 	if (!size || !align || (align & (align - 1)) || size > SIZE_MAX - align)
 		return -EINVAL;
+	if (align <= 4096) {	/* every mapping is */
+		char *made = mmap(NULL, size, prot, flags, fd, (off_t)offset);
+		return made == MAP_FAILED ? -errno : (intptr_t)made;
+	}
 	size_t span = size + align;
 	char *space = mmap(NULL, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (space == MAP_FAILED)

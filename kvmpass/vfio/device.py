@@ -13,8 +13,8 @@ from kvmpass._fd import OwnedFd, check, failure
 from kvmpass._native import ffi, lib
 from kvmpass._teardown import undo_on_error
 from kvmpass.errors import HostNotReady
-from kvmpass.layout import Range
-from kvmpass.memory import HostMapping
+from kvmpass.layout import GIB, PAGE, Range
+from kvmpass.memory import HUGE, HostMapping
 
 if TYPE_CHECKING:
     from kvmpass.vfio.group import Group
@@ -203,7 +203,7 @@ class Region:
     def mmap(self, area: Range) -> RegionMapping:
         """Map one of ``mmap_areas``. The mapping keeps the device open until it is closed. Raises ``OSError``.
 
-        Aligned to the region's size, so that the kernel can use huge PFN maps.
+        Aligned to the region's size from 2 MiB on, so that the kernel can use huge PFN maps.
         """
         return RegionMapping(self._device, self.info, area, self._check(area.start, area.size))
 
@@ -218,7 +218,7 @@ class RegionMapping(HostMapping):
         """VFIO's region index."""
         self.area = area
         """The part of the region."""
-        align = max(4096, min(1 << 30, 1 << (info.size - 1).bit_length()))
+        align = PAGE if info.size < HUGE else min(GIB, 1 << (info.size - 1).bit_length())
         super().__init__(area.size, align=align, congruent=area.start, fd=device.fd, offset=offset)
 
 

@@ -8,11 +8,13 @@ import os
 import pytest
 from support.bare import FakeLib, bare
 
+import kvmpass.memory.mapping
 import kvmpass.vfio.device
 import kvmpass.vfio.group
 from kvmpass._native import lib
 from kvmpass.errors import HostNotReady
-from kvmpass.layout import PAGE, Range
+from kvmpass.layout import GIB, PAGE, Range
+from kvmpass.memory import HUGE
 from kvmpass.vfio import Container, Device, Region, RegionInfo, RegionMapping
 
 BDF = "0000:01:00.0"
@@ -77,6 +79,21 @@ def test_a_mapping_knows_its_device() -> None:
     assert (mapping.device, mapping.index, mapping.area) == (device, 2, Range(PAGE, 2 * PAGE))
     os.pwrite(fd, b"here", 3 * PAGE)
     assert bytes(mapping.view(0, 4)) == b"here"
-    assert mapping.address % (4 * PAGE) == PAGE
     mapping.close()
     os.close(fd)
+
+
+@pytest.mark.parametrize("size, align", [(HUGE - PAGE, PAGE), (HUGE, HUGE), (3 * HUGE, 4 * HUGE), (4 * GIB, GIB)])
+def test_large_regions_are_aligned(monkeypatch: pytest.MonkeyPatch, size: int, align: int) -> None:
+    """A smaller one has no room for a huge PFN map, and its mapping needs no search for an address."""
+    seen = []
+
+    def mmap(size: int, align: int, congruent: int, *rest: int) -> int:
+        seen.append((align, congruent))
+        return 1 << 40
+
+    functions = FakeLib(kvmpass_mmap=mmap, kvmpass_madvise=lambda *_: 0, kvmpass_munmap=lambda *_: 0)
+    monkeypatch.setattr(kvmpass.memory.mapping, "lib", functions)
+    region = Region(bare(Device, name=BDF), RegionInfo(0, size, 0, True, True, ()))
+    region.mmap(Range(PAGE, PAGE)).close()
+    assert seen == [(align, PAGE % align)]
