@@ -159,21 +159,23 @@ def _initializer(made: Any, defaults: dict[str, Any], complete: Callable[[], Non
     required = max((number for number, name in enumerate(names, 1) if name not in constants), default=0)
     rest = tuple(constants.get(name) for name in names)
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        values = args
+    def complete_values(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         if not kwargs and required <= len(args) <= len(setters):
-            if len(args) < len(setters):
-                values += rest[len(args) :]
-        elif not args and kwargs.keys() == defaults.keys():
-            values = tuple(map(kwargs.__getitem__, names))
-        else:
-            given = dict(zip(defaults, args, strict=False)) | kwargs
-            known = constants | given
-            if len(given) != len(args) + len(kwargs) or known.keys() | factories.keys() != defaults.keys():
-                complete()
-                made.__init__(self, *args, **kwargs)  # now the standard library's: it raises TypeError
-            values = tuple(known[name] if name in known else factories[name]() for name in defaults)
-        for setter, value in zip(setters, values, strict=True):
+            return args + rest[len(args) :]
+        if not args and kwargs.keys() == defaults.keys():
+            return tuple(map(kwargs.__getitem__, names))
+        given = dict(zip(defaults, args, strict=False)) | kwargs
+        known = constants | given
+        if len(given) != len(args) + len(kwargs) or known.keys() | factories.keys() != defaults.keys():
+            complete()
+            made.__init__(self, *args, **kwargs)  # now the standard library's: it raises TypeError
+        return tuple(known[name] if name in known else factories[name]() for name in defaults)
+
+    count = len(setters)
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        values = args if len(args) == count and not kwargs else complete_values(self, args, kwargs)
+        for setter, value in zip(setters, values):  # noqa: B905 - to check it takes a fifth of the time
             setter(self, value)
         if check is not None:
             self.__post_init__()
