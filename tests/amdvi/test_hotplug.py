@@ -60,7 +60,7 @@ def test_a_guest_that_does_not_eject_keeps_the_device(edu: str) -> None:
     """A paused guest runs, and cannot eject; ``deassign`` does not ask."""
     with host.borrow(edu), running("echo up; sleep 1000", events=(events := [])) as guest:
         guest.expect("up")
-        guest.machine.pause()
+        guest.machine.pause(30)
         device = guest.machine.assign(edu)
         with pytest.raises(GuestError, match="did not eject"):
             guest.machine.unplug(device, 0.05)

@@ -43,7 +43,7 @@ def test_a_busy_guest_answers_and_one_that_does_not_run_does_not(
     wait_until(lambda: kvmpass_guest._agent._heard > started)  # a ping was answered: nothing else is said
     assert kvmpass_guest.answering
     monkeypatch.setattr(agent, "ANSWER_SECONDS", 0.5)
-    kvmpass_guest.machine.pause()
+    kvmpass_guest.machine.pause(30)
     try:
         wait_until(lambda: not kvmpass_guest.answering)
         with pytest.raises(GuestError, match="the guest does not answer"):

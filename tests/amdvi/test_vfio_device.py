@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 from support.inside import LAB_ONLY
+from support.living import wait_until
 from support.type1 import groups_of
 from support.witness import traces
 
@@ -85,7 +86,7 @@ def test_the_host_requests_the_devices_release(machine: Machine, assigned: Assig
         assigned.vfio.irqs[REQ].set_irqs(0, [eventfd])
         with pytest.raises(TimeoutError):
             sysfs.write(sysfs.path("sys/bus/pci/drivers/vfio-pci/unbind"), edu, timeout=2)
-        assert signalled(eventfd)
+        wait_until(lambda: signalled(eventfd))
         machine.deassign(assigned)
         deadline = time.monotonic() + 20
         while sysfs.driver(host.Bdf.parse(edu)) is not None:

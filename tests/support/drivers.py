@@ -36,7 +36,7 @@ def look(bdf: str) -> PciDevice:
     return SYSFS.device(Bdf.parse(bdf))
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
