@@ -87,7 +87,7 @@ class Unpacking:
             self._refuse(error.strerror or str(error))
             if isinstance(error, TimeoutError):
                 self._stalled = True
-            elif error.errno == errno.EBADMSG:
+            elif error.errno in (errno.EBADMSG, errno.EIO):
                 _KEPT.remove(_name(self.kernel.compressed()))
         return None
 

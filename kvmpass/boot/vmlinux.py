@@ -132,11 +132,16 @@ def load(content: Content, code: Range, memory: Writes) -> int:
     """
     with closing(content.pieces()) as pieces:
         first = next(pieces, memoryview(b""))
-        entry, segments = _layout(lambda at, size: first[at : at + size], content.size)
-        if segments[0].place.start != code.start:
-            raise ValueError(f"nothing is loaded at {code.start:#x}")
-        if segments[-1].place.end > code.end:
-            raise ValueError(f"the segment {segments[-1].place} is not in {code}")
+        try:
+            entry, segments = _layout(lambda at, size: first[at : at + size], content.size)
+            if segments[0].place.start != code.start:
+                raise ValueError(f"nothing is loaded at {code.start:#x}")
+            if segments[-1].place.end > code.end:
+                raise ValueError(f"the segment {segments[-1].place} is not in {code}")
+        except ValueError:
+            for _ in pieces:  # raises at the end if this is not what was written: the cause is another one then
+                pass
+            raise
         at = 0
         for piece in itertools.chain((first,), pieces):
             for segment in segments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import lzma
 import os
@@ -307,7 +308,7 @@ def kept(cache: Path) -> Path:
 def test_a_kept_kernel_that_is_not_what_was_written(cache: Path, decompressed: list[int]) -> None:
     """It is found out at the end: the bzImage is loaded instead, and the next run decompresses again."""
     file = kept(cache)
-    for at in (64 + 4096, -1):
+    for at in (64, 64 + 4096, -1):  # in the ELF header, in a segment, in what follows them
         data = bytearray(file.read_bytes())
         data[at] ^= 1
         file.write_bytes(data)
@@ -320,6 +321,23 @@ def test_a_kept_kernel_that_is_not_what_was_written(cache: Path, decompressed: l
         before = len(decompressed)
         assert load(kernel, Unpacking(kernel))[1].decompressed and len(decompressed) == before + 1
         written()
+
+
+def test_a_kept_kernel_that_cannot_be_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad block of a disk stays one: the next run decompresses again."""
+    file = kept(cache)
+
+    class Unreadable(_cache.FileIO):
+        def readinto(self, buffer: Any, /) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    kernel = KernelImage.parse(bzimage_of(xz()))
+    run = Unpacking(kernel)
+    with monkeypatch.context() as patch:
+        patch.setattr(_cache, "FileIO", Unreadable)
+        assert is_bzimage(kernel, *load(kernel, run))
+    assert run.note == "not decompressed on this host: Input/output error" and not file.exists()
+    assert load(kernel, Unpacking(kernel))[1].decompressed
 
 
 def test_a_kept_kernel_that_stalls_while_it_is_loaded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
