@@ -66,7 +66,7 @@ class KeptFiles(NamedTuple):
         try:
             with _directory(self.folder) as directory:
                 flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO has no writer
-                file = FileIO(os.open(name, flags, dir_fd=directory))
+                file = FileIO(name, opener=lambda path, _: os.open(path, flags, dir_fd=directory))
                 with undo_on_error(file.close):
                     return KeptFile(file, *_checked(file.fileno(), self.most_bytes))
         except FileNotFoundError:

@@ -49,6 +49,15 @@ def read(kept: KeptFiles, name: str) -> bytes | None:
         return None
 
 
+def descriptors() -> list[str]:
+    """What is open once the threads that read have ended."""
+    for thread in threading.enumerate():
+        if thread.name == "read":
+            thread.join(30)
+            assert not thread.is_alive()
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in (root / "kept").iterdir())
 
@@ -177,7 +186,9 @@ def test_files_of_others_are_not_used(root: Path, monkeypatch: pytest.MonkeyPatc
     assert read(KEPT, "a") is None
     file.unlink()
     file.mkdir()
+    before = descriptors()
     assert read(KEPT, "a") is None
+    assert descriptors() == before
     file.rmdir()
     (root / "elsewhere").rename(file)
     assert read(KEPT, "a") == CONTENT
