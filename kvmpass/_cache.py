@@ -142,13 +142,14 @@ class KeptFile:
         free, full = SimpleQueue[memoryview | None](), SimpleQueue[tuple[memoryview, int] | OSError]()
         for _ in range(2):
             free.put(private_memory(_PIECE))
-        thread = Thread(target=self._read_ahead, args=(free, full), name="read", daemon=True)
+        self._reader = Thread(target=self._read_ahead, args=(free, full), name="read", daemon=True)
+        left = self.size
         try:
-            thread.start()
-        except RuntimeError as error:  # a limit of threads
-            raise OSError(errno.EAGAIN, str(error)) from None
-        self._reader, left = thread, self.size
-        try:
+            try:
+                self._reader.start()
+            except RuntimeError as error:  # a limit of threads
+                self._reader = None
+                raise OSError(errno.EAGAIN, str(error)) from None
             while left:
                 got = full.get(timeout=PATIENCE)
                 if isinstance(got, OSError):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import zlib
 from contextlib import closing
 from io import FileIO
@@ -122,10 +121,10 @@ def test_a_file_that_changes_while_it_is_read(root: Path, monkeypatch: pytest.Mo
 
 
 def test_a_reader_ends_with_who_asks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first piece, before it, or at a limit of threads: the file is closed."""
+    """After the first piece, before it, at a signal or at a limit of threads: the file is closed."""
     kept = KeptFiles("kept", 1, 1 << 24)
     kept.keep("large", memoryview(bytes(5 << 20)))
-    before = sorted(path.name for path in Path("/proc/self/fd").iterdir())
+    before = descriptors()
     for begun in (True, False):
         file = kept.open("large")
         assert file is not None
@@ -134,8 +133,19 @@ def test_a_reader_ends_with_who_asks(root: Path, monkeypatch: pytest.MonkeyPatch
             next(pieces)
         pieces.close()
         file.close()
-    while "read" in (thread.name for thread in threading.enumerate()):
-        time.sleep(0.01)
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        file = kept.open("large")
+        assert file is not None
+        with closing(file), pytest.raises(KeyboardInterrupt):
+            next(file.pieces())
+    assert descriptors() == before
 
     def refused(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -145,7 +155,7 @@ def test_a_reader_ends_with_who_asks(root: Path, monkeypatch: pytest.MonkeyPatch
     assert file is not None
     with closing(file), pytest.raises(OSError, match="can't start new thread"):
         next(file.pieces())
-    assert sorted(path.name for path in Path("/proc/self/fd").iterdir()) == before
+    assert descriptors() == before
 
 
 def test_torn_files_are_not_used(root: Path) -> None:
