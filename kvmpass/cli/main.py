@@ -118,7 +118,8 @@ def split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
 
 def hint_separator(words: list[str], command: list[str] | None, error: BaseException) -> None:
     """Add a hint to a usage error that may come from a missing ``--`` before COMMAND, where there can be one."""
-    if words[:1] in (["start"], ["wait"]) or words[:2] == ["lab", "selftests"] or {"-d", "--detach"} & set(words):
+    detached = words[:1] == ["assign"] and {"-d", "--detach"} & set(words)  # elsewhere -d may be the COMMAND's own
+    if detached or words[:1] in (["start"], ["wait"]) or words[:2] == ["lab", "selftests"]:
         return
     if isinstance(error, click.UsageError):
         # Another cause is known of these.

@@ -146,6 +146,7 @@ def test_a_full_disk_under_log_and_standard_error_ends_nothing(monkeypatch: pyte
         ("assign ffff:ff:1f.7 ls -l", "kvmpass assign … -- COMMAND"),
         ("assign ffff:ff:1f.7 ls", "kvmpass assign … -- COMMAND"),
         ("lab run echo x", "kvmpass lab run … -- COMMAND"),
+        ("exec guest ls -d /", "kvmpass exec … -- COMMAND"),
     ],
 )
 def test_a_command_without_its_separator(words: str, first: str) -> None:
