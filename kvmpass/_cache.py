@@ -1,7 +1,8 @@
 """The user's cache: where it is, and files that a run leaves there for later ones.
 
-Such a file is used only if it belongs to the effective user, nobody else can write it or its directory, and its
-checksum is right. Whatever is wrong with the cache, it is as if the file were missing.
+Such a file is used only if it belongs to the effective user, and nobody else can write it or its directory. Whatever
+is wrong with the cache, it is as if the file were missing, but for its checksum, which is known at its end only: who
+has used the pieces before gets an error instead of the last one.
 """
 
 from __future__ import annotations
