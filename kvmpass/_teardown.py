@@ -28,16 +28,19 @@ def run_all(*steps: Callable[[], object], failure: BaseException | None = None) 
         raise first
 
 
-class undo_on_error(ExitStack):
+class undo_on_error:
     """Undo the block if it raises: the callbacks of the stack, last first, and then ``steps``, last first."""
 
     def __init__(self, *steps: Callable[[], object]) -> None:
-        super().__init__()
+        self._undo = ExitStack()  # and not a base class: what pop_all() returns is closed without an error
         for step in steps:
-            self.callback(step)
+            self._undo.callback(step)
+
+    def __enter__(self) -> ExitStack:
+        return self._undo
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
         if kind is not None:
-            super().__exit__(kind, error, trace)
+            self._undo.__exit__(kind, error, trace)

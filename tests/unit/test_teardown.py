@@ -43,3 +43,13 @@ def test_a_block_that_raises_is_undone_backwards(fails: bool) -> None:
     except KeyboardInterrupt:
         assert fails
     assert done == (["third", "second", "first"] if fails else [])
+
+
+def test_callbacks_that_the_block_takes_over_run_when_they_are_closed() -> None:
+    done: list[str] = []
+    with undo_on_error(lambda: done.append("first")) as undo:
+        undo.callback(done.append, "second")
+        taken = undo.pop_all()
+    assert not done
+    taken.close()
+    assert done == ["second", "first"]
