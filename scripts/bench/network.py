@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from samples import Bench
@@ -41,9 +41,9 @@ def _holds(condition: Callable[[], bool]) -> bool:
         return False
 
 
-def serve(port: int, handle: Callable[[socket.socket], None], address: str = HOST_ADDRESS) -> socket.socket:
+@contextmanager
+def serve(port: int, handle: Callable[[socket.socket], None], address: str = HOST_ADDRESS) -> Iterator[socket.socket]:
     """Let a thread answer each connection to a port: that of a guest that was killed stays open."""
-    server = socket.create_server((address, port))
 
     def answer(connection: socket.socket) -> None:
         with connection, suppress(OSError):  # its guest has ended
@@ -54,12 +54,16 @@ def serve(port: int, handle: Callable[[socket.socket], None], address: str = HOS
         while True:
             try:
                 connection, _ = server.accept()
-            except OSError:  # closed
+            except OSError:  # shut down
                 return
             threading.Thread(target=answer, args=(connection,), daemon=True).start()
 
-    threading.Thread(target=work, daemon=True).start()
-    return server
+    with socket.create_server((address, port)) as server:
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown(socket.SHUT_RDWR)  # a close alone would wake no thread that accepts
 
 
 def take(connection: socket.socket) -> None:
@@ -82,7 +86,7 @@ def network(bench: Bench) -> Iterator[None]:
     subprocess.run(["ip", "link", "set", name, "up"], check=True)
     try:
         data = bytes(DOWN_MIB << 20)
-        with closing(serve(UP, take)), closing(serve(DOWN, lambda connection: connection.sendall(data))):
+        with serve(UP, take), serve(DOWN, lambda connection: connection.sendall(data)):
             yield
     finally:
         subprocess.run(["ip", "addr", "del", f"{HOST_ADDRESS}/24", "dev", name], check=True)

@@ -6,8 +6,9 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from contextlib import closing
 from types import ModuleType
+
+import pytest
 
 Script = Callable[[str], ModuleType]
 RESET = struct.pack("ii", 1, 0)  # struct linger: close() resets the connection
@@ -24,7 +25,7 @@ def test_a_guest_that_was_killed_holds_up_no_other(script: Script) -> None:
         network.take(connection)
         connection.sendall(b"taken")
 
-    with closing(network.serve(0, handle, "127.0.0.1")) as server:
+    with network.serve(0, handle, "127.0.0.1") as server:
         address = server.getsockname()
         with socket.create_connection(address) as silent:
             silent.sendall(b"s")
@@ -36,3 +37,12 @@ def test_a_guest_that_was_killed_holds_up_no_other(script: Script) -> None:
                 connection.sendall(b"data")
                 connection.shutdown(socket.SHUT_WR)
                 assert connection.recv(5) == b"taken"
+
+
+def test_a_port_that_is_served_no_more_is_free(script: Script) -> None:
+    network = script("network")
+    with network.serve(0, network.take, "127.0.0.1") as server:
+        address = server.getsockname()
+        socket.create_connection(address).close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
