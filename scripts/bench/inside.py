@@ -47,12 +47,16 @@ SECONDS = 200
 """Of a job, or of what a section prepares, at most: the longest takes 20, and a program that hangs is given 120."""
 
 
+class TimeLimit(Exception):
+    """Ends a job. It is no ``TimeoutError``: that is an ``OSError``, which what a job waits for may ignore."""
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise ``TimeoutError`` in the block, whatever it waits for, after some seconds."""
+    """Raise ``TimeLimit`` in the block, whatever it waits for, after some seconds."""
 
     def expire(*_: object) -> None:
-        raise TimeoutError(f"not done after {seconds:.0f} s")
+        raise TimeLimit(f"not done after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds)

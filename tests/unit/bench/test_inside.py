@@ -92,8 +92,20 @@ def test_a_job_that_hangs_is_ended(stage: Callable[..., Stage], monkeypatch: pyt
     monkeypatch.setattr(made.inside, "SECONDS", 0.5)
     started = time.monotonic()
     found = made.measure(1)
-    assert found["repeated"] == {"section": ["TimeoutError: not done after 0 s"]} and not found["failures"]
+    assert found["repeated"] == {"section": ["TimeLimit: not done after 0 s"]} and not found["failures"]
     assert found["samples"]["first"] == {"kvmpass": [1.0]} and time.monotonic() - started < 300
+
+
+def test_a_job_that_ignores_errors_of_the_system_is_ended(
+    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang() -> None:
+        with contextlib.suppress(OSError):
+            time.sleep(600)
+
+    made = stage(hang, 1)
+    monkeypatch.setattr(made.inside, "SECONDS", 0.5)
+    assert made.measure(1)["repeated"] == {"section": ["TimeLimit: not done after 0 s"]}
 
 
 def test_a_section_that_does_not_begin_is_ended(
@@ -108,7 +120,7 @@ def test_a_section_that_does_not_begin_is_ended(
 
     monkeypatch.setattr(made.inside, "SECTIONS", {"section": section})
     monkeypatch.setattr(made.inside, "SECONDS", 0.5)
-    with pytest.raises(TimeoutError, match="not done after"):
+    with pytest.raises(made.inside.TimeLimit, match="not done after"):
         made.inside.measure(made.bench, "section", 1, tmp_path / "result")
 
 
