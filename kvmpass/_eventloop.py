@@ -5,11 +5,10 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
-import selectors
+import select
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from kvmpass._log import Log
 
@@ -28,25 +27,27 @@ class EventLoop:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._selector = selectors.DefaultSelector()
+        self._epoll = select.epoll()
+        self._readers: dict[int, Callable[[], None]] = {}  # by descriptor
         self._calls: list[tuple[float, int, Callable[[], None]]] = []  # a heap: time, sequence number
         self._numbers = itertools.count()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._epoll.register(self._wake, select.EPOLLIN)
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = False
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
         """Call ``callback`` while ``fd`` is readable: it reads the descriptor, or removes it."""
-        self._selector.register(fd, selectors.EVENT_READ, callback)  # a thread that waits already sees it
+        self._epoll.register(fd, select.EPOLLIN)  # a thread that waits already sees it
+        self._readers[fd] = callback
         with self._lock:
             self._start()
 
     def remove_reader(self, fd: int) -> None:
         """Begin no callback for ``fd`` after this. Idempotent."""
-        with suppress(KeyError):
-            self._selector.unregister(fd)
+        if self._readers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
 
     def call(self, function: Callable[[], None], seconds: float = 0.0) -> None:
         """Run ``function`` in the loop's thread after ``seconds``, or when the function that runs then returns."""
@@ -78,19 +79,19 @@ class EventLoop:
             os.eventfd_write(self._wake, 1)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        self._selector.close()
+        self._readers.clear()
+        self._epoll.close()
         os.close(self._wake)
 
     def _run(self) -> None:
         while not self._closing:
-            ready = [key for key, _ in self._selector.select(self._until_due())]
-            for key in ready:
+            for fd, _ in self._epoll.poll(self._until_due()):
                 if self._closing:  # by a callback: the descriptors may have been reused
                     return
-                if key.fd == self._wake:
+                if fd == self._wake:
                     os.eventfd_read(self._wake)
-                elif key.fd in self._selector.get_map():
-                    self._run_logged(key.data)
+                elif callback := self._readers.get(fd):
+                    self._run_logged(callback)
             while not self._closing and self._until_due() == 0:
                 with self._lock:
                     _, _, function = heapq.heappop(self._calls)

@@ -86,6 +86,13 @@ def test_a_removed_callback_is_not_called(loop: EventLoop, eventfd: int) -> None
     assert not called.is_set()
 
 
+def test_a_descriptor_is_removed_after_close(eventfd: int) -> None:
+    loop = EventLoop("own")
+    loop.add_reader(eventfd, lambda: None)
+    loop.close()
+    loop.remove_reader(eventfd)
+
+
 def test_closing_from_a_descriptors_callback(eventfd: int) -> None:
     """Other ready descriptors are not read after it."""
     loop, done = EventLoop("own"), threading.Event()
