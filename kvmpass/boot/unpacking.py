@@ -93,11 +93,15 @@ class Unpacking:
 
     def leave(self, reason: str) -> None:
         """Let the kernel decompress itself: nothing will be loaded."""
+        self.cancel()
+        self._refuse(reason)
+
+    def cancel(self) -> None:
+        """Release what was prepared, or will be. A later ``load`` begins again."""
         with self._lock:
             attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.abandon()
-        self._refuse(reason)
 
     def take(self) -> vmlinux.Content | None:
         """Return what ``load`` loads, which the caller closes; None as ``load``. It is not kept in this object."""

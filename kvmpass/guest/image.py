@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmpass._dataclass import dataclass, replace
+from kvmpass._teardown import undo_on_error
 from kvmpass.boot.cmdline import QUIET, kernel_command_line, uarts
 from kvmpass.boot.linux import KernelImage
 from kvmpass.boot.unpacking import Unpacking
 from kvmpass.errors import BadKernel, NotEnoughMemory
-from kvmpass.guest.kernel import find_kernel
+from kvmpass.guest.kernel import GuestKernel, find_kernel
 from kvmpass.guest.options import KernelOptions, agent_lacks, ecam_alone, has_console
 from kvmpass.guest.spec import MINIMAL, GuestSpec
 from kvmpass.initramfs import GuestRoot, init, parameters
@@ -86,6 +87,17 @@ class GuestImage:
 
         They end when the machine is closed. Raises ``NotEnoughMemory``, ``ShareError``, ``DaemonError``.
         """
+        with undo_on_error(*([self.unpacking.cancel] if self.unpacking is not None else ())):
+            self._check_memory(machine)
+            if self.ports:
+                machine.add_ports(self.ports)
+            for directory in self.directories:
+                directory.serve(machine)
+            machine.load_linux(
+                self.kernel, self.initrd, self.cmdline, self.ecam_alone, self.serial_ports, self.unpacking
+            )
+
+    def _check_memory(self, machine: Machine) -> None:
         needed = self.least_memory
         if machine.memory.ram_size < needed:
             least = -(-(needed + _SLACK) // (16 * MIB)) * 16
@@ -97,11 +109,6 @@ class GuestImage:
                 f"{what}: {machine.memory.ram_size // MIB} MiB are too little",
                 f"give the guest {least} MiB (--memory {least}M){more}",
             )
-        if self.ports:
-            machine.add_ports(self.ports)
-        for directory in self.directories:
-            directory.serve(machine)
-        machine.load_linux(self.kernel, self.initrd, self.cmdline, self.ecam_alone, self.serial_ports, self.unpacking)
 
 
 def _sources(copy_out: Sequence[str]) -> list[str]:
@@ -127,10 +134,9 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str], memory: int = 0) -> Gues
     spec.check()
     served: tuple[Directory, ...] = ()
     if spec.root != MINIMAL or spec.shares:
-        from kvmpass.guest.directories import directories, mount
+        from kvmpass.guest.directories import directories
 
         served = directories(spec.root, spec.shares)
-    brought_out = _sources(spec.copy_out)
     kernel = find_kernel(spec.kernel)
     if spec.kaslr and kernel.image.vmlinux is not None:
         raise BadKernel(
@@ -138,8 +144,20 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str], memory: int = 0) -> Gues
             "name its bzImage with --kernel, or leave --kaslr out",
         )
     unpacking = None if spec.kaslr or kernel.image.vmlinux is not None else Unpacking(kernel.image)
-    if unpacking is not None and kernel.image.preferred + kernel.image.init_size <= memory:
-        unpacking.begin()
+    with undo_on_error(*([unpacking.cancel] if unpacking is not None else ())):
+        if unpacking is not None and kernel.image.preferred + kernel.image.init_size <= memory:
+            unpacking.begin()
+        return _with_initramfs(spec, modaliases, kernel, served, unpacking)
+
+
+def _with_initramfs(
+    spec: GuestSpec,
+    modaliases: Sequence[str],
+    kernel: GuestKernel,
+    served: tuple[Directory, ...],
+    unpacking: Unpacking | None,
+) -> GuestImage:
+    brought_out = _sources(spec.copy_out)
     append = parameters.words(spec.append)
     with_agent = spec.command is not None or spec.session
     unpacked, warnings, entry = 0, tuple[str, ...](), None
@@ -166,6 +184,8 @@ def prepare(spec: GuestSpec, modaliases: Sequence[str], memory: int = 0) -> Gues
             needed=DRIVERS if served else (),
         )
         if served:
+            from kvmpass.guest.directories import mount
+
             entry = mount(root, spec.root, served)
         for copy in spec.copy:
             root.copy(copy)

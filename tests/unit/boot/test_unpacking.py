@@ -374,11 +374,13 @@ def test_what_is_left_is_closed(cache: Path) -> None:
     kept(cache)
     kernel, before = KernelImage.parse(bzimage_of(xz())), descriptors()
     run = Unpacking(kernel)
-    run.begin()
-    run.leave("a reason")
-    written()
-    assert run._latest is not None and run._latest._content is None
-    assert descriptors() == before
+    for leave in (lambda: run.leave("a reason"), run.cancel):
+        run.begin()
+        leave()
+        written()
+        assert run._latest is not None and run._latest._content is None
+        assert descriptors() == before
+    assert content_of(run) == KERNEL
 
 
 def test_a_machine_refuses_the_decompression_of_another_kernel() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from support.kernel_files import bzimage, vmlinux
 
 from kvmpass.boot.unpacking import Unpacking
-from kvmpass.errors import BadKernel, KvmpassError
+from kvmpass.errors import BadKernel, KvmpassError, NotEnoughMemory
 from kvmpass.guest import GuestImage, GuestSpec, prepare
 from kvmpass.layout import MIB
+from kvmpass.machine import Machine
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,26 @@ def test_a_kernel_is_decompressed_early_for_a_machine_that_it_fits_into(
     assert [prepare(spec, (), end).unpacking] == begun
     (tmp_path / "bzImage").write_bytes(vmlinux((16 * MIB, b"Linux version 6.12.1 (me) #1\n", 4096)))
     assert prepare(spec, (), end).unpacking is None
+
+
+def test_what_was_prepared_of_a_kernel_is_released_if_it_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds an open file of the cache, or the kernel."""
+    cancelled: list[Unpacking] = []
+    monkeypatch.setattr(Unpacking, "begin", lambda run: None)
+    monkeypatch.setattr(Unpacking, "cancel", lambda run: cancelled.append(run))
+    (tmp_path / "bzImage").write_bytes(bzimage())
+    spec = GuestSpec(kernel=tmp_path / "bzImage", initrd=tmp_path / "missing")
+    with pytest.raises(FileNotFoundError):
+        prepare(spec, (), 1 << 40)
+    assert len(cancelled) == 1
+    (tmp_path / "missing").write_bytes(b"own")
+    image = prepare(spec, (), 1 << 40)
+    assert len(cancelled) == 1
+    with pytest.raises(NotEnoughMemory):
+        image.load(cast(Machine, SimpleNamespace(memory=SimpleNamespace(ram_size=MIB))))
+    assert cancelled[1:] == [image.unpacking]
 
 
 def test_a_kernel_with_kaslr_decompresses_itself(tmp_path: Path) -> None:
