@@ -9,6 +9,7 @@ import select
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from kvmpass._log import Log
 
@@ -47,7 +48,8 @@ class EventLoop:
     def remove_reader(self, fd: int) -> None:
         """Begin no callback for ``fd`` after this. Idempotent."""
         if self._readers.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            with suppress(OSError):  # it is closed: epoll has forgotten it
+                self._epoll.unregister(fd)
 
     def call(self, function: Callable[[], None], seconds: float = 0.0) -> None:
         """Run ``function`` in the loop's thread after ``seconds``, or when the function that runs then returns."""

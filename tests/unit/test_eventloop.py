@@ -146,3 +146,13 @@ def test_calls_after_close_are_dropped() -> None:
     with pytest.raises(BlockingIOError):
         os.eventfd_read(reused)
     os.close(reused)
+
+
+def test_a_descriptor_that_is_closed_before_it_is_removed(loop: EventLoop) -> None:
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    loop.add_reader(fd, lambda: None)
+    os.close(fd)
+    loop.remove_reader(fd)
+    done = threading.Event()
+    loop.call(done.set)
+    assert done.wait(10)
