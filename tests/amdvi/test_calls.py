@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.modes import FULL
 
 from kvmpass import host
 
@@ -28,13 +29,11 @@ def ioctls(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         sys.modules.pop(path.stem, None)
 
 
-@pytest.mark.parametrize("backend", ["type1", "iommufd"])
+@pytest.mark.parametrize("backend", ["type1", pytest.param("iommufd", marks=FULL)])
 def test_no_call_without_a_reason(ioctls: ModuleType, backend: str, nvme: str, nvme2: str) -> None:
     """Those of C, and those that the documents give a reason for; memory is mapped once, by the first device."""
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed: apt-get install strace")
-    if backend == "iommufd" and not Path("/dev/iommu").exists():
-        pytest.skip("this kernel has no /dev/iommu: the full kernel has")
     with host.borrow(nvme, nvme2):
         first, second, added, removed = ioctls.of_kvmpass(backend, [nvme, nvme2]).values()
     least = ioctls.LEAST[backend]
