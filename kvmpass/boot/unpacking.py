@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from threading import Event, Lock, Thread
 from typing import Any, Protocol
 
@@ -64,8 +64,11 @@ class Unpacking:
         with self._lock:
             if self._attempt is None and not self._stalled:
                 attempt = _Attempt(self.kernel, self._latest)
-                with suppress(RuntimeError):  # a limit of threads: nothing is taken
+                try:
                     attempt.thread.start()
+                except RuntimeError as error:  # a limit of threads: nothing is taken
+                    self._refuse(str(error))
+                else:
                     self._attempt = self._latest = attempt
 
     def load(self, code: Range, memory: vmlinux.Writes) -> int | None:
