@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from kvmpass import _cache
 from kvmpass._cache import KeptFiles, private_memory
 from kvmpass._log import Log
+from kvmpass._teardown import undo_on_error
 from kvmpass.boot import vmlinux
 from kvmpass.layout import MIB, Range
 
@@ -113,7 +114,8 @@ class Unpacking:
             attempt, self._attempt = self._attempt, None
         if attempt is None:
             return None
-        content = attempt.wait()
+        with undo_on_error(attempt.abandon):
+            content = attempt.wait()
         with self._lock:
             self._stalled |= attempt.stalled
         self.note = attempt.note

@@ -371,7 +371,7 @@ def descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_what_is_left_is_closed(cache: Path) -> None:
+def test_what_is_left_is_closed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that decompresses itself holds neither memory nor a descriptor."""
     kept(cache)
     kernel, before = KernelImage.parse(bzimage_of(xz())), descriptors()
@@ -383,6 +383,17 @@ def test_what_is_left_is_closed(cache: Path) -> None:
         assert run._latest is not None and run._latest._content is None
         assert descriptors() == before
     assert content_of(run) == KERNEL
+
+    def interrupted(timeout: float) -> bool:
+        raise KeyboardInterrupt
+
+    run.begin()
+    with monkeypatch.context() as patch:
+        patch.setattr(run._latest._ready, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.take()
+    written()
+    assert descriptors() == before
 
 
 def test_a_machine_refuses_the_decompression_of_another_kernel() -> None:
