@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -213,5 +214,26 @@ def _run(words: Sequence[str], opened: ExitStack, fds: Sequence[int]) -> int:
         with subprocess.Popen(words, pass_fds=fds) as process:  # its end is waited for, whatever fails here
             forwarding.started(process)
             opened.close()
+            if threading.current_thread() is threading.main_thread():
+                _wait_for(process.pid)
         status = process.returncode
     return status if status >= 0 else 128 - status
+
+
+def _wait_for(pid: int) -> None:
+    """Wait for the end of a child, which stays to be waited for, and run handlers of signals meanwhile.
+
+    A signal that comes right before waitpid(2) does not interrupt it: its handler would run once the child has ended.
+    """
+    with ExitStack() as undo:
+        woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        undo.callback(os.close, woken)
+        undo.callback(os.close, wake)
+        ended = os.pidfd_open(pid)
+        undo.callback(os.close, ended)
+        undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(wake, warn_on_full_buffer=False))
+        polled = select.poll()
+        polled.register(woken, select.POLLIN)
+        polled.register(ended, select.POLLIN)
+        while all(fd != ended for fd, _ in polled.poll()):
+            os.read(woken, 4096)
