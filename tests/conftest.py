@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,13 @@ import jsonschema
 import pytest
 from referencing import Registry, Resource
 
+from kvmpass._cache import cache_root
+
 # If it is ignored, no child's exit status is reported; no test needs that.
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+with suppress(RuntimeError):  # no home
+    os.environ.setdefault("KVMPASS_LAB_CACHE", str(cache_root()))  # an emulated host has a cache of its own
 
 SCHEMAS = Path(__file__).parents[1] / "docs/schemas"
 

@@ -120,10 +120,13 @@ def test_qemu_boots_the_same_guest_with_descriptors(
     nvme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, destructive: None
 ) -> None:
     """It reads the drive; then both are killed, and the host is restored."""
-    try:
-        emulator = qemu.modern()
-    except LabError as error:
-        pytest.skip(f"{error}: {error.__notes__[0]}")
+    with monkeypatch.context() as patch:
+        if cache := os.environ.get("KVMPASS_LAB_CACHE"):
+            patch.setenv("KVMPASS_CACHE", cache)
+        try:
+            emulator = qemu.modern()
+        except LabError as error:
+            pytest.skip(f"{error}: {error.__notes__[0]}")
     data = os.urandom(MIB)
     drive_of(nvme).write_bytes(data)
     script = FUNCTIONS + "wait_for drive; dd if=$drive bs=64k count=16 2>/dev/null | sha256sum; sleep 1000"
