@@ -33,7 +33,6 @@ GOALS: Mapping[tuple[str, str], float] = MappingProxyType(
         ("drive, 64 MiB in sequence, s", "QEMU"): 1.11,
         ("network, 4 MiB from the guest, s", "QEMU"): 1.11,
         ("network, 48 MiB to the guest, s", "QEMU"): 1.11,
-        ("network, 4 MiB to the guest, s", "QEMU"): 1.11,  # of runs before, such as a published one
     }
 )
 """The largest ratio that is aimed at, by row and peer."""
