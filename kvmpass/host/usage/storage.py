@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kvmpass.host.sysfs import PciDevice, Sysfs
 from kvmpass.host.usage import Use
 
 _STORAGE = 0x01  # base class
+_NEW_SECONDS, _SCAN_SECONDS = 10.0, 1.0  # how long a disk is new, and how long its partitions are read at most
 # What an in-tree driver registers below its function, even if no disk is attached.
 _SUBSYSTEMS = ("ata_port", "scsi_host", "nvme", "mmc_host", "mtd", "fc_host")
 # Drivers whose disks are below their functions. Others (rcbottom of AMD-RAID, for example) register them elsewhere,
@@ -78,11 +80,30 @@ def _claimed(sysfs: Sysfs, name: str) -> bool:
 
 
 def _claimed_now(sysfs: Sysfs, name: str) -> bool:
+    """Whether it cannot be claimed; a new disk is asked again for a second: to read its partitions claims it."""
+    path = sysfs.path("dev", name)
+    ends = 0.0
+    while True:
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                return False
+        else:
+            return False
+        if not ends:
+            ends = time.monotonic() + (_SCAN_SECONDS if _is_new(path) else 0.0)
+        if time.monotonic() >= ends:
+            return True
+        time.sleep(0.02)
+
+
+def _is_new(path: Path) -> bool:
+    """Whether a node was made a short while ago."""
     try:
-        os.close(os.open(sysfs.path("dev", name), os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_CLOEXEC))
-    except OSError as error:
-        return error.errno == errno.EBUSY
-    return False
+        return abs(time.time() - path.stat().st_ctime) < _NEW_SECONDS
+    except OSError:
+        return False
 
 
 def _elsewhere(look: Look, device: PciDevice) -> Iterator[Use]:
